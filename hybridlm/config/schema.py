@@ -1,0 +1,159 @@
+"""Typed configuration of a run: everything but the model (`hybridlm.model.config`). Defaults live here and in configs/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hybridlm.model.config import ModelConfig, require
+
+
+@dataclass(kw_only=True)
+class DataSourceConfig:
+    """One source of documents.
+
+    `path`: `stdlib` (the Python standard library's own sources), a file or folder (.txt .md .py .jsonl .parquet),
+    or a `datasets` dataset by name or folder.
+    """
+
+    path: str = "stdlib"
+    format: Literal["auto", "stdlib", "text", "jsonl", "parquet", "dataset"] = "auto"
+    text_field: str = "text"
+    split: str = "train"
+    name: str | None = None  # configuration name of a `datasets` dataset
+    weight: float = 1.0
+    invalid_utf8: Literal["error", "replace"] = "error"
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, "weight", "must be positive", got=self.weight)
+
+
+@dataclass(kw_only=True)
+class DataConfig(DataSourceConfig):
+    """Where tokens come from. `mixture` replaces `path` by several weighted sources."""
+
+    mixture: list[DataSourceConfig] = field(default_factory=list)
+    tokenizer: str = "bytes"  # bytes | bpe (trained on the corpus) | a tokenizer.json, folder or name
+    tokenizer_vocab_size: int = 4096  # for bpe
+    validation_fraction: float = 0.02  # of the documents, chosen by a hash of their content
+    validation_path: str | None = None  # another source for validation; then the fraction is unused
+    cache_dir: str | None = None  # prepared shards; default: a folder in the user's cache
+    shard_tokens: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.validation_fraction < 1, "validation_fraction", "must be a share of the documents",
+                got=self.validation_fraction, expected="at least 0 and below 1")
+        require(self.shard_tokens > 0, "shard_tokens", "must be positive", got=self.shard_tokens)
+
+
+@dataclass(kw_only=True)
+class LRScheduleConfig:
+    """Learning-rate schedule. `warmup` and `decay` are steps, or a share of all steps when below 1."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: float = 0.02
+    decay: float = 0.2  # length of the last, decaying part of `wsd`
+    min_ratio: float = 0.1
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW, or Muon for hidden matrices with AdamW for the rest (embeddings, head, vectors, fp32 parameters)."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    muon_lr: float | None = None  # default: lr (updates are scaled to the RMS of AdamW's)
+    muon_momentum: float = 0.95
+    schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "lr", "must be positive", got=self.lr)
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """One stage of a recipe. null takes the value of `training` (or `optimizer.lr`)."""
+
+    name: str
+    steps: int | None = None
+    tokens: int | None = None
+    sequence_length: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    trainable: list[str] = field(default_factory=lambda: ["*"])  # shell patterns over parameter names
+
+
+@dataclass(kw_only=True)
+class RecipeConfig:
+    """A run is a list of stages, one after the other."""
+
+    name: str = "pretrain"
+    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig(name="pretrain")])
+
+    def __post_init__(self) -> None:
+        require(len(self.stages) > 0, "stages", "is empty", expected="at least one stage")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """One training run. Batch size is global, in sequences."""
+
+    steps: int = 1000
+    tokens: int | None = None  # instead of steps: rounded up to whole steps
+    sequence_length: int = 512
+    batch_size: int = 8
+    micro_batch_size: int | None = None  # sequences a forward; the rest is gradient accumulation
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    grad_clip: float = 1.0
+    activation_checkpointing: bool = False
+    log_every: int = 1
+    eval_every: int = 100  # 0: only at the end
+    eval_batches: int = 16
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    resume: Literal["auto", "never", "require"] = "auto"
+    max_bad_steps: int = 10  # non-finite steps in a row before the run stops
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "sequence_length", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
+                    "max_bad_steps"):
+            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        micro = self.micro_batch_size
+        require(micro is None or (micro > 0 and self.batch_size % micro == 0), "micro_batch_size",
+                "must divide batch_size", got=micro, expected=f"a divisor of {self.batch_size}")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """Who runs the step. One process here; ranks are the engine's business alone."""
+
+    kind: Literal["single"] = "single"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "hybridlm"
+    run_name: str | None = None
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run, as `hybridlm train` composes it."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    kernels: dict[str, Any] = field(default_factory=dict)  # operation -> backend, and strict
+    run_dir: str = "runs/default"
+    init_from: str | None = None

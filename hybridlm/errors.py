@@ -1,0 +1,52 @@
+"""The one family of errors a user can cause. Each is one line: what, got, expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to `name`, or None when nothing is close."""
+    found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it in one line and exits with 2."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration value that cannot be used.
+
+    `key` is the dotted path as far as the raiser knows it; the config layer prefixes the rest with `within`.
+    """
+
+    def __init__(self, key: str, what: str, *, got: object = None, expected: str = "", hint: str = ""):
+        self.key, self.what, self.got, self.expected, self.hint = key, what, got, expected, hint
+        super().__init__(key, what)
+
+    def within(self, path: str) -> ConfigError:
+        """The same error seen from the enclosing config at `path`."""
+        key = ".".join(part for part in (path, self.key) if part)
+        return type(self)(key, self.what, got=self.got, expected=self.expected, hint=self.hint)
+
+    def __str__(self) -> str:
+        text = f"{self.key}: {self.what}" if self.key else self.what
+        if self.got is not None:
+            text += f"; got {self.got!r}"
+        if self.expected:
+            text += f"; expected {self.expected}"
+        if self.hint:
+            text += f"; {self.hint}"
+        return text
+
+
+class DataError(UserError):
+    """A data source, tokenizer or token shard that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, torn, or does not fit what is asked of it."""
