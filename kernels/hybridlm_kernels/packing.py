@@ -1,4 +1,4 @@
-"""Borders of packed documents, with their lengths on the host so that no kernel launch waits for the device."""
+"""Borders of packed documents, with their lengths on the host: no kernel launch waits for the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class CuSeqlens:
 
     def __init__(self, borders: Sequence[int], device: torch.device | str = "cpu"):
         self.host: tuple[int, ...] = tuple(int(b) for b in borders)
-        if len(self.host) < 2 or self.host[0] != 0 or any(a >= b for a, b in zip(self.host, self.host[1:], strict=False)):
+        increasing = all(a < b for a, b in zip(self.host, self.host[1:], strict=False))
+        if len(self.host) < 2 or self.host[0] != 0 or not increasing:
             raise ValueError(f"cu_seqlens must start at 0 and increase; got {list(self.host[:8])}")
         self.device = torch.device(device)
         self.cache: dict = {}  # layouts derived from the borders, by whoever derives them
@@ -65,8 +66,9 @@ class CuSeqlens:
         return self.cache["positions"]
 
     def check(self, batch: int, length: int) -> None:
-        """Raise ValueError unless the borders cover `batch` rows of `length` tokens and hold every row start."""
+        """Raise ValueError unless the borders cover `batch` rows of `length` tokens with every row start."""
         if self.num_tokens != batch * length:
-            raise ValueError(f"cu_seqlens ends at {self.num_tokens}, but the tensors hold {batch} x {length} tokens")
+            raise ValueError(f"cu_seqlens ends at {self.num_tokens}, "
+                             f"but the tensors hold {batch} x {length} tokens")
         if not set(range(0, batch * length, length)) <= set(self.host):
             raise ValueError(f"cu_seqlens lets a document cross a row of {length} tokens")

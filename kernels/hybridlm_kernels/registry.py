@@ -1,0 +1,192 @@
+"""Which backend runs an operation, and why: every choice and every rejection can be printed.
+
+An operation lists its backends in order of preference. The first one made for the device at hand that accepts
+the call runs it. `configure` or a call's own `backend=` names one instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ANY_DEVICE: tuple[str, ...] = ()
+
+
+class KernelUnavailable(RuntimeError):
+    """No backend may run the call, or one was asked for that is not there: what, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend needs to know to accept a call or not.
+
+    `facts` are short values that name the kind of call (head dims, kind of decay, packed or not). No lengths:
+    decisions are remembered by their facts, and a choice must not depend on how long a batch happens to be.
+    """
+
+    device: str  # "cpu", "cuda", ...
+    dtype: torch.dtype
+    needs_grad: bool
+    facts: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, *tensors: Tensor | None, **facts: Any) -> Call:
+        """From the call's tensors, the first of which gives device and dtype (None entries are skipped)."""
+        present = [t for t in tensors if t is not None]
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in present)
+        return cls(present[0].device.type, present[0].dtype, needs_grad, tuple(facts.items()))
+
+    def get(self, fact: str, default: Any = None) -> Any:
+        return next((value for name, value in self.facts if name == fact), default)
+
+
+def always(call: Call) -> tuple[bool, str]:
+    """A backend's `supports` that refuses nothing."""
+    return True, ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`supports(call)` gives (True, "") or (False, reason). `run` takes the operation's checked arguments."""
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[[Call], tuple[bool, str]] = always
+    devices: tuple[str, ...] = ANY_DEVICE  # device types it is made for
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A named operation with its backends, the preferred one first."""
+
+    name: str
+    backends: tuple[Backend, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision: which backend, why, and why the ones before it were passed over."""
+
+    operation: str
+    backend: str
+    why: str
+    rejected: tuple[str, ...] = ()
+
+
+_operations: dict[str, Operation] = {}
+_settings: dict[str, str] = {}  # operation -> backend asked for
+_strict: bool | None = None  # None: strict on CUDA only
+_decisions: dict[tuple[str, Call, str | None], tuple[Backend, Choice]] = {}
+
+
+def register(operation: Operation) -> Operation:
+    """Make an operation known by its name; returns it."""
+    _operations[operation.name] = operation
+    _decisions.clear()
+    return operation
+
+
+def operations() -> list[Operation]:
+    """All known operations."""
+    return list(_operations.values())
+
+
+def configure(settings: Mapping[str, Any]) -> None:
+    """Name the backend of operations, `{"delta_rule": "torch"}`, and `strict`; all else stays as it is.
+
+    A backend of None or "auto" gives the choice back to the registry, and so does a `strict` of None. With
+    strict (by default on CUDA only) falling back from the best backend for a device to another is an error.
+
+    Raises:
+        KernelUnavailable: an unknown operation or backend (with the nearest known name), or a `strict` that
+            is neither a bool nor None.
+    """
+    global _strict
+    checked: dict[str, str | None] = {}
+    for name, value in settings.items():
+        if name == "strict":
+            if value is not None and not isinstance(value, bool):
+                raise KernelUnavailable(f"kernels.strict must be true, false or null; got {value!r}")
+        elif name not in _operations:
+            raise KernelUnavailable(f"unknown operation {name!r}{_nearest(name, [*_operations, 'strict'])}")
+        else:
+            checked[name] = None if value in (None, "auto") else _backend(_operations[name], value).name
+    for name, backend in checked.items():
+        _settings.pop(name, None)
+        if backend is not None:
+            _settings[name] = backend
+    if "strict" in settings:
+        _strict = settings["strict"]
+    _decisions.clear()
+
+
+def choose(op: Operation, call: Call, override: str | None = None) -> Backend:
+    """The backend that runs `call`.
+
+    Raises:
+        KernelUnavailable: the named backend is unknown or refuses the call, none accepts it, or (strict) the
+            best one for the device refuses it.
+    """
+    key = (op.name, call, override)
+    if key not in _decisions:
+        _decisions[key] = _decide(op, call, override)
+    return _decisions[key][0]
+
+
+def explain() -> list[Choice]:
+    """The distinct decisions made since the last `configure`, one row each, in order."""
+    return list(dict.fromkeys(choice for _, choice in _decisions.values()))
+
+
+def _decide(op: Operation, call: Call, override: str | None) -> tuple[Backend, Choice]:
+    named = override or _settings.get(op.name)
+    if named is not None:
+        backend = _backend(op, named)
+        ok, reason = _accepts(backend, call)
+        if not ok:
+            raise KernelUnavailable(
+                f"{op.name}: backend {named!r} was asked for but cannot run this call: {reason}")
+        return backend, Choice(op.name, named, f"asked for by {'the call' if override else 'configure'}")
+    strict = call.device == "cuda" if _strict is None else _strict
+    rejected: list[str] = []
+    for backend in op.backends:
+        ok, reason = _accepts(backend, call)
+        if ok:
+            why = "preferred" if not rejected else "first that accepts the call"
+            return backend, Choice(op.name, backend.name, why, tuple(rejected))
+        rejected.append(f"{backend.name}: {reason}")
+        if strict and _made_for(backend, call):
+            raise KernelUnavailable(
+                f"{op.name}: backend {backend.name!r}, the best for {call.device}, cannot run this call: "
+                f"{reason}; mend that, or accept a slower one with kernels.strict=false or "
+                f"kernels.{op.name}=torch")
+    raise KernelUnavailable(f"{op.name}: no backend can run this call ({'; '.join(rejected)})")
+
+
+def _made_for(backend: Backend, call: Call) -> bool:
+    return not backend.devices or call.device in backend.devices
+
+
+def _accepts(backend: Backend, call: Call) -> tuple[bool, str]:
+    if not _made_for(backend, call):
+        return False, f"made for {' and '.join(backend.devices)}, the tensors are on {call.device}"
+    return backend.supports(call)
+
+
+def _backend(op: Operation, name: object) -> Backend:
+    for backend in op.backends:
+        if backend.name == name:
+            return backend
+    names = [b.name for b in op.backends]
+    raise KernelUnavailable(
+        f"{op.name} has no backend {name!r}{_nearest(str(name), names)}; it has {', '.join(names)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
