@@ -1,0 +1,62 @@
+"""RMS norm, gated RMS norm and L2 norm over the last dim. Equations and costs: README.md."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hybridlm_kernels.norm import reference
+from hybridlm_kernels.norm import torch as eager
+from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
+
+RMS_NORM = register(Operation("rms_norm", (
+    Backend("torch", eager.rms_norm), Backend("reference", reference.rms_norm))))
+GATED_RMS_NORM = register(Operation("gated_rms_norm", (
+    Backend("torch", eager.gated_rms_norm), Backend("reference", reference.gated_rms_norm))))
+L2_NORM = register(Operation("l2_norm", (
+    Backend("torch", eager.l2_norm), Backend("reference", reference.l2_norm))))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = False,
+             backend: str | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in fp32 inside, returned in x.dtype.
+
+    Args:
+        x: [..., D].
+        weight: [D]; with `zero_centered` (Gemma, Qwen3-Next) the factor is 1 + weight.
+
+    Raises:
+        ValueError: weight is not [D].
+    """
+    _check_weight("rms_norm", x, weight)
+    return choose(RMS_NORM, Call.of(x, weight), backend).run(x, weight, eps, zero_centered)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, activation: str = "silu",
+                   backend: str | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight * act(gate), in fp32 inside, returned in x.dtype.
+
+    Args:
+        x, gate: [..., D].
+        weight: [D].
+        activation: "silu" (Gated DeltaNet) or "sigmoid" (KDA).
+
+    Raises:
+        ValueError: shapes that differ, or an unknown activation.
+    """
+    _check_weight("gated_rms_norm", x, weight)
+    if gate.shape != x.shape:
+        raise ValueError(f"gated_rms_norm: gate {tuple(gate.shape)} and x {tuple(x.shape)} differ")
+    if activation not in ("silu", "sigmoid"):
+        raise ValueError(f"gated_rms_norm: activation must be 'silu' or 'sigmoid'; got {activation!r}")
+    chosen = choose(GATED_RMS_NORM, Call.of(x, gate, weight), backend)
+    return chosen.run(x, gate, weight, eps, activation)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last dim of x [..., D], in fp32 inside, returned in x.dtype."""
+    return choose(L2_NORM, Call.of(x), backend).run(x, eps)
+
+
+def _check_weight(name: str, x: Tensor, weight: Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: weight must be [{x.shape[-1]}], as x ends; got {list(weight.shape)}")
