@@ -1,17 +1,17 @@
 """Operations on tensors for hybrid language models: mixers, routing, losses, each with its backends."""
 
+from .attention import attention as attention
 from .decay_attention import decay_attention as decay_attention
 from .delta_rule import delta_rule as delta_rule
-from .packing import CuSeqlens as CuSeqlens
-from .registry import KernelUnavailable as KernelUnavailable
-from .short_conv import short_conv as short_conv
-from .attention import attention as attention
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .moe import moe_experts as moe_experts
 from .norm import gated_rms_norm as gated_rms_norm
 from .norm import l2_norm as l2_norm
 from .norm import rms_norm as rms_norm
+from .packing import CuSeqlens as CuSeqlens
+from .registry import KernelUnavailable as KernelUnavailable
 from .rotary import rotary as rotary
+from .short_conv import short_conv as short_conv
 from .sparse_attention import indexer_topk as indexer_topk
 from .sparse_attention import sparse_attention as sparse_attention
 from .swiglu import swiglu as swiglu
