@@ -1,0 +1,49 @@
+"""Learning-rate schedules as pure functions of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from hybridlm.config.schema import LRScheduleConfig
+from hybridlm.errors import ConfigError
+
+
+def phase_steps(length: float, total: int) -> int:
+    """Steps of a phase: `length` itself, or that share of `total` when below 1."""
+    return round(length * total) if length < 1 else int(length)
+
+
+def check_schedule(config: LRScheduleConfig, total: int) -> None:
+    """Raise ConfigError unless warm-up and decay fit into `total` steps."""
+    key = "optimizer.schedule"
+    for name in ("warmup", "decay"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{key}.{name}", "must not be negative", got=getattr(config, name))
+    if not 0 <= config.min_ratio <= 1:
+        raise ConfigError(f"{key}.min_ratio", "must be a share of the peak learning rate",
+                          got=config.min_ratio, expected="between 0 and 1")
+    decay = phase_steps(config.decay, total) if config.kind == "wsd" else 0
+    used = phase_steps(config.warmup, total) + decay
+    if used > total:
+        raise ConfigError(f"{key}.warmup", f"warm-up and decay take {used} steps of a stage of {total}",
+                          got=config.warmup, expected="steps, or a share below 1, that fit into the stage")
+
+
+def lr_factor(config: LRScheduleConfig, step: int, total: int) -> float:
+    """What the peak learning rate is multiplied by for step `step` (0 is the first) of `total`.
+
+    Warm-up rises linearly and reaches the peak with its last step. After it:
+    cosine:   from 1 to `min_ratio` along half a cosine (Loshchilov and Hutter, 2017);
+    wsd:      1, then linearly down to `min_ratio` over the last `decay` steps (MiniCPM, arXiv 2404.06395);
+    constant: 1.
+    Past the end the factor stays at its last value.
+    """
+    warmup = phase_steps(config.warmup, total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.kind == "constant":
+        return 1.0
+    decay = total - warmup if config.kind == "cosine" else phase_steps(config.decay, total)
+    done = min(max((step - (total - decay)) / max(decay, 1), 0.0), 1.0)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.kind == "cosine" else 1 - done
+    return config.min_ratio + (1 - config.min_ratio) * shape
