@@ -12,14 +12,36 @@ from hybridlm.model.sequence import SequenceInfo
 
 
 class FeedForward(nn.Module):
-    """Works on each token alone: x_BTD -> x_BTD."""
+    """Works on each token alone: x_BTD -> x_BTD.
+
+    A forward changes nothing in the module: what a layer must remember of a batch (expert loads) it returns in its
+    aux, and the model hands it back once through `record`. So a forward may be computed again, as activation
+    checkpointing does, without counting anything twice.
+    """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def build(cls, config: FeedForwardConfig, context: LayerContext) -> FeedForward:
+        """The module of layer `context.layer_index`; a kind whose layers differ chooses here."""
+        return cls(config, context)  # type: ignore[call-arg]
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each "loss/..." in the aux; a loss not named here is only reported."""
+        return {}
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
         raise TypeError(f"{type(self).__name__} has no forward")
 
+    def record(self, aux: Aux) -> None:
+        """Take from the aux of one training forward what the next optimizer step needs."""
+
+    def post_optimizer_step(self, update: bool = True) -> None:
+        """After each optimizer step; `update=False` when that step was skipped."""
+
     def init_weights(self, std: float) -> None:
+        """Fresh parameters and buffers; `std` for plain projections."""
         raise TypeError(f"{type(self).__name__} has no initialisation")
 
 
@@ -37,4 +59,4 @@ def register_feed_forward(kind: str, config: type[FeedForwardConfig]):
 
 
 def build_feed_forward(config: FeedForwardConfig, context: LayerContext) -> FeedForward:
-    return FEED_FORWARDS[config.kind][1](config, context)  # type: ignore[call-arg]
+    return FEED_FORWARDS[config.kind][1].build(config, context)

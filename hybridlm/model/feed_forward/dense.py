@@ -1,0 +1,62 @@
+"""Dense SwiGLU feed-forward: down(silu(gate x) * up x). B rows, T tokens, D model width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hybridlm_kernels import swiglu
+from torch import Tensor, nn
+
+from hybridlm.model.config import FeedForwardConfig, LayerContext, require
+from hybridlm.model.feed_forward.base import FeedForward, register_feed_forward
+from hybridlm.model.mixers.base import Aux
+from hybridlm.model.sequence import SequenceInfo
+
+
+@dataclass(kw_only=True)
+class DenseConfig(FeedForwardConfig):
+    """SwiGLU in every layer.
+
+    `swiglu_limit` bounds the gate from above and the up projection on both sides before they meet (GLM-5.3).
+    """
+
+    kind: str = "dense"
+    intermediate_size: int
+    activation: Literal["swiglu"] = "swiglu"
+    swiglu_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.intermediate_size > 0, "intermediate_size", "must be positive", got=self.intermediate_size)
+        check_limit(self.swiglu_limit)
+
+    def num_params(self, context: LayerContext, *, active: bool = False) -> int:
+        return 3 * context.hidden_size * self.intermediate_size
+
+    def flops_per_token(self, context: LayerContext) -> dict[str, float]:
+        return {"dense": 2.0 * self.num_params(context)}
+
+
+def check_limit(limit: float | None) -> None:
+    require(limit is None or limit > 0, "swiglu_limit", "must be positive", got=limit,
+            expected="a bound, or null for none")
+
+
+@register_feed_forward("dense", DenseConfig)
+class SwiGLU(FeedForward):
+    """Parameters gate_proj, up_proj [I, D] and down_proj [D, I]."""
+
+    def __init__(self, config: DenseConfig, context: LayerContext):
+        super().__init__()
+        hidden, width = context.hidden_size, config.intermediate_size
+        self.limit = config.swiglu_limit
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
+        return self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD), limit=self.limit)), {}
+
+    def init_weights(self, std: float) -> None:
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            nn.init.normal_(linear.weight, std=std)

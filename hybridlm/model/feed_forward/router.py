@@ -1,0 +1,126 @@
+"""The router of a mixture of experts: scores, group-limited selection, balance.
+
+B rows, T tokens, N = B*T, D model width, E experts, A experts a token, G groups of M experts, R documents.
+s: scores; b: correction bias; the sets and symbols are those of DeepSeek-V3, section 2.1.2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridlm.model.mixers.base import Aux
+from hybridlm.model.sequence import SequenceInfo
+
+if TYPE_CHECKING:
+    from hybridlm.model.feed_forward.moe import MoEConfig
+
+NORM_EPS = 1e-20  # sigmoid scores of a token's experts may all be tiny
+
+
+class Router(nn.Module):
+    """Chooses A of E experts for each token. Scores, bias and weights are fp32 whatever surrounds them.
+
+    `load` counts the tokens each expert got since the last optimizer step (int64, not saved): ranks add theirs up
+    before `balance`.
+    """
+
+    weight: nn.Parameter
+    bias: Tensor | None
+    load: Tensor
+
+    def __init__(self, config: MoEConfig, hidden_size: int):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.register_buffer("bias", torch.zeros(config.num_experts) if config.has_bias else None)
+        self.register_buffer("load", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+
+    def init_weights(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+        self.load.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Tensor, Aux]:
+        """Expert ids [N, A], their weights [N, A], and in training the aux."""
+        logits_NE = self.logits(x_BTD)
+        if self.config.router == "softmax":
+            s_NE = torch.softmax(logits_NE, dim=-1)
+        else:
+            s_NE = torch.sigmoid(logits_NE)
+        ids_NA = self.select(s_NE)
+        weights_NA = s_NE.gather(1, ids_NA)
+        if self.config.norm_topk_prob:
+            total_N1 = weights_NA.sum(-1, keepdim=True)
+            weights_NA = weights_NA / (total_N1 if self.config.router == "softmax" else total_N1 + NORM_EPS)
+        weights_NA = weights_NA * self.config.routed_scaling_factor
+        return ids_NA, weights_NA, self.aux(logits_NE, s_NE, ids_NA, x_BTD.shape[1], seq) if self.training else {}
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return F.linear(x_BTD.reshape(-1, x_BTD.shape[-1]).to(dtype), self.weight.to(dtype))
+
+    @torch.no_grad()
+    def select(self, s_NE: Tensor) -> Tensor:
+        """Ids of the best A experts by s + b, out of the best groups by the sum of their two best."""
+        config = self.config
+        choice_NE = s_NE if self.bias is None else s_NE + self.bias
+        if config.topk_groups < config.num_groups:
+            choice_NGM = choice_NE.unflatten(1, (config.num_groups, -1))
+            best_NG = choice_NGM.topk(min(2, choice_NGM.shape[-1]), dim=-1).values.sum(-1)
+            kept = best_NG.topk(config.topk_groups, dim=-1, sorted=False).indices
+            dropped_NG = torch.ones_like(best_NG, dtype=torch.bool).scatter_(1, kept, False)
+            choice_NE = choice_NGM.masked_fill(dropped_NG[..., None], -torch.inf).flatten(1)
+        return choice_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    def aux(self, logits_NE: Tensor, s_NE: Tensor, ids_NA: Tensor, length: int, seq: SequenceInfo) -> Aux:
+        aux: Aux = {}
+        p_NE = s_NE if self.config.router == "softmax" else s_NE / (s_NE.sum(-1, keepdim=True) + NORM_EPS)
+        if self.config.balance_loss:
+            aux["loss/balance"] = self.balance_loss(s_NE, p_NE, ids_NA, length, seq)
+        if self.config.router_z_loss:
+            aux["loss/router_z"] = torch.logsumexp(logits_NE, dim=-1).square().mean()
+        with torch.no_grad():
+            load_E = torch.zeros_like(self.load).index_add_(0, ids_NA.flatten(), torch.ones_like(ids_NA.flatten()))
+            entropy = -torch.xlogy(p_NE, p_NE).sum(-1).mean()
+            aux["load"] = load_E
+            aux["stat/max_violation"] = load_E.max() * load_E.shape[0] / load_E.sum() - 1
+            aux["stat/dead_experts"] = (load_E == 0).sum().float()
+            aux["stat/router_entropy"] = entropy / torch.log(torch.tensor(max(2.0, float(p_NE.shape[1]))))
+        return aux
+
+    def balance_loss(self, s_NE: Tensor, p_NE: Tensor, ids_NA: Tensor, length: int, seq: SequenceInfo) -> Tensor:
+        """sum_i f_i P_i of each document, averaged over tokens; 1 when balanced (equations 17 to 20).
+
+        f_i = E/(A T) * tokens whose A best scores hold expert i, T tokens in the document; P_i the mean of the
+        normalised scores. The selection here knows neither bias nor groups, as in the paper: the loss pulls on what
+        the scores alone would choose. With softmax scores this is the loss of Switch Transformer for top-A, by
+        document. The mean over tokens of <f_document, p_token> is the same sum without a loop over documents.
+        """
+        tokens, experts = p_NE.shape
+        if self.bias is not None or self.config.topk_groups < self.config.num_groups:
+            ids_NA = s_NE.detach().topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
+        if seq.cu_seqlens is None:
+            document_N = torch.arange(tokens, device=p_NE.device) // length
+            documents = tokens // length
+        else:
+            document_N, documents = seq.cu_seqlens.document_ids(), seq.cu_seqlens.num_documents
+        with torch.no_grad():
+            cell = (document_N[:, None] * experts + ids_NA).flatten()
+            count_RE = torch.zeros(documents * experts, dtype=torch.int64, device=p_NE.device)
+            count_RE = count_RE.index_add_(0, cell, torch.ones_like(cell)).view(documents, experts)
+            f_RE = experts * count_RE.to(p_NE.dtype) / count_RE.sum(-1, keepdim=True)
+        return (f_RE[document_N] * p_NE).sum(-1).mean()
+
+    @torch.no_grad()
+    def balance(self, update: bool = True) -> None:
+        """b_i += u * sign(mean load - load_i), then forget the loads."""
+        if update and self.bias is not None and self.config.bias_update_rate:
+            total, experts = self.load.sum(), self.load.shape[0]
+            self.bias += self.config.bias_update_rate * torch.sign(total - experts * self.load)
+        self.load.zero_()
