@@ -1,0 +1,66 @@
+"""The doctor must pass what is right and, above all, fail what is wrong."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hybridlm_kernels import doctor, registry
+
+
+@pytest.fixture
+def plant():
+    """Add a backend to swiglu for one test."""
+    original = next(op for op in registry.operations() if op.name == "swiglu")
+
+    def add(run):
+        backends = (*original.backends, registry.Backend("planted", run))
+        registry.register(dataclasses.replace(original, backends=backends))
+        return next(case for case in doctor.cases() if case.operation == "swiglu")
+
+    yield add
+    registry.register(original)
+
+
+def test_every_backend_of_this_machine_passes():
+    results = list(doctor.run("cpu"))
+    assert results
+    assert [doctor.describe(r) for r in results if not r.ok] == []
+
+
+def test_every_operation_is_checked_or_has_no_gradient():
+    checked = {case.operation for case in doctor.cases()}
+    missing = {op.name for op in registry.operations()} - checked
+    assert missing <= {"indexer_topk", "l2_norm"}
+
+
+def test_a_wrong_output_fails(plant):
+    case = plant(lambda gate, up, limit: torch.nn.functional.silu(gate) * up * 1.001)
+    result = doctor.check(case, "planted", torch.float32, "cpu")
+    assert not result.ok
+    assert result.output_error > 1e-5
+
+
+def test_a_wrong_gradient_alone_fails(plant):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gate, up):
+            gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
+            return torch.nn.functional.silu(gate) * up
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, grad
+
+    result = doctor.check(plant(lambda gate, up, limit: Wrong.apply(gate, up)), "planted", torch.float32, "cpu")
+    assert not result.ok
+    assert result.output_error < 1e-5 < result.gradient_error
+
+
+def test_a_crash_is_a_result(plant):
+    def crash(gate, up, limit):
+        raise RuntimeError("no such instruction")
+
+    result = doctor.check(plant(crash), "planted", torch.float32, "cpu")
+    assert not result.ok
+    assert "no such instruction" in result.problem
