@@ -1,4 +1,4 @@
-"""Typed configuration of a run: everything but the model (`hybridlm.model.config`). Defaults live here and in configs/."""
+"""Typed configuration of a run, all but the model (`hybridlm.model.config`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hybridlm.model.config import ModelConfig, require
 class DataSourceConfig:
     """One source of documents.
 
-    `path`: `stdlib` (the Python standard library's own sources), a file or folder (.txt .md .py .jsonl .parquet),
-    or a `datasets` dataset by name or folder.
+    `path`: `stdlib` (the Python standard library's own sources), a file or folder (.txt .md .py .jsonl
+    .parquet), or a `datasets` dataset by name or folder.
     """
 
     path: str = "stdlib"
@@ -44,7 +44,8 @@ class DataConfig(DataSourceConfig):
         super().__post_init__()
         require(0 <= self.validation_fraction < 1, "validation_fraction", "must be a share of the documents",
                 got=self.validation_fraction, expected="at least 0 and below 1")
-        require(self.shard_tokens > 0, "shard_tokens", "must be positive", got=self.shard_tokens)
+        for key in ("shard_tokens", "tokenizer_vocab_size"):
+            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
 
 
 @dataclass(kw_only=True)
@@ -56,10 +57,17 @@ class LRScheduleConfig:
     decay: float = 0.2  # length of the last, decaying part of `wsd`
     min_ratio: float = 0.1
 
+    def __post_init__(self) -> None:
+        for key in ("warmup", "decay"):
+            require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key),
+                    expected="steps, or a share of all steps when below 1")
+        require(0 <= self.min_ratio <= 1, "min_ratio", "must be a share of the peak learning rate",
+                got=self.min_ratio, expected="between 0 and 1")
+
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW, or Muon for hidden matrices with AdamW for the rest (embeddings, head, vectors, fp32 parameters)."""
+    """AdamW, or Muon for hidden matrices with AdamW for the rest (embeddings, head, vectors)."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
@@ -71,7 +79,13 @@ class OptimizerConfig:
     schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "lr", "must be positive", got=self.lr)
+        for key in ("lr", "eps"):
+            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        require(self.muon_lr is None or self.muon_lr > 0, "muon_lr", "must be positive", got=self.muon_lr)
+        require(self.weight_decay >= 0, "weight_decay", "must not be negative", got=self.weight_decay)
+        for key, value in (("betas", self.betas[0]), ("betas", self.betas[1]),
+                           ("muon_momentum", self.muon_momentum)):
+            require(0 <= value < 1, key, "must be a decay rate", got=value, expected="at least 0 and below 1")
 
 
 @dataclass(kw_only=True)
@@ -86,6 +100,15 @@ class StageConfig:
     lr: float | None = None
     trainable: list[str] = field(default_factory=lambda: ["*"])  # shell patterns over parameter names
 
+    def __post_init__(self) -> None:
+        for key in ("steps", "tokens", "sequence_length", "batch_size", "lr"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, "must be positive", got=value)
+        require(self.steps is None or self.tokens is None, "tokens", "cannot stand beside 'steps'",
+                got=self.tokens, expected="one of the two")
+        require(len(self.trainable) > 0, "trainable", "names no parameter", got=self.trainable,
+                expected="patterns over parameter names; ['*'] is all of them")
+
 
 @dataclass(kw_only=True)
 class RecipeConfig:
@@ -96,6 +119,8 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         require(len(self.stages) > 0, "stages", "is empty", expected="at least one stage")
+        names = [stage.name for stage in self.stages]
+        require(len(set(names)) == len(names), "stages", "two stages have one name", got=names)
 
 
 @dataclass(kw_only=True)
@@ -120,9 +145,12 @@ class TrainingConfig:
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops
 
     def __post_init__(self) -> None:
-        for key in ("steps", "sequence_length", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
-                    "max_bad_steps"):
+        for key in ("steps", "sequence_length", "batch_size", "log_every", "checkpoint_every",
+                    "keep_checkpoints", "max_bad_steps"):
             require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        require(self.tokens is None or self.tokens > 0, "tokens", "must be positive", got=self.tokens)
+        for key in ("grad_clip", "eval_every", "eval_batches"):
+            require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key))
         micro = self.micro_batch_size
         require(micro is None or (micro > 0 and self.batch_size % micro == 0), "micro_batch_size",
                 "must divide batch_size", got=micro, expected=f"a divisor of {self.batch_size}")

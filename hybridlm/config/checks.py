@@ -1,0 +1,75 @@
+"""Checks across the parts of a run's config, which no single part can make."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from hybridlm.config.schema import Config, StageConfig
+from hybridlm.errors import ConfigError, nearest
+from hybridlm.model.config import require
+
+BYTE_VOCABULARY = 257  # 256 byte values and end of text
+
+
+def validate(config: Config) -> None:
+    """Checks what the parts of `config` say about one another, before anything is built.
+
+    Raises:
+        ConfigError: the first thing that does not fit.
+    """
+    _check_vocabulary(config)
+    for index, stage in enumerate(config.recipe.stages):
+        _check_stage(config, stage, f"recipe.stages.{index}")
+    if config.init_from is not None:
+        require(Path(config.init_from).expanduser().exists(), "init_from", "no such checkpoint",
+                got=config.init_from, expected="a run folder or a checkpoint folder")
+
+
+def _check_vocabulary(config: Config) -> None:
+    size = config.model.vocab_size
+    if config.data.tokenizer == "bytes":
+        require(size >= BYTE_VOCABULARY, "model.vocab_size", "is smaller than the tokenizer's vocabulary", got=size,
+                expected=f"at least {BYTE_VOCABULARY} for data.tokenizer=bytes")
+    elif config.data.tokenizer == "bpe":
+        wanted = config.data.tokenizer_vocab_size
+        require(size >= wanted, "model.vocab_size", "is smaller than the tokenizer's vocabulary", got=size,
+                expected=f"at least data.tokenizer_vocab_size={wanted}")
+
+
+def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
+    training, limit = config.training, config.model.max_position
+    own_length = stage.sequence_length is not None
+    length = stage.sequence_length if stage.sequence_length is not None else training.sequence_length
+    require(length <= limit, f"{path}.sequence_length" if own_length else "training.sequence_length",
+            "is longer than the model is meant for", got=length, expected=f"at most model.max_position={limit}")
+    batch, micro = stage.batch_size, training.micro_batch_size
+    require(batch is None or micro is None or batch % micro == 0, f"{path}.batch_size",
+            "does not divide into micro batches", got=batch,
+            expected=f"a multiple of training.micro_batch_size={micro}")
+    if stage.trainable != ["*"]:
+        check_patterns(stage.trainable, parameter_names(config), f"{path}.trainable")
+
+
+def check_patterns(patterns: list[str], names: list[str], path: str) -> None:
+    """Every shell pattern must match at least one parameter name.
+
+    Raises:
+        ConfigError: the first pattern that matches none, with the nearest name.
+    """
+    for index, pattern in enumerate(patterns):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            close = nearest(pattern.replace("*", ""), names)
+            raise ConfigError(f"{path}.{index}", "matches no parameter of the model", got=pattern,
+                              expected="a shell pattern over parameter names",
+                              hint=f"did you mean '{close}'?" if close else "")
+
+
+def parameter_names(config: Config) -> list[str]:
+    """Names of the model's parameters; the model is built without memory."""
+    import torch
+
+    from hybridlm.model.model import HybridLM
+
+    with torch.device("meta"):
+        return [name for name, _ in HybridLM(config.model).named_parameters()]

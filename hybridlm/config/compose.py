@@ -1,0 +1,281 @@
+"""From a name and a list of overrides to a checked config: Hydra composes the files, the schema checks the result.
+
+Hydra only picks files (`model=...`, `experiment=...`). Values (`training.steps=100`) are set afterwards, here, so
+that any key of the schema can be set whether or not a YAML file mentions it, and an unknown one is always refused.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from hybridlm.config.checks import validate
+from hybridlm.config.convert import from_dict, load_yaml, to_yaml, yaml_error
+from hybridlm.config.schema import Config
+from hybridlm.errors import ConfigError, nearest
+from hybridlm.model.config import ModelConfig
+
+_HYDRA = threading.RLock()  # Hydra keeps its state in a global
+_YAML = (".yaml", ".yml")
+
+
+def config_dir() -> Path:
+    """The folder of the built-in configs: inside the package when installed from a wheel, else the checkout's.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError("", "the built-in configs are missing", got=str(package / "configs"), hint="reinstall hybridlm")
+
+
+def load_config(name: str = "train", overrides: Sequence[str] = (),
+                config_dir: str | Path | None = None) -> Config:
+    """A whole run, composed and checked.
+
+    `name` is a root config (train), an experiment or model of the built-in ones, or a YAML file such as the
+    config.yaml of a checkpoint. `overrides` are those of the command line: `model=qwen3_next_tiny`,
+    `training.steps=100`, `model=path/to/mine.yaml`. `config_dir` is a folder of your own, laid out as the
+    built-in one and searched before it.
+
+    Raises:
+        ConfigError: anything wrong with a name, a key or a value.
+    """
+    folders = _folders(config_dir)
+    overrides = [str(override) for override in overrides]
+    with tempfile.TemporaryDirectory(prefix="hybridlm-config-") as staging:
+        stage = Path(staging)
+        root, chosen = _stage_root(name, folders, stage)
+        files, values = _split(_parse([*chosen, *overrides]), folders, stage)
+        config = _compose(root, files, [stage, *folders])
+        for override in values:
+            _apply(config, override)
+        data = _resolve(config)
+    result = from_dict(Config, data)
+    validate(result)
+    return result
+
+
+def load_model_config(model: str | Path, overrides: Sequence[str] = (),
+                      config_dir: str | Path | None = None) -> ModelConfig:
+    """The model part of `load_config`: `model` is a built-in name or a YAML file.
+
+    Overrides are those of the command line and start with `model.`.
+    """
+    return load_config("train", [f"model={_quoted(str(model))}", *overrides], config_dir).model
+
+
+def options(group: str, config_dir: str | Path | None = None) -> list[str]:
+    """What may stand in `group=...`, sorted: `options("model")`."""
+    found = {path.stem for folder in _folders(config_dir) for path in (folder / group).glob("*.yaml")}
+    return sorted(found)
+
+
+def _folders(extra: str | Path | None) -> list[Path]:
+    """Folders to search, the user's own first."""
+    if extra is None:
+        return [config_dir()]
+    folder = Path(extra).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError("config_dir", "is not a folder", got=str(extra))
+    return [folder, config_dir()]
+
+
+def _stage_root(name: str, folders: list[Path], stage: Path) -> tuple[str, list[str]]:
+    """Puts the root config into `stage`; returns its name there and the overrides that `name` stands for.
+
+    Hydra finds a root config only in the first folder it searches, and that is `stage`.
+    """
+    if name.endswith(_YAML):
+        path = _existing(name, "")
+        shutil.copyfile(path, stage / "from_file.yaml")
+        return "from_file", []
+    chosen: list[str] = []
+    if not any((folder / f"{name}.yaml").is_file() for folder in folders):
+        group = next((g for g in ("experiment", "model")
+                      for folder in folders if (folder / g / f"{name}.yaml").is_file()), None)
+        if group is None:
+            known = sorted({p.stem for folder in folders for g in (".", "experiment", "model")
+                            for p in (folder / g).glob("*.yaml")})
+            raise ConfigError("", "no config of this name", got=name, expected=f"one of {', '.join(known)}",
+                              hint=_did_you_mean(name, known))
+        name, chosen = "train", [f"{group}={name}"]
+    source = next(folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file())
+    shutil.copyfile(source, stage / f"{name}.yaml")
+    return name, chosen
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    parsed = []
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise ConfigError(text, "is not an override", expected="key=value")
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except OverrideParseException as error:
+            reason = error.message.splitlines()[1] if "\n" in error.message else error.message
+            raise ConfigError("", f"cannot read the override {text!r}: {reason}", expected="key=value",
+                              hint="quote a value with special characters: 'key=\"value\"'") from None
+        if not override.key_or_group:
+            raise ConfigError("", f"cannot read the override {text!r}: no key", expected="key=value")
+        if override.is_sweep_override():
+            raise ConfigError(override.key_or_group, "has several values, a run takes one", got=text.split("=", 1)[1],
+                              hint="write a list as [a,b], or quote text that has a comma")
+        if override.key_or_group.split("/")[0].split(".")[0] == "hydra":
+            raise ConfigError(override.key_or_group, "Hydra's own settings are not used here")
+        parsed.append(override)
+    return parsed
+
+
+def _split(overrides: list[Override], folders: list[Path], stage: Path) -> tuple[list[str], list[Override]]:
+    """Overrides that pick files, for Hydra, and those that set values. A path to a YAML file is staged."""
+    groups = {str(path.parent.relative_to(folder)) for folder in folders for path in folder.rglob("*.yaml")} - {"."}
+    files, values = [], []
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        is_group = key in groups and not isinstance(value, dict)
+        if not is_group and ("/" in key or override.package is not None):
+            raise ConfigError(key, "unknown config group", expected=f"one of {', '.join(sorted(groups))}",
+                              hint=_did_you_mean(key, groups))
+        if not is_group:
+            values.append(override)
+            continue
+        if not override.is_delete() and not isinstance(value, str) and not (key == "experiment" and value is None):
+            raise ConfigError(key, "must name a config", got=value if value is not None else "null",
+                              expected=f"one of {', '.join(_in_group(key, folders))}")
+        if isinstance(value, str) and value.endswith(_YAML):
+            option = _stage_file(_existing(value, key), key, stage)
+            target = f"{key}@{override.package}" if override.package is not None else key
+            files.append(f"{'+' if override.is_add() else ''}{target}={option}")
+        else:
+            assert override.input_line is not None
+            files.append(override.input_line)
+    return files, values
+
+
+def _existing(text: str, key: str) -> Path:
+    path = Path(text).expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(key, "no such file", got=text, expected="a YAML file")
+    return path
+
+
+def _stage_file(path: Path, group: str, stage: Path) -> str:
+    """Copies a user's file into the staged group, under a name no built-in option has; returns that name.
+
+    The config of a whole run (a checkpoint's config.yaml) stands for its part of that group.
+    """
+    option = f"file_{path.stem}"
+    target = stage / group / f"{option}.yaml"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = load_yaml(path)
+    if isinstance(data, dict) and isinstance(data.get(group), dict) and "defaults" not in data:
+        target.write_text(to_yaml(data[group]), encoding="utf-8")
+    else:
+        shutil.copyfile(path, target)
+    return option
+
+
+def _compose(name: str, overrides: list[str], folders: list[Path]) -> DictConfig:
+    """Runs Hydra over `folders`, the first of which wins; leaves a Hydra that is already at work as it was."""
+    others = ",".join(_quoted(f"file://{folder}") for folder in folders[1:])
+    with _HYDRA, _own_hydra():
+        try:
+            with initialize_config_dir(str(folders[0]), job_name="hybridlm", version_base="1.3"):
+                return compose(name, overrides=[*overrides, f"hydra.searchpath=[{others}]"])
+        except MissingConfigException as error:
+            raise _missing_option(error) from None
+        except YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            raise yaml_error(error, Path(mark.name).name if mark else "a config file") from None
+        except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+            raise ConfigError("", _one_line(error)) from None
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    hydra = GlobalHydra.instance()
+    outer, hydra.hydra = hydra.hydra, None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def _missing_option(error: MissingConfigException) -> ConfigError:
+    missing = str(error.missing_cfg_file or "")
+    group, _, option = missing.rpartition("/")
+    known = sorted(name for name in error.options or () if not name.startswith("file_"))
+    return ConfigError(group, "no such option", got=option, expected=f"one of {', '.join(known)}" if known else "",
+                       hint=_did_you_mean(option, known))
+
+
+def _apply(config: DictConfig, override: Override) -> None:
+    """Sets or deletes one value. A mapping is merged into the old one, unless it says which `kind` it is."""
+    key, value = override.key_or_group, override.value()
+    try:
+        OmegaConf.set_struct(config, False)
+        if override.is_delete():
+            _delete(config, key)
+        else:
+            replace = isinstance(value, dict) and "kind" in value
+            OmegaConf.update(config, key, value, merge=not replace, force_add=True)
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(key, f"cannot be set: {_one_line(error)}") from None
+
+
+def _delete(config: DictConfig, key: str) -> None:
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig) or last not in node:
+        known = list(node) if isinstance(node, DictConfig) else []
+        raise ConfigError(key, "cannot be deleted: there is no such key", hint=_did_you_mean(last, known))
+    del node[last]
+
+
+def _resolve(config: DictConfig) -> dict:
+    """Plain data with every interpolation replaced by its value."""
+    try:
+        data = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error.full_key or ""), _one_line(error)) from None
+    assert isinstance(data, dict)
+    return data
+
+
+def _in_group(group: str, folders: list[Path]) -> list[str]:
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def _one_line(error: Exception) -> str:
+    """The first two sentences of an error of Hydra's, which come as lines; the rest is advice about Hydra."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    useful = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "To append"))]
+    return " ".join(useful[:2])
+
+
+def _did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
+    close = nearest(name, known)
+    return f"did you mean '{close}'?" if close else ""
+
+
+def _quoted(text: str) -> str:
+    """A value in the quotes of Hydra's grammar."""
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
