@@ -15,17 +15,10 @@ def phase_steps(length: float, total: int) -> int:
 
 def check_schedule(config: LRScheduleConfig, total: int) -> None:
     """Raise ConfigError unless warm-up and decay fit into `total` steps."""
-    key = "optimizer.schedule"
-    for name in ("warmup", "decay"):
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{key}.{name}", "must not be negative", got=getattr(config, name))
-    if not 0 <= config.min_ratio <= 1:
-        raise ConfigError(f"{key}.min_ratio", "must be a share of the peak learning rate",
-                          got=config.min_ratio, expected="between 0 and 1")
     decay = phase_steps(config.decay, total) if config.kind == "wsd" else 0
     used = phase_steps(config.warmup, total) + decay
     if used > total:
-        raise ConfigError(f"{key}.warmup", f"warm-up and decay take {used} steps of a stage of {total}",
+        raise ConfigError("optimizer.schedule.warmup", f"warm-up and decay take {used} steps of a stage of {total}",
                           got=config.warmup, expected="steps, or a share below 1, that fit into the stage")
 
 

@@ -42,10 +42,6 @@ def test_no_decay_and_no_warmup_divide_by_nothing():
     assert curve(warmup=0, kind="wsd", decay=0) == [1.0] * 100
 
 
-@pytest.mark.parametrize(("kwargs", "word"), [
-    ({"warmup": 80, "kind": "wsd", "decay": 0.5}, "130 steps of a stage of 100"),
-    ({"warmup": -1}, "negative"), ({"min_ratio": 2.0}, "share"),
-])
-def test_schedule_that_does_not_fit_is_refused(kwargs, word):
-    with pytest.raises(ConfigError, match=word):
-        check_schedule(LRScheduleConfig(**kwargs), 100)
+def test_schedule_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="130 steps of a stage of 100"):
+        check_schedule(LRScheduleConfig(warmup=80, kind="wsd", decay=0.5), 100)
