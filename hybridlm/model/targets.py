@@ -6,8 +6,9 @@ B rows, T tokens a row. A document is a row, or what `cu_seqlens` says; nothing 
 from __future__ import annotations
 
 import torch
-from hybridlm_kernels.packing import CuSeqlens
 from torch import Tensor
+
+from hybridlm_kernels.packing import CuSeqlens
 
 IGNORE = -100
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hybridlm_kernels import swiglu
 from torch import Tensor, nn
 
 from hybridlm.model.config import FeedForwardConfig, LayerContext, require
 from hybridlm.model.feed_forward.base import FeedForward, register_feed_forward
 from hybridlm.model.mixers.base import Aux
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import swiglu
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from hybridlm_kernels import moe_experts
 from torch import Tensor, nn
 
 from hybridlm.model.config import FeedForwardConfig, LayerContext, require
@@ -18,6 +17,7 @@ from hybridlm.model.feed_forward.dense import DenseConfig, SwiGLU, check_limit
 from hybridlm.model.feed_forward.router import Router
 from hybridlm.model.mixers.base import Aux
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import moe_experts
 
 
 @dataclass(kw_only=True)

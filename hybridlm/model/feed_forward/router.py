@@ -6,6 +6,7 @@ s: scores; b: correction bias; the sets and symbols are those of DeepSeek-V3, se
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,7 +92,7 @@ class Router(nn.Module):
             aux["load"] = load_E
             aux["stat/max_violation"] = load_E.max() * load_E.shape[0] / load_E.sum() - 1
             aux["stat/dead_experts"] = (load_E == 0).sum().float()
-            aux["stat/router_entropy"] = entropy / torch.log(torch.tensor(max(2.0, float(p_NE.shape[1]))))
+            aux["stat/router_entropy"] = entropy / math.log(max(2, p_NE.shape[1]))
         return aux
 
     def balance_loss(self, s_NE: Tensor, p_NE: Tensor, ids_NA: Tensor, length: int, seq: SequenceInfo) -> Tensor:

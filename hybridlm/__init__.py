@@ -1,0 +1,33 @@
+"""Design and pretrain hybrid language models.
+
+    config = hybridlm.load_config("train", ["model=kimi_linear_tiny"])
+    model = hybridlm.build_model(config)
+    model = hybridlm.load_checkpoint("runs/default")
+
+Names load when first used, so that `import hybridlm` and the command line start at once.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybridlm.checkpoint import load_checkpoint as load_checkpoint
+    from hybridlm.config.compose import load_config as load_config
+    from hybridlm.model.model import build_model as build_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load_config": "hybridlm.config.compose",
+    "build_model": "hybridlm.model.model",
+    "load_checkpoint": "hybridlm.checkpoint",
+}
+
+__all__ = ["__version__", "build_model", "load_checkpoint", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,267 @@
+"""The whole language model: embedding, layers by schedule, head, and multi-token prediction.
+
+B rows, T tokens, D model width, V vocabulary. Single-device code: no trainer, no ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hybridlm.model.block import Block
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.feed_forward import FeedForward
+from hybridlm.model.feed_forward.moe import MixtureOfExperts
+from hybridlm.model.init import init_weights
+from hybridlm.model.mixers.base import Aux
+from hybridlm.model.mtp import MTPModule
+from hybridlm.model.norm import RMSNorm
+from hybridlm.model.output import AuxTotals, ModelOutput, ModelState
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.targets import build_targets, tokens_ahead
+from hybridlm_kernels import CuSeqlens, linear_cross_entropy
+
+Borders = CuSeqlens | Tensor | Sequence[int]
+
+
+class HybridLM(nn.Module):
+    """A hybrid language model with one mixer and one feed-forward a layer.
+
+    Made on a real device it has fresh weights of seed 0. Made under `torch.device("meta")` it allocates nothing;
+    `to_empty(device=...)` and `init_weights(seed)` then make it usable.
+    `activation_checkpointing` keeps only the layers' inputs in training and computes the rest again in the backward.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, name, i) for i, name in enumerate(config.layers()))
+        self.norm = RMSNorm.of(config.norm, config.hidden_size)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.mtp.depth))
+        if self.embed.weight.device.type != "meta":
+            self.init_weights(0)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the head's, or the embedding's when they are tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def blocks(self) -> list[Block]:
+        """`layers`, typed."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Borders | None = None,
+                state: ModelState | None = None, targets: Tensor | None = None, *, return_logits: bool = False,
+                logits_to_keep: int | None = None) -> ModelOutput:
+        """Logits, or the loss.
+
+        Args:
+            input_ids: int64 [B, T].
+            labels: int64 [B, T], aligned with `input_ids` as in transformers (shifted here); -100 does not count.
+            cu_seqlens: borders of packed documents over the B*T flattened tokens, row starts included. None: each
+                row is one document. A CUDA tensor costs a synchronisation; host numbers do not.
+            state: from `new_state`, continued and updated in place; positions go on from what it holds.
+            targets: int64 [B, T, 1 + mtp.depth] instead of `labels`: token t + 1 + d, or -100.
+            return_logits: logits beside the loss; otherwise they are never all in memory.
+            logits_to_keep: logits of the last positions only.
+
+        Raises:
+            ValueError: shapes or borders that do not fit.
+        """
+        seq = self._sequence(input_ids, cu_seqlens, state)
+        targets = self._targets(input_ids, labels, targets, seq.cu_seqlens)
+        if targets is not None and state is not None:
+            raise ValueError("a decode state cannot be trained through: pass labels or targets without state")
+        totals = AuxTotals()
+        h_BTD = self.embed(input_ids)
+        for i, layer in enumerate(self.blocks):
+            h_BTD = self._run(layer, h_BTD, seq, totals, *([] if state is None else [state.layers[i]]))
+        x_BTD = self.norm(h_BTD)
+        if state is not None:
+            state.length += input_ids.shape[1]
+        output = ModelOutput(state=state)
+        if targets is not None:
+            self._losses(output, x_BTD, input_ids, targets, seq, totals)
+        if targets is None or return_logits:
+            output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
+        output.stats = totals.stats()
+        return output
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] of normed hidden states."""
+        logits_BTV = F.linear(x_BTD, self.head_weight)
+        cap = self.config.logit_soft_cap
+        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
+
+    def new_state(self, batch: int, max_length: int | None = None) -> ModelState:
+        """Empty decode state for `batch` rows of at most `max_length` tokens (default: the model's max_position)."""
+        length = self.config.max_position if max_length is None else max_length
+        layers = [layer.mixer.f.new_state(batch, length) for layer in self.blocks]  # type: ignore[operator]
+        return ModelState(layers, batch, length)
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Fresh parameters and buffers; see `hybridlm.model.init`."""
+        init_weights(self, self.config.init_std, seed)
+
+    def num_params(self) -> int:
+        """Parameters, each counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def fp32_parameter_names(self) -> set[str]:
+        """Parameters and buffers that no engine may cast below fp32."""
+        names = set()
+        for prefix, module in self.named_modules():
+            suffixes = getattr(module, "fp32_parameters", ())
+            for name, _ in chain(module.named_parameters(), module.named_buffers()):
+                if any(name == s or name.endswith(f".{s}") for s in suffixes):
+                    names.add(f"{prefix}.{name}" if prefix else name)
+        return names
+
+    def router_loads(self) -> dict[str, Tensor]:
+        """Tokens each expert got since the last optimizer step, by MoE layer: int64 [E] buffers, to be summed over
+        ranks in place before `post_optimizer_step`."""
+        return {name: m.router.load for name, m in self.named_modules() if isinstance(m, MixtureOfExperts)}
+
+    def post_optimizer_step(self, update: bool = True) -> None:
+        """After every optimizer step: move the routers' biases by the loads since the last one, and forget these.
+
+        `update=False` after a skipped step: forget only.
+        """
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                module.post_optimizer_step(update)
+
+    def _sequence(self, input_ids: Tensor, cu_seqlens: Borders | None, state: ModelState | None) -> SequenceInfo:
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids must be [batch, time] with at least one token; got {list(input_ids.shape)}")
+        batch, length = input_ids.shape
+        if state is not None:
+            if cu_seqlens is not None:
+                raise ValueError("packed documents (cu_seqlens) cannot be decoded: give each its own row")
+            if batch != state.batch or state.length + length > state.max_length:
+                raise ValueError(f"the state holds {state.length} of at most {state.max_length} tokens in "
+                                 f"{state.batch} rows; got {length} more in {batch} rows")
+            return SequenceInfo.make(batch, length, input_ids.device, offset=state.length)
+        if cu_seqlens is None:
+            return SequenceInfo.make(batch, length, input_ids.device)
+        borders = CuSeqlens.of(cu_seqlens, input_ids.device)
+        if borders.device != input_ids.device:
+            borders = CuSeqlens(borders.host, input_ids.device)
+        borders.check(batch, length)
+        return SequenceInfo.make(batch, length, input_ids.device, borders)
+
+    def _targets(self, input_ids: Tensor, labels: Tensor | None, targets: Tensor | None,
+                 cu_seqlens: CuSeqlens | None) -> Tensor | None:
+        depth = self.config.mtp.depth
+        if labels is not None:
+            if targets is not None:
+                raise ValueError("labels and targets say the same thing: pass one of them")
+            if labels.shape != input_ids.shape:
+                raise ValueError(f"labels must be {list(input_ids.shape)}; got {list(labels.shape)}")
+            return build_targets(labels, depth, cu_seqlens)
+        if targets is not None and targets.shape != (*input_ids.shape, 1 + depth):
+            raise ValueError(f"targets must be [batch, time, 1 + mtp.depth] = {[*input_ids.shape, 1 + depth]}; "
+                             f"got {list(targets.shape)}")
+        return targets
+
+    def _run(self, module: Block | MTPModule, h_BTD: Tensor, seq: SequenceInfo, totals: AuxTotals,
+             *extra: Any) -> Tensor:
+        """One layer, checkpointed if asked; its aux goes to `totals` and its loads to its buffers, once."""
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            h_BTD, aux = _checkpointed(module, h_BTD, seq, *extra)
+        else:
+            h_BTD, aux = module(h_BTD, seq, *extra)
+        block = module.block if isinstance(module, MTPModule) else module
+        totals.add(block.mixer.f, aux["mixer"])
+        totals.add(block.feed_forward.f, aux["feed_forward"])
+        if self.training:
+            block.record(aux)
+        return h_BTD
+
+    def _losses(self, output: ModelOutput, x_BTD: Tensor, input_ids: Tensor, targets_BTd: Tensor, seq: SequenceInfo,
+                totals: AuxTotals) -> None:
+        config, losses = self.config, output.losses
+        losses["lm"], z, output.num_tokens = self._cross_entropy(x_BTD, targets_BTd[..., 0], config.z_loss)
+        loss = losses["lm"]
+        if config.z_loss:
+            losses["z"] = z
+            loss = loss + config.z_loss * z
+        if config.mtp.depth:
+            by_depth = []
+            for k, module in enumerate(self.mtp, start=1):
+                ahead_BTD = self.embed(tokens_ahead(input_ids, targets_BTd, k, seq.cu_seqlens))
+                x_BTD = self._run(module, x_BTD, seq, totals, ahead_BTD)  # type: ignore[arg-type]
+                by_depth.append(self._cross_entropy(x_BTD, targets_BTd[..., k])[0])
+            losses["mtp"] = torch.stack(by_depth).mean()
+            loss = loss + config.mtp.loss_weight * losses["mtp"]
+        means, weighted = totals.losses()
+        losses.update(means)
+        output.loss = sum(weighted, start=loss)
+
+    def _cross_entropy(self, x_BTD: Tensor, labels_BT: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean cross entropy and mean logsumexp^2 over the tokens that count, and how many do."""
+        x_ND, weight_VD = x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_weight
+        if torch.is_autocast_enabled(x_ND.device.type):  # a fused operation does not take part in autocast
+            dtype = torch.get_autocast_dtype(x_ND.device.type)
+            x_ND, weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
+        loss_sum, z_sum, count = linear_cross_entropy(x_ND, weight_VD, labels_BT.reshape(-1), z_loss=z_loss,
+                                                      soft_cap=self.config.logit_soft_cap)
+        n = count.clamp(min=1)
+        return loss_sum / n, z_sum / n, count
+
+
+def _checkpointed(module: nn.Module, h_BTD: Tensor, seq: SequenceInfo, *extra: Any) -> tuple[Tensor, dict[str, Aux]]:
+    """The layer with its inner activations computed again in the backward.
+
+    Each computation starts from the shared notes as they were before this layer: what later layers write there must
+    not reach the second one.
+    """
+    before = dict(seq.shared)
+    notes: list[dict[str, Any]] = []
+
+    def run(h_BTD: Tensor, *extra: Any) -> tuple[Tensor, dict[str, Aux]]:
+        local = replace(seq, shared=dict(before))
+        out = module(h_BTD, local, *extra)
+        notes.append(local.shared)
+        return out
+
+    out = checkpoint(run, h_BTD, *extra, use_reentrant=False, preserve_rng_state=False)
+    seq.shared.update(notes[0])
+    return out
+
+
+def build_model(config: Any, *, seed: int | None = None, device: torch.device | str = "cpu") -> HybridLM:
+    """A model with fresh weights from a run's config or a ModelConfig.
+
+    `seed` defaults to the run's `training.seed`, else 0. On the "meta" device nothing is allocated.
+
+    Raises:
+        ConfigError: a value that cannot be built.
+    """
+    model_config: ModelConfig = getattr(config, "model", config)
+    if seed is None:
+        seed = config.training.seed if hasattr(config, "training") else 0
+    with torch.device("meta"):
+        model = HybridLM(model_config)
+    if torch.device(device).type == "meta":
+        return model
+    model = model.to_empty(device=device)
+    model.init_weights(seed)
+    return model

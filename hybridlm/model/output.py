@@ -1,0 +1,71 @@
+"""What a forward returns, and how the layers' losses and statistics become the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.model.mixers.base import Aux
+
+
+@dataclass
+class ModelState:
+    """What the model keeps of `length` tokens a row while decoding; updated in place."""
+
+    layers: list[Any]  # one decode state a layer
+    batch: int
+    max_length: int
+    length: int = 0
+
+
+@dataclass
+class ModelOutput:
+    """Result of one forward; attributes are named as in transformers.
+
+    `loss` is what is trained: the weighted sum of `losses`. Those are scalars, not weighted: `lm` and `mtp` nats a
+    token, `z` mean of logsumexp^2, `balance` 1 where experts are balanced. `stats` are scalars without gradient,
+    each the mean over the layers that have it, with the extremes as `<name>_min` and `<name>_max`.
+    `num_tokens` is how many tokens the `lm` loss is a mean over.
+    """
+
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    state: ModelState | None = None
+    num_tokens: Tensor | None = None
+
+
+class AuxTotals:
+    """Collects the aux of all branches of one forward."""
+
+    def __init__(self) -> None:
+        self._losses: dict[str, list[tuple[float, Tensor]]] = {}
+        self._stats: dict[str, list[Tensor]] = {}
+
+    def add(self, f: nn.Module, aux: Aux) -> None:
+        """The aux of the mixer or feed-forward `f`."""
+        weights = getattr(f, "loss_weights", {})
+        for key, value in aux.items():
+            group, _, name = key.partition("/")
+            if group == "loss":
+                self._losses.setdefault(name, []).append((weights.get(name, 0.0), value))
+            elif group == "stat":
+                self._stats.setdefault(name, []).append(value.detach())
+
+    def losses(self) -> tuple[dict[str, Tensor], Iterable[Tensor]]:
+        """Each loss averaged over its layers, and the weighted terms to add to the model's loss."""
+        means = {name: torch.stack([v for _, v in terms]).mean() for name, terms in self._losses.items()}
+        weighted = [weight * value / len(terms) for terms in self._losses.values() for weight, value in terms if weight]
+        return means, weighted
+
+    def stats(self) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for name, values in self._stats.items():
+            stacked = torch.stack(values)
+            out[name], out[f"{name}_min"], out[f"{name}_max"] = stacked.mean(), stacked.min(), stacked.max()
+        return out
