@@ -1,0 +1,111 @@
+"""Decode state: what a layer keeps of the tokens it has seen. Updated in place; no gradient passes through it.
+
+B rows, S tokens kept, H query/key heads, G value heads, K key dim, V value dim, C channels, W taps of a convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hybridlm.errors import ConfigError
+
+
+class TokenCache:
+    """One tensor a token, for all past tokens: [B, S, ...].
+
+    The buffer takes dtype and device from the first tokens and doubles up to `max_length`. With `window`, only the
+    `window - 1` newest tokens stay: those that the next token can still see.
+    """
+
+    def __init__(self, max_length: int, window: int | None = None):
+        self.max_length, self.window = max_length, window
+        self.length = 0  # tokens seen
+        self._buffer: Tensor | None = None
+
+    def append(self, x: Tensor) -> Tensor:
+        """Add [B, T, ...]; return the kept tokens and the new ones, [B, S, ...].
+
+        Raises:
+            ConfigError: more tokens than `max_length`.
+        """
+        x, start = x.detach(), self.length
+        self.length += x.shape[1]
+        if self.length > self.max_length:
+            raise ConfigError("max_length", "the decode state is full", got=self.length,
+                              expected=f"at most {self.max_length} tokens", hint="make it with a larger max_length")
+        if self.window is not None:
+            x = x if self._buffer is None else torch.cat([self._buffer, x], 1)
+            self._buffer = x[:, max(x.shape[1] - self.window + 1, 0) :].clone()
+            return x
+        if self._buffer is None or self.length > self._buffer.shape[1]:
+            self._buffer = self._grown(x, start)
+        self._buffer[:, start : self.length] = x
+        return self._buffer[:, : self.length]
+
+    def _grown(self, x: Tensor, kept: int) -> Tensor:
+        # The first tokens are usually a whole prompt: leave room for some more.
+        capacity = max(self.length + 64, 0 if self._buffer is None else 2 * self._buffer.shape[1])
+        grown = x.new_empty(x.shape[0], min(capacity, self.max_length), *x.shape[2:])
+        if self._buffer is not None:
+            grown[:, :kept] = self._buffer[:, :kept]
+        return grown
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tokens kept (the buffer may have room for more)."""
+        if self._buffer is None:
+            return 0
+        used = self._buffer if self.window is not None else self._buffer[:, : self.length]
+        return used.numel() * used.element_size()
+
+
+@dataclass
+class AttentionState:
+    """Keys [B, S, G, K] and values [B, S, G, V] of grouped-query attention, and keys of the indexer [B, S, I]."""
+
+    keys: TokenCache
+    values: TokenCache
+    index_keys: TokenCache
+
+    @classmethod
+    def empty(cls, max_length: int, window: int | None = None) -> AttentionState:
+        return cls(TokenCache(max_length, window), TokenCache(max_length, window), TokenCache(max_length))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.num_bytes + self.values.num_bytes + self.index_keys.num_bytes
+
+
+@dataclass
+class LatentState:
+    """MLA: the normed latent with the rotated shared key behind it, [B, S, kv_lora_rank + qk_rope_head_dim]."""
+
+    latent: TokenCache
+    index_keys: TokenCache
+
+    @classmethod
+    def empty(cls, max_length: int) -> LatentState:
+        return cls(TokenCache(max_length), TokenCache(max_length))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.latent.num_bytes + self.index_keys.num_bytes
+
+
+@dataclass
+class RecurrentState:
+    """Linear mixers: the state matrix [B, G, K, V] and the last W - 1 inputs of each convolution [B, C, W-1].
+
+    None before the first token, which stands for zeros.
+    """
+
+    matrix: Tensor | None = None
+    conv: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [*self.conv.values(), *([] if self.matrix is None else [self.matrix])]
+        return sum(t.numel() * t.element_size() for t in tensors)

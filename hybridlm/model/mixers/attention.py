@@ -1,0 +1,169 @@
+"""Grouped-query softmax attention, dense, windowed or over the keys an indexer selects.
+
+    q_t = rope(norm(W_q x_t)),  k_t = rope(norm(W_k x_t)),  v_t = W_v x_t
+    o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s,   y_t = W_o (o_t * sigmoid(W_g x_t))
+
+Sources: Ainslie et al. 2023 (GQA); output gate and norm per head: Qwen3-Next; norm over all heads: MiniMax-M2, OLMo 2;
+window and sinks: gpt-oss.
+B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim, k selected keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.model.cache import AttentionState
+from hybridlm.model.config import LayerContext, MixerConfig, require
+from hybridlm.model.mixers.base import Aux, register_mixer
+from hybridlm.model.mixers.cost import visible_keys
+from hybridlm.model.mixers.indexer import IndexedMixer, IndexerConfig
+from hybridlm.model.mixers.init import init_projections
+from hybridlm.model.norm import RMSNorm
+from hybridlm.model.rope import RopeConfig, rotate
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import attention, sparse_attention
+
+OutputGate = Literal["none", "element", "head"]
+
+
+@dataclass(kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Grouped-query attention. `num_kv_heads` null: as many as `num_heads`.
+
+    `qk_norm`: `head` norms each head's q and k, `full` norms the whole projected vectors before they are split into
+    heads; `qk_norm_eps` null takes the model's. `output_gate`: a sigmoid gate for each element or each head.
+    `window`: number of keys a token sees, itself included. `sinks`: one learned logit a head that takes part in the
+    softmax and carries no value. `indexer` turns the layer into DSA.
+    """
+
+    kind: str = "attention"
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qk_norm: Literal["none", "head", "full"] = "none"
+    qk_norm_eps: float | None = None
+    output_gate: OutputGate = "none"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    window: int | None = None
+    sinks: bool = False
+    indexer: IndexerConfig | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("num_heads", "head_dim", "kv_heads"):
+            require(getattr(self, key) > 0, key.replace("kv_heads", "num_kv_heads"), "must be positive",
+                    got=getattr(self, key))
+        require(self.num_heads % self.kv_heads == 0, "num_kv_heads", "must divide num_heads", got=self.num_kv_heads,
+                expected=f"a divisor of {self.num_heads}")
+        self.rope.check(self.head_dim)
+        require(self.window is None or self.window > 0, "window", "must be positive", got=self.window,
+                hint="null sees all earlier tokens")
+        if self.indexer is not None:
+            require(self.window is None, "window", "cannot stand beside an indexer", got=self.window, expected="null")
+            require(not self.sinks, "sinks", "cannot stand beside an indexer", got=True, expected="false")
+            self.indexer.check_rope(self.index_rope_dim)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def index_rope_dim(self) -> int:
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    def num_params(self, context: LayerContext) -> int:
+        D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
+        gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
+        count = D * (2 * H * K + 2 * G * K + gate)
+        count += (H * K + 2 * G * K + gate) * self.qkv_bias + D * self.o_bias + H * self.sinks
+        count += {"none": 0, "head": 2 * K, "full": (H + G) * K}[self.qk_norm]
+        return count + (0 if self.indexer is None else self.indexer.num_params(context, D))
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
+        gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
+        sparse = self.indexer is not None and self.indexer.mode == "sparse"
+        limit = self.indexer.topk if self.indexer is not None and sparse else self.window
+        parts = {"projections": 2.0 * D * (2 * H * K + 2 * G * K + gate),
+                 "attention": 4.0 * H * K * visible_keys(context_length, limit)}
+        if self.indexer is not None:
+            parts["indexer"] = self.indexer.flops_per_token(context, D, context_length)
+        return parts
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        kept = context_length if self.window is None else min(context_length, self.window - 1)
+        index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
+        return kept * 2 * self.kv_heads * self.head_dim * element_bytes + index
+
+
+@register_mixer("attention", AttentionConfig)
+class Attention(IndexedMixer):
+    """Parameters: q_proj, k_proj, v_proj, o_proj, and by option g_proj, q_norm, k_norm, sinks [H], indexer."""
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = (*IndexedMixer.fp32_parameters, "sinks")
+
+    def __init__(self, config: AttentionConfig, context: LayerContext):
+        super().__init__(config.indexer, context)
+        self.config = config
+        D, H, G, K = context.hidden_size, config.num_heads, config.kv_heads, config.head_dim
+        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.g_proj = build_output_gate(config.output_gate, D, H, K, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * K, D, bias=config.o_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            self.q_norm = RMSNorm.of(context.norm, H * K if full else K, config.qk_norm_eps)
+            self.k_norm = RMSNorm.of(context.norm, G * K if full else K, config.qk_norm_eps)
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.sinks else None
+        self.rotary_dim = config.rope.rotary_dim(K)
+        self.build_indexer(context, D, config.rope, config.index_rope_dim)
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: AttentionState | None = None) -> tuple[Tensor, Aux]:
+        q_BTHK = self._heads(self.q_proj(x_BTD), self.q_norm, seq)
+        k_BSGK = self._heads(self.k_proj(x_BTD), self.k_norm, seq)
+        v_BSGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
+        if state is not None:
+            k_BSGK, v_BSGK = state.keys.append(k_BSGK), state.values.append(v_BSGK)
+        indices_BTk = self.select(x_BTD, x_BTD, seq, None if state is None else state.index_keys)
+        if indices_BTk is None:
+            o_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, window=self.config.window, sinks_H=self.sinks,
+                               cu_seqlens=seq.cu_seqlens)
+        else:
+            o_BTHK = sparse_attention(q_BTHK, k_BSGK, v_BSGK, indices_BTk)
+        return self.o_proj(gate_output(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), {}
+
+    def _heads(self, projected: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:
+        if norm is not None and self.config.qk_norm == "full":
+            projected = norm(projected)
+        x_BTHK = projected.unflatten(-1, (-1, self.config.head_dim))
+        if norm is not None and self.config.qk_norm == "head":
+            x_BTHK = norm(x_BTHK)
+        return rotate(x_BTHK, self.config.rope, self.rotary_dim, seq)
+
+    def new_state(self, batch: int, max_length: int) -> AttentionState:
+        return AttentionState.empty(max_length, self.config.window)
+
+    def init_weights(self, std: float) -> None:
+        init_projections(self, std)
+        if self.sinks is not None:
+            nn.init.normal_(self.sinks, std=std)
+
+
+def build_output_gate(kind: OutputGate, hidden_size: int, heads: int, dim: int, *, bias: bool) -> nn.Linear | None:
+    """The projection whose sigmoid scales what attention puts out: each element, or each head of `dim` elements."""
+    return None if kind == "none" else nn.Linear(hidden_size, heads * (dim if kind == "element" else 1), bias=bias)
+
+
+def gate_output(o_BTHV: Tensor, x_BTD: Tensor, g_proj: nn.Linear | None, kind: OutputGate) -> Tensor:
+    """o, gated by sigmoid(g_proj(x)), heads side by side [B, T, H * V]."""
+    if g_proj is None:
+        return o_BTHV.flatten(-2)
+    gate = g_proj(x_BTD).sigmoid()
+    return o_BTHV.flatten(-2) * gate if kind == "element" else (o_BTHV * gate[..., None]).flatten(-2)

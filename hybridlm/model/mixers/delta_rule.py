@@ -1,0 +1,83 @@
+"""The delta rule with decay: DeltaNet, Gated DeltaNet and Kimi Delta Attention (KDA).
+
+    S_t = Diag(e^{g_t}) S_{t-1};   S_t += beta_t k_t (v_t - S_t^T k_t)^T;   o_t = S_t^T q_t / sqrt(K)
+    y_t = W_o (norm(o_t) * act(W_g x_t)),   q, k = l2norm(silu(conv(W x))),   v = silu(conv(W x))
+
+Sources: Yang et al. 2024 (DeltaNet; Gated Delta Networks), Kimi Linear 2025 (KDA), Qwen3-Next, OLMo-Hybrid.
+B rows, T tokens, D hidden size, H key heads, G value heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from hybridlm.model.cache import RecurrentState
+from hybridlm.model.config import LayerContext, require
+from hybridlm.model.mixers.base import Aux, register_mixer
+from hybridlm.model.mixers.recurrent import RecurrentConfig, RecurrentMixer
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import delta_rule
+
+
+@dataclass(kw_only=True)
+class DeltaRuleConfig(RecurrentConfig):
+    """`decay`: none (DeltaNet), scalar (one a value head: Gated DeltaNet) or channel (one a key channel: KDA).
+
+    beta = beta_scale * sigmoid(W_b x); a scale of 2 allows negative eigenvalues (Grazzi et al. 2024, OLMo-Hybrid).
+    """
+
+    kind: str = "delta_rule"
+    decay: Literal["none", "scalar", "channel"] = "channel"
+    gate: Literal["softplus", "lower_bounded"] = "softplus"
+    conv_size: int = 4
+    beta_scale: float = 1.0
+    qk_l2norm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.beta_scale <= 2, "beta_scale", "must keep the state stable", got=self.beta_scale,
+                expected="above 0, at most 2")
+
+    def num_params(self, context: LayerContext) -> int:
+        return super().num_params(context) + context.hidden_size * self.value_heads + self.value_dim
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        parts = super().flops_per_token(context, context_length)
+        parts["projections"] += 2.0 * context.hidden_size * self.value_heads
+        return parts
+
+    def _updates(self) -> int:
+        return super()._updates() + 2  # S^T k, besides S^T q and the outer product
+
+
+@register_mixer("delta_rule", DeltaRuleConfig)
+class DeltaRule(RecurrentMixer):
+    """Parameters: those of `RecurrentMixer`, b_proj [G], and o_norm over the dims of one head."""
+
+    config: DeltaRuleConfig
+
+    def __init__(self, config: DeltaRuleConfig, context: LayerContext):
+        super().__init__(config, context)
+        self.b_proj = nn.Linear(context.hidden_size, config.value_heads, bias=False)
+        self.o_norm = self.output_norm(config.value_dim, context)
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None = None) -> tuple[Tensor, Aux]:
+        config = self.config
+        q_BTHK, k_BTHK = (self.projected(name, x_BTD, seq, state).unflatten(-1, (config.num_heads, config.head_dim))
+                          for name in ("q", "k"))
+        v_BTGV = self.projected("v", x_BTD, seq, state).unflatten(-1, (config.value_heads, config.value_dim))
+        beta_BTG = self.b_proj(x_BTD).sigmoid()
+        if config.beta_scale != 1:
+            beta_BTG = beta_BTG * config.beta_scale
+        g = None
+        if config.decay != "none":
+            g = self.log_decay(self.step(x_BTD))
+            g = g.to(v_BTGV.dtype) if config.gate_dtype == "model" else g
+        o_BTGV, matrix = delta_rule(q_BTHK, k_BTHK, v_BTGV, g=g, beta=beta_BTG, qk_l2norm=config.qk_l2norm,
+                                    cu_seqlens=seq.cu_seqlens, initial_state=None if state is None else state.matrix)
+        if state is not None:
+            state.matrix = matrix
+        return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=False), {}

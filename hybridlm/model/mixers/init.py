@@ -1,0 +1,41 @@
+"""Initial values that several mixers share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.model.norm import GatedRMSNorm, RMSNorm
+
+
+def init_projections(mixer: nn.Module, std: float) -> None:
+    """Linear weights normal(0, std), biases zero, norms the identity: whatever has no published start of its own."""
+    for module in mixer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm | GatedRMSNorm | nn.LayerNorm):
+            module.reset_parameters()
+
+
+@torch.no_grad()
+def init_conv(weight_CW: Tensor) -> None:
+    """Depthwise convolution: uniform in +-W^-0.5, the default of torch's Conv1d, which the published models keep."""
+    bound = weight_CW.shape[1] ** -0.5
+    weight_CW.uniform_(-bound, bound)
+
+
+@torch.no_grad()
+def init_log_uniform(x: Tensor, low: float, high: float) -> None:
+    """x = log U(low, high); low = high sets every entry to the same value."""
+    x.uniform_(low, high).log_()
+
+
+@torch.no_grad()
+def init_inverse_softplus(x: Tensor, low: float, high: float, floor: float = 1e-4) -> None:
+    """softplus(x) is log-uniform in [low, high]: the step sizes of Mamba (Gu & Dao 2023), as KDA and OLMo start."""
+    step = x.uniform_(math.log(low), math.log(high)).exp_().clamp_min_(floor)
+    x.copy_(step + torch.log(-torch.expm1(-step)))

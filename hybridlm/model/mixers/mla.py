@@ -1,0 +1,207 @@
+"""Multi-head latent attention: keys and values of all heads come from one small latent, which is all the cache holds.
+
+    c_t = norm(W_kva x_t)[:C],  r_t = rope(W_kva x_t)[C:]           (latent, and one rotated key part for all heads)
+    k_th = [W_uk,h c_t | r_t],  v_th = W_uv,h c_t                   (W_kvb holds W_uk and W_uv)
+    o_th = sum_s softmax_s(q_th . k_sh * scale) v_sh
+
+Absorbed form, the same numbers without ever expanding the latents: q' = [W_uk^T q_nope | q_rope], k' = [c | r],
+o = W_uv (sum_s p_s c_s).
+Sources: DeepSeek-V2 (section 2.1), DeepSeek-V3; without RoPE: Kimi Linear; gate per head: Ling 3.0; indexer:
+DeepSeek-V3.2.
+B rows, T tokens, S keys, D hidden size, H heads, N/R unrotated/rotated key dims, K = N + R, V value dim, C latent dim,
+L = C + R, Q width of the queries' input, k selected keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.model.cache import LatentState
+from hybridlm.model.config import LayerContext, MixerConfig, NormConfig, require
+from hybridlm.model.mixers.attention import OutputGate, build_output_gate, gate_output
+from hybridlm.model.mixers.base import Aux, register_mixer
+from hybridlm.model.mixers.cost import visible_keys
+from hybridlm.model.mixers.indexer import IndexedMixer, IndexerConfig
+from hybridlm.model.mixers.init import init_projections
+from hybridlm.model.norm import RMSNorm
+from hybridlm.model.rope import RopeConfig, rotate
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import attention, sparse_attention
+
+
+@dataclass(kw_only=True)
+class MLAConfig(MixerConfig):
+    """Multi-head latent attention.
+
+    `q_lora_rank` null: queries straight from x by `q_proj`. `rope.kind: none` keeps the `qk_rope_head_dim` shared key
+    dims and does not rotate them (Kimi Linear). `norm_eps`: of the norms of both latents; null takes the model's.
+    `bias`: of q_a_proj, kv_a_proj and o_proj. `output_gate`: a sigmoid gate for each element or each head.
+    """
+
+    kind: str = "mla"
+    num_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    rope: RopeConfig = field(default_factory=lambda: RopeConfig(kind="interleaved"))
+    norm_eps: float | None = None
+    bias: bool = False
+    output_gate: OutputGate = "none"
+    indexer: IndexerConfig | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        require(self.q_lora_rank is None or self.q_lora_rank > 0, "q_lora_rank", "must be positive",
+                got=self.q_lora_rank, hint="null projects queries straight from the input")
+        require(self.qk_rope_head_dim >= 0, "qk_rope_head_dim", "must not be negative", got=self.qk_rope_head_dim)
+        require(self.rope.kind == "none" or (self.qk_rope_head_dim > 0 and self.qk_rope_head_dim % 2 == 0),
+                "qk_rope_head_dim", "must be even to be rotated", got=self.qk_rope_head_dim,
+                hint="rope.kind=none rotates nothing")
+        require(self.rope.partial_rotary_factor == 1, "rope.partial_rotary_factor", "is not used by mla",
+                got=self.rope.partial_rotary_factor, expected="1", hint="qk_rope_head_dim says how many dims rotate")
+        require(self.norm_eps is None or self.norm_eps > 0, "norm_eps", "must be positive", got=self.norm_eps)
+        if self.indexer is not None:
+            self.indexer.check_rope(self.qk_rope_head_dim)
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def _widths(self, context: LayerContext) -> tuple[int, int, int]:
+        """Input width of the indexer's queries, weights of the projections, outputs of the gate."""
+        D, H, C, Q = context.hidden_size, self.num_heads, self.kv_lora_rank, self.q_lora_rank
+        gate = {"none": 0, "element": H * self.v_head_dim, "head": H}[self.output_gate]
+        queries = D * H * self.qk_head_dim if Q is None else Q * (D + H * self.qk_head_dim)
+        latents = D * (C + self.qk_rope_head_dim) + C * H * (self.qk_nope_head_dim + self.v_head_dim)
+        return D if Q is None else Q, queries + latents + D * (H * self.v_head_dim + gate), gate
+
+    def num_params(self, context: LayerContext) -> int:
+        query_dim, weights, _ = self._widths(context)
+        Q = self.q_lora_rank or 0
+        norms = Q + self.kv_lora_rank
+        biases = (Q + self.kv_lora_rank + self.qk_rope_head_dim + context.hidden_size) * self.bias
+        index = 0 if self.indexer is None else self.indexer.num_params(context, query_dim)
+        return weights + norms + biases + index
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        query_dim, weights, _ = self._widths(context)
+        sparse = self.indexer is not None and self.indexer.mode == "sparse"
+        keys = visible_keys(context_length, self.indexer.topk if self.indexer is not None and sparse else None)
+        parts = {"projections": 2.0 * weights,
+                 "attention": 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * keys}
+        if self.indexer is not None:
+            parts["indexer"] = self.indexer.flops_per_token(context, query_dim, context_length)
+        return parts
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
+        return context_length * (self.kv_lora_rank + self.qk_rope_head_dim) * element_bytes + index
+
+
+@register_mixer("mla", MLAConfig)
+class MLA(IndexedMixer):
+    """Parameters: q_proj or q_a_proj, q_a_norm, q_b_proj; kv_a_proj, kv_a_norm, kv_b_proj, o_proj; g_proj, indexer.
+
+    Rows of q_proj and q_b_proj: heads of [N unrotated | R rotated]. Rows of kv_a_proj: [C latent | R rotated]. Rows
+    of kv_b_proj: heads of [N keys | V values].
+    """
+
+    def __init__(self, config: MLAConfig, context: LayerContext):
+        super().__init__(config.indexer, context)
+        self.config = config
+        D, H, C, Q = context.hidden_size, config.num_heads, config.kv_lora_rank, config.q_lora_rank
+        N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        latent_norm = NormConfig(eps=config.norm_eps or context.norm.eps, zero_centered=context.norm.zero_centered)
+        if Q is None:
+            self.q_proj = nn.Linear(D, H * (N + R), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(D, Q, bias=config.bias)
+            self.q_a_norm = RMSNorm.of(latent_norm, Q)
+            self.q_b_proj = nn.Linear(Q, H * (N + R), bias=False)
+        self.kv_a_proj = nn.Linear(D, C + R, bias=config.bias)
+        self.kv_a_norm = RMSNorm.of(latent_norm, C)
+        self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)
+        self.g_proj = build_output_gate(config.output_gate, D, H, V, bias=False)
+        self.o_proj = nn.Linear(H * V, D, bias=config.bias)
+        yarn = config.rope.scaling if config.rope.kind != "none" else None
+        self.scale = (N + R) ** -0.5 * (1.0 if yarn is None else yarn.softmax_scale())
+        self.build_indexer(context, D if Q is None else Q, config.rope, R)
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: LatentState | None = None) -> tuple[Tensor, Aux]:
+        config = self.config
+        input_BTQ = x_BTD if config.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x_BTD))
+        q_BTHK = (self.q_proj if config.q_lora_rank is None else self.q_b_proj)(input_BTQ)
+        q_BTHK = q_BTHK.unflatten(-1, (config.num_heads, config.qk_head_dim))
+        c_BTC, r_BTR = self.kv_a_proj(x_BTD).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        c_BTC = self.kv_a_norm(c_BTC)
+        r_BTR = rotate(r_BTR[:, :, None], config.rope, config.qk_rope_head_dim, seq)[:, :, 0]
+        latent_BSL = None if state is None else state.latent.append(torch.cat([c_BTC, r_BTR], -1))
+        indices_BTk = self.select(x_BTD, input_BTQ, seq, None if state is None else state.index_keys)
+        if self._absorbs(x_BTD.shape[1], indices_BTk):
+            if latent_BSL is None:
+                latent_BSL = torch.cat([c_BTC, r_BTR], -1)
+            o_BTHV = self._absorbed(q_BTHK, latent_BSL, seq, indices_BTk)
+        else:
+            if latent_BSL is not None:
+                c_BTC, r_BTR = latent_BSL.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+            o_BTHV = self._expanded(q_BTHK, c_BTC, r_BTR, seq, indices_BTk)
+        return self.o_proj(gate_output(o_BTHV, x_BTD, self.g_proj, config.output_gate)), {}
+
+    def _absorbs(self, queries: int, indices_BTk: Tensor | None) -> bool:
+        """Whether the absorbed form does less work.
+
+        Dense: it saves expanding the latents, but its scores are wider; it wins for few queries (decoding). Over
+        selected keys it reads one latent where the expanded form gathers the keys and values of every head.
+        """
+        config = self.config
+        if indices_BTk is not None:
+            return True
+        widths = config.qk_nope_head_dim + config.v_head_dim
+        return queries * (2 * config.kv_lora_rank - widths) < config.kv_lora_rank * widths
+
+    def _split_queries(self, q_BTHK: Tensor, seq: SequenceInfo) -> tuple[Tensor, Tensor]:
+        """Unrotated dims [B, T, H, N] and rotated dims [B, T, H, R]."""
+        config = self.config
+        q_BTHN, q_BTHR = q_BTHK.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+        return q_BTHN, rotate(q_BTHR, config.rope, config.qk_rope_head_dim, seq)
+
+    def _expanded(self, q_BTHK: Tensor, c_BSC: Tensor, r_BSR: Tensor, seq: SequenceInfo,
+                  indices_BTk: Tensor | None) -> Tensor:
+        """o [B, T, H, V] by the keys and values of every head."""
+        config = self.config
+        if config.rope.kind != "none":
+            q_BTHK = torch.cat(self._split_queries(q_BTHK, seq), -1)
+        kv = self.kv_b_proj(c_BSC).unflatten(-1, (config.num_heads, -1))
+        k_BSHK, v_BSHV = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+        if config.qk_rope_head_dim:
+            k_BSHK = torch.cat([k_BSHK, r_BSR[:, :, None].expand(-1, -1, config.num_heads, -1)], -1)
+        if indices_BTk is not None:
+            return sparse_attention(q_BTHK, k_BSHK, v_BSHV, indices_BTk, scale=self.scale)
+        return attention(q_BTHK, k_BSHK, v_BSHV, scale=self.scale, cu_seqlens=seq.cu_seqlens)
+
+    def _absorbed(self, q_BTHK: Tensor, latent_BSL: Tensor, seq: SequenceInfo, indices_BTk: Tensor | None) -> Tensor:
+        """o [B, T, H, V] by one key and value for all heads: the latent itself, L = C + R wide."""
+        config = self.config
+        up_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))
+        up_HNC, up_HVC = up_HXC.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+        q_BTHN, q_BTHR = self._split_queries(q_BTHK, seq)
+        q_BTHL = torch.cat([torch.einsum("bthn,hnc->bthc", q_BTHN, up_HNC), q_BTHR], -1)
+        k_BS1L = latent_BSL[:, :, None]
+        v_BS1C = k_BS1L[..., : config.kv_lora_rank]
+        if indices_BTk is None:
+            o_BTHC = attention(q_BTHL, k_BS1L, v_BS1C, scale=self.scale, cu_seqlens=seq.cu_seqlens)
+        else:
+            o_BTHC = sparse_attention(q_BTHL, k_BS1L, v_BS1C, indices_BTk, scale=self.scale)
+        return torch.einsum("bthc,hvc->bthv", o_BTHC, up_HVC)
+
+    def new_state(self, batch: int, max_length: int) -> LatentState:
+        return LatentState.empty(max_length)
+
+    def init_weights(self, std: float) -> None:
+        init_projections(self, std)
