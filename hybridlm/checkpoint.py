@@ -327,7 +327,8 @@ def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> Hybrid
     folder = resolve(path)
     model = HybridLM(read_model_config(folder))
     load_weights(model, folder)
-    model.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    model.tokenizer = tokenizer  # type: ignore[assignment]
     return model.to(device).eval()
 
 

@@ -92,7 +92,7 @@ def test_newer_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT_VERSION", 99)
         folder = save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match="format 99.*update hybridlm"):
+    with pytest.raises(CheckpointError, match=r"format 99.*update hybridlm"):
         checkpoint.resolve(folder)
 
 
@@ -138,7 +138,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
     folder = save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"'embed.weight' is \[7, 4\] there and \[7, 5\] here"):
         checkpoint.load_weights(Tied(width=5), folder)
-    with pytest.raises(CheckpointError, match="the model has no 'bias'.*'weight' is not in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"the model has no 'bias'.*'weight' is not in the checkpoint"):
         checkpoint.load_weights(nn.Linear(2, 2, bias=False), folder)
 
 

@@ -1,0 +1,108 @@
+"""What happens when a loss or gradient is not finite: the step is skipped, and in the end the culprit is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.distributed.engine import Engine, Objective
+
+
+class TrainingStopped(Exception):
+    """The run cannot go on, through no mistake in its config that could be seen before. One line for the user."""
+
+    exit_code = 1
+
+
+class BadStepGuard:
+    """Counts non-finite steps in a row and stops the run at `limit`."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.in_a_row = 0
+
+    def see(self, good: bool) -> bool:
+        """Count one step; True when the run must stop."""
+        self.in_a_row = 0 if good else self.in_a_row + 1
+        return self.in_a_row >= self.limit
+
+
+def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) -> str:
+    """Run the parts of a step again and name what first turns not finite.
+
+    Looked for in this order: a weight, an output in the forward (innermost module first), a gradient in the
+    backward (the module whose output first receives one).
+    """
+    for name, tensor in _weights(engine.model):
+        if not _finite(tensor):
+            return f"weight '{name}' itself is not finite"
+    for part in parts:
+        with _watching(engine.model) as found:
+            contribution = objective(engine.model, engine.move(part))
+            if not found and not _finite(contribution.loss):
+                return "the loss, computed from finite layers"
+            if not found:
+                contribution.loss.backward()
+        engine.model.zero_grad(set_to_none=True)
+        if found:
+            return found[0]
+    return "nothing: the same batch is finite when computed again, so look at the hardware"
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[list[str]]:
+    """Collects what is not finite, in the order in which it appears."""
+    found: list[str] = []
+    handles = [module.register_forward_hook(_output_watch(name, found))
+               for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output_watch(name: str, found: list[str]) -> Callable[..., None]:
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        tensors = list(_floats(output))
+        if not all(_finite(t) for t in tensors):
+            inputs = all(_finite(t) for t in _floats(args))
+            found.append(f"layer '{name}'" + ("" if inputs else ", whose input is not finite either"))
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(_gradient_watch(name, found))
+
+    return watch
+
+
+def _gradient_watch(name: str, found: list[str]) -> Callable[[Tensor], None]:
+    def watch(grad: Tensor) -> None:
+        if not _finite(grad):
+            found.append(f"the gradient that reaches the output of layer '{name}'")
+
+    return watch
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _floats(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _floats(item)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

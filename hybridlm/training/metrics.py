@@ -1,0 +1,131 @@
+"""What is measured in a step, and metrics.jsonl: one JSON object a step.
+
+Loads: E experts, L layers with experts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("hybridlm")
+
+# Dense bf16 peaks of the makers' data sheets, in FLOP/s.
+PUBLISHED_PEAKS = {
+    "B200": 2250e12, "GB200": 2500e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12,
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}
+
+
+class MetricsFile:
+    """Appends records; after a crash, forgets those of steps that are computed again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lost = False
+
+    def truncate(self, step: int) -> None:
+        """Keep the records of steps up to `step`; a last line that was cut short goes too."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _step(line) <= step]
+        draft = self.path.with_name(f".{self.path.name}.tmp")
+        draft.write_bytes(b"".join(kept))
+        os.replace(draft, self.path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record. A disk that refuses costs the record and one warning, not the run."""
+        line = json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            self.lost = False
+        except OSError as error:
+            if not self.lost:
+                log.warning("cannot write %s (%s): records are lost until it works again", self.path, error)
+            self.lost = True
+
+    def sync(self) -> None:
+        """Onto the disk, before a checkpoint that the records belong to."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _step(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def router_panel(loads: Iterable[Tensor]) -> dict[str, Tensor]:
+    """How evenly the experts of all layers were used in one step; empty for a model without experts.
+
+    `max_violation` is max load / mean load - 1, averaged over layers, with the worst layer's beside it;
+    `dead_experts` got no token at all, counted over layers.
+    """
+    stacked = [load_E.float() for load_E in loads]
+    if not stacked:
+        return {}
+    violation_L = torch.stack([load_E.max() / load_E.mean().clamp(min=1e-9) - 1 for load_E in stacked])
+    dead = torch.stack([(load_E == 0).sum() for load_E in stacked]).sum().float()
+    return {"moe/max_violation": violation_L.mean(), "moe/max_violation_worst": violation_L.max(),
+            "moe/dead_experts": dead}
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """FLOP/s that 100 % utilisation stands for, and where the figure comes from.
+
+    For bf16 on a known GPU the maker's dense peak; otherwise the best of a few large matrix products on this
+    machine with the threads that training uses, so that 100 % means "as fast as its own matrix products".
+    """
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for known in sorted(PUBLISHED_PEAKS, key=len, reverse=True):
+            if re.search(rf"\b{known}\b", name):
+                return PUBLISHED_PEAKS[known], f"data sheet of the {known}"
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(5):
+        _wait(device)
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, f"measured {size}^3 matrix product"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bits_per_byte(nats: float, num_bytes: float) -> float | None:
+    """Total nats over the text's bytes; None where no byte counts."""
+    return nats / num_bytes / math.log(2) if num_bytes else None
+
+
+def perplexity(nats_per_token: float) -> float:
+    """e^loss, infinite where that overflows."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        return math.inf
