@@ -23,7 +23,7 @@ from hybridlm.model.init import init_weights
 from hybridlm.model.mixers.base import Aux
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
-from hybridlm.model.output import AuxTotals, ModelOutput, ModelState
+from hybridlm.model.output import AuxTotals, ModelOutput, ModelState, WholeBatch
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.targets import build_targets, tokens_ahead
 from hybridlm_kernels import CuSeqlens, linear_cross_entropy
@@ -69,7 +69,7 @@ class HybridLM(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Borders | None = None,
                 state: ModelState | None = None, targets: Tensor | None = None, *, return_logits: bool = False,
-                logits_to_keep: int | None = None) -> ModelOutput:
+                logits_to_keep: int | None = None, whole: WholeBatch | None = None) -> ModelOutput:
         """Logits, or the loss.
 
         Args:
@@ -81,6 +81,7 @@ class HybridLM(nn.Module):
             targets: int64 [B, T, 1 + mtp.depth] instead of `labels`: token t + 1 + d, or -100.
             return_logits: logits beside the loss; otherwise they are never all in memory.
             logits_to_keep: logits of the last positions only.
+            whole: the batch that this one is a part of; losses then add up over its parts.
 
         Raises:
             ValueError: shapes or borders that do not fit.
@@ -98,7 +99,7 @@ class HybridLM(nn.Module):
             state.length += input_ids.shape[1]
         output = ModelOutput(state=state)
         if targets is not None:
-            self._losses(output, x_BTD, input_ids, targets, seq, totals)
+            self._losses(output, x_BTD, input_ids, targets, seq, totals, whole)
         if targets is None or return_logits:
             output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
         output.stats = totals.stats()
@@ -196,9 +197,11 @@ class HybridLM(nn.Module):
         return h_BTD
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, input_ids: Tensor, targets_BTd: Tensor, seq: SequenceInfo,
-                totals: AuxTotals) -> None:
+                totals: AuxTotals, whole: WholeBatch | None) -> None:
         config, losses = self.config, output.losses
-        losses["lm"], z, output.num_tokens = self._cross_entropy(x_BTD, targets_BTd[..., 0], config.z_loss)
+        counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if whole is None else whole.targets
+        losses["lm"], z, output.num_tokens = self._cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
+                                                                 config.z_loss)
         loss = losses["lm"]
         if config.z_loss:
             losses["z"] = z
@@ -208,22 +211,24 @@ class HybridLM(nn.Module):
             for k, module in enumerate(self.mtp, start=1):
                 ahead_BTD = self.embed(tokens_ahead(input_ids, targets_BTd, k, seq.cu_seqlens))
                 x_BTD = self._run(module, x_BTD, seq, totals, ahead_BTD)  # type: ignore[arg-type]
-                by_depth.append(self._cross_entropy(x_BTD, targets_BTd[..., k])[0])
+                by_depth.append(self._cross_entropy(x_BTD, targets_BTd[..., k], counts[k])[0])
             losses["mtp"] = torch.stack(by_depth).mean()
             loss = loss + config.mtp.loss_weight * losses["mtp"]
-        means, weighted = totals.losses()
+        means, weighted = totals.losses(1.0 if whole is None else input_ids.numel() / whole.tokens)
         losses.update(means)
         output.loss = sum(weighted, start=loss)
 
-    def _cross_entropy(self, x_BTD: Tensor, labels_BT: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean cross entropy and mean logsumexp^2 over the tokens that count, and how many do."""
+    def _cross_entropy(self, x_BTD: Tensor, labels_BT: Tensor, divisor: int | None,
+                       z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross entropy and logsumexp^2, summed over the tokens that count and divided by `divisor` (default: how
+        many these are), and their number."""
         x_ND, weight_VD = x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_weight
         if torch.is_autocast_enabled(x_ND.device.type):  # a fused operation does not take part in autocast
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
         loss_sum, z_sum, count = linear_cross_entropy(x_ND, weight_VD, labels_BT.reshape(-1), z_loss=z_loss,
                                                       soft_cap=self.config.logit_soft_cap)
-        n = count.clamp(min=1)
+        n = count.clamp(min=1) if divisor is None else max(divisor, 1)
         return loss_sum / n, z_sum / n, count
 
 

@@ -40,6 +40,19 @@ class ModelOutput:
     num_tokens: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class WholeBatch:
+    """The batch of an optimizer step, of which a forward sees a part.
+
+    With it the losses of a forward are its part's share: those of all parts add up to the losses of the whole
+    batch, and so do their gradients, however the batch is cut (accumulation, ranks). Without it losses are means
+    over the forward's own tokens.
+    """
+
+    targets: tuple[int, ...]  # how many targets count, for each of the 1 + mtp.depth tokens ahead
+    tokens: int  # positions, counted or not
+
+
 class AuxTotals:
     """Collects the aux of all branches of one forward."""
 
@@ -57,10 +70,11 @@ class AuxTotals:
             elif group == "stat":
                 self._stats.setdefault(name, []).append(value.detach())
 
-    def losses(self) -> tuple[dict[str, Tensor], Iterable[Tensor]]:
-        """Each loss averaged over its layers, and the weighted terms to add to the model's loss."""
-        means = {name: torch.stack([v for _, v in terms]).mean() for name, terms in self._losses.items()}
-        weighted = [weight * value / len(terms) for terms in self._losses.values() for weight, value in terms if weight]
+    def losses(self, share: float = 1.0) -> tuple[dict[str, Tensor], Iterable[Tensor]]:
+        """Each loss averaged over its layers, and the weighted terms of the model's loss; all times `share`."""
+        means = {name: torch.stack([v for _, v in terms]).mean() * share for name, terms in self._losses.items()}
+        weighted = [weight * share / len(terms) * value
+                    for terms in self._losses.values() for weight, value in terms if weight]
         return means, weighted
 
     def stats(self) -> dict[str, Tensor]:
