@@ -1,0 +1,104 @@
+"""Residual forms, and activation checkpointing that changes nothing but memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_lm import BORDERS, VOCABULARY, config, moe, with_mtp
+
+from hybridlm.model.block import Block, Branch
+from hybridlm.model.config import LayerContext, NormConfig, ResidualConfig, ScheduleConfig
+from hybridlm.model.feed_forward import DenseConfig, build_feed_forward
+from hybridlm.model.mixers import AttentionConfig
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import CuSeqlens
+
+
+def branch(form, alpha, beta):
+    context = LayerContext(hidden_size=12, layer_index=0, num_layers=1, norm=NormConfig(eps=1e-5), max_position=8)
+    torch.manual_seed(0)
+    out = Branch(build_feed_forward(DenseConfig(intermediate_size=20), context),
+                 ResidualConfig(form=form, alpha=alpha, beta=beta), context)
+    out.init_weights(0.3)
+    torch.nn.init.normal_(out.norm.weight, 1.0, 0.3)
+    return out
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (3.5, 0.25)])
+@pytest.mark.parametrize("form", ["pre", "post", "normed"])
+def test_residual_forms(form, scales):
+    alpha, beta = scales
+    module = branch(form, alpha, beta)
+    h = torch.randn(2, 5, 12)
+    seq = SequenceInfo.make(2, 5, torch.device("cpu"))
+
+    def norm(x):
+        return F.rms_norm(x, (12,), module.norm.weight, 1e-5)
+
+    def f(x):
+        return module.f(x, seq)[0]
+
+    expected = {"pre": lambda: alpha * h + beta * f(norm(h)),
+                "post": lambda: alpha * h + beta * norm(f(h)),
+                "normed": lambda: alpha * norm(h) + beta * f(norm(h))}[form]()
+    torch.testing.assert_close(module(h, seq)[0], expected)
+
+
+def test_feed_forward_follows_the_residual_form_of_its_mixer_unless_told():
+    post, normed = ResidualConfig(form="post"), ResidualConfig(form="normed", alpha=2.0)
+    mixers = {"full": AttentionConfig(num_heads=2, head_dim=16, residual=post)}
+    model_config = config(mixers=mixers, schedule=ScheduleConfig(pattern=["full"]))
+    block = Block(model_config, "full", 0)
+    assert (block.mixer.form, block.feed_forward.form) == ("post", "post")
+    model_config.feed_forward.residual = normed
+    block = Block(model_config, "full", 0)
+    assert (block.mixer.form, block.feed_forward.form, block.feed_forward.alpha) == ("post", "normed", 2.0)
+
+
+def results(model, **inputs):
+    model.train()
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    loads = {name: load.clone() for name, load in model.router_loads().items()}
+    model.post_optimizer_step(update=False)
+    return output, gradients, loads
+
+
+def test_activation_checkpointing_changes_nothing_and_counts_loads_once():
+    model = with_mtp(1, feed_forward=moe())
+    ids = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "labels": ids, "cu_seqlens": CuSeqlens(BORDERS)}
+    plain, plain_gradients, plain_loads = results(model, **inputs)
+    model.activation_checkpointing = True
+    again, gradients, loads = results(model, **inputs)
+    assert torch.equal(plain.loss, again.loss)
+    assert plain.losses.keys() == again.losses.keys() >= {"lm", "mtp", "balance"}
+    assert all(torch.equal(plain.losses[k], again.losses[k]) for k in plain.losses)
+    assert all(torch.equal(plain.stats[k], again.stats[k]) for k in plain.stats)
+    for name, gradient in plain_gradients.items():
+        assert torch.equal(gradient, gradients[name]), name
+    assert len(loads) == 3
+    for name, load in loads.items():
+        assert torch.equal(load, plain_loads[name])
+        assert load.sum() == ids.numel() * 2, f"{name}: a token goes to two experts"
+
+
+def test_checkpointed_layers_do_not_see_what_later_layers_note():
+    """A layer computed again in the backward must find the shared notes as they were when it first ran."""
+    model = with_mtp(0)
+    seen: dict[int, list] = {i: [] for i in range(len(model.layers))}
+
+    def spy(i):
+        def hook(module, args):
+            seq = args[1]
+            seen[i].append(seq.shared.get("note"))
+            seq.shared["note"] = i
+        return hook
+
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(spy(i))
+    model.activation_checkpointing = True
+    ids = torch.randint(VOCABULARY, (1, 8))
+    model.train()(ids, labels=ids).loss.backward()
+    assert seen == {0: [None, None], 1: [0, 0], 2: [1, 1]}
