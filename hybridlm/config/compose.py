@@ -6,6 +6,7 @@ that any key of the schema can be set whether or not a YAML file mentions it, an
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import threading
@@ -29,7 +30,9 @@ from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import ModelConfig
 
 _HYDRA = threading.RLock()  # Hydra keeps its state in a global
+_ROOT_GROUPS = ("model", "data", "optimizer", "recipe", "engine", "experiment")
 _YAML = (".yaml", ".yml")
+_FILE = "file_"  # how a user's file is called where Hydra finds it
 
 
 def config_dir() -> Path:
@@ -64,6 +67,7 @@ def load_config(name: str = "train", overrides: Sequence[str] = (),
         root, chosen = _stage_root(name, folders, stage)
         files, values = _split(_parse([*chosen, *overrides]), folders, stage)
         config = _compose(root, files, [stage, *folders])
+        _use_one_schedule_form(config, values)
         for override in values:
             _apply(config, override)
         data = _resolve(config)
@@ -127,7 +131,7 @@ def _parse(overrides: list[str]) -> list[Override]:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(text, "is not an override", expected="key=value")
         try:
-            override = OverridesParser.create().parse_override(text)
+            override = OverridesParser.create().parse_overrides([text])[0]
         except OverrideParseException as error:
             reason = error.message.splitlines()[1] if "\n" in error.message else error.message
             raise ConfigError("", f"cannot read the override {text!r}: {reason}", expected="key=value",
@@ -156,16 +160,18 @@ def _split(overrides: list[Override], folders: list[Path], stage: Path) -> tuple
         if not is_group:
             values.append(override)
             continue
-        if not override.is_delete() and not isinstance(value, str) and not (key == "experiment" and value is None):
+        named = isinstance(value, str) or (key == "experiment" and value is None)
+        if key == "model" if override.is_delete() else not named:
             raise ConfigError(key, "must name a config", got=value if value is not None else "null",
                               expected=f"one of {', '.join(_in_group(key, folders))}")
         if isinstance(value, str) and value.endswith(_YAML):
             option = _stage_file(_existing(value, key), key, stage)
             target = f"{key}@{override.package}" if override.package is not None else key
-            files.append(f"{'+' if override.is_add() else ''}{target}={option}")
+            line = f"{'+' if override.is_add() else ''}{target}={option}"
         else:
-            assert override.input_line is not None
-            files.append(override.input_line)
+            line = str(override.input_line)
+        # The root config names these groups already, so a + would be one too many.
+        files.append(line.removeprefix("+") if key in _ROOT_GROUPS and override.package is None else line)
     return files, values
 
 
@@ -181,7 +187,7 @@ def _stage_file(path: Path, group: str, stage: Path) -> str:
 
     The config of a whole run (a checkpoint's config.yaml) stands for its part of that group.
     """
-    option = f"file_{path.stem}"
+    option = _FILE + path.stem
     target = stage / group / f"{option}.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     data = load_yaml(path)
@@ -198,14 +204,19 @@ def _compose(name: str, overrides: list[str], folders: list[Path]) -> DictConfig
     with _HYDRA, _own_hydra():
         try:
             with initialize_config_dir(str(folders[0]), job_name="hybridlm", version_base="1.3"):
-                return compose(name, overrides=[*overrides, f"hydra.searchpath=[{others}]"])
+                config = compose(name, [*overrides, f"hydra.searchpath=[{others}]"], return_hydra_config=True)
         except MissingConfigException as error:
-            raise _missing_option(error) from None
+            raise _missing_option(error, folders) from None
         except YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             raise yaml_error(error, Path(mark.name).name if mark else "a config file") from None
         except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
             raise ConfigError("", _one_line(error)) from None
+    OmegaConf.set_struct(config, False)
+    chosen = config.pop("hydra").runtime.choices.get("model")
+    if isinstance(chosen, str) and isinstance(config.get("model"), DictConfig) and not config.model.get("name"):
+        config.model.name = chosen.removeprefix(_FILE)
+    return config
 
 
 @contextmanager
@@ -218,19 +229,35 @@ def _own_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer
 
 
-def _missing_option(error: MissingConfigException) -> ConfigError:
-    missing = str(error.missing_cfg_file or "")
-    group, _, option = missing.rpartition("/")
-    known = sorted(name for name in error.options or () if not name.startswith("file_"))
-    return ConfigError(group, "no such option", got=option, expected=f"one of {', '.join(known)}" if known else "",
-                       hint=_did_you_mean(option, known))
+def _missing_option(error: MissingConfigException, folders: list[Path]) -> ConfigError:
+    group, _, option = str(error.missing_cfg_file or "").rpartition("/")
+    known = [name for name in _in_group(group or ".", folders) if not name.startswith(_FILE)]
+    by = re.match(r"In '([^']*)'", str(error))
+    what = "no such option"
+    if by is not None and "/" in by[1]:  # named in the defaults list of an option, not by the user's command
+        what += f" (named in {by[1].replace(_FILE, '')}.yaml)"
+    hint = _did_you_mean(option, known)
+    if not group:
+        hint = hint or "this file should be a whole run; a model's own file goes into model=FILE"
+    return ConfigError(group, what, got=option, expected=f"one of {', '.join(known)}" if known else "", hint=hint)
+
+
+def _use_one_schedule_form(config: DictConfig, values: list[Override]) -> None:
+    """A schedule is a pattern or the short form; the one that overrides speak of replaces the other."""
+    path = "model.schedule"
+    named = {override.key_or_group.removeprefix(f"{path}.") for override in values}
+    forms = [{"pattern"}, {"linear", "full", "ratio"}]
+    schedule = OmegaConf.select(config, path)
+    for form, other in (forms, forms[::-1]):
+        if isinstance(schedule, DictConfig) and named & form and not named & other:
+            for key in other & set(schedule):
+                del schedule[key]
 
 
 def _apply(config: DictConfig, override: Override) -> None:
     """Sets or deletes one value. A mapping is merged into the old one, unless it says which `kind` it is."""
     key, value = override.key_or_group, override.value()
     try:
-        OmegaConf.set_struct(config, False)
         if override.is_delete():
             _delete(config, key)
         else:

@@ -257,9 +257,9 @@ def _scalar(hint: type, data: Any, path: str) -> Any:
             return int(data)
     elif type(data) is hint:
         return data
-    quote = hint is str and not isinstance(data, dict | list)
+    quotes = f"""quote it to make it text, on a command line {path}="'{data}'\""""
     raise ConfigError(path, "has the wrong type", got=data, expected=describe(hint),
-                      hint="put it in quotes to make it text" if quote else "")
+                      hint=quotes if hint is str and isinstance(data, int | float) else "")
 
 
 def _literal(options: tuple, data: Any, path: str) -> Any:

@@ -12,8 +12,8 @@ from hybridlm.model.config import ModelConfig, require
 class DataSourceConfig:
     """One source of documents.
 
-    `path`: `stdlib` (the Python standard library's own sources), a file or folder (.txt .md .py .jsonl
-    .parquet), or a `datasets` dataset by name or folder.
+    `path`: `stdlib` (the Python standard library's own sources), a file, folder or glob pattern (.txt .md .py
+    .jsonl .jsonl.gz .parquet), or a `datasets` dataset by name (owner/name) or saved folder.
     """
 
     path: str = "stdlib"
@@ -21,11 +21,14 @@ class DataSourceConfig:
     text_field: str = "text"
     split: str = "train"
     name: str | None = None  # configuration name of a `datasets` dataset
-    weight: float = 1.0
+    document_separator: str | None = None  # text files: cut each file into documents here
+    weight: float = 1.0  # share of the samples in a mixture, relative to the other sources
     invalid_utf8: Literal["error", "replace"] = "error"
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "weight", "must be positive", got=self.weight)
+        require(self.document_separator != "", "document_separator", "is empty",
+                expected="a text that stands between documents, or null")
 
 
 @dataclass(kw_only=True)
@@ -35,8 +38,10 @@ class DataConfig(DataSourceConfig):
     mixture: list[DataSourceConfig] = field(default_factory=list)
     tokenizer: str = "bytes"  # bytes | bpe (trained on the corpus) | a tokenizer.json, folder or name
     tokenizer_vocab_size: int = 4096  # for bpe
+    tokenizer_eos: str | None = None  # the end-of-text token, where the tokenizer's files do not name it
     validation_fraction: float = 0.02  # of the documents, chosen by a hash of their content
     validation_path: str | None = None  # another source for validation; then the fraction is unused
+    validation_split: str | None = None  # split of a `datasets` dataset to validate on; then likewise
     cache_dir: str | None = None  # prepared shards; default: a folder in the user's cache
     shard_tokens: int = 50_000_000
 
@@ -44,6 +49,8 @@ class DataConfig(DataSourceConfig):
         super().__post_init__()
         require(0 <= self.validation_fraction < 1, "validation_fraction", "must be a share of the documents",
                 got=self.validation_fraction, expected="at least 0 and below 1")
+        require(not (self.mixture and self.validation_split and not self.validation_path), "validation_split",
+                "needs validation_path beside a mixture", got=self.validation_split)
         for key in ("shard_tokens", "tokenizer_vocab_size"):
             require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
 

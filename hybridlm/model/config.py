@@ -147,6 +147,14 @@ class MTPConfig:
 
 
 @dataclass(kw_only=True)
+class PublishedConfig:
+    """Parameter counts that the authors of a system publish; `hybridlm inspect` compares its own with them."""
+
+    total: float
+    active: float
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """One hybrid language model. `mixers` may hold more entries than the schedule uses."""
 
@@ -164,7 +172,7 @@ class ModelConfig:
     z_loss: float = 0.0  # coefficient of logsumexp(logits)^2
     logit_soft_cap: float | None = None
     name: str = ""
-    published: dict[str, float] = field(default_factory=dict)  # {total: 48e9, active: 3e9}: shown by `inspect`
+    published: PublishedConfig | None = None
 
     def __post_init__(self) -> None:
         for key in ("vocab_size", "hidden_size", "num_layers", "max_position"):
