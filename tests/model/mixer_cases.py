@@ -11,8 +11,8 @@ from hybridlm.model.sequence import SequenceInfo
 
 HIDDEN = 24
 YARN = YarnConfig(factor=4.0, original_max_position=64, mscale=1.0, mscale_all_dim=0.7)
-INDEXER = dict(num_heads=16, head_dim=8, topk=6)
-MLA_DIMS = dict(num_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+INDEXER = {"num_heads": 16, "head_dim": 8, "topk": 6}
+MLA_DIMS = {"num_heads": 2, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 NOPE = RopeConfig(kind="none")
 
 CASES: dict[str, MixerConfig] = {
