@@ -108,8 +108,8 @@ def _stage_root(name: str, folders: list[Path], stage: Path) -> tuple[str, list[
     """
     if name.endswith(_YAML):
         path = _existing(name, "")
-        shutil.copyfile(path, stage / "from_file.yaml")
-        return "from_file", []
+        shutil.copyfile(path, stage / f"{_FILE}root.yaml")
+        return f"{_FILE}root", []
     chosen: list[str] = []
     if not any((folder / f"{name}.yaml").is_file() for folder in folders):
         group = next((g for g in ("experiment", "model")

@@ -1,0 +1,151 @@
+"""What a model costs, from its config alone: parameters, FLOPs, decode state. Nothing is built, no tensor is made.
+
+The numbers come from the cost methods of the mixers and feed-forwards; this file adds what belongs to the model:
+norms, embedding, head, multi-token prediction. FLOPs count a multiply-add as 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hybridlm.errors import ConfigError
+from hybridlm.model.config import ModelConfig
+
+BACKWARD = 2.0  # FLOPs of the backward pass over those of the forward: one product for inputs, one for weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """Parameters of one layer; `active` are those that one token meets."""
+
+    index: int
+    mixer: str  # its name in the schedule
+    kind: str
+    feed_forward: str
+    mixer_params: int
+    feed_forward_params: int
+    feed_forward_active: int
+    norm_params: int
+
+    @property
+    def params(self) -> int:
+        return self.mixer_params + self.feed_forward_params + self.norm_params
+
+    @property
+    def active(self) -> int:
+        return self.mixer_params + self.feed_forward_active + self.norm_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """Parameters of a model. `embedding` and `head` are counted once when they are tied (head 0)."""
+
+    layers: list[LayerCost]
+    embedding: int
+    head: int
+    norm: int
+    mtp: int
+    mtp_active: int
+
+    @property
+    def total(self) -> int:
+        """All parameters but those of multi-token prediction, which published totals leave out."""
+        return sum(layer.params for layer in self.layers) + self.norm + self.embedding + self.head
+
+    @property
+    def total_with_mtp(self) -> int:
+        """All parameters: what the built model has."""
+        return self.total + self.mtp
+
+    @property
+    def active(self) -> int:
+        """Parameters a token meets, without embedding and head: how most published counts are made."""
+        return sum(layer.active for layer in self.layers) + self.norm
+
+    @property
+    def active_with_head(self) -> int:
+        """Parameters that multiply something for a token: the embedding is only looked up."""
+        return self.active + (self.head or self.embedding)
+
+    @property
+    def active_with_embeddings(self) -> int:
+        """Parameters a token meets, embedding and head included."""
+        return self.active + self.embedding + self.head
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters by layer and part, equal to those of the built model.
+
+    Raises:
+        ConfigError: a part that does not fit into its layer.
+    """
+    layers = [_layer_cost(config, index, name) for index, name in enumerate(config.layers())]
+    table = config.vocab_size * config.hidden_size
+    block = _layer_cost(config, *mtp_block(config))
+    # Two norms and a projection in, one norm out; embedding and head are the model's.
+    around = 2 * config.hidden_size**2 + 3 * config.hidden_size
+    return ParameterCount(layers=layers, embedding=table, head=0 if config.tie_embeddings else table,
+                          norm=config.hidden_size, mtp=config.mtp.depth * (around + block.params),
+                          mtp_active=config.mtp.depth * (around + block.active))
+
+
+def mtp_block(config: ModelConfig) -> tuple[int, str]:
+    """Layer index and mixer name of the block of a multi-token prediction module."""
+    return config.num_layers - 1, config.mtp.mixer or config.layers()[-1]
+
+
+def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True) -> dict[str, float]:
+    """Forward FLOPs a token by part, the mean over a causal sequence of `context_length` tokens.
+
+    Keys: "NAME.PART" for mixers (by their name in the schedule), "feed_forward.PART", "head", and "mtp" for all
+    of multi-token prediction. Norms, activations and the embedding's look-up are left out.
+    """
+    parts: dict[str, float] = {}
+    for index, name in enumerate(config.layers()):
+        for part, flops in _layer_flops(config, index, name, context_length):
+            parts[part] = parts.get(part, 0.0) + flops
+    head = 2.0 * config.hidden_size * config.vocab_size
+    parts["head"] = head
+    if mtp and config.mtp.depth:
+        block = sum(flops for _, flops in _layer_flops(config, *mtp_block(config), context_length))
+        parts["mtp"] = config.mtp.depth * (4.0 * config.hidden_size**2 + block + head)
+    return parts
+
+
+def training_flops(config: ModelConfig, context_length: int) -> float:
+    """FLOPs a token of one training step: forward and backward, without what checkpointing computes again.
+
+    This is what model FLOPs utilisation divides by the device's peak.
+    """
+    return (1.0 + BACKWARD) * sum(forward_flops(config, context_length).values())
+
+
+def decode_state_bytes(config: ModelConfig, context_length: int, element_bytes: int = 2) -> int:
+    """Bytes of decode state of one sequence after `context_length` tokens."""
+    return sum(config.mixers[name].state_bytes(config.layer_context(index), context_length, element_bytes)
+               for index, name in enumerate(config.layers()))
+
+
+def _layer_cost(config: ModelConfig, index: int, name: str) -> LayerCost:
+    mixer, feed_forward, context = config.mixers[name], config.feed_forward, config.layer_context(index)
+    try:
+        return LayerCost(
+            index=index, mixer=name, kind=mixer.kind, feed_forward=_feed_forward_kind(config, index),
+            mixer_params=mixer.num_params(context), feed_forward_params=feed_forward.num_params(context),
+            feed_forward_active=feed_forward.num_params(context, active=True), norm_params=2 * config.hidden_size)
+    except ConfigError as error:
+        raise error.within("model") from None
+
+
+def _feed_forward_kind(config: ModelConfig, index: int) -> str:
+    feed_forward = config.feed_forward
+    return feed_forward.kind if feed_forward.is_moe(index) or feed_forward.kind != "moe" else "dense"
+
+
+def _layer_flops(config: ModelConfig, index: int, name: str, context_length: int) -> Iterator[tuple[str, float]]:
+    context = config.layer_context(index)
+    for part, flops in config.mixers[name].flops_per_token(context, context_length).items():
+        yield f"{name}.{part}", flops
+    for part, flops in config.feed_forward.flops_per_token(context).items():
+        yield f"feed_forward.{part}", flops
