@@ -1,0 +1,138 @@
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere, and log.txt with both's text."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+log = logging.getLogger("hybridlm")
+
+
+class Display:
+    """Prints through the logger `hybridlm`, so that warnings from anywhere land in the same places.
+
+    `to_stderr` leaves standard output to a machine-readable result.
+    """
+
+    def __init__(self, log_file: Path | None, *, log_every: int = 10, to_stderr: bool = False):
+        self.console = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False, soft_wrap=True)
+        self.log_every = log_every
+        self.handlers: list[logging.Handler] = [_ConsoleHandler(self.console)]
+        if log_file is not None:
+            self.handlers.append(_FileHandler(log_file, encoding="utf-8"))
+            self.handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.pace = Pace()
+        self.total = 0
+        self._last_line = 0
+
+    def __enter__(self) -> Display:
+        self._level = log.level
+        log.setLevel(logging.INFO)
+        for handler in self.handlers:
+            log.addHandler(handler)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.stop()
+        for handler in self.handlers:
+            log.removeHandler(handler)
+            handler.close()
+        log.setLevel(self._level)
+
+    def begin(self, done: int, total: int) -> None:
+        """Steps begin; `done` of `total` are behind us."""
+        self.total, self._last_line = total, done
+        if self.console.is_terminal:
+            self.bar = Progress(TextColumn("{task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=None),
+                                TextColumn("{task.fields[text]}"), console=self.console, expand=True)
+            self.task = self.bar.add_task("", total=total, completed=done, text="")
+            self.bar.start()
+
+    def step(self, record: dict[str, Any], *, final: bool = False) -> None:
+        """Show one step's record."""
+        step = record["step"]
+        self.pace.tick()
+        left = self.pace.seconds_a_step() * (self.total - step)
+        text = describe(record) + f"  {duration(left)} left"
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=step, text=text)
+        if final or step - self._last_line >= self.log_every:
+            self._last_line = step
+            log.info("step %d/%d  %s", step, self.total, text, extra={"quiet": self.bar is not None})
+
+    def stop(self) -> None:
+        """Steps are over: later text stands below the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(record, "quiet", False):
+            mark = "warning: " if record.levelno >= logging.WARNING else ""
+            self.console.print(mark + record.getMessage(), markup=False,
+                               style="yellow" if mark else None)  # type: ignore[arg-type]
+
+
+class _FileHandler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk costs lines of the log, not the run."""
+
+
+class Pace:
+    """Seconds a step, smoothed; what stands between steps (validation, saving) counts too."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._mean: float | None = None
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        took, self._last = now - self._last, now
+        self._mean = took if self._mean is None else 0.95 * self._mean + 0.05 * took
+
+    def seconds_a_step(self) -> float:
+        return self._mean or 0.0
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The few numbers of a record that a person watches."""
+    if record.get("skipped"):
+        return "not finite: step skipped"
+    text = f"loss {record['loss']:.4f}  {short(record['tokens_per_second'])} tokens/s"
+    if record.get("bits_per_byte") is not None:
+        text = text.replace("  ", f"  {record['bits_per_byte']:.3f} bits/byte  ", 1)
+    if record.get("validation_loss") is not None:
+        text += f"  validation {record['validation_loss']:.4f}"
+    return text
+
+
+def short(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss, with days where there are any."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{secs:02d}"

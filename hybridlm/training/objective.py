@@ -1,0 +1,36 @@
+"""What a step minimises, written so that the parts of a batch add up to the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridlm.distributed.engine import Contribution, Objective
+from hybridlm.model.output import WholeBatch
+
+# The panel from the step's own loads (`metrics.router_panel`) says these exactly; those of a part would not.
+FROM_LOADS = ("max_violation", "dead_experts")
+
+
+def whole_batch(parts: Sequence[Any]) -> WholeBatch:
+    """Counted targets and positions of the parts together."""
+    counts = torch.stack([(part.targets >= 0).sum((0, 1)) for part in parts]).sum(0)
+    return WholeBatch(tuple(counts.tolist()), sum(part.input_ids.numel() for part in parts))
+
+
+def language_model(whole: WholeBatch) -> Objective:
+    """Next tokens, with what the model adds to them (MTP, balance, z): the loss the model itself composes."""
+
+    def contribute(model: nn.Module, part: Any) -> Contribution:
+        output = model(part.input_ids, targets=part.targets, cu_seqlens=part.cu_seqlens, whole=whole)
+        values = {f"loss/{name}": value.detach() for name, value in output.losses.items()}
+        share = part.input_ids.numel() / whole.tokens
+        for name, value in output.stats.items():
+            if name.removesuffix("_max") not in FROM_LOADS:
+                values[f"{'moe' if name.startswith('router') else 'stat'}/{name}"] = value * share
+        return Contribution(output.loss, values)
+
+    return contribute

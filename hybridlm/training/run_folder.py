@@ -1,0 +1,177 @@
+"""The folder of a run: who may write it, what it holds, and whether a config may go on with it.
+
+    run_dir/
+      config.yaml      the resolved config
+      run.json         every session: command, versions, device
+      metrics.jsonl    one JSON object a step
+      log.txt          what was printed, with times
+      checkpoints/     step-N/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from hybridlm import checkpoint
+from hybridlm.config.convert import from_dict, load_yaml, to_dict, to_yaml
+from hybridlm.config.schema import Config
+from hybridlm.errors import CheckpointError, ConfigError
+from hybridlm.model.config import ModelConfig
+
+# What may change when a run goes on: how long, how it is run and watched; not what is trained on what.
+FREE = ("run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
+        "training.tokens", "training.precision", "training.micro_batch_size",
+        "training.activation_checkpointing", "training.log_every", "training.eval_every", "training.eval_batches",
+        "training.checkpoint_every", "training.keep_checkpoints", "training.resume", "training.max_bad_steps")
+FREE_IN_STAGES = ("steps", "tokens")
+
+
+class RunFolder:
+    """Holds the folder for one process; `close()` lets it go.
+
+    Raises:
+        ConfigError: another process trains here, or the folder cannot be written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.checkpoints = self.path / "checkpoints"
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.log_file = self.path / "log.txt"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] | None = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(path)) from None
+        self._hold(str(path))
+
+    def _hold(self, given: str) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system: two runs in one folder go unnoticed there
+            return
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError("run_dir", "another process is training here", got=given,
+                              hint="wait for it, or take another run_dir") from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def start_from(self, config: Config) -> Path | None:
+        """The checkpoint to go on from; None for a fresh start.
+
+        Raises:
+            CheckpointError: a changed architecture, damaged checkpoints alone, or none where one is required.
+            ConfigError: the folder holds a run of another config, or one that must not be resumed.
+        """
+        resume = config.training.resume
+        used = self.config_file.exists() or bool(checkpoint.step_folders(self.checkpoints))
+        if resume == "never" and used:
+            raise ConfigError("run_dir", "already holds a run", got=str(self.path), expected="an empty folder",
+                              hint="training.resume=auto goes on with it")
+        if used and self.config_file.exists():
+            compare(load_yaml(self.config_file), config, self.path)
+        checkpoint.remove_drafts(self.checkpoints)
+        found = checkpoint.newest(self.checkpoints)
+        if found is not None:
+            checkpoint.verify(found)
+        elif checkpoint.step_folders(self.checkpoints):
+            raise CheckpointError(f"every checkpoint in {self.checkpoints} is damaged; move them away to start "
+                                  "again, or take another run_dir")
+        elif resume == "require":
+            raise CheckpointError(f"no checkpoint in {self.checkpoints} and training.resume=require; "
+                                  "training.resume=auto starts a new run")
+        return found
+
+    def begin_session(self, config: Config, facts: dict[str, Any]) -> None:
+        """Write config.yaml, and add this session to run.json."""
+        _replace(self.config_file, to_yaml(config))
+        sessions = self.sessions()
+        sessions.append({"started": datetime.now(UTC).isoformat(timespec="seconds"), **facts})
+        _replace(self.path / "run.json", json.dumps({"sessions": sessions}, indent=1))
+
+    def sessions(self) -> list[dict[str, Any]]:
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))["sessions"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    import accelerate
+    import torch
+
+    return {"python": platform.python_version(), "hybridlm": checkpoint.version(), "torch": torch.__version__,
+            "accelerate": accelerate.__version__, "platform": platform.platform()}
+
+
+def compare(saved: Any, config: Config, where: Path) -> None:
+    """May a run with the saved config go on with this one?
+
+    Raises:
+        CheckpointError: the architecture has changed; the differences are in the text.
+        ConfigError: something else has that makes it a different run.
+    """
+    with contextlib.suppress(ConfigError):  # keys that came into the schema since then have their defaults
+        saved = to_dict(from_dict(Config, saved))
+    old, new = flatten(saved), flatten(to_dict(config))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _free(key))
+    model = [key for key in changed if key.startswith("model.")]
+    if model:
+        raise CheckpointError(f"the model of the run in {where} has changed: " + "; ".join(
+            [*_layer_changes(saved, config), *(_change(key, old, new) for key in model[:8])])
+            + (f"; and {len(model) - 8} more keys" if len(model) > 8 else "")
+            + ". Take another run_dir; init_from takes weights into a new run of the same model")
+    if changed := [key for key in changed if not key.startswith("model.")]:
+        raise ConfigError("run_dir", "holds a different run: " + "; ".join(
+            _change(key, old, new) for key in changed[:6]) + (" ..." if len(changed) > 6 else ""),
+            got=str(where), hint="take another run_dir, or the config that the run began with")
+
+
+def _layer_changes(saved: Any, config: Config) -> list[str]:
+    try:
+        before = checkpoint.layer_list(from_dict(ModelConfig, saved["model"], "model"))
+    except (ConfigError, KeyError, TypeError):
+        return []
+    return checkpoint.layer_diff(before, checkpoint.layer_list(config.model))
+
+
+def _change(key: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    return f"{key} {old.get(key, 'not set')!r} -> {new.get(key, 'not set')!r}"
+
+
+def _free(key: str) -> bool:
+    if key.startswith("recipe.stages."):
+        return key.rsplit(".", 1)[-1] in FREE_IN_STAGES
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested data as {dotted path: scalar}; empty containers count as values."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= flatten(item, f"{path}.{key}" if path else str(key))
+    return flat
