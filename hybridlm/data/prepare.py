@@ -1,0 +1,219 @@
+"""From a data config to tokens on disk: find the sources, load or train the tokenizer, build what is missing.
+
+Every source is prepared on its own under a key of all that matters (files with sizes and times, reading options,
+tokenizer, split, format), so a run with other mixture weights, or another run on the same data, reuses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hybridlm.config.schema import DataConfig, DataSourceConfig
+from hybridlm.data.build import Advance, build, locked
+from hybridlm.data.shards import FORMAT, TokenStore, read_manifest, shards_of, verify
+from hybridlm.data.sources import Source, open_source
+from hybridlm.data.split import Part, Split, plan_split
+from hybridlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from hybridlm.errors import DataError
+
+BPE_BYTES = 1 << 28  # text a trained tokenizer sees, shared among the sources by weight
+
+
+@dataclass
+class PreparedSource:
+    """One source and where its tokens are."""
+
+    path: str
+    weight: float
+    folder: Path
+    manifest: dict[str, Any]
+
+    def summary(self, part: str) -> dict[str, int]:
+        """Documents, tokens, bytes and longest document (in tokens) of a part."""
+        shards = shards_of(self.manifest, part)
+        return {"documents": sum(s.documents for s in shards), "tokens": sum(s.tokens for s in shards),
+                "bytes": sum(s.bytes for s in shards), "longest_document": max((s.longest for s in shards), default=0)}
+
+
+@dataclass
+class PreparedData:
+    """What training reads. `train`: one store a source, with its weight. `validation`: all held-out documents,
+    or None when the config asks for none (validation_fraction=0)."""
+
+    tokenizer: Tokenizer
+    train: list[TokenStore]
+    validation: TokenStore | None
+    sources: list[PreparedSource]
+    cache: Path
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when any token, its order or the mixture may have changed."""
+        return digest([[s.folder.name, s.weight] for s in self.sources])
+
+    def report(self) -> dict[str, Any]:
+        """Everything `hybridlm prepare` prints, as plain data."""
+        rows = [{"path": s.path, "weight": s.weight, "folder": str(s.folder), **s.manifest["counts"],
+                 "train": s.summary("train"), "validation": s.summary("validation")} for s in self.sources]
+        total = {part: {key: sum(row[part][key] for row in rows) for key in ("documents", "tokens", "bytes")}
+                 for part in ("train", "validation")}
+        return {"tokenizer": {"name": self.tokenizer.name, "vocab_size": self.tokenizer.vocab_size,
+                              "eos": self.tokenizer.eos, "eos_id": self.tokenizer.eos_id},
+                "cache": str(self.cache), "fingerprint": self.fingerprint, "sources": rows, **total}
+
+
+@dataclass
+class _Job:
+    """One source to prepare. `everything`: all of it goes to this part; else it is split."""
+
+    config: DataSourceConfig
+    source: Source
+    fraction: float
+    everything: Part | None
+    identity: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.identity = {"source": self.source.fingerprint(), "fraction": self.fraction, "everything": self.everything}
+
+    @cached_property
+    def split(self) -> Split:
+        if self.everything:
+            return Split(everything=self.everything)
+        texts = (document.text for _, _, document in self.source.documents())
+        return plan_split(texts, self.fraction, self.source.label)
+
+    def training_texts(self, limit: float) -> Iterator[str]:
+        """Training documents up to `limit` bytes, the last one cut."""
+        for _, _, document in self.source.documents():
+            for part, text in self.split.parts(document.text) if document.text else ():
+                if part == "train":
+                    yield text[:int(limit)].decode("utf-8", "ignore")
+                    limit -= len(text)
+                    if limit < 1:
+                        return
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cache_root(config: DataConfig) -> Path:
+    """Where prepared data lives: `cache_dir`, else hybridlm in the user's cache folder."""
+    if config.cache_dir:
+        return Path(config.cache_dir).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "hybridlm"
+
+
+def prepare(config: DataConfig, progress: bool = True, verify: bool = False) -> PreparedData:
+    """Tokens of all sources, built now or found in the cache. `verify` recomputes every checksum.
+
+    Processes may call this at the same time: one builds, the others wait. A call that was killed is continued
+    from its finished shards.
+
+    Raises:
+        DataError: a source, tokenizer or prepared shard that cannot be used.
+    """
+    root = cache_root(config)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{root}: the cache folder cannot be made ({error}); set data.cache_dir") from error
+    jobs = _jobs(config)
+    tokenizer = _tokenizer(config, jobs, root)
+    with ExitStack() as stack:
+        bar = _Bar(stack) if progress else None
+        folders = [_build(job, tokenizer, config, root, bar) for job in jobs]
+    sources, train, held_out = [], [], []
+    for job, folder in zip(jobs, folders, strict=True):
+        manifest = _open(folder, verify)
+        sources.append(PreparedSource(job.source.label, job.config.weight, folder, manifest))
+        shards = {part: [(folder, shard) for shard in shards_of(manifest, part)] for part in ("train", "validation")}
+        held_out += shards["validation"]
+        if job.everything != "validation":
+            train.append(TokenStore(shards["train"], tokenizer.byte_lengths, name=job.source.label,
+                                    weight=job.config.weight))
+    validation = TokenStore(held_out, tokenizer.byte_lengths, name="validation") if held_out else None
+    return PreparedData(tokenizer, train, validation, sources, root)
+
+
+def _jobs(config: DataConfig) -> list[_Job]:
+    fraction, held_out = config.validation_fraction, []
+    if config.validation_path or config.validation_split:
+        given = replace(config, path=config.validation_path or config.path, weight=1.0,
+                        format="auto" if config.validation_path else config.format,
+                        split=config.validation_split or config.split)
+        held_out = [_Job(given, open_source(given), 0.0, "validation")]
+        fraction = 0.0
+    files = frozenset(unit.path for job in held_out for unit in job.source.units if unit.path)
+    everything: Part | None = None if fraction else "train"
+    return [_Job(c, open_source(c, files), fraction, everything) for c in config.mixture or [config]] + held_out
+
+
+def _tokenizer(config: DataConfig, jobs: list[_Job], root: Path) -> Tokenizer:
+    if config.tokenizer != "bpe":
+        return load_tokenizer(config.tokenizer, config.tokenizer_eos)
+    jobs = [job for job in jobs if job.everything != "validation"]
+    shares = [job.config.weight / sum(j.config.weight for j in jobs) for job in jobs]
+    key = digest([FORMAT, config.tokenizer_vocab_size, BPE_BYTES, shares, [job.identity for job in jobs]])
+    folder = root / "tokenizers" / key
+    with locked(root, f"tokenizer-{key}"):
+        if not (folder / "tokenizer.json").is_file():
+            texts = (t for job, share in zip(jobs, shares, strict=True) for t in job.training_texts(BPE_BYTES * share))
+            trained = train_bpe(texts, config.tokenizer_vocab_size)
+            draft = folder.with_name(f"{key}.partial")
+            shutil.rmtree(draft, ignore_errors=True)
+            trained.save(draft)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(draft, folder)
+    return Tokenizer.from_folder(folder)
+
+
+def _build(job: _Job, tokenizer: Tokenizer, config: DataConfig, root: Path, bar: _Bar | None) -> Path:
+    identity = {"format": FORMAT, **job.identity, "tokenizer": tokenizer.fingerprint, "shard": config.shard_tokens}
+    folder = root / "data" / digest(identity)
+    if not folder.is_dir():
+        description = {"key": folder.name, "fraction": job.fraction, "everything": job.everything,
+                       "options": job.source.options}
+        with locked(root, folder.name):
+            if not folder.is_dir():
+                advance = bar.task(job.source) if bar else lambda done: None
+                build(job.source, tokenizer, lambda: job.split, folder, config.shard_tokens, description, advance)
+    return folder
+
+
+def _open(folder: Path, force: bool) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    verify(folder, manifest, force)
+    return manifest
+
+
+class _Bar:
+    """One progress bar a source, on the error stream; silent where that is not a terminal."""
+
+    def __init__(self, stack: ExitStack):
+        self.stack = stack
+        self.bars: Any = None
+
+    def task(self, source: Source) -> Advance:
+        """A new bar; returns what takes the number of bytes done."""
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self.bars is None:
+            console = Console(stderr=True)
+            self.bars = self.stack.enter_context(Progress(
+                TextColumn("preparing {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+                console=console, disable=not console.is_terminal))
+        task = self.bars.add_task(source.label, total=sum(unit.size for unit in source.units))
+        return lambda done: self.bars.update(task, completed=done)

@@ -1,0 +1,346 @@
+"""Text to token ids and back, around the `tokenizers` library.
+
+Three origins: `bytes` (ids 0..255 are byte values, 256 ends a text), a byte-level BPE trained on the corpus, or
+anyone's tokenizer.json. Whatever the origin, a table says which bytes each id stands for: bits per byte and
+streaming rest on it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from hybridlm.errors import DataError
+
+EOS = "<|endoftext|>"
+KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "<｜end▁of▁sentence｜>")
+PIECE = 1 << 20  # characters encoded at once: an encoding takes many times its text's memory
+HEX = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    rest = iter(range(256, 512))
+    return [chr(b if b in plain else next(rest)) for b in range(256)]
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """Byte-level BPE without merges: each id is its byte value, and 256 is the end of a text."""
+    vocab = {character: byte for byte, character in enumerate(byte_characters())}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(EOS, special=True, normalized=False)])
+    return backend
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE over `texts`: id 0 ends a text, then the 256 bytes, then merges. The same texts in the
+    same order give the same tokenizer.
+
+    Raises:
+        DataError: a vocabulary without room for every byte.
+    """
+    if vocab_size < 257:
+        raise DataError(f"data.tokenizer_vocab_size: got {vocab_size}; a byte-level vocabulary needs at least 257 "
+                        "(256 bytes and the end of text)")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = tokenizers.AddedToken(EOS, special=True, normalized=False)
+    backend.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[special], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return Tokenizer(backend, EOS, "bpe")
+
+
+class Tokenizer:
+    """Encodes without adding special tokens; text that looks like a special token stays text.
+
+    `backend`: the `tokenizers` object; `eos_id` ends every document; `vocab_size`: highest id + 1;
+    `token_bytes[id]`: the bytes an id stands for, empty for special tokens.
+
+    Raises:
+        DataError: the end-of-text token is not in the vocabulary.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str, name: str):
+        eos_id = backend.token_to_id(eos)
+        if eos_id is None:
+            raise DataError(f"tokenizer {name}: no token '{eos}' in its vocabulary; set data.tokenizer_eos to the "
+                            "token that ends a text")
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend, self.eos, self.eos_id, self.name = backend, eos, eos_id, name
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, eos_id={self.eos_id})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"text": self.to_str(), "eos": self.eos, "name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(tokenizers.Tokenizer.from_str(state["text"]), state["eos"], state["name"])  # type: ignore[misc]
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every id. Exact for byte-level vocabularies; for SentencePiece ones up to the space that
+        they put before a text; for others the text that a token shows."""
+        return _byte_table(self.backend, self.vocab_size)
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """int64 [vocab_size]: how many bytes each id stands for."""
+        return np.array([len(b) for b in self.token_bytes], dtype=np.int64)
+
+    @cached_property
+    def is_bytes(self) -> bool:
+        """Ids are byte values: encoding needs no library."""
+        state = json.loads(self.to_str())
+        return (self.vocab_size == 257 and not state["model"].get("merges") and state["normalizer"] is None
+                and self.is_byte_level and self.token_bytes[:256] == [bytes([b]) for b in range(256)])
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """The tokens of a text, as bytes one after the other, are the text."""
+        state = json.loads(self.to_str())
+        return _has(state["decoder"], "ByteLevel") and state["normalizer"] is None
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Token ids, int64 [N], without the end of text. Bytes must be UTF-8, except for a byte tokenizer."""
+        return self.encode_documents([text.encode() if isinstance(text, str) else text])[0].astype(np.int64)
+
+    def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """Token ids of many documents at once, in the smallest type that holds them.
+
+        Documents above 2^20 characters are cut after a line end (or else a space) and encoded in parts, which
+        can part a token that would have crossed the cut.
+        """
+        if self.is_bytes:
+            return [np.frombuffer(document, dtype=np.uint8) for document in documents]
+        texts = [document.decode("utf-8") for document in documents]
+        pieces, owners = [], []
+        for owner, text in enumerate(texts):
+            cut = [text] if len(text) <= PIECE else cut_text(text, PIECE)
+            pieces += cut
+            owners += [owner] * len(cut)
+        parts: list[list[np.ndarray]] = [[] for _ in documents]
+        for owner, encoding in zip(owners, self._encode_batch(pieces), strict=True):
+            parts[owner].append(np.array(encoding.ids, dtype=self.dtype))
+        return [p[0] if len(p) == 1 else np.concatenate(p) for p in parts]
+
+    def _encode_batch(self, pieces: list[str]) -> Iterable[Any]:
+        size = 0
+        batch: list[str] = []
+        for piece in pieces:
+            batch.append(piece)
+            size += len(piece)
+            if size >= 8 * PIECE:
+                yield from self.backend.encode_batch_fast(batch, add_special_tokens=False)
+                batch, size = [], 0
+        if batch:
+            yield from self.backend.encode_batch_fast(batch, add_special_tokens=False)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """How ids are stored: uint16 where it suffices, else uint32."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ids; special tokens give none."""
+        table = self.token_bytes
+        return b"".join([table[int(i)] for i in ids])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids without special tokens; bytes that are not UTF-8 show as U+FFFD."""
+        if self.is_byte_level:
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for ids that arrive one by one."""
+        return StreamDecoder(self)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the ids of a text."""
+        return hashlib.sha256(f"{self.to_str()}\n{self.eos_id}".encode()).hexdigest()
+
+    def to_str(self, pretty: bool = False) -> str:
+        """The content of tokenizer.json."""
+        return self.backend.to_str(pretty=pretty)
+
+    def files(self) -> dict[str, str]:
+        """The files that let this package and transformers (AutoTokenizer) load the tokenizer, by name."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "name": self.name,
+                  "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
+        return {"tokenizer.json": self.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=1)}
+
+    def save(self, folder: str | Path) -> None:
+        """Write `files()` into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self.files().items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, eos: str | None = None) -> Tokenizer:
+        """The tokenizer of a folder with tokenizer.json (a checkpoint, a transformers model).
+
+        Raises:
+            DataError: no tokenizer.json, a damaged one, or no end-of-text token.
+        """
+        folder = Path(folder)
+        config_file = folder / "tokenizer_config.json"
+        config: dict[str, Any] = {}
+        if config_file.is_file():
+            try:
+                config = json.loads(config_file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise DataError(f"{config_file}: not JSON ({error})") from None
+        token = config.get("eos_token")
+        named = token.get("content") if isinstance(token, dict) else token
+        return cls.from_file(folder / "tokenizer.json", eos or named, config.get("name"))
+
+    @classmethod
+    def from_file(cls, file: str | Path, eos: str | None = None, name: str | None = None) -> Tokenizer:
+        """The tokenizer of a tokenizer.json; the end of text is looked for among the usual names.
+
+        Raises:
+            DataError: no such file, a damaged one, or no end-of-text token.
+        """
+        file = Path(file)
+        if not file.is_file():
+            raise DataError(f"{file}: no such tokenizer file")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{file}: not a tokenizer of the `tokenizers` library ({error})") from None
+        return cls(backend, eos or guess_eos(backend, str(file)), name or str(file))
+
+
+class StreamDecoder:
+    """Turns ids that arrive one by one into text, holding back the start of an unfinished UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.table = tokenizer.token_bytes
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, perhaps none."""
+        return self.utf8.decode(self.table[int(token)])
+
+    def finish(self) -> str:
+        """What was held back, as U+FFFD."""
+        return self.utf8.decode(b"", final=True)
+
+
+def guess_eos(backend: tokenizers.Tokenizer, name: str) -> str:
+    """The usual end-of-text token that the vocabulary holds.
+
+    Raises:
+        DataError: none of them.
+    """
+    for token in KNOWN_EOS:
+        if backend.token_to_id(token) is not None:
+            return token
+    raise DataError(f"tokenizer {name}: it does not say which token ends a text; set data.tokenizer_eos")
+
+
+def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
+    """`bytes`, a tokenizer.json, a folder (checkpoint or transformers), or a name on the Hugging Face hub.
+
+    Only a name asks the network. `eos`: the token that ends a text, where the files do not say it.
+
+    Raises:
+        DataError: nothing there, or no usable tokenizer in it.
+    """
+    spec = str(spec)
+    if spec == "bytes":
+        return Tokenizer(byte_tokenizer(), EOS, "bytes")
+    if spec == "bpe":
+        raise DataError("tokenizer bpe: it is trained on a corpus; prepare the data first and load it from there")
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return Tokenizer.from_file(path, eos)
+    if (path / "tokenizer.json").is_file():
+        return Tokenizer.from_folder(path, eos)
+    if not path.is_dir() and (spec.endswith(".json") or spec.startswith((".", "~", "/")) or spec.count("/") > 1):
+        raise DataError(f"tokenizer {spec}: no such file or folder; expected bytes, bpe, a tokenizer.json, a folder "
+                        "or a name")
+    return _from_transformers(spec if not path.is_dir() else str(path), eos)
+
+
+def _from_transformers(name: str, eos: str | None) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # hub, file and conversion errors of many kinds
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise DataError(f"tokenizer {name}: no such file or folder here, and transformers cannot load it ({reason}); "
+                        "expected bytes, bpe, a tokenizer.json, a folder or a name") from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(f"tokenizer {name}: it has no fast form (tokenizer.json), which hybridlm needs")
+    backend = tokenizers.Tokenizer.from_str(backend.to_str())
+    return Tokenizer(backend, eos or loaded.eos_token or guess_eos(backend, name), name)
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise DataError if the tokenizer has ids that a model of `vocab_size` has no embedding for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(f"model.vocab_size: got {vocab_size}, but tokenizer {tokenizer.name} has ids up to "
+                        f"{tokenizer.vocab_size - 1}; set model.vocab_size to at least {tokenizer.vocab_size}")
+
+
+def cut_text(text: str, limit: int) -> list[str]:
+    """`text` in pieces of at most `limit` characters, cut after a line end, else a space, else anywhere."""
+    pieces, start = [], 0
+    while len(text) - start > limit:
+        window = start + limit // 2, start + limit
+        end = max(text.rfind("\n", *window), text.rfind(" ", *window) if "\n" not in text[slice(*window)] else -1)
+        end = end + 1 if end >= 0 else start + limit
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+def _has(part: dict[str, Any] | None, kind: str) -> bool:
+    """Whether a stage of a tokenizer, or one inside a sequence of them, is of `kind`."""
+    if part is None:
+        return False
+    inner = part.get("decoders") or part.get("pretokenizers") or part.get("normalizers") or []
+    return part.get("type") == kind or any(_has(p, kind) for p in inner)
+
+
+def _byte_table(backend: tokenizers.Tokenizer, size: int) -> list[bytes]:
+    state = json.loads(backend.to_str())
+    byte_level = _has(state["decoder"], "ByteLevel") or _has(state["pre_tokenizer"], "ByteLevel")
+    word_piece = state["model"].get("type") == "WordPiece"
+    value = {character: byte for byte, character in enumerate(byte_characters())}
+    table = [b""] * size
+    for token, index in backend.get_vocab(with_added_tokens=False).items():
+        if byte_level:
+            table[index] = b"".join(bytes([value[c]]) if c in value else c.encode() for c in token)
+        elif HEX.fullmatch(token):
+            table[index] = bytes([int(token[3:5], 16)])
+        elif word_piece:
+            table[index] = (token[2:] if token.startswith("##") else " " + token).encode()
+        else:
+            table[index] = token.replace("▁", " ").encode()
+    for added in state["added_tokens"]:
+        table[added["id"]] = b"" if added["special"] else added["content"].encode()
+    return table
