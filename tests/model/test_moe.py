@@ -3,6 +3,7 @@
 N tokens, D model width, E experts, A experts a token.
 """
 
+import itertools
 import math
 
 import pytest
@@ -75,7 +76,8 @@ def test_equals_a_loop_over_tokens_and_experts(options):
         weights = scores[ids] / scores[ids].sum() if c.norm_topk_prob else scores[ids]
         expected = torch.zeros_like(token)
         for e, weight in zip(ids, weights * c.routed_scaling_factor, strict=True):
-            expected += weight * expert_by_hand(module.experts.gate_up[e], module.experts.down[e], token, c.swiglu_limit)
+            gate_up, down = module.experts.gate_up[e], module.experts.down[e]
+            expected += weight * expert_by_hand(gate_up, down, token, c.swiglu_limit)
         if module.shared is not None:
             gate_up = torch.cat([module.shared.gate_proj.weight, module.shared.up_proj.weight])
             shared = expert_by_hand(gate_up, module.shared.down_proj.weight, token, c.swiglu_limit)
@@ -127,7 +129,8 @@ def test_bias_moves_against_the_load_and_the_load_is_forgotten():
     before = module.router.bias.clone()
     module.record(aux)
     module.post_optimizer_step(update=False)
-    assert torch.equal(module.router.bias, before) and module.router.load.sum() == 0
+    assert torch.equal(module.router.bias, before)
+    assert module.router.load.sum() == 0
 
 
 def test_bias_update_balances_a_skewed_router():
@@ -146,7 +149,7 @@ def test_bias_update_balances_a_skewed_router():
 def balance_by_hand(p_NE, scores_NE, top, borders):
     """Equations 17 to 20 of DeepSeek-V3, one document after the other, weighted by tokens."""
     total = 0.0
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in itertools.pairwise(borders):
         for e in range(p_NE.shape[1]):
             hits = sum(e in scores_NE[t].topk(top).indices.tolist() for t in range(a, b))
             f = p_NE.shape[1] / (top * (b - a)) * hits
@@ -164,7 +167,7 @@ def test_balance_loss_by_document(router, borders):
     scores = logits.softmax(-1) if router == "softmax" else logits.sigmoid()
     p = scores / scores.sum(-1, keepdim=True)
     expected = balance_by_hand(p.detach(), scores.detach(), 2, borders or [0, 10, 20])
-    assert float(aux["loss/balance"]) == pytest.approx(expected, rel=1e-5)
+    assert float(aux["loss/balance"].detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_balance_loss_is_one_when_uniform_and_its_gradient_reaches_the_router():
@@ -172,7 +175,7 @@ def test_balance_loss_is_one_when_uniform_and_its_gradient_reaches_the_router():
     with torch.no_grad():
         module.router.weight.zero_()
     x = torch.randn(2, 6, HIDDEN)
-    assert float(module(x, sequence(2, 6))[1]["loss/balance"]) == pytest.approx(1.0)
+    assert float(module(x, sequence(2, 6))[1]["loss/balance"].detach()) == pytest.approx(1.0)
 
     module = build({"router": "sigmoid", "balance_loss": 0.01}).train()
     module(x, sequence(2, 6))[1]["loss/balance"].backward()
@@ -200,7 +203,8 @@ def test_statistics():
         module.router.weight[2] = 50.0
     _, aux = module(torch.ones(1, 10, HIDDEN), sequence(1, 10))
     assert aux["load"].tolist() == [0, 0, 10, 0, 0, 0, 0, 0]
-    assert aux["stat/max_violation"] == 7 and aux["stat/dead_experts"] == 7
+    assert aux["stat/max_violation"] == 7
+    assert aux["stat/dead_experts"] == 7
     assert float(aux["stat/router_entropy"]) == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
         module.router.weight.zero_()
@@ -215,8 +219,10 @@ def test_router_is_fp32_under_autocast_and_experts_are_not():
         inside = module.router(x, sequence(1, 20))
         y, _ = module(x, sequence(1, 20))
         assert module.experts(x[0], inside[0], inside[1]).dtype == torch.bfloat16
-    assert torch.equal(plain[0], inside[0]) and torch.equal(plain[1], inside[1])
-    torch.testing.assert_close(y.float(), module(x, sequence(1, 20))[0], rtol=0.1, atol=0.1)
+    assert torch.equal(plain[0], inside[0])
+    assert torch.equal(plain[1], inside[1])
+    full = module(x, sequence(1, 20))[0]
+    assert (y - full).norm() < 0.02 * full.norm()
 
 
 @pytest.mark.parametrize("options", FORMS)
@@ -232,7 +238,8 @@ def test_costs_are_those_of_the_built_module(options):
 def test_dense_layers_are_plain_swiglu():
     c = config(dense_layers=[0, 2], intermediate_size=40)
     dense, moe = build_feed_forward(c, context(2)), build_feed_forward(c, context(1))
-    assert isinstance(dense, SwiGLU) and not isinstance(moe, SwiGLU)
+    assert isinstance(dense, SwiGLU)
+    assert not isinstance(moe, SwiGLU)
     assert [c.is_moe(i) for i in range(4)] == [False, True, False, True]
     assert c.num_params(context(2)) == sum(p.numel() for p in dense.parameters()) == 3 * 40 * HIDDEN
     assert c.num_params(context(2), active=True) == 3 * 40 * HIDDEN
@@ -252,10 +259,12 @@ def test_dense_swiglu():
 
 def test_frozen_bias_is_kept_and_not_moved():
     module = build({"router": "sigmoid", "correction_bias": True}).train()
-    assert "router.bias" in module.state_dict() and "router.load" not in module.state_dict()
+    assert "router.bias" in module.state_dict()
+    assert "router.load" not in module.state_dict()
     module.record({"load": torch.arange(8)})
     module.post_optimizer_step()
-    assert module.router.bias.abs().sum() == 0 and module.router.load.sum() == 0
+    assert module.router.bias.abs().sum() == 0
+    assert module.router.load.sum() == 0
     assert build({"router": "sigmoid"}).router.bias is None
 
 
@@ -288,4 +297,5 @@ def test_dense_layer_outside_the_model_is_refused():
 def test_entropy_scale_holds_for_one_expert():
     module = build({"num_experts": 1, "num_experts_per_tok": 1}).train()
     _, aux = module(torch.randn(1, 3, HIDDEN), sequence(1, 3))
-    assert math.isfinite(float(aux["stat/router_entropy"])) and aux["stat/max_violation"] == 0
+    assert math.isfinite(float(aux["stat/router_entropy"]))
+    assert aux["stat/max_violation"] == 0

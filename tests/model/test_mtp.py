@@ -1,5 +1,7 @@
 """Multi-token prediction against its definition, inside documents and at their ends."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ def expected_loss(lm, documents, depth):
 def test_equals_its_definition_document_by_document(depth):
     lm = with_mtp(depth)
     flat, none = IDS.flatten(), IDS.new_zeros(0)
-    documents = [(flat[a:b], none) for a, b in zip(BORDERS, BORDERS[1:], strict=False)]
+    documents = [(flat[a:b], none) for a, b in itertools.pairwise(BORDERS)]
     output = lm(IDS, labels=IDS, cu_seqlens=BORDERS)
     torch.testing.assert_close(output.losses["mtp"], expected_loss(lm, documents, depth))
     total = output.losses["lm"] + 0.3 * output.losses["mtp"]
@@ -88,7 +90,8 @@ def test_every_mtp_parameter_learns_and_the_weight_counts():
     output = lm(IDS, labels=IDS)
     output.loss.backward()
     for name, parameter in lm.mtp.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
     expected = output.losses["lm"] + 0.1 * output.losses["mtp"] + 0.01 * output.losses["balance"]
     torch.testing.assert_close(output.loss, expected)
 

@@ -1,5 +1,7 @@
 """Targets and the tokens MTP is told: nothing crosses a document."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ BORDERS = [0, 1, 5, 12, 20, 24]  # a document of one token among them
 
 def by_hand(labels, depth, borders):
     flat = labels.flatten().tolist()
-    document = [d for d, (a, b) in enumerate(zip(borders, borders[1:], strict=False)) for _ in range(b - a)]
+    document = [d for d, (a, b) in enumerate(itertools.pairwise(borders)) for _ in range(b - a)]
     out = torch.full((len(flat), 1 + depth), IGNORE)
     for t in range(len(flat)):
         for d in range(1 + depth):
@@ -33,7 +35,8 @@ def test_labels_that_do_not_count_stay_out():
     labels = ROWS.clone()
     labels[0, 3] = IGNORE
     targets = build_targets(labels, 1)
-    assert targets[0, 2, 0] == IGNORE and targets[0, 1, 1] == IGNORE
+    assert targets[0, 2, 0] == IGNORE
+    assert targets[0, 1, 1] == IGNORE
     assert targets[0, 3, 0] == 4
 
 
