@@ -31,12 +31,15 @@ class DecayConfig(RecurrentConfig):
 
     `slopes`: lightning, 2^(-8(h+1)/H) * (1 - layer / (L - 1 + 1e-5) + 1e-5), or retnet, -log(1 - 2^(-5-h)).
     `feature_map` phi of q and k, `value_map` of v. `scale` null is head_dim^-0.5; Lightning has 1.
-    `norm`: over all heads together, over each head, or none. `discretize` multiplies the value by the step
-    softplus(u) as Mamba-2 does (with decay=scalar and gate=softplus).
+    `gate` has one form more, g = logsigmoid(u) / gate_normalizer (GLA).
+    `norm`: over all heads together, over each head, or none. `discretize` multiplies the value by the step softplus(u)
+    as Mamba-2 does (with decay=scalar and gate=softplus).
     """
 
     kind: str = "decay"
     decay: Literal["none", "constant", "scalar", "channel"] = "constant"
+    gate: Literal["softplus", "lower_bounded", "logsigmoid"] = "softplus"
+    gate_normalizer: float = 16.0
     slopes: Literal["lightning", "retnet"] = "lightning"
     feature_map: Literal["none", "silu", "elu1", "relu"] = "silu"
     value_map: Literal["none", "silu"] = "silu"
@@ -48,6 +51,7 @@ class DecayConfig(RecurrentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.gate_normalizer > 0, "gate_normalizer", "must be positive", got=self.gate_normalizer)
         require(not self.discretize or (self.decay == "scalar" and self.gate == "softplus"), "discretize",
                 "needs decay=scalar and gate=softplus", got=(self.decay, self.gate))
 
@@ -88,8 +92,7 @@ class Decay(RecurrentMixer):
         if config.decay == "constant":
             g = self._constant_decay(x_BTD)
         elif config.decay != "none":
-            u = self.step(x_BTD)
-            g = self.log_decay(u)
+            g, u = self.forget(x_BTD)
             if config.discretize:
                 v_BTGV = (v_BTGV * F.softplus(u)[..., None]).to(v_BTGV.dtype)
         o_BTGV, matrix = decay_attention(q_BTHK, k_BTHK, v_BTGV, g=g, scale=config.scale, cu_seqlens=seq.cu_seqlens,
@@ -97,6 +100,11 @@ class Decay(RecurrentMixer):
         if state is not None:
             state.matrix = matrix
         return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=config.norm == "all"), {}
+
+    def log_decay(self, u: Tensor) -> Tensor:
+        if self.config.gate == "logsigmoid":
+            return F.logsigmoid(u) / self.config.gate_normalizer
+        return super().log_decay(u)
 
     def _constant_decay(self, x_BTD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)

@@ -72,10 +72,7 @@ class DeltaRule(RecurrentMixer):
         beta_BTG = self.b_proj(x_BTD).sigmoid()
         if config.beta_scale != 1:
             beta_BTG = beta_BTG * config.beta_scale
-        g = None
-        if config.decay != "none":
-            g = self.log_decay(self.step(x_BTD))
-            g = g.to(v_BTGV.dtype) if config.gate_dtype == "model" else g
+        g = None if config.decay == "none" else self.forget(x_BTD)[0]
         o_BTGV, matrix = delta_rule(q_BTHK, k_BTHK, v_BTGV, g=g, beta=beta_BTG, qk_l2norm=config.qk_l2norm,
                                     cu_seqlens=seq.cu_seqlens, initial_state=None if state is None else state.matrix)
         if state is not None:

@@ -31,7 +31,7 @@ def init_conv(weight_CW: Tensor) -> None:
 @torch.no_grad()
 def init_log_uniform(x: Tensor, low: float, high: float) -> None:
     """x = log U(low, high); low = high sets every entry to the same value."""
-    x.uniform_(low, high).log_()
+    x.uniform_(low, high).clamp_min_(1e-4).log_()  # OLMo-Hybrid draws from 0 on
 
 
 @torch.no_grad()

@@ -31,7 +31,6 @@ class RecurrentConfig(MixerConfig):
     Forget gate, for `decay` scalar or channel, from u = f(x) + dt_bias:
         softplus       g = -exp(A_log) softplus(u)                  (Mamba-2, Gated DeltaNet, KDA)
         lower_bounded  g = lower_bound * sigmoid(exp(A_log) u)      (GLM-5.3, Ling 3.0)
-        logsigmoid     g = logsigmoid(u) / gate_normalizer          (GLA)
     f is one projection (`gate_rank` null) or two through `gate_rank` dims (channel decay only). `gate_dtype` model
     rounds g to the dtype of x (Ling 3.0). A_log starts as log U(a_init), dt_bias as `dt_bias_init` says
     (inverse_softplus: step sizes log-uniform in dt_init).
@@ -48,7 +47,6 @@ class RecurrentConfig(MixerConfig):
     gate_rank: int | None = None
     gate_dtype: Literal["fp32", "model"] = "fp32"
     lower_bound: float = -5.0
-    gate_normalizer: float = 16.0
     a_init: tuple[float, float] = (1.0, 16.0)
     dt_bias_init: Literal["ones", "zeros", "inverse_softplus"] = "inverse_softplus"
     dt_init: tuple[float, float] = (1e-3, 1e-1)
@@ -60,7 +58,7 @@ class RecurrentConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "num_value_heads", "value_head_dim", "gate_rank", "output_gate_rank",
-                    "norm_eps", "gate_normalizer"):
+                    "norm_eps"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
         require(self.value_heads % self.num_heads == 0, "num_value_heads", "must be a multiple of num_heads",
@@ -73,9 +71,9 @@ class RecurrentConfig(MixerConfig):
                 got=self.output_gate_rank, expected="null with output_gate=none")
         require(self.lower_bound < 0, "lower_bound", "must be negative: it bounds the logarithm of the decay",
                 got=self.lower_bound)
-        for key in ("a_init", "dt_init"):
-            low, high = getattr(self, key)
-            require(0 < low <= high, key, "must be a positive range", got=[low, high], expected="[low, high]")
+        for key, (low, high) in (("a_init", self.a_init), ("dt_init", self.dt_init)):
+            require(0 <= low <= high and high > 0, key, "must be a positive range", got=[low, high],
+                    expected="[low, high]")
 
     @property
     def value_heads(self) -> int:
@@ -194,8 +192,14 @@ class RecurrentMixer(SequenceMixer):
             state.conv[name] = inputs
         return y_BTC
 
+    def forget(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """g, the logarithm of the decay, and u, of which it was made: [B, T, G] or [B, T, G, K]."""
+        u = self.step(x_BTD)
+        g = self.log_decay(u)
+        return (g.to(x_BTD.dtype) if self.config.gate_dtype == "model" else g), u
+
     def step(self, x_BTD: Tensor) -> Tensor:
-        """u = f(x) + dt_bias in fp32: [B, T, G] or [B, T, G, K]."""
+        """u = f(x) + dt_bias in fp32."""
         config = self.config
         u = self._project("a" if config.decay == "scalar" else "f", x_BTD, config.gate_rank)
         u = u.to(torch.promote_types(u.dtype, self.dt_bias.dtype)) + self.dt_bias
@@ -203,18 +207,13 @@ class RecurrentMixer(SequenceMixer):
         return u if config.decay == "scalar" else u.unflatten(-1, (config.value_heads, config.head_dim))
 
     def log_decay(self, u: Tensor) -> Tensor:
-        """g, the logarithm of the decay, from what `step` gives."""
+        """g of u."""
         config = self.config
-        if config.gate == "logsigmoid":
-            g = F.logsigmoid(u) / config.gate_normalizer
-        else:
-            rate_G = self.A_log.to(u.dtype).exp()
-            rate = rate_G if config.decay == "scalar" else rate_G[:, None]
-            if config.gate == "softplus":
-                g = F.softplus(u) * -rate
-            else:
-                g = config.lower_bound * torch.sigmoid(u * rate)
-        return g
+        rate = self.A_log.to(u.dtype).exp()
+        rate = rate if config.decay == "scalar" else rate[:, None]
+        if config.gate == "softplus":
+            return F.softplus(u) * -rate
+        return config.lower_bound * torch.sigmoid(u * rate)
 
     def output(self, o_BTGV: Tensor, x_BTD: Tensor, norm: RMSNorm | GatedRMSNorm | None, all_heads: bool) -> Tensor:
         """Norm (over each head, or over all heads together), output gate and o_proj: [B, T, D]."""
