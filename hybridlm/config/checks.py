@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from hybridlm.config.schema import Config, StageConfig
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import require
+from hybridlm.model.cost import count_parameters
+from hybridlm_kernels.registry import operations
 
 BYTE_VOCABULARY = 257  # 256 byte values and end of text
 
@@ -19,6 +22,8 @@ def validate(config: Config) -> None:
         ConfigError: the first thing that does not fit.
     """
     _check_vocabulary(config)
+    count_parameters(config.model)  # each part looks at the layer it stands in
+    _check_kernels(config.kernels)
     for index, stage in enumerate(config.recipe.stages):
         _check_stage(config, stage, f"recipe.stages.{index}")
     if config.init_from is not None:
@@ -35,6 +40,22 @@ def _check_vocabulary(config: Config) -> None:
         wanted = config.data.tokenizer_vocab_size
         require(size >= wanted, "model.vocab_size", "is smaller than the tokenizer's vocabulary", got=size,
                 expected=f"at least data.tokenizer_vocab_size={wanted}")
+
+
+def _check_kernels(kernels: dict[str, Any]) -> None:
+    """`kernels` names a backend for each operation that is not to choose its own, and `strict`."""
+    known = {operation.name: [backend.name for backend in operation.backends] for operation in operations()}
+    for name, value in kernels.items():
+        path = f"kernels.{name}"
+        if name == "strict":
+            require(value is None or isinstance(value, bool), path, "has the wrong type", got=value,
+                    expected="true, false or null")
+            continue
+        close = nearest(name, [*known, "strict"])
+        require(name in known, path, "unknown operation", expected=f"strict, or one of {', '.join(sorted(known))}",
+                hint=f"did you mean '{close}'?" if close else "")
+        require(value in (None, "auto", *known[name]), path, "unknown backend", got=value,
+                expected=f"auto, or one of {', '.join(known[name])}")
 
 
 def _check_stage(config: Config, stage: StageConfig, path: str) -> None:

@@ -1,0 +1,180 @@
+"""What `hybridlm inspect` shows: the layer table and the costs of a model, from its config alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.cost import BACKWARD, ParameterCount, count_parameters, decode_state_bytes, forward_flops
+from hybridlm.model.memory import Optimizer, Precision, training_memory
+
+CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
+TOLERANCE = 0.03
+_FLOPS = ("", " K", " M", " G", " T", " P")
+_BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
+
+
+def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | None = None,
+            precision: Precision = "bf16", optimizer: Optimizer = "adamw",
+            activation_checkpointing: bool = False) -> dict[str, Any]:
+    """The report as plain data, ready for JSON. FLOPs and memory are at `sequence_length` (default: 4096, or the
+    model's longest position when that is shorter).
+
+    Raises:
+        ConfigError: a part that does not fit into its layer.
+    """
+    length = min(4096, config.max_position) if sequence_length is None else sequence_length
+    count = count_parameters(config)
+    flops = forward_flops(config, length)
+    memory = training_memory(config, batch_size=batch_size, sequence_length=length, precision=precision,
+                             optimizer=optimizer, activation_checkpointing=activation_checkpointing)
+    return {
+        "name": config.name,
+        "layers": [{"index": layer.index, "mixer": layer.mixer, "kind": layer.kind, "feed_forward": layer.feed_forward,
+                    "params": layer.params, "active": layer.active} for layer in count.layers],
+        "parameters": {"total": count.total, "active": count.active, "active_with_head": count.active_with_head,
+                       "active_with_embeddings": count.active_with_embeddings, "embedding": count.embedding,
+                       "head": count.head, "mtp": count.mtp, "total_with_mtp": count.total_with_mtp},
+        "published": _published(config, count),
+        "flops_per_token": {"context_length": length, "forward_by_part": flops, "forward": sum(flops.values()),
+                            "training": (1 + BACKWARD) * sum(flops.values())},
+        "training_memory": {"batch_size": batch_size, "sequence_length": length, "precision": precision,
+                            "optimizer": optimizer, "activation_checkpointing": activation_checkpointing,
+                            "weights": memory.weights, "gradients": memory.gradients,
+                            "optimizer_state": memory.optimizer, "activations": memory.activations,
+                            "total": memory.total},
+        "decode_state_bytes": {str(context): decode_state_bytes(config, context) for context in CONTEXTS},
+    }
+
+
+def _published(config: ModelConfig, count: ParameterCount) -> dict[str, Any] | None:
+    """Published counts beside ours. Authors differ in whether embedding and head are active; the nearest is named."""
+    published = config.published
+    if published is None:
+        return None
+    ways = {"without embedding and head": count.active, "with head": count.active_with_head,
+            "with embedding and head": count.active_with_embeddings}
+    nearest = min(ways, key=lambda way: abs(ways[way] - published.active))
+    return {"total": _compare(published.total, count.total, "without multi-token prediction"),
+            "active": _compare(published.active, ways[nearest], nearest)}
+
+
+def _compare(published: float, counted: int, way: str) -> dict[str, Any]:
+    """`agrees`: within 3 %, or equal once rounded as the published figure is (an "A3B" may be 2.5 to 3.5 billion)."""
+    difference = counted / published - 1
+    unit = min(10.0 ** _trailing_zeros(published), 1e9)
+    rounds = abs(counted - published) <= unit / 2
+    return {"published": published, "counted": counted, "counted_how": way, "difference": difference,
+            "within_3_percent": abs(difference) <= TOLERANCE, "rounds_to_published": rounds}
+
+
+def _trailing_zeros(value: float) -> int:
+    text = str(round(value))
+    return len(text) - len(text.rstrip("0"))
+
+
+def render(report: dict[str, Any], console: Console) -> None:
+    """Prints the report as tables."""
+    for print_table in (_layers, _parameters, _flops, _memory, _decode_state):
+        title, table = print_table(report)
+        console.print(title, style="bold", highlight=False)
+        console.print(table)
+
+
+def _layers(report: dict[str, Any]) -> tuple[str, Table]:
+    table = _table("layer", "mixer", "kind", "feed-forward", "parameters", "active", left=4)
+    for indices, layer in _runs(report["layers"]):
+        table.add_row(indices, layer["mixer"], layer["kind"], layer["feed_forward"], _count(layer["params"]),
+                      _count(layer["active"]))
+    mixers = Counter(layer["mixer"] for layer in report["layers"])
+    parts = " + ".join(f"{number} {name}" for name, number in mixers.items())
+    return f"{report['name'] or 'model'}: {len(report['layers'])} layers = {parts}", table
+
+
+def _runs(layers: Iterable[dict[str, Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Neighbours that are alike, in one row: a model of 80 layers should fit a screen."""
+    for _, group in groupby(layers, key=lambda layer: {k: v for k, v in layer.items() if k != "index"}):
+        same = list(group)
+        first, last = same[0]["index"], same[-1]["index"]
+        yield (str(first) if first == last else f"{first}-{last}"), same[0]
+
+
+def _parameters(report: dict[str, Any]) -> tuple[str, Table]:
+    table = _table("", "counted", "published", "difference")
+    params, published = report["parameters"], report["published"] or {}
+    rows = {"total": "total", "active, without embedding and head": "active", "active, with head": "active_with_head",
+            "active, with embedding and head": "active_with_embeddings"}
+    for label, key in rows.items():
+        beside = published.get("total" if key == "total" else "active")
+        shown = _agreement(beside) if beside and beside["counted"] == params[key] else ("", "")
+        table.add_row(label, _count(params[key]), *shown)
+    table.add_row("embedding", _count(params["embedding"]), "", "")
+    table.add_row("head", _count(params["head"]) if params["head"] else "tied", "", "")
+    if params["mtp"]:
+        table.add_row("multi-token prediction (not in the total)", _count(params["mtp"]), "", "")
+    return "Parameters", table
+
+
+def _agreement(beside: dict[str, Any]) -> tuple[str, str]:
+    text = f"{beside['difference']:+.1%}"
+    if not beside["within_3_percent"]:
+        text += ", equal when rounded" if beside["rounds_to_published"] else ", differs"
+    return _count(beside["published"]), text
+
+
+def _flops(report: dict[str, Any]) -> tuple[str, Table]:
+    flops = report["flops_per_token"]
+    table = _table("part", "forward", "share")
+    for part, value in sorted(flops["forward_by_part"].items(), key=lambda item: -item[1]):
+        if value:
+            table.add_row(part, _scaled(value, 1000, _FLOPS), f"{value / flops['forward']:.1%}")
+    table.add_row("forward", _scaled(flops["forward"], 1000, _FLOPS), "")
+    table.add_row("training (forward and backward)", _scaled(flops["training"], 1000, _FLOPS), "")
+    return f"FLOPs a token at a context of {flops['context_length']}", table
+
+
+def _memory(report: dict[str, Any]) -> tuple[str, Table]:
+    memory = report["training_memory"]
+    table = _table("part", "bytes")
+    for label, key in {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer_state",
+                       "activations (estimate)": "activations", "total": "total"}.items():
+        table.add_row(label, _scaled(memory[key], 1024, _BYTES))
+    how = "with" if memory["activation_checkpointing"] else "without"
+    return (f"Training memory on one device: {memory['batch_size']} x {memory['sequence_length']} tokens, "
+            f"{memory['precision']}, {memory['optimizer']}, {how} activation checkpointing"), table
+
+
+def _decode_state(report: dict[str, Any]) -> tuple[str, Table]:
+    table = _table("context", "bytes", "a token")
+    for context, value in report["decode_state_bytes"].items():
+        length = int(context)
+        label = f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}K"
+        table.add_row(label, _scaled(value, 1024, _BYTES), _scaled(value / length, 1024, _BYTES))
+    return "Decode state of one sequence, keys and values in bf16", table
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right")
+    return table
+
+
+def _count(value: float) -> str:
+    return _scaled(value, 1000, ("", " K", " M", " B", " T"))
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    """Three digits and a unit."""
+    power = 0
+    while value >= base and power < len(units) - 1:
+        value, power = value / base, power + 1
+    digits = 0 if value >= 100 or value == int(value) else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}{units[power]}"

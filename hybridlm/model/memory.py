@@ -1,0 +1,115 @@
+"""Training memory of a model on one device, estimated from its config.
+
+Weights, gradients and optimizer state are exact for fp32 master weights. Activations are an estimate: what each part
+keeps for its backward pass when its operations are fused (no [T, T] scores, no logits), by the width of its tensors.
+D model width; H, G heads; K, V head dims; E experts; A experts a token; I expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hybridlm.model.config import LayerContext, MixerConfig, ModelConfig
+from hybridlm.model.cost import count_parameters, mtp_block
+from hybridlm.model.feed_forward import MoEConfig
+from hybridlm.model.mixers import AttentionConfig, MLAConfig
+from hybridlm.model.mixers.recurrent import RecurrentConfig
+
+FP32 = 4
+CHUNK = 64  # tokens a chunk of the linear mixers, which keep one state a chunk
+Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "muon"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes on one device. `weights` are fp32 and, under bf16 autocast, the copies in bf16."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(config: ModelConfig, *, batch_size: int, sequence_length: int, precision: Precision = "bf16",
+                    optimizer: Optimizer = "adamw", activation_checkpointing: bool = False) -> TrainingMemory:
+    """Memory of one training step on `batch_size` sequences of `sequence_length` tokens (a micro batch)."""
+    count = count_parameters(config)
+    params = count.total_with_mtp
+    element = 2 if precision == "bf16" else FP32
+    per_token = activation_bytes_per_token(config, element, activation_checkpointing)
+    return TrainingMemory(
+        weights=params * (FP32 + (element if precision == "bf16" else 0)),
+        gradients=params * FP32,
+        optimizer=optimizer_bytes(config, optimizer),
+        activations=int(per_token * batch_size * sequence_length))
+
+
+def optimizer_bytes(config: ModelConfig, optimizer: Optimizer) -> int:
+    """Two fp32 moments a parameter with AdamW. Muon keeps one for hidden matrices, which are all but the tables."""
+    count = count_parameters(config)
+    moments = 2 * count.total_with_mtp
+    if optimizer == "muon":
+        moments -= count.total_with_mtp - count.embedding - count.head
+    return moments * FP32
+
+
+def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpointing: bool = False) -> float:
+    """Bytes kept a token for the backward pass. With checkpointing: the layers' inputs, and all of one layer."""
+    D, layers = config.hidden_size, config.layers()
+    each = [_layer_bytes(config, index, name, element_bytes) for index, name in enumerate(layers)]
+    # Final norm and head: the stream, its norm, and the gradient that the fused loss computes in the forward.
+    head = D * (2 * FP32 + element_bytes)
+    kept = max(each) + len(each) * D * FP32 if checkpointing else sum(each)
+    if config.mtp.depth:
+        block = _layer_bytes(config, *mtp_block(config), element_bytes)
+        kept += config.mtp.depth * (block + 4 * D * element_bytes + head)
+    return kept + head
+
+
+def _layer_bytes(config: ModelConfig, index: int, name: str, element: int) -> float:
+    context, D = config.layer_context(index), config.hidden_size
+    streams = 2 * D * (FP32 + element)  # of each branch: the residual stream and its norm
+    return streams + _mixer_bytes(config.mixers[name], context, element) + _feed_forward_bytes(config, context, element)
+
+
+def _mixer_bytes(mixer: MixerConfig, context: LayerContext, element: int) -> float:
+    if isinstance(mixer, RecurrentConfig):
+        return _recurrent_bytes(mixer, element)
+    if isinstance(mixer, MLAConfig):
+        queries, values = mixer.num_heads * mixer.qk_head_dim, mixer.num_heads * mixer.v_head_dim
+        latents = 2 * (mixer.kv_lora_rank + (mixer.q_lora_rank or 0)) + mixer.qk_rope_head_dim
+        kv = mixer.num_heads * (mixer.qk_nope_head_dim + mixer.v_head_dim)
+        selected = FP32 * mixer.indexer.topk if mixer.indexer is not None and mixer.indexer.mode == "sparse" else 0
+        # q and k are put together from parts, hence twice.
+        return element * (latents + kv + 3 * queries + 2 * values) + selected
+    if isinstance(mixer, AttentionConfig):
+        queries, keys = mixer.num_heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+        copies = 1 + (mixer.rope.kind != "none") + (mixer.qk_norm != "none")
+        gate = 2 * queries if mixer.output_gate == "element" else 0
+        return element * (copies * (queries + keys) + keys + queries + gate)
+    # A kind without a formula of its own: three tensors for each of its projections' outputs.
+    return 3.0 * element * mixer.num_params(context) / context.hidden_size
+
+
+def _recurrent_bytes(mixer: RecurrentConfig, element: int) -> float:
+    keys, values = mixer.channels["k"], mixer.channels["v"]
+    copies = 2 if mixer.conv_size else 1
+    state = FP32 * mixer.value_heads * mixer.head_dim * mixer.value_dim / CHUNK
+    decay = 2 * FP32 * mixer.gate_width
+    outputs = (2 if mixer.output_gate == "none" else 3) * values
+    return element * (copies * (2 * keys + values) + outputs) + decay + state
+
+
+def _feed_forward_bytes(config: ModelConfig, context: LayerContext, element: int) -> float:
+    feed_forward, D = config.feed_forward, context.hidden_size
+    if isinstance(feed_forward, MoEConfig) and feed_forward.is_moe(context.layer_index):
+        routed = feed_forward.num_experts_per_tok * (2 * D + 3 * feed_forward.moe_intermediate_size)
+        return element * (routed + 3 * feed_forward.shared_width) + 2 * FP32 * feed_forward.num_experts
+    # gate, up and their product: one width each of the three D x I matrices
+    return element * feed_forward.num_params(context) / D
