@@ -4,7 +4,7 @@
       model.safetensors       weights by parameter name (model-00001-of-00003.safetensors, ... when large)
       config.yaml             the resolved config of the run, all of it
       layers.json             the explicit layer list, compared on load
-      tokenizer.json          the tokenizer, in the format of the `tokenizers` library
+      tokenizer.json          the tokenizer, in the format of the `tokenizers` library (and tokenizer_config.json)
       optimizer.safetensors   optimizer state by parameter name
       trainer.json            step, stage, samples consumed: all else that a run needs to go on
       manifest.json           format version, and size and SHA-256 of every file above
@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 from hybridlm.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from torch import Tensor, nn
 
+    from hybridlm.data.tokenizer import Tokenizer
     from hybridlm.model.config import ModelConfig
     from hybridlm.model.model import HybridLM
 
@@ -322,14 +322,15 @@ def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> Hybrid
     Raises:
         CheckpointError: nothing there, damaged files, or weights that do not fit.
     """
-    from hybridlm.model.model import HybridLM
+    from hybridlm.data.tokenizer import Tokenizer
+    from hybridlm.model.model import build_model
 
     folder = resolve(path)
-    model = HybridLM(read_model_config(folder))
+    model = build_model(read_model_config(folder), device=device)
     load_weights(model, folder)
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
-    model.tokenizer = tokenizer  # type: ignore[assignment]
-    return model.to(device).eval()
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    model.tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None  # type: ignore[assignment]
+    return model.eval()
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -338,12 +339,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         CheckpointError: the checkpoint holds none.
     """
-    from tokenizers import Tokenizer
+    from hybridlm.data.tokenizer import Tokenizer
 
     folder = resolve(path)
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"checkpoint {folder} holds no tokenizer.json")
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Tokenizer.from_folder(folder)
 
 
 def model_texts(config: Any, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -353,5 +354,5 @@ def model_texts(config: Any, model: ModelConfig, tokenizer: Tokenizer | None) ->
 
     texts = {"config.yaml": to_yaml(config), "layers.json": json.dumps(layer_list(model), indent=1)}
     if tokenizer is not None:
-        texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
+        texts |= tokenizer.files()
     return texts

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 
 
 class BatchLike(Protocol):
-    """What the engine must know of a batch: two tensors to move."""
+    """What the engine must know of a batch: how to move it."""
 
-    input_ids: Tensor
-    targets: Tensor
+    def to(self, device: torch.device, non_blocking: bool = False) -> Any: ...
 
 
 @dataclass
@@ -95,7 +94,8 @@ class Engine:
         if self.accelerator.num_processes != 1:
             raise ConfigError("engine.kind", "runs one process", got=f"{self.accelerator.num_processes} processes",
                               hint="start `hybridlm train` directly, without a launcher")
-        self.model: nn.Module = nn.Module()
+        self.model: nn.Module = nn.Module()  # as Accelerate gives it back
+        self.bare: nn.Module = self.model  # as it was handed in
         self.optimizers: OptimizerSet | None = None
 
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = ()) -> None:
@@ -105,19 +105,20 @@ class Engine:
             RuntimeError: a parameter that must stay fp32 does not; the text names it.
         """
         self.release()
+        self.bare = model
         self.model = self.accelerator.prepare_model(model)
         if optimizers is not None:
             optimizers.members = [self.accelerator.prepare_optimizer(member) for member in optimizers.members]
         self.optimizers = optimizers
-        check_fp32(self.accelerator.unwrap_model(self.model), fp32_names)
+        check_fp32(model, fp32_names)
 
     def release(self) -> None:
         """Give the model back as it was before `prepare`."""
-        if getattr(self.model, "_is_accelerate_prepared", False):
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model._is_accelerate_prepared = False  # type: ignore[assignment]
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # what Accelerate puts over it
+            self.bare.__dict__.pop(name, None)
         self.accelerator.free_memory()
-        self.model, self.optimizers = nn.Module(), None
+        self.model = self.bare = nn.Module()
+        self.optimizers = None
 
     def rows(self, batch_size: int) -> range:
         """Which samples of a global batch this rank computes."""
@@ -128,8 +129,7 @@ class Engine:
         torch.manual_seed((seed * 1_000_003 + step) % 2**63)
 
     def move(self, batch: Any) -> Any:
-        return replace(batch, input_ids=batch.input_ids.to(self.device, non_blocking=True),
-                       targets=batch.targets.to(self.device, non_blocking=True))
+        return batch.to(self.device, non_blocking=True)
 
     def gradients(self, objective: Objective, parts: Sequence[BatchLike]) -> dict[str, Tensor]:
         """Forward and backward over the parts of a global batch; the summed values of their contributions."""
@@ -160,7 +160,7 @@ class Engine:
             self.optimizers.set_lr(lr)
             self.optimizers.step()
         self.optimizers.zero_grad()
-        after = getattr(self.accelerator.unwrap_model(self.model), "post_optimizer_step", None)
+        after = getattr(self.bare, "post_optimizer_step", None)
         if after is not None:
             after(update=applied and balance)
         return Update(named, numbers[0], applied)

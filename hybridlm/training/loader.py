@@ -1,52 +1,36 @@
-"""Global batches from a data set that is a pure function of the sample index, made one step ahead."""
+"""Global batches, cut into the parts that go through the model at once, and made one step ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Protocol
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+from hybridlm.data.packing import Batch, PackedDataset
 
 
-class Samples(Protocol):
-    def sample(self, index: int) -> Any: ...
+def parts(dataset: PackedDataset, indices: Sequence[int], micro_batch_size: int | None) -> Iterator[Batch]:
+    """Batches of at most `micro_batch_size` of the samples."""
+    size = micro_batch_size or len(indices)
+    for start in range(0, len(indices), size):
+        yield dataset.batch(indices[start:start + size])
 
 
-Collate = Callable[[Sequence[Any]], Any]
+def global_batches(dataset: PackedDataset, *, first_sample: int, batch_size: int, rows: range,
+                   micro_batch_size: int | None, pin: bool = False) -> Generator[list[Batch], None, None]:
+    """The parts of this rank's `rows` of every global batch, from the one that starts with `first_sample` on.
 
-
-class Loader:
-    """The parts of one global batch after another; part i holds `micro_batch_size` of this rank's `rows`.
-
-    While a step computes, a thread makes the next step's parts. Nothing of this is remembered: the batch that
-    starts with sample n is the same whenever it is asked for.
+    While a step computes, a thread makes the next one's parts. The batch that starts with sample n is the same
+    whenever it is asked for, so nothing here is saved. Close the iterator to end its thread.
     """
 
-    def __init__(self, samples: Samples, collate: Collate, *, batch_size: int, micro_batch_size: int | None,
-                 rows: range, first_sample: int):
-        self.samples, self.collate = samples, collate
-        self.batch_size, self.rows = batch_size, rows
-        self.micro_batch_size = min(micro_batch_size or len(rows), len(rows))
-        self.next_sample = first_sample
-        self._pool = ThreadPoolExecutor(1, "loader")
-        self._ahead: Future[list[Any]] = self._pool.submit(self.parts, first_sample)
+    def make(first: int) -> list[Batch]:
+        batches = parts(dataset, [first + row for row in rows], micro_batch_size)
+        return [batch.pin_memory() if pin else batch for batch in batches]
 
-    def parts(self, first_sample: int) -> list[Any]:
-        """This rank's parts of the global batch that starts with `first_sample`."""
-        indices = [first_sample + row for row in self.rows]
-        step = self.micro_batch_size
-        return [self.collate([self.samples.sample(index) for index in indices[start:start + step]])
-                for start in range(0, len(indices), step)]
-
-    def __next__(self) -> list[Any]:
-        parts = self._ahead.result()
-        self.next_sample += self.batch_size
-        self._ahead = self._pool.submit(self.parts, self.next_sample)
-        return parts
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    with ThreadPoolExecutor(1, "loader") as pool:
+        ahead = pool.submit(make, first_sample)
+        for following in count(first_sample + batch_size, batch_size):
+            ready = ahead.result()
+            ahead = pool.submit(make, following)
+            yield ready

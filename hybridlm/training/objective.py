@@ -29,7 +29,7 @@ def language_model(whole: WholeBatch) -> Objective:
         values = {f"loss/{name}": value.detach() for name, value in output.losses.items()}
         share = part.input_ids.numel() / whole.tokens
         for name, value in output.stats.items():
-            if name.removesuffix("_max") not in FROM_LOADS:
+            if not name.startswith(FROM_LOADS):
                 values[f"{'moe' if name.startswith('router') else 'stat'}/{name}"] = value * share
         return Contribution(output.loss, values)
 

@@ -1,0 +1,200 @@
+"""`train(config)`: everything around the loop, from the run folder to what is printed at the end."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridlm import checkpoint
+from hybridlm.config.convert import to_dict
+from hybridlm.config.schema import Config
+from hybridlm.data import PreparedData, bigram_entropy, check_vocab, prepare
+from hybridlm.distributed.engine import Engine
+from hybridlm.errors import CheckpointError
+from hybridlm.model.cost import count_parameters
+from hybridlm.model.model import HybridLM, build_model
+from hybridlm.training.display import Display, duration, short
+from hybridlm.training.guards import TrainingStopped
+from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
+from hybridlm.training.metrics import peak_flops
+from hybridlm.training.run_folder import RunFolder, versions
+from hybridlm.training.stages import plan
+from hybridlm.training.tracking import check_tracking, make_tracker
+from hybridlm.training.trainer import Trainer
+from hybridlm_kernels import registry
+
+log = logging.getLogger("hybridlm")
+ENTROPY_TOKENS = 8_000_000  # of the validation text, for its bigram entropy
+
+
+@dataclass
+class RunResult:
+    """How a run ended. `status`: finished, or interrupted (saved, exit code 0, `resume_command` goes on)."""
+
+    status: str
+    run_dir: Path
+    step: int = 0
+    loss: float | None = None
+    validation: dict[str, Any] = field(default_factory=dict)
+    bigram_bits_per_byte: float | None = None  # of the validation text: what counting pairs of bytes reaches
+    checkpoint: Path | None = None
+    resume_command: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bool = False) -> RunResult:
+    """Run all stages of a config, or what is left of them.
+
+    `command` are the words that started the run, for its resume command. `to_stderr` leaves standard output alone.
+
+    Raises:
+        UserError: a config, data source or checkpoint that cannot be used.
+        TrainingStopped: the run could not go on.
+    """
+    stages = plan(config)
+    check_tracking(config.tracking)
+    registry.configure(config.kernels)
+    with closing(RunFolder(config.run_dir)) as run, StopSignal() as stop, Display(
+            run.log_file, log_every=config.training.log_every, to_stderr=to_stderr) as display:
+        resume = resume_command(command, run.path)
+        try:
+            start = run.start_from(config)
+            engine = Engine(config.engine, config.training.precision)
+            data = prepare(config.data)
+            model = _model(config, engine, data, start)
+            peak, peak_source = peak_flops(engine.device, engine.precision)
+            facts = _facts(config, engine, model, resume, peak, peak_source)
+            sessions = run.sessions()
+            run.begin_session(config, facts)
+            tracker = make_tracker(config.tracking, run.path, to_dict(config), _wandb_id(run, sessions))
+            trainer = Trainer(config=config, stages=stages, run=run, engine=engine, model=model, data=data,
+                              display=display, tracker=tracker, stop=stop, peak=peak)
+            _announce(config, trainer, start, facts)
+            if start is not None:
+                trainer.restore(start)
+            with closing(tracker):
+                stopped = trainer.fit()
+        except StoppedBeforeTraining as asked:
+            log.info("%s before the first step: nothing to save. Start again with: %s", asked, resume)
+            return RunResult("interrupted", run.path, resume_command=resume)
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped("out of GPU memory; lower training.micro_batch_size, or set "
+                                  "training.activation_checkpointing=true") from error
+        finally:
+            display.stop()
+        return _finish(trainer, stopped, resume)
+
+
+def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:
+    """What to type to go on: the same command, without what forbids resuming."""
+    if command is None:
+        return f"hybridlm train {shlex.quote(str(run_dir / 'config.yaml'))} training.resume=auto"
+    words = [word for word in command if word.lstrip("+") != "training.resume=never"]
+    return shlex.join(["hybridlm", "train", *words])
+
+
+def _model(config: Config, engine: Engine, data: PreparedData, start: Path | None) -> HybridLM:
+    check_vocab(data.tokenizer, config.model.vocab_size)
+    model = build_model(config, device=engine.device)
+    model.activation_checkpointing = config.training.activation_checkpointing
+    if config.init_from is not None and start is None:
+        folder = checkpoint.resolve(config.init_from)
+        changes = checkpoint.layer_diff(checkpoint.layer_list(checkpoint.read_model_config(folder)),
+                                        checkpoint.layer_list(config.model))
+        if changes:
+            raise CheckpointError(f"init_from={folder} is another architecture: {'; '.join(changes[:6])}; choose "
+                                  f"its model with model={folder / 'config.yaml'}")
+        checkpoint.load_weights(model, folder)
+        log.info("weights from %s", folder)
+    return model
+
+
+def _facts(config: Config, engine: Engine, model: HybridLM, resume: str, peak: float, source: str) -> dict[str, Any]:
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+    counts = count_parameters(config.model)
+    return {"command": resume, "argv": sys.argv, "versions": versions(), "device": device,
+            "precision": engine.precision, "threads": torch.get_num_threads(), "parameters": model.num_params(),
+            "active_parameters": counts.active_with_head, "peak_flops": peak, "peak_flops_source": source}
+
+
+def _wandb_id(run: RunFolder, sessions: list[dict[str, Any]]) -> str | None:
+    """A run that goes on keeps the id it was first tracked under: one made from its folder and first start."""
+    import hashlib
+
+    first = (sessions or run.sessions())[0]["started"]
+    return hashlib.sha256(f"{run.path.resolve()} {first}".encode()).hexdigest()[:12]
+
+
+def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[str, Any]) -> None:
+    model, data = config.model, trainer.data
+    log.info("model %s: %s parameters, %s active; layers %s", model.name or "(unnamed)", short(facts["parameters"]),
+             short(facts["active_parameters"]), _runs(model.layers()))
+    held_out = data.validation.num_tokens if data.validation is not None else 0
+    log.info("data: %s training tokens, %s held out, tokenizer %s",
+             short(sum(store.num_tokens for store in data.train)), short(held_out), data.tokenizer.name)
+    log.info("run: %s, %s, %s; %s steps", trainer.run.path, facts["device"], facts["precision"],
+             sum(stage.steps for stage in trainer.stages))
+    if start is not None:
+        log.info("going on from %s", start)
+
+
+def _runs(layers: list[str]) -> str:
+    """3 x kda, full, 3 x kda, full -> '2 x (3 x kda, full)' would be shorter still; equal neighbours suffice."""
+    runs: list[list[Any]] = []
+    for name in layers:
+        if runs and runs[-1][1] == name:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, name])
+    return ", ".join(f"{n} x {name}" if n > 1 else name for n, name in runs)
+
+
+def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
+    """The result, and the last lines a person reads."""
+    progress, path = trainer.progress, trainer.run.path
+    result = RunResult("finished" if stopped is None else "interrupted", path, progress.step,
+                       trainer.record.get("loss"), trainer.validation, None, trainer.saved, resume)
+    if stopped is not None:
+        where = f"saved {trainer.saved}" if trainer.saved else "nothing to save"
+        log.info("%s: stopped after step %d, %s. Go on with: %s", stopped, progress.step, where, resume)
+        return result
+    log.info("finished: %d steps, %s tokens, %s", progress.step, short(progress.tokens), duration(progress.seconds))
+    if progress.skipped_steps:
+        log.warning("%d steps were skipped because they were not finite", progress.skipped_steps)
+    if trainer.validation:
+        result.bigram_bits_per_byte = _bigram_entropy(trainer.data)
+        _report_validation(trainer.validation, result.bigram_bits_per_byte)
+    log.info("checkpoint  %s", trainer.saved)
+    log.info("metrics     %s", trainer.run.metrics_file)
+    log.info("try         hybridlm generate %s --prompt \"import \" --max-new-tokens 200", shlex.quote(str(path)))
+    return result
+
+
+def _report_validation(validation: dict[str, Any], bigram: float | None) -> None:
+    bits = validation["validation_bits_per_byte"]
+    log.info("validation  loss %.4f a token, perplexity %.3f%s", validation["validation_loss"],
+             validation["validation_perplexity"], f", {bits:.4f} bits per byte" if bits is not None else "")
+    if bigram is not None and bits is not None:
+        verdict = "below" if bits < bigram else "not yet below"
+        log.info("            %s the bigram entropy of the validation text, %.4f bits per byte", verdict, bigram)
+
+
+def _bigram_entropy(data: PreparedData) -> float | None:
+    assert data.validation is not None
+    documents = data.validation.documents(ENTROPY_TOKENS)
+    try:
+        return bigram_entropy(data.tokenizer.decode_bytes(ids) for ids in documents)
+    except ValueError:  # a text without two bytes in a row
+        return None
+
+

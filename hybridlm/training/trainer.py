@@ -1,0 +1,226 @@
+"""The loop: batches in, steps made, records and checkpoints out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hybridlm import checkpoint
+from hybridlm.config.schema import Config
+from hybridlm.data import PackedDataset, PreparedData
+from hybridlm.distributed.engine import Engine, Objective, Update
+from hybridlm.errors import CheckpointError
+from hybridlm.model.cost import training_flops
+from hybridlm.model.model import HybridLM
+from hybridlm.training.display import Display
+from hybridlm.training.guards import BadStepGuard, TrainingStopped, first_bad_layer
+from hybridlm.training.interrupt import StopSignal
+from hybridlm.training.loader import global_batches, parts
+from hybridlm.training.metrics import MetricsFile, bits_per_byte, perplexity, router_panel
+from hybridlm.training.objective import language_model, whole_batch
+from hybridlm.training.optimizer import OptimizerSet, build_optimizer, fp32_names
+from hybridlm.training.run_folder import RunFolder
+from hybridlm.training.schedule import lr_factor
+from hybridlm.training.stages import Progress, Stage, set_trainable
+from hybridlm.training.tracking import Tracker
+from hybridlm.training.validation import validate
+
+log = logging.getLogger("hybridlm")
+MAX_FAILED_SAVES = 3  # in a row; the run goes on with its older checkpoint until then
+
+
+@dataclass
+class Trainer:
+    """One run in one process. `peak`: FLOP/s that 100 % utilisation stands for."""
+
+    config: Config
+    stages: list[Stage]
+    run: RunFolder
+    engine: Engine
+    model: HybridLM
+    data: PreparedData
+    display: Display
+    tracker: Tracker
+    stop: StopSignal
+    peak: float
+
+    def __post_init__(self) -> None:
+        self.progress = Progress()
+        self.metrics = MetricsFile(self.run.metrics_file)
+        self.guard = BadStepGuard(self.config.training.max_bad_steps)
+        self.optimizers: OptimizerSet | None = None
+        self.optimizer_state: dict[str, Tensor] = {}  # of the stage before, or of the checkpoint
+        self.saved: Path | None = None
+        self.failed_saves = 0
+        self.record: dict[str, Any] = {}  # of the last step
+        self.validation: dict[str, Any] = {}  # the last one, and
+        self.validated_at: int | None = None  # after which step
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint of this run.
+
+        Raises:
+            CheckpointError: weights that do not fit, or data that has changed.
+        """
+        saved = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        if saved["data"] != self.data.fingerprint:
+            raise CheckpointError(f"the data has changed since {folder} was saved: its files, tokenizer or "
+                                  "mixture differ; take another run_dir (init_from takes the weights along)")
+        checkpoint.load_weights(self.model, folder)
+        self.optimizer_state = dict(checkpoint.read_tensors(folder, "optimizer"))
+        known = {field.name for field in fields(Progress)}
+        self.progress = Progress(**{key: value for key, value in saved["progress"].items() if key in known})
+        self.state_stage = self.progress.stage
+        self.saved = folder
+
+    def fit(self) -> str | None:
+        """All stages that are left. Returns what asked the run to stop before its end, or None."""
+        self.metrics.truncate(self.progress.step)
+        self.state_stage = self.progress.stage
+        left = sum(stage.steps for stage in self.stages[self.progress.stage:]) - self.progress.step_in_stage
+        self.display.begin(self.progress.step, self.progress.step + max(left, 0))
+        self.stop.enter_loop()
+        for stage in self.stages[self.progress.stage:]:
+            self.progress.enter(stage)
+            if self.progress.step_in_stage < stage.steps and not self._run_stage(stage):
+                return self.stop.requested
+        if self.validated_at != self.progress.step:  # a finished run that was started again
+            self.engine.prepare(self.model, None)
+            self._validate(self.stages[-1])
+        return None
+
+    def _run_stage(self, stage: Stage) -> bool:
+        """The steps left of a stage; False when asked to stop between two of them."""
+        self._set_up(stage)
+        training = self.config.training
+        dataset = self._dataset(stage, train=True)
+        batches = global_batches(dataset, first_sample=self.progress.samples, batch_size=stage.batch_size,
+                                 rows=self.engine.rows(stage.batch_size), pin=self.engine.device.type == "cuda",
+                                 micro_batch_size=training.micro_batch_size)
+        with closing(batches):
+            while self.progress.step_in_stage < stage.steps:
+                if self.stop.requested:
+                    self.save(must=True)
+                    return False
+                start = time.perf_counter()
+                self._step(stage, next(batches), start)
+                if self.progress.step % training.checkpoint_every == 0 and not self.guard.in_a_row:
+                    self.save()
+        self.save(must=True)
+        assert self.optimizers is not None
+        self.optimizer_state, self.state_stage = self.optimizers.state_tensors(), stage.index
+        return True
+
+    def _set_up(self, stage: Stage) -> None:
+        trained = set_trainable(self.model, stage)
+        total = sum(1 for _ in self.model.parameters())
+        if len(self.stages) > 1 or len(trained) < total:
+            log.info("stage %s: %d steps, %d of %d parameters train", stage.name, stage.steps, len(trained), total)
+        if len(trained) < total:
+            log.info("trained: %s", ", ".join(trained))
+        self.balance = any(name.endswith("router.weight") for name in trained)
+        self.optimizers = build_optimizer(self.model, self.config.optimizer, lr=stage.lr)
+        self.engine.prepare(self.model, self.optimizers, sorted(fp32_names(self.model)))
+        self.optimizers.load_state_tensors(self.optimizer_state, strict=self.state_stage == stage.index)
+        self.optimizer_state = {}
+        self.model.train()
+
+    def _dataset(self, stage: Stage, *, train: bool) -> PackedDataset:
+        """Validation always sees the same windows, spread over the held-out text by a fixed order."""
+        stores = self.data.train if train else [self.data.validation]
+        return PackedDataset(stores, stage.sequence_length, self.config.model.mtp.depth,  # type: ignore[arg-type]
+                             seed=self.config.training.seed if train else 0)
+
+    def _step(self, stage: Stage, batch: Sequence[Any], start: float) -> None:
+        self.engine.seed(self.config.training.seed, self.progress.step)
+        objective = language_model(whole_batch(batch))
+        values = self.engine.gradients(objective, batch)
+        values |= router_panel(self.model.router_loads().values())
+        lr = stage.lr * lr_factor(self.config.optimizer.schedule, self.progress.step_in_stage, stage.steps)
+        update = self.engine.update(values, lr=lr, clip=self.config.training.grad_clip, balance=self.balance)
+        seconds = time.perf_counter() - start
+        self.progress.advance(stage)
+        self.progress.seconds += seconds
+        self.progress.skipped_steps += not update.applied
+        self.record = self._describe(stage, batch, update, lr, seconds)
+        last = self.progress.step_in_stage >= stage.steps
+        every = self.config.training.eval_every
+        if last or (every and self.progress.step % every == 0):
+            self.record |= self._validate(stage)
+        self.metrics.write(self.record)
+        self.tracker.log(self.record, self.progress.step)
+        self.display.step(self.record, final=last)
+        if self.guard.see(update.applied):
+            self._give_up(objective, batch)
+
+    def _describe(self, stage: Stage, batch: Sequence[Any], update: Update, lr: float,
+                  seconds: float) -> dict[str, Any]:
+        """The record of one step. `loss` is that of the next token, `total_loss` what was minimised."""
+        values = dict(update.values)
+        total = values.pop("loss")
+        loss = values.get("loss/lm", total)
+        tokens = sum(part.num_tokens for part in batch)
+        speed = stage.tokens_per_step / seconds
+        flops = training_flops(self.config.model, stage.sequence_length) * speed
+        return {"step": self.progress.step, "loss": loss, "total_loss": total, **values,
+                "perplexity": perplexity(loss),
+                "bits_per_byte": bits_per_byte(loss * tokens, sum(part.num_bytes for part in batch)),
+                "grad_norm": update.grad_norm, "lr": lr, "skipped": not update.applied,
+                "skipped_steps": self.progress.skipped_steps, "tokens_per_second": speed,
+                "flops_per_second": flops, "mfu": flops / (self.peak * self.engine.world_size),
+                "peak_memory_bytes": self.engine.peak_memory(), "tokens": self.progress.tokens,
+                "samples": self.progress.samples, "stage": stage.name, "seconds": self.progress.seconds}
+
+    def _validate(self, stage: Stage) -> dict[str, Any]:
+        if self.data.validation is None:
+            return {}
+        dataset = self._dataset(stage, train=False)
+        windows = min(self.config.training.eval_batches * stage.batch_size, len(dataset))
+        if windows:
+            micro = self.config.training.micro_batch_size or stage.batch_size
+            self.validation = validate(self.engine, parts(dataset, range(windows), micro))
+        self.validated_at = self.progress.step
+        return self.validation
+
+    def _give_up(self, objective: Objective, batch: Sequence[Any]) -> None:
+        where = first_bad_layer(self.engine, objective, batch)
+        kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was saved yet"
+        raise TrainingStopped(f"{self.guard.in_a_row} steps in a row were not finite (the last is step "
+                              f"{self.progress.step}); first bad: {where}; {kept}; try a lower optimizer.lr, or "
+                              "another training.seed to pass these samples")
+
+    def save(self, *, must: bool = False) -> None:
+        """A checkpoint of this step, unless there is one; `must`: a failure ends the run at once.
+
+        Raises:
+            TrainingStopped: the disk refused too often.
+        """
+        target = f"step-{self.progress.step}"
+        if self.progress.step == 0 or (self.saved is not None and self.saved.name == target):
+            return
+        assert self.optimizers is not None
+        state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint}
+        texts = checkpoint.model_texts(self.config, self.config.model, self.data.tokenizer)
+        texts["trainer.json"] = json.dumps(state, indent=1)
+        tensors = {"model": checkpoint.unique_tensors(self.model), "optimizer": self.optimizers.state_tensors()}
+        try:
+            self.metrics.sync()
+            self.saved = checkpoint.write(self.run.checkpoints, self.progress.step, texts, tensors)
+            self.failed_saves = 0
+            checkpoint.prune(self.run.checkpoints, self.config.training.keep_checkpoints)
+        except OSError as error:
+            self.failed_saves += 1
+            kept = f"the newest checkpoint is {self.saved}" if self.saved else "there is no older checkpoint"
+            if must or self.failed_saves >= MAX_FAILED_SAVES:
+                times = f" {self.failed_saves} times in a row" if self.failed_saves > 1 else ""
+                raise TrainingStopped(f"{target} could not be saved{times}: {error}; {kept}; make room on the disk "
+                                      "and start again with the same command") from error
+            log.warning("%s could not be saved (%s); going on, %s", target, error, kept)
