@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ class RMSNorm(nn.Module):
 
     Zhang & Sennrich 2019. fp32 inside, the result in the dtype of x.
     """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(self, dim: int, eps: float = 1e-6, zero_centered: bool = False):
         super().__init__()
@@ -41,6 +43,8 @@ class RMSNorm(nn.Module):
 
 class GatedRMSNorm(nn.Module):
     """RMSNorm(x) * activation(gate), the output norm of gated linear mixers. Never zero-centred."""
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(self, dim: int, eps: float, activation: Literal["silu", "sigmoid"]):
         super().__init__()

@@ -86,8 +86,18 @@ def test_parameter_count_is_that_of_the_module(name):
     with torch.device("meta"):
         mixer = build_mixer(CASES[name], context_of(name))
     assert CASES[name].num_params(context_of(name)) == sum(p.numel() for p in mixer.parameters())
-    for suffix in mixer.fp32_parameters:
-        assert not suffix.startswith(".")
+
+
+@every_mixer
+def test_norms_decay_parameters_sinks_and_index_weights_are_kept_in_fp32(name):
+    mixer = build(name)
+    expected = {n for n, _ in mixer.named_parameters()
+                if "norm" in n or n in ("A_log", "dt_bias", "sinks", "indexer.weights_proj.weight")}
+    assert {n for n, _ in mixer.named_parameters() if kept_in_fp32(mixer, n)} == expected
+
+
+def kept_in_fp32(mixer, name: str) -> bool:
+    return any(name == last or name.endswith(f".{last}") for last in mixer.fp32_parameters)
 
 
 @every_mixer
@@ -128,7 +138,7 @@ def test_half_precision_stays_near_full_precision(name):
     if getattr(mixer, "indexer_config", None) is not None:
         mixer.attention_mode = "dense"  # a rounded score selects another key, and outputs jump
     y = run(mixer, x)
-    keep = {n: p.detach().clone() for n, p in mixer.named_parameters() if n.endswith(mixer.fp32_parameters)}
+    keep = {n: p.detach().clone() for n, p in mixer.named_parameters() if kept_in_fp32(mixer, n)}
     mixer.bfloat16()
     for parameter_name, value in keep.items():
         mixer.get_parameter(parameter_name).data = value

@@ -105,7 +105,7 @@ class AttentionConfig(MixerConfig):
 class Attention(IndexedMixer):
     """Parameters: q_proj, k_proj, v_proj, o_proj, and by option g_proj, q_norm, k_norm, sinks [H], indexer."""
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = (*IndexedMixer.fp32_parameters, "sinks")
+    fp32_parameters: ClassVar[tuple[str, ...]] = (*IndexedMixer.fp32_parameters, "q_norm.weight", "sinks")
 
     def __init__(self, config: AttentionConfig, context: LayerContext):
         super().__init__(config.indexer, context)

@@ -15,7 +15,7 @@ Aux = dict[str, Tensor]  # named losses ("loss/...") and statistics ("stat/...")
 class SequenceMixer(nn.Module):
     """Mixes information along the sequence: x_BTD -> x_BTD.
 
-    `fp32_parameters` are suffixes of parameter names that no engine may cast down.
+    `fp32_parameters` are names of parameters, or their last parts, that no engine may cast down.
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ()

@@ -173,7 +173,7 @@ class Selections:
 class IndexedMixer(SequenceMixer):
     """Base of mixers with the option `indexer`: holds the indexer and the mode that a training stage may switch."""
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("norm.weight", "k_norm.bias", "weights_proj.weight")
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("k_norm.weight", "k_norm.bias", "weights_proj.weight")
 
     def __init__(self, config: IndexerConfig | None, context: LayerContext):
         super().__init__()

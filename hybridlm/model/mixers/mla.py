@@ -15,6 +15,7 @@ L = C + R, Q width of the queries' input, k selected keys.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,8 @@ class MLA(IndexedMixer):
     Rows of q_proj and q_b_proj: heads of [N unrotated | R rotated]. Rows of kv_a_proj: [C latent | R rotated]. Rows
     of kv_b_proj: heads of [N keys | V values].
     """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = (*IndexedMixer.fp32_parameters, "q_a_norm.weight", "kv_a_norm.weight")
 
     def __init__(self, config: MLAConfig, context: LayerContext):
         super().__init__(config.indexer, context)

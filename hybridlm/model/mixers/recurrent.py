@@ -140,7 +140,7 @@ class RecurrentMixer(SequenceMixer):
     g_b_proj; o_norm.
     """
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "norm.weight")
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "o_norm.weight")
     config: RecurrentConfig
 
     def __init__(self, config: RecurrentConfig, context: LayerContext):
