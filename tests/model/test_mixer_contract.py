@@ -124,6 +124,16 @@ def test_initial_values_are_finite_and_of_the_asked_size(name):
 
 
 @every_mixer
+def test_training_goes_on_after_inference(name):
+    mixer, x = build(name), inputs(1, 9)
+    with torch.inference_mode():
+        first = run(mixer, x)
+    second = run(mixer, x)
+    second.sum().backward()
+    assert torch.equal(first, second.detach())
+
+
+@every_mixer
 def test_flops_are_positive_and_follow_the_context(name):
     config, context = CASES[name], context_of(name)
     short, long = (sum(config.flops_per_token(context, n).values()) for n in (1000, 2000))
