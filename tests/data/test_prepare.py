@@ -1,0 +1,320 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from hybridlm.config.schema import DataConfig, DataSourceConfig
+from hybridlm.data import PackedDataset, bigram_entropy, load_tokenizer, prepare
+from hybridlm.data.statistics import store_entropies
+from hybridlm.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """120 files of 40 to 900 bytes, one of them empty."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(120):
+        text = f"file {i}: " + "some words of text é\n" * (i % 40 + 1)
+        (folder / f"{i:03d}.txt").write_text("" if i == 50 else text, encoding="utf-8")
+    return folder
+
+
+def config(path, tmp_path, **options):
+    return DataConfig(path=str(path), cache_dir=str(tmp_path / "cache"), **options)
+
+
+def documents(prepared, store):
+    return [prepared.tokenizer.decode_bytes(ids) for ids in store.documents()]
+
+
+def files_of(prepared):
+    return {f.name: f.read_bytes() for f in prepared.sources[0].folder.iterdir() if f.suffix in (".bin", ".ends")}
+
+
+def test_everything_arrives(corpus, tmp_path):
+    prepared = prepare(config(corpus, tmp_path, validation_fraction=0.2))
+    train, validation = documents(prepared, prepared.train[0]), documents(prepared, prepared.validation)
+    texts = [f.read_bytes() for f in sorted(corpus.iterdir())]
+    assert sorted(train + validation) == sorted(text for text in texts if text)
+    assert train == [text for text in texts if text and text in set(train)]
+    assert 8 < len(validation) < 45
+    report = prepared.report()
+    assert report["sources"][0]["empty_documents"] == 1
+    assert report["train"]["documents"] + report["validation"]["documents"] == 119
+    assert report["train"]["bytes"] + report["validation"]["bytes"] == sum(map(len, texts))
+    assert report["train"]["tokens"] == report["train"]["bytes"] + report["train"]["documents"]
+    assert report["sources"][0]["train"]["longest_document"] == max(map(len, train)) + 1
+    assert json.loads(json.dumps(report)) == report
+    tokens = prepared.train[0].read(0, prepared.train[0].num_tokens)
+    assert (tokens[prepared.train[0].ends(0, prepared.train[0].num_tokens) - 1] == 256).all()
+
+
+def test_default_corpus_is_quick(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    start = time.perf_counter()
+    prepared = prepare(DataConfig())
+    assert time.perf_counter() - start < 10
+    assert prepared.cache == tmp_path / "hybridlm"
+    assert prepared.train[0].num_tokens > 5e6
+    assert 0.005 < prepared.validation.num_documents / prepared.train[0].num_documents < 0.05
+    unigram, bigram = store_entropies(prepared.validation, prepared.tokenizer)
+    assert 2 < bigram < unigram < 6
+    assert bigram == pytest.approx(bigram_entropy(documents(prepared, prepared.validation)))
+
+
+def test_second_call_reads_the_cache(corpus, tmp_path):
+    first = prepare(config(corpus, tmp_path))
+    times = {f: f.stat().st_mtime_ns for f in first.sources[0].folder.iterdir()}
+    again = prepare(config(corpus, tmp_path))
+    assert {f: f.stat().st_mtime_ns for f in again.sources[0].folder.iterdir()} == times
+    assert again.fingerprint == first.fingerprint
+
+
+def test_key_follows_all_that_matters(corpus, tmp_path):
+    first = prepare(config(corpus, tmp_path))
+    options = [{"validation_fraction": 0.3}, {"shard_tokens": 1000}, {"tokenizer": "bpe", "tokenizer_vocab_size": 300}]
+    others = [prepare(config(corpus, tmp_path, **option)) for option in options]
+    (corpus / "003.txt").write_text("changed")
+    others.append(prepare(config(corpus, tmp_path)))
+    assert len({p.fingerprint for p in (first, *others)}) == 5
+    assert b"changed" in documents(others[-1], others[-1].train[0]) + documents(others[-1], others[-1].validation)
+
+
+def test_shards_do_not_change_the_stream(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("hybridlm.data.build.BATCH_DOCUMENTS", 7)
+    whole = prepare(config(corpus, tmp_path))
+    parts = prepare(config(corpus, tmp_path, shard_tokens=3000))
+    assert len(parts.train[0].shards) > 5
+    for a, b in ((whole.train[0], parts.train[0]), (whole.validation, parts.validation)):
+        assert a.read(0, a.num_tokens).tolist() == b.read(0, b.num_tokens).tolist()
+        assert a.ends(0, a.num_tokens).tolist() == b.ends(0, b.num_tokens).tolist()
+
+
+KILLED = """
+import os, signal, sys
+import hybridlm.data.build as build
+from hybridlm.config.schema import DataConfig
+from hybridlm.data import prepare
+from hybridlm.data.shards import ShardWriter
+
+where, path, cache = sys.argv[1:]
+build.BATCH_DOCUMENTS = 7
+die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+commit, finish, add = build.State.commit, ShardWriter.finish, ShardWriter.add
+
+def dying_commit(self, folder, new):
+    if self.commits == 3 and where == "before_record":
+        die()
+    commit(self, folder, new)
+
+def dying_finish(self):
+    if self.name.endswith("00003") and where == "in_finish":
+        self.file.flush()
+        die()
+    return finish(self)
+
+def dying_add(self, *document):
+    add(self, *document)
+    if self.name == "train-00003" and where == "in_shard":
+        self.file.flush()
+        die()
+
+build.State.commit, ShardWriter.finish, ShardWriter.add = dying_commit, dying_finish, dying_add
+if where == "before_rename":
+    build.os.replace = lambda a, b, r=os.replace: die() if str(a).endswith(".partial") else r(a, b)
+prepare(DataConfig(path=path, cache_dir=cache, shard_tokens=3000), progress=False)
+"""
+
+
+@pytest.mark.parametrize("where", ["before_record", "in_finish", "in_shard", "before_rename"])
+def test_killed_and_continued(corpus, tmp_path, monkeypatch, where):
+    monkeypatch.setattr("hybridlm.data.build.BATCH_DOCUMENTS", 7)
+    expected = files_of(prepare(config(corpus, tmp_path / "whole", shard_tokens=3000)))
+    child = subprocess.run([sys.executable, "-c", KILLED, where, str(corpus), str(tmp_path / "cache")],
+                           capture_output=True, text=True, timeout=60)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    partial, = (tmp_path / "cache" / "data").iterdir()
+    assert partial.name.endswith(".partial")
+    kept = {f: f.stat().st_ino for f in partial.glob("train-0000[012].*")}
+    assert len(kept) == 6
+    prepared = prepare(config(corpus, tmp_path, shard_tokens=3000))
+    assert files_of(prepared) == expected
+    assert all((prepared.sources[0].folder / f.name).stat().st_ino == inode for f, inode in kept.items())
+    names = {f.name for f in prepared.sources[0].folder.iterdir()}
+    assert names == {*expected, "manifest.json", "verified.json"}
+    assert prepared.report()["sources"][0]["empty_documents"] == 1
+
+
+def test_damaged_leftovers_are_built_again(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("hybridlm.data.build.BATCH_DOCUMENTS", 7)
+    expected = files_of(prepare(config(corpus, tmp_path / "whole", shard_tokens=3000)))
+    subprocess.run([sys.executable, "-c", KILLED, "in_shard", str(corpus), str(tmp_path / "cache")],
+                   capture_output=True, timeout=60, check=False)
+    partial, = (tmp_path / "cache" / "data").iterdir()
+    (partial / "train-00001.bin").write_bytes(b"torn")
+    assert files_of(prepare(config(corpus, tmp_path, shard_tokens=3000))) == expected
+
+
+def in_process(options):
+    return prepare(DataConfig(**options), progress=False).fingerprint
+
+
+def test_processes_at_the_same_time(corpus, tmp_path):
+    options = {"path": str(corpus), "cache_dir": str(tmp_path / "cache"), "tokenizer": "bpe",
+               "tokenizer_vocab_size": 300}
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.map(in_process, [options] * 4, chunksize=1)
+    assert len(set(found)) == 1
+    assert [f.name for f in (tmp_path / "cache" / "data").iterdir()] == \
+        [prepare(DataConfig(**options)).sources[0].folder.name]
+
+
+def test_damaged_shards_are_named(corpus, tmp_path):
+    folder = prepare(config(corpus, tmp_path)).sources[0].folder
+    file = folder / "train-00000.bin"
+    data = bytearray(file.read_bytes())
+    data[1000] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-00000\.bin does not match its checksum; delete the folder"):
+        prepare(config(corpus, tmp_path))
+
+
+def test_tokenizer_trained_on_training_text(corpus, tmp_path):
+    (corpus / "held.txt").write_text("zqzqzq " * 2000)
+    options = {"tokenizer": "bpe", "tokenizer_vocab_size": 320, "validation_path": str(corpus / "held.txt")}
+    prepared = prepare(config(corpus, tmp_path, **options))
+    assert prepared.tokenizer.vocab_size <= 320
+    assert documents(prepared, prepared.validation) == [(corpus / "held.txt").read_bytes()]
+    assert len(documents(prepared, prepared.train[0])) == 119
+    assert len(prepared.tokenizer.encode("some words of text")) < 8
+    assert len(prepared.tokenizer.encode("zqzqzqzq")) == 8
+    assert prepare(config(corpus, tmp_path, **options)).tokenizer.fingerprint == prepared.tokenizer.fingerprint
+
+
+def test_tokenizer_of_a_folder(corpus, tmp_path):
+    load_tokenizer("bytes").save(tmp_path / "tokenizer")
+    prepared = prepare(config(corpus, tmp_path, tokenizer=str(tmp_path / "tokenizer")))
+    assert prepared.tokenizer.is_bytes
+    assert prepared.sources[0].folder == prepare(config(corpus, tmp_path)).sources[0].folder
+
+
+def test_validation_from_a_path_leaves_its_files_out_of_training(corpus, tmp_path):
+    prepared = prepare(config(corpus, tmp_path, validation_path=str(corpus / "01*.txt")))
+    assert len(documents(prepared, prepared.validation)) == 10
+    assert len(documents(prepared, prepared.train[0])) == 109
+    assert not set(documents(prepared, prepared.validation)) & set(documents(prepared, prepared.train[0]))
+    assert prepared.report()["sources"][0]["left_out_files"] == 10
+
+
+def test_validation_from_another_split(tmp_path):
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a b", "c d"]}),
+                          "dev": datasets.Dataset.from_dict({"text": ["e f"]})}).save_to_disk(str(tmp_path / "set"))
+    prepared = prepare(config(tmp_path / "set", tmp_path, validation_split="dev"))
+    assert documents(prepared, prepared.train[0]) == [b"a b", b"c d"]
+    assert documents(prepared, prepared.validation) == [b"e f"]
+    with pytest.raises(ConfigError, match="needs validation_path beside a mixture"):
+        DataConfig(mixture=[DataSourceConfig()], validation_split="dev")
+
+
+def test_no_validation_when_none_is_asked_for(corpus, tmp_path):
+    prepared = prepare(config(corpus, tmp_path, validation_fraction=0.0))
+    assert prepared.validation is None
+    assert prepared.train[0].num_documents == 119
+    assert prepared.report()["validation"]["tokens"] == 0
+
+
+def test_single_file_gives_both_parts(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("".join(f"line {i}\n" for i in range(2000)))
+    prepared = prepare(config(file, tmp_path))
+    (head,), (tail,) = documents(prepared, prepared.train[0]), documents(prepared, prepared.validation)
+    assert head + tail == file.read_bytes()
+    assert abs(len(tail) / len(head + tail) - 0.02) < 0.002
+
+
+def test_mixture_of_kinds(corpus, tmp_path):
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps({"body": f"line number {i}"}) + "\n" for i in range(100)))
+    sources = [DataSourceConfig(path=str(corpus), weight=3),
+               DataSourceConfig(path=str(lines), text_field="body", weight=1)]
+    prepared = prepare(config("ignored", tmp_path, mixture=sources))
+    assert [store.weight for store in prepared.train] == [3, 1]
+    assert prepared.train[1].num_documents + prepared.sources[1].summary("validation")["documents"] == 100
+    assert all(s.summary("validation")["documents"] for s in prepared.sources)
+    dataset = PackedDataset(prepared.train, 32, 1)
+    assert np.bincount([dataset.sample(i).place.source for i in range(40)]).tolist() == [30, 10]
+    sources[0].weight = 1
+    other = prepare(config("ignored", tmp_path, mixture=sources))
+    assert [s.folder for s in other.sources] == [s.folder for s in prepared.sources]
+    assert other.fingerprint != prepared.fingerprint
+
+
+def test_replaced_text_is_counted(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    (folder / "b.txt").write_bytes(b"fine")
+    with pytest.raises(DataError, match="not UTF-8 at byte 3"):
+        prepare(config(folder, tmp_path))
+    prepared = prepare(config(folder, tmp_path, invalid_utf8="replace"))
+    assert prepared.report()["sources"][0]["replaced_documents"] == 1
+
+
+def test_texts_without_tokens_are_counted(tmp_path):
+    import tokenizers
+
+    backend = load_tokenizer("bytes").backend
+    backend.normalizer = tokenizers.normalizers.Strip()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, text in enumerate(["  \n", " some text ", "more"]):
+        (folder / f"{i}.txt").write_text(text)
+    prepared = prepare(config(folder, tmp_path, tokenizer=str(tmp_path / "tokenizer.json"), validation_fraction=0.0))
+    assert documents(prepared, prepared.train[0]) == [b"some text", b"more"]
+    assert prepared.report()["sources"][0]["empty_documents"] == 1
+
+
+def test_no_text_at_all(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": ""}\n{"text": null}\n')
+    for fraction in (0.0, 0.1):
+        with pytest.raises(DataError, match=r"a\.jsonl: no text found"):
+            prepare(config(file, tmp_path, validation_fraction=fraction))
+
+
+def test_cache_that_cannot_be_made(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"the cache folder cannot be made.*set data\.cache_dir"):
+        prepare(DataConfig(path=str(corpus), cache_dir=str(tmp_path / "file" / "cache")))
+
+
+def test_full_disk_is_one_clear_line(corpus, tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hybridlm.data.build.ShardWriter.finish", full)
+    with pytest.raises(DataError, match=r"cannot be written there.*No space left on device.*make room"):
+        prepare(config(corpus, tmp_path))
+
+
+def test_bar_is_shown_on_terminals_only(corpus, tmp_path, capsys, monkeypatch):
+    prepare(config(corpus, tmp_path))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    prepare(config(corpus, tmp_path / "again"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "preparing" in captured.err
+    prepare(config(corpus, tmp_path / "again"))
+    assert capsys.readouterr() == ("", "")
+    assert os.listdir(tmp_path / "again" / "cache" / "data")
