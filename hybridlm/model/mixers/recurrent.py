@@ -202,8 +202,7 @@ class RecurrentMixer(SequenceMixer):
         """u = f(x) + dt_bias in fp32."""
         config = self.config
         u = self._project("a" if config.decay == "scalar" else "f", x_BTD, config.gate_rank)
-        u = u.to(torch.promote_types(u.dtype, self.dt_bias.dtype)) + self.dt_bias
-        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        u = u.to(torch.promote_types(u.dtype, torch.float32)) + self.dt_bias
         return u if config.decay == "scalar" else u.unflatten(-1, (config.value_heads, config.head_dim))
 
     def log_decay(self, u: Tensor) -> Tensor:
