@@ -187,7 +187,7 @@ def _stage_file(path: Path, group: str, stage: Path) -> str:
 
     The config of a whole run (a checkpoint's config.yaml) stands for its part of that group.
     """
-    option = _FILE + path.stem
+    option = _FILE + re.sub(r"[^\w-]", "_", path.stem)
     target = stage / group / f"{option}.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     data = load_yaml(path)
@@ -206,7 +206,7 @@ def _compose(name: str, overrides: list[str], folders: list[Path]) -> DictConfig
             with initialize_config_dir(str(folders[0]), job_name="hybridlm", version_base="1.3"):
                 config = compose(name, [*overrides, f"hydra.searchpath=[{others}]"], return_hydra_config=True)
         except MissingConfigException as error:
-            raise _missing_option(error, folders) from None
+            raise _missing_option(error, folders, overrides) from None
         except YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             raise yaml_error(error, Path(mark.name).name if mark else "a config file") from None
@@ -229,12 +229,13 @@ def _own_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer
 
 
-def _missing_option(error: MissingConfigException, folders: list[Path]) -> ConfigError:
+def _missing_option(error: MissingConfigException, folders: list[Path], overrides: list[str]) -> ConfigError:
     group, _, option = str(error.missing_cfg_file or "").rpartition("/")
     known = [name for name in _in_group(group or ".", folders) if not name.startswith(_FILE)]
     by = re.match(r"In '([^']*)'", str(error))
     what = "no such option"
-    if by is not None and "/" in by[1]:  # named in the defaults list of an option, not by the user's command
+    asked = any(text.endswith(f"={option}") for text in overrides)
+    if by is not None and "/" in by[1] and not asked:
         what += f" (named in {by[1].replace(_FILE, '')}.yaml)"
     hint = _did_you_mean(option, known)
     if not group:

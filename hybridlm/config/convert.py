@@ -144,7 +144,7 @@ class _Reader:
             return data
         if not isinstance(data, dict):
             raise ConfigError(path, "has the wrong type", got=data,
-                              expected=f"the keys of a {_noun(cls)} ({', '.join(_hints(cls))})")
+                              expected=f"a mapping with keys among {', '.join(_hints(cls))}")
         cls = _by_kind(cls, data, path)
         hints = _hints(cls)
         for key in data:
@@ -205,7 +205,7 @@ def describe(hint: Any) -> str:
         return f"a list [{', '.join('...' if arg is Ellipsis else describe(arg) for arg in args)}]"
     if origin is dict:
         return f"a mapping of {describe(args[0])} to {describe(args[1])}"
-    return f"a {_noun(hint)}" if isinstance(hint, type) else "any value"
+    return "a mapping" if dataclasses.is_dataclass(hint) else "any value"
 
 
 def registered(cls: type) -> dict[str, type] | None:
@@ -307,10 +307,6 @@ def _required(field: dataclasses.Field) -> bool:
 
 def _very_near(key: str, names: list[str]) -> bool:
     return bool(difflib.get_close_matches(key, names, n=1, cutoff=0.8))
-
-
-def _noun(cls: type) -> str:
-    return cls.__name__.removesuffix("Config").lower() + " config"
 
 
 def _join(path: str, key: Any) -> str:

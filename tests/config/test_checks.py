@@ -1,0 +1,62 @@
+"""Checks across the parts of a run."""
+
+import pytest
+
+from hybridlm.config import load_config
+from hybridlm.config.checks import check_patterns, parameter_names
+from hybridlm.errors import ConfigError
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["model.vocab_size=256"], "model.vocab_size: is smaller than the tokenizer's vocabulary; got 256; expected at "
+     "least 257 for data.tokenizer=bytes"),
+    (["data.tokenizer=bpe"], "model.vocab_size: is smaller than the tokenizer's vocabulary; got 512; expected at least "
+     "data.tokenizer_vocab_size=4096"),
+    (["training.sequence_length=5000"], "training.sequence_length: is longer than the model is meant for; got 5000; "
+     "expected at most model.max_position=4096"),
+    (["recipe.stages.0.sequence_length=5000"],
+     "recipe.stages.0.sequence_length: is longer than the model is meant for; got 5000; "
+     "expected at most model.max_position=4096"),
+    (["training.micro_batch_size=4", "recipe.stages.0.batch_size=6"],
+     "recipe.stages.0.batch_size: does not divide into micro batches; got 6; "
+     "expected a multiple of training.micro_batch_size=4"),
+    (["training.micro_batch_size=3"],
+     "training.micro_batch_size: must divide batch_size; got 3; expected a divisor of 8"),
+    (["recipe.stages.0.steps=1", "recipe.stages.0.tokens=2"],
+     "recipe.stages.0.tokens: cannot stand beside 'steps'; got 2; expected one of the two"),
+    (["recipe.stages=[{name: a}, {name: a}]"], "recipe.stages: two stages have one name; got ['a', 'a']"),
+    (["recipe.stages=[]"], "recipe.stages: is empty; expected at least one stage"),
+    (["recipe.stages.0.trainable=[lm_hed.weight]"],
+     "recipe.stages.0.trainable.0: matches no parameter of the model; got 'lm_hed.weight'; "
+     "expected a shell pattern over parameter names; did you mean 'lm_head.weight'?"),
+    (["init_from=/nowhere/run"],
+     "init_from: no such checkpoint; got '/nowhere/run'; expected a run folder or a checkpoint folder"),
+    (["model.feed_forward.dense_layers=[9]", "model.feed_forward.intermediate_size=8"],
+     "model.feed_forward.dense_layers: names a layer the model does not have; got [9]; expected layers 0 to 3"),
+    (["kernels.strict=maybe"], "kernels.strict: has the wrong type; got 'maybe'; expected true, false or null"),
+])
+def test_what_does_not_fit_together_is_one_line(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config("train", overrides)
+    assert str(caught.value) == message
+
+
+def test_kernel_names():
+    with pytest.raises(ConfigError) as caught:
+        load_config("train", ["kernels.delta_rul=torch"])
+    assert str(caught.value).startswith("kernels.delta_rul: unknown operation; expected strict, or one of attention, ")
+    assert str(caught.value).endswith("did you mean 'delta_rule'?")
+    with pytest.raises(ConfigError) as caught:
+        load_config("train", ["kernels.delta_rule=tritn"])
+    assert str(caught.value).startswith("kernels.delta_rule: unknown backend; got 'tritn'; expected auto, or one of ")
+    assert load_config("train", ["kernels.delta_rule=reference"]).kernels == {"delta_rule": "reference"}
+
+
+def test_patterns_over_parameter_names(tmp_path):
+    config = load_config("train", ["model=deepseek_v32_tiny", "recipe.stages.0.trainable=['*.indexer.*']",
+                                   f"init_from={tmp_path}"])
+    names = parameter_names(config)
+    assert any(".indexer." in name for name in names)
+    check_patterns(["*", "layers.?.mixer.*"], names, "here")
+    with pytest.raises(ConfigError, match=r"here.1: matches no parameter"):
+        check_patterns(["*", "layers.9.*"], names, "here")

@@ -1,0 +1,303 @@
+"""Composing a run from names, files and overrides; every mistake is one clear line."""
+
+import logging
+import math
+import threading
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from hybridlm.config import config_dir, from_dict, load_config, load_model_config, to_yaml
+from hybridlm.config.compose import options
+from hybridlm.config.schema import Config
+from hybridlm.errors import ConfigError
+
+MODELS = ("deepseek_v32_671b, deepseek_v32_tiny, hybrid_1b, hybrid_tiny, kimi_linear_48b, kimi_linear_tiny, "
+          "minimax_01_456b, minimax_01_tiny, quickstart, qwen3_next_80b, qwen3_next_tiny")
+
+
+def error(*overrides: str, name: str = "train", folder: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(name, overrides, folder)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+MINE = "defaults:\n  - quickstart\n  - _self_\n"
+
+
+def test_a_run_without_overrides():
+    config = load_config()
+    assert config.model.layers() == ["kda", "kda", "kda", "full"]
+    assert config.model.name == "quickstart"
+    assert config.run_dir == "runs/quickstart"
+
+
+def test_values_win_over_files_and_reach_keys_no_file_has():
+    config = load_config("train", ["training.steps=7", "training.seed=3", "optimizer.lr=3e-4", "init_from=null",
+                                   "model.mixers.full.window=16", "data.mixture=[{path: a, weight: 2}, {path: b}]",
+                                   "recipe.stages.0.steps=5", "kernels.strict=true"])
+    assert (config.training.steps, config.training.seed, config.optimizer.lr) == (7, 3, 3e-4)
+    assert config.model.mixers["full"].window == 16
+    assert [source.weight for source in config.data.mixture] == [2.0, 1.0]
+    assert config.recipe.stages[0].steps == 5
+    assert config.kernels == {"strict": True}
+
+
+def test_the_schedule_from_the_command_line():
+    def layers(*overrides: str) -> list[str]:
+        return load_config("train", ["model=hybrid_tiny", "model.num_layers=8", *overrides]).model.layers()
+
+    assert layers("model.schedule.ratio=7", "model.schedule.linear=gdn") == ["gdn"] * 7 + ["full"]
+    assert layers("model.schedule.ratio=0", "model.schedule.full=dsa") == ["dsa"] * 8
+    assert layers("model.schedule.ratio=inf") == ["kda"] * 8
+    assert layers("schedule@model.schedule=ratio_1") == ["kda", "full"] * 4
+    assert layers("model.schedule.pattern=[gdn, swa]") == ["gdn", "swa"] * 4, "a pattern replaces the short form"
+    assert layers("model.schedule.override={0: mla, -1: swa}") == ["mla", "kda", "kda", "full", *["kda"] * 3, "swa"]
+    assert layers("model.schedule.override.1=full")[:3] == ["kda", "full", "kda"]
+    text = error("model.schedule.pattern=[kda]", "model.schedule.ratio=1")
+    assert text.startswith("model.schedule.linear: cannot stand beside 'pattern'")
+
+
+def test_the_short_form_replaces_a_pattern(tmp_path):
+    schedule = "schedule: {pattern: [kda, full], linear: null, full: null, ratio: null}\n"
+    file = write(tmp_path / "mine.yaml", MINE + schedule)
+    assert load_config("train", [f"model={file}"]).model.layers() == ["kda", "full"] * 2
+    config = load_config("train", [f"model={file}", "model.schedule.ratio=inf", "model.schedule.linear=kda"])
+    assert config.model.layers() == ["kda"] * 4
+
+
+def test_a_mapping_with_a_kind_replaces_the_old_one():
+    config = load_config("train", ["model.feed_forward={kind: dense, intermediate_size: 64}"])
+    assert config.model.feed_forward.kind == "dense"
+    merged = load_config("train", ["model.feed_forward={num_experts: 4}"])
+    assert (merged.model.feed_forward.kind, merged.model.feed_forward.num_experts) == ("moe", 4)
+
+
+def test_deleting_a_key_gives_its_default_back():
+    assert load_config("train", ["~training.steps"]).training.steps == 1000
+    assert load_config("train", ["optimizer=muon", "~optimizer.schedule"]).optimizer.schedule.kind == "cosine"
+
+
+def test_a_plus_changes_nothing():
+    assert load_config("train", ["+training.steps=3"]).training.steps == 3
+    assert load_config("train", ["++training.steps=3"]).training.steps == 3
+    assert load_config("train", ["+experiment=kimi_linear_tiny"]).model.name == "kimi_linear_tiny"
+
+
+def test_a_name_may_be_an_experiment_or_a_model():
+    assert load_config("kimi_linear_tiny").training.steps == 60, "an experiment, which sets sizes too"
+    assert load_config("qwen3_next_80b").model.hidden_size == 2048
+    assert load_config("kimi_linear_tiny", ["training.steps=2"]).training.steps == 2
+
+
+def test_a_mixer_from_its_group():
+    config = load_config("train", ["+mixer@model.mixers.gdn=gdn", "model.mixers.gdn.num_heads=4",
+                                   "model.mixers.gdn.head_dim=32", "model.schedule.linear=gdn"])
+    assert config.model.layers() == ["gdn", "gdn", "gdn", "full"]
+    assert config.model.mixers["gdn"].decay == "scalar"
+
+
+def test_a_file_of_ones_own_stands_for_a_model(tmp_path, monkeypatch):
+    write(tmp_path / "quickstart.yaml", MINE + "hidden_size: 96\n")
+    monkeypatch.chdir(tmp_path)
+    config = load_config("train", ["model=quickstart.yaml"])
+    assert (config.model.hidden_size, config.model.num_layers) == (96, 4), "on top of the built-in of the same name"
+    assert load_model_config("quickstart.yaml", ["model.num_layers=2"]).num_layers == 2
+    other = write(tmp_path / "it's mine.yaml", MINE.replace("quickstart", "hybrid_tiny") + "name: ''\n")
+    assert load_model_config(other).name == "it_s_mine"
+
+
+def test_a_folder_of_ones_own_is_searched_first(tmp_path):
+    write(tmp_path / "model" / "special.yaml", MINE + "name: special\n")
+    write(tmp_path / "mixer" / "kda.yaml", "kind: delta_rule\ndecay: channel\nconv_size: 0\n")
+    config = load_config("train", ["model=special"], tmp_path)
+    assert config.model.name == "special"
+    assert config.model.mixers["kda"].conv_size == 0, "mine hides the built-in one"
+    assert "special" in options("model", tmp_path)
+    assert "special" not in options("model")
+
+
+def test_the_config_of_a_checkpoint_runs_again(tmp_path):
+    config = load_config("train", ["model=qwen3_next_tiny", "training.steps=11", "model.schedule.ratio=inf"])
+    file = write(tmp_path / "run" / "config.yaml", to_yaml(config))
+    assert load_config(str(file)) == config
+    assert load_config(str(file), ["training.steps=12"]).training.steps == 12
+    assert load_model_config(file) == config.model, "its model part stands for the model"
+
+
+def test_every_yaml_is_found_and_valid():
+    for name in options("experiment"):
+        assert isinstance(load_config("train", [f"experiment={name}"]), Config)
+    for name in options("optimizer"):
+        assert load_config("train", [f"optimizer={name}"]).optimizer.kind == name
+
+
+@pytest.mark.parametrize("name", options("mixer"))
+def test_every_mixer_of_the_group_stands_in_a_schedule(name):
+    sizes = {"mla": "kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8, v_head_dim: 16",
+             "dsa": "kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8, v_head_dim: 16"}
+    config = load_config("train", [f"+mixer@model.mixers.it={name}", "model.schedule.pattern=[it]",
+                                   f"model.mixers.it={{num_heads: 4, {sizes.get(name, 'head_dim: 16')}}}"])
+    assert config.model.layers() == ["it"] * 4
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["model=kimi_linaer_tiny"], f"model: no such option; got 'kimi_linaer_tiny'; expected one of {MODELS}; "
+                                 "did you mean 'kimi_linear_tiny'?"),
+    (["modle=quickstart"], "modle: unknown key; did you mean 'model'?"),
+    (["model.hiden_size=64"], "model.hiden_size: unknown key; did you mean 'hidden_size'?"),
+    (["+training.stps=3"], "training.stps: unknown key; did you mean 'steps'?"),
+    (["steps=3"], "steps: unknown key; did you mean 'training.steps'?"),
+    (["training.lr=1"], "training.lr: unknown key; did you mean 'optimizer.lr'?"),
+    (["model.hidden_size=abc"], "model.hidden_size: has the wrong type; got 'abc'; expected a whole number"),
+    (["training.steps=true"], "training.steps: has the wrong type; got True; expected a whole number"),
+    (["model.hidden_size.x=3"], "model.hidden_size: has the wrong type; got {'x': 3}; expected a whole number"),
+    (["tracking.wandb=ofline"],
+     "tracking.wandb: unknown value; got 'ofline'; expected one of off, offline, online; did you mean 'offline'?"),
+    (["model.schedule.pattern=[kdda, full]"],
+     "model.schedule: layer 0 names an unknown mixer; got 'kdda'; expected one of ['full', 'kda']; "
+     "did you mean 'kda'?"),
+    (["model.schedule.pattern=[]"],
+     "model.schedule.pattern: names no mixer; got []; expected a list of mixer names such as [kda, kda, kda, full]"),
+    (["model.schedule.override={40: full}"],
+     "model.schedule.override: names a layer the model does not have; got 40; expected a layer between -4 and 3"),
+    (["model.mixers.full.num_kv_heads=3"],
+     "model.mixers.full.num_kv_heads: must divide num_heads; got 3; expected a divisor of 4"),
+    (["model.feed_forward.num_experts_per_tok=9"], "model.feed_forward.num_experts_per_tok: is more than there are "
+     "experts; got 9; expected at most num_experts = 8"),
+    (["model.feed_forward.kind=mo"],
+     "model.feed_forward.kind: unknown kind; got 'mo'; expected one of dense, moe; did you mean 'moe'?"),
+    (["model.mixers.full._target_=os.system"], "model.mixers.full._target_: is refused: a config cannot name code to "
+     "run; got 'os.system'; expected a registered 'kind'"),
+    (["data=files"], "data.path: is missing; expected text"),
+    (["data=fils"], "data: no such option; got 'fils'; expected one of files, stdlib; did you mean 'files'?"),
+    (["experiment=quikstart"], "experiment: no such option; got 'quikstart'; expected one of "
+     f"{', '.join(options('experiment'))}; did you mean 'quickstart'?"),
+    (["schedule@model.schedule=ratio_8"], "schedule: no such option; got 'ratio_8'; expected one of ratio_0, ratio_1, "
+     "ratio_3, ratio_7, ratio_inf; did you mean 'ratio_7'?"),
+    (["mixer=kda"], "Could not override 'mixer'. Did you mean to override one of mixer@model.mixers.full, "
+     "mixer@model.mixers.kda?"),
+    (["mixr@model.mixers.kda=gdn"], "mixr: unknown config group; expected one of data, engine, experiment, "
+     "feed_forward, mixer, model, optimizer, recipe, schedule; did you mean 'mixer'?"),
+    (["training.steps"], "training.steps: is not an override; expected key=value"),
+    (["=3"], "cannot read the override '=3': no key; expected key=value"),
+    (["run_dir=a)"], "cannot read the override 'run_dir=a)': extraneous input ')' expecting <EOF>; expected key=value; "
+     "quote a value with special characters: 'key=\"value\"'"),
+    (["training.steps=1,2"], "training.steps: has several values, a run takes one; got '1,2'; write a list as [a,b], "
+     "or quote text that has a comma"),
+    (["model=[quickstart]"], f"model: must name a config; got ['quickstart']; expected one of {MODELS}"),
+    (["model=null"], f"model: must name a config; got 'null'; expected one of {MODELS}"),
+    (["~model"], f"model: must name a config; got 'null'; expected one of {MODELS}"),
+    (["~training.stps"], "training.stps: cannot be deleted: there is no such key; did you mean 'steps'?"),
+    (["recipe.stages.3.steps=1"], "recipe.stages.3.steps: cannot be set: list index out of range"),
+    (["hydra.verbose=true"], "hydra.verbose: Hydra's own settings are not used here"),
+    (["run_dir=${nowhere.x}"], "run_dir: Interpolation key 'nowhere.x' not found"),
+    (["run_dir=${oc.env:HYBRIDLM_NOT_SET}"], "run_dir: KeyError raised while resolving interpolation: "
+     "\"Environment variable 'HYBRIDLM_NOT_SET' not found\""),
+    (["model=nowhere.yaml"], "model: no such file; got 'nowhere.yaml'; expected a YAML file"),
+])
+def test_a_mistake_on_the_command_line_is_one_line(overrides, message):
+    assert error(*overrides) == message
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("hiden_size: 96\n", "model.hiden_size: unknown key; did you mean 'hidden_size'?"),
+    ("mixers: {kda: {num_head: 2}}\n", "model.mixers.kda.num_head: unknown key; did you mean 'num_heads'?"),
+    ("mixers: {full: {_target_: os.system}}\n", "model.mixers.full._target_: is refused: a config cannot name code to "
+     "run; got 'os.system'; expected a registered 'kind'"),
+    ("hidden_size: ${nowhere}\n", "model.hidden_size: Interpolation key 'nowhere' not found"),
+    ("published:\n  total: ???\n  active: 1\n", "model.published.total: is missing; expected a number"),
+    ("hidden_size: '96'\n", "model.hidden_size: has the wrong type; got '96'; expected a whole number"),
+])
+def test_a_mistake_in_a_file_is_one_line(tmp_path, text, message):
+    file = write(tmp_path / "mine.yaml", MINE + text)
+    assert error(f"model={file}") == message
+    write(tmp_path / "folder" / "model" / "mine.yaml", MINE + text)
+    assert error("model=mine", folder=tmp_path / "folder") == message
+
+
+def test_a_file_that_is_not_yaml_or_names_nothing(tmp_path):
+    file = write(tmp_path / "mine.yaml", "a: [1,\nb: 2\n")
+    where = "line 3, column 1 is not valid YAML: expected ',' or ']', but got '<stream end>'"
+    assert error(f"model={file}") == f"{file} {where}"
+    write(tmp_path / "folder" / "model" / "torn.yaml", "a: [1,\nb: 2\n")
+    assert error("model=torn", folder=tmp_path / "folder").endswith(where)
+    file = write(tmp_path / "mine.yaml", MINE.replace("quickstart", "quickstrt"))
+    assert error(f"model={file}") == ("model: no such option (named in model/mine.yaml); got 'quickstrt'; "
+                                      f"expected one of {MODELS}; did you mean 'quickstart'?")
+    assert error(folder=tmp_path / "nowhere").startswith("config_dir: is not a folder; got ")
+
+
+def test_a_name_that_is_nothing(tmp_path):
+    assert error(name="kimi").startswith("no config of this name; got 'kimi'; expected one of deepseek_v32_671b, ")
+    assert error(name="trian").endswith("did you mean 'train'?")
+    file = write(tmp_path / "mine.yaml", MINE)
+    assert error(name=str(file)).endswith("this file should be a whole run; a model's own file goes into model=FILE")
+
+
+def test_composing_leaves_no_traces(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    handlers = list(logging.getLogger().handlers)
+    for _ in range(2):
+        load_config()
+    with pytest.raises(ConfigError):
+        load_config("train", ["model=nothing"])
+    assert list(tmp_path.iterdir()) == []
+    assert logging.getLogger().handlers == handlers
+    assert not GlobalHydra.instance().is_initialized()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_inside_a_hydra_that_is_at_work(tmp_path):
+    write(tmp_path / "mine.yaml", "a: 1\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert load_config("train", ["training.steps=2"]).training.steps == 2
+        assert compose("mine").a == 1
+
+
+def test_in_threads():
+    results: list[int] = []
+
+    def load(steps: int) -> None:
+        results.append(load_config("train", [f"training.steps={steps}"]).training.steps)
+
+    threads = [threading.Thread(target=load, args=(steps,)) for steps in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [1, 2, 3]
+
+
+def test_the_built_in_folder():
+    assert config_dir().is_absolute()
+    assert (config_dir() / "model" / "quickstart.yaml").is_file()
+
+
+def test_the_folder_inside_the_package_comes_first(tmp_path, monkeypatch):
+    write(tmp_path / "configs" / "train.yaml", "{}")
+    monkeypatch.setattr("hybridlm.config.compose.__file__", str(tmp_path / "hybridlm" / "config" / "compose.py"))
+    assert config_dir() == tmp_path / "configs", "a checkout"
+    write(tmp_path / "hybridlm" / "configs" / "train.yaml", "{}")
+    assert config_dir() == tmp_path / "hybridlm" / "configs", "a wheel"
+    monkeypatch.setattr("hybridlm.config.compose.__file__", str(tmp_path / "none" / "a" / "config" / "compose.py"))
+    with pytest.raises(ConfigError, match="the built-in configs are missing"):
+        config_dir()
+
+
+def test_infinite_ratio_survives_yaml(tmp_path):
+    config = load_config("train", ["model.schedule.ratio=inf"])
+    assert math.isinf(config.model.schedule.ratio)
+    file = write(tmp_path / "config.yaml", to_yaml(config))
+    assert load_config(str(file)).model.layers() == ["kda"] * 4
+    assert from_dict(Config, {"model": config.model}).model is config.model

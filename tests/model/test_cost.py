@@ -1,0 +1,150 @@
+"""Costs from the config against the built model; published counts; memory against what autograd keeps."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridlm.config import load_model_config
+from hybridlm.config.compose import options
+from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops
+from hybridlm.model.memory import activation_bytes_per_token, optimizer_bytes, training_memory
+from hybridlm.model.model import HybridLM
+
+TINY = ("kimi_linear_tiny", "minimax_01_tiny", "qwen3_next_tiny", "deepseek_v32_tiny", "hybrid_tiny", "quickstart")
+
+
+def build(config) -> HybridLM:
+    with torch.device("meta"):
+        return HybridLM(config)
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_parameters_are_those_of_the_built_model(name):
+    config = load_model_config(name)
+    count, model = count_parameters(config), build(config)
+    assert count.total_with_mtp == model.num_params()
+    assert count.mtp == sum(p.numel() for p in model.mtp.parameters())
+    for layer, block in zip(count.layers, model.layers, strict=True):
+        assert layer.params == sum(p.numel() for p in block.parameters()), layer
+        assert layer.mixer_params == sum(p.numel() for p in block.mixer.f.parameters()), layer
+
+
+@pytest.mark.parametrize("name", options("mixer"))
+def test_parameters_of_every_mixer_of_the_group(name):
+    latent = "kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8, v_head_dim: 16"
+    sizes = latent if name in ("mla", "dsa") else "head_dim: 16"
+    config = load_model_config("quickstart", [f"+mixer@model.mixers.it={name}", "model.schedule.pattern=[it]",
+                                              f"model.mixers.it={{num_heads: 4, {sizes}}}"])
+    assert count_parameters(config).total == build(config).num_params()
+
+
+def test_active_parameters_leave_out_idle_experts():
+    config = load_model_config("kimi_linear_tiny")
+    count = count_parameters(config)
+    expert = 3 * 64 * 32
+    idle = sum(6 * expert for layer in count.layers if layer.feed_forward == "moe")
+    assert count.active_with_embeddings == count.total - idle
+    assert count.active == count.active_with_embeddings - 2 * 512 * 64
+    assert count.active_with_head == count.active + 512 * 64
+    assert [layer.feed_forward for layer in count.layers] == ["dense"] + ["moe"] * 6
+
+
+def test_tied_embeddings_are_counted_once():
+    config = load_model_config("hybrid_tiny", ["model.tie_embeddings=true"])
+    count = count_parameters(config)
+    assert count.total == build(config).num_params()
+    assert count.head == 0
+    assert count.active_with_head == count.active_with_embeddings == count.active + 512 * 64
+
+
+# The active counts that systems publish are rounded to a billion, and some count the head, some do not.
+@pytest.mark.parametrize(("name", "total", "active", "how", "tolerance"), [
+    ("kimi_linear_48b", 48e9, 3e9, "active_with_head", 0.04),
+    ("minimax_01_456b", 456e9, 45.9e9, "active", 0.03),
+    ("qwen3_next_80b", 80e9, 3e9, "active", 0.09),
+    ("deepseek_v32_671b", 671e9, 37e9, "active", 0.03),
+])
+def test_published_counts(name, total, active, how, tolerance):
+    config = load_model_config(name)
+    count = count_parameters(config)
+    assert count.total == pytest.approx(total, rel=0.03)
+    assert getattr(count, how) == pytest.approx(active, rel=tolerance)
+    assert round(getattr(count, how) / 1e9) == round(active / 1e9), "the same once rounded to a billion"
+    assert (config.published.total, config.published.active) == (total, active)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_flops_of_the_products_are_twice_their_active_weights(name):
+    config = load_model_config(name)
+    count, parts = count_parameters(config), forward_flops(config, 256)
+    products = sum(flops for part, flops in parts.items()
+                   if part.split(".")[-1] in ("projections", "dense", "router", "experts", "shared_experts", "conv"))
+    vectors = {"norms": 2 * config.hidden_size * config.num_layers}
+    # Everything active multiplies once a token, but norms, biases and the indexer, which counts itself.
+    assert products <= 2 * count.active
+    assert products >= 2 * (count.active - vectors["norms"]) * (0.75 if "deepseek" in name else 0.97)
+    assert parts["head"] == 2 * config.hidden_size * config.vocab_size
+
+
+@pytest.mark.parametrize("mixer", ["full", "swa", "mla"])
+def test_flops_of_products_against_torchs_counter(mixer):
+    """Torch counts the matrix products of a dense model exactly; it does not see into fused attention on a CPU."""
+    config = load_model_config("hybrid_tiny", [
+        f"model.schedule.full={mixer}", "model.schedule.ratio=0", "model.num_layers=2",
+        "model.feed_forward={kind: dense, intermediate_size: 128}"])
+    model, length = HybridLM(config).eval(), 128
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.long))
+    parts = forward_flops(config, length)
+    attention = parts.pop(f"{mixer}.attention")
+    counted = counter.get_total_flops() / length
+    whole = attention * 2 * length / (length + 1)  # of the whole square, where it is not fused
+    assert counted in (pytest.approx(sum(parts.values())), pytest.approx(sum(parts.values()) + whole))
+
+
+def test_training_costs_three_forwards_and_counts_mtp():
+    config = load_model_config("deepseek_v32_tiny")
+    parts = forward_flops(config, 512)
+    assert training_flops(config, 512) == 3 * sum(parts.values())
+    assert "mtp" not in forward_flops(config, 512, mtp=False)
+    block = sum(v for k, v in forward_flops(load_model_config("deepseek_v32_tiny", [
+        "model.num_layers=1", "model.feed_forward.dense_layers=[]"]), 512, mtp=False).items())
+    assert parts["mtp"] == block + 4 * config.hidden_size**2
+
+
+def test_only_attention_grows_with_the_context():
+    config = load_model_config("kimi_linear_tiny")
+    short, long = forward_flops(config, 1024), forward_flops(config, 4096)
+    grown = {part for part in short if long[part] > short[part]}
+    assert grown == {"full.attention"}
+    linear = load_model_config("kimi_linear_tiny", ["model.schedule.ratio=inf", "model.schedule.override={-1: kda}"])
+    assert decode_state_bytes(linear, 1 << 10) == decode_state_bytes(linear, 1 << 20)
+    assert decode_state_bytes(config, 1 << 20) > 100 * decode_state_bytes(config, 1 << 10) / 2
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_decode_state_is_what_the_model_keeps(name):
+    config = load_model_config(name)
+    model, length = HybridLM(config).eval(), 96
+    state = model.new_state(1, length)
+    with torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.long), state=state)
+    assert decode_state_bytes(config, length, element_bytes=4) == sum(layer.num_bytes for layer in state.layers)
+
+
+def test_memory_of_weights_and_optimizer():
+    config = load_model_config("qwen3_next_tiny")
+    params, table = count_parameters(config).total_with_mtp, 512 * 64
+    fp32 = training_memory(config, batch_size=2, sequence_length=64, precision="fp32")
+    assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * params, 4 * params, 8 * params)
+    assert training_memory(config, batch_size=2, sequence_length=64, precision="bf16").weights == 6 * params
+    assert optimizer_bytes(config, "muon") == 4 * params + 4 * 2 * table
+    assert fp32.total == sum((fp32.weights, fp32.gradients, fp32.optimizer, fp32.activations))
+
+
+def test_checkpointing_and_bf16_save_activations():
+    config = load_model_config("kimi_linear_48b")
+    plain, half = activation_bytes_per_token(config, 4), activation_bytes_per_token(config, 2)
+    assert half < plain < 2 * half
+    kept = activation_bytes_per_token(config, 2, checkpointing=True)
+    assert config.num_layers * config.hidden_size * 4 < kept < half / 5
