@@ -9,7 +9,7 @@ from hybridlm_kernels.moe import torch as eager
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 MOE_EXPERTS = register(Operation("moe_experts", (
-    Backend("torch", eager.moe_experts), Backend("reference", reference.moe_experts))))
+    Backend("torch", eager.moe_experts, eager.supports), Backend("reference", reference.moe_experts))))
 
 
 def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor,
