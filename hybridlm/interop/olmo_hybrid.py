@@ -1,0 +1,75 @@
+"""OLMo-Hybrid: Gated DeltaNet with negative eigenvalues (norm before the branch) and softmax attention (norm after it).
+
+transformers writes the three convolutions of a layer as thirds of their concatenation, whatever the widths of q, k
+and v are; both cuts are read, and the right one is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hybridlm.interop import parts
+from hybridlm.interop.family import Family, HFConfig
+from hybridlm.interop.mapping import Chain, Each, Layout, Reshape, Rows, Rule
+from hybridlm.model.config import MixerConfig, ModelConfig
+from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
+
+NAMES = {"linear_attention": "gdn", "full_attention": "full"}
+
+
+def to_model(hf: HFConfig) -> dict[str, Any]:
+    gdn = {"kind": "delta_rule", "decay": "scalar", "gate": "softplus", "output_gate": "silu", "norm_eps": 1e-5,
+           "num_heads": hf.linear_num_key_heads, "num_value_heads": hf.linear_num_value_heads,
+           "head_dim": hf.linear_key_head_dim, "value_head_dim": hf.linear_value_head_dim,
+           "conv_size": hf.linear_conv_kernel_dim, "beta_scale": 2.0 if hf.linear_allow_neg_eigval else 1.0,
+           "a_init": [max(hf.linear_a_log_min, 1e-4), hf.linear_a_log_max], "dt_bias_init": "inverse_softplus",
+           "dt_init": [hf.linear_dt_min, hf.linear_dt_max], "residual": {"form": "pre"}}
+    rotated = (hf.rope_parameters or {}).get("rope_theta") is not None
+    bias = bool(hf.attention_bias)
+    full = parts.attention_model(hf, parts.rope_model(hf) if rotated else {"kind": "none"}, qk_norm="full",
+                                 qkv_bias=bias, o_bias=bias, residual={"form": "post"})
+    dense = {"kind": "dense", "intermediate_size": hf.intermediate_size}
+    return parts.base_model(hf, [NAMES[kind] for kind in hf.layer_types], {"gdn": gdn, "full": full}, dense)
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    gdn, full = parts.the(config, DeltaRuleConfig), parts.the(config, AttentionConfig)
+    nope = full.rope.kind == "none"
+    return parts.base_hf(config) | parts.attention_hf(full) | {
+        "model_type": "olmo_hybrid", "intermediate_size": parts.dense_of(config).intermediate_size,
+        "rope_parameters": {"rope_type": "default", "rope_theta": None} if nope else parts.rope_hf(full.rope),
+        "attention_bias": full.qkv_bias, "layer_types": parts.layer_types(config),
+        "linear_num_key_heads": gdn.num_heads, "linear_num_value_heads": gdn.value_heads,
+        "linear_key_head_dim": gdn.head_dim, "linear_value_head_dim": gdn.value_dim,
+        "linear_conv_kernel_dim": gdn.conv_size, "linear_allow_neg_eigval": gdn.beta_scale == 2.0,
+        "linear_use_gate": True,
+    }
+
+
+def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
+    ours = f"{o}mixer.f."
+    if isinstance(mixer, AttentionConfig):
+        yield from parts.norms(o, t, "post_attention_layernorm", "post_feedforward_layernorm")
+        yield from parts.attention_rules(mixer, ours, f"{t}self_attn.")
+    else:
+        gdn, theirs = parts.mixer_of(mixer, DeltaRuleConfig), f"{t}linear_attn."
+        for branch, official, runtime in (("mixer", "attention_layer_norm", "input_layernorm"),
+                                          ("feed_forward", "feedforward_layer_norm", "post_attention_layernorm")):
+            yield Rule((f"{o}{branch}.norm.weight",),
+                       (Layout((f"{t}{official}.weight",)), Layout((f"{t}{runtime}.weight",))))
+        yield from parts.same(ours, theirs, *(f"{name}_proj.weight" for name in "qkvabgo"), "A_log", "dt_bias",
+                              "o_norm.weight")
+        yield from _conv_rules(gdn, ours, theirs)
+    yield from parts.feed_forward_rules(config.feed_forward, moe, o, t)
+
+
+def _conv_rules(gdn: DeltaRuleConfig, o: str, t: str) -> Iterator[Rule]:
+    widths, taps = tuple(gdn.channels.values()), gdn.conv_size
+    for found in parts.conv_rules(gdn, o, t):
+        shapes = Each(tuple(Reshape((width, taps), (width, 1, taps)) for width in widths))
+        thirds = Chain(Rows(widths, (sum(widths) // 3,) * 3), shapes)
+        yield Rule(found.ours, (*found.layouts, Layout(found.layouts[0].names, thirds)))
+
+
+FAMILY = Family(name="olmo_hybrid", architecture="OlmoHybridForCausalLM", to_model=to_model, to_hf=to_hf, layer=layer)

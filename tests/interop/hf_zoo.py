@@ -1,0 +1,117 @@
+"""Small random models of transformers, several configs a family, with nothing left at a trivial value."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+VOCAB = 97
+
+BASE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": None, "bos_token_id": 1,
+        "eos_token_id": None, "max_position_embeddings": 256}
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
+       "qk_nope_head_dim": 12, "v_head_dim": 10}
+GROUPS = {"n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+          "moe_intermediate_size": 16, "n_shared_experts": 1, "num_nextn_predict_layers": 0}
+EXPERTS = GROUPS | {"n_routed_experts": 7, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+INDEX = {"index_n_heads": 32, "index_head_dim": 16, "index_topk": 10}
+GDN = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
+QWEN = BASE | GDN | {"head_dim": 16, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
+                     "shared_expert_intermediate_size": 20}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.8}
+IRREGULAR = ["linear_attention", "full_attention", "full_attention", "linear_attention", "linear_attention"]
+KIMI = BASE | MLA | {"q_lora_rank": None, "linear_head_dim": 8, "linear_num_heads": 4, "num_local_experts": 7,
+                     "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                     "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+BAILING = BASE | MLA | {"head_dim": 8, "q_lora_rank": None, "layer_group_size": 4, "first_k_dense_replace": 1, "num_local_experts": 12,
+                        "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_group": 4, "topk_group": 2,
+                        "num_nextn_predict_layers": 0}
+
+# case -> (model type, config)
+CASES: dict[str, tuple[str, dict]] = {
+    "kimi_linear": ("kimi_linear", KIMI),
+    "kimi_linear-irregular": ("kimi_linear", KIMI | {
+        "num_hidden_layers": 5, "layer_types": IRREGULAR, "mlp_layer_types": ["dense", "dense"] + ["sparse"] * 3,
+        "num_local_experts": 12, "n_group": 4, "topk_group": 2, "linear_num_heads": 2, "q_lora_rank": 20,
+        "linear_conv_kernel_dim": 3, "n_shared_experts": 2, "norm_topk_prob": False}),
+    "qwen3_next": ("qwen3_next", QWEN),
+    "qwen3_next-irregular": ("qwen3_next", QWEN | {
+        "num_hidden_layers": 5, "layer_types": IRREGULAR, "mlp_only_layers": [1, 3], "tie_word_embeddings": True,
+        "linear_num_key_heads": 1, "linear_num_value_heads": 3, "attention_bias": True, "norm_topk_prob": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", QWEN | {"head_dim": 32}),
+    "qwen3_5_moe-irregular": ("qwen3_5_moe_text", QWEN | {
+        "head_dim": 32, "num_hidden_layers": 5, "layer_types": IRREGULAR, "tie_word_embeddings": True,
+        "linear_num_value_heads": 2, "linear_value_head_dim": 8}),
+    "minimax": ("minimax", BASE | {
+        "head_dim": 8, "num_local_experts": 5, "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "full_attn_alpha_factor": 1.7, "full_attn_beta_factor": 0.8, "linear_attn_alpha_factor": 1.3,
+        "linear_attn_beta_factor": 0.9, "mlp_alpha_factor": 1.2, "mlp_beta_factor": 1.1}),
+    "minimax-irregular": ("minimax", BASE | {
+        "head_dim": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "num_local_experts": 4,
+        "num_hidden_layers": 5, "layer_types": IRREGULAR, "tie_word_embeddings": True, "num_experts_per_tok": 3}),
+    "minimax_m2": ("minimax_m2", BASE | {"head_dim": 8, "num_local_experts": 7, "num_experts_per_tok": 2,
+                                         "rotary_dim": 4}),
+    "minimax_m2-full-rope": ("minimax_m2", BASE | {"head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 3,
+                                                   "tie_word_embeddings": True}),
+    "deepseek_v3": ("deepseek_v3", BASE | MLA | GROUPS | {"first_k_dense_replace": 1}),
+    "deepseek_v3-yarn": ("deepseek_v3", BASE | MLA | EXPERTS | {
+        "first_k_dense_replace": 2, "q_lora_rank": None, "rope_parameters": YARN, "attention_bias": True,
+        "tie_word_embeddings": True, "norm_topk_prob": False, "n_shared_experts": 2}),
+    "deepseek_v32": ("deepseek_v32", BASE | MLA | GROUPS | INDEX | {"first_k_dense_replace": 1}),
+    "deepseek_v32-yarn": ("deepseek_v32", BASE | MLA | EXPERTS | INDEX | {
+        "first_k_dense_replace": 0, "rope_parameters": YARN | {"mscale_all_dim": 1.0}, "attention_bias": True}),
+    "glm_moe_dsa": ("glm_moe_dsa", BASE | MLA | EXPERTS | INDEX | {"first_k_dense_replace": 1}),
+    "glm_moe_dsa-shared": ("glm_moe_dsa", BASE | MLA | EXPERTS | INDEX | {
+        "num_hidden_layers": 6, "indexer_types": ["full", "full", "shared", "shared", "full", "shared"],
+        "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse", "sparse"], "index_head_dim": 24}),
+    "bailing_hybrid": ("bailing_hybrid", BAILING),
+    "bailing_hybrid-softplus": ("bailing_hybrid", BAILING | {
+        "num_hidden_layers": 5, "layer_types": IRREGULAR, "kda_safe_gate": False, "head_dim": 12,
+        "num_local_experts": 7, "n_group": 1, "topk_group": 1, "rope_parameters": YARN}),
+    "olmo_hybrid": ("olmo_hybrid", BASE),
+    "olmo_hybrid-nope": ("olmo_hybrid", BASE | {
+        "num_hidden_layers": 5, "layer_types": IRREGULAR, "linear_allow_neg_eigval": False, **GDN,
+        "rope_parameters": {"rope_type": "default", "rope_theta": None}, "tie_word_embeddings": True}),
+    "llama": ("llama", BASE),
+    "llama-bias": ("llama", BASE | {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 12}),
+    "qwen3": ("qwen3", BASE | {"head_dim": 12}),
+    "qwen3-yarn": ("qwen3", BASE | {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 1e6}}),
+    "qwen3_moe": ("qwen3_moe", BASE | {"head_dim": 8, "num_experts": 7, "num_experts_per_tok": 2,
+                                       "moe_intermediate_size": 16, "norm_topk_prob": True}),
+    "qwen3_moe-sparse-step": ("qwen3_moe", BASE | {
+        "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
+        "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": False}),
+}
+
+
+def build(case: str, **changes: object) -> PreTrainedModel:
+    """The transformers model of a case, in evaluation mode."""
+    model_type, config = CASES[case]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config | changes))
+    perturb(model)
+    return model.eval()
+
+
+def perturb(model: nn.Module, seed: int = 1) -> None:
+    """Move norms, biases and gates off the values that would hide a mistake, and make every branch count."""
+    generator = torch.Generator().manual_seed(seed)
+    biases = [b for name, b in model.named_buffers() if name.endswith("bias")]
+    with torch.no_grad():
+        for p in [*model.parameters(), *biases]:
+            if p.dim() <= 1 or p.numel() == max(p.shape):
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+            else:
+                p.mul_(3.0)
+
+
+def tokens(rows: int, length: int, seed: int = 2) -> torch.Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
