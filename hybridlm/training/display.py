@@ -95,19 +95,24 @@ class _FileHandler(logging.FileHandler):
 
 
 class Pace:
-    """Seconds a step, smoothed; what stands between steps (validation, saving) counts too."""
+    """Seconds a step, smoothed; what stands between steps (validation, saving) counts too.
+
+    The first step counts only while it is alone: it warms up everything.
+    """
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
-        self._mean: float | None = None
+        self._ticks = 0
+        self._mean = 0.0
 
     def tick(self) -> None:
         now = time.perf_counter()
         took, self._last = now - self._last, now
-        self._mean = took if self._mean is None else 0.95 * self._mean + 0.05 * took
+        self._ticks += 1
+        self._mean = took if self._ticks <= 2 else 0.95 * self._mean + 0.05 * took
 
     def seconds_a_step(self) -> float:
-        return self._mean or 0.0
+        return self._mean
 
 
 def describe(record: dict[str, Any]) -> str:
