@@ -1,0 +1,77 @@
+"""Unit lower triangular systems (I + L diag(beta)) Z = R by blocks: products of small matrices instead of LAPACK.
+
+Legend: X systems, C unknowns, W right hand sides, c unknowns a block, n = C / c blocks.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 16
+
+
+@lru_cache(maxsize=32)
+def _level_masks(c: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """For b = 1, 2, 4, ... the entries that join the two halves of every diagonal block of size 2b."""
+    i = torch.arange(c, device=device)
+    row, column = i[:, None], i[None]
+    sizes = [2**e for e in range(c.bit_length() - 1)]
+    return tuple(((row // (2 * b) == column // (2 * b)) & (row // b % 2 == 1) & (column // b % 2 == 0)).to(dtype)
+                 for b in sizes)
+
+
+def block_inverses(L_XCC: Tensor, beta_XC1: Tensor | None) -> Tensor:
+    """[X, n, c, c]: inverses of the diagonal blocks of I + L diag(beta). Only L's strictly lower part is read.
+
+    Doubling: with T the inverse at block size b, that at 2b is T - T L_b T, L_b the entries joining the halves.
+    No power of L is formed, so nothing grows that the inverse itself does not hold.
+    """
+    X, C, _ = L_XCC.shape
+    c = min(BLOCK, C)
+    n = C // c
+    s_X, s_row, s_col = L_XCC.stride()
+    D = L_XCC.as_strided((X, n, c, c), (s_X, c * (s_row + s_col), s_row, s_col), L_XCC.storage_offset())
+    D = (D.reshape(X * n, c, c) if beta_XC1 is None else (D * beta_XC1.view(X, n, 1, c)).view(X * n, c, c))
+    masks = _level_masks(c, L_XCC.dtype, L_XCC.device)
+    T = torch.mul(D, masks[0]).neg_() if masks else torch.zeros_like(D)
+    T.diagonal(dim1=1, dim2=2).fill_(1)
+    for mask in masks[1:]:
+        T = torch.baddbmm(T, torch.bmm(T, D * mask), T, alpha=-1)
+    return T.view(X, n, c, c)
+
+
+def solve(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tensor, R_XCW: Tensor) -> Tensor:
+    """Z [X, C, W] of (I + L diag(beta)) Z = R, L strictly lower (the rest of it is not read)."""
+    n, c = inverse_Xncc.shape[1:3]
+    rest, Z = R_XCW, []
+    for i in range(n):
+        a, b = i * c, (i + 1) * c
+        z = torch.bmm(inverse_Xncc[:, i], rest[:, :c])
+        Z.append(z)
+        if b < n * c:
+            written = z if beta_XC1 is None else z * beta_XC1[:, a:b]
+            rest = torch.baddbmm(rest[:, c:], L_XCC[:, b:, a:b], written, alpha=-1)
+    return Z[0] if n == 1 else torch.cat(Z, dim=1)
+
+
+def solve_transposed(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tensor,
+                     R_XCW: Tensor) -> tuple[Tensor, Tensor]:
+    """Y of (I + L diag(beta))^T Y = beta R, and R - L^T Y (so that Y = beta (R - L^T Y))."""
+    n, c = inverse_Xncc.shape[1:3]
+    rest, Y, residual = R_XCW, [], []
+    for i in reversed(range(n)):
+        a, b = i * c, (i + 1) * c
+        r = rest[:, a:b]
+        y = torch.bmm(inverse_Xncc[:, i].mT, r if beta_XC1 is None else r * beta_XC1[:, a:b])
+        Y.append(y)
+        if beta_XC1 is not None:
+            residual.append(torch.baddbmm(r, L_XCC[:, a:b, a:b].tril(-1).mT, y, alpha=-1))
+        if i > 0:
+            rest = torch.baddbmm(rest[:, :a], L_XCC[:, a:b, :a].mT, y, alpha=-1)
+    Y_XCW = Y[0] if n == 1 else torch.cat(Y[::-1], dim=1)
+    if beta_XC1 is None:
+        return Y_XCW, Y_XCW
+    return Y_XCW, residual[0] if n == 1 else torch.cat(residual[::-1], dim=1)
