@@ -16,7 +16,9 @@ TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encod
 def test_every_key_of_a_run_is_named():
     inner = {"model", "model.schedule", "model.norm", "model.mtp", "model.published", "data", "optimizer",
              "optimizer.schedule", "recipe", "training", "engine", "tracking"}
-    assert [path for path in known_paths(Config) if path not in inner and f"`{path}`" not in TEXT] == []
+    elsewhere = "model.feed_forward."  # its own table
+    paths = [path for path in known_paths(Config) if path not in inner and not path.startswith(elsewhere)]
+    assert [path for path in paths if f"`{path}`" not in TEXT] == []
 
 
 @pytest.mark.parametrize("cls", [MoEConfig, DenseConfig, StageConfig, DataSourceConfig])
