@@ -68,7 +68,8 @@ class _DeltaRule(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, d_final: Tensor) -> Any:
         layout, (G, K, V) = ctx.layout, ctx.widths
         segments = layout.segments(G * max(K, V))
-        saved, each = ctx.saved_tensors, len(ctx.saved_tensors) // len(segments)
+        saved = ctx.saved_tensors  # read once: a checkpointed layer unpacks each saved tensor a single time
+        each = len(saved) // len(segments)
         d_states = layout.new_states(d_final, (G, K, V), ctx.dtype)
         needed = [spec is not None and need for spec, need in zip(ctx.inputs, ctx.needs_input_grad, strict=False)]
         rooms = [layout.new_output(*spec) if need else None
