@@ -80,19 +80,24 @@ def write(root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[
             (draft / name).write_text(text, encoding="utf-8")
         for stem, group in tensors.items():
             _write_tensors(draft, stem, group)
-        files = {}
-        for file in sorted(draft.iterdir()):
-            _sync(file)
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        manifest = {"format": FORMAT_VERSION, "hybridlm": version(), "step": step, "files": files}
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(draft / MANIFEST)
-        _sync(draft)
+        seal(draft, step)
         _swap_in(draft, target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return target
+
+
+def seal(folder: Path, step: int) -> None:
+    """Flush every file of `folder` to disk and write the manifest that makes it a checkpoint."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        _sync(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    manifest = {"format": FORMAT_VERSION, "hybridlm": version(), "step": step, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
 
 
 def _swap_in(draft: Path, target: Path) -> None:

@@ -99,7 +99,8 @@ class Export:
         if not mtp and config.mtp.depth:
             config = replace(config, mtp=MTPConfig())
         self.config, self.source = config, source
-        self.rules, self.raw, self.derived = _plan(config, family)
+        self.family, self.raw = write_config(config, family)
+        self.rules, self.derived = self.family.rules(config), list(self.family.derived(config))
         missing = sorted(name for r in self.rules for name in r.ours if name not in source.specs)
         if missing:
             raise CheckpointError(f"{source.where} lacks '{missing[0]}'"
@@ -122,20 +123,6 @@ class Export:
             yield from zip(layout.names, layout.op.to_theirs(reads), strict=True)
         for name, _, make in self.derived:
             yield name, make()
-
-
-def _plan(config: ModelConfig, family: str | None) -> tuple[list[Rule], dict[str, Any], list[Derived]]:
-    if family != "hybridlm":
-        try:
-            found, raw = write_config(config, family)
-            return found.rules(config), raw, list(found.derived(config))
-        except ConfigError as error:
-            if family is not None:
-                raise
-            log.warning("exported as model type 'hybridlm' (import hybridlm.interop.auto before loading it): %s", error)
-    from hybridlm.interop.auto import raw_config
-
-    return [rule(name, f"model.{name}") for name in our_specs(config)], raw_config(config), []
 
 
 def to_hf_config(config: ModelConfig, family: str | None = None) -> PreTrainedConfig:
@@ -179,21 +166,12 @@ def to_hf_model(model: HybridLM, family: str | None = None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     export = Export(model.config, StateDict(ckpt.unique_tensors(model)), family=family, mtp=False)
-    config = _hf_config(export.raw)
+    config = build_hf_config(export.family, export.raw)
     cls = AutoModelForCausalLM._model_mapping[type(config)]
     tensors = {name: tensor.clone() for name, tensor in export.tensors()}
     hf, info = cls.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     _check_loaded(info, type(hf).__name__)
     return hf.eval()
-
-
-def _hf_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
-    if raw["model_type"] == "hybridlm":
-        from hybridlm.interop.auto import HybridLMConfig
-
-        return HybridLMConfig(**raw)
-    family, text = family_of(raw, "the model")
-    return build_hf_config(family, text)
 
 
 def _check_loaded(info: Mapping[str, Any], what: str) -> None:

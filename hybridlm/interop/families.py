@@ -13,6 +13,7 @@ from hybridlm.config.convert import from_dict
 from hybridlm.errors import CheckpointError, ConfigError, nearest
 from hybridlm.interop.canonical import canonical, differences
 from hybridlm.interop.family import Family, HFConfig
+from hybridlm.interop.native import MODEL_TYPE
 from hybridlm.model.config import ModelConfig
 
 log = logging.getLogger("hybridlm")
@@ -29,6 +30,7 @@ def families() -> dict[str, Family]:
         kimi_linear,
         minimax,
         minimax_m2,
+        native,
         olmo_hybrid,
         qwen3_5_moe,
         qwen3_next,
@@ -36,7 +38,7 @@ def families() -> dict[str, Family]:
 
     listed = [qwen3_next.FAMILY, qwen3_5_moe.FAMILY, kimi_linear.FAMILY, minimax.FAMILY, minimax_m2.FAMILY, deepseek.V3,
               deepseek.V32, deepseek.GLM, bailing_hybrid.FAMILY, olmo_hybrid.FAMILY, dense.LLAMA, dense.QWEN3,
-              dense.QWEN3_MOE]
+              dense.QWEN3_MOE, native.FAMILY]
     return {family.name: family for family in listed}
 
 
@@ -94,6 +96,8 @@ def build_hf_config(family: Family, raw: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
+    if family.name == MODEL_TYPE:
+        import hybridlm.interop.auto  # noqa: F401  (registers it)
     drop = {"model_type", "transformers_version", "auto_map", "architectures", "quantization_config"}
     try:
         return AutoConfig.for_model(family.name, **{key: value for key, value in raw.items() if key not in drop})
@@ -119,7 +123,7 @@ def write_config(config: ModelConfig, name: str | None = None) -> tuple[Family, 
     `name` asks for one family; then known differences of transformers are warned of instead of refused.
 
     Raises:
-        ConfigError: no family can (or the one asked for cannot), with the first field that does not fit.
+        ConfigError: the family asked for cannot, with the first field that does not fit.
     """
     if name is not None:
         family = family_named(name)
@@ -134,10 +138,13 @@ def write_config(config: ModelConfig, name: str | None = None) -> tuple[Family, 
         raw, misfit = _try(family, config)
         limits = family.limits(config)
         if raw is not None and not limits:
+            if family.name == MODEL_TYPE and reasons:
+                log.warning("no model type of transformers computes this model; it is written as '%s', which "
+                            "transformers loads after `import hybridlm.interop.auto`. What does not fit: %s",
+                            MODEL_TYPE, "; ".join(reasons))
             return family, raw
         reasons.append(f"{family.name}: {misfit or limits[0]}")
-    raise ConfigError("model", "fits none of the formats of transformers (" + "; ".join(reasons) + ")",
-                      hint="the model type 'hybridlm' holds every model")
+    raise ConfigError("model", "fits no format", hint="; ".join(reasons))
 
 
 def _try(family: Family, config: ModelConfig) -> tuple[dict[str, Any] | None, ConfigError | None]:

@@ -104,10 +104,12 @@ def build(case: str, **changes: object) -> PreTrainedModel:
 def perturb(model: nn.Module, seed: int = 1) -> None:
     """Move norms, biases and gates off the values that would hide a mistake, and make every branch count."""
     generator = torch.Generator().manual_seed(seed)
-    biases = [b for name, b in model.named_buffers() if name.endswith("bias")]
+    biases = [(name, b) for name, b in model.named_buffers() if name.endswith("bias")]
     with torch.no_grad():
-        for p in [*model.parameters(), *biases]:
-            if p.dim() <= 1 or p.numel() == max(p.shape):
+        for name, p in [*model.named_parameters(), *biases]:
+            if name.endswith("A_log"):  # slow decay: a state that forgets at once would hide what it holds
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3 - 1)
+            elif p.dim() <= 1 or p.numel() == max(p.shape):
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
             else:
                 p.mul_(3.0)
