@@ -98,3 +98,18 @@ def test_full_size_builds_on_meta(name):
     lm = hybridlm.build_model(config, device="meta")
     assert all(t.device.type == "meta" for t in [*lm.parameters(), *lm.buffers()])
     assert lm.num_params() == pytest.approx(config.model.published.total, rel=0.03)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_nothing_keeps_what_memory_held_before(name):
+    """`init_weights` writes every parameter and buffer: a model made on meta is whole."""
+    config = hybridlm.load_config("train", [f"model={name}"])
+    built = hybridlm.build_model(config, seed=3)
+    poisoned = hybridlm.build_model(config, seed=4)
+    with torch.no_grad():
+        for tensor in [*poisoned.parameters(), *poisoned.buffers()]:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 7)
+    poisoned.init_weights(3)
+    for values in ("named_parameters", "named_buffers"):
+        for (n, a), (_, b) in zip(getattr(built, values)(), getattr(poisoned, values)(), strict=True):
+            assert torch.equal(a, b), n
