@@ -1,57 +1,264 @@
-"""Token-level sparse attention (DeepSeek-V3.2) with all scores in memory.
+"""Token-level sparse attention in blocks of queries; memory grows with S, never with T times S.
 
-B rows, T queries (the last T positions), S keys, J index heads, I index dim, H query heads,
-G key/value heads, K key dim, V value dim, N selected keys a query.
+B rows, T queries (the last T positions), S keys, J index heads, I index dim, H query heads, G key/value heads,
+R = H/G, K key dim, V value dim, N selected keys a query, Q queries of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from hybridlm_kernels.attention.reference import visible
 from hybridlm_kernels.packing import CuSeqlens
 
+BLOCK_ELEMENTS = {"cpu": 2**19}  # scores of a block in elements: in or near the cache on a CPU
+BLOCK_ELEMENTS_GPU = 2**27
+# Measured on a CPU, in units of one query head's work on one key in place:
+GATHER_COST = 32  # to gather one key of one head and use it
+COPY_COST = 16  # to lay out one key of one head for the products in place
 
-def indexer_scores(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor) -> Tensor:
-    """score_ts = sum_j w_tj relu(q_tj . k_s)."""
-    wide = torch.promote_types(q_BTJI.dtype, torch.float32)
-    dots_BTJS = torch.einsum("btji,bsi->btjs", q_BTJI.to(wide), k_BSI.to(wide))
-    return torch.einsum("btj,btjs->bts", w_BTJ.to(wide), dots_BTJS.relu())
+
+def query_blocks(queries: int, elements_a_query: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """(start, stop) of blocks whose scores stay within the budget. The sizes follow from shapes alone."""
+    size = max(8, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_GPU) // max(1, elements_a_query) // 8 * 8)
+    for start in range(0, queries, size):
+        yield start, min(start + size, queries)
 
 
 def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int,
                  cu_seqlens: CuSeqlens | None = None) -> Tensor:
-    """The `topk` visible keys of highest score, ties to the lowest position; ascending, padded with -1."""
-    batch, queries = q_BTJI.shape[:2]
-    keys = k_BSI.shape[1]
-    mask_BTS = visible(queries, keys, None, q_BTJI.device).expand(batch, queries, keys)
+    batch, queries, heads, _ = q_BTJI.shape
+    keys, device = k_BSI.shape[1], q_BTJI.device
+    wide = torch.promote_types(q_BTJI.dtype, torch.float32)
+    position_T = torch.arange(keys - queries, keys, device=device)
+    first_BT = position_T.new_zeros(1, queries)  # first key a query may see
+    first = [0] * queries  # the same on the host, the least over rows
     if cu_seqlens is not None:
-        document_BT = cu_seqlens.document_ids().view(batch, queries)
-        mask_BTS = mask_BTS & (document_BT[:, :, None] == document_BT[:, None, :])
-    score_BTS = indexer_scores(q_BTJI, k_BSI, w_BTJ).masked_fill(~mask_BTS, -torch.inf)
-    order_BTS = torch.sort(score_BTS, dim=-1, descending=True, stable=True).indices[..., :topk]
-    order_BTS = order_BTS.masked_fill(~mask_BTS.gather(-1, order_BTS), keys).sort(-1).values
-    out_BTN = torch.full((batch, queries, topk), -1, dtype=torch.int32, device=q_BTJI.device)
-    out_BTN[..., : order_BTS.shape[-1]] = order_BTS.masked_fill(order_BTS == keys, -1)
+        first_BT = position_T - cu_seqlens.positions().view(batch, queries)
+        first = _first_keys(cu_seqlens, queries)
+    out_BTN = torch.empty(batch, queries, topk, dtype=torch.int32, device=device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        k_BIS = k_BSI.to(wide).transpose(1, 2)
+        for start, stop in query_blocks(queries, batch * heads * keys, device):
+            low, high = first[start], keys - queries + stop
+            visible_BQ1 = (position_T[start:stop] - first_BT[:, start:stop] + 1)[..., None]
+            if high - low <= topk:  # every visible key is selected
+                rank_N = torch.arange(topk, device=device)
+                chosen_BQN = (first_BT[:, start:stop, None] + rank_N).masked_fill(rank_N >= visible_BQ1, -1)
+                out_BTN[:, start:stop] = chosen_BQN
+                continue
+            dots = q_BTJI[:, start:stop].to(wide).flatten(1, 2) @ k_BIS[..., low:high]
+            score_BQX = torch.bmm(
+                w_BTJ[:, start:stop].to(wide).reshape(-1, 1, heads),
+                dots.relu_().view(batch * (stop - start), heads, high - low)).view(batch, stop - start, -1)
+            s_X = torch.arange(low, high, device=device)
+            seen_BQX = (s_X <= position_T[start:stop, None]) & (s_X >= first_BT[:, start:stop, None])
+            out_BTN[:, start:stop] = _select(score_BQX, seen_BQX, topk, low)
     return out_BTN
+
+
+def _first_keys(cu_seqlens: CuSeqlens, length: int) -> list[int]:
+    """For each query, the first key of its document, or of the longest-reaching one over the rows."""
+    if "first_keys" not in cu_seqlens.cache:
+        first = [length] * length
+        for start, stop in zip(cu_seqlens.host, cu_seqlens.host[1:], strict=False):
+            begin = start % length
+            for t in range(begin, begin + stop - start):
+                first[t] = min(first[t], begin)
+        cu_seqlens.cache["first_keys"] = first
+    return cu_seqlens.cache["first_keys"]
+
+
+def _select(score_BQX: Tensor, seen_BQX: Tensor, topk: int, low: int) -> Tensor:
+    """int32 [B, Q, topk]: the best keys among those seen, ascending, -1 in what is left over.
+
+    Score and position make one integer key, so that no two keys are equal: first the bits of the score in an
+    order-preserving form (adding 0 turns -0 into 0), then the position, the lower the better.
+    """
+    count = score_BQX.shape[-1]
+    bits = (score_BQX.float() + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    s_X = torch.arange(count, device=score_BQX.device)
+    key_BQX = torch.where(seen_BQX, (bits.long() << 32) | (count - 1 - s_X), torch.iinfo(torch.int64).min)
+    if topk < count:
+        least_BQ1 = key_BQX.topk(topk, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        seen_BQX = seen_BQX & (key_BQX >= least_BQ1)
+    place_BQX = seen_BQX.cumsum(-1).sub_(1).masked_fill_(~seen_BQX, topk)
+    out = torch.full((*score_BQX.shape[:2], topk + 1), -1, dtype=torch.int32, device=score_BQX.device)
+    return out.scatter_(-1, place_BQX, (s_X + low).to(torch.int32).expand_as(place_BQX))[..., :topk]
 
 
 def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
                      scale: float | None = None) -> Tensor:
-    """Softmax attention over the listed keys only; a query with an empty list gets zeros."""
-    batch, queries, heads, dim = q_BTHK.shape
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q_BTHK.device.type, enabled=False):
+        return _SparseAttention.apply(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+
+
+class _SparseAttention(torch.autograd.Function):
+    """Keeps its inputs; the backward computes the probabilities again, block by block.
+
+    A block either multiplies with all keys in place and masks (few heads a key head, or few keys), or gathers
+    the selected ones: gathered keys serve the R query heads of their key head once and are not read again.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale):
+        ctx.save_for_backward(q_BTHK, k_BSGK, v_BSGV, indices_BTN)
+        ctx.scale = scale
+        return _strategy(q_BTHK, k_BSGK, indices_BTN)[0](q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do_BTHV):
+        saved = ctx.saved_tensors
+        grads = _strategy(saved[0], saved[1], saved[3])[1](do_BTHV, *saved, ctx.scale)
+        return (*(g.to(x.dtype) for g, x in zip(grads, saved[:3], strict=True)), None, None)
+
+
+def _strategy(q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor) -> tuple[Callable, Callable]:
+    queries, heads = q_BTHK.shape[1:3]
     keys, groups = k_BSGK.shape[1:3]
-    wide = torch.promote_types(q_BTHK.dtype, torch.float32)
-    chosen_BTS = torch.zeros(batch, queries, keys + 1, dtype=torch.bool, device=q_BTHK.device)
-    chosen_BTS.scatter_(-1, indices_BTN.long().masked_fill(indices_BTN < 0, keys), True)
-    chosen_BTS = chosen_BTS[..., :keys]
-    k_BSHK = k_BSGK.to(wide).repeat_interleave(heads // groups, 2)
-    v_BSHV = v_BSGV.to(wide).repeat_interleave(heads // groups, 2)
-    scale = dim**-0.5 if scale is None else scale
-    score_BHTS = scale * torch.einsum("bthk,bshk->bhts", q_BTHK.to(wide), k_BSHK)
-    score_BHTS = score_BHTS.masked_fill(~chosen_BTS[:, None], -torch.inf)
-    empty_BT = ~chosen_BTS.any(-1)
-    p_BHTS = torch.softmax(score_BHTS.masked_fill(empty_BT[:, None, :, None], 0.0), -1)
-    p_BHTS = p_BHTS * ~empty_BT[:, None, :, None]
-    return torch.einsum("bhts,bshv->bthv", p_BHTS, v_BSHV).to(v_BSGV.dtype)
+    gathered = GATHER_COST * groups * queries * indices_BTN.shape[2]
+    masked = heads * queries * (keys - queries // 2) + COPY_COST * groups * keys
+    return (gathered_forward, gathered_backward) if gathered < masked else (masked_forward, masked_backward)
+
+
+class _Masked:
+    """Blocks of queries against all keys up to the last they may need, the unselected ones masked out."""
+
+    def __init__(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float):
+        self.batch, self.queries, self.heads = q_BTHK.shape[:3]
+        self.keys, self.groups = k_BSGK.shape[1:3]
+        self.wide = torch.promote_types(q_BTHK.dtype, torch.float32)
+        self.q_BTHK, self.indices_BTN, self.scale = q_BTHK, indices_BTN, scale
+        self.k_XSK, self.v_XSV = self.by_group(k_BSGK), self.by_group(v_BSGV)
+
+    def by_group(self, x_BSGD: Tensor) -> Tensor:
+        """[B*G, S, D], contiguous."""
+        return x_BSGD.to(self.wide).transpose(1, 2).flatten(0, 1).contiguous()
+
+    def by_rows(self, x_BQHD: Tensor) -> Tensor:
+        """[B*G, R*Q, D]: the query heads of a key head one below the other."""
+        return x_BQHD.to(self.wide).transpose(1, 2).reshape(
+            self.batch * self.groups, -1, x_BQHD.shape[-1])
+
+    def from_rows(self, x: Tensor, size: int) -> Tensor:
+        """Back to [B, Q, H, D]."""
+        return x.view(self.batch, self.heads, size, -1).transpose(1, 2)
+
+    def blocks(self) -> Iterator[tuple[slice, int, Tensor, Tensor, Tensor]]:
+        """(queries, keys in reach, scaled q, probabilities, whether a query has any key)."""
+        elements = self.batch * self.heads * self.keys
+        for start, stop in query_blocks(self.queries, elements, self.q_BTHK.device):
+            rows, size = slice(start, stop), stop - start
+            index_BQN = self.indices_BTN[:, rows].long()
+            reach = self.keys - self.queries + stop
+            if index_BQN.device.type != "cpu":
+                reach = self.keys
+            elif index_BQN.numel():  # an index beyond the query's own position is unusual, yet not forbidden
+                reach = max(reach, int(index_BQN.max()) + 1)
+            mask_BQX = self.k_XSK.new_full((self.batch, size, reach + 1), -torch.inf)
+            mask_BQX.scatter_(-1, index_BQN.masked_fill(index_BQN < 0, reach), 0.0)
+            has_BQ11 = (index_BQN >= 0).any(-1)[:, :, None, None]
+            mask_BQX = mask_BQX[..., :reach].masked_fill(~has_BQ11[..., 0], 0.0)
+            q_XRK = self.by_rows(self.q_BTHK[:, rows] * self.scale)
+            score = torch.bmm(q_XRK, self.k_XSK[:, :reach].transpose(1, 2))
+            score.view(self.batch, self.heads, size, reach).add_(mask_BQX[:, None])
+            yield rows, reach, q_XRK, torch.softmax(score, -1), has_BQ11
+
+
+def masked_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float) -> Tensor:
+    masked = _Masked(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+    o_BTHV = v_BSGV.new_empty(*q_BTHK.shape[:3], v_BSGV.shape[-1])
+    for rows, reach, _, p, has_BQ11 in masked.blocks():
+        o = masked.from_rows(torch.bmm(p, masked.v_XSV[:, :reach]), rows.stop - rows.start)
+        torch.mul(o, has_BQ11, out=o_BTHV[:, rows]) if o.dtype == o_BTHV.dtype else o_BTHV[:, rows].copy_(
+            o * has_BQ11)
+    return o_BTHV
+
+
+def masked_backward(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
+                    scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    masked = _Masked(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+    dq_BTHK = torch.empty(q_BTHK.shape, dtype=masked.wide, device=q_BTHK.device)
+    dk_XSK, dv_XSV = torch.zeros_like(masked.k_XSK), torch.zeros_like(masked.v_XSV)
+    for rows, reach, q_XRK, p, has_BQ11 in masked.blocks():
+        do_XRV = masked.by_rows(do_BTHV[:, rows] * has_BQ11)
+        dp = torch.bmm(do_XRV, masked.v_XSV[:, :reach].transpose(1, 2))
+        dv_XSV[:, :reach].baddbmm_(p.transpose(1, 2), do_XRV)
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        dk_XSK[:, :reach].baddbmm_(ds.transpose(1, 2), q_XRK)
+        dq_XRK = torch.bmm(ds, masked.k_XSK[:, :reach])
+        dq_BTHK[:, rows] = masked.from_rows(dq_XRK, rows.stop - rows.start) * scale
+    groups = (masked.batch, masked.groups)
+    return dq_BTHK, dk_XSK.unflatten(0, groups).transpose(1, 2), dv_XSV.unflatten(0, groups).transpose(1, 2)
+
+
+class _Gathered:
+    """Blocks of queries against a copy of the keys they selected."""
+
+    def __init__(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float):
+        self.wide = torch.promote_types(q_BTHK.dtype, torch.float32)
+        self.batch, self.keys, self.groups = k_BSGK.shape[:3]
+        self.q_BTHK, self.scale, self.per_key = q_BTHK, scale, q_BTHK.shape[2] // self.groups
+        # rows of the flattened keys; an absent one reads key 0 and is masked
+        offset_B11 = torch.arange(self.batch, device=q_BTHK.device)[:, None, None] * self.keys
+        self.absent_BTN = indices_BTN < 0
+        self.row_BTN = (indices_BTN.long() + offset_B11).masked_fill(self.absent_BTN, 0)
+        self.flat = [x.flatten(0, 1).flatten(1) for x in (k_BSGK, v_BSGV)]
+
+    def pick(self, flat: Tensor, rows: slice) -> Tensor:
+        """[B*Q, G, N, D] of the selected keys or values."""
+        row = self.row_BTN[:, rows]
+        picked = flat.index_select(0, row.flatten()).to(self.wide)
+        return picked.view(-1, row.shape[2], self.groups, flat.shape[1] // self.groups).transpose(1, 2)
+
+    def split(self, x_BQHD: Tensor) -> Tensor:
+        """[B*Q, G, R, D]."""
+        return x_BQHD.to(self.wide).flatten(0, 1).unflatten(1, (self.groups, self.per_key))
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """(queries, scaled q, selected k, probabilities, whether a query has any key)."""
+        widest = self.groups * max(x.shape[1] for x in self.flat) // self.groups
+        elements = self.batch * self.row_BTN.shape[2] * (widest + self.q_BTHK.shape[2])
+        for start, stop in query_blocks(self.q_BTHK.shape[1], elements, self.q_BTHK.device):
+            rows = slice(start, stop)
+            absent = self.absent_BTN[:, rows].flatten(0, 1)[:, None, None, :]
+            has = ~absent.all(-1, keepdim=True)
+            q, k = self.split(self.q_BTHK[:, rows] * self.scale), self.pick(self.flat[0], rows)
+            score = torch.matmul(q, k.transpose(2, 3)).masked_fill_(absent & has, -torch.inf)
+            yield rows, q, k, torch.softmax(score, -1) * has, has
+
+    def add_up(self, grad: Tensor, rows: slice, total: Tensor) -> None:
+        """total[row] += grad of each selection; sums of rows in a fixed order."""
+        grad = grad.transpose(1, 2).reshape(-1, total.shape[1]).contiguous()
+        row = self.row_BTN[:, rows].masked_fill(self.absent_BTN[:, rows], len(total)).flatten()
+        total += torch.ops.aten.embedding_dense_backward(grad, row, len(total) + 1, len(total), False)[:-1]
+
+
+def gathered_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float) -> Tensor:
+    gathered = _Gathered(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+    o_BTHV = v_BSGV.new_empty(*q_BTHK.shape[:3], v_BSGV.shape[-1])
+    for rows, _, _, p, _ in gathered.blocks():
+        o = torch.matmul(p, gathered.pick(gathered.flat[1], rows))
+        o_BTHV[:, rows] = o.flatten(1, 2).unflatten(0, (q_BTHK.shape[0], -1))
+    return o_BTHV
+
+
+def gathered_backward(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
+                      scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    gathered = _Gathered(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+    dq_BTHK = torch.empty(q_BTHK.shape, dtype=gathered.wide, device=q_BTHK.device)
+    dk, dv = (torch.zeros(x.shape, dtype=gathered.wide, device=x.device) for x in gathered.flat)
+    for rows, q, k, p, has in gathered.blocks():
+        do = gathered.split(do_BTHV[:, rows]) * has
+        dp = torch.matmul(do, gathered.pick(gathered.flat[1], rows).transpose(2, 3))
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        gathered.add_up(torch.matmul(p.transpose(2, 3), do), rows, dv)
+        gathered.add_up(torch.matmul(ds.transpose(2, 3), q), rows, dk)
+        dq_BTHK[:, rows] = (torch.matmul(ds, k) * scale).flatten(1, 2).unflatten(0, (q_BTHK.shape[0], -1))
+    return dq_BTHK, dk.view(k_BSGK.shape), dv.view(v_BSGV.shape)
