@@ -67,4 +67,4 @@ class Block(nn.Module):
     def record(self, aux: dict[str, Aux]) -> None:
         """Once for each training forward, whatever was computed again since."""
         if aux["feed_forward"]:
-            self.feed_forward.f.record(aux["feed_forward"])
+            self.feed_forward.f.record(aux["feed_forward"])  # type: ignore[operator]

@@ -144,11 +144,11 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, hidden_size, width))
 
     def forward(self, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        gate_up, down = self.gate_up, self.down
-        if torch.is_autocast_enabled(x_ND.device.type):  # grouped products do not take part in autocast
-            dtype = torch.get_autocast_dtype(x_ND.device.type)
-            x_ND, gate_up, down = x_ND.to(dtype), gate_up.to(dtype), down.to(dtype)
-        return moe_experts(x_ND, gate_up, down, ids_NA, weights_NA, limit=self.limit)
+        device, dtype = x_ND.device.type, x_ND.dtype
+        if torch.is_autocast_enabled(device):  # a fused operation does not take part in autocast
+            dtype = torch.get_autocast_dtype(device)
+        return moe_experts(x_ND.to(dtype), self.gate_up.to(dtype), self.down.to(dtype), ids_NA, weights_NA,
+                           limit=self.limit)
 
 
 @register_feed_forward("moe", MoEConfig)
