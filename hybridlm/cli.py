@@ -192,7 +192,7 @@ def generate_command(argv: Sequence[str]) -> int:
     stream, shown, start, made = tokenizer.stream(), [], time.perf_counter(), 0
     show = (lambda text: shown.append(text)) if args.json else write_text
     tokens = generate(model, ids, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
-                      seed=args.seed, eos=tokenizer.eos_id)
+                      seed=args.seed, eos=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     show(prompt.decode("utf-8", "replace"))
     for token in tokens:
         made += 1

@@ -13,7 +13,7 @@ from hybridlm.model.model import HybridLM
 
 def generate(model: HybridLM, input_ids: Tensor | Sequence[int], max_new_tokens: int = 128, *,
              temperature: float = 1.0, top_p: float = 1.0, seed: int | None = None,
-             eos: int | Collection[int] | None = None) -> Iterator[Tensor]:
+             eos: int | Collection[int] | None = None, vocab_size: int | None = None) -> Iterator[Tensor]:
     """Yield the next token of every row, int64 [B], as soon as it is known.
 
     The prompt goes through the model at once, then each token alone with the decode state. A row that has met a token
@@ -24,6 +24,7 @@ def generate(model: HybridLM, input_ids: Tensor | Sequence[int], max_new_tokens:
         temperature: 0 takes the likeliest token.
         top_p: sample among the fewest tokens that together have this probability (Holtzman et al. 2020).
         seed: of the sampling; None draws a fresh one. The caller's random state is not touched.
+        vocab_size: only ids below it are sampled: for a tokenizer smaller than the model's vocabulary.
 
     Raises:
         ConfigError: an empty prompt, or a value out of range.
@@ -35,18 +36,19 @@ def generate(model: HybridLM, input_ids: Tensor | Sequence[int], max_new_tokens:
     require(max_new_tokens > 0, "max_new_tokens", "must be positive", got=max_new_tokens)
     require(temperature >= 0, "temperature", "must not be negative", got=temperature)
     require(0 < top_p <= 1, "top_p", "must be a probability", got=top_p, expected="above 0, at most 1")
-    ends = torch.tensor(sorted({eos} if isinstance(eos, int) else set(eos or ())), device=model.device)
+    stops = {eos} if isinstance(eos, int) else set(eos or ())
+    ends = torch.tensor(sorted(stops), dtype=torch.int64, device=model.device)
     generator = torch.Generator(model.device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    return _steps(model, prompt_BT, max_new_tokens, temperature, top_p, generator, ends)
+    return _steps(model, prompt_BT, max_new_tokens, temperature, top_p, generator, ends, vocab_size)
 
 
 @torch.no_grad()
 def _steps(model: HybridLM, prompt_BT: Tensor, max_new_tokens: int, temperature: float, top_p: float,
-           generator: torch.Generator, ends: Tensor) -> Iterator[Tensor]:
+           generator: torch.Generator, ends: Tensor, vocab_size: int | None) -> Iterator[Tensor]:
     was_training = model.training
     state = model.new_state(prompt_BT.shape[0], prompt_BT.shape[1] + max_new_tokens)
     step_BT, done_B, token_B = prompt_BT, torch.zeros_like(prompt_BT[:, 0], dtype=torch.bool), prompt_BT[:, -1]
@@ -54,7 +56,7 @@ def _steps(model: HybridLM, prompt_BT: Tensor, max_new_tokens: int, temperature:
         for _ in range(max_new_tokens):
             model.eval()
             logits = model(step_BT, state=state, logits_to_keep=1).logits
-            token_B = torch.where(done_B, token_B, sample(logits[:, -1], temperature, top_p, generator))
+            token_B = torch.where(done_B, token_B, sample(logits[:, -1, :vocab_size], temperature, top_p, generator))
             yield token_B
             done_B = done_B | torch.isin(token_B, ends)
             if bool(done_B.all()):

@@ -46,8 +46,8 @@ def test_metrics_hold_one_object_a_step_with_all_that_is_measured(done):
     assert [row["step"] for row in rows] == list(range(1, 9))
     for row in rows:
         assert row.keys() >= {
-            "loss", "total_loss", "loss/lm", "loss/mtp", "loss/balance", "perplexity", "bits_per_byte", "grad_norm", "lr",
-            "tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes", "tokens", "samples", "stage",
+            "loss", "total_loss", "loss/lm", "loss/mtp", "loss/balance", "perplexity", "bits_per_byte", "grad_norm",
+            "lr", "tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes", "tokens", "samples", "stage",
             "moe/max_violation", "moe/dead_experts", "moe/router_entropy", "skipped_steps"}
         assert row["total_loss"] == pytest.approx(
             row["loss/lm"] + 0.3 * row["loss/mtp"] + 0.01 * row["loss/balance"], rel=1e-5)
@@ -111,7 +111,7 @@ def test_a_torn_checkpoint_is_passed_over_loudly(tmp_path, caplog):
     checkpoint.verify(tmp_path / "run/checkpoints/step-6")
     for folder in checkpoint.step_folders(tmp_path / "run/checkpoints"):
         (folder / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
         train(config)
 
 

@@ -1,0 +1,218 @@
+"""The command line, in this process but for one call of the installed entry point."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridlm import cli
+from hybridlm.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def fails(capsys, *argv):
+    """One line on standard error and exit code 2; returns the line."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["trian"], ["unknown command 'trian'", "did you mean 'train'"]),
+    (["zzz"], ["expected one of train, inspect, generate, prepare, doctor"]),
+    (["train", "--dryrun"], ["--dryrun", "did you mean '--dry-run'", "hybridlm train --help"]),
+    (["train", "training.step=3"], ["training.step", "did you mean 'steps'"]),
+    (["train", "training.steps=many"], ["training.steps", "'many'", "a whole number"]),
+    (["train", "model=kimi_lineer_tiny"], ["kimi_lineer_tiny", "did you mean 'kimi_linear_tiny'"]),
+    (["train", "quickstrat"], ["quickstrat", "did you mean 'quickstart'"]),
+    (["train", "steps"], ["steps"]),
+    (["train", "data.path=/no/such/file.txt", "--config-dir", "/no/such/folder"], ["config_dir", "/no/such/folder"]),
+    (["train", "kernels.strict=3"], ["strict"]),
+    (["train", "kernels.delta_rul=torch"], ["delta_rul", "delta_rule"]),
+    (["train", "optimizer.schedule.warmup=5000"], ["optimizer.schedule.warmup", "5000 steps of a stage of"]),
+    (["inspect", "model=hybrid_tiny", "--context", "0"], ["--context", "positive"]),
+    (["inspect", "model=hybrid_tiny", "--context", "x"], ["--context", "'x'"]),
+    (["generate", "runs/none", "--prompt", "a"], ["no checkpoint at runs/none"]),
+    (["generate", "runs/none"], ["--prompt"]),
+    (["doctor", "now"], ["unrecognized arguments: now"]),
+])
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    line = fails(capsys, *argv)
+    assert all(word in line for word in words), line
+    assert list(tmp_path.rglob("checkpoints")) == []
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_has_commands_and_examples(capsys, argv):
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
+    assert "hybridlm train experiment=quickstart" in out
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: hybridlm {command}" in out
+    assert f"  hybridlm {command}" in out.split("examples:")[1]
+
+
+def test_help_loads_neither_torch_nor_hydra():
+    code = ("import sys; from hybridlm.cli import main; main(['--help']); "
+            "print('torch' in sys.modules, 'hydra' in sys.modules)")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": path})
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "model=hybrid_tiny", "--dry-run", "training.steps=7", "training.batch_size=2"]) == 0
+    out = capsys.readouterr().out
+    assert "stage pretrain: 7 steps of 2 x" in out
+    assert main(["train", "model=hybrid_tiny", "--dry-run", "--json", "training.steps=7"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["stages"][0]["steps"] == 7
+    assert plan["config"]["model"]["name"] == "hybrid_tiny"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_prints_tables_or_json(capsys):
+    assert main(["inspect", "model=hybrid_tiny", "--json", "--context", "512"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["layers"]) > 1
+    assert main(["inspect", "model=hybrid_tiny"]) == 0
+    assert "kda" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps, made by the command itself."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text").mkdir()
+    (folder / "text" / "a.txt").write_text("héllo wörld, this is a text. " * 200, encoding="utf-8")
+    (folder / "text" / "b.txt").write_text("and this is another text, longer. " * 200, encoding="utf-8")
+    settings = ["model=hybrid_tiny", f"data.path={folder}/text", f"data.cache_dir={folder}/cache",
+                "data.validation_fraction=0.3", "training.batch_size=2", "training.sequence_length=32",
+                "training.eval_batches=1", f"run_dir={folder}/run"]
+    return folder, settings
+
+
+def test_train_prints_what_to_try_next_or_json(trained, capsys):
+    folder, settings = trained
+    assert main(["train", *settings, "training.steps=2"]) == 0
+    captured = capsys.readouterr()
+    assert "bigram entropy of the validation text" in captured.out
+    assert f"hybridlm generate {folder}/run" in captured.out
+    assert main(["train", *settings, "training.steps=3", "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["status"], result["step"]) == ("finished", 3)
+    assert "going on from" in captured.err
+
+
+def test_a_run_of_another_config_is_exit_code_2(trained, capsys):
+    _, settings = trained
+    line = fails_with_notes(capsys, "train", *settings, "training.steps=2", "training.seed=5")
+    assert "training.seed 0 -> 5" in line
+
+
+def fails_with_notes(capsys, *argv):
+    assert main(argv) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_generate_streams_text_and_repeats_with_a_seed(trained, capsys):
+    folder, _ = trained
+    argv = ["generate", str(folder / "run"), "--prompt", "héllo", "--max-new-tokens", "12", "--seed", "1"]
+    assert main(argv) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("héllo")
+    assert main(argv) == 0
+    assert capsys.readouterr().out == first
+    assert main([*argv, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["prompt"] + result["text"] + "\n" == first
+    assert 1 <= result["tokens"] <= 12
+
+
+def test_generate_refuses_what_it_cannot_do(trained, capsys):
+    folder, _ = trained
+    run = str(folder / "run")
+    assert "holds no token" in fails(capsys, "generate", run, "--prompt", "")
+    assert "temperature" in fails(capsys, "generate", run, "--prompt", "a", "--temperature", "-1")
+    assert "max_new_tokens" in fails(capsys, "generate", run, "--prompt", "a", "--max-new-tokens", "0")
+
+
+def test_inspect_reads_a_run_folder(trained, capsys):
+    folder, _ = trained
+    assert main(["inspect", str(folder / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] > 0
+
+
+def test_prepare_reports_the_tokens(trained, capsys):
+    _, settings = trained
+    assert main(["prepare", *settings, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["train"]["tokens"] > 1000
+    assert main(["prepare", *settings]) == 0
+    assert "tokenizer bytes: 257 ids" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "a?b\n"), ("utf-8", "aéb\n")])
+def test_text_is_written_in_any_encoding(tmp_path, monkeypatch, encoding, shown):
+    with (tmp_path / "out").open("w", encoding=encoding) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        cli.write_text("aéb\n")
+        monkeypatch.undo()
+    assert (tmp_path / "out").read_text(encoding=encoding) == shown
+
+
+def test_a_terminal_gets_no_control_characters(tmp_path, monkeypatch):
+    with (tmp_path / "out").open("w", encoding="utf-8") as stream:
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys, "stdout", stream)
+        cli.write_text("a\x1b]0;title\x07\tb\n")
+        monkeypatch.undo()
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "a\ufffd]0;title\ufffd\tb\n"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    def broken(argv):
+        raise ZeroDivisionError("bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+
+
+def test_ctrl_c_shows_no_traceback(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", interrupted)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_a_run_that_could_not_go_on_is_exit_code_1(monkeypatch, capsys):
+    from hybridlm.training.guards import TrainingStopped
+
+    def stopped(argv):
+        raise TrainingStopped("3 steps in a row\nwere not finite")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", stopped)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "error: 3 steps in a row were not finite\n"

@@ -1,0 +1,70 @@
+import logging
+
+import pytest
+
+from hybridlm.training.display import Display, Pace, describe, duration, short
+
+RECORD = {"step": 4, "loss": 2.0, "bits_per_byte": 2.885, "tokens_per_second": 12345.0, "skipped": False}
+
+
+def test_plain_lines_every_n_steps_and_the_last(capsys, tmp_path):
+    with Display(tmp_path / "log.txt", log_every=2) as display:
+        display.begin(3, 7)
+        for step in range(4, 8):
+            display.step({**RECORD, "step": step}, final=step == 7)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 5/7", "step 7/7"]
+    assert "loss 2.0000  2.885 bits/byte  12.3k tokens/s" in lines[0]
+    assert lines[1].endswith("0:00:00 left")
+    assert "INFO    step 5/7" in (tmp_path / "log.txt").read_text()
+
+
+def test_warnings_from_anywhere_are_shown_and_kept(capsys, tmp_path):
+    with Display(tmp_path / "log.txt"):
+        logging.getLogger("hybridlm").warning("disk %s [full]", 1)
+    logging.getLogger("hybridlm").info("after")
+    assert capsys.readouterr().out == "warning: disk 1 [full]\n"
+    assert "WARNING disk 1 [full]" in (tmp_path / "log.txt").read_text()
+
+
+def test_standard_output_can_be_left_alone(capsys):
+    with Display(None, to_stderr=True):
+        logging.getLogger("hybridlm").info("hello")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "hello\n")
+
+
+def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with Display(tmp_path / "log.txt", log_every=1) as display:
+        display.begin(0, 10)
+        display.step({**RECORD, "step": 4})
+        display.stop()
+    out = capsys.readouterr().out
+    assert "4/10" in out
+    assert "12.3k tokens/s" in out
+    assert "left" in out
+    assert "step 4/10" not in out
+    assert "step 4/10" in (tmp_path / "log.txt").read_text()
+
+
+def test_skipped_steps_say_so():
+    assert describe({"step": 1, "skipped": True, "loss": None}) == "not finite: step skipped"
+
+
+def test_pace_forgets_the_first_step(monkeypatch):
+    clock = iter([0.0, 30.0, 31.0, 32.0])
+    monkeypatch.setattr("hybridlm.training.display.time.perf_counter", lambda: next(clock))
+    pace = Pace()
+    seen = []
+    for _ in range(3):
+        pace.tick()
+        seen.append(pace.seconds_a_step())
+    assert seen == [30.0, 1.0, pytest.approx(1.0)]
+
+
+def test_numbers_for_people():
+    assert [short(n) for n in (12, 1234, 5.6e6, 48e9)] == ["12", "1.23k", "5.6M", "48G"]
+    assert [duration(n) for n in (5, 3661, 90061)] == ["0:00:05", "1:01:01", "1d 1:01:01"]
