@@ -85,3 +85,9 @@ def test_values_out_of_range_are_refused_at_once(lm, options):
 def test_an_empty_prompt_is_refused(lm):
     with pytest.raises(ConfigError, match="no token"):
         generate(lm, [])
+
+
+def test_only_the_tokenizers_ids_are_sampled(lm):
+    free = torch.cat(list(generate(lm, PROMPT[0], 30, temperature=2.0, seed=1)))
+    kept = torch.cat(list(generate(lm, PROMPT[0], 30, temperature=2.0, seed=1, vocab_size=10)))
+    assert free.max() >= 10 > kept.max()
