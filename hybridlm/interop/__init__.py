@@ -9,33 +9,31 @@ Names load when first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybridlm.interop.compare import verify as verify
     from hybridlm.interop.convert import import_hf as import_hf
     from hybridlm.interop.convert import to_hf_config as to_hf_config
     from hybridlm.interop.convert import to_hf_model as to_hf_model
-    from hybridlm.interop.families import families as families
     from hybridlm.interop.folders import export_checkpoint as export_checkpoint
     from hybridlm.interop.folders import export_hf as export_hf
     from hybridlm.interop.folders import import_checkpoint as import_checkpoint
     from hybridlm.interop.folders import save_checkpoint as save_checkpoint
     from hybridlm.interop.surgery import add_indexer as add_indexer
     from hybridlm.interop.surgery import replace_mixers as replace_mixers
-    from hybridlm.interop.verify import verify as verify
 
 _HOMES = {
     "add_indexer": "surgery",
     "export_checkpoint": "folders",
     "export_hf": "folders",
-    "families": "families",
     "import_checkpoint": "folders",
     "import_hf": "convert",
     "replace_mixers": "surgery",
     "save_checkpoint": "folders",
     "to_hf_config": "convert",
     "to_hf_model": "convert",
-    "verify": "verify",
+    "verify": "compare",
 }
 
-__all__ = ["add_indexer", "export_checkpoint", "export_hf", "families", "import_checkpoint", "import_hf",
+__all__ = ["add_indexer", "export_checkpoint", "export_hf", "import_checkpoint", "import_hf",
            "replace_mixers", "save_checkpoint", "to_hf_config", "to_hf_model", "verify"]
 
 
@@ -44,6 +42,4 @@ def __getattr__(name: str) -> Any:
 
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # a function may be named like its module
-    return value
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -141,14 +140,16 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss = loss * output.num_tokens / num_items_in_batch
         return CausalLMOutputWithPast(loss=loss, logits=output.logits, past_key_values=past_key_values)  # type: ignore[arg-type]
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any,
-                                      batch_size: int, max_cache_length: int, *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(  # type: ignore[override]
+            self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+            max_cache_length: int, *args: Any, **kwargs: Any) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             model_kwargs["past_key_values"] = HybridCache(self.model.new_state(rows, max_cache_length + 1))
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: HybridCache | None = None,
-                                      attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+            self, input_ids: Tensor, past_key_values: HybridCache | None = None, attention_mask: Tensor | None = None,
+            **kwargs: Any) -> dict[str, Any]:
         """What the cache has not seen yet."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         return {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import deepseek, parts
+from hybridlm.interop import deepseek, keys, parts
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.interop.mapping import Rule
 from hybridlm.model.config import MixerConfig, ModelConfig
@@ -40,7 +40,8 @@ def _is_mla(hf: HFConfig, layer: int) -> bool:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     kda, mla = parts.the(config, DeltaRuleConfig), parts.the(config, MLAConfig)
     moe, types = parts.deepseek_moe_hf(parts.moe_of(config)), parts.layer_types(config)
-    renamed = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts", "scoring_func": "score_function"}
+    renamed = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts",
+               "scoring_func": "score_function"}
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
     return parts.base_hf(config) | parts.mla_hf(mla) | {renamed.get(key, key): v for key, v in moe.items()} | {
         "model_type": "bailing_hybrid", "head_dim": kda.head_dim, "linear_head_dim": kda.head_dim,
@@ -53,17 +54,17 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from parts.norms(o, t)
+    yield from keys.norms(o, t)
     ours, theirs = f"{o}mixer.f.", f"{t}attention."
     if isinstance(mixer, MLAConfig):
-        yield from parts.mla_rules(mixer, ours, theirs, out="dense")
+        yield from keys.mla_rules(mixer, ours, theirs, out="dense")
     else:
-        kda = parts.mixer_of(mixer, DeltaRuleConfig)
-        yield from parts.same(ours, theirs, "q_proj.weight", "k_proj.weight", "v_proj.weight", "b_proj.weight",
+        kda = keys.mixer_of(mixer, DeltaRuleConfig)
+        yield from keys.same(ours, theirs, "q_proj.weight", "k_proj.weight", "v_proj.weight", "b_proj.weight",
                               "f_proj.weight", "g_proj.weight", "A_log", "dt_bias", "o_norm.weight",
                               ("o_proj.weight", "dense.weight"))
-        yield from parts.conv_rules(kda, ours, theirs)
-    yield from parts.feed_forward_rules(config.feed_forward, moe, o, t, bias="gate.expert_bias")
+        yield from keys.conv_rules(kda, ours, theirs)
+    yield from keys.feed_forward_rules(config.feed_forward, moe, o, t, bias="gate.expert_bias")
 
 
 FAMILY = Family(

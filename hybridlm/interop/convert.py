@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,10 +14,9 @@ import torch
 from torch import Tensor
 
 from hybridlm import checkpoint as ckpt
-from hybridlm.errors import CheckpointError, ConfigError
+from hybridlm.errors import CheckpointError
 from hybridlm.interop.families import build_hf_config, family_of, read_config, read_raw, write_config
-from hybridlm.interop.family import Derived
-from hybridlm.interop.mapping import Rule, Spec, Step, match, rule
+from hybridlm.interop.mapping import Spec, Step, match
 from hybridlm.interop.reader import SafetensorsFolder, StateDict, TensorSource, dequantized
 from hybridlm.model.config import ModelConfig, MTPConfig
 from hybridlm.model.model import HybridLM, build_model
@@ -167,7 +164,7 @@ def to_hf_model(model: HybridLM, family: str | None = None) -> PreTrainedModel:
 
     export = Export(model.config, StateDict(ckpt.unique_tensors(model)), family=family, mtp=False)
     config = build_hf_config(export.family, export.raw)
-    cls = AutoModelForCausalLM._model_mapping[type(config)]
+    cls: Any = AutoModelForCausalLM._model_mapping[type(config)]
     tensors = {name: tensor.clone() for name, tensor in export.tensors()}
     hf, info = cls.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     _check_loaded(info, type(hf).__name__)

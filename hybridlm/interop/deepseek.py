@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hybridlm.errors import ConfigError
-from hybridlm.interop import parts
+from hybridlm.interop import keys, parts
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.interop.mapping import Rule
 from hybridlm.model.config import MixerConfig, ModelConfig
@@ -90,9 +90,9 @@ def glm_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from parts.norms(o, t)
-    yield from parts.mla_rules(parts.mixer_of(mixer, MLAConfig), f"{o}mixer.f.", f"{t}self_attn.")
-    yield from parts.feed_forward_rules(config.feed_forward, moe, o, t)
+    yield from keys.norms(o, t)
+    yield from keys.mla_rules(keys.mixer_of(mixer, MLAConfig), f"{o}mixer.f.", f"{t}self_attn.")
+    yield from keys.feed_forward_rules(config.feed_forward, moe, o, t)
 
 
 KIMI_K2 = ((r"^language_model\.(model|lm_head)\.", r"\1."), (r"^model\.language_model\.", "model."))

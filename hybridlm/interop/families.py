@@ -133,7 +133,7 @@ def write_config(config: ModelConfig, name: str | None = None) -> tuple[Family, 
         for limit in family.limits(config):
             log.warning("%s", limit)
         return family, raw
-    reasons = []
+    reasons: list[str] = []
     for family in sorted(families().values(), key=lambda f: f.name != config.name):  # stable: where it came from first
         raw, misfit = _try(family, config)
         limits = family.limits(config)

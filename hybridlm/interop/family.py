@@ -90,7 +90,8 @@ class Family:
             base = f"model.layers.{config.num_layers + d}."
             names, block = (f"{base}enorm", f"{base}hnorm", f"{base}eh_proj", f"{base}shared_head.norm"), base
         else:
-            names, block = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm"), "mtp.layers.0."
+            names = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
+            block = "mtp.layers.0."
         for ours, theirs in zip(("enorm", "hnorm", "eh_proj", "norm"), names, strict=True):
             yield rule(f"mtp.{d}.{ours}.weight", f"{theirs}.weight")
         yield from self.layer(config, mixer, config.feed_forward.is_moe(last), f"mtp.{d}.block.", block)

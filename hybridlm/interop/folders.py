@@ -167,7 +167,8 @@ def _token_ids(folder: Path | None, target: Path, config: ModelConfig) -> dict[s
 
 
 def _inside(ids: Any, vocab_size: int) -> bool:
-    return all(isinstance(i, int) and 0 <= i < vocab_size for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
+    listed = ids if isinstance(ids, list) else [ids]
+    return all(i is None or (isinstance(i, int) and 0 <= i < vocab_size) for i in listed)
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import parts
+from hybridlm.interop import keys, parts
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.interop.mapping import Reshape, Rule, rule
 from hybridlm.model.config import MixerConfig, ModelConfig
@@ -45,19 +45,19 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from parts.norms(o, t)
+    yield from keys.norms(o, t)
     ours, theirs = f"{o}mixer.f.", f"{t}self_attn."
     if isinstance(mixer, MLAConfig):
-        yield from parts.mla_rules(mixer, ours, theirs)
+        yield from keys.mla_rules(mixer, ours, theirs)
     else:
-        kda = parts.mixer_of(mixer, DeltaRuleConfig)
-        yield from parts.same(ours, theirs, "q_proj.weight", "k_proj.weight", "v_proj.weight", "b_proj.weight",
+        kda = keys.mixer_of(mixer, DeltaRuleConfig)
+        yield from keys.same(ours, theirs, "q_proj.weight", "k_proj.weight", "v_proj.weight", "b_proj.weight",
                               "f_a_proj.weight", "f_b_proj.weight", "dt_bias", "g_a_proj.weight", "g_b_proj.weight",
                               "o_norm.weight", "o_proj.weight")
         heads = kda.value_heads
         yield rule(f"{ours}A_log", f"{theirs}A_log", Reshape((heads,), (1, 1, heads, 1)))
-        yield from parts.conv_rules(kda, ours, theirs)
-    yield from parts.feed_forward_rules(config.feed_forward, moe, o, t, moe_name="block_sparse_moe",
+        yield from keys.conv_rules(kda, ours, theirs)
+    yield from keys.feed_forward_rules(config.feed_forward, moe, o, t, moe_name="block_sparse_moe",
                                         experts=("w1", "w3", "w2"))
 
 

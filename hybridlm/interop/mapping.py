@@ -84,7 +84,7 @@ class Split(Rearrangement):
 
 @dataclass(frozen=True)
 class Stack(Rearrangement):
-    """`count` experts with `parts` tensors each, one after the other, against one of ours [count, parts * rows, ...]."""
+    """`count` experts with `parts` tensors each, one after the other; one of ours [count, parts * rows, ...]."""
 
     count: int
     parts: int = 1
@@ -153,7 +153,7 @@ class Chain(Rearrangement):
 
 @dataclass(frozen=True)
 class Rows(Rearrangement):
-    """Several tensors on both sides that are one along the first dim, cut differently: into `ours` and `theirs` rows."""
+    """Several tensors on both sides, one along the first dim, cut differently: into `ours` and `theirs` rows."""
 
     ours: tuple[int, ...]
     theirs: tuple[int, ...]
@@ -185,7 +185,7 @@ class Layout:
     """Their names of a group of tensors, in the order that `op` expects."""
 
     names: tuple[str, ...]
-    op: Rearrangement = Same()  # noqa: RUF009  (frozen)
+    op: Rearrangement = Same()
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,8 @@ def match(rules: Sequence[Rule], theirs: Mapping[str, Spec], our_specs: Mapping[
         CheckpointError: tensors are missing, left over, of another shape, or quantised in a form that is not known.
     """
     problems: list[str] = []
-    steps, used = [], set()
+    steps: list[Step] = []
+    used: set[str] = set()
     for r in rules:
         layout = _present(r, theirs, our_specs)
         missing = [name for name in layout.names if name not in theirs]

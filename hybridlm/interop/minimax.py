@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlm.interop import parts
+from hybridlm.interop import keys, parts
 from hybridlm.interop.family import Derived, Family, HFConfig
 from hybridlm.interop.mapping import Rule, Split, rule
 from hybridlm.model.config import MixerConfig, ModelConfig, ResidualConfig
@@ -55,7 +55,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     return parts.base_hf(config) | parts.attention_hf(full) | rotary | {
         "model_type": "minimax", "rope_parameters": parts.rope_hf(full.rope), "sliding_window": None,
         "intermediate_size": moe.moe_intermediate_size, "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.num_experts_per_tok, "layer_types": parts.layer_types(config), "block_size": BLOCK_SIZE,
+        "num_experts_per_tok": moe.num_experts_per_tok, "layer_types": parts.layer_types(config),
+        "block_size": BLOCK_SIZE,
         "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "output_router_logits": False,
         **residual_hf(full.residual, "full_attn"),
         **residual_hf((lightning or full).residual, "linear_attn"),
@@ -64,24 +65,25 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from parts.norms(o, t)
+    yield from keys.norms(o, t)
     ours, theirs = f"{o}mixer.f.", f"{t}self_attn."
     if isinstance(mixer, AttentionConfig):
-        yield from parts.attention_rules(mixer, ours, theirs)
+        yield from keys.attention_rules(mixer, ours, theirs)
     else:
-        lightning = parts.mixer_of(mixer, DecayConfig)
+        lightning = keys.mixer_of(mixer, DecayConfig)
         dim = lightning.head_dim
         yield rule((f"{ours}q_proj.weight", f"{ours}k_proj.weight", f"{ours}v_proj.weight"),
                    f"{theirs}qkv_proj.weight", Split((dim, dim, dim), lightning.num_heads))
-        yield from parts.same(ours, theirs, ("g_proj.weight", "output_gate.weight"), ("o_norm.weight", "norm.weight"),
+        yield from keys.same(ours, theirs, ("g_proj.weight", "output_gate.weight"), ("o_norm.weight", "norm.weight"),
                               ("o_proj.weight", "out_proj.weight"))
-    yield from parts.feed_forward_rules(config.feed_forward, moe, o, t, moe_name="block_sparse_moe",
+    yield from keys.feed_forward_rules(config.feed_forward, moe, o, t, moe_name="block_sparse_moe",
                                         experts=("w1", "w3", "w2"))
 
 
 def limits(config: ModelConfig) -> list[str]:
-    partial = any(m.rope.partial_rotary_factor != 1 for m in config.mixers.values() if isinstance(m, AttentionConfig))
-    return ["transformers ignores rotary_dim in minimax and rotates whole heads: its logits will differ"] if partial else []
+    if all(m.rope.partial_rotary_factor == 1 for m in config.mixers.values() if isinstance(m, AttentionConfig)):
+        return []
+    return ["transformers ignores rotary_dim in minimax and rotates whole heads: its logits will differ"]
 
 
 def derived(config: ModelConfig) -> Iterator[Derived]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import parts
+from hybridlm.interop import keys, parts
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.interop.mapping import Rule
 from hybridlm.model.config import MixerConfig, ModelConfig
@@ -32,9 +32,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from parts.norms(o, t)
-    yield from parts.attention_rules(parts.mixer_of(mixer, AttentionConfig), f"{o}mixer.f.", f"{t}self_attn.")
-    yield from parts.feed_forward_rules(config.feed_forward, moe, o, t, moe_name="block_sparse_moe",
+    yield from keys.norms(o, t)
+    yield from keys.attention_rules(keys.mixer_of(mixer, AttentionConfig), f"{o}mixer.f.", f"{t}self_attn.")
+    yield from keys.feed_forward_rules(config.feed_forward, moe, o, t, moe_name="block_sparse_moe",
                                         experts=("w1", "w3", "w2"), bias="e_score_correction_bias")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import parts
+from hybridlm.interop import keys, parts
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.interop.mapping import Chain, Each, Layout, Reshape, Rows, Rule
 from hybridlm.model.config import MixerConfig, ModelConfig
@@ -50,23 +50,23 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     ours = f"{o}mixer.f."
     if isinstance(mixer, AttentionConfig):
-        yield from parts.norms(o, t, "post_attention_layernorm", "post_feedforward_layernorm")
-        yield from parts.attention_rules(mixer, ours, f"{t}self_attn.")
+        yield from keys.norms(o, t, "post_attention_layernorm", "post_feedforward_layernorm")
+        yield from keys.attention_rules(mixer, ours, f"{t}self_attn.")
     else:
-        gdn, theirs = parts.mixer_of(mixer, DeltaRuleConfig), f"{t}linear_attn."
+        gdn, theirs = keys.mixer_of(mixer, DeltaRuleConfig), f"{t}linear_attn."
         for branch, official, runtime in (("mixer", "attention_layer_norm", "input_layernorm"),
                                           ("feed_forward", "feedforward_layer_norm", "post_attention_layernorm")):
             yield Rule((f"{o}{branch}.norm.weight",),
                        (Layout((f"{t}{official}.weight",)), Layout((f"{t}{runtime}.weight",))))
-        yield from parts.same(ours, theirs, *(f"{name}_proj.weight" for name in "qkvabgo"), "A_log", "dt_bias",
+        yield from keys.same(ours, theirs, *(f"{name}_proj.weight" for name in "qkvabgo"), "A_log", "dt_bias",
                               "o_norm.weight")
         yield from _conv_rules(gdn, ours, theirs)
-    yield from parts.feed_forward_rules(config.feed_forward, moe, o, t)
+    yield from keys.feed_forward_rules(config.feed_forward, moe, o, t)
 
 
 def _conv_rules(gdn: DeltaRuleConfig, o: str, t: str) -> Iterator[Rule]:
     widths, taps = tuple(gdn.channels.values()), gdn.conv_size
-    for found in parts.conv_rules(gdn, o, t):
+    for found in keys.conv_rules(gdn, o, t):
         shapes = Each(tuple(Reshape((width, taps), (width, 1, taps)) for width in widths))
         thirds = Chain(Rows(widths, (sum(widths) // 3,) * 3), shapes)
         yield Rule(found.ours, (*found.layouts, Layout(found.layouts[0].names, thirds)))

@@ -1,24 +1,18 @@
-"""Pieces of config and key mapping that several families share.
-
-`o` and `t` are our and their prefix of a layer, each with its dot: "layers.3.", "model.layers.3.".
-"""
+"""Pieces of config mapping that several families share: `*_model` reads a config.json, `*_hf` writes one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hybridlm.errors import ConfigError
 from hybridlm.interop.family import HFConfig
-from hybridlm.interop.mapping import Chain, Each, Layout, Reshape, Rule, Split, Stack, rule
-from hybridlm.model.config import FeedForwardConfig, MixerConfig, ModelConfig
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.feed_forward.dense import DenseConfig
 from hybridlm.model.feed_forward.moe import MoEConfig
 from hybridlm.model.mixers import AttentionConfig, MLAConfig
 from hybridlm.model.mixers.recurrent import RecurrentConfig
 from hybridlm.model.rope import RopeConfig, YarnConfig
-
-# --- configs -------------------------------------------------------------------------------------------------------
 
 
 def schedule(names: Sequence[str]) -> dict[str, Any]:
@@ -44,7 +38,7 @@ def base_model(hf: HFConfig, layers: Sequence[str], mixers: dict[str, dict], fee
 
 
 def base_hf(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json that every family has. Token ids are null: a default id may lie outside the vocabulary."""
+    """The fields of config.json that every family has. Token ids are null: a default may lie outside the vocabulary."""
     return {
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
         "hidden_act": "silu", "rms_norm_eps": config.norm.eps, "max_position_embeddings": config.max_position,
@@ -175,7 +169,8 @@ def moe_of(config: ModelConfig) -> MoEConfig:
 
 def dense_of(config: ModelConfig) -> DenseConfig:
     if not isinstance(config.feed_forward, DenseConfig):
-        raise ConfigError("feed_forward.kind", "does not fit the format", got=config.feed_forward.kind, expected="dense")
+        raise ConfigError("feed_forward.kind", "does not fit the format", got=config.feed_forward.kind,
+                          expected="dense")
     return config.feed_forward
 
 
@@ -188,96 +183,3 @@ def deepseek_moe_hf(moe: MoEConfig) -> dict[str, Any]:
         "routed_scaling_factor": moe.routed_scaling_factor, "n_group": moe.num_groups, "topk_group": moe.topk_groups,
         "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
     }
-
-
-# --- keys ----------------------------------------------------------------------------------------------------------
-
-
-def same(o: str, t: str, *names: str | tuple[str, str]) -> Iterator[Rule]:
-    """Tensors that only change their name; a pair is (ours, theirs)."""
-    for name in names:
-        ours, theirs = (name, name) if isinstance(name, str) else name
-        yield rule(o + ours, t + theirs)
-
-
-def norms(o: str, t: str, mixer: str = "input_layernorm", feed_forward: str = "post_attention_layernorm",
-          ) -> Iterator[Rule]:
-    yield from same(o, t, ("mixer.norm.weight", f"{mixer}.weight"), ("feed_forward.norm.weight", f"{feed_forward}.weight"))
-
-
-def attention_rules(attention: AttentionConfig, o: str, t: str, gate_in_q: bool = False) -> Iterator[Rule]:
-    """q, k, v, o; `gate_in_q`: rows of q_proj are [query | gate] for each head."""
-    for kind in ("weight", "bias") if attention.qkv_bias else ("weight",):
-        if gate_in_q:
-            yield rule((f"{o}q_proj.{kind}", f"{o}g_proj.{kind}"), f"{t}q_proj.{kind}",
-                       Split((attention.head_dim, attention.head_dim), attention.num_heads))
-        else:
-            yield from same(o, t, f"q_proj.{kind}")
-        yield from same(o, t, f"k_proj.{kind}", f"v_proj.{kind}")
-    yield from same(o, t, "o_proj.weight")
-    if attention.o_bias:
-        yield from same(o, t, "o_proj.bias")
-    if attention.qk_norm != "none":
-        yield from same(o, t, "q_norm.weight", "k_norm.weight")
-
-
-def mla_rules(mla: MLAConfig, o: str, t: str, out: str = "o_proj") -> Iterator[Rule]:
-    if mla.q_lora_rank is None:
-        yield from same(o, t, "q_proj.weight")
-    else:
-        yield from same(o, t, "q_a_proj.weight", ("q_a_norm.weight", "q_a_layernorm.weight"), "q_b_proj.weight")
-    yield from same(o, t, ("kv_a_proj.weight", "kv_a_proj_with_mqa.weight"), ("kv_a_norm.weight", "kv_a_layernorm.weight"),
-                    "kv_b_proj.weight", ("o_proj.weight", f"{out}.weight"))
-    if mla.bias:
-        q = [] if mla.q_lora_rank is None else ["q_a_proj.bias"]
-        yield from same(o, t, *q, ("kv_a_proj.bias", "kv_a_proj_with_mqa.bias"), ("o_proj.bias", f"{out}.bias"))
-    if mla.output_gate != "none":
-        yield from same(o, t, "g_proj.weight")
-    if mla.indexer is not None and not mla.indexer.share:
-        yield from same(f"{o}indexer.", f"{t}indexer.", ("q_proj.weight", "wq_b.weight"), ("k_proj.weight", "wk.weight"),
-                        "k_norm.weight", "k_norm.bias", "weights_proj.weight")
-
-
-def conv_rules(mixer: RecurrentConfig, o: str, t: str, packed: bool = False) -> Iterator[Rule]:
-    """Short convolutions [C, W] against Conv1d weights [C, 1, W]: three, or one over [q | k | v] (`packed`)."""
-    taps, widths = mixer.conv_size, mixer.channels
-    shapes = {name: Reshape((width, taps), (width, 1, taps)) for name, width in widths.items()}
-    ours = tuple(f"{o}{name}_conv" for name in widths)
-    one = Layout((f"{t}conv1d.weight",), Chain(Split(tuple(widths.values())), Each(tuple(shapes.values()))))
-    if packed:
-        yield Rule(ours, (one,))
-        return
-    three = Layout(tuple(f"{t}{name}_conv1d.weight" for name in widths), Each(tuple(shapes.values())))
-    yield Rule(ours, (three, one))
-
-
-def swiglu_rules(o: str, t: str) -> Iterator[Rule]:
-    yield from same(o, t, "gate_proj.weight", "up_proj.weight", "down_proj.weight")
-
-
-def feed_forward_rules(feed_forward: FeedForwardConfig, moe: bool, o: str, t: str, *, moe_name: str = "mlp",
-                       experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-                       bias: str = "gate.e_score_correction_bias", shared: str = "shared_experts") -> Iterator[Rule]:
-    """One layer's feed-forward: dense, or experts one by one (fused [E, 2I, D] and [E, D, I] are read as well)."""
-    o += "feed_forward.f."
-    if not moe:
-        yield from swiglu_rules(o, f"{t}mlp.")
-        return
-    assert isinstance(feed_forward, MoEConfig)
-    t, count = f"{t}{moe_name}.", feed_forward.num_experts
-    gate, up, down = experts
-    yield from same(o, t, ("router.weight", "gate.weight"))
-    if feed_forward.has_bias:
-        yield from same(o, t, ("router.bias", bias))
-    for ours, names, fused in (("gate_up", (gate, up), "gate_up_proj"), ("down", (down,), "down_proj")):
-        single = tuple(f"{t}experts.{e}.{name}.weight" for e in range(count) for name in names)
-        yield rule(f"{o}experts.{ours}", single, Stack(count, len(names)), Layout((f"{t}experts.{fused}",)))
-    if feed_forward.num_shared_experts:
-        yield from swiglu_rules(f"{o}shared.", f"{t}{shared}.")
-    if feed_forward.shared_gate:
-        yield from same(o, t, ("shared_gate.weight", f"{shared}_gate.weight"))
-
-
-def mixer_of(mixer: MixerConfig, cls: type) -> Any:
-    assert isinstance(mixer, cls)
-    return mixer

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import parts, qwen3_next
+from hybridlm.interop import keys, qwen3_next
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.interop.mapping import Rule, Split, rule
 from hybridlm.model.config import MixerConfig, ModelConfig
@@ -25,18 +25,18 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from parts.norms(o, t)
+    yield from keys.norms(o, t)
     if isinstance(mixer, AttentionConfig):
-        yield from parts.attention_rules(mixer, f"{o}mixer.f.", f"{t}self_attn.", gate_in_q=True)
+        yield from keys.attention_rules(mixer, f"{o}mixer.f.", f"{t}self_attn.", gate_in_q=True)
     else:
-        gdn = parts.mixer_of(mixer, DeltaRuleConfig)
+        gdn = keys.mixer_of(mixer, DeltaRuleConfig)
         ours, theirs = f"{o}mixer.f.", f"{t}linear_attn."
         yield rule(tuple(f"{ours}{name}_proj.weight" for name in "qkv"), f"{theirs}in_proj_qkv.weight",
                    Split(tuple(gdn.channels.values())))
-        yield from parts.same(ours, theirs, ("g_proj.weight", "in_proj_z.weight"), ("b_proj.weight", "in_proj_b.weight"),
+        yield from keys.same(ours, theirs, ("g_proj.weight", "in_proj_z.weight"), ("b_proj.weight", "in_proj_b.weight"),
                               ("a_proj.weight", "in_proj_a.weight"))
         yield from qwen3_next.gdn_rules(gdn, ours, theirs)
-    yield from parts.feed_forward_rules(config.feed_forward, moe, o, t, shared="shared_expert")
+    yield from keys.feed_forward_rules(config.feed_forward, moe, o, t, shared="shared_expert")
 
 
 FAMILY = Family(name="qwen3_5_moe_text", architecture="Qwen3_5MoeForCausalLM", to_model=to_model, to_hf=to_hf,

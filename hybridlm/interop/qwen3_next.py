@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import parts
+from hybridlm.interop import keys, parts
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.interop.mapping import Rule, Split, rule
 from hybridlm.model.config import MixerConfig, ModelConfig
@@ -75,11 +75,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from parts.norms(o, t)
+    yield from keys.norms(o, t)
     if isinstance(mixer, AttentionConfig):
-        yield from parts.attention_rules(mixer, f"{o}mixer.f.", f"{t}self_attn.", gate_in_q=True)
+        yield from keys.attention_rules(mixer, f"{o}mixer.f.", f"{t}self_attn.", gate_in_q=True)
     else:
-        gdn = parts.mixer_of(mixer, DeltaRuleConfig)
+        gdn = keys.mixer_of(mixer, DeltaRuleConfig)
         ours, theirs, ratio = f"{o}mixer.f.", f"{t}linear_attn.", gdn.value_heads // gdn.num_heads
         sizes = (gdn.head_dim, gdn.head_dim, ratio * gdn.value_dim, ratio * gdn.value_dim)
         yield rule(tuple(f"{ours}{name}_proj.weight" for name in "qkvg"), f"{theirs}in_proj_qkvz.weight",
@@ -87,12 +87,13 @@ def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) ->
         yield rule((f"{ours}b_proj.weight", f"{ours}a_proj.weight"), f"{theirs}in_proj_ba.weight",
                    Split((ratio, ratio), gdn.num_heads))
         yield from gdn_rules(gdn, ours, theirs)
-    yield from parts.feed_forward_rules(config.feed_forward, moe, o, t, shared="shared_expert")
+    yield from keys.feed_forward_rules(config.feed_forward, moe, o, t, shared="shared_expert")
 
 
 def gdn_rules(gdn: DeltaRuleConfig, o: str, t: str) -> Iterator[Rule]:
-    yield from parts.same(o, t, "A_log", "dt_bias", ("o_norm.weight", "norm.weight"), ("o_proj.weight", "out_proj.weight"))
-    yield from parts.conv_rules(gdn, o, t, packed=True)
+    yield from keys.same(o, t, "A_log", "dt_bias", ("o_norm.weight", "norm.weight"),
+                         ("o_proj.weight", "out_proj.weight"))
+    yield from keys.conv_rules(gdn, o, t, packed=True)
 
 
 FAMILY = Family(name="qwen3_next", architecture="Qwen3NextForCausalLM", to_model=to_model, to_hf=to_hf, layer=layer,

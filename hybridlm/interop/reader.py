@@ -34,8 +34,11 @@ SCALE = "_scale_inv"
 class TensorSource(Protocol):
     """Tensors by name."""
 
-    where: str
-    specs: Mapping[str, Spec]
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def specs(self) -> Mapping[str, Spec]: ...
 
     def read(self, name: str) -> Tensor: ...
 
@@ -67,14 +70,16 @@ class SafetensorsFolder:
         for file in shard_files(folder, stem):
             for name, place in _header(file).items():
                 if name in self._places:
-                    raise CheckpointError(f"'{name}' stands in two files: {self._places[name].file.name} and {file.name}")
+                    raise CheckpointError(f"'{name}' stands in two files: {self._places[name].file.name} and "
+                                          f"{file.name}")
                 self._places[name] = place
         self.specs: Mapping[str, Spec] = {name: place.spec for name, place in self._places.items()}
 
     def read(self, name: str) -> Tensor:
         place = self._places[name]
         tensor = torch.empty(place.spec.shape, dtype=place.spec.dtype)
-        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        buffer: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        buffer = memoryview(buffer)
         with place.file.open("rb", buffering=0) as stream:
             stream.seek(place.start)
             done = 0

@@ -47,8 +47,9 @@ class ShardWriter:
             self.close()
             raise
         if index and len(shards) > 1:
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-            (folder / f"{stem}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+            text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            file = folder / f"{stem}.safetensors.index.json"
+            file.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
 
     def _create(self, file: Path, shard: dict[str, Spec]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -77,7 +78,7 @@ class ShardWriter:
             raise ValueError(f"{name} was announced as {list(spec.shape)}; got {list(tensor.shape)}")
         tensor = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous()
         if tensor.numel():
-            _write_at(descriptor, memoryview(tensor.view(-1).view(torch.uint8).numpy()), start)
+            _write_at(descriptor, memoryview(tensor.view(-1).view(torch.uint8).numpy()), start)  # type: ignore[arg-type]
         self._left.discard(name)
 
     def finish(self) -> None:

@@ -29,9 +29,9 @@ IRREGULAR = ["linear_attention", "full_attention", "full_attention", "linear_att
 KIMI = BASE | MLA | {"q_lora_rank": None, "linear_head_dim": 8, "linear_num_heads": 4, "num_local_experts": 7,
                      "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                      "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
-BAILING = BASE | MLA | {"head_dim": 8, "q_lora_rank": None, "layer_group_size": 4, "first_k_dense_replace": 1, "num_local_experts": 12,
-                        "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_group": 4, "topk_group": 2,
-                        "num_nextn_predict_layers": 0}
+BAILING = BASE | MLA | {"head_dim": 8, "q_lora_rank": None, "layer_group_size": 4, "first_k_dense_replace": 1,
+                        "num_local_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_group": 4,
+                        "topk_group": 2, "num_nextn_predict_layers": 0}
 
 # case -> (model type, config)
 CASES: dict[str, tuple[str, dict]] = {

@@ -1,0 +1,138 @@
+"""Does a checkpoint of ours compute what a folder of transformers computes? Logits, distributions, and layer by layer.
+
+B rows, T tokens, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.checkpoint import load_checkpoint
+from hybridlm.errors import CheckpointError
+from hybridlm.interop.families import read_raw
+from hybridlm.interop.reader import shard_files
+from hybridlm.model.model import HybridLM
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same tokens, both in fp32.
+
+    `kl` is KL(theirs || ours) in nats a token, `top1` the share of tokens with the same likeliest next one,
+    `layers` the RMS of the difference after each layer over the RMS of theirs, and `parts_at` the first layer where
+    that exceeds the threshold (null: none; the layer's mixer is `mixer`).
+    """
+
+    tokens: int
+    max_logit_diff: float
+    max_logit: float
+    kl: float
+    top1: float
+    layers: list[float]
+    parts_at: int | None
+    mixer: str | None
+
+
+def verify(checkpoint: str | os.PathLike[str] | HybridLM, hf_dir: str | os.PathLike[str] | nn.Module, *,
+           text: str | None = None, token_ids: Sequence[int] | None = None, rows: int = 2, length: int = 64,
+           seed: int = 0, threshold: float = 1e-3) -> dict[str, Any]:
+    """Compare on random tokens [rows, length], and on the given ids or text if there are any.
+
+    Returns plain data: {"random": {...}, "given": {...}} with the fields of `Comparison`.
+
+    Raises:
+        CheckpointError: either side cannot be loaded, the vocabularies differ, or there is no tokenizer for `text`.
+    """
+    ours = checkpoint if isinstance(checkpoint, HybridLM) else load_checkpoint(checkpoint)
+    theirs = hf_dir if isinstance(hf_dir, nn.Module) else load_theirs(Path(hf_dir).expanduser())
+    vocab = min(ours.config.vocab_size, int(theirs.config.vocab_size))  # type: ignore[union-attr, arg-type]
+    if ours.config.vocab_size != theirs.config.vocab_size:  # type: ignore[union-attr]
+        raise CheckpointError(f"the vocabularies differ: {ours.config.vocab_size} ids here, "
+                              f"{theirs.config.vocab_size} there")  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(seed)
+    result = {"random": compare(ours, theirs, torch.randint(vocab, (rows, length), generator=generator), threshold)}
+    if text is not None:
+        token_ids = _encode(ours, text)
+    if token_ids is not None:
+        ids = torch.as_tensor(list(token_ids), dtype=torch.int64)[None]
+        if ids.numel() < 1 or int(ids.min()) < 0 or int(ids.max()) >= vocab:
+            raise CheckpointError(f"the given tokens must be ids from 0 to {vocab - 1}, at least one")
+        result["given"] = compare(ours, theirs, ids, threshold)
+    return {name: asdict(found) for name, found in result.items()}
+
+
+def load_theirs(folder: Path) -> nn.Module:
+    """The model of a transformers folder, fp32, in evaluation mode; nothing is downloaded and no code is run from it.
+
+    Raises:
+        CheckpointError: not such a folder, or weights that transformers misses.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import hybridlm.interop.auto  # noqa: F401  (registers our model type)
+
+    read_raw(folder)
+    shard_files(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
+                                                           trust_remote_code=False, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot load {folder}: {' '.join(str(error).split())}") from None
+    model, info = loaded
+    if info["missing_keys"]:
+        raise CheckpointError(f"transformers misses weights in {folder}: {sorted(info['missing_keys'])[:3]}")
+    return model.eval()
+
+
+@torch.no_grad()
+def compare(ours: HybridLM, theirs: nn.Module, ids_BT: Tensor, threshold: float) -> Comparison:
+    """One batch through both."""
+    our_logits, our_hidden = _run(ours, ours.layers, ids_BT, {})
+    their_logits, their_hidden = _run(theirs, _layers_of(theirs), ids_BT, {"use_cache": False})
+    gaps = [_gap(a, b) for a, b in zip(our_hidden, their_hidden, strict=True)]
+    parts_at = next((i for i, gap in enumerate(gaps) if not gap <= threshold), None)  # NaN parts as well
+    p, q = (torch.log_softmax(x.double(), -1) for x in (their_logits, our_logits))
+    return Comparison(
+        tokens=ids_BT.numel(), max_logit_diff=float((our_logits - their_logits).abs().max()),
+        max_logit=float(their_logits.abs().max()), kl=float((p.exp() * (p - q)).sum(-1).mean()),
+        top1=float((our_logits.argmax(-1) == their_logits.argmax(-1)).double().mean()), layers=gaps,
+        parts_at=parts_at, mixer=None if parts_at is None else ours.config.layers()[parts_at])
+
+
+def _run(model: nn.Module, layers: nn.ModuleList, ids_BT: Tensor,
+         options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    hidden: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden.append((output if isinstance(output, Tensor) else output[0]).float())
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        return model(ids_BT, **options).logits.float(), hidden
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers_of(model: nn.Module) -> nn.ModuleList:
+    inner: Any = model.model  # type: ignore[assignment]
+    return getattr(inner, "language_model", inner).layers
+
+
+def _gap(ours: Tensor, theirs: Tensor) -> float:
+    scale = theirs.double().square().mean().sqrt().clamp_min(1e-30)
+    return float((ours.double() - theirs.double()).square().mean().sqrt() / scale)
+
+
+def _encode(model: HybridLM, text: str) -> list[int]:
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise CheckpointError("the checkpoint holds no tokenizer for the given text; give token ids")
+    return [int(i) for i in tokenizer.encode(text)]
