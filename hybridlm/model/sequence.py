@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hybridlm_kernels.packing import CuSeqlens
 from torch import Tensor
+
+from hybridlm_kernels.packing import CuSeqlens
 
 
 @dataclass
