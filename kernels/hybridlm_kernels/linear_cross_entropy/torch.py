@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hybridlm_kernels.precision import product_dtype, without_autocast
+
 # Logits of a chunk, in elements: on a CPU they should stay in the cache, a GPU needs enough rows to be busy.
 CHUNK_ELEMENTS = {"cpu": 2**20}
 CHUNK_ELEMENTS_GPU = 2**26
@@ -16,12 +18,11 @@ CHUNK_ELEMENTS_GPU = 2**26
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore_index: int = -100,
                          z_loss: float = 0.0, soft_cap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    device = x_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+    dtype = product_dtype(x_ND)
     # Gradients are computed in the forward, where the logits are at hand. With a z-loss the weight of its
     # gradient against the other's is known in the backward only, and the logits are computed again there.
     function = _RecomputedLoss if z_loss else _Loss
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x_ND.device.type, enabled=False):
         loss_N, z_N, count = function.apply(x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
     return loss_N, z_N, count
 
@@ -99,6 +100,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dloss, dz, dcount):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: a second backward needs another forward")
@@ -126,6 +128,7 @@ class _RecomputedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dloss, dz, dcount):
         x_ND, weight_VD, labels_N, lse_N = ctx.saved_tensors
         chunks = _Chunks(x_ND, weight_VD, labels_N, *ctx.options)

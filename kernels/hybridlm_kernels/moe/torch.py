@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Call
+from hybridlm_kernels.swiglu.torch import bounded
 
 
 def supports(call: Call) -> tuple[bool, str]:
@@ -21,9 +23,7 @@ def supports(call: Call) -> tuple[bool, str]:
 
 def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor,
                 weights_NA: Tensor, limit: float | None = None) -> Tensor:
-    device = x_ND.device.type
-    # grouped_mm is not on autocast's list
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+    dtype = product_dtype(x_ND)  # grouped_mm is not on autocast's list
     x_ND, gate_up_E2ID, down_EDI = x_ND.to(dtype), gate_up_E2ID.to(dtype), down_EDI.to(dtype)
     dim = x_ND.shape[1]
     gate_up_E2ID, down_EDI = _pad_widths(gate_up_E2ID, down_EDI)
@@ -93,7 +93,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, limit):
         x_PD = x_ND.index_select(0, token_P)
         h_P2I = F.grouped_mm(x_PD, gate_up_E2ID.transpose(1, 2), offs=offs_E)
-        gate_PI, up_PI = _bounded(h_P2I, limit)
+        gate_PI, up_PI = _halves(h_P2I, limit)
         weight_P1 = _spread(weights_NA, slot_NA, len(token_P))
         act_PI = F.silu(gate_PI).mul_(up_PI).mul_(weight_P1)
         y_PD = F.grouped_mm(act_PI, down_EDI.transpose(1, 2), offs=offs_E)
@@ -105,7 +105,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_ND):
         x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, h_P2I = ctx.saved_tensors
-        gate_PI, up_PI = _bounded(h_P2I, ctx.limit)
+        gate_PI, up_PI = _halves(h_P2I, ctx.limit)
         silu_PI = F.silu(gate_PI)
         weight_P1 = _spread(weights_NA, slot_NA, len(token_P))
         dy_PD = dy_ND.index_select(0, token_P)
@@ -133,11 +133,9 @@ class _Experts(torch.autograd.Function):
         return dx_ND, dgate_up_E2ID, ddown_EDI, dweights_NA, None, None, None, None
 
 
-def _bounded(h_P2I: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+def _halves(h_P2I: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
     gate_PI, up_PI = h_P2I.chunk(2, -1)
-    if limit is None:
-        return gate_PI, up_PI
-    return gate_PI.clamp(max=limit), up_PI.clamp(-limit, limit)
+    return bounded(gate_PI, up_PI, limit)
 
 
 def _spread(weights_NA: Tensor, slot_NA: Tensor, rows: int) -> Tensor:

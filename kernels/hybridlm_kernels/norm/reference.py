@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def wide(x: Tensor) -> Tensor:
-    """In fp32, or fp64 if it is fp64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from hybridlm_kernels.precision import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = False) -> Tensor:

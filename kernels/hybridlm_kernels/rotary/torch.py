@@ -1,20 +1,48 @@
-"""Rotary position embedding in whole-tensor steps. B rows, T tokens, H heads, D head dim, R rotated pairs."""
+"""Rotary position embedding written straight into its output. B rows, T tokens, H heads, D head dim, R pairs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rotary(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool = False) -> Tensor:
-    pairs = cos_BTR.shape[-1]
-    wide = torch.promote_types(x_BTHD.dtype, torch.float32)
+    return _Rotary.apply(x_BTHD, cos_BTR, sin_BTR, interleaved)
+
+
+class _Rotary(torch.autograd.Function):
+    """The gradient of a rotation is the rotation by the opposite angle; only cos and sin are kept."""
+
+    @staticmethod
+    def forward(ctx, x_BTHD, cos_BTR, sin_BTR, interleaved):
+        ctx.save_for_backward(cos_BTR, sin_BTR)
+        ctx.interleaved = interleaved
+        return _rotate(x_BTHD, cos_BTR, sin_BTR, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BTHD):
+        cos_BTR, sin_BTR = ctx.saved_tensors
+        return _rotate(dy_BTHD, cos_BTR, -sin_BTR, ctx.interleaved), None, None, None
+
+
+def _rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Tensor:
+    pairs, wide = cos_BTR.shape[-1], torch.promote_types(x_BTHD.dtype, torch.float32)
     cos_BT1R, sin_BT1R = cos_BTR.to(wide).unsqueeze(-2), sin_BTR.to(wide).unsqueeze(-2)
-    turned, rest = x_BTHD[..., : 2 * pairs].to(wide), x_BTHD[..., 2 * pairs :]
-    if interleaved:
-        a_BTHR, b_BTHR = turned.unflatten(-1, (pairs, 2)).unbind(-1)
-    else:
-        a_BTHR, b_BTHR = turned.chunk(2, -1)
-    y = (a_BTHR * cos_BT1R - b_BTHR * sin_BT1R, b_BTHR * cos_BT1R + a_BTHR * sin_BT1R)
-    y_BTHX = torch.stack(y, -1).flatten(-2) if interleaved else torch.cat(y, -1)
-    return torch.cat([y_BTHX.to(x_BTHD.dtype), rest], -1)
+    x_ = x_BTHD.to(wide)
+    y_BTHD = torch.empty(x_.shape, dtype=wide, device=x_.device)
+    if interleaved:  # a pair is a complex number
+        y_BTHD[..., 2 * pairs :] = x_[..., 2 * pairs :]
+        turned = x_[..., : 2 * pairs].unflatten(-1, (pairs, 2))
+        if any(stride % 2 for stride in (*turned.stride()[:-1], turned.storage_offset())):
+            turned = turned.contiguous()
+        y_BTHR = torch.view_as_complex(turned) * torch.complex(cos_BT1R, sin_BT1R)
+        y_BTHD[..., : 2 * pairs] = torch.view_as_real(y_BTHR).flatten(-2)
+    else:  # the cosine of the dims that pass unchanged is 1
+        a_BTHR, b_BTHR = x_[..., :pairs], x_[..., pairs : 2 * pairs]
+        rest = cos_BT1R.new_ones(*cos_BT1R.shape[:-1], x_.shape[-1] - 2 * pairs)
+        torch.mul(x_, torch.cat([cos_BT1R, cos_BT1R, rest], -1), out=y_BTHD)
+        y_BTHD[..., :pairs].addcmul_(b_BTHR, sin_BT1R, value=-1)
+        y_BTHD[..., pairs : 2 * pairs].addcmul_(a_BTHR, sin_BT1R)
+    return y_BTHD.to(x_BTHD.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.precision import without_autocast
 
 BLOCK_ELEMENTS = {"cpu": 2**19}  # scores of a block in elements: in or near the cache on a CPU
 BLOCK_ELEMENTS_GPU = 2**27
@@ -113,6 +114,7 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, do_BTHV):
         saved = ctx.saved_tensors
         grads = _strategy(saved[0], saved[1], saved[3])[1](do_BTHV, *saved, ctx.scale)

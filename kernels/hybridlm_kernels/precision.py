@@ -1,0 +1,34 @@
+"""Which float type an operation works in, with and without autocast."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which `x @ weight` would run here: autocast's where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def without_autocast(backward: Callable[..., Any]) -> Any:
+    """For the backward of an autograd function: a caller inside autocast must not lower its products."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor, *grads: Tensor) -> Any:
+        if not torch.is_autocast_enabled(grad.device.type):
+            return backward(ctx, grad, *grads)
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad, *grads)
+
+    return run
