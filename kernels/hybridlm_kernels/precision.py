@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def wide(x: Tensor) -> Tensor:
@@ -21,8 +22,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def without_autocast(backward: Callable[..., Any]) -> Any:
-    """For the backward of an autograd function: a caller inside autocast must not lower its products."""
+def plain_backward(backward: Callable[..., Any]) -> Any:
+    """For the backward of an autograd function: no gradient of the gradient, and a caller inside autocast does
+    not lower its products."""
 
     @functools.wraps(backward)
     def run(ctx: Any, grad: Tensor, *grads: Tensor) -> Any:
@@ -31,4 +33,4 @@ def without_autocast(backward: Callable[..., Any]) -> Any:
         with torch.autocast(grad.device.type, enabled=False):
             return backward(ctx, grad, *grads)
 
-    return run
+    return once_differentiable(run)

@@ -127,9 +127,10 @@ def _packed(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window
     because it comes after every token that counts."""
     buckets = _Buckets.of(cu_seqlens)
     q, k, v = (_ToBuckets.apply(x.flatten(0, 1), buckets).split(buckets.sizes) for x in (q_BTHK, k_BSGK, v_BSGV))
-    out = [
-        _rows(*(x[i].unflatten(0, shape) for x in (q, k, v)), scale, window, sinks_H).flatten(0, 1)
-        for i, shape in enumerate(buckets.shapes)]
+    out = []
+    for i, shape in enumerate(buckets.shapes):
+        q_i, k_i, v_i = (x[i].unflatten(0, shape) for x in (q, k, v))
+        out.append(_rows(q_i, k_i, v_i, scale, window, sinks_H).flatten(0, 1))
     o_NHV = _FromBuckets.apply(torch.cat(out) if len(out) > 1 else out[0], buckets)
     return o_NHV.unflatten(0, q_BTHK.shape[:2])
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hybridlm_kernels.precision import product_dtype, without_autocast
+from hybridlm_kernels.precision import plain_backward, product_dtype
 
 # Logits of a chunk, in elements: on a CPU they should stay in the cache, a GPU needs enough rows to be busy.
 CHUNK_ELEMENTS = {"cpu": 2**20}
@@ -99,8 +98,7 @@ class _Loss(torch.autograd.Function):
         return loss_N.sum(), z_sum, count
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @plain_backward
     def backward(ctx, dloss, dz, dcount):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: a second backward needs another forward")
@@ -127,8 +125,7 @@ class _RecomputedLoss(torch.autograd.Function):
         return (loss_N * chunks.counted_N).sum(), (lse_N.square() * chunks.counted_N).sum(), count
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @plain_backward
     def backward(ctx, dloss, dz, dcount):
         x_ND, weight_VD, labels_N, lse_N = ctx.saved_tensors
         chunks = _Chunks(x_ND, weight_VD, labels_N, *ctx.options)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hybridlm_kernels.precision import product_dtype
+from hybridlm_kernels.precision import plain_backward, product_dtype
 from hybridlm_kernels.registry import Call
 from hybridlm_kernels.swiglu.torch import bounded
 
@@ -102,7 +101,7 @@ class _Experts(torch.autograd.Function):
         return _gather_sum(y_PD, slot_NA)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dy_ND):
         x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, h_P2I = ctx.saved_tensors
         gate_PI, up_PI = _halves(h_P2I, ctx.limit)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hybridlm_kernels.precision import wide, without_autocast
+from hybridlm_kernels.precision import plain_backward, wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
@@ -55,8 +54,7 @@ class _RmsNorm(torch.autograd.Function):
         return (x_MD * r_M1).mul_(w_D + ctx.shift if ctx.shift else w_D).to(x.dtype).view(x.shape)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @plain_backward
     def backward(ctx, dy):
         x, weight, r_M1 = ctx.saved_tensors
         dx_MD, dw_D = _gradients(_rows(dy), _rows(x), wide(weight) + ctx.shift, r_M1)
@@ -73,8 +71,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         return ctx.act(gate_MD).mul_(x_MD).mul_(r_M1).mul_(w_D).to(x.dtype).view(x.shape)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @plain_backward
     def backward(ctx, dy):
         x, gate, weight, r_M1 = ctx.saved_tensors
         x_MD, gate_MD, w_D, dy_MD = _rows(x), _rows(gate), wide(weight), _rows(dy)
@@ -100,8 +97,7 @@ class _L2Norm(torch.autograd.Function):
         return (x_MD * r_M1).to(x.dtype).view(x.shape)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @plain_backward
     def backward(ctx, dy):
         x, r_M1 = ctx.saved_tensors
         x_MD, dy_MD = _rows(x), _rows(dy)

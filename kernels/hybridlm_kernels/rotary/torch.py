@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from hybridlm_kernels.precision import plain_backward
 
 
 def rotary(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool = False) -> Tensor:
@@ -21,7 +22,7 @@ class _Rotary(torch.autograd.Function):
         return _rotate(x_BTHD, cos_BTR, sin_BTR, interleaved)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dy_BTHD):
         cos_BTR, sin_BTR = ctx.saved_tensors
         return _rotate(dy_BTHD, cos_BTR, -sin_BTR, ctx.interleaved), None, None, None

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hybridlm_kernels.packing import CuSeqlens
-from hybridlm_kernels.precision import without_autocast
+from hybridlm_kernels.precision import plain_backward
 
 BLOCK_ELEMENTS = {"cpu": 2**19}  # scores of a block in elements: in or near the cache on a CPU
 BLOCK_ELEMENTS_GPU = 2**27
@@ -113,8 +112,7 @@ class _SparseAttention(torch.autograd.Function):
         return _strategy(q_BTHK, k_BSGK, indices_BTN)[0](q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @plain_backward
     def backward(ctx, do_BTHV):
         saved = ctx.saved_tensors
         grads = _strategy(saved[0], saved[1], saved[3])[1](do_BTHV, *saved, ctx.scale)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from hybridlm_kernels.precision import plain_backward
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
@@ -25,7 +26,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx, dy):
         raw_gate, raw_up = ctx.saved_tensors
         gate, up = bounded(raw_gate, raw_up, ctx.limit)
