@@ -143,7 +143,7 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     grad_clip: float = 1.0
     activation_checkpointing: bool = False
-    log_every: int = 1
+    log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
     eval_every: int = 100  # 0: only at the end
     eval_batches: int = 16
     checkpoint_every: int = 100
