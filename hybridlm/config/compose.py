@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hybridlm.config.checks import validate
-from hybridlm.config.convert import from_dict, load_yaml, to_yaml, yaml_error
+from hybridlm.config.convert import from_dict, hint_at, load_yaml, to_yaml, yaml_error
 from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import ModelConfig
@@ -130,12 +130,7 @@ def _parse(overrides: list[str]) -> list[Override]:
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(text, "is not an override", expected="key=value")
-        try:
-            override = OverridesParser.create().parse_overrides([text])[0]
-        except OverrideParseException as error:
-            reason = error.message.splitlines()[1] if "\n" in error.message else error.message
-            raise ConfigError("", f"cannot read the override {text!r}: {reason}", expected="key=value",
-                              hint="quote a value with special characters: 'key=\"value\"'") from None
+        override = _parse_one(text)
         if not override.key_or_group:
             raise ConfigError("", f"cannot read the override {text!r}: no key", expected="key=value")
         if override.is_sweep_override():
@@ -145,6 +140,25 @@ def _parse(overrides: list[str]) -> list[Override]:
             raise ConfigError(override.key_or_group, "Hydra's own settings are not used here")
         parsed.append(override)
     return parsed
+
+
+def _parse_one(text: str) -> Override:
+    """By Hydra's grammar. Where the schema wants text, whatever that grammar does not read as text is taken as it
+    stands: a path may have brackets, a name may be a number."""
+    key, _, value = text.partition("=")
+    wants_text = hint_at(Config, key.lstrip("+")) in (str, str | None) or value.endswith(_YAML)
+    try:
+        override = OverridesParser.create().parse_overrides([text])[0]
+        if not wants_text or override.is_delete() or isinstance(override.value(), str | None):
+            return override
+    except OverrideParseException as error:
+        if not wants_text or value[:1] in ("'", '"'):
+            lines = [line.strip() for line in error.message.splitlines()]
+            reasons = [line for line in lines[1:] if line and line != "^" and not line.startswith(("See http", text))]
+            reason = reasons[0].split(":")[0] if reasons else "a special character"
+            raise ConfigError("", f"cannot read the override {text!r}: {reason}", expected="key=value",
+                              hint="quote a value with special characters: 'key=\"value\"'") from None
+    return OverridesParser.create().parse_overrides([f"{key}={_quoted(value)}"])[0]
 
 
 def _split(overrides: list[Override], folders: list[Path], stage: Path) -> tuple[list[str], list[Override]]:
@@ -304,6 +318,6 @@ def _did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A value in the quotes of Hydra's grammar."""
-    escaped = text.replace("'", "\\'")
+    """A value in the quotes of Hydra's grammar, where backslashes count only before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), text)
     return f"'{escaped}'"

@@ -189,6 +189,19 @@ def _walk(cls: type, prefix: str) -> Iterator[str]:
                 yield from _walk(arg, path)  # type: ignore[arg-type]
 
 
+def hint_at(cls: Any, path: str) -> Any:
+    """The type hint at a dotted path of a config class; None where the class does not say."""
+    hint = cls
+    for key in path.split("."):
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = next((arg for arg in get_args(hint) if arg is not type(None)), None)
+        if get_origin(hint) in (list, tuple, dict):
+            hint = get_args(hint)[-1]
+        else:
+            hint = _hints(hint).get(key) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+    return hint
+
+
 def describe(hint: Any) -> str:
     """A type hint in words, for the 'expected' part of an error."""
     origin, args = get_origin(hint), get_args(hint)

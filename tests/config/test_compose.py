@@ -113,8 +113,8 @@ def test_a_file_of_ones_own_stands_for_a_model(tmp_path, monkeypatch):
     config = load_config("train", ["model=quickstart.yaml"])
     assert (config.model.hidden_size, config.model.num_layers) == (96, 4), "on top of the built-in of the same name"
     assert load_model_config("quickstart.yaml", ["model.num_layers=2"]).num_layers == 2
-    other = write(tmp_path / "it's mine.yaml", MINE.replace("quickstart", "hybrid_tiny") + "name: ''\n")
-    assert load_model_config(other).name == "it_s_mine"
+    other = write(tmp_path / "it's (mine).yaml", MINE.replace("quickstart", "hybrid_tiny") + "name: ''\n")
+    assert load_model_config(other).name == "it_s__mine_"
 
 
 def test_a_folder_of_ones_own_is_searched_first(tmp_path):
@@ -149,6 +149,21 @@ def test_every_mixer_of_the_group_stands_in_a_schedule(name):
     config = load_config("train", [f"+mixer@model.mixers.it={name}", "model.schedule.pattern=[it]",
                                    f"model.mixers.it={{num_heads: 4, {sizes.get(name, 'head_dim: 16')}}}"])
     assert config.model.layers() == ["it"] * 4
+
+
+@pytest.mark.parametrize("text", [
+    "/tmp/x y/z", "a=b.txt", "~/texts", "/tmp/a[1](2)/b", "a,b", "*.txt", "2024_01_01", "17", "true", "C:\\dir\\",
+    "it's", "<|end|>", "{a}", ""])
+def test_text_stands_as_it_is_typed(text):
+    assert load_config("train", [f"data.path={text}"]).data.path == text
+    config = load_config("train", ["data.mixture=[{path: a}]", f"data.mixture.0.path={text}"])
+    assert config.data.mixture[0].path == text
+
+
+def test_text_in_quotes_null_and_references():
+    config = load_config("train", ["data.path='a, b'", 'run_dir="runs/${model.name}-1"', "data.validation_path=null"])
+    assert (config.data.path, config.run_dir, config.data.validation_path) == ("a, b", "runs/quickstart-1", None)
+    assert load_config("train", ["run_dir=runs[${training.steps}]"]).run_dir == "runs[1000]"
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
@@ -191,7 +206,9 @@ def test_every_mixer_of_the_group_stands_in_a_schedule(name):
      "feed_forward, mixer, model, optimizer, recipe, schedule; did you mean 'mixer'?"),
     (["training.steps"], "training.steps: is not an override; expected key=value"),
     (["=3"], "cannot read the override '=3': no key; expected key=value"),
-    (["run_dir=a)"], "cannot read the override 'run_dir=a)': extraneous input ')' expecting <EOF>; expected key=value; "
+    (["training.steps=3)"], "cannot read the override 'training.steps=3)': extraneous input ')' expecting <EOF>; "
+     "expected key=value; quote a value with special characters: 'key=\"value\"'"),
+    (["data.path='a"], "cannot read the override \"data.path='a\": a special character; expected key=value; "
      "quote a value with special characters: 'key=\"value\"'"),
     (["training.steps=1,2"], "training.steps: has several values, a run takes one; got '1,2'; write a list as [a,b], "
      "or quote text that has a comma"),

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from hybridlm.config.convert import describe, from_dict, known_paths, load_yaml, to_dict, to_yaml
+from hybridlm.config.convert import describe, from_dict, hint_at, known_paths, load_yaml, to_dict, to_yaml
 from hybridlm.config.schema import Config, DataConfig, OptimizerConfig, StageConfig, TrackingConfig, TrainingConfig
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import FeedForwardConfig, MixerConfig, ModelConfig, ScheduleConfig
@@ -260,6 +260,16 @@ def test_known_paths_reach_every_part_of_a_run():
     paths = known_paths(Config)
     assert {"model.schedule.ratio", "data.path", "run_dir", "training.steps", "training.seed", "training.resume",
             "training.checkpoint_every", "init_from", "optimizer.lr"} <= set(paths)
+
+
+def test_the_hint_at_a_path():
+    assert hint_at(Config, "optimizer.lr") is float
+    assert hint_at(Config, "recipe.stages.0.name") is str
+    assert hint_at(Config, "data.mixture.3.text_field") is str
+    assert hint_at(Config, "model.published.total") is float
+    assert hint_at(Config, "model.schedule.override.3") is str
+    for nothing in ("nowhere", "optimizer.lr.x", "model.mixers.kda.head_dim"):
+        assert hint_at(Config, nothing) is None
 
 
 def test_hints_in_words():
