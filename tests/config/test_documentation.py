@@ -1,12 +1,16 @@
 """docs/configuration.md names every key and option that there is."""
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import yaml
 
 from hybridlm.config.compose import config_dir, options
-from hybridlm.config.convert import known_paths
+from hybridlm.config.convert import hint_at, known_paths, to_dict
+from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.schema import Config, DataSourceConfig, StageConfig
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig
 
@@ -34,3 +38,35 @@ def test_every_file_of_every_group_is_named():
         for option in options(group):
             tiny_experiment = group == "experiment" and option.endswith("_tiny")  # named together
             assert tiny_experiment or f"`{option}`" in TEXT, f"{group}/{option}"
+
+
+def rows() -> list[tuple[str, str]]:
+    """(dotted path, default as written) of the tables whose keys are paths."""
+    found = []
+    for line in TEXT.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        keys = re.findall(r"`([^`]+)`", cells[0])
+        if line.startswith("| `") and keys and all(key in known_paths(Config) for key in keys):
+            defaults = re.split(r", (?![^\[]*\])", cells[1])
+            defaults *= len(keys) if len(defaults) == 1 else 1
+            found += list(zip(keys, defaults, strict=True))
+    return found
+
+
+@pytest.mark.parametrize(("path", "written"), rows())
+def test_defaults_are_as_written(path, written):
+    if written in ("the file's name", "runs/MODEL NAME", "one stage"):
+        return
+    cls: type = Config
+    *parents, last = path.split(".")
+    for parent in parents:
+        hint = hint_at(cls, parent)
+        cls = next(arg for arg in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(arg))
+    field = next(field for field in dataclasses.fields(cls) if field.name == last)
+    if written == "required" or path.startswith("model.published"):
+        assert field.default is dataclasses.MISSING
+        assert field.default_factory is dataclasses.MISSING
+        return
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    as_text = {"off": "off"}  # which YAML takes for false
+    assert to_dict(default) == as_text.get(written, yaml.load(written, Loader=Loader))
