@@ -90,6 +90,8 @@ class PackedDataset(Dataset):
         return sum(self.order.windows)
 
     def __getitem__(self, index: int) -> Sample:
+        if index >= len(self):
+            raise IndexError(f"sample {index} of {len(self)}; `sample` goes on into the next epoch")
         return self.sample(index)
 
     def sample(self, index: int) -> Sample:

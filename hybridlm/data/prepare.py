@@ -167,16 +167,20 @@ def _tokenizer(config: DataConfig, jobs: list[_Job], root: Path) -> Tokenizer:
     shares = [job.config.weight / sum(j.config.weight for j in jobs) for job in jobs]
     key = digest([FORMAT, config.tokenizer_vocab_size, BPE_BYTES, shares, [job.identity for job in jobs]])
     folder = root / "tokenizers" / key
-    with locked(root, f"tokenizer-{key}"):
-        if not (folder / "tokenizer.json").is_file():
-            texts = (t for job, share in zip(jobs, shares, strict=True) for t in job.training_texts(BPE_BYTES * share))
-            trained = train_bpe(texts, config.tokenizer_vocab_size)
-            draft = folder.with_name(f"{key}.partial")
-            shutil.rmtree(draft, ignore_errors=True)
-            trained.save(draft)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(draft, folder)
+    if not folder.is_dir():
+        with locked(root, f"tokenizer-{key}"):
+            if not folder.is_dir():
+                _train_tokenizer(config.tokenizer_vocab_size, jobs, shares, folder)
     return Tokenizer.from_folder(folder)
+
+
+def _train_tokenizer(vocab_size: int, jobs: list[_Job], shares: list[float], folder: Path) -> None:
+    texts = (t for job, share in zip(jobs, shares, strict=True) for t in job.training_texts(BPE_BYTES * share))
+    trained = train_bpe(texts, vocab_size)
+    draft = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    trained.save(draft)
+    os.replace(draft, folder)
 
 
 def _build(job: _Job, tokenizer: Tokenizer, config: DataConfig, root: Path, bar: _Bar | None) -> Path:

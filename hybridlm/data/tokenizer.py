@@ -23,7 +23,7 @@ from hybridlm.errors import DataError
 
 EOS = "<|endoftext|>"
 KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "<｜end▁of▁sentence｜>")
-PIECE = 1 << 20  # characters encoded at once: an encoding takes many times its text's memory
+PIECE = 1 << 18  # characters encoded at once: an encoding takes many times its text's memory
 HEX = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -46,7 +46,7 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE over `texts`: id 0 ends a text, then the 256 bytes, then merges. The same texts in the
-    same order give the same tokenizer.
+    same order give the same tokenizer. Texts are cut as in `encode_documents`.
 
     Raises:
         DataError: a vocabulary without room for every byte.
@@ -58,7 +58,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     special = tokenizers.AddedToken(EOS, special=True, normalized=False)
-    backend.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+    pieces = (piece for text in texts for piece in cut_text(text, PIECE))
+    backend.train_from_iterator(pieces, tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[special], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     return Tokenizer(backend, EOS, "bpe")
@@ -125,15 +126,15 @@ class Tokenizer:
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of many documents at once, in the smallest type that holds them.
 
-        Documents above 2^20 characters are cut after a line end (or else a space) and encoded in parts, which
+        Documents above 2^18 characters are cut after a line end (or else a space) and encoded in parts, which
         can part a token that would have crossed the cut.
         """
         if self.is_bytes:
             return [np.frombuffer(document, dtype=np.uint8) for document in documents]
-        texts = [document.decode("utf-8") for document in documents]
-        pieces, owners = [], []
-        for owner, text in enumerate(texts):
-            cut = [text] if len(text) <= PIECE else cut_text(text, PIECE)
+        pieces: list[str] = []
+        owners: list[int] = []
+        for owner, document in enumerate(documents):
+            cut = cut_text(document.decode("utf-8"), PIECE)
             pieces += cut
             owners += [owner] * len(cut)
         parts: list[list[np.ndarray]] = [[] for _ in documents]

@@ -74,7 +74,7 @@ def test_borders_are_those_of_documents_and_rows(tmp_path):
     rows = range(0, len(dataset) * 16 + 1, 16)
     assert batch.cu_seqlens.host == tuple(sorted({*ends, *rows}))
     batch.cu_seqlens.check(len(dataset), 16)
-    assert [s for s in dataset.sample(0).borders] == [0, 3, 5]
+    assert dataset.sample(0).borders == [0, 3, 5]
 
 
 def test_a_window_of_the_last_token_alone_is_not_made():
@@ -92,7 +92,7 @@ def test_corpus_smaller_than_a_window(tmp_path):
 def test_samples_do_not_depend_on_batches(tmp_path):
     store, _ = make_store(tmp_path, SIZES)
     dataset = PackedDataset(store, 8, 1, seed=5)
-    whole = list(dataset.batches(0, 24, 24))[0]
+    whole = next(iter(dataset.batches(0, 24, 24)))
     for size in (1, 3, 8, 10):
         parts = list(PackedDataset(store, 8, 1, seed=5).batches(0, 24, size))
         assert torch.equal(torch.cat([p.input_ids for p in parts]), whole.input_ids)
@@ -129,6 +129,7 @@ def test_torch_loaders_with_workers(tmp_path):
     loader = DataLoader(dataset, batch_size=4, collate_fn=collate, num_workers=1)
     parts = list(loader)
     assert torch.equal(torch.cat([p.input_ids for p in parts]), dataset.batch(range(len(dataset))).input_ids)
+    assert len(list(dataset)) == len(dataset)
 
 
 def test_batches_move(tmp_path):

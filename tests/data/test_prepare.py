@@ -1,3 +1,4 @@
+import importlib
 import json
 import multiprocessing
 import os
@@ -196,6 +197,19 @@ def test_tokenizer_trained_on_training_text(corpus, tmp_path):
     assert len(prepared.tokenizer.encode("some words of text")) < 8
     assert len(prepared.tokenizer.encode("zqzqzqzq")) == 8
     assert prepare(config(corpus, tmp_path, **options)).tokenizer.fingerprint == prepared.tokenizer.fingerprint
+
+
+def test_tokenizer_does_not_see_what_is_held_out(corpus, tmp_path, monkeypatch):
+    module = importlib.import_module("hybridlm.data.prepare")
+    seen, train = [], module.train_bpe
+    monkeypatch.setattr(module, "train_bpe", lambda texts, size: train((seen.append(t) or t for t in texts), size))
+    options = {"tokenizer": "bpe", "tokenizer_vocab_size": 300, "validation_fraction": 0.2}
+    prepared = prepare(config(corpus, tmp_path, **options))
+    assert [text.encode() for text in seen] == documents(prepared, prepared.train[0])
+    seen.clear()
+    monkeypatch.setattr(module, "BPE_BYTES", 2001)
+    prepare(config(corpus, tmp_path, **options))
+    assert 1995 < sum(len(text.encode()) for text in seen) <= 2001
 
 
 def test_tokenizer_of_a_folder(corpus, tmp_path):

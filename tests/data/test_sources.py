@@ -179,7 +179,7 @@ def test_dataset_by_name(tmp_path, monkeypatch):
         open_source(config("owner/gone"))
 
 
-@pytest.mark.parametrize("path", ["corpus", "./owner/name", "/no/where", "data/corpus.txt", "a/b/c", "~/nothing-here-x"])
+@pytest.mark.parametrize("path", ["corpus", "./owner/name", "/no/where", "data/corpus.txt", "a/b/c", "~/no-such-x"])
 def test_missing_paths_ask_nobody(path, tmp_path, monkeypatch):
     import datasets
 

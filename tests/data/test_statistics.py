@@ -1,3 +1,4 @@
+import itertools
 import math
 import sysconfig
 from pathlib import Path
@@ -11,7 +12,7 @@ from hybridlm.data.statistics import bigram_entropy, entropies, unigram_entropy
 def by_counting(documents):
     pairs, first = {}, {}
     for text in documents:
-        for a, b in zip(text, text[1:], strict=False):
+        for a, b in itertools.pairwise(text):
             pairs[a, b] = pairs.get((a, b), 0) + 1
             first[a] = first.get(a, 0) + 1
     total = sum(pairs.values())

@@ -110,11 +110,11 @@ def test_encoding_many_is_encoding_each(bpe):
 
 
 def test_long_documents_are_encoded_in_parts(bpe):
-    text = "lorem ipsum dolor 日本\n" * 70000
+    text = "lorem ipsum dolor 日本\n" * 40000
     ids = bpe.encode(text)
     assert bpe.decode(ids) == text
     whole = bpe.backend.encode(text, add_special_tokens=False).ids
-    assert len(whole) <= len(ids) <= len(whole) + 4
+    assert len(whole) <= len(ids) <= len(whole) + 6
 
 
 @pytest.mark.parametrize("text", ["ab cd\nef gh " * 9, "x" * 100, "a b " * 20, "\n" * 50])
