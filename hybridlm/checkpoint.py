@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridlm import __version__
 from hybridlm.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -41,14 +41,6 @@ TEMPORARY = ".tmp-"
 SHARD_BYTES = 4 * 2**30  # safetensors copies a file's tensors before writing them: bounds that copy
 
 log = logging.getLogger("hybridlm")
-
-
-def version() -> str:
-    """The installed version of this package."""
-    try:
-        return importlib.metadata.version("hybridlm")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def step_of(folder: Path) -> int | None:
@@ -94,7 +86,7 @@ def seal(folder: Path, step: int) -> None:
     for file in sorted(folder.iterdir()):
         _sync(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    manifest = {"format": FORMAT_VERSION, "hybridlm": version(), "step": step, "files": files}
+    manifest = {"format": FORMAT_VERSION, "hybridlm": __version__, "step": step, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
@@ -196,6 +188,10 @@ def verify(folder: Path) -> None:
     fault = _fault(folder)
     if fault:
         raise CheckpointError(f"checkpoint {folder} is damaged: {fault}; use an older checkpoint of the run")
+    _check_format(folder)
+
+
+def _check_format(folder: Path) -> None:
     version = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(f"checkpoint {folder} has format {version}; this version reads up to "
@@ -203,10 +199,15 @@ def verify(folder: Path) -> None:
 
 
 def newest(root: Path) -> Path | None:
-    """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each."""
+    """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each.
+
+    Raises:
+        CheckpointError: it has a format of a newer version.
+    """
     for folder in step_folders(root):
         fault = _fault(folder)
         if not fault:
+            _check_format(folder)
             return folder
         log.warning("checkpoint %s is damaged (%s): looking for an older one", folder, fault)
     return None
@@ -229,7 +230,6 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if found is None:
         raise CheckpointError(f"no whole checkpoint in {folder}: expected a checkpoint folder (step-N) or a "
                               "run folder that has one")
-    verify(found)
     return found
 
 

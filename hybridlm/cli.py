@@ -71,7 +71,7 @@ def load(args: argparse.Namespace) -> Config:
 
     words = list(args.overrides)
     name = "train"
-    if words and "=" not in words[0] and not words[0].startswith("~"):
+    if words and ("=" not in words[0] or os.path.isfile(words[0])) and not words[0].startswith("~"):
         name = words.pop(0)
     return load_config(name, words, config_dir=args.config_dir)
 

@@ -5,7 +5,8 @@ Who gets what (the `role` of a parameter):
   stack      3-D expert weights [E, A, B]                  decay      Muon on each of the E matrices
   head       the output matrix                             decay      AdamW
   embedding  the embedding, also when tied to the head     no decay   AdamW
-  vector     norms, biases, A_log, dt_bias, convolutions   no decay   AdamW
+  vector     norms, biases, A_log, dt_bias, convolutions,  no decay   AdamW
+             matrices of one row or column
 Embeddings are left out because decay shrinks those of rare tokens, whose gradients do not hold against it
 (as in OLMo 2, arXiv 2501.00656).
 """
@@ -31,7 +32,8 @@ VECTOR_NAMES = ("A_log", "dt_bias", "bias", "sinks")
 def role(name: str, parameter: Tensor) -> Role:
     """The part a parameter plays, from its name and shape."""
     parts = name.split(".")
-    if parameter.ndim < 2 or parts[-1] in VECTOR_NAMES or any(part.endswith("conv") for part in parts):
+    convolution = any(part.endswith("conv") for part in parts)
+    if parameter.ndim < 2 or 1 in parameter.shape[-2:] or convolution or parts[-1] in VECTOR_NAMES:
         return "vector"
     if "embed" in parts:
         return "embedding"

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from hybridlm import checkpoint
+from hybridlm import __version__, checkpoint
 from hybridlm.config.convert import from_dict, load_yaml, to_dict, to_yaml
 from hybridlm.config.schema import Config
 from hybridlm.errors import CheckpointError, ConfigError
@@ -86,21 +86,28 @@ class RunFolder:
         checkpoint.remove_drafts(self.checkpoints)
         found = checkpoint.newest(self.checkpoints)
         if found is not None:
-            checkpoint.verify(found)
-        elif checkpoint.step_folders(self.checkpoints):
+            return found
+        if checkpoint.step_folders(self.checkpoints):
             raise CheckpointError(f"every checkpoint in {self.checkpoints} is damaged; move them away to start "
                                   "again, or take another run_dir")
-        elif resume == "require":
+        if resume == "require":
             raise CheckpointError(f"no checkpoint in {self.checkpoints} and training.resume=require; "
                                   "training.resume=auto starts a new run")
-        return found
+        return None
 
     def begin_session(self, config: Config, facts: dict[str, Any]) -> None:
-        """Write config.yaml, and add this session to run.json."""
-        _replace(self.config_file, to_yaml(config))
+        """Write config.yaml, and add this session to run.json.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
         sessions = self.sessions()
         sessions.append({"started": datetime.now(UTC).isoformat(timespec="seconds"), **facts})
-        _replace(self.path / "run.json", json.dumps({"sessions": sessions}, indent=1))
+        try:
+            _replace(self.config_file, to_yaml(config))
+            _replace(self.path / "run.json", json.dumps({"sessions": sessions}, indent=1))
+        except OSError as error:
+            raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(self.path)) from None
 
     def sessions(self) -> list[dict[str, Any]]:
         try:
@@ -121,7 +128,7 @@ def versions() -> dict[str, str]:
     import accelerate
     import torch
 
-    return {"python": platform.python_version(), "hybridlm": checkpoint.version(), "torch": torch.__version__,
+    return {"python": platform.python_version(), "hybridlm": __version__, "torch": torch.__version__,
             "accelerate": accelerate.__version__, "platform": platform.platform()}
 
 

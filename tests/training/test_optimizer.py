@@ -17,6 +17,7 @@ class Toy(nn.Module):
             "router": nn.Linear(8, 4, bias=False)})})])
         self.layers[0]["f"].q_conv = nn.Parameter(torch.randn(16, 4))
         self.layers[0]["f"].A_log = nn.Parameter(torch.randn(2, 2))
+        self.layers[0]["f"].gate = nn.Parameter(torch.randn(1, 8))
         self.layers[0]["f"].gate_up = nn.Parameter(torch.randn(4, 6, 8))
         self.lm_head = nn.Linear(8, 11, bias=False)
 
@@ -34,7 +35,7 @@ def test_adamw_decays_matrices_alone():
     groups = by_group("adamw")
     assert groups == {
         ("adamw", True): {"q_proj.weight", "router.weight", "gate_up", "lm_head.weight"},
-        ("adamw", False): {"embed.weight", "q_proj.bias", "norm.weight", "q_conv", "A_log"}}
+        ("adamw", False): {"embed.weight", "q_proj.bias", "norm.weight", "q_conv", "A_log", "gate"}}
 
 
 def test_muon_takes_hidden_matrices_and_expert_stacks():

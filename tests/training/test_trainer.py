@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 import tiny_run
@@ -255,3 +256,26 @@ def test_no_held_out_text_means_no_validation(tmp_path):
     result = train(tiny_run.config(tmp_path, steps=2, data={"validation_fraction": 0.0}))
     assert result.validation == {}
     assert "validation_loss" not in tiny_run.records(tmp_path / "run")[-1]
+
+
+def test_sigterm_while_data_is_prepared_leaves_with_the_resume_command(tmp_path, monkeypatch, capsys):
+    def interrupted(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal came too late")
+
+    monkeypatch.setattr(run, "prepare", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    result = train(tiny_run.config(tmp_path))
+    assert (result.status, result.step) == ("interrupted", 0)
+    assert f"hybridlm train {tmp_path}/run/config.yaml" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_resume_command_goes_on_even_where_resuming_was_forbidden(tmp_path):
+    assert run.resume_command(["model=a b", "training.resume=never"], tmp_path) == "hybridlm train 'model=a b'"
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ConfigError, match="run_dir: cannot be written"):
+        train(tiny_run.config(tmp_path))
