@@ -86,11 +86,10 @@ def _mixer_bytes(mixer: MixerConfig, context: LayerContext, element: int) -> flo
         latents = 2 * (mixer.kv_lora_rank + (mixer.q_lora_rank or 0)) + mixer.qk_rope_head_dim
         kv = mixer.num_heads * (mixer.qk_nope_head_dim + mixer.v_head_dim)
         selected = FP32 * mixer.indexer.topk if mixer.indexer is not None and mixer.indexer.mode == "sparse" else 0
-        # q and k are put together from parts, hence twice.
-        return element * (latents + kv + 3 * queries + 2 * values) + selected
+        return element * (latents + kv + 2 * queries + values) + selected
     if isinstance(mixer, AttentionConfig):
         queries, keys = mixer.num_heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-        copies = 1 + (mixer.rope.kind != "none") + (mixer.qk_norm != "none")
+        copies = 1 + (mixer.qk_norm != "none")  # what the norm reads, and what attention reads
         gate = 2 * queries if mixer.output_gate == "element" else 0
         return element * (copies * (queries + keys) + keys + queries + gate)
     # A kind without a formula of its own: three tensors for each of its projections' outputs.
@@ -109,7 +108,7 @@ def _recurrent_bytes(mixer: RecurrentConfig, element: int) -> float:
 def _feed_forward_bytes(config: ModelConfig, context: LayerContext, element: int) -> float:
     feed_forward, D = config.feed_forward, context.hidden_size
     if isinstance(feed_forward, MoEConfig) and feed_forward.is_moe(context.layer_index):
-        routed = feed_forward.num_experts_per_tok * (2 * D + 3 * feed_forward.moe_intermediate_size)
+        routed = feed_forward.num_experts_per_tok * 2 * feed_forward.moe_intermediate_size  # gate and up
         return element * (routed + 3 * feed_forward.shared_width) + 2 * FP32 * feed_forward.num_experts
     # gate, up and their product: one width each of the three D x I matrices
     return element * feed_forward.num_params(context) / D
