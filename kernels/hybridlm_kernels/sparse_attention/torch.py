@@ -94,6 +94,8 @@ def _select(score_BQX: Tensor, seen_BQX: Tensor, topk: int, low: int) -> Tensor:
 def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
                      scale: float | None = None) -> Tensor:
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    if indices_BTN.shape[2] == 0:
+        indices_BTN = indices_BTN.new_full((*indices_BTN.shape[:2], 1), -1)
     with torch.autocast(q_BTHK.device.type, enabled=False):
         return _SparseAttention.apply(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
 

@@ -1,0 +1,35 @@
+"""SwiGLU, with and without bounds."""
+
+import pytest
+import torch
+from kernel_compare import assert_same_function, tensors
+
+from hybridlm_kernels import swiglu
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6),
+                                                  (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("limit", [None, 0.7])
+@pytest.mark.parametrize("shape", [(0, 4), (1,), (3, 5, 61)])
+def test_equals_reference(shape, limit, dtype, tolerance):
+    gate, up = tensors(shape, shape, dtype=dtype)
+    assert_same_function(lambda backend: swiglu(gate, up, limit=limit, backend=backend), (gate, up), tolerance)
+
+
+def test_limit_bounds_gate_above_and_up_on_both_sides():
+    gate, up = torch.tensor([-50.0, 50.0, 50.0]), torch.tensor([-9.0, -9.0, 9.0])
+    y = swiglu(gate, up, limit=2.0)
+    silu2 = 2.0 / (1.0 + torch.tensor(-2.0).exp())
+    assert torch.allclose(y, torch.stack([torch.tensor(0.0), -2.0 * silu2, 2.0 * silu2]), atol=1e-6)
+
+
+def test_halves_of_one_projection():
+    (h,) = tensors((6, 22))
+    assert_same_function(lambda backend: swiglu(*h.chunk(2, -1), backend=backend), (h,), 1e-13)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="differ"):
+        swiglu(torch.zeros(2, 3), torch.zeros(3))
+    with pytest.raises(ValueError, match="limit"):
+        swiglu(torch.zeros(2), torch.zeros(2), limit=0.0)
