@@ -57,8 +57,8 @@ class PreparedData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when any token, its order or the mixture may have changed."""
-        return digest([[s.folder.name, s.weight] for s in self.sources])
+        """Changes with the tokenizer, any token or border, and the weights; not with where the files are."""
+        return digest([self.tokenizer.fingerprint, [[s.weight, s.manifest["shards"]] for s in self.sources]])
 
     def report(self) -> dict[str, Any]:
         """Everything `hybridlm prepare` prints, as plain data."""

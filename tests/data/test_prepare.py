@@ -84,8 +84,20 @@ def test_key_follows_all_that_matters(corpus, tmp_path):
     others = [prepare(config(corpus, tmp_path, **option)) for option in options]
     (corpus / "003.txt").write_text("changed")
     others.append(prepare(config(corpus, tmp_path)))
-    assert len({p.fingerprint for p in (first, *others)}) == 5
+    assert len({p.sources[0].folder for p in (first, *others)}) == 5
     assert b"changed" in documents(others[-1], others[-1].train[0]) + documents(others[-1], others[-1].validation)
+
+
+def test_fingerprint_is_that_of_the_content(corpus, tmp_path):
+    first = prepare(config(corpus, tmp_path))
+    moved = corpus.rename(tmp_path / "moved")
+    os.utime(moved / "003.txt", ns=(1, 1))
+    again = prepare(config(moved, tmp_path))
+    assert again.sources[0].folder != first.sources[0].folder
+    assert again.fingerprint == first.fingerprint
+    (moved / "003.txt").write_text("changed")
+    others = [prepare(config(moved, tmp_path)), prepare(config(moved, tmp_path, validation_fraction=0.3))]
+    assert len({first.fingerprint, *(p.fingerprint for p in others)}) == 3
 
 
 def test_shards_do_not_change_the_stream(corpus, tmp_path, monkeypatch):
