@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .packing import CuSeqlens
-
 
 # Numbers in one tensor of a segment: what fits the second-level cache on CPUs, what fills the device elsewhere.
 SEGMENT_NUMBERS = {"cpu": 2**18, "cuda": 2**26}
@@ -87,7 +86,7 @@ class Layout:
                 if self.starts[s + 1] - self.starts[borders[-1]] > limit:
                     borders.append(s)
             borders.append(len(self.counts))
-            self._segments[width] = [Segment(self, a, b) for a, b in zip(borders, borders[1:], strict=False)]
+            self._segments[width] = [Segment(self, a, b) for a, b in pairwise(borders)]
         return self._segments[width]
 
     def new_output(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -166,6 +165,13 @@ class Segment:
             out_BtHD[:, whole * C :].copy_(y_BSCHD[:, whole, : end - first - whole * C])
 
 
+    def sum_tokens(self, x_PGC1: Tensor) -> Tensor:
+        """[G]: the sum over this segment's tokens, padding left out."""
+        if self.padding_PC is not None:
+            x_PGC1 = x_PGC1.masked_fill(self.padding_PC[:, None, :, None], 0)
+        return x_PGC1.sum((0, 2, 3))
+
+
 class Scan:
     """Room for the states of a segment's scan, such that every step reads and writes one contiguous slice.
 
@@ -226,10 +232,10 @@ class Scan:
             states.index_copy_(0, self.entry_P, value)
 
 
-def chunk_size(length: int, key_dim: int, borders: CuSeqlens | None) -> int:
-    """Tokens a chunk, a power of two from 16: short documents need no more, wide states are worth more."""
+def chunk_size(length: int, borders: CuSeqlens | None, device: torch.device) -> int:
+    """Tokens a chunk, a power of two from 16; short documents need no more than their length."""
     longest = length if borders is None else max(borders.lengths)
-    return min(max(16, 1 << (longest - 1).bit_length()), 32 if key_dim <= 64 else 64)
+    return min(max(16, 1 << (longest - 1).bit_length()), 32 if device.type == "cpu" else 64)
 
 
 def layout_of(batch: int, length: int, chunk: int, borders: CuSeqlens | None, device: torch.device) -> Layout:

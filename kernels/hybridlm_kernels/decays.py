@@ -44,6 +44,17 @@ class Gradients:
     g: Tensor | None
 
 
+def to_groups(x_PHCK: Tensor, G: int) -> Tensor:
+    """[P, G, C, K]: every key head repeated for its value heads."""
+    H = x_PHCK.shape[1]
+    return x_PHCK if G == H else x_PHCK.repeat_interleave(G // H, dim=1)
+
+
+def from_groups(d_PGCK: Tensor, H: int) -> Tensor:
+    """The gradient of `to_groups`; what has H heads already is left as it is."""
+    return d_PGCK if d_PGCK.shape[1] == H else d_PGCK.unflatten(1, (H, -1)).sum(2)
+
+
 def _of(x: Tensor | None) -> Tensor:
     """`x`, which the caller knows to be there."""
     assert x is not None

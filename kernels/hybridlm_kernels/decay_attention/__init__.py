@@ -10,8 +10,10 @@ from torch import Tensor, autocast
 from ..recurrence import Borders, borders_of, check_per_token, check_shapes
 from ..registry import Backend, Call, Operation, choose, register
 from . import reference
+from . import torch as torch_backend
 
 OPERATION = register(Operation("decay_attention", (
+    Backend("torch", torch_backend.decay_attention),
     Backend("reference", reference.decay_attention),
 )))
 

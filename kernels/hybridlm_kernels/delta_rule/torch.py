@@ -21,7 +21,7 @@ from torch import Tensor, autocast
 from torch.autograd.function import once_differentiable
 
 from ..chunks import Segment, chunk_size, layout_of
-from ..decays import Factors, decay_of, restore_decay
+from ..decays import Factors, decay_of, from_groups, restore_decay, to_groups
 from ..packing import CuSeqlens
 from ..recurrence import math_dtype
 from ..triangular import block_inverses, solve, solve_transposed
@@ -47,7 +47,7 @@ class _DeltaRule(torch.autograd.Function):
                 state: Tensor | None, scale: float, borders: CuSeqlens | None, qk_l2norm: bool) -> Any:
         (B, T, _, K), (G, V) = k.shape, v.shape[2:]
         dtype = math_dtype(v)
-        layout = layout_of(B, T, chunk_size(T, K, borders), borders, q.device)
+        layout = layout_of(B, T, chunk_size(T, borders, q.device), borders, q.device)
         states = layout.new_states(state, (G, K, V), dtype)
         room = layout.new_output((B, T, G, V), v.dtype)
         kept: list[Tensor | None] = []
@@ -97,7 +97,7 @@ def _forward(segment: Segment, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None
     k, norm_k = _normed(segment.gather(k, dtype), 1.0, qk_l2norm)
     decay = decay_of(segment, g, G, dtype)
     if decay.per_channel:
-        q, k = _to_groups(q, G), _to_groups(k, G)
+        q, k = to_groups(q, G), to_groups(k, G)
     C = q.shape[2]
     v = segment.gather(v, dtype).view(-1, C, V)
     beta = None if beta is None else segment.gather(beta[..., None], dtype).view(-1, C, 1)
@@ -173,11 +173,6 @@ def _times(x_XCD: Tensor, beta_XC1: Tensor | None) -> Tensor:
     return x_XCD if beta_XC1 is None else x_XCD * beta_XC1
 
 
-def _to_groups(x_PHCK: Tensor, G: int) -> Tensor:
-    H = x_PHCK.shape[1]
-    return x_PHCK if G == H else x_PHCK.repeat_interleave(G // H, dim=1)
-
-
 def _normed(x: Tensor, scale: float, norm: bool) -> tuple[Tensor, Tensor | None]:
     """scale * x / |x|, and 1 / |x|; without norm scale * x and None."""
     if not norm:
@@ -187,10 +182,8 @@ def _normed(x: Tensor, scale: float, norm: bool) -> tuple[Tensor, Tensor | None]
 
 
 def _d_normed(dy: Tensor, y: Tensor, inverse: Tensor | None, scale: float, H: int) -> Tensor:
-    """The gradient of `_to_groups` and `_normed` (y their result): [P, H, C, K]."""
-    r = dy.shape[1] // H
-    if r > 1:
-        dy, y = dy.unflatten(1, (H, r)).sum(2), y[:, ::r]
+    """The gradient of `to_groups` and `_normed` (y their result): [P, H, C, K]."""
+    dy, y = from_groups(dy, H), y[:, :: y.shape[1] // H]
     if inverse is None:
         return dy if scale == 1.0 else dy * scale
     along = (y * dy).sum(-1, keepdim=True).mul_(1 / scale**2 if scale else 0.0)
