@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,9 +24,9 @@ class Display:
     """
 
     def __init__(self, log_file: Path | None, *, log_every: int = 10, to_stderr: bool = False):
-        self.console = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False, soft_wrap=True)
+        self.console = _Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False, soft_wrap=True)
         self.log_every = log_every
-        self.handlers: list[logging.Handler] = [_ConsoleHandler(self.console)]
+        self.handlers: list[logging.Handler] = [_ConsoleHandler(self)]
         if log_file is not None:
             self.handlers.append(_FileHandler(log_file, encoding="utf-8"))
             self.handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
@@ -73,20 +75,34 @@ class Display:
     def stop(self) -> None:
         """Steps are over: later text stands below the bar."""
         if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+            bar, self.bar = self.bar, None
+            try:
+                bar.stop()
+            except OSError:
+                self.console.on_broken_pipe()
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read the output has gone (a closed pipe or terminal). The run goes on; log.txt has it all."""
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class _ConsoleHandler(logging.Handler):
-    def __init__(self, console: Console):
+    def __init__(self, display: Display):
         super().__init__()
-        self.console = console
+        self.display = display
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not getattr(record, "quiet", False):
-            mark = "warning: " if record.levelno >= logging.WARNING else ""
-            self.console.print(mark + record.getMessage(), markup=False,
-                               style="yellow" if mark else None)  # type: ignore[arg-type]
+        if getattr(record, "quiet", False):
+            return
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        try:
+            self.display.console.print(mark + record.getMessage(), markup=False, style="yellow" if mark else "")
+        except OSError:
+            self.display.console.on_broken_pipe()
 
 
 class _FileHandler(logging.FileHandler):

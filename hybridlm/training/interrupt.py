@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave with 0. A second Ctrl-C leaves at once."""
+"""SIGTERM, Ctrl-C and a terminal that closes: finish the step, save, leave with 0. A second Ctrl-C leaves at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -39,7 +42,7 @@ class StopSignal:
         self._in_loop = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self._in_loop:
             raise StoppedBeforeTraining(name)
         if self.requested and number == signal.SIGINT:

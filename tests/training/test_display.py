@@ -50,6 +50,26 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left(capsys, monkeypatch
     assert "step 4/10" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path):
+    class Gone:
+        encoding = "utf-8"
+
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+        def isatty(self):
+            return False
+
+    with Display(tmp_path / "log.txt", log_every=1) as display:
+        display.console.file = Gone()
+        display.begin(0, 5)
+        display.step(RECORD)
+    assert "step 4/5" in (tmp_path / "log.txt").read_text()
+
+
 def test_skipped_steps_say_so():
     assert describe({"step": 1, "skipped": True, "loss": None}) == "not finite: step skipped"
 
