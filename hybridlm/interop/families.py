@@ -94,6 +94,7 @@ def build_hf_config(family: Family, raw: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: transformers refuses a value.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if family.name == MODEL_TYPE:
@@ -101,7 +102,7 @@ def build_hf_config(family: Family, raw: Mapping[str, Any]) -> Any:
     drop = {"model_type", "transformers_version", "auto_map", "architectures", "quantization_config"}
     try:
         return AutoConfig.for_model(family.name, **{key: value for key, value in raw.items() if key not in drop})
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError("config.json", f"is not a {family.name} config: {reason}") from None
 
@@ -138,13 +139,13 @@ def write_config(config: ModelConfig, name: str | None = None) -> tuple[Family, 
         raw, misfit = _try(family, config)
         limits = family.limits(config)
         if raw is not None and not limits:
-            if family.name == MODEL_TYPE and reasons:
+            if family.name == MODEL_TYPE and config.name != MODEL_TYPE:
                 log.warning("no model type of transformers computes this model; it is written as '%s', which "
-                            "transformers loads after `import hybridlm.interop.auto`. What does not fit: %s",
-                            MODEL_TYPE, "; ".join(reasons))
+                            "transformers loads after `import hybridlm.interop.auto`. Ask for a family by name to see "
+                            "what does not fit it", MODEL_TYPE)
             return family, raw
         reasons.append(f"{family.name}: {misfit or limits[0]}")
-    raise ConfigError("model", "fits no format", hint="; ".join(reasons))
+    raise ConfigError("model", "fits no format: " + "; ".join(reasons))
 
 
 def _try(family: Family, config: ModelConfig) -> tuple[dict[str, Any] | None, ConfigError | None]:

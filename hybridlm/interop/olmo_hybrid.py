@@ -1,7 +1,8 @@
 """OLMo-Hybrid: Gated DeltaNet with negative eigenvalues (norm before the branch) and softmax attention (norm after it).
 
-transformers writes the three convolutions of a layer as thirds of their concatenation, whatever the widths of q, k
-and v are; both cuts are read, and the right one is written.
+When transformers saves, it names the norm after attention as if the layer were linear, and cuts the three
+convolutions of a layer into thirds of their concatenation, whatever the widths of q, k and v are. Both are read, and
+the released form is written.
 """
 
 from __future__ import annotations
@@ -50,25 +51,30 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     ours = f"{o}mixer.f."
     if isinstance(mixer, AttentionConfig):
-        yield from keys.norms(o, t, "post_attention_layernorm", "post_feedforward_layernorm")
+        yield _norm(f"{o}mixer", t, "post_attention_layernorm", "feedforward_layer_norm")
+        yield _norm(f"{o}feed_forward", t, "post_feedforward_layernorm")
         yield from keys.attention_rules(mixer, ours, f"{t}self_attn.")
     else:
         gdn, theirs = keys.mixer_of(mixer, DeltaRuleConfig), f"{t}linear_attn."
-        for branch, official, runtime in (("mixer", "attention_layer_norm", "input_layernorm"),
-                                          ("feed_forward", "feedforward_layer_norm", "post_attention_layernorm")):
-            yield Rule((f"{o}{branch}.norm.weight",),
-                       (Layout((f"{t}{official}.weight",)), Layout((f"{t}{runtime}.weight",))))
+        yield _norm(f"{o}mixer", t, "attention_layer_norm", "input_layernorm")
+        yield _norm(f"{o}feed_forward", t, "feedforward_layer_norm", "post_attention_layernorm")
         yield from keys.same(ours, theirs, *(f"{name}_proj.weight" for name in "qkvabgo"), "A_log", "dt_bias",
                               "o_norm.weight")
         yield from _conv_rules(gdn, ours, theirs)
     yield from keys.feed_forward_rules(config.feed_forward, moe, o, t)
 
 
+def _norm(branch: str, t: str, *names: str) -> Rule:
+    """The norm of a branch under its released name, or as transformers calls it at run time or when it saves."""
+    return Rule((f"{branch}.norm.weight",), tuple(Layout((f"{t}{name}.weight",)) for name in names))
+
+
 def _conv_rules(gdn: DeltaRuleConfig, o: str, t: str) -> Iterator[Rule]:
     widths, taps = tuple(gdn.channels.values()), gdn.conv_size
     for found in keys.conv_rules(gdn, o, t):
         shapes = Each(tuple(Reshape((width, taps), (width, 1, taps)) for width in widths))
-        thirds = Chain(Rows(widths, (sum(widths) // 3,) * 3), shapes)
+        third = -(-sum(widths) // 3)  # as torch.chunk cuts
+        thirds = Chain(Rows(widths, (third, third, sum(widths) - 2 * third)), shapes)
         yield Rule(found.ours, (*found.layouts, Layout(found.layouts[0].names, thirds)))
 
 

@@ -1,0 +1,131 @@
+"""The model type `hybridlm`: models that no class of transformers can hold, inside transformers."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from hf_zoo import perturb, tokens
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import hybridlm.interop.auto  # noqa: F401  (registers the model type)
+from hybridlm import load_config
+from hybridlm.interop import export_hf, import_hf, to_hf_model
+from hybridlm.interop.auto import HybridLMForCausalLM
+from hybridlm.model import build_model, generate
+
+MIXES = {  # linear, full, ratio
+    "kda with lightning": ["model.schedule.pattern=[kda, lightning, full]"],
+    "gated deltanet with dsa": ["model.schedule.linear=gdn", "model.schedule.full=dsa",
+                                "model.mixers.dsa.indexer.topk=8"],
+    "window and deltanet": ["model.schedule.pattern=[swa, deltanet]", "model.mixers.swa.window=6"],
+}
+
+
+def build(mix):
+    model = build_model(load_config("train", ["model=hybrid_tiny", *MIXES[mix]]))
+    perturb(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_export_load_generate(mix, tmp_path, caplog):
+    model = build(mix)
+    with caplog.at_level(logging.WARNING, "hybridlm"):
+        assert export_hf(model, tmp_path / "out")["family"] == "hybridlm"
+    assert "import hybridlm.interop.auto" in caplog.text
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert isinstance(theirs, HybridLMForCausalLM)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, model(ids).logits)
+    expected = torch.stack(list(generate(model, ids, 32, temperature=0)), 1)
+    assert torch.equal(theirs.generate(ids, max_new_tokens=32, do_sample=False)[:, 20:], expected)
+
+    back = import_hf(tmp_path / "out")
+    assert back.config == model.config
+    with torch.no_grad():
+        assert torch.equal(back(ids).logits, model(ids).logits)
+
+
+def test_other_ways_to_generate_use_the_cache_rightly(tmp_path):
+    theirs = to_hf_model(build("gated deltanet with dsa"), family="hybridlm")
+    ids = tokens(2, 12)
+    for options in ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+        cached = theirs.generate(ids, max_new_tokens=10, do_sample=False, **options)
+        assert torch.equal(cached, theirs.generate(ids, max_new_tokens=10, do_sample=False, use_cache=False, **options))
+    torch.manual_seed(0)
+    sampled = theirs.generate(ids, max_new_tokens=5, do_sample=True, top_p=0.9, num_return_sequences=3)
+    assert sampled.shape == (6, 17)
+    out = theirs(ids, use_cache=True)
+    assert out.past_key_values.get_seq_length() == 12
+    step = theirs(ids[:, :1], past_key_values=out.past_key_values).logits
+    full = theirs(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
+    assert (step - full).abs().max() < 2e-5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames gradient checkpointing
+def test_training_interface():
+    theirs = to_hf_model(build("kda with lightning"), family="hybridlm").train()
+    ids = tokens(2, 16)
+    out = theirs(ids, labels=ids)
+    out.loss.backward()
+    assert out.logits is None
+    assert all(p.grad is not None for p in theirs.parameters())
+    halves = [theirs(ids[i : i + 1], labels=ids[i : i + 1], num_items_in_batch=30).loss for i in (0, 1)]
+    assert abs(sum(halves) - out.loss) < 1e-5
+    theirs.gradient_checkpointing_enable()
+    assert theirs.model.activation_checkpointing
+    again = theirs(ids, labels=ids).loss
+    assert torch.equal(again, out.loss)
+    with torch.no_grad():
+        assert theirs.eval()(ids, labels=ids).logits.shape == (2, 16, 512)
+
+
+def test_padding_is_harmless_on_the_right_and_refused_elsewhere():
+    theirs = to_hf_model(build("kda with lightning"), family="hybridlm")
+    ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.int64)
+    mask[1, 6:] = 0
+    padded = theirs(ids, attention_mask=mask).logits[1, :6]
+    assert (padded - theirs(ids[1:, :6]).logits[0]).abs().max() < 2e-5
+    with pytest.raises(ValueError, match="cannot skip padding"):
+        theirs(ids, attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match="cannot skip padding"):
+        theirs.generate(ids, attention_mask=mask, max_new_tokens=3)
+
+
+def test_saved_again_by_transformers_and_in_bf16(tmp_path):
+    theirs = to_hf_model(build("kda with lightning"), family="hybridlm")
+    theirs.save_pretrained(tmp_path / "again")
+    assert "model" in json.loads((tmp_path / "again" / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    ids = tokens(1, 20)
+    assert torch.equal(again(ids).logits, theirs(ids).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in half.named_parameters()}
+    assert dtypes["model.layers.0.mixer.f.A_log"] == torch.float32
+    assert dtypes["model.layers.0.mixer.f.q_proj.weight"] == torch.bfloat16
+    assert half(ids).logits.isfinite().all()
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "again"))
+    assert fresh(ids).logits.isfinite().all()
+
+
+def test_a_fresh_process_needs_the_one_import(tmp_path):
+    export_hf(build("kda with lightning"), tmp_path / "out", family="hybridlm")
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print("hybridlm" in str(error))
+import hybridlm.interop.auto
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
+                         check=True)
+    assert run.stdout.split() == ["True", "HybridLMForCausalLM"]

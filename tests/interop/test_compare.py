@@ -1,0 +1,61 @@
+"""`verify` tells equal models from different ones, and where they part."""
+
+import pytest
+import torch
+from hf_zoo import build
+
+from hybridlm.data.tokenizer import load_tokenizer
+from hybridlm.errors import CheckpointError
+from hybridlm.interop import import_checkpoint, import_hf, verify
+
+
+@pytest.mark.parametrize("case", ["kimi_linear", "qwen3_next", "minimax", "olmo_hybrid"])
+def test_equal_models(case, tmp_path):
+    build(case).save_pretrained(tmp_path / "theirs")
+    import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    result = verify(tmp_path / "ours", tmp_path / "theirs", token_ids=[1, 2, 3], length=20)
+    for found, count in (("random", 40), ("given", 3)):
+        assert result[found]["tokens"] == count
+        assert result[found]["max_logit_diff"] < 2e-5 < result[found]["max_logit"]
+        assert abs(result[found]["kl"]) < 1e-9
+        assert result[found]["top1"] == 1
+        assert result[found]["parts_at"] is None
+        assert len(result[found]["layers"]) == 4
+
+
+def test_the_first_layer_that_differs_is_named():
+    theirs = build("kimi_linear")
+    ours = import_hf(theirs)
+    with torch.no_grad():
+        ours.layers[2].mixer.f.o_norm.weight.add_(0.5)
+    found = verify(ours, theirs)["random"]
+    assert (found["parts_at"], found["mixer"]) == (2, "kda")
+    assert found["layers"][1] < 1e-5 < 1e-3 < found["layers"][2]
+    assert found["kl"] > 1e-6
+    assert found["max_logit_diff"] > 1e-3
+    with torch.no_grad():
+        ours.layers[0].feed_forward.f.down_proj.weight.fill_(torch.nan)
+    assert verify(ours, theirs)["random"]["parts_at"] == 0
+
+
+def test_text_needs_a_tokenizer_and_ids_must_be_in_the_vocabulary():
+    theirs = build("llama", vocab_size=300)
+    ours = import_hf(theirs)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        verify(ours, theirs, text="hello")
+    ours.tokenizer = load_tokenizer("bytes")
+    assert verify(ours, theirs, text="hello")["given"]["tokens"] == 5
+    with pytest.raises(CheckpointError, match="ids from 0 to 299"):
+        verify(ours, theirs, token_ids=[300])
+    with pytest.raises(CheckpointError, match="vocabularies differ: 300 ids here, 97 there"):
+        verify(ours, build("llama"))
+
+
+def test_a_folder_that_transformers_cannot_load(tmp_path):
+    ours = import_hf(build("llama"))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        verify(ours, tmp_path / "nothing")
+    build("llama").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(CheckpointError, match=r"transformers cannot load .*nonsense"):
+        verify(ours, tmp_path / "theirs")
