@@ -12,8 +12,10 @@ from torch import Tensor, autocast
 from ..recurrence import Borders, borders_of
 from ..registry import Backend, Call, Operation, choose, register
 from . import reference
+from . import torch as torch_backend
 
 OPERATION = register(Operation("short_conv", (
+    Backend("torch", torch_backend.short_conv),
     Backend("reference", reference.short_conv),
 )))
 
