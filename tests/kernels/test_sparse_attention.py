@@ -17,11 +17,13 @@ SHAPES = [(1, 1, 1, 1, 1, 4, 4), (2, 37, 37, 4, 2, 8, 8), (1, 120, 120, 4, 1, 12
 
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
-    monkeypatch.setitem(eager.BLOCK_ELEMENTS, "cpu", 2000)
+    monkeypatch.setattr(eager, "INDEX_ELEMENTS", 2000)
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 2000)
 
 
 @pytest.fixture(params=["masked", "gathered"])
 def strategy(request, monkeypatch):
+    monkeypatch.setattr(eager, "COPY_COST", 1)
     monkeypatch.setattr(eager, "GATHER_COST", 0 if request.param == "gathered" else 10**12)
     return request.param
 

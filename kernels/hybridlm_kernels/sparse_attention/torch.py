@@ -9,21 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 
-BLOCK_ELEMENTS = {"cpu": 2**19}  # scores of a block in elements: in or near the cache on a CPU
-BLOCK_ELEMENTS_GPU = 2**27
+# Scores of a block, in elements: in or near the cache on a CPU
+INDEX_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 2**18
+GPU_ELEMENTS = 2**27
 # Measured on a CPU, in units of one query head's work on one key in place:
 GATHER_COST = 32  # to gather one key of one head and use it
 COPY_COST = 16  # to lay out one key of one head for the products in place
 
 
-def query_blocks(queries: int, elements_a_query: int, device: torch.device) -> Iterator[tuple[int, int]]:
+def query_blocks(queries: int, elements_a_query: int, device: torch.device,
+                 cpu_elements: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of blocks whose scores stay within the budget. The sizes follow from shapes alone."""
-    size = max(8, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_GPU) // max(1, elements_a_query) // 8 * 8)
+    budget = cpu_elements if device.type == "cpu" else GPU_ELEMENTS
+    size = max(8, budget // max(1, elements_a_query) // 8 * 8)
     for start in range(0, queries, size):
         yield start, min(start + size, queries)
 
@@ -35,60 +40,62 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int,
     wide = torch.promote_types(q_BTJI.dtype, torch.float32)
     position_T = torch.arange(keys - queries, keys, device=device)
     first_BT = position_T.new_zeros(1, queries)  # first key a query may see
-    first = [0] * queries  # the same on the host, the least over rows
+    least = most = [0] * queries  # the same on the host: the least and the most over rows
     if cu_seqlens is not None:
         first_BT = position_T - cu_seqlens.positions().view(batch, queries)
-        first = _first_keys(cu_seqlens, queries)
+        least, most = _first_keys(cu_seqlens, queries)
     out_BTN = torch.empty(batch, queries, topk, dtype=torch.int32, device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         k_BIS = k_BSI.to(wide).transpose(1, 2)
-        for start, stop in query_blocks(queries, batch * heads * keys, device):
-            low, high = first[start], keys - queries + stop
-            visible_BQ1 = (position_T[start:stop] - first_BT[:, start:stop] + 1)[..., None]
+        for start, stop in query_blocks(queries, batch * heads * keys, device, INDEX_ELEMENTS):
+            low, high = least[start], keys - queries + stop
+            first_BQ1 = first_BT[:, start:stop, None]
             if high - low <= topk:  # every visible key is selected
-                rank_N = torch.arange(topk, device=device)
-                chosen_BQN = (first_BT[:, start:stop, None] + rank_N).masked_fill(rank_N >= visible_BQ1, -1)
-                out_BTN[:, start:stop] = chosen_BQN
+                s_BQN = first_BQ1 + torch.arange(topk, device=device)
+                out_BTN[:, start:stop] = s_BQN.masked_fill(s_BQN > position_T[start:stop, None], -1)
                 continue
             dots = q_BTJI[:, start:stop].to(wide).flatten(1, 2) @ k_BIS[..., low:high]
             score_BQX = torch.bmm(
                 w_BTJ[:, start:stop].to(wide).reshape(-1, 1, heads),
                 dots.relu_().view(batch * (stop - start), heads, high - low)).view(batch, stop - start, -1)
             s_X = torch.arange(low, high, device=device)
-            seen_BQX = (s_X <= position_T[start:stop, None]) & (s_X >= first_BT[:, start:stop, None])
-            out_BTN[:, start:stop] = _select(score_BQX, seen_BQX, topk, low)
+            seen_BQX = (s_X <= position_T[start:stop, None]) & (s_X >= first_BQ1)
+            enough = all(keys - queries + t - most[t] + 1 >= topk for t in range(start, stop))
+            chosen_BQN = _select(score_BQX, seen_BQX, topk, enough)
+            out_BTN[:, start:stop] = torch.where(chosen_BQN < 0, -1, chosen_BQN + low)
     return out_BTN
 
 
-def _first_keys(cu_seqlens: CuSeqlens, length: int) -> list[int]:
-    """For each query, the first key of its document, or of the longest-reaching one over the rows."""
+def _first_keys(cu_seqlens: CuSeqlens, length: int) -> tuple[list[int], list[int]]:
+    """For each query, the first key of its document: the least and the most over the rows."""
     if "first_keys" not in cu_seqlens.cache:
-        first = [length] * length
+        least, most = [length] * length, [0] * length
         for start, stop in zip(cu_seqlens.host, cu_seqlens.host[1:], strict=False):
             begin = start % length
             for t in range(begin, begin + stop - start):
-                first[t] = min(first[t], begin)
-        cu_seqlens.cache["first_keys"] = first
+                least[t], most[t] = min(least[t], begin), max(most[t], begin)
+        cu_seqlens.cache["first_keys"] = least, most
     return cu_seqlens.cache["first_keys"]
 
 
-def _select(score_BQX: Tensor, seen_BQX: Tensor, topk: int, low: int) -> Tensor:
-    """int32 [B, Q, topk]: the best keys among those seen, ascending, -1 in what is left over.
+def _select(score_BQX: Tensor, seen_BQX: Tensor, topk: int, enough: bool) -> Tensor:
+    """[B, Q, topk]: the best keys among those seen, ascending, -1 in what is left over.
 
-    Score and position make one integer key, so that no two keys are equal: first the bits of the score in an
-    order-preserving form (adding 0 turns -0 into 0), then the position, the lower the better.
+    Score and position make one integer, so that no two are equal: the bits of the score in an order-preserving
+    form, then the position, the lower the better. `enough`: every query sees at least topk keys.
     """
-    count = score_BQX.shape[-1]
-    bits = (score_BQX.float() + 0.0).view(torch.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    batch, size, count = score_BQX.shape
     s_X = torch.arange(count, device=score_BQX.device)
-    key_BQX = torch.where(seen_BQX, (bits.long() << 32) | (count - 1 - s_X), torch.iinfo(torch.int64).min)
-    if topk < count:
-        least_BQ1 = key_BQX.topk(topk, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        seen_BQX = seen_BQX & (key_BQX >= least_BQ1)
-    place_BQX = seen_BQX.cumsum(-1).sub_(1).masked_fill_(~seen_BQX, topk)
-    out = torch.full((*score_BQX.shape[:2], topk + 1), -1, dtype=torch.int32, device=score_BQX.device)
-    return out.scatter_(-1, place_BQX, (s_X + low).to(torch.int32).expand_as(place_BQX))[..., :topk]
+    bits = (score_BQX.float() + torch.where(seen_BQX, 0.0, -torch.inf)).view(torch.int32)  # -0 + 0 = 0
+    bits = bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
+    rank_BQX = bits.long().bitwise_left_shift_(32).add_(count - 1 - s_X)
+    chosen_BQN = rank_BQX.topk(min(topk, count), dim=-1, sorted=False).indices
+    if enough:
+        marked = torch.zeros_like(rank_BQX, dtype=torch.bool).scatter_(-1, chosen_BQN, True).view(batch * size, count)
+        return torch.nonzero_static(marked, size=batch * size * topk)[:, 1].view(batch, size, topk)
+    chosen_BQN = chosen_BQN.masked_fill(~seen_BQX.expand_as(rank_BQX).gather(-1, chosen_BQN), count).sort(-1).values
+    chosen_BQN = chosen_BQN.masked_fill(chosen_BQN == count, -1)
+    return F.pad(chosen_BQN, (0, topk - chosen_BQN.shape[-1]), value=-1)
 
 
 def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
@@ -155,7 +162,7 @@ class _Masked:
     def blocks(self) -> Iterator[tuple[slice, int, Tensor, Tensor, Tensor]]:
         """(queries, keys in reach, scaled q, probabilities, whether a query has any key)."""
         elements = self.batch * self.heads * self.keys
-        for start, stop in query_blocks(self.queries, elements, self.q_BTHK.device):
+        for start, stop in query_blocks(self.queries, elements, self.q_BTHK.device, BLOCK_ELEMENTS):
             rows, size = slice(start, stop), stop - start
             index_BQN = self.indices_BTN[:, rows].long()
             reach = self.keys - self.queries + stop
@@ -227,7 +234,7 @@ class _Gathered:
         """(queries, scaled q, selected k, probabilities, whether a query has any key)."""
         widest = self.groups * max(x.shape[1] for x in self.flat) // self.groups
         elements = self.batch * self.row_BTN.shape[2] * (widest + self.q_BTHK.shape[2])
-        for start, stop in query_blocks(self.q_BTHK.shape[1], elements, self.q_BTHK.device):
+        for start, stop in query_blocks(self.q_BTHK.shape[1], elements, self.q_BTHK.device, BLOCK_ELEMENTS):
             rows = slice(start, stop)
             absent = self.absent_BTN[:, rows].flatten(0, 1)[:, None, None, :]
             has = ~absent.all(-1, keepdim=True)
