@@ -1,7 +1,7 @@
 """Training memory of a model on one device, estimated from its config.
 
-Weights, gradients and optimizer state are exact for fp32 master weights. Activations are an estimate: what each part
-keeps for its backward pass when its operations are fused (no [T, T] scores, no logits), by the width of its tensors.
+Weights, gradients and optimizer state are exact for fp32 master weights. Activations are an estimate: the widths of the
+tensors that each part keeps for its backward pass (no [T, T] scores, no logits), as counted in the torch backends.
 D model width; H, G heads; K, V head dims; E experts; A experts a token; I expert width.
 """
 
@@ -17,7 +17,7 @@ from hybridlm.model.mixers import AttentionConfig, MLAConfig
 from hybridlm.model.mixers.recurrent import RecurrentConfig
 
 FP32 = 4
-CHUNK = 64  # tokens a chunk of the linear mixers, which keep one state a chunk
+CHUNK = 32  # tokens a chunk of the linear mixers
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw", "muon"]
 
@@ -80,7 +80,7 @@ def _layer_bytes(config: ModelConfig, index: int, name: str, element: int) -> fl
 
 def _mixer_bytes(mixer: MixerConfig, context: LayerContext, element: int) -> float:
     if isinstance(mixer, RecurrentConfig):
-        return _recurrent_bytes(mixer, element)
+        return _recurrent_bytes(mixer)
     if isinstance(mixer, MLAConfig):
         queries, values = mixer.num_heads * mixer.qk_head_dim, mixer.num_heads * mixer.v_head_dim
         latents = 2 * (mixer.kv_lora_rank + (mixer.q_lora_rank or 0)) + mixer.qk_rope_head_dim
@@ -96,13 +96,14 @@ def _mixer_bytes(mixer: MixerConfig, context: LayerContext, element: int) -> flo
     return 3.0 * element * mixer.num_params(context) / context.hidden_size
 
 
-def _recurrent_bytes(mixer: RecurrentConfig, element: int) -> float:
-    keys, values = mixer.channels["k"], mixer.channels["v"]
-    copies = 2 if mixer.conv_size else 1
-    state = FP32 * mixer.value_heads * mixer.head_dim * mixer.value_dim / CHUNK
-    decay = 2 * FP32 * mixer.gate_width
+def _recurrent_bytes(mixer: RecurrentConfig) -> float:
+    """All in fp32, in which the linear mixers work: inputs before and after each convolution, the chunked q, k and
+    v in two forms, the gate, one state and one [CHUNK, CHUNK] matrix a chunk and head, outputs around their norm."""
+    widths, values = sum(mixer.channels.values()), mixer.channels["v"]
+    convolution = (2 if mixer.conv_size else 1) * widths
+    chunk = mixer.value_heads * (mixer.head_dim * mixer.value_dim / CHUNK + 2 * CHUNK)
     outputs = (2 if mixer.output_gate == "none" else 3) * values
-    return element * (copies * (2 * keys + values) + outputs) + decay + state
+    return FP32 * (convolution + 2 * widths + 2 * mixer.gate_width + chunk + outputs)
 
 
 def _feed_forward_bytes(config: ModelConfig, context: LayerContext, element: int) -> float:

@@ -1,5 +1,7 @@
 """Costs from the config against the built model; published counts; memory against what autograd keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -148,3 +150,44 @@ def test_checkpointing_and_bf16_save_activations():
     assert half < plain < 2 * half
     kept = activation_bytes_per_token(config, 2, checkpointing=True)
     assert config.num_layers * config.hidden_size * 4 < kept < half / 5
+
+
+MID = ["model.hidden_size=256", "model.schedule.ratio=0", "model.feed_forward={kind: dense, intermediate_size: 16}",
+       *(f"model.mixers.{name}={{num_heads: 4, head_dim: 64}}"
+         for name in ("kda", "gdn", "deltanet", "lightning", "full")),
+       "model.mixers.mla={q_lora_rank: 128, kv_lora_rank: 64}",
+       "model.mixers.mla={qk_nope_head_dim: 64, qk_rope_head_dim: 32, v_head_dim: 64}"]
+MOE = "num_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 128, num_shared_experts: 1"
+
+
+def kept_bytes(model: HybridLM, batch: int, length: int) -> int:
+    """What autograd keeps for the backward pass, each storage once, without parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    ids = torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = model(ids, labels=ids)
+    assert output.loss is not None
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize("change", [
+    *(f"model.schedule.full={name}" for name in ("kda", "gdn", "deltanet", "lightning", "full", "mla")),
+    "model.feed_forward={kind: dense, intermediate_size: 512}",
+    f"model.feed_forward={{kind: moe, router: sigmoid, {MOE}}}",
+    f"model.feed_forward={{kind: moe, router: softmax, shared_gate: true, {MOE}}}",
+])
+def test_activations_of_a_layer_are_near_what_autograd_keeps(change):
+    def both(layers: int) -> tuple[float, float]:
+        config = load_model_config("hybrid_tiny", [*MID, change, "model.num_layers=3"])
+        config = replace(config, num_layers=layers)
+        return kept_bytes(HybridLM(config), 2, 256) / 512, activation_bytes_per_token(config, 4)
+
+    (kept, estimate), (kept_less, estimate_less) = both(3), both(2)
+    assert estimate - estimate_less == pytest.approx(kept - kept_less, rel=0.3)
