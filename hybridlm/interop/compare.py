@@ -68,6 +68,19 @@ def verify(checkpoint: str | os.PathLike[str] | HybridLM, hf_dir: str | os.PathL
     return {name: asdict(found) for name, found in result.items()}
 
 
+def render(result: dict[str, Any]) -> str:
+    """What `verify` found, a few lines for each kind of tokens."""
+    lines = []
+    for name, found in result.items():
+        parts = "no layer parts" if found["parts_at"] is None else (
+            f"hidden states part at layer {found['parts_at']} ({found['mixer']}), by "
+            f"{found['layers'][found['parts_at']]:.1e} of their size")
+        lines.append(f"{name} ({found['tokens']} tokens): max logit difference {found['max_logit_diff']:.1e} "
+                     f"(largest logit {found['max_logit']:.2f}), KL {found['kl']:.1e} nats, "
+                     f"top-1 agreement {100 * found['top1']:.2f} %; {parts}")
+    return "\n".join(lines)
+
+
 def load_theirs(folder: Path) -> nn.Module:
     """The model of a transformers folder, fp32, in evaluation mode; nothing is downloaded and no code is run from it.
 

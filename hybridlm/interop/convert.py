@@ -68,6 +68,16 @@ class Import:
             yield from zip(step.ours, ours, strict=True)
 
 
+    def model(self, dtype: torch.dtype) -> HybridLM:
+        """The whole model in memory, in evaluation mode."""
+        model = build_model(self.config).to(dtype)
+        ours = ckpt.unique_tensors(model)
+        with torch.no_grad():
+            for name, tensor in self.tensors():
+                ours[name].copy_(tensor)
+        return model.eval()
+
+
 def _or(*tests: Callable[[str], bool]) -> Callable[[str], bool]:
     return lambda name: any(test(name) for test in tests)
 
@@ -146,12 +156,7 @@ def import_hf(source: str | os.PathLike[str] | PreTrainedModel, *, mtp: bool = T
         plan = Import(read_raw(Path(source)), SafetensorsFolder(Path(source)), mtp=mtp)
     else:
         plan = Import(source.config.to_dict(), StateDict(source.state_dict(), f"the {type(source).__name__}"), mtp=mtp)
-    model = build_model(plan.config).to(dtype)
-    tensors = ckpt.unique_tensors(model)
-    with torch.no_grad():
-        for name, tensor in plan.tensors():
-            tensors[name].copy_(tensor)
-    return model.to(device).eval()
+    return plan.model(dtype).to(device)
 
 
 def to_hf_model(model: HybridLM, family: str | None = None) -> PreTrainedModel:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hybridlm.errors import CheckpointError, ConfigError, DataError
 from hybridlm.interop.convert import Export, Import
 from hybridlm.interop.families import read_raw
 from hybridlm.interop.reader import SafetensorsFolder, StateDict
+from hybridlm.interop.surgery import add_indexer, replace_mixers
 from hybridlm.interop.writer import SHARD_BYTES, ShardWriter, draft
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM
@@ -45,31 +46,55 @@ def dtype_named(name: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def import_checkpoint(source: PathLike, dest: PathLike, *, dtype: str | torch.dtype | None = None,
-                      mtp: bool = True) -> dict[str, Any]:
+def import_checkpoint(source: PathLike, dest: PathLike, *, dtype: str | torch.dtype | None = None, mtp: bool = True,
+                      indexer: Mapping[str, Any] | None = None,
+                      replace: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
     """Turn a checkpoint folder of transformers into a checkpoint of ours at `dest`; returns what was done.
 
     Weights keep their dtype (fp8 in DeepSeek's format becomes bf16) unless `dtype` names another. `mtp=False` leaves
     multi-token prediction weights out. Tokenizer and generation_config.json come along.
+    `indexer` (options of `IndexerConfig`, {} for its defaults) adds one to every softmax layer, and `replace`
+    ({mixer preset: layers}) puts linear mixers in place of softmax ones, before the indexer; see `surgery`. With
+    either the whole model is in memory.
 
     Raises:
         CheckpointError: an unknown architecture, tensors that do not fit it, damaged files, no space, `dest` in use.
-        ConfigError: the config asks for what we do not have.
+        ConfigError: the config asks for what we do not have, or surgery that cannot be done.
     """
     folder = Path(source).expanduser()
-    raw = read_raw(folder)
-    wanted = dtype_named(dtype)
+    raw, wanted = read_raw(folder), dtype_named(dtype)
     with draft(Path(dest)) as target:
         plan = Import(raw, SafetensorsFolder(folder), mtp=mtp)
-        _write_tensors(target, plan, wanted, ckpt.SHARD_BYTES, index=False)
-        for name, text in ckpt.model_texts({"model": to_dict(plan.config)}, plan.config, None).items():
-            (target / name).write_text(text, encoding="utf-8")
+        family, config = plan.family.name, plan.config
+        done: dict[str, Any] = {}
+        if indexer is None and not replace:
+            _write_tensors(target, plan, wanted, ckpt.SHARD_BYTES, index=False)
+        else:
+            model = plan.model(wanted or next(plan.specs(None))[1].dtype)
+            model, done = _operate(model, indexer, replace or {})
+            config = model.config
+            _write_model(target, model)
+        _write_texts(target, config, None)
         kept = {key: value for key, value in raw.items() if key != "quantization_config"}
         (target / HF_CONFIG).write_text(json.dumps(kept, indent=2), encoding="utf-8")
         _copy(folder, target, (GENERATION, *TOKENIZER_FILES))
         _check_tokenizer(target)
         ckpt.seal(target, 0)
-    return _report(plan.family.name, plan.config, Path(dest))
+    return _report(family, config, Path(dest)) | done
+
+
+def _operate(model: HybridLM, indexer: Mapping[str, Any] | None,
+             replace: Mapping[str, Sequence[int]]) -> tuple[HybridLM, dict[str, Any]]:
+    """The changed model, and the parameters of changed layers that were kept and those that start fresh."""
+    done: dict[str, Any] = {"kept": [], "fresh": []}
+    for preset, layers in replace.items():
+        model, transfer = replace_mixers(model, layers, preset)
+        done["kept"] += transfer.kept
+        done["fresh"] += transfer.fresh
+    if indexer is not None:
+        model, transfer = add_indexer(model, indexer)
+        done["fresh"] += transfer.fresh
+    return model, done
 
 
 def export_checkpoint(checkpoint: PathLike, dest: PathLike, *, family: str | None = None,
@@ -103,20 +128,36 @@ def save_checkpoint(model: HybridLM, dest: PathLike) -> None:
     Raises:
         CheckpointError: no space, or `dest` in use.
     """
-    tensors = ckpt.unique_tensors(model)
     with draft(Path(dest)) as target:
-        source = StateDict(tensors)
-        writer = ShardWriter(target, source.specs.items(), shard_bytes=ckpt.SHARD_BYTES, index=False)
-        try:
-            for name in tensors:
-                writer.write(name, source.read(name))
-            writer.finish()
-        finally:
-            writer.close()
-        texts = ckpt.model_texts({"model": to_dict(model.config)}, model.config, getattr(model, "tokenizer", None))
-        for name, text in texts.items():
-            (target / name).write_text(text, encoding="utf-8")
+        _write_model(target, model)
+        _write_texts(target, model.config, getattr(model, "tokenizer", None))
         ckpt.seal(target, 0)
+
+
+def _write_model(target: Path, model: HybridLM) -> None:
+    source = StateDict(ckpt.unique_tensors(model))
+    writer = ShardWriter(target, source.specs.items(), shard_bytes=ckpt.SHARD_BYTES, index=False)
+    try:
+        for name in source.specs:
+            writer.write(name, source.read(name))
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _write_texts(target: Path, config: ModelConfig, tokenizer: Any) -> None:
+    for name, text in ckpt.model_texts({"model": to_dict(config)}, config, tokenizer).items():
+        (target / name).write_text(text, encoding="utf-8")
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """One line about an import or export."""
+    kinds = ", ".join(f"{report['layers'].count(name)} {name}" for name in dict.fromkeys(report["layers"]))
+    text = (f"{report['family']}: {len(report['layers'])} layers ({kinds}), "
+            f"{report['mtp']} MTP, {report['bytes'] / 1e9:.3f} GB in {report['files']} files at {report['dest']}")
+    if "fresh" in report:
+        text += f"; {len(report['kept'])} tensors of changed layers kept, {len(report['fresh'])} start fresh"
+    return text
 
 
 def _write_tensors(target: Path, plan: Import | Export, dtype: torch.dtype | None, shard_bytes: int,

@@ -7,6 +7,7 @@ from hf_zoo import build
 from hybridlm.data.tokenizer import load_tokenizer
 from hybridlm.errors import CheckpointError
 from hybridlm.interop import import_checkpoint, import_hf, verify
+from hybridlm.interop.compare import render
 
 
 @pytest.mark.parametrize("case", ["kimi_linear", "qwen3_next", "minimax", "olmo_hybrid"])
@@ -31,6 +32,7 @@ def test_the_first_layer_that_differs_is_named():
     found = verify(ours, theirs)["random"]
     assert (found["parts_at"], found["mixer"]) == (2, "kda")
     assert found["layers"][1] < 1e-5 < 1e-3 < found["layers"][2]
+    assert "part at layer 2 (kda)" in render({"random": found})
     assert found["kl"] > 1e-6
     assert found["max_logit_diff"] > 1e-3
     with torch.no_grad():

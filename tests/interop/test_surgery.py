@@ -7,7 +7,8 @@ from hf_zoo import build, tokens
 from hybridlm import load_checkpoint
 from hybridlm.checkpoint import unique_tensors
 from hybridlm.errors import ConfigError
-from hybridlm.interop import add_indexer, export_hf, import_hf, replace_mixers, save_checkpoint
+from hybridlm.interop import add_indexer, export_hf, import_checkpoint, import_hf, replace_mixers, save_checkpoint
+from hybridlm.interop.folders import summary
 from hybridlm.model import build_model
 from hybridlm.model.config import MTPConfig
 from hybridlm.model.mixers import DeltaRuleConfig
@@ -75,6 +76,27 @@ def test_linear_layers_start_from_q_k_v_and_o(preset):
     untouched = [name for name in old if ".mixer.f." not in name or ".1." in name or ".3." in name]
     assert all(torch.equal(old[name], new[name]) for name in untouched)
     assert changed(tokens(1, 20)).logits.isfinite().all()
+
+
+def test_import_with_surgery(tmp_path):
+    theirs = build("llama")
+    theirs.save_pretrained(tmp_path / "theirs")
+    done = import_checkpoint(tmp_path / "theirs", tmp_path / "ours", indexer=INDEXER, replace={"gdn": [0, 1]})
+    assert done["layers"] == ["gdn", "gdn", "full", "full"]
+    assert "2 gdn, 2 full" in summary(done)
+    assert "start fresh" in summary(done)
+    assert "layers.0.mixer.f.q_proj.weight" in done["kept"]
+    assert "layers.0.mixer.f.A_log" in done["fresh"]
+    assert "layers.2.mixer.f.indexer.q_proj.weight" in done["fresh"]
+    ours = load_checkpoint(tmp_path / "ours")
+    assert ours.config.mixers["full"].indexer.mode == "dense"
+    expected = unique_tensors(import_hf(theirs))
+    kept = {name for name in unique_tensors(ours) if name in expected and ".0." not in name and ".1." not in name}
+    assert len(kept) > 20
+    assert all(torch.equal(unique_tensors(ours)[name], expected[name]) for name in kept)
+    with pytest.raises(ConfigError, match="no such preset"):
+        import_checkpoint(tmp_path / "theirs", tmp_path / "no", replace={"gnd": [0]})
+    assert not (tmp_path / "no").exists()
 
 
 def test_shapes_that_do_not_fit_start_fresh():
