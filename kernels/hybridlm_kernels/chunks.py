@@ -128,27 +128,31 @@ class Segment:
         self.chunks = self.end - self.start
         self.live = self.counts[0]  # documents that enter
         self.scan = Scan(self.counts, layout)
-        padding = np.arange(layout.chunk) >= layout._filled[self.start : self.end, None]
-        self.padding_PC = torch.from_numpy(padding).to(layout.device) if padding.any() else None
-        # int64 [P], tokens in every chunk; None where all are full
-        self.filled = layout._tensor(layout._filled[self.start : self.end]) if padding.any() else None
+        filled = layout._filled[self.start : self.end]
+        chunk, position = np.nonzero(np.arange(layout.chunk) >= filled[:, None])
+        # Where padding stands (chunks and positions in them), and the tokens of every chunk; None without padding.
+        self.padding = (layout._tensor(chunk), layout._tensor(position)) if len(chunk) else None
+        self.filled = layout._tensor(filled) if len(chunk) else None
 
-    def gather(self, x_BTHD: Tensor, dtype: torch.dtype) -> Tensor:
-        """[P, H, C, D] of this segment's chunks, zero where padded. Not to be written to: may alias `x`."""
+    def gather(self, x_BTHD: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """[P, H, C, D] of this segment's chunks, zero where padded: in `out`, else in a new tensor."""
         layout, C = self.layout, self.layout.chunk
         B, T, H, D = x_BTHD.shape
         if layout.packed:
             rows = layout.rows(H)[self.start : self.end].reshape(-1)
             x_PHCD = x_BTHD.reshape(B * T * H, D).index_select(0, rows).to(dtype).view(self.chunks, H, C, D)
-            if self.padding_PC is not None:
-                x_PHCD.masked_fill_(self.padding_PC[:, None, :, None], 0)
-            return x_PHCD
+            if self.padding is not None:
+                chunk, position = self.padding
+                x_PHCD[chunk, :, position] = 0
+            return x_PHCD if out is None else out.copy_(x_PHCD)
         first, end = self.first_step * C, min(self.end_step * C, T)
         x_BtHD = x_BTHD[:, first:end]
         if self.end_step * C > T:
             x_BtHD = pad(x_BtHD, (0, 0, 0, 0, 0, self.end_step * C - T))
-        x_SBHCD = x_BtHD.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4)
-        return x_SBHCD.to(dtype, memory_format=torch.contiguous_format).contiguous().view(self.chunks, H, C, D)
+        if out is None:
+            out = torch.empty(self.chunks, H, C, D, dtype=dtype, device=layout.device)
+        out.unflatten(0, (-1, B)).copy_(x_BtHD.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4))
+        return out
 
     def scatter(self, y_PHCD: Tensor, room: Tensor) -> None:
         """Write this segment's chunks into `room`, which `Layout.new_output` made."""
@@ -167,9 +171,11 @@ class Segment:
 
     def sum_tokens(self, x_PGC1: Tensor) -> Tensor:
         """[G]: the sum over this segment's tokens, padding left out."""
-        if self.padding_PC is not None:
-            x_PGC1 = x_PGC1.masked_fill(self.padding_PC[:, None, :, None], 0)
-        return x_PGC1.sum((0, 2, 3))
+        total_G = x_PGC1.sum((0, 2, 3))
+        if self.padding is not None:
+            chunk, position = self.padding
+            total_G -= x_PGC1[chunk, :, position].sum((0, 2))
+        return total_G
 
 
 class Scan:
@@ -197,13 +203,17 @@ class Scan:
             self.last_N = layout._tensor(last)
 
     def steps(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """For every step the slices (states at its start, states after it) of the room `states` [size, ...]."""
-        return [(states[a : a + n], states[b : b + n])
-                for a, b, n in zip(self.slots, self.slots[1:], self.counts, strict=False)]
+        """For every step (states at its start, states after it), slices [n * heads, K, V] of the room
+        `states` [size, heads, K, V]."""
+        heads = states.shape[1]
+        slots = states.flatten(0, 1).split([n * heads for n in (self.counts[0], *self.counts)])
+        if self.uniform:
+            return list(pairwise(slots))
+        return [(slot[: n * heads], after) for slot, after, n in zip(slots, slots[1:], self.counts, strict=False)]
 
-    def split(self, x: Tensor, heads: int = 1) -> Sequence[Tensor]:
-        """The slices of every step of `x` [P * heads, ...]; of leading size 1: the whole for every step."""
-        return [x] * len(self.counts) if x.shape[0] == 1 else x.split([n * heads for n in self.counts])
+    def split(self, x_XD: Tensor, heads: int) -> Sequence[Tensor]:
+        """The slices [n * heads, ...] of every step of `x` [P * heads, ...]."""
+        return x_XD.split([n * heads for n in self.counts])
 
     def at_start(self, states: Tensor) -> Tensor:
         """[P, ...]: the state at the start of every chunk."""

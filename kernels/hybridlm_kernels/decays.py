@@ -27,12 +27,12 @@ from .chunks import Segment
 
 @dataclass
 class Factors:
-    """What a chunk reads from the state before it (rows) and writes to the state after it (columns)."""
+    """What ties a chunk to the states before and after it."""
 
     queries: Tensor  # [X, C, K] q_i a_1 ... a_i
-    keys: Tensor | None  # [X, C, K] k_i a_1 ... a_i
     writes: Tensor  # [X, C, K] k_j a_{j+1} ... a_C
-    total: Tensor  # [P|1, G, K|1, 1] a_1 ... a_C
+    total: Tensor  # [X, K|1, 1] a_1 ... a_C
+    keys: Tensor | None = None  # [X, C, K] k_i a_1 ... a_i, of the delta rule alone
 
 
 @dataclass
@@ -53,12 +53,6 @@ def to_groups(x_PHCK: Tensor, G: int) -> Tensor:
 def from_groups(d_PGCK: Tensor, H: int) -> Tensor:
     """The gradient of `to_groups`; what has H heads already is left as it is."""
     return d_PGCK if d_PGCK.shape[1] == H else d_PGCK.unflatten(1, (H, -1)).sum(2)
-
-
-def _of(x: Tensor | None) -> Tensor:
-    """`x`, which the caller knows to be there."""
-    assert x is not None
-    return x
 
 
 def _doublings(C: int) -> list[int]:
@@ -135,16 +129,15 @@ class HeadDecay:
     def _heads(self, table: Tensor, H: int) -> Tensor:
         return table.unflatten(1, (H, -1))  # [P|1, G, ...] -> [P|1, H, r, ...]
 
-    def factors(self, q_PHCK: Tensor, k_PHCK: Tensor, rows_of_k: bool) -> Factors:
-        _, H, C, K = q_PHCK.shape
-        q, k = q_PHCK[:, :, None], k_PHCK[:, :, None]
+    def factors(self, q_PHCK: Tensor, k_PHCK: Tensor, keys: Tensor | None = None) -> Factors:
+        """Writes the decayed keys to `keys` [X, C, K] where given."""
+        P, H, C, K = q_PHCK.shape
         prefix, suffix = self._heads(self.prefix, H), self._heads(self.suffix, H)
-
-        def flat(x: Tensor) -> Tensor:
-            return x.reshape(-1, C, K)
-
-        keys = flat(k * prefix) if rows_of_k else None
-        return Factors(flat(q * prefix), keys, flat(k * suffix), self.total)
+        if keys is not None:
+            torch.mul(k_PHCK[:, :, None], prefix, out=keys.unflatten(0, (P, H, -1)))
+        queries, writes = q_PHCK[:, :, None] * prefix, k_PHCK[:, :, None] * suffix
+        total = self.total.expand(P, -1, 1, 1).reshape(-1, 1, 1)
+        return Factors(queries.view(-1, C, K), writes.view(-1, C, K), total, keys)
 
     def scores(self, q_PHCK: Tensor, k_PHCK: Tensor, rows_of_k: bool) -> tuple[Tensor, Tensor | None]:
         """q against k on and below the diagonal, k against k strictly below: [X, C, C]."""
@@ -164,44 +157,41 @@ class HeadDecay:
     def backward(self, q_PHCK: Tensor, k_PHCK: Tensor, A_XCC: Tensor, L_XCC: Tensor | None, dA_XCC: Tensor,
                  dL_XCC: Tensor | None, d: Factors, need_g: bool) -> Gradients:
         """From the gradients of the scores (`dA` is read on and below the diagonal, `dL` strictly below) and of
-        the factors; `d.total` [X, K] is already multiplied by the total."""
-        P, H, C, K = q_PHCK.shape
+        the factors (`d.total` [X, K] already multiplied by the total). Overwrites what it is given of them."""
+        P, H, C, K = shape = q_PHCK.shape
         q_YCK, k_YCK = q_PHCK.view(-1, C, K), k_PHCK.view(-1, C, K)
-        between = self._heads(self.between, H)
-
-        def raw(d_XCC: Tensor) -> Tensor:
-            return d_XCC.view(P, H, -1, C, C) * between
+        q, k = q_PHCK[:, :, None], k_PHCK[:, :, None]
+        between, prefix, suffix = (self._heads(x, H) for x in (self.between, self.prefix, self.suffix))
+        d_queries, d_writes = d.queries.view(P, H, -1, C, K), d.writes.view(P, H, -1, C, K)
+        d_keys = None if d.keys is None else d.keys.view(P, H, -1, C, K)
+        x = (q * d_queries).sum(-1, keepdim=True) if need_g else None  # row sums, G heads: [P, H, r, C, 1]
+        y = (k * d_writes).sum(-1, keepdim=True).mul_(suffix) if need_g else None
+        if x is not None:
+            x = (x if d_keys is None else x.add_((k * d_keys).sum(-1, keepdim=True))).mul_(prefix)
 
         def over_groups(x: Tensor) -> Tensor:
-            return (x.squeeze(2) if x.shape[2] == 1 else x.sum(2)).view(-1, *x.shape[3:])
+            return (x[:, :, 0] if x.shape[2] == 1 else x.sum(2)).view(-1, *x.shape[3:])
 
-        def heads(x_XCK: Tensor, table: Tensor) -> Tensor:
-            return x_XCK.view(P, H, -1, C, K) * self._heads(table, H)
-
-        dS = raw(dA_XCC)
+        dS = dA_XCC.view(P, H, -1, C, C) * between
         dS.diagonal(dim1=-2, dim2=-1).copy_(dA_XCC.view(P, H, -1, C, C).diagonal(dim1=-2, dim2=-1))
         dS = over_groups(dS)
-        dq_inter, dk_after = heads(d.queries, self.prefix), heads(d.writes, self.suffix)
-        dq = torch.baddbmm(over_groups(dq_inter), dS, k_YCK)
-        dk = torch.baddbmm(over_groups(dk_after), dS.mT, q_YCK)
-        if d.keys is not None:
-            dk_inter = heads(d.keys, self.prefix)
-            dS_k = over_groups(raw(_of(dL_XCC)))
-            dk.baddbmm_(dS_k + dS_k.mT, k_YCK).add_(over_groups(dk_inter))
-        shape = (P, H, C, K)
-        if not need_g:
-            return Gradients(dq.view(shape), dk.view(shape), None)
-        pairs = dA_XCC * A_XCC
-        x = (q_PHCK[:, :, None] * dq_inter).sum(-1)
-        if d.keys is not None:
-            pairs.addcmul_(_of(dL_XCC), _of(L_XCC))
-            x += (k_PHCK[:, :, None] * dk_inter).sum(-1)
+        dq = over_groups(d_queries.mul_(prefix)).baddbmm_(dS, k_YCK).view(shape)
+        d_writes = d_writes.mul_(suffix)
+        dk = over_groups(d_writes if d_keys is None else d_writes.addcmul_(d_keys, prefix))
+        dk.baddbmm_(dS.mT, q_YCK)
+        if dL_XCC is not None:
+            dS = over_groups(dL_XCC.view(P, H, -1, C, C) * between)
+            dk.baddbmm_(dS + dS.mT, k_YCK)
+        if x is None or y is None:
+            return Gradients(dq, dk.view(shape), None)
+        pairs = dA_XCC.mul_(A_XCC)
+        if dL_XCC is not None:
+            pairs.addcmul_(dL_XCC, L_XCC)
         pairs.diagonal(dim1=-2, dim2=-1).zero_()
-        x = x.view(-1, C) + (pairs.sum(-1) - pairs.sum(-2))
-        y = (k_PHCK[:, :, None] * dk_after).sum(-1).view(-1, C)
+        x = x.view(-1, C).add_(pairs.sum(-1)).sub_(pairs.sum(-2))
         later = torch.ones(C, C, dtype=x.dtype, device=x.device).tril_()
-        dg = torch.addmm(d.total.sum(-1, keepdim=True), x, later).addmm_(y, 1 - later)
-        return Gradients(dq.view(shape), dk.view(shape), dg.view(P, -1, C, 1))
+        dg = torch.addmm(d.total.sum(-1, keepdim=True), x, later).addmm_(y.view(-1, C), 1 - later)
+        return Gradients(dq, dk.view(shape), dg.view(P, -1, C, 1))
 
 
 class ChannelDecay:
@@ -226,46 +216,46 @@ class ChannelDecay:
         """What the backward pass needs to keep."""
         return (self.a,)
 
-    def _rows(self, rows: list[Tensor], p: Tensor, b: int) -> Tensor:
-        """[M, R, b, K]: the second halves of all rows, decayed to the border."""
-        K = p.shape[-1]
-        out = p.new_empty(p.shape[0], len(rows), b, K)
-        for r, x in enumerate(rows):
-            torch.mul(x.view(-1, 2, b, K)[:, 1], p[:, 1], out=out[:, r])
-        return out
-
-    def scores(self, q_PHCK: Tensor, k_PHCK: Tensor, rows_of_k: bool) -> tuple[Tensor, Tensor | None]:
+    def factors(self, q_PHCK: Tensor, k_PHCK: Tensor, keys: Tensor | None = None) -> Factors:
         """As in HeadDecay."""
-        C, K = q_PHCK.shape[2:]
-        rows = [q_PHCK, k_PHCK] if rows_of_k else [q_PHCK]
-        prefix, suffix = self.a.clone(), torch.ones_like(self.a)
-        X = self.a.numel() // (C * K)
-        scores = [q_PHCK.new_zeros(X, C, C) for _ in rows]
-        for b in _doublings(C):
-            p, s = prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K)
-            decayed = self._rows(rows, p, b)
-            columns = k_PHCK.view(-1, 2, b, K)[:, 0] * s[:, 0]
-            block = torch.bmm(decayed.view(-1, len(rows) * b, K), columns.mT).view(X, -1, len(rows), b, b)
-            for r, score in enumerate(scores):
-                _corners(score, b).copy_(block[:, :, r])
-            _double(p, s)
-        self.whole = prefix, suffix
-        scores[0].diagonal(dim1=-2, dim2=-1).copy_((q_PHCK * k_PHCK).sum(-1).view(X, C))
-        return scores[0], scores[1] if rows_of_k else None
-
-    def factors(self, q_PHCK: Tensor, k_PHCK: Tensor, rows_of_k: bool) -> Factors:
         C, K = q_PHCK.shape[2:]
         if self.whole is None:
             prefix, suffix = self.whole = self.a.clone(), torch.ones_like(self.a)
             for b in _doublings(C):
                 _double(prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K))
         prefix, suffix = self.whole
+        if keys is not None:
+            torch.mul(k_PHCK.view(-1, C, K), prefix.view(-1, C, K), out=keys)
+        total = prefix[:, :, -1].reshape(-1, K, 1)
+        return Factors((q_PHCK * prefix).view(-1, C, K), (k_PHCK * suffix).view(-1, C, K), total, keys)
 
-        def flat(x: Tensor) -> Tensor:
-            return x.view(-1, C, K)
+    def scores(self, q_PHCK: Tensor, k_PHCK: Tensor, rows_of_k: bool) -> tuple[Tensor, Tensor | None]:
+        """As in HeadDecay."""
+        C, K = q_PHCK.shape[2:]
+        rows = [q_PHCK, k_PHCK] if rows_of_k else [q_PHCK]
+        X = self.a.numel() // (C * K)
+        scores = [q_PHCK.new_zeros(X, C, C) for _ in rows]
+        prefix, suffix = self.whole = self.a.clone(), torch.ones_like(self.a)
+        for b in _doublings(C):
+            p, s = prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K)
+            decayed, columns = self._decayed(rows, k_PHCK, p, s)
+            block = decayed.flatten(1, 2) @ columns.mT if b > 1 else (decayed * columns[:, None]).sum(-1)
+            block = block.view(X, -1, len(rows), b, b)
+            for r, score in enumerate(scores):
+                _corners(score, b).copy_(block[:, :, r])
+            _double(p, s)
+        scores[0].diagonal(dim1=-2, dim2=-1).copy_((q_PHCK * k_PHCK).sum(-1).view(X, C))
+        return scores[0], scores[1] if rows_of_k else None
 
-        keys = flat(k_PHCK * prefix) if rows_of_k else None
-        return Factors(flat(q_PHCK * prefix), keys, flat(k_PHCK * suffix), prefix[:, :, -1, :, None])
+    def _decayed(self, rows: list[Tensor], k_PHCK: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, R, b, K] the second halves of all rows and [M, b, K] the first halves of the columns, decayed to
+        the border between them."""
+        _, _, b, K = p.shape
+        out = p.new_empty(p.shape[0], len(rows), b, K)
+        for r, x in enumerate(rows):
+            torch.mul(x.view(-1, 2, b, K)[:, 1], p[:, 1], out=out[:, r])
+        columns = k_PHCK.view(-1, 2, b, K)[:, 0]
+        return out, columns if b == 1 else columns * s[:, 0]
 
     def backward(self, q_PHCK: Tensor, k_PHCK: Tensor, A_XCC: Tensor, L_XCC: Tensor | None, dA_XCC: Tensor,
                  dL_XCC: Tensor | None, d: Factors, need_g: bool) -> Gradients:
@@ -280,31 +270,31 @@ class ChannelDecay:
         dk = torch.zeros_like(k_PHCK)  # from the columns
         for b in _doublings(C):
             p, s = prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K)
-            decayed = self._rows(rows, p, b)
-            columns = k_PHCK.view(-1, 2, b, K)[:, 0] * s[:, 0]
+            decayed, columns = self._decayed(rows, k_PHCK, p, s)
             d_block = p.new_empty(p.shape[0], R, b, b)
             for r, d_score in enumerate(d_scores):
                 corners = _corners(d_score, b)
                 d_block[:, r].unflatten(0, corners.shape[:2]).copy_(corners)
-            d_block = d_block.view(-1, R * b, b)
-            d_decayed = torch.bmm(d_block, columns).view(-1, R, b, K)
+            if b == 1:
+                d_decayed, d_columns = d_block * columns[:, None], (d_block * decayed).sum(1)
+            else:
+                d_decayed = (d_block.flatten(1, 2) @ columns).view_as(decayed)
+                d_columns = d_block.flatten(1, 2).mT @ decayed.flatten(1, 2)
             for r, d_row in enumerate(d_rows):
                 d_row.view(-1, 2, b, K)[:, 1].addcmul_(d_decayed[:, r], p[:, 1])
-            d_columns = torch.bmm(d_block.mT, decayed.view(-1, R * b, K))
             dk.view(-1, 2, b, K)[:, 0].addcmul_(d_columns, s[:, 0])
             _double(p, s)
-        d_rows[0].view(-1, C, K).addcmul_(d.queries, prefix.view(-1, C, K))
+        d_rows[0].addcmul_(d.queries.view_as(prefix), prefix)
         if d.keys is not None:
-            d_rows[1].view(-1, C, K).addcmul_(d.keys, prefix.view(-1, C, K))
-        dk_after = d.writes.view_as(k_PHCK) * suffix
+            d_rows[1].addcmul_(d.keys.view_as(prefix), prefix)
+        dk_after = d.writes.view_as(suffix).mul_(suffix)
         dg = None
         if need_g:
-            x = torch.mul(q_PHCK, d_rows[0]).addcmul_(k_PHCK, -dk if R == 1 else d_rows[1] - dk)
+            x = torch.mul(q_PHCK, d_rows[0]).addcmul_(k_PHCK, dk.neg() if R == 1 else d_rows[1] - dk)
             dg = _sum_over_spans(x.view(-1, C, K), (k_PHCK * dk_after).view(-1, C, K))
             dg = dg.add_(d.total[:, None]).view_as(self.a)
         diagonal = dA_XCC.diagonal(dim1=-2, dim2=-1).reshape(*q_PHCK.shape[:3], 1)
-        dk += dk_after
-        dk.addcmul_(diagonal, q_PHCK)
+        dk.add_(dk_after).addcmul_(diagonal, q_PHCK)
         if R == 2:
             dk += d_rows[1]
         return Gradients(d_rows[0].addcmul_(diagonal, k_PHCK), dk, dg)

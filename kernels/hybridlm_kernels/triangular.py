@@ -43,23 +43,24 @@ def block_inverses(L_XCC: Tensor, beta_XC1: Tensor | None) -> Tensor:
     return T.view(X, n, c, c)
 
 
-def solve(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tensor, R_XCW: Tensor) -> Tensor:
-    """Z [X, C, W] of (I + L diag(beta)) Z = R, L strictly lower (the rest of it is not read)."""
+def solve(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tensor, R_XCW: Tensor,
+          widths: tuple[int, ...]) -> list[Tensor]:
+    """Z [X, C, W] of (I + L diag(beta)) Z = R, L strictly lower, cut into parts [X, C, w] of the `widths`."""
     n, c = inverse_Xncc.shape[1:3]
     rest, Z = R_XCW, []
     for i in range(n):
         a, b = i * c, (i + 1) * c
         z = torch.bmm(inverse_Xncc[:, i], rest[:, :c])
-        Z.append(z)
+        Z.append(z.split(widths, dim=-1))
         if b < n * c:
             written = z if beta_XC1 is None else z * beta_XC1[:, a:b]
             rest = torch.baddbmm(rest[:, c:], L_XCC[:, b:, a:b], written, alpha=-1)
-    return Z[0] if n == 1 else torch.cat(Z, dim=1)
+    return [torch.cat(parts, dim=1) for parts in zip(*Z, strict=True)]
 
 
 def solve_transposed(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tensor,
                      R_XCW: Tensor) -> tuple[Tensor, Tensor]:
-    """Y of (I + L diag(beta))^T Y = beta R, and R - L^T Y (so that Y = beta (R - L^T Y))."""
+    """Y of (I + L diag(beta))^T Y = beta R, and R - L^T Y (so that Y = beta (R - L^T Y)); L strictly lower."""
     n, c = inverse_Xncc.shape[1:3]
     rest, Y, residual = R_XCW, [], []
     for i in reversed(range(n)):
@@ -68,10 +69,8 @@ def solve_transposed(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tenso
         y = torch.bmm(inverse_Xncc[:, i].mT, r if beta_XC1 is None else r * beta_XC1[:, a:b])
         Y.append(y)
         if beta_XC1 is not None:
-            residual.append(torch.baddbmm(r, L_XCC[:, a:b, a:b].tril(-1).mT, y, alpha=-1))
+            residual.append(torch.baddbmm(r, L_XCC[:, a:b, a:b].mT, y, alpha=-1))
         if i > 0:
             rest = torch.baddbmm(rest[:, :a], L_XCC[:, a:b, :a].mT, y, alpha=-1)
-    Y_XCW = Y[0] if n == 1 else torch.cat(Y[::-1], dim=1)
-    if beta_XC1 is None:
-        return Y_XCW, Y_XCW
-    return Y_XCW, residual[0] if n == 1 else torch.cat(residual[::-1], dim=1)
+    Y_XCW = torch.cat(Y[::-1], dim=1)
+    return Y_XCW, Y_XCW if beta_XC1 is None else torch.cat(residual[::-1], dim=1)

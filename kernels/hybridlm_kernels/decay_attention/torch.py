@@ -90,19 +90,18 @@ def _forward(segment: Segment, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None
     """Outputs [P, G, C, V] of one segment, the states after it, and what its backward pass needs."""
     dtype = state.dtype
     _, G, K, V = state.shape
-    q, k = segment.gather(q, dtype) * scale, segment.gather(k, dtype)
+    q, k = segment.gather(q, dtype).mul_(scale), segment.gather(k, dtype)
     decay = decay_of(segment, g, G, dtype)
     if decay.per_channel:
         q, k = to_groups(q, G), to_groups(k, G)
     v = segment.gather(v, dtype).flatten(0, 1)
     A, _ = decay.scores(q, k, rows_of_k=False)
-    factors = decay.factors(q, k, rows_of_k=False)
+    factors = decay.factors(q, k)
     scan = segment.scan
     states = state.new_empty(scan.size, G, K, V)
     states[: scan.live] = state
-    written = torch.bmm(factors.writes.mT, v).view(-1, G, K, V)
-    steps = zip(scan.steps(states), scan.split(written), scan.split(factors.total), strict=True)
-    for (S, S_next), w, total in steps:
+    parts = torch.bmm(factors.writes.mT, v), factors.total
+    for (S, S_next), w, total in zip(scan.steps(states), *(scan.split(x, G) for x in parts), strict=True):
         torch.addcmul(w, S, total, out=S_next)
     S = scan.at_start(states).view(-1, K, V)
     o = torch.bmm(factors.queries, S).baddbmm_(A, v)
@@ -117,19 +116,21 @@ def _backward(segment: Segment, saved: tuple[Tensor, ...], H: int, scale: float,
     K = q.shape[3]
     do = do.view(-1, C, V)
     decay = restore_decay(tensors)
-    factors = decay.factors(q, k, rows_of_k=False)
+    factors = decay.factors(q, k)
     scan = segment.scan
     d_states = d_last.new_empty(scan.size, G, K, V)
     scan.put_last(d_states, d_last)
     scan.put_at_start(d_states, torch.bmm(factors.queries.mT, do).view(-1, G, K, V))
-    steps = zip(scan.steps(d_states), scan.split(factors.total), strict=True)
+    steps = zip(scan.steps(d_states), scan.split(factors.total, G), strict=True)
     for (dS, dS_next), total in reversed(list(steps)):
         dS.addcmul_(dS_next, total)
     dS_after = scan.after(d_states).view(-1, K, V)
     dv = torch.bmm(factors.writes, dS_after).baddbmm_(A.mT, do)
-    d_total = (S * dS_after).sum(-1).mul_(factors.total.expand(P, G, -1, 1).reshape(P * G, -1)) if need_g else S
-    d = Factors(torch.bmm(do, S.mT), None, torch.bmm(v, dS_after.mT), d_total)
+    d_writes = torch.bmm(v, dS_after.mT)
+    d_first = d_states[: scan.live].clone()  # before the room is overwritten
+    d_total = dS_after.mul_(S).sum(-1).mul_(factors.total[..., 0]) if need_g else factors.total
+    d = Factors(torch.bmm(do, S.mT), d_writes, d_total)
     grads = decay.backward(q, k, A, None, torch.bmm(do, v.mT), None, d, need_g)
     dq = from_groups(grads.q, H)
-    return [dq if scale == 1.0 else dq * scale, from_groups(grads.k, H), dv.view(P, G, C, V), grads.g], \
-        d_states[: scan.live]
+    grads_PHCD = [dq if scale == 1.0 else dq * scale, from_groups(grads.k, H), dv.view(P, G, C, V), grads.g]
+    return grads_PHCD, d_first

@@ -92,22 +92,22 @@ def _forward(segment: Segment, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None
              state: Tensor, scale: float, qk_l2norm: bool) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Outputs [P, G, C, V] of one segment, the states after it, and what its backward pass needs."""
     dtype = state.dtype
-    G, V = state.shape[1], state.shape[3]
+    _, G, K, V = state.shape
     q, norm_q = _normed(segment.gather(q, dtype), scale, qk_l2norm)
     k, norm_k = _normed(segment.gather(k, dtype), 1.0, qk_l2norm)
     decay = decay_of(segment, g, G, dtype)
     if decay.per_channel:
         q, k = to_groups(q, G), to_groups(k, G)
     C = q.shape[2]
-    v = segment.gather(v, dtype).view(-1, C, V)
+    VK = torch.empty(*q.shape[:1], G, C, V + K, dtype=dtype, device=q.device)
+    segment.gather(v, dtype, VK[..., :V])
+    VK = VK.flatten(0, 1)
     beta = None if beta is None else segment.gather(beta[..., None], dtype).view(-1, C, 1)
     A, L = decay.scores(q, k, rows_of_k=True)
-    factors = decay.factors(q, k, rows_of_k=True)
     assert L is not None
-    assert factors.keys is not None
+    factors = decay.factors(q, k, keys=VK[..., V:])
     inverses = block_inverses(L, beta)
-    UW = solve(L, beta, inverses, torch.cat([v, factors.keys], dim=-1))
-    Y, W = UW[..., :V].contiguous(), UW[..., V:].contiguous()
+    Y, W = solve(L, beta, inverses, VK, (V, K))
     states, last = _scan(segment, factors, beta, Y, W, state)
     o = torch.bmm(factors.queries, states).baddbmm_(A, _times(Y, beta))
     saved = [q, k, norm_q, norm_k, beta, A, L, inverses, Y, W, states, *decay.tensors]
@@ -120,12 +120,10 @@ def _scan(segment: Segment, factors: Factors, beta: Tensor | None, Y: Tensor, W:
     scan, (_, G, K, V) = segment.scan, state.shape
     states = state.new_empty(scan.size, G, K, V)
     states[: scan.live] = state
-    steps = zip(scan.steps(states), scan.split(Y, G), scan.split(W, G),
-                scan.split(_times(factors.writes, beta), G), scan.split(factors.total), strict=True)
-    for (S, S_next), y, w, c, total in steps:
-        y.baddbmm_(w, S.view(-1, K, V), alpha=-1)
-        torch.mul(S, total, out=S_next)
-        S_next.view(-1, K, V).baddbmm_(c.mT, y)
+    parts = Y, W, _times(factors.writes, beta).mT, factors.total
+    for (S, S_next), y, w, c, total in zip(scan.steps(states), *(scan.split(x, G) for x in parts), strict=True):
+        y.baddbmm_(w, S, alpha=-1)
+        torch.mul(S, total, out=S_next).baddbmm_(c, y)
     return scan.at_start(states).view(-1, K, V), scan.last(states)
 
 
@@ -136,14 +134,16 @@ def _backward(segment: Segment, saved: tuple[Tensor, ...], H: int, scale: float,
     P, G, C, V = do.shape
     do = do.view(-1, C, V)
     decay = restore_decay(tensors)
-    factors = decay.factors(q, k, rows_of_k=False)
+    factors = decay.factors(q, k)
     d_written = torch.bmm(A.mT, do)  # of B Y, for now through the outputs alone
     d_states, d_first = _scan_back(segment, factors, d_written, torch.bmm(factors.queries.mT, do),
                                    _times(W, beta), d_last)
+    d_first = d_first.clone()  # of the room that d_states is a part of
     dY, d_written = solve_transposed(L, beta, inverses, d_written)
     minus_dY, written = dY.neg(), _times(Y, beta)
-    d = Factors(torch.bmm(do, S.mT), torch.bmm(minus_dY, S.mT), torch.bmm(written, d_states.mT),
-                (S * d_states).sum(-1).mul_(factors.total.expand(P, G, -1, 1).reshape(P * G, -1)))
+    d_writes = torch.bmm(written, d_states.mT)
+    d_total = d_states.mul_(S).sum(-1).mul_(factors.total[..., 0])
+    d = Factors(torch.bmm(do, S.mT), d_writes, d_total, torch.bmm(minus_dY, S.mT))
     dA, dL = torch.bmm(do, written.mT), torch.bmm(minus_dY, written.mT)
     grads = decay.backward(q, k, A, L, dA, dL, d, needed[3])
     d_beta = (Y * d_written).sum(-1).view(P, G, C, 1) if needed[4] else None
@@ -161,11 +161,11 @@ def _scan_back(segment: Segment, factors: Factors, d_written: Tensor, d_read: Te
     d_states = d_last.new_empty(scan.size, G, K, V)
     scan.put_last(d_states, d_last)
     scan.put_at_start(d_states, d_read.view(-1, G, K, V))
-    steps = zip(scan.steps(d_states), scan.split(d_written, G), scan.split(W, G),
-                scan.split(factors.writes, G), scan.split(factors.total), strict=True)
+    parts = d_written, W.mT, factors.writes, factors.total
+    steps = zip(scan.steps(d_states), *(scan.split(x, G) for x in parts), strict=True)
     for (dS, dS_next), dy, w, c, total in reversed(list(steps)):
-        dy.baddbmm_(c, dS_next.view(-1, K, V))
-        dS.addcmul_(dS_next, total).view(-1, K, V).baddbmm_(w.mT, dy, alpha=-1)
+        dy.baddbmm_(c, dS_next)
+        dS.addcmul_(dS_next, total).baddbmm_(w, dy, alpha=-1)
     return scan.after(d_states).view(-1, K, V), d_states[: scan.live]
 
 
@@ -174,11 +174,11 @@ def _times(x_XCD: Tensor, beta_XC1: Tensor | None) -> Tensor:
 
 
 def _normed(x: Tensor, scale: float, norm: bool) -> tuple[Tensor, Tensor | None]:
-    """scale * x / |x|, and 1 / |x|; without norm scale * x and None."""
+    """scale * x / |x|, and 1 / |x|; without norm scale * x and None. Changes x."""
     if not norm:
-        return (x if scale == 1.0 else x * scale), None
+        return (x if scale == 1.0 else x.mul_(scale)), None
     inverse = (x * x).sum(-1, keepdim=True).add_(EPSILON).rsqrt_()
-    return x * (inverse * scale), inverse
+    return x.mul_(inverse * scale), inverse
 
 
 def _d_normed(dy: Tensor, y: Tensor, inverse: Tensor | None, scale: float, H: int) -> Tensor:
