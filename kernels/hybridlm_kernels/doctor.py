@@ -100,14 +100,30 @@ def cases() -> Iterator[Case]:
     yield Case("attention", "grouped heads", ops.attention,
                lambda: {"q": _randn(2, 70, 4, 32), "k": _randn(2, 70, 2, 32), "v": _randn(2, 70, 2, 32)}, causal=True)
     yield Case("sparse_attention", "top-16 of 70", ops.sparse_attention, _sparse_inputs, causal=False)
+    yield Case("indexer_kl", "all keys, packed", ops.indexer_kl, _index_inputs, {"cu_seqlens": [0, 1, 30, 70, 140]},
+               fixed=("main_q", "main_k"))
+    yield Case("indexer_kl", "16 of 70 keys", ops.indexer_kl, lambda: _index_inputs() | {"indices": _indices()},
+               fixed=("main_q", "main_k"))
+    yield Case("attention_recall", "16 of 70 keys", ops.attention_recall,
+               lambda: {"main_q": _randn(2, 70, 4, 32), "main_k": _randn(2, 70, 2, 32), "indices": _indices()},
+               fixed=("main_q", "main_k"))
 
 
-def _sparse_inputs() -> dict[str, Tensor]:
+def _indices() -> Tensor:
+    """16 random visible keys of each of 2 x 70 queries."""
     T = 70
     scores = torch.rand(2, T, T).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -1.0)
     top = scores.topk(16, dim=-1)
-    indices = top.indices.masked_fill(top.values < 0, -1).int()
-    return {"q": _randn(2, T, 4, 32), "k": _randn(2, T, 2, 32), "v": _randn(2, T, 2, 32), "indices": indices}
+    return top.indices.masked_fill(top.values < 0, -1).int()
+
+
+def _sparse_inputs() -> dict[str, Tensor]:
+    return {"q": _randn(2, 70, 4, 32), "k": _randn(2, 70, 2, 32), "v": _randn(2, 70, 2, 32), "indices": _indices()}
+
+
+def _index_inputs() -> dict[str, Tensor]:
+    return {"q": _randn(2, 70, 4, 16), "k": _randn(2, 70, 16), "w": _randn(2, 70, 4) * 0.2,
+            "main_q": _randn(2, 70, 4, 32), "main_k": _randn(2, 70, 2, 32)}
 
 
 def _first(outputs: Any) -> list[Tensor]:

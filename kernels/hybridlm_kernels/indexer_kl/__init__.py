@@ -1,0 +1,106 @@
+"""The loss that trains a sparse-attention indexer, and what a selection holds of the attention. Costs: README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hybridlm_kernels.indexer_kl import reference
+from hybridlm_kernels.indexer_kl import torch as eager
+from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
+
+INDEXER_KL = register(Operation("indexer_kl", (
+    Backend("torch", eager.indexer_kl), Backend("reference", reference.indexer_kl))))
+ATTENTION_RECALL = register(Operation("attention_recall", (
+    Backend("torch", eager.attention_recall), Backend("reference", reference.attention_recall))))
+
+
+class IndexerKL(NamedTuple):
+    """Scalars, fp32 (fp64 for fp64 inputs). Only `loss` has a gradient."""
+
+    loss: Tensor  # nats, mean over the queries that have a key
+    entropy: Tensor  # of softmax(I), nats, mean over the same queries
+
+
+class Recall(NamedTuple):
+    """Scalars in 0..1, means over the queries that see more keys than they list (1 if there is none)."""
+
+    mass: Tensor  # share of the dense attention, averaged over heads, that lies on the listed keys
+    agreement: Tensor  # share of the listed keys that are among as many keys of most attention
+
+
+def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor, *,
+               indices_BTN: Tensor | None = None, scale: float | None = None,
+               cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None, backend: str | None = None) -> IndexerKL:
+    """KL(p || softmax(I)), with I_ts = sum_j w_tj relu(q_tj . k_s) and p the main attention, summed over heads and
+    normalised over keys (DeepSeek-V3.2, section 2.1).
+
+    Both distributions are over the keys a query sees, or over those listed for it. The gradient goes to q, k and w
+    alone and is exact: softmax(I) - p at the scores.
+
+    Args:
+        q_BTJI, k_BSI, w_BTJ: index queries, the last T of S positions; keys; head weights, scales included.
+        main_q_BTHK, main_k_BSGK: queries and keys of the attention itself; query head h reads head h // (H/G).
+        indices_BTN: integers [B, T, N]: distinct visible positions 0..S-1, or -1 for none. None: all visible keys.
+        scale: of the main scores; K**-0.5 by default.
+        cu_seqlens: borders of packed documents over the flattened B*T tokens (T == S then).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    batch, queries, heads, dim = q_BTJI.shape
+    if k_BSI.dim() != 3 or k_BSI.shape[0] != batch or k_BSI.shape[2] != dim or k_BSI.shape[1] < queries:
+        raise ValueError(f"indexer_kl: k must be [{batch}, S >= {queries}, {dim}]; got {list(k_BSI.shape)}")
+    if w_BTJ.shape != (batch, queries, heads):
+        raise ValueError(f"indexer_kl: w must be {[batch, queries, heads]}; got {list(w_BTJ.shape)}")
+    _check_main("indexer_kl", main_q_BTHK, main_k_BSGK, indices_BTN, (batch, queries, k_BSI.shape[1]))
+    cu_seqlens = _borders("indexer_kl", cu_seqlens, q_BTJI, k_BSI.shape[1])
+    scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose(INDEXER_KL, Call.of(q_BTJI, k_BSI, w_BTJ, selected=indices_BTN is not None), backend)
+    return IndexerKL(*chosen.run(q_BTJI, k_BSI, w_BTJ, main_q_BTHK.detach(), main_k_BSGK.detach(), indices_BTN,
+                                 scale, cu_seqlens))
+
+
+def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, *, scale: float | None = None,
+                     cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,
+                     backend: str | None = None) -> Recall:
+    """How much of the dense attention the listed keys hold. No gradient. Arguments as in `indexer_kl`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    shape = (*main_q_BTHK.shape[:2], main_k_BSGK.shape[1])
+    _check_main("attention_recall", main_q_BTHK, main_k_BSGK, indices_BTN, shape)
+    cu_seqlens = _borders("attention_recall", cu_seqlens, main_q_BTHK, shape[2])
+    scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose(ATTENTION_RECALL, Call.of(main_q_BTHK, main_k_BSGK), backend)
+    return Recall(*chosen.run(main_q_BTHK.detach(), main_k_BSGK.detach(), indices_BTN, scale, cu_seqlens))
+
+
+def _check_main(name: str, q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor | None,
+                shape: tuple[int, int, int]) -> None:
+    batch, queries, keys = shape
+    if q_BTHK.dim() != 4 or q_BTHK.shape[:2] != (batch, queries):
+        raise ValueError(f"{name}: main_q must be [{batch}, {queries}, H, K]; got {list(q_BTHK.shape)}")
+    if (k_BSGK.dim() != 4 or k_BSGK.shape[:2] != (batch, keys) or k_BSGK.shape[3] != q_BTHK.shape[3]
+            or q_BTHK.shape[2] % k_BSGK.shape[2] or keys < queries):
+        raise ValueError(f"{name}: main_k must be [{batch}, {keys}, a divisor of {q_BTHK.shape[2]}, "
+                         f"{q_BTHK.shape[3]}] with at least {queries} keys; got {list(k_BSGK.shape)}")
+    if indices_BTN is not None and (indices_BTN.dim() != 3 or indices_BTN.shape[:2] != (batch, queries)
+                                    or indices_BTN.is_floating_point()):
+        raise ValueError(f"{name}: indices must be integers [{batch}, {queries}, N]; got {indices_BTN.dtype} "
+                         f"{list(indices_BTN.shape)}")
+
+
+def _borders(name: str, cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None, q: Tensor,
+             keys: int) -> CuSeqlens | None:
+    if cu_seqlens is None:
+        return None
+    if keys != q.shape[1]:
+        raise ValueError(f"{name}: packed documents need T == S; got T = {q.shape[1]}, S = {keys}")
+    borders = CuSeqlens.of(cu_seqlens, q.device)
+    borders.check(*q.shape[:2])
+    return borders
