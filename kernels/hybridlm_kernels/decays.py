@@ -185,7 +185,7 @@ class HeadDecay:
         if x is None or y is None:
             return Gradients(dq, dk.view(shape), None)
         pairs = dA_XCC.mul_(A_XCC)
-        if dL_XCC is not None:
+        if dL_XCC is not None and L_XCC is not None:
             pairs.addcmul_(dL_XCC, L_XCC)
         pairs.diagonal(dim1=-2, dim2=-1).zero_()
         x = x.view(-1, C).add_(pairs.sum(-1)).sub_(pairs.sum(-2))
