@@ -26,7 +26,7 @@ def fails(capsys, *argv):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["trian"], ["unknown command 'trian'", "did you mean 'train'"]),
-    (["zzz"], ["expected one of train, inspect, generate, prepare, doctor"]),
+    (["zzz"], ["expected one of train, prepare, inspect, generate, import"]),
     (["train", "--dryrun"], ["--dryrun", "did you mean '--dry-run'", "hybridlm train --help"]),
     (["train", "training.step=3"], ["training.step", "did you mean 'steps'"]),
     (["train", "training.steps=many"], ["training.steps", "'many'", "a whole number"]),
@@ -41,6 +41,10 @@ def fails(capsys, *argv):
     (["inspect", "model=hybrid_tiny", "--context", "x"], ["--context", "'x'"]),
     (["generate", "runs/none", "--prompt", "a"], ["no checkpoint at runs/none"]),
     (["generate", "runs/none"], ["--prompt"]),
+    (["import", "/no/such/folder", "out"], ["/no/such/folder"]),
+    (["import", "a", "out", "--replace", "gdn=one"], ["--replace", "'one'", "such as 0,1,2"]),
+    (["export", "runs/none", "out"], ["no checkpoint at runs/none"]),
+    (["verify", "runs/none", "out", "--token-ids", "x"], ["--token-ids"]),
     (["doctor", "now"], ["unrecognized arguments: now"]),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, words):

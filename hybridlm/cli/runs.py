@@ -1,0 +1,83 @@
+"""`hybridlm train` and `hybridlm prepare`: what starts from a config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hybridlm.cli.parser import Parser, load
+
+if TYPE_CHECKING:
+    from hybridlm.config.schema import Config
+
+
+def train_command(argv: Sequence[str]) -> int:
+    parser = Parser("train", "Pretrain a model, or go on with a run that was stopped: everything is in run_dir.", """\
+  hybridlm train experiment=quickstart
+  hybridlm train model=kimi_linear_tiny optimizer=muon optimizer.lr=2e-3 run_dir=runs/muon
+  hybridlm train model=hybrid_1b data.path=texts/ training.micro_batch_size=4 --dry-run""")
+    parser.overrides()
+    parser.add_argument("--dry-run", action="store_true", help="check and show the plan, build nothing")
+    parser.json()
+    args = parser.parse_intermixed_args(argv)
+    config = load(args)
+    if args.dry_run:
+        return _dry_run(config, args.json)
+    from hybridlm.training import train
+
+    result = train(config, command=list(argv), to_stderr=args.json)
+    if args.json:
+        print(json.dumps(result.to_dict()))
+    return 0
+
+
+def _dry_run(config: Config, as_json: bool) -> int:
+    from hybridlm.cli.models import show_report
+    from hybridlm.config.convert import to_dict
+    from hybridlm.inspect import inspect
+    from hybridlm.training.stages import plan
+
+    training = config.training
+    stages = plan(config)
+    report = inspect(config.model, batch_size=training.micro_batch_size or training.batch_size,
+                     sequence_length=max(stage.sequence_length for stage in stages),
+                     precision="fp32" if training.precision == "fp32" else "bf16", optimizer=config.optimizer.kind,
+                     activation_checkpointing=training.activation_checkpointing)
+    if as_json:
+        rows = [{**vars(stage), "tokens": stage.steps * stage.tokens_per_step} for stage in stages]
+        print(json.dumps({"config": to_dict(config), "stages": rows, "model": report}))
+        return 0
+    show_report(report)
+    for stage in stages:
+        print(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} x {stage.sequence_length} tokens "
+              f"({stage.steps * stage.tokens_per_step:,} in all), lr {stage.lr:g}, trains {' '.join(stage.trainable)}")
+    print(f"run folder {config.run_dir}; nothing was built or written")
+    return 0
+
+
+def prepare_command(argv: Sequence[str]) -> int:
+    parser = Parser("prepare", "Read a data source into token shards, as a run would; it then starts at once.", """\
+  hybridlm prepare data.path=texts/ data.tokenizer=bpe data.tokenizer_vocab_size=8192
+  hybridlm prepare data.path=corpus.jsonl data.text_field=body --json""")
+    parser.overrides()
+    parser.json()
+    args = parser.parse_intermixed_args(argv)
+    config = load(args)
+    from hybridlm.data import check_vocab, prepare
+
+    data = prepare(config.data)
+    check_vocab(data.tokenizer, config.model.vocab_size)
+    report = data.report()
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    tokenizer = report["tokenizer"]
+    print(f"tokenizer {tokenizer['name']}: {tokenizer['vocab_size']} ids, {tokenizer['eos']} ends a text")
+    for source in report["sources"]:
+        for part in ("train", "validation"):
+            counts = source[part]
+            print(f"{source['path']}  {part:<10}  {counts['documents']:,} documents  {counts['tokens']:,} tokens  "
+                  f"{counts['bytes']:,} bytes  longest {counts['longest_document']:,} tokens")
+        print(f"{source['path']}  in {source['folder']}")
+    return 0
