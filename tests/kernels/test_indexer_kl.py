@@ -181,6 +181,20 @@ def test_recall_equals_reference(shape, packed):
     assert got.mass < 1
 
 
+def test_recall_from_the_pass_of_the_loss():
+    q, k, w, main_q, main_k = case(1, 60, 60, 3, 4, 4, 2, 8)
+    index = indexer_topk(q, k, w, 9, cu_seqlens=[0, 25, 60])
+    for backend in ("torch", "reference"):
+        both = indexer_kl(q, k, w, main_q, main_k, recall_of_BTN=index, cu_seqlens=[0, 25, 60], backend=backend)
+        alone = attention_recall(main_q, main_k, index, cu_seqlens=[0, 25, 60])
+        assert both.recall.mass.item() == pytest.approx(alone.mass.item(), rel=1e-10)
+        assert both.recall.agreement.item() == pytest.approx(alone.agreement.item(), rel=1e-10)
+        assert not both.recall.mass.requires_grad
+        assert both.loss == indexer_kl(q, k, w, main_q, main_k, cu_seqlens=[0, 25, 60], backend=backend).loss
+    with pytest.raises(ValueError, match="without indices"):
+        indexer_kl(q, k, w, main_q, main_k, recall_of_BTN=index, indices_BTN=index)
+
+
 def test_recall_by_hand():
     """Attention of one query over four keys with probabilities 0.1, 0.4, 0.2, 0.3."""
     main_q = torch.ones(1, 1, 1, 1)

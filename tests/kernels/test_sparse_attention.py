@@ -1,5 +1,7 @@
 """The indexer's selection, ties above all, and attention over what it selects."""
 
+import itertools
+
 import pytest
 import torch
 from kernel_compare import LargestTensor, assert_same_function, error, tensors
@@ -72,6 +74,22 @@ def test_ties_at_zero_go_to_the_lowest_positions():
             others = [s for s in range(t + 1) if s != 30 or w > 0]
             expected = sorted((best + [s for s in others if s not in best])[:4])
             assert index[0, t].tolist() == expected + [-1] * (4 - len(expected))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("num_first", "num_local"), [(1, 0), (0, 4), (2, 5), (3, 4)])
+def test_first_and_local_keys_are_always_selected(num_first, num_local, packed):
+    q, k, w = index_case(2, 64, 64, 2, 4)
+    cuts = borders(2, 64) if packed else [0, 64, 128]
+    options = {"num_first": num_first, "num_local": num_local, "cu_seqlens": cuts}
+    index = indexer_topk(q, k, w, 7, **options)
+    assert torch.equal(index, indexer_topk(q, k, w, 7, **options, backend="reference"))
+    for start, stop in itertools.pairwise(cuts):
+        for t in range(start, stop):
+            chosen = set(index[t // 64, t % 64].tolist()) - {-1}
+            seen = range(start % 64, t % 64 + 1)
+            assert len(chosen) == min(7, len(seen))
+            assert chosen >= {*seen[:num_first], *(seen[-num_local:] if num_local else ())}
 
 
 def test_selection_by_hand():
@@ -180,6 +198,8 @@ def test_bad_arguments():
             indexer_topk(*bad)
     with pytest.raises(ValueError, match="T == S"):
         indexer_topk(q[:, :4], k, w[:, :4], 3, cu_seqlens=[0, 4, 8])
+    with pytest.raises(ValueError, match="fit into topk"):
+        indexer_topk(q, k, w, 3, num_first=2, num_local=2)
     q, k, v = tensors((2, 8, 4, 8), (2, 8, 2, 8), (2, 8, 2, 8))
     index = torch.zeros(2, 8, 3, dtype=torch.int64)
     for bad in ((q, k[:, :, :1], v, index), (q[:, :, :3], k, v, index), (q, k, v, index[:, :4]),

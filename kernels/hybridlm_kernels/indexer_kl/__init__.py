@@ -18,13 +18,6 @@ ATTENTION_RECALL = register(Operation("attention_recall", (
     Backend("torch", eager.attention_recall), Backend("reference", reference.attention_recall))))
 
 
-class IndexerKL(NamedTuple):
-    """Scalars, fp32 (fp64 for fp64 inputs). Only `loss` has a gradient."""
-
-    loss: Tensor  # nats, mean over the queries that have a key
-    entropy: Tensor  # of softmax(I), nats, mean over the same queries
-
-
 class Recall(NamedTuple):
     """Scalars in 0..1, means over the queries that see more keys than they list (1 if there is none)."""
 
@@ -32,8 +25,16 @@ class Recall(NamedTuple):
     agreement: Tensor  # share of the listed keys that are among as many keys of most attention
 
 
+class IndexerKL(NamedTuple):
+    """Scalars, fp32 (fp64 for fp64 inputs). Only `loss` has a gradient."""
+
+    loss: Tensor  # nats, mean over the queries that have a key
+    entropy: Tensor  # of softmax(I), nats, mean over the same queries
+    recall: Recall | None = None  # of `recall_of`
+
+
 def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor, *,
-               indices_BTN: Tensor | None = None, scale: float | None = None,
+               indices_BTN: Tensor | None = None, recall_of_BTN: Tensor | None = None, scale: float | None = None,
                cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None, backend: str | None = None) -> IndexerKL:
     """KL(p || softmax(I)), with I_ts = sum_j w_tj relu(q_tj . k_s) and p the main attention, summed over heads and
     normalised over keys (DeepSeek-V3.2, section 2.1).
@@ -45,23 +46,28 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
         q_BTJI, k_BSI, w_BTJ: index queries, the last T of S positions; keys; head weights, scales included.
         main_q_BTHK, main_k_BSGK: queries and keys of the attention itself; query head h reads head h // (H/G).
         indices_BTN: integers [B, T, N]: distinct visible positions 0..S-1, or -1 for none. None: all visible keys.
+        recall_of_BTN: another such list, without `indices_BTN`: what `attention_recall` says of it, from the same pass.
         scale: of the main scores; K**-0.5 by default.
         cu_seqlens: borders of packed documents over the flattened B*T tokens (T == S then).
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or both lists.
     """
     batch, queries, heads, dim = q_BTJI.shape
     if k_BSI.dim() != 3 or k_BSI.shape[0] != batch or k_BSI.shape[2] != dim or k_BSI.shape[1] < queries:
         raise ValueError(f"indexer_kl: k must be [{batch}, S >= {queries}, {dim}]; got {list(k_BSI.shape)}")
     if w_BTJ.shape != (batch, queries, heads):
         raise ValueError(f"indexer_kl: w must be {[batch, queries, heads]}; got {list(w_BTJ.shape)}")
-    _check_main("indexer_kl", main_q_BTHK, main_k_BSGK, indices_BTN, (batch, queries, k_BSI.shape[1]))
+    if indices_BTN is not None and recall_of_BTN is not None:
+        raise ValueError("indexer_kl: recall_of needs the attention to all keys: pass it without indices")
+    for index in (indices_BTN, recall_of_BTN):
+        _check_main("indexer_kl", main_q_BTHK, main_k_BSGK, index, (batch, queries, k_BSI.shape[1]))
     cu_seqlens = _borders("indexer_kl", cu_seqlens, q_BTJI, k_BSI.shape[1])
     scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose(INDEXER_KL, Call.of(q_BTJI, k_BSI, w_BTJ, selected=indices_BTN is not None), backend)
-    return IndexerKL(*chosen.run(q_BTJI, k_BSI, w_BTJ, main_q_BTHK.detach(), main_k_BSGK.detach(), indices_BTN,
-                                 scale, cu_seqlens))
+    loss, entropy, *recall = chosen.run(q_BTJI, k_BSI, w_BTJ, main_q_BTHK.detach(), main_k_BSGK.detach(), indices_BTN,
+                                        recall_of_BTN, scale, cu_seqlens)
+    return IndexerKL(loss, entropy, None if recall_of_BTN is None else Recall(*recall))
 
 
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, *, scale: float | None = None,

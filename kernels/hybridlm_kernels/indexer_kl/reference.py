@@ -38,7 +38,8 @@ def main_attention(q_BTHK: Tensor, k_BSGK: Tensor, mask_BTS: Tensor, scale: floa
 
 
 def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor,
-               indices_BTN: Tensor | None, scale: float, cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor]:
+               indices_BTN: Tensor | None, recall_of_BTN: Tensor | None, scale: float,
+               cu_seqlens: CuSeqlens | None) -> tuple[Tensor, ...]:
     """KL and entropy by autograd through log softmax(I)."""
     batch, queries = q_BTJI.shape[:2]
     mask_BTS = support(queries, k_BSI.shape[1], batch, indices_BTN, cu_seqlens, q_BTJI.device)
@@ -50,7 +51,9 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
     count = (~empty_BT1).sum().clamp(min=1)
     loss = (torch.xlogy(p_BTS, p_BTS) - p_BTS * log_q_BTS).sum() / count
     entropy = -(log_q_BTS.exp() * log_q_BTS).sum() / count
-    return loss, entropy.detach()
+    recall = () if recall_of_BTN is None else attention_recall(main_q_BTHK, main_k_BSGK, recall_of_BTN, scale,
+                                                               cu_seqlens)
+    return loss, entropy.detach(), *recall
 
 
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, scale: float,

@@ -32,19 +32,23 @@ def query_blocks(queries: int, elements_a_query: int, device: torch.device) -> I
 
 
 def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor,
-               indices_BTN: Tensor | None, scale: float, cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor]:
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTJI, k_BSI, w_BTJ))
+               indices_BTN: Tensor | None, recall_of_BTN: Tensor | None, scale: float,
+               cu_seqlens: CuSeqlens | None) -> tuple[Tensor, ...]:
+    index = (q_BTJI, k_BSI, w_BTJ)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in index)
     with torch.autocast(q_BTJI.device.type, enabled=False):
-        return _IndexerKL.apply(q_BTJI, k_BSI, w_BTJ, main_q_BTHK, main_k_BSGK, indices_BTN, scale, cu_seqlens, learns)
+        if indices_BTN is not None:
+            return _IndexerKL.apply(*index, _Listed, (main_q_BTHK, main_k_BSGK, scale, indices_BTN), learns)
+        recall = None if recall_of_BTN is None else _RecallSums(recall_of_BTN, k_BSI.device)
+        main = _Main(main_q_BTHK, main_k_BSGK, scale, cu_seqlens, at_least=q_BTJI.shape[2])
+        loss, entropy = _IndexerKL.apply(*index, _Visible, (main, recall), learns)
+    return (loss, entropy) if recall is None else (loss, entropy, *recall.means())
 
 
 class _IndexerKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BTJI, k_BSI, w_BTJ, main_q_BTHK, main_k_BSGK, indices_BTN, scale, cu_seqlens, learns):
-        if indices_BTN is None:
-            sums: _Sums = _Visible(q_BTJI, k_BSI, w_BTJ, main_q_BTHK, main_k_BSGK, scale, cu_seqlens, learns)
-        else:
-            sums = _Listed(q_BTJI, k_BSI, w_BTJ, main_q_BTHK, main_k_BSGK, scale, indices_BTN, learns)
+    def forward(ctx, q_BTJI, k_BSI, w_BTJ, form, arguments, learns):
+        sums = form(q_BTJI, k_BSI, w_BTJ, learns, *arguments)
         loss, entropy = sums.run()
         if learns:
             ctx.save_for_backward(*(g.to(x.dtype) for g, x in zip(sums.grads(), (q_BTJI, k_BSI, w_BTJ), strict=True)))
@@ -54,7 +58,7 @@ class _IndexerKL(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx, dloss, _):
-        return (*(dloss.to(g.dtype) * g for g in ctx.saved_tensors), *(None,) * 6)
+        return (*(dloss.to(g.dtype) * g for g in ctx.saved_tensors), None, None, None)
 
 
 class _Sums(ABC):
@@ -102,10 +106,10 @@ class _Sums(ABC):
 class _Visible(_Sums):
     """All visible keys, in place: a block of queries against the keys up to its last."""
 
-    def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor,
-                 scale: float, cu_seqlens: CuSeqlens | None, learns: bool):
+    def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, learns: bool, main: _Main,
+                 recall: _RecallSums | None):
         super().__init__(q_BTJI, k_BSI, w_BTJ, learns)
-        self.main = _Main(main_q_BTHK, main_k_BSGK, scale, cu_seqlens, at_least=self.heads)
+        self.main, self.recall = main, recall
 
     def count(self) -> Tensor:
         return self.loss.new_tensor(self.batch * self.queries)  # each query sees itself
@@ -119,6 +123,8 @@ class _Visible(_Sums):
             dots = torch.bmm(q_BZI, k_BXI.transpose(1, 2)).relu_().view(self.batch * size, self.heads, high - low)
             score = torch.bmm(w_BQJ.reshape(-1, 1, self.heads), dots).view(self.batch, size, high - low)
             p_BQX = self.main.attention(rows, low, high, seen_BQX)
+            if self.recall is not None:
+                self.recall.add(p_BQX, seen_BQX, rows, low)
             d_BQX = self.add(p_BQX, score.masked_fill_(~seen_BQX, -torch.inf), seen_BQX)
             if self.learns:
                 d_Z1X = d_BQX.view(-1, 1, high - low)
@@ -132,8 +138,8 @@ class _Visible(_Sums):
 class _Listed(_Sums):
     """The listed keys alone, gathered for each query."""
 
-    def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor,
-                 scale: float, indices_BTN: Tensor, learns: bool):
+    def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, learns: bool, main_q_BTHK: Tensor,
+                 main_k_BSGK: Tensor, scale: float, indices_BTN: Tensor):
         super().__init__(q_BTJI, k_BSI, w_BTJ, learns)
         self.main_q_BTHK, self.scale, self.groups = main_q_BTHK, scale, main_k_BSGK.shape[2]
         self.main_k_ZX = main_k_BSGK.flatten(0, 1).flatten(1)
@@ -229,27 +235,35 @@ def _first_keys(cu_seqlens: CuSeqlens, length: int) -> list[int]:
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, scale: float,
                      cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor]:
     with torch.autocast(main_q_BTHK.device.type, enabled=False):
-        return _recall(main_q_BTHK, main_k_BSGK, indices_BTN, scale, cu_seqlens)
+        main, recall = _Main(main_q_BTHK, main_k_BSGK, scale, cu_seqlens), _RecallSums(indices_BTN, main_q_BTHK.device)
+        for rows, low, high, seen_BQX in main.blocks():
+            recall.add(main.attention(rows, low, high, seen_BQX), seen_BQX, rows, low)
+        return recall.means()
 
 
-def _recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, scale: float,
-            cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor]:
-    main = _Main(main_q_BTHK, main_k_BSGK, scale, cu_seqlens)
-    mass = agreement = count = torch.zeros((), dtype=main.k_ZKS.dtype, device=main.device)
-    rank_N = torch.arange(indices_BTN.shape[2], device=main.device)
-    for rows, low, high, seen_BQX in main.blocks():
-        p_BQX = main.attention(rows, low, high, seen_BQX)
-        index_BQN = indices_BTN[:, rows].long()
-        place_BQN = (index_BQN - low).masked_fill((index_BQN < low) | (index_BQN >= high), high - low)
-        listed_BQX = torch.zeros(*seen_BQX.shape[:2], high - low + 1, dtype=torch.bool, device=main.device)
+class _RecallSums:
+    """Adds up what listed keys hold of the attention, over blocks of queries."""
+
+    def __init__(self, indices_BTN: Tensor, device: torch.device):
+        self.indices_BTN = indices_BTN
+        self.rank_N = torch.arange(indices_BTN.shape[2], device=device)
+        self.mass = self.agreement = self.count = torch.zeros((), device=device)
+
+    def add(self, p_BQX: Tensor, seen_BQX: Tensor, rows: slice, low: int) -> None:
+        width = p_BQX.shape[-1]
+        place_BQN = self.indices_BTN[:, rows].long() - low
+        place_BQN = place_BQN.masked_fill((place_BQN < 0) | (place_BQN >= width), width)
+        listed_BQX = torch.zeros(*p_BQX.shape[:2], width + 1, dtype=torch.bool, device=p_BQX.device)
         listed_BQX = listed_BQX.scatter_(-1, place_BQN, True)[..., :-1] & seen_BQX
         n_BQ = listed_BQX.sum(-1)
         chose_BQ = seen_BQX.sum(-1) > n_BQ
-        best = p_BQX.masked_fill(~seen_BQX, -1.0).topk(min(len(rank_N), high - low), dim=-1).indices
-        hits_BQ = (listed_BQX.gather(-1, best) & (rank_N[: best.shape[-1]] < n_BQ[..., None])).sum(-1)
-        mass = mass + ((p_BQX * listed_BQX).sum(-1) * chose_BQ).sum()
-        agreement = agreement + (hits_BQ / n_BQ.clamp(min=1) * chose_BQ).sum().to(mass.dtype)
-        count = count + chose_BQ.sum()
-    none = count == 0
-    return tuple(torch.where(none, 1.0, x / count.clamp(min=1)).to(mass.dtype)  # type: ignore[return-value]
-                 for x in (mass, agreement))
+        best = p_BQX.masked_fill(~seen_BQX, -1.0).topk(min(len(self.rank_N), width), dim=-1).indices
+        hits_BQ = (listed_BQX.gather(-1, best) & (self.rank_N[: best.shape[-1]] < n_BQ[..., None])).sum(-1)
+        self.mass = self.mass + ((p_BQX * listed_BQX).sum(-1) * chose_BQ).sum()
+        self.agreement = self.agreement + (hits_BQ.to(p_BQX.dtype) / n_BQ.clamp(min=1) * chose_BQ).sum()
+        self.count = self.count + chose_BQ.sum()
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        some = self.count > 0
+        mass, agreement = (torch.where(some, x / self.count.clamp(min=1), 1.0) for x in (self.mass, self.agreement))
+        return mass, agreement

@@ -17,7 +17,7 @@ SPARSE_ATTENTION = register(Operation("sparse_attention", (
     Backend("torch", eager.sparse_attention), Backend("reference", reference.sparse_attention))))
 
 
-def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *,
+def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *, num_first: int = 0, num_local: int = 0,
                  cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,
                  backend: str | None = None) -> Tensor:
     """The keys each query attends to: the `topk` visible ones of highest score sum_j w_tj relu(q_tj . k_s).
@@ -30,6 +30,8 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *,
         k_BSI: [B, S, I], one head.
         w_BTJ: [B, T, J].
         topk: how many keys, at least 1.
+        num_first, num_local: the first keys of the document and the last ones up to the query itself are always
+            among the `topk`.
         cu_seqlens: borders of packed documents over the flattened B*T tokens (T == S then); a query sees its
             own document only.
 
@@ -37,7 +39,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *,
         int32 [B, T, topk]: positions in the row (0..S-1), ascending, then -1 where fewer keys are visible.
 
     Raises:
-        ValueError: shapes that do not fit, or topk below 1.
+        ValueError: shapes that do not fit, topk below 1, or more keys always selected than topk.
     """
     batch, queries, heads, dim = q_BTJI.shape
     if k_BSI.dim() != 3 or k_BSI.shape[0] != batch or k_BSI.shape[2] != dim or k_BSI.shape[1] < queries:
@@ -46,6 +48,9 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *,
         raise ValueError(f"indexer_topk: w must be {[batch, queries, heads]}; got {list(w_BTJ.shape)}")
     if topk < 1:
         raise ValueError(f"indexer_topk: topk must be at least 1; got {topk}")
+    if num_first < 0 or num_local < 0 or num_first + num_local > topk:
+        raise ValueError(f"indexer_topk: num_first and num_local must fit into topk={topk}; got {num_first} and "
+                         f"{num_local}")
     if cu_seqlens is not None:
         if k_BSI.shape[1] != queries:
             raise ValueError("indexer_topk: packed documents need T == S; "
@@ -54,7 +59,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *,
         cu_seqlens.check(batch, queries)
     q_BTJI, k_BSI, w_BTJ = q_BTJI.detach(), k_BSI.detach(), w_BTJ.detach()
     chosen = choose(INDEXER_TOPK, Call.of(q_BTJI, k_BSI, w_BTJ), backend)
-    return chosen.run(q_BTJI, k_BSI, w_BTJ, topk, cu_seqlens)
+    return chosen.run(q_BTJI, k_BSI, w_BTJ, topk, cu_seqlens, num_first, num_local)
 
 
 def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, *,

@@ -20,8 +20,8 @@ def indexer_scores(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor) -> Tensor:
     return torch.einsum("btj,btjs->bts", w_BTJ.to(wide), dots_BTJS.relu())
 
 
-def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int,
-                 cu_seqlens: CuSeqlens | None = None) -> Tensor:
+def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seqlens: CuSeqlens | None = None,
+                 num_first: int = 0, num_local: int = 0) -> Tensor:
     """The `topk` visible keys of highest score, ties to the lowest position; ascending, padded with -1."""
     batch, queries = q_BTJI.shape[:2]
     keys = k_BSI.shape[1]
@@ -29,7 +29,10 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int,
     if cu_seqlens is not None:
         document_BT = cu_seqlens.document_ids().view(batch, queries)
         mask_BTS = mask_BTS & (document_BT[:, :, None] == document_BT[:, None, :])
-    score_BTS = indexer_scores(q_BTJI, k_BSI, w_BTJ).masked_fill(~mask_BTS, -torch.inf)
+    rank_BTS = mask_BTS.cumsum(-1)  # 1 at the first visible key
+    always_BTS = (rank_BTS <= num_first) | (rank_BTS > rank_BTS[..., -1:] - num_local)
+    score_BTS = indexer_scores(q_BTJI, k_BSI, w_BTJ).masked_fill(always_BTS, torch.inf)
+    score_BTS = score_BTS.masked_fill(~mask_BTS, -torch.inf)
     order_BTS = torch.sort(score_BTS, dim=-1, descending=True, stable=True).indices[..., :topk]
     order_BTS = order_BTS.masked_fill(~mask_BTS.gather(-1, order_BTS), keys).sort(-1).values
     out_BTN = torch.full((batch, queries, topk), -1, dtype=torch.int32, device=q_BTJI.device)

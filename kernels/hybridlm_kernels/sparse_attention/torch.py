@@ -33,8 +33,8 @@ def query_blocks(queries: int, elements_a_query: int, device: torch.device,
         yield start, min(start + size, queries)
 
 
-def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int,
-                 cu_seqlens: CuSeqlens | None = None) -> Tensor:
+def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seqlens: CuSeqlens | None = None,
+                 num_first: int = 0, num_local: int = 0) -> Tensor:
     batch, queries, heads, _ = q_BTJI.shape
     keys, device = k_BSI.shape[1], q_BTJI.device
     wide = torch.promote_types(q_BTJI.dtype, torch.float32)
@@ -60,6 +60,9 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int,
                 dots.relu_().view(batch * (stop - start), heads, high - low)).view(batch, stop - start, -1)
             s_X = torch.arange(low, high, device=device)
             seen_BQX = (s_X <= position_T[start:stop, None]) & (s_X >= first_BQ1)
+            if num_first or num_local:
+                always = (s_X < first_BQ1 + num_first) | (s_X > position_T[start:stop, None] - num_local)
+                score_BQX = score_BQX.masked_fill_(always & seen_BQX, torch.inf)
             enough = all(keys - queries + t - most[t] + 1 >= topk for t in range(start, stop))
             chosen_BQN = _select(score_BQX, seen_BQX, topk, enough)
             out_BTN[:, start:stop] = torch.where(chosen_BQN < 0, -1, chosen_BQN + low)
