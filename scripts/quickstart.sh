@@ -14,7 +14,7 @@ What to try next (source .venv/bin/activate first):
   hybridlm generate $run --prompt 'class '                    talk to the model
   hybridlm inspect model=kimi_linear_48b                       what a full-size system costs, from its config alone
   hybridlm train model=qwen3_next_tiny training.steps=50   another of the four systems
-  hybridlm train experiment=quickstart model.schedule.ratio=7 run_dir=runs/ratio7    another hybrid ratio
+  hybridlm train experiment=quickstart model.schedule.ratio=1 run_dir=runs/ratio1    another hybrid ratio
   hybridlm train data.path=/your/texts run_dir=runs/mine       your own text, JSONL or parquet
   README.md and docs/                                          the rest
 EOF

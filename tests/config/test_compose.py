@@ -43,8 +43,8 @@ def test_a_run_without_overrides():
 
 
 def test_values_win_over_files_and_reach_keys_no_file_has():
-    config = load_config("train", ["training.steps=7", "training.seed=3", "optimizer.lr=3e-4", "init_from=null",
-                                   "model.mixers.full.window=16", "data.mixture=[{path: a, weight: 2}, {path: b}]",
+    config = load_config("train", ["model=hybrid_tiny", "training.steps=7", "training.seed=3", "optimizer.lr=3e-4",
+                                   "init_from=null", "model.mixers.full.window=16", "data.mixture=[{path: a, weight: 2}, {path: b}]",
                                    "recipe.stages.0.steps=5", "kernels.strict=true"])
     assert (config.training.steps, config.training.seed, config.optimizer.lr) == (7, 3, 3e-4)
     assert config.model.mixers["full"].window == 16
@@ -85,7 +85,8 @@ def test_a_mapping_with_a_kind_replaces_the_old_one():
 
 def test_deleting_a_key_gives_its_default_back():
     assert load_config("train", ["~training.steps"]).training.steps == 1000
-    assert load_config("train", ["optimizer.schedule.kind=wsd", "~optimizer.schedule"]).optimizer.schedule.kind == "cosine"
+    config = load_config("train", ["optimizer.schedule.kind=wsd", "~optimizer.schedule"])
+    assert config.optimizer.schedule.kind == "cosine"
 
 
 def test_a_plus_changes_nothing():
@@ -186,7 +187,7 @@ def test_text_in_quotes_null_and_references():
      "model.schedule.pattern: names no mixer; got []; expected a list of mixer names such as [kda, kda, kda, full]"),
     (["model.schedule.override={40: full}"],
      "model.schedule.override: names a layer the model does not have; got 40; expected a layer between -4 and 3"),
-    (["model.mixers.full.num_kv_heads=3"],
+    (["model=hybrid_tiny", "model.mixers.full.num_kv_heads=3"],
      "model.mixers.full.num_kv_heads: must divide num_heads; got 3; expected a divisor of 4"),
     (["model.feed_forward.num_experts_per_tok=9"], "model.feed_forward.num_experts_per_tok: is more than there are "
      "experts; got 9; expected at most num_experts = 8"),
