@@ -170,12 +170,11 @@ class Segment:
 
 
     def sum_tokens(self, x_PGC1: Tensor) -> Tensor:
-        """[G]: the sum over this segment's tokens, padding left out."""
-        total_G = x_PGC1.sum((0, 2, 3))
+        """[G]: the sum over this segment's tokens. Sets the padding of `x` to zero."""
         if self.padding is not None:
             chunk, position = self.padding
-            total_G -= x_PGC1[chunk, :, position].sum((0, 2))
-        return total_G
+            x_PGC1[chunk, :, position] = 0
+        return x_PGC1.sum((0, 2, 3))
 
 
 class Scan:

@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, autocast
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from ..chunks import Segment, chunk_size, layout_of
 from ..decays import Factors, decay_of, from_groups, restore_decay, to_groups
 from ..packing import CuSeqlens
+from ..precision import plain_backward
 from ..recurrence import math_dtype
 from . import reference
 
@@ -58,7 +58,7 @@ class _DecayAttention(torch.autograd.Function):
         return layout.finish(room, v.shape), layout.unsort(states)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, do: Tensor, d_final: Tensor) -> Any:
         layout, (G, K, V) = ctx.layout, ctx.widths
         segments = layout.segments(G * max(K, V))
@@ -69,15 +69,14 @@ class _DecayAttention(torch.autograd.Function):
         specs = ctx.inputs if need_g and not constant else ctx.inputs[:3]
         rooms = [layout.new_output(*spec) for spec in specs]
         d_constant = d_states.new_zeros(G)
-        with autocast(layout.device.type, enabled=False):
-            for i, segment in reversed(list(enumerate(segments))):
-                live = slice(0, segment.live)
-                grads, d_states[live] = _backward(segment, saved[i * each : (i + 1) * each], ctx.inputs[0][0][2],
-                                                  ctx.scale, segment.gather(do, ctx.dtype), d_states[live], need_g)
-                for room, grad in zip(rooms, grads, strict=False):
-                    segment.scatter(grad, room)
-                if constant:
-                    d_constant += segment.sum_tokens(grads[3])
+        for i, segment in reversed(list(enumerate(segments))):
+            live = slice(0, segment.live)
+            grads, d_states[live] = _backward(segment, saved[i * each : (i + 1) * each], ctx.inputs[0][0][2],
+                                              ctx.scale, segment.gather(do, ctx.dtype), d_states[live], need_g)
+            for room, grad in zip(rooms, grads, strict=False):
+                segment.scatter(grad, room)
+            if constant:
+                d_constant += segment.sum_tokens(grads[3])
         d_inputs = [layout.finish(room, spec[0]) for room, spec in zip(rooms, specs, strict=True)]
         if len(d_inputs) == 3:
             d_inputs.append(d_constant.to(ctx.inputs[3][1]) if constant else None)

@@ -17,12 +17,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, autocast
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from ..chunks import Segment, chunk_size, layout_of
 from ..decays import Factors, decay_of, from_groups, restore_decay, to_groups
 from ..packing import CuSeqlens
+from ..precision import plain_backward
 from ..recurrence import math_dtype
 from ..triangular import block_inverses, solve, solve_transposed
 from . import reference
@@ -64,7 +64,7 @@ class _DeltaRule(torch.autograd.Function):
         return layout.finish(room, v.shape), layout.unsort(states)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, do: Tensor, d_final: Tensor) -> Any:
         layout, (G, K, V) = ctx.layout, ctx.widths
         segments = layout.segments(G * max(K, V))
@@ -74,14 +74,13 @@ class _DeltaRule(torch.autograd.Function):
         needed = [spec is not None and need for spec, need in zip(ctx.inputs, ctx.needs_input_grad, strict=False)]
         rooms = [layout.new_output(*spec) if need else None
                  for spec, need in zip(ctx.inputs, needed, strict=True)]
-        with autocast(layout.device.type, enabled=False):
-            for i, segment in reversed(list(enumerate(segments))):
-                live = slice(0, segment.live)
-                grads, d_states[live] = _backward(segment, saved[i * each : (i + 1) * each], ctx.inputs[0][0][2],
-                                                  ctx.scale, segment.gather(do, ctx.dtype), d_states[live], needed)
-                for room, grad in zip(rooms, grads, strict=True):
-                    if room is not None:
-                        segment.scatter(grad, room)
+        for i, segment in reversed(list(enumerate(segments))):
+            live = slice(0, segment.live)
+            grads, d_states[live] = _backward(segment, saved[i * each : (i + 1) * each], ctx.inputs[0][0][2],
+                                              ctx.scale, segment.gather(do, ctx.dtype), d_states[live], needed)
+            for room, grad in zip(rooms, grads, strict=True):
+                if room is not None:
+                    segment.scatter(grad, room)
         d_inputs = [None if room is None else layout.finish(room, spec[0])
                     for room, spec in zip(rooms, ctx.inputs, strict=True)]
         d_state = layout.unsort(d_states).to(ctx.state_dtype) if ctx.needs_input_grad[5] else None

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, autocast
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from ..packing import CuSeqlens
+from ..precision import plain_backward
 from ..recurrence import math_dtype
 
 # Numbers of one tensor worked on at a time: several of that size stay in the second-level cache of a CPU.
@@ -56,24 +56,23 @@ class _ShortConv(torch.autograd.Function):
         return rows.collect(y_EC).to(x.dtype).contiguous(), rows.ends(x_EC).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> Any:
         x_EC, taps_WC, z_EC = ctx.saved_tensors
         rows: _Rows = ctx.rows
-        with autocast(x_EC.device.type, enabled=False):
-            dy_EC = rows.spread(dy, None, x_EC.dtype)
-            dx_EC = torch.zeros_like(x_EC)
-            d_taps, d_bias = torch.zeros_like(taps_WC), taps_WC.new_zeros(taps_WC.shape[1])
-            for a, b in rows.blocks():
-                dz = dy_EC[a:b]
-                if z_EC is not None:
-                    dz = torch.ops.aten.silu_backward(dz, z_EC[a:b])
-                for w in range(rows.taps):
-                    rows.shifted(dx_EC, a, b, w).addcmul_(dz, taps_WC[w])
-                    d_taps[w] += (dz * rows.shifted(x_EC, a, b, w)).sum(0)
-                if ctx.dtypes[2] is not None:
-                    d_bias += dz.sum(0)
-            rows.add_to_ends(dx_EC, d_final)
+        dy_EC = rows.spread(dy, None, x_EC.dtype)
+        dx_EC = torch.zeros_like(x_EC)
+        d_taps, d_bias = torch.zeros_like(taps_WC), taps_WC.new_zeros(taps_WC.shape[1])
+        for a, b in rows.blocks():
+            dz = dy_EC[a:b]
+            if z_EC is not None:
+                dz = torch.ops.aten.silu_backward(dz, z_EC[a:b])
+            for w in range(rows.taps):
+                rows.shifted(dx_EC, a, b, w).addcmul_(dz, taps_WC[w])
+                d_taps[w] += (dz * rows.shifted(x_EC, a, b, w)).sum(0)
+            if ctx.dtypes[2] is not None:
+                d_bias += dz.sum(0)
+        rows.add_to_ends(dx_EC, d_final)
         grads = rows.collect(dx_EC), d_taps.t(), d_bias, rows.starts(dx_EC)
         return *(None if dtype is None else grad.to(dtype)
                  for grad, dtype in zip(grads, ctx.dtypes, strict=True)), None, None

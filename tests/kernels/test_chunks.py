@@ -1,0 +1,78 @@
+"""The layout of documents in chunks, and the block solver: small facts the recurrences rest on."""
+
+import pytest
+import torch
+
+from hybridlm_kernels import CuSeqlens
+from hybridlm_kernels.chunks import SEGMENT_NUMBERS, Layout, layout_of
+from hybridlm_kernels.triangular import block_inverses, solve, solve_transposed
+
+CPU = torch.device("cpu")
+
+
+def test_documents_alive_at_a_step_are_a_prefix():
+    layout = Layout(1, 70, 16, [3, 40, 16, 11], True, CPU)
+    assert layout.counts == [4, 1, 1]  # 40 tokens need three chunks, the others one
+    assert layout.starts == [0, 4, 5, 6]
+    tokens = torch.arange(70.0).view(1, 70, 1, 1)
+    (segment,) = layout.segments(1)
+    chunks = segment.gather(tokens, torch.float32)[:, 0, :, 0]
+    assert chunks[0].tolist() == list(range(3, 19))  # the longest document first
+    assert chunks[4].tolist() == list(range(19, 35))
+    assert chunks[5].tolist() == [*range(35, 43), *[0] * 8]
+    assert chunks[3].tolist() == [0, 1, 2, *[0] * 13]  # the shortest last, its padding zero
+
+
+@pytest.mark.parametrize("borders", [None, [0, 5, 30, 31, 60]])
+@pytest.mark.parametrize("numbers", [1, 10**9])
+def test_scatter_undoes_gather(borders, numbers, monkeypatch):
+    monkeypatch.setitem(SEGMENT_NUMBERS, "cpu", numbers)
+    cu_seqlens = None if borders is None else CuSeqlens(borders)
+    layout = (Layout(2, 30, 16, [30, 30], False, CPU) if borders is None
+              else layout_of(2, 30, 16, cu_seqlens, CPU))
+    x = torch.randn(2, 30, 3, 4)
+    room = layout.new_output(x.shape, x.dtype)
+    segments = layout.segments(4)
+    assert len(segments) == (2 if numbers == 1 else 1)
+    for segment in segments:
+        segment.scatter(segment.gather(x, x.dtype), room)
+    assert torch.equal(layout.finish(room, x.shape), x)
+
+
+def test_layouts_are_kept_with_their_borders():
+    borders = CuSeqlens([0, 5, 40])
+    assert layout_of(1, 40, 16, borders, CPU) is layout_of(1, 40, 16, borders, CPU)
+    assert layout_of(1, 40, 32, borders, CPU) is not layout_of(1, 40, 16, borders, CPU)
+
+
+def test_states_go_to_the_order_of_lengths_and_back():
+    layout = Layout(1, 70, 16, [3, 40, 16, 11], True, CPU)
+    states = torch.arange(4.0).view(4, 1, 1, 1)
+    ordered = layout.new_states(states, (1, 1, 1), torch.float32)
+    assert ordered.flatten().tolist() == [1, 2, 3, 0]
+    assert torch.equal(layout.unsort(ordered), states)
+
+
+@pytest.mark.parametrize("C", [16, 32, 64])
+@pytest.mark.parametrize("with_beta", [False, True])
+def test_block_solver(C, with_beta):
+    generator = torch.Generator().manual_seed(C)
+    L = torch.randn(3, C, C, dtype=torch.float64, generator=generator).tril(-1) * 0.3
+    beta = torch.rand(3, C, 1, dtype=torch.float64, generator=generator) if with_beta else None
+    R = torch.randn(3, C, 5, dtype=torch.float64, generator=generator)
+    system = torch.eye(C, dtype=torch.float64) + (L if beta is None else L * beta.mT)
+    inverses = block_inverses(L, beta)
+    left, right = solve(L, beta, inverses, R, (2, 3))
+    torch.testing.assert_close(system @ torch.cat([left, right], -1), R)
+    Y, residual = solve_transposed(L, beta, inverses, R)
+    torch.testing.assert_close(system.mT @ Y, R if beta is None else beta * R)
+    torch.testing.assert_close(Y, residual if beta is None else beta * residual)
+
+
+def test_identical_keys_do_not_lose_digits():
+    """The inverse of all-ones below the diagonal has entries of at most one; powers of it do not."""
+    L = torch.ones(1, 64, 64).tril(-1)
+    R = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
+    (Z,) = solve(L, None, block_inverses(L, None), R, (4,))
+    expected = torch.linalg.solve_triangular(L.double(), R.double(), upper=False, unitriangular=True)
+    assert (Z - expected).abs().max() < 1e-5
