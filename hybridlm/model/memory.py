@@ -51,7 +51,7 @@ def training_memory(config: ModelConfig, *, batch_size: int, sequence_length: in
 
 
 def optimizer_bytes(config: ModelConfig, optimizer: Optimizer) -> int:
-    """Two fp32 moments a parameter with AdamW. Muon keeps one for hidden matrices, which are all but the tables."""
+    """Two fp32 moments a parameter with AdamW; Muon keeps one for hidden matrices, here taken as all but the tables."""
     count = count_parameters(config)
     moments = 2 * count.total_with_mtp
     if optimizer == "muon":
