@@ -36,6 +36,8 @@ class HybridLM(nn.Module):
 
     Made on a real device it has fresh weights of seed 0. Made under `torch.device("meta")` it allocates nothing;
     `to_empty(device=...)` and `init_weights(seed)` then make it usable.
+    `loss_weights` replaces weights of the config in the loss, by the names of `ModelOutput.losses`: a training stage
+    may leave out what it does not train.
     `activation_checkpointing` keeps only the layers' inputs in training and computes the rest again in the backward.
     """
 
@@ -43,6 +45,7 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.loss_weights: dict[str, float] = {}
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, name, i) for i, name in enumerate(config.layers()))
         self.norm = RMSNorm.of(config.norm, config.hidden_size)
@@ -93,7 +96,7 @@ class HybridLM(nn.Module):
         totals = AuxTotals()
         h_BTD = self.embed(input_ids)
         for i, layer in enumerate(self.blocks):
-            h_BTD = self._run(layer, h_BTD, seq, totals, *([] if state is None else [state.layers[i]]))
+            h_BTD = self._run(layer, str(i), h_BTD, seq, totals, *([] if state is None else [state.layers[i]]))
         x_BTD = self.norm(h_BTD)
         if state is not None:
             state.length += input_ids.shape[1]
@@ -182,7 +185,7 @@ class HybridLM(nn.Module):
                              f"got {list(targets.shape)}")
         return targets
 
-    def _run(self, module: Block | MTPModule, h_BTD: Tensor, seq: SequenceInfo, totals: AuxTotals,
+    def _run(self, module: Block | MTPModule, label: str, h_BTD: Tensor, seq: SequenceInfo, totals: AuxTotals,
              *extra: Any) -> Tensor:
         """One layer, checkpointed if asked; its aux goes to `totals` and its loads to its buffers, once."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
@@ -190,31 +193,31 @@ class HybridLM(nn.Module):
         else:
             h_BTD, aux = module(h_BTD, seq, *extra)
         block = module.block if isinstance(module, MTPModule) else module
-        totals.add(block.mixer.f, aux["mixer"])
-        totals.add(block.feed_forward.f, aux["feed_forward"])
+        totals.add(block.mixer.f, aux["mixer"], label)
+        totals.add(block.feed_forward.f, aux["feed_forward"], label)
         if self.training:
             block.record(aux)
         return h_BTD
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, input_ids: Tensor, targets_BTd: Tensor, seq: SequenceInfo,
                 totals: AuxTotals, whole: WholeBatch | None) -> None:
-        config, losses = self.config, output.losses
+        config, losses, weights = self.config, output.losses, self.loss_weights
         counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if whole is None else whole.targets
         losses["lm"], z, output.num_tokens = self._cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
                                                                  config.z_loss)
-        loss = losses["lm"]
+        loss = losses["lm"] * weights["lm"] if "lm" in weights else losses["lm"]
         if config.z_loss:
             losses["z"] = z
-            loss = loss + config.z_loss * z
+            loss = loss + weights.get("z", config.z_loss) * z
         if config.mtp.depth:
             by_depth = []
             for k, module in enumerate(self.mtp, start=1):
                 ahead_BTD = self.embed(tokens_ahead(input_ids, targets_BTd, k, seq.cu_seqlens))
-                x_BTD = self._run(module, x_BTD, seq, totals, ahead_BTD)  # type: ignore[arg-type]
+                x_BTD = self._run(module, f"mtp{k}", x_BTD, seq, totals, ahead_BTD)  # type: ignore[arg-type]
                 by_depth.append(self._cross_entropy(x_BTD, targets_BTd[..., k], counts[k])[0])
             losses["mtp"] = torch.stack(by_depth).mean()
-            loss = loss + config.mtp.loss_weight * losses["mtp"]
-        means, weighted = totals.losses(1.0 if whole is None else input_ids.numel() / whole.tokens)
+            loss = loss + weights.get("mtp", config.mtp.loss_weight) * losses["mtp"]
+        means, weighted = totals.losses(1.0 if whole is None else input_ids.numel() / whole.tokens, weights)
         losses.update(means)
         output.loss = sum(weighted, start=loss)
 

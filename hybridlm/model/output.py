@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ class ModelOutput:
 
     `loss` is what is trained: the weighted sum of `losses`. Those are scalars, not weighted: `lm` and `mtp` nats a
     token, `z` mean of logsumexp^2, `balance` 1 where experts are balanced. `stats` are scalars without gradient,
-    each the mean over the layers that have it, with the extremes as `<name>_min` and `<name>_max`.
+    each the mean over the layers that have it, with the extremes as `<name>_min` and `<name>_max`; some also stand
+    for each layer, as `<name>/<layer>`.
     `num_tokens` is how many tokens the `lm` loss is a mean over.
     """
 
@@ -59,19 +60,28 @@ class AuxTotals:
     def __init__(self) -> None:
         self._losses: dict[str, list[tuple[float, Tensor]]] = {}
         self._stats: dict[str, list[Tensor]] = {}
+        self._by_layer: dict[str, Tensor] = {}
 
-    def add(self, f: nn.Module, aux: Aux) -> None:
-        """The aux of the mixer or feed-forward `f`."""
+    def add(self, f: nn.Module, aux: Aux, layer: str) -> None:
+        """The aux of the mixer or feed-forward `f` of a layer."""
         weights = getattr(f, "loss_weights", {})
         for key, value in aux.items():
             group, _, name = key.partition("/")
             if group == "loss":
                 self._losses.setdefault(name, []).append((weights.get(name, 0.0), value))
-            elif group == "stat":
+            elif group in ("stat", "layer"):
                 self._stats.setdefault(name, []).append(value.detach())
+                if group == "layer":
+                    self._by_layer[f"{name}/{layer}"] = value.detach()
 
-    def losses(self, share: float = 1.0) -> tuple[dict[str, Tensor], Iterable[Tensor]]:
-        """Each loss averaged over its layers, and the weighted terms of the model's loss; all times `share`."""
+    def losses(self, share: float = 1.0, weights: Mapping[str, float] | None = None,
+               ) -> tuple[dict[str, Tensor], Iterable[Tensor]]:
+        """Each loss averaged over its layers, and the weighted terms of the model's loss; all times `share`.
+
+        `weights` replace those of the layers' own configs, by name.
+        """
+        for name in set(weights or ()) & set(self._losses):
+            self._losses[name] = [(weights[name], value) for _, value in self._losses[name]]  # type: ignore[index]
         means = {name: torch.stack([v for _, v in terms]).mean() * share for name, terms in self._losses.items()}
         weighted = [weight * share / len(terms) * value
                     for terms in self._losses.values() for weight, value in terms if weight]
@@ -82,4 +92,4 @@ class AuxTotals:
         for name, values in self._stats.items():
             stacked = torch.stack(values)
             out[name], out[f"{name}_min"], out[f"{name}_max"] = stacked.mean(), stacked.min(), stacked.max()
-        return out
+        return out | self._by_layer

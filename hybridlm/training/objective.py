@@ -11,6 +11,7 @@ from torch import nn
 from hybridlm.distributed.engine import Contribution, Objective
 from hybridlm.model.output import WholeBatch
 
+GROUPS = {"router": "moe", "indexer": "dsa"}  # a statistic's group in the records, by how its name begins
 # The panel from the step's own loads (`metrics.router_panel`) says these exactly; those of a part would not.
 FROM_LOADS = ("max_violation", "dead_experts")
 
@@ -30,7 +31,8 @@ def language_model(whole: WholeBatch) -> Objective:
         share = part.input_ids.numel() / whole.tokens
         for name, value in output.stats.items():
             if not name.startswith(FROM_LOADS):
-                values[f"{'moe' if name.startswith('router') else 'stat'}/{name}"] = value * share
+                group = next((group for start, group in GROUPS.items() if name.startswith(start)), "stat")
+                values[f"{group}/{name}"] = value * share
         return Contribution(output.loss, values)
 
     return contribute

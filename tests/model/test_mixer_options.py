@@ -173,7 +173,7 @@ def selections(layers, x, order=None, seq=None):
     found = {}
     for i in range(len(layers)) if order is None else order:
         # Every layer gets its own input, so that their selections differ.
-        found[i] = layers[i].select(x * (i + 1) + i, x.roll(i, -1), seq, None)
+        found[i] = layers[i].select(x * (i + 1) + i, x.roll(i, -1), seq, None).indices
     return found, seq
 
 

@@ -131,13 +131,14 @@ class Attention(IndexedMixer):
         v_BSGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
         if state is not None:
             k_BSGK, v_BSGK = state.keys.append(k_BSGK), state.values.append(v_BSGK)
-        indices_BTk = self.select(x_BTD, x_BTD, seq, None if state is None else state.index_keys)
-        if indices_BTk is None:
+        selection = self.select(x_BTD, x_BTD, seq, None if state is None else state.index_keys)
+        aux = self.observe(selection, q_BTHK, k_BSGK, seq)
+        if selection.indices is None:
             o_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, window=self.config.window, sinks_H=self.sinks,
                                cu_seqlens=seq.cu_seqlens)
         else:
-            o_BTHK = sparse_attention(q_BTHK, k_BSGK, v_BSGK, indices_BTk)
-        return self.o_proj(gate_output(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), {}
+            o_BTHK = sparse_attention(q_BTHK, k_BSGK, v_BSGK, selection.indices)
+        return self.o_proj(gate_output(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:
         if norm is not None and self.config.qk_norm == "full":

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from hybridlm.model.config import LayerContext, MixerConfig
 from hybridlm.model.sequence import SequenceInfo
 
-Aux = dict[str, Tensor]  # named losses ("loss/...") and statistics ("stat/...") of one layer
+# Of one layer: named losses ("loss/..."), and statistics that are reported over all layers ("stat/...") or also for
+# each ("layer/...").
+Aux = dict[str, Tensor]
 
 
 class SequenceMixer(nn.Module):

@@ -9,7 +9,7 @@ B rows, T tokens, S keys, D hidden size, J index heads (Hi), I index head dim (D
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from hybridlm.errors import ConfigError
 from hybridlm.model.cache import TokenCache
 from hybridlm.model.config import LayerContext, require
-from hybridlm.model.mixers.base import SequenceMixer
+from hybridlm.model.mixers.base import Aux, SequenceMixer
 from hybridlm.model.mixers.cost import visible_keys
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import indexer_topk
+from hybridlm_kernels import attention_recall, indexer_kl, indexer_topk
 
 AttentionMode = Literal["dense", "sparse"]
+IndexTensors = tuple[Tensor, Tensor, Tensor]  # queries [B, T, J, I], keys [B, T, I], head weights [B, T, J]
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,8 @@ class IndexerConfig:
 
     `rope_kind` rotates the first `rope_dim` dims of index queries and keys with theta and scaling of the mixer's own
     RoPE; `rope_dim` null takes `qk_rope_head_dim` (mla) or the rotated share of `head_dim` (attention).
+    `num_first` tokens of the document and the `num_local` last ones (the token itself included) are always among the
+    `topk`. `loss_weight`: of KL(attention || softmax(I)), the loss that trains the indexer; 0 leaves it untrained.
     `share`: this layer has no indexer of its own and reads the keys that the nearest earlier indexed layer selected.
     `mode` is what `mixer.attention_mode` starts as: `dense` keeps the parameters and attends to everything (warm-up).
     """
@@ -40,15 +43,22 @@ class IndexerConfig:
     num_heads: int = 64
     head_dim: int = 128
     topk: int = 2048
+    num_first: int = 0
+    num_local: int = 0
     rope_kind: Literal["half", "interleaved", "none"] = "half"
     rope_dim: int | None = None
     norm_eps: float = 1e-6
+    loss_weight: float = 1.0
     share: bool = False
     mode: AttentionMode = "sparse"
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "topk", "norm_eps"):
             require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        for key in ("num_first", "num_local", "loss_weight"):
+            require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key))
+        require(self.num_first + self.num_local <= self.topk, "num_local", "does not fit into topk beside num_first",
+                got=self.num_local, expected=f"at most {self.topk - self.num_first}")
 
     def check_rope(self, mixer_dim: int) -> None:
         """Raise ConfigError unless the index heads can be rotated in a mixer that rotates `mixer_dim` dims."""
@@ -82,7 +92,7 @@ class Indexer(nn.Module):
 
     def __init__(self, config: IndexerConfig, context: LayerContext, query_dim: int, rope: RopeConfig, rope_dim: int):
         super().__init__()
-        self.config, self.rope = config, rope
+        self.config, self.rope, self.topk = config, rope, config.topk
         self.rope_dim = rope_dim if config.rope_dim is None else config.rope_dim
         width = config.num_heads * config.head_dim
         self.q_proj = nn.Linear(query_dim, width, bias=False)
@@ -124,11 +134,26 @@ class Indexer(nn.Module):
         k_BSI = None
         if cache is not None:
             k_BSI = cache.append(self.keys(x_BTD, seq))
-        if longest_document(x_BTD, seq, 0 if k_BSI is None else k_BSI.shape[1]) <= self.config.topk:
+        if longest_document(x_BTD, seq, 0 if k_BSI is None else k_BSI.shape[1]) <= self.topk:
             return None
         k_BSI = self.keys(x_BTD, seq) if k_BSI is None else k_BSI
         q_BTJI, w_BTJ = self.queries(x_BTD, query_input_BTQ, seq)
-        return indexer_topk(q_BTJI, k_BSI, w_BTJ, self.config.topk, cu_seqlens=seq.cu_seqlens)
+        return self.choose((q_BTJI, k_BSI, w_BTJ), seq)
+
+    def tensors(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo) -> IndexTensors:
+        """Queries, keys and head weights, differentiable in the indexer's parameters alone."""
+        x_BTD, query_input_BTQ = x_BTD.detach(), query_input_BTQ.detach()
+        q_BTJI, w_BTJ = self.queries(x_BTD, query_input_BTQ, seq)
+        return q_BTJI, self.keys(x_BTD, seq), w_BTJ
+
+    def choose(self, index: IndexTensors, seq: SequenceInfo) -> Tensor | None:
+        """The selection of all tokens of a batch; None when everything fits into `topk`."""
+        if longest_document(index[1], seq, 0) <= self.topk:
+            return None
+        config = self.config
+        return indexer_topk(*index, self.topk, num_first=min(config.num_first, self.topk),
+                            num_local=min(config.num_local, self.topk - min(config.num_first, self.topk)),
+                            cu_seqlens=seq.cu_seqlens)
 
 
 def longest_document(x_BTD: Tensor, seq: SequenceInfo, cached: int) -> int:
@@ -170,8 +195,25 @@ class Selections:
         return self.by_layer[source]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What attention reads, and what the indexer's loss needs.
+
+    `indices`: the keys of each token, [B, T, k] with -1 for none, or None for all. `chosen`: what the indexer would
+    select, whether or not attention follows it. `index` is None where nothing is learned or measured.
+    """
+
+    indices: Tensor | None = None
+    chosen: Tensor | None = None
+    index: IndexTensors | None = None
+
+
 class IndexedMixer(SequenceMixer):
-    """Base of mixers with the option `indexer`: holds the indexer and the mode that a training stage may switch."""
+    """Base of mixers with the option `indexer`: holds the indexer, its loss, and what a training stage may switch.
+
+    `measuring`: also report the recall of the selection where that costs a pass over the dense attention, and in
+    evaluation. `kl_weight`: as `loss_weight` of the config.
+    """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ("k_norm.weight", "k_norm.bias", "weights_proj.weight")
 
@@ -179,11 +221,13 @@ class IndexedMixer(SequenceMixer):
         super().__init__()
         self.indexer_config, self.layer_index = config, context.layer_index
         self._attention_mode: AttentionMode = "dense" if config is None else config.mode
+        self.kl_weight = 0.0 if config is None else config.loss_weight
+        self.measuring = False
+        self.indexer: Indexer | None = None
 
     def build_indexer(self, context: LayerContext, query_dim: int, rope: RopeConfig, rope_dim: int) -> None:
         """Add the `indexer` submodule (last, so that a dense mixer's parameters keep their order)."""
         config = self.indexer_config
-        self.indexer = None
         if config is not None and not config.share:
             self.indexer = Indexer(config, context, query_dim, rope, rope_dim)
 
@@ -199,18 +243,58 @@ class IndexedMixer(SequenceMixer):
                 expected="dense", hint="give the mixer an `indexer` section")
         self._attention_mode = mode
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"indexer_kl": self.kl_weight}
+
+    @property
+    def learns(self) -> bool:
+        """Whether a forward now computes the loss of the indexer for its gradient."""
+        return (self.indexer is not None and self.training and torch.is_grad_enabled() and self.kl_weight > 0
+                and any(p.requires_grad for p in self.indexer.parameters()))
+
     def select(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo,
-               cache: TokenCache | None) -> Tensor | None:
-        """The keys that attention may read [B, T, k], or None for all. No gradient passes."""
+               cache: TokenCache | None) -> Selection:
+        """The keys that attention may read. No gradient passes to the inputs."""
         if self.indexer_config is None:
-            return None
-        if self._attention_mode == "dense":
-            indices = None
-        elif self.indexer is None:
-            return Selections.of(seq).nearest(self.layer_index)
-        else:
+            return Selection()
+        dense = self._attention_mode == "dense"
+        if self.indexer is None:
+            return Selection(None if dense else Selections.of(seq).nearest(self.layer_index))
+        index = chosen = None
+        if cache is None and (self.measuring or self.learns):
+            with torch.set_grad_enabled(self.learns):
+                index = self.indexer.tensors(x_BTD, query_input_BTQ, seq)
+            chosen = self.indexer.choose(index, seq)
+        elif not dense:
             with torch.no_grad():
-                indices = self.indexer(x_BTD, query_input_BTQ, seq, cache)
-        if not self.indexer_config.share:
-            Selections.of(seq).leave(self.layer_index, indices)
-        return indices
+                chosen = self.indexer(x_BTD, query_input_BTQ, seq, cache)
+        indices = None if dense else chosen
+        Selections.of(seq).leave(self.layer_index, indices)
+        return Selection(indices, chosen, index)
+
+    def observe(self, selection: Selection, q_BTHK: Tensor, k_BTGK: Tensor, seq: SequenceInfo,
+                scale: float | None = None) -> Aux:
+        """The loss of the indexer and its statistics, from the main attention's queries and keys.
+
+        The loss is over the keys that attention reads: all of them, or the selected. Recall is against the dense
+        attention; it comes with a dense layer's loss and is measured apart in a sparse one.
+        """
+        if selection.index is None:
+            return {}
+        options: dict[str, Any] = {"scale": scale, "cu_seqlens": seq.cu_seqlens}
+        everything, chosen = selection.indices is None, selection.chosen
+        result = indexer_kl(*selection.index, q_BTHK, k_BTGK, indices_BTN=selection.indices,
+                            recall_of_BTN=chosen if everything else None, **options)
+        recall = result.recall
+        if self.measuring and not everything:
+            assert selection.indices is not None
+            recall = attention_recall(q_BTHK, k_BTGK, selection.indices, **options)
+        aux = {"loss/indexer_kl": result.loss, "layer/indexer_kl": result.loss.detach(),
+               "layer/indexer_entropy": result.entropy}
+        if recall is not None:
+            aux |= {"layer/indexer_recall": recall.mass, "layer/indexer_agreement": recall.agreement}
+        elif chosen is None:  # every key is selected
+            one = torch.ones_like(result.entropy)
+            aux |= {"layer/indexer_recall": one, "layer/indexer_agreement": one}
+        return aux

@@ -25,7 +25,7 @@ from hybridlm.model.config import LayerContext, MixerConfig, NormConfig, require
 from hybridlm.model.mixers.attention import OutputGate, build_output_gate, gate_output
 from hybridlm.model.mixers.base import Aux, register_mixer
 from hybridlm.model.mixers.cost import visible_keys
-from hybridlm.model.mixers.indexer import IndexedMixer, IndexerConfig
+from hybridlm.model.mixers.indexer import IndexedMixer, IndexerConfig, Selection
 from hybridlm.model.mixers.init import init_projections
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
@@ -145,16 +145,16 @@ class MLA(IndexedMixer):
         c_BTC = self.kv_a_norm(c_BTC)
         r_BTR = rotate(r_BTR[:, :, None], config.rope, config.qk_rope_head_dim, seq)[:, :, 0]
         latent_BSL = None if state is None else state.latent.append(torch.cat([c_BTC, r_BTR], -1))
-        indices_BTk = self.select(x_BTD, input_BTQ, seq, None if state is None else state.index_keys)
-        if self._absorbs(x_BTD.shape[1], indices_BTk):
+        selection = self.select(x_BTD, input_BTQ, seq, None if state is None else state.index_keys)
+        if self._absorbs(x_BTD.shape[1], selection.indices):
             if latent_BSL is None:
                 latent_BSL = torch.cat([c_BTC, r_BTR], -1)
-            o_BTHV = self._absorbed(q_BTHK, latent_BSL, seq, indices_BTk)
+            o_BTHV, aux = self._absorbed(q_BTHK, latent_BSL, seq, selection)
         else:
             if latent_BSL is not None:
                 c_BTC, r_BTR = latent_BSL.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-            o_BTHV = self._expanded(q_BTHK, c_BTC, r_BTR, seq, indices_BTk)
-        return self.o_proj(gate_output(o_BTHV, x_BTD, self.g_proj, config.output_gate)), {}
+            o_BTHV, aux = self._expanded(q_BTHK, c_BTC, r_BTR, seq, selection)
+        return self.o_proj(gate_output(o_BTHV, x_BTD, self.g_proj, config.output_gate)), aux
 
     def _absorbs(self, queries: int, indices_BTk: Tensor | None) -> bool:
         """Whether the absorbed form does less work.
@@ -174,8 +174,16 @@ class MLA(IndexedMixer):
         q_BTHN, q_BTHR = q_BTHK.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         return q_BTHN, rotate(q_BTHR, config.rope, config.qk_rope_head_dim, seq)
 
+    def _attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: SequenceInfo,
+                selection: Selection) -> tuple[Tensor, Aux]:
+        """Attention over all keys or the selected ones, and what the indexer has to learn from it."""
+        aux = self.observe(selection, q_BTHK, k_BSGK, seq, self.scale)
+        if selection.indices is None:
+            return attention(q_BTHK, k_BSGK, v_BSGV, scale=self.scale, cu_seqlens=seq.cu_seqlens), aux
+        return sparse_attention(q_BTHK, k_BSGK, v_BSGV, selection.indices, scale=self.scale), aux
+
     def _expanded(self, q_BTHK: Tensor, c_BSC: Tensor, r_BSR: Tensor, seq: SequenceInfo,
-                  indices_BTk: Tensor | None) -> Tensor:
+                  selection: Selection) -> tuple[Tensor, Aux]:
         """o [B, T, H, V] by the keys and values of every head."""
         config = self.config
         if config.rope.kind != "none":
@@ -184,11 +192,10 @@ class MLA(IndexedMixer):
         k_BSHK, v_BSHV = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
         if config.qk_rope_head_dim:
             k_BSHK = torch.cat([k_BSHK, r_BSR[:, :, None].expand(-1, -1, config.num_heads, -1)], -1)
-        if indices_BTk is not None:
-            return sparse_attention(q_BTHK, k_BSHK, v_BSHV, indices_BTk, scale=self.scale)
-        return attention(q_BTHK, k_BSHK, v_BSHV, scale=self.scale, cu_seqlens=seq.cu_seqlens)
+        return self._attend(q_BTHK, k_BSHK, v_BSHV, seq, selection)
 
-    def _absorbed(self, q_BTHK: Tensor, latent_BSL: Tensor, seq: SequenceInfo, indices_BTk: Tensor | None) -> Tensor:
+    def _absorbed(self, q_BTHK: Tensor, latent_BSL: Tensor, seq: SequenceInfo,
+                  selection: Selection) -> tuple[Tensor, Aux]:
         """o [B, T, H, V] by one key and value for all heads: the latent itself, L = C + R wide."""
         config = self.config
         up_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))
@@ -196,12 +203,8 @@ class MLA(IndexedMixer):
         q_BTHN, q_BTHR = self._split_queries(q_BTHK, seq)
         q_BTHL = torch.cat([torch.einsum("bthn,hnc->bthc", q_BTHN, up_HNC), q_BTHR], -1)
         k_BS1L = latent_BSL[:, :, None]
-        v_BS1C = k_BS1L[..., : config.kv_lora_rank]
-        if indices_BTk is None:
-            o_BTHC = attention(q_BTHL, k_BS1L, v_BS1C, scale=self.scale, cu_seqlens=seq.cu_seqlens)
-        else:
-            o_BTHC = sparse_attention(q_BTHL, k_BS1L, v_BS1C, indices_BTk, scale=self.scale)
-        return torch.einsum("bthc,hvc->bthv", o_BTHC, up_HVC)
+        o_BTHC, aux = self._attend(q_BTHL, k_BS1L, k_BS1L[..., : config.kv_lora_rank], seq, selection)
+        return torch.einsum("bthc,hvc->bthv", o_BTHC, up_HVC), aux
 
     def new_state(self, batch: int, max_length: int) -> LatentState:
         return LatentState.empty(max_length)
