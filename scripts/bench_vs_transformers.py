@@ -212,7 +212,7 @@ def main() -> None:
     import transformers
 
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-             "threads": args.threads, "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC")}}
+             "threads": args.threads, "environment": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC", "OMP"))}}
     print(json.dumps(about))
     rows = bench(args)
     growth = time_growth(args)
@@ -221,4 +221,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; for both sides alike
     main()

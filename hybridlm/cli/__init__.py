@@ -62,6 +62,9 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `hybridlm`; returns the exit code."""
+    # Threads that wait should sleep: spinning ones (the default of libgomp) slow a shared machine down several times.
+    # Read when torch is first imported; a value of the user's own stands.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell
