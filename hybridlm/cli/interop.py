@@ -92,10 +92,7 @@ def _value(text: str) -> Any:
 
 
 def _done(report: dict[str, Any], as_json: bool) -> int:
-    if as_json:
-        print(json.dumps(report))
-        return 0
-    for key, value in report.items():
-        text = f"{len(value)} tensors" if isinstance(value, list) and len(value) > 4 else value
-        print(f"{key:<12} {text}")
+    from hybridlm.interop.folders import summary
+
+    print(json.dumps(report) if as_json else summary(report))
     return 0
