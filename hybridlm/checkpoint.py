@@ -22,6 +22,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -296,11 +297,13 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return unique
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the checkpoint's weights into `model`, all of them by name.
+def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None) -> list[str]:
+    """Copy the checkpoint's weights into `model`, all of them by name; the names of those it lacks.
+
+    `may_lack` is a shell pattern over names: these stay as they are where the checkpoint does not have them.
 
     Raises:
-        CheckpointError: a weight is missing, left over, or of another shape.
+        CheckpointError: another weight is missing, one is left over, or of another shape.
     """
     import torch
 
@@ -315,10 +318,12 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             else:
                 wanted[name].copy_(tensor)
             left.discard(name)
-    problems += [f"'{name}' is not in the checkpoint" for name in sorted(left)]
+    lacking = sorted(name for name in left if may_lack is not None and fnmatchcase(name, may_lack))
+    problems += [f"'{name}' is not in the checkpoint" for name in sorted(left - set(lacking))]
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise CheckpointError(f"the weights of {folder} do not fit the model: " + "; ".join(problems[:4]) + more)
+    return lacking
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> HybridLM:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from hybridlm.config.conversion import has_indexer
 from hybridlm.config.schema import Config, StageConfig
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import require
@@ -68,6 +69,10 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
     require(batch is None or micro is None or batch % micro == 0, f"{path}.batch_size",
             "does not divide into micro batches", got=batch,
             expected=f"a multiple of training.micro_batch_size={micro}")
+    wants = next((key for key in ("attention_mode", "topk") if getattr(stage, key) is not None), None)
+    require(wants is None or has_indexer(config.model), f"{path}.{wants}", "needs a model with sparse attention",
+            got=None if wants is None else getattr(stage, wants),
+            hint="convert a checkpoint with recipe=dsa_tiny init_from=..., or take a model such as kda_dsa_tiny")
     if stage.trainable != ["*"]:
         check_patterns(stage.trainable, parameter_names(config), f"{path}.trainable")
 

@@ -24,8 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hybridlm.config.checks import validate
-from hybridlm.config.convert import from_dict, hint_at, load_yaml, to_yaml, yaml_error
-from hybridlm.config.schema import Config
+from hybridlm.config.conversion import converted_model, has_indexer
+from hybridlm.config.convert import from_dict, hint_at, load_yaml, to_dict, to_yaml, yaml_error
+from hybridlm.config.schema import Config, RecipeConfig
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import ModelConfig
 
@@ -70,6 +71,7 @@ def load_config(name: str = "train", overrides: Sequence[str] = (),
         _use_one_schedule_form(config, values)
         for override in values:
             _apply(config, override)
+        _convert(config, files, values, whole=root.startswith(_FILE))
         data = _resolve(config)
     result = from_dict(Config, data)
     validate(result)
@@ -280,6 +282,27 @@ def _apply(config: DictConfig, override: Override) -> None:
             OmegaConf.update(config, key, value, merge=not replace, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(key, f"cannot be set: {_one_line(error)}") from None
+
+
+def _convert(config: DictConfig, files: list[str], values: list[Override], *, whole: bool) -> None:
+    """A recipe with an indexer takes the model from the checkpoint, and then what the overrides say of it.
+
+    `whole`: the config was read from one file, a run's own; its model is converted already.
+    """
+    recipe = from_dict(RecipeConfig, _resolve(config).get("recipe") or {}, "recipe")
+    if recipe.indexer is None:
+        return
+    if whole and has_indexer(from_dict(ModelConfig, _resolve(config)["model"], "model")):
+        return
+    chosen = [text for text in files if re.match(r"\+*model=", text)]
+    if chosen:
+        raise ConfigError("model", f"comes from the checkpoint with recipe={recipe.name}", got=chosen[0].split("=")[1],
+                          hint="leave model=... out; init_from says which checkpoint is converted")
+    init_from = OmegaConf.select(config, "init_from")
+    config.model = OmegaConf.create(to_dict(converted_model(recipe, None if init_from is None else str(init_from))))
+    for override in values:
+        if override.key_or_group.startswith("model."):
+            _apply(config, override)
 
 
 def _delete(config: DictConfig, key: str) -> None:

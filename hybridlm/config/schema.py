@@ -95,9 +95,16 @@ class OptimizerConfig:
             require(0 <= value < 1, key, "must be a decay rate", got=value, expected="at least 0 and below 1")
 
 
+LOSSES = ("lm", "mtp", "z", "balance", "router_z", "indexer_kl")
+
+
 @dataclass(kw_only=True)
 class StageConfig:
-    """One stage of a recipe. null takes the value of `training` (or `optimizer.lr`)."""
+    """One stage of a recipe. null takes the value of `training` (or `optimizer.lr`), or of the model's indexers.
+
+    `attention_mode` and `topk` are those of layers with an indexer. `loss_weights` replaces the weights of losses by
+    name. `eval_recall`: validation also measures the selections against the dense attention, at its cost.
+    """
 
     name: str
     steps: int | None = None
@@ -106,28 +113,43 @@ class StageConfig:
     batch_size: int | None = None
     lr: float | None = None
     trainable: list[str] = field(default_factory=lambda: ["*"])  # shell patterns over parameter names
+    attention_mode: Literal["dense", "sparse"] | None = None
+    topk: int | None = None
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    eval_recall: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("steps", "tokens", "sequence_length", "batch_size", "lr"):
+        for key in ("steps", "tokens", "sequence_length", "batch_size", "lr", "topk"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
         require(self.steps is None or self.tokens is None, "tokens", "cannot stand beside 'steps'",
                 got=self.tokens, expected="one of the two")
         require(len(self.trainable) > 0, "trainable", "names no parameter", got=self.trainable,
                 expected="patterns over parameter names; ['*'] is all of them")
+        for name, weight in self.loss_weights.items():
+            require(name in LOSSES, f"loss_weights.{name}", "is not a loss", expected=f"one of {', '.join(LOSSES)}")
+            require(weight >= 0, f"loss_weights.{name}", "must not be negative", got=weight)
 
 
 @dataclass(kw_only=True)
 class RecipeConfig:
-    """A run is a list of stages, one after the other."""
+    """A run is a list of stages, one after the other.
+
+    With `indexer` (options of an IndexerConfig) the run converts the checkpoint `init_from` into sparse attention: the
+    model is the checkpoint's, with that indexer in `layers` (null: every full attention layer).
+    """
 
     name: str = "pretrain"
     stages: list[StageConfig] = field(default_factory=lambda: [StageConfig(name="pretrain")])
+    indexer: dict[str, Any] | None = None
+    layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         require(len(self.stages) > 0, "stages", "is empty", expected="at least one stage")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), "stages", "two stages have one name", got=names)
+        require(self.layers is None or self.indexer is not None, "layers", "needs an indexer to put into them",
+                got=self.layers, hint="recipe=dsa_tiny, or set recipe.indexer")
 
 
 @dataclass(kw_only=True)

@@ -138,6 +138,10 @@ def describe(record: dict[str, Any]) -> str:
     text = f"loss {record['loss']:.4f}  {short(record['tokens_per_second'])} tokens/s"
     if record.get("bits_per_byte") is not None:
         text = text.replace("  ", f"  {record['bits_per_byte']:.3f} bits/byte  ", 1)
+    if record.get("loss/indexer_kl") is not None:
+        text += f"  indexer KL {record['loss/indexer_kl']:.4f}"
+    if record.get("dsa/indexer_recall") is not None:
+        text += f"  recall {record['dsa/indexer_recall']:.3f}"
     if record.get("validation_loss") is not None:
         text += f"  validation {record['validation_loss']:.4f}"
     return text

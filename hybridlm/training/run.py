@@ -26,6 +26,7 @@ from hybridlm.training.guards import TrainingStopped
 from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import peak_flops
 from hybridlm.training.run_folder import RunFolder, versions
+from hybridlm.training.sparse import INDEXER
 from hybridlm.training.stages import plan
 from hybridlm.training.tracking import check_tracking, make_tracker
 from hybridlm.training.trainer import Trainer
@@ -109,14 +110,32 @@ def _model(config: Config, engine: Engine, data: PreparedData, start: Path | Non
     model.activation_checkpointing = config.training.activation_checkpointing
     if config.init_from is not None and start is None:
         folder = checkpoint.resolve(config.init_from)
-        changes = checkpoint.layer_diff(checkpoint.layer_list(checkpoint.read_model_config(folder)),
-                                        checkpoint.layer_list(config.model))
-        if changes:
-            raise CheckpointError(f"init_from={folder} is another architecture: {'; '.join(changes[:6])}; choose "
-                                  f"its model with model={folder / 'config.yaml'}")
-        checkpoint.load_weights(model, folder)
+        if config.recipe.indexer is not None:
+            _load_to_convert(model, config, folder)
+        else:
+            changes = checkpoint.layer_diff(checkpoint.layer_list(checkpoint.read_model_config(folder)),
+                                            checkpoint.layer_list(config.model))
+            if changes:
+                raise CheckpointError(f"init_from={folder} is another architecture: {'; '.join(changes[:6])}; choose "
+                                      f"its model with model={folder / 'config.yaml'}")
+            checkpoint.load_weights(model, folder)
         log.info("weights from %s", folder)
+        saved = folder / "tokenizer.json"
+        if saved.exists() and saved.read_text(encoding="utf-8") != data.tokenizer.files()["tokenizer.json"]:
+            log.warning("the tokenizer is not the one these weights were trained with; data.tokenizer=%s takes it",
+                        saved)
     return model
+
+
+def _load_to_convert(model: HybridLM, config: Config, folder: Path) -> None:
+    """All weights but those of indexers that the checkpoint does not have yet."""
+    fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER)
+    if fresh:
+        layers = list(dict.fromkeys(name.split(".indexer.")[0].removesuffix(".mixer.f") for name in fresh))
+        log.info("fresh indexers in %s", ", ".join(layers))
+    else:
+        log.warning("%s has indexers in these layers already: they are trained further as they are, and recipe.indexer "
+                    "changes nothing", folder)
 
 
 def _facts(config: Config, engine: Engine, model: HybridLM, resume: str, peak: float, source: str) -> dict[str, Any]:

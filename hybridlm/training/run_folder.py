@@ -29,7 +29,7 @@ FREE = ("run_dir", "model.name", "model.published", "engine", "tracking", "kerne
         "training.tokens", "training.precision", "training.micro_batch_size",
         "training.activation_checkpointing", "training.log_every", "training.eval_every", "training.eval_batches",
         "training.checkpoint_every", "training.keep_checkpoints", "training.resume", "training.max_bad_steps")
-FREE_IN_STAGES = ("steps", "tokens")
+FREE_IN_STAGES = ("steps", "tokens", "eval_recall")
 
 
 class RunFolder:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from hybridlm.config.checks import check_patterns
 from hybridlm.config.schema import Config, StageConfig
+from hybridlm.training.optimizer import OptimizerSet
 from hybridlm.training.schedule import check_schedule
 
 
@@ -26,6 +27,10 @@ class Stage:
     batch_size: int
     lr: float
     trainable: tuple[str, ...]
+    attention_mode: Literal["dense", "sparse"] | None = None  # null: as in the model's config; topk likewise
+    topk: int | None = None
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    eval_recall: bool = False
 
     @property
     def last_step(self) -> int:
@@ -50,7 +55,8 @@ def plan(config: Config) -> list[Stage]:
         steps = _steps(stage, config, length * batch)
         check_schedule(config.optimizer.schedule, steps)
         stages.append(Stage(index, stage.name, steps, stages[-1].last_step if stages else 0, length, batch,
-                            stage.lr or config.optimizer.lr, tuple(stage.trainable)))
+                            stage.lr or config.optimizer.lr, tuple(stage.trainable), stage.attention_mode, stage.topk,
+                            dict(stage.loss_weights), stage.eval_recall))
     return stages
 
 
@@ -75,6 +81,21 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
         if parameter.requires_grad:
             trained.append(name)
     return trained
+
+
+def audit(model: nn.Module, trained: list[str], optimizers: OptimizerSet) -> None:
+    """What requires a gradient and what the optimizer holds are the trained parameters, and nothing else.
+
+    Raises:
+        RuntimeError: they differ; the text names a parameter.
+    """
+    wanted = set(trained)
+    held = {optimizers.names[id(parameter)] for parameter in optimizers.parameters()}
+    for what, names in (("require a gradient", {n for n, p in model.named_parameters() if p.requires_grad}),
+                        ("are in the optimizer", held)):
+        if wrong := sorted(names ^ wanted):
+            raise RuntimeError(f"the parameters that {what} are not those of the stage: '{wrong[0]}' "
+                               f"{'should not be' if wrong[0] in names else 'is not'} among them")
 
 
 @dataclass

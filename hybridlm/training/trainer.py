@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from hybridlm.training.objective import language_model, whole_batch
 from hybridlm.training.optimizer import OptimizerSet, build_optimizer, fp32_names
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.training.schedule import lr_factor
-from hybridlm.training.stages import Progress, Stage, set_trainable
+from hybridlm.training.sparse import measuring, set_attention, stage_model, warn_of_selection
+from hybridlm.training.stages import Progress, Stage, audit, set_trainable
 from hybridlm.training.tracking import Tracker
 from hybridlm.training.validation import validate
 
@@ -94,6 +95,7 @@ class Trainer:
                 return self.stop.requested
         if self.validated_at != self.progress.step:  # a finished run that was started again
             self.engine.prepare(self.model, None)
+            set_attention(self.model, self.stages[-1])
             self._validate(self.stages[-1])
         return None
 
@@ -126,8 +128,12 @@ class Trainer:
             log.info("stage %s: %d steps, %d of %d parameters train", stage.name, stage.steps, len(trained), total)
         if len(trained) < total:
             log.info("trained: %s", ", ".join(trained))
+        set_attention(self.model, stage)
+        warn_of_selection(self.model, stage)
+        self.stage_config = replace(self.config, model=stage_model(self.config.model, stage))
         self.balance = any(name.endswith("router.weight") for name in trained)
         self.optimizers = build_optimizer(self.model, self.config.optimizer, lr=stage.lr)
+        audit(self.model, trained, self.optimizers)
         self.engine.prepare(self.model, self.optimizers, sorted(fp32_names(self.model)))
         self.optimizers.load_state_tensors(self.optimizer_state, strict=self.state_stage == stage.index)
         self.optimizer_state = {}
@@ -169,7 +175,7 @@ class Trainer:
         loss = values.get("loss/lm", total)
         tokens = sum(part.num_tokens for part in batch)
         speed = stage.tokens_per_step / seconds
-        flops = training_flops(self.config.model, stage.sequence_length) * speed
+        flops = training_flops(self.stage_config.model, stage.sequence_length) * speed
         return {"step": self.progress.step, "loss": loss, "total_loss": total, **values,
                 "perplexity": perplexity(loss),
                 "bits_per_byte": bits_per_byte(loss * tokens, sum(part.num_bytes for part in batch)),
@@ -186,7 +192,8 @@ class Trainer:
         windows = min(self.config.training.eval_batches * stage.batch_size, len(dataset))
         if windows:
             micro = self.config.training.micro_batch_size or stage.batch_size
-            self.validation = validate(self.engine, parts(dataset, range(windows), micro))
+            with measuring(self.model, stage.eval_recall):
+                self.validation = validate(self.engine, parts(dataset, range(windows), micro))
         self.validated_at = self.progress.step
         return self.validation
 
@@ -208,7 +215,7 @@ class Trainer:
             return
         assert self.optimizers is not None
         state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint}
-        texts = checkpoint.model_texts(self.config, self.config.model, self.data.tokenizer)
+        texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)
         texts["trainer.json"] = json.dumps(state, indent=1)
         tensors = {"model": checkpoint.unique_tensors(self.model), "optimizer": self.optimizers.state_tensors()}
         try:

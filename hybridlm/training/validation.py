@@ -13,7 +13,8 @@ from hybridlm.training.objective import language_model, whole_batch
 def validate(engine: Engine, parts: Iterable[Any]) -> dict[str, float | int | None]:
     """Mean loss a token over `parts`, with its perplexity and bits a byte.
 
-    The loss is that of the next token alone; what else the model was trained on is reported beside it.
+    The loss is that of the next token alone; what else the model was trained on is reported beside it, and with
+    `measuring` what sparse attention selects.
     """
     nats = other_tokens = 0.0
     tokens = num_bytes = 0
@@ -26,7 +27,7 @@ def validate(engine: Engine, parts: Iterable[Any]) -> dict[str, float | int | No
             tokens += whole.targets[0]
             num_bytes += part.num_bytes
             other_tokens += whole.tokens
-            for name in [name for name in values if name.startswith("loss/")]:
+            for name in [name for name in values if name.startswith(("loss/", "dsa/"))]:
                 others[name] = others.get(name, 0.0) + float(values[name]) * whole.tokens
     loss = nats / max(tokens, 1)
     return {"validation_loss": loss, "validation_perplexity": perplexity(loss),
