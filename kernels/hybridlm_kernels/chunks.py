@@ -12,7 +12,7 @@ Legend: B rows, T tokens a row, N documents, C tokens a chunk, P chunks, H heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
@@ -51,31 +51,24 @@ class Layout:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
 
-    def _remember(self, key: tuple, make: Callable[[], np.ndarray]) -> Tensor:
-        if key not in self._cache:
-            self._cache[key] = self._tensor(make())
-        return self._cache[key]
-
-    def _rows(self, heads: int) -> np.ndarray:
-        within = np.arange(self.chunk)
-        row = (self._first_token[:, None, None] + within) * heads + np.arange(heads)[:, None]
-        valid = (within < self._filled[:, None])[:, None]
-        return np.where(valid, row, self.batch * self.length * heads)
-
     def rows(self, heads: int) -> Tensor:
-        """int64 [P, heads, C]: the row of every chunk position in a tensor [B*T*heads, D]; 0 for padding."""
-        return self._remember(("rows", heads), lambda: self._rows(heads) % (self.batch * self.length * heads))
+        """int64 [P, heads, C]: the row of every chunk position in a tensor [B*T*heads, D]; any for padding."""
+        if ("rows", heads) not in self._cache:
+            within = np.arange(self.chunk)
+            token_PC = np.where(within < self._filled[:, None], self._first_token[:, None] + within, 0)
+            head_H1 = torch.arange(heads, device=self.device)[:, None]
+            self._cache["rows", heads] = self._tensor(token_PC)[:, None] * heads + head_H1
+        return self._cache["rows", heads]
 
     def positions(self, heads: int) -> Tensor:
         """int64 [B*T*heads]: for every row of a tensor [B*T*heads, D], where it stands in [P*heads*C, D]."""
-
-        def make() -> np.ndarray:
-            inverse = np.empty(self.batch * self.length * heads + 1, dtype=np.int64)
-            rows = self._rows(heads).reshape(-1)
-            inverse[rows] = np.arange(rows.size)
-            return inverse[:-1]
-
-        return self._remember(("positions", heads), make)
+        if ("positions", heads) not in self._cache:
+            chunk, place = np.nonzero(np.arange(self.chunk) < self._filled[:, None])
+            first_head = np.empty(self.batch * self.length, dtype=np.int64)
+            first_head[self._first_token[chunk] + place] = chunk * heads * self.chunk + place
+            head_H = torch.arange(heads, device=self.device) * self.chunk
+            self._cache["positions", heads] = (self._tensor(first_head)[:, None] + head_H).view(-1)
+        return self._cache["positions", heads]
 
     def segments(self, width: int) -> list[Segment]:
         """The steps in order, in groups of about SEGMENT_NUMBERS / (C * width) chunks (at least one step)."""

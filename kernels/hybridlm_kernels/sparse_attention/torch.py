@@ -17,7 +17,7 @@ from hybridlm_kernels.precision import plain_backward
 
 # Scores of a block, in elements: in or near the cache on a CPU
 INDEX_ELEMENTS = 2**20
-BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**19
 GPU_ELEMENTS = 2**27
 # Measured on a CPU, in units of one query head's work on one key in place:
 GATHER_COST = 32  # to gather one key of one head and use it
@@ -197,17 +197,18 @@ def masked_backward(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Ten
                     scale: float) -> tuple[Tensor, Tensor, Tensor]:
     masked = _Masked(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
     dq_BTHK = torch.empty(q_BTHK.shape, dtype=masked.wide, device=q_BTHK.device)
-    dk_XSK, dv_XSV = torch.zeros_like(masked.k_XSK), torch.zeros_like(masked.v_XSV)
+    # [B*G, D, S]: the products that add up to them run twice as fast this way round
+    dk_XKS, dv_XVS = (x.new_zeros(x.shape[0], x.shape[2], x.shape[1]) for x in (masked.k_XSK, masked.v_XSV))
     for rows, reach, q_XRK, p, has_BQ11 in masked.blocks():
         do_XRV = masked.by_rows(do_BTHV[:, rows] * has_BQ11)
         dp = torch.bmm(do_XRV, masked.v_XSV[:, :reach].transpose(1, 2))
-        dv_XSV[:, :reach].baddbmm_(p.transpose(1, 2), do_XRV)
+        dv_XVS[..., :reach].baddbmm_(do_XRV.transpose(1, 2), p)
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        dk_XSK[:, :reach].baddbmm_(ds.transpose(1, 2), q_XRK)
+        dk_XKS[..., :reach].baddbmm_(q_XRK.transpose(1, 2), ds)
         dq_XRK = torch.bmm(ds, masked.k_XSK[:, :reach])
         dq_BTHK[:, rows] = masked.from_rows(dq_XRK, rows.stop - rows.start) * scale
-    groups = (masked.batch, masked.groups)
-    return dq_BTHK, dk_XSK.unflatten(0, groups).transpose(1, 2), dv_XSV.unflatten(0, groups).transpose(1, 2)
+    dk, dv = (x.unflatten(0, (masked.batch, masked.groups)).permute(0, 3, 1, 2) for x in (dk_XKS, dv_XVS))
+    return dq_BTHK, dk, dv
 
 
 class _Gathered:
