@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from kernel_compare import error
+from torch.utils.checkpoint import checkpoint
 
 import hybridlm_kernels as ops
 from hybridlm_kernels import CuSeqlens, chunks
@@ -295,6 +296,20 @@ def test_backward_can_run_twice(operation, decay):
     first = torch.autograd.grad(loss, list(inputs.values()), retain_graph=True)
     second = torch.autograd.grad(loss, list(inputs.values()))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@kinds
+def test_activation_checkpointing(operation, decay):
+    inputs = {name: x.requires_grad_() for name, x in make_inputs(operation, decay, T=40).items()}
+
+    def run(*values):
+        o, state = call(operation, dict(zip(inputs, values, strict=True)), backend="torch")
+        return o.square().sum() + state.sum()
+
+    expected = torch.autograd.grad(run(*inputs.values()), list(inputs.values()))
+    again = checkpoint(run, *inputs.values(), use_reentrant=False)
+    grads = torch.autograd.grad(again, list(inputs.values()))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
 BAD = [

@@ -62,7 +62,8 @@ class _DecayAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, d_final: Tensor) -> Any:
         layout, (G, K, V) = ctx.layout, ctx.widths
         segments = layout.segments(G * max(K, V))
-        saved, each = ctx.saved_tensors, len(ctx.saved_tensors) // len(segments)
+        saved = ctx.saved_tensors  # to be read once: checkpointing gives them once
+        each = len(saved) // len(segments)
         d_states = layout.new_states(d_final, (G, K, V), ctx.dtype)
         need_g = ctx.inputs[3] is not None and ctx.needs_input_grad[3]
         constant = need_g and len(ctx.inputs[3][0]) == 1
