@@ -13,7 +13,8 @@ OPTIONS = [{}, {"soft_cap": 2.0}, {"z_loss": 1e-2}, {"z_loss": 1e-2, "soft_cap":
 
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
-    monkeypatch.setitem(eager.CHUNK_ELEMENTS, "cpu", 1)  # the least chunk: 64 tokens
+    monkeypatch.setattr(eager, "CPU_ELEMENTS", 1)
+    monkeypatch.setattr(eager, "LEAST_ROWS", 64)
 
 
 def case(tokens=150, dim=20, vocabulary=57, dtype=torch.float64):

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from hybridlm_kernels.precision import plain_backward, product_dtype
 
-# Logits of a chunk, in elements: on a CPU they should stay in the cache, a GPU needs enough rows to be busy.
-CHUNK_ELEMENTS = {"cpu": 2**20}
-CHUNK_ELEMENTS_GPU = 2**26
+# Logits of a chunk, in elements: on a CPU they should stay in the cache, a GPU needs enough rows to be busy. With too
+# few rows a chunk spends its time on reading and adding to the gradient of the weight.
+CPU_ELEMENTS = 2**18
+GPU_ELEMENTS = 2**26
+LEAST_ROWS = 256
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore_index: int = -100,
@@ -36,8 +38,8 @@ class _Chunks:
         self.counted_N = labels_N != ignore_index
         self.labels_N1 = labels_N.where(self.counted_N, 0)[:, None]
         vocabulary = weight_VD.shape[0]
-        budget = CHUNK_ELEMENTS.get(x_ND.device.type, CHUNK_ELEMENTS_GPU)
-        self.size = max(64, min(budget // vocabulary, x_ND.shape[0]))
+        budget = CPU_ELEMENTS if x_ND.device.type == "cpu" else GPU_ELEMENTS
+        self.size = min(max(LEAST_ROWS, budget // vocabulary), max(1, x_ND.shape[0]))
         self.logits_CV = x_ND.new_empty(self.size, vocabulary, dtype=dtype)
         self.other_CV = x_ND.new_empty(self.size, vocabulary, dtype=self.wide)
 
