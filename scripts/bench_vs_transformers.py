@@ -67,7 +67,10 @@ def build(system: str, size: str, threads: int) -> tuple[Any, Any]:
     hf_config = to_hf_config(config)
     hf_config.use_cache = False
     theirs = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).train()
-    return import_hf(theirs).train(), theirs
+    ours = import_hf(theirs).train()
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_(".indexer." not in name)  # theirs has no loss that trains it, so neither has ours here
+    return ours, theirs
 
 
 def step(model: Any, ids: Any) -> float:
