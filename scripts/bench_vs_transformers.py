@@ -215,7 +215,8 @@ def main() -> None:
     import transformers
 
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-             "threads": args.threads, "environment": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC", "OMP"))}}
+             "threads": args.threads,
+             "environment": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC", "OMP"))}}
     print(json.dumps(about))
     rows = bench(args)
     growth = time_growth(args)
