@@ -26,7 +26,7 @@ def fails(capsys, *argv):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["trian"], ["unknown command 'trian'", "did you mean 'train'"]),
-    (["zzz"], ["expected one of train, prepare, inspect, generate, import"]),
+    (["zzz"], ["expected one of train, prepare, sweep, inspect, generate, import"]),
     (["train", "--dryrun"], ["--dryrun", "did you mean '--dry-run'", "hybridlm train --help"]),
     (["train", "training.step=3"], ["training.step", "did you mean 'steps'"]),
     (["train", "training.steps=many"], ["training.steps", "'many'", "a whole number"]),

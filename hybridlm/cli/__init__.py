@@ -20,6 +20,7 @@ Design and pretrain hybrid language models.
 
 commands:
   train      pretrain from a config; the same command goes on with a run that was stopped
+  sweep      many runs that differ in what is compared: mixers, ratios, seeds
   inspect    layers, parameters, FLOPs and memory of a model, from its config alone
   generate   text from a checkpoint
   prepare    tokens of a data source, before a run needs them
@@ -38,8 +39,8 @@ examples:
 """
 
 # Where each subcommand lives: `hybridlm X` calls `x_command` there.
-COMMANDS = {"train": "runs", "prepare": "runs", "inspect": "models", "generate": "models", "import": "interop",
-            "export": "interop", "verify": "interop", "doctor": "checks"}
+COMMANDS = {"train": "runs", "prepare": "runs", "sweep": "sweep", "inspect": "models", "generate": "models",
+            "import": "interop", "export": "interop", "verify": "interop", "doctor": "checks"}
 
 
 def run(argv: Sequence[str]) -> int:

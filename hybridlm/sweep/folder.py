@@ -1,0 +1,158 @@
+"""The folder of a sweep: what it holds, whose it is, and how far each point is.
+
+    DIR/
+      sweep.json        what is varied and every point with its costs
+      results.csv, results.json
+      points/NAME/      the run folder of a point, and in it:
+        point.yaml      the resolved config that `hybridlm train` gets
+        outcome.json    how the last start ended
+        output.txt      what it printed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from hybridlm.config.convert import load_yaml, to_yaml
+from hybridlm.errors import ConfigError, UserError
+from hybridlm.sweep.plan import Point, SweepPlan
+from hybridlm.training.run_folder import compare
+
+POINT_FILE, OUTCOME_FILE, OUTPUT_FILE = "point.yaml", "outcome.json", "output.txt"
+
+
+class SweepFolder:
+    """Holds a sweep's folder for one process; `close()` lets it go.
+
+    Raises:
+        ConfigError: it cannot be written, belongs to another sweep, or another process runs this one.
+    """
+
+    def __init__(self, plan: SweepPlan):
+        self.path = plan.folder
+        check_owner(plan)
+        try:
+            (self.path / "points").mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] | None = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError("sweep.dir", f"cannot be written ({error.strerror})", got=str(self.path)) from None
+        if not hold(self._lock):
+            self.close()
+            raise ConfigError("sweep.dir", "another process runs this sweep", got=str(self.path),
+                              hint="wait for it, or take another sweep.dir")
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_plan(self, report: dict[str, Any]) -> None:
+        write_json(self.path / "sweep.json", report)
+
+
+def hold(file: IO[str]) -> bool:
+    """Lock an open file for this process; False where another holds it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def is_busy(run_dir: Path) -> bool:
+    """Does another process train in this run folder?"""
+    try:
+        with (run_dir / ".lock").open("r+") as file:
+            return not hold(file)
+    except OSError:
+        return False
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """sweep.json, None where there is none.
+
+    Raises:
+        ConfigError: a file that is none of ours.
+    """
+    path = folder / "sweep.json"
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        [(row["point"], row["settings"]) for row in data["points"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError("sweep.dir", "holds a sweep.json that cannot be read", got=str(path),
+                          hint="delete it: the same sweep started again writes a new one") from None
+    return data
+
+
+def check_owner(plan: SweepPlan) -> None:
+    """A folder that already holds a sweep must hold this one; lists may have grown since.
+
+    Raises:
+        ConfigError: it is another sweep's, or no sweep's.
+    """
+    folder, hint = plan.folder, "take another sweep.dir=..., its results stay as they are"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("sweep.dir", "is not a folder", got=str(folder))
+    saved = read_plan(folder)
+    if saved is None:
+        strange = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "points")) \
+            if folder.exists() else []
+        if strange:
+            raise ConfigError("sweep.dir", f"holds something that is no sweep ({strange[0]})", got=str(folder),
+                              hint="take another sweep.dir=...")
+        return
+    points = {point.name: point for point in plan.points}
+    if missing := [row["point"] for row in saved["points"] if row["point"] not in points]:
+        raise ConfigError("sweep.dir", f"holds another sweep: it has the point {missing[0]}, this one has not",
+                          got=str(folder), hint=hint)
+    for name, point in points.items():
+        file = folder / "points" / name / POINT_FILE
+        if file.exists():
+            try:
+                compare(load_yaml(file), point.config, file.parent)
+            except UserError as error:
+                what = str(error).split("; got ")[0].split(". Take another")[0]
+                raise ConfigError("sweep.dir", f"holds another sweep, point {name} is not the same: {what}",
+                                  got=str(folder), hint=hint) from None
+
+
+def outcome(point: Point) -> dict[str, Any]:
+    """How the last start of a point ended; {"status": "waiting"} before the first, and where more steps are asked."""
+    try:
+        data = json.loads((Path(point.config.run_dir) / OUTCOME_FILE).read_text(encoding="utf-8"))
+        if data["status"] == "finished" and data["step"] != point.steps:
+            return {"status": "waiting"}
+        return data
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"status": "waiting"}
+
+
+def begin(point: Point) -> Path:
+    """Writes the config of a point and returns its file; the outcome of an earlier start goes."""
+    folder = Path(point.config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        (folder / OUTCOME_FILE).unlink()
+    write_text(folder / POINT_FILE, to_yaml(point.config))
+    return folder / POINT_FILE
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or the old one."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
