@@ -39,6 +39,9 @@ def converted_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
         raise ConfigError("recipe.stages.0.attention_mode", "would select keys by an indexer that nothing has trained",
                           got=first.attention_mode, expected="a dense stage first (indexer_warmup)",
                           hint="or init_from a checkpoint that went through one")
+    if (recipe.indexer or {}).get("share"):
+        raise ConfigError("recipe.indexer.share", "has no indexer to share: each converted layer gets its own",
+                          got=True, expected="false")
     names = config.layers()
     nope = any(config.mixers[names[i]].rope.kind == "none" for i in layers)  # type: ignore[attr-defined]
     options: dict[str, Any] = {"rope_kind": "none" if nope else "half"} | (recipe.indexer or {})

@@ -87,7 +87,9 @@ def _indexer(mixer: AttentionConfig | MLAConfig, data: dict[str, Any]) -> None:
         return
     if index.share:
         data["indexer"] = {"share": True, "mode": index.mode}
-    elif index.rope_kind == "none":
+        return
+    data["indexer"].pop("loss_weight")  # of training alone
+    if index.rope_kind == "none":
         data["indexer"]["rope_dim"] = None
     elif index.rope_dim is None:
         data["indexer"]["rope_dim"] = mixer.qk_rope_head_dim if isinstance(mixer, MLAConfig) else mixer.index_rope_dim

@@ -19,7 +19,7 @@ from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.precision import wide as to_wide
 
-CPU_ELEMENTS = 2**18  # scores of a block: in or near the cache
+CPU_ELEMENTS = 2**19  # scores of a block: in or near the cache
 GPU_ELEMENTS = 2**27
 
 
