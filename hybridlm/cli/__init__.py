@@ -23,6 +23,7 @@ commands:
   sweep      many runs that differ in what is compared: mixers, ratios, seeds
   inspect    layers, parameters, FLOPs and memory of a model, from its config alone
   generate   text from a checkpoint
+  eval       perplexity by position, bits per byte and decode speed of a checkpoint; probes of an architecture
   prepare    tokens of a data source, before a run needs them
   import     a checkpoint of transformers becomes one of ours
   export     a checkpoint of ours becomes one that transformers loads
@@ -40,7 +41,7 @@ examples:
 
 # Where each subcommand lives: `hybridlm X` calls `x_command` there.
 COMMANDS = {"train": "runs", "prepare": "runs", "sweep": "sweep", "inspect": "models", "generate": "models",
-            "import": "interop", "export": "interop", "verify": "interop", "doctor": "checks"}
+            "import": "interop", "export": "interop", "verify": "interop", "doctor": "checks", "eval": "evaluate"}
 
 
 def run(argv: Sequence[str]) -> int:

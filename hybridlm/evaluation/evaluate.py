@@ -1,0 +1,105 @@
+"""Evaluation of a checkpoint: what is asked, on the validation text of its run or on another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hybridlm import checkpoint as ckpt
+from hybridlm.config.compose import load_config
+from hybridlm.config.schema import Config
+from hybridlm.data import PackedDataset, check_vocab, prepare
+from hybridlm.errors import DataError
+from hybridlm.evaluation.decode_speed import decode_speed
+from hybridlm.evaluation.perplexity import perplexity_by_position
+from hybridlm.model.config import require
+from hybridlm.training.stages import plan
+
+PARTS = ("perplexity", "decode")
+CONTEXTS = (128, 512, 2048)
+
+log = logging.getLogger("hybridlm")
+
+
+def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, parts: Sequence[str] = PARTS,
+                        windows: int | None = None, sequence_length: int | None = None, batch_size: int | None = None,
+                        contexts: Sequence[int] = CONTEXTS, decode_tokens: int = 32, device: str = "cpu",
+                        config_dir: str | None = None) -> dict[str, Any]:
+    """The report of `hybridlm eval CHECKPOINT`, as plain data.
+
+    Args:
+        path: a checkpoint, or a run folder (its newest one).
+        overrides: `data.*` settings that replace those of the run; see `evaluation_data`.
+        parts: some of `PARTS`.
+        windows: how many windows of text; default those of the run's own validation, 0 all.
+        sequence_length: of a window; default that of the run's last stage.
+        batch_size: windows a forward; default that of the run.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: what cannot be read, or does not fit.
+    """
+    for key, value, least in (("windows", windows, 0), ("sequence_length", sequence_length, 2),
+                              ("batch_size", batch_size, 1)):
+        require(value is None or value >= least, key, "is too small", got=value, expected=f"at least {least}")
+    folder = ckpt.resolve(path)
+    model = ckpt.load_checkpoint(folder, device)
+    report: dict[str, Any] = {"checkpoint": str(folder), "model": model.config.name, "params": model.num_params(),
+                              "device": str(model.device)}
+    if "perplexity" in parts:
+        config = run_config(folder, overrides, config_dir)
+        stage = plan(config)[-1]
+        length = sequence_length or stage.sequence_length
+        dataset, source = evaluation_data(config, overrides, length)
+        default = config.training.eval_batches * stage.batch_size
+        count = min(default if windows is None else windows or len(dataset), len(dataset))
+        rows = batch_size or config.training.micro_batch_size or stage.batch_size
+        report["data"] = {"source": source, "windows": count, "of": len(dataset)}
+        report["perplexity"] = perplexity_by_position(model, dataset.batches(0, count, rows), length)
+    if "decode" in parts:
+        report["decode"] = decode_speed(model, contexts, decode_tokens)
+    return report
+
+
+def run_config(folder: Path, overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
+    """The config of the run that wrote a checkpoint, with `data.*` replaced.
+
+    Another text is read with the checkpoint's own tokenizer: one that is trained on it would not fit the model.
+
+    Raises:
+        ConfigError: an override of something else than data.
+    """
+    for override in overrides:
+        require(override.startswith("data.") and "=" in override, override.split("=")[0],
+                "cannot be changed in an evaluation", expected="data.path=... or another key of data")
+    imported = "data" not in ckpt.read_config(folder)
+    config = load_config(str(folder / "config.yaml"), overrides, config_dir=config_dir)
+    asked = any(override.startswith("data.tokenizer") for override in overrides)
+    if (overrides or imported) and not asked and (folder / "tokenizer.json").exists():
+        config.data = replace(config.data, tokenizer=str(folder), tokenizer_eos=None)
+    return config
+
+
+def evaluation_data(config: Config, overrides: Sequence[str], length: int) -> tuple[PackedDataset, str]:
+    """Windows of held-out text, and what they come from.
+
+    By default the run's validation text, in the order in which the run validates. With `data.path=...` all of that
+    text, unless the overrides say with a `data.validation_*` key what part is held out.
+
+    Raises:
+        DataError: the run holds no text out.
+    """
+    keys = {override.split("=")[0] for override in overrides}
+    whole = "data.path" in keys and not any(key.startswith("data.validation_") for key in keys)
+    if whole:
+        config.data = replace(config.data, mixture=[], validation_fraction=0.0, validation_path=None,
+                              validation_split=None)
+    data = prepare(config.data, progress=False)
+    check_vocab(data.tokenizer, config.model.vocab_size)
+    stores = data.train if whole else [data.validation] if data.validation is not None else []
+    if not stores:
+        raise DataError("the run holds no text out; give data.path=... to evaluate on")
+    source = config.data.path if whole else f"validation text of {config.data.path}"
+    return PackedDataset(stores, length, seed=0), source
