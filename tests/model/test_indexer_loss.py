@@ -4,11 +4,15 @@ import pytest
 import tiny_lm
 import torch
 from mixer_cases import MLA_DIMS, NOPE, build, context_of, inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hybridlm.model.config import MTPConfig, ScheduleConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, IndexerConfig, MLAConfig, build_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens, attention_recall, indexer_kl
+from hybridlm_kernels.indexer_kl import torch as kl_blocks
+from hybridlm_kernels.sparse_attention import torch as sparse_blocks
 
 MODES = ["dense", "sparse"]
 CORES = ["attention_indexed", "deepseek_v32", "glm_moe_dsa"]
@@ -225,3 +229,49 @@ def test_an_indexer_learns_the_attention_of_its_layer():
         optimizer.zero_grad()
     assert last.losses["indexer_kl"] < 0.5 * first.losses["indexer_kl"]
     assert last.stats["indexer_recall"] > first.stats["indexer_recall"]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within it, `numel` is the size of the largest tensor that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["attention_indexed", "deepseek_v32"])
+def test_a_training_step_holds_nothing_of_length_times_length(name, mode, monkeypatch):
+    for module, budget in ((kl_blocks, "CPU_ELEMENTS"), (sparse_blocks, "BLOCK_ELEMENTS"),
+                           (sparse_blocks, "INDEX_ELEMENTS")):
+        monkeypatch.setattr(module, budget, 2**12)
+    mixer = build(name, torch.float32)
+    mixer.attention_mode = mode
+
+    def largest(length):
+        x = inputs(1, length, torch.float32).requires_grad_()
+        with LargestTensor() as seen:
+            y, aux = mixer(x, seq_of(x))
+            (y.sum() + aux["loss/indexer_kl"]).backward()
+        return seen.numel
+
+    assert largest(1200) <= 2.1 * largest(600) < 1200**2 / 8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision_trains_the_indexer_too(mode):
+    model = sparse_lm(mode)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(ids(), labels=ids())
+    output.loss.backward()
+    assert output.losses["indexer_kl"].dtype == torch.float32
+    exact = model(ids(), labels=ids()).losses["indexer_kl"]
+    assert abs(output.losses["indexer_kl"] - exact) < 0.1 * exact
+    for name, parameter in model.named_parameters():
+        if is_index(name):
+            assert parameter.grad.dtype == torch.float32
+            assert torch.isfinite(parameter.grad).all()
+            assert parameter.grad.any()
