@@ -15,9 +15,9 @@ from torch import Tensor
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 
-# Scores of a block, in elements: in or near the cache on a CPU
+# Scores of a block, in elements: near the cache on a CPU, and enough for several threads to share
 INDEX_ELEMENTS = 2**20
-BLOCK_ELEMENTS = 2**19
+BLOCK_ELEMENTS = 2**20
 GPU_ELEMENTS = 2**27
 # Measured on a CPU, in units of one query head's work on one key in place:
 GATHER_COST = 32  # to gather one key of one head and use it
