@@ -289,9 +289,9 @@ def _convert(config: DictConfig, files: list[str], values: list[Override], *, wh
 
     `whole`: the config was read from one file, a run's own; its model is converted already.
     """
-    recipe = from_dict(RecipeConfig, _resolve(config).get("recipe") or {}, "recipe")
-    if recipe.indexer is None:
+    if OmegaConf.select(config, "recipe.indexer") is None:
         return
+    recipe = from_dict(RecipeConfig, _resolve(config)["recipe"], "recipe", root=Config)
     if whole and has_indexer(from_dict(ModelConfig, _resolve(config)["model"], "model")):
         return
     chosen = [text for text in files if re.match(r"\+*model=", text)]

@@ -191,11 +191,12 @@ def measure(out: Path, args: argparse.Namespace, config: Config) -> dict[str, di
 
 def table(rows: dict[str, dict[str, float]], facts: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| model and selection | validation loss | task accuracy | recall of attention mass | agreement |",
-             "|---|---|---|---|---|"]
+    lines = ["| model and selection | validation loss | task accuracy | recall of attention | attainable | agreement |",
+             "|---|---|---|---|---|---|"]
     for name, row in rows.items():
-        recall, agreement = (f"{row[key]:.3f}" if key in row else "" for key in ("indexer_recall", "indexer_agreement"))
-        lines.append(f"| {name} | {row['loss']:.4f} | {row['task_accuracy']:.3f} | {recall} | {agreement} |")
+        selected = " | ".join(f"{row[key]:.3f}" if key in row else "" for key in (
+            "indexer_recall", "indexer_attainable", "indexer_agreement"))
+        lines.append(f"| {name} | {row['loss']:.4f} | {row['task_accuracy']:.3f} | {selected} |")
     lines += ["", f"Warm-up KL: {facts['kl_first']:.4f} at the first step, {facts['kl_last']:.4f} over the last tenth "
               f"({facts['kl_first'] / facts['kl_last']:.1f} times less).",
               f"Loss after the sparse stage over that of the dense model trained on: {facts['loss_ratio']:.4f}.",

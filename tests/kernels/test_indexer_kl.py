@@ -178,7 +178,8 @@ def test_recall_equals_reference(shape, packed):
                      for b in ("torch", "reference"))
     assert got.mass == pytest.approx(expected.mass.item(), rel=1e-12)
     assert got.agreement == pytest.approx(expected.agreement.item(), rel=1e-6)
-    assert got.mass < 1
+    assert got.attainable == pytest.approx(expected.attainable.item(), rel=1e-12)
+    assert got.mass <= got.attainable < 1
 
 
 def test_recall_from_the_pass_of_the_loss():
@@ -199,12 +200,14 @@ def test_recall_by_hand():
     """Attention of one query over four keys with probabilities 0.1, 0.4, 0.2, 0.3."""
     main_q = torch.ones(1, 1, 1, 1)
     main_k = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().view(1, 4, 1, 1)
-    for listed, mass, agreement in (([1, 3], 0.7, 1.0), ([0, 1], 0.5, 0.5), ([0, -1], 0.1, 0.0), ([1, -1], 0.4, 1.0)):
+    for listed, mass, agreement, attainable in (([1, 3], 0.7, 1.0, 0.7), ([0, 1], 0.5, 0.5, 0.7),
+                                                ([0, -1], 0.1, 0.0, 0.4), ([1, -1], 0.4, 1.0, 0.4)):
         found = attention_recall(main_q, main_k, torch.tensor(listed).view(1, 1, 2), scale=1.0)
         assert found.mass == pytest.approx(mass, rel=1e-6)
         assert found.agreement == pytest.approx(agreement)
+        assert found.attainable == pytest.approx(attainable, rel=1e-6)
     everything = attention_recall(main_q, main_k, torch.tensor([[[0, 1, 2, 3]]]), scale=1.0)
-    assert everything == (1.0, 1.0)
+    assert everything == (1.0, 1.0, 1.0)
 
 
 def test_recall_leaves_out_queries_that_had_nothing_to_choose():

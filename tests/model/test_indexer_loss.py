@@ -185,7 +185,7 @@ def test_in_the_model_both_learn_from_their_own_loss_alone(mode):
 def test_statistics_are_of_the_sparse_layers_only():
     model = sparse_lm("dense")
     stats = model(ids(), labels=ids()).stats
-    for name in ("kl", "entropy", "recall", "agreement"):
+    for name in ("kl", "entropy", "recall", "agreement", "attainable"):
         of_layers = [stats[f"indexer_{name}/{i}"] for i in (2, 3)]
         assert stats[f"indexer_{name}"] == pytest.approx((sum(of_layers) / 2).item())
         assert stats[f"indexer_{name}_min"] == min(of_layers)

@@ -45,11 +45,13 @@ def test_controls_take_as_many_visible_keys_as_there_are(experiment, borders):
 
 
 def test_the_table_and_figure_show_the_rows(experiment):
-    row = {"loss": 1.0, "task_accuracy": 0.5, "indexer_recall": 0.9, "indexer_agreement": 0.8}
+    row = {"loss": 1.0, "task_accuracy": 0.5, "indexer_recall": 0.9, "indexer_attainable": 0.95,
+           "indexer_agreement": 0.8}
     rows = {"dense": {"loss": 1.25, "task_accuracy": 0.5}, "random, after the warm-up": row,
             "sliding window, after the warm-up": row}
     text = experiment.table(rows, {"kl_first": 1.0, "kl_last": 0.1, "loss_ratio": 1.01, "seconds": 5.0})
-    assert "| dense | 1.2500 | 0.500 |  |  |" in text
+    assert "| dense | 1.2500 | 0.500 |  |  |  |" in text
+    assert "| random, after the warm-up | 1.0000 | 0.500 | 0.900 | 0.950 | 0.800 |" in text
     assert "(10.0 times less)" in text
     svg = experiment.figure([{"loss/indexer_kl": 1.0, "dsa/indexer_recall": 0.1}] * 3, rows)
     assert svg.startswith("<svg")

@@ -23,6 +23,7 @@ from hybridlm.model.mixers.cost import visible_keys
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import attention_recall, indexer_kl, indexer_topk
+from hybridlm_kernels.indexer_kl import Recall
 
 AttentionMode = Literal["dense", "sparse"]
 IndexTensors = tuple[Tensor, Tensor, Tensor]  # queries [B, T, J, I], keys [B, T, I], head weights [B, T, J]
@@ -292,9 +293,9 @@ class IndexedMixer(SequenceMixer):
             recall = attention_recall(q_BTHK, k_BTGK, selection.indices, **options)
         aux = {"loss/indexer_kl": result.loss, "layer/indexer_kl": result.loss.detach(),
                "layer/indexer_entropy": result.entropy}
+        if recall is None and chosen is None:  # every key is selected
+            recall = Recall(*[torch.ones_like(result.entropy)] * 3)
         if recall is not None:
-            aux |= {"layer/indexer_recall": recall.mass, "layer/indexer_agreement": recall.agreement}
-        elif chosen is None:  # every key is selected
-            one = torch.ones_like(result.entropy)
-            aux |= {"layer/indexer_recall": one, "layer/indexer_agreement": one}
+            aux |= {"layer/indexer_recall": recall.mass, "layer/indexer_agreement": recall.agreement,
+                    "layer/indexer_attainable": recall.attainable}
         return aux

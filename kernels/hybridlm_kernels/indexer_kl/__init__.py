@@ -23,6 +23,7 @@ class Recall(NamedTuple):
 
     mass: Tensor  # share of the dense attention, averaged over heads, that lies on the listed keys
     agreement: Tensor  # share of the listed keys that are among as many keys of most attention
+    attainable: Tensor  # the mass that as many keys of most attention hold
 
 
 class IndexerKL(NamedTuple):

@@ -57,7 +57,7 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
 
 
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, scale: float,
-                     cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor]:
+                     cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor, Tensor]:
     batch, queries = main_q_BTHK.shape[:2]
     keys, device = main_k_BSGK.shape[1], main_q_BTHK.device
     seen_BTS = support(queries, keys, batch, None, cu_seqlens, device)
@@ -70,6 +70,7 @@ def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tens
     best_BTS = torch.zeros_like(seen_BTS).scatter_(-1, order_BTS, rank_S < n_BT[..., None])
     mass_BT = (p_BTS * listed_BTS).sum(-1)
     agreement_BT = (best_BTS & listed_BTS).sum(-1).to(p_BTS.dtype) / n_BT.clamp(min=1)
+    attainable_BT = (p_BTS * best_BTS).sum(-1)
     if not chose_BT.any():
-        return p_BTS.new_ones(()), p_BTS.new_ones(())
-    return mass_BT[chose_BT].mean(), agreement_BT[chose_BT].mean()
+        return p_BTS.new_ones(()), p_BTS.new_ones(()), p_BTS.new_ones(())
+    return mass_BT[chose_BT].mean(), agreement_BT[chose_BT].mean(), attainable_BT[chose_BT].mean()

@@ -233,7 +233,7 @@ def _first_keys(cu_seqlens: CuSeqlens, length: int) -> list[int]:
 
 
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, scale: float,
-                     cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor]:
+                     cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(main_q_BTHK.device.type, enabled=False):
         main, recall = _Main(main_q_BTHK, main_k_BSGK, scale, cu_seqlens), _RecallSums(indices_BTN, main_q_BTHK.device)
         for rows, low, high, seen_BQX in main.blocks():
@@ -247,7 +247,7 @@ class _RecallSums:
     def __init__(self, indices_BTN: Tensor, device: torch.device):
         self.indices_BTN = indices_BTN
         self.rank_N = torch.arange(indices_BTN.shape[2], device=device)
-        self.mass = self.agreement = self.count = torch.zeros((), device=device)
+        self.mass = self.agreement = self.attainable = self.count = torch.zeros((), device=device)
 
     def add(self, p_BQX: Tensor, seen_BQX: Tensor, rows: slice, low: int) -> None:
         width = p_BQX.shape[-1]
@@ -257,13 +257,16 @@ class _RecallSums:
         listed_BQX = listed_BQX.scatter_(-1, place_BQN, True)[..., :-1] & seen_BQX
         n_BQ = listed_BQX.sum(-1)
         chose_BQ = seen_BQX.sum(-1) > n_BQ
-        best = p_BQX.masked_fill(~seen_BQX, -1.0).topk(min(len(self.rank_N), width), dim=-1).indices
-        hits_BQ = (listed_BQX.gather(-1, best) & (self.rank_N[: best.shape[-1]] < n_BQ[..., None])).sum(-1)
+        best = p_BQX.masked_fill(~seen_BQX, -1.0).topk(min(len(self.rank_N), width), dim=-1)
+        counts_BQN = self.rank_N[: best.indices.shape[-1]] < n_BQ[..., None]
+        hits_BQ = (listed_BQX.gather(-1, best.indices) & counts_BQN).sum(-1)
         self.mass = self.mass + ((p_BQX * listed_BQX).sum(-1) * chose_BQ).sum()
         self.agreement = self.agreement + (hits_BQ.to(p_BQX.dtype) / n_BQ.clamp(min=1) * chose_BQ).sum()
+        self.attainable = self.attainable + ((best.values * counts_BQN).sum(-1) * chose_BQ).sum()
         self.count = self.count + chose_BQ.sum()
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        some = self.count > 0
-        mass, agreement = (torch.where(some, x / self.count.clamp(min=1), 1.0) for x in (self.mass, self.agreement))
-        return mass, agreement
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        some, count = self.count > 0, self.count.clamp(min=1)
+        mass, agreement, attainable = (torch.where(some, x / count, 1.0)
+                                       for x in (self.mass, self.agreement, self.attainable))
+        return mass, agreement, attainable
