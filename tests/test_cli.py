@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybridlm import cli
-from hybridlm.cli import main
+from hybridlm.cli import checks, main, models, runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +179,7 @@ def test_prepare_reports_the_tokens(trained, capsys):
 def test_text_is_written_in_any_encoding(tmp_path, monkeypatch, encoding, shown):
     with (tmp_path / "out").open("w", encoding=encoding) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        cli.write_text("aéb\n")
+        models.write_text("aéb\n")
         monkeypatch.undo()
     assert (tmp_path / "out").read_text(encoding=encoding) == shown
 
@@ -188,7 +188,7 @@ def test_a_terminal_gets_no_control_characters(tmp_path, monkeypatch):
     with (tmp_path / "out").open("w", encoding="utf-8") as stream:
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
         monkeypatch.setattr(sys, "stdout", stream)
-        cli.write_text("a\x1b]0;title\x07\tb\n")
+        models.write_text("a\x1b]0;title\x07\tb\n")
         monkeypatch.undo()
     assert (tmp_path / "out").read_text(encoding="utf-8") == "a\ufffd]0;title\ufffd\tb\n"
 
@@ -197,7 +197,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     def broken(argv):
         raise ZeroDivisionError("bug")
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", broken)
+    monkeypatch.setattr(checks, "doctor_command", broken)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
 
@@ -206,7 +206,7 @@ def test_ctrl_c_shows_no_traceback(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", interrupted)
+    monkeypatch.setattr(checks, "doctor_command", interrupted)
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == "\ninterrupted\n"
 
@@ -217,6 +217,6 @@ def test_a_run_that_could_not_go_on_is_exit_code_1(monkeypatch, capsys):
     def stopped(argv):
         raise TrainingStopped("3 steps in a row\nwere not finite")
 
-    monkeypatch.setitem(cli.COMMANDS, "train", stopped)
+    monkeypatch.setattr(runs, "train_command", stopped)
     assert main(["train"]) == 1
     assert capsys.readouterr().err == "error: 3 steps in a row were not finite\n"
