@@ -2,36 +2,123 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
 from hybridlm.cli.parser import Parser
+from hybridlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hybridlm.sweep.plan import SweepPlan
 
 
 def sweep_command(argv: Sequence[str]) -> int:
-    parser = Parser("sweep", "Points that differ in what is compared and in nothing else, shown with their costs.", """\
-  hybridlm sweep sweep=hybrid_ratio
+    parser = Parser("sweep", "Many runs that differ in what is compared and in nothing else. The same command goes on "
+                             "with a sweep that was stopped.", """\
+  hybridlm sweep sweep=hybrid_ratio --dry-run
   hybridlm sweep model=hybrid_tiny model.schedule.linear=kda,gdn,lightning model.schedule.ratio=0,1,3,7,inf \\
-      training.seed=0,1 sweep.match=params""")
+      training.seed=0,1 sweep.match=params
+  hybridlm sweep sweep.dir=runs/sweeps/hybrid_ratio --collect""")
     parser.overrides("all points; a key with several values, a,b,c, is varied; sweep=NAME and sweep.KEY=... are the "
                      "sweep's own")
-    parser.add_argument("--dry-run", action="store_true", help="show the points and what they cost")
+    parser.add_argument("--dry-run", action="store_true", help="show the points and what they cost, run nothing")
     parser.add_argument("--measure", action="store_true", help="estimate times from a few passes of each model")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time (default 1)")
+    parser.add_argument("--retry-failed", action="store_true", help="start failed points again")
+    parser.add_argument("--collect", action="store_true", help="only collect results of what has finished")
     parser.json()
     args = parser.parse_intermixed_args(argv)
-    from rich.console import Console
-
-    from hybridlm.sweep.estimate import by_flops, by_measurement
-    from hybridlm.sweep.folder import check_owner, outcome
+    if args.jobs < 1:
+        raise ConfigError("--jobs", "must be positive", got=args.jobs)
+    if args.collect:
+        return _collect(args)
+    from hybridlm.sweep.folder import check_owner
     from hybridlm.sweep.plan import make_plan
-    from hybridlm.sweep.table import render, report
 
     plan = make_plan(args.overrides, args.config_dir)
     check_owner(plan)
+    shown = _show(plan, args)
+    if args.dry_run:
+        if args.json:
+            print(json.dumps(shown))
+        return 0
+    return _run(plan, shown, args, argv)
+
+
+def _show(plan: SweepPlan, args: argparse.Namespace) -> dict[str, Any]:
+    """The table, before anything runs; returns it as plain data."""
+    from rich.console import Console
+
+    from hybridlm.sweep.estimate import by_flops, by_measurement
+    from hybridlm.sweep.folder import outcome
+    from hybridlm.sweep.table import render, report
+
     seconds, how = (by_measurement if args.measure else by_flops)(plan.points)
-    shown = report(plan, seconds, how, [outcome(point)["status"] for point in plan.points], 1)
-    if args.json:
-        print(json.dumps(shown))
-    else:
-        render(shown, Console())
+    shown = report(plan, seconds, how, [outcome(point)["status"] for point in plan.points], args.jobs)
+    if not (args.json and args.dry_run):
+        render(shown, Console(stderr=args.json))
+    return shown
+
+
+def _run(plan: SweepPlan, shown: dict[str, Any], args: argparse.Namespace, argv: Sequence[str]) -> int:
+    from hybridlm.sweep.folder import SweepFolder, outcome
+    from hybridlm.sweep.run import run_points
+
+    say = _sayer(args.json)
+    with closing(SweepFolder(plan)) as folder:
+        folder.write_plan(shown)
+        stopped = run_points(plan.points, jobs=args.jobs, retry_failed=args.retry_failed, say=say)
+        ended = [(point.name, outcome(point)) for point in plan.points]
+        failed = [(name, end) for name, end in ended if end["status"] == "failed"]
+        try:
+            _tell(args, plan.folder, plan.sweep.metrics)
+        finally:
+            for name, end in failed:
+                say(f"failed: {name}: {end['reason']}")
+            if failed:
+                say(f"{len(failed)} of {len(ended)} points failed; the same command with --retry-failed starts them "
+                    "again")
+            if stopped:
+                say(f"{stopped}: go on with: {shlex.join(['hybridlm', 'sweep', *argv])}")
+    return 1 if failed or (not stopped and any(end["status"] != "finished" for _, end in ended)) else 0
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from hybridlm.sweep.folder import check_owner
+    from hybridlm.sweep.plan import make_plan
+    from hybridlm.sweep.request import read_request
+
+    sweep = read_request(args.overrides, args.config_dir).sweep
+    if any(not word.startswith(("sweep.dir=", "sweep.metrics=")) for word in args.overrides):
+        check_owner(make_plan(args.overrides, args.config_dir))
+    _tell(args, sweep.folder, sweep.metrics)
     return 0
+
+
+def _tell(args: argparse.Namespace, folder: Any, metrics: list[str] | None) -> None:
+    """Collects, and prints what there is: JSON, or the table of means over seeds."""
+    from rich.console import Console
+
+    from hybridlm.sweep.collect import collect
+    from hybridlm.sweep.table import render_results
+
+    results = collect(folder, metrics)
+    if args.json:
+        print(json.dumps(results))
+    else:
+        render_results(results, Console())
+    say = _sayer(args.json)
+    for point in results["points"]:
+        if point["corrupt_lines"]:
+            say(f"warning: {point['run_dir']}/metrics.jsonl: {point['corrupt_lines']} corrupt lines were skipped")
+    finished = sum(point["status"] == "finished" for point in results["points"])
+    say(f"{finished} of {len(results['points'])} points are finished; {folder}/results.csv, {folder}/results.json")
+
+
+def _sayer(as_json: bool) -> Callable[[str], None]:
+    return lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)

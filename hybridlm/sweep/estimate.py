@@ -1,4 +1,4 @@
-"""How long points will take: from finished points, from a short measurement, or from FLOPs alone."""
+"""How long points will take: from a short measurement, or from FLOPs alone."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ class SweepFolder:
             self._lock = None
 
     def write_plan(self, report: dict[str, Any]) -> None:
-        write_json(self.path / "sweep.json", report)
+        """What is planned; how far each point is stands with the point."""
+        rows = [{key: value for key, value in row.items() if key != "status"} for row in report["points"]]
+        write_json(self.path / "sweep.json", {**report, "points": rows})
 
 
 def hold(file: IO[str]) -> bool:

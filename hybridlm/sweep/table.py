@@ -17,6 +17,8 @@ from hybridlm.training.display import duration
 from hybridlm.training.stages import plan as stages_of
 
 STATES = {"32K": 1 << 15, "1M": 1 << 20}
+HEADLINES = ("validation_loss", "validation_bits_per_byte", "tokens_per_second")
+MOST_COLUMNS = 4
 Column = tuple[str, Callable[[list[dict[str, Any]]], str]]  # its title, and its text for the rows of one model
 
 
@@ -125,3 +127,28 @@ def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
         value, power = value / base, power + 1
     digits = 0 if value >= 100 or value == int(value) else 1 if value >= 10 else 2
     return f"{value:.{digits}f}{units[power]}"
+
+
+def render_results(results: dict[str, Any], console: Console) -> None:
+    """Prints mean and spread over seeds, of what matters most where nothing was asked for."""
+    groups = [group for group in results["groups"] if group["metrics"]]
+    names = list(dict.fromkeys(name for group in groups for name in group["metrics"]))
+    shown = [name for name in HEADLINES if name in names] or names[:MOST_COLUMNS]
+    if not groups:
+        return
+    keys = [key for key in groups[0]["settings"] if not key.startswith("model.schedule.")]
+    short = short_keys(keys)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("layers", *(short[key] for key in keys)):
+        table.add_column(title, overflow="fold")
+    for name in shown:
+        table.add_column(name.replace("validation_", "validation\n"), justify="right", overflow="fold")
+    for group in groups:
+        values = [group["metrics"].get(name) for name in shown]
+        table.add_row(layers_text(group["layers"]), *(str(group["settings"][key]) for key in keys),
+                      *("-" if value is None else _mean(value) for value in values))
+    console.print(table)
+
+
+def _mean(value: dict[str, Any]) -> str:
+    return f"{value['mean']:.4g}" + ("" if value["std"] is None else f" ± {value['std']:.2g} ({value['seeds']})")

@@ -7,6 +7,7 @@ import pytest
 from hybridlm.cli import main
 from hybridlm.errors import ConfigError
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
+from hybridlm.sweep import estimate
 from hybridlm.sweep.plan import make_plan
 from hybridlm.sweep.request import as_value, read_request
 
@@ -52,8 +53,9 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 
 def test_the_sweeps_that_ship_compose():
-    tiny = make_plan(["sweep=hybrid_ratio_tiny"])
-    assert (len(tiny.points), tiny.points[0].settings["model.schedule.linear"]) == (13, "kda|gdn|lightning")
+    tiny = make_plan(["sweep=hybrid_ratio_tiny", "model.schedule.linear=kda,lightning", "model.schedule.ratio=0,inf"])
+    assert (len(tiny.points), tiny.points[0].settings["model.schedule.linear"]) == (3, "kda|lightning")
+    assert tiny.points[2].changed
     assert str(tiny.folder) == "runs/sweeps/hybrid_ratio_tiny"
     large = read_request(["sweep=hybrid_ratio"])
     assert (large.sweep.match, large.vary["model.schedule.ratio"]) == ("params", ["0", "1", "3", "7", "inf"])
@@ -108,6 +110,7 @@ def test_a_dry_run_shows_every_cost_and_writes_nothing(capsys, tmp_path, monkeyp
         assert (row["tokens"], row["layers"]) == (32, model.layers())
         assert row["estimated_seconds"] > 0
     assert shown["estimated_by"].startswith("measured")
+    monkeypatch.setattr(estimate, "peak_flops", lambda *_: (1e9, "made up"))
     assert main(["sweep", *words, "--dry-run"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert all(text in out for text in ("4 full", "2 kda + 2 full", "32K", "1M", "at least: training FLOPs"))
