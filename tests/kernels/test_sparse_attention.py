@@ -26,7 +26,8 @@ def many_blocks(monkeypatch):
 @pytest.fixture(params=["masked", "gathered"])
 def strategy(request, monkeypatch):
     monkeypatch.setattr(eager, "COPY_COST", 1)
-    monkeypatch.setattr(eager, "GATHER_COST", 0 if request.param == "gathered" else 10**12)
+    monkeypatch.setattr(eager, "GATHER_ELEMENTS", 2000)
+    monkeypatch.setattr(eager, "GATHER_COST", -(10**6) if request.param == "gathered" else 10**12)
     return request.param
 
 
@@ -138,6 +139,38 @@ def test_attention_equals_reference(shape, count, strategy):
         assert_same_function(
             lambda backend, index=index: sparse_attention(q, k, v, index, scale=0.4, backend=backend), (q, k, v),
             1e-12)
+
+
+def test_values_that_are_part_of_the_keys(strategy):
+    """Absorbed MLA: the latent is key and value, and its gradient is the sum of both."""
+    q, latent = tensors((2, 30, 4, 12), (2, 30, 1, 12))
+    index = selections(2, 30, 30, 7)
+    assert_same_function(
+        lambda backend: sparse_attention(q, latent, latent[..., :8], index, backend=backend), (q, latent), 1e-12)
+
+
+def test_the_cheaper_way_is_taken():
+    def way(queries, keys, heads, groups, selected):
+        q, k = torch.empty(1, queries, heads, 4), torch.empty(1, keys, groups, 4)
+        return eager._strategy(q, k, torch.empty(1, queries, selected))[0]
+
+    assert way(1024, 1024, 16, 1, 64) is eager.gathered_forward  # one key head, few keys of many
+    assert way(1, 65536, 8, 8, 2048) is eager.gathered_forward  # decoding
+    assert way(1024, 1024, 8, 8, 256) is eager.masked_forward
+    assert way(64, 64, 8, 1, 64) is eager.masked_forward
+
+
+def test_the_same_bits_every_time(strategy):
+    q, k, v = tensors((1, 200, 4, 16), (1, 200, 1, 16), (1, 200, 1, 16), dtype=torch.float32)
+    index = selections(1, 200, 200, 20)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = (torch.autograd.grad(sparse_attention(q, k, v, index).square().sum(), (q, k, v))
+                         for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_no_selection_gives_zeros(strategy):

@@ -18,9 +18,10 @@ from hybridlm_kernels.precision import plain_backward
 # Scores of a block, in elements: near the cache on a CPU, and enough for several threads to share
 INDEX_ELEMENTS = 2**20
 BLOCK_ELEMENTS = 2**20
+GATHER_ELEMENTS = 2**19
 GPU_ELEMENTS = 2**27
 # Measured on a CPU, in units of one query head's work on one key in place:
-GATHER_COST = 32  # to gather one key of one head and use it
+GATHER_COST = 16  # to gather one key of one head
 COPY_COST = 16  # to lay out one key of one head for the products in place
 
 
@@ -134,7 +135,7 @@ class _SparseAttention(torch.autograd.Function):
 def _strategy(q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor) -> tuple[Callable, Callable]:
     queries, heads = q_BTHK.shape[1:3]
     keys, groups = k_BSGK.shape[1:3]
-    gathered = GATHER_COST * groups * queries * indices_BTN.shape[2]
+    gathered = (GATHER_COST * groups + heads) * queries * indices_BTN.shape[2]
     masked = heads * queries * (keys - queries // 2) + COPY_COST * groups * keys
     return (gathered_forward, gathered_backward) if gathered < masked else (masked_forward, masked_backward)
 
@@ -217,48 +218,52 @@ class _Gathered:
     def __init__(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float):
         self.wide = torch.promote_types(q_BTHK.dtype, torch.float32)
         self.batch, self.keys, self.groups = k_BSGK.shape[:3]
-        self.q_BTHK, self.scale, self.per_key = q_BTHK, scale, q_BTHK.shape[2] // self.groups
+        self.q_BTHK, self.scale, self.v_dim = q_BTHK, scale, v_BSGV.shape[3]
         # rows of the flattened keys; an absent one reads key 0 and is masked
         offset_B11 = torch.arange(self.batch, device=q_BTHK.device)[:, None, None] * self.keys
         self.absent_BTN = indices_BTN < 0
         self.row_BTN = (indices_BTN.long() + offset_B11).masked_fill(self.absent_BTN, 0)
-        self.flat = [x.flatten(0, 1).flatten(1) for x in (k_BSGK, v_BSGV)]
+        self.k_MX, self.v_MX = (x.flatten(0, 1).flatten(1) for x in (k_BSGK, v_BSGV))
+        # absorbed MLA: the values are the first dims of the keys, and one copy serves both
+        self.one_copy = k_BSGK.data_ptr() == v_BSGV.data_ptr() and k_BSGK.stride() == v_BSGV.stride()
 
-    def pick(self, flat: Tensor, rows: slice) -> Tensor:
+    def pick(self, x_MX: Tensor, row_BQN: Tensor) -> Tensor:
         """[B*Q, G, N, D] of the selected keys or values."""
-        row = self.row_BTN[:, rows]
-        picked = flat.index_select(0, row.flatten()).to(self.wide)
-        return picked.view(-1, row.shape[2], self.groups, flat.shape[1] // self.groups).transpose(1, 2)
+        picked = x_MX.index_select(0, row_BQN.flatten()).to(self.wide)
+        return picked.view(-1, row_BQN.shape[2], self.groups, x_MX.shape[1] // self.groups).transpose(1, 2)
 
     def split(self, x_BQHD: Tensor) -> Tensor:
         """[B*Q, G, R, D]."""
-        return x_BQHD.to(self.wide).flatten(0, 1).unflatten(1, (self.groups, self.per_key))
+        return x_BQHD.to(self.wide).flatten(0, 1).unflatten(1, (self.groups, -1))
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-        """(queries, scaled q, selected k, probabilities, whether a query has any key)."""
-        widest = self.groups * max(x.shape[1] for x in self.flat) // self.groups
-        elements = self.batch * self.row_BTN.shape[2] * (widest + self.q_BTHK.shape[2])
-        for start, stop in query_blocks(self.q_BTHK.shape[1], elements, self.q_BTHK.device, BLOCK_ELEMENTS):
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """(queries, scaled q, selected k, selected v, probabilities, whether a query has any key)."""
+        selected, heads = self.row_BTN.shape[2], self.q_BTHK.shape[2]
+        elements = self.batch * selected * (max(self.k_MX.shape[1], self.v_MX.shape[1]) + heads)
+        for start, stop in query_blocks(self.q_BTHK.shape[1], elements, self.q_BTHK.device, GATHER_ELEMENTS):
             rows = slice(start, stop)
             absent = self.absent_BTN[:, rows].flatten(0, 1)[:, None, None, :]
             has = ~absent.all(-1, keepdim=True)
-            q, k = self.split(self.q_BTHK[:, rows] * self.scale), self.pick(self.flat[0], rows)
+            q, k = self.split(self.q_BTHK[:, rows] * self.scale), self.pick(self.k_MX, self.row_BTN[:, rows])
+            v = k[..., : self.v_dim] if self.one_copy else self.pick(self.v_MX, self.row_BTN[:, rows])
             score = torch.matmul(q, k.transpose(2, 3)).masked_fill_(absent & has, -torch.inf)
-            yield rows, q, k, torch.softmax(score, -1) * has, has
+            yield rows, q, k, v, torch.softmax(score, -1) * has, has
 
-    def add_up(self, grad: Tensor, rows: slice, total: Tensor) -> None:
-        """total[row] += grad of each selection; sums of rows in a fixed order."""
-        grad = grad.transpose(1, 2).reshape(-1, total.shape[1]).contiguous()
-        row = self.row_BTN[:, rows].masked_fill(self.absent_BTN[:, rows], len(total)).flatten()
-        total += torch.ops.aten.embedding_dense_backward(grad, row, len(total) + 1, len(total), False)[:-1]
+    def add_up(self, grad: Tensor, rows: slice, total_MX: Tensor) -> None:
+        """total[row] += the gradient of each selection of it, in an order that never changes."""
+        grad = grad.transpose(1, 2).reshape(-1, total_MX.shape[1])  # zero where no key is selected
+        row = self.row_BTN[:, rows].flatten()
+        if total_MX.device.type == "cpu":
+            total_MX.index_add_(0, row, grad)
+        else:  # index_add_ would use atomics
+            total_MX += torch.ops.aten.embedding_dense_backward(grad.contiguous(), row, len(total_MX), -1, False)
 
 
 def gathered_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float) -> Tensor:
     gathered = _Gathered(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
     o_BTHV = v_BSGV.new_empty(*q_BTHK.shape[:3], v_BSGV.shape[-1])
-    for rows, _, _, p, _ in gathered.blocks():
-        o = torch.matmul(p, gathered.pick(gathered.flat[1], rows))
-        o_BTHV[:, rows] = o.flatten(1, 2).unflatten(0, (q_BTHK.shape[0], -1))
+    for rows, _, _, v, p, _ in gathered.blocks():
+        o_BTHV[:, rows] = torch.matmul(p, v).flatten(1, 2).unflatten(0, (q_BTHK.shape[0], -1))
     return o_BTHV
 
 
@@ -266,12 +271,12 @@ def gathered_backward(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: T
                       scale: float) -> tuple[Tensor, Tensor, Tensor]:
     gathered = _Gathered(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
     dq_BTHK = torch.empty(q_BTHK.shape, dtype=gathered.wide, device=q_BTHK.device)
-    dk, dv = (torch.zeros(x.shape, dtype=gathered.wide, device=x.device) for x in gathered.flat)
-    for rows, q, k, p, has in gathered.blocks():
+    dk_MX, dv_MX = (torch.zeros_like(x, dtype=gathered.wide, memory_format=torch.contiguous_format)
+                    for x in (gathered.k_MX, gathered.v_MX))
+    for rows, q, k, v, p, has in gathered.blocks():
         do = gathered.split(do_BTHV[:, rows]) * has
-        dp = torch.matmul(do, gathered.pick(gathered.flat[1], rows).transpose(2, 3))
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        gathered.add_up(torch.matmul(p.transpose(2, 3), do), rows, dv)
-        gathered.add_up(torch.matmul(ds.transpose(2, 3), q), rows, dk)
+        ds = torch.ops.aten._softmax_backward_data(torch.matmul(do, v.transpose(2, 3)), p, -1, p.dtype)
+        gathered.add_up(torch.matmul(p.transpose(2, 3), do), rows, dv_MX)
+        gathered.add_up(torch.matmul(ds.transpose(2, 3), q), rows, dk_MX)
         dq_BTHK[:, rows] = (torch.matmul(ds, k) * scale).flatten(1, 2).unflatten(0, (q_BTHK.shape[0], -1))
-    return dq_BTHK, dk.view(k_BSGK.shape), dv.view(v_BSGV.shape)
+    return dq_BTHK, dk_MX.view(k_BSGK.shape), dv_MX.view(v_BSGV.shape)
