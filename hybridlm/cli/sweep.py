@@ -54,11 +54,11 @@ def _show(plan: SweepPlan, args: argparse.Namespace) -> dict[str, Any]:
     """The table, before anything runs; returns it as plain data."""
     from rich.console import Console
 
-    from hybridlm.sweep.estimate import by_flops, by_measurement
+    from hybridlm.sweep.estimate import estimate
     from hybridlm.sweep.folder import outcome
     from hybridlm.sweep.table import render, report
 
-    seconds, how = (by_measurement if args.measure else by_flops)(plan.points)
+    seconds, how = estimate(plan.points, measure=args.measure)
     shown = report(plan, seconds, how, [outcome(point)["status"] for point in plan.points], args.jobs)
     if not (args.json and args.dry_run):
         render(shown, Console(stderr=args.json))

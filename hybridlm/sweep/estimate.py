@@ -1,14 +1,18 @@
-"""How long points will take: from a short measurement, or from FLOPs alone."""
+"""How long points will take: from a short measurement, from points that have finished, or from FLOPs alone."""
 
 from __future__ import annotations
 
+import statistics
 import time
+from pathlib import Path
 
 import torch
 
 from hybridlm.distributed.engine import pick_device, pick_precision
 from hybridlm.model.cost import training_flops
 from hybridlm.model.model import build_model
+from hybridlm.sweep.collect import read_metrics, summarize
+from hybridlm.sweep.folder import outcome
 from hybridlm.sweep.plan import Point, identity
 from hybridlm.training.metrics import peak_flops
 from hybridlm.training.stages import Stage
@@ -20,15 +24,38 @@ BY_FLOPS = "at least: training FLOPs at the rate of this machine's matrix produc
 BY_MEASUREMENT = "forward and backward passes on random tokens, without optimizer, validation and start"
 
 
+def estimate(points: list[Point], *, measure: bool) -> tuple[list[float], str]:
+    """Seconds of each point, and how that was found."""
+    return by_measurement(points) if measure else by_finished(points) or by_flops(points)
+
+
+def by_finished(points: list[Point]) -> tuple[list[float], str] | None:
+    """From the training time of finished points, FLOPs for FLOPs; None where there are none."""
+    took: dict[str, float] = {}
+    for point in points:
+        if outcome(point)["status"] == "finished":
+            seconds = summarize(read_metrics(Path(point.config.run_dir) / "metrics.jsonl")[0]).get("seconds")
+            took |= {point.name: seconds} if seconds else {}
+    if not took:
+        return None
+    pace = statistics.median(took[point.name] / _flops(point) for point in points if point.name in took)
+    return ([took.get(point.name, _flops(point) * pace) for point in points],
+            f"from the training time of {len(took)} finished points, by FLOPs")
+
+
+def _flops(point: Point) -> float:
+    """Of the whole training of a point."""
+    return sum(training_flops(point.config.model, stage.sequence_length) * stage.steps * stage.tokens_per_step
+               for stage in stages_of(point.config))
+
+
 def by_flops(points: list[Point]) -> tuple[list[float], str]:
     """Seconds of each point if everything ran like large matrix products (small models are far slower), and how
     that was found."""
     config = points[0].config
     device = pick_device(config.engine)
     rate, source = peak_flops(device, pick_precision(config.training.precision, device))
-    seconds = [sum(training_flops(point.config.model, stage.sequence_length) * stage.steps * stage.tokens_per_step
-                   for stage in stages_of(point.config)) / rate for point in points]
-    return seconds, f"{BY_FLOPS} ({rate / 1e9:.3g} GFLOP/s, {source})"
+    return [_flops(point) / rate for point in points], f"{BY_FLOPS} ({rate / 1e9:.3g} GFLOP/s, {source})"
 
 
 def by_measurement(points: list[Point]) -> tuple[list[float], str]:

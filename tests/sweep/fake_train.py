@@ -38,5 +38,5 @@ with (folder / "metrics.jsonl").open("w") as file:
     for step in range(1, steps + 1):
         file.write(json.dumps({"step": step, "loss": 10.0 - step + seed, "tokens_per_second": 100.0 * step,
                                "peak_memory_bytes": step % 7, "stage": "pretrain", "skipped": False}) + "\n")
-    file.write(json.dumps({"step": steps, "validation_loss": 2.0 + seed + layers}) + "\n")
+    file.write(json.dumps({"step": steps, "seconds": 2.0 * steps, "validation_loss": 2.0 + seed + layers}) + "\n")
 print(json.dumps(result))

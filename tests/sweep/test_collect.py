@@ -46,10 +46,11 @@ def test_results_have_a_row_a_point_and_metric_and_mean_and_spread_over_seeds(sw
     assert values[("0", "0", "loss")] == 10 - 19.5  # the mean of the last two of twenty steps
     assert values[("0", "0", "tokens_per_second")] == 1050  # the median
     assert values[("0", "4", "peak_memory_bytes")] == 6  # the most
-    assert {row["metric"] for row in rows} == {"loss", "validation_loss", "tokens_per_second", "peak_memory_bytes"}
-    assert len(rows) == 4 * 4
+    assert {row["metric"] for row in rows} == {"loss", "validation_loss", "tokens_per_second", "peak_memory_bytes",
+                                               "seconds"}
+    assert len(rows) == 4 * 5
     data = results(sweep)
-    assert all(int(row["parameters"]) == data["points"][i // 4]["parameters"] for i, row in enumerate(rows))
+    assert all(int(row["parameters"]) == data["points"][i // 5]["parameters"] for i, row in enumerate(rows))
     groups = {group["settings"]["model.schedule.ratio"]: group for group in data["groups"]}
     assert list(groups) == [0, 1]
     assert groups[1]["metrics"]["validation_loss"] == {"mean": 5.0, "std": math.sqrt(8), "min": 3.0, "max": 7.0,

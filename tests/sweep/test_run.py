@@ -16,6 +16,7 @@ from hybridlm.cli import main
 from hybridlm.sweep import estimate, run
 from hybridlm.sweep.folder import SweepFolder, outcome
 from hybridlm.sweep.plan import make_plan
+from hybridlm.training.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -58,6 +59,8 @@ def test_lists_may_grow_and_more_steps_start_finished_points_again(fake, tmp_pat
     assert main(["sweep", *words(tmp_path, "0,4")]) == 0
     assert main(["sweep", *words(tmp_path, "0,4,5")]) == 0
     assert starts(tmp_path) == {"seed-0": 1, "seed-4": 1, "seed-5": 1}
+    seconds, how = estimate.estimate(make_plan(words(tmp_path, "0,4,5,6")).points, measure=False)
+    assert (seconds, how) == ([40.0] * 4, "from the training time of 3 finished points, by FLOPs")
     plan = make_plan(words(tmp_path, "0,4,5", "training.steps=30"))
     assert [outcome(point)["status"] for point in plan.points] == ["waiting"] * 3
 
@@ -127,6 +130,16 @@ def test_a_sweep_that_is_killed_leaves_no_process_behind_and_goes_on(tmp_path, f
     wait_for(tmp_path / "points" / "seed-3" / "stopped")  # its point was told, so that it could save
     assert main(["sweep", *words(tmp_path, "3,0")]) == 0
     assert starts(tmp_path) == {"seed-0": 1, "seed-3": 2}
+
+
+def test_a_point_that_another_process_trains_is_left_to_it(tmp_path, fake, monkeypatch, capsys):
+    monkeypatch.setattr(run, "PATIENCE", 0.2)
+    with closing(RunFolder(tmp_path / "points" / "seed-0")):
+        assert main(["sweep", *words(tmp_path, "0,4")]) == 1
+    out = capsys.readouterr().out
+    assert "seed-0: left out, another process is training there" in out
+    assert "1 of 2 points are finished" in out
+    assert starts(tmp_path) == {"seed-4": 1}
 
 
 def test_one_process_runs_a_sweep(tmp_path, fake, capsys):
