@@ -26,7 +26,7 @@ def _version_row(name: str, minimum: str, below: str | None, needed_for: str = "
     except importlib.metadata.PackageNotFoundError:
         fix = f"pip install '{name}{wanted}'"
         return {"package": name, "version": None, "ok": bool(needed_for),
-                "verdict": f"not installed; only {needed_for} need it: {fix}" if needed_for else f"missing: {fix}"}
+                "verdict": f"not installed; only for {needed_for}: {fix}" if needed_for else f"missing: {fix}"}
     release = Version(Version(found).public)
     ok = release >= Version(minimum) and (below is None or release < Version(below))
     return {"package": name, "version": found, "ok": ok,

@@ -89,7 +89,7 @@ def render(report: dict[str, Any], console: Console) -> None:
 
 
 def _layers(report: dict[str, Any]) -> tuple[str, Table]:
-    table = _table("layer", "mixer", "kind", "feed-forward", "parameters", "active", left=4)
+    table = _table("layer", "mixer", "kind", "feed-forward", "parameters each", "active each", left=4)
     for indices, layer in _runs(report["layers"]):
         table.add_row(indices, layer["mixer"], layer["kind"], layer["feed_forward"], _count(layer["params"]),
                       _count(layer["active"]))

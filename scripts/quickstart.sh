@@ -11,10 +11,17 @@ echo "A sample from the trained model:"
 cat <<EOF
 
 What to try next (source .venv/bin/activate first):
-  hybridlm generate $run --prompt 'class '                    talk to the model
-  hybridlm inspect model=kimi_linear_48b                       what a full-size system costs, from its config alone
-  hybridlm train model=qwen3_next_tiny training.steps=50   another of the four systems
-  hybridlm train experiment=quickstart model.schedule.ratio=1 run_dir=runs/ratio1    another hybrid ratio
-  hybridlm train data.path=/your/texts run_dir=runs/mine       your own text, JSONL or parquet
-  README.md and docs/                                          the rest
+
+  hybridlm generate $run --prompt 'class '
+      more of what it writes
+  hybridlm inspect model=kimi_linear_48b
+      what a full-size system costs, from its config alone
+  hybridlm train experiment=qwen3_next_tiny
+      another of the four systems
+  hybridlm train experiment=quickstart model.schedule.ratio=1 run_dir=runs/ratio1
+      another hybrid ratio
+  hybridlm train data.path=/your/texts run_dir=runs/mine
+      your own text, JSONL or parquet
+
+README.md and docs/ have the rest.
 EOF

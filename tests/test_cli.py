@@ -37,6 +37,9 @@ def fails(capsys, *argv):
     (["train", "kernels.strict=3"], ["strict"]),
     (["train", "kernels.delta_rul=torch"], ["delta_rul", "delta_rule"]),
     (["train", "optimizer.schedule.warmup=5000"], ["optimizer.schedule.warmup", "5000 steps of a stage of"]),
+    (["train", "optimizer.lr=inf"], ["optimizer.lr", "positive and finite", "inf"]),
+    (["train", "run_dir="], ["run_dir", "is empty"]),
+    (["prepare", "data.path="], ["data.path", "is empty"]),
     (["inspect", "model=hybrid_tiny", "--context", "0"], ["--context", "positive"]),
     (["inspect", "model=hybrid_tiny", "--context", "x"], ["--context", "'x'"]),
     (["generate", "runs/none", "--prompt", "a"], ["no checkpoint at runs/none"]),
@@ -173,6 +176,16 @@ def test_prepare_reports_the_tokens(trained, capsys):
     assert report["train"]["tokens"] > 1000
     assert main(["prepare", *settings]) == 0
     assert "tokenizer bytes: 257 ids" in capsys.readouterr().out
+
+
+def test_prepare_says_what_it_set_aside(tmp_path, capsys):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one line and another\n" * 50)
+    (folder / "empty.txt").write_text("")
+    (folder / "picture.png").write_bytes(b"png")
+    assert main(["prepare", f"data.path={folder}", f"data.cache_dir={tmp_path}/cache"]) == 0
+    assert "1 files of other kinds passed over, 1 empty documents skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", "a?b\n"), ("utf-8", "aéb\n")])

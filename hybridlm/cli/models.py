@@ -84,6 +84,8 @@ def generate_command(argv: Sequence[str]) -> int:
         ids = tokenizer.encode(prompt)
     except UnicodeDecodeError:
         raise ConfigError("--prompt", "is not UTF-8", got=prompt[:40]) from None
+    if not len(ids):
+        raise ConfigError("--prompt", "holds no token", expected="at least one character")
     stream, shown, start, made = tokenizer.stream(), [], time.perf_counter(), 0
     show = (lambda text: shown.append(text)) if args.json else write_text
     tokens = generate(model, ids, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,

@@ -11,6 +11,9 @@ from hybridlm.cli.parser import Parser, load
 if TYPE_CHECKING:
     from hybridlm.config.schema import Config
 
+SET_ASIDE = {"ignored_files": "files of other kinds passed over", "left_out_files": "files left to validation",
+             "empty_documents": "empty documents skipped", "replaced_documents": "documents with replaced bytes"}
+
 
 def train_command(argv: Sequence[str]) -> int:
     parser = Parser("train", "Pretrain a model, or go on with a run that was stopped: everything is in run_dir.", """\
@@ -79,5 +82,8 @@ def prepare_command(argv: Sequence[str]) -> int:
             counts = source[part]
             print(f"{source['path']}  {part:<10}  {counts['documents']:,} documents  {counts['tokens']:,} tokens  "
                   f"{counts['bytes']:,} bytes  longest {counts['longest_document']:,} tokens")
+        passed = [f"{source[key]:,} {words}" for key, words in SET_ASIDE.items() if source.get(key)]
+        if passed:
+            print(f"{source['path']}  {', '.join(passed)}")
         print(f"{source['path']}  in {source['folder']}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ class DataSourceConfig:
     invalid_utf8: Literal["error", "replace"] = "error"
 
     def __post_init__(self) -> None:
-        require(self.weight > 0, "weight", "must be positive", got=self.weight)
+        require(0 < self.weight < math.inf, "weight", "must be positive and finite", got=self.weight)
         require(self.document_separator != "", "document_separator", "is empty",
                 expected="a text that stands between documents, or null")
 
@@ -86,10 +87,11 @@ class OptimizerConfig:
     schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
 
     def __post_init__(self) -> None:
-        for key in ("lr", "eps"):
-            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
-        require(self.muon_lr is None or self.muon_lr > 0, "muon_lr", "must be positive", got=self.muon_lr)
-        require(self.weight_decay >= 0, "weight_decay", "must not be negative", got=self.weight_decay)
+        for key in ("lr", "eps", "muon_lr"):
+            value = getattr(self, key)
+            require(value is None or 0 < value < math.inf, key, "must be positive and finite", got=value)
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "must be finite and not negative",
+                got=self.weight_decay)
         for key, value in (("betas", self.betas[0]), ("betas", self.betas[1]),
                            ("muon_momentum", self.muon_momentum)):
             require(0 <= value < 1, key, "must be a decay rate", got=value, expected="at least 0 and below 1")
@@ -121,7 +123,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         for key in ("steps", "tokens", "sequence_length", "batch_size", "lr", "topk"):
             value = getattr(self, key)
-            require(value is None or value > 0, key, "must be positive", got=value)
+            require(value is None or 0 < value < math.inf, key, "must be positive and finite", got=value)
         require(self.steps is None or self.tokens is None, "tokens", "cannot stand beside 'steps'",
                 got=self.tokens, expected="one of the two")
         require(len(self.trainable) > 0, "trainable", "names no parameter", got=self.trainable,
@@ -214,3 +216,6 @@ class Config:
     kernels: dict[str, Any] = field(default_factory=dict)  # operation -> backend, and strict
     run_dir: str = "runs/default"
     init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.run_dir.strip()), "run_dir", "is empty", expected="a folder; run_dir=. is this one")

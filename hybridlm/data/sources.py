@@ -84,6 +84,8 @@ def open_source(config: DataSourceConfig, leave_out: frozenset[str] = frozenset(
 
 def _guess(path: str) -> str:
     """The kind of a path whose format is `auto`: stdlib, dataset, or auto for files."""
+    if not path.strip():
+        raise DataError("data.path: is empty; expected stdlib, a file, a folder or a data set")
     if path == "stdlib":
         return "stdlib"
     if _saved_dataset(Path(path).expanduser()):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hybridlm.errors import ConfigError
 from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.feed_forward import FeedForward
@@ -263,7 +264,10 @@ def build_model(config: Any, *, seed: int | None = None, device: torch.device | 
     Raises:
         ConfigError: a value that cannot be built.
     """
-    model_config: ModelConfig = getattr(config, "model", config)
+    model_config = getattr(config, "model", config)
+    if not isinstance(model_config, ModelConfig):
+        raise ConfigError("config", "is not a config", got=config, expected="what hybridlm.load_config returns, or a "
+                                                                            "ModelConfig")
     if seed is None:
         seed = config.training.seed if hasattr(config, "training") else 0
     with torch.device("meta"):

@@ -37,9 +37,9 @@ def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) 
     Looked for in this order: a weight, an output in the forward (innermost module first), a gradient in the
     backward (the module whose output first receives one).
     """
-    for name, tensor in _weights(engine.model):
-        if not _finite(tensor):
-            return f"weight '{name}' itself is not finite"
+    weight = bad_weight(engine.model)
+    if weight is not None:
+        return f"weight '{weight}' itself is not finite"
     for part in parts:
         with _watching(engine.model) as found:
             contribution = objective(engine.model, engine.move(part))
@@ -51,6 +51,11 @@ def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) 
         if found:
             return found[0]
     return "nothing: the same batch is finite when computed again, so look at the hardware"
+
+
+def bad_weight(model: nn.Module) -> str | None:
+    """The name of a weight or buffer that is not finite."""
+    return next((name for name, tensor in _weights(model) if not _finite(tensor)), None)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ from hybridlm.errors import CheckpointError
 from hybridlm.model.cost import training_flops
 from hybridlm.model.model import HybridLM
 from hybridlm.training.display import Display
-from hybridlm.training.guards import BadStepGuard, TrainingStopped, first_bad_layer
+from hybridlm.training.guards import BadStepGuard, TrainingStopped, bad_weight, first_bad_layer
 from hybridlm.training.interrupt import StopSignal
 from hybridlm.training.loader import global_batches, parts
 from hybridlm.training.metrics import MetricsFile, bits_per_byte, perplexity, router_panel
@@ -208,12 +208,17 @@ class Trainer:
         """A checkpoint of this step, unless there is one; `must`: a failure ends the run at once.
 
         Raises:
-            TrainingStopped: the disk refused too often.
+            TrainingStopped: the disk refused too often, or a weight is not finite.
         """
         target = f"step-{self.progress.step}"
         if self.progress.step == 0 or (self.saved is not None and self.saved.name == target):
             return
         assert self.optimizers is not None
+        weight = bad_weight(self.model)  # after a step of finite gradients: far too large a learning rate
+        if weight is not None:
+            kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was saved"
+            raise TrainingStopped(f"weight '{weight}' is not finite after step {self.progress.step}, which is not "
+                                  f"saved; {kept}; try a lower optimizer.lr")
         state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint}
         texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)
         texts["trainer.json"] = json.dumps(state, indent=1)

@@ -325,6 +325,11 @@ def test_a_run_config_builds_with_its_seed():
     assert isinstance(build_model(Run())(IDS), ModelOutput)
 
 
+def test_a_name_is_no_config():
+    with pytest.raises(ConfigError, match=r"is not a config; got 'hybrid_tiny'; expected what hybridlm.load_config"):
+        build_model("hybrid_tiny")
+
+
 def test_dense_layer_outside_the_model_is_the_users_mistake():
     with pytest.raises(ConfigError, match="dense_layers"):
         model(feed_forward=moe(dense_layers=[3]))

@@ -176,6 +176,20 @@ def test_bad_steps_in_a_row_stop_the_run_and_name_the_layer(tmp_path, monkeypatc
     assert [r["step"] for r in tiny_run.records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    step = trainer_module.Trainer._step
+
+    def overflow(self, *args):
+        step(self, *args)
+        if self.progress.step == 6:
+            self.model.lm_head.weight.data[0, 0] = float("inf")
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", overflow)
+    with pytest.raises(TrainingStopped, match=r"'lm_head.weight' is not finite after step 6.*step-3"):
+        train(tiny_run.config(tmp_path))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-3"]
+
+
 def test_a_full_disk_costs_checkpoints_first_and_the_run_later(tmp_path, monkeypatch, caplog):
     write = checkpoint.write
 
