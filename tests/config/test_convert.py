@@ -131,7 +131,7 @@ def test_errors_of_a_dataclass_carry_the_whole_path():
     text = error(Config, {"model": model_data(), "optimizer": {"lr": -1}})
     assert text == "optimizer.lr: must be positive and finite; got -1.0"
     text = error(Config, {"model": model_data(), "data": {"mixture": [{"weight": 1}, {"weight": -2}]}})
-    assert text == "data.mixture.1.weight: must be positive; got -2.0"
+    assert text == "data.mixture.1.weight: must be positive and finite; got -2.0"
 
 
 def test_the_kind_picks_the_class():
