@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -190,6 +191,10 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
     log.info("finished: %d steps, %s tokens, %s", progress.step, short(progress.tokens), duration(progress.seconds))
     if progress.skipped_steps:
         log.warning("%d steps were skipped because they were not finite", progress.skipped_steps)
+    if trainer.validation and not math.isfinite(trainer.validation["validation_loss"]):
+        raise TrainingStopped(f"the run diverged: its validation loss after step {progress.step} is "
+                              f"{trainer.validation['validation_loss']}; try a lower optimizer.lr than "
+                              f"{trainer.config.optimizer.lr:g} in another run_dir (saved: {trainer.saved})")
     if trainer.validation:
         result.bigram_bits_per_byte = _bigram_entropy(trainer.data)
         _report_validation(trainer.validation, result.bigram_bits_per_byte)

@@ -190,6 +190,11 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-3"]
 
 
+def test_a_run_that_ends_diverged_does_not_say_finished(tmp_path):
+    with pytest.raises(TrainingStopped, match=r"diverged: its validation loss after step 3 is .*lower optimizer\.lr"):
+        train(tiny_run.config(tmp_path, steps=3, optimizer={"lr": 1e36}))
+
+
 def test_a_full_disk_costs_checkpoints_first_and_the_run_later(tmp_path, monkeypatch, caplog):
     write = checkpoint.write
 
