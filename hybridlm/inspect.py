@@ -134,9 +134,9 @@ def _flops(report: dict[str, Any]) -> tuple[str, Table]:
     table = _table("part", "forward", "share")
     for part, value in sorted(flops["forward_by_part"].items(), key=lambda item: -item[1]):
         if value:
-            table.add_row(part, _scaled(value, 1000, _FLOPS), f"{value / flops['forward']:.1%}")
-    table.add_row("forward", _scaled(flops["forward"], 1000, _FLOPS), "")
-    table.add_row("training (forward and backward)", _scaled(flops["training"], 1000, _FLOPS), "")
+            table.add_row(part, scaled(value, 1000, _FLOPS), f"{value / flops['forward']:.1%}")
+    table.add_row("forward", scaled(flops["forward"], 1000, _FLOPS), "")
+    table.add_row("training (forward and backward)", scaled(flops["training"], 1000, _FLOPS), "")
     return f"FLOPs a token at a context of {flops['context_length']}", table
 
 
@@ -145,7 +145,7 @@ def _memory(report: dict[str, Any]) -> tuple[str, Table]:
     table = _table("part", "bytes")
     for label, key in {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer_state",
                        "activations (estimate)": "activations", "total": "total"}.items():
-        table.add_row(label, _scaled(memory[key], 1024, _BYTES))
+        table.add_row(label, scaled(memory[key], 1024, _BYTES))
     how = "with" if memory["activation_checkpointing"] else "without"
     return (f"Training memory on one device: {memory['batch_size']} x {memory['sequence_length']} tokens, "
             f"{memory['precision']}, {memory['optimizer']}, {how} activation checkpointing"), table
@@ -156,7 +156,7 @@ def _decode_state(report: dict[str, Any]) -> tuple[str, Table]:
     for context, value in report["decode_state_bytes"].items():
         length = int(context)
         label = f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}K"
-        table.add_row(label, _scaled(value, 1024, _BYTES), _scaled(value / length, 1024, _BYTES))
+        table.add_row(label, scaled(value, 1024, _BYTES), scaled(value / length, 1024, _BYTES))
     return "Decode state of one sequence, keys and values in bf16", table
 
 
@@ -168,10 +168,10 @@ def _table(*columns: str, left: int = 1) -> Table:
 
 
 def _count(value: float) -> str:
-    return _scaled(value, 1000, ("", " K", " M", " B", " T"))
+    return scaled(value, 1000, ("", " K", " M", " B", " T"))
 
 
-def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+def scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     """Three digits and a unit."""
     power = 0
     while value >= base and power < len(units) - 1:

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hybridlm.inspect import scaled
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
 from hybridlm.sweep.plan import SEED, Point, SweepPlan, short_keys
 from hybridlm.training.display import duration
@@ -114,19 +115,11 @@ def _time(seconds: float) -> str:
 
 
 def _state(size: int) -> Callable[[list[dict[str, Any]]], str]:
-    return lambda rows: _scaled(rows[0]["decode_state_bytes"][str(size)], 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+    return lambda rows: scaled(rows[0]["decode_state_bytes"][str(size)], 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 
 
 def _count(value: float, giga: str = " B") -> str:
-    return _scaled(value, 1000, ("", " K", " M", giga, " T", " P"))
-
-
-def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    power = 0
-    while value >= base and power < len(units) - 1:
-        value, power = value / base, power + 1
-    digits = 0 if value >= 100 or value == int(value) else 1 if value >= 10 else 2
-    return f"{value:.{digits}f}{units[power]}"
+    return scaled(value, 1000, ("", " K", " M", giga, " T", " P"))
 
 
 def render_results(results: dict[str, Any], console: Console) -> None:
