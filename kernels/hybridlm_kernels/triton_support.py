@@ -1,0 +1,87 @@
+"""What the Triton backends share: when they may run, how a launch is tuned, and what the compile check compiles.
+
+Import it, and the module of a Triton backend, only where triton is installed (`backend` does that lazily).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .registry import Backend, Call, always
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+# Kernels run as numpy on the CPU. Triton reads the variable when a kernel is decorated: set it before Python starts.
+INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 products and asynchronous copies
+HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def backend(module: str, function: str, supports: Callable[[Call], tuple[bool, str]] = always) -> Backend:
+    """The Triton backend of an operation: `function` of `module`, which is imported at the first call.
+
+    `supports` holds what is particular to the operation (head dims, features). Device, dtype and versions are
+    checked here.
+    """
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    def accepts(call: Call) -> tuple[bool, str]:
+        problem = _problem(call)
+        return (False, problem) if problem else supports(call)
+
+    return Backend("triton", run, accepts, ("cuda", "cpu") if INTERPRETED else ("cuda",))
+
+
+def _problem(call: Call) -> str:
+    """Why no Triton kernel can run the call here, or nothing."""
+    if not INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if call.dtype not in HALF_OR_SINGLE:
+        return f"computes in float32 and below; the tensors are {call.dtype}"
+    if INTERPRETED:
+        # Its bfloat16 arithmetic is wrong without an error.
+        return "" if call.dtype != torch.bfloat16 else "Triton's interpreter cannot compute in bfloat16; use float32"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+        have, want = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(), OLDEST_CAPABILITY))
+        return f"needs compute capability {want} or newer; this GPU has {have}"
+    return ""
+
+
+def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
+    """Decorator above `@triton.jit`: the fastest of `configs` for each value of the arguments in `key`.
+
+    The first configuration is the default: the interpreter and the compile check use it, and it must be safe at
+    every shape the backend accepts. Choices are kept on disk in Triton's cache. `key` holds sizes of heads and
+    flags, never a number of tokens: packed batches would tune again and again in the middle of a run.
+    """
+    import triton
+
+    if INTERPRETED:
+        return triton.autotune(list(configs[:1]), list(key))
+    return triton.autotune(list(configs), list(key), cache_results=True)
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One kernel with one set of types and constants: what the compile check builds for a GPU that is not there.
+
+    A Triton module lists its own in `SPECIMENS`. `types` gives every parameter that is not a constant, pointers as
+    "*bf16" (taken to be 16-byte aligned, as torch's are) and numbers as "i32" or "fp32"; names in `divisible` are
+    multiples of 16, as strides of whole heads are. Constants of the first tuned configuration are added.
+    """
+
+    label: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 2

@@ -1,0 +1,46 @@
+"""Triton kernels without a GPU: each test file of tests/triton interpreted, and every kernel compiled."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
+
+TESTS = Path(__file__).parents[1] / "triton"
+
+pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
+
+
+def run(*command, **env):
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=plain | env)
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in TESTS.glob("test_*.py")))
+def test_interpreted(file):
+    done = run("-m", "pytest", "-p", "no:cacheprovider", str(TESTS / file), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_every_kernel_compiles_without_spills(target):
+    done = run("-m", "hybridlm_kernels.compile_check", "--json", "--targets", target)
+    assert done.returncode in (0, 1), done.stderr
+    rows = json.loads(done.stdout)
+    assert rows
+    print("\n".join(f"{r['operation']} {r['label']} {r['target']}: {r['registers']} registers, {r['shared']} B shared"
+                    for r in rows))
+    assert not [row for row in rows if row["problem"]]
+    assert all(row["registers"] > 0 for row in rows)
+
+
+def test_compile_check_refuses_interpreted_kernels():
+    done = run("-m", "hybridlm_kernels.compile_check", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "compile check: unset TRITON_INTERPRET: interpreted kernels cannot be compiled"
