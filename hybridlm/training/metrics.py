@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +74,28 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def router_panel(loads: Iterable[Tensor]) -> dict[str, Tensor]:
-    """How evenly the experts of all layers were used in one step; empty for a model without experts.
+def layer_loads(loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of the loads of a step, by the names that layers have in the records: 3 for `layers.3...`, mtp1 for the
+    first depth of multi-token prediction."""
+    parts = {name: name.split(".") for name in loads}
+    return {f"mtp{int(parts[name][1]) + 1}" if parts[name][0] == "mtp" else parts[name][1]: load_E.clone()
+            for name, load_E in loads.items()}
 
-    `max_violation` is max load / mean load - 1, averaged over layers, with the worst layer's beside it;
+
+def router_panel(loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How evenly the experts of each layer were used in one step; empty for a model without experts.
+
+    `max_violation` is max load / mean load - 1, for each layer, averaged over layers, and the worst layer's;
     `dead_experts` got no token at all, counted over layers.
     """
-    stacked = [load_E.float() for load_E in loads]
-    if not stacked:
+    if not loads:
         return {}
+    stacked = [load_E.float() for load_E in loads.values()]
     violation_L = torch.stack([load_E.max() / load_E.mean().clamp(min=1e-9) - 1 for load_E in stacked])
     dead = torch.stack([(load_E == 0).sum() for load_E in stacked]).sum().float()
     return {"moe/max_violation": violation_L.mean(), "moe/max_violation_worst": violation_L.max(),
-            "moe/dead_experts": dead}
+            "moe/dead_experts": dead,
+            **{f"moe/max_violation/{layer}": value for layer, value in zip(loads, violation_L, strict=True)}}
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:

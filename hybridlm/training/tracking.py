@@ -33,7 +33,7 @@ class WandbTracker(Tracker):
 
     def log(self, record: dict[str, Any], step: int) -> None:
         try:
-            self.run.log({key: value for key, value in record.items() if value is not None}, step=step)
+            self.run.log({key: value for key, value in record.items() if not isinstance(value, list | None)}, step=step)
         except Exception as error:
             log.warning("wandb refused a record: %s", error)
 

@@ -20,11 +20,12 @@ from hybridlm.distributed.engine import Engine, Objective, Update
 from hybridlm.errors import CheckpointError
 from hybridlm.model.cost import training_flops
 from hybridlm.model.model import HybridLM
+from hybridlm.training import backends
 from hybridlm.training.display import Display
 from hybridlm.training.guards import BadStepGuard, TrainingStopped, bad_weight, first_bad_layer
 from hybridlm.training.interrupt import StopSignal
 from hybridlm.training.loader import global_batches, parts
-from hybridlm.training.metrics import MetricsFile, bits_per_byte, perplexity, router_panel
+from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, perplexity, router_panel
 from hybridlm.training.objective import language_model, whole_batch
 from hybridlm.training.optimizer import OptimizerSet, build_optimizer, fp32_names
 from hybridlm.training.run_folder import RunFolder
@@ -64,6 +65,7 @@ class Trainer:
         self.record: dict[str, Any] = {}  # of the last step
         self.validation: dict[str, Any] = {}  # the last one, and
         self.validated_at: int | None = None  # after which step
+        self.backends_noted = False
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint of this run.
@@ -148,8 +150,9 @@ class Trainer:
     def _step(self, stage: Stage, batch: Sequence[Any], start: float) -> None:
         self.engine.seed(self.config.training.seed, self.progress.step)
         objective = language_model(whole_batch(batch))
-        values = self.engine.gradients(objective, batch)
-        values |= router_panel(self.model.router_loads().values())
+        values = self._gradients(objective, batch)
+        loads = layer_loads(self.model.router_loads())
+        values |= router_panel(loads)
         lr = stage.lr * lr_factor(self.config.optimizer.schedule, self.progress.step_in_stage, stage.steps)
         update = self.engine.update(values, lr=lr, clip=self.config.training.grad_clip, balance=self.balance)
         seconds = time.perf_counter() - start
@@ -160,12 +163,23 @@ class Trainer:
         last = self.progress.step_in_stage >= stage.steps
         every = self.config.training.eval_every
         if last or (every and self.progress.step % every == 0):
+            self.record |= {f"moe/load/{layer}": load_E.tolist() for layer, load_E in loads.items()}
             self.record |= self._validate(stage)
         self.metrics.write(self.record)
         self.tracker.log(self.record, self.progress.step)
         self.display.step(self.record, final=last)
         if self.guard.see(update.applied):
             self._give_up(objective, batch)
+
+    def _gradients(self, objective: Objective, batch: Sequence[Any]) -> dict[str, Tensor]:
+        """The engine's; the first time with a word on the backends that ran."""
+        if self.backends_noted:
+            return self.engine.gradients(objective, batch)
+        with backends.noting_backends(self.model) as rows:
+            values = self.engine.gradients(objective, batch)
+        backends.report(rows(), self.run.path)
+        self.backends_noted = True
+        return values
 
     def _describe(self, stage: Stage, batch: Sequence[Any], update: Update, lr: float,
                   seconds: float) -> dict[str, Any]:

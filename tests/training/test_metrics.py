@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from hybridlm.training.metrics import MetricsFile, bits_per_byte, peak_flops, perplexity, router_panel
+from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, peak_flops, perplexity, router_panel
 
 
 def steps(path):
@@ -41,11 +41,15 @@ def test_a_disk_that_refuses_costs_one_warning_not_the_run(tmp_path, caplog):
 
 
 def test_router_panel_by_hand():
-    panel = router_panel([torch.tensor([4, 4, 4, 4]), torch.tensor([8, 8, 0, 0])])
+    loads = {"layers.1.feed_forward.f": torch.tensor([4, 4, 4, 4]),
+             "mtp.0.block.feed_forward.f": torch.tensor([8, 8, 0, 0])}
+    panel = router_panel(layer_loads(loads))
     assert panel["moe/max_violation"] == pytest.approx(0.5)
     assert panel["moe/max_violation_worst"] == pytest.approx(1.0)
     assert panel["moe/dead_experts"] == 2
-    assert router_panel([]) == {}
+    assert panel["moe/max_violation/1"] == 0
+    assert panel["moe/max_violation/mtp1"] == pytest.approx(1.0)
+    assert router_panel({}) == {}
 
 
 def test_peak_is_measured_where_no_data_sheet_is_known():

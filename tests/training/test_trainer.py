@@ -57,6 +57,9 @@ def test_metrics_hold_one_object_a_step_with_all_that_is_measured(done):
     assert rows[-1]["tokens"] == 8 * 4 * 32
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert [row["step"] for row in rows if "validation_loss" in row] == [4, 8]
+    for row in rows:  # layer 0 is dense; 4 x 32 tokens, 2 experts each
+        loads = {key: sum(load) for key, load in row.items() if key.startswith("moe/load/")}
+        assert loads == ({"moe/load/1": 256, "moe/load/mtp1": 256} if "validation_loss" in row else {})
 
 
 def test_result_and_run_folder_say_where_things_are(done):
