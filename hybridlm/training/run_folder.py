@@ -4,6 +4,7 @@
       config.yaml      the resolved config
       run.json         every session: command, versions, device
       metrics.jsonl    one JSON object a step
+      backends.json    which kernel backend ran each operation in each layer, and why
       log.txt          what was printed, with times
       checkpoints/     step-N/
 """

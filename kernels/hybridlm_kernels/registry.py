@@ -7,7 +7,8 @@ the call runs it. `configure` or a call's own `backend=` names one instead.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 ANY_DEVICE: tuple[str, ...] = ()
+PREFERRED = "preferred"  # the best of the backends made for the device
 
 
 class KernelUnavailable(RuntimeError):
@@ -82,6 +84,7 @@ _operations: dict[str, Operation] = {}
 _settings: dict[str, str] = {}  # operation -> backend asked for
 _strict: bool | None = None  # None: strict on CUDA only
 _decisions: dict[tuple[str, Call, str | None], tuple[Backend, Choice]] = {}
+_watchers: list[Callable[[Choice], None]] = []
 
 
 def register(operation: Operation) -> Operation:
@@ -135,12 +138,25 @@ def choose(op: Operation, call: Call, override: str | None = None) -> Backend:
     key = (op.name, call, override)
     if key not in _decisions:
         _decisions[key] = _decide(op, call, override)
-    return _decisions[key][0]
+    backend, choice = _decisions[key]
+    for watcher in _watchers:
+        watcher(choice)
+    return backend
 
 
 def explain() -> list[Choice]:
     """The distinct decisions made since the last `configure`, one row each, in order."""
     return list(dict.fromkeys(choice for _, choice in _decisions.values()))
+
+
+@contextmanager
+def watching(watcher: Callable[[Choice], None]) -> Iterator[None]:
+    """Within it, `watcher` sees the choice made for every call of an operation, in the order of the calls."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 def _decide(op: Operation, call: Call, override: str | None) -> tuple[Backend, Choice]:
@@ -154,13 +170,16 @@ def _decide(op: Operation, call: Call, override: str | None) -> tuple[Backend, C
         return backend, Choice(op.name, named, f"asked for by {'the call' if override else 'configure'}")
     strict = call.device == "cuda" if _strict is None else _strict
     rejected: list[str] = []
+    why = PREFERRED
     for backend in op.backends:
         ok, reason = _accepts(backend, call)
         if ok:
-            why = "preferred" if not rejected else "first that accepts the call"
             return backend, Choice(op.name, backend.name, why, tuple(rejected))
         rejected.append(f"{backend.name}: {reason}")
-        if strict and _made_for(backend, call):
+        if not _made_for(backend, call):
+            continue
+        why = "first that accepts the call"
+        if strict:
             raise KernelUnavailable(
                 f"{op.name}: backend {backend.name!r}, the best for {call.device}, cannot run this call: "
                 f"{reason}; mend that, or accept a slower one with kernels.strict=false or "

@@ -1,0 +1,82 @@
+"""Which backend ran each operation in each layer, and why: taken down during the first step of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from hybridlm.model.model import HybridLM
+from hybridlm_kernels import registry
+
+log = logging.getLogger("hybridlm")
+FILE = "backends.json"  # in the run folder
+
+
+@dataclass(frozen=True)
+class Row:
+    """`layers`: ranges of layer numbers, "mtp", or "model" for what stands outside of layers (last norm, loss)."""
+
+    layers: str
+    operation: str
+    backend: str
+    why: str
+    rejected: tuple[str, ...]  # the backends before it, each with its reason
+
+
+@contextmanager
+def noting_backends(model: HybridLM) -> Iterator[Callable[[], list[Row]]]:
+    """Within it, every call of an operation is noted under the layer it was made in; yields what gives the rows."""
+    where: list[str] = []
+    seen: dict[registry.Choice, list[str]] = {}
+
+    def note(choice: registry.Choice) -> None:
+        places = seen.setdefault(choice, [])
+        place = where[-1] if where else "model"
+        if place not in places:
+            places.append(place)
+
+    def enter(place: str) -> Callable[..., None]:
+        return lambda *_: where.append(place)
+
+    def leave(*_: object) -> None:
+        where.pop()
+
+    named: list[tuple[str, nn.Module]] = [*((str(i), block) for i, block in enumerate(model.blocks)),
+                                          *(("mtp", module) for module in model.mtp)]
+    hooks = [hook for place, module in named for hook in (
+        module.register_forward_pre_hook(enter(place)), module.register_forward_hook(leave, always_call=True))]
+    try:
+        with registry.watching(note):
+            yield lambda: [Row(ranges(places), choice.operation, choice.backend, choice.why, choice.rejected)
+                           for choice, places in seen.items()]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def ranges(places: Sequence[str]) -> str:
+    """["0", "1", "2", "4", "mtp"] as "0-2, 4, mtp"."""
+    runs: list[list[str]] = []
+    for place in places:
+        follows = runs and place.isdigit() and runs[-1][-1].isdigit() and int(place) == int(runs[-1][-1]) + 1
+        if follows:
+            runs[-1] = [runs[-1][0], place]
+        else:
+            runs.append([place])
+    return ", ".join("-".join(run) for run in runs)
+
+
+def report(rows: Sequence[Row], folder: Path) -> None:
+    """Say the table, with what was rejected where that is a fall-back, and keep all of it in the run folder."""
+    widths = [max((len(getattr(row, key)) for row in rows), default=0) for key in ("layers", "operation", "backend")]
+    for row in rows:
+        why = row.why if row.why == registry.PREFERRED else "; ".join((row.why, *row.rejected))
+        log.info("kernels: %-*s  %-*s  %-*s  %s", widths[0], row.layers, widths[1], row.operation, widths[2],
+                 row.backend, why)
+    (folder / FILE).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
