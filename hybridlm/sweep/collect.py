@@ -34,6 +34,14 @@ def collect(folder: Path, metrics: list[str] | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: no sweep there, or a metric no run has; earlier results stay as they are.
     """
+    results = read_results(folder, metrics)
+    write_text(folder / "results.csv", _table(results["points"]))
+    write_json(folder / "results.json", results)
+    return results
+
+
+def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, Any]:
+    """What `collect` writes, without writing it."""
     plan = read_plan(folder)
     if plan is None:
         raise ConfigError("sweep.dir", "holds no sweep", got=str(folder), expected="a folder with sweep.json",
@@ -47,11 +55,8 @@ def collect(folder: Path, metrics: list[str] | None = None) -> dict[str, Any]:
                               hint=f"did you mean '{close}'?" if close else "")
     for point in points:
         point["metrics"] = {name: point["metrics"][name] for name in metrics or known if name in point["metrics"]}
-    results = {"sweep": plan["sweep"], "match": plan["match"], "vary": plan["vary"], "points": points,
-               "groups": _groups(points), "corrupt_lines": sum(point["corrupt_lines"] for point in points)}
-    write_text(folder / "results.csv", _table(points))
-    write_json(folder / "results.json", results)
-    return results
+    return {"sweep": plan["sweep"], "match": plan["match"], "vary": plan["vary"], "points": points,
+            "groups": _groups(points), "corrupt_lines": sum(point["corrupt_lines"] for point in points)}
 
 
 def _point(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
