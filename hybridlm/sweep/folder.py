@@ -140,13 +140,13 @@ def outcome(point: Point) -> dict[str, Any]:
 
 
 def begin(point: Point) -> Path:
-    """Writes the config of a point and returns its file; the outcome of an earlier start goes."""
+    """Writes the config of a point and returns its run folder; the outcome of an earlier start goes."""
     folder = Path(point.config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
         (folder / OUTCOME_FILE).unlink()
     write_text(folder / POINT_FILE, to_yaml(point.config))
-    return folder / POINT_FILE
+    return folder
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hybridlm.cli import main
-from hybridlm.sweep import run
+from hybridlm.sweep import process
 from hybridlm.sweep.collect import read_metrics, spread, summarize
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
     words = ["model=hybrid_tiny", "training.steps=20", "model.schedule.ratio=0,1", "training.seed=0,4",
              f"sweep.dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_command", lambda file: [sys.executable, str(HERE / "fake_train.py"), str(file)])
+        patch.setattr(process, "command", lambda file: [sys.executable, str(HERE / "fake_train.py"), str(file)])
         assert main(["sweep", *words]) == 0
     return folder
 

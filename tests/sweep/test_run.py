@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hybridlm.cli import main
-from hybridlm.sweep import estimate, run
+from hybridlm.sweep import estimate, process, run
 from hybridlm.sweep.folder import SweepFolder, outcome
 from hybridlm.sweep.plan import make_plan
 from hybridlm.training.run_folder import RunFolder
@@ -24,7 +24,7 @@ ROOT = HERE.parents[1]
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(run, "_command", lambda file: [sys.executable, str(HERE / "fake_train.py"), str(file)])
+    monkeypatch.setattr(process, "command", lambda file: [sys.executable, str(HERE / "fake_train.py"), str(file)])
     monkeypatch.setattr(estimate, "peak_flops", lambda *_: (1e9, "made up"))
 
 
@@ -90,8 +90,8 @@ def test_a_folder_that_is_no_sweep_is_refused(fake, tmp_path, capsys):
 
 def start(folder, seeds):
     """A sweep in a process of its own, with the stand-in for training."""
-    code = ("import sys; from hybridlm.sweep import run; from hybridlm.cli import main\n"
-            f"run._command = lambda file: [sys.executable, {str(HERE / 'fake_train.py')!r}, str(file)]\n"
+    code = ("import sys; from hybridlm.sweep import process; from hybridlm.cli import main\n"
+            f"process.command = lambda file: [sys.executable, {str(HERE / 'fake_train.py')!r}, str(file)]\n"
             f"sys.exit(main(['sweep', *{words(str(folder), seeds)!r}]))")
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path},
