@@ -3,6 +3,7 @@
 from .attention import attention as attention
 from .decay_attention import decay_attention as decay_attention
 from .delta_rule import delta_rule as delta_rule
+from .gates import Gate as Gate
 from .indexer_kl import attention_recall as attention_recall
 from .indexer_kl import indexer_kl as indexer_kl
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .gates import Gate
 from .packing import CuSeqlens
 
 Borders = CuSeqlens | Tensor | Sequence[int] | None
@@ -52,6 +53,22 @@ def check_shapes(name: str, q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, stat
         kind = "rows" if borders is None else "documents"
         raise ValueError(f"{name}: initial_state must be [{kind}, value heads, key dim, value dim] = "
                          f"{[N, G, K, V]}; got {list(state_NGKV.shape)}")
+
+
+def check_decay(name: str, g: Tensor | None, gate: Gate | None, allowed: dict[str, tuple[int, ...]]) -> str:
+    """The kind of decay: none, or that of g among the allowed shapes.
+
+    Raises:
+        ValueError: g has none of them, or does not fit its gate.
+    """
+    if g is None:
+        if gate is not None:
+            raise ValueError(f"{name}: a gate needs g, the raw output of a projection")
+        return "none"
+    decay = check_per_token(name, "g", g, allowed)
+    if gate is not None:
+        gate.check(name, g)
+    return decay
 
 
 def check_per_token(name: str, label: str, x: Tensor, allowed: dict[str, tuple[int, ...]]) -> str:

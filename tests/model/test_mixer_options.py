@@ -261,7 +261,7 @@ def test_published_initial_values():
 
 def test_a_lower_bounded_gate_never_passes_its_bound():
     mixer = build("kda_safe", torch.float32)
-    g = mixer.log_decay(mixer.step(100 * inputs(1, 50, torch.float32)))
+    g = mixer.forget_gate().log_decay(mixer.forget_input(100 * inputs(1, 50, torch.float32)))
     assert -5 <= g.min() < -4.9
     assert g.max() <= 0
 
@@ -272,16 +272,16 @@ def test_gate_dtype_model_rounds_the_decay():
     seen = {}
     real = module.delta_rule
 
-    def spy(*args, g, **kwargs):
-        seen["dtype"] = g.dtype
-        return real(*args, g=g, **kwargs)
+    def spy(*args, g, gate, **kwargs):
+        seen["g"] = g if gate is None else gate.log_decay(g)
+        return real(*args, g=g, gate=gate, **kwargs)
 
     for name, expected in (("kda_safe", torch.bfloat16), ("kda", torch.float32)):
         mixer = build(name, torch.bfloat16)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "delta_rule", spy)
             run(mixer, inputs(1, 4, torch.bfloat16))
-        assert seen["dtype"] == expected
+        assert seen["g"].dtype == expected
 
 
 def test_half_and_interleaved_rope_are_the_same_up_to_the_order_of_dims():

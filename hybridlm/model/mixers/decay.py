@@ -10,7 +10,7 @@ B rows, T tokens, D hidden size, H key heads, G value heads, K key dim, V value 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,7 +22,7 @@ from hybridlm.model.config import LayerContext, require
 from hybridlm.model.mixers.base import Aux, register_mixer
 from hybridlm.model.mixers.recurrent import RecurrentConfig, RecurrentMixer
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import decay_attention
+from hybridlm_kernels import Gate, decay_attention
 
 
 @dataclass(kw_only=True)
@@ -88,23 +88,23 @@ class Decay(RecurrentMixer):
                           .unflatten(-1, (config.num_heads, config.head_dim)) for name in ("q", "k"))
         v_BTGV = feature(config.value_map, self.projected("v", x_BTD, seq, state))
         v_BTGV = v_BTGV.unflatten(-1, (config.value_heads, config.value_dim))
-        g = None
+        g, gate = None, None
         if config.decay == "constant":
             g = self._constant_decay(x_BTD)
         elif config.decay != "none":
-            g, u = self.forget(x_BTD)
+            u = self.forget_input(x_BTD)
+            g, gate = self.log_decay(u, x_BTD.dtype)
             if config.discretize:
-                v_BTGV = (v_BTGV * F.softplus(u)[..., None]).to(v_BTGV.dtype)
-        o_BTGV, matrix = decay_attention(q_BTHK, k_BTHK, v_BTGV, g=g, scale=config.scale, cu_seqlens=seq.cu_seqlens,
+                v_BTGV = (v_BTGV * F.softplus(self.forget_gate().step(u))[..., None]).to(v_BTGV.dtype)
+        o_BTGV, matrix = decay_attention(q_BTHK, k_BTHK, v_BTGV, g=g, gate=gate, scale=config.scale,
+                                         cu_seqlens=seq.cu_seqlens,
                                          initial_state=None if state is None else state.matrix)
         if state is not None:
             state.matrix = matrix
         return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=config.norm == "all"), {}
 
-    def log_decay(self, u: Tensor) -> Tensor:
-        if self.config.gate == "logsigmoid":
-            return F.logsigmoid(u) / self.config.gate_normalizer
-        return super().log_decay(u)
+    def forget_gate(self) -> Gate:
+        return replace(super().forget_gate(), normalizer=self.config.gate_normalizer)
 
     def _constant_decay(self, x_BTD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)

@@ -69,11 +69,9 @@ class DeltaRule(RecurrentMixer):
         q_BTHK, k_BTHK = (self.projected(name, x_BTD, seq, state).unflatten(-1, (config.num_heads, config.head_dim))
                           for name in ("q", "k"))
         v_BTGV = self.projected("v", x_BTD, seq, state).unflatten(-1, (config.value_heads, config.value_dim))
-        beta_BTG = self.b_proj(x_BTD).sigmoid()
-        if config.beta_scale != 1:
-            beta_BTG = beta_BTG * config.beta_scale
-        g = None if config.decay == "none" else self.forget(x_BTD)[0]
-        o_BTGV, matrix = delta_rule(q_BTHK, k_BTHK, v_BTGV, g=g, beta=beta_BTG, qk_l2norm=config.qk_l2norm,
+        g, gate = (None, None) if config.decay == "none" else self.log_decay(self.forget_input(x_BTD), x_BTD.dtype)
+        o_BTGV, matrix = delta_rule(q_BTHK, k_BTHK, v_BTGV, g=g, gate=gate, beta=self.b_proj(x_BTD),
+                                    beta_sigmoid=config.beta_scale, qk_l2norm=config.qk_l2norm,
                                     cu_seqlens=seq.cu_seqlens, initial_state=None if state is None else state.matrix)
         if state is not None:
             state.matrix = matrix

@@ -18,7 +18,7 @@ from hybridlm.model.mixers.base import SequenceMixer
 from hybridlm.model.mixers.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
 from hybridlm.model.norm import GatedRMSNorm, RMSNorm
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import short_conv
+from hybridlm_kernels import Gate, short_conv
 
 
 @dataclass(kw_only=True)
@@ -192,27 +192,22 @@ class RecurrentMixer(SequenceMixer):
             state.conv[name] = inputs
         return y_BTC
 
-    def forget(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """g, the logarithm of the decay, and u, of which it was made: [B, T, G] or [B, T, G, K]."""
-        u = self.step(x_BTD)
-        g = self.log_decay(u)
-        return (g.to(x_BTD.dtype) if self.config.gate_dtype == "model" else g), u
-
-    def step(self, x_BTD: Tensor) -> Tensor:
-        """u = f(x) + dt_bias in fp32."""
+    def forget_input(self, x_BTD: Tensor) -> Tensor:
+        """f(x), of which the gate makes the decay: [B, T, G] or [B, T, G, K]."""
         config = self.config
         u = self._project("a" if config.decay == "scalar" else "f", x_BTD, config.gate_rank)
-        u = u.to(torch.promote_types(u.dtype, torch.float32)) + self.dt_bias
         return u if config.decay == "scalar" else u.unflatten(-1, (config.value_heads, config.head_dim))
 
-    def log_decay(self, u: Tensor) -> Tensor:
-        """g of u."""
+    def forget_gate(self) -> Gate:
+        """The gate of the config with this layer's parameters."""
         config = self.config
-        rate = self.A_log.to(u.dtype).exp()
-        rate = rate if config.decay == "scalar" else rate[:, None]
-        if config.gate == "softplus":
-            return F.softplus(u) * -rate
-        return config.lower_bound * torch.sigmoid(u * rate)
+        dt_bias = self.dt_bias if config.decay == "scalar" else self.dt_bias.view(config.value_heads, config.head_dim)
+        return Gate(config.gate, self.A_log if config.has_a_log else None, dt_bias, config.lower_bound)
+
+    def log_decay(self, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Gate | None]:
+        """The operation's `g` and `gate` for u = f(x): as they are, or g rounded to `dtype`, that of x."""
+        gate = self.forget_gate()
+        return (gate.log_decay(u).to(dtype), None) if self.config.gate_dtype == "model" else (u, gate)
 
     def output(self, o_BTGV: Tensor, x_BTD: Tensor, norm: RMSNorm | GatedRMSNorm | None, all_heads: bool) -> Tensor:
         """Norm (over each head, or over all heads together), output gate and o_proj: [B, T, D]."""

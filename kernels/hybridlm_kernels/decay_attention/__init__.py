@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, autocast
 
-from ..recurrence import Borders, borders_of, check_per_token, check_shapes
+from ..gates import Gate, parameters_of
+from ..recurrence import Borders, borders_of, check_decay, check_shapes
 from ..registry import Backend, Call, Operation, choose, register
 from . import reference
 from . import torch as torch_backend
@@ -19,8 +20,9 @@ OPERATION = register(Operation("decay_attention", (
 
 
 def decay_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, *, g: Tensor | None = None,
-                    scale: float | None = None, initial_state: Tensor | None = None,
-                    cu_seqlens: Borders = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
+                    gate: Gate | None = None, scale: float | None = None,
+                    initial_state: Tensor | None = None, cu_seqlens: Borders = None,
+                    backend: str | None = None) -> tuple[Tensor, Tensor]:
     """S_t = Diag(e^g_t) S_{t-1} + k_t v_t^T;  o_t = scale * S_t^T q_t.
 
     Args:
@@ -28,6 +30,8 @@ def decay_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, *, g: Tensor
         v_BTGV: values; G is a multiple of H.
         g: natural logarithm of the decay, at most 0 (-inf forgets everything): None (no decay), [G] (one
             constant a head), [B, T, G] (one a head and token) or [B, T, G, K] (one a channel).
+        gate: makes the logarithm of the decay from g, [B, T, G] or [B, T, G, K], which is then the raw output
+            of a projection.
         scale: factor on the queries, K ** -0.5 by default.
         initial_state: [N, G, K, V]; None is zero.
         cu_seqlens: borders of packed documents over the flattened B*T tokens, row starts included. N is the
@@ -47,12 +51,10 @@ def decay_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, *, g: Tensor
     borders = borders_of(cu_seqlens, B, T, q_BTHK.device)
     check_shapes("decay_attention", q_BTHK, k_BTHK, v_BTGV, initial_state, borders)
     G = v_BTGV.shape[2]
-    decay = "none"
-    if g is not None:
-        allowed = {"constant": (G,), "scalar": (B, T, G), "channel": (B, T, G, K)}
-        decay = check_per_token("decay_attention", "g", g, allowed)
-    call = Call.of(v_BTGV, q_BTHK, k_BTHK, g, initial_state, decay=decay, key_dim=K,
-                   value_dim=v_BTGV.shape[3], packed=borders is not None)
+    decay = check_decay("decay_attention", g, gate,
+                        {"constant": (G,), "scalar": (B, T, G), "channel": (B, T, G, K)})
+    call = Call.of(v_BTGV, q_BTHK, k_BTHK, g, initial_state, *parameters_of(gate), decay=decay,
+                   key_dim=K, value_dim=v_BTGV.shape[3], packed=borders is not None)
     with autocast(q_BTHK.device.type, enabled=False):
         return choose(OPERATION, call, backend).run(
-            q_BTHK, k_BTHK, v_BTGV, g, K**-0.5 if scale is None else scale, initial_state, borders)
+            q_BTHK, k_BTHK, v_BTGV, g, K**-0.5 if scale is None else scale, initial_state, borders, gate)

@@ -11,13 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..gates import Gate, log_decay
 from ..packing import CuSeqlens
 from ..recurrence import each_document, math_dtype
 
 
 def decay_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None, scale: float,
-                    state_NGKV: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
+                    state_NGKV: Tensor | None, borders: CuSeqlens | None,
+                    gate: Gate | None = None) -> tuple[Tensor, Tensor]:
     """Arguments as in the public function, already checked."""
+    g = log_decay(g, gate)
 
     def steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor | None) -> tuple[Tensor, Tensor]:
         dtype = math_dtype(v)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..chunks import Segment, chunk_size, layout_of
 from ..decays import Factors, decay_of, from_groups, restore_decay, to_groups
+from ..gates import Gate, log_decay
 from ..packing import CuSeqlens
 from ..precision import plain_backward
 from ..recurrence import math_dtype
@@ -28,8 +29,10 @@ FEW_TOKENS = 8  # up to here the recurrence itself is faster than chunks
 
 @torch.compiler.disable
 def decay_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None, scale: float,
-                    state_NGKV: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
+                    state_NGKV: Tensor | None, borders: CuSeqlens | None,
+                    gate: Gate | None = None) -> tuple[Tensor, Tensor]:
     """Arguments as in the public function, already checked."""
+    g = log_decay(g, gate)
     if borders is None and q_BTHK.shape[1] <= FEW_TOKENS:
         return reference.decay_attention(q_BTHK, k_BTHK, v_BTGV, g, scale, state_NGKV, None)
     return _DecayAttention.apply(q_BTHK, k_BTHK, v_BTGV, g, state_NGKV, scale, borders)

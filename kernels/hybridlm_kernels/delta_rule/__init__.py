@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, autocast
 
-from ..recurrence import Borders, borders_of, check_per_token, check_shapes
+from ..gates import Gate, parameters_of
+from ..recurrence import Borders, borders_of, check_decay, check_per_token, check_shapes
 from ..registry import Backend, Call, Operation, choose, register
 from . import reference
 from . import torch as torch_backend
@@ -19,9 +20,9 @@ OPERATION = register(Operation("delta_rule", (
 
 
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, *, g: Tensor | None = None,
-               beta: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
-               cu_seqlens: Borders = None, qk_l2norm: bool = False,
-               backend: str | None = None) -> tuple[Tensor, Tensor]:
+               beta: Tensor | None = None, gate: Gate | None = None, beta_sigmoid: float | None = None,
+               scale: float | None = None, initial_state: Tensor | None = None, cu_seqlens: Borders = None,
+               qk_l2norm: bool = False, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """S_t = Diag(e^g_t) S_{t-1};  S_t += beta_t k_t (v_t - S_t^T k_t)^T;  o_t = scale * S_t^T q_t.
 
     Args:
@@ -30,6 +31,8 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, *, g: Tensor | No
         g: natural logarithm of the decay, at most 0 (-inf forgets everything): None (no decay), [B, T, G]
             (one a head) or [B, T, G, K] (one a channel).
         beta: write strength [B, T, G]; None is 1.
+        gate: makes the logarithm of the decay from g, which is then the raw output of a projection.
+        beta_sigmoid: with a number, the write strength is that number times sigmoid(beta).
         scale: factor on the queries, K ** -0.5 by default.
         initial_state: [N, G, K, V]; None is zero.
         cu_seqlens: borders of packed documents over the flattened B*T tokens, row starts included. N is the
@@ -50,14 +53,12 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, *, g: Tensor | No
     borders = borders_of(cu_seqlens, B, T, q_BTHK.device)
     check_shapes("delta_rule", q_BTHK, k_BTHK, v_BTGV, initial_state, borders)
     G = v_BTGV.shape[2]
-    decay = "none"
-    if g is not None:
-        decay = check_per_token("delta_rule", "g", g, {"scalar": (B, T, G), "channel": (B, T, G, K)})
+    decay = check_decay("delta_rule", g, gate, {"scalar": (B, T, G), "channel": (B, T, G, K)})
     if beta is not None:
         check_per_token("delta_rule", "beta", beta, {"scalar": (B, T, G)})
-    call = Call.of(v_BTGV, q_BTHK, k_BTHK, g, beta, initial_state, decay=decay, key_dim=K,
+    call = Call.of(v_BTGV, q_BTHK, k_BTHK, g, beta, initial_state, *parameters_of(gate), decay=decay, key_dim=K,
                    value_dim=v_BTGV.shape[3], packed=borders is not None)
     with autocast(q_BTHK.device.type, enabled=False):
         return choose(OPERATION, call, backend).run(
             q_BTHK, k_BTHK, v_BTGV, g, beta, K**-0.5 if scale is None else scale, initial_state, borders,
-            qk_l2norm)
+            qk_l2norm, gate, beta_sigmoid)

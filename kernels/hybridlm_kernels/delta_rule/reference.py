@@ -11,14 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..gates import Gate, log_decay, write_strength
 from ..packing import CuSeqlens
 from ..recurrence import each_document, math_dtype
 
 
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None, beta_BTG: Tensor | None,
-               scale: float, state_NGKV: Tensor | None, borders: CuSeqlens | None,
-               qk_l2norm: bool) -> tuple[Tensor, Tensor]:
+               scale: float, state_NGKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
+               gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:
     """Arguments as in the public function, already checked."""
+    g, beta_BTG = log_decay(g, gate), write_strength(beta_BTG, beta_sigmoid)
 
     def steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
               S: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..chunks import Segment, chunk_size, layout_of
 from ..decays import Factors, decay_of, from_groups, restore_decay, to_groups
+from ..gates import Gate, log_decay, write_strength
 from ..packing import CuSeqlens
 from ..precision import plain_backward
 from ..recurrence import math_dtype
@@ -33,9 +34,10 @@ EPSILON = 1e-6  # of the l2 norm
 
 @torch.compiler.disable
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None, beta_BTG: Tensor | None,
-               scale: float, state_NGKV: Tensor | None, borders: CuSeqlens | None,
-               qk_l2norm: bool) -> tuple[Tensor, Tensor]:
+               scale: float, state_NGKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
+               gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:
     """Arguments as in the public function, already checked."""
+    g, beta_BTG = log_decay(g, gate), write_strength(beta_BTG, beta_sigmoid)
     if borders is None and q_BTHK.shape[1] <= FEW_TOKENS:
         return reference.delta_rule(q_BTHK, k_BTHK, v_BTGV, g, beta_BTG, scale, state_NGKV, None, qk_l2norm)
     return _DeltaRule.apply(q_BTHK, k_BTHK, v_BTGV, g, beta_BTG, state_NGKV, scale, borders, qk_l2norm)
