@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .registry import Backend, Call, always
 
@@ -67,6 +68,17 @@ def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
     if INTERPRETED:
         return triton.autotune(list(configs[:1]), list(key))
     return triton.autotune(list(configs), list(key), cache_results=True)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as [M, D] whose rows may lie apart, `stride(0)`, but are whole: copied only where its strides demand it."""
+    x_MD = x.reshape(-1, x.shape[-1])
+    return x_MD if x_MD.stride(1) == 1 else x_MD.contiguous()
+
+
+def programs(device: torch.device) -> int:
+    """How many programs fill the device, for kernels whose programs take many tiles each."""
+    return 2 if INTERPRETED else 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass(frozen=True)
