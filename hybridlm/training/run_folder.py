@@ -111,10 +111,15 @@ class RunFolder:
             raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(self.path)) from None
 
     def sessions(self) -> list[dict[str, Any]]:
-        try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))["sessions"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+        return read_sessions(self.path)
+
+
+def read_sessions(folder: Path) -> list[dict[str, Any]]:
+    """The sessions of a run, oldest first; none where run.json is missing or cannot be read."""
+    try:
+        return list(json.loads((folder / "run.json").read_text(encoding="utf-8"))["sessions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _replace(path: Path, text: str) -> None:
