@@ -12,6 +12,9 @@ from .norm import gated_rms_norm as gated_rms_norm
 from .norm import l2_norm as l2_norm
 from .norm import rms_norm as rms_norm
 from .packing import CuSeqlens as CuSeqlens
+from .pooled_indexer import Pools as Pools
+from .pooled_indexer import pooled_indexer_kl as pooled_indexer_kl
+from .pooled_indexer import pooled_topk as pooled_topk
 from .registry import KernelUnavailable as KernelUnavailable
 from .rotary import rotary as rotary
 from .short_conv import short_conv as short_conv

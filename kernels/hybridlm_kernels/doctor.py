@@ -7,6 +7,7 @@ Needs torch alone, so that it runs where the rest of the framework is not instal
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ def cases() -> Iterator[Case]:
                fixed=("main_q", "main_k"))
     yield Case("indexer_kl", "16 of 70 keys", ops.indexer_kl, lambda: _index_inputs() | {"indices": _indices()},
                fixed=("main_q", "main_k"))
+    yield Case("pooled_indexer_kl", "pools of 8", _pooled_kl, lambda: _index_inputs() | {"k": _randn(2, 8, 16)},
+               fixed=("main_q", "main_k"))
     yield Case("attention_recall", "16 of 70 keys", ops.attention_recall,
                lambda: {"main_q": _randn(2, 70, 4, 32), "main_k": _randn(2, 70, 2, 32), "indices": _indices()},
                fixed=("main_q", "main_k"))
@@ -126,6 +129,12 @@ def _index_inputs() -> dict[str, Tensor]:
             "main_q": _randn(2, 70, 4, 32), "main_k": _randn(2, 70, 2, 32)}
 
 
+def _pooled_kl(q: Tensor, k: Tensor, w: Tensor, main_q: Tensor, main_k: Tensor) -> Any:
+    import hybridlm_kernels as ops
+
+    return ops.pooled_indexer_kl(q, k, w, main_q, main_k, ops.Pools.of(2, 70, 70, 8, q.device))
+
+
 def _first(outputs: Any) -> list[Tensor]:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
@@ -143,7 +152,7 @@ def _evaluate(case: Case, backend: str, inputs: dict[str, Tensor], dtype: torch.
         moved[name] = value
     registry.configure({case.operation: backend})
     try:
-        outputs = _first(case.run(**_positional(case, moved), **case.options))
+        outputs = _first(case.run(**by_parameter(case.run, moved), **case.options))
     finally:
         registry.configure({case.operation: None})
     generator = torch.Generator().manual_seed(1)
@@ -154,11 +163,9 @@ def _evaluate(case: Case, backend: str, inputs: dict[str, Tensor], dtype: torch.
     return [o.detach() for o in outputs], dict(zip(wanted, grads, strict=True))
 
 
-def _positional(case: Case, moved: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_parameter(operation: Callable[..., Any], moved: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs under the parameter names of the operation, which carry shape suffixes (`q` is `q_BTHK`)."""
-    import inspect
-
-    parameters = inspect.signature(case.run).parameters
+    parameters = inspect.signature(operation).parameters
     return {next((p for p in parameters if p == name or p.rsplit("_", 1)[0] == name), name): value
             for name, value in moved.items()}
 

@@ -62,7 +62,7 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
     if indices_BTN is not None and recall_of_BTN is not None:
         raise ValueError("indexer_kl: recall_of needs the attention to all keys: pass it without indices")
     for index in (indices_BTN, recall_of_BTN):
-        _check_main("indexer_kl", main_q_BTHK, main_k_BSGK, index, (batch, queries, k_BSI.shape[1]))
+        check_main("indexer_kl", main_q_BTHK, main_k_BSGK, index, (batch, queries, k_BSI.shape[1]))
     cu_seqlens = _borders("indexer_kl", cu_seqlens, q_BTJI, k_BSI.shape[1])
     scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose(INDEXER_KL, Call.of(q_BTJI, k_BSI, w_BTJ, selected=indices_BTN is not None), backend)
@@ -80,15 +80,16 @@ def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tens
         ValueError: shapes that do not fit.
     """
     shape = (*main_q_BTHK.shape[:2], main_k_BSGK.shape[1])
-    _check_main("attention_recall", main_q_BTHK, main_k_BSGK, indices_BTN, shape)
+    check_main("attention_recall", main_q_BTHK, main_k_BSGK, indices_BTN, shape)
     cu_seqlens = _borders("attention_recall", cu_seqlens, main_q_BTHK, shape[2])
     scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose(ATTENTION_RECALL, Call.of(main_q_BTHK, main_k_BSGK), backend)
     return Recall(*chosen.run(main_q_BTHK.detach(), main_k_BSGK.detach(), indices_BTN, scale, cu_seqlens))
 
 
-def _check_main(name: str, q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor | None,
-                shape: tuple[int, int, int]) -> None:
+def check_main(name: str, q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor | None,
+               shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless queries, keys and list fit (rows, queries, keys)."""
     batch, queries, keys = shape
     if q_BTHK.dim() != 4 or q_BTHK.shape[:2] != (batch, queries):
         raise ValueError(f"{name}: main_q must be [{batch}, {queries}, H, K]; got {list(q_BTHK.shape)}")

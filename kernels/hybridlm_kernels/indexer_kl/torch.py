@@ -38,14 +38,14 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in index)
     with torch.autocast(q_BTJI.device.type, enabled=False):
         if indices_BTN is not None:
-            return _IndexerKL.apply(*index, _Listed, (main_q_BTHK, main_k_BSGK, scale, indices_BTN), learns)
-        recall = None if recall_of_BTN is None else _RecallSums(recall_of_BTN, k_BSI.device)
-        main = _Main(main_q_BTHK, main_k_BSGK, scale, cu_seqlens, at_least=q_BTJI.shape[2])
-        loss, entropy = _IndexerKL.apply(*index, _Visible, (main, recall), learns)
+            return BlockwiseKL.apply(*index, Listed, (main_q_BTHK, main_k_BSGK, scale, indices_BTN), learns)
+        recall = None if recall_of_BTN is None else RecallSums(recall_of_BTN, k_BSI.device)
+        main = MainAttention(main_q_BTHK, main_k_BSGK, scale, cu_seqlens, at_least=q_BTJI.shape[2])
+        loss, entropy = BlockwiseKL.apply(*index, Visible, (main, recall), learns)
     return (loss, entropy) if recall is None else (loss, entropy, *recall.means())
 
 
-class _IndexerKL(torch.autograd.Function):
+class BlockwiseKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BTJI, k_BSI, w_BTJ, form, arguments, learns):
         sums = form(q_BTJI, k_BSI, w_BTJ, learns, *arguments)
@@ -61,7 +61,7 @@ class _IndexerKL(torch.autograd.Function):
         return (*(dloss.to(g.dtype) * g for g in ctx.saved_tensors), None, None, None)
 
 
-class _Sums(ABC):
+class Sums(ABC):
     """Adds up loss, entropy and gradients over blocks of queries."""
 
     def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, learns: bool):
@@ -102,12 +102,30 @@ class _Sums(ABC):
         self.entropy = self.entropy - (q * log_q).sum()
         return q.sub_(p)
 
+    def add_visible(self, rows: slice, low: int, high: int, p_BQX: Tensor, seen_BQX: Tensor) -> None:
+        """Adds a block of queries against the index keys from `low` up to `high`, in place."""
+        size = rows.stop - rows.start
+        k_BXI = self.k_BSI[:, low:high]
+        q_BZI = self.q_BTJI[:, rows].to(k_BXI.dtype).flatten(1, 2)
+        w_BQJ = self.w_BTJ[:, rows].to(k_BXI.dtype)
+        dots = torch.bmm(q_BZI, k_BXI.transpose(1, 2)).relu_().view(self.batch * size, self.heads, high - low)
+        score = torch.bmm(w_BQJ.reshape(-1, 1, self.heads), dots).view(self.batch, size, high - low)
+        hidden_BQX = ~seen_BQX & seen_BQX.any(-1, keepdim=True)
+        d_BQX = self.add(p_BQX.to(k_BXI.dtype), score.masked_fill_(hidden_BQX, -torch.inf), seen_BQX)
+        if self.learns:
+            d_Z1X = d_BQX.view(-1, 1, high - low)
+            self.dw_BTJ[:, rows] = torch.bmm(dots, d_Z1X.transpose(1, 2)).view(w_BQJ.shape)
+            ddots = (dots > 0) * (d_Z1X * w_BQJ.reshape(-1, self.heads, 1))
+            ddots = ddots.view(self.batch, size * self.heads, high - low)
+            self.dq_BTJI[:, rows] = torch.bmm(ddots, k_BXI).view(self.batch, size, self.heads, self.dim)
+            self.dk_BSI[:, low:high].baddbmm_(ddots.transpose(1, 2), q_BZI)
 
-class _Visible(_Sums):
+
+class Visible(Sums):
     """All visible keys, in place: a block of queries against the keys up to its last."""
 
-    def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, learns: bool, main: _Main,
-                 recall: _RecallSums | None):
+    def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, learns: bool, main: MainAttention,
+                 recall: RecallSums | None):
         super().__init__(q_BTJI, k_BSI, w_BTJ, learns)
         self.main, self.recall = main, recall
 
@@ -116,26 +134,13 @@ class _Visible(_Sums):
 
     def add_blocks(self) -> None:
         for rows, low, high, seen_BQX in self.main.blocks():
-            size = rows.stop - rows.start
-            k_BXI = self.k_BSI[:, low:high]
-            q_BZI = self.q_BTJI[:, rows].to(k_BXI.dtype).flatten(1, 2)
-            w_BQJ = self.w_BTJ[:, rows].to(k_BXI.dtype)
-            dots = torch.bmm(q_BZI, k_BXI.transpose(1, 2)).relu_().view(self.batch * size, self.heads, high - low)
-            score = torch.bmm(w_BQJ.reshape(-1, 1, self.heads), dots).view(self.batch, size, high - low)
             p_BQX = self.main.attention(rows, low, high, seen_BQX)
             if self.recall is not None:
                 self.recall.add(p_BQX, seen_BQX, rows, low)
-            d_BQX = self.add(p_BQX, score.masked_fill_(~seen_BQX, -torch.inf), seen_BQX)
-            if self.learns:
-                d_Z1X = d_BQX.view(-1, 1, high - low)
-                self.dw_BTJ[:, rows] = torch.bmm(dots, d_Z1X.transpose(1, 2)).view(w_BQJ.shape)
-                ddots = (dots > 0) * (d_Z1X * w_BQJ.reshape(-1, self.heads, 1))
-                ddots = ddots.view(self.batch, size * self.heads, high - low)
-                self.dq_BTJI[:, rows] = torch.bmm(ddots, k_BXI).view(self.batch, size, self.heads, self.dim)
-                self.dk_BSI[:, low:high].baddbmm_(ddots.transpose(1, 2), q_BZI)
+            self.add_visible(rows, low, high, p_BQX, seen_BQX)
 
 
-class _Listed(_Sums):
+class Listed(Sums):
     """The listed keys alone, gathered for each query."""
 
     def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, learns: bool, main_q_BTHK: Tensor,
@@ -143,28 +148,35 @@ class _Listed(_Sums):
         super().__init__(q_BTJI, k_BSI, w_BTJ, learns)
         self.main_q_BTHK, self.scale, self.groups = main_q_BTHK, scale, main_k_BSGK.shape[2]
         self.main_k_ZX = main_k_BSGK.flatten(0, 1).flatten(1)
-        offset_B11 = torch.arange(self.batch, device=self.device)[:, None, None] * self.keys
-        self.seen_BTN = indices_BTN >= 0
-        self.row_BTN = (indices_BTN.long() + offset_B11).masked_fill(~self.seen_BTN, 0)
+        self.row_BTN, self.seen_BTN = self.rows_of(indices_BTN, self.keys)
+        self.widest = max(self.main_k_ZX.shape[1] + main_q_BTHK.shape[2], self.dim + self.heads)
+
+    def rows_of(self, indices_BTN: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """Rows of flattened keys (0 for an absent one), and which are there."""
+        offset_B11 = torch.arange(self.batch, device=self.device)[:, None, None] * keys
+        seen_BTN = indices_BTN >= 0
+        return (indices_BTN.long() + offset_B11).masked_fill(~seen_BTN, 0), seen_BTN
 
     def count(self) -> Tensor:
         return self.seen_BTN.any(-1).sum().clamp(min=1)
 
+    def target(self, rows: slice, seen_ZN: Tensor) -> tuple[Tensor, Tensor]:
+        """p of the listed keys, zero for absent ones, and which of them count."""
+        return self.attention(rows, self.row_BTN[:, rows], ~seen_ZN & seen_ZN.any(-1, keepdim=True)) * seen_ZN, seen_ZN
+
     def add_blocks(self) -> None:
         listed = self.row_BTN.shape[2]
-        widest = max(self.main_k_ZX.shape[1] + self.main_q_BTHK.shape[2], self.dim + self.heads)
-        for start, stop in query_blocks(self.queries, self.batch * listed * widest, self.device):
+        for start, stop in query_blocks(self.queries, self.batch * listed * self.widest, self.device):
             rows = slice(start, stop)
             row_BQN = self.row_BTN[:, rows]
             seen_ZN = self.seen_BTN[:, rows].flatten(0, 1)
-            has_Z1 = seen_ZN.any(-1, keepdim=True)
-            hidden_ZN = ~seen_ZN & has_Z1
             k_ZNI = self.k_BSI.flatten(0, 1).index_select(0, row_BQN.flatten()).view(-1, listed, self.dim)
             q_ZJI = self.q_BTJI[:, rows].to(k_ZNI.dtype).flatten(0, 1)
             w_ZJ = self.w_BTJ[:, rows].to(k_ZNI.dtype).flatten(0, 1)
             dots_ZJN = torch.bmm(q_ZJI, k_ZNI.transpose(1, 2)).relu_()
             score_ZN = torch.bmm(w_ZJ[:, None], dots_ZJN)[:, 0]
-            p_ZN = self._attention(rows, row_BQN, hidden_ZN) * seen_ZN
+            p_ZN, seen_ZN = self.target(rows, seen_ZN)
+            hidden_ZN = ~seen_ZN & seen_ZN.any(-1, keepdim=True)
             d_ZN = self.add(p_ZN, score_ZN.masked_fill_(hidden_ZN, -torch.inf), seen_ZN)
             if self.learns:
                 self.dw_BTJ[:, rows] = torch.bmm(dots_ZJN, d_ZN[..., None])[..., 0].unflatten(0, row_BQN.shape[:2])
@@ -173,7 +185,7 @@ class _Listed(_Sums):
                 # an absent key has no gradient, so that adding it to row 0 changes nothing
                 self._add_rows(torch.bmm(ddots_ZJN.transpose(1, 2), q_ZJI).flatten(0, 1), row_BQN.flatten())
 
-    def _attention(self, rows: slice, row_BQN: Tensor, hidden_ZN: Tensor) -> Tensor:
+    def attention(self, rows: slice, row_BQN: Tensor, hidden_ZN: Tensor) -> Tensor:
         k = to_wide(self.main_k_ZX.index_select(0, row_BQN.flatten())).view(
             -1, row_BQN.shape[2], self.groups, self.main_k_ZX.shape[1] // self.groups).transpose(1, 2)
         q = to_wide(self.main_q_BTHK[:, rows]).flatten(0, 1).unflatten(1, (self.groups, -1)) * self.scale
@@ -187,7 +199,7 @@ class _Listed(_Sums):
         self.dk_BSI += summed.view(self.dk_BSI.shape)
 
 
-class _Main:
+class MainAttention:
     """The main attention averaged over heads, for blocks of queries against the keys they may see."""
 
     def __init__(self, q_BTHK: Tensor, k_BSGK: Tensor, scale: float, cu_seqlens: CuSeqlens | None, at_least: int = 1):
@@ -235,13 +247,14 @@ def _first_keys(cu_seqlens: CuSeqlens, length: int) -> list[int]:
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, scale: float,
                      cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(main_q_BTHK.device.type, enabled=False):
-        main, recall = _Main(main_q_BTHK, main_k_BSGK, scale, cu_seqlens), _RecallSums(indices_BTN, main_q_BTHK.device)
+        main = MainAttention(main_q_BTHK, main_k_BSGK, scale, cu_seqlens)
+        recall = RecallSums(indices_BTN, main_q_BTHK.device)
         for rows, low, high, seen_BQX in main.blocks():
             recall.add(main.attention(rows, low, high, seen_BQX), seen_BQX, rows, low)
         return recall.means()
 
 
-class _RecallSums:
+class RecallSums:
     """Adds up what listed keys hold of the attention, over blocks of queries."""
 
     def __init__(self, indices_BTN: Tensor, device: torch.device):

@@ -65,7 +65,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seq
                 always = (s_X < first_BQ1 + num_first) | (s_X > position_T[start:stop, None] - num_local)
                 score_BQX = score_BQX.masked_fill_(always & seen_BQX, torch.inf)
             enough = all(keys - queries + t - most[t] + 1 >= topk for t in range(start, stop))
-            chosen_BQN = _select(score_BQX, seen_BQX, topk, enough)
+            chosen_BQN = select_best(score_BQX, seen_BQX, topk, enough)
             out_BTN[:, start:stop] = torch.where(chosen_BQN < 0, -1, chosen_BQN + low)
     return out_BTN
 
@@ -82,7 +82,7 @@ def _first_keys(cu_seqlens: CuSeqlens, length: int) -> tuple[list[int], list[int
     return cu_seqlens.cache["first_keys"]
 
 
-def _select(score_BQX: Tensor, seen_BQX: Tensor, topk: int, enough: bool) -> Tensor:
+def select_best(score_BQX: Tensor, seen_BQX: Tensor, topk: int, enough: bool) -> Tensor:
     """[B, Q, topk]: the best keys among those seen, ascending, -1 in what is left over.
 
     Score and position make one integer, so that no two are equal: the bits of the score in an order-preserving

@@ -1,0 +1,97 @@
+"""Where pools of consecutive tokens lie in a batch, and which of them a query sees.
+
+B rows, T queries (the last T positions), S tokens a row, P pools a row, M selected pools, N listed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybridlm_kernels.packing import CuSeqlens
+
+
+class Pools:
+    """Runs of `size` tokens, counted from the start of each document. What is left at a document's end is no pool.
+
+    A query sees the pools of its document that are complete: those whose last token is not later than the query. The
+    tokens behind the last of these, up to the query, are its open tail (none where a pool ends with the query).
+
+    start_BP: first token of each pool; rows with fewer pools end with 0, which no query counts as its own.
+    first_BT, count_BT: the first pool of the query's document, and how many of this document it sees.
+    begin_BT: the first token of the document.
+    """
+
+    def __init__(self, size: int, start_BP: Tensor, first_BT: Tensor, count_BT: Tensor, begin_BT: Tensor, keys: int):
+        self.size, self.keys = size, keys
+        self.start_BP, self.first_BT, self.count_BT, self.begin_BT = start_BP, first_BT, count_BT, begin_BT
+
+    @classmethod
+    def of(cls, batch: int, queries: int, keys: int, size: int, device: torch.device,
+           cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None) -> Pools:
+        """The pools of rows of `keys` tokens for the last `queries` of them.
+
+        Raises:
+            ValueError: packed documents with fewer queries than keys.
+        """
+        if cu_seqlens is None:
+            position_BT = torch.arange(keys - queries, keys, device=device).expand(batch, queries)
+            start_BP = torch.arange(max(1, keys // size), device=device).mul_(size).expand(batch, -1)
+            zero_BT = torch.zeros_like(position_BT)
+            return cls(size, start_BP, zero_BT, (position_BT + 1) // size, zero_BT, keys)
+        if keys != queries:
+            raise ValueError(f"pools: packed documents need T == S; got T = {queries}, S = {keys}")
+        cu_seqlens = CuSeqlens.of(cu_seqlens, device)
+        cu_seqlens.check(batch, queries)
+        key = ("pools", size, batch)
+        if key not in cu_seqlens.cache:
+            cu_seqlens.cache[key] = cls._packed(batch, keys, size, cu_seqlens)
+        return cu_seqlens.cache[key]
+
+    @classmethod
+    def _packed(cls, batch: int, keys: int, size: int, cu_seqlens: CuSeqlens) -> Pools:
+        starts: list[list[int]] = [[] for _ in range(batch)]
+        firsts = []
+        for border, length in zip(cu_seqlens.host, cu_seqlens.lengths, strict=False):
+            row, begin = divmod(border, keys)
+            firsts.append(len(starts[row]))
+            starts[row] += [begin + size * pool for pool in range(length // size)]
+        most = max(1, *map(len, starts)) if batch > 1 else max(1, len(starts[0]))
+        device, position_BT = cu_seqlens.device, cu_seqlens.positions().view(batch, keys)
+        start_BP = torch.tensor([row + [0] * (most - len(row)) for row in starts], device=device)
+        first_BT = torch.tensor(firsts, device=device)[cu_seqlens.document_ids()].view(batch, keys)
+        return cls(size, start_BP, first_BT, (position_BT + 1) // size,
+                   torch.arange(keys, device=device) - position_BT, keys)
+
+    @property
+    def number(self) -> int:
+        return self.start_BP.shape[1]
+
+    def members(self) -> Tensor:
+        """int64 [B, P, size]: the tokens of each pool, inside the row also where a pool is missing."""
+        offset = torch.arange(self.size, device=self.start_BP.device)
+        return (self.start_BP[..., None] + offset).clamp_(max=self.keys - 1)
+
+    def visible(self, rows: slice, stop: int | None = None) -> Tensor:
+        """bool [B, Q, P]: which of the first `stop` pools the queries of `rows` see."""
+        pool_P = torch.arange(self.number, device=self.start_BP.device)[:stop]
+        first = self.first_BT[:, rows, None]
+        return (pool_P >= first) & (pool_P < first + self.count_BT[:, rows, None])
+
+    def tokens(self, pools_BTM: Tensor) -> Tensor:
+        """int32 [B, T, M * size + size - 1]: the tokens of each query's pools (-1 for none), then its open tail."""
+        offset = torch.arange(self.size, device=pools_BTM.device)
+        start_BTM = self.start_BP.gather(1, pools_BTM.clamp(min=0).flatten(1).long()).view(pools_BTM.shape)
+        inside = torch.where(pools_BTM[..., None] < 0, -1, start_BTM[..., None] + offset).flatten(2)
+        tail_BT1 = (self.begin_BT + self.size * self.count_BT)[..., None]
+        tail = tail_BT1 + offset[:-1]
+        last_T1 = torch.arange(self.keys - pools_BTM.shape[1], self.keys, device=pools_BTM.device)[:, None]
+        return torch.cat([inside, tail.masked_fill(tail > last_T1, -1)], -1).int()
+
+    def selected(self, tokens_BTN: Tensor) -> Tensor:
+        """int64 [B, T, M]: the pools of a list that `tokens` made, -1 for none."""
+        start_BTM = tokens_BTN[..., : tokens_BTN.shape[-1] - self.size + 1 : self.size].long()
+        pool_BTM = self.first_BT[..., None] + (start_BTM - self.begin_BT[..., None]) // self.size
+        return pool_BTM.masked_fill(start_BTM < 0, -1)
