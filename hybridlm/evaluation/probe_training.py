@@ -72,12 +72,10 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
     """
     name = probe if isinstance(probe, str) else probe.task
     probe = make_probe(probe) if isinstance(probe, str) else probe
-    length = max(LENGTH, probe.min_length) if length is None else length
-    lengths = (length, 2 * length, 4 * length) if eval_lengths is None else tuple(eval_lengths)
+    length, lengths = probe_lengths(probe, length, eval_lengths)
     for key, value in (("steps", steps), ("batch_size", batch_size), ("examples", examples), ("lr", lr)):
         require(value > 0, key, "must be positive", got=value)
-    for asked in lengths:
-        probe.batch(asked, [0], seed=seed)  # refuse what cannot be scored before it is trained for
+    require(seed >= 0, "seed", "must not be negative", got=seed)
     start = time.perf_counter()
     config = model_for_probe(model_config, probe, max(length, *lengths))
     model = build_model(config, seed=seed, device=device).train()
@@ -99,6 +97,20 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
     return ProbeResult(name, asdict(probe), length, steps, lr, seed, batch_size, probe.chance,
                        model.num_params(), mean if math.isfinite(mean) else None, skipped,
                        time.perf_counter() - start, accuracy)
+
+
+def probe_lengths(probe: Probe, length: int | None = None,
+                  eval_lengths: Sequence[int] | None = None) -> tuple[int, tuple[int, ...]]:
+    """The length of training and those of scoring, where defaults are filled in.
+
+    Raises:
+        ConfigError: a length that the probe does not fit into.
+    """
+    length = max(LENGTH, probe.min_length) if length is None else length
+    lengths = (length, 2 * length, 4 * length) if eval_lengths is None else tuple(eval_lengths)
+    for asked in (length, *lengths):
+        probe.check_length(asked)
+    return length, lengths
 
 
 def _step(model: HybridLM, optimizers: OptimizerSet, loss: torch.Tensor) -> bool:

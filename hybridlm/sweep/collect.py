@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hybridlm.config.convert import to_dict
 from hybridlm.errors import ConfigError, nearest
-from hybridlm.sweep.folder import OUTCOME_FILE, read_plan, write_json, write_text
+from hybridlm.sweep.folder import read_outcome, read_plan, write_json, write_text
 from hybridlm.sweep.plan import SEED
+from hybridlm.sweep.probes import ProbeTask, read_result, read_tasks
 
 TAIL = 0.1  # share of the steps, the last ones, over which a noisy training metric is averaged
 COSTS = ("parameters", "active_parameters", "training_flops_per_token")
@@ -35,7 +37,7 @@ def collect(folder: Path, metrics: list[str] | None = None) -> dict[str, Any]:
         ConfigError: no sweep there, or a metric no run has; earlier results stay as they are.
     """
     results = read_results(folder, metrics)
-    write_text(folder / "results.csv", _table(results["points"]))
+    write_text(folder / "results.csv", _table(results["points"], results["probes"]))
     write_json(folder / "results.json", results)
     return results
 
@@ -46,7 +48,8 @@ def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, An
     if plan is None:
         raise ConfigError("sweep.dir", "holds no sweep", got=str(folder), expected="a folder with sweep.json",
                           hint="run the sweep first, without --collect")
-    points = [_point(folder, row) for row in plan["points"]]
+    probes = read_tasks(plan.get("probes", []))
+    points = [_point(folder, row, probes) for row in plan["points"]]
     known = sorted({name for point in points for name in point["metrics"]})
     for name in (metrics or []) if known else []:
         if name not in known:
@@ -55,24 +58,36 @@ def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, An
                               hint=f"did you mean '{close}'?" if close else "")
     for point in points:
         point["metrics"] = {name: point["metrics"][name] for name in metrics or known if name in point["metrics"]}
-    return {"sweep": plan["sweep"], "match": plan["match"], "vary": plan["vary"], "points": points,
-            "groups": _groups(points), "corrupt_lines": sum(point["corrupt_lines"] for point in points)}
+    return {"sweep": plan["sweep"], "match": plan["match"], "vary": plan["vary"],
+            "probes": {task.label: {**to_dict(task), "chance": task.probe().chance} for task in probes},
+            "points": points, "groups": _groups(points),
+            "corrupt_lines": sum(point["corrupt_lines"] for point in points)}
 
 
-def _point(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """A point with its costs, how it ended, and its metrics where it is finished."""
+def _point(folder: Path, row: dict[str, Any], probes: list[ProbeTask]) -> dict[str, Any]:
+    """A point with its costs, how it ended, its metrics where it is finished, and those of every finished probe."""
     run_dir = folder / "points" / row["point"]
-    try:
-        ended = json.loads((run_dir / OUTCOME_FILE).read_text(encoding="utf-8"))
-        status = ended["status"] if ended["status"] != "finished" or ended["step"] == row["steps"] else "waiting"
-    except (OSError, ValueError, KeyError, TypeError):
-        ended, status = {}, "waiting"
+    ended = read_outcome(run_dir, row["steps"], probes)
     records, corrupt = read_metrics(run_dir / "metrics.jsonl")
     kept = {key: row[key] for key in ("point", "settings", "same_as", "changed", "layers", *COSTS,
                                       "decode_state_bytes", "sequence_length", "steps", "tokens")}
-    return {**kept, "run_dir": str(run_dir), "status": status,
-            **({"reason": ended["reason"]} if status == "failed" and "reason" in ended else {}),
-            "corrupt_lines": corrupt, "metrics": summarize(records) if status == "finished" else {}}
+    metrics = summarize(records) if ended["status"] == "finished" else {}
+    for task in probes:
+        metrics |= probe_metrics(task, read_result(run_dir, task))
+    return {**kept, "run_dir": str(run_dir), "status": ended["status"],
+            **({"reason": ended["reason"]} if ended["status"] == "failed" and "reason" in ended else {}),
+            "corrupt_lines": corrupt, "metrics": metrics}
+
+
+def probe_metrics(task: ProbeTask, result: dict[str, Any] | None) -> dict[str, float]:
+    """Of one probe, by name: the scores at the length of training, `@LENGTH` those at others."""
+    if result is None:
+        return {}
+    found = {"loss": result["loss"], "seconds": result["seconds"]}
+    for length, score in result["accuracy"].items():
+        at = "" if int(length) == task.length else f"@{length}"
+        found |= {f"accuracy{at}": score["token"], f"exact{at}": score["exact"]}
+    return {f"probe/{task.label}/{name}": value for name, value in found.items() if value is not None}
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -135,15 +150,20 @@ def spread(values: list[float]) -> dict[str, Any]:
             "min": min(values), "max": max(values), "seeds": len(values)}
 
 
-def _table(points: list[dict[str, Any]]) -> str:
-    """A row a point and metric; settings and costs stand in columns of their own."""
+def _table(points: list[dict[str, Any]], probes: dict[str, dict[str, Any]]) -> str:
+    """A row a point and metric; settings, costs and, of a probe's metric, what the probe was stand in columns of their
+    own."""
     keys = list(dict.fromkeys(key for point in points for key in point["settings"]))
     contexts = list(points[0]["decode_state_bytes"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["point", *keys, *COSTS, *(f"decode_state_bytes_{size}" for size in contexts), "metric", "value"])
+    writer.writerow(["point", *keys, *COSTS, *(f"decode_state_bytes_{size}" for size in contexts), "metric", "value",
+                     *(["probe"] if probes else [])])
+    described = {label: json.dumps({key: value for key, value in task.items() if key != "label"})
+                 for label, task in probes.items()}
     for point in points:
         fixed = [point["point"], *(point["settings"].get(key, "") for key in keys), *(point[cost] for cost in COSTS),
                  *(point["decode_state_bytes"][size] for size in contexts)]
-        writer.writerows([*fixed, name, value] for name, value in point["metrics"].items())
+        writer.writerows([*fixed, name, value, *([described.get(name.split("/")[1], "")] if probes else [])]
+                         for name, value in point["metrics"].items())
     return text.getvalue()

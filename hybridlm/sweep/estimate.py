@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hybridlm.config.schema import Config
 from hybridlm.distributed.engine import pick_device, pick_precision
+from hybridlm.evaluation.probe_training import model_for_probe
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import training_flops
 from hybridlm.model.model import build_model
 from hybridlm.sweep.collect import read_metrics, summarize
 from hybridlm.sweep.folder import outcome
 from hybridlm.sweep.plan import Point, identity
+from hybridlm.sweep.probes import read_result
 from hybridlm.training.metrics import peak_flops
-from hybridlm.training.stages import Stage
-from hybridlm.training.stages import plan as stages_of
 
 WARM_UP, MEASURED = 1, 2  # passes
 
@@ -31,11 +34,8 @@ def estimate(points: list[Point], *, measure: bool) -> tuple[list[float], str]:
 
 def by_finished(points: list[Point]) -> tuple[list[float], str] | None:
     """From the training time of finished points, FLOPs for FLOPs; None where there are none."""
-    took: dict[str, float] = {}
-    for point in points:
-        if outcome(point)["status"] == "finished":
-            seconds = summarize(read_metrics(Path(point.config.run_dir) / "metrics.jsonl")[0]).get("seconds")
-            took |= {point.name: seconds} if seconds else {}
+    took = {point.name: seconds for point in points if outcome(point)["status"] == "finished"
+            and (seconds := _training_seconds(point)) > 0}
     if not took:
         return None
     pace = statistics.median(took[point.name] / _flops(point) for point in points if point.name in took)
@@ -43,10 +43,41 @@ def by_finished(points: list[Point]) -> tuple[list[float], str] | None:
             f"from the training time of {len(took)} finished points, by FLOPs")
 
 
+def _training_seconds(point: Point) -> float:
+    """Of a finished point, on text and on probes."""
+    run_dir = Path(point.config.run_dir)
+    text = summarize(read_metrics(run_dir / "metrics.jsonl")[0]).get("seconds", 0.0)
+    return text + sum((read_result(run_dir, task) or {"seconds": 0.0})["seconds"] for task in point.work.probes)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training of a point: `steps` of `batch_size` examples, `rows` of them at a time."""
+
+    model: ModelConfig
+    sequence_length: int
+    steps: int
+    batch_size: int
+    rows: int
+
+
+def _trainings(point: Point) -> list[_Training]:
+    """On text, stage by stage, and on each probe."""
+    config, found = point.config, []
+    for stage in point.stages:
+        rows = min(config.training.micro_batch_size or stage.batch_size, stage.batch_size)
+        found.append(_Training(config.model, stage.sequence_length, stage.steps, stage.batch_size, rows))
+    for task in point.work.probes:
+        assert task.length is not None
+        model = model_for_probe(config.model, task.probe(), task.length)
+        found.append(_Training(model, task.length, task.steps, task.batch_size, task.batch_size))
+    return found
+
+
 def _flops(point: Point) -> float:
     """Of the whole training of a point."""
-    return sum(training_flops(point.config.model, stage.sequence_length) * stage.steps * stage.tokens_per_step
-               for stage in stages_of(point.config))
+    return sum(training_flops(each.model, each.sequence_length) * each.steps * each.batch_size * each.sequence_length
+               for each in _trainings(point))
 
 
 def by_flops(points: list[Point]) -> tuple[list[float], str]:
@@ -67,24 +98,21 @@ def by_measurement(points: list[Point]) -> tuple[list[float], str]:
         key = identity(point.config)
         point.config.training.seed = seed
         if key not in known:
-            known[key] = sum(stage.steps * _step_seconds(point, stage) for stage in stages_of(point.config))
+            known[key] = sum(each.steps * _step_seconds(point.config, each) for each in _trainings(point))
         seconds.append(known[key])
     return seconds, f"measured: {BY_MEASUREMENT}"
 
 
-def _step_seconds(point: Point, stage: Stage) -> float:
+def _step_seconds(config: Config, training: _Training) -> float:
     """Of one step: one part of a batch is timed, as many as a step has are counted."""
-    config = point.config
     device = pick_device(config.engine)
-    rows = min(config.training.micro_batch_size or stage.batch_size, stage.batch_size)
-    model = build_model(config, device=device)
+    model = build_model(training.model, device=device)
     model.activation_checkpointing = config.training.activation_checkpointing
     model.train()
     generator = torch.Generator().manual_seed(0)
-    shape = (rows, stage.sequence_length)
-    ids_BT = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
-    targets_BTM = torch.randint(config.model.vocab_size, (*shape, 1 + config.model.mtp.depth),
-                                generator=generator).to(device)
+    vocab, shape = training.model.vocab_size, (training.rows, training.sequence_length)
+    ids_BT = torch.randint(vocab, shape, generator=generator).to(device)
+    targets_BTM = torch.randint(vocab, (*shape, 1 + training.model.mtp.depth), generator=generator).to(device)
     half = pick_precision(config.training.precision, device) == "bf16"
     start = 0.0
     for index in range(WARM_UP + MEASURED):
@@ -95,4 +123,4 @@ def _step_seconds(point: Point, stage: Stage) -> float:
         model.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / MEASURED * stage.batch_size / rows
+    return (time.perf_counter() - start) / MEASURED * training.batch_size / training.rows

@@ -5,6 +5,8 @@
       results.csv, results.json
       points/NAME/      the run folder of a point, and in it:
         point.yaml      the resolved config that `hybridlm train` gets
+        work.yaml       what the point is trained on besides: probes
+        probes/         what they gave, a file each
         outcome.json    how the last start ended
         output.txt      what it printed
 """
@@ -17,9 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from hybridlm.config.convert import load_yaml, to_yaml
+from hybridlm.config.convert import load_yaml, to_dict, to_yaml
 from hybridlm.errors import ConfigError, UserError
 from hybridlm.sweep.plan import Point, SweepPlan
+from hybridlm.sweep.probes import WORK_FILE, ProbeTask, read_result
 from hybridlm.training.run_folder import compare
 
 POINT_FILE, OUTCOME_FILE, OUTPUT_FILE = "point.yaml", "outcome.json", "output.txt"
@@ -113,6 +116,11 @@ def check_owner(plan: SweepPlan) -> None:
             raise ConfigError("sweep.dir", f"holds something that is no sweep ({strange[0]})", got=str(folder),
                               hint="take another sweep.dir=...")
         return
+    for task in saved.get("probes", []):
+        now = next((asked for asked in plan.sweep.probes if asked.label == task["label"]), None)
+        if now is None or to_dict(now) != task:
+            raise ConfigError("sweep.dir", f"holds another sweep: its probe {task['label']} is not the same here",
+                              got=str(folder), hint=hint)
     points = {point.name: point for point in plan.points}
     if missing := [row["point"] for row in saved["points"] if row["point"] not in points]:
         raise ConfigError("sweep.dir", f"holds another sweep: it has the point {missing[0]}, this one has not",
@@ -129,12 +137,17 @@ def check_owner(plan: SweepPlan) -> None:
 
 
 def outcome(point: Point) -> dict[str, Any]:
-    """How the last start of a point ended; {"status": "waiting"} before the first, and where more steps are asked."""
+    """How the last start of a point ended; {"status": "waiting"} before the first, and where more is asked."""
+    return read_outcome(Path(point.config.run_dir), point.steps, point.work.probes)
+
+
+def read_outcome(run_dir: Path, steps: int, probes: list[ProbeTask]) -> dict[str, Any]:
+    """The outcome of a point that is to train for `steps` on text, and on `probes`."""
     try:
-        data = json.loads((Path(point.config.run_dir) / OUTCOME_FILE).read_text(encoding="utf-8"))
-        if data["status"] == "finished" and data["step"] != point.steps:
-            return {"status": "waiting"}
-        return data
+        data = json.loads((run_dir / OUTCOME_FILE).read_text(encoding="utf-8"))
+        done = data["step"] == steps and all(read_result(run_dir, task) is not None for task in probes) \
+            if data["status"] == "finished" else True
+        return data if done else {"status": "waiting"}
     except (OSError, ValueError, KeyError, TypeError):
         return {"status": "waiting"}
 
@@ -146,6 +159,7 @@ def begin(point: Point) -> Path:
     with suppress(FileNotFoundError):
         (folder / OUTCOME_FILE).unlink()
     write_text(folder / POINT_FILE, to_yaml(point.config))
+    write_text(folder / WORK_FILE, to_yaml(point.work))
     return folder
 
 

@@ -17,7 +17,9 @@ from hybridlm.config.convert import to_dict
 from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.cost import mtp_block
+from hybridlm.sweep.probes import PointWork
 from hybridlm.sweep.request import Request, SweepConfig, as_value, read_request
+from hybridlm.training.stages import Stage
 from hybridlm.training.stages import plan as stages_of
 
 LONGEST_NAME = 100
@@ -34,6 +36,7 @@ class Point:
     config: Config
     same_as: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, list[Any]] = field(default_factory=dict)
+    work: PointWork = field(default_factory=PointWork)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -41,12 +44,19 @@ class Point:
         return {key: value for key, value in self.settings.items() if key != SEED}
 
     @property
+    def stages(self) -> list[Stage]:
+        """Of its training on text."""
+        return stages_of(self.config) if self.work.language_model else []
+
+    @property
     def steps(self) -> int:
-        return sum(stage.steps for stage in stages_of(self.config))
+        return sum(stage.steps for stage in self.stages)
 
     @property
     def tokens(self) -> int:
-        return sum(stage.steps * stage.tokens_per_step for stage in stages_of(self.config))
+        """Of training, on text and on probes."""
+        return sum(stage.steps * stage.tokens_per_step for stage in self.stages) + sum(
+            task.tokens for task in self.work.probes)
 
 
 @dataclass(kw_only=True)
@@ -91,6 +101,7 @@ def make_plan(words: Sequence[str], config_dir: str | None = None) -> SweepPlan:
 def _points(request: Request, folder: Path) -> list[Point]:
     short = short_keys(list(request.vary))
     points, names = [], Counter[str]()
+    work = PointWork(probes=request.sweep.probes, language_model=request.sweep.language_model)
     for values in itertools.product(*request.vary.values()):
         pairs = dict(zip(request.vary, values, strict=True))
         words = [f"{key}={value}" for key, value in pairs.items()]
@@ -103,7 +114,7 @@ def _points(request: Request, folder: Path) -> list[Point]:
         if config.tracking.run_name is None:
             config.tracking.run_name = f"{request.sweep.name}/{name}"
         settings = {key: as_value(value.strip("'\"")) for key, value in pairs.items()}
-        points.append(Point(name=name, settings=settings, config=config))
+        points.append(Point(name=name, settings=settings, config=config, work=work))
     return points
 
 

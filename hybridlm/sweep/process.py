@@ -19,7 +19,9 @@ from typing import IO, Any
 
 import hybridlm
 import hybridlm_kernels
+from hybridlm.config.convert import from_dict, load_yaml
 from hybridlm.sweep.folder import OUTCOME_FILE, OUTPUT_FILE, POINT_FILE, write_json
+from hybridlm.sweep.probes import WORK_FILE, PointWork
 from hybridlm.training.display import duration
 
 _PR_SET_PDEATHSIG = 1
@@ -58,6 +60,9 @@ def start(folder: Path, *, jobs: int = 1, cwd: str | None = None) -> PointProces
 
 
 def command(file: Path) -> list[str]:
+    """A plain training where there is nothing else to do."""
+    if from_dict(PointWork, load_yaml(file.parent / WORK_FILE)) != PointWork():
+        return [sys.executable, "-m", "hybridlm.sweep.probes", str(file.parent)]
     return [sys.executable, "-m", "hybridlm.cli", "train", str(file), "--json"]
 
 

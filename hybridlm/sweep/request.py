@@ -15,11 +15,13 @@ from hydra.errors import HydraException
 
 from hybridlm.config.compose import config_dir as built_in
 from hybridlm.config.compose import options
-from hybridlm.config.convert import from_dict, load_yaml
+from hybridlm.config.convert import from_dict, load_yaml, to_dict
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import require
+from hybridlm.sweep.probes import ProbeTask, read_tasks
 
 Match = Literal["none", "params", "flops", "state"]
+Launcher = Literal["local", "slurm", "ray"]
 
 
 @dataclass(kw_only=True)
@@ -28,7 +30,9 @@ class SweepConfig:
 
     `overrides` are settings of every point. `match` is the budget that all points share with the `reference` (a
     point's name; null: the first). `state_context` is where decode state is matched. `metrics` (null: all) are
-    those the results keep. `dir` (null: runs/sweeps/NAME) is where everything goes.
+    those the results keep. `dir` (null: runs/sweeps/NAME) is where everything goes. Every point is trained on the
+    `probes` besides, each with fresh weights; without `language_model` on nothing else. `launcher` is what runs the
+    points, with its own options in `slurm` or `ray`.
     """
 
     name: str = "custom"
@@ -39,13 +43,24 @@ class SweepConfig:
     state_context: int = 32768
     metrics: list[str] | None = None
     dir: str | None = None
+    probes: list[ProbeTask] = field(default_factory=list)
+    language_model: bool = True
+    launcher: Launcher = "local"
+    slurm: dict[str, Any] = field(default_factory=dict)
+    ray: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(re.fullmatch(r"[\w.-]+", self.name) is not None, "name", "cannot name a folder", got=self.name,
                 expected="letters, digits, '_', '-' and '.'")
         require(self.state_context > 0, "state_context", "must be positive", got=self.state_context)
+        require(self.language_model or bool(self.probes), "language_model", "is off, and there are no probes",
+                expected="sweep.probes=mqar,s5, or sweep.language_model=true")
         for key, values in self.vary.items():
             require(len(values) > 0, f"vary.{key}", "is an empty list", expected="at least one value")
+
+    @property
+    def launcher_options(self) -> dict[str, Any]:
+        return {"local": {}, "slurm": self.slurm, "ray": self.ray}[self.launcher]
 
     @property
     def folder(self) -> Path:
@@ -89,7 +104,11 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
         else:
             fixed[key] = word
             lists.pop(key, None)
-    sweep = from_dict(SweepConfig, {**(_read_file(file, config_dir) if file is not None else {}), **own}, "sweep")
+    asked = _read_file(file, config_dir) if file is not None else {}
+    for key, value in own.items():
+        _set(asked, key, value)
+    asked["probes"] = [to_dict(task) for task in read_tasks(asked.get("probes", []))]
+    sweep = from_dict(SweepConfig, asked, "sweep")
     vary = {key: [as_text(value) for value in values] for key, values in sweep.vary.items() if key not in fixed}
     base = {word.partition("=")[0].lstrip("+"): word for word in sweep.overrides}
     return Request(sweep=sweep, root=root, fixed=list({**base, **fixed}.values()), vary={**vary, **lists},
@@ -111,12 +130,27 @@ def _values(key: str, word: str, text: str) -> list[str]:
         return []  # text that Hydra's grammar does not know: load_config takes it, or says what is wrong
 
 
+def _set(asked: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of the sweep; launchers have options of their own, `slurm.partition`."""
+    first, _, rest = key.partition(".")
+    if first in ("slurm", "ray") and rest and isinstance(asked.setdefault(first, {}), dict):
+        *outer, last = rest.split(".")
+        inner = asked[first]
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    else:
+        asked[key] = value
+
+
 def _own_value(key: str, text: str) -> Any:
     """Value of a key of the sweep itself."""
     if key == "sweep.dir":
         return text or None
     if text.strip() == "":
         raise ConfigError(key, "has no value")
+    if key == "sweep.probes" and not text.lstrip().startswith("["):
+        return [name for name in re.split(r"[,\s]+", text) if name]
     if key == "sweep.metrics":
         return None if text == "null" else [name for name in re.split(r"[,\[\]\s]+", text) if name]
     try:

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hybridlm.config.convert import to_dict
 from hybridlm.inspect import scaled
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
 from hybridlm.sweep.plan import SEED, Point, SweepPlan, short_keys
@@ -43,6 +44,7 @@ def report(plan: SweepPlan, seconds: list[float], how: str, statuses: list[str],
             for point, time, status in zip(plan.points, seconds, statuses, strict=True)]
     left = sum(row["estimated_seconds"] for row in rows if row["status"] != "finished")
     return {"sweep": plan.sweep.name, "dir": str(plan.folder), "match": plan.sweep.match, "vary": plan.vary,
+            "language_model": plan.sweep.language_model, "probes": to_dict(plan.sweep.probes),
             "points": rows, "notes": plan.notes, "jobs": jobs, "estimated_seconds": left / jobs, "estimated_by": how}
 
 
@@ -126,7 +128,8 @@ def render_results(results: dict[str, Any], console: Console) -> None:
     """Prints mean and spread over seeds, of what matters most where nothing was asked for."""
     groups = [group for group in results["groups"] if group["metrics"]]
     names = list(dict.fromkeys(name for group in groups for name in group["metrics"]))
-    shown = [name for name in HEADLINES if name in names] or names[:MOST_COLUMNS]
+    scores = [name for name in names if name.startswith("probe/") and name.endswith("/accuracy")]
+    shown = [name for name in HEADLINES if name in names] + scores or names[:MOST_COLUMNS]
     if not groups:
         return
     keys = [key for key in groups[0]["settings"] if not key.startswith("model.schedule.")]
@@ -135,7 +138,8 @@ def render_results(results: dict[str, Any], console: Console) -> None:
     for title in ("layers", *(short[key] for key in keys)):
         table.add_column(title, overflow="fold")
     for name in shown:
-        table.add_column(name.replace("validation_", "validation\n"), justify="right", overflow="fold")
+        title = name.removeprefix("probe/").replace("validation_", "validation\n").replace("/", "\n")
+        table.add_column(title, justify="right", overflow="fold")
     for group in groups:
         values = [group["metrics"].get(name) for name in shown]
         table.add_row(layers_text(group["layers"]), *(str(group["settings"][key]) for key in keys),

@@ -69,14 +69,18 @@ class Probe:
         """Token accuracy of guessing among the possible answers."""
         return 1 / len(self.answer_ids)
 
+    def check_length(self, length: int) -> None:
+        """Raise ConfigError if the task does not fit into `length` tokens."""
+        require(length >= self.min_length, "length", f"is too short for {self.task} of this difficulty", got=length,
+                expected=f"at least {self.min_length}")
+
     def batch(self, length: int, indices: Iterable[int], *, seed: int = 0, split: Split = "train") -> ProbeBatch:
         """The examples of `indices`.
 
         Raises:
             ConfigError: a length that the task does not fit into; a negative seed.
         """
-        require(length >= self.min_length, "length", f"is too short for {self.task} of this difficulty", got=length,
-                expected=f"at least {self.min_length}")
+        self.check_length(length)
         require(seed >= 0, "seed", "must not be negative", got=seed)
         stream = [zlib.crc32(self.task.encode()), _SPLITS.index(split), seed, length]
         made = [self.make(np.random.default_rng([*stream, index]), length) for index in indices]
