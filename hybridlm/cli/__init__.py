@@ -29,6 +29,7 @@ commands:
   export     a checkpoint of ours becomes one that transformers loads
   verify     the two side by side: logits, tokens, the first layer that differs
   doctor     versions, device, and every kernel against its reference
+  bench      every kernel backend timed against what this machine can do
 
 examples:
   hybridlm train experiment=quickstart
@@ -41,7 +42,8 @@ examples:
 
 # Where each subcommand lives: `hybridlm X` calls `x_command` there.
 COMMANDS = {"train": "runs", "prepare": "runs", "sweep": "sweep", "inspect": "models", "generate": "models",
-            "import": "interop", "export": "interop", "verify": "interop", "doctor": "checks", "eval": "evaluate"}
+            "import": "interop", "export": "interop", "verify": "interop", "doctor": "checks", "bench": "checks",
+            "eval": "evaluate"}
 
 
 def run(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""`hybridlm doctor`."""
+"""`hybridlm doctor` and `hybridlm bench`."""
 
 from __future__ import annotations
 
@@ -15,3 +15,14 @@ def doctor_command(argv: Sequence[str]) -> int:
     from hybridlm.doctor import run_doctor
 
     return run_doctor(args.json)
+
+
+def bench_command(argv: Sequence[str]) -> int:
+    from hybridlm_kernels import bench
+
+    parser = Parser("bench", "Time every kernel backend, side by side, against this machine's copy and matrix product.",
+                    "  hybridlm bench kernels\n  hybridlm bench kernels delta_rule --shapes 'B1 T8192 H96 D128' --json")
+    parser.add_argument("what", choices=["kernels"])
+    bench.add_arguments(parser)
+    parser.json()
+    return bench.show(parser.parse_args(argv))

@@ -1,0 +1,104 @@
+"""The benchmark of the kernels: every case runs, rates follow from times, and wrong names are refused."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from hybridlm.cli import main
+from hybridlm_kernels import bench, registry
+from hybridlm_kernels.bench_cases import COMMON, SMALL, Case, Shape, cases
+
+TINY = Shape(1, 64, 2, 16)
+HERE = bench.Machine("cpu", "here", "float32", 1e9, 1e12, 1, torch.__version__, None)
+
+
+def label(case):
+    return f"{case.operation} {case.label}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=label)
+def test_every_case_is_timed_forward_and_backward(case, monkeypatch):
+    monkeypatch.setattr("hybridlm_kernels.bench_cases.VOCABULARY", 64)
+    row, = bench.bench(case, TINY, HERE, ["torch"])
+    assert row.problem == ""
+    assert row.forward_ms > 0
+    assert (row.both_ms is not None) == bool(case.trained)
+    seconds = (row.both_ms or row.forward_ms) / 1e3
+    assert row.flops_per_second == pytest.approx(1e9 * row.gigaflops / seconds)
+    assert row.of_copy == pytest.approx(1e9 * row.gigabytes / seconds / HERE.copy)
+
+
+def test_floor_of_bytes_and_flops_of_the_mathematics():
+    norm = next(case for case in cases() if case.operation == "rms_norm")
+    row, = bench.bench(norm, TINY, HERE, ["torch"])
+    x, weight = 64 * 32 * 4, 32 * 4
+    assert row.gigabytes * 1e9 == pytest.approx(2 * (x + weight + x) + x + weight)  # in, out; both again; gradients
+    rule = next(case for case in cases() if case.label == "GDN")
+    assert rule.flops(TINY) == 7 * 64 * 2 * 16**2
+
+
+def test_shapes():
+    assert len(COMMON) == 6
+    assert bench.shapes([], "cuda") == list(COMMON)
+    assert bench.shapes([], "cpu") == list(SMALL)
+    assert bench.shapes(["B1 T64 H2 D16"], "cpu") == [TINY]
+    with pytest.raises(registry.KernelUnavailable, match="'B1 T0 H2 D16' is no shape"):
+        bench.shapes(["B1 T0 H2 D16"], "cpu")
+
+
+def test_a_backend_that_refuses_says_so_in_its_row(monkeypatch):
+    def refuse(call):
+        return False, "not today"
+
+    operation = next(op for op in registry.operations() if op.name == "swiglu")
+    broken = registry.Operation("swiglu", (registry.Backend("fast", abs, refuse), *operation.backends))
+    monkeypatch.setattr(sys.modules["hybridlm_kernels.swiglu"], "SWIGLU", broken)
+    monkeypatch.setitem(registry._operations, "swiglu", broken)
+    case = next(case for case in cases() if case.operation == "swiglu")
+    rows = {row.backend: row for row in bench.bench(case, TINY, HERE)}
+    assert "not today" in rows["fast"].problem
+    assert rows["torch"].forward_ms > 0
+    assert "not today" in bench.table(list(rows.values()), HERE)
+
+
+def test_command(capsys):
+    code = main(["bench", "kernels", "swiglu", "--shapes", "B1 T64 H2 D16", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert report["machine"]["copy"] > 0
+    assert {row["operation"] for row in report["rows"]} == {"swiglu"}
+    assert main(["bench", "kernels", "swiglu", "--shapes", "B1 T64 H2 D16"]) == 0
+    assert "against torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["kernels", "swigl"], "no benchmark of 'swigl'"),
+    (["kernels", "swiglu", "--backends", "fast"], "no backend 'fast'"),
+    (["kernels", "swiglu", "--shapes", "T4"], "'T4' is no shape"),
+    (["models"], "invalid choice: 'models'"),
+])
+def test_bad_words(words, message, capsys):
+    assert main(["bench", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_median_counts():
+    calls = []
+    assert set(bench.median_seconds({"a": lambda: calls.append(1)}, "cpu")) == {"a"}
+    assert calls
+
+
+def test_cases_are_named_apart():
+    names = [label(case) for case in cases()]
+    assert len(names) == len(set(names))
+    assert all(isinstance(case, Case) for case in cases())
