@@ -10,8 +10,10 @@ from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.sparse_attention import reference
 from hybridlm_kernels.sparse_attention import torch as eager
+from hybridlm_kernels.triton_support import backend as triton_backend
 
 INDEXER_TOPK = register(Operation("indexer_topk", (
+    triton_backend(f"{__name__}.triton_index", "indexer_topk"),
     Backend("torch", eager.indexer_topk), Backend("reference", reference.indexer_topk))))
 SPARSE_ATTENTION = register(Operation("sparse_attention", (
     Backend("torch", eager.sparse_attention), Backend("reference", reference.sparse_attention))))
