@@ -2,47 +2,38 @@
 
 import pytest
 import torch
-from kernel_compare import error, tensors
+from against_reference import assert_equals_reference
+from kernel_compare import tensors
 
 from hybridlm_kernels import KernelUnavailable, gated_rms_norm, l2_norm, rms_norm
 
 SHAPES = [(1, 60), (63, 100), (2, 65, 1), (3, 7, 5, 64), (0, 8)]
 
 
-def compare(run, inputs, device):
-    """run(backend, *inputs) with Triton in fp32 is the reference in fp64, and so are its gradients."""
-    results = []
-    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        leaves = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
-        out = run(backend, *leaves)
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(device, dtype)
-        results.append([out, *torch.autograd.grad(out, leaves, upstream)])
-    for got, expected in zip(*results, strict=True):
-        assert got.shape == expected.shape
-        assert error(got, expected) <= 1e-5
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("zero_centered", [False, True])
 def test_rms_norm(shape, zero_centered, device):
-    compare(lambda backend, x, w: rms_norm(x, w, 1e-6, zero_centered=zero_centered, backend=backend),
-            tensors(shape, shape[-1:]), device)
+    assert_equals_reference(
+        lambda backend, x, w: rms_norm(x, w, 1e-6, zero_centered=zero_centered, backend=backend),
+        tensors(shape, shape[-1:]), device)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
 def test_gated_rms_norm(shape, activation, device):
-    compare(lambda backend, x, gate, w: gated_rms_norm(x, gate, w, 1e-5, activation=activation, backend=backend),
-            tensors(shape, shape, shape[-1:]), device)
+    assert_equals_reference(
+        lambda backend, x, gate, w: gated_rms_norm(x, gate, w, 1e-5, activation=activation, backend=backend),
+        tensors(shape, shape, shape[-1:]), device)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_l2_norm(shape, device):
-    compare(lambda backend, x: l2_norm(x, backend=backend), tensors(shape), device)
+    assert_equals_reference(lambda backend, x: l2_norm(x, backend=backend), tensors(shape), device)
 
 
 def test_rows_of_several_programs(device):
-    compare(lambda backend, x, w: rms_norm(x, w, 1e-6, backend=backend), tensors((203, 130), (130,)), device)
+    assert_equals_reference(lambda backend, x, w: rms_norm(x, w, 1e-6, backend=backend),
+                            tensors((203, 130), (130,)), device)
 
 
 def test_strided_inputs_and_gradients(device):
@@ -50,7 +41,7 @@ def test_strided_inputs_and_gradients(device):
         slices = x[..., 3:23].transpose(0, 1), gate.transpose(0, 2)
         return gated_rms_norm(*slices, w, 1e-6, backend=backend).sum((0, 1), keepdim=True).expand(5, 4, 20)
 
-    compare(run, tensors((4, 6, 25), (20, 4, 6), (20,)), device)
+    assert_equals_reference(run, tensors((4, 6, 25), (20, 4, 6), (20,)), device)
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # in rows past the end

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hybridlm_kernels import triton_support
 from hybridlm_kernels.norm import reference
 from hybridlm_kernels.norm import torch as eager
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
-from hybridlm_kernels.triton_support import backend as triton_backend
 
 WIDEST_ROW = 8192  # that a Triton program holds in its registers
 
@@ -18,7 +18,7 @@ def _row_fits(call: Call) -> tuple[bool, str]:
 
 
 def _triton(function: str) -> Backend:
-    return triton_backend("hybridlm_kernels.norm.triton", function, _row_fits)
+    return triton_support.backend("hybridlm_kernels.norm.triton", function, _row_fits)
 
 
 RMS_NORM = register(Operation("rms_norm", (

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hybridlm_kernels import triton_support
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.rotary import reference
 from hybridlm_kernels.rotary import torch as eager
 
 ROTARY = register(Operation("rotary", (
-    Backend("torch", eager.rotary), Backend("reference", reference.rotary))))
+    triton_support.backend("hybridlm_kernels.rotary.triton", "rotary"), Backend("torch", eager.rotary),
+    Backend("reference", reference.rotary))))
 
 
 def rotary(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, *, interleaved: bool = False,

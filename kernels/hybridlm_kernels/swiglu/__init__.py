@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hybridlm_kernels import triton_support
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.swiglu import reference
 from hybridlm_kernels.swiglu import torch as eager
 
 SWIGLU = register(Operation("swiglu", (
-    Backend("torch", eager.swiglu), Backend("reference", reference.swiglu))))
+    triton_support.backend("hybridlm_kernels.swiglu.triton", "swiglu"), Backend("torch", eager.swiglu),
+    Backend("reference", reference.swiglu))))
 
 
 def swiglu(gate: Tensor, up: Tensor, *, limit: float | None = None, backend: str | None = None) -> Tensor:

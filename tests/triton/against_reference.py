@@ -1,0 +1,17 @@
+"""The comparison every Triton test makes: outputs and gradients of the Triton backend in fp32 against fp64."""
+
+import torch
+from kernel_compare import error
+
+
+def assert_equals_reference(run, inputs, device, tolerance=1e-5):
+    """run(backend, *inputs) gives the same by Triton in fp32 as by the reference in fp64, and so do its gradients."""
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
+        out = run(backend, *leaves)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(device, dtype)
+        results.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    for got, expected in zip(*results, strict=True):
+        assert got.shape == expected.shape
+        assert error(got, expected) <= tolerance
