@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from hybridlm.config.compose import config_dir as built_in
 from hybridlm.config.compose import options
 from hybridlm.config.convert import from_dict, load_yaml, to_dict
+from hybridlm.config.plain_yaml import Loader
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import require
 from hybridlm.sweep.probes import ProbeTask, read_tasks
@@ -149,14 +151,25 @@ def _own_value(key: str, text: str) -> Any:
         return text or None
     if text.strip() == "":
         raise ConfigError(key, "has no value")
-    if key == "sweep.probes" and not text.lstrip().startswith("["):
-        return [name for name in re.split(r"[,\s]+", text) if name]
+    if key == "sweep.probes":
+        return _own_probes(text)
     if key == "sweep.metrics":
         return None if text == "null" else [name for name in re.split(r"[,\[\]\s]+", text) if name]
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def _own_probes(text: str) -> Any:
+    """mqar,s5 or, where there is more to say, [{name: mqar, steps: 500}, s5]."""
+    if not text.lstrip().startswith("["):
+        return [name for name in re.split(r"[,\s]+", text) if name]
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError:
+        raise ConfigError("sweep.probes", "cannot be read", got=text, expected="mqar,s5 or a list such as "
+                          "[{name: mqar, steps: 500}, s5]") from None
 
 
 def _read_file(name: str, config_dir: str | None) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Probes of a sweep: what is asked, what stays finished, and how results read."""
+
+import csv
+import json
+
+import pytest
+
+from hybridlm.cli import main
+from hybridlm.errors import ConfigError
+from hybridlm.sweep import probes
+from hybridlm.sweep.collect import collect
+from hybridlm.sweep.folder import OUTCOME_FILE, begin, check_owner, outcome, write_json
+from hybridlm.sweep.plan import make_plan
+from hybridlm.sweep.request import read_request
+from hybridlm.sweep.table import cost_row, report
+
+MQAR = "{name: mqar, label: recall, parameters: {num_pairs: 1, key_vocab: 2, value_vocab: 2}, length: 4, " \
+       "lengths: [4, 6], steps: 2, batch_size: 2, examples: 2}"
+PARITY = "{name: parity, length: 3, lengths: [3], steps: 2, batch_size: 2, examples: 2}"
+MODEL = ["model=hybrid_tiny", "model.num_layers=1", "model.hidden_size=16", "model.mtp.depth=0",
+         "model.feed_forward={kind: dense, intermediate_size: 8}", "model.schedule.ratio=0,inf", "training.seed=0,1"]
+
+
+def words(folder, *tasks):
+    return [*MODEL, f"sweep.dir={folder}", "sweep.language_model=false", f"sweep.probes=[{', '.join(tasks)}]"]
+
+
+def run(plan, names=None):
+    """What the sweep does with each point, in this process."""
+    write_json(plan.folder / "sweep.json", report(plan, [0.0] * len(plan.points), "", ["waiting"] * 4, 1))
+    for point in plan.points:
+        if names is None or point.name in names:
+            folder = begin(point)
+            code = probes.run_point(folder)
+            write_json(folder / OUTCOME_FILE, {"status": "failed" if code else "finished", "step": 0, "seconds": 1.0,
+                                               "reason": "a probe failed"})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    return tmp_path / "sweep"
+
+
+def test_a_probe_gives_rows_at_every_length_with_mean_and_spread_over_seeds(folder, capsys):
+    plan = make_plan(words(folder, MQAR, PARITY))
+    run(plan)
+    assert {outcome(point)["status"] for point in plan.points} == {"finished"}
+    results = collect(folder)
+    with (folder / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["point"] == "ratio-inf_seed-1"]
+    values = {row["metric"]: float(row["value"]) for row in rows}
+    saved = json.loads((folder / "points" / "ratio-inf_seed-1" / "probes" / "recall.json").read_text())["result"]
+    assert values["probe/recall/accuracy"] == saved["accuracy"]["4"]["token"]
+    assert values["probe/recall/accuracy@6"] == saved["accuracy"]["6"]["token"]
+    assert {"probe/parity/accuracy", "probe/parity/loss", "probe/parity/exact"} <= set(values)
+    described = json.loads(next(row["probe"] for row in rows if row["metric"] == "probe/recall/accuracy"))
+    assert (described["parameters"]["num_pairs"], described["steps"], described["chance"]) == (1, 2, 0.5)
+    group = results["groups"][0]["metrics"]["probe/parity/accuracy"]
+    assert (group["seeds"], group["max"] >= group["mean"] >= group["min"]) == (2, True)
+    assert results["probes"]["recall"]["lengths"] == [4, 6]
+    assert main(["sweep", f"sweep.dir={folder}", "--collect"]) == 0
+    shown = capsys.readouterr().out
+    assert "recall" in shown
+    assert "accuracy" in shown
+
+
+def test_finished_probes_stay_and_a_longer_list_trains_only_the_new_ones(folder, monkeypatch):
+    run(make_plan(words(folder, MQAR)))
+    trained = []
+    monkeypatch.setattr(probes, "train_on_probe",
+                        lambda model, probe, *rest, **options: trained.append(probe.task) or _fail(probe))
+    plan = make_plan(words(folder, MQAR, PARITY))
+    check_owner(plan)
+    assert [outcome(point)["status"] for point in plan.points] == ["waiting"] * 4
+    run(plan, ["ratio-0_seed-0"])
+    assert trained == ["parity"]
+    results = collect(folder)
+    assert results["points"][0]["status"] == "failed"
+    assert "probe/recall/accuracy" in results["points"][0]["metrics"]
+    assert "probe/parity/accuracy" not in results["points"][0]["metrics"]
+
+
+def _fail(probe):
+    raise RuntimeError("out of memory\nof which there is more to tell")
+
+
+def test_a_probe_that_fails_is_named_and_the_next_one_runs(folder, monkeypatch, capsys):
+    train = probes.train_on_probe
+    monkeypatch.setattr(probes, "train_on_probe", lambda model, probe, *rest, **options: (
+        _fail(probe) if probe.task == "mqar" else train(model, probe, *rest, **options)))
+    plan = make_plan(words(folder, MQAR, PARITY))
+    run(plan, ["ratio-0_seed-0"])
+    assert "error: probe recall: out of memory\n" in capsys.readouterr().err
+    assert [path.name for path in (folder / "points" / "ratio-0_seed-0" / "probes").iterdir()] == ["parity.json"]
+    assert outcome(plan.points[0])["status"] == "failed"
+
+
+@pytest.mark.parametrize("tasks", [[PARITY], [MQAR.replace("steps: 2", "steps: 3"), PARITY]])
+def test_a_folder_with_other_probes_is_refused(folder, tasks):
+    run(make_plan(words(folder, MQAR, PARITY)), [])
+    with pytest.raises(ConfigError, match=r"holds another sweep: its probe recall is not the same"):
+        check_owner(make_plan(words(folder, *tasks)))
+
+
+def test_what_a_point_costs_counts_its_probes(folder):
+    alone, both = make_plan(words(folder, MQAR)), make_plan([*words(folder, MQAR), "sweep.language_model=true",
+                                                             "training.steps=3", "training.batch_size=1",
+                                                             "training.sequence_length=8"])
+    assert (cost_row(alone.points[0])["tokens"], cost_row(both.points[0])["tokens"]) == (2 * 2 * 4, 16 + 3 * 8)
+    assert (alone.points[0].steps, both.points[0].steps) == (0, 3)
+    assert [task.label for task in read_request(["sweep.probes=mqar,s5"]).sweep.probes] == ["mqar", "s5"]
+
+
+@pytest.mark.parametrize(("word", "says"), [
+    ("sweep.probes=mqar,s55", ["no probe of this name", "did you mean"]),
+    ("sweep.probes=mqar,mqar", ["names two probes alike", "mqar", "a label for each"]),
+    ("sweep.probes=[{name: mqar, parameters: {num_pair: 3}}]", ["num_pair", "did you mean 'num_pairs'"]),
+    ("sweep.probes=[{name: mqar, length: 8}]", ["length", "too short for mqar", "at least 24"]),
+    ("sweep.probes=[{name: s5, step: 8}]", ["step", "did you mean 'steps'"]),
+    ("sweep.probes=[{name: s5, steps: 0}]", ["sweep.probes.0", "steps", "must be positive"]),
+    ("sweep.probes=[{name: s5", ["sweep.probes", "cannot be read"]),
+    ("sweep.language_model=false", ["there are no probes"]),
+])
+def test_a_mistake_is_one_line(capsys, tmp_path, monkeypatch, word, says):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", *MODEL, word, "--dry-run"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert all(part in line for part in says), line
