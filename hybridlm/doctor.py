@@ -15,7 +15,8 @@ from packaging.version import Version
 REQUIRED = {"torch": ("2.11", None), "transformers": ("5.17", "6"), "datasets": ("4.0", None),
             "tokenizers": ("0.22", None), "safetensors": ("0.5", None), "accelerate": ("1.10", None),
             "hydra-core": ("1.3", "1.4"), "omegaconf": ("2.3", "2.4"), "numpy": ("2.0", None), "rich": ("13.7", None)}
-OPTIONAL = {"triton": ("3.6", None, "GPU kernels"), "deepspeed": ("0.19.8", "0.19.9", "ZeRO engines"),
+OPTIONAL = {"triton": ("3.6", None, "GPU kernels"), "flash-linear-attention": ("0.6", None, "its kernels"),
+            "flash-attn": ("2.6", None, "its kernels"), "deepspeed": ("0.19.8", "0.19.9", "ZeRO engines"),
             "wandb": ("0.19", None, "tracking")}
 
 
@@ -89,7 +90,7 @@ def _render(report: dict[str, Any]) -> None:
     console.print("device: " + ", ".join(f"{k} {v}" for k, v in report["device"].items()))
     table = Table("operation", "backends, the preferred one first", "checked against the reference")
     for row in report["backends"]:
-        checks = [r for r in report["kernels"] if r["operation"] == row["operation"]]
+        checks = [r for r in report["kernels"] if r["operation"] == row["operation"] and not r["skipped"]]
         errors = [max(r["output_error"] or 0, r["gradient_error"] or 0) for r in checks]
         failed = [f"{r['label']} on {r['backend']}: {r['problem'] or 'wrong'}" for r in checks if not r["ok"]]
         verdict = "; ".join(failed) if failed else (

@@ -37,7 +37,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of one case on one backend. Errors are RMS ratios; None where there is nothing to compare."""
+    """Outcome of one case on one backend. Errors are RMS ratios; None where there is nothing to compare.
+
+    `skipped`: why the backend does not take the case here (an adapter whose package is not installed, say).
+    """
 
     operation: str
     label: str
@@ -49,6 +52,7 @@ class Result:
     causal: bool | None
     ok: bool
     problem: str = ""
+    skipped: str = ""
 
 
 def _randn(*shape: int) -> Tensor:
@@ -207,6 +211,8 @@ def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> Result:
         limit_out, limit_grad = TOLERANCES[dtype]
         ok = output_error <= limit_out and all(e <= limit_grad for e in errors.values()) and causal is not False
         return Result(case.operation, case.label, backend, name, output_error, errors.get(worst), worst, causal, ok)
+    except registry.KernelUnavailable as refusal:
+        return Result(case.operation, case.label, backend, name, None, None, "", None, True, skipped=str(refusal))
     except Exception as error:
         return Result(case.operation, case.label, backend, name, None, None, "", None, False,
                       f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
@@ -236,16 +242,17 @@ def main() -> int:
     for result in run():
         results.append(result)
         print(describe(result), flush=True)
-    bad = [r for r in results if not r.ok]
-    print(f"{len(results) - len(bad)} of {len(results)} checks passed")
+    bad, skipped = [r for r in results if not r.ok], [r for r in results if r.skipped]
+    print(f"{len(results) - len(bad) - len(skipped)} checks passed, {len(bad)} failed, {len(skipped)} skipped")
     return 1 if bad else 0
 
 
 def describe(result: Result) -> str:
     """One line for a result."""
-    head = f"{'ok  ' if result.ok else 'FAIL'} {result.operation} ({result.label}) {result.backend} {result.dtype}: "
-    if result.problem:
-        return head + result.problem
+    word = "skip" if result.skipped else "ok  " if result.ok else "FAIL"
+    head = f"{word} {result.operation} ({result.label}) {result.backend} {result.dtype}: "
+    if result.problem or result.skipped:
+        return head + (result.problem or result.skipped)
     parts = [f"output {result.output_error:.1e}"]
     if result.gradient_error is not None:
         parts.append(f"gradients {result.gradient_error:.1e} (worst: {result.worst_gradient})")

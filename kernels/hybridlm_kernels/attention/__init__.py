@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hybridlm_kernels.attention import reference
+from hybridlm_kernels.attention import flash_attn, reference
 from hybridlm_kernels.attention import torch as eager
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 ATTENTION = register(Operation("attention", (
-    Backend("torch", eager.attention), Backend("reference", reference.attention))))
+    Backend("torch", eager.attention), Backend("flash_attn", flash_attn.attention, flash_attn.supports, ("cuda",)),
+    Backend("reference", reference.attention))))
 
 
 def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *, scale: float | None = None,
@@ -54,5 +55,6 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *, scale: float | 
             raise ValueError(f"attention: packed documents need T == S; got T = {queries}, S = {keys}")
         cu_seqlens = CuSeqlens.of(cu_seqlens, q_BTHK.device)
         cu_seqlens.check(batch, queries)
-    chosen = choose(ATTENTION, Call.of(q_BTHK, k_BSGK, v_BSGV, sinks_H), backend)
+    call = Call.of(q_BTHK, k_BSGK, v_BSGV, sinks_H, key_dim=dim, value_dim=v_BSGV.shape[3], sinks=sinks_H is not None)
+    chosen = choose(ATTENTION, call, backend)
     return chosen.run(q_BTHK, k_BSGK, v_BSGV, scale, window, sinks_H, cu_seqlens)

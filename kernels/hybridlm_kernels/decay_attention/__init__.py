@@ -10,11 +10,12 @@ from torch import Tensor, autocast
 from ..gates import Gate, parameters_of
 from ..recurrence import Borders, borders_of, check_decay, check_shapes
 from ..registry import Backend, Call, Operation, choose, register
-from . import reference
+from . import fla, reference
 from . import torch as torch_backend
 
 OPERATION = register(Operation("decay_attention", (
     Backend("torch", torch_backend.decay_attention),
+    Backend("fla", fla.decay_attention, fla.supports, ("cuda",)),
     Backend("reference", reference.decay_attention),
 )))
 

@@ -10,11 +10,12 @@ from torch import Tensor, autocast
 from ..gates import Gate, parameters_of
 from ..recurrence import Borders, borders_of, check_decay, check_per_token, check_shapes
 from ..registry import Backend, Call, Operation, choose, register
-from . import reference
+from . import fla, reference
 from . import torch as torch_backend
 
 OPERATION = register(Operation("delta_rule", (
     Backend("torch", torch_backend.delta_rule),
+    Backend("fla", fla.delta_rule, fla.supports, ("cuda",)),
     Backend("reference", reference.delta_rule),
 )))
 
