@@ -14,7 +14,7 @@ COPY, FIRST = 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Copy(Probe):
-    """Copying a string of random tokens (Jelassi et al. 2024, "Repeat After Me", arXiv 2402.01032, section 3).
+    """Copying a string of random tokens (Jelassi et al. 2024, "Repeat After Me", arXiv 2402.01032).
 
         a b c d COPY a b c      a b c d is asked, from COPY on
 
@@ -47,7 +47,7 @@ class Copy(Probe):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopy(Probe):
-    """Selective copying (Jing et al. 2019, arXiv 1706.02761; Gu and Dao 2023, Mamba, arXiv 2312.00752, section 4.1.1).
+    """Selective copying (Jing et al. 2019, arXiv 1706.02761; Gu and Dao 2023, Mamba, arXiv 2312.00752).
 
         . a . . b . c . COPY a b      a b c is asked, from COPY on
 

@@ -14,7 +14,7 @@ NEEDLE, QUERY, FIRST = 1, 2, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Needle(Probe):
-    """Needle retrieval of RULER (Hsieh et al. 2024, arXiv 2404.06654, section 3), as tokens.
+    """Needle retrieval of RULER (Hsieh et al. 2024, arXiv 2404.06654), as tokens.
 
         x x NEEDLE k v x x x NEEDLE k' v' x ... QUERY k      the values of k are asked, in order of appearance
 

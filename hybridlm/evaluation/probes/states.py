@@ -56,8 +56,8 @@ class Permutations(Probe):
     """The word problem of the symmetric group (Merrill et al. 2024, "The Illusion of State", arXiv 2404.08819).
 
     Each token is a permutation of `degree` things; asked is the composition of all so far. S3 is solvable; S5 is not,
-    and its word problem is complete for NC1: out of reach of attention, and of linear mixers with diagonal
-    transitions, at fixed depth.
+    and its word problem is complete for NC1: unless TC0 is all of NC1, out of reach of attention, and of linear mixers
+    with diagonal transitions, at fixed depth.
     """
 
     task: ClassVar[str] = "permutations"
@@ -86,7 +86,7 @@ class Permutations(Probe):
 
 @dataclass(frozen=True, kw_only=True)
 class ModularArithmetic(Probe):
-    """Modular arithmetic without brackets (Deletang et al. 2023, arXiv 2207.02098, appendix A).
+    """Modular arithmetic without brackets (Deletang et al. 2023, arXiv 2207.02098).
 
         3 + 4 * 2 - 1      modulo 5, from left to right: asked is 3, 2, 4, 3, after each number
 

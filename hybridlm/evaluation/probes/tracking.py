@@ -15,7 +15,7 @@ ASSIGN, QUERY, FIRST = 1, 2, 3
 
 @dataclass(frozen=True, kw_only=True)
 class VariableTracking(Probe):
-    """Variable tracking of RULER (Hsieh et al. 2024, arXiv 2404.06654, section 3), as tokens.
+    """Variable tracking of RULER (Hsieh et al. 2024, arXiv 2404.06654), as tokens.
 
         ASSIGN a 7  x x  ASSIGN b a  x  ASSIGN c b  ...  QUERY c      7 is asked: two hops
 

@@ -15,7 +15,7 @@ QUERY, FIRST = 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValueUpdates(Probe):
-    """Keys that are written again and again (Schlag et al. 2021, arXiv 2102.11174, section 6.1, keys with replacement).
+    """Keys that are written again and again (Schlag et al. 2021, arXiv 2102.11174: keys with replacement).
 
         k1 v1 . k2 v2 k1 v3 . . k1 v4 QUERY k2 QUERY k1      v2 and v4 are asked
 
