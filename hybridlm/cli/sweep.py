@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -28,12 +29,12 @@ def sweep_command(argv: Sequence[str]) -> int:
                      "sweep's own")
     parser.add_argument("--dry-run", action="store_true", help="show the points and what they cost, run nothing")
     parser.add_argument("--measure", action="store_true", help="estimate times from a few passes of each model")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time (default 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="points at a time on this machine (default 1)")
     parser.add_argument("--retry-failed", action="store_true", help="start failed points again")
     parser.add_argument("--collect", action="store_true", help="only collect results of what has finished")
     parser.json()
     args = parser.parse_intermixed_args(argv)
-    if args.jobs < 1:
+    if args.jobs is not None and args.jobs < 1:
         raise ConfigError("--jobs", "must be positive", got=args.jobs)
     if args.collect:
         return _collect(args)
@@ -42,6 +43,12 @@ def sweep_command(argv: Sequence[str]) -> int:
 
     plan = make_plan(args.overrides, args.config_dir)
     check_owner(plan)
+    if plan.sweep.launcher != "local":
+        from hybridlm.sweep.launch import check_launcher
+
+        if args.jobs is not None:
+            raise ConfigError("--jobs", "goes with sweep.launcher=local", got=args.jobs)
+        check_launcher(plan.sweep.launcher, plan.sweep.launcher_options)
     shown = _show(plan, args)
     if args.dry_run:
         if args.json:
@@ -59,20 +66,25 @@ def _show(plan: SweepPlan, args: argparse.Namespace) -> dict[str, Any]:
     from hybridlm.sweep.table import render, report
 
     seconds, how = estimate(plan.points, measure=args.measure)
-    shown = report(plan, seconds, how, [outcome(point)["status"] for point in plan.points], args.jobs)
+    jobs = args.jobs or (1 if plan.sweep.launcher == "local" else len(plan.points))
+    shown = report(plan, seconds, how, [outcome(point)["status"] for point in plan.points], jobs)
     if not (args.json and args.dry_run):
         render(shown, Console(stderr=args.json))
     return shown
 
 
 def _run(plan: SweepPlan, shown: dict[str, Any], args: argparse.Namespace, argv: Sequence[str]) -> int:
+    from hybridlm.sweep.cluster import run_on_cluster
     from hybridlm.sweep.folder import SweepFolder, outcome
     from hybridlm.sweep.run import run_points
 
     say = _sayer(args.json)
     with closing(SweepFolder(plan)) as folder:
         folder.write_plan(shown)
-        stopped = run_points(plan.points, jobs=args.jobs, retry_failed=args.retry_failed, say=say)
+        if plan.sweep.launcher == "local":
+            stopped = run_points(plan.points, jobs=args.jobs or 1, retry_failed=args.retry_failed, say=say)
+        else:
+            stopped = run_on_cluster(plan, retry_failed=args.retry_failed, say=say)
         ended = [(point.name, outcome(point)) for point in plan.points]
         failed = [(name, end) for name, end in ended if end["status"] == "failed"]
         try:
@@ -116,8 +128,10 @@ def _tell(args: argparse.Namespace, folder: Any, metrics: list[str] | None) -> N
     for point in results["points"]:
         if point["corrupt_lines"]:
             say(f"warning: {point['run_dir']}/metrics.jsonl: {point['corrupt_lines']} corrupt lines were skipped")
-    finished = sum(point["status"] == "finished" for point in results["points"])
-    say(f"{finished} of {len(results['points'])} points are finished; {folder}/results.csv, {folder}/results.json")
+    count = Counter(point["status"] for point in results["points"])
+    others = "".join(f", {count[status]} {status}" for status in ("running", "queued", "submitted") if count[status])
+    say(f"{count['finished']} of {len(results['points'])} points are finished{others}; {folder}/results.csv, "
+        f"{folder}/results.json")
 
 
 def _sayer(as_json: bool) -> Callable[[str], None]:

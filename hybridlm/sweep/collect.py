@@ -17,7 +17,8 @@ from typing import Any
 
 from hybridlm.config.convert import to_dict
 from hybridlm.errors import ConfigError, nearest
-from hybridlm.sweep.folder import read_outcome, read_plan, write_json, write_text
+from hybridlm.sweep.cluster import in_flight
+from hybridlm.sweep.folder import is_busy, read_outcome, read_plan, write_json, write_text
 from hybridlm.sweep.plan import SEED
 from hybridlm.sweep.probes import ProbeTask, read_result, read_tasks
 
@@ -50,6 +51,12 @@ def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, An
                           hint="run the sweep first, without --collect")
     probes = read_tasks(plan.get("probes", []))
     points = [_point(folder, row, probes) for row in plan["points"]]
+    jobs = in_flight(folder)
+    for point in points:
+        if point["status"] == "waiting" and point["point"] in jobs:
+            point |= {"status": jobs[point["point"]].state, "job": jobs[point["point"]].id}
+        elif point["status"] == "waiting" and is_busy(Path(point["run_dir"])):
+            point["status"] = "running"
     known = sorted({name for point in points for name in point["metrics"]})
     for name in (metrics or []) if known else []:
         if name not in known:

@@ -110,7 +110,7 @@ def check_owner(plan: SweepPlan) -> None:
         raise ConfigError("sweep.dir", "is not a folder", got=str(folder))
     saved = read_plan(folder)
     if saved is None:
-        strange = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "points")) \
+        strange = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "points", "jobs")) \
             if folder.exists() else []
         if strange:
             raise ConfigError("sweep.dir", f"holds something that is no sweep ({strange[0]})", got=str(folder),

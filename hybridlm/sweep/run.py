@@ -73,7 +73,7 @@ class Stop:
     def __init__(self) -> None:
         self.requested: str | None = None
         self._told: set[int] = set()
-        self._hard = False
+        self.hard = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -92,13 +92,13 @@ class Stop:
             yield signal.SIGHUP
 
     def _handle(self, number: int, frame: object) -> None:
-        self._hard = self.requested is not None and number == signal.SIGINT
+        self.hard = self.requested is not None and number == signal.SIGINT
         self.requested = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
     def tell(self, running: list[PointProcess]) -> None:
         """Ask each process once; after a second Ctrl-C end them."""
         for each in running:
-            if self._hard:
+            if self.hard:
                 each.signal(signal.SIGKILL)
             elif each.process.pid not in self._told:
                 self._told.add(each.process.pid)
