@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hybridlm_kernels import triton_support
 from hybridlm_kernels.linear_cross_entropy import reference
 from hybridlm_kernels.linear_cross_entropy import torch as eager
+from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 LINEAR_CROSS_ENTROPY = register(Operation("linear_cross_entropy", (
+    triton_support.backend("hybridlm_kernels.linear_cross_entropy.triton", "linear_cross_entropy"),
     Backend("torch", eager.linear_cross_entropy), Backend("reference", reference.linear_cross_entropy))))
 
 
@@ -40,5 +43,6 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, i
         raise ValueError(f"linear_cross_entropy: labels must be [{len(x_ND)}]; got {list(labels_N.shape)}")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"linear_cross_entropy: soft_cap must be positive; got {soft_cap}")
-    chosen = choose(LINEAR_CROSS_ENTROPY, Call.of(x_ND, weight_VD), backend)
+    call = Call.of(x_ND, weight_VD, product_dtype=product_dtype(x_ND))
+    chosen = choose(LINEAR_CROSS_ENTROPY, call, backend)
     return chosen.run(x_ND, weight_VD, labels_N, ignore_index, z_loss, soft_cap)
