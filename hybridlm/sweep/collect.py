@@ -166,11 +166,11 @@ def _table(points: list[dict[str, Any]], probes: dict[str, dict[str, Any]]) -> s
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["point", *keys, *COSTS, *(f"decode_state_bytes_{size}" for size in contexts), "metric", "value",
                      *(["probe"] if probes else [])])
-    described = {label: json.dumps({key: value for key, value in task.items() if key != "label"})
+    described = {f"probe/{label}": json.dumps({key: value for key, value in task.items() if key != "label"})
                  for label, task in probes.items()}
     for point in points:
         fixed = [point["point"], *(point["settings"].get(key, "") for key in keys), *(point[cost] for cost in COSTS),
                  *(point["decode_state_bytes"][size] for size in contexts)]
-        writer.writerows([*fixed, name, value, *([described.get(name.split("/")[1], "")] if probes else [])]
+        writer.writerows([*fixed, name, value, *([described.get(name.rpartition("/")[0], "")] if probes else [])]
                          for name, value in point["metrics"].items())
     return text.getvalue()

@@ -149,18 +149,20 @@ def test_one_process_runs_a_sweep(tmp_path, fake, capsys):
     assert "another process runs this sweep" in capsys.readouterr().err
 
 
-def test_a_real_sweep_of_two_ratios_runs_end_to_end(tmp_path, capsys):
+def test_a_real_sweep_of_two_ratios_with_a_probe_runs_end_to_end(tmp_path, capsys):
     data = Path(json.__file__).parent
     sweep = ["model=hybrid_tiny", "model.num_layers=2", "model.schedule.ratio=0,inf", "sweep.match=params",
              "training.steps=3", "training.sequence_length=32", "training.batch_size=2", "training.eval_batches=1",
              f"data.path={data / 'decoder.py'}", f"data.validation_path={data / 'encoder.py'}",
              f"data.cache_dir={tmp_path / 'cache'}",
+             "sweep.probes=[{name: parity, length: 3, lengths: [3, 5], steps: 2, batch_size: 2, examples: 4}]",
              f"sweep.dir={tmp_path / 'out'}", "engine.device=cpu"]
     assert main(["sweep", *sweep, "--jobs", "2", "--json"]) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     for point in results["points"]:
         assert point["status"] == "finished"
         assert 4 < point["metrics"]["validation_loss"] < 8
+        assert {"probe/parity/accuracy", "probe/parity/accuracy@5"} <= set(point["metrics"])
         assert (Path(point["run_dir"]) / "checkpoints" / "step-3" / "model.safetensors").exists()
     sizes = [point["parameters"] for point in results["points"]]
     assert sizes[0] != sizes[1]
