@@ -24,6 +24,7 @@ commands:
   inspect    layers, parameters, FLOPs and memory of a model, from its config alone
   generate   text from a checkpoint
   eval       perplexity by position, bits per byte and decode speed of a checkpoint; probes of an architecture
+  report     figures and tables of a run or a sweep, in one HTML page
   prepare    tokens of a data source, before a run needs them
   import     a checkpoint of transformers becomes one of ours
   export     a checkpoint of ours becomes one that transformers loads
@@ -43,7 +44,7 @@ examples:
 # Where each subcommand lives: `hybridlm X` calls `x_command` there.
 COMMANDS = {"train": "runs", "prepare": "runs", "sweep": "sweep", "inspect": "models", "generate": "models",
             "import": "interop", "export": "interop", "verify": "interop", "doctor": "checks", "bench": "checks",
-            "eval": "evaluate"}
+            "eval": "evaluate", "report": "report"}
 
 
 def run(argv: Sequence[str]) -> int:

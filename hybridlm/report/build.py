@@ -1,0 +1,73 @@
+"""A report from a folder to files."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridlm.errors import ConfigError, UserError
+from hybridlm.report.document import Document, document
+from hybridlm.report.figures import Chart
+from hybridlm.report.page import html
+from hybridlm.report.png import write_png
+from hybridlm.report.read import Run, Sweep, read
+from hybridlm.sweep.folder import write_text
+
+PAGE = "report.html"
+
+
+def write_report(path: str | Path, *, output: str | Path | None = None, png: str | Path | None = None,
+                 metrics: Sequence[str] = (), refresh: int | None = None) -> dict[str, Any]:
+    """Writes the page of a run or sweep, by default into its folder, and its figures as PNG files into `png`.
+
+    `refresh`: the page loads itself again after so many seconds. Returns what was read and drawn, ready for JSON.
+
+    Raises:
+        ConfigError: no run or sweep there, nothing to draw, a metric no run has, a place that cannot be written.
+        UserError: plotly or matplotlib is not installed.
+    """
+    needed = ["plotly", *(["matplotlib"] if png is not None else [])]
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"a report needs the package {package}; pip install 'hybridlm[report]'")
+    from plotly.offline import get_plotlyjs
+
+    found = read(path, list(metrics))
+    page = document(found, metrics)
+    file = Path(output) if output is not None else Path(path).expanduser() / PAGE
+    pictures: list[str] = []
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, html(page, get_plotlyjs(), refresh))
+        if png is not None:
+            Path(png).mkdir(parents=True, exist_ok=True)
+            for figure in page.figures:
+                write_png(figure, Path(png) / f"{figure.id}.png")
+                pictures.append(str(Path(png) / f"{figure.id}.png"))
+    except OSError as error:
+        raise ConfigError("report", f"cannot be written ({error.strerror})", got=str(error.filename or file)) from None
+    return {"kind": page.kind, "name": page.name, "page": str(file), "png": pictures, "runs": _runs(found),
+            "figures": _figures(page), "notes": page.notes}
+
+
+def _runs(found: Run | Sweep) -> list[dict[str, Any]]:
+    runs = [(found.name, found, [])] if isinstance(found, Run) else [
+        (point.row["point"], point.run, sorted(point.probes)) for point in found.points]
+    return [{"name": name, "steps": run.steps, "metrics": len(run.curves), "corrupt_lines": run.corrupt_lines,
+             "probes": probes} for name, run, probes in runs]
+
+
+def _figures(page: Document) -> list[dict[str, Any]]:
+    rows = []
+    for figure in page.figures:
+        row: dict[str, Any] = {"id": figure.id, "title": figure.title}
+        if isinstance(figure, Chart):
+            series = [each for panel in figure.panels for each in panel.series]
+            row |= {"panels": len(figure.panels), "series": list(dict.fromkeys(each.name for each in series)),
+                    "points": sum(len(each.x) for each in series)}
+        else:
+            row |= {"rows": figure.rows, "columns": len(figure.columns)}
+        rows.append(row)
+    return rows

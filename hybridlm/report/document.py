@@ -1,0 +1,165 @@
+"""What stands on a page: facts, figures, tables, and where the numbers come from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hybridlm.errors import ConfigError
+from hybridlm.inspect import scaled
+from hybridlm.model.cost import count_parameters, decode_state_bytes
+from hybridlm.report.figures import Figure, Table, number
+from hybridlm.report.palette import Palette, Style
+from hybridlm.report.read import Run, Sweep
+from hybridlm.report.run_figures import run_figures
+from hybridlm.report.sweep_axes import Axes
+from hybridlm.report.sweep_figures import sweep_figures
+from hybridlm.sweep.plan import short_keys
+from hybridlm.sweep.table import STATES, changes_text, layers_text
+from hybridlm.training.display import duration
+
+REACHED = ("validation_loss", "validation_bits_per_byte", "tokens_per_second", "peak_memory_bytes")
+COUNTS = ("", " K", " M", " G", " T", " P")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A page without its form. `layers` are a model's mixers by depth; `texts` are files, as they stand."""
+
+    kind: str
+    name: str
+    facts: list[tuple[str, str]]
+    layers: list[tuple[str, Style]]
+    figures: list[Figure]
+    tables: list[tuple[str, Table]]
+    texts: list[tuple[str, str]]
+    notes: list[str]
+
+
+def document(read: Run | Sweep, metrics: Sequence[str] = ()) -> Document:
+    return _of_run(read, metrics) if isinstance(read, Run) else _of_sweep(read, metrics)
+
+
+def _of_run(run: Run, metrics: Sequence[str]) -> Document:
+    figures, missing = run_figures(run, metrics)
+    layers = run.config.model.layers() if run.config is not None else []
+    palette = Palette(layers)
+    return Document("run", run.name, _run_facts(run), [(name, palette[name]) for name in layers], figures,
+                    _provenance([("", run)]), [("config.yaml", run.config_text)] if run.config_text else [],
+                    [*_corrupt(run), *([run.fault] if run.fault else []), *_missing(missing)])
+
+
+def _missing(names: list[str]) -> list[str]:
+    return [f"not drawn, for there is no data: {', '.join(names)}"] if names else []
+
+
+def _corrupt(run: Run) -> list[str]:
+    return [f"{run.corrupt_lines} corrupt lines of {run.name}/metrics.jsonl were skipped"] if run.corrupt_lines else []
+
+
+def _run_facts(run: Run) -> list[tuple[str, str]]:
+    last = run.sessions[-1] if run.sessions else {}
+    facts: list[tuple[str, str]] = []
+    if run.config is not None:
+        model = run.config.model
+        facts += [("model", model.name or "unnamed"), ("layers", layers_text(model.layers()))]
+        try:
+            counts = count_parameters(model)
+            facts += [("parameters", f"{_count(counts.total_with_mtp)}, {_count(counts.active_with_head)} active"),
+                      ("decode state", ", ".join(f"{number(decode_state_bytes(model, size), 'bytes')} at {name}"
+                                                 for name, size in STATES.items()))]
+        except ConfigError as error:
+            facts.append(("model", str(error)))
+    facts.append(("steps", f"{run.steps:,}" + (f", {_count(tokens)} tokens" if (tokens := run.last("tokens")) else "")))
+    if (seconds := run.last("seconds")) is not None:
+        facts.append(("training time", duration(seconds)))
+    for metric, title in (("validation_loss", "validation loss"), ("validation_perplexity", "perplexity"),
+                          ("validation_bits_per_byte", "bits per byte"), ("skipped_steps", "skipped steps")):
+        value = run.last(metric)
+        if value is not None and not (metric == "skipped_steps" and value == 0):
+            facts.append((title, number(value)))
+    if "tokens_per_second" in run.curves:
+        facts.append(("tokens/s", number(statistics.median(run.curves["tokens_per_second"][1]))))
+    if "peak_memory_bytes" in run.curves:
+        facts.append(("peak memory", number(max(run.curves["peak_memory_bytes"][1]), "bytes")))
+    where = [str(last[key]) for key in ("device", "precision") if key in last]
+    return facts + ([("on", ", ".join(where))] if where else [])
+
+
+def _count(value: float) -> str:
+    return scaled(value, 1000, COUNTS)
+
+
+def _provenance(runs: list[tuple[str, Run]]) -> list[tuple[str, Table]]:
+    """Commands, and versions where they differ from the run before."""
+    named = len(runs) > 1
+    commands: list[list[str]] = []
+    versions: dict[str, list[str]] = {}
+    for name, run in runs:
+        for session in run.sessions:
+            said = [str(session.get(key, "")) for key in ("started", "command")]
+            commands.append([name, *said] if named else said)
+            facts: dict[str, Any] = {key: session[key] for key in ("device", "precision", "threads") if key in session}
+            facts |= session["versions"] if isinstance(session.get("versions"), dict) else {}
+            versions.setdefault(json.dumps(facts), []).append(name)
+    tables = []
+    if commands:
+        tables.append(("Commands", Table([*(["point"] if named else []), "started (UTC)", "command"], commands)))
+    if versions:
+        columns = [json.loads(key) for key in versions]
+        names = list(dict.fromkeys(name for column in columns for name in column))
+        rows = [[name, *(str(column.get(name, "-")) for column in columns)] for name in names]
+        titles = [""] if len(columns) == 1 else [f"{len(members)} sessions" if len(members) > 1 else "1 session"
+                                               for members in versions.values()]
+        tables.append(("Machine and versions", Table(["", *titles], rows)))
+    return tables
+
+
+def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> Document:
+    axes = Axes(sweep)
+    figures, missing = sweep_figures(sweep, axes, metrics)
+    first = sweep.points[0]
+    tables = [("Points", _points(sweep)), *_provenance([(point.row["point"], point.run) for point in sweep.points])]
+    texts = [(f"config.yaml of {first.row['point']}", first.run.config_text)] if first.run.config_text else []
+    notes = [note for point in sweep.points for note in _corrupt(point.run)]
+    return Document("sweep", sweep.name, _sweep_facts(sweep), [], figures, tables, texts, [*notes, *_missing(missing)])
+
+
+def _sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
+    results, statuses = sweep.results, [point.row["status"] for point in sweep.points]
+    short = short_keys(list(results["vary"]))
+    facts = [(short[key], ", ".join(str(value) for value in values)) for key, values in results["vary"].items()]
+    facts.append(("equal budgets", str(results["match"])))
+    counted = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    facts += [("points", counted), ("tokens a point", _count(sweep.points[0].row["tokens"]))]
+    if isinstance(command := sweep.plan.get("command"), str):
+        facts.append(("command", command))
+    return facts
+
+
+def _points(sweep: Sweep) -> Table:
+    """What each point is, costs, and reached."""
+    labels = list(dict.fromkeys(label for point in sweep.points for label in point.probes))
+    known = {name for point in sweep.points for name in point.row["metrics"]}
+    metrics = [name for name in REACHED if name in known]
+    changed = any(point.row["changed"] for point in sweep.points)
+    rows = []
+    for point in sweep.points:
+        row, probes = point.row, point.probes
+        rows.append([row["point"], layers_text(row["layers"]), *([changes_text(row["changed"])] if changed else []),
+                     _count(row["parameters"]), _count(row["active_parameters"]),
+                     *(number(row["decode_state_bytes"][str(size)], "bytes") for size in STATES.values()),
+                     *(_metric(row["metrics"], name) for name in metrics),
+                     *(number(probes[label].accuracy.get(probes[label].length)) if label in probes else "-"
+                       for label in labels),
+                     row["status"] + (f": {row['reason']}" if "reason" in row else "")])
+    header = ["point", "layers", *(["changed to match"] if changed else []), "parameters", "active",
+              *(f"state {name}" for name in STATES), *(name.replace("_", " ") for name in metrics), *labels, "status"]
+    return Table(header, rows)
+
+
+def _metric(metrics: dict[str, Any], name: str) -> str:
+    return number(metrics.get(name), "bytes" if name.endswith("_bytes") else "number")
