@@ -80,7 +80,7 @@ def _run(plan: SweepPlan, shown: dict[str, Any], args: argparse.Namespace, argv:
 
     say = _sayer(args.json)
     with closing(SweepFolder(plan)) as folder:
-        folder.write_plan(shown)
+        folder.write_plan({**shown, "command": shlex.join(["hybridlm", "sweep", *argv])})
         if plan.sweep.launcher == "local":
             stopped = run_points(plan.points, jobs=args.jobs or 1, retry_failed=args.retry_failed, say=say)
         else:
