@@ -124,7 +124,8 @@ def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> Document:
     first = sweep.points[0]
     tables = [("Points", _points(sweep)), *_provenance([(point.row["point"], point.run) for point in sweep.points])]
     texts = [(f"config.yaml of {first.row['point']}", first.run.config_text)] if first.run.config_text else []
-    notes = [note for point in sweep.points for note in _corrupt(point.run)]
+    notes = [str(note) for note in sweep.plan.get("notes", [])]
+    notes += [note for point in sweep.points for note in _corrupt(point.run)]
     return Document("sweep", sweep.name, _sweep_facts(sweep), [], figures, tables, texts, [*notes, *_missing(missing)])
 
 

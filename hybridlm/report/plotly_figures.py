@@ -74,9 +74,9 @@ def _traces(series: Series, x_unit: float, y_unit: float) -> list[dict[str, Any]
         trace["marker"] = {"color": colour, "symbol": style.symbol, "size": SIZES.get(style.symbol, 8),
                            "line": {"width": 1, "color": themed(GROUND)}}
     if series.labels:
-        trace |= {"text": [escape(label, quote=False) for label in series.labels]}
+        trace |= {"text": [f"\u00a0\u00a0{escape(label, quote=False)}" for label in series.labels]}
         trace |= {"hoverinfo": "x+y+text"} if series.points else {
-            "mode": "lines+text", "hoverinfo": "skip", "textposition": "top center", "cliponaxis": False,
+            "mode": "lines+text", "hoverinfo": "skip", "textposition": "top right", "cliponaxis": False,
             "textfont": {"size": 11, "color": themed(MUTED)}}
     if series.high and not spread:
         array = [up - mean if isinstance(up, int | float) and isinstance(mean, int | float) else None

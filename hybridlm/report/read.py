@@ -159,7 +159,7 @@ def _read_sweep(folder: Path, metrics: list[str]) -> Sweep:
     try:
         plan = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         results = read_results(folder)
-        points = [Point(row, read_run(folder / "points" / row["point"]), _probes(folder / "points" / row["point"]))
+        points = [Point(row, read_run(folder / "points" / row["point"]), _probes(results, row))
                   for row in results["points"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ConfigError("report", "holds a sweep.json that cannot be read", got=str(folder / "sweep.json"),
@@ -170,16 +170,15 @@ def _read_sweep(folder: Path, metrics: list[str]) -> Sweep:
     return Sweep(folder, results, plan, points)
 
 
-def _probes(run_dir: Path) -> dict[str, Probe]:
-    """The probes that a point has finished, by label; files that are none of ours are passed over."""
+def _probes(results: dict[str, Any], row: dict[str, Any]) -> dict[str, Probe]:
+    """The probes that a point has finished, by label."""
     found = {}
-    for file in sorted((run_dir / "probes").glob("*.json")):
-        try:
-            result = json.loads(file.read_text(encoding="utf-8"))["result"]
-            accuracy = {int(length): float(score["token"]) for length, score in result["accuracy"].items()}
-            found[file.stem] = Probe(file.stem, int(result["length"]), float(result["chance"]), accuracy)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+    for label, task in results["probes"].items():
+        names = {length: f"probe/{label}/accuracy" + ("" if length == task["length"] else f"@{length}")
+                 for length in task["lengths"]}
+        accuracy = {length: row["metrics"][name] for length, name in names.items() if name in row["metrics"]}
+        if accuracy:
+            found[label] = Probe(label, task["length"], task["chance"], accuracy)
     return found
 
 
