@@ -14,7 +14,7 @@ from hybridlm.config.compose import options
 from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError
 
-MODELS = ("deepseek_v32_671b, deepseek_v32_tiny, hybrid_1b, hybrid_tiny, kda_dsa_1b, kda_dsa_tiny, "
+MODELS = ("deepseek_v32_671b, deepseek_v32_tiny, hybrid_1b, hybrid_probes, hybrid_tiny, kda_dsa_1b, kda_dsa_tiny, "
           "kimi_linear_48b, kimi_linear_tiny, "
           "minimax_01_456b, minimax_01_tiny, quickstart, qwen3_next_80b, qwen3_next_tiny")
 
