@@ -12,6 +12,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+def counted(number: int, noun: str) -> str:
+    """1 step, 2 steps."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 class UserError(Exception):
     """Something the user can mend. The command line prints it in one line and exits with 2."""
 

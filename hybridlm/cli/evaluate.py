@@ -1,4 +1,4 @@
-"""`hybridlm eval`: a checkpoint measured, or a fresh model trained on probes."""
+"""`hybridlm eval`: a checkpoint measured, its tasks of lm-eval, and probes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridlm.cli.parser import Parser, load
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, counted
 
-PROBE_ONLY = ("steps", "lr", "seed", "length", "lengths", "examples")
-CHECKPOINT_ONLY = ("windows", "sequence_length", "contexts", "decode_tokens", "only")
+# What is measured, and the options that only it takes.
+OPTIONS = {"an evaluation of a checkpoint, without --probe and --tasks":
+           ("windows", "sequence_length", "contexts", "decode_tokens", "only"),
+           "--probe": ("steps", "lr", "seed", "length", "lengths", "examples", "zero_shot", "fine_tune"),
+           "--tasks": ("task_folder", "num_fewshot", "limit")}
 
 
 def eval_command(argv: Sequence[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
-    foreign = CHECKPOINT_ONLY if args.probe else PROBE_ONLY
-    for name in foreign:
-        if getattr(args, name) is not None:
-            where = "an evaluation of a checkpoint, without --probe" if args.probe else "--probe"
-            raise ConfigError(f"--{name.replace('_', '-')}", f"goes with {where}", got=getattr(args, name))
-    if args.probe:
-        report, show = _probes(args), _show_probes
-    else:
-        report, show = _checkpoint(args), _show_checkpoint
+    if args.probe and args.tasks:
+        raise ConfigError("--tasks", "goes without --probe", got=args.tasks)
+    checkpoint, probe, tasks = OPTIONS
+    asked = probe if args.probe else tasks if args.tasks else checkpoint
+    for where, names in OPTIONS.items():
+        for name in names:
+            if where != asked and getattr(args, name) not in (None, False):
+                raise ConfigError(f"--{name.replace('_', '-')}", f"goes with {where}", got=getattr(args, name))
+    measure, show = {checkpoint: (_checkpoint, _show_checkpoint), probe: (_probes, _show_probes),
+                     tasks: (_tasks, _show_tasks)}[asked]
+    report = measure(args)
     if args.json:
         print(json.dumps(report))
     else:
@@ -35,16 +40,19 @@ def eval_command(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("eval", "Measure a checkpoint: perplexity by position, bits per byte, decode speed and state.\n"
+                            "With --tasks: its scores in tasks of lm-eval.\n"
                             "With --probe: train a fresh model on a small task, and score it at longer lengths too.",
                     """\
   hybridlm eval runs/first
   hybridlm eval runs/first data.path=held_out.txt --windows 0 --json
   hybridlm eval runs/first --only decode --contexts 1024,8192
+  hybridlm eval runs/first --tasks arc_easy,lambada_openai --limit 100
   hybridlm eval --probe mqar model=hybrid_tiny model.schedule.ratio=7 --steps 1000
-  hybridlm eval --probe mqar:num_pairs=16 --probe s5 runs/first --length 64 --lengths 64,256""")
+  hybridlm eval --probe mqar:num_pairs=16 --probe s5 runs/first --length 64 --lengths 64,256
+  hybridlm eval --probe mqar:num_pairs=4 runs/first --zero-shot""")
     parser.add_argument("overrides", nargs="*", metavar="CHECKPOINT | key=value",
                         help="a checkpoint or run folder, then data.* settings; with --probe a run folder for its "
-                             "architecture, or settings of the model")
+                             "architecture (or, when asked, its weights), or settings of the model")
     parser.add_argument("--config-dir", metavar="FOLDER", help="a folder of your own configs, searched first")
     parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
     parser.add_argument("--batch-size", type=int, metavar="N")
@@ -60,12 +68,20 @@ def _parser() -> Parser:
                        help="mqar, needle_single, needle_multi_key, needle_multi_value, variable_tracking, copy, "
                             "selective_copy, parity, s3, s5, modular_arithmetic, ngram or key_value_updates; may be "
                             "given again")
+    weights = group.add_mutually_exclusive_group()
+    weights.add_argument("--zero-shot", action="store_true", help="ask the checkpoint as it is, without training")
+    weights.add_argument("--fine-tune", action="store_true", help="train on from the checkpoint's weights")
     group.add_argument("--steps", type=int, metavar="N", help="of training (default 1000)")
     group.add_argument("--lr", type=float, help="peak learning rate (default 1e-3)")
     group.add_argument("--seed", type=int, help="of weights and examples (default 0)")
     group.add_argument("--length", type=int, metavar="TOKENS", help="trained at (default 64, or the least that fits)")
     group.add_argument("--lengths", metavar="64,128,256", help="scored at (default: length, times 2, times 4)")
     group.add_argument("--examples", type=int, metavar="N", help="scored at each length (default 256)")
+    group = parser.add_argument_group("tasks of lm-eval")
+    group.add_argument("--tasks", metavar="NAME,...", help="tasks, groups, or YAML files that define one")
+    group.add_argument("--task-folder", metavar="FOLDER", help="definitions of your own (lm-eval runs code they name)")
+    group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
+    group.add_argument("--limit", type=int, metavar="N", help="examples a task (default all)")
     return parser
 
 
@@ -105,24 +121,49 @@ def _checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     return evaluate_checkpoint(path, overrides, device=_device(args), config_dir=args.config_dir, **options)
 
 
+def _tasks(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        from hybridlm.evaluation.harness import evaluate_tasks
+    except ImportError as error:
+        raise ConfigError("--tasks", f"needs lm-eval ({error})", hint="pip install 'hybridlm[eval]'") from None
+    if len(args.overrides) != 1:
+        raise ConfigError("--tasks", "takes a checkpoint or run folder, and nothing else", got=args.overrides)
+    options = _given(task_folder=args.task_folder, fewshot=args.num_fewshot, limit=args.limit,
+                     batch_size=args.batch_size)
+    names = [name for name in args.tasks.split(",") if name]
+    return evaluate_tasks(args.overrides[0], names, device=_device(args), **options)
+
+
 def _probes(args: argparse.Namespace) -> dict[str, Any]:
-    from hybridlm.checkpoint import read_model_config, resolve
-    from hybridlm.evaluation.probe_training import train_on_probe
+    from hybridlm.checkpoint import load_checkpoint, read_model_config, resolve
+    from hybridlm.evaluation.own_weights import check_zero_shot, model_with_own_weights
+    from hybridlm.evaluation.probe_training import probe_lengths, train_on_probe
     from hybridlm.evaluation.probes import make_probe
 
     asked = []
     for text in args.probe:
         name, _, settings = text.partition(":")
         asked.append((name, make_probe(name, _parameters(text, settings))))
-    if len(args.overrides) == 1 and os.path.isdir(args.overrides[0]):
-        model = read_model_config(resolve(args.overrides[0]))
-    else:
-        model = load(args).model
-    options = _given(steps=args.steps, lr=args.lr, seed=args.seed, length=args.length, batch_size=args.batch_size,
-                     eval_lengths=_numbers("--lengths", args.lengths), examples=args.examples)
-    rows = [{**train_on_probe(model, probe, device=_device(args), **options).to_dict(), "probe": name}
-            for name, probe in asked]
-    return {"model": model.name, "layers": model.layers(), "probes": rows}
+    folder = args.overrides[0] if len(args.overrides) == 1 and os.path.isdir(args.overrides[0]) else None
+    how = "zero-shot" if args.zero_shot else "fine-tune" if args.fine_tune else "fresh weights"
+    if how != "fresh weights" and folder is None:
+        raise ConfigError(f"--{how}", "needs a checkpoint or run folder", got=" ".join(args.overrides) or None)
+    if args.zero_shot and args.steps is not None:
+        raise ConfigError("--steps", "goes with training, not with --zero-shot", got=args.steps)
+    for _, probe in asked if args.zero_shot else ():
+        check_zero_shot(probe)
+    model = None if how == "fresh weights" else load_checkpoint(str(folder), _device(args))
+    config = model.config if model else load(args).model if folder is None else read_model_config(resolve(folder))
+    options = _given(steps=0 if args.zero_shot else args.steps, lr=args.lr, seed=args.seed, batch_size=args.batch_size,
+                     examples=args.examples)
+    rows = []
+    for name, probe in asked:
+        length, lengths = probe_lengths(probe, args.length, _numbers("--lengths", args.lengths))
+        start = model and model_with_own_weights(model, probe, max(length, *lengths), options.get("seed", 0))
+        result = train_on_probe(config, probe, device=_device(args), length=length, eval_lengths=lengths, start=start,
+                                **options)
+        rows.append({**result.to_dict(), "probe": name})
+    return {"model": config.name, "layers": config.layers(), "weights": how, "probes": rows}
 
 
 def _parameters(text: str, settings: str) -> dict[str, Any]:
@@ -139,14 +180,26 @@ def _parameters(text: str, settings: str) -> dict[str, Any]:
 
 
 def _show_probes(report: dict[str, Any]) -> None:
-    print(f"{report['model']}: {' '.join(report['layers'])}")
+    print(f"{report['model']}: {' '.join(report['layers'])} ({report['weights']})")
     for row in report["probes"]:
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        print(f"\n{row['probe']}: {row['steps']} steps at length {row['length']}, loss {loss}, "
-              f"{row['seconds']:.1f} s, chance {row['chance']:.3f}")
+        trained = f"{counted(row['steps'], 'step')} at length {row['length']}, loss {loss}" if row["steps"] else \
+            "not trained"
+        print(f"\n{row['probe']}: {trained}, {row['seconds']:.1f} s, chance {row['chance']:.3f}")
         print(f"{'length':>8}  {'tokens right':>12}  {'examples right':>14}")
         for length, score in row["accuracy"].items():
             print(f"{length:>8}  {score['token']:>12.3f}  {score['exact']:>14.3f}")
+
+
+def _show_tasks(report: dict[str, Any]) -> None:
+    print(f"{report['checkpoint']}: {report['model']}, {report['params']:,} parameters, on {report['device']}")
+    print(f"\n{'task':<32}  {'metric':<24}  {'value':>8}  {'+-':>7}  {'shots':>5}  {'examples':>8}")
+    for name, row in report["tasks"].items():
+        for metric, measured in row["metrics"].items():
+            error = "" if measured["stderr"] is None else f"{measured['stderr']:.4f}"
+            shots = "" if row["fewshot"] is None else row["fewshot"]
+            print(f"{name:<32}  {metric:<24}  {measured['value']:>8.4f}  {error:>7}  {shots:>5}  "
+                  f"{row['examples'] or '':>8}")
 
 
 def _show_checkpoint(report: dict[str, Any]) -> None:

@@ -15,21 +15,29 @@ from torch import Tensor
 from hybridlm.data.packing import IGNORE, Batch
 from hybridlm.model.model import HybridLM
 from hybridlm.training.metrics import bits_per_byte, perplexity
+from hybridlm_kernels.packing import CuSeqlens
 
 CHUNK = 1024  # tokens whose logits are in memory at once
 FIRST_BUCKET = 16
 
 
 @torch.no_grad()
-def token_losses(model: HybridLM, batch: Batch) -> Tensor:
-    """Nats of each next token, fp32 [B, T]; 0 where there is no target. Never holds B x T x V logits."""
+def normed_states(model: HybridLM, ids_BT: Tensor, cu_seqlens: CuSeqlens | None = None) -> Tensor:
+    """What the output matrix gets, [B, T, D], without the B x T x V logits."""
     normed: list[Tensor] = []
     hook = model.norm.register_forward_hook(lambda module, inputs, output: normed.append(output))
     try:
-        model(batch.input_ids, cu_seqlens=batch.cu_seqlens, logits_to_keep=1)
+        model(ids_BT, cu_seqlens=cu_seqlens, logits_to_keep=1)
     finally:
         hook.remove()
-    x_ND, targets_N = normed[0].flatten(0, 1), batch.targets[..., 0].flatten()
+    return normed[0]
+
+
+@torch.no_grad()
+def token_losses(model: HybridLM, batch: Batch) -> Tensor:
+    """Nats of each next token, fp32 [B, T]; 0 where there is no target. Never holds B x T x V logits."""
+    x_ND = normed_states(model, batch.input_ids, batch.cu_seqlens).flatten(0, 1)
+    targets_N = batch.targets[..., 0].flatten()
     losses = [F.cross_entropy(model.logits(x_ND[None, i:i + CHUNK])[0].float(), targets_N[i:i + CHUNK],
                               ignore_index=IGNORE, reduction="none") for i in range(0, len(x_ND), CHUNK)]
     return torch.cat(losses).view(batch.input_ids.shape)

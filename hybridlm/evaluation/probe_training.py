@@ -28,7 +28,7 @@ CLIP = 1.0
 @dataclass(frozen=True)
 class ProbeResult:
     """What one training on a probe gave. `accuracy`: Score by length; `loss`: mean over the last tenth of the steps
-    (null if that is not finite)."""
+    (null if that is not finite, and without steps)."""
 
     probe: str
     parameters: dict[str, Any]
@@ -53,9 +53,9 @@ class ProbeResult:
 
 def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1000, lr: float = 1e-3, seed: int = 0, *,
                    length: int | None = None, eval_lengths: Sequence[int] | None = None, batch_size: int = 32,
-                   examples: int = 256, device: str = "cpu",
+                   examples: int = 256, device: str = "cpu", start: HybridLM | None = None,
                    on_step: Callable[[int, float], None] | None = None) -> ProbeResult:
-    """Train a model of this architecture from scratch on `probe` and score it on examples it has not seen.
+    """Train a model of this architecture on `probe`, from scratch, and score it on examples it has not seen.
 
     The model gets the probe's vocabulary and no multi-token prediction. Two calls with the same arguments see the same
     examples and first weights, and so do two architectures, as far as their layers are the same.
@@ -65,6 +65,8 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
         length: tokens an example in training; default 64, or what the probe takes at least.
         eval_lengths: where it is scored; default `length`, twice and four times that.
         examples: scored at each length.
+        start: a model that trains on instead, with the probe's vocabulary: `model_with_own_weights`. `steps` may then
+            be 0.
         on_step: called with each step's number, from 1 on, and its loss.
 
     Raises:
@@ -73,12 +75,14 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
     name = probe if isinstance(probe, str) else probe.task
     probe = make_probe(probe) if isinstance(probe, str) else probe
     length, lengths = probe_lengths(probe, length, eval_lengths)
-    for key, value in (("steps", steps), ("batch_size", batch_size), ("examples", examples), ("lr", lr)):
+    for key, value in (("batch_size", batch_size), ("examples", examples), ("lr", lr),
+                       *([("steps", steps)] if start is None or steps else [])):
         require(value > 0, key, "must be positive", got=value)
     require(seed >= 0, "seed", "must not be negative", got=seed)
-    start = time.perf_counter()
+    begun = time.perf_counter()
     config = model_for_probe(model_config, probe, max(length, *lengths))
-    model = build_model(config, seed=seed, device=device).train()
+    model = build_model(config, seed=seed, device=device) if start is None else start
+    model.train()
     optimizers = build_optimizer(model, OptimizerConfig(lr=lr, schedule=SCHEDULE))
     losses, skipped = [], 0
     for step in range(steps):
@@ -91,12 +95,12 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
         if on_step is not None:
             on_step(step + 1, losses[-1])
     last = losses[-math.ceil(steps / 10):]
-    mean = sum(last) / len(last)
+    mean = sum(last) / len(last) if last else math.nan
     accuracy = {asked: score_on_probe(model, probe, asked, seed=seed, examples=examples, batch_size=batch_size)
                 for asked in lengths}
     return ProbeResult(name, asdict(probe), length, steps, lr, seed, batch_size, probe.chance,
                        model.num_params(), mean if math.isfinite(mean) else None, skipped,
-                       time.perf_counter() - start, accuracy)
+                       time.perf_counter() - begun, accuracy)
 
 
 def probe_lengths(probe: Probe, length: int | None = None,

@@ -149,7 +149,21 @@ def test_probes_train_a_fresh_model_of_any_architecture(run, capsys):
                      "--examples", 8, "--batch-size", 4)
     assert again["probes"][0]["loss"] == report["probes"][0]["loss"]  # fresh weights: nothing of the run but its layers
     assert main(["eval", "--probe", "parity", *SMALL, "--steps", "1", "--length", "4", "--examples", "4"]) == 0
-    assert "parity: 1 steps at length 4" in capsys.readouterr().out
+    assert "parity: 1 step at length 4" in capsys.readouterr().out
+
+
+def test_probes_of_a_checkpoints_own_weights(run, capsys):
+    task = ["--probe", "mqar:num_pairs=2,key_vocab=4,value_vocab=4", "--length", 12, "--examples", 8]
+    report = evaluate(capsys, run[0] / "run", *task, "--zero-shot", "--lengths", "12,40")
+    assert report["weights"] == "zero-shot"
+    assert (report["probes"][0]["steps"], report["probes"][0]["loss"]) == (0, None)
+    assert list(report["probes"][0]["accuracy"]) == ["12", "40"]
+    tuned = evaluate(capsys, run[0] / "run", *task, "--fine-tune", "--steps", 2)
+    fresh = evaluate(capsys, run[0] / "run", *task, "--steps", 2)
+    assert (tuned["weights"], fresh["weights"]) == ("fine-tune", "fresh weights")
+    assert tuned["probes"][0]["loss"] != fresh["probes"][0]["loss"]
+    assert main(["eval", str(run[0] / "run"), *map(str, task), "--zero-shot"]) == 0
+    assert "mqar: not trained" in capsys.readouterr().out
 
 
 def test_help_names_every_probe():
@@ -172,6 +186,13 @@ def test_help_names_every_probe():
     (["--probe", "mqra"], ["mqra", "did you mean 'mqar'"]),
     (["--probe", "mqar:num_pairs"], ["--probe", "NAME:key=value"]),
     (["--probe", "mqar", "--windows", "3"], ["--windows", "without --probe"]),
+    (["--probe", "mqar", "--zero-shot"], ["--zero-shot", "needs a checkpoint"]),
+    (["RUN", "--probe", "s5", "--zero-shot"], ["rule of permutations", "--fine-tune"]),
+    (["RUN", "--probe", "mqar", "--zero-shot", "--steps", "3"], ["--steps", "not with --zero-shot"]),
+    (["RUN", "--zero-shot"], ["--zero-shot", "goes with --probe"]),
+    (["RUN", "--probe", "mqar:key_vocab=500", "--zero-shot"], ["has 565 ids", "more than the checkpoint has tokens"]),
+    (["RUN", "--limit", "3"], ["--limit", "goes with --tasks"]),
+    (["RUN", "--tasks", "a", "--probe", "mqar"], ["--tasks", "goes without --probe"]),
     (["--probe", "mqar", "--lengths", "a"], ["--lengths", "'a'"]),
     (["--probe", "mqar", "model=hybrid_tin"], ["hybrid_tin", "did you mean 'hybrid_tiny'"]),
 ])

@@ -44,6 +44,7 @@ class Probe:
     """
 
     task: ClassVar[str] = ""
+    in_context: ClassVar[bool] = False  # the examples themselves show the rule: what stood behind it before comes again
 
     @property
     def vocab_size(self) -> int:

@@ -22,6 +22,7 @@ class Copy(Probe):
     """
 
     task: ClassVar[str] = "copy"
+    in_context: ClassVar[bool] = True
     alphabet: int = 32
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ class Needle(Probe):
     """
 
     task: ClassVar[str] = "needle"
+    in_context: ClassVar[bool] = True
     num_keys: int = 1
     num_values: int = 1
     key_vocab: int = 32

@@ -24,6 +24,7 @@ class InContextNGram(Probe):
     """
 
     task: ClassVar[str] = "ngram"
+    in_context: ClassVar[bool] = True
     n: int = 2
     alphabet: int = 16
     noise: float = 0.2

@@ -22,6 +22,7 @@ class MultiQueryRecall(Probe):
     """
 
     task: ClassVar[str] = "mqar"
+    in_context: ClassVar[bool] = True
     num_pairs: int = 8
     num_queries: int | None = None
     key_vocab: int = 64

@@ -24,6 +24,7 @@ class KeyValueUpdates(Probe):
     """
 
     task: ClassVar[str] = "key_value_updates"
+    in_context: ClassVar[bool] = True
     num_keys: int = 4
     num_writes: int = 16
     key_vocab: int = 32
