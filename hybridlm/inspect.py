@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.cost import BACKWARD, ParameterCount, count_parameters, decode_state_bytes, forward_flops
+from hybridlm.model.cost import ParameterCount, count_parameters, decode_state_bytes, forward_flops, training_parts
 from hybridlm.model.memory import Optimizer, Precision, training_memory
 
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
@@ -32,7 +32,7 @@ def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | 
     """
     length = min(4096, config.max_position) if sequence_length is None else sequence_length
     count = count_parameters(config)
-    flops = forward_flops(config, length)
+    flops, training = forward_flops(config, length), training_parts(config, length)
     memory = training_memory(config, batch_size=batch_size, sequence_length=length, precision=precision,
                              optimizer=optimizer, activation_checkpointing=activation_checkpointing)
     return {
@@ -44,7 +44,7 @@ def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | 
                        "head": count.head, "mtp": count.mtp, "total_with_mtp": count.total_with_mtp},
         "published": _published(config, count),
         "flops_per_token": {"context_length": length, "forward_by_part": flops, "forward": sum(flops.values()),
-                            "training": (1 + BACKWARD) * sum(flops.values())},
+                            "training_by_part": training, "training": sum(training.values())},
         "training_memory": {"batch_size": batch_size, "sequence_length": length, "precision": precision,
                             "optimizer": optimizer, "activation_checkpointing": activation_checkpointing,
                             "weights": memory.weights, "gradients": memory.gradients,
@@ -136,6 +136,8 @@ def _flops(report: dict[str, Any]) -> tuple[str, Table]:
         if value:
             table.add_row(part, scaled(value, 1000, _FLOPS), f"{value / flops['forward']:.1%}")
     table.add_row("forward", scaled(flops["forward"], 1000, _FLOPS), "")
+    if loss := flops["training_by_part"]["indexer_kl"]:
+        table.add_row("loss of the indexers, in training", scaled(loss, 1000, _FLOPS), "")
     table.add_row("training (forward and backward)", scaled(flops["training"], 1000, _FLOPS), "")
     return f"FLOPs a token at a context of {flops['context_length']}", table
 

@@ -5,6 +5,7 @@ B rows, S tokens kept, H query/key heads, G value heads, K key dim, V value dim,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -62,17 +63,45 @@ class TokenCache:
         return used.numel() * used.element_size()
 
 
+class PooledCache:
+    """One tensor for each complete pool of past tokens, [B, P, ...], and the tokens of the open pool."""
+
+    def __init__(self, max_length: int, size: int):
+        self.pools = TokenCache(max_length // size)
+        self.size, self.length = size, 0  # tokens seen
+        self._open: Tensor | None = None
+
+    def append(self, entries: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
+        """Add tokens [B, T, ...]; return all complete pools. `combine` makes them from [B, P, size, ...]."""
+        self.length += entries.shape[1]
+        x = entries.detach() if self._open is None else torch.cat([self._open, entries.detach()], 1)
+        complete = x.shape[1] // self.size * self.size
+        self._open = x[:, complete:].clone()
+        return self.pools.append(combine(x[:, :complete].unflatten(1, (-1, self.size))))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the pools and of the open tokens."""
+        return self.pools.num_bytes + (0 if self._open is None else self._open.numel() * self._open.element_size())
+
+
+def index_cache(max_length: int, pool: int | None) -> TokenCache | PooledCache:
+    """For the keys of an indexer: one a token, or one a pool of `pool` tokens."""
+    return TokenCache(max_length) if pool is None else PooledCache(max_length, pool)
+
+
 @dataclass
 class AttentionState:
-    """Keys [B, S, G, K] and values [B, S, G, V] of grouped-query attention, and keys of the indexer [B, S, I]."""
+    """Keys [B, S, G, K] and values [B, S, G, V] of grouped-query attention, and keys of the indexer [B, S, I], or of
+    its pools."""
 
     keys: TokenCache
     values: TokenCache
-    index_keys: TokenCache
+    index_keys: TokenCache | PooledCache
 
     @classmethod
-    def empty(cls, max_length: int, window: int | None = None) -> AttentionState:
-        return cls(TokenCache(max_length, window), TokenCache(max_length, window), TokenCache(max_length))
+    def empty(cls, max_length: int, window: int | None = None, pool: int | None = None) -> AttentionState:
+        return cls(TokenCache(max_length, window), TokenCache(max_length, window), index_cache(max_length, pool))
 
     @property
     def num_bytes(self) -> int:
@@ -84,11 +113,11 @@ class LatentState:
     """MLA: the normed latent with the rotated shared key behind it, [B, S, kv_lora_rank + qk_rope_head_dim]."""
 
     latent: TokenCache
-    index_keys: TokenCache
+    index_keys: TokenCache | PooledCache
 
     @classmethod
-    def empty(cls, max_length: int) -> LatentState:
-        return cls(TokenCache(max_length), TokenCache(max_length))
+    def empty(cls, max_length: int, pool: int | None = None) -> LatentState:
+        return cls(TokenCache(max_length), index_cache(max_length, pool))
 
     @property
     def num_bytes(self) -> int:

@@ -75,6 +75,10 @@ class MixerConfig:
         """Forward FLOPs a token by part, averaged over a causal sequence of `context_length` tokens."""
         raise TypeError(f"{type(self).__name__} does not count its FLOPs")
 
+    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        """FLOPs a token of a loss that the mixer computes for itself in training, its whole backward included."""
+        return 0.0
+
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         """Bytes of decode state for one sequence after `context_length` tokens."""
         raise TypeError(f"{type(self).__name__} does not count its state")

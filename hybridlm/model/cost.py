@@ -113,12 +113,26 @@ def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True)
     return parts
 
 
-def training_flops(config: ModelConfig, context_length: int) -> float:
-    """FLOPs a token of one training step: forward and backward, without what checkpointing computes again.
+def training_parts(config: ModelConfig, context_length: int) -> dict[str, float]:
+    """FLOPs a token of one training step: `forward`, `backward`, and `indexer_kl`, the loss of the indexers of sparse
+    attention, forward and backward. What checkpointing computes again is left out.
 
-    This is what model FLOPs utilisation divides by the device's peak.
+    The selection of keys has no backward: an indexer learns from its own loss.
     """
-    return (1.0 + BACKWARD) * sum(forward_flops(config, context_length).values())
+    forward = sum(forward_flops(config, context_length).values())
+    blocks = [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
+    selection = sum(flops for index, name in blocks for part, flops in _layer_flops(config, index, name, context_length)
+                    if part == f"{name}.indexer")
+    loss = sum(config.mixers[name].loss_flops_per_token(config.layer_context(index), context_length)
+               for index, name in blocks)
+    return {"forward": forward, "backward": BACKWARD * (forward - selection), "indexer_kl": loss}
+
+
+def training_flops(config: ModelConfig, context_length: int, *, only_indexers: bool = False) -> float:
+    """The sum of `training_parts`, which model FLOPs utilisation divides by the device's peak. `only_indexers`: the
+    rest of the model is frozen, and has no backward."""
+    parts = training_parts(config, context_length)
+    return parts["forward"] + parts["indexer_kl"] + (0.0 if only_indexers else parts["backward"])
 
 
 def decode_state_bytes(config: ModelConfig, context_length: int, element_bytes: int = 2) -> int:

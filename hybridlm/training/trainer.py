@@ -133,6 +133,7 @@ class Trainer:
         set_attention(self.model, stage)
         warn_of_selection(self.model, stage)
         self.stage_config = replace(self.config, model=stage_model(self.config.model, stage))
+        self.only_indexers = all(".indexer." in name for name in trained)
         self.balance = any(name.endswith("router.weight") for name in trained)
         self.optimizers = build_optimizer(self.model, self.config.optimizer, lr=stage.lr)
         audit(self.model, trained, self.optimizers)
@@ -189,7 +190,8 @@ class Trainer:
         loss = values.get("loss/lm", total)
         tokens = sum(part.num_tokens for part in batch)
         speed = stage.tokens_per_step / seconds
-        flops = training_flops(self.stage_config.model, stage.sequence_length) * speed
+        flops = speed * training_flops(self.stage_config.model, stage.sequence_length,
+                                       only_indexers=self.only_indexers)
         return {"step": self.progress.step, "loss": loss, "total_loss": total, **values,
                 "perplexity": perplexity(loss),
                 "bits_per_byte": bits_per_byte(loss * tokens, sum(part.num_bytes for part in batch)),

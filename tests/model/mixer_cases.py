@@ -33,6 +33,10 @@ CASES: dict[str, MixerConfig] = {
     "mla_half_no_shared_key": MLAConfig(**{**MLA_DIMS, "qk_rope_head_dim": 0}, rope=NOPE, output_gate="element"),
     "deepseek_v32": MLAConfig(**MLA_DIMS, q_lora_rank=10, indexer=IndexerConfig(**INDEXER)),
     "glm_moe_dsa": MLAConfig(**MLA_DIMS, q_lora_rank=10, indexer=IndexerConfig(**INDEXER, rope_kind="interleaved")),
+    "glm5_next": MLAConfig(**{**MLA_DIMS, "qk_rope_head_dim": 0}, q_lora_rank=10, rope=NOPE, indexer=IndexerConfig(
+        **{**INDEXER, "topk": 8}, pool=4, rope_kind="none")),
+    "attention_pooled": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, indexer=IndexerConfig(
+        num_heads=16, head_dim=8, topk=9, num_first=3, num_local=3, pool=3)),
     "kda": DeltaRuleConfig(num_heads=2, head_dim=8, gate_rank=6, output_gate="sigmoid", output_gate_rank=6),
     "kda_safe": DeltaRuleConfig(num_heads=2, head_dim=8, gate="lower_bounded", gate_dtype="model",
                                 output_gate="sigmoid"),

@@ -8,9 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlm.config import load_model_config
 from hybridlm.config.compose import options
-from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops
+from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops, training_parts
 from hybridlm.model.memory import activation_bytes_per_token, optimizer_bytes, training_memory
+from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
+from hybridlm.model.mixers.cost import open_tail, visible_pools
 from hybridlm.model.model import HybridLM
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels.indexer_kl import torch as kl_blocks
+from hybridlm_kernels.sparse_attention import torch as sparse_blocks
 
 TINY = ("kimi_linear_tiny", "minimax_01_tiny", "qwen3_next_tiny", "deepseek_v32_tiny", "hybrid_tiny", "quickstart")
 
@@ -105,13 +110,64 @@ def test_flops_of_products_against_torchs_counter(mixer):
 
 
 def test_training_costs_three_forwards_and_counts_mtp():
+    dense = load_model_config("qwen3_next_tiny")
+    assert training_flops(dense, 512) == 3 * sum(forward_flops(dense, 512).values())
     config = load_model_config("deepseek_v32_tiny")
     parts = forward_flops(config, 512)
-    assert training_flops(config, 512) == 3 * sum(parts.values())
     assert "mtp" not in forward_flops(config, 512, mtp=False)
     block = sum(v for k, v in forward_flops(load_model_config("deepseek_v32_tiny", [
         "model.num_layers=1", "model.feed_forward.dense_layers=[]"]), 512, mtp=False).items())
     assert parts["mtp"] == block + 4 * config.hidden_size**2
+
+
+@pytest.mark.parametrize("pool", [None, 16])
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("core", ["full", "mla"])
+def test_flops_of_the_indexers_loss_against_torchs_counter(core, mode, pool, monkeypatch):
+    """Selection, loss and their gradients. Blocks of 8 queries, so that little is computed that no query sees."""
+    monkeypatch.setattr(kl_blocks, "CPU_ELEMENTS", 1)
+    monkeypatch.setattr(sparse_blocks, "INDEX_ELEMENTS", 1)
+    length, topk = 256, 64
+    config = load_model_config("hybrid_tiny", [f"model.schedule.pattern=[{core}]", "model.num_layers=1"])
+    option = IndexerConfig(num_heads=4, head_dim=16, topk=topk, pool=pool, mode=mode, rope_kind="none")
+    indexed = replace(config.mixers[core], indexer=option)
+    context = config.layer_context(0)
+    mixer = build_mixer(indexed, context)
+    mixer.init_weights(0.02)
+    x = torch.randn(1, length, config.hidden_size)
+    seq = SequenceInfo.make(1, length, x.device)
+    q, k = (torch.randn(1, length, heads, dim) for heads, dim in main_shapes(indexed))
+    with FlopCounterMode(display=False) as counter:
+        width = mixer.indexer.q_proj.in_features
+        selection = mixer.select(x, torch.randn(1, length, width), seq, None)
+        mixer.observe(selection, q, k, seq)["loss/indexer_kl"].backward()
+    expected = indexed.flops_per_token(context, length)["indexer"] + indexed.loss_flops_per_token(context, length)
+    padded = 0.1 if pool is None else 0.2  # lists have room for a whole tail
+    assert counter.get_total_flops() / length == pytest.approx(expected, rel=padded)
+
+
+def main_shapes(mixer):
+    """Heads and dims of the queries and keys that the loss sees, expanded."""
+    if isinstance(mixer, MLAConfig):
+        return [(mixer.num_heads, mixer.qk_head_dim)] * 2
+    return [(mixer.num_heads, mixer.head_dim), (mixer.kv_heads, mixer.head_dim)]
+
+
+def test_a_frozen_model_has_no_backward_but_its_indexers():
+    config = load_model_config("kda_dsa_tiny", ["model.mixers.dsa.indexer.mode=dense"])
+    parts = training_parts(config, 512)
+    assert parts["indexer_kl"] > 0
+    assert training_flops(config, 512, only_indexers=True) == parts["forward"] + parts["indexer_kl"]
+    assert training_flops(config, 512) == sum(parts.values())
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 63, 64, 80, 200])
+def test_mean_numbers_of_pools_and_tail_tokens_by_counting(length):
+    complete = [t // 16 for t in range(1, length + 1)]
+    for limit in (None, 1, 3):
+        counted = sum(min(c, limit or c) for c in complete) / length
+        assert visible_pools(length, 16, limit) == pytest.approx(counted)
+    assert open_tail(length, 16) == pytest.approx(sum(t % 16 for t in range(1, length + 1)) / length)
 
 
 def test_only_attention_grows_with_the_context():

@@ -11,11 +11,12 @@ from hybridlm.model.config import MTPConfig, ScheduleConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, IndexerConfig, MLAConfig, build_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens, attention_recall, indexer_kl
+from hybridlm_kernels.indexer_kl import reference
 from hybridlm_kernels.indexer_kl import torch as kl_blocks
 from hybridlm_kernels.sparse_attention import torch as sparse_blocks
 
 MODES = ["dense", "sparse"]
-CORES = ["attention_indexed", "deepseek_v32", "glm_moe_dsa"]
+CORES = ["attention_indexed", "deepseek_v32", "glm_moe_dsa", "glm5_next", "attention_pooled"]
 INDEXER = {"num_heads": 4, "head_dim": 8, "topk": 6}
 
 
@@ -120,14 +121,89 @@ def test_no_loss_where_nothing_would_learn(how, monkeypatch):
         assert mixer(x, seq_of(x))[1] == {}
 
 
-def test_sharing_layers_have_no_loss_of_their_own():
-    config = MLAConfig(**MLA_DIMS, rope=NOPE, indexer=IndexerConfig(**INDEXER, rope_kind="none"))
-    shared = MLAConfig(**MLA_DIMS, rope=NOPE, indexer=IndexerConfig(share=True))
-    first, second = build_mixer(config, context_of(layer_index=0)), build_mixer(shared, context_of(layer_index=1))
-    x = inputs(1, 20, torch.float32)
+def sharing_layers(mode):
+    """An indexed layer and one that shares its indexer, in fp64."""
+    torch.manual_seed(0)
+    options = [IndexerConfig(**INDEXER, rope_kind="none", mode=mode), IndexerConfig(share=True, mode=mode)]
+    layers = [build_mixer(MLAConfig(**MLA_DIMS, rope=NOPE, indexer=option), context_of(layer_index=i)).double()
+              for i, option in enumerate(options)]
+    for layer in layers:
+        layer.init_weights(0.3)
+    return layers
+
+
+def dense_attention(mixer, x, seq):
+    """Queries and keys of every head."""
+    q = mixer.q_proj(x).unflatten(-1, (mixer.config.num_heads, -1))
+    latent, r = mixer.kv_a_proj(x).split([12, 4], -1)
+    k = mixer.kv_b_proj(mixer.kv_a_norm(latent)).unflatten(-1, (mixer.config.num_heads, -1))[..., :8]
+    return q, torch.cat([k, r[:, :, None].expand(-1, -1, mixer.config.num_heads, -1)], -1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_shared_indexer_learns_from_every_layer_that_reads_its_selection(mode):
+    layers, x, y = sharing_layers(mode), inputs(1, 20), inputs(1, 20, seed=2).requires_grad_()
     seq = seq_of(x)
-    assert first(x, seq)[1]
+    losses = [layer(value, seq)[1]["loss/indexer_kl"] for layer, value in zip(layers, (x, y), strict=True)]
+    index = layers[0].indexer.tensors(x, x, seq)
+    indices = layers[0].indexer(x, x, seq) if mode == "sparse" else None
+    for layer, value, loss in zip(layers, (x, y), losses, strict=True):
+        expected = indexer_kl(*index, *dense_attention(layer, value, seq), indices_BTN=indices, backend="reference")
+        torch.testing.assert_close(loss, expected.loss)
+    parameters = list(layers[0].indexer.parameters())
+    own, shared, both = (torch.autograd.grad(loss, parameters, retain_graph=True)
+                         for loss in (losses[0], losses[1], sum(losses)))
+    for a, b, total in zip(own, shared, both, strict=True):
+        assert b.any()
+        torch.testing.assert_close(a + b, total)
+    losses[1].backward()
+    assert y.grad is None
+    assert all(p.grad is None for n, p in layers[1].named_parameters())
+
+
+def test_the_mean_loss_of_sharing_layers_is_the_kl_from_their_mean_attention():
+    """But for a constant: the gradients are equal (IndexCache)."""
+    layers, x, y = sharing_layers("dense"), inputs(1, 20), inputs(1, 20, seed=2)
+    seq = seq_of(x)
+    loss = sum(layer(value, seq)[1]["loss/indexer_kl"] for layer, value in zip(layers, (x, y), strict=True)) / 2
+    main = [dense_attention(layer, value, seq) for layer, value in zip(layers, (x, y), strict=True)]
+    mask = reference.support(20, 20, 1, None, None, x.device)
+    p = sum(reference.main_attention(q, k, mask, 12**-0.5) for q, k in main) / 2
+    q, k, w = layers[0].indexer.tensors(x, x, seq)
+    log_q = torch.log_softmax(layers[0].indexer.scores(q, k, w).masked_fill(~mask, -torch.inf), -1)
+    mean_kl = -(p * log_q.masked_fill(~mask, 0.0)).sum() / 20
+    parameters = list(layers[0].indexer.parameters())
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(mean_kl, parameters), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("how", ["frozen", "weight 0", "evaluation"])
+def test_sharing_layers_have_no_loss_where_nothing_would_learn(how):
+    first, second = sharing_layers("sparse")
+    if how == "frozen":
+        first.indexer.requires_grad_(False)
+    elif how == "weight 0":
+        second.kl_weight = 0.0
+    else:
+        second.eval()
+    x = inputs(1, 20)
+    seq = seq_of(x)
+    first(x, seq)
     assert second(x, seq)[1] == {}
+
+
+def test_measuring_reports_sharing_layers_too():
+    layers, x = sharing_layers("sparse"), inputs(1, 20)
+    seq = seq_of(x)
+    for layer in layers:
+        layer.measuring = True
+        layer.eval()
+    with torch.no_grad():
+        statistics = [layer(x, seq)[1] for layer in layers]
+    index = layers[0].indexer(x, x, seq)
+    for layer, found in zip(layers, statistics, strict=True):
+        recall = attention_recall(*dense_attention(layer, x, seq), index, backend="reference")
+        torch.testing.assert_close(found["layer/indexer_recall"], recall.mass)
 
 
 def test_first_and_local_tokens_reach_the_selection():
@@ -150,11 +226,14 @@ def test_first_and_local_tokens_reach_the_selection():
         torch.testing.assert_close(torch.cat(out, 1), mixer(x, row)[0], rtol=1e-4, atol=1e-5)
 
 
-def sparse_lm(mode="sparse", pattern=("linear", "full", "dsa", "dsa"), **options):
+def sparse_lm(mode="sparse", pattern=("linear", "full", "dsa", "dsa"), indexer=INDEXER, **options):
     mixers = {"linear": DeltaRuleConfig(num_heads=2, head_dim=16),
               "full": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
               "dsa": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8,
-                                     indexer=IndexerConfig(**INDEXER, mode=mode))}
+                                     indexer=IndexerConfig(**indexer, mode=mode)),
+              "shared": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8,
+                                        indexer=IndexerConfig(share=True, mode=mode))}
+    mixers = {name: mixer for name, mixer in mixers.items() if name in pattern}
     return tiny_lm.model(num_layers=len(pattern), schedule=ScheduleConfig(pattern=list(pattern)), mixers=mixers,
                          **options)
 
@@ -194,11 +273,12 @@ def test_statistics_are_of_the_sparse_layers_only():
     assert 0 < stats["indexer_recall"] < 1
 
 
+@pytest.mark.parametrize("indexer", [INDEXER, INDEXER | {"pool": 2}], ids=["tokens", "pools"])
 @pytest.mark.parametrize("mode", MODES)
-def test_recomputing_layers_gives_the_same_gradients(mode):
+def test_recomputing_layers_gives_the_same_gradients(mode, indexer):
     results = []
     for checkpointing in (False, True):
-        model = sparse_lm(mode)
+        model = sparse_lm(mode, ("linear", "dsa", "shared", "dsa"), indexer)
         model.activation_checkpointing = checkpointing
         model(ids(), labels=ids(), cu_seqlens=tiny_lm.BORDERS).loss.backward()
         results.append([p.grad for p in model.parameters()])

@@ -21,7 +21,6 @@ from hybridlm.model.config import LayerContext, MixerConfig, require
 from hybridlm.model.mixers.base import Aux, register_mixer
 from hybridlm.model.mixers.cost import visible_keys
 from hybridlm.model.mixers.indexer import IndexedMixer, IndexerConfig
-from hybridlm.model.mixers.init import init_projections
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
@@ -87,13 +86,17 @@ class AttentionConfig(MixerConfig):
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
         gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
-        sparse = self.indexer is not None and self.indexer.mode == "sparse"
-        limit = self.indexer.topk if self.indexer is not None and sparse else self.window
-        parts = {"projections": 2.0 * D * (2 * H * K + 2 * G * K + gate),
-                 "attention": 4.0 * H * K * visible_keys(context_length, limit)}
+        keys = (visible_keys(context_length, self.window) if self.indexer is None
+                else self.indexer.read_keys(context_length))
+        parts = {"projections": 2.0 * D * (2 * H * K + 2 * G * K + gate), "attention": 4.0 * H * K * keys}
         if self.indexer is not None:
             parts["indexer"] = self.indexer.flops_per_token(context, D, context_length)
         return parts
+
+    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        width = self.num_heads * self.head_dim
+        return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
+            context, context.hidden_size, context_length, width)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         kept = context_length if self.window is None else min(context_length, self.window - 1)
@@ -149,10 +152,10 @@ class Attention(IndexedMixer):
         return rotate(x_BTHK, self.config.rope, self.rotary_dim, seq)
 
     def new_state(self, batch: int, max_length: int) -> AttentionState:
-        return AttentionState.empty(max_length, self.config.window)
+        return AttentionState.empty(max_length, self.config.window, self.index_pool)
 
     def init_weights(self, std: float) -> None:
-        init_projections(self, std)
+        super().init_weights(std)
         if self.sinks is not None:
             nn.init.normal_(self.sinks, std=std)
 

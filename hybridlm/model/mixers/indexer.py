@@ -2,13 +2,14 @@
 
     I_ts = sum_j w_tj relu(q_tj . k_s) * Di^-0.5 * Hi^-0.5,   attention reads the `topk` keys s of highest I_ts
 
-Source: DeepSeek-V3.2 (section 2.1); sharing over layers: GLM-5.
+Sources: DeepSeek-V3.2 (section 2.1); sharing over layers: GLM-5; its training: IndexCache (arXiv 2603.12201); pooled
+keys: GLM-5.3.
 B rows, T tokens, S keys, D hidden size, J index heads (Hi), I index head dim (Di), k selected keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,17 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.cache import TokenCache
+from hybridlm.model.cache import PooledCache, TokenCache
 from hybridlm.model.config import LayerContext, require
 from hybridlm.model.mixers.base import Aux, SequenceMixer
-from hybridlm.model.mixers.cost import visible_keys
+from hybridlm.model.mixers.cost import open_tail, visible_keys, visible_pools
+from hybridlm.model.mixers.init import init_projections
+from hybridlm.model.mixers.pooling import KeyPool
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import attention_recall, indexer_kl, indexer_topk
-from hybridlm_kernels.indexer_kl import Recall
+from hybridlm_kernels import Pools, attention_recall, indexer_kl, indexer_topk, pooled_indexer_kl, pooled_topk
+from hybridlm_kernels.indexer_kl import IndexerKL, Recall
 
 AttentionMode = Literal["dense", "sparse"]
-IndexTensors = tuple[Tensor, Tensor, Tensor]  # queries [B, T, J, I], keys [B, T, I], head weights [B, T, J]
+IndexTensors = tuple[Tensor, Tensor, Tensor]  # queries [B, T, J, I], keys [B, T or P, I], head weights [B, T, J]
+IndexCache = TokenCache | PooledCache
 
 
 @dataclass(kw_only=True)
@@ -36,7 +40,9 @@ class IndexerConfig:
     `rope_kind` rotates the first `rope_dim` dims of index queries and keys with theta and scaling of the mixer's own
     RoPE; `rope_dim` null takes `qk_rope_head_dim` (mla) or the rotated share of `head_dim` (attention).
     `num_first` tokens of the document and the `num_local` last ones (the token itself included) are always among the
-    `topk`. `loss_weight`: of KL(attention || softmax(I)), the loss that trains the indexer; 0 leaves it untrained.
+    `topk`. `pool`: so many consecutive tokens have one key and are selected together (GLM-5.3: 16); those behind the
+    last complete pool are read besides the `topk`.
+    `loss_weight`: of KL(attention || softmax(I)), the loss that trains the indexer; 0 leaves it untrained.
     `share`: this layer has no indexer of its own and reads the keys that the nearest earlier indexed layer selected.
     `mode` is what `mixer.attention_mode` starts as: `dense` keeps the parameters and attends to everything (warm-up).
     """
@@ -46,6 +52,7 @@ class IndexerConfig:
     topk: int = 2048
     num_first: int = 0
     num_local: int = 0
+    pool: int | None = None
     rope_kind: Literal["half", "interleaved", "none"] = "half"
     rope_dim: int | None = None
     norm_eps: float = 1e-6
@@ -60,6 +67,11 @@ class IndexerConfig:
             require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key))
         require(self.num_first + self.num_local <= self.topk, "num_local", "does not fit into topk beside num_first",
                 got=self.num_local, expected=f"at most {self.topk - self.num_first}")
+        require(self.pool is None or self.pool > 0, "pool", "must be positive", got=self.pool,
+                hint="null has a key for each token")
+        for key in ("topk", "num_first", "num_local"):
+            require(getattr(self, key) % (self.pool or 1) == 0, key, "must be whole pools", got=getattr(self, key),
+                    expected=f"a multiple of {self.pool}")
 
     def check_rope(self, mixer_dim: int) -> None:
         """Raise ConfigError unless the index heads can be rotated in a mixer that rotates `mixer_dim` dims."""
@@ -72,20 +84,55 @@ class IndexerConfig:
     def num_params(self, context: LayerContext, query_dim: int) -> int:
         if self.share:
             return 0
-        width = query_dim * self.num_heads + context.hidden_size + 2
-        return width * self.head_dim + context.hidden_size * self.num_heads
+        return self._projections(context, query_dim) + (2 + (self.pool or 0)) * self.head_dim
+
+    def _projections(self, context: LayerContext, query_dim: int) -> int:
+        keys = context.hidden_size * (1 if self.pool is None else 2)
+        return (query_dim * self.num_heads + keys) * self.head_dim + context.hidden_size * self.num_heads
+
+    def _selects(self, context_length: int) -> bool:
+        """A context of at most `topk` tokens needs no selection."""
+        return self.mode == "sparse" and context_length > self.topk
+
+    def read_keys(self, context_length: int) -> float:
+        """Mean number of keys that attention reads."""
+        if not self._selects(context_length):
+            return visible_keys(context_length)
+        if self.pool is None:
+            return visible_keys(context_length, self.topk)
+        return self.pool * visible_pools(context_length, self.pool, self.topk // self.pool) + open_tail(
+            context_length, self.pool)
+
+    def _scored(self, context_length: int, limit: int | None = None) -> float:
+        """Mean number of index keys, of tokens or pools, at most those of `limit` tokens."""
+        if self.pool is None:
+            return visible_keys(context_length, limit)
+        return visible_pools(context_length, self.pool, None if limit is None else limit // self.pool)
 
     def flops_per_token(self, context: LayerContext, query_dim: int, context_length: int) -> float:
-        """Projections and scores. A context of at most `topk` tokens needs no selection."""
-        if self.share or self.mode == "dense" or context_length <= self.topk:
+        """Projections and the scores of a selection."""
+        if self.share or not self._selects(context_length):
             return 0.0
-        projections = (query_dim * self.num_heads + context.hidden_size) * self.head_dim
-        projections += context.hidden_size * self.num_heads
-        return 2.0 * (projections + visible_keys(context_length) * self.num_heads * (self.head_dim + 1))
+        scores = self._scored(context_length) * self.num_heads * (self.head_dim + 1)
+        return 2.0 * (self._projections(context, query_dim) + scores)
+
+    def kl_flops_per_token(self, context: LayerContext, query_dim: int, context_length: int, width: int) -> float:
+        """What the loss adds to a training step besides the selection: the scores of the main attention (`width`: heads
+        times dims of a key), those of the index, forward and backward, and the gradients of the projections. Its
+        inputs are detached, so that nothing goes back further."""
+        if self.loss_weight == 0:
+            return 0.0
+        selects = self._selects(context_length)
+        scored = self._scored(context_length, self.topk if selects else None)
+        flops = 2.0 * width * self.read_keys(context_length) + 6.0 * scored * self.num_heads * (self.head_dim + 1)
+        projections = 0 if self.share else self._projections(context, query_dim)
+        return flops + (2.0 if selects else 4.0) * projections
 
     def state_bytes(self, context_length: int, element_bytes: int) -> int:
-        unused = self.share or self.mode == "dense"
-        return 0 if unused else context_length * self.head_dim * element_bytes
+        if self.share or self.mode == "dense":
+            return 0
+        pools, rest = divmod(context_length, self.pool or 1)
+        return (pools + 2 * rest) * self.head_dim * element_bytes
 
 
 class Indexer(nn.Module):
@@ -100,8 +147,25 @@ class Indexer(nn.Module):
         self.k_proj = nn.Linear(context.hidden_size, config.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(config.head_dim, eps=config.norm_eps)
         self.weights_proj = nn.Linear(context.hidden_size, config.num_heads, bias=False)
+        self.pool = None if config.pool is None else KeyPool(config.pool, context.hidden_size, config.head_dim)
 
-    def keys(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+    def keys(self, x_BTD: Tensor, seq: SequenceInfo, cache: IndexCache | None = None) -> Tensor:
+        """Keys of tokens [B, S, I] or of complete pools [B, P, I], with those of the cache before them."""
+        k_BTI = self.token_keys(x_BTD, seq)
+        if self.pool is None:
+            return k_BTI if cache is None else cache.append(k_BTI)  # type: ignore[call-arg]
+        entries_BT2I = self.pool.entries(x_BTD, k_BTI)
+        if isinstance(cache, PooledCache):
+            return cache.append(entries_BT2I, self.pool.combine)
+        return self.pool(entries_BT2I, self.pools(x_BTD, x_BTD.shape[1], seq))
+
+    def pools(self, queries_BT: Tensor, keys: int, seq: SequenceInfo) -> Pools:
+        """Where the pools of `keys` tokens lie, for queries at the last places of their rows."""
+        assert self.pool is not None
+        batch, queries = queries_BT.shape[:2]
+        return Pools.of(batch, queries, keys, self.pool.size, queries_BT.device, seq.cu_seqlens)
+
+    def token_keys(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
         """Index keys [B, T, I]: one head, normalised, rotated."""
         k_BTI = self.k_proj(x_BTD)
         norm = self.k_norm
@@ -127,19 +191,18 @@ class Indexer(nn.Module):
         return torch.einsum("btj,btjs->bts", w_BTJ, dots_BTJS.relu())
 
     def forward(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo,
-                cache: TokenCache | None = None) -> Tensor | None:
+                cache: IndexCache | None = None) -> Tensor | None:
         """The selected keys of each token: int32 [B, T, k], positions in the row, padded with -1.
 
         None when every document fits into `topk`: then all keys are selected, and nothing is scored.
         """
-        k_BSI = None
-        if cache is not None:
-            k_BSI = cache.append(self.keys(x_BTD, seq))
-        if longest_document(x_BTD, seq, 0 if k_BSI is None else k_BSI.shape[1]) <= self.topk:
+        k_BSI = None if cache is None else self.keys(x_BTD, seq, cache)
+        keys = x_BTD.shape[1] if cache is None else cache.length
+        if longest_document(keys, seq) <= self.topk:
             return None
         k_BSI = self.keys(x_BTD, seq) if k_BSI is None else k_BSI
         q_BTJI, w_BTJ = self.queries(x_BTD, query_input_BTQ, seq)
-        return self.choose((q_BTJI, k_BSI, w_BTJ), seq)
+        return self.choose((q_BTJI, k_BSI, w_BTJ), seq, keys)
 
     def tensors(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo) -> IndexTensors:
         """Queries, keys and head weights, differentiable in the indexer's parameters alone."""
@@ -147,53 +210,30 @@ class Indexer(nn.Module):
         q_BTJI, w_BTJ = self.queries(x_BTD, query_input_BTQ, seq)
         return q_BTJI, self.keys(x_BTD, seq), w_BTJ
 
-    def choose(self, index: IndexTensors, seq: SequenceInfo) -> Tensor | None:
-        """The selection of all tokens of a batch; None when everything fits into `topk`."""
-        if longest_document(index[1], seq, 0) <= self.topk:
+    def choose(self, index: IndexTensors, seq: SequenceInfo, keys: int) -> Tensor | None:
+        """The selection among `keys` tokens of a row for the last ones; None when everything fits into `topk`."""
+        if longest_document(keys, seq) <= self.topk:
             return None
-        config = self.config
-        return indexer_topk(*index, self.topk, num_first=min(config.num_first, self.topk),
-                            num_local=min(config.num_local, self.topk - min(config.num_first, self.topk)),
-                            cu_seqlens=seq.cu_seqlens)
+        first = min(self.config.num_first, self.topk)
+        local = min(self.config.num_local, self.topk - first)
+        if self.pool is None:
+            return indexer_topk(*index, self.topk, num_first=first, num_local=local, cu_seqlens=seq.cu_seqlens)
+        size = self.pool.size
+        return pooled_topk(*index, self.pools(index[0], keys, seq), self.topk // size,
+                           num_first=first // size, num_local=local // size)
+
+    def loss(self, index: IndexTensors, q_BTHK: Tensor, k_BTGK: Tensor, seq: SequenceInfo,
+             **options: Any) -> IndexerKL:
+        """KL of the selection against the main attention with these queries and keys."""
+        if self.pool is None:
+            return indexer_kl(*index, q_BTHK, k_BTGK, cu_seqlens=seq.cu_seqlens, **options)
+        return pooled_indexer_kl(*index, q_BTHK, k_BTGK, self.pools(q_BTHK, k_BTGK.shape[1], seq),
+                                 cu_seqlens=seq.cu_seqlens, **options)
 
 
-def longest_document(x_BTD: Tensor, seq: SequenceInfo, cached: int) -> int:
-    """Tokens in the longest document of the batch, those in the decode state included; known on the host."""
-    if seq.cu_seqlens is not None:
-        return max(seq.cu_seqlens.lengths)
-    return max(cached, x_BTD.shape[1])
-
-
-class Selections:
-    """What indexed layers selected in this forward, for layers that share; kept in `seq.shared`.
-
-    By layer and not as one "latest" entry, because activation checkpointing runs layers again from the last to the
-    first. An entry that no layer had read when the next one came is dropped.
-    """
-
-    KEY = "indexer.selections"
-
-    def __init__(self) -> None:
-        self.by_layer: dict[int, Tensor | None] = {}
-        self.read: set[int] = set()
-
-    @classmethod
-    def of(cls, seq: SequenceInfo) -> Selections:
-        return seq.shared.setdefault(cls.KEY, cls())
-
-    def leave(self, layer: int, indices_BTk: Tensor | None) -> None:
-        for earlier in [i for i in self.by_layer if i < layer and i not in self.read]:
-            del self.by_layer[earlier]
-        self.by_layer[layer] = indices_BTk
-
-    def nearest(self, layer: int) -> Tensor | None:
-        """The selection of the nearest earlier indexed layer; None stands for all keys."""
-        source = max((i for i in self.by_layer if i < layer), default=None)
-        if source is None:
-            raise ConfigError("indexer.share", f"layer {layer} has no earlier selection to share", got=True,
-                              expected="an indexed layer with share=false before it")
-        self.read.add(source)
-        return self.by_layer[source]
+def longest_document(keys: int, seq: SequenceInfo) -> int:
+    """Tokens in the longest document of rows of `keys` tokens, those in the decode state included."""
+    return keys if seq.cu_seqlens is None else max(seq.cu_seqlens.lengths)
 
 
 @dataclass(frozen=True)
@@ -206,7 +246,40 @@ class Selection:
 
     indices: Tensor | None = None
     chosen: Tensor | None = None
+    indexer: Indexer | None = None
     index: IndexTensors | None = None
+
+
+class Selections:
+    """What indexed layers selected in this forward, for layers that share; kept in `seq.shared`.
+
+    By layer and not as one "latest" entry, because activation checkpointing runs layers again from the last to the
+    first. An entry that no layer had read when the next one came is dropped.
+    """
+
+    KEY = "indexer.selections"
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, Selection] = {}
+        self.read: set[int] = set()
+
+    @classmethod
+    def of(cls, seq: SequenceInfo) -> Selections:
+        return seq.shared.setdefault(cls.KEY, cls())
+
+    def leave(self, layer: int, selection: Selection) -> None:
+        for earlier in [i for i in self.by_layer if i < layer and i not in self.read]:
+            del self.by_layer[earlier]
+        self.by_layer[layer] = selection
+
+    def nearest(self, layer: int) -> Selection:
+        """The selection of the nearest earlier indexed layer."""
+        source = max((i for i in self.by_layer if i < layer), default=None)
+        if source is None:
+            raise ConfigError("indexer.share", f"layer {layer} has no earlier selection to share", got=True,
+                              expected="an indexed layer with share=false before it")
+        self.read.add(source)
+        return self.by_layer[source]
 
 
 class IndexedMixer(SequenceMixer):
@@ -232,6 +305,16 @@ class IndexedMixer(SequenceMixer):
         if config is not None and not config.share:
             self.indexer = Indexer(config, context, query_dim, rope, rope_dim)
 
+    def init_weights(self, std: float) -> None:
+        init_projections(self, std)
+        if self.indexer is not None and self.indexer.pool is not None:
+            nn.init.zeros_(self.indexer.pool.bias)
+
+    @property
+    def index_pool(self) -> int | None:
+        """Tokens a pool of the index keys that this layer keeps; null: one key a token."""
+        return None if self.indexer is None else self.indexer.config.pool
+
     @property
     def attention_mode(self) -> AttentionMode:
         """`sparse`: read the selected keys. `dense`: read all keys, as without an indexer. May be set at any time."""
@@ -248,49 +331,51 @@ class IndexedMixer(SequenceMixer):
     def loss_weights(self) -> dict[str, float]:
         return {"indexer_kl": self.kl_weight}
 
-    @property
-    def learns(self) -> bool:
+    def learns(self, indexer: Indexer) -> bool:
         """Whether a forward now computes the loss of the indexer for its gradient."""
-        return (self.indexer is not None and self.training and torch.is_grad_enabled() and self.kl_weight > 0
-                and any(p.requires_grad for p in self.indexer.parameters()))
+        return (self.training and torch.is_grad_enabled() and self.kl_weight > 0
+                and any(p.requires_grad for p in indexer.parameters()))
 
     def select(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo,
-               cache: TokenCache | None) -> Selection:
+               cache: IndexCache | None) -> Selection:
         """The keys that attention may read. No gradient passes to the inputs."""
         if self.indexer_config is None:
             return Selection()
         dense = self._attention_mode == "dense"
         if self.indexer is None:
-            return Selection(None if dense else Selections.of(seq).nearest(self.layer_index))
+            source = Selections.of(seq).nearest(self.layer_index)
+            wanted = source.indexer is not None and (self.measuring or self.learns(source.indexer))
+            return replace(source, indices=None if dense else source.indices, index=source.index if wanted else None)
         index = chosen = None
-        if cache is None and (self.measuring or self.learns):
-            with torch.set_grad_enabled(self.learns):
+        learns = self.learns(self.indexer)
+        if cache is None and (self.measuring or learns):
+            with torch.set_grad_enabled(learns):
                 index = self.indexer.tensors(x_BTD, query_input_BTQ, seq)
-            chosen = self.indexer.choose(index, seq)
+            chosen = self.indexer.choose(index, seq, x_BTD.shape[1])
         elif not dense:
             with torch.no_grad():
                 chosen = self.indexer(x_BTD, query_input_BTQ, seq, cache)
-        indices = None if dense else chosen
-        Selections.of(seq).leave(self.layer_index, indices)
-        return Selection(indices, chosen, index)
+        selection = Selection(None if dense else chosen, chosen, self.indexer, index)
+        Selections.of(seq).leave(self.layer_index, selection)
+        return selection
 
     def observe(self, selection: Selection, q_BTHK: Tensor, k_BTGK: Tensor, seq: SequenceInfo,
                 scale: float | None = None) -> Aux:
         """The loss of the indexer and its statistics, from the main attention's queries and keys.
 
         The loss is over the keys that attention reads: all of them, or the selected. Recall is against the dense
-        attention; it comes with a dense layer's loss and is measured apart in a sparse one.
+        attention; it comes with a dense layer's loss and is measured apart in a sparse one. A layer that shares has
+        its own such loss: the mean over layers is, but for a constant, the KL from their mean attention.
         """
-        if selection.index is None:
+        if selection.index is None or selection.indexer is None:
             return {}
-        options: dict[str, Any] = {"scale": scale, "cu_seqlens": seq.cu_seqlens}
         everything, chosen = selection.indices is None, selection.chosen
-        result = indexer_kl(*selection.index, q_BTHK, k_BTGK, indices_BTN=selection.indices,
-                            recall_of_BTN=chosen if everything else None, **options)
+        result = selection.indexer.loss(selection.index, q_BTHK, k_BTGK, seq, indices_BTN=selection.indices,
+                                        recall_of_BTN=chosen if everything else None, scale=scale)
         recall = result.recall
         if self.measuring and not everything:
             assert selection.indices is not None
-            recall = attention_recall(q_BTHK, k_BTGK, selection.indices, **options)
+            recall = attention_recall(q_BTHK, k_BTGK, selection.indices, scale=scale, cu_seqlens=seq.cu_seqlens)
         aux = {"loss/indexer_kl": result.loss, "layer/indexer_kl": result.loss.detach(),
                "layer/indexer_entropy": result.entropy}
         if recall is None and chosen is None:  # every key is selected

@@ -26,7 +26,6 @@ from hybridlm.model.mixers.attention import OutputGate, build_output_gate, gate_
 from hybridlm.model.mixers.base import Aux, register_mixer
 from hybridlm.model.mixers.cost import visible_keys
 from hybridlm.model.mixers.indexer import IndexedMixer, IndexerConfig, Selection
-from hybridlm.model.mixers.init import init_projections
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
@@ -92,13 +91,17 @@ class MLAConfig(MixerConfig):
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         query_dim, weights, _ = self._widths(context)
-        sparse = self.indexer is not None and self.indexer.mode == "sparse"
-        keys = visible_keys(context_length, self.indexer.topk if self.indexer is not None and sparse else None)
+        keys = visible_keys(context_length) if self.indexer is None else self.indexer.read_keys(context_length)
         parts = {"projections": 2.0 * weights,
                  "attention": 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * keys}
         if self.indexer is not None:
             parts["indexer"] = self.indexer.flops_per_token(context, query_dim, context_length)
         return parts
+
+    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        width = self.num_heads * self.qk_head_dim
+        return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
+            context, self._widths(context)[0], context_length, width)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
@@ -207,7 +210,4 @@ class MLA(IndexedMixer):
         return torch.einsum("bthc,hvc->bthv", o_BTHC, up_HVC), aux
 
     def new_state(self, batch: int, max_length: int) -> LatentState:
-        return LatentState.empty(max_length)
-
-    def init_weights(self, std: float) -> None:
-        init_projections(self, std)
+        return LatentState.empty(max_length, self.index_pool)
