@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hybridlm.errors import ConfigError, UserError
 from hybridlm.evaluation.probe_training import probe_lengths, train_on_probe
 from hybridlm.evaluation.probes import Probe, make_probe
 from hybridlm.model.config import require
+from hybridlm.training.run_folder import RunFolder
 
 WORK_FILE, RESULTS_FOLDER = "work.yaml", "probes"
 
@@ -97,7 +99,11 @@ def read_result(run_dir: Path, task: ProbeTask) -> dict[str, Any] | None:
 
 def run_point(run_dir: Path) -> int:
     """Does what is left of the point in `run_dir`, and prints how it ended as JSON. A probe that fails is reported and
-    does not keep the others from running."""
+    does not keep the others from running.
+
+    Raises:
+        ConfigError: another process works there.
+    """
     from hybridlm.config.compose import load_config
     from hybridlm.sweep.folder import POINT_FILE
 
@@ -108,7 +114,10 @@ def run_point(run_dir: Path) -> int:
         from hybridlm.training import train
 
         ended = train(config, to_stderr=True).to_dict()
-    failed = _run_probes(run_dir, config, work.probes) if ended["status"] == "finished" else 0
+    failed = 0
+    if ended["status"] == "finished":
+        with closing(RunFolder(run_dir)):  # for others it is busy
+            failed = _run_probes(run_dir, config, work.probes)
     print(json.dumps(ended))
     return 1 if failed else 0
 

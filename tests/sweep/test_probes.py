@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import closing
 
 import pytest
 
@@ -13,6 +14,7 @@ from hybridlm.sweep.folder import OUTCOME_FILE, begin, check_owner, outcome, wri
 from hybridlm.sweep.plan import make_plan
 from hybridlm.sweep.request import read_request
 from hybridlm.sweep.table import cost_row, report
+from hybridlm.training.run_folder import RunFolder
 
 MQAR = "{name: mqar, label: recall, parameters: {num_pairs: 1, key_vocab: 2, value_vocab: 2}, length: 4, " \
        "lengths: [4, 6], steps: 2, batch_size: 2, examples: 2}"
@@ -94,6 +96,12 @@ def test_a_probe_that_fails_is_named_and_the_next_one_runs(folder, monkeypatch, 
     assert "error: probe recall: out of memory\n" in capsys.readouterr().err
     assert [path.name for path in (folder / "points" / "seed-0" / "probes").iterdir()] == ["parity.json"]
     assert outcome(plan.points[0])["status"] == "failed"
+
+
+def test_a_point_that_another_process_holds_is_left_to_it(folder):
+    point = make_plan(words(folder, MQAR)).points[0]
+    with closing(RunFolder(begin(point))), pytest.raises(ConfigError, match="another process"):
+        probes.run_point(folder / "points" / point.name)
 
 
 @pytest.mark.parametrize("tasks", [[PARITY], [MQAR.replace("steps: 2", "steps: 3"), PARITY]])
