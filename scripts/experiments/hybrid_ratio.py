@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Which probes tell linear mixers and ratios apart, at a size at which two CPU cores finish?
+
+    python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio          # goes on where it was stopped
+    python scripts/experiments/hybrid_ratio.py --out runs/smoke --smoke         # minutes: does it run?
+
+Runs four sweeps of configs/sweep/, each into a folder of --out, and writes beside them table.md, results.csv (the
+scores of all) and the figures of the first one. docs/experiments/hybrid_ratio.md has what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridlm.cli import main as hybridlm
+from hybridlm.report.build import write_report
+from hybridlm.sweep.folder import write_text
+from hybridlm.sweep.table import layers_text
+
+SWEEPS = ("hybrid_ratio_probes", "probe_published", "probe_depth", "probe_state")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Accuracy of each probe at each length, a row for points that differ in their seed alone: mean and, where there
+    are several seeds, the lowest and highest."""
+    columns = [(label, length, "" if length == task["length"] else f"@{length}")
+               for label, task in results["probes"].items() for length in task["lengths"]]
+    lines = [_row("layers", "parameters", *(f"{label}, {length} tokens" for label, length, _ in columns)),
+             "|---" * (len(columns) + 2) + "|",
+             _row("chance", "", *(f"{results['probes'][label]['chance']:.2f}" for label, _, _ in columns))]
+    for group in results["groups"]:
+        scores = [group["metrics"].get(f"probe/{label}/accuracy{at}") for label, _, at in columns]
+        if any(scores):
+            lines.append(_row(layers_text(group["layers"]), f"{group['parameters']:,}", *map(_score, scores)))
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score['mean']:.2f}" + (f" ({score['min']:.2f}-{score['max']:.2f})" if score["seeds"] > 1 else "")
+
+
+def scores(results: dict[str, Any]) -> Iterator[list[Any]]:
+    """Rows of the experiment's results.csv: accuracies, and the seconds of each training."""
+    for point in results["points"]:
+        seed = point["settings"]["training.seed"]
+        for name, value in point["metrics"].items():
+            _, label, metric = name.split("/")
+            if metric.startswith("accuracy") or metric == "seconds":
+                yield [results["sweep"], layers_text(point["layers"]), seed, label, metric, f"{value:.4f}"]
+
+
+def facts(every: list[dict[str, Any]]) -> str:
+    """How many trainings, how long they took, and with what."""
+    seconds = [value for results in every for point in results["points"] for name, value in point["metrics"].items()
+               if name.endswith("/seconds")]
+    return (f"{len(seconds)} trainings, {sum(seconds) / 60:.0f} minutes in all, "
+            f"{statistics.median(seconds):.0f} s each (median). torch {torch.__version__}, "
+            f"Python {platform.python_version()}, {platform.machine()}.\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/hybrid_ratio"))
+    parser.add_argument("--smoke", action="store_true", help="all-linear DeltaNet alone")
+    parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
+    args = parser.parse_args()
+    small = ["training.seed=0,1", "model.schedule.linear=deltanet", "model.schedule.ratio=inf"] if args.smoke else []
+    code, every = 0, []
+    for name in SWEEPS:
+        folder = args.out / name
+        words = ["--collect"] if args.collect else [f"sweep={name}", *small]
+        code = max(code, hybridlm(["sweep", f"sweep.dir={folder}", *words]))
+        every.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    write_text(args.out / "table.md", "\n".join(f"{results['sweep']}\n\n{table(results)}" for results in every)
+               + f"\n{facts(every)}")
+    with (args.out / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["sweep", "layers", "seed", "probe", "metric", "value"])
+        writer.writerows(row for results in every for row in scores(results))
+    write_report(args.out / SWEEPS[0], png=args.out / "figures")
+    print(f"{args.out}/table.md, {args.out}/results.csv, {args.out}/figures/, {args.out}/{SWEEPS[0]}/report.html")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
