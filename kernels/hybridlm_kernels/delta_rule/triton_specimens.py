@@ -1,0 +1,52 @@
+"""Every kernel of the delta rule in bfloat16, for the compile check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..triton_support import Specimen
+from .triton_chunk import chunk_kernel
+from .triton_decode import decode_kernel
+from .triton_gradients import gradients_kernel
+from .triton_scan import scan_back_kernel, scan_kernel
+
+HALF = "q k g beta queries keys writes w v A X o states y do d_states z dq dk dv dg d_beta S dS scratch"
+SINGLE = "A_log bias factors total state last d_last d_state d_A_log d_bias"
+TYPES = ({f"{name}_ptr": "*bf16" for name in HALF.split()} | {f"{name}_ptr": "*fp32" for name in SINGLE.split()}
+         | {"chunks_ptr": "*i64", "documents_ptr": "*i64", "tokens": "i32", "H": "i32", "G": "i32"}
+         | dict.fromkeys(("scale", "inverse_scale", "gate_constant", "beta_scale"), "fp32"))
+
+
+def _specimen(label: str, kernel: Any, constants: dict[str, Any], without: str = "") -> Specimen:
+    """`without` names pointers that are None."""
+    inner = kernel
+    while not hasattr(inner, "arg_names") or hasattr(inner, "configs"):
+        inner = inner.fn
+    absent = {f"{name}_ptr": None for name in without.split()}
+    types = {name: TYPES[name] for name in inner.arg_names if name in TYPES and name not in absent}
+    return Specimen(label, kernel, types, constants | absent)
+
+
+def _all() -> Iterator[Specimen]:
+    for D in (64, 128, 256):
+        sizes = {"K": D, "V": D}
+        for decay, gate, fast in (("head", "softplus", False), ("channel", "softplus", False),
+                                  ("channel", "lower_bounded", True)):
+            flags = {"DECAY": decay, "GATE": gate, "FAST": fast, "L2NORM": True, "SIGMOID": True, "EXACT": False,
+                     "BK": 32}
+            label = f"{decay} decay{', bounded' if fast else ''}, D={D}"
+            yield _specimen(f"chunk, {label}", chunk_kernel, flags | {"K": D, "SCORES": True},
+                            "" if decay == "channel" else "queries keys writes")
+            yield _specimen(f"gradients, {label}", gradients_kernel, flags | sizes | {"BV": 32})
+            yield _specimen(f"decode, {label}", decode_kernel, sizes | {
+                "BK": D, "BV": 32, "DECAY": decay, "GATE": gate, "L2NORM": True, "SIGMOID": True})
+        for channel in (False, True):
+            sizes = {"K": D, "V": D, "BK": D, "BV": 32 if D > 128 else 64, "CHANNEL": channel, "EXACT": False}
+            label = f"{'channel' if channel else 'head'} decay, D={D}"
+            yield _specimen(f"scan, {label}", scan_kernel, sizes | {"OUTPUT": True}, "states y")
+            yield _specimen(f"states, {label}", scan_kernel, sizes | {"OUTPUT": False}, "o last")
+            yield _specimen(f"scan back, {label}", scan_back_kernel, sizes | {"OUTPUT": True})
+
+
+SPECIMENS = list(_all())

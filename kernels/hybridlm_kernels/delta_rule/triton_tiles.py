@@ -1,0 +1,125 @@
+"""What the kernels of the delta rule share: tiles of heads, gates, sums of decays, pairs of tokens.
+
+Decays are in log2 units and are only ever added, never subtracted: a sum of numbers at most 0 stays finite or goes to
+-inf, and exp2 of it lies in [0, 1], whatever the gate.
+
+With a decay a channel, pairs of tokens i > j of a chunk are taken by levels b = 1, 2, 4, ..., C/2. Blocks of 2b tokens
+have a border between their halves; i in the second half and j in the first meet there:
+    a_{j+1} ... a_i = 2^{E_i} 2^{E_j},  E_i = sum of g from the border to i,  E_j = sum from behind j to the border.
+
+Legend: C = 64 tokens a chunk, K key head dim, i, j, t tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+C = tl.constexpr(64)
+LEVELS = tl.constexpr(6)  # b = 1, 2, ..., C/2
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-200.0)  # of log2 decays that are summed by products: 2^-200 is 0, and 0 * -inf would be NaN
+
+
+@triton.jit
+def load_tile(ptr, rows, stride, columns, WIDTH: tl.constexpr, inside):
+    """[rows, columns] of a head that `ptr` points to, zero outside."""
+    at = rows[:, None] * stride + columns[None, :]
+    return tl.load(ptr + at, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, rows, stride, columns, WIDTH: tl.constexpr, inside, x):
+    """The inverse of `load_tile`, in the type of the memory."""
+    at = rows[:, None] * stride + columns[None, :]
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x): x above 20, and without loss where e^x vanishes beside 1."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    return tl.where(x > 20.0, x, tl.where(x < -9.0, e - 0.5 * e * e, tl.log(1.0 + e)))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def gate_value(u, rate, bias, constant, GATE: tl.constexpr):
+    """g of the raw gate u (`gates.py`); `rate` is e^A_log, `constant` the lower bound or the normalizer."""
+    g = u.to(tl.float32)
+    if GATE == "softplus":
+        g = -rate * softplus(g + bias)
+    if GATE == "lower_bounded":
+        g = constant * sigmoid(rate * (g + bias))
+    if GATE == "logsigmoid":
+        g = -softplus(-(g + bias)) / constant
+    return g
+
+
+@triton.jit
+def gate_gradients(u, dg, rate, bias, constant, GATE: tl.constexpr):
+    """The gradients of u and of A_log, one an entry, from that of g."""
+    x = u.to(tl.float32) + bias
+    du, dA = dg, dg
+    if GATE == "softplus":
+        du = -rate * sigmoid(x) * dg
+        dA = -rate * softplus(x) * dg
+    if GATE == "lower_bounded":
+        s = sigmoid(rate * x)
+        slope = constant * s * (1.0 - s) * dg
+        du = slope * rate
+        dA = slope * rate * x
+    if GATE == "logsigmoid":
+        du = sigmoid(-x) / constant * dg
+    return du, dA
+
+
+@triton.jit
+def pairs_of(i, j, b):
+    """Whether the tokens i (of the second half) and j meet at level b; i and j broadcast."""
+    return (i // (2 * b) == j // (2 * b)) & (i // b % 2 == 1) & (j // b % 2 == 0)
+
+
+@triton.jit
+def span(i, t, b):
+    """Whether token t lies between token i and the border that i meets at level b; i and t broadcast."""
+    return (i // b == t // b) & tl.where(i // b % 2 == 1, t <= i, t > i)
+
+
+@triton.jit
+def after_middle(i, t):
+    """Whether t lies behind the middle of i's block of 16 and up to i.
+
+    Where |g| is bounded so that 8 steps stay far from overflow, a block needs no levels below 16: with E the sum up
+    to i (`after_middle`) less that behind i (`before_middle`), a_{j+1} ... a_i = 2^{E_i} 2^{-E_j}.
+    """
+    return (t > i // 16 * 16 + 7) & (t <= i)
+
+
+@triton.jit
+def before_middle(i, t):
+    """Whether t lies behind i and up to the middle of i's block of 16."""
+    return (t > i) & (t <= i // 16 * 16 + 7)
+
+
+@triton.jit
+def sum_over(members, x, EXACT: tl.constexpr):
+    """[C, K]: the rows of x summed over the members [C, C], to 24 bits (EXACT) or 16."""
+    if EXACT:
+        return tl.dot(members.to(tl.float32), x, input_precision="ieee")
+    ones = members.to(tl.bfloat16)
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(ones, low, tl.dot(ones, high))
+
+
+@triton.jit
+def decay_between(g, EXACT: tl.constexpr):
+    """a_{j+1} ... a_i of one decay a head, [C, C]; 1 where i <= j. g [C] is in log2 units."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    g = tl.where(g < LOWEST, LOWEST, g)
+    return tl.exp2(sum_over(j <= i, tl.where(i > j, g[:, None], 0.0), EXACT))

@@ -1,0 +1,146 @@
+"""The Triton delta rule against the fp64 recurrence: outputs, states and every gradient."""
+
+import pytest
+import torch
+from kernel_compare import error
+
+from hybridlm_kernels import CuSeqlens, delta_rule
+from hybridlm_kernels.gates import Gate
+
+TOLERANCE = 1e-5
+
+
+def make_inputs(decay, *, B=1, T=65, H=1, G=1, K=20, V=24, N=None, raw=False):
+    """Random inputs by name; gates lie in [-1, 0] and keys are of length one, unless `raw`."""
+    generator = torch.Generator().manual_seed(T + 7 * G)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs = {"q": randn(B, T, H, K), "k": randn(B, T, H, K), "v": randn(B, T, G, V), "beta": randn(B, T, G),
+              "initial_state": randn(N or B, G, K, V)}
+    if decay != "none":
+        inputs["g"] = randn(B, T, G, K) if decay == "channel" else randn(B, T, G)
+    if not raw:
+        inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
+        inputs["beta"] = inputs["beta"].sigmoid()
+        if decay != "none":
+            inputs["g"] = -inputs["g"].sigmoid()
+    return inputs
+
+
+def run(inputs, backend, gate=None, **options):
+    """Outputs, last states and the gradients of all inputs for one fixed upstream gradient."""
+    dtype, device = (torch.float64, "cpu") if backend == "reference" else (torch.float32, options.pop("device"))
+    options.pop("device", None)
+    leaves = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
+    call = dict(leaves)
+    if gate:
+        call["gate"] = Gate(gate, A_log=call.pop("A_log", None), dt_bias=call.pop("dt_bias"), normalizer=4.0)
+    o, state = delta_rule(call.pop("q"), call.pop("k"), call.pop("v"), **call, **options, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (o, state)]
+    grads = torch.autograd.grad([o, state], list(leaves.values()), upstream)
+    return {"o": o.detach(), "state": state.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def assert_equals_the_recurrence(inputs, device, **options):
+    got, expected = (run(inputs, backend, device=device, **options) for backend in ("triton", "reference"))
+    for name, x in expected.items():
+        assert got[name].shape == x.shape
+        assert error(got[name].cpu(), x) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize(("decay", "T"), [("none", 65), ("scalar", 1), ("scalar", 100), ("channel", 15),
+                                          ("channel", 63)])
+def test_equals_the_recurrence(decay, T, device):
+    assert_equals_the_recurrence(make_inputs(decay, T=T), device)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_grouped_value_heads_and_more_channels_than_a_block(decay, device):
+    assert_equals_the_recurrence(make_inputs(decay, T=18, G=2, K=36, V=36), device)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+@pytest.mark.parametrize("gate", ["-12", "mixed", "-inf"])
+def test_strong_decay(decay, gate, device):
+    inputs = make_inputs(decay, T=40)
+    g = inputs["g"]
+    if gate == "mixed":  # strong, then weak: differences of sums over the chunk would lose the weak ones
+        g *= 0.01
+        g[:, :20] = -50.0
+    elif gate == "-inf":
+        g.view(-1)[::5] = -torch.inf
+    else:
+        g.fill_(float(gate))
+    assert_equals_the_recurrence(inputs, device)
+
+
+@pytest.mark.parametrize(("decay", "gate"), [("scalar", "softplus"), ("scalar", "logsigmoid"), ("channel", "softplus"),
+                                             ("channel", "lower_bounded")])
+def test_gates_and_norms_inside(decay, gate, device):
+    inputs = make_inputs(decay, T=36, G=2, raw=True)
+    generator = torch.Generator().manual_seed(3)
+    inputs["dt_bias"] = torch.randn(inputs["g"].shape[2:], generator=generator, dtype=torch.float64)
+    if gate != "logsigmoid":
+        inputs["A_log"] = torch.randn(2, generator=generator, dtype=torch.float64)
+    assert_equals_the_recurrence(inputs, device, gate=gate, beta_sigmoid=2.0, qk_l2norm=True, scale=0.3)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_packed_documents(decay, device):
+    inputs = make_inputs(decay, T=66, N=3)
+    assert_equals_the_recurrence(inputs, device, cu_seqlens=CuSeqlens([0, 1, 65, 66], device))
+
+
+def test_without_beta_and_state(device):
+    inputs = make_inputs("scalar", T=20)
+    assert_equals_the_recurrence({name: inputs[name] for name in "qkvg"}, device)
+
+
+def test_beta_of_zero_has_a_gradient(device):
+    inputs = make_inputs("none", T=20)
+    inputs["beta"][:, ::3] = 0.0
+    assert_equals_the_recurrence(inputs, device)
+
+
+def forward(inputs, device, backend="triton", **options):
+    x = {name: x.to(device, torch.float32) for name, x in inputs.items()}
+    return delta_rule(x.pop("q"), x.pop("k"), x.pop("v"), **x, **options, backend=backend)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_causal_to_the_last_bit(decay, device):
+    inputs = make_inputs(decay, T=70)
+    before, _ = forward(inputs, device)
+    for t in (20, 64):
+        changed = {name: x.clone() for name, x in inputs.items()}
+        for name in ("q", "k", "v", "beta", "g"):
+            changed[name][:, t + 1 :] *= 0.5
+        after, _ = forward(changed, device)
+        assert torch.equal(before[:, : t + 1], after[:, : t + 1])
+        assert not torch.equal(before[:, t + 1], after[:, t + 1])
+
+
+@pytest.mark.parametrize(("decay", "gate"), [("none", None), ("scalar", "softplus"), ("channel", "lower_bounded")])
+def test_token_by_token_equals_the_whole(decay, gate, device):
+    inputs = make_inputs(decay, T=20, G=2, raw=True)
+    options = {"qk_l2norm": True, "beta_sigmoid": 1.0}
+    if gate:
+        bias = torch.linspace(-1, 1, inputs["g"][0, 0].numel(), device=device).view(inputs["g"].shape[2:])
+        options["gate"] = Gate(gate, A_log=torch.tensor([0.3, -0.2], device=device), dt_bias=bias)
+    whole, last = forward(inputs, device, **options)
+    state, outputs = inputs.pop("initial_state"), []
+    for tokens in (slice(0, 1), slice(1, 2), slice(2, 18), slice(18, 20)):
+        part = {name: x[:, tokens] for name, x in inputs.items()}
+        o, state = forward(part | {"initial_state": state}, device, **options)
+        outputs.append(o)
+    assert error(torch.cat(outputs, 1), whole) < 1e-6
+    assert error(state, last) < 1e-6
+
+
+def test_large_heads_are_refused(device):
+    inputs = make_inputs("none", T=3, K=300)
+    with pytest.raises(RuntimeError, match=r"delta_rule: .* has head dims up to 256; got 300"):
+        forward(inputs, device)
