@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hybridlm_kernels import triton_support
 from hybridlm_kernels.moe import reference
 from hybridlm_kernels.moe import torch as eager
+from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
+MOST_EXPERTS = 1024  # that a Triton program of the tile table looks at
+
+
+def _few_enough(call: Call) -> tuple[bool, str]:
+    experts = call.get("experts")
+    return (True, "") if experts <= MOST_EXPERTS else (False, f"sorts for up to {MOST_EXPERTS} experts; got {experts}")
+
+
 MOE_EXPERTS = register(Operation("moe_experts", (
+    triton_support.backend("hybridlm_kernels.moe.triton", "moe_experts", _few_enough),
     Backend("torch", eager.moe_experts, eager.supports), Backend("reference", reference.moe_experts))))
 
 
@@ -40,5 +51,6 @@ def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids
     if expert_ids_NA.shape != weights_NA.shape or expert_ids_NA.dim() != 2 or len(expert_ids_NA) != len(x_ND):
         raise ValueError(f"moe_experts: expert_ids and weights must both be [{len(x_ND)}, A]; "
                          f"got {list(expert_ids_NA.shape)} and {list(weights_NA.shape)}")
-    chosen = choose(MOE_EXPERTS, Call.of(x_ND, gate_up_E2ID, down_EDI, weights_NA), backend)
+    call = Call.of(x_ND, gate_up_E2ID, down_EDI, weights_NA, experts=experts, product_dtype=product_dtype(x_ND))
+    chosen = choose(MOE_EXPERTS, call, backend)
     return chosen.run(x_ND, gate_up_E2ID, down_EDI, expert_ids_NA, weights_NA, limit)

@@ -26,18 +26,19 @@ def clamped(gate, up, limit):
 
 
 @triton.jit
-def gradients(dact, gate, up, limit, CLAMPED: tl.constexpr):
-    """Gradients of gate and up from that of silu(gate) * up, zero where a clamp holds."""
+def derivatives(gate, up, limit, CLAMPED: tl.constexpr):
+    """silu(gate) * up and its derivatives by gate and by up, which are zero where a clamp holds."""
     g, u = gate, up
     if CLAMPED:
         g, u = clamped(gate, up, limit)
     sigmoid = tl.sigmoid(g)
-    dgate = dact * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
-    dup = dact * g * sigmoid
+    by_up = g * sigmoid
+    by_gate = u * (sigmoid + by_up * (1.0 - sigmoid))
+    act = by_up * u
     if CLAMPED:
-        dgate = tl.where(gate > limit, 0.0, dgate)
-        dup = tl.where(tl.abs(up) > limit, 0.0, dup)
-    return dgate, dup
+        by_gate = tl.where(gate > limit, 0.0, by_gate)
+        by_up = tl.where(tl.abs(up) > limit, 0.0, by_up)
+    return act, by_gate, by_up
 
 
 @triton.jit
@@ -68,9 +69,9 @@ def _backward(gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, D, gate_row, up_row,
     gate = tl.load(gate_ptr + row * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row + columns, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * dy_row + columns, mask=inside, other=0.0).to(tl.float32)
-    dgate, dup = gradients(dy, gate, up, limit, CLAMPED)
-    tl.store(dgate_ptr + row * D + columns, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
-    tl.store(dup_ptr + row * D + columns, dup.to(dup_ptr.dtype.element_ty), mask=inside)
+    _, by_gate, by_up = derivatives(gate, up, limit, CLAMPED)
+    tl.store(dgate_ptr + row * D + columns, (dy * by_gate).to(dgate_ptr.dtype.element_ty), mask=inside)
+    tl.store(dup_ptr + row * D + columns, (dy * by_up).to(dup_ptr.dtype.element_ty), mask=inside)
 
 
 def _launch(kernel, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], limit: float | None) -> None:
