@@ -78,7 +78,8 @@ def _series(ax: Any, axis: Axis, series: Series, x_unit: float, y_unit: float) -
                     ecolor=style.colour[0], alpha=0.6, elinewidth=1, capsize=2)
     if series.labels and not series.points:
         for at, value, label in zip(x, y, series.labels, strict=True):
-            ax.annotate(_plain(label), (at, value), xytext=(4, 4), textcoords="offset points", fontsize=7.5, color=MUTED[0])
+            ax.annotate(_plain(label), (at, value), xytext=(4, 4), textcoords="offset points", fontsize=7.5,
+                        color=MUTED[0])
     return ax.plot(x, y, **look)[0]
 
 
