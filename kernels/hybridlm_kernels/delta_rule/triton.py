@@ -37,8 +37,8 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None,
                gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:
     """Arguments as in the public function, already checked."""
     q, k = q_BTHK.to(v_BTGV.dtype), k_BTHK.to(v_BTGV.dtype)
-    tensors = [None if x is None else x.contiguous()
-               for x in (q, k, v_BTGV, g, beta_BTG, *parameters_of(gate), state_NGKV)]
+    tensors: list[Any] = [None if x is None else x.contiguous()
+                          for x in (q, k, v_BTGV, g, beta_BTG, *parameters_of(gate), state_NGKV)]
     options = _Options(scale, borders, qk_l2norm, gate, beta_sigmoid)
     longest = q.shape[1] if borders is None else max(borders.lengths)
     if longest > FEW_TOKENS or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
@@ -103,12 +103,7 @@ class _Launches:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
 
-    @staticmethod
-    def _block(dim: int) -> int:
-        """Channels or values at a time, where a program goes over all of them."""
-        return min(32, max(16, triton.next_power_of_2(dim)))
-
-    def chunk(self, scores: _Scores | None = None) -> tuple[_Scores, tuple[Tensor, Tensor, Tensor]]:
+    def chunk(self, scores: _Scores | None = None) -> tuple[_Scores, tuple[Tensor, ...]]:
         """A, X and what goes with them (unless given), and the queries, keys and writes that the scans take."""
         x, channel = self.x, self.decay == "channel"
         decayed = tuple(self.empty(self.B, self.T, self.G, self.K) for _ in range(3)) if channel else (x.q, x.k, x.k)
@@ -122,7 +117,7 @@ class _Launches:
             chunk_kernel[(self.tables.num_chunks, self.G, 2)](
                 x.q, x.k, x.g, x.beta, x.A_log, x.dt_bias, self.tables.chunks, found.A, found.X, found.factors,
                 found.total, *decayed, self.options.scale, self.gate_constant, self.beta_scale, self.tokens, self.H,
-                self.G, K=self.K, BK=self._block(self.K), SCORES=scores is None, **self.flags)
+                self.G, K=self.K, SCORES=scores is None, **self.flags)
         return found, decayed
 
     def decode(self) -> tuple[Tensor, Tensor]:
@@ -130,7 +125,7 @@ class _Launches:
         x, flags = self.x, {name: self.flags[name] for name in ("DECAY", "GATE", "L2NORM", "SIGMOID")}
         o = self.empty(*x.v.shape)
         last = self.empty(self.documents, self.G, self.K, self.V, dtype=torch.float32)
-        block = self._block(self.V)
+        block = min(32, max(16, triton.next_power_of_2(self.V)))
         decode_kernel[(self.documents * self.G * triton.cdiv(self.V, block),)](
             x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, x.state, self.tables.documents, o, last,
             self.options.scale, self.gate_constant, self.beta_scale, self.H, self.G, K=self.K, V=self.V,
@@ -148,7 +143,7 @@ class _Launches:
             block //= 2
         return block
 
-    def scan(self, scores: _Scores, decayed: tuple[Tensor, Tensor, Tensor], output: bool) -> tuple[Tensor, Tensor]:
+    def scan(self, scores: _Scores, decayed: tuple[Tensor, ...], output: bool) -> tuple[Tensor, Tensor]:
         """(o [B, T, G, V], last states [N, G, K, V]), or without output (Y [B, T, G, V], states [P, G, K, V])."""
         x, sizes = self.x, self._scan_sizes()
         per_token = self.empty(self.B, self.T, self.G, self.V)
@@ -160,7 +155,7 @@ class _Launches:
                           self.tables.documents, *outputs, self.tokens, self.H, self.G, OUTPUT=output, **sizes)
         return per_token, states
 
-    def scan_back(self, scores: _Scores, decayed: tuple[Tensor, Tensor, Tensor], do: Tensor, d_last: Tensor,
+    def scan_back(self, scores: _Scores, decayed: tuple[Tensor, ...], do: Tensor, d_last: Tensor,
                   output: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Z [B, T, G, V], the gradients of the states after every chunk [P, G, K, V] and of the initial ones."""
         sizes = self._scan_sizes()
@@ -188,7 +183,7 @@ class _Launches:
             x.q, x.k, x.g, x.A_log, x.dt_bias, do, y, z, scores.A, scores.factors, scores.total, states, d_states,
             self.tables.chunks, self.empty(2, self.tokens, self.G, CHUNK), dq, dk, dv, dg, d_beta, d_A_log, d_bias,
             1.0 / self.options.scale if self.options.scale else 0.0, self.gate_constant, self.beta_scale, self.tokens,
-            self.H, self.G, K=self.K, V=self.V, BK=self._block(self.K), BV=self._block(self.V), **self.flags)
+            self.H, self.G, K=self.K, V=self.V, **self.flags)
 
         def of_heads(d: Tensor) -> Tensor:
             return d if self.H == self.G else d.unflatten(2, (self.H, -1)).sum(3)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_support import tuned
 from .triton_tiles import (
     LEVELS,
     LOG2_E,
@@ -96,6 +97,11 @@ def _channel_scores(x, k, g, scores, FAST: tl.constexpr, EXACT: tl.constexpr):
     return scores
 
 
+CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
+           for channels, warps, stages in ((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 8, 1))]
+
+
+@tuned(CONFIGS, ["K", "DECAY", "FAST", "SCORES", "EXACT"])
 @triton.jit
 def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr, A_ptr, X_ptr, factors_ptr, total_ptr,
                  queries_ptr, keys_ptr, writes_ptr, scale, gate_constant, beta_scale, tokens, H, G, K: tl.constexpr,
@@ -177,7 +183,7 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr,
             if DECAY == "head":
                 at_g = factors_ptr + DECAY_LOG2 * tokens + rows
                 g, g_next = tl.load(at_g, mask=inside, other=0.0), tl.load(at_g + 1, mask=i + 1 < filled, other=0.0)
-                scores *= decay_between(g, EXACT)
+                scores *= decay_between(g, i[None, :], EXACT)
                 prefix, suffix = tl.exp2(tl.cumsum(g, axis=0)), tl.exp2(tl.cumsum(g_next, axis=0, reverse=True))
                 total = tl.exp2(tl.sum(g, axis=0))
             tl.store(factors_ptr + tl.where(of_keys, KEY, QUERY) * tokens + rows, x_norm * prefix, mask=inside)

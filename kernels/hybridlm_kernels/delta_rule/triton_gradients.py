@@ -38,33 +38,77 @@ from .triton_tiles import (
 
 
 @triton.jit
-def _score_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, rows, stride, inside, beta, V: tl.constexpr, BV: tl.constexpr,
-                     P: tl.constexpr):
-    """dO Y^T, Z Y^T, and the row sums of dO Y and Z Y. Writes dV = B Z."""
-    oy, zy = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    same, d_beta = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for v0 in range(0, V, BV):
-        columns = v0 + tl.arange(0, BV)
-        do = load_tile(do_ptr, rows, stride, columns, V, inside)
-        y = load_tile(y_ptr, rows, stride, columns, V, inside)
-        z = load_tile(z_ptr, rows, stride, columns, V, inside)
-        oy = tl.dot(do, tl.trans(y), oy, input_precision=P)
-        zy = tl.dot(z, tl.trans(y), zy, input_precision=P)
-        wide = y.to(tl.float32)
-        same += tl.sum(do.to(tl.float32) * wide, axis=1)
-        d_beta += tl.sum(z.to(tl.float32) * wide, axis=1)
-        store_tile(dv_ptr, rows, stride, columns, V, inside, beta[:, None] * z.to(tl.float32))
-    return oy, zy, same, d_beta
+def _products(a_ptr, b_ptr, rows, inside, b_rows, b_inside, stride, D: tl.constexpr, BD: tl.constexpr,
+              BLOCK: tl.constexpr, P: tl.constexpr):
+    """The products of rows of a and b, [C, BLOCK]."""
+    products = tl.zeros([C, BLOCK], tl.float32)
+    for d0 in range(0, D, BD):
+        columns = d0 + tl.arange(0, BD)
+        a = load_tile(a_ptr, rows, stride, columns, D, inside)
+        b = load_tile(b_ptr, b_rows, stride, columns, D, b_inside)
+        products = tl.dot(a, tl.trans(b), products, input_precision=P)
+    return products
 
 
 @triton.jit
-def _key_products(k_ptr, rows, stride, inside, K: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
-    """k_i . k_j: [C, C]."""
-    kk = tl.zeros([C, C], tl.float32)
-    for k0 in range(0, K, BK):
-        k = load_tile(k_ptr, rows, stride, k0 + tl.arange(0, BK), K, inside)
-        kk = tl.dot(k, tl.trans(k), kk, input_precision=P)
-    return kk
+def _value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, rows, stride, inside, beta, V: tl.constexpr, BV: tl.constexpr):
+    """The row sums of dO Y and Z Y. Writes dV = B Z."""
+    same, d_beta = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for v0 in range(0, V, BV):
+        columns = v0 + tl.arange(0, BV)
+        do = load_tile(do_ptr, rows, stride, columns, V, inside).to(tl.float32)
+        y = load_tile(y_ptr, rows, stride, columns, V, inside).to(tl.float32)
+        z = load_tile(z_ptr, rows, stride, columns, V, inside).to(tl.float32)
+        same += tl.sum(do * y, axis=1)
+        d_beta += tl.sum(z * y, axis=1)
+        store_tile(dv_ptr, rows, stride, columns, V, inside, beta[:, None] * z)
+    return same, d_beta
+
+
+@triton.jit
+def _score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, first, filled, tokens, H, G,
+                     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+                     EXACT: tl.constexpr):
+    """Writes MA, the gradients of the queries' scores below the diagonal, and ML, those of the keys' scores below it
+    and mirrored above, both with all factors of the products of q and k. With a decay a head returns what the pairs
+    give to the gates, some columns of the scores at a time."""
+    P: tl.constexpr = "ieee" if EXACT else "tf32"
+    BLOCK: tl.constexpr = 32
+    t = tl.arange(0, C)
+    rows, inside, i = first + t, t < filled, t[:, None]
+    per_row = factors_ptr + rows
+    query_norm = tl.load(per_row + QUERY_NORM * tokens, mask=inside, other=0.0)
+    written = tl.load(per_row + KEY_NORM * tokens, mask=inside, other=0.0)
+    written *= tl.load(per_row + BETA * tokens, mask=inside, other=0.0)
+    dg = tl.zeros([C], tl.float32)
+    for j0 in range(0, C, BLOCK):
+        at = j0 + tl.arange(0, BLOCK)
+        columns, in_columns, j = first + at, at < filled, at[None, :]
+        per_column = factors_ptr + columns
+        beta = tl.load(per_column + BETA * tokens, mask=in_columns, other=0.0)[None, :]
+        by_column = beta * tl.load(per_column + KEY_NORM * tokens, mask=in_columns, other=0.0)[None, :]
+        MA = _products(do_ptr, y_ptr, rows, inside, columns, in_columns, G * V, V, BV, BLOCK, P)
+        ML = _products(z_ptr, y_ptr, rows, inside, columns, in_columns, G * V, V, BV, BLOCK, P)
+        MA = tl.where(i > j, MA, 0.0)
+        ML = tl.where(i > j, ML, 0.0)
+        if DECAY == "head":
+            pairs = MA * beta * load_tile(A_ptr, rows, G * C, at, C, inside)
+            g = tl.load(per_row + DECAY_LOG2 * tokens, mask=inside, other=0.0)
+            D = decay_between(g, j, EXACT)
+            MA *= D
+            ML *= D
+        MA *= query_norm[:, None] * by_column
+        ML *= -written[:, None] * by_column
+        store_tile(MA_ptr, rows, G * C, at, C, inside, MA)
+        half = ML.to(ML_ptr.dtype.element_ty)
+        tl.store(ML_ptr + rows[:, None] * (G * C) + j, half, mask=inside[:, None] & (i >= j))
+        tl.store(ML_ptr + columns[:, None] * (G * C) + t[None, :], tl.trans(half),
+                 mask=in_columns[:, None] & (t[None, :] > at[:, None]))
+        if DECAY == "head":
+            pairs += ML * _products(k_ptr, k_ptr, rows, inside, columns, in_columns, H * K, K, BK, BLOCK, P)
+            from_rows = tl.sum(tl.where(i >= t[None, :], tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
+            dg += from_rows - tl.sum(tl.where(j >= i, tl.sum(pairs, axis=0)[None, :], 0.0), axis=1)
+    return dg
 
 
 @triton.jit
@@ -144,16 +188,17 @@ def _take_from_norm(x_ptr, dx_ptr, rows, x_stride, dx_stride, inside, weight, K:
         store_tile(dx_ptr, rows, dx_stride, columns, K, inside, dx - weight[:, None] * x)
 
 
-CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((4, 1), (4, 2), (8, 1), (8, 2))]
+CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
+           for channels, values, warps, stages in ((16, 32, 4, 1), (32, 32, 4, 1), (32, 64, 4, 2), (64, 64, 8, 1))]
 
 
 @tuned(CONFIGS, ["K", "V", "DECAY", "FAST", "EXACT"])
 @triton.jit
 def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr, total_ptr,
                      S_ptr, dS_ptr, chunks_ptr, scratch_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, d_A_log_ptr,
-                     d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, G, K: tl.constexpr, V: tl.constexpr,
-                     BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, FAST: tl.constexpr,
-                     L2NORM: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
+                     d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, G, K: tl.constexpr,
+                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
+                     FAST: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
     """dq, dk [tokens, G, K], dv [tokens, G, V], dg as g, d_beta [tokens, G], and by chunk d_A_log [P, G] and d_bias
     [P, G(, K)]. `scratch` is [2, tokens, G, C]."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -177,16 +222,15 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
 
     MA_ptr = scratch_ptr + head * C
     ML_ptr = MA_ptr + (chunk - chunk + G) * tokens * C
-    oy, zy, same, d_beta = _score_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + head * V, rows, G * V, inside, beta, V, BV,
-                                            P)
+    same, d_beta = _value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + head * V, rows, G * V, inside, beta, V, BV)
     if d_beta_ptr is not None:
         if SIGMOID:
             d_beta *= beta * (1.0 - beta / beta_scale)
         tl.store(d_beta_ptr + rows * G + head, d_beta.to(d_beta_ptr.dtype.element_ty), mask=inside)
-    written = beta * key_norm
-    same *= query_norm * written
-    MA = tl.where(i > j, oy * query_norm[:, None] * written[None, :], 0.0)
-    ML = tl.where(i > j, -zy * written[:, None] * written[None, :], 0.0)
+    same *= query_norm * beta * key_norm
+    dg_pairs = _score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr + head * C, MA_ptr, ML_ptr, factors_ptr, first,
+                                filled, tokens, H, G, K, V, BK, BV, DECAY, EXACT)
+    tl.debug_barrier()  # what other threads of the program wrote is read from here on
     rate = 1.0
     if A_log_ptr is not None:
         rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
@@ -196,20 +240,7 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
         of_queries = tl.load(factors_ptr + QUERY * tokens + rows, mask=inside, other=0.0)
         of_keys = beta * tl.load(factors_ptr + KEY * tokens + rows, mask=inside, other=0.0)
         of_writes = beta * tl.load(factors_ptr + WRITE * tokens + rows, mask=inside, other=0.0)
-    if DECAY == "head":
-        A = load_tile(A_ptr + head * C, rows, G * C, t, C, inside)
-        pairs = tl.where(i > j, oy * beta[None, :] * A, 0.0)
-        dg_rows, dg_columns = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0), tl.zeros([C], tl.float32)
-        g = tl.load(factors_ptr + DECAY_LOG2 * tokens + rows, mask=inside, other=0.0)
-        D = decay_between(g, EXACT)
-        MA *= D
-        ML *= D
-    store_tile(MA_ptr, rows, G * C, t, C, inside, MA)
-    store_tile(ML_ptr, rows, G * C, t, C, inside, ML + tl.trans(ML))
-    if DECAY == "head":
-        pairs = ML * _key_products(k_ptr, rows, H * K, inside, K, BK, P)
-        dg_rows += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
-    tl.debug_barrier()  # what other threads of the program wrote is read from here on
+    dg_rows, dg_columns = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     d_total_sum, d_A_log = 0.0, 0.0
     along_q, along_k = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     for k0 in range(0, K, BK):
@@ -263,7 +294,7 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
             along_q += tl.sum(q * dq, axis=1)
             along_k += tl.sum(k * dk, axis=1)
     if dg_ptr is not None and DECAY == "head":
-        dg = tl.sum(tl.where(i >= j, dg_rows[:, None], 0.0), axis=0)
+        dg = dg_pairs + tl.sum(tl.where(i >= j, dg_rows[:, None], 0.0), axis=0)
         dg += tl.sum(tl.where(i < j, dg_columns[:, None], 0.0), axis=0) + d_total_sum * tl.load(total_ptr + here)
         bias = 0.0
         if bias_ptr is not None:

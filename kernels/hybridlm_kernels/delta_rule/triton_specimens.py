@@ -33,12 +33,11 @@ def _all() -> Iterator[Specimen]:
         sizes = {"K": D, "V": D}
         for decay, gate, fast in (("head", "softplus", False), ("channel", "softplus", False),
                                   ("channel", "lower_bounded", True)):
-            flags = {"DECAY": decay, "GATE": gate, "FAST": fast, "L2NORM": True, "SIGMOID": True, "EXACT": False,
-                     "BK": 32}
+            flags = {"DECAY": decay, "GATE": gate, "FAST": fast, "L2NORM": True, "SIGMOID": True, "EXACT": False}
             label = f"{decay} decay{', bounded' if fast else ''}, D={D}"
             yield _specimen(f"chunk, {label}", chunk_kernel, flags | {"K": D, "SCORES": True},
                             "" if decay == "channel" else "queries keys writes")
-            yield _specimen(f"gradients, {label}", gradients_kernel, flags | sizes | {"BV": 32})
+            yield _specimen(f"gradients, {label}", gradients_kernel, flags | sizes)
             yield _specimen(f"decode, {label}", decode_kernel, sizes | {
                 "BK": D, "BV": 32, "DECAY": decay, "GATE": gate, "L2NORM": True, "SIGMOID": True})
         for channel in (False, True):

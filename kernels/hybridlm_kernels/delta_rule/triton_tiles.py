@@ -118,8 +118,11 @@ def sum_over(members, x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def decay_between(g, EXACT: tl.constexpr):
-    """a_{j+1} ... a_i of one decay a head, [C, C]; 1 where i <= j. g [C] is in log2 units."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+def decay_between(g, j, EXACT: tl.constexpr):
+    """a_{j+1} ... a_i of one decay a head for all tokens i and some j [1, columns]; 1 where i <= j.
+
+    g [C] is in log2 units.
+    """
+    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     g = tl.where(g < LOWEST, LOWEST, g)
-    return tl.exp2(sum_over(j <= i, tl.where(i > j, g[:, None], 0.0), EXACT))
+    return tl.exp2(sum_over(t <= i, tl.where(i > j, g[:, None], 0.0), EXACT))
