@@ -15,6 +15,7 @@ def converted_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
     """The checkpoint's model with the indexer of `recipe.indexer` in `recipe.layers`. Nothing is allocated.
 
     Layers that have an indexer keep it, with its own options. Index queries and keys rotate where the layer's own do.
+    With `share: n` in its options, every n-th converted layer gets an indexer, and those between read its selection.
 
     Raises:
         ConfigError: no checkpoint is named, it has no layer to convert, or a stage would select keys by an indexer
@@ -39,14 +40,18 @@ def converted_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
         raise ConfigError("recipe.stages.0.attention_mode", "would select keys by an indexer that nothing has trained",
                           got=first.attention_mode, expected="a dense stage first (indexer_warmup)",
                           hint="or init_from a checkpoint that went through one")
-    if (recipe.indexer or {}).get("share"):
-        raise ConfigError("recipe.indexer.share", "has no indexer to share: each converted layer gets its own",
-                          got=True, expected="false")
     names = config.layers()
     nope = any(config.mixers[names[i]].rope.kind == "none" for i in layers)  # type: ignore[attr-defined]
     options: dict[str, Any] = {"rope_kind": "none" if nope else "half"} | (recipe.indexer or {})
+    share = options.pop("share", 1)
+    if not isinstance(share, int) or isinstance(share, bool) or share < 1:
+        raise ConfigError("recipe.indexer.share", "is how many converted layers read one indexer's selection",
+                          got=share, expected="1 (each has its own), 2, 3, ...")
     try:
-        changed = add_indexer(build_model(config, device="meta"), options, layers)[0].config
+        model = add_indexer(build_model(config, device="meta"), options, layers[::share])[0]
+        if readers := [layer for place, layer in enumerate(layers) if place % share]:
+            model = add_indexer(model, options | {"share": True}, readers)[0]
+        changed = model.config
     except ConfigError as error:
         inside = error.key.partition("indexer.")[2]
         raise ConfigError(f"recipe.indexer.{inside}" if inside else f"recipe.layers: {error.key}", error.what,

@@ -56,6 +56,8 @@ def add_indexer(model: HybridLM, indexer: IndexerConfig | Mapping[str, Any], lay
     for name in sorted({names[i] for i in chosen}):
         users = {i for i, other in enumerate(names) if other == name}
         new = name if users <= chosen and config.mtp.mixer != name else f"{name}_dsa"
+        if option.get("share"):
+            new = f"{name}_dsa_shared"
         mixers[new] = copy.deepcopy(config.mixers[name])
         mixers[new].indexer = from_dict(IndexerConfig, option, f"mixers.{new}.indexer")  # type: ignore[attr-defined]
         mixers[new].__post_init__()  # type: ignore[attr-defined]

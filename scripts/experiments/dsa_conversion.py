@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import string
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,32 +37,30 @@ from hybridlm.training import train
 from hybridlm.training.sparse import indexed_mixers, measuring
 
 SHARE = 8  # top-k is the length over this
+COLUMNS = ("indexer_recall", "task_indexer_recall", "indexer_attainable", "task_indexer_attainable")
 Choose = Callable[[Any, SequenceInfo], Tensor]
 
 
 def recall_document(seed: int, length: int) -> tuple[str, list[int]]:
-    """Pairs 'ab=12;' in random order, then the same pairs asked for again in another, '?ab=12;' each.
+    """Keys drawn at random, each with its value behind it, 'kQb7..': a key has the same value all through the document.
 
-    Also the places of the answers' digits: what can only be known from the context.
+    Also the places of values that are repeated: they can be known, and only from the context.
     """
     rng = random.Random(seed)
-    pairs = max(2, length // 13)
-    keys = rng.sample([a + b for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"], pairs)
-    values = {key: f"{rng.randrange(100):02d}" for key in keys}
-    text = "".join(f"{key}={value};" for key, value in values.items())
-    answers = []
-    for key in rng.sample(keys, pairs):
-        text += f"?{key}="
-        answers += [len(text), len(text) + 1]
-        text += f"{values[key]};"
-    return text, answers
+    keys = rng.sample(string.ascii_lowercase + string.digits, min(max(2, length // 8), 12))
+    values = {key: rng.choice(string.ascii_uppercase) for key in keys}
+    drawn = [rng.choice(keys) for _ in range((length - 1) // 2)]
+    answers = [2 * i + 1 for i, key in enumerate(drawn) if key in drawn[:i]]
+    return "".join(key + values[key] for key in drawn), answers
 
 
 def write_corpus(path: Path, documents: int, length: int) -> Path:
-    """The recall task as JSONL."""
+    """The recall task as JSONL: documents of 16 tokens up to `length`, so that short ones are learned first."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps({"text": recall_document(seed, length)[0]}) for seed in range(documents))
+        rng = random.Random(0)
+        lengths = [int(16 * (length / 16) ** rng.random()) for _ in range(documents)]
+        lines = (json.dumps({"text": recall_document(seed, size)[0]}) for seed, size in enumerate(lengths))
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -69,25 +68,28 @@ def write_corpus(path: Path, documents: int, length: int) -> Path:
 def configs(out: Path, args: argparse.Namespace) -> dict[str, Callable[[], Config]]:
     """The three runs: dense, its conversion, and the dense control that trains on."""
     corpus = write_corpus(out / "recall.jsonl", args.documents, args.length)
-    shared = [f"data.mixture=[{{path: stdlib}}, {{path: '{corpus}'}}]", "data.tokenizer=bytes", "model.num_layers=4",
-              "model.schedule.ratio=1", "training.eval_every=0", f"training.eval_batches={args.eval_batches}",
+    shared = [f"data.mixture=[{{path: stdlib}}, {{path: '{corpus}'}}]", "data.tokenizer=bytes",
+              "training.eval_every=0", f"training.eval_batches={args.eval_batches}", "optimizer.weight_decay=0.01",
               f"training.sequence_length={args.length}", f"training.batch_size={args.batch}", "training.log_every=50",
               "training.keep_checkpoints=100", "training.checkpoint_every=1000000"]
-    model = [*shared, "model=hybrid_tiny", "model.hidden_size=128",
-             "model.feed_forward={kind: dense, intermediate_size: 256}"]
+    model = [*shared, "model=hybrid_tiny", "model.num_layers=2", "model.schedule.pattern=[kda,full]",
+             "model.hidden_size=128", "model.feed_forward={kind: dense, intermediate_size: 256}",
+             "model.mixers.kda.num_heads=1",
+             "model.mixers.full={num_heads: 2, num_kv_heads: 1, head_dim: 32, qk_norm: none}",
+             "model.mixers.full.rope.partial_rotary_factor=0.5"]
     sparse_rate = f"{args.sparse_lr}"
 
     def dense() -> Config:
         return load_config("train", [*model, f"run_dir={out}/dense", f"training.steps={args.dense_steps}",
-                                     f"optimizer.lr={args.lr}"])
+                                     "optimizer=muon", f"optimizer.lr={args.lr}"])
 
     def converted() -> Config:
         stages = [f"recipe.stages.{i}.{key}={value}" for i, steps, lr in (
             (0, args.warmup_steps, args.warmup_lr), (1, args.sparse_steps, sparse_rate)) for key, value in {
             "steps": steps, "lr": lr, "sequence_length": args.length, "batch_size": args.batch}.items()]
-        kept = [text for text in shared if not text.startswith("model.")]
-        return load_config("train", [*kept, "recipe=dsa_tiny", f"init_from={out}/dense", f"run_dir={out}/sparse",
-                                     f"recipe.indexer.topk={args.length // SHARE}", *stages])
+        return load_config("train", [*shared, "recipe=dsa_tiny", f"init_from={out}/dense", f"run_dir={out}/sparse",
+                                     f"recipe.indexer.topk={args.length // SHARE}", "recipe.indexer.head_dim=32",
+                                     *stages])
 
     def control() -> Config:
         return load_config("train", [*model, f"init_from={out}/dense", f"run_dir={out}/control",
@@ -153,21 +155,26 @@ def evaluate(model: HybridLM, config: Config, args: argparse.Namespace, *, recal
             output = model(part.input_ids, targets=part.targets, cu_seqlens=part.cu_seqlens)
             for name, value in {"loss": output.losses["lm"], **output.stats}.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(part.input_ids) / windows
-    return totals | {"task_accuracy": task_accuracy(model, args)}
+        totals["task_accuracy"], task = recall_task(model, args)
+    return totals | {f"task_{name}": value for name, value in task.items()}
 
 
 @torch.no_grad()
-def task_accuracy(model: HybridLM, args: argparse.Namespace) -> float:
-    """Share of the answers' digits that are the likeliest token, in documents that were not trained on."""
+def recall_task(model: HybridLM, args: argparse.Namespace) -> tuple[float, dict[str, float]]:
+    """Share of the answers that are the likeliest token in documents that were not trained on, and the statistics of
+    the indexers there."""
     right = count = 0
+    totals: dict[str, float] = {}
     for seed in range(10**6, 10**6 + args.task_documents):
         text, answers = recall_document(seed, args.length)
         ids = torch.tensor(list(text.encode()))[None]
-        guess = model(ids).logits[0].argmax(-1)
+        output = model(ids)
         place = torch.tensor(answers)
-        right += int((guess[place - 1] == ids[0, place]).sum())
+        right += int((output.logits[0].argmax(-1)[place - 1] == ids[0, place]).sum())
         count += len(answers)
-    return right / count
+        for name, value in output.stats.items():
+            totals[name] = totals.get(name, 0.0) + float(value) / args.task_documents
+    return right / count, totals
 
 
 def measure(out: Path, args: argparse.Namespace, config: Config) -> dict[str, dict[str, float]]:
@@ -191,16 +198,16 @@ def measure(out: Path, args: argparse.Namespace, config: Config) -> dict[str, di
 
 def table(rows: dict[str, dict[str, float]], facts: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| model and selection | validation loss | task accuracy | recall of attention | attainable | agreement |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| model and selection | validation loss | accuracy of the task | recall of attention: text | task "
+             "| attainable: text | task |", "|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
-        selected = " | ".join(f"{row[key]:.3f}" if key in row else "" for key in (
-            "indexer_recall", "indexer_attainable", "indexer_agreement"))
+        selected = " | ".join(f"{row[key]:.3f}" if key in row else "" for key in COLUMNS)
         lines.append(f"| {name} | {row['loss']:.4f} | {row['task_accuracy']:.3f} | {selected} |")
     lines += ["", f"Warm-up KL: {facts['kl_first']:.4f} at the first step, {facts['kl_last']:.4f} over the last tenth "
               f"({facts['kl_first'] / facts['kl_last']:.1f} times less).",
               f"Loss after the sparse stage over that of the dense model trained on: {facts['loss_ratio']:.4f}.",
-              f"{facts['seconds']:.0f} seconds in all, {torch.get_num_threads()} threads."]
+              f"{facts['seconds']:.0f} seconds in all, {facts['cpu_seconds']:.0f} of a core; "
+              f"{torch.get_num_threads()} threads."]
     return "\n".join(lines) + "\n"
 
 
@@ -242,10 +249,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/dsa_conversion"))
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps of everything")
-    for name, value in {"length": 512, "batch": 8, "dense-steps": 2000, "warmup-steps": 300, "sparse-steps": 400,
-                        "documents": 20000, "eval-batches": 8, "task-documents": 40}.items():
+    for name, value in {"length": 512, "batch": 4, "dense-steps": 1600, "warmup-steps": 500, "sparse-steps": 300,
+                        "documents": 30000, "eval-batches": 16, "task-documents": 40}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, rate in {"lr": 3e-3, "warmup-lr": 3e-3, "sparse-lr": 3e-4}.items():
+    for name, rate in {"lr": 1e-2, "warmup-lr": 3e-3, "sparse-lr": 3e-4}.items():
         parser.add_argument(f"--{name}", type=float, default=rate)
     args = parser.parse_args()
     if args.smoke:
@@ -262,7 +269,7 @@ def main() -> None:
     tail = warmup[-max(1, len(warmup) // 10):]
     facts = {"kl_first": warmup[0]["loss/indexer_kl"], "kl_last": sum(r["loss/indexer_kl"] for r in tail) / len(tail),
              "loss_ratio": rows["indexer, after the sparse stage"]["loss"] / rows["dense, trained on"]["loss"],
-             "seconds": time.perf_counter() - start}
+             "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     result = {"settings": settings, "facts": facts, "rows": rows}
     (args.out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

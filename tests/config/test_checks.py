@@ -33,6 +33,8 @@ from hybridlm.errors import ConfigError
      "init_from: no such checkpoint; got '/nowhere/run'; expected a run folder or a checkpoint folder"),
     (["model.feed_forward.dense_layers=[9]", "model.feed_forward.intermediate_size=8"],
      "model.feed_forward.dense_layers: names a layer the model does not have; got [9]; expected layers 0 to 3"),
+    (["model=kda_dsa_tiny", "recipe=dsa_scratch", "model.mixers.dsa.indexer.pool=16", "recipe.stages.1.topk=40"],
+     "recipe.stages.1.topk: is not a number of whole pools of mixer dsa; got 40; expected a multiple of 16"),
     (["kernels.strict=maybe"], "kernels.strict: has the wrong type; got 'maybe'; expected true, false or null"),
 ])
 def test_what_does_not_fit_together_is_one_line(overrides, message):

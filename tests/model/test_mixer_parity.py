@@ -21,11 +21,14 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 def ours(config: MixerConfig, weights: dict[str, Tensor], x: Tensor, *, eps: float = 1e-5, zero_centered: bool = False,
          layer_index: int = 1, num_layers: int = 4) -> Tensor:
     """Output of our mixer with exactly these weights."""
-    context = LayerContext(hidden_size=HIDDEN, layer_index=layer_index, num_layers=num_layers, max_position=4096,
-                           norm=NormConfig(eps=eps, zero_centered=zero_centered))
-    mixer = build_mixer(config, context)
+    mixer = build_mixer(config, context(eps, zero_centered, layer_index, num_layers))
     mixer.load_state_dict(weights)
     return mixer(x, SequenceInfo.make(*x.shape[:2], x.device))[0]
+
+
+def context(eps: float = 1e-5, zero_centered: bool = False, layer_index: int = 1, num_layers: int = 4) -> LayerContext:
+    return LayerContext(hidden_size=HIDDEN, layer_index=layer_index, num_layers=num_layers, max_position=4096,
+                        norm=NormConfig(eps=eps, zero_centered=zero_centered))
 
 
 def random_weights(layer: nn.Module, seed: int = 0) -> None:
@@ -222,6 +225,31 @@ def test_mla_with_indexer(x, name, topk):
     tables = getattr(hf, f"{prefix}RotaryEmbedding")(config)(x, positions())
     expected = layer(x, tables, causal_mask())[0]
     torch.testing.assert_close(ours(mixer, weights, x), expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_pooled_indexer_selects_as_in_glm_5_3(x):
+    from transformers import Glm5NextTextConfig
+    from transformers.models.glm5_next import modeling_glm5_next as hf
+
+    config = Glm5NextTextConfig(hidden_size=HIDDEN, q_lora_rank=24, index_n_heads=32, index_head_dim=16, index_topk=8,
+                                index_kpool=4, qk_rope_head_dim=0)
+    indexer = hf.Glm5NextTextIndexer(config, 0)
+    random_weights(indexer)
+    indexer.double()
+    mixer = build_mixer(MLAConfig(
+        num_heads=4, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=0, v_head_dim=12,
+        rope=RopeConfig(kind="none"),
+        indexer=IndexerConfig(num_heads=32, head_dim=16, topk=8, pool=4, rope_kind="none")), context()).double()
+    theirs = {"wq_b.weight": "q_proj.weight", "wk.weight": "k_proj.weight",
+              "index_kpool_compress_gate": "pool.gate.weight", "index_kpool_compress_ape": "pool.bias"}
+    mixer.indexer.load_state_dict({theirs.get(name, name): p for name, p in indexer.state_dict().items()})
+    latent = torch.randn(x.shape[0], x.shape[1], 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    seq = SequenceInfo.make(x.shape[0], x.shape[1], x.device)
+    expected = indexer(x.double(), latent, torch.ones(x.shape[:2], dtype=torch.bool), None)
+    found = mixer.indexer(x.double(), latent, seq)
+    for ours_, theirs_ in zip(found.flatten(0, 1).tolist(), expected.flatten(0, 1).tolist(), strict=True):
+        assert {s for s in ours_ if s >= 0} == {s for s in theirs_ if s >= 0}
 
 
 def sparse_mla(name: str, topk: int):

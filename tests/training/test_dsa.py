@@ -174,7 +174,9 @@ def test_a_top_k_above_the_length_is_worth_a_warning(dense, tmp_path, caplog):
     (["recipe.layers=[7]"], "recipe.layers: names a layer the model does not have; got 7; expected 0 to 1"),
     (["recipe.layers=[]"], "recipe.layers: names no layer"),
     (["recipe.indexer.tpok=4"], "recipe.indexer.tpok: unknown key; did you mean 'topk'"),
-    (["recipe.indexer.share=true"], "recipe.indexer.share: has no indexer to share"),
+    (["recipe.indexer.share=true"], "recipe.indexer.share: is how many converted layers"),
+    (["recipe.indexer.share=0"], "recipe.indexer.share: is how many converted layers"),
+    (["recipe.indexer.pool=5"], "recipe.indexer.topk: must be whole pools"),
     (["recipe.indexer.topk=0"], "recipe.indexer.topk: must be positive; got 0"),
     (["recipe.stages.0.loss_weights.ml=0"], "loss_weights.ml: is not a loss; expected one of lm, mtp"),
 ])

@@ -46,6 +46,27 @@ def test_both_stages_run(system, converted, rope, text, tmp_path):
     assert all(torch.equal(warm[name], tensor) for name, tensor in before.items() if ".indexer." not in name)
 
 
+def test_one_indexer_for_several_layers_trains_on_all_of_them(text, tmp_path):
+    save_checkpoint(build_model(load_model_config("hybrid_tiny", ["model.schedule.ratio=0"])), tmp_path / "dense")
+    start = ["recipe=dsa_tiny", f"init_from={tmp_path}/dense", f"run_dir={tmp_path}/run", f"data.path={text}/text.py",
+             f"data.cache_dir={text}/cache", "data.validation_fraction=0.1", "training.eval_batches=1",
+             "recipe.indexer.topk=8", "recipe.indexer.pool=4", *(f"recipe.stages.{i}.{value}" for i in (0, 1)
+                                                                 for value in ("sequence_length=72", "batch_size=1",
+                                                                               "steps=1"))]
+    config = load_config("train", [*start, "recipe.indexer.share=3"])
+    assert config.model.layers() == ["full_dsa", "full_dsa_shared", "full_dsa_shared", "full_dsa"]
+    assert {name: mixer.indexer.share for name, mixer in config.model.mixers.items()
+            if name.startswith("full_dsa")} == {"full_dsa": False, "full_dsa_shared": True}
+    result = train(config)
+    warm = tiny_run.records(result.run_dir)[0]
+    each = [warm[f"dsa/indexer_kl/{layer}"] for layer in range(4)]
+    assert warm["loss/indexer_kl"] == pytest.approx(sum(each) / 4)
+    assert {f"validation_dsa/indexer_recall/{layer}" for layer in range(4)} <= set(result.validation)
+    own = {name.split(".")[1] for name, _ in checkpoint.load_checkpoint(result.run_dir).named_parameters()
+           if ".indexer." in name}
+    assert own == {"0", "3"}
+
+
 def test_layers_to_convert_can_be_chosen(tmp_path):
     save_checkpoint(build_model(load_model_config("kimi_linear_tiny")), tmp_path / "dense")
     start = ["recipe=dsa_tiny", f"init_from={tmp_path}/dense"]
