@@ -93,6 +93,10 @@ def test_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch
     plan = json.loads(capsys.readouterr().out)
     assert plan["stages"][0]["steps"] == 7
     assert plan["config"]["model"]["name"] == "hybrid_tiny"
+    assert main(["train", "model=hybrid_tiny", "--dry-run", "data.path=./nowhere.txt"]) == 2
+    assert "nowhere.txt" in capsys.readouterr().err
+    assert main(["train", "model=hybrid_tiny", "--dry-run", "data.path=owner/name", "training.steps=1"]) == 0
+    assert "stage pretrain: 1 step of" in capsys.readouterr().out  # a name on the hub is not looked up
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,7 +189,7 @@ def test_prepare_says_what_it_set_aside(tmp_path, capsys):
     (folder / "empty.txt").write_text("")
     (folder / "picture.png").write_bytes(b"png")
     assert main(["prepare", f"data.path={folder}", f"data.cache_dir={tmp_path}/cache"]) == 0
-    assert "1 files of other kinds passed over, 1 empty documents skipped" in capsys.readouterr().out
+    assert "1 file of another kind passed over, 1 empty document skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", "a?b\n"), ("utf-8", "aéb\n")])

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybridlm.cli.parser import Parser, load
+from hybridlm.errors import counted
 
 if TYPE_CHECKING:
     from hybridlm.config.schema import Config
 
-SET_ASIDE = {"ignored_files": "files of other kinds passed over", "left_out_files": "files left to validation",
-             "empty_documents": "empty documents skipped", "replaced_documents": "documents with replaced bytes"}
+SET_ASIDE = {"ignored_files": ("file", "of another kind passed over"), "left_out_files": ("file", "left to validation"),
+             "empty_documents": ("empty document", "skipped"),
+             "replaced_documents": ("document", "with replaced bytes")}
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -38,11 +40,13 @@ def train_command(argv: Sequence[str]) -> int:
 def _dry_run(config: Config, as_json: bool) -> int:
     from hybridlm.cli.models import show_report
     from hybridlm.config.convert import to_dict
+    from hybridlm.data import check_sources
     from hybridlm.inspect import inspect
     from hybridlm.training.stages import plan
 
     training = config.training
     stages = plan(config)
+    check_sources(config.data)
     report = inspect(config.model, batch_size=training.micro_batch_size or training.batch_size,
                      sequence_length=max(stage.sequence_length for stage in stages),
                      precision="fp32" if training.precision == "fp32" else "bf16", optimizer=config.optimizer.kind,
@@ -53,8 +57,9 @@ def _dry_run(config: Config, as_json: bool) -> int:
         return 0
     show_report(report)
     for stage in stages:
-        print(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} x {stage.sequence_length} tokens "
-              f"({stage.steps * stage.tokens_per_step:,} in all), lr {stage.lr:g}, trains {' '.join(stage.trainable)}")
+        print(f"stage {stage.name}: {counted(stage.steps, 'step')} of {stage.batch_size} x {stage.sequence_length} "
+              f"tokens ({stage.steps * stage.tokens_per_step:,} in all), lr {stage.lr:g}, "
+              f"trains {' '.join(stage.trainable)}")
     print(f"run folder {config.run_dir}; nothing was built or written")
     return 0
 
@@ -80,9 +85,11 @@ def prepare_command(argv: Sequence[str]) -> int:
     for source in report["sources"]:
         for part in ("train", "validation"):
             counts = source[part]
-            print(f"{source['path']}  {part:<10}  {counts['documents']:,} documents  {counts['tokens']:,} tokens  "
-                  f"{counts['bytes']:,} bytes  longest {counts['longest_document']:,} tokens")
-        passed = [f"{source[key]:,} {words}" for key, words in SET_ASIDE.items() if source.get(key)]
+            print(f"{source['path']}  {part:<10}  {counted(counts['documents'], 'document')}  "
+                  f"{counts['tokens']:,} tokens  {counts['bytes']:,} bytes  "
+                  f"longest {counts['longest_document']:,} tokens")
+        passed = [f"{counted(source[key], noun)} {words}" for key, (noun, words) in SET_ASIDE.items()
+                  if source.get(key)]
         if passed:
             print(f"{source['path']}  {', '.join(passed)}")
         print(f"{source['path']}  in {source['folder']}")

@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from hybridlm.cli.parser import Parser
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from hybridlm.sweep.plan import SweepPlan
@@ -127,7 +127,7 @@ def _tell(args: argparse.Namespace, folder: Any, metrics: list[str] | None) -> N
     say = _sayer(args.json)
     for point in results["points"]:
         if point["corrupt_lines"]:
-            say(f"warning: {point['run_dir']}/metrics.jsonl: {point['corrupt_lines']} corrupt lines were skipped")
+            say(f"warning: {point['run_dir']}/metrics.jsonl: {counted(point['corrupt_lines'], 'corrupt line')} skipped")
     count = Counter(point["status"] for point in results["points"])
     others = "".join(f", {count[status]} {status}" for status in ("running", "queued", "submitted") if count[status])
     say(f"{count['finished']} of {len(results['points'])} points are finished{others}; {folder}/results.csv, "

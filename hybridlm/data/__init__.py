@@ -1,10 +1,10 @@
 """Sources -> tokens on disk -> packed batches with document borders. See docs/data.md."""
 
 from hybridlm.data.packing import Batch, PackedDataset, Sample, collate
-from hybridlm.data.prepare import PreparedData, prepare
+from hybridlm.data.prepare import PreparedData, check_sources, prepare
 from hybridlm.data.shards import TokenStore
 from hybridlm.data.statistics import bigram_entropy, unigram_entropy
 from hybridlm.data.tokenizer import StreamDecoder, Tokenizer, check_vocab, load_tokenizer
 
 __all__ = ["Batch", "PackedDataset", "PreparedData", "Sample", "StreamDecoder", "TokenStore", "Tokenizer",
-           "bigram_entropy", "check_vocab", "collate", "load_tokenizer", "prepare", "unigram_entropy"]
+           "bigram_entropy", "check_sources", "check_vocab", "collate", "load_tokenizer", "prepare", "unigram_entropy"]

@@ -20,7 +20,7 @@ from typing import Any
 from hybridlm.config.schema import DataConfig, DataSourceConfig
 from hybridlm.data.build import Advance, build, locked
 from hybridlm.data.shards import FORMAT, TokenStore, read_manifest, shards_of, verify
-from hybridlm.data.sources import Source, open_source
+from hybridlm.data.sources import Source, is_hub_name, open_source
 from hybridlm.data.split import Part, Split, plan_split
 from hybridlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from hybridlm.errors import DataError
@@ -145,6 +145,18 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = False) -> 
                                     weight=job.config.weight))
     validation = TokenStore(held_out, tokenizer.byte_lengths, name="validation") if held_out else None
     return PreparedData(tokenizer, train, validation, sources, root)
+
+
+def check_sources(config: DataConfig) -> None:
+    """Is what a run reads there? Names of data sets on the hub are not looked up.
+
+    Raises:
+        DataError: as `prepare`, where a file or folder is missing, empty or of no known kind.
+    """
+    held_out = [replace(config, path=config.validation_path, format="auto")] if config.validation_path else []
+    for source in [*(config.mixture or [config]), *held_out]:
+        if not is_hub_name(source):
+            open_source(source)
 
 
 def _jobs(config: DataConfig) -> list[_Job]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from hybridlm.config.schema import DataSourceConfig
 from hybridlm.data import readers
+from hybridlm.data.hub import NotFound, look_up
 from hybridlm.data.readers import Document, Unit
 from hybridlm.errors import DataError, nearest
 
@@ -80,6 +81,12 @@ def open_source(config: DataSourceConfig, leave_out: frozenset[str] = frozenset(
         what = "the file is empty" if len(units) == 1 else f"all {len(units)} files are empty"
         raise DataError(f"{label}: {what}; expected text")
     return Source(label, units, options, ignored, len(files) - len(kept))
+
+
+def is_hub_name(config: DataSourceConfig) -> bool:
+    """Is this a data set that stands nowhere here?"""
+    kind = config.format if config.format != "auto" else _guess(config.path)
+    return kind == "dataset" and not _saved_dataset(Path(config.path).expanduser())
 
 
 def _guess(path: str) -> str:
@@ -204,14 +211,16 @@ def _open_dataset(config: DataSourceConfig) -> Source:
                                     "set data.split")
                 data = data[config.split]
         else:
-            data = datasets.load_dataset(config.path, config.name, split=config.split)
+            data = look_up(lambda: datasets.load_dataset(config.path, config.name, split=config.split))
     except DataError:
         raise
+    except NotFound as error:
+        raise DataError(f"{config.path}: no such file or folder here, and no data set of this name could be loaded "
+                        f"({error})") from error
     except Exception as error:  # the library and its back ends raise dozens of kinds
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        what = "the saved data set cannot be read" if local else \
-            "no such file or folder here, and no data set of this name could be loaded"
-        raise DataError(f"{config.path}: {what} ({type(error).__name__}: {reason})") from error
+        raise DataError(f"{config.path}: the saved data set cannot be read ({type(error).__name__}: {reason})"
+                        ) from error
     label = f"{config.path} [{config.split}]"
     if config.text_field not in data.column_names:
         raise readers.missing_field(label, config.text_field, data.column_names)

@@ -287,11 +287,12 @@ def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
 def _from_transformers(name: str, eos: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    from hybridlm.data.hub import NotFound, look_up
+
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # hub, file and conversion errors of many kinds
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise DataError(f"tokenizer {name}: no such file or folder here, and transformers cannot load it ({reason}); "
+        loaded = look_up(lambda: AutoTokenizer.from_pretrained(name))
+    except NotFound as error:
+        raise DataError(f"tokenizer {name}: no such file or folder here, and transformers cannot load it ({error}); "
                         "expected bytes, bpe, a tokenizer.json, a folder or a name") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:

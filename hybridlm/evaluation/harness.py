@@ -7,7 +7,6 @@ score is what it would be alone. N tokens of a pack, D model width, V vocabulary
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hybridlm import checkpoint as ckpt
+from hybridlm.data.hub import NotFound, look_up
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError, DataError, nearest
 from hybridlm.evaluation.perplexity import CHUNK, normed_states
@@ -221,12 +221,9 @@ def _load(manager: TaskManager, tasks: Sequence[str]) -> list[Any]:
     loaded: list[Any] = []
     for name in tasks:
         try:
-            loaded += manager.load([name])["tasks"].values()
-        except Exception as error:  # whatever a task's definition, its code or the way to its data raises
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            hint = "; it may have to be fetched, and HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else ""
-            raise DataError(f"task {name} cannot be loaded ({type(error).__name__}: {lines[0] if lines else ''}){hint}"
-                            ) from None
+            loaded += look_up(lambda name=name: manager.load([name])["tasks"].values())  # type: ignore[misc]
+        except NotFound as error:
+            raise DataError(f"task {name} cannot be loaded ({error})") from None
     return loaded
 
 

@@ -14,7 +14,7 @@ import torch
 
 from hybridlm import checkpoint as ckpt
 from hybridlm.config.convert import to_dict
-from hybridlm.errors import CheckpointError, ConfigError, DataError
+from hybridlm.errors import CheckpointError, ConfigError, DataError, counted
 from hybridlm.interop.convert import Export, Import
 from hybridlm.interop.families import read_raw
 from hybridlm.interop.reader import SafetensorsFolder, StateDict
@@ -154,7 +154,8 @@ def summary(report: Mapping[str, Any]) -> str:
     """One line about an import or export."""
     kinds = ", ".join(f"{report['layers'].count(name)} {name}" for name in dict.fromkeys(report["layers"]))
     text = (f"{report['family']}: {len(report['layers'])} layers ({kinds}), "
-            f"{report['mtp']} MTP, {report['bytes'] / 1e9:.3f} GB in {report['files']} files at {report['dest']}")
+            f"{report['mtp']} MTP, {report['bytes'] / 1e9:.3f} GB in {counted(report['files'], 'file')} at "
+            f"{report['dest']}")
     if "fresh" in report:
         text += f"; {len(report['kept'])} tensors of changed layers kept, {len(report['fresh'])} start fresh"
     return text

@@ -156,6 +156,11 @@ class HybridLM(nn.Module):
     def _sequence(self, input_ids: Tensor, cu_seqlens: Borders | None, state: ModelState | None) -> SequenceInfo:
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids must be [batch, time] with at least one token; got {list(input_ids.shape)}")
+        if input_ids.device.type == "cpu":  # on a GPU looking costs a synchronisation
+            least, most = (int(end) for end in input_ids.aminmax())
+            if least < 0 or most >= self.config.vocab_size:
+                raise ValueError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary; "
+                                 f"got {least if least < 0 else most}")
         batch, length = input_ids.shape
         if state is not None:
             if cu_seqlens is not None:

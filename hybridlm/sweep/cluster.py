@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, counted
 from hybridlm.sweep.folder import OUTCOME_FILE, OUTPUT_FILE, begin, write_json
 from hybridlm.sweep.launch import LAUNCH_FILE, STOP_FILE
 from hybridlm.sweep.plan import Point, SweepPlan
@@ -105,7 +105,7 @@ def run_on_cluster(plan: SweepPlan, *, retry_failed: bool, say: Say) -> str | No
     asked = time.monotonic()
     with Stop() as stop, _Launcher(plan, ready) as launcher:
         if ready:
-            say(f"{len(ready)} of {len(plan.points)} points go to {plan.sweep.launcher}, see {launcher.folder}")
+            say(f"{len(ready)} of {counted(len(plan.points), 'point')} to {plan.sweep.launcher}, see {launcher.folder}")
         while waiting:
             over = launcher.is_over()
             waiting = [name for name in waiting if not _told(plan.folder, name, say)]

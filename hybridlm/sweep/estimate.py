@@ -11,6 +11,7 @@ import torch
 
 from hybridlm.config.schema import Config
 from hybridlm.distributed.engine import pick_device, pick_precision
+from hybridlm.errors import counted
 from hybridlm.evaluation.probe_training import model_for_probe
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import training_flops
@@ -40,7 +41,7 @@ def by_finished(points: list[Point]) -> tuple[list[float], str] | None:
         return None
     pace = statistics.median(took[point.name] / _flops(point) for point in points if point.name in took)
     return ([took.get(point.name, _flops(point) * pace) for point in points],
-            f"from the training time of {len(took)} finished points, by FLOPs")
+            f"from the training time of {counted(len(took), 'finished point')}, by FLOPs")
 
 
 def _training_seconds(point: Point) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 log = logging.getLogger("hybridlm")
 
@@ -55,8 +56,12 @@ class Display:
         """Steps begin; `done` of `total` are behind us."""
         self.total, self._last_line = total, done
         if self.console.is_terminal:
-            self.bar = Progress(TextColumn("{task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=None),
-                                TextColumn("{task.fields[text]}"), console=self.console, expand=True)
+            steps = Column(no_wrap=True, min_width=len(f"{total}/{total}"))  # a long text is cut, not the steps
+            self.bar = Progress(TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=steps),
+                                BarColumn(bar_width=None),
+                                TextColumn("{task.fields[text]}",
+                                           table_column=Column(no_wrap=True, overflow="ellipsis")),
+                                console=self.console, expand=True)
             self.task = self.bar.add_task("", total=total, completed=done, text="")
             self.bar.start()
 

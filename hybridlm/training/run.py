@@ -19,7 +19,7 @@ from hybridlm.config.convert import to_dict
 from hybridlm.config.schema import Config
 from hybridlm.data import PreparedData, bigram_entropy, check_vocab, prepare
 from hybridlm.distributed.engine import Engine
-from hybridlm.errors import CheckpointError
+from hybridlm.errors import CheckpointError, counted
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.model import HybridLM, build_model
 from hybridlm.training.display import Display, duration, short
@@ -162,8 +162,8 @@ def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[
     held_out = data.validation.num_tokens if data.validation is not None else 0
     log.info("data: %s training tokens, %s held out, tokenizer %s",
              short(sum(store.num_tokens for store in data.train)), short(held_out), data.tokenizer.name)
-    log.info("run: %s, %s, %s; %s steps", trainer.run.path, facts["device"], facts["precision"],
-             sum(stage.steps for stage in trainer.stages))
+    log.info("run: %s, %s, %s; %s", trainer.run.path, facts["device"], facts["precision"],
+             counted(sum(stage.steps for stage in trainer.stages), "step"))
     if start is not None:
         log.info("going on from %s", start)
 
@@ -188,9 +188,10 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
         where = f"saved {trainer.saved}" if trainer.saved else "nothing to save"
         log.info("%s: stopped after step %d, %s. Go on with: %s", stopped, progress.step, where, resume)
         return result
-    log.info("finished: %d steps, %s tokens, %s", progress.step, short(progress.tokens), duration(progress.seconds))
+    log.info("finished: %s, %s tokens, %s", counted(progress.step, "step"), short(progress.tokens),
+             duration(progress.seconds))
     if progress.skipped_steps:
-        log.warning("%d steps were skipped because they were not finite", progress.skipped_steps)
+        log.warning("%s skipped, not finite", counted(progress.skipped_steps, "step"))
     if trainer.validation and not math.isfinite(trainer.validation["validation_loss"]):
         raise TrainingStopped(f"the run diverged: its validation loss after step {progress.step} is "
                               f"{trainer.validation['validation_loss']}; try a lower optimizer.lr than "

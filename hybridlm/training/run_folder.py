@@ -30,6 +30,7 @@ FREE = ("run_dir", "model.name", "model.published", "engine", "tracking", "kerne
         "training.tokens", "training.precision", "training.micro_batch_size",
         "training.activation_checkpointing", "training.log_every", "training.eval_every", "training.eval_batches",
         "training.checkpoint_every", "training.keep_checkpoints", "training.resume", "training.max_bad_steps")
+MOST_DIFFERENCES = 4  # that a refusal names
 FREE_IN_STAGES = ("steps", "tokens", "eval_recall")
 
 
@@ -149,16 +150,20 @@ def compare(saved: Any, config: Config, where: Path) -> None:
         saved = to_dict(from_dict(Config, saved))
     old, new = flatten(saved), flatten(to_dict(config))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _free(key))
-    model = [key for key in changed if key.startswith("model.")]
-    if model:
-        raise CheckpointError(f"the model of the run in {where} has changed: " + "; ".join(
-            [*_layer_changes(saved, config), *(_change(key, old, new) for key in model[:8])])
-            + (f"; and {len(model) - 8} more keys" if len(model) > 8 else "")
-            + ". Take another run_dir; init_from takes weights into a new run of the same model")
+    if any(key.startswith("model.") for key in changed):
+        differ = _layer_changes(saved, config) or [
+            _change(key, old, new) for key in changed if key.startswith("model.")]
+        raise CheckpointError(f"the model of the run in {where} has changed: {_few(differ)}. Take another run_dir, or "
+                              "the model that the run began with")
     if changed := [key for key in changed if not key.startswith("model.")]:
-        raise ConfigError("run_dir", "holds a different run: " + "; ".join(
-            _change(key, old, new) for key in changed[:6]) + (" ..." if len(changed) > 6 else ""),
-            got=str(where), hint="take another run_dir, or the config that the run began with")
+        differ = [_change(key, old, new) for key in changed]
+        raise ConfigError("run_dir", f"holds a different run: {_few(differ)}", got=str(where),
+                          hint="take another run_dir, or the config that the run began with")
+
+
+def _few(differences: list[str]) -> str:
+    more = len(differences) - MOST_DIFFERENCES
+    return "; ".join(differences[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _layer_changes(saved: Any, config: Config) -> list[str]:

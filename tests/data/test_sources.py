@@ -175,7 +175,7 @@ def test_dataset_by_name(tmp_path, monkeypatch):
     assert texts("owner/some-data", name="v2", split="train[:2]") == ["a", "b"]
     assert texts("plain", format="dataset") == ["a", "b"]
     assert asked == [("owner/some-data", "v2", "train[:2]"), ("plain", None, "train")]
-    with pytest.raises(DataError, match=r"owner/gone: no such file.*\(FileNotFoundError: Couldn't find it\)"):
+    with pytest.raises(DataError, match=r"owner/gone: no such file.*\(FileNotFoundError: Couldn't find it; [^\n]*\)"):
         open_source(config("owner/gone"))
 
 

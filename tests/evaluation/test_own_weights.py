@@ -74,5 +74,5 @@ def test_only_tasks_that_show_their_rule_are_asked_zero_shot():
                      "key_value_updates"}
     for name in asked:
         check_zero_shot(make_probe(name))
-    with pytest.raises(ConfigError, match="the rule of parity does not show.*--fine-tune"):
+    with pytest.raises(ConfigError, match=r"the rule of parity does not show.*--fine-tune"):
         check_zero_shot(make_probe("parity"))

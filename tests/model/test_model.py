@@ -291,6 +291,8 @@ def test_bf16_autocast_stays_close():
 
 @pytest.mark.parametrize(("inputs", "message"), [
     ({"input_ids": IDS[0]}, "batch, time"),
+    ({"input_ids": IDS + 100_000}, "must be from 0 to .*, the model's vocabulary; got 100"),
+    ({"input_ids": IDS - 100_000}, "vocabulary; got -"),
     ({"input_ids": IDS, "labels": IDS[:, :5]}, "labels must be"),
     ({"input_ids": IDS, "labels": IDS, "targets": IDS[..., None]}, "one of them"),
     ({"input_ids": IDS, "targets": IDS}, "targets must be"),

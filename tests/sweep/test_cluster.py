@@ -61,7 +61,7 @@ def test_a_sweep_goes_through_slurm(slurm, tmp_path, capsys):
                "sweep.slurm.account=lab", 'sweep.slurm.setup=["export READY=1"]']
     assert main(["sweep", *words(tmp_path / "out", "0,1", *options)]) == 1
     out = capsys.readouterr().out
-    assert "2 of 2 points go to slurm" in out
+    assert "2 of 2 points to slurm" in out
     assert "seed-0: finished" in out
     assert "failed: seed-1: the disk is full; make room" in out
     assert "1 of 2 points are finished" in out

@@ -65,7 +65,7 @@ def test_corrupt_lines_are_skipped_counted_and_said(sweep, capsys):
     file.write_bytes(b"".join([lines[0], b"{\"step\": 2, \xff\n", b"[]\n", *lines[1:], b'{"step": 21, "lo']))
     assert main(["sweep", f"sweep.dir={sweep}", "--collect"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "ratio-0_seed-0/metrics.jsonl: 3 corrupt lines were skipped" in out
+    assert "ratio-0_seed-0/metrics.jsonl: 3 corrupt lines skipped" in out
     assert results(sweep)["corrupt_lines"] == 3
     assert results(sweep)["groups"] == before
 

@@ -50,6 +50,18 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left(capsys, monkeypatch
     assert "step 4/10" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_narrow_terminal_keeps_the_steps(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with Display(None) as display:
+        display.begin(0, 1000)
+        display.step({**RECORD, "step": 123, "validation_loss": 2.5, "validation_bits_per_byte": 3.6,
+                      "grad_norm": 1.5, "moe/max_violation": 0.5})
+        display.stop()
+    assert "123/1000" in capsys.readouterr().out
+
+
 def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path):
     class Gone:
         encoding = "utf-8"

@@ -123,8 +123,11 @@ def test_a_changed_architecture_is_refused_with_a_diff(done):
     _, _, folder = done
     options = {"num_layers": 3, "schedule": tiny_run.ScheduleConfig(pattern=["linear", "full", "full"])}
     changed = tiny_run.config(folder, model_options=options)
-    with pytest.raises(CheckpointError, match=r"2 layers saved, 3 asked for.*model\.num_layers 2 -> 3"):
+    with pytest.raises(CheckpointError, match=r"has changed: 2 layers saved, 3 asked for\. Take another run_dir"):
         train(changed)
+    with pytest.raises(CheckpointError, match=r"has changed: model\.hidden_size .*; and [1-9]\d* more\. Take another"):
+        train(tiny_run.config(folder, model_options={
+            "hidden_size": 64, "max_position": 99, "logit_soft_cap": 5.0, "tie_embeddings": True, "vocab_size": 999}))
     swapped = tiny_run.config(folder, model_options={"schedule": tiny_run.ScheduleConfig(pattern=["full", "full"])})
     with pytest.raises(CheckpointError, match=r"layer 0: mixer linear -> full, kind delta_rule -> attention"):
         train(swapped)
