@@ -73,18 +73,19 @@ def run(kind: type[Chunks], x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, i
     # gradient against the other's is known in the backward only, and the logits are computed again there.
     function = _RecomputedLoss if z_loss else _Loss
     with torch.autocast(x_ND.device.type, enabled=False):
-        return function.apply(kind, x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
+        return function.apply(kind, torch.is_grad_enabled(), x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
 
 
 class _Loss(torch.autograd.Function):
     """Sums of the loss and of logsumexp^2; gradients of the loss computed on the way and scaled later."""
 
     @staticmethod
-    def forward(ctx, kind, x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype):
+    def forward(ctx, kind, grad_enabled, x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype):
         chunks = kind(x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
         loss_N, lse_N = (x_ND.new_empty(x_ND.shape[0], dtype=chunks.wide) for _ in range(2))
         ctx.gradients = None
-        if needs_grad := any(ctx.needs_input_grad[1:3]):
+        # needs_input_grad is true for a parameter under no_grad too
+        if needs_grad := grad_enabled and any(ctx.needs_input_grad[2:4]):
             dx_ND = torch.empty(x_ND.shape, dtype=dtype, device=x_ND.device)
             dweight_VD = torch.zeros(weight_VD.shape, dtype=chunks.wide, device=x_ND.device)
             ctx.gradients = (dx_ND, dweight_VD, x_ND.dtype, weight_VD.dtype)
@@ -104,14 +105,14 @@ class _Loss(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy: a second backward needs another forward")
         dx_ND, dweight_VD, x_dtype, weight_dtype = ctx.gradients
         ctx.gradients = None  # scaled in place: they are as large as the weight
-        return None, dx_ND.mul_(dloss).to(x_dtype), dweight_VD.mul_(dloss).to(weight_dtype), None, None, None, None
+        return None, None, dx_ND.mul_(dloss).to(x_dtype), dweight_VD.mul_(dloss).to(weight_dtype), *(None,) * 4
 
 
 class _RecomputedLoss(torch.autograd.Function):
     """As `_Loss`, with logsumexp^2 differentiable too: one more product of x and the weight."""
 
     @staticmethod
-    def forward(ctx, kind, x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype):
+    def forward(ctx, kind, grad_enabled, x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype):
         chunks = kind(x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
         loss_N, lse_N = (x_ND.new_empty(x_ND.shape[0], dtype=chunks.wide) for _ in range(2))
         for rows in chunks:
@@ -133,4 +134,4 @@ class _RecomputedLoss(torch.autograd.Function):
             x_CD, logits_CV = chunks.product(rows)
             dlogits_CV = chunks.gradient(rows, logits_CV, lse_N[rows], dloss, dz)
             chunks.product_gradients(rows, x_CD, dlogits_CV, dx_ND, dweight_VD)
-        return None, dx_ND.to(x_ND.dtype), dweight_VD.to(weight_VD.dtype), None, None, None, None
+        return None, None, dx_ND.to(x_ND.dtype), dweight_VD.to(weight_VD.dtype), *(None,) * 4
