@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, float16, float32, promote_types
 
 from hybridlm_kernels.indexer_kl import reference
 from hybridlm_kernels.indexer_kl import torch as eager
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
+from hybridlm_kernels.triton_support import backend as triton_backend
+
+
+def _fits(call: Call) -> tuple[bool, str]:
+    if float16 in (call.dtype, call.get("main_dtype")):
+        return False, "gradients at the scores are too small for float16; use bfloat16 or float32"
+    widest = 320 if call.get("main_dtype") == float32 and not call.get("selected") else 576
+    if call.get("main_dim") > widest or call.get("dim") > 256:
+        return False, (f"holds index heads of up to 256 and {call.get('main_dtype')} heads of up to {widest} dims; got "
+                       f"{call.get('dim')} and {call.get('main_dim')}")
+    return True, ""
+
 
 INDEXER_KL = register(Operation("indexer_kl", (
+    triton_backend(f"{__name__}.triton", "indexer_kl", _fits),
     Backend("torch", eager.indexer_kl), Backend("reference", reference.indexer_kl))))
 ATTENTION_RECALL = register(Operation("attention_recall", (
     Backend("torch", eager.attention_recall), Backend("reference", reference.attention_recall))))
@@ -65,7 +78,9 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
         check_main("indexer_kl", main_q_BTHK, main_k_BSGK, index, (batch, queries, k_BSI.shape[1]))
     cu_seqlens = _borders("indexer_kl", cu_seqlens, q_BTJI, k_BSI.shape[1])
     scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose(INDEXER_KL, Call.of(q_BTJI, k_BSI, w_BTJ, selected=indices_BTN is not None), backend)
+    facts = {"selected": indices_BTN is not None, "dim": dim, "main_dim": main_q_BTHK.shape[3],
+             "main_dtype": promote_types(main_q_BTHK.dtype, main_k_BSGK.dtype)}
+    chosen = choose(INDEXER_KL, Call.of(q_BTJI, k_BSI, w_BTJ, **facts), backend)
     loss, entropy, *recall = chosen.run(q_BTJI, k_BSI, w_BTJ, main_q_BTHK.detach(), main_k_BSGK.detach(), indices_BTN,
                                         recall_of_BTN, scale, cu_seqlens)
     return IndexerKL(loss, entropy, None if recall_of_BTN is None else Recall(*recall))

@@ -12,10 +12,19 @@ from hybridlm_kernels.sparse_attention import reference
 from hybridlm_kernels.sparse_attention import torch as eager
 from hybridlm_kernels.triton_support import backend as triton_backend
 
+
+def _fits(call: Call) -> tuple[bool, str]:
+    key_dim, value_dim = call.get("key_dim"), call.get("value_dim")
+    if key_dim > 576 or value_dim > 512:
+        return False, f"holds keys of up to 576 and values of up to 512 dims; got {key_dim} and {value_dim}"
+    return True, ""
+
+
 INDEXER_TOPK = register(Operation("indexer_topk", (
     triton_backend(f"{__name__}.triton_index", "indexer_topk"),
     Backend("torch", eager.indexer_topk), Backend("reference", reference.indexer_topk))))
 SPARSE_ATTENTION = register(Operation("sparse_attention", (
+    triton_backend(f"{__name__}.triton", "sparse_attention", _fits),
     Backend("torch", eager.sparse_attention), Backend("reference", reference.sparse_attention))))
 
 
@@ -90,5 +99,6 @@ def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN
     if indices_BTN.dim() != 3 or indices_BTN.shape[:2] != (batch, queries) or indices_BTN.is_floating_point():
         raise ValueError(f"sparse_attention: indices must be integers [{batch}, {queries}, N]; "
                          f"got {indices_BTN.dtype} {list(indices_BTN.shape)}")
-    chosen = choose(SPARSE_ATTENTION, Call.of(q_BTHK, k_BSGK, v_BSGV), backend)
+    chosen = choose(SPARSE_ATTENTION, Call.of(q_BTHK, k_BSGK, v_BSGV, key_dim=dim, value_dim=v_BSGV.shape[3]),
+                    backend)
     return chosen.run(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)

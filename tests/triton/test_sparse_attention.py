@@ -1,0 +1,95 @@
+"""Attention over selected keys: outputs, every gradient and the inverse lists of the Triton backend."""
+
+import pytest
+import torch
+from kernel_compare import error, tensors
+
+from hybridlm_kernels import sparse_attention
+from hybridlm_kernels.registry import KernelUnavailable
+from hybridlm_kernels.sparse_attention import triton as backend
+from hybridlm_kernels.sparse_attention import triton_inverse
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch):
+    monkeypatch.setattr(triton_inverse, "WORK_BYTES", 1)
+    monkeypatch.setattr(triton_inverse, "FEWEST", 2)
+
+
+def selections(batch, queries, keys, count):
+    """Distinct positions in random order with random holes; the first query has none."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.rand(batch, queries, keys, generator=generator).argsort(-1)[..., :count]
+    index = index.masked_fill(torch.rand(index.shape, generator=generator) < 0.3, -1)
+    index[:, 0] = -1
+    return index.int()
+
+
+def compare(run, inputs, device, *index):
+    """Triton in fp32 against the reference in fp64: the output and the gradient of every input."""
+    narrow = [x.detach().float().to(device).requires_grad_() for x in inputs]
+    wide = [x.detach().cpu().double().requires_grad_() for x in narrow]
+    out, expected = run(*narrow, *(i.to(device) for i in index), "triton"), run(*wide, *index, "reference")
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).double()
+    grads = torch.autograd.grad(out, narrow, upstream.to(out))
+    expected_grads = torch.autograd.grad(expected, wide, upstream)
+    assert out.dtype == torch.float32
+    assert error(out.cpu(), expected) <= 1e-5
+    assert all(error(a.cpu(), b) <= 1e-5 for a, b in zip(grads, expected_grads, strict=True))
+
+
+# rows, queries, keys, query heads, key heads, key dim, value dim, listed
+SHAPES = [(2, 3, 5, 4, 2, 8, 12, 5), (1, 3, 37, 20, 1, 24, 8, 34)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference(shape, device):
+    batch, queries, keys, heads, groups, dim, v_dim, listed = shape
+    inputs = tensors((batch, queries, heads, dim), (batch, keys, groups, dim), (batch, keys, groups, v_dim))
+    compare(lambda q, k, v, index, name: sparse_attention(q, k, v, index, scale=0.4, backend=name), inputs, device,
+            selections(batch, queries, keys, listed))
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(40, 32), (40, 24)])  # values of 32 dims are where the keys are split
+def test_values_that_are_part_of_the_keys(dim, v_dim, device):
+    inputs = tensors((1, 3, 4, dim), (1, 9, 1, dim))
+    def absorbed(q, latent, index, name):
+        k = latent * 1.0
+        if name == "triton":
+            assert backend.values_are_keys(k, k[..., :v_dim]) == (v_dim == 32)
+        return sparse_attention(q, k, k[..., :v_dim], index, backend=name)
+
+    compare(absorbed, inputs, device, selections(1, 3, 9, 7))
+
+
+def test_values_without_the_gradient_of_the_keys_are_their_own(device):
+    """The same memory is not the same variable: a detached view has no gradient, and one from elsewhere its own."""
+    k = torch.randn(1, 9, 1, 40, device=device, requires_grad=True)
+    assert backend.values_are_keys(k, k[..., :32])
+    assert backend.values_are_keys(k.detach(), k.detach()[..., :32])
+    assert not backend.values_are_keys(k, k.detach()[..., :32])
+    assert not backend.values_are_keys(k, k.detach()[..., :32].requires_grad_())
+    assert not backend.values_are_keys(k, k[..., 8:])
+
+
+def test_the_same_bits_every_time(device):
+    inputs = tensors((1, 4, 2, 8), (1, 4, 1, 8), (1, 4, 1, 8))
+    q, k, v = (x.detach().float().to(device).requires_grad_() for x in inputs)
+    index = selections(1, 4, 4, 3).to(device)
+    first, second = (torch.autograd.grad(sparse_attention(q, k, v, index, backend="triton").square().sum(), (q, k, v))
+                     for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_inverse_lists(device):
+    index = selections(1, 7, 5, 4)[0]
+    lists = triton_inverse.InverseLists(index.to(device), 5)
+    for s in range(5):
+        expected = [q * 4 + n for q in range(7) for n in range(4) if index[q, n] == s]
+        assert lists.lists_SC[s, : int(lists.counts_S[s])].tolist() == expected
+
+
+def test_heads_too_wide_are_refused_with_the_reason(device):
+    q = torch.zeros(1, 1, 1, 600, device=device)
+    with pytest.raises(KernelUnavailable, match="keys of up to 576"):
+        sparse_attention(q, q, q, torch.zeros(1, 1, 1, dtype=torch.int32, device=device), backend="triton")
