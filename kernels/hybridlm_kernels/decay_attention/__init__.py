@@ -5,15 +5,29 @@ Legend: B rows, T tokens a row, H query/key heads, G value heads, K/V key/value 
 
 from __future__ import annotations
 
-from torch import Tensor, autocast
+from torch import Tensor, autocast, float16
 
 from ..gates import Gate, parameters_of
 from ..recurrence import Borders, borders_of, check_decay, check_shapes
 from ..registry import Backend, Call, Operation, choose, register
+from ..triton_support import backend as triton_backend
 from . import fla, reference
 from . import torch as torch_backend
 
+LARGEST_HEAD = 256  # of the Triton kernels: a program holds columns of a state of so many channels
+
+
+def _fits(call: Call) -> tuple[bool, str]:
+    largest = max(call.get("key_dim"), call.get("value_dim"))
+    if largest > LARGEST_HEAD:
+        return False, f"has head dims up to {LARGEST_HEAD}; got {largest}"
+    if call.dtype == float16:
+        return False, "multiplies states in the dtype of the values, and they overflow float16; use bfloat16"
+    return True, ""
+
+
 OPERATION = register(Operation("decay_attention", (
+    triton_backend("hybridlm_kernels.decay_attention.triton", "decay_attention", _fits),
     Backend("torch", torch_backend.decay_attention),
     Backend("fla", fla.decay_attention, fla.supports, ("cuda",)),
     Backend("reference", reference.decay_attention),

@@ -1,0 +1,259 @@
+"""Linear attention with decay as Triton kernels: forward and backward by chunks, and the recurrence for decoding.
+
+With no decay, a constant one or one a head, o, dq, dk and dv are the same sum with names exchanged: `pairs_kernel` for
+pairs inside chunks, then `scan_kernel`; no state is stored unless gates learn. With a decay a channel, `chunk_kernel`
+goes before the scans and `gradients_kernel` behind them. Where heads are few, documents are cut into pieces that are
+scanned side by side.
+
+Legend: B rows, T tokens a row, H key heads, G value heads, K/V key/value head dim, N documents, U pieces of
+documents, C tokens a chunk, P chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..gates import Gate, parameters_of
+from ..packing import CuSeqlens
+from ..precision import plain_backward
+from ..triton_chunks import CHUNK, chunk_tables
+from .triton_channel import chunk_kernel, gradients_kernel
+from .triton_decode import decode_kernel
+from .triton_scan import gate_gradient_kernel, join_kernel, pairs_kernel, scan_kernel
+
+FEW_TOKENS = 16  # up to here, without gradients, the recurrence itself is faster than chunks
+FEWEST_CHUNKS = 8  # of a piece: below that the states of pieces are too much traffic
+CHANNELS, CHANNELS_LEARNT = 32, 16  # at a time, in the kernels of a decay a channel: what their registers hold
+LARGEST_BOUND = 10.0  # of |g|, where 8 steps stay within float32's exponents
+
+
+@torch.compiler.disable
+def decay_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None, scale: float,
+                    state_NGKV: Tensor | None, borders: CuSeqlens | None,
+                    gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+    """Arguments as in the public function, already checked."""
+    if g is not None and g.dim() == 1 and g.requires_grad:  # rare: its gradient is that of one a token, summed
+        g = g.expand(v_BTGV.shape[:3])
+    tensors = (q_BTHK.to(v_BTGV.dtype), k_BTHK.to(v_BTGV.dtype), v_BTGV, g, *parameters_of(gate), state_NGKV)
+    inputs: list[Any] = [None if x is None else x.contiguous() for x in tensors]
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if borders is None and q_BTHK.shape[1] <= FEW_TOKENS and not learns:
+        return _Launches(_Inputs(*inputs), scale, None, gate).decode()
+    return _DecayAttention.apply(*inputs, scale, borders, gate)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The tensors of a call, contiguous."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, G, V]
+    g: Tensor | None  # [G], [B, T, G] or [B, T, G, K]
+    A_log: Tensor | None  # [G]
+    dt_bias: Tensor | None  # [G(, K)]
+    state: Tensor | None  # [N, G, K, V]
+
+
+class _DecayAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, A_log: Tensor | None,
+                dt_bias: Tensor | None, state: Tensor | None, scale: float, borders: CuSeqlens | None,
+                gate: Gate | None) -> Any:
+        inputs = _Inputs(q, k, v, g, A_log, dt_bias, state)
+        launches = _Launches(inputs, scale, borders, gate)
+        if launches.decay == "channel":
+            queries, writes, A, total = launches.chunk()
+        else:
+            queries, writes, A, total = q, k, launches.pairs(q, k), None
+        o, last = launches.scan(queries, writes, v, state, A, total)
+        ctx.save_for_backward(*vars(inputs).values(), A, total)
+        ctx.options = scale, borders, gate
+        return o, last
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, do: Tensor, d_last: Tensor) -> Any:
+        *inputs, A, total = ctx.saved_tensors  # read once: a checkpointed layer unpacks each saved tensor a single time
+        launches = _Launches(_Inputs(*inputs), *ctx.options)
+        do, d_last = do.contiguous(), d_last.contiguous()
+        if launches.decay == "channel":
+            gradients = launches.backward_of_channels(do, d_last, A, total, ctx.needs_input_grad)
+        else:
+            gradients = launches.backward_of_heads(do, d_last, A, ctx.needs_input_grad)
+        return *gradients, None, None, None
+
+
+class _Launches:
+    """One call's sizes and flags, and the launches of its kernels."""
+
+    def __init__(self, x: _Inputs, scale: float, borders: CuSeqlens | None, gate: Gate | None):
+        self.x, self.scale = x, float(scale)
+        (self.B, self.T, self.H, self.K), (self.G, self.V) = x.k.shape, x.v.shape[2:]
+        self.tokens, self.dtype, self.device = self.B * self.T, x.v.dtype, x.v.device
+        self.tables = chunk_tables(self.B, self.T, borders, self.device)
+        self.documents = self.B if borders is None else borders.num_documents
+        self.decay = "none" if x.g is None else ("constant", "head", "channel")[max(0, x.g.dim() - 2)]
+        bound = None if gate is None else gate.bound
+        constant = 1.0 if gate is None else gate.normalizer if gate.kind == "logsigmoid" else gate.lower_bound
+        self.gate_inputs = (x.g, x.A_log, x.dt_bias, float(constant))
+        self.gate = "none" if gate is None else gate.kind
+        self.exact = self.dtype == torch.float32
+        self.fast = bound is not None and bound <= LARGEST_BOUND
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
+
+    def wide(self, *shape: int) -> Tensor:
+        return self.empty(*shape, dtype=torch.float32)
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """(o, last states) by the recurrence."""
+        o, last = torch.empty_like(self.x.v), self.wide(self.B, self.G, self.K, self.V)
+        columns = min(_padded(self.V), max(16, 4096 // _padded(self.K)))
+        decode_kernel[(self.B * self.G * triton.cdiv(self.V, columns),)](
+            self.x.q, self.x.k, self.x.v, *self.gate_inputs, self.x.state, o, last, self.scale, self.T, self.H, self.G,
+            K=self.K, V=self.V, BK=_padded(self.K), BV=columns, DECAY=self.decay, GATE=self.gate)
+        return o, last
+
+    def chunk(self, scores: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Queries and writes [B, T, G, K]; with scores A [B, T, G, C] and the decay of chunks [P, G, K]."""
+        x, P = self.x, self.tables.num_chunks
+        queries, writes = (self.empty(self.B, self.T, self.G, self.K) for _ in range(2))
+        A = self.empty(self.B, self.T, self.G, CHUNK) if scores else None
+        total = self.wide(P, self.G, self.K) if scores else None
+        chunk_kernel[(P, self.G)](
+            x.q, x.k, *self.gate_inputs, self.tables.chunks, A, total, queries, writes, self.scale, self.H, self.G,
+            K=self.K, BK=min(CHANNELS, _padded(self.K)), GATE=self.gate, FAST=self.fast, SCORES=scores, EXACT=self.exact)
+        return queries, writes, A, total
+
+    def pairs(self, x: Tensor, y: Tensor, other: Tensor | None = None, dots: Tensor | None = None) -> Tensor:
+        """The scores A [B, T, G, C] of x against y; as `pairs_kernel` says."""
+        A, Y = self.empty(self.B, self.T, self.G, CHUNK), y.shape[3]
+        pairs_kernel[(self.tables.num_chunks, self.G)](
+            x, y, *self.gate_inputs, self.tables.chunks, A, other, dots, self.scale, self.G, self.G // y.shape[2], Y=Y,
+            BY=min(64, _padded(Y)), DECAY=self.decay, GATE=self.gate, EXACT=self.exact)
+        return A
+
+    def scan(self, x: Tensor, y: Tensor, z: Tensor, start: Tensor | None, A: Tensor | None,
+             total: Tensor | None = None, *, reverse: bool = False, output: bool = True, states: Tensor | None = None,
+             w: Tensor | None = None, dots: Tensor | None = None, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """out [B, T, G, Z] and the states [N, G, Y, Z] after the scan; as `scan_kernel` says.
+
+        Writes `states`, unless `carry` is given, for which it reads them.
+        """
+        Y, Z = y.shape[3], z.shape[3]
+        sizes = {"Y": Y, "Z": Z, "BY": _padded(Y), "BZ": self.columns(Y, Z)}
+        blocks = triton.cdiv(Z, sizes["BZ"])
+        out = self.empty(self.B, self.T, self.G, Z) if output else None
+        last = self.wide(self.documents, self.G, Y, Z)
+
+        def launch(pieces: Tensor, start: Tensor | None, last: Tensor | None, total_of_pieces: Tensor | None,
+                   output: bool, learn: bool) -> None:
+            scan_kernel[(len(pieces) * self.G * blocks,)](
+                x, y, z, w, A, *self.gate_inputs, total, start, pieces, out if output else None, last, total_of_pieces,
+                states if learn else None, dots if learn else None, carry if learn else None, self.scale, self.tokens,
+                self.tables.num_chunks, self.G, self.G // y.shape[2], self.G // z.shape[2], **sizes, DECAY=self.decay,
+                GATE=self.gate, REVERSE=reverse, OUTPUT=output, STATES=learn and states is not None and carry is None,
+                DOTS=learn and dots is not None, EXACT=self.exact)
+
+        chunks = self.chunks_of_a_piece(blocks)
+        if chunks >= self.tables.most_chunks:
+            launch(self.tables.documents, start, last, None, output, True)
+            return out, last  # type: ignore[return-value]
+        pieces, of_documents = self.tables.pieces(chunks)
+        alone = self.wide(len(pieces), self.G, Y, Z)
+        channel = self.decay == "channel"
+        total_of_pieces = self.wide(len(pieces), self.G, Y) if channel else self.wide(len(pieces), self.G)
+        launch(pieces, None, alone, total_of_pieces, False, False)
+        join_kernel[(self.documents * self.G * blocks,)](alone, total_of_pieces, start, of_documents, last, self.G,
+                                                         **sizes, CHANNEL=channel, REVERSE=reverse)
+        if output or states is not None:
+            launch(pieces, alone, None, None, output, True)
+        return out, last  # type: ignore[return-value]
+
+    def columns(self, Y: int, Z: int) -> int:
+        """Columns of z a program: fewer where the state would not fit its registers."""
+        return min(_padded(Z), 32 if Y > 128 or self.exact else 64)
+
+    def chunks_of_a_piece(self, blocks: int) -> int:
+        """As many as keep the device busy."""
+        most = self.tables.most_chunks
+        pieces = min(parallel_programs(self.device) // (self.documents * self.G * blocks), most // FEWEST_CHUNKS)
+        return most if pieces < 2 else triton.cdiv(most, pieces)
+
+    def backward_of_heads(self, do: Tensor, d_last: Tensor, A: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
+        """Gradients of q, k, v, g, A_log, dt_bias and state, where the decay is not one a channel."""
+        x = self.x
+        learns, P = any(needed[3:6]), self.tables.num_chunks
+        blocks = triton.cdiv(self.K, self.columns(self.V, self.K))
+        states = pairs = dots = reverse_dots = carry = None
+        if learns:
+            states, pairs = self.empty(P, self.G, self.V, self.K), self.wide(self.tokens, self.G)
+            dots, reverse_dots = (self.wide(blocks, self.tokens, self.G) for _ in range(2))
+            carry = self.wide(blocks, P, self.G)
+        M = self.pairs(do, x.v, A if learns else None, pairs)
+        start = None if x.state is None else x.state.mT.contiguous()
+        dq, _ = self.scan(do, x.v, x.k, start, M, states=states, w=x.q, dots=dots)
+        dk, _ = self.scan(x.v, do, x.q, d_last.mT.contiguous(), M, reverse=True, states=states, w=x.k,
+                          dots=reverse_dots, carry=carry)
+        dv, d_state = self.scan(x.k, x.q, do, d_last, A, reverse=True)
+        gates = self._gate_gradients((pairs, dots, reverse_dots, carry), needed) if learns else [None, None, None]
+        return [self._of_heads(dq), self._of_heads(dk), dv, *gates, self._of_state(d_state, needed)]
+
+    def _gate_gradients(self, dots: tuple[Any, ...], needed: tuple[bool, ...]) -> list[Tensor | None]:
+        x, P = self.x, self.tables.num_chunks
+        dg = torch.empty_like(x.g)  # type: ignore[arg-type]
+        d_A_log = self.wide(P, self.G) if needed[4] else None
+        d_bias = self.wide(P, self.G) if needed[5] else None
+        gate_gradient_kernel[(P, self.G)](
+            *dots, *self.gate_inputs, self.tables.chunks, dg, d_A_log, d_bias, self.tokens, P, self.G,
+            BLOCKS=dots[1].shape[0], GATE=self.gate)
+        return [dg if needed[3] else None, _of_chunks(d_A_log, x.A_log), _of_chunks(d_bias, x.dt_bias)]
+
+    def backward_of_channels(self, do: Tensor, d_last: Tensor, A: Tensor, total: Tensor,
+                             needed: tuple[bool, ...]) -> list[Tensor | None]:
+        """As `backward_of_heads`, with a decay a channel."""
+        x, P = self.x, self.tables.num_chunks
+        queries, writes, _, _ = self.chunk(scores=False)
+        states, d_states = (self.empty(P, self.G, self.K, self.V) for _ in range(2))
+        self.scan(writes, writes, x.v, x.state, A, total, output=False, states=states)
+        dv, d_state = self.scan(writes, queries, do, d_last, A, total, reverse=True, states=d_states)
+        dq, dk = (self.empty(self.B, self.T, self.G, self.K) for _ in range(2))
+        channels = min(CHANNELS_LEARNT, _padded(self.K))
+        blocks = triton.cdiv(self.K, channels)
+        dg = torch.empty_like(x.g) if any(needed[3:6]) else None  # type: ignore[arg-type]
+        d_A_log = self.wide(P, self.G, blocks) if needed[4] else None
+        d_bias = self.wide(P, self.G, self.K) if needed[5] else None
+        gradients_kernel[(P, self.G * blocks)](
+            x.q, x.k, x.v, *self.gate_inputs, do, states, d_states, total, self.tables.chunks, dq, dk, dg, d_A_log,
+            d_bias, self.scale, self.H, self.G, K=self.K, V=self.V, BK=channels, BV=min(64, _padded(self.V)),
+            GATE=self.gate, FAST=self.fast, EXACT=self.exact)
+        if d_A_log is not None:
+            d_A_log = d_A_log.sum(2)
+        return [self._of_heads(dq), self._of_heads(dk), dv, dg if needed[3] else None, _of_chunks(d_A_log, x.A_log),
+                _of_chunks(d_bias, x.dt_bias), self._of_state(d_state, needed)]
+
+    def _of_heads(self, d_BTGK: Tensor) -> Tensor:
+        return d_BTGK if self.H == self.G else d_BTGK.unflatten(2, (self.H, -1)).sum(3)
+
+    def _of_state(self, d_state: Tensor, needed: tuple[bool, ...]) -> Tensor | None:
+        return d_state.to(self.x.state.dtype) if needed[6] and self.x.state is not None else None
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _of_chunks(d: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if d is None or like is None else d.sum(0).to(like.dtype)
+
+
+def parallel_programs(device: torch.device) -> int:
+    """How many programs of a scan the device runs side by side; 0 where there is no device."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0

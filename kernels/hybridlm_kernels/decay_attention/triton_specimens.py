@@ -1,0 +1,91 @@
+"""The kernels of decay_attention as the compile check builds them: bf16, K = V = D."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..triton_support import Specimen
+from .triton_channel import chunk_kernel, gradients_kernel
+from .triton_decode import decode_kernel
+from .triton_scan import gate_gradient_kernel, join_kernel, pairs_kernel, scan_kernel
+
+GATE = {"g_ptr": "*bf16", "A_log_ptr": "*fp32", "bias_ptr": "*fp32", "gate_constant": "fp32"}
+NO_GATE = {"g_ptr": "*fp32", "gate_constant": "fp32"}
+NO_GATE_CONSTANTS = {"A_log_ptr": None, "bias_ptr": None, "GATE": "none"}
+HALF, SINGLE, TABLE = "*bf16", "*fp32", "*i64"
+
+
+def _pointers(kind: str, *names: str) -> dict[str, str]:
+    return {f"{name}_ptr": kind for name in names}
+
+
+def _scan(label: str, D: int, decay: str, **flags: bool) -> Specimen:
+    flags = {"REVERSE": False, "OUTPUT": True, "STATES": False, "DOTS": False} | flags
+    gate = GATE if decay == "head" else NO_GATE
+    types = (_pointers(HALF, "x", "y", "z", "w", "A", "out", "states") | gate | _pointers(TABLE, "pieces")
+             | _pointers(SINGLE, "chunk_total", "start", "last", "total", "dots", "carry")
+             | {"scale": "fp32"} | dict.fromkeys(("tokens", "chunks"), "i32"))
+    absent = {"total_ptr"} | ({"w_ptr", "dots_ptr", "carry_ptr", "states_ptr"} if not flags["DOTS"] else set())
+    if decay != "channel":
+        absent |= {"chunk_total_ptr"}
+    if decay in ("none", "channel"):
+        absent |= {"g_ptr"}
+    if flags["STATES"]:
+        absent -= {"states_ptr"}
+    constants: dict[str, Any] = dict.fromkeys(absent) | flags | {
+        "G": 16, "XY_SHARE": 1, "Z_SHARE": 1, "Y": D, "Z": D, "BY": D, "BZ": 32 if D > 128 else 64, "DECAY": decay,
+        "EXACT": False,
+        **({"GATE": "softplus"} if decay == "head" else NO_GATE_CONSTANTS)}
+    return Specimen(f"scan {label} {decay} D={D}", scan_kernel,
+                    {name: kind for name, kind in types.items() if name not in constants}, constants)
+
+
+def _channel(D: int, fast: bool) -> list[Specimen]:
+    kind = "lower_bounded" if fast else "softplus"
+    sizes = {"K": D, "GATE": kind, "FAST": fast, "EXACT": False}
+    rest = {"scale": "fp32", "H": "i32", "G": "i32"} | _pointers(TABLE, "chunks")
+    name = f"{'bounded' if fast else 'any gate'} D={D}"
+    return [
+        Specimen(f"chunks {name}", chunk_kernel,
+                 _pointers(HALF, "q", "k", "A", "queries", "writes") | GATE | _pointers(SINGLE, "total") | rest,
+                 sizes | {"BK": 32, "SCORES": True}),
+        Specimen(f"gradients {name}", gradients_kernel,
+                 _pointers(HALF, "q", "k", "v", "do", "S", "dS", "dq", "dk", "dg") | GATE
+                 | _pointers(SINGLE, "total", "d_A_log", "d_bias") | rest, sizes | {"V": D, "BK": 16, "BV": 64})]
+
+
+def _pairs(D: int, learns: bool) -> Specimen:
+    gate = _pointers(SINGLE, "dots") | _pointers(HALF, "other") if learns else {}
+    constants = {} if learns else {"other_ptr": None, "dots_ptr": None}
+    return Specimen(f"pairs D={D}" + ", dots" * learns, pairs_kernel,
+                    _pointers(HALF, "x", "y", "A") | GATE | _pointers(TABLE, "chunks") | gate
+                    | {"scale": "fp32", "G": "i32", "XY_SHARE": "i32"},
+                    constants | {"Y": D, "BY": 64, "DECAY": "head", "GATE": "softplus", "EXACT": False})
+
+
+def _others(D: int) -> list[Specimen]:
+    join = (_pointers(SINGLE, "states", "total", "start", "last") | _pointers(TABLE, "pieces_of_documents")
+            | {"G": "i32"})
+    decode = (_pointers(HALF, "q", "k", "v", "o") | GATE | _pointers(SINGLE, "state", "last") | {"scale": "fp32"}
+              | dict.fromkeys(("T", "H", "G"), "i32"))
+    sizes = {"K": D, "V": D, "BK": D, "BV": max(16, 4096 // D)}
+    return [Specimen(f"join D={D}", join_kernel, join,
+                     {"Y": D, "Z": D, "BY": D, "BZ": 32 if D > 128 else 64, "CHANNEL": True, "REVERSE": True}),
+            Specimen(f"decode D={D}", decode_kernel, decode, sizes | {"DECAY": "channel", "GATE": "softplus"})]
+
+
+SPECIMENS = [
+    *(_scan("forward", D, decay) for D in (64, 128, 256) for decay in ("constant", "head", "channel")),
+    *(_scan("backward", D, decay, REVERSE=True) for D in (64, 128, 256) for decay in ("constant", "head")),
+    *(_scan("states", D, "channel", OUTPUT=False, STATES=True) for D in (64, 128)),
+    *(_scan("backward, states", D, "channel", REVERSE=True, STATES=True) for D in (64, 128, 256)),
+    *(_scan("dq, states, dots", D, "head", STATES=True, DOTS=True) for D in (64, 128, 256)),
+    *(_scan("dk, dots", D, "head", REVERSE=True, DOTS=True) for D in (64, 128, 256)),
+    *(_pairs(D, learns) for D in (64, 128) for learns in (True, False)),
+    *(specimen for D in (64, 128, 256) for fast in (True, False) for specimen in _channel(D, fast)),
+    *(specimen for D in (64, 128, 256) for specimen in _others(D)),
+    Specimen("gate gradient", gate_gradient_kernel,
+             _pointers(SINGLE, "pairs", "dots", "reverse_dots", "carry", "d_A_log", "d_bias") | GATE
+             | _pointers(TABLE, "chunks") | _pointers(HALF, "dg") | dict.fromkeys(("tokens", "chunks", "G"), "i32"),
+             {"BLOCKS": 2, "GATE": "softplus"}),
+]

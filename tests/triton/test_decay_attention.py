@@ -1,0 +1,180 @@
+"""The Triton kernels of decay_attention against the fp64 reference: every output and gradient, in fp32."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from kernel_compare import error
+
+from hybridlm_kernels import Gate, decay_attention
+from hybridlm_kernels.decay_attention import triton as backend
+
+DECAYS = ("none", "constant", "scalar", "channel")
+decays = pytest.mark.parametrize("decay", DECAYS)
+GATES = {"scalar": "softplus", "channel": "lower_bounded"}
+
+
+def make_inputs(decay, *, T=65, B=1, H=1, G=1, K=20, V=12, N=None, gate=None, strength=1.0):
+    generator = torch.Generator().manual_seed(T + 7 * G)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs = {"q": randn(B, T, H, K), "k": torch.nn.functional.normalize(randn(B, T, H, K), dim=-1),
+              "v": randn(B, T, G, V), "initial_state": randn(N or B, G, K, V)}
+    shape = {"constant": (G,), "scalar": (B, T, G), "channel": (B, T, G, K)}.get(decay)
+    if shape and gate is None:
+        inputs["g"] = -strength * torch.rand(shape, generator=generator, dtype=torch.float64)
+    elif shape:
+        inputs |= {"g": randn(*shape), "dt_bias": randn(*shape[2:])}
+        if gate != "logsigmoid":
+            inputs["A_log"] = 0.3 * randn(G)
+    return inputs
+
+
+def call(inputs, gate=None, **options):
+    rest = {name: x for name, x in inputs.items() if name in ("g", "initial_state")}
+    if gate:
+        rest["gate"] = Gate(gate, inputs.get("A_log"), inputs["dt_bias"], normalizer=4.0)
+    return decay_attention(inputs["q"], inputs["k"], inputs["v"], **rest, **options)
+
+
+def with_gradients(inputs, fixed=(), **options):
+    leaves = {name: x.detach().clone().requires_grad_(name not in fixed) for name, x in inputs.items()}
+    o, state = call(leaves, **options)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (o, state)]
+    wanted = {name: x for name, x in leaves.items() if name not in fixed}
+    grads = torch.autograd.grad([o, state], list(wanted.values()), upstream)
+    return {"o": o.detach(), "state": state.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def compare(inputs, device, fixed=(), tolerances=None, **options):
+    """Triton in fp32 against the reference in fp64."""
+    expected = with_gradients(inputs, fixed, backend="reference", **options)
+    single = {name: x.float().to(device) for name, x in inputs.items()}
+    got = with_gradients(single, fixed, backend="triton", **options)
+    for name, x in expected.items():
+        assert got[name].shape == x.shape
+        limit = (tolerances or {}).get(name, 1e-5)
+        assert error(got[name].cpu(), x) <= limit, (name, error(got[name].cpu(), x))
+
+
+@pytest.fixture(autouse=True)
+def whole_documents(monkeypatch):
+    """No document is cut into pieces, unless a test says so."""
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: 0)
+
+
+@decays
+@pytest.mark.parametrize("T", [1, 63, 65])
+def test_equals_the_recurrence(decay, T, device):
+    compare(make_inputs(decay, T=T), device, fixed=("g",) if decay == "constant" else ())
+
+
+@pytest.mark.parametrize(("decay", "gate"), [("scalar", "softplus"), ("scalar", "lower_bounded"),
+                                             ("channel", "softplus"), ("channel", "lower_bounded"),
+                                             ("channel", "logsigmoid")])
+def test_gates_inside_and_grouped_heads(decay, gate, device):
+    compare(make_inputs(decay, T=40, G=2, K=16, V=24, gate=gate), device, gate=gate, scale=0.7)
+
+
+def test_a_constant_that_learns(device):
+    compare(make_inputs("constant", T=15), device, tolerances={"g": 5e-5})
+
+
+@pytest.mark.parametrize("decay", ["constant", "scalar", "channel"])
+@pytest.mark.parametrize("kind", ["zero", "-50", "mixed", "-inf"])
+def test_any_gate(decay, kind, device):
+    inputs = make_inputs(decay, T=66)
+    g = inputs["g"]
+    if kind == "zero":
+        g.zero_()
+    elif kind == "-50":
+        g.fill_(-50.0)
+    elif kind == "-inf":
+        g.view(-1)[::5] = -torch.inf
+    elif decay != "constant":  # strong at first, then weak
+        g *= 0.01
+        g[:, :40] = -50.0
+    compare(inputs, device, fixed=("g",) if decay == "constant" else ())
+
+
+@pytest.mark.parametrize("decay", ["constant", "scalar", "channel"])
+def test_packed(decay, device):
+    borders = [0, 1, 65, 68]
+    compare(make_inputs(decay, T=34, B=2, N=4), device, ("g",) if decay == "constant" else (),
+            cu_seqlens=sorted({*borders, 34}))
+    inputs = {n: x.float().to(device) for n, x in make_inputs(decay, T=68, N=3).items()}
+    o, last = call(inputs, cu_seqlens=borders, backend="triton")
+    for n, (a, b) in enumerate(pairwise(borders)):
+        alone = {name: x if x.dim() < 3 else x[n : n + 1] if name == "initial_state" else x[:, a:b]
+                 for name, x in inputs.items()}
+        o_n, last_n = call({name: x.clone().requires_grad_() for name, x in alone.items()}, backend="triton")
+        assert error(o[:, a:b], o_n.detach()) < 1e-6
+        assert error(last[n], last_n[0].detach()) < 1e-6
+
+
+@decays
+def test_pieces_change_nothing(decay, device, monkeypatch):
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: 2)
+    monkeypatch.setattr(backend, "FEWEST_CHUNKS", 1)
+    launches = []
+    monkeypatch.setattr(backend, "join_kernel", _Counted(backend.join_kernel, launches))
+    compare(make_inputs(decay, T=130, K=16, V=16), device, fixed=("g",) if decay == "constant" else ())
+    assert len(launches) == {"channel": 3}.get(decay, 4)
+
+
+class _Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(grid)
+        return self.kernel[grid]
+
+
+@decays
+def test_causal_to_the_last_bit(decay, device):
+    inputs = {n: x.float().to(device) for n, x in make_inputs(decay, T=66).items()}
+    before, _ = call(inputs, backend="triton")
+    for t in (14, 63):
+        changed = {name: x.clone() for name, x in inputs.items()}
+        for x in changed.values():
+            if x.dim() > 2 and x.shape[1] == 66:
+                x[:, t + 1 :] *= 2
+        after, _ = call(changed, backend="triton")
+        assert torch.equal(before[:, : t + 1], after[:, : t + 1])
+        assert not torch.equal(before[:, t + 1], after[:, t + 1])
+
+
+@decays
+def test_decoding_equals_the_whole(decay, device):
+    gate = GATES.get(decay)
+    inputs = {n: x.float().to(device) for n, x in make_inputs(decay, T=20, B=2, G=2, gate=gate).items()}
+    whole, last = call(inputs, gate=gate, backend="triton")
+    state, outputs = inputs.pop("initial_state"), []
+    for tokens in (slice(0, 3), slice(3, 4), slice(4, 20)):
+        part = {n: x[:, tokens] if x.dim() > 2 else x for n, x in inputs.items()}
+        o, state = call(part | {"initial_state": state}, gate=gate, backend="triton")
+        outputs.append(o)
+    assert error(torch.cat(outputs, 1), whole) < 1e-6
+    assert error(state, last) < 1e-6
+
+
+def test_offsets_beyond_32_bits():
+    """Offsets of the last head of a batch of 2^25 tokens with 96 heads of 128."""
+    tables = backend.chunk_tables(1, 2**25, None, torch.device("cpu"))
+    first = tables.chunks[-1, 0]
+    assert first.dtype == torch.int64
+    assert (first * 96 + 95) * 128 > 2**31
+
+
+def test_what_it_refuses():
+    q = torch.zeros(1, 20, 1, 300)
+    with pytest.raises(RuntimeError, match="head dims up to 256; got 300"):
+        decay_attention(q, q, q, backend="triton")
+    with pytest.raises(RuntimeError, match="overflow float16"):
+        decay_attention(*[torch.zeros(1, 20, 1, 16, dtype=torch.float16)] * 3, backend="triton")
