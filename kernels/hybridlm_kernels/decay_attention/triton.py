@@ -129,7 +129,8 @@ class _Launches:
         total = self.wide(P, self.G, self.K) if scores else None
         chunk_kernel[(P, self.G)](
             x.q, x.k, *self.gate_inputs, self.tables.chunks, A, total, queries, writes, self.scale, self.H, self.G,
-            K=self.K, BK=min(CHANNELS, _padded(self.K)), GATE=self.gate, FAST=self.fast, SCORES=scores, EXACT=self.exact)
+            K=self.K, BK=min(CHANNELS, _padded(self.K)), GATE=self.gate, FAST=self.fast, SCORES=scores,
+            EXACT=self.exact)
         return queries, writes, A, total
 
     def pairs(self, x: Tensor, y: Tensor, other: Tensor | None = None, dots: Tensor | None = None) -> Tensor:

@@ -179,11 +179,11 @@ def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, g
             S = tl.dot(tl.trans(y), written, S * total, input_precision=P)
     if last_ptr is not None:
         store_tile(last_ptr + (piece * G + head) * Y * Z, dims, Z, columns, Z, real, S)
-    if total_ptr is not None:
+    if total_ptr is not None:  # the programs of all blocks of z write the same
         if DECAY == "channel":
-            tl.store(total_ptr + (piece * G + head) * Y + dims, total_of_piece, mask=real & (z_block == 0))
+            tl.store(total_ptr + (piece * G + head) * Y + dims, total_of_piece, mask=real)
         else:
-            tl.store(total_ptr + (piece * G + head) + dims, total_of_piece, mask=(dims == 0) & (z_block == 0))
+            tl.store(total_ptr + (piece * G + head) + dims, total_of_piece, mask=dims == 0)
 
 
 @triton.jit
