@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 
 from hybridlm.config.compose import config_dir as built_in
 from hybridlm.config.compose import options
-from hybridlm.config.convert import from_dict, load_yaml, to_dict
+from hybridlm.config.convert import from_dict, hint_at, load_yaml, to_dict
 from hybridlm.config.plain_yaml import Loader
+from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import require
 from hybridlm.sweep.probes import ProbeTask, read_tasks
@@ -125,11 +126,19 @@ def _values(key: str, word: str, text: str) -> list[str]:
                           expected="values between commas, such as 0,1,3")
     try:
         override = OverridesParser.create().parse_overrides([word])[0]
-        return list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
     except HydraException as error:
         if re.match(r"(interval|glob|tag)\(", stripped):
             raise ConfigError(key, "cannot be listed", got=text, expected="a,b,c, choice(...) or range(...)") from error
         return []  # text that Hydra's grammar does not know: load_config takes it, or says what is wrong
+    if not values and (override.is_sweep_override() or (override.value() == [] and not _takes_list(key))):
+        raise ConfigError(key, "is an empty list", got=text, expected="values between commas, such as 0,1,3")
+    return values
+
+
+def _takes_list(key: str) -> bool:
+    """Is a list one value of this key?"""
+    return get_origin(hint_at(Config, key)) in (list, tuple)
 
 
 def _set(asked: dict[str, Any], key: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from hybridlm.cli import main
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (hybridlm[eval])")
 
+from huggingface_hub import constants
 from lm_eval.api.instance import Instance
 
 from hybridlm.errors import ConfigError
@@ -162,7 +163,7 @@ def test_tasks_of_a_folder_from_the_command_line(folder, model, capsys):
     (["data.path=x", "--tasks", "local_choice"], ["--tasks", "and nothing else"]),
 ])
 def test_a_mistake_is_one_line(folder, tmp_path, capsys, monkeypatch, words, says):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     own = harness.TaskManager(include_path=folder / "tasks", include_defaults=False)
     monkeypatch.setattr(harness, "TaskManager", lambda **_: own)  # lm-eval's own tasks take long to read
     broken = tmp_path / "broken.yaml"

@@ -71,6 +71,8 @@ def test_values_are_numbers_where_json_has_them():
     ([*BASE, "model.schedule.liner=kda,gdn"], ["model.schedule.liner", "did you mean 'linear'"]),
     ([*BASE, "training.seed="], ["training.seed", "empty list"]),
     ([*BASE, "training.seed=0,,1"], ["training.seed", "empty value"]),
+    ([*BASE, "training.seed=[]"], ["training.seed", "empty list"]),
+    ([*BASE, "training.seed=range(3,1)"], ["training.seed", "empty list"]),
     ([*BASE, "training.seed=interval(0,1)"], ["training.seed", "cannot be listed"]),
     ([*BASE, "training.seed=0"], ["varies nothing"]),
     ([*BASE, "run_dir=a,b"], ["run_dir", "cannot be varied"]),
