@@ -81,6 +81,14 @@ def test_the_same_bits_every_time(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_no_selection_gives_zeros(device):
+    q = torch.randn(1, 2, 1, 4, device=device, requires_grad=True)
+    for index in (torch.full((1, 2, 3), -1, device=device), torch.zeros(1, 2, 0, dtype=torch.int32, device=device)):
+        o = sparse_attention(q, q.detach(), q.detach() + 1.0, index, backend="triton")
+        assert torch.equal(o, torch.zeros_like(o))
+        assert not torch.autograd.grad(o.sum(), q)[0].any()
+
+
 def test_inverse_lists(device):
     index = selections(1, 7, 5, 4)[0]
     lists = triton_inverse.InverseLists(index.to(device), 5)

@@ -159,6 +159,7 @@ class _Recall:
 
     def __init__(self, indices_BTN: Tensor, strips: Strips):
         self.indices_BTN, self.strips = indices_BTN, strips
+        self.best_BTN = torch.full_like(indices_BTN, -1, dtype=torch.int32)
         self.totals = torch.zeros(4, dtype=torch.float32, device=indices_BTN.device)
 
     def add(self, p_BQX: Tensor, start: int, low: int) -> None:
@@ -170,9 +171,8 @@ class _Recall:
         n_BQ = seen_BQN.sum(-1)
         chose_BQ = last_Q + 1 - first_BQ > n_BQ
         # attention is not negative, hence its bits are in its order
-        best_BTN = torch.full_like(self.indices_BTN, -1, dtype=torch.int32)
-        select(p_BQX, strips, start, low, best_BTN, n_BQ.int())
-        best_BQN = best_BTN[:, start : start + size].long()
+        select(p_BQX, strips, start, low, self.best_BTN, n_BQ.int())
+        best_BQN = self.best_BTN[:, start : start + size].long()
         marked = torch.zeros(batch, size, width + 1, dtype=torch.bool, device=p_BQX.device)
         marked.scatter_(-1, (listed_BQN - low).masked_fill(~seen_BQN, width), True)
         place_BQN = (best_BQN - low).clamp(min=0)

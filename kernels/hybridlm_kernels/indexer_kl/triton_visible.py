@@ -20,7 +20,8 @@ from ..triton_support import Specimen, tuned
 PARTS = 4  # programs that share the keys' gradient of a tile of keys
 _TILES = [triton.Config({"BLOCK_T": 64, "BLOCK_S": 32}, num_warps=8, num_stages=1),
           triton.Config({"BLOCK_T": 64, "BLOCK_S": 64}, num_warps=4, num_stages=3),
-          triton.Config({"BLOCK_T": 64, "BLOCK_S": 128}, num_warps=8, num_stages=3)]
+          triton.Config({"BLOCK_T": 64, "BLOCK_S": 128}, num_warps=8, num_stages=3),
+          triton.Config({"BLOCK_T": 128, "BLOCK_S": 128}, num_warps=8, num_stages=2)]
 
 
 @tuned(_TILES, key=["H", "G", "K"])

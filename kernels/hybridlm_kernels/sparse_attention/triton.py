@@ -322,7 +322,8 @@ def _gradients(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor |
                 **blocks.sizes(BLOCK_N=32))
             _backward_queries[(size, tiles)](
                 k_BSGK, indices_BTN, ds_QHL, dq_BTHK, start, queries, keys, listed, places, heads, groups,
-                K=key_dim, V=value_dim, **{x: y for x, y in blocks._asdict().items() if x != "V0"})
+                K=key_dim, V=value_dim, K0=blocks.K0, K1=blocks.K1, BLOCK_H=blocks.BLOCK_H,
+                BLOCK_N=min(32, blocks.BLOCK_N))
             _backward_pairs[(triton.cdiv(listed, blocks.BLOCK_N), size, groups)](
                 q_BTHK, do_BTHV, p_QHL, ds_QHL, pair_MX, start, listed, places, heads, groups, **dims,
                 **blocks.sizes(BLOCK_H=32))
@@ -342,7 +343,7 @@ def _specimens() -> list[Specimen]:
         blocks, dims = Blocks.of(torch.bfloat16, key_dim, value_dim, heads // groups), {"K": key_dim, "V": value_dim}
         for name, kernel, sizes in (("forward", _forward, blocks.sizes(BLOCK_N=32)),
                                     ("scores backward", _backward_scores, blocks.sizes(BLOCK_N=32)),
-                                    ("dq", _backward_queries, blocks.sizes()),
+                                    ("dq", _backward_queries, blocks.sizes() | {"BLOCK_N": 32}),
                                     ("dk, dv", _backward_pairs, blocks.sizes(BLOCK_H=32))):
             constants = dims | sizes | {"SHARED": shared}
             if name == "dq":
