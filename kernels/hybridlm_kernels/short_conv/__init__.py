@@ -11,10 +11,20 @@ from torch import Tensor, autocast
 
 from ..recurrence import Borders, borders_of
 from ..registry import Backend, Call, Operation, choose, register
+from ..triton_support import backend as triton_backend
 from . import reference
 from . import torch as torch_backend
 
+MOST_TAPS = 8  # of the Triton kernels, which unroll them
+
+
+def _fits(call: Call) -> tuple[bool, str]:
+    taps = call.get("taps")
+    return (True, "") if 2 <= taps <= MOST_TAPS else (False, f"has 2 to {MOST_TAPS} taps; got {taps}")
+
+
 OPERATION = register(Operation("short_conv", (
+    triton_backend("hybridlm_kernels.short_conv.triton", "short_conv", _fits),
     Backend("torch", torch_backend.short_conv),
     Backend("reference", reference.short_conv),
 )))
