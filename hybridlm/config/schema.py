@@ -106,6 +106,7 @@ class StageConfig:
 
     `attention_mode` and `topk` are those of layers with an indexer. `loss_weights` replaces the weights of losses by
     name. `eval_recall`: validation also measures the selections against the dense attention, at its cost.
+    `recall_every`: so does one training step in so many; null: none.
     """
 
     name: str
@@ -119,9 +120,10 @@ class StageConfig:
     topk: int | None = None
     loss_weights: dict[str, float] = field(default_factory=dict)
     eval_recall: bool = False
+    recall_every: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("steps", "tokens", "sequence_length", "batch_size", "lr", "topk"):
+        for key in ("steps", "tokens", "sequence_length", "batch_size", "lr", "topk", "recall_every"):
             value = getattr(self, key)
             require(value is None or 0 < value < math.inf, key, "must be positive and finite", got=value)
         require(self.steps is None or self.tokens is None, "tokens", "cannot stand beside 'steps'",

@@ -31,6 +31,7 @@ class Stage:
     topk: int | None = None
     loss_weights: dict[str, float] = field(default_factory=dict)
     eval_recall: bool = False
+    recall_every: int | None = None
 
     @property
     def last_step(self) -> int:
@@ -56,7 +57,7 @@ def plan(config: Config) -> list[Stage]:
         check_schedule(config.optimizer.schedule, steps)
         stages.append(Stage(index, stage.name, steps, stages[-1].last_step if stages else 0, length, batch,
                             stage.lr or config.optimizer.lr, tuple(stage.trainable), stage.attention_mode, stage.topk,
-                            dict(stage.loss_weights), stage.eval_recall))
+                            dict(stage.loss_weights), stage.eval_recall, stage.recall_every))
     return stages
 
 

@@ -151,7 +151,9 @@ class Trainer:
     def _step(self, stage: Stage, batch: Sequence[Any], start: float) -> None:
         self.engine.seed(self.config.training.seed, self.progress.step)
         objective = language_model(whole_batch(batch))
-        values = self._gradients(objective, batch)
+        due = stage.recall_every is not None and (self.progress.step_in_stage + 1) % stage.recall_every == 0
+        with measuring(self.model, due):
+            values = self._gradients(objective, batch)
         loads = layer_loads(self.model.router_loads())
         values |= router_panel(loads)
         lr = stage.lr * lr_factor(self.config.optimizer.schedule, self.progress.step_in_stage, stage.steps)

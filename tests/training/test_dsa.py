@@ -106,6 +106,15 @@ def test_records_tell_what_the_indexers_do(done):
         assert 0 < row["validation_dsa/indexer_agreement"] < 1
 
 
+def test_recall_in_the_sparse_stage_on_demand_changes_nothing_else(dense, done, tmp_path):
+    result = train(settings(dense, tmp_path / "run", "recipe.stages.1.recall_every=2"))
+    rows, before = tiny_run.records(result.run_dir), tiny_run.records(done.run_dir)
+    assert ["dsa/indexer_recall/1" in row for row in rows] == [True] * 3 + [False, True] * 2
+    for name in ("recall", "agreement", "attainable"):
+        assert all(0 < rows[i][f"dsa/indexer_{name}"] <= 1 for i in (4, 6))
+    assert [row["total_loss"] for row in rows] == [row["total_loss"] for row in before]
+
+
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_a_run_stopped_in_either_stage_goes_on_there(dense, done, step, tmp_path, monkeypatch):
     original = trainer_module.Trainer._step
