@@ -238,6 +238,6 @@ SPECIMENS = [
     *_specimens(_gate_up, "gate and up", CLAMPED=True, KEEP=True, BLOCK_M=128, **_SIZES),
     *_specimens(_rows, "down", TRANSPOSED=False, BLOCK_M=128, K=768, N=2048),
     *_specimens(_rows, "down, few rows", TRANSPOSED=False, BLOCK_M=16, K=768, N=2048)[:1],
-    *_specimens(_rows, "gradient of x", TRANSPOSED=True, BLOCK_M=128, K=1536, N=2048)[1:],
+    *_specimens(_rows, "gradient of x", TRANSPOSED=True, BLOCK_M=128, K=1536, N=2048)[1:2],
     *_specimens(_activation_gradient, "gradient of the activation", CLAMPED=True, BLOCK_M=128, **_SIZES),
     *_specimens(_weight_gradient, "gradient of down", GATHER_A=True, GATHER_B=False, A=8, M=2048, N=768)]
