@@ -21,7 +21,6 @@ from ..gates import Gate, parameters_of
 from ..packing import CuSeqlens
 from ..precision import plain_backward
 from ..triton_chunks import CHUNK, ChunkTables, chunk_tables
-from ..triton_support import programs
 from .triton_chunk import FACTORS, chunk_kernel
 from .triton_decode import decode_kernel
 from .triton_gradients import gradients_kernel
@@ -133,39 +132,33 @@ class _Launches:
         return o, last
 
     def _scan_sizes(self) -> dict[str, Any]:
-        return {"K": self.K, "V": self.V, "BK": max(16, triton.next_power_of_2(self.K)), "BV": self._scan_block(),
+        return {"K": self.K, "V": self.V, "BK": max(16, triton.next_power_of_2(self.K)),
                 "CHANNEL": self.decay == "channel", "EXACT": self.flags["EXACT"]}
 
-    def _scan_block(self) -> int:
-        """Values a program of a scan: half as many where the state is large, or the programs are too few."""
-        block = min(max(16, triton.next_power_of_2(self.V)), 32 if self.K > 128 or self.flags["EXACT"] else 64)
-        while block > 16 and self.documents * self.G * triton.cdiv(self.V, block) < programs(self.device) // 4:
-            block //= 2
-        return block
+    def _scan_grid(self, sizes: dict[str, Any]) -> tuple[int]:
+        return (self.documents * self.G * triton.cdiv(self.V, sizes["BV"]),)
 
     def scan(self, scores: _Scores, decayed: tuple[Tensor, ...], output: bool) -> tuple[Tensor, Tensor]:
         """(o [B, T, G, V], last states [N, G, K, V]), or without output (Y [B, T, G, V], states [P, G, K, V])."""
-        x, sizes = self.x, self._scan_sizes()
+        x = self.x
         per_token = self.empty(self.B, self.T, self.G, self.V)
         states = (self.empty(self.documents, self.G, self.K, self.V, dtype=torch.float32) if output
                   else self.empty(self.tables.num_chunks, self.G, self.K, self.V))
         outputs = (per_token, states, None, None) if output else (None, None, states, per_token)
-        grid = (self.documents * self.G * triton.cdiv(self.V, sizes["BV"]),)
-        scan_kernel[grid](*decayed, x.v, scores.A, scores.X, scores.factors, scores.total, x.state,
-                          self.tables.documents, *outputs, self.tokens, self.H, self.G, OUTPUT=output, **sizes)
+        scan_kernel[self._scan_grid](
+            *decayed, x.v, scores.A, scores.X, scores.factors, scores.total, x.state, self.tables.documents, *outputs,
+            self.tokens, self.H, self.G, OUTPUT=output, **self._scan_sizes())
         return per_token, states
 
     def scan_back(self, scores: _Scores, decayed: tuple[Tensor, ...], do: Tensor, d_last: Tensor,
                   output: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Z [B, T, G, V], the gradients of the states after every chunk [P, G, K, V] and of the initial ones."""
-        sizes = self._scan_sizes()
         z = self.empty(self.B, self.T, self.G, self.V)
         d_states = self.empty(self.tables.num_chunks, self.G, self.K, self.V)
         d_first = self.empty(self.documents, self.G, self.K, self.V, dtype=torch.float32) if output else None
-        grid = (self.documents * self.G * triton.cdiv(self.V, sizes["BV"]),)
-        scan_back_kernel[grid](*decayed, do, scores.A, scores.X, scores.factors, scores.total, d_last,
-                               self.tables.documents, d_states, z, d_first, self.tokens, self.H, self.G, OUTPUT=output,
-                               **sizes)
+        scan_back_kernel[self._scan_grid](
+            *decayed, do, scores.A, scores.X, scores.factors, scores.total, d_last, self.tables.documents, d_states, z,
+            d_first, self.tokens, self.H, self.G, OUTPUT=output, **self._scan_sizes())
         return z, d_states, d_first
 
     def gradients(self, scores: _Scores, do: Tensor, y: Tensor, z: Tensor, states: Tensor, d_states: Tensor,

@@ -112,13 +112,6 @@ def _score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors
 
 
 @triton.jit
-def _load_pairs(ptr, rows, stride, pairs, inside):
-    """The entries [C, C] of `scratch` at some pairs of tokens, zero elsewhere."""
-    at = rows[:, None] * stride + tl.arange(0, C)[None, :]
-    return tl.load(ptr + at, mask=pairs & inside[:, None], other=0.0)
-
-
-@triton.jit
 def _state_gradients(do_ptr, y_ptr, z_ptr, S_ptr, dS_ptr, rows, stride, inside, channels, K: tl.constexpr,
                      V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, P: tl.constexpr):
     """dO S^T, -Z S^T, Y dS'^T of some channels, and the row sums of S dS'."""
@@ -146,13 +139,15 @@ def _channel_pairs(q, k, g, MA_ptr, ML_ptr, rows, stride, inside, dq, dk, dg, FA
     below the diagonal, ML that of the keys' scores below it and mirrored above."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
     LOWEST_LEVEL: tl.constexpr = 4 if FAST else 0
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    t = tl.arange(0, C)
+    i, j = t[:, None], t[None, :]
     for e in range(LOWEST_LEVEL, LEVELS):
         b = 1 << e
         factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
         qf, kf = (q * factor).to(q.dtype), (k * factor).to(k.dtype)
-        MA = _load_pairs(MA_ptr, rows, stride, pairs_of(i, j, b), inside)
-        ML = _load_pairs(ML_ptr, rows, stride, pairs_of(i, j, b) | pairs_of(j, i, b), inside)
+        MA = tl.where(pairs_of(i, j, b), load_tile(MA_ptr, rows, stride, t, C, inside), 0.0).to(q.dtype)
+        both = pairs_of(i, j, b) | pairs_of(j, i, b)
+        ML = tl.where(both, load_tile(ML_ptr, rows, stride, t, C, inside), 0.0).to(q.dtype)
         dqf = factor * tl.dot(MA, kf, input_precision=P)
         dkf = tl.dot(tl.trans(MA), qf, input_precision=P)
         dkf = factor * tl.dot(ML, kf, dkf, input_precision=P)
@@ -165,8 +160,8 @@ def _channel_pairs(q, k, g, MA_ptr, ML_ptr, rows, stride, inside, dq, dk, dg, FA
         q_rows, k_rows = (q * of_rows).to(q.dtype), (k * of_rows).to(k.dtype)
         k_columns = (k * of_columns).to(k.dtype)
         below = (i // 16 == j // 16) & (i > j)
-        MA = _load_pairs(MA_ptr, rows, stride, below, inside)
-        ML = _load_pairs(ML_ptr, rows, stride, below, inside)
+        MA = tl.where(below, load_tile(MA_ptr, rows, stride, t, C, inside), 0.0).to(q.dtype)
+        ML = tl.where(below, load_tile(ML_ptr, rows, stride, t, C, inside), 0.0).to(q.dtype)
         dq_rows = of_rows * tl.dot(MA, k_columns, input_precision=P)
         dk_rows = of_rows * tl.dot(ML, k_columns, input_precision=P)
         dk_columns = tl.dot(tl.trans(MA), q_rows, input_precision=P)
@@ -243,7 +238,7 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
     dg_rows, dg_columns = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     d_total_sum, d_A_log = 0.0, 0.0
     along_q, along_k = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for k0 in range(0, K, BK):
+    for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
         channels = k0 + tl.arange(0, BK)
         at_state = here * K * V
         d_queries, d_keys, d_writes, d_total = _state_gradients(
