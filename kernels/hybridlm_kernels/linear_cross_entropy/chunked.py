@@ -27,7 +27,8 @@ class Chunks:
     def __init__(self, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore_index: int,
                  soft_cap: float | None, dtype: torch.dtype):
         self.x_ND, self.weight_VD, self.soft_cap = x_ND, weight_VD.to(dtype), soft_cap
-        self.labels_N, self.ignore_index, self.counted_N = labels_N, ignore_index, labels_N != ignore_index
+        self.labels_N = labels_N.contiguous()  # a column of several, where each token has several labels
+        self.ignore_index, self.counted_N = ignore_index, labels_N != ignore_index
         self.wide = torch.promote_types(dtype, torch.float32)
         vocabulary = weight_VD.shape[0]
         budget = CPU_ELEMENTS if x_ND.device.type == "cpu" else self.gpu_elements
