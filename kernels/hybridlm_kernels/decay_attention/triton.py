@@ -29,7 +29,6 @@ from .triton_scan import gate_gradient_kernel, join_kernel, pairs_kernel, scan_k
 FEW_TOKENS = 16  # up to here, without gradients, the recurrence itself is faster than chunks
 FEWEST_CHUNKS = 8  # of a piece: below that the states of pieces are too much traffic
 CHANNELS, CHANNELS_LEARNT = 32, 16  # at a time, in the kernels of a decay a channel: what their registers hold
-LARGEST_BOUND = 10.0  # of |g|, where 8 steps stay within float32's exponents
 
 
 @torch.compiler.disable
@@ -99,12 +98,10 @@ class _Launches:
         self.tables = chunk_tables(self.B, self.T, borders, self.device)
         self.documents = self.B if borders is None else borders.num_documents
         self.decay = "none" if x.g is None else ("constant", "head", "channel")[max(0, x.g.dim() - 2)]
-        bound = None if gate is None else gate.bound
         constant = 1.0 if gate is None else gate.normalizer if gate.kind == "logsigmoid" else gate.lower_bound
         self.gate_inputs = (x.g, x.A_log, x.dt_bias, float(constant))
         self.gate = "none" if gate is None else gate.kind
         self.exact = self.dtype == torch.float32
-        self.fast = bound is not None and bound <= LARGEST_BOUND
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
@@ -129,7 +126,7 @@ class _Launches:
         total = self.wide(P, self.G, self.K) if scores else None
         chunk_kernel[(P, self.G)](
             x.q, x.k, *self.gate_inputs, self.tables.chunks, A, total, queries, writes, self.scale, self.H, self.G,
-            K=self.K, BK=min(CHANNELS, _padded(self.K)), GATE=self.gate, FAST=self.fast, SCORES=scores,
+            K=self.K, BK=min(CHANNELS, _padded(self.K)), GATE=self.gate, SCORES=scores,
             EXACT=self.exact)
         return queries, writes, A, total
 
@@ -233,8 +230,8 @@ class _Launches:
         d_bias = self.wide(P, self.G, self.K) if needed[5] else None
         gradients_kernel[(P, self.G * blocks)](
             x.q, x.k, x.v, *self.gate_inputs, do, states, d_states, total, self.tables.chunks, dq, dk, dg, d_A_log,
-            d_bias, self.scale, self.H, self.G, K=self.K, V=self.V, BK=channels, BV=min(64, _padded(self.V)),
-            GATE=self.gate, FAST=self.fast, EXACT=self.exact)
+            d_bias, self.scale, self.H, self.G, K=self.K, V=self.V, BK=channels, BV=min(32, _padded(self.V)),
+            GATE=self.gate, EXACT=self.exact)
         if d_A_log is not None:
             d_A_log = d_A_log.sum(2)
         return [self._of_heads(dq), self._of_heads(dk), dv, dg if needed[3] else None, _of_chunks(d_A_log, x.A_log),

@@ -1,8 +1,8 @@
 """A decay a channel: what the scans take, and the gradients of q, k and g. One program a chunk and value head.
 
 With a_t = e^g_t:  A_ij = scale q_i . (a_{j+1} ... a_i) k_j for i >= j;  queries_i = scale q_i a_1 ... a_i;
-writes_j = k_j a_{j+1} ... a_C.  Pairs i > j are taken by levels (`triton_tiles.py`), so no exponent is positive; only
-where the gate is bounded (FAST) blocks of 16 tokens take their middle as the pivot.
+writes_j = k_j a_{j+1} ... a_C.  Pairs i > j are taken by levels (`triton_tiles.py`), so no exponent is positive,
+whatever the gate.
 
 Legend: H key heads, G value heads, K/V key/value head dim, C tokens a chunk, P chunks.
 """
@@ -17,8 +17,6 @@ from ..delta_rule.triton_tiles import (
     LOG2_E,
     LOWEST,
     C,
-    after_middle,
-    before_middle,
     gate_gradients,
     gate_value,
     load_tile,
@@ -46,10 +44,10 @@ def _gates(g_ptr, A_log_ptr, bias_ptr, gate_constant, rows, inside, channels, he
     return u, rate, bias, tl.where(inside[:, None], tl.maximum(g, LOWEST), 0.0)
 
 
-@tuned(CONFIGS, ["K", "FAST", "EXACT"])
+@tuned(CONFIGS, ["K", "EXACT"])
 @triton.jit
 def chunk_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks_ptr, A_ptr, total_ptr, queries_ptr,
-                 writes_ptr, scale, H, G, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, FAST: tl.constexpr,
+                 writes_ptr, scale, H, G, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
                  SCORES: tl.constexpr, EXACT: tl.constexpr):
     """queries, writes [tokens, G, K], and with SCORES A [tokens, G, C] and total, the decay of chunks [P, G, K]."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -71,28 +69,23 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
         if SCORES:
             tl.store(total_ptr + (chunk * G + head) * K + channels, tl.exp2(tl.sum(g, axis=0)), mask=channels < K)
             itself += tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
-            for e in range(4 if FAST else 0, LEVELS):
+            for e in range(LEVELS):
                 b = 1 << e
                 factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
                 pairs = tl.dot((q * factor).to(q.dtype), tl.trans((k * factor).to(k.dtype)), input_precision=P)
                 A += tl.where(pairs_of(i, j, b), pairs, 0.0)
-            if FAST:
-                exponent = sum_over(after_middle(i, j), g, EXACT) - sum_over(before_middle(i, j), g, EXACT)
-                columns = tl.trans((k * tl.exp2(-exponent)).to(k.dtype))
-                pairs = tl.dot((q * tl.exp2(exponent)).to(q.dtype), columns, input_precision=P)
-                A += tl.where((i // 16 == j // 16) & (i > j), pairs, 0.0)
     if SCORES:
         store_tile(A_ptr + head * C, rows, G * C, t, C, inside, scale * tl.where(i == j, itself[:, None], A))
 
 
 @triton.jit
-def _pair_gradients(q, k, g, M, M_T, dq, dk, dg, FAST: tl.constexpr, EXACT: tl.constexpr):
+def _pair_gradients(q, k, g, M, M_T, dq, dk, dg, EXACT: tl.constexpr):
     """Adds what pairs of tokens give to dq, dk and dg [C, channels]; M and M_T hold the gradients of their scores
     below and above the diagonal."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
     t = tl.arange(0, C)
     i, j = t[:, None], t[None, :]
-    for e in range(4 if FAST else 0, LEVELS):
+    for e in range(LEVELS):
         b = 1 << e
         factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
         below, above = tl.where(pairs_of(i, j, b), M, 0.0), tl.where(pairs_of(j, i, b), M_T, 0.0)
@@ -101,25 +94,27 @@ def _pair_gradients(q, k, g, M, M_T, dq, dk, dg, FAST: tl.constexpr, EXACT: tl.c
         dq += dqf
         dk += dkf
         dg += sum_over(span(j, i, b), q * dqf + k * dkf, EXACT)
-    if FAST:
-        exponent = sum_over(after_middle(i, j), g, EXACT) - sum_over(before_middle(i, j), g, EXACT)
-        of_rows, of_columns = tl.exp2(exponent), tl.exp2(-exponent)
-        block = i // 16 == j // 16
-        below, above = tl.where(block & (i > j), M, 0.0), tl.where(block & (i < j), M_T, 0.0)
-        dqf = of_rows * tl.dot(below, (k * of_columns).to(k.dtype), input_precision=P)
-        dkf = of_columns * tl.dot(above, (q * of_rows).to(q.dtype), input_precision=P)
-        dq += dqf
-        dk += dkf
-        d_exponent = q * dqf - k * dkf
-        dg += sum_over(after_middle(j, i), d_exponent, EXACT) - sum_over(before_middle(j, i), d_exponent, EXACT)
     return dq, dk, dg
 
 
-@tuned(CONFIGS, ["K", "V", "FAST", "EXACT"])
+@triton.jit
+def _products(x_ptr, y_ptr, S_ptr, rows, stride, inside, channels, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+              BV: tl.constexpr, P: tl.constexpr):
+    """x y^T [C, C] and x S^T [C, channels]."""
+    xy, xS = tl.zeros([C, C], tl.float32), tl.zeros([C, BK], tl.float32)
+    for v0 in range(0, V, BV):
+        columns = v0 + tl.arange(0, BV)
+        x = load_tile(x_ptr, rows, stride, columns, V, inside)
+        xy = tl.dot(x, tl.trans(load_tile(y_ptr, rows, stride, columns, V, inside)), xy, input_precision=P)
+        xS = tl.dot(x, tl.trans(load_tile(S_ptr, channels, V, columns, V, channels < K)), xS, input_precision=P)
+    return xy, xS
+
+
+@tuned(CONFIGS, ["K", "V", "EXACT"])
 @triton.jit
 def gradients_kernel(q_ptr, k_ptr, v_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, do_ptr, S_ptr, dS_ptr, total_ptr,
                      chunks_ptr, dq_ptr, dk_ptr, dg_ptr, d_A_log_ptr, d_bias_ptr, scale, H, G, K: tl.constexpr,
-                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, FAST: tl.constexpr,
+                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
                      EXACT: tl.constexpr):
     """dq, dk [tokens, G, K], dg as g, and by chunk and block of channels d_A_log [P, G, K / BK], by chunk d_bias
     [P, G, K], from the states before chunks S and the gradients of those behind them dS [P, G, K, V]."""
@@ -131,21 +126,19 @@ def gradients_kernel(q_ptr, k_ptr, v_ptr, g_ptr, A_log_ptr, bias_ptr, gate_const
     t, channels = tl.arange(0, C), k_block * BK + tl.arange(0, BK)
     rows, inside, here = first + t, t < filled, chunk * G + head
     i, j = t[:, None], t[None, :]
-    M, M_T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    d_queries, d_writes = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    d_total, itself = tl.zeros([BK], tl.float32), tl.zeros([C], tl.float32)
+    at_state, of_channels = here * K * V, channels < K
+    M, d_queries = _products(do_ptr + head * V, v_ptr + head * V, S_ptr + at_state, rows, G * V, inside, channels, K, V,
+                             BK, BV, P)
+    M = (M * scale).to(v_ptr.dtype.element_ty)
+    M_T, d_writes = _products(v_ptr + head * V, do_ptr + head * V, dS_ptr + at_state, rows, G * V, inside, channels, K,
+                              V, BK, BV, P)
+    itself = scale * tl.sum(tl.where(i == j, M_T, 0.0), axis=1)
+    M_T = (M_T * scale).to(v_ptr.dtype.element_ty)
+    d_total = tl.zeros([BK], tl.float32)
     for v0 in range(0, V, BV):
         columns = v0 + tl.arange(0, BV)
-        v = load_tile(v_ptr + head * V, rows, G * V, columns, V, inside)
-        do = load_tile(do_ptr + head * V, rows, G * V, columns, V, inside)
-        S = load_tile(S_ptr + here * K * V, channels, V, columns, V, channels < K)
-        dS = load_tile(dS_ptr + here * K * V, channels, V, columns, V, channels < K)
-        M = tl.dot(do, tl.trans(v), M, input_precision=P)
-        M_T = tl.dot(v, tl.trans(do), M_T, input_precision=P)
-        itself += tl.sum(do.to(tl.float32) * v.to(tl.float32), axis=1)
-        d_queries = tl.dot(do, tl.trans(S), d_queries, input_precision=P)
-        d_writes = tl.dot(v, tl.trans(dS), d_writes, input_precision=P)
-        d_total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+        S = load_tile(S_ptr + at_state, channels, V, columns, V, of_channels).to(tl.float32)
+        d_total += tl.sum(S * load_tile(dS_ptr + at_state, channels, V, columns, V, of_channels), axis=1)
     key_head = head // (G // H)
     q = load_tile(q_ptr + key_head * K, rows, H * K, channels, K, inside)
     k = load_tile(k_ptr + key_head * K, rows, H * K, channels, K, inside)
@@ -154,8 +147,7 @@ def gradients_kernel(q_ptr, k_ptr, v_ptr, g_ptr, A_log_ptr, bias_ptr, gate_const
     dk = d_writes * tl.exp2(sum_over(j > i, g, EXACT))
     dg = sum_over(j >= i, q * dq, EXACT) + sum_over(j < i, k * dk, EXACT)
     dg += (d_total * tl.load(total_ptr + here * K + channels, mask=channels < K, other=0.0))[None, :]
-    dq, dk, dg = _pair_gradients(q, k, g, (M * scale).to(k.dtype), (M_T * scale).to(k.dtype), dq, dk, dg, FAST, EXACT)
-    itself *= scale
+    dq, dk, dg = _pair_gradients(q, k, g, M, M_T, dq, dk, dg, EXACT)
     store_tile(dq_ptr + head * K, rows, G * K, channels, K, inside, dq + itself[:, None] * k)
     store_tile(dk_ptr + head * K, rows, G * K, channels, K, inside, dk + itself[:, None] * q)
     if dg_ptr is not None:

@@ -40,18 +40,16 @@ def _scan(label: str, D: int, decay: str, **flags: bool) -> Specimen:
                     {name: kind for name, kind in types.items() if name not in constants}, constants)
 
 
-def _channel(D: int, fast: bool) -> list[Specimen]:
-    kind = "lower_bounded" if fast else "softplus"
-    sizes = {"K": D, "GATE": kind, "FAST": fast, "EXACT": False}
+def _channel(D: int) -> list[Specimen]:
+    sizes = {"K": D, "GATE": "softplus", "EXACT": False}
     rest = {"scale": "fp32", "H": "i32", "G": "i32"} | _pointers(TABLE, "chunks")
-    name = f"{'bounded' if fast else 'any gate'} D={D}"
     return [
-        Specimen(f"chunks {name}", chunk_kernel,
+        Specimen(f"chunks D={D}", chunk_kernel,
                  _pointers(HALF, "q", "k", "A", "queries", "writes") | GATE | _pointers(SINGLE, "total") | rest,
                  sizes | {"BK": 32, "SCORES": True}),
-        Specimen(f"gradients {name}", gradients_kernel,
+        Specimen(f"gradients D={D}", gradients_kernel,
                  _pointers(HALF, "q", "k", "v", "do", "S", "dS", "dq", "dk", "dg") | GATE
-                 | _pointers(SINGLE, "total", "d_A_log", "d_bias") | rest, sizes | {"V": D, "BK": 16, "BV": 64})]
+                 | _pointers(SINGLE, "total", "d_A_log", "d_bias") | rest, sizes | {"V": D, "BK": 16, "BV": 32})]
 
 
 def _pairs(D: int, learns: bool) -> Specimen:
@@ -82,7 +80,7 @@ SPECIMENS = [
     *(_scan("dq, states, dots", D, "head", STATES=True, DOTS=True) for D in (64, 128, 256)),
     *(_scan("dk, dots", D, "head", REVERSE=True, DOTS=True) for D in (64, 128, 256)),
     *(_pairs(D, learns) for D in (64, 128) for learns in (True, False)),
-    *(specimen for D in (64, 128, 256) for fast in (True, False) for specimen in _channel(D, fast)),
+    *(specimen for D in (64, 128, 256) for specimen in _channel(D)),
     *(specimen for D in (64, 128, 256) for specimen in _others(D)),
     Specimen("gate gradient", gate_gradient_kernel,
              _pointers(SINGLE, "pairs", "dots", "reverse_dots", "carry", "d_A_log", "d_bias") | GATE

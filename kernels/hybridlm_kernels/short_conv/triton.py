@@ -23,7 +23,7 @@ from ..packing import CuSeqlens
 from ..precision import plain_backward
 from ..triton_support import Specimen
 
-POSITIONS = 64  # a block
+POSITIONS = 32  # a block
 
 
 @triton.jit
@@ -157,7 +157,7 @@ class _ShortConv(torch.autograd.Function):
 
 
 def _channels(C: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(C)))
+    return min(32, max(16, triton.next_power_of_2(C)))
 
 
 def _blocks(batch: int, length: int, taps: int, borders: CuSeqlens | None, device: torch.device) -> Tensor:
@@ -188,7 +188,7 @@ _TYPES = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "state_p
           "C": "i32"}
 SPECIMENS = [specimen for W in (3, 4) for specimen in (
     Specimen(f"forward W={W}", forward_kernel, _TYPES | {"y_ptr": "*bf16", "last_ptr": "*bf16"},
-             {"W": W, "R": POSITIONS, "BC": 64, "SILU": True, "KEPT": triton.next_power_of_2(W - 1)}, ("C",)),
+             {"W": W, "R": POSITIONS, "BC": 32, "SILU": True, "KEPT": triton.next_power_of_2(W - 1)}, ("C",)),
     Specimen(f"backward W={W}", backward_kernel, _TYPES | {
         "dy_ptr": "*bf16", "d_last_ptr": "*bf16", "dx_ptr": "*bf16", "d_state_ptr": "*bf16", "d_weight_ptr": "*fp32",
-        "d_bias_ptr": "*fp32"}, {"W": W, "R": POSITIONS, "BC": 64, "SILU": True}, ("C",)))]
+        "d_bias_ptr": "*fp32"}, {"W": W, "R": POSITIONS, "BC": 32, "SILU": True}, ("C",)))]
