@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -40,6 +41,8 @@ examples:
 
 `hybridlm COMMAND --help` says more. `hybridlm --version` prints the version.
 """
+
+PATIENCE = 3.0  # seconds that a rank leaves to the first to say what is wrong
 
 # Where each subcommand lives: `hybridlm X` calls `x_command` there.
 COMMANDS = {"train": "runs", "prepare": "runs", "sweep": "sweep", "inspect": "models", "generate": "models",
@@ -82,8 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_speaker()}{' '.join(str(error).split())}", file=sys.stderr)
         return code
+
+
+def _speaker() -> str:
+    """Nothing for the first process. Another one waits, and is ended meanwhile if the first has met the same error."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or "WORLD_SIZE" not in os.environ:
+        return ""
+    time.sleep(PATIENCE)
+    return f"rank {rank}: "
 
 
 def exit_code(error: Exception) -> int | None:

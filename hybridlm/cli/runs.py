@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybridlm.cli.parser import Parser, load
+from hybridlm.distributed.world import World, processes_to_start
 from hybridlm.errors import counted
 
 if TYPE_CHECKING:
@@ -24,15 +25,22 @@ def train_command(argv: Sequence[str]) -> int:
   hybridlm train model=hybrid_1b data.path=texts/ training.micro_batch_size=4 --dry-run""")
     parser.overrides()
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan, build nothing")
+    parser.add_argument("--restarts", type=int, default=0, metavar="N",
+                        help="start all processes again from the last checkpoint, up to N times, when one fails")
     parser.json()
     args = parser.parse_intermixed_args(argv)
     config = load(args)
     if args.dry_run:
         return _dry_run(config, args.json)
+    processes = processes_to_start(config)
+    if processes > 1:
+        from hybridlm.distributed.launch import launch
+
+        return launch(["train", *argv], processes, args.restarts)
     from hybridlm.training import train
 
     result = train(config, command=list(argv), to_stderr=args.json)
-    if args.json:
+    if args.json and World.here().rank == 0:
         print(json.dumps(result.to_dict()))
     return 0
 

@@ -191,9 +191,15 @@ class TrainingConfig:
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    """Who runs the step. One process here; ranks are the engine's business alone."""
+    """Who runs the step: one process, or several that each hold the whole model (ddp).
 
-    kind: Literal["single"] = "single"
+    `num_processes`: how many to start on this machine; a launcher (torchrun) decides by itself. `timeout`: seconds
+    after which a rank that waits for another one gives up.
+    """
+
+    kind: Literal["single", "ddp"] = "single"
+    num_processes: int | None = None
+    timeout: float = 600.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

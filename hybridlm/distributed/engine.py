@@ -1,4 +1,4 @@
-"""Who runs a step: devices, precision, accumulation, and (one process here) the sums over ranks.
+"""Who runs a step: devices, precision, accumulation, and the sums over ranks.
 
 The trainer sees this face alone. Everything that knows about processes stands behind it.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridlm.config.schema import EngineConfig
+from hybridlm.distributed.world import World
 from hybridlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +51,7 @@ class Update:
 Objective = Callable[[nn.Module, Any], Contribution]
 
 
-def pick_device(config: EngineConfig) -> torch.device:
+def pick_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
     """The device of this process.
 
     Raises:
@@ -56,8 +60,12 @@ def pick_device(config: EngineConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device", "torch sees no GPU", got="cuda", expected="cpu, or auto",
                           hint="`hybridlm doctor` shows what torch sees")
-    use_gpu = config.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError("engine.num_processes", "more processes than GPUs on this machine",
+                          got=f"local rank {local_rank}", expected=f"at most {torch.cuda.device_count()} processes")
+    return torch.device("cuda", local_rank)
 
 
 def pick_precision(asked: str, device: torch.device) -> str:
@@ -75,25 +83,36 @@ def check_fp32(model: nn.Module, names: Sequence[str]) -> None:
             raise RuntimeError(f"the engine left '{name}' in {tensors[name].dtype}; it must stay float32")
 
 
-class Engine:
-    """Accelerate with one process. bf16 means autocast over fp32 master weights."""
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or hangs."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
 
-    rank = 0
-    world_size = 1
-    is_main = True
+
+class Engine:
+    """Accelerate, with one process or several that hold the same weights. bf16 is autocast over fp32 masters.
+
+    What the parts of a batch give adds up: over the parts of a rank here, over ranks by sums, never by means.
+    """
 
     def __init__(self, config: EngineConfig, precision: str = "auto"):
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
 
-        self.device = pick_device(config)
+        world = World.here()
+        self.rank, self.world_size, self.is_main = world.rank, world.size, world.rank == 0
+        self.device = pick_device(config, world.local_rank)
         self.precision = pick_precision(precision, self.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # a process may run several engines in turn
+        handlers: list[Any] = []
+        if self.world_size > 1:
+            # Buffers are the routers' loads and biases: summed over ranks (`_over_ranks`), not copied from the first.
+            handlers = [DistributedDataParallelKwargs(broadcast_buffers=False),
+                        InitProcessGroupKwargs(backend="gloo" if self.device.type == "cpu" else "nccl",
+                                               timeout=timedelta(seconds=config.timeout))]
         self.accelerator = Accelerator(mixed_precision="bf16" if self.precision == "bf16" else "no",
-                                       cpu=self.device.type == "cpu")
-        if self.accelerator.num_processes != 1:
-            raise ConfigError("engine.kind", "runs one process", got=f"{self.accelerator.num_processes} processes",
-                              hint="start `hybridlm train` directly, without a launcher")
+                                       cpu=self.device.type == "cpu", kwargs_handlers=handlers)
+        if self.accelerator.num_processes != self.world_size:
+            raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
         self.model: nn.Module = nn.Module()  # as Accelerate gives it back
         self.bare: nn.Module = self.model  # as it was handed in
         self.optimizers: OptimizerSet | None = None
@@ -106,7 +125,12 @@ class Engine:
         """
         self.release()
         self.bare = model
-        self.model = self.accelerator.prepare_model(model)
+        if self.accelerator.ddp_handler is not None:  # an indexer whose layer attends densely gets no gradient
+            self.accelerator.ddp_handler.find_unused_parameters = any(
+                ".indexer." in name for name, p in model.named_parameters() if p.requires_grad)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            self.model = self.accelerator.prepare_model(model)
         if optimizers is not None:
             optimizers.members = [self.accelerator.prepare_optimizer(member) for member in optimizers.members]
         self.optimizers = optimizers
@@ -121,8 +145,54 @@ class Engine:
         self.optimizers = None
 
     def rows(self, batch_size: int) -> range:
-        """Which samples of a global batch this rank computes."""
-        return range(batch_size)
+        """Which samples of a global batch this rank computes: an equal share, in order."""
+        share = batch_size // self.world_size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def total(self, numbers: Sequence[int]) -> list[int]:
+        """Each number summed over ranks."""
+        if self.world_size == 1:
+            return list(numbers)
+        summed = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.world_size == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. For small things now and then."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, run: Callable[[], Any]) -> Any:
+        """What `run` gives on the first rank, on all ranks. An OSError there is raised everywhere."""
+        if self.world_size == 1:
+            return run()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = run()
+            except OSError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The first rank goes through the block before the others."""
+        with self.accelerator.main_process_first():
+            yield
 
     def seed(self, seed: int, step: int) -> None:
         """Random numbers of a step are a function of (seed, step): resume has no generator to restore."""
@@ -138,10 +208,21 @@ class Engine:
             last = index == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 contribution = objective(self.model, self.move(part))
-                self.accelerator.backward(contribution.loss)
+                # The mean over ranks that DistributedDataParallel takes becomes a sum.
+                self.accelerator.backward(contribution.loss * self.world_size)
             values = {"loss": contribution.loss.detach(), **contribution.values}
             totals = {key: value.float() + totals.get(key, 0.0) for key, value in values.items()}
-        return totals
+        return self._over_ranks(totals)
+
+    def _over_ranks(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values, and the loads of the model's routers, summed over ranks."""
+        if self.world_size == 1:
+            return totals
+        summed = torch.stack(list(totals.values()))
+        dist.all_reduce(summed)
+        for load in getattr(self.bare, "router_loads", dict)().values():
+            dist.all_reduce(load)
+        return dict(zip(totals, summed.unbind(), strict=True))
 
     def update(self, values: dict[str, Tensor], *, lr: float, clip: float, balance: bool = True) -> Update:
         """Clip the gradients and step, unless a loss or gradient is not finite; then only forget the gradients.

@@ -21,14 +21,15 @@ log = logging.getLogger("hybridlm")
 class Display:
     """Prints through the logger `hybridlm`, so that warnings from anywhere land in the same places.
 
-    `to_stderr` leaves standard output to a machine-readable result.
+    `to_stderr` leaves standard output to a machine-readable result; `silent` (all ranks but the first) shows nothing.
     """
 
-    def __init__(self, log_file: Path | None, *, log_every: int = 10, to_stderr: bool = False):
+    def __init__(self, log_file: Path | None, *, log_every: int = 10, to_stderr: bool = False, silent: bool = False):
         self.console = _Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False, soft_wrap=True)
         self.log_every = log_every
+        self.console.quiet = silent
         self.handlers: list[logging.Handler] = [_ConsoleHandler(self)]
-        if log_file is not None:
+        if log_file is not None and not silent:
             self.handlers.append(_FileHandler(log_file, encoding="utf-8"))
             self.handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         self.bar: Progress | None = None
@@ -55,7 +56,7 @@ class Display:
     def begin(self, done: int, total: int) -> None:
         """Steps begin; `done` of `total` are behind us."""
         self.total, self._last_line = total, done
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             steps = Column(no_wrap=True, min_width=len(f"{total}/{total}"))  # a long text is cut, not the steps
             self.bar = Progress(TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=steps),
                                 BarColumn(bar_width=None),

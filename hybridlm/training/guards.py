@@ -18,6 +18,9 @@ class TrainingStopped(Exception):
     exit_code = 1
 
 
+NOTHING_BAD = "nothing: the same batch is finite when computed again, so look at the hardware"
+
+
 class BadStepGuard:
     """Counts non-finite steps in a row and stops the run at `limit`."""
 
@@ -37,20 +40,20 @@ def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) 
     Looked for in this order: a weight, an output in the forward (innermost module first), a gradient in the
     backward (the module whose output first receives one).
     """
-    weight = bad_weight(engine.model)
+    weight = bad_weight(engine.bare)
     if weight is not None:
         return f"weight '{weight}' itself is not finite"
     for part in parts:
-        with _watching(engine.model) as found:
-            contribution = objective(engine.model, engine.move(part))
+        with _watching(engine.bare) as found:
+            contribution = objective(engine.bare, engine.move(part))
             if not found and not _finite(contribution.loss):
                 return "the loss, computed from finite layers"
             if not found:
                 contribution.loss.backward()
-        engine.model.zero_grad(set_to_none=True)
+        engine.bare.zero_grad(set_to_none=True)
         if found:
             return found[0]
-    return "nothing: the same batch is finite when computed again, so look at the hardware"
+    return NOTHING_BAD
 
 
 def bad_weight(model: nn.Module) -> str | None:

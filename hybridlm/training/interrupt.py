@@ -8,6 +8,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+SIGNALS = ("SIGTERM", "SIGHUP", "Ctrl-C")  # what `StopSignal.requested` may be
+
 
 class StoppedBeforeTraining(KeyboardInterrupt):
     """Asked to stop while there was nothing to save yet."""

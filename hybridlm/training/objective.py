@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ GROUPS = {"router": "moe", "indexer": "dsa"}  # a statistic's group in the recor
 FROM_LOADS = ("max_violation", "dead_experts")
 
 
-def whole_batch(parts: Sequence[Any]) -> WholeBatch:
-    """Counted targets and positions of the parts together."""
+def whole_batch(parts: Sequence[Any], over_ranks: Callable[[list[int]], list[int]] = list) -> WholeBatch:
+    """Counted targets and positions of the parts together, those of all ranks."""
     counts = torch.stack([(part.targets >= 0).sum((0, 1)) for part in parts]).sum(0)
-    return WholeBatch(tuple(counts.tolist()), sum(part.input_ids.numel() for part in parts))
+    *targets, tokens = over_ranks([*counts.tolist(), sum(part.input_ids.numel() for part in parts)])
+    return WholeBatch(tuple(targets), tokens)
 
 
 def language_model(whole: WholeBatch) -> Objective:

@@ -18,7 +18,8 @@ from hybridlm import checkpoint
 from hybridlm.config.convert import to_dict
 from hybridlm.config.schema import Config
 from hybridlm.data import PreparedData, bigram_entropy, check_vocab, prepare
-from hybridlm.distributed.engine import Engine
+from hybridlm.distributed.engine import Engine, lost_peer
+from hybridlm.distributed.world import World, check_world
 from hybridlm.errors import CheckpointError, counted
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.model import HybridLM, build_model
@@ -29,7 +30,7 @@ from hybridlm.training.metrics import peak_flops
 from hybridlm.training.run_folder import RunFolder, versions
 from hybridlm.training.sparse import INDEXER
 from hybridlm.training.stages import plan
-from hybridlm.training.tracking import check_tracking, make_tracker
+from hybridlm.training.tracking import Tracker, check_tracking, make_tracker
 from hybridlm.training.trainer import Trainer
 from hybridlm_kernels import registry
 
@@ -64,21 +65,27 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         TrainingStopped: the run could not go on.
     """
     stages = plan(config)
+    world = World.here()
+    check_world(config, world.size)
     check_tracking(config.tracking)
     registry.configure(config.kernels)
-    with closing(RunFolder(config.run_dir)) as run, StopSignal() as stop, Display(
-            run.log_file, log_every=config.training.log_every, to_stderr=to_stderr) as display:
+    main = world.rank == 0
+    with closing(RunFolder(config.run_dir, main)) as run, StopSignal() as stop, Display(
+            run.log_file, log_every=config.training.log_every, to_stderr=to_stderr, silent=not main) as display:
         resume = resume_command(command, run.path)
         try:
-            start = run.start_from(config)
             engine = Engine(config.engine, config.training.precision)
-            data = prepare(config.data)
+            start = engine.on_main(lambda: run.start_from(config))
+            with engine.main_first():
+                data = prepare(config.data, progress=main)
             model = _model(config, engine, data, start)
             peak, peak_source = peak_flops(engine.device, engine.precision)
             facts = _facts(config, engine, model, resume, peak, peak_source)
             sessions = run.sessions()
-            run.begin_session(config, facts)
-            tracker = make_tracker(config.tracking, run.path, to_dict(config), _wandb_id(run, sessions))
+            if main:
+                run.begin_session(config, facts)
+            tracker = make_tracker(config.tracking, run.path, to_dict(config),
+                                   _wandb_id(run, sessions)) if main else Tracker()
             trainer = Trainer(config=config, stages=stages, run=run, engine=engine, model=model, data=data,
                               display=display, tracker=tracker, stop=stop, peak=peak)
             _announce(config, trainer, start, facts)
@@ -92,6 +99,12 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         except torch.OutOfMemoryError as error:
             raise TrainingStopped("out of GPU memory; lower training.micro_batch_size, or set "
                                   "training.activation_checkpointing=true") from error
+        except RuntimeError as error:
+            if world.size == 1 or not lost_peer(error):
+                raise
+            raise TrainingStopped("another process of this run was lost; the same command goes on from the last "
+                                  "checkpoint (--restarts N does so by itself): "
+                                  f"{str(error).splitlines()[0]}") from error
         finally:
             display.stop()
         return _finish(trainer, stopped, resume)
@@ -143,7 +156,8 @@ def _facts(config: Config, engine: Engine, model: HybridLM, resume: str, peak: f
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
     counts = count_parameters(config.model)
     return {"command": resume, "argv": sys.argv, "versions": versions(), "device": device,
-            "precision": engine.precision, "threads": torch.get_num_threads(), "parameters": model.num_params(),
+            "processes": engine.world_size, "precision": engine.precision, "threads": torch.get_num_threads(),
+            "parameters": model.num_params(),
             "active_parameters": counts.active_with_head, "peak_flops": peak, "peak_flops_source": source}
 
 
@@ -162,7 +176,8 @@ def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[
     held_out = data.validation.num_tokens if data.validation is not None else 0
     log.info("data: %s training tokens, %s held out, tokenizer %s",
              short(sum(store.num_tokens for store in data.train)), short(held_out), data.tokenizer.name)
-    log.info("run: %s, %s, %s; %s", trainer.run.path, facts["device"], facts["precision"],
+    ranks = f"{facts['processes']} x " if facts["processes"] > 1 else ""
+    log.info("run: %s, %s%s, %s; %s", trainer.run.path, ranks, facts["device"], facts["precision"],
              counted(sum(stage.steps for stage in trainer.stages), "step"))
     if start is not None:
         log.info("going on from %s", start)

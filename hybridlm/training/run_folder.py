@@ -35,21 +35,24 @@ FREE_IN_STAGES = ("steps", "tokens", "eval_recall")
 
 
 class RunFolder:
-    """Holds the folder for one process; `close()` lets it go.
+    """Holds the folder for one run; `close()` lets it go. Of several processes the main one alone holds and writes it.
 
     Raises:
         ConfigError: another process trains here, or the folder cannot be written.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, main: bool = True):
         self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.log_file = self.path / "log.txt"
+        self._lock: IO[str] | None = None
+        if not main:
+            return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] | None = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(path)) from None
         self._hold(str(path))

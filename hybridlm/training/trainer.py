@@ -22,8 +22,8 @@ from hybridlm.model.cost import training_flops
 from hybridlm.model.model import HybridLM
 from hybridlm.training import backends
 from hybridlm.training.display import Display
-from hybridlm.training.guards import BadStepGuard, TrainingStopped, bad_weight, first_bad_layer
-from hybridlm.training.interrupt import StopSignal
+from hybridlm.training.guards import NOTHING_BAD, BadStepGuard, TrainingStopped, bad_weight, first_bad_layer
+from hybridlm.training.interrupt import SIGNALS, StopSignal
 from hybridlm.training.loader import global_batches, parts
 from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, perplexity, router_panel
 from hybridlm.training.objective import language_model, whole_batch
@@ -41,7 +41,7 @@ MAX_FAILED_SAVES = 3  # in a row; the run goes on with its older checkpoint unti
 
 @dataclass
 class Trainer:
-    """One run in one process. `peak`: FLOP/s that 100 % utilisation stands for."""
+    """One run, in every process that takes part in it. `peak`: FLOP/s that 100 % utilisation of one stands for."""
 
     config: Config
     stages: list[Stage]
@@ -86,7 +86,7 @@ class Trainer:
 
     def fit(self) -> str | None:
         """All stages that are left. Returns what asked the run to stop before its end, or None."""
-        self.metrics.truncate(self.progress.step)
+        self.engine.on_main(lambda: self.metrics.truncate(self.progress.step))
         self.state_stage = self.progress.stage
         left = sum(stage.steps for stage in self.stages[self.progress.stage:]) - self.progress.step_in_stage
         self.display.begin(self.progress.step, self.progress.step + max(left, 0))
@@ -111,7 +111,7 @@ class Trainer:
                                  micro_batch_size=training.micro_batch_size)
         with closing(batches):
             while self.progress.step_in_stage < stage.steps:
-                if self.stop.requested:
+                if self._stop_asked():
                     self.save(must=True)
                     return False
                 start = time.perf_counter()
@@ -122,6 +122,13 @@ class Trainer:
         assert self.optimizers is not None
         self.optimizer_state, self.state_stage = self.optimizers.state_tensors(), stage.index
         return True
+
+    def _stop_asked(self) -> bool:
+        """Whether any rank was asked to stop; all ranks find the same."""
+        asked = SIGNALS.index(self.stop.requested) + 1 if self.stop.requested else 0
+        asked = self.engine.largest(asked)
+        self.stop.requested = SIGNALS[asked - 1] if asked else None
+        return bool(asked)
 
     def _set_up(self, stage: Stage) -> None:
         trained = set_trainable(self.model, stage)
@@ -150,7 +157,7 @@ class Trainer:
 
     def _step(self, stage: Stage, batch: Sequence[Any], start: float) -> None:
         self.engine.seed(self.config.training.seed, self.progress.step)
-        objective = language_model(whole_batch(batch))
+        objective = language_model(whole_batch(batch, self.engine.total))
         due = stage.recall_every is not None and (self.progress.step_in_stage + 1) % stage.recall_every == 0
         with measuring(self.model, due):
             values = self._gradients(objective, batch)
@@ -168,7 +175,8 @@ class Trainer:
         if last or (every and self.progress.step % every == 0):
             self.record |= {f"moe/load/{layer}": load_E.tolist() for layer, load_E in loads.items()}
             self.record |= self._validate(stage)
-        self.metrics.write(self.record)
+        if self.engine.is_main:
+            self.metrics.write(self.record)
         self.tracker.log(self.record, self.progress.step)
         self.display.step(self.record, final=last)
         if self.guard.see(update.applied):
@@ -180,7 +188,8 @@ class Trainer:
             return self.engine.gradients(objective, batch)
         with backends.noting_backends(self.model) as rows:
             values = self.engine.gradients(objective, batch)
-        backends.report(rows(), self.run.path)
+        if self.engine.is_main:
+            backends.report(rows(), self.run.path)
         self.backends_noted = True
         return values
 
@@ -190,13 +199,14 @@ class Trainer:
         values = dict(update.values)
         total = values.pop("loss")
         loss = values.get("loss/lm", total)
-        tokens = sum(part.num_tokens for part in batch)
+        tokens, num_bytes = self.engine.total([sum(part.num_tokens for part in batch),
+                                               sum(part.num_bytes for part in batch)])
         speed = stage.tokens_per_step / seconds
         flops = speed * training_flops(self.stage_config.model, stage.sequence_length,
                                        only_indexers=self.only_indexers)
         return {"step": self.progress.step, "loss": loss, "total_loss": total, **values,
                 "perplexity": perplexity(loss),
-                "bits_per_byte": bits_per_byte(loss * tokens, sum(part.num_bytes for part in batch)),
+                "bits_per_byte": bits_per_byte(loss * tokens, num_bytes),
                 "grad_norm": update.grad_norm, "lr": lr, "skipped": not update.applied,
                 "skipped_steps": self.progress.skipped_steps, "tokens_per_second": speed,
                 "flops_per_second": flops, "mfu": flops / (self.peak * self.engine.world_size),
@@ -210,13 +220,15 @@ class Trainer:
         windows = min(self.config.training.eval_batches * stage.batch_size, len(dataset))
         if windows:
             micro = self.config.training.micro_batch_size or stage.batch_size
+            mine = range(self.engine.rank, windows, self.engine.world_size)
             with measuring(self.model, stage.eval_recall):
-                self.validation = validate(self.engine, parts(dataset, range(windows), micro))
+                self.validation = validate(self.engine, parts(dataset, mine, micro))
         self.validated_at = self.progress.step
         return self.validation
 
     def _give_up(self, objective: Objective, batch: Sequence[Any]) -> None:
-        where = first_bad_layer(self.engine, objective, batch)
+        found = self.engine.gather(first_bad_layer(self.engine, objective, batch))
+        where = next((place for place in found if place != NOTHING_BAD), NOTHING_BAD)
         kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was saved yet"
         raise TrainingStopped(f"{self.guard.in_a_row} steps in a row were not finite (the last is step "
                               f"{self.progress.step}); first bad: {where}; {kept}; try a lower optimizer.lr, or "
@@ -242,10 +254,8 @@ class Trainer:
         texts["trainer.json"] = json.dumps(state, indent=1)
         tensors = {"model": checkpoint.unique_tensors(self.model), "optimizer": self.optimizers.state_tensors()}
         try:
-            self.metrics.sync()
-            self.saved = checkpoint.write(self.run.checkpoints, self.progress.step, texts, tensors)
+            self.saved = self.engine.on_main(lambda: self._write(texts, tensors))
             self.failed_saves = 0
-            checkpoint.prune(self.run.checkpoints, self.config.training.keep_checkpoints)
         except OSError as error:
             self.failed_saves += 1
             kept = f"the newest checkpoint is {self.saved}" if self.saved else "there is no older checkpoint"
@@ -254,3 +264,9 @@ class Trainer:
                 raise TrainingStopped(f"{target} could not be saved{times}: {error}; {kept}; make room on the disk "
                                       "and start again with the same command") from error
             log.warning("%s could not be saved (%s); going on, %s", target, error, kept)
+
+    def _write(self, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> Path:
+        self.metrics.sync()
+        saved = checkpoint.write(self.run.checkpoints, self.progress.step, texts, tensors)
+        checkpoint.prune(self.run.checkpoints, self.config.training.keep_checkpoints)
+        return saved

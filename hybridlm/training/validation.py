@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,27 +11,33 @@ from hybridlm.distributed.engine import Engine
 from hybridlm.training.metrics import bits_per_byte, perplexity
 from hybridlm.training.objective import language_model, whole_batch
 
+NATS, TARGETS, BYTES, TOKENS = "nats", "targets", "bytes", "tokens"  # what is summed beside the other losses
+
 
 def validate(engine: Engine, parts: Iterable[Any]) -> dict[str, float | int | None]:
-    """Mean loss a token over `parts`, with its perplexity and bits a byte.
+    """Mean loss a token over the `parts` of all ranks, with its perplexity and bits a byte.
 
     The loss is that of the next token alone; what else the model was trained on is reported beside it, and with
     `measuring` what sparse attention selects.
     """
-    nats = other_tokens = 0.0
-    tokens = num_bytes = 0
-    others: dict[str, float] = {}
+    sums: Counter[str] = Counter({NATS: 0, TARGETS: 0, BYTES: 0, TOKENS: 0})
     with engine.evaluating() as model:
         for part in parts:
             whole = whole_batch([part])
             values = language_model(whole)(model, engine.move(part)).values
-            nats += float(values.pop("loss/lm")) * whole.targets[0]
-            tokens += whole.targets[0]
-            num_bytes += part.num_bytes
-            other_tokens += whole.tokens
-            for name in [name for name in values if name.startswith(("loss/", "dsa/"))]:
-                others[name] = others.get(name, 0.0) + float(values[name]) * whole.tokens
-    loss = nats / max(tokens, 1)
+            sums.update({NATS: float(values.pop("loss/lm")) * whole.targets[0], TARGETS: whole.targets[0],
+                         BYTES: part.num_bytes, TOKENS: whole.tokens})
+            sums.update({name: float(value) * whole.tokens for name, value in values.items()
+                         if name.startswith(("loss/", "dsa/"))})
+    sums = functools.reduce(_added, engine.gather(sums))
+    nats, targets, num_bytes, tokens = (sums.pop(name, 0) for name in (NATS, TARGETS, BYTES, TOKENS))
+    loss = nats / max(targets, 1)
     return {"validation_loss": loss, "validation_perplexity": perplexity(loss),
-            "validation_bits_per_byte": bits_per_byte(nats, num_bytes), "validation_tokens": tokens,
-            **{f"validation_{name}": value / other_tokens for name, value in others.items()}}
+            "validation_bits_per_byte": bits_per_byte(nats, num_bytes), "validation_tokens": targets,
+            **{f"validation_{name}": value / tokens for name, value in sums.items()}}
+
+
+def _added(a: Counter[str], b: Counter[str]) -> Counter[str]:
+    """The sum, name by name; Counter's own drops what is not positive."""
+    a.update(b)
+    return a

@@ -1,0 +1,91 @@
+"""Which process this is among those that train together, by the variables that launchers set.
+
+torchrun, accelerate launch, deepspeed and our own launcher (launch.py) all set RANK, WORLD_SIZE and LOCAL_RANK.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from hybridlm.config.schema import Config
+from hybridlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """`launched`: a launcher has started this process."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launched: bool = False
+
+    @classmethod
+    def here(cls) -> World:
+        """From the environment.
+
+        Raises:
+            ConfigError: variables that are no numbers, or a rank outside of the world.
+        """
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
+        try:
+            rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        except ValueError:
+            raise ConfigError("engine", "RANK, WORLD_SIZE and LOCAL_RANK must be numbers",
+                              got={name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+                              hint="start `hybridlm train` through torchrun, or without a launcher") from None
+        if not 0 <= rank < size:
+            raise ConfigError("engine", "RANK must be below WORLD_SIZE", got=f"rank {rank} of {size}")
+        return cls(rank, size, local, launched=True)
+
+
+def check_world(config: Config, size: int) -> None:
+    """What can be known to fail before any process starts.
+
+    Raises:
+        ConfigError: a number of processes that the engine, the batch or a launcher does not fit.
+    """
+    engine = config.engine
+    if engine.kind == "single" and size > 1:
+        raise ConfigError("engine.kind", "single runs one process", got=f"{size} processes", expected="ddp",
+                          hint="add engine=ddp, or start `hybridlm train` without a launcher")
+    if engine.num_processes is not None and engine.num_processes != size:
+        raise ConfigError("engine.num_processes", "differs from what the launcher started", got=engine.num_processes,
+                          expected=str(size), hint="leave it out under a launcher")
+    sizes = {"training.batch_size": config.training.batch_size} | {
+        f"recipe.stages.{i}.batch_size": stage.batch_size for i, stage in enumerate(config.recipe.stages)
+        if stage.batch_size is not None}
+    for key, batch_size in sizes.items():
+        if batch_size % size:
+            raise ConfigError(key, "must be a multiple of the number of processes", got=batch_size,
+                              expected=f"a multiple of {size}")
+
+
+def processes_to_start(config: Config) -> int:
+    """How many processes `hybridlm train` starts itself: one where it runs alone or a launcher has started it.
+
+    Raises:
+        ConfigError: as `check_world`, before anything starts.
+    """
+    if World.here().launched or config.engine.kind == "single":
+        if config.engine.kind == "single" and (config.engine.num_processes or 1) > 1:
+            raise ConfigError("engine.num_processes", "single runs one process", got=config.engine.num_processes,
+                              expected="1", hint="add engine=ddp")
+        return 1
+    asked = config.engine.num_processes
+    size = _gpus(config.engine.device) if asked is None else asked
+    if size < 1:
+        raise ConfigError("engine.num_processes", "must be at least 1", got=size)
+    check_world(config, size)
+    return size
+
+
+def _gpus(device: str) -> int:
+    """GPUs of this machine, 1 without any."""
+    if device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
