@@ -98,7 +98,7 @@ def _channel_scores(x, k, g, scores, FAST: tl.constexpr, EXACT: tl.constexpr):
 
 
 CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
-           for channels, warps, stages in ((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 8, 1))]
+           for channels, warps, stages in ((16, 8, 1), (16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 1))]
 
 
 @tuned(CONFIGS, ["K", "DECAY", "FAST", "SCORES", "EXACT"])
