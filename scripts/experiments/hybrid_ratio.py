@@ -2,7 +2,7 @@
 """Which probes tell linear mixers and ratios apart, at a size at which two CPU cores finish?
 
     python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio          # goes on where it was stopped
-    python scripts/experiments/hybrid_ratio.py --out runs/smoke --smoke         # minutes: does it run?
+    python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio --collect
 
 Runs three sweeps of configs/sweep/, each into a folder of --out, and writes beside them table.md, results.csv (the
 scores of all) and the figures of the first one. docs/experiments/hybrid_ratio.md has what came out.
@@ -77,16 +77,16 @@ def facts(every: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/hybrid_ratio"))
-    parser.add_argument("--smoke", action="store_true", help="all-linear DeltaNet alone")
     parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
     args = parser.parse_args()
-    small = ["training.seed=0,1", "model.schedule.linear=deltanet", "model.schedule.ratio=inf"] if args.smoke else []
     code, every = 0, []
     for name in SWEEPS:
         folder = args.out / name
-        words = ["--collect"] if args.collect else [f"sweep={name}", *small]
+        words = ["--collect"] if args.collect else [f"sweep={name}"]
         code = max(code, hybridlm(["sweep", f"sweep.dir={folder}", *words]))
         every.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+        if not args.collect and any(point["status"] not in ("finished", "failed") for point in every[-1]["points"]):
+            break  # it was stopped
     write_text(args.out / "table.md", "\n".join(f"{results['sweep']}\n\n{table(results)}" for results in every)
                + f"\n{facts(every)}")
     with (args.out / "results.csv").open("w", newline="") as file:
