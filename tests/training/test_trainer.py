@@ -284,7 +284,7 @@ def test_no_held_out_text_means_no_validation(tmp_path):
 
 
 def test_sigterm_while_data_is_prepared_leaves_with_the_resume_command(tmp_path, monkeypatch, capsys):
-    def interrupted(config):
+    def interrupted(config, progress):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal came too late")
 
