@@ -79,22 +79,20 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
 
 
 @triton.jit
-def _pair_gradients(q, k, g, M, M_T, dq, dk, dg, EXACT: tl.constexpr):
-    """Adds what pairs of tokens give to dq, dk and dg [C, channels]; M and M_T hold the gradients of their scores
-    below and above the diagonal."""
+def _pair_gradients(x, y, g, M, dx, dg, ABOVE: tl.constexpr, EXACT: tl.constexpr):
+    """Adds what pairs of tokens give to dx and dg [C, channels]: x are the queries and y the keys, or ABOVE the other
+    way round; M holds the gradients of their scores, x in rows."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
     t = tl.arange(0, C)
     i, j = t[:, None], t[None, :]
     for e in range(LEVELS):
         b = 1 << e
         factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
-        below, above = tl.where(pairs_of(i, j, b), M, 0.0), tl.where(pairs_of(j, i, b), M_T, 0.0)
-        dqf = factor * tl.dot(below, (k * factor).to(k.dtype), input_precision=P)
-        dkf = factor * tl.dot(above, (q * factor).to(q.dtype), input_precision=P)
-        dq += dqf
-        dk += dkf
-        dg += sum_over(span(j, i, b), q * dqf + k * dkf, EXACT)
-    return dq, dk, dg
+        pairs = pairs_of(j, i, b) if ABOVE else pairs_of(i, j, b)
+        dxf = factor * tl.dot(tl.where(pairs, M, 0.0), (y * factor).to(y.dtype), input_precision=P)
+        dx += dxf
+        dg += sum_over(span(j, i, b), x * dxf, EXACT)
+    return dx, dg
 
 
 @triton.jit
@@ -127,28 +125,30 @@ def gradients_kernel(q_ptr, k_ptr, v_ptr, g_ptr, A_log_ptr, bias_ptr, gate_const
     rows, inside, here = first + t, t < filled, chunk * G + head
     i, j = t[:, None], t[None, :]
     at_state, of_channels = here * K * V, channels < K
-    M, d_queries = _products(do_ptr + head * V, v_ptr + head * V, S_ptr + at_state, rows, G * V, inside, channels, K, V,
-                             BK, BV, P)
-    M = (M * scale).to(v_ptr.dtype.element_ty)
-    M_T, d_writes = _products(v_ptr + head * V, do_ptr + head * V, dS_ptr + at_state, rows, G * V, inside, channels, K,
-                              V, BK, BV, P)
-    itself = scale * tl.sum(tl.where(i == j, M_T, 0.0), axis=1)
-    M_T = (M_T * scale).to(v_ptr.dtype.element_ty)
     d_total = tl.zeros([BK], tl.float32)
     for v0 in range(0, V, BV):
         columns = v0 + tl.arange(0, BV)
         S = load_tile(S_ptr + at_state, channels, V, columns, V, of_channels).to(tl.float32)
         d_total += tl.sum(S * load_tile(dS_ptr + at_state, channels, V, columns, V, of_channels), axis=1)
+    d_total *= tl.load(total_ptr + here * K + channels, mask=of_channels, other=0.0)
     key_head = head // (G // H)
     q = load_tile(q_ptr + key_head * K, rows, H * K, channels, K, inside)
     k = load_tile(k_ptr + key_head * K, rows, H * K, channels, K, inside)
     u, rate, bias, g = _gates(g_ptr, A_log_ptr, bias_ptr, gate_constant, rows, inside, channels, head, G, K, GATE)
-    dq = d_queries * tl.exp2(sum_over(j <= i, g, EXACT)) * scale
-    dk = d_writes * tl.exp2(sum_over(j > i, g, EXACT))
-    dg = sum_over(j >= i, q * dq, EXACT) + sum_over(j < i, k * dk, EXACT)
-    dg += (d_total * tl.load(total_ptr + here * K + channels, mask=channels < K, other=0.0))[None, :]
-    dq, dk, dg = _pair_gradients(q, k, g, M, M_T, dq, dk, dg, EXACT)
+
+    M, dq = _products(do_ptr + head * V, v_ptr + head * V, S_ptr + at_state, rows, G * V, inside, channels, K, V, BK,
+                      BV, P)
+    itself = scale * tl.sum(tl.where(i == j, M, 0.0), axis=1)
+    dq *= tl.exp2(sum_over(j <= i, g, EXACT)) * scale
+    dg = d_total[None, :] + sum_over(j >= i, q * dq, EXACT)
+    dq, dg = _pair_gradients(q, k, g, (M * scale).to(k.dtype), dq, dg, False, EXACT)
     store_tile(dq_ptr + head * K, rows, G * K, channels, K, inside, dq + itself[:, None] * k)
+
+    M, dk = _products(v_ptr + head * V, do_ptr + head * V, dS_ptr + at_state, rows, G * V, inside, channels, K, V, BK,
+                      BV, P)
+    dk *= tl.exp2(sum_over(j > i, g, EXACT))
+    dg += sum_over(j < i, k * dk, EXACT)
+    dk, dg = _pair_gradients(k, q, g, (M * scale).to(k.dtype), dk, dg, True, EXACT)
     store_tile(dk_ptr + head * K, rows, G * K, channels, K, inside, dk + itself[:, None] * q)
     if dg_ptr is not None:
         du, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
