@@ -63,8 +63,8 @@ def test_grouped_value_heads_and_more_channels_than_a_block(decay, device):
 
 
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
-@pytest.mark.parametrize("gate", ["-12", "mixed", "-inf"])
-def test_strong_decay(decay, gate, device):
+@pytest.mark.parametrize("gate", ["0", "-12", "mixed", "-inf"])
+def test_decays_at_the_extremes(decay, gate, device):
     inputs = make_inputs(decay, T=40)
     g = inputs["g"]
     if gate == "mixed":  # strong, then weak: differences of sums over the chunk would lose the weak ones
