@@ -27,7 +27,6 @@ from .triton_gradients import gradients_kernel
 from .triton_scan import scan_back_kernel, scan_kernel
 
 FEW_TOKENS = 16  # up to here, and without gradients, the recurrence itself is faster than chunks
-LARGEST_BOUND = 10.0  # of |g|, where 8 steps stay within float32's exponents
 
 
 @torch.compiler.disable
@@ -89,12 +88,9 @@ class _Launches:
         self.documents = self.B if options.borders is None else options.borders.num_documents
         self.decay = "none" if x.g is None else "channel" if x.g.dim() == 4 else "head"
         gate = options.gate
-        bound = None if gate is None else gate.bound
         self.flags = {
             "DECAY": self.decay, "GATE": "none" if gate is None else gate.kind, "L2NORM": options.qk_l2norm,
-            "SIGMOID": options.beta_sigmoid is not None, "EXACT": self.dtype == torch.float32,
-            "FAST": self.decay == "channel" and bound is not None and bound <= LARGEST_BOUND
-                    and self.dtype != torch.float16}
+            "SIGMOID": options.beta_sigmoid is not None, "EXACT": self.dtype == torch.float32}
         self.gate_constant = (1.0 if gate is None else gate.normalizer if gate.kind == "logsigmoid"
                               else gate.lower_bound)
         self.beta_scale = 1.0 if options.beta_sigmoid is None else float(options.beta_sigmoid)

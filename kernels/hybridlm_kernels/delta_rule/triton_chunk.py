@@ -18,13 +18,12 @@ from ..triton_support import tuned
 from .triton_tiles import (
     LEVELS,
     LOG2_E,
-    LOWEST,
     C,
-    after_middle,
-    before_middle,
     decay_between,
     gate_value,
+    load_gates,
     load_tile,
+    log2_decay,
     pairs_of,
     sigmoid,
     span,
@@ -79,21 +78,15 @@ def write_strength(beta_ptr, at, inside, beta_scale, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def _channel_scores(x, k, g, scores, FAST: tl.constexpr, EXACT: tl.constexpr):
+def _channel_scores(x, k, g, scores, EXACT: tl.constexpr):
     """Adds x_i . (a_{j+1} ... a_i) k_j of some channels to the scores, for all pairs i > j."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
-    LOWEST_LEVEL: tl.constexpr = 4 if FAST else 0
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for e in range(LOWEST_LEVEL, LEVELS):
+    for e in range(LEVELS):
         b = 1 << e
         factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
         product = tl.dot((x * factor).to(x.dtype), tl.trans((k * factor).to(k.dtype)), input_precision=P)
         scores = tl.where(pairs_of(i, j, b), scores + product, scores)
-    if FAST:
-        exponent = sum_over(after_middle(i, j), g, EXACT) - sum_over(before_middle(i, j), g, EXACT)
-        rows, columns = (x * tl.exp2(exponent)).to(x.dtype), (k * tl.exp2(-exponent)).to(k.dtype)
-        product = tl.dot(rows, tl.trans(columns), input_precision=P)
-        scores = tl.where((i // 16 == j // 16) & (i > j), scores + product, scores)
     return scores
 
 
@@ -101,11 +94,11 @@ CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
            for channels, warps, stages in ((16, 8, 1), (16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 1))]
 
 
-@tuned(CONFIGS, ["K", "DECAY", "FAST", "SCORES", "EXACT"])
+@tuned(CONFIGS, ["K", "DECAY", "SCORES", "EXACT"])
 @triton.jit
 def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr, A_ptr, X_ptr, factors_ptr, total_ptr,
                  queries_ptr, keys_ptr, writes_ptr, scale, gate_constant, beta_scale, tokens, H, G, K: tl.constexpr,
-                 BK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, FAST: tl.constexpr, L2NORM: tl.constexpr,
+                 BK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,
                  SIGMOID: tl.constexpr, SCORES: tl.constexpr, EXACT: tl.constexpr):
     """A, X [tokens, G, C], factors [G, 7, tokens] and total [P, G(, K)]; with a decay a channel also the decayed
     queries, keys and writes [tokens, G, K]. Without SCORES only these last three. Two programs a chunk and head: one
@@ -153,12 +146,9 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr,
         x = load_tile(x_ptr, rows, H * K, columns, K, inside)
         k = load_tile(k_ptr, rows, H * K, columns, K, inside)
         if DECAY == "channel":
-            u = load_tile(g_ptr + head * K, rows, G * K, columns, K, inside)
-            bias = tl.zeros([BK], tl.float32)
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + head * K + columns, mask=columns < K, other=0.0).to(tl.float32)
-            g = gate_value(u, rate, bias[None, :], gate_constant, GATE) * LOG2_E
-            g = tl.where(inside[:, None], tl.where(g < LOWEST, LOWEST, g), 0.0)
+            u, bias = load_gates(g_ptr + head * K, None if bias_ptr is None else bias_ptr + head * K, rows, G * K,
+                                 columns, K, inside)
+            g = log2_decay(u, rate, bias, gate_constant, inside, GATE)
             decayed = x * (tl.exp2(sum_over(lower, g, EXACT)) * x_norm[:, None])
             store_tile((keys_ptr if of_keys else queries_ptr) + head * K, rows, G * K, columns, K, inside, decayed)
             if of_keys:
@@ -169,7 +159,7 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr,
                     total = tl.exp2(tl.sum(g, axis=0))
                     tl.store(total_ptr + (chunk * G + head) * K + columns, total, mask=columns < K)
                 same += tl.sum(x.to(tl.float32) * k.to(tl.float32), axis=1)
-                scores = _channel_scores(x, k, g, scores, FAST, EXACT)
+                scores = _channel_scores(x, k, g, scores, EXACT)
         else:
             scores = tl.dot(x, tl.trans(k), scores, input_precision=P)
     if SCORES:

@@ -21,16 +21,14 @@ from ..triton_support import tuned
 from .triton_chunk import BETA, DECAY_LOG2, FACTORS, KEY, KEY_NORM, QUERY, QUERY_NORM, WRITE
 from .triton_tiles import (
     LEVELS,
-    LOG2_E,
-    LOWEST,
     C,
-    after_middle,
-    before_middle,
     decay_between,
     gate_gradients,
-    gate_value,
+    load_gates,
     load_tile,
-    pairs_of,
+    log2_decay,
+    meet,
+    second_half,
     span,
     store_tile,
     sum_over,
@@ -66,46 +64,57 @@ def _value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, rows, stride, inside, beta, V
 
 
 @triton.jit
-def _score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, first, filled, tokens, H, G,
+def _store_mirrored(ptr, stride, columns, filled, x):
+    """Some columns of a chunk's scores x [C, columns], 0 on the diagonal and above it, there as below."""
+    t = tl.arange(0, C)
+    half = x.to(ptr.dtype.element_ty)
+    tl.store(ptr + t[:, None] * stride + columns[None, :], half,
+             mask=(t < filled)[:, None] & (t[:, None] >= columns[None, :]))
+    tl.store(ptr + columns[:, None] * stride + t[None, :], tl.trans(half),
+             mask=(columns < filled)[:, None] & (t[None, :] > columns[:, None]))
+
+
+@triton.jit
+def _score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, G,
                      K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
                      EXACT: tl.constexpr):
-    """Writes MA, the gradients of the queries' scores below the diagonal, and ML, those of the keys' scores below it
-    and mirrored above, both with all factors of the products of q and k. With a decay a head returns what the pairs
-    give to the gates, some columns of the scores at a time."""
+    """Writes MA and ML, the gradients of the queries' and the keys' scores with all factors of the products of q and
+    k, below the diagonal and mirrored above (MA with a decay a channel only, else 0 there). With a decay a head
+    returns what the pairs give to the gates, some columns of the scores at a time."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
     BLOCK: tl.constexpr = 32
     t = tl.arange(0, C)
-    rows, inside, i = first + t, t < filled, t[:, None]
-    per_row = factors_ptr + rows
+    inside, i = t < filled, t[:, None]
+    per_row = factors_ptr + t
     query_norm = tl.load(per_row + QUERY_NORM * tokens, mask=inside, other=0.0)
     written = tl.load(per_row + KEY_NORM * tokens, mask=inside, other=0.0)
     written *= tl.load(per_row + BETA * tokens, mask=inside, other=0.0)
     dg = tl.zeros([C], tl.float32)
     for j0 in range(0, C, BLOCK):
         at = j0 + tl.arange(0, BLOCK)
-        columns, in_columns, j = first + at, at < filled, at[None, :]
-        per_column = factors_ptr + columns
+        in_columns, j = at < filled, at[None, :]
+        per_column = factors_ptr + at
         beta = tl.load(per_column + BETA * tokens, mask=in_columns, other=0.0)[None, :]
         by_column = beta * tl.load(per_column + KEY_NORM * tokens, mask=in_columns, other=0.0)[None, :]
-        MA = _products(do_ptr, y_ptr, rows, inside, columns, in_columns, G * V, V, BV, BLOCK, P)
-        ML = _products(z_ptr, y_ptr, rows, inside, columns, in_columns, G * V, V, BV, BLOCK, P)
+        MA = _products(do_ptr, y_ptr, t, inside, at, in_columns, G * V, V, BV, BLOCK, P)
+        ML = _products(z_ptr, y_ptr, t, inside, at, in_columns, G * V, V, BV, BLOCK, P)
         MA = tl.where(i > j, MA, 0.0)
         ML = tl.where(i > j, ML, 0.0)
         if DECAY == "head":
-            pairs = MA * beta * load_tile(A_ptr, rows, G * C, at, C, inside)
+            pairs = MA * beta * load_tile(A_ptr, t, G * C, at, C, inside)
             g = tl.load(per_row + DECAY_LOG2 * tokens, mask=inside, other=0.0)
             D = decay_between(g, j, EXACT)
             MA *= D
             ML *= D
         MA *= query_norm[:, None] * by_column
         ML *= -written[:, None] * by_column
-        store_tile(MA_ptr, rows, G * C, at, C, inside, MA)
-        half = ML.to(ML_ptr.dtype.element_ty)
-        tl.store(ML_ptr + rows[:, None] * (G * C) + j, half, mask=inside[:, None] & (i >= j))
-        tl.store(ML_ptr + columns[:, None] * (G * C) + t[None, :], tl.trans(half),
-                 mask=in_columns[:, None] & (t[None, :] > at[:, None]))
+        if DECAY == "channel":
+            _store_mirrored(MA_ptr, G * C, at, filled, MA)
+        else:
+            store_tile(MA_ptr, t, G * C, at, C, inside, MA)
+        _store_mirrored(ML_ptr, G * C, at, filled, ML)
         if DECAY == "head":
-            pairs += ML * _products(k_ptr, k_ptr, rows, inside, columns, in_columns, H * K, K, BK, BLOCK, P)
+            pairs += ML * _products(k_ptr, k_ptr, t, inside, at, in_columns, H * K, K, BK, BLOCK, P)
             from_rows = tl.sum(tl.where(i >= t[None, :], tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
             dg += from_rows - tl.sum(tl.where(j >= i, tl.sum(pairs, axis=0)[None, :], 0.0), axis=1)
     return dg
@@ -133,43 +142,25 @@ def _state_gradients(do_ptr, y_ptr, z_ptr, S_ptr, dS_ptr, rows, stride, inside, 
 
 
 @triton.jit
-def _channel_pairs(q, k, g, MA_ptr, ML_ptr, rows, stride, inside, dq, dk, dg, FAST: tl.constexpr,
-                   EXACT: tl.constexpr):
-    """Adds what pairs of tokens give to dq, dk and dg [C, channels]. MA holds the gradient of the queries' scores
-    below the diagonal, ML that of the keys' scores below it and mirrored above."""
+def _channel_pairs(q, k, g, MA_ptr, ML_ptr, stride, inside, EXACT: tl.constexpr):
+    """What pairs of tokens give to dq, dk and dg [C, channels], from the mirrored gradients of the scores."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
-    LOWEST_LEVEL: tl.constexpr = 4 if FAST else 0
     t = tl.arange(0, C)
     i, j = t[:, None], t[None, :]
-    for e in range(LOWEST_LEVEL, LEVELS):
+    dq, dk, dg = tl.zeros(g.shape, tl.float32), tl.zeros(g.shape, tl.float32), tl.zeros(g.shape, tl.float32)
+    for e in tl.range(0, LEVELS, disable_licm=True, loop_unroll_factor=1):
         b = 1 << e
         factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
-        qf, kf = (q * factor).to(q.dtype), (k * factor).to(k.dtype)
-        MA = tl.where(pairs_of(i, j, b), load_tile(MA_ptr, rows, stride, t, C, inside), 0.0).to(q.dtype)
-        both = pairs_of(i, j, b) | pairs_of(j, i, b)
-        ML = tl.where(both, load_tile(ML_ptr, rows, stride, t, C, inside), 0.0).to(q.dtype)
-        dqf = factor * tl.dot(MA, kf, input_precision=P)
-        dkf = tl.dot(tl.trans(MA), qf, input_precision=P)
-        dkf = factor * tl.dot(ML, kf, dkf, input_precision=P)
+        second = second_half(i, b)
+        MA = tl.where(meet(i, j, b), load_tile(MA_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
+        across = factor * tl.dot(MA, (tl.where(second, q, k) * factor).to(q.dtype), input_precision=P)
+        ML = tl.where(meet(i, j, b), load_tile(ML_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
+        dkf = factor * tl.dot(ML, (k * factor).to(k.dtype), input_precision=P)
+        dqf = tl.where(second, across, 0.0)
+        dkf += tl.where(second, 0.0, across)
         dq += dqf
         dk += dkf
         dg += sum_over(span(j, i, b), q * dqf + k * dkf, EXACT)
-    if FAST:
-        exponent = sum_over(after_middle(i, j), g, EXACT) - sum_over(before_middle(i, j), g, EXACT)
-        of_rows, of_columns = tl.exp2(exponent), tl.exp2(-exponent)
-        q_rows, k_rows = (q * of_rows).to(q.dtype), (k * of_rows).to(k.dtype)
-        k_columns = (k * of_columns).to(k.dtype)
-        below = (i // 16 == j // 16) & (i > j)
-        MA = tl.where(below, load_tile(MA_ptr, rows, stride, t, C, inside), 0.0).to(q.dtype)
-        ML = tl.where(below, load_tile(ML_ptr, rows, stride, t, C, inside), 0.0).to(q.dtype)
-        dq_rows = of_rows * tl.dot(MA, k_columns, input_precision=P)
-        dk_rows = of_rows * tl.dot(ML, k_columns, input_precision=P)
-        dk_columns = tl.dot(tl.trans(MA), q_rows, input_precision=P)
-        dk_columns = of_columns * tl.dot(tl.trans(ML), k_rows, dk_columns, input_precision=P)
-        dq += dq_rows
-        dk += dk_rows + dk_columns
-        d_exponent = q * dq_rows + k * (dk_rows - dk_columns)
-        dg += sum_over(after_middle(j, i), d_exponent, EXACT) - sum_over(before_middle(j, i), d_exponent, EXACT)
     return dq, dk, dg
 
 
@@ -187,104 +178,120 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
            for channels, values, warps, stages in ((16, 32, 4, 1), (32, 32, 4, 1), (32, 64, 4, 2), (64, 64, 8, 1))]
 
 
-@tuned(CONFIGS, ["K", "V", "DECAY", "FAST", "EXACT"])
+@tuned(CONFIGS, ["K", "V", "DECAY", "EXACT"])
 @triton.jit
 def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr, total_ptr,
                      S_ptr, dS_ptr, chunks_ptr, scratch_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, d_A_log_ptr,
                      d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, G, K: tl.constexpr,
                      V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
-                     FAST: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
+                     L2NORM: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
     """dq, dk [tokens, G, K], dv [tokens, G, V], dg as g, d_beta [tokens, G], and by chunk d_A_log [P, G] and d_bias
     [P, G(, K)]. `scratch` is [2, tokens, G, C]."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1)
     t = tl.arange(0, C)
-    rows, inside = first + t, t < filled
+    inside = t < filled
     i, j = t[:, None], t[None, :]
     here = chunk * G + head
-    q_ptr += head // (G // H) * K
-    k_ptr += head // (G // H) * K
-    dq_ptr += head * K
-    dk_ptr += head * K
-    do_ptr += head * V
-    y_ptr += head * V
-    z_ptr += head * V
-    factors_ptr += head * FACTORS * tokens
-    beta = tl.load(factors_ptr + BETA * tokens + rows, mask=inside, other=0.0)
-    query_norm = tl.load(factors_ptr + QUERY_NORM * tokens + rows, mask=inside, other=0.0)
-    key_norm = tl.load(factors_ptr + KEY_NORM * tokens + rows, mask=inside, other=0.0)
+    of_key_head, of_head = first * H + head // (G // H), first * G + head
+    q_ptr += of_key_head * K  # from here on tokens are counted from the chunk's first, in 32 bits
+    k_ptr += of_key_head * K
+    dq_ptr += of_head * K
+    dk_ptr += of_head * K
+    do_ptr += of_head * V
+    y_ptr += of_head * V
+    z_ptr += of_head * V
+    factors_ptr += head * FACTORS * tokens + first
+    beta = tl.load(factors_ptr + BETA * tokens + t, mask=inside, other=0.0)
+    query_norm = tl.load(factors_ptr + QUERY_NORM * tokens + t, mask=inside, other=0.0)
+    key_norm = tl.load(factors_ptr + KEY_NORM * tokens + t, mask=inside, other=0.0)
 
-    MA_ptr = scratch_ptr + head * C
+    MA_ptr = scratch_ptr + of_head * C
     ML_ptr = MA_ptr + (chunk - chunk + G) * tokens * C
-    same, d_beta = _value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + head * V, rows, G * V, inside, beta, V, BV)
+    same, d_beta = _value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V, t, G * V, inside, beta, V, BV)
     if d_beta_ptr is not None:
         if SIGMOID:
             d_beta *= beta * (1.0 - beta / beta_scale)
-        tl.store(d_beta_ptr + rows * G + head, d_beta.to(d_beta_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_beta_ptr + of_head + t * G, d_beta.to(d_beta_ptr.dtype.element_ty), mask=inside)
     same *= query_norm * beta * key_norm
-    dg_pairs = _score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr + head * C, MA_ptr, ML_ptr, factors_ptr, first,
+    dg_pairs = _score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr + of_head * C, MA_ptr, ML_ptr, factors_ptr,
                                 filled, tokens, H, G, K, V, BK, BV, DECAY, EXACT)
     tl.debug_barrier()  # what other threads of the program wrote is read from here on
+    if DECAY == "channel":
+        g_ptr += of_head * K
+        if dg_ptr is not None:
+            dg_ptr += of_head * K
+        if bias_ptr is not None:
+            bias_ptr += head * K
     rate = 1.0
     if A_log_ptr is not None:
         rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
     if DECAY == "channel":
         of_queries, of_keys, of_writes = query_norm, beta * key_norm, beta * key_norm
     else:
-        of_queries = tl.load(factors_ptr + QUERY * tokens + rows, mask=inside, other=0.0)
-        of_keys = beta * tl.load(factors_ptr + KEY * tokens + rows, mask=inside, other=0.0)
-        of_writes = beta * tl.load(factors_ptr + WRITE * tokens + rows, mask=inside, other=0.0)
+        of_queries = tl.load(factors_ptr + QUERY * tokens + t, mask=inside, other=0.0)
+        of_keys = beta * tl.load(factors_ptr + KEY * tokens + t, mask=inside, other=0.0)
+        of_writes = beta * tl.load(factors_ptr + WRITE * tokens + t, mask=inside, other=0.0)
     dg_rows, dg_columns = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     d_total_sum, d_A_log = 0.0, 0.0
     along_q, along_k = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
+    if DECAY == "channel":  # in a loop of its own: with the gradients of the states, registers would not suffice
+        for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
+            channels = k0 + tl.arange(0, BK)
+            u, bias = load_gates(g_ptr, bias_ptr, t, G * K, channels, K, inside)
+            g = log2_decay(u, rate, bias, gate_constant, inside, GATE)
+            q = load_tile(q_ptr, t, H * K, channels, K, inside)
+            k = load_tile(k_ptr, t, H * K, channels, K, inside)
+            dq, dk, dg = _channel_pairs(q, k, g, MA_ptr, ML_ptr, G * C, inside, EXACT)
+            store_tile(dq_ptr, t, G * K, channels, K, inside, dq)
+            store_tile(dk_ptr, t, G * K, channels, K, inside, dk)
+            if dg_ptr is not None:
+                store_tile(dg_ptr, t, G * K, channels, K, inside, dg)
+        tl.debug_barrier()
+    for k0 in tl.range(0, K, BK, disable_licm=True):
         channels = k0 + tl.arange(0, BK)
         at_state = here * K * V
         d_queries, d_keys, d_writes, d_total = _state_gradients(
-            do_ptr, y_ptr, z_ptr, S_ptr + at_state, dS_ptr + at_state, rows, G * V, inside, channels, K, V, BK, BV, P)
-        q = load_tile(q_ptr, rows, H * K, channels, K, inside)
-        k = load_tile(k_ptr, rows, H * K, channels, K, inside)
+            do_ptr, y_ptr, z_ptr, S_ptr + at_state, dS_ptr + at_state, t, G * V, inside, channels, K, V, BK, BV, P)
+        q = load_tile(q_ptr, t, H * K, channels, K, inside)
+        k = load_tile(k_ptr, t, H * K, channels, K, inside)
         dq = d_queries * of_queries[:, None]
         dk = d_keys * of_keys[:, None]
         d_writes *= of_writes[:, None]
         if DECAY == "channel":
-            u = load_tile(g_ptr + head * K, rows, G * K, channels, K, inside)
-            bias = tl.zeros([BK], tl.float32)
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)
-            g = gate_value(u, rate, bias[None, :], gate_constant, GATE) * LOG2_E
-            g = tl.where(inside[:, None], tl.where(g < LOWEST, LOWEST, g), 0.0)
+            u, bias = load_gates(g_ptr, bias_ptr, t, G * K, channels, K, inside)
+            g = log2_decay(u, rate, bias, gate_constant, inside, GATE)
             prefix = tl.exp2(sum_over(j <= i, g, EXACT))
             dq *= prefix
             dk *= prefix
             d_writes *= tl.exp2(sum_over(j > i, g, EXACT))
             total = tl.load(total_ptr + here * K + channels, mask=channels < K, other=0.0)
-            dg = sum_over(j >= i, q * dq + k * dk, EXACT) + sum_over(j < i, k * d_writes, EXACT)
-            dg += (d_total * total)[None, :]
-            dk += d_writes
-            dq, dk, dg = _channel_pairs(q, k, g, MA_ptr, ML_ptr, rows, G * C, inside, dq, dk, dg, FAST, EXACT)
             if dg_ptr is not None:
-                dg, dA = gate_gradients(u, dg, rate, bias[None, :], gate_constant, GATE)
+                dg = sum_over(j >= i, q * dq + k * dk, EXACT) + sum_over(j < i, k * d_writes, EXACT)
+                dg += (d_total * total)[None, :] + load_tile(dg_ptr, t, G * K, channels, K, inside)
+                dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
                 dg = tl.where(inside[:, None], dg, 0.0)
                 d_A_log += tl.sum(tl.where(inside[:, None], dA, 0.0))
-                store_tile(dg_ptr + head * K, rows, G * K, channels, K, inside, dg)
+                store_tile(dg_ptr, t, G * K, channels, K, inside, dg)
                 if d_bias_ptr is not None:
                     tl.store(d_bias_ptr + here * K + channels, tl.sum(dg, axis=0), mask=channels < K)
+            dq += load_tile(dq_ptr, t, G * K, channels, K, inside)
+            dk += d_writes + load_tile(dk_ptr, t, G * K, channels, K, inside)
         else:
             if DECAY == "head":
                 dg_rows += tl.sum(q * dq + k * dk, axis=1)
                 dg_columns += tl.sum(k * d_writes, axis=1)
                 d_total_sum += tl.sum(d_total)
             dk += d_writes
-            for_queries = load_tile(MA_ptr, rows, G * C, t, C, inside)
+            for_queries = load_tile(MA_ptr, t, G * C, t, C, inside)
             dq = tl.dot(for_queries, k, dq, input_precision=P)
             dk = tl.dot(tl.trans(for_queries), q, dk, input_precision=P)
-            dk = tl.dot(load_tile(ML_ptr, rows, G * C, t, C, inside), k, dk, input_precision=P)
+            dk = tl.dot(load_tile(ML_ptr, t, G * C, t, C, inside), k, dk, input_precision=P)
         dq += same[:, None] * k
         dk += same[:, None] * q
-        store_tile(dq_ptr, rows, G * K, channels, K, inside, dq)
-        store_tile(dk_ptr, rows, G * K, channels, K, inside, dk)
+        store_tile(dq_ptr, t, G * K, channels, K, inside, dq)
+        store_tile(dk_ptr, t, G * K, channels, K, inside, dk)
         if L2NORM:
             along_q += tl.sum(q * dq, axis=1)
             along_k += tl.sum(k * dk, axis=1)
@@ -294,10 +301,10 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
         bias = 0.0
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + head).to(tl.float32)
-        u = tl.load(g_ptr + rows * G + head, mask=inside, other=0.0)
+        u = tl.load(g_ptr + of_head + t * G, mask=inside, other=0.0)
         dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
         d_A_log += tl.sum(tl.where(inside, dA, 0.0))
-        tl.store(dg_ptr + rows * G + head, dg.to(dg_ptr.dtype.element_ty), mask=inside)
+        tl.store(dg_ptr + of_head + t * G, dg.to(dg_ptr.dtype.element_ty), mask=inside)
         if d_bias_ptr is not None:
             tl.store(d_bias_ptr + here, tl.sum(tl.where(inside, dg, 0.0)))
     if d_A_log_ptr is not None:
@@ -305,5 +312,5 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
     if L2NORM:
         tl.debug_barrier()
         inverse = query_norm * inverse_scale
-        _take_from_norm(q_ptr, dq_ptr, rows, H * K, G * K, inside, along_q * inverse * inverse, K, BK)
-        _take_from_norm(k_ptr, dk_ptr, rows, H * K, G * K, inside, along_k * key_norm * key_norm, K, BK)
+        _take_from_norm(q_ptr, dq_ptr, t, H * K, G * K, inside, along_q * inverse * inverse, K, BK)
+        _take_from_norm(k_ptr, dk_ptr, t, H * K, G * K, inside, along_k * key_norm * key_norm, K, BK)

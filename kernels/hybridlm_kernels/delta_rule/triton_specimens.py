@@ -31,12 +31,9 @@ def _specimen(label: str, kernel: Any, constants: dict[str, Any], without: str =
 def _all() -> Iterator[Specimen]:
     for D in (64, 128):
         sizes = {"K": D, "V": D}
-        for decay, gate in (("head", "softplus"), ("channel", "softplus"), ("channel", "lower_bounded")):
-            fast = gate == "lower_bounded"
-            flags = {"DECAY": decay, "GATE": gate, "FAST": fast, "L2NORM": True, "SIGMOID": True, "EXACT": False}
-            label = f"{decay} decay{', bounded' if fast else ''}, D={D}"
-            if fast and D == 64:
-                continue
+        for decay in ("head", "channel"):
+            flags = {"DECAY": decay, "GATE": "softplus", "L2NORM": True, "SIGMOID": True, "EXACT": False}
+            label = f"{decay} decay, D={D}"
             yield _specimen(f"chunk, {label}", chunk_kernel, flags | {"K": D, "SCORES": True},
                             "" if decay == "channel" else "queries keys writes")
             yield _specimen(f"gradients, {label}", gradients_kernel, flags | sizes)

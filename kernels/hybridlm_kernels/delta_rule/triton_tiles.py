@@ -61,6 +61,22 @@ def gate_value(u, rate, bias, constant, GATE: tl.constexpr):
 
 
 @triton.jit
+def load_gates(g_ptr, bias_ptr, rows, stride, columns, WIDTH: tl.constexpr, inside):
+    """The raw gates of some channels [C, columns] and their biases [1, columns] in fp32, 0 where there are none."""
+    bias = tl.zeros([1, columns.shape[0]], tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    return load_tile(g_ptr, rows, stride, columns, WIDTH, inside), bias
+
+
+@triton.jit
+def log2_decay(u, rate, bias, constant, inside, GATE: tl.constexpr):
+    """g of a decay a channel in log2 units, never below LOWEST; 0 outside."""
+    g = gate_value(u, rate, bias, constant, GATE) * LOG2_E
+    return tl.where(inside[:, None], tl.where(g < LOWEST, LOWEST, g), 0.0)
+
+
+@triton.jit
 def gate_gradients(u, dg, rate, bias, constant, GATE: tl.constexpr):
     """The gradients of u and of A_log, one an entry, from that of g."""
     x = u.to(tl.float32) + bias
@@ -79,31 +95,28 @@ def gate_gradients(u, dg, rate, bias, constant, GATE: tl.constexpr):
 
 
 @triton.jit
+def second_half(i, b):
+    """Whether token i lies behind the border of its block at level b."""
+    return (i & b) != 0
+
+
+@triton.jit
+def meet(i, j, b):
+    """Whether the tokens i and j, in either order, meet at level b; i and j broadcast."""
+    return ((i & -b) ^ (j & -b)) == b  # cut first: then nothing is the same at every level, to be kept in registers
+
+
+@triton.jit
 def pairs_of(i, j, b):
     """Whether the tokens i (of the second half) and j meet at level b; i and j broadcast."""
-    return (i // (2 * b) == j // (2 * b)) & (i // b % 2 == 1) & (j // b % 2 == 0)
+    return meet(i, j, b) & second_half(i, b)
 
 
 @triton.jit
 def span(i, t, b):
     """Whether token t lies between token i and the border that i meets at level b; i and t broadcast."""
-    return (i // b == t // b) & tl.where(i // b % 2 == 1, t <= i, t > i)
-
-
-@triton.jit
-def after_middle(i, t):
-    """Whether t lies behind the middle of i's block of 16 and up to i.
-
-    Where |g| is bounded so that 8 steps stay far from overflow, a block needs no levels below 16: with E the sum up
-    to i (`after_middle`) less that behind i (`before_middle`), a_{j+1} ... a_i = 2^{E_i} 2^{-E_j}.
-    """
-    return (t > i // 16 * 16 + 7) & (t <= i)
-
-
-@triton.jit
-def before_middle(i, t):
-    """Whether t lies behind i and up to the middle of i's block of 16."""
-    return (t > i) & (t <= i // 16 * 16 + 7)
+    start, second = i & -b, second_half(i, b)
+    return (t >= tl.where(second, start, i + 1)) & (t <= tl.where(second, i, start + b - 1))
 
 
 @triton.jit
