@@ -225,13 +225,17 @@ class _Launches:
         dq, dk = (self.empty(self.B, self.T, self.G, self.K) for _ in range(2))
         channels = min(CHANNELS_LEARNT, _padded(self.K))
         blocks = triton.cdiv(self.K, channels)
-        dg = torch.empty_like(x.g) if any(needed[3:6]) else None  # type: ignore[arg-type]
+        learns = any(needed[3:6])
+        dg = torch.empty_like(x.g) if learns else None  # type: ignore[arg-type]
+        sums = self.wide(self.tokens, self.G, self.K) if learns else None
         d_A_log = self.wide(P, self.G, blocks) if needed[4] else None
         d_bias = self.wide(P, self.G, self.K) if needed[5] else None
-        gradients_kernel[(P, self.G * blocks)](
-            x.q, x.k, x.v, *self.gate_inputs, do, states, d_states, total, self.tables.chunks, dq, dk, dg, d_A_log,
-            d_bias, self.scale, self.H, self.G, K=self.K, V=self.V, BK=channels, BV=min(32, _padded(self.V)),
-            GATE=self.gate, EXACT=self.exact)
+        for keys, tensors, pair, out in ((False, (x.q, x.k, do, x.v), (states, d_states), dq),
+                                         (True, (x.k, x.q, x.v, do), (d_states, states), dk)):
+            gradients_kernel[(P, self.G * blocks)](
+                *tensors, *self.gate_inputs, *pair, total, self.tables.chunks, out, sums, dg, d_A_log, d_bias,
+                self.scale, self.H, self.G, K=self.K, V=self.V, BK=channels, BV=min(32, _padded(self.V)),
+                GATE=self.gate, KEYS=keys, EXACT=self.exact)
         if d_A_log is not None:
             d_A_log = d_A_log.sum(2)
         return [self._of_heads(dq), self._of_heads(dk), dv, dg if needed[3] else None, _of_chunks(d_A_log, x.A_log),

@@ -20,14 +20,24 @@ from ..delta_rule.triton_tiles import (
     gate_gradients,
     gate_value,
     load_tile,
-    pairs_of,
-    span,
     store_tile,
     sum_over,
 )
 from ..triton_support import tuned
 
 CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((8, 1), (4, 1), (8, 2), (4, 2))]
+
+
+@triton.jit
+def _meet(i, j, e):
+    """Whether the tokens i (of the second half) and j meet at level b = 2^e; i and j broadcast."""
+    return ((i ^ j) >> e == 1) & (i > j)
+
+
+@triton.jit
+def _span(i, t, e):
+    """Whether token t lies between token i and the border that i meets at level b = 2^e; i and t broadcast."""
+    return ((i ^ t) >> e == 0) & ((t <= i) == ((i >> e) % 2 == 1))
 
 
 @triton.jit
@@ -70,10 +80,9 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
             tl.store(total_ptr + (chunk * G + head) * K + channels, tl.exp2(tl.sum(g, axis=0)), mask=channels < K)
             itself += tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
             for e in range(LEVELS):
-                b = 1 << e
-                factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
+                factor = tl.exp2(sum_over(_span(i, j, e), g, EXACT))
                 pairs = tl.dot((q * factor).to(q.dtype), tl.trans((k * factor).to(k.dtype)), input_precision=P)
-                A += tl.where(pairs_of(i, j, b), pairs, 0.0)
+                A += tl.where(_meet(i, j, e), pairs, 0.0)
     if SCORES:
         store_tile(A_ptr + head * C, rows, G * C, t, C, inside, scale * tl.where(i == j, itself[:, None], A))
 
@@ -85,13 +94,12 @@ def _pair_gradients(x, y, g, M, dx, dg, ABOVE: tl.constexpr, EXACT: tl.constexpr
     P: tl.constexpr = "ieee" if EXACT else "tf32"
     t = tl.arange(0, C)
     i, j = t[:, None], t[None, :]
-    for e in range(LEVELS):
-        b = 1 << e
-        factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
-        pairs = pairs_of(j, i, b) if ABOVE else pairs_of(i, j, b)
+    for e in tl.range(0, LEVELS, num_stages=1, disable_licm=True):
+        factor = tl.exp2(sum_over(_span(i, j, e), g, EXACT))
+        pairs = _meet(j, i, e) if ABOVE else _meet(i, j, e)
         dxf = factor * tl.dot(tl.where(pairs, M, 0.0), (y * factor).to(y.dtype), input_precision=P)
         dx += dxf
-        dg += sum_over(span(j, i, b), x * dxf, EXACT)
+        dg += sum_over(_span(j, i, e), x * dxf, EXACT)
     return dx, dg
 
 
@@ -100,7 +108,7 @@ def _products(x_ptr, y_ptr, S_ptr, rows, stride, inside, channels, K: tl.constex
               BV: tl.constexpr, P: tl.constexpr):
     """x y^T [C, C] and x S^T [C, channels]."""
     xy, xS = tl.zeros([C, C], tl.float32), tl.zeros([C, BK], tl.float32)
-    for v0 in range(0, V, BV):
+    for v0 in tl.range(0, V, BV, num_stages=1, disable_licm=True):
         columns = v0 + tl.arange(0, BV)
         x = load_tile(x_ptr, rows, stride, columns, V, inside)
         xy = tl.dot(x, tl.trans(load_tile(y_ptr, rows, stride, columns, V, inside)), xy, input_precision=P)
@@ -108,14 +116,18 @@ def _products(x_ptr, y_ptr, S_ptr, rows, stride, inside, channels, K: tl.constex
     return xy, xS
 
 
-@tuned(CONFIGS, ["K", "V", "EXACT"])
+@tuned(CONFIGS, ["K", "V", "KEYS", "EXACT"])
 @triton.jit
-def gradients_kernel(q_ptr, k_ptr, v_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, do_ptr, S_ptr, dS_ptr, total_ptr,
-                     chunks_ptr, dq_ptr, dk_ptr, dg_ptr, d_A_log_ptr, d_bias_ptr, scale, H, G, K: tl.constexpr,
-                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
-                     EXACT: tl.constexpr):
-    """dq, dk [tokens, G, K], dg as g, and by chunk and block of channels d_A_log [P, G, K / BK], by chunk d_bias
-    [P, G, K], from the states before chunks S and the gradients of those behind them dS [P, G, K, V]."""
+def gradients_kernel(x_ptr, y_ptr, left_ptr, right_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, S_ptr, other_S_ptr,
+                     total_ptr, chunks_ptr, dx_ptr, sum_ptr, dg_ptr, d_A_log_ptr, d_bias_ptr, scale, H, G,
+                     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+                     KEYS: tl.constexpr, EXACT: tl.constexpr):
+    """dq [tokens, G, K] of x, y, left, right, S = q, k, do, v and the states before chunks; with KEYS dk of k, q, v, do
+    and the gradients of the states behind them [P, G, K, V]. Two launches, because one spills registers.
+
+    Where gates learn, the first writes its part of the gradient of decays, sum [tokens, G, K], and the second puts
+    dg together, by chunk and block of channels d_A_log [P, G, K / BK], and by chunk d_bias [P, G, K].
+    """
     P: tl.constexpr = "ieee" if EXACT else "tf32"
     K_BLOCKS: tl.constexpr = (K + BK - 1) // BK
     chunk, pid = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -124,38 +136,37 @@ def gradients_kernel(q_ptr, k_ptr, v_ptr, g_ptr, A_log_ptr, bias_ptr, gate_const
     t, channels = tl.arange(0, C), k_block * BK + tl.arange(0, BK)
     rows, inside, here = first + t, t < filled, chunk * G + head
     i, j = t[:, None], t[None, :]
-    at_state, of_channels = here * K * V, channels < K
-    d_total = tl.zeros([BK], tl.float32)
-    for v0 in range(0, V, BV):
-        columns = v0 + tl.arange(0, BV)
-        S = load_tile(S_ptr + at_state, channels, V, columns, V, of_channels).to(tl.float32)
-        d_total += tl.sum(S * load_tile(dS_ptr + at_state, channels, V, columns, V, of_channels), axis=1)
-    d_total *= tl.load(total_ptr + here * K + channels, mask=of_channels, other=0.0)
-    key_head = head // (G // H)
-    q = load_tile(q_ptr + key_head * K, rows, H * K, channels, K, inside)
-    k = load_tile(k_ptr + key_head * K, rows, H * K, channels, K, inside)
+    at_state, of_channels, key_head = here * K * V, channels < K, head // (G // H)
+    x = load_tile(x_ptr + key_head * K, rows, H * K, channels, K, inside)
+    y = load_tile(y_ptr + key_head * K, rows, H * K, channels, K, inside)
     u, rate, bias, g = _gates(g_ptr, A_log_ptr, bias_ptr, gate_constant, rows, inside, channels, head, G, K, GATE)
-
-    M, dq = _products(do_ptr + head * V, v_ptr + head * V, S_ptr + at_state, rows, G * V, inside, channels, K, V, BK,
-                      BV, P)
+    M, dx = _products(left_ptr + head * V, right_ptr + head * V, S_ptr + at_state, rows, G * V, inside, channels, K, V,
+                      BK, BV, P)
     itself = scale * tl.sum(tl.where(i == j, M, 0.0), axis=1)
-    dq *= tl.exp2(sum_over(j <= i, g, EXACT)) * scale
-    dg = d_total[None, :] + sum_over(j >= i, q * dq, EXACT)
-    dq, dg = _pair_gradients(q, k, g, (M * scale).to(k.dtype), dq, dg, False, EXACT)
-    store_tile(dq_ptr + head * K, rows, G * K, channels, K, inside, dq + itself[:, None] * k)
-
-    M, dk = _products(v_ptr + head * V, do_ptr + head * V, dS_ptr + at_state, rows, G * V, inside, channels, K, V, BK,
-                      BV, P)
-    dk *= tl.exp2(sum_over(j > i, g, EXACT))
-    dg += sum_over(j < i, k * dk, EXACT)
-    dk, dg = _pair_gradients(k, q, g, (M * scale).to(k.dtype), dk, dg, True, EXACT)
-    store_tile(dk_ptr + head * K, rows, G * K, channels, K, inside, dk + itself[:, None] * q)
-    if dg_ptr is not None:
-        du, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
-        du = tl.where(inside[:, None], du, 0.0)
-        store_tile(dg_ptr + head * K, rows, G * K, channels, K, inside, du)
-        if d_A_log_ptr is not None:
-            in_both = inside[:, None] & (channels < K)[None, :]
-            tl.store(d_A_log_ptr + here * K_BLOCKS + k_block, tl.sum(tl.where(in_both, dA, 0.0)))
-        if d_bias_ptr is not None:
-            tl.store(d_bias_ptr + here * K + channels, tl.sum(du, axis=0), mask=channels < K)
+    if KEYS:
+        dx *= tl.exp2(sum_over(j > i, g, EXACT))
+        dg = sum_over(j < i, x * dx, EXACT)
+    else:
+        dx *= tl.exp2(sum_over(j <= i, g, EXACT)) * scale
+        dg = sum_over(j >= i, x * dx, EXACT)
+    dx, dg = _pair_gradients(x, y, g, (M * scale).to(x.dtype), dx, dg, KEYS, EXACT)
+    store_tile(dx_ptr + head * K, rows, G * K, channels, K, inside, dx + itself[:, None] * y)
+    if sum_ptr is not None:
+        if not KEYS:
+            store_tile(sum_ptr + head * K, rows, G * K, channels, K, inside, dg)
+        else:
+            d_total = tl.zeros([BK], tl.float32)
+            for v0 in range(0, V, BV):
+                columns = v0 + tl.arange(0, BV)
+                S = load_tile(S_ptr + at_state, channels, V, columns, V, of_channels).to(tl.float32)
+                d_total += tl.sum(S * load_tile(other_S_ptr + at_state, channels, V, columns, V, of_channels), axis=1)
+            d_total *= tl.load(total_ptr + here * K + channels, mask=of_channels, other=0.0)
+            dg += d_total[None, :] + load_tile(sum_ptr + head * K, rows, G * K, channels, K, inside)
+            du, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
+            du = tl.where(inside[:, None], du, 0.0)
+            store_tile(dg_ptr + head * K, rows, G * K, channels, K, inside, du)
+            if d_A_log_ptr is not None:
+                in_both = inside[:, None] & of_channels[None, :]
+                tl.store(d_A_log_ptr + here * K_BLOCKS + k_block, tl.sum(tl.where(in_both, dA, 0.0)))
+            if d_bias_ptr is not None:
+                tl.store(d_bias_ptr + here * K + channels, tl.sum(du, axis=0), mask=of_channels)

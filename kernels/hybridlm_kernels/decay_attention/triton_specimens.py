@@ -47,9 +47,10 @@ def _channel(D: int) -> list[Specimen]:
         Specimen(f"chunks D={D}", chunk_kernel,
                  _pointers(HALF, "q", "k", "A", "queries", "writes") | GATE | _pointers(SINGLE, "total") | rest,
                  sizes | {"BK": 32, "SCORES": True}),
-        Specimen(f"gradients D={D}", gradients_kernel,
-                 _pointers(HALF, "q", "k", "v", "do", "S", "dS", "dq", "dk", "dg") | GATE
-                 | _pointers(SINGLE, "total", "d_A_log", "d_bias") | rest, sizes | {"V": D, "BK": 16, "BV": 32})]
+        *(Specimen(f"gradients, {'keys' if keys else 'queries'} D={D}", gradients_kernel,
+                   _pointers(HALF, "x", "y", "left", "right", "S", "other_S", "dx", "dg") | GATE
+                   | _pointers(SINGLE, "total", "sum", "d_A_log", "d_bias") | rest,
+                   sizes | {"V": D, "BK": 16, "BV": 32, "KEYS": keys}) for keys in (False, True))]
 
 
 def _pairs(D: int, learns: bool) -> Specimen:
