@@ -132,7 +132,7 @@ def test_fp64_goes_to_the_reference_with_a_reason():
     moe_experts(*case(5, 2, 4, 16, 8, dtype=torch.float64))
     row = registry.explain()[-1]
     assert (row.operation, row.backend) == ("moe_experts", "reference")
-    assert "float64" in row.rejected[0]
+    assert any("float64" in reason for reason in row.rejected)
 
 
 def test_bad_shapes():
