@@ -74,15 +74,15 @@ def _others(D: int) -> list[Specimen]:
 
 
 SPECIMENS = [
-    *(_scan("forward", D, decay) for D in (64, 128, 256) for decay in ("constant", "head", "channel")),
-    *(_scan("backward", D, decay, REVERSE=True) for D in (64, 128, 256) for decay in ("constant", "head")),
+    *(_scan("forward", D, decay) for D in (64, 128) for decay in ("constant", "head", "channel")),
+    *(_scan("backward", D, decay, REVERSE=True) for D in (64, 128) for decay in ("constant", "head")),
     *(_scan("states", D, "channel", OUTPUT=False, STATES=True) for D in (64, 128)),
-    *(_scan("backward, states", D, "channel", REVERSE=True, STATES=True) for D in (64, 128, 256)),
-    *(_scan("dq, states, dots", D, "head", STATES=True, DOTS=True) for D in (64, 128, 256)),
-    *(_scan("dk, dots", D, "head", REVERSE=True, DOTS=True) for D in (64, 128, 256)),
+    *(_scan("backward, states", D, "channel", REVERSE=True, STATES=True) for D in (64, 128)),
+    *(_scan("dq, states, dots", D, "head", STATES=True, DOTS=True) for D in (64, 128)),
+    *(_scan("dk, dots", D, "head", REVERSE=True, DOTS=True) for D in (64, 128)),
     *(_pairs(D, learns) for D in (64, 128) for learns in (True, False)),
-    *(specimen for D in (64, 128, 256) for specimen in _channel(D)),
-    *(specimen for D in (64, 128, 256) for specimen in _others(D)),
+    *(specimen for D in (64, 128) for specimen in _channel(D)),
+    *(specimen for D in (64, 128) for specimen in _others(D)),
     Specimen("gate gradient", gate_gradient_kernel,
              _pointers(SINGLE, "pairs", "dots", "reverse_dots", "carry", "d_A_log", "d_bias") | GATE
              | _pointers(TABLE, "chunks") | _pointers(HALF, "dg") | dict.fromkeys(("tokens", "chunks", "G"), "i32"),

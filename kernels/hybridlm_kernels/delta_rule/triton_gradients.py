@@ -175,7 +175,7 @@ def _take_from_norm(x_ptr, dx_ptr, rows, x_stride, dx_stride, inside, weight, K:
 
 
 CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
-           for channels, values, warps, stages in ((16, 32, 4, 1), (32, 32, 4, 1), (32, 64, 4, 2), (64, 64, 8, 1))]
+           for channels, values, warps, stages in ((16, 32, 8, 1), (16, 32, 4, 1), (32, 32, 8, 1), (64, 64, 8, 1))]
 
 
 @tuned(CONFIGS, ["K", "V", "DECAY", "EXACT"])

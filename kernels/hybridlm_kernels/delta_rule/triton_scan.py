@@ -19,7 +19,7 @@ from .triton_chunk import BETA, FACTORS, KEY, QUERY, WRITE
 from .triton_tiles import C, load_tile, store_tile
 
 CONFIGS = [triton.Config({"BV": values}, num_warps=warps, num_stages=stages)
-           for values, warps, stages in ((16, 4, 1), (16, 4, 2), (32, 4, 1), (32, 4, 2), (64, 8, 2))]
+           for values, warps, stages in ((16, 4, 2), (16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 2))]
 KEY_OF_CONFIG = ["K", "V", "CHANNEL", "OUTPUT", "EXACT"]
 
 
