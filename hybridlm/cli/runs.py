@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hybridlm.cli.parser import Parser, load
 from hybridlm.distributed.world import World, processes_to_start
-from hybridlm.errors import counted
+from hybridlm.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from hybridlm.config.schema import Config
@@ -26,14 +26,16 @@ def train_command(argv: Sequence[str]) -> int:
     parser.overrides()
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan, build nothing")
     parser.add_argument("--restarts", type=int, default=0, metavar="N",
-                        help="start all processes again from the last checkpoint, up to N times, when one fails")
+                        help="start again from the last checkpoint, up to N times, when a process fails")
     parser.json()
     args = parser.parse_intermixed_args(argv)
     config = load(args)
     if args.dry_run:
         return _dry_run(config, args.json)
+    if args.restarts < 0:
+        raise ConfigError("--restarts", "must not be negative", got=args.restarts)
     processes = processes_to_start(config)
-    if processes > 1:
+    if processes > 1 or (args.restarts and not World.here().launched):
         from hybridlm.distributed.launch import launch
 
         return launch(["train", *argv], processes, args.restarts)

@@ -220,8 +220,11 @@ class Engine:
             return totals
         summed = torch.stack(list(totals.values()))
         dist.all_reduce(summed)
-        for load in getattr(self.bare, "router_loads", dict)().values():
-            dist.all_reduce(load)
+        loads = list(getattr(self.bare, "router_loads", dict)().values())
+        if loads:
+            together = torch.cat(loads)
+            dist.all_reduce(together)
+            torch._foreach_copy_(loads, list(together.split([load.numel() for load in loads])))
         return dict(zip(totals, summed.unbind(), strict=True))
 
     def update(self, values: dict[str, Tensor], *, lr: float, clip: float, balance: bool = True) -> Update:

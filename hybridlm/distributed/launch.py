@@ -41,7 +41,7 @@ def _run(arguments: Sequence[str], processes: int, received: list[int]) -> int:
     shared = os.environ | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     ranks = [subprocess.Popen([sys.executable, "-m", "hybridlm.cli", *arguments], start_new_session=True,
                               env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=_die_with_parent)
              for rank in range(processes)]

@@ -51,11 +51,6 @@ class Gate:
             raise ValueError("gate: lower_bound must be below 0 and normalizer above; "
                              f"got {self.lower_bound} and {self.normalizer}")
 
-    @property
-    def bound(self) -> float | None:
-        """The largest |g| there can be, or None: with a bound a kernel may use fewer pivots."""
-        return -self.lower_bound if self.kind == "lower_bounded" else None
-
     def check(self, name: str, u: Tensor) -> None:
         """Raise ValueError unless the parameters fit u, [B, T, G] or [B, T, G, K]."""
         if u.dim() < 3:

@@ -108,6 +108,18 @@ def test_a_killed_rank_ends_all_and_a_restart_goes_on(data, quiet, tmp_path):
     assert_same_losses(folder, quiet)
 
 
+def test_one_process_starts_again_too(data, quiet, tmp_path):
+    folder = tmp_path / "run"
+    process = start([*KIMI, *data, STEPS, f"run_dir={folder}", "training.checkpoint_every=2", "--restarts", "1"])
+    wait_for(folder / "checkpoints" / "step-2", process)
+    child, = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(child), signal.SIGKILL)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "exit code 137; starting again from the last checkpoint (1 of 1 restarts)" in err
+    assert_same_losses(folder, quiet)
+
+
 @pytest.mark.slow
 def test_four_ranks_of_a_sparse_hybrid_with_accumulation(data, tmp_path):
     """Indexer loss, balance loss and the routers' biases come out as on one rank with parts of the same size."""
@@ -136,6 +148,7 @@ def test_under_torchrun(data, quiet, tmp_path):
     (ranks(3), "training.batch_size: must be a multiple of the number of processes; got 4; expected a multiple of 3"),
     (ranks(0), "engine.num_processes: must be at least 1"),
     (["engine.num_processes=2"], "add engine=ddp"),
+    (["--restarts", "-1"], "--restarts: must not be negative"),
 ])
 def test_refused_before_anything_starts(words, message, tmp_path, capsys):
     folder = tmp_path / "run"

@@ -73,12 +73,6 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-def test_bounds():
-    A_log = torch.zeros(G)
-    assert Gate("lower_bounded", A_log, lower_bound=-4.0).bound == 4.0
-    assert Gate("softplus", A_log).bound is None
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
     (("tanh",), "kind must be softplus, lower_bounded or logsigmoid; got 'tanh'"),
     (("softplus",), "softplus needs A_log"),

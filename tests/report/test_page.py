@@ -149,7 +149,8 @@ def test_figures_are_what_plotly_knows(run, sweep):
         for figure in document(read(folder)).figures:
             for plot in plots(figure):
                 shown = light(plot)
-                go.Figure(data=shown["data"], layout=shown["layout"])  # refuses properties it does not know
+                figure_of = go.Figure(data=shown["data"], layout=shown["layout"])  # refuses properties it does not know
+                assert len(figure_of.data) == len(shown["data"]) > 0
 
 
 def test_png_files_are_pictures(sweep, tmp_path):

@@ -6,6 +6,7 @@ of `Chunks`. The walk over the tokens, the matrix products and the autograd func
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +20,7 @@ CPU_ELEMENTS = 2**18
 LEAST_ROWS = 256
 
 
-class Chunks:
+class Chunks(ABC):
     """Walks over the tokens, with the chunk's logits in one buffer that all chunks share."""
 
     gpu_elements = 2**26  # a GPU needs enough rows to be busy
@@ -45,16 +46,16 @@ class Chunks:
         x_CD = self.x_ND[rows].to(self.weight_VD.dtype)
         return x_CD, torch.mm(x_CD, self.weight_VD.T, out=self._logits_CV[: x_CD.shape[0]])
 
+    @abstractmethod
     def loss(self, rows: slice, logits_CV: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of each token: loss (0 where it does not count), logsumexp, and the gradient of the loss by the logits.
 
         The gradient is that of a token that counts, for all; `product_gradients` sorts it out.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, rows: slice, logits_CV: Tensor, lse_C: Tensor, dloss: Tensor, dz: Tensor) -> Tensor:
         """Of dloss * loss + dz * logsumexp^2 by the logits, with logsumexp known."""
-        raise NotImplementedError
 
     def product_gradients(self, rows: slice, x_CD: Tensor, dlogits_CV: Tensor, dx_ND: Tensor,
                           dweight_VD: Tensor) -> None:
