@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -297,10 +297,12 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return unique
 
 
-def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None) -> list[str]:
+def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
+                 part: Callable[[str, Tensor], Tensor] | None = None) -> list[str]:
     """Copy the checkpoint's weights into `model`, all of them by name; the names of those it lacks.
 
     `may_lack` is a shell pattern over names: these stay as they are where the checkpoint does not have them.
+    `part` gives what the model holds of a named tensor, where it is not all of it.
 
     Raises:
         CheckpointError: another weight is missing, one is left over, or of another shape.
@@ -310,7 +312,8 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None) ->
     wanted = unique_tensors(model)
     problems, left = [], set(wanted)
     with torch.no_grad():
-        for name, tensor in read_tensors(folder, "model"):
+        for name, whole in read_tensors(folder, "model"):
+            tensor = whole if part is None else part(name, whole)
             if name not in wanted:
                 problems.append(f"the model has no '{name}'")
             elif wanted[name].shape != tensor.shape:

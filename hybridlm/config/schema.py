@@ -201,6 +201,7 @@ class EngineConfig:
     num_processes: int | None = None
     timeout: float = 600.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    expert_parallel: int = 1  # ranks over which the experts are split
 
 
 @dataclass(kw_only=True)

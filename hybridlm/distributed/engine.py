@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridlm.config.schema import EngineConfig
+from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
 from hybridlm.distributed.world import World
 from hybridlm.errors import ConfigError
 
@@ -113,9 +114,23 @@ class Engine:
                                        cpu=self.device.type == "cpu", kwargs_handlers=handlers)
         if self.accelerator.num_processes != self.world_size:
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
+        self.experts = ExpertParallel.make(config.expert_parallel) if config.expert_parallel > 1 else None
         self.model: nn.Module = nn.Module()  # as Accelerate gives it back
         self.bare: nn.Module = self.model  # as it was handed in
         self.optimizers: OptimizerSet | None = None
+
+    def split(self, model: nn.Module) -> None:
+        """Leave of a model what this rank holds: before its weights are allocated."""
+        if self.experts is not None:
+            self.experts.split(model)
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights or optimizer state by name, as one process has them. All ranks call it together."""
+        return tensors if self.experts is None else {n: self.experts.whole(n, t) for n, t in tensors.items()}
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """What this rank holds of a tensor that `whole` gave."""
+        return tensor if self.experts is None else self.experts.part(name, tensor)
 
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = ()) -> None:
         """Take over the model and the optimizers of a stage.
@@ -128,6 +143,9 @@ class Engine:
         if self.accelerator.ddp_handler is not None:  # an indexer whose layer attends densely gets no gradient
             self.accelerator.ddp_handler.find_unused_parameters = any(
                 ".indexer." in name for name, p in model.named_parameters() if p.requires_grad)
+        if self.experts is not None:  # summed by `average_gradients`, over the ranks that hold the same ones
+            torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, list(expert_parameters(model)))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             self.model = self.accelerator.prepare_model(model)
@@ -212,6 +230,8 @@ class Engine:
                 self.accelerator.backward(contribution.loss * self.world_size)
             values = {"loss": contribution.loss.detach(), **contribution.values}
             totals = {key: value.float() + totals.get(key, 0.0) for key, value in values.items()}
+        if self.experts is not None:
+            self.experts.average_gradients(self.bare)
         return self._over_ranks(totals)
 
     def _over_ranks(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,8 +253,10 @@ class Engine:
         `values` (from `gradients`) come back as numbers, in one transfer with the gradient norm.
         """
         assert self.optimizers is not None
-        grads = [p.grad for p in self.optimizers.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        parameters = self.optimizers.parameters()
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) if self.experts is None else self.experts.total_norm(
+            parameters, self.bare)
         numbers = torch.stack([norm.float(), *values.values()]).tolist()
         named = dict(zip(values, numbers[1:], strict=True))
         applied = math.isfinite(numbers[0]) and math.isfinite(named["loss"])

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 from hybridlm.config.schema import Config
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, counted
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def check_world(config: Config, size: int) -> None:
     if engine.num_processes is not None and engine.num_processes != size:
         raise ConfigError("engine.num_processes", "differs from what the launcher started", got=engine.num_processes,
                           expected=str(size), hint="leave it out under a launcher")
+    _check_experts(config, size)
     sizes = {"training.batch_size": config.training.batch_size} | {
         f"recipe.stages.{i}.batch_size": stage.batch_size for i, stage in enumerate(config.recipe.stages)
         if stage.batch_size is not None}
@@ -61,6 +62,14 @@ def check_world(config: Config, size: int) -> None:
         if batch_size % size:
             raise ConfigError(key, "must be a multiple of the number of processes", got=batch_size,
                               expected=f"a multiple of {size}")
+
+
+def _check_experts(config: Config, size: int) -> None:
+    ranks, experts = config.engine.expert_parallel, getattr(config.model.feed_forward, "num_experts", 1)
+    fitting = [n for n in range(1, size + 1) if size % n == 0 and experts % n == 0]
+    if ranks not in fitting:
+        raise ConfigError("engine.expert_parallel", f"must divide the {counted(experts, 'expert')} of a layer and the "
+                          "number of processes", got=ranks, expected=f"one of {', '.join(map(str, fitting))}")
 
 
 def processes_to_start(config: Config) -> int:

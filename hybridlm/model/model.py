@@ -5,7 +5,7 @@ B rows, T tokens, D model width, V vocabulary. Single-device code: no trainer, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -261,10 +261,12 @@ def _checkpointed(module: nn.Module, h_BTD: Tensor, seq: SequenceInfo, *extra: A
     return out
 
 
-def build_model(config: Any, *, seed: int | None = None, device: torch.device | str = "cpu") -> HybridLM:
+def build_model(config: Any, *, seed: int | None = None, device: torch.device | str = "cpu",
+                split: Callable[[HybridLM], None] | None = None) -> HybridLM:
     """A model with fresh weights from a run's config or a ModelConfig.
 
-    `seed` defaults to the run's `training.seed`, else 0. On the "meta" device nothing is allocated.
+    `seed` defaults to the run's `training.seed`, else 0. On the "meta" device nothing is allocated. `split` takes away
+    what other processes hold, before memory is.
 
     Raises:
         ConfigError: a value that cannot be built.
@@ -277,6 +279,8 @@ def build_model(config: Any, *, seed: int | None = None, device: torch.device | 
         seed = config.training.seed if hasattr(config, "training") else 0
     with torch.device("meta"):
         model = HybridLM(model_config)
+    if split is not None:
+        split(model)
     if torch.device(device).type == "meta":
         return model
     model = model.to_empty(device=device)

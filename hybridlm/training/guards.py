@@ -38,22 +38,22 @@ def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) 
     """Run the parts of a step again and name what first turns not finite.
 
     Looked for in this order: a weight, an output in the forward (innermost module first), a gradient in the
-    backward (the module whose output first receives one).
+    backward (the module whose output first receives one). Ranks whose layers exchange with others go on together
+    until one of them has found something.
     """
     weight = bad_weight(engine.bare)
-    if weight is not None:
-        return f"weight '{weight}' itself is not finite"
+    found = [] if weight is None else [f"weight '{weight}' itself is not finite"]
     for part in parts:
+        if engine.largest(len(found)):
+            break
         with _watching(engine.bare) as found:
             contribution = objective(engine.bare, engine.move(part))
             if not found and not _finite(contribution.loss):
-                return "the loss, computed from finite layers"
-            if not found:
+                found.append("the loss, computed from finite layers")
+            if not engine.largest(len(found)):
                 contribution.loss.backward()
         engine.bare.zero_grad(set_to_none=True)
-        if found:
-            return found[0]
-    return NOTHING_BAD
+    return found[0] if found else NOTHING_BAD
 
 
 def bad_weight(model: nn.Module) -> str | None:

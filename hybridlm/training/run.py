@@ -80,7 +80,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
                 data = prepare(config.data, progress=main)
             model = _model(config, engine, data, start)
             peak, peak_source = peak_flops(engine.device, engine.precision)
-            facts = _facts(config, engine, model, resume, peak, peak_source)
+            facts = _facts(config, engine, resume, peak, peak_source)
             sessions = run.sessions()
             if main:
                 run.begin_session(config, facts)
@@ -120,19 +120,19 @@ def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:
 
 def _model(config: Config, engine: Engine, data: PreparedData, start: Path | None) -> HybridLM:
     check_vocab(data.tokenizer, config.model.vocab_size)
-    model = build_model(config, device=engine.device)
+    model = build_model(config, device=engine.device, split=engine.split)
     model.activation_checkpointing = config.training.activation_checkpointing
     if config.init_from is not None and start is None:
         folder = checkpoint.resolve(config.init_from)
         if config.recipe.indexer is not None:
-            _load_to_convert(model, config, folder)
+            _load_to_convert(model, config, folder, engine)
         else:
             changes = checkpoint.layer_diff(checkpoint.layer_list(checkpoint.read_model_config(folder)),
                                             checkpoint.layer_list(config.model))
             if changes:
                 raise CheckpointError(f"init_from={folder} is another architecture: {'; '.join(changes[:6])}; choose "
                                       f"its model with model={folder / 'config.yaml'}")
-            checkpoint.load_weights(model, folder)
+            checkpoint.load_weights(model, folder, part=engine.part)
         log.info("weights from %s", folder)
         saved = folder / "tokenizer.json"
         if saved.exists() and saved.read_text(encoding="utf-8") != data.tokenizer.files()["tokenizer.json"]:
@@ -141,9 +141,9 @@ def _model(config: Config, engine: Engine, data: PreparedData, start: Path | Non
     return model
 
 
-def _load_to_convert(model: HybridLM, config: Config, folder: Path) -> None:
+def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engine) -> None:
     """All weights but those of indexers that the checkpoint does not have yet."""
-    fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER)
+    fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER, part=engine.part)
     if fresh:
         layers = list(dict.fromkeys(name.split(".indexer.")[0].removesuffix(".mixer.f") for name in fresh))
         log.info("fresh indexers in %s", ", ".join(layers))
@@ -152,12 +152,12 @@ def _load_to_convert(model: HybridLM, config: Config, folder: Path) -> None:
                     "changes nothing", folder)
 
 
-def _facts(config: Config, engine: Engine, model: HybridLM, resume: str, peak: float, source: str) -> dict[str, Any]:
+def _facts(config: Config, engine: Engine, resume: str, peak: float, source: str) -> dict[str, Any]:
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
     counts = count_parameters(config.model)
     return {"command": resume, "argv": sys.argv, "versions": versions(), "device": device,
             "processes": engine.world_size, "precision": engine.precision, "threads": torch.get_num_threads(),
-            "parameters": model.num_params(),
+            "parameters": counts.total_with_mtp,
             "active_parameters": counts.active_with_head, "peak_flops": peak, "peak_flops_source": source}
 
 

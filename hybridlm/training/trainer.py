@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -77,8 +78,9 @@ class Trainer:
         if saved["data"] != self.data.fingerprint:
             raise CheckpointError(f"the data has changed since {folder} was saved: its files, tokenizer or "
                                   "mixture differ; take another run_dir (init_from takes the weights along)")
-        checkpoint.load_weights(self.model, folder)
-        self.optimizer_state = dict(checkpoint.read_tensors(folder, "optimizer"))
+        checkpoint.load_weights(self.model, folder, part=self.engine.part)
+        self.optimizer_state = {name: self.engine.part(name, tensor)
+                                for name, tensor in checkpoint.read_tensors(folder, "optimizer")}
         known = {field.name for field in fields(Progress)}
         self.progress = Progress(**{key: value for key, value in saved["progress"].items() if key in known})
         self.state_stage = self.progress.stage
@@ -220,9 +222,10 @@ class Trainer:
         windows = min(self.config.training.eval_batches * stage.batch_size, len(dataset))
         if windows:
             micro = self.config.training.micro_batch_size or stage.batch_size
-            mine = range(self.engine.rank, windows, self.engine.world_size)
+            mine, most = (range(rank, windows, self.engine.world_size) for rank in (self.engine.rank, 0))
+            missing = math.ceil(len(most) / micro) - math.ceil(len(mine) / micro)
             with measuring(self.model, stage.eval_recall):
-                self.validation = validate(self.engine, parts(dataset, mine, micro))
+                self.validation = validate(self.engine, parts(dataset, mine, micro), parts(dataset, [0] * missing, 1))
         self.validated_at = self.progress.step
         return self.validation
 
@@ -244,7 +247,8 @@ class Trainer:
         if self.progress.step == 0 or (self.saved is not None and self.saved.name == target):
             return
         assert self.optimizers is not None
-        weight = bad_weight(self.model)  # after a step of finite gradients: far too large a learning rate
+        # Found after a step of finite gradients: far too large a learning rate.
+        weight = next(filter(None, self.engine.gather(bad_weight(self.model))), None)
         if weight is not None:
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was saved"
             raise TrainingStopped(f"weight '{weight}' is not finite after step {self.progress.step}, which is not "
@@ -252,7 +256,8 @@ class Trainer:
         state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint}
         texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)
         texts["trainer.json"] = json.dumps(state, indent=1)
-        tensors = {"model": checkpoint.unique_tensors(self.model), "optimizer": self.optimizers.state_tensors()}
+        tensors = {"model": self.engine.whole(checkpoint.unique_tensors(self.model)),
+                   "optimizer": self.engine.whole(self.optimizers.state_tensors())}
         try:
             self.saved = self.engine.on_main(lambda: self._write(texts, tensors))
             self.failed_saves = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain, repeat
 from typing import Any
 
 from hybridlm.distributed.engine import Engine
@@ -14,17 +15,20 @@ from hybridlm.training.objective import language_model, whole_batch
 NATS, TARGETS, BYTES, TOKENS = "nats", "targets", "bytes", "tokens"  # what is summed beside the other losses
 
 
-def validate(engine: Engine, parts: Iterable[Any]) -> dict[str, float | int | None]:
+def validate(engine: Engine, parts: Iterable[Any], uncounted: Iterable[Any] = ()) -> dict[str, float | int | None]:
     """Mean loss a token over the `parts` of all ranks, with its perplexity and bits a byte.
 
     The loss is that of the next token alone; what else the model was trained on is reported beside it, and with
-    `measuring` what sparse attention selects.
+    `measuring` what sparse attention selects. Where layers exchange with other ranks all must make equally many
+    forwards: a rank with fewer parts makes the rest of them on `uncounted` ones.
     """
     sums: Counter[str] = Counter({NATS: 0, TARGETS: 0, BYTES: 0, TOKENS: 0})
     with engine.evaluating() as model:
-        for part in parts:
+        for part, counts in chain(zip(parts, repeat(True)), zip(uncounted, repeat(False))):
             whole = whole_batch([part])
             values = language_model(whole)(model, engine.move(part)).values
+            if not counts:
+                continue
             sums.update({NATS: float(values.pop("loss/lm")) * whole.targets[0], TARGETS: whole.targets[0],
                          BYTES: part.num_bytes, TOKENS: whole.tokens})
             sums.update({name: float(value) * whole.tokens for name, value in values.items()

@@ -5,7 +5,9 @@ B rows, T tokens, N = B*T, D model width, E experts, A experts a token, I expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -133,13 +135,25 @@ class MoEConfig(FeedForwardConfig):
         }
 
 
+# Brings tokens [N, D] with their expert ids and weights [N, A] to `compute`, wherever that is, and the results back.
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+Dispatch = Callable[[Compute, Tensor, Tensor, Tensor], Tensor]
+
+
 class Experts(nn.Module):
-    """Weights of all routed experts: gate_up [E, 2I, D] (gate rows first) and down [E, D, I]."""
+    """Weights of the routed experts: gate_up [E, 2I, D] (gate rows first) and down [E, D, I].
+
+    Where other processes hold the rest (`hold`), E counts those of `held`, and `dispatch` takes tokens to their
+    experts.
+    """
 
     def __init__(self, config: MoEConfig, hidden_size: int):
         super().__init__()
         experts, width = config.num_experts, config.moe_intermediate_size
         self.limit = config.swiglu_limit
+        self.num_experts = experts
+        self.held = range(experts)
+        self.dispatch: Dispatch | None = None
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
         self.down = nn.Parameter(torch.empty(experts, hidden_size, width))
 
@@ -147,8 +161,28 @@ class Experts(nn.Module):
         device, dtype = x_ND.device.type, x_ND.dtype
         if torch.is_autocast_enabled(device):  # a fused operation does not take part in autocast
             dtype = torch.get_autocast_dtype(device)
-        return moe_experts(x_ND.to(dtype), self.gate_up.to(dtype), self.down.to(dtype), ids_NA, weights_NA,
+        run = self._compute if self.dispatch is None else partial(self.dispatch, self._compute)
+        return run(x_ND.to(dtype), ids_NA, weights_NA)
+
+    def _compute(self, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
+        """`ids_NA` count from the first expert held."""
+        return moe_experts(x_ND, self.gate_up.to(x_ND.dtype), self.down.to(x_ND.dtype), ids_NA, weights_NA,
                            limit=self.limit)
+
+    def hold(self, held: range, dispatch: Dispatch) -> None:
+        """Keep the experts of `held` alone."""
+        for name in ("gate_up", "down"):
+            whole = getattr(self, name)
+            setattr(self, name, nn.Parameter(whole.detach()[held.start:held.stop].clone(), whole.requires_grad))
+        self.held, self.dispatch = held, dispatch
+
+    def init_weights(self, std: float) -> None:
+        """The values of an expert do not depend on which others are held."""
+        for weight in (self.gate_up, self.down):
+            whole = weight if len(weight) == self.num_experts else weight.new_empty(self.num_experts, *weight.shape[1:])
+            nn.init.normal_(whole, std=std)
+            if whole is not weight:
+                weight.copy_(whole[self.held.start:self.held.stop])
 
 
 @register_feed_forward("moe", MoEConfig)
@@ -203,8 +237,7 @@ class MixtureOfExperts(FeedForward):
 
     def init_weights(self, std: float) -> None:
         self.router.init_weights(std)
-        nn.init.normal_(self.experts.gate_up, std=std)
-        nn.init.normal_(self.experts.down, std=std)
+        self.experts.init_weights(std)
         if self.shared is not None:
             self.shared.init_weights(std)
         if self.shared_gate is not None:
