@@ -176,6 +176,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     resume: Literal["auto", "never", "require"] = "auto"
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops
+    record_samples: bool = False  # which samples each process computed in each step, in samples-RANK.jsonl
 
     def __post_init__(self) -> None:
         for key in ("steps", "sequence_length", "batch_size", "log_every", "checkpoint_every",

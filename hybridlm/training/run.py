@@ -79,7 +79,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             with engine.main_first():
                 data = prepare(config.data, progress=main)
             model = _model(config, engine, data, start)
-            peak, peak_source = peak_flops(engine.device, engine.precision)
+            peak, peak_source = engine.on_main(lambda: peak_flops(engine.device, engine.precision))
             facts = _facts(config, engine, resume, peak, peak_source)
             sessions = run.sessions()
             if main:

@@ -6,6 +6,7 @@
       metrics.jsonl    one JSON object a step
       backends.json    which kernel backend ran each operation in each layer, and why
       log.txt          what was printed, with times
+      samples-0.jsonl  which samples rank 0 computed in each step, where it was asked for
       checkpoints/     step-N/
 """
 
@@ -29,7 +30,8 @@ from hybridlm.model.config import ModelConfig
 FREE = ("run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
         "training.tokens", "training.precision", "training.micro_batch_size",
         "training.activation_checkpointing", "training.log_every", "training.eval_every", "training.eval_batches",
-        "training.checkpoint_every", "training.keep_checkpoints", "training.resume", "training.max_bad_steps")
+        "training.checkpoint_every", "training.keep_checkpoints", "training.resume", "training.max_bad_steps",
+        "training.record_samples")
 MOST_DIFFERENCES = 4  # that a refusal names
 FREE_IN_STAGES = ("steps", "tokens", "eval_recall")
 
@@ -68,6 +70,10 @@ class RunFolder:
         except OSError:
             raise ConfigError("run_dir", "another process is training here", got=given,
                               hint="wait for it, or take another run_dir") from None
+
+    def samples_file(self, rank: int) -> Path:
+        """Where `training.record_samples` writes the samples of a rank."""
+        return self.path / f"samples-{rank}.jsonl"
 
     def close(self) -> None:
         if self._lock is not None:

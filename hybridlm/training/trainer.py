@@ -58,6 +58,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.progress = Progress()
         self.metrics = MetricsFile(self.run.metrics_file)
+        self.samples = MetricsFile(self.run.samples_file(self.engine.rank))
         self.guard = BadStepGuard(self.config.training.max_bad_steps)
         self.optimizers: OptimizerSet | None = None
         self.optimizer_state: dict[str, Tensor] = {}  # of the stage before, or of the checkpoint
@@ -88,7 +89,7 @@ class Trainer:
 
     def fit(self) -> str | None:
         """All stages that are left. Returns what asked the run to stop before its end, or None."""
-        self.engine.on_main(lambda: self.metrics.truncate(self.progress.step))
+        self.engine.on_main(self._forget_later_records)
         self.state_stage = self.progress.stage
         left = sum(stage.steps for stage in self.stages[self.progress.stage:]) - self.progress.step_in_stage
         self.display.begin(self.progress.step, self.progress.step + max(left, 0))
@@ -102,6 +103,11 @@ class Trainer:
             set_attention(self.model, self.stages[-1])
             self._validate(self.stages[-1])
         return None
+
+    def _forget_later_records(self) -> None:
+        """Steps that are computed again shall stand in the files once, whatever number of ranks wrote them."""
+        for file in (self.run.metrics_file, *self.run.path.glob("samples-*.jsonl")):
+            MetricsFile(file).truncate(self.progress.step)
 
     def _run_stage(self, stage: Stage) -> bool:
         """The steps left of a stage; False when asked to stop between two of them."""
@@ -179,6 +185,8 @@ class Trainer:
             self.record |= self._validate(stage)
         if self.engine.is_main:
             self.metrics.write(self.record)
+        if self.config.training.record_samples:
+            self.samples.write({"step": self.progress.step, "samples": [i for part in batch for i in part.sample_ids]})
         self.tracker.log(self.record, self.progress.step)
         self.display.step(self.record, final=last)
         if self.guard.see(update.applied):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -159,6 +160,14 @@ def test_changed_data_is_refused(tmp_path):
     (tmp_path / "text.py").write_text("x = 1\n" * 4000)
     with pytest.raises(CheckpointError, match="data has changed"):
         train(tiny_run.config(tmp_path, steps=4))
+
+
+def test_the_samples_of_each_step_are_recorded_once(tmp_path):
+    train(tiny_run.config(tmp_path, steps=4, record_samples=True))
+    shutil.rmtree(tmp_path / "run/checkpoints/step-4")  # as if killed after step 4: it is computed again
+    train(tiny_run.config(tmp_path, steps=5, record_samples=True))
+    rows = [json.loads(line) for line in (tmp_path / "run/samples-0.jsonl").read_text().splitlines()]
+    assert rows == [{"step": step, "samples": list(range(4 * step - 4, 4 * step))} for step in range(1, 6)]
 
 
 def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
