@@ -4,7 +4,7 @@
     python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio          # goes on where it was stopped
     python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio --collect
 
-Runs three sweeps of configs/sweep/, each into a folder of --out, and writes beside them table.md, results.csv (the
+Runs four sweeps of configs/sweep/, each into a folder of --out, and writes beside them table.md, results.csv (the
 scores of all) and the figures of the first one. docs/experiments/hybrid_ratio.md has what came out.
 """
 
@@ -27,7 +27,7 @@ from hybridlm.report.build import write_report
 from hybridlm.sweep.folder import write_text
 from hybridlm.sweep.table import layers_text
 
-SWEEPS = ("hybrid_ratio_probes", "probe_published", "probe_depth")
+SWEEPS = ("hybrid_ratio_probes", "probe_state", "probe_published", "probe_depth")
 
 
 def table(results: dict[str, Any]) -> str:
