@@ -62,14 +62,16 @@ def sweep_figures(sweep: Sweep, axes: Axes, metrics: Sequence[str] = ()) -> tupl
 
 
 def _mean_line(axes: Axes, line: str, found: Iterable[tuple[str, list[float]]]) -> list[Series]:
-    """One line through the means over seeds at each x, with their standard deviation; none where nothing was found."""
-    known = [(x, values) for x, values in found if values]
-    if not known:
+    """One line through the means over seeds at each x, with their standard deviation, and a gap where there is nothing;
+    no line where nothing was found at all."""
+    places = list(found)
+    mean = [statistics.fmean(values) if values else None for _, values in places]
+    std = [statistics.stdev(values) if len(values) > 1 else None for _, values in places]
+    if all(m is None for m in mean):
         return []
-    mean = [statistics.fmean(values) for _, values in known]
-    std = [statistics.stdev(values) if len(values) > 1 else None for _, values in known]
-    low, high = ([None if s is None else m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-    return [Series(line, axes.style(line), [x for x, _ in known], mean, low, high, points=True)]
+    low, high = ([None if m is None or s is None else m + sign * s for m, s in zip(mean, std, strict=True)]
+                 for sign in (-1, 1))
+    return [Series(line, axes.style(line), [x for x, _ in places], mean, low, high, points=True)]
 
 
 def _lines(axes: Axes, values: Callable[[Group], list[float]]) -> list[Series]:

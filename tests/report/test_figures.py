@@ -76,6 +76,15 @@ def test_losses_are_means_over_seeds_of_finished_points(sweep):
     assert losses["gdn"].high[1] is None
 
 
+def test_a_line_has_a_gap_where_no_point_has_finished(tmp_path):
+    folder = folders.sweep_folder(tmp_path / "sweep", {"model.schedule.ratio": [0, 1, 3]}, steps=5,
+                                  unfinished=["ratio-1"])
+    page = document(read(folder))
+    (line,) = by_id(page)["validation-loss"].panels[0].series
+    assert line.x == ["0", "1", "3"]
+    assert [value is None for value in line.y] == [False, True, False]
+
+
 def test_each_probe_is_drawn_against_ratio_and_against_length(sweep):
     figures = by_id(document(read(sweep)))
     ratio, length = figures["probe-mqar"], figures["probe-mqar-length"]
