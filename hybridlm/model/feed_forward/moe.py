@@ -176,6 +176,7 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(whole.detach()[held.start:held.stop].clone(), whole.requires_grad))
         self.held, self.dispatch = held, dispatch
 
+    @torch.no_grad()
     def init_weights(self, std: float) -> None:
         """The values of an expert do not depend on which others are held."""
         for weight in (self.gate_up, self.down):
