@@ -79,6 +79,11 @@ def test_gates_inside_and_grouped_heads(decay, gate, device):
     compare(make_inputs(decay, T=40, G=2, K=16, V=24, gate=gate), device, gate=gate, scale=0.7)
 
 
+def test_gates_that_do_not_learn(device):
+    """Then no scores are kept, and the scans backward find them again."""
+    compare(make_inputs("scalar", T=66), device, fixed=("g",))
+
+
 def test_a_constant_that_learns(device):
     compare(make_inputs("constant", T=15), device, tolerances={"g": 5e-5})
 

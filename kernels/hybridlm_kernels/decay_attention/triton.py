@@ -1,9 +1,9 @@
 """Linear attention with decay as Triton kernels: forward and backward by chunks, and the recurrence for decoding.
 
-With no decay, a constant one or one a head, o, dq, dk and dv are the same sum with names exchanged: `pairs_kernel` for
-pairs inside chunks, then `scan_kernel`; no state is stored unless gates learn. With a decay a channel, `chunk_kernel`
-goes before the scans and `gradients_kernel` behind them. Where heads are few, documents are cut into pieces that are
-scanned side by side.
+With no decay, a constant one or one a head, o, dq, dk and dv are the same sum with names exchanged: one launch of
+`scan_kernel` each. Where gates learn, the states of chunks and the scores of pairs are stored as well. With a decay a
+channel, `chunk_kernel` goes before the scans and `gradients_kernel` behind them. Where heads are few, documents are cut
+into pieces that are scanned side by side.
 
 Legend: B rows, T tokens a row, H key heads, G value heads, K/V key/value head dim, N documents, U pieces of
 documents, C tokens a chunk, P chunks.
@@ -68,9 +68,11 @@ class _DecayAttention(torch.autograd.Function):
         launches = _Launches(inputs, scale, borders, gate)
         if launches.decay == "channel":
             queries, writes, A, total = launches.chunk()
+            o, last = launches.scan(queries, writes, v, state, A, total)
         else:
-            queries, writes, A, total = q, k, launches.pairs(q, k), None
-        o, last = launches.scan(queries, writes, v, state, A, total)
+            A = launches.scores() if any(ctx.needs_input_grad[3:6]) else None
+            total = None
+            o, last = launches.scan(q, k, v, state, A, pairs=True)
         ctx.save_for_backward(*vars(inputs).values(), A, total)
         ctx.options = scale, borders, gate
         return o, last
@@ -122,7 +124,7 @@ class _Launches:
         """Queries and writes [B, T, G, K]; with scores A [B, T, G, C] and the decay of chunks [P, G, K]."""
         x, P = self.x, self.tables.num_chunks
         queries, writes = (self.empty(self.B, self.T, self.G, self.K) for _ in range(2))
-        A = self.empty(self.B, self.T, self.G, CHUNK) if scores else None
+        A = self.scores() if scores else None
         total = self.wide(P, self.G, self.K) if scores else None
         chunk_kernel[(P, self.G)](
             x.q, x.k, *self.gate_inputs, self.tables.chunks, A, total, queries, writes, self.scale, self.H, self.G,
@@ -130,17 +132,21 @@ class _Launches:
             EXACT=self.exact)
         return queries, writes, A, total
 
-    def pairs(self, x: Tensor, y: Tensor, other: Tensor | None = None, dots: Tensor | None = None) -> Tensor:
+    def scores(self) -> Tensor:
+        return self.empty(self.B, self.T, self.G, CHUNK)
+
+    def pairs(self, x: Tensor, y: Tensor, other: Tensor, dots: Tensor) -> Tensor:
         """The scores A [B, T, G, C] of x against y; as `pairs_kernel` says."""
-        A, Y = self.empty(self.B, self.T, self.G, CHUNK), y.shape[3]
+        A, Y = self.scores(), y.shape[3]
         pairs_kernel[(self.tables.num_chunks, self.G)](
             x, y, *self.gate_inputs, self.tables.chunks, A, other, dots, self.scale, self.G, self.G // y.shape[2], Y=Y,
-            BY=min(64, _padded(Y)), DECAY=self.decay, GATE=self.gate, EXACT=self.exact)
+            BY=min(64, _padded(Y)), GATE=self.gate, EXACT=self.exact)
         return A
 
     def scan(self, x: Tensor, y: Tensor, z: Tensor, start: Tensor | None, A: Tensor | None,
-             total: Tensor | None = None, *, reverse: bool = False, output: bool = True, states: Tensor | None = None,
-             w: Tensor | None = None, dots: Tensor | None = None, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
+             total: Tensor | None = None, *, reverse: bool = False, output: bool = True, pairs: bool = False,
+             states: Tensor | None = None, w: Tensor | None = None, dots: Tensor | None = None,
+             carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """out [B, T, G, Z] and the states [N, G, Y, Z] after the scan; as `scan_kernel` says.
 
         Writes `states`, unless `carry` is given, for which it reads them.
@@ -157,8 +163,9 @@ class _Launches:
                 x, y, z, w, A, *self.gate_inputs, total, start, pieces, out if output else None, last, total_of_pieces,
                 states if learn else None, dots if learn else None, carry if learn else None, self.scale, self.tokens,
                 self.tables.num_chunks, self.G, self.G // y.shape[2], self.G // z.shape[2], **sizes, DECAY=self.decay,
-                GATE=self.gate, REVERSE=reverse, OUTPUT=output, STATES=learn and states is not None and carry is None,
-                DOTS=learn and dots is not None, EXACT=self.exact)
+                GATE=self.gate, REVERSE=reverse, OUTPUT=output, PAIRS=output and pairs,
+                STATES=learn and states is not None and carry is None, DOTS=learn and dots is not None,
+                EXACT=self.exact)
 
         chunks = self.chunks_of_a_piece(blocks)
         if chunks >= self.tables.most_chunks:
@@ -185,23 +192,26 @@ class _Launches:
         pieces = min(parallel_programs(self.device) // (self.documents * self.G * blocks), most // FEWEST_CHUNKS)
         return most if pieces < 2 else triton.cdiv(most, pieces)
 
-    def backward_of_heads(self, do: Tensor, d_last: Tensor, A: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
+    def backward_of_heads(self, do: Tensor, d_last: Tensor, A: Tensor | None,
+                          needed: tuple[bool, ...]) -> list[Tensor | None]:
         """Gradients of q, k, v, g, A_log, dt_bias and state, where the decay is not one a channel."""
         x = self.x
-        learns, P = any(needed[3:6]), self.tables.num_chunks
-        blocks = triton.cdiv(self.K, self.columns(self.V, self.K))
-        states = pairs = dots = reverse_dots = carry = None
-        if learns:
+        P, blocks = self.tables.num_chunks, triton.cdiv(self.K, self.columns(self.V, self.K))
+        M = states = pairs = dots = reverse_dots = carry = None
+        if A is not None:
             states, pairs = self.empty(P, self.G, self.V, self.K), self.wide(self.tokens, self.G)
             dots, reverse_dots = (self.wide(blocks, self.tokens, self.G) for _ in range(2))
             carry = self.wide(blocks, P, self.G)
-        M = self.pairs(do, x.v, A if learns else None, pairs)
+            M = self.pairs(do, x.v, A, pairs)
         start = None if x.state is None else x.state.mT.contiguous()
-        dq, _ = self.scan(do, x.v, x.k, start, M, states=states, w=x.q, dots=dots)
-        dk, _ = self.scan(x.v, do, x.q, d_last.mT.contiguous(), M, reverse=True, states=states, w=x.k,
+        here = M is None  # scores are found on the way
+        dq, _ = self.scan(do, x.v, x.k, start, M, pairs=here, states=states, w=x.q, dots=dots)
+        dk, _ = self.scan(x.v, do, x.q, d_last.mT.contiguous(), M, reverse=True, pairs=here, states=states, w=x.k,
                           dots=reverse_dots, carry=carry)
-        dv, d_state = self.scan(x.k, x.q, do, d_last, A, reverse=True)
-        gates = self._gate_gradients((pairs, dots, reverse_dots, carry), needed) if learns else [None, None, None]
+        dv, d_state = self.scan(x.k, x.q, do, d_last, A, reverse=True, pairs=here)
+        gates: list[Tensor | None] = [None, None, None]
+        if A is not None:
+            gates = self._gate_gradients((pairs, dots, reverse_dots, carry), needed)
         return [self._of_heads(dq), self._of_heads(dk), dv, *gates, self._of_state(d_state, needed)]
 
     def _gate_gradients(self, dots: tuple[Any, ...], needed: tuple[bool, ...]) -> list[Tensor | None]:

@@ -12,46 +12,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..delta_rule.triton_tiles import (
+from ..triton_support import tuned
+from ..triton_tiles import (
     LEVELS,
-    LOG2_E,
-    LOWEST,
     C,
     gate_gradients,
-    gate_value,
+    gate_rate,
+    load_gates,
     load_tile,
+    log2_decay,
+    pairs_of,
+    span,
     store_tile,
     sum_over,
 )
-from ..triton_support import tuned
 
 CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((8, 1), (4, 1), (8, 2), (4, 2))]
-
-
-@triton.jit
-def _meet(i, j, e):
-    """Whether the tokens i (of the second half) and j meet at level b = 2^e; i and j broadcast."""
-    return ((i ^ j) >> e == 1) & (i > j)
-
-
-@triton.jit
-def _span(i, t, e):
-    """Whether token t lies between token i and the border that i meets at level b = 2^e; i and t broadcast."""
-    return ((i ^ t) >> e == 0) & ((t <= i) == ((i >> e) % 2 == 1))
 
 
 @triton.jit
 def _gates(g_ptr, A_log_ptr, bias_ptr, gate_constant, rows, inside, channels, head, G, K: tl.constexpr,
            GATE: tl.constexpr):
     """The raw gates [C, channels], e^A_log, dt_bias [1, channels], and the log2 decays, 0 outside."""
-    u = load_tile(g_ptr + head * K, rows, G * K, channels, K, inside)
-    rate, bias = 1.0, tl.zeros_like(channels).to(tl.float32)[None, :]
-    if A_log_ptr is not None:
-        rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)[None, :]
-    g = gate_value(u, rate, bias, gate_constant, GATE) * LOG2_E
-    return u, rate, bias, tl.where(inside[:, None], tl.maximum(g, LOWEST), 0.0)
+    u, bias = load_gates(g_ptr + head * K, None if bias_ptr is None else bias_ptr + head * K, rows, G * K, channels, K,
+                         inside)
+    rate = gate_rate(A_log_ptr, head)
+    return u, rate, bias, log2_decay(u, rate, bias, gate_constant, inside, GATE)
 
 
 @tuned(CONFIGS, ["K", "EXACT"])
@@ -80,9 +66,10 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
             tl.store(total_ptr + (chunk * G + head) * K + channels, tl.exp2(tl.sum(g, axis=0)), mask=channels < K)
             itself += tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
             for e in range(LEVELS):
-                factor = tl.exp2(sum_over(_span(i, j, e), g, EXACT))
+                b = 1 << e
+                factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
                 pairs = tl.dot((q * factor).to(q.dtype), tl.trans((k * factor).to(k.dtype)), input_precision=P)
-                A += tl.where(_meet(i, j, e), pairs, 0.0)
+                A += tl.where(pairs_of(i, j, b), pairs, 0.0)
     if SCORES:
         store_tile(A_ptr + head * C, rows, G * C, t, C, inside, scale * tl.where(i == j, itself[:, None], A))
 
@@ -95,11 +82,12 @@ def _pair_gradients(x, y, g, M, dx, dg, ABOVE: tl.constexpr, EXACT: tl.constexpr
     t = tl.arange(0, C)
     i, j = t[:, None], t[None, :]
     for e in tl.range(0, LEVELS, num_stages=1, disable_licm=True):
-        factor = tl.exp2(sum_over(_span(i, j, e), g, EXACT))
-        pairs = _meet(j, i, e) if ABOVE else _meet(i, j, e)
+        b = 1 << e
+        factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
+        pairs = pairs_of(j, i, b) if ABOVE else pairs_of(i, j, b)
         dxf = factor * tl.dot(tl.where(pairs, M, 0.0), (y * factor).to(y.dtype), input_precision=P)
         dx += dxf
-        dg += sum_over(_span(j, i, e), x * dxf, EXACT)
+        dg += sum_over(span(j, i, b), x * dxf, EXACT)
     return dx, dg
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..delta_rule.triton_tiles import gate_value, load_tile, store_tile
+from ..triton_tiles import gate_bias, gate_rate, gate_value, load_tile, store_tile
 
 
 @triton.jit
@@ -25,9 +25,7 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant
     S = tl.zeros([BK, BV], tl.float32)
     if state_ptr is not None:
         S += load_tile(state_ptr + at_state, channels, V, columns, V, real).to(tl.float32)
-    rate = 1.0
-    if A_log_ptr is not None:
-        rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
+    rate = gate_rate(A_log_ptr, head)
     for t in range(T):
         token = batch * T + t
         key_at = (token * H + head // (G // H)) * K + channels
@@ -37,9 +35,7 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant
         if DECAY == "constant":
             S *= tl.exp(tl.load(g_ptr + head).to(tl.float32))
         if DECAY == "head":
-            bias = 0.0
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + head).to(tl.float32)
+            bias = gate_bias(bias_ptr, head)
             S *= tl.exp(gate_value(tl.load(g_ptr + token * G + head), rate, bias, gate_constant, GATE))
         if DECAY == "channel":
             u = tl.load(g_ptr + (token * G + head) * K + channels, mask=real, other=0.0)

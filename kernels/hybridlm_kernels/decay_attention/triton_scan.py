@@ -8,8 +8,9 @@ With D_ij = a_{j+1} ... a_i for i >= j, else 0, every tensor wanted is one and t
 so a program keeps the state sum_j (decay from j) y_j z_j^T [Y, Z] of one head of one document in registers, for some of
 the columns of z, and no state is written unless asked for. REVERSE runs from the last chunk to the first.
 
-The scores A of pairs inside a chunk are found before (`pairs_kernel`), side by side for all chunks. With a decay a
-channel (the axis Y) `triton_channel.py` does that, and x and y come with their decays multiplied in.
+The scores A of pairs inside a chunk are found on the way, from the x and y that are there anyway. Only where gates
+learn are those of q and k kept, and those of do and v found before (`pairs_kernel`), for the gradients of gates. With a
+decay a channel (the axis Y) `triton_channel.py` finds the scores, and x and y come with their decays multiplied in.
 
 Legend: N documents, U pieces of documents, G heads, C tokens a chunk, P chunks, Y/Z dims as above, BZ columns of z a
 program.
@@ -20,8 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..delta_rule.triton_tiles import LOG2_E, C, gate_gradients, gate_value, load_tile, store_tile
 from ..triton_support import tuned
+from ..triton_tiles import LOG2_E, C, gate_bias, gate_gradients, gate_rate, gate_value, load_tile, store_tile
 
 MOST_FORGOTTEN = tl.constexpr(-1000.0)  # of a log2 decay: 2^that is 0
 GRID = tl.constexpr(256.0)  # 64 multiples of 1 / 256, none beyond MOST_FORGOTTEN, add up exactly in float32
@@ -32,11 +33,7 @@ CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stag
 def log2_decay(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, G, GATE: tl.constexpr):
     """[C] the log2 decays of a head's tokens from `token` on, 0 outside."""
     u = tl.load(g_ptr + token * G + head + tl.arange(0, C) * G, mask=inside, other=0.0)
-    rate, bias = 1.0, 0.0
-    if A_log_ptr is not None:
-        rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + head).to(tl.float32)
+    rate, bias = gate_rate(A_log_ptr, head), gate_bias(bias_ptr, head)
     g = gate_value(u, rate, bias, gate_constant, GATE) * LOG2_E
     return tl.where(inside, tl.maximum(g, MOST_FORGOTTEN), 0.0)
 
@@ -73,12 +70,28 @@ def _edges(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, filled, hea
 
 
 @triton.jit
+def _between(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, G, DECAY: tl.constexpr, GATE: tl.constexpr,
+             REVERSE: tl.constexpr):
+    """D_ij [C, C], 0 above the diagonal; REVERSE: D_ji, 0 below it."""
+    t = tl.arange(0, C)
+    if DECAY == "head":
+        coarse, rest, _, _ = sums(log2_decay(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, G, GATE))
+        apart = (coarse[:, None] - coarse[None, :]) + (rest[:, None] - rest[None, :])
+    else:
+        apart = (t[:, None] - t[None, :]) * _constant_decay(g_ptr, head, DECAY)
+    if REVERSE:
+        apart = tl.where(t[:, None] <= t[None, :], -apart, float("-inf"))
+    else:
+        apart = tl.where(t[:, None] >= t[None, :], apart, float("-inf"))
+    return tl.exp2(apart)
+
+
+@triton.jit
 def pairs_kernel(x_ptr, y_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks_ptr, A_ptr, other_ptr, dots_ptr,
-                 scale, G, XY_SHARE, Y: tl.constexpr, BY: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
-                 EXACT: tl.constexpr):
+                 scale, G, XY_SHARE, Y: tl.constexpr, BY: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr):
     """A [tokens, G, C]: scale D_ij (x_i . y_j), 0 above the diagonal. One program a chunk and head.
 
-    With `other`, the A of the other pair of names, also what the pairs i > j, (x_i . y_j) other_ij, give to the decays,
+    Also what the pairs i > j, (x_i . y_j) other_ij with the A of the other pair of names, give to the decays,
     dots [tokens, G]: the sum over row i less the sum over column i.
     """
     P: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -92,30 +105,25 @@ def pairs_kernel(x_ptr, y_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
         dims = y0 + tl.arange(0, BY)
         x, y = load_tile(x_ptr + at, t, stride, dims, Y, inside), load_tile(y_ptr + at, t, stride, dims, Y, inside)
         scores = tl.dot(x, tl.trans(y), scores, input_precision=P)
-    if DECAY == "head":
-        coarse, rest, _, _ = sums(log2_decay(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, G, GATE))
-        apart = (coarse[:, None] - coarse[None, :]) + (rest[:, None] - rest[None, :])
-    else:
-        apart = (t[:, None] - t[None, :]) * _constant_decay(g_ptr, head, DECAY)
-    if other_ptr is not None:
-        other = load_tile(other_ptr + (token * G + head) * C, t, G * C, t, C, inside).to(tl.float32)
-        pairs = tl.where(t[:, None] > t[None, :], scores * other, 0.0)
-        tl.store(dots_ptr + token * G + head + t * G, tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0), mask=inside)
-    between = tl.exp2(tl.where(t[:, None] >= t[None, :], apart, float("-inf")))
+    other = load_tile(other_ptr + (token * G + head) * C, t, G * C, t, C, inside).to(tl.float32)
+    pairs = tl.where(t[:, None] > t[None, :], scores * other, 0.0)
+    tl.store(dots_ptr + token * G + head + t * G, tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0), mask=inside)
+    between = _between(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, G, "head", GATE, False)
     store_tile(A_ptr + (token * G + head) * C, t, G * C, t, C, inside, scores * between * scale)
 
 
-@tuned(CONFIGS, ["Y", "Z", "BZ", "DECAY", "REVERSE", "OUTPUT", "STATES", "DOTS", "EXACT"])
+@tuned(CONFIGS, ["Y", "Z", "BZ", "DECAY", "REVERSE", "OUTPUT", "PAIRS", "STATES", "DOTS", "EXACT"])
 @triton.jit
 def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunk_total_ptr,
                 start_ptr, pieces_ptr, out_ptr, last_ptr, total_ptr, states_ptr, dots_ptr, carry_ptr, scale, tokens,
                 chunks, G: tl.constexpr, XY_SHARE: tl.constexpr, Z_SHARE: tl.constexpr, Y: tl.constexpr,
                 Z: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
-                REVERSE: tl.constexpr, OUTPUT: tl.constexpr, STATES: tl.constexpr, DOTS: tl.constexpr,
-                EXACT: tl.constexpr):
+                REVERSE: tl.constexpr, OUTPUT: tl.constexpr, PAIRS: tl.constexpr, STATES: tl.constexpr,
+                DOTS: tl.constexpr, EXACT: tl.constexpr):
     """x, y [tokens, G / XY_SHARE, Y], z, w [tokens, G / Z_SHARE, Z]; start, last [U, G, Y, Z] or None.
 
     OUTPUT: out [tokens, G, Z]. Else last alone, and the decay of the whole piece, total [U, G] or [U, G, Y].
+    PAIRS: scores are found here, and written to A [tokens, G, C] unless it is None. Else A is read.
     STATES: the states that chunks start from [P, G, Y, Z]; REVERSE those behind them.
     DOTS: dots [Z / BZ, tokens, G], w_i . out_i as far as it comes from the state. REVERSE also: carry [Z / BZ, P, G],
     the sum of states before times those behind times the decay of the chunk; `states` is read for it.
@@ -160,8 +168,16 @@ def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, g
             out = tl.dot(x, S.to(x.dtype), input_precision=P)
             if DECAY != "channel":
                 out *= (suffix if REVERSE else prefix * scale)[:, None]
-            A_at = t[None, :] * (G * C) + t[:, None] if REVERSE else t[:, None] * (G * C) + t[None, :]
-            scores = tl.load(A_ptr + (token * G + head) * C + A_at, mask=inside[:, None] & inside[None, :], other=0.0)
+            if PAIRS:
+                between = _between(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, G, DECAY, GATE,
+                                   REVERSE)
+                scores = (tl.dot(x, tl.trans(y), input_precision=P) * between * scale).to(z.dtype)
+                if A_ptr is not None:  # the programs of all blocks of z write the same
+                    store_tile(A_ptr + (token * G + head) * C, t, G * C, t, C, inside, scores)
+            else:
+                A_at = t[None, :] * (G * C) + t[:, None] if REVERSE else t[:, None] * (G * C) + t[None, :]
+                inside_both = inside[:, None] & inside[None, :]
+                scores = tl.load(A_ptr + (token * G + head) * C + A_at, mask=inside_both, other=0.0)
             if DOTS:
                 w = load_tile(w_ptr + token * z_stride, t, z_stride, columns, Z, inside).to(tl.float32)
                 tl.store(dots_ptr + (z_block * tokens + token) * G + head + t * G, tl.sum(w * out, axis=1), mask=inside)
@@ -235,11 +251,7 @@ def gate_gradient_kernel(pairs_ptr, dots_ptr, reverse_dots_ptr, carry_ptr, g_ptr
     from_t = t[None, :] >= t[:, None]
     dg = carry + tl.sum(tl.where(from_t, later[None, :], before[None, :]), axis=1)
     u = tl.load(g_ptr + rows * G + head, mask=inside, other=0.0)
-    rate, bias = 1.0, 0.0
-    if A_log_ptr is not None:
-        rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + head).to(tl.float32)
+    rate, bias = gate_rate(A_log_ptr, head), gate_bias(bias_ptr, head)
     du, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
     tl.store(dg_ptr + rows * G + head, du.to(dg_ptr.dtype.element_ty), mask=inside)
     if d_A_log_ptr is not None:

@@ -20,7 +20,7 @@ def _pointers(kind: str, *names: str) -> dict[str, str]:
 
 
 def _scan(label: str, D: int, decay: str, **flags: bool) -> Specimen:
-    flags = {"REVERSE": False, "OUTPUT": True, "STATES": False, "DOTS": False} | flags
+    flags = {"REVERSE": False, "OUTPUT": True, "PAIRS": False, "STATES": False, "DOTS": False} | flags
     gate = GATE if decay == "head" else NO_GATE
     types = (_pointers(HALF, "x", "y", "z", "w", "A", "out", "states") | gate | _pointers(TABLE, "pieces")
              | _pointers(SINGLE, "chunk_total", "start", "last", "total", "dots", "carry")
@@ -30,6 +30,8 @@ def _scan(label: str, D: int, decay: str, **flags: bool) -> Specimen:
         absent |= {"chunk_total_ptr"}
     if decay in ("none", "channel"):
         absent |= {"g_ptr"}
+    if flags["PAIRS"] and (decay == "constant" or flags["REVERSE"]):
+        absent |= {"A_ptr"}
     if flags["STATES"]:
         absent -= {"states_ptr"}
     constants: dict[str, Any] = dict.fromkeys(absent) | flags | {
@@ -53,13 +55,11 @@ def _channel(D: int) -> list[Specimen]:
                    sizes | {"V": D, "BK": 16, "BV": 32, "KEYS": keys}) for keys in (False, True))]
 
 
-def _pairs(D: int, learns: bool) -> Specimen:
-    gate = _pointers(SINGLE, "dots") | _pointers(HALF, "other") if learns else {}
-    constants = {} if learns else {"other_ptr": None, "dots_ptr": None}
-    return Specimen(f"pairs D={D}" + ", dots" * learns, pairs_kernel,
-                    _pointers(HALF, "x", "y", "A") | GATE | _pointers(TABLE, "chunks") | gate
-                    | {"scale": "fp32", "G": "i32", "XY_SHARE": "i32"},
-                    constants | {"Y": D, "BY": 64, "DECAY": "head", "GATE": "softplus", "EXACT": False})
+def _pairs(D: int) -> Specimen:
+    return Specimen(f"pairs D={D}", pairs_kernel,
+                    _pointers(HALF, "x", "y", "A", "other") | _pointers(SINGLE, "dots") | GATE
+                    | _pointers(TABLE, "chunks") | {"scale": "fp32", "G": "i32", "XY_SHARE": "i32"},
+                    {"Y": D, "BY": 64, "GATE": "softplus", "EXACT": False})
 
 
 def _others(D: int) -> list[Specimen]:
@@ -74,13 +74,15 @@ def _others(D: int) -> list[Specimen]:
 
 
 SPECIMENS = [
-    *(_scan("forward", D, decay) for D in (64, 128) for decay in ("constant", "head", "channel")),
-    *(_scan("backward", D, decay, REVERSE=True) for D in (64, 128) for decay in ("constant", "head")),
+    *(_scan("forward", D, decay, PAIRS=decay != "channel") for D in (64, 128)
+      for decay in ("constant", "head", "channel")),
+    *(_scan("backward", D, decay, REVERSE=True, PAIRS=decay == "constant") for D in (64, 128)
+      for decay in ("constant", "head")),
     *(_scan("states", D, "channel", OUTPUT=False, STATES=True) for D in (64, 128)),
     *(_scan("backward, states", D, "channel", REVERSE=True, STATES=True) for D in (64, 128)),
     *(_scan("dq, states, dots", D, "head", STATES=True, DOTS=True) for D in (64, 128)),
     *(_scan("dk, dots", D, "head", REVERSE=True, DOTS=True) for D in (64, 128)),
-    *(_pairs(D, learns) for D in (64, 128) for learns in (True, False)),
+    *(_pairs(D) for D in (64, 128)),
     *(specimen for D in (64, 128) for specimen in _channel(D)),
     *(specimen for D in (64, 128) for specimen in _others(D)),
     Specimen("gate gradient", gate_gradient_kernel,

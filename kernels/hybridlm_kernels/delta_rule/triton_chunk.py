@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 
 from ..triton_support import tuned
-from .triton_tiles import (
+from ..triton_tiles import (
     LEVELS,
     LOG2_E,
     C,
     decay_between,
+    gate_bias,
+    gate_rate,
     gate_value,
     load_gates,
     load_tile,
@@ -113,21 +115,16 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr,
     x_ptr = k_ptr if of_keys else q_ptr + head // (G // H) * K
     factors_ptr += head * FACTORS * tokens
     lower, strict = i[:, None] >= i[None, :], i[:, None] > i[None, :]
-    rate = 1.0
-    if A_log_ptr is not None:
-        rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
+    rate = gate_rate(A_log_ptr, head)
     if SCORES:
         # Through memory, so that no thread works out gates again for every layout in which they are wanted. Both
         # programs write the same numbers.
         beta = write_strength(beta_ptr, rows * G + head, inside, beta_scale, SIGMOID)
         tl.store(factors_ptr + BETA * tokens + rows, beta, mask=inside)
         if DECAY == "head":
-            bias = 0.0
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + head).to(tl.float32)
             u = tl.load(g_ptr + rows * G + head, mask=inside, other=0.0)
-            tl.store(factors_ptr + DECAY_LOG2 * tokens + rows, gate_value(u, rate, bias, gate_constant, GATE) * LOG2_E,
-                     mask=inside)
+            g = gate_value(u, rate, gate_bias(bias_ptr, head), gate_constant, GATE) * LOG2_E
+            tl.store(factors_ptr + DECAY_LOG2 * tokens + rows, g, mask=inside)
         tl.debug_barrier()
     x_norm, k_norm = tl.zeros([C], tl.float32) + 1.0, tl.zeros([C], tl.float32) + 1.0
     if L2NORM:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_tiles import gate_rate, gate_value, load_tile, store_tile
 from .triton_chunk import write_strength
 from .triton_scan import place
-from .triton_tiles import gate_value, load_tile, store_tile
 
 
 @triton.jit
@@ -33,9 +33,7 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, sta
     S = tl.zeros([BK, BV], tl.float32)
     if state_ptr is not None:
         S += load_tile(state_ptr + at_state, channels, V, columns, V, channels < K).to(tl.float32)
-    rate, bias = 1.0, tl.zeros([1], tl.float32)
-    if A_log_ptr is not None:
-        rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
+    rate, bias = gate_rate(A_log_ptr, head), tl.zeros([1], tl.float32)
     if bias_ptr is not None:
         bias = _load_row(bias_ptr + head * width, offset, width)
     for t in range(first, end):

@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 
 from ..triton_support import tuned
-from .triton_chunk import BETA, DECAY_LOG2, FACTORS, KEY, KEY_NORM, QUERY, QUERY_NORM, WRITE
-from .triton_tiles import (
+from ..triton_tiles import (
     LEVELS,
     C,
     decay_between,
+    gate_bias,
     gate_gradients,
+    gate_rate,
     load_gates,
     load_tile,
     log2_decay,
@@ -33,6 +34,7 @@ from .triton_tiles import (
     store_tile,
     sum_over,
 )
+from .triton_chunk import BETA, DECAY_LOG2, FACTORS, KEY, KEY_NORM, QUERY, QUERY_NORM, WRITE
 
 
 @triton.jit
@@ -224,9 +226,7 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
             dg_ptr += of_head * K
         if bias_ptr is not None:
             bias_ptr += head * K
-    rate = 1.0
-    if A_log_ptr is not None:
-        rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
+    rate = gate_rate(A_log_ptr, head)
     if DECAY == "channel":
         of_queries, of_keys, of_writes = query_norm, beta * key_norm, beta * key_norm
     else:
@@ -298,9 +298,7 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
     if dg_ptr is not None and DECAY == "head":
         dg = dg_pairs + tl.sum(tl.where(i >= j, dg_rows[:, None], 0.0), axis=0)
         dg += tl.sum(tl.where(i < j, dg_columns[:, None], 0.0), axis=0) + d_total_sum * tl.load(total_ptr + here)
-        bias = 0.0
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + head).to(tl.float32)
+        bias = gate_bias(bias_ptr, head)
         u = tl.load(g_ptr + of_head + t * G, mask=inside, other=0.0)
         dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
         d_A_log += tl.sum(tl.where(inside, dA, 0.0))

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from ..triton_support import tuned
+from ..triton_tiles import C, load_tile, store_tile
 from .triton_chunk import BETA, FACTORS, KEY, QUERY, WRITE
-from .triton_tiles import C, load_tile, store_tile
 
 CONFIGS = [triton.Config({"BV": values}, num_warps=warps, num_stages=stages)
            for values, warps, stages in ((16, 4, 2), (16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 2))]

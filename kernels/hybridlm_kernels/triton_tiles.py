@@ -1,4 +1,4 @@
-"""What the kernels of the delta rule share: tiles of heads, gates, sums of decays, pairs of tokens.
+"""What the Triton kernels of the recurrences share: tiles of heads, gates, sums of decays, pairs of tokens.
 
 Decays are in log2 units and are only ever added, never subtracted: a sum of numbers at most 0 stays finite or goes to
 -inf, and exp2 of it lies in [0, 1], whatever the gate.
@@ -58,6 +58,24 @@ def gate_value(u, rate, bias, constant, GATE: tl.constexpr):
     if GATE == "logsigmoid":
         g = -softplus(-(g + bias)) / constant
     return g
+
+
+@triton.jit
+def gate_rate(A_log_ptr, head):
+    """e^A_log of a head, 1 where there is none."""
+    rate = 1.0
+    if A_log_ptr is not None:
+        rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
+    return rate
+
+
+@triton.jit
+def gate_bias(bias_ptr, head):
+    """dt_bias of a head whose decay is one number, 0 where there is none."""
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + head).to(tl.float32)
+    return bias
 
 
 @triton.jit
