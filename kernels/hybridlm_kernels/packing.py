@@ -65,6 +65,11 @@ class CuSeqlens:
             self.cache["positions"] = torch.arange(self.num_tokens, device=self.device) - starts
         return self.cache["positions"]
 
+    def first_keys(self, batch: int, queries: int) -> Tensor:
+        """int64 [batch, queries]: where in its row the document begins, for the last `queries` tokens of each row."""
+        position_BS = self.positions().view(batch, -1)
+        return (torch.arange(position_BS.shape[1], device=self.device) - position_BS)[:, -queries:]
+
     def check(self, batch: int, length: int) -> None:
         """Raise ValueError unless the borders cover `batch` rows of `length` tokens with every row start."""
         if self.num_tokens != batch * length:

@@ -229,7 +229,7 @@ def test_bad_arguments():
     for bad in ((q, k[:1], w, 3), (q, k[:, :5], w, 3), (q, k[..., :2], w, 3), (q, k, w[:, :, :1], 3), (q, k, w, 0)):
         with pytest.raises(ValueError, match="indexer_topk"):
             indexer_topk(*bad)
-    with pytest.raises(ValueError, match="T == S"):
+    with pytest.raises(ValueError, match="but the tensors hold"):
         indexer_topk(q[:, :4], k, w[:, :4], 3, cu_seqlens=[0, 4, 8])
     with pytest.raises(ValueError, match="fit into topk"):
         indexer_topk(q, k, w, 3, num_first=2, num_local=2)

@@ -66,9 +66,11 @@ def test_listed_keys(shape, device):
     compare(case(*shape), device, listing(*shape[:3], 9), scale=0.7)
 
 
-def test_packed_documents_and_recall(device):
+@pytest.mark.parametrize("queries", [5, 2])
+def test_packed_documents_and_recall(queries, device):
     borders = [0, 1, 5, 7, 10]
-    compare(case(2, 5, 5, 2, 4, 2, 1, 8), device, recall_of=listing(2, 5, 5, 2, borders), cu_seqlens=borders)
+    compare(case(2, queries, 5, 2, 4, 2, 1, 8), device, recall_of=listing(2, queries, 5, 2, borders),
+            cu_seqlens=borders)
 
 
 def test_no_gradient_where_none_is_wanted(device):

@@ -23,7 +23,7 @@ def case(device, batch, queries, keys, heads, dim, whole_numbers):
 # rows, queries, keys, heads, dim, topk, whole numbers (these tie at every level), borders
 CASES = [(1, 1, 1, 1, 4, 3, False, None), (1, 11, 11, 3, 20, 4, False, None), (1, 11, 11, 2, 4, 5, True, None),
          (2, 3, 70, 1, 2, 7, True, None), (1, 2, 5, 4, 8, 9, False, None),
-         (2, 7, 7, 2, 4, 3, True, [0, 1, 7, 8, 10, 14])]
+         (2, 7, 7, 2, 4, 3, True, [0, 1, 7, 8, 10, 14]), (2, 3, 9, 2, 4, 3, True, [0, 4, 9, 10, 18])]
 
 
 @pytest.mark.parametrize("shape", CASES)

@@ -10,6 +10,7 @@ from torch import Tensor, float16, float32, promote_types
 from hybridlm_kernels.indexer_kl import reference
 from hybridlm_kernels.indexer_kl import torch as eager
 from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.recurrence import borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import backend as triton_backend
 
@@ -62,7 +63,7 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
         indices_BTN: integers [B, T, N]: distinct visible positions 0..S-1, or -1 for none. None: all visible keys.
         recall_of_BTN: another such list, without `indices_BTN`: what `attention_recall` says of it, from the same pass.
         scale: of the main scores; K**-0.5 by default.
-        cu_seqlens: borders of packed documents over the flattened B*T tokens (T == S then).
+        cu_seqlens: borders of packed documents over the flattened B*S keys.
 
     Raises:
         ValueError: shapes that do not fit, or both lists.
@@ -76,7 +77,7 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
         raise ValueError("indexer_kl: recall_of needs the attention to all keys: pass it without indices")
     for index in (indices_BTN, recall_of_BTN):
         check_main("indexer_kl", main_q_BTHK, main_k_BSGK, index, (batch, queries, k_BSI.shape[1]))
-    cu_seqlens = _borders("indexer_kl", cu_seqlens, q_BTJI, k_BSI.shape[1])
+    cu_seqlens = borders_of(cu_seqlens, batch, k_BSI.shape[1], k_BSI.device)
     scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     facts = {"selected": indices_BTN is not None, "dim": dim, "main_dim": main_q_BTHK.shape[3],
              "main_dtype": promote_types(main_q_BTHK.dtype, main_k_BSGK.dtype)}
@@ -94,9 +95,9 @@ def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tens
     Raises:
         ValueError: shapes that do not fit.
     """
-    shape = (*main_q_BTHK.shape[:2], main_k_BSGK.shape[1])
-    check_main("attention_recall", main_q_BTHK, main_k_BSGK, indices_BTN, shape)
-    cu_seqlens = _borders("attention_recall", cu_seqlens, main_q_BTHK, shape[2])
+    batch, queries, keys = *main_q_BTHK.shape[:2], main_k_BSGK.shape[1]
+    check_main("attention_recall", main_q_BTHK, main_k_BSGK, indices_BTN, (batch, queries, keys))
+    cu_seqlens = borders_of(cu_seqlens, batch, keys, main_k_BSGK.device)
     scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose(ATTENTION_RECALL, Call.of(main_q_BTHK, main_k_BSGK), backend)
     return Recall(*chosen.run(main_q_BTHK.detach(), main_k_BSGK.detach(), indices_BTN, scale, cu_seqlens))
@@ -116,14 +117,3 @@ def check_main(name: str, q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor | 
                                     or indices_BTN.is_floating_point()):
         raise ValueError(f"{name}: indices must be integers [{batch}, {queries}, N]; got {indices_BTN.dtype} "
                          f"{list(indices_BTN.shape)}")
-
-
-def _borders(name: str, cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None, q: Tensor,
-             keys: int) -> CuSeqlens | None:
-    if cu_seqlens is None:
-        return None
-    if keys != q.shape[1]:
-        raise ValueError(f"{name}: packed documents need T == S; got T = {q.shape[1]}, S = {keys}")
-    borders = CuSeqlens.of(cu_seqlens, q.device)
-    borders.check(*q.shape[:2])
-    return borders

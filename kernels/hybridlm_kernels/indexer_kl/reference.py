@@ -19,8 +19,8 @@ def support(queries: int, keys: int, batch: int, indices_BTN: Tensor | None, cu_
     """bool [B, T, S]: keys that count: the visible ones, and of these the listed ones if there is a list."""
     mask_BTS = visible(queries, keys, None, device).expand(batch, queries, keys)
     if cu_seqlens is not None:
-        document_BT = cu_seqlens.document_ids().view(batch, queries)
-        mask_BTS = mask_BTS & (document_BT[:, :, None] == document_BT[:, None, :])
+        document_BS = cu_seqlens.document_ids().view(batch, keys)
+        mask_BTS = mask_BTS & (document_BS[:, -queries:, None] == document_BS[:, None, :])
     if indices_BTN is None:
         return mask_BTS
     listed_BTS = torch.zeros(batch, queries, keys + 1, dtype=torch.bool, device=device)

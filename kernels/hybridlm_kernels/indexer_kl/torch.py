@@ -212,8 +212,8 @@ class MainAttention:
         self.first_BT = self.position_T.new_zeros(1, self.queries)
         self.first = [0] * self.queries
         if cu_seqlens is not None:
-            self.first_BT = self.position_T - cu_seqlens.positions().view(self.batch, self.queries)
-            self.first = _first_keys(cu_seqlens, self.queries)
+            self.first_BT = cu_seqlens.first_keys(self.batch, self.queries)
+            self.first = _first_keys(cu_seqlens, self.keys)[-self.queries :]
 
     def blocks(self) -> Iterator[tuple[slice, int, int, Tensor]]:
         """(queries, first key, last key + 1, which of these keys each query sees [B, Q, X])."""

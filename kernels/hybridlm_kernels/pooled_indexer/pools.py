@@ -34,24 +34,22 @@ class Pools:
         """The pools of rows of `keys` tokens for the last `queries` of them.
 
         Raises:
-            ValueError: packed documents with fewer queries than keys.
+            ValueError: borders that do not cover the rows.
         """
         if cu_seqlens is None:
             position_BT = torch.arange(keys - queries, keys, device=device).expand(batch, queries)
             start_BP = torch.arange(max(1, keys // size), device=device).mul_(size).expand(batch, -1)
             zero_BT = torch.zeros_like(position_BT)
             return cls(size, start_BP, zero_BT, (position_BT + 1) // size, zero_BT, keys)
-        if keys != queries:
-            raise ValueError(f"pools: packed documents need T == S; got T = {queries}, S = {keys}")
         cu_seqlens = CuSeqlens.of(cu_seqlens, device)
-        cu_seqlens.check(batch, queries)
-        key = ("pools", size, batch)
+        cu_seqlens.check(batch, keys)
+        key = ("pools", size, batch, queries)
         if key not in cu_seqlens.cache:
-            cu_seqlens.cache[key] = cls._packed(batch, keys, size, cu_seqlens)
+            cu_seqlens.cache[key] = cls._packed(batch, queries, keys, size, cu_seqlens)
         return cu_seqlens.cache[key]
 
     @classmethod
-    def _packed(cls, batch: int, keys: int, size: int, cu_seqlens: CuSeqlens) -> Pools:
+    def _packed(cls, batch: int, queries: int, keys: int, size: int, cu_seqlens: CuSeqlens) -> Pools:
         starts: list[list[int]] = [[] for _ in range(batch)]
         firsts = []
         for border, length in zip(cu_seqlens.host, cu_seqlens.lengths, strict=False):
@@ -59,11 +57,10 @@ class Pools:
             firsts.append(len(starts[row]))
             starts[row] += [begin + size * pool for pool in range(length // size)]
         most = max(1, *map(len, starts)) if batch > 1 else max(1, len(starts[0]))
-        device, position_BT = cu_seqlens.device, cu_seqlens.positions().view(batch, keys)
+        device, position_BT = cu_seqlens.device, cu_seqlens.positions().view(batch, keys)[:, -queries:]
         start_BP = torch.tensor([row + [0] * (most - len(row)) for row in starts], device=device)
-        first_BT = torch.tensor(firsts, device=device)[cu_seqlens.document_ids()].view(batch, keys)
-        return cls(size, start_BP, first_BT, (position_BT + 1) // size,
-                   torch.arange(keys, device=device) - position_BT, keys)
+        first_BT = torch.tensor(firsts, device=device)[cu_seqlens.document_ids()].view(batch, keys)[:, -queries:]
+        return cls(size, start_BP, first_BT, (position_BT + 1) // size, cu_seqlens.first_keys(batch, queries), keys)
 
     @property
     def number(self) -> int:

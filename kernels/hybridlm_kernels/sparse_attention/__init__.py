@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.recurrence import borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.sparse_attention import reference
 from hybridlm_kernels.sparse_attention import torch as eager
@@ -43,8 +44,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *, num
         topk: how many keys, at least 1.
         num_first, num_local: the first keys of the document and the last ones up to the query itself are always
             among the `topk`.
-        cu_seqlens: borders of packed documents over the flattened B*T tokens (T == S then); a query sees its
-            own document only.
+        cu_seqlens: borders of packed documents over the flattened B*S keys; a query sees its own document only.
 
     Returns:
         int32 [B, T, topk]: positions in the row (0..S-1), ascending, then -1 where fewer keys are visible.
@@ -62,12 +62,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *, num
     if num_first < 0 or num_local < 0 or num_first + num_local > topk:
         raise ValueError(f"indexer_topk: num_first and num_local must fit into topk={topk}; got {num_first} and "
                          f"{num_local}")
-    if cu_seqlens is not None:
-        if k_BSI.shape[1] != queries:
-            raise ValueError("indexer_topk: packed documents need T == S; "
-                             f"got T = {queries}, S = {k_BSI.shape[1]}")
-        cu_seqlens = CuSeqlens.of(cu_seqlens, q_BTJI.device)
-        cu_seqlens.check(batch, queries)
+    cu_seqlens = borders_of(cu_seqlens, batch, k_BSI.shape[1], k_BSI.device)
     q_BTJI, k_BSI, w_BTJ = q_BTJI.detach(), k_BSI.detach(), w_BTJ.detach()
     chosen = choose(INDEXER_TOPK, Call.of(q_BTJI, k_BSI, w_BTJ), backend)
     return chosen.run(q_BTJI, k_BSI, w_BTJ, topk, cu_seqlens, num_first, num_local)

@@ -27,8 +27,8 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seq
     keys = k_BSI.shape[1]
     mask_BTS = visible(queries, keys, None, q_BTJI.device).expand(batch, queries, keys)
     if cu_seqlens is not None:
-        document_BT = cu_seqlens.document_ids().view(batch, queries)
-        mask_BTS = mask_BTS & (document_BT[:, :, None] == document_BT[:, None, :])
+        document_BS = cu_seqlens.document_ids().view(batch, keys)
+        mask_BTS = mask_BTS & (document_BS[:, -queries:, None] == document_BS[:, None, :])
     rank_BTS = mask_BTS.cumsum(-1)  # 1 at the first visible key
     always_BTS = (rank_BTS <= num_first) | (rank_BTS > rank_BTS[..., -1:] - num_local)
     score_BTS = indexer_scores(q_BTJI, k_BSI, w_BTJ).masked_fill(always_BTS, torch.inf)

@@ -43,8 +43,8 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seq
     first_BT = position_T.new_zeros(1, queries)  # first key a query may see
     least = most = [0] * queries  # the same on the host: the least and the most over rows
     if cu_seqlens is not None:
-        first_BT = position_T - cu_seqlens.positions().view(batch, queries)
-        least, most = _first_keys(cu_seqlens, queries)
+        first_BT = cu_seqlens.first_keys(batch, queries)
+        least, most = (x[-queries:] for x in _first_keys(cu_seqlens, keys))
     out_BTN = torch.empty(batch, queries, topk, dtype=torch.int32, device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         k_BIS = k_BSI.to(wide).transpose(1, 2)
@@ -71,7 +71,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seq
 
 
 def _first_keys(cu_seqlens: CuSeqlens, length: int) -> tuple[list[int], list[int]]:
-    """For each query, the first key of its document: the least and the most over the rows."""
+    """For each position of a row, the first key of its document: the least and the most over the rows."""
     if "first_keys" not in cu_seqlens.cache:
         least, most = [length] * length, [0] * length
         for start, stop in zip(cu_seqlens.host, cu_seqlens.host[1:], strict=False):

@@ -120,8 +120,7 @@ class Strips:
         self.batch, self.queries, self.keys, self.cu_seqlens = batch, queries, keys, cu_seqlens
         self.first_BT = torch.zeros(batch, queries, dtype=torch.int32, device=device)
         if cu_seqlens is not None:
-            position_T = torch.arange(queries, device=device)
-            self.first_BT = (position_T - cu_seqlens.positions().view(batch, queries)).int()
+            self.first_BT = cu_seqlens.first_keys(batch, queries).int().contiguous()
         size = STRIP_ELEMENTS // (batch * keys) // QUERY_TILE * QUERY_TILE
         self.size = min(max(QUERY_TILE, size), queries)
 
@@ -136,8 +135,9 @@ class Strips:
         """The first key seen by this or a later query of any row."""
         if self.cu_seqlens is None:
             return 0
-        host, rows = self.cu_seqlens.host, range(0, self.batch * self.queries, self.queries)
-        return min(host[bisect.bisect_right(host, row + query) - 1] - row for row in rows)
+        host, rows = self.cu_seqlens.host, range(0, self.batch * self.keys, self.keys)
+        place = self.keys - self.queries + query
+        return min(host[bisect.bisect_right(host, row + place) - 1] - row for row in rows)
 
     def buffer(self) -> Tensor:
         """fp32, large enough for any block."""
