@@ -83,6 +83,11 @@ class MixerConfig:
         """Bytes of decode state for one sequence after `context_length` tokens."""
         raise TypeError(f"{type(self).__name__} does not count its state")
 
+    def check_pieces(self, pieces: int, length: int) -> None:
+        """Raise ConfigError unless the mixer can work on rows that are split into `pieces` of `length` tokens (see
+        `hybridlm.model.pieces`)."""
+        raise ConfigError("kind", "cannot work on split rows", got=self.kind, expected="engine.sequence_parallel=1")
+
 
 @dataclass(kw_only=True)
 class FeedForwardConfig:

@@ -25,6 +25,7 @@ from hybridlm.model.mixers.base import Aux
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.output import AuxTotals, ModelOutput, ModelState, WholeBatch
+from hybridlm.model.pieces import Peers
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.targets import build_targets, tokens_ahead
 from hybridlm_kernels import CuSeqlens, linear_cross_entropy
@@ -40,6 +41,8 @@ class HybridLM(nn.Module):
     `loss_weights` replaces weights of the config in the loss, by the names of `ModelOutput.losses`: a training stage
     may leave out what it does not train.
     `activation_checkpointing` keeps only the layers' inputs in training and computes the rest again in the backward.
+    `peers`: processes that share the rows with this one. All are handed the same whole rows; each computes its piece of
+    them, the losses and logits of its own tokens.
     """
 
     def __init__(self, config: ModelConfig):
@@ -47,6 +50,7 @@ class HybridLM(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.loss_weights: dict[str, float] = {}
+        self.peers: Peers | None = None
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, name, i) for i, name in enumerate(config.layers()))
         self.norm = RMSNorm.of(config.norm, config.hidden_size)
@@ -94,8 +98,13 @@ class HybridLM(nn.Module):
         targets = self._targets(input_ids, labels, targets, seq.cu_seqlens)
         if targets is not None and state is not None:
             raise ValueError("a decode state cannot be trained through: pass labels or targets without state")
+        following = self._following(input_ids, targets, seq)
+        if self.peers is not None:
+            if state is not None:
+                raise ValueError("rows that are split between processes cannot be decoded: set peers to None")
+            seq = seq.split(self.peers)
         totals = AuxTotals()
-        h_BTD = self.embed(input_ids)
+        h_BTD = self.embed(seq.own(input_ids))
         for i, layer in enumerate(self.blocks):
             h_BTD = self._run(layer, str(i), h_BTD, seq, totals, *([] if state is None else [state.layers[i]]))
         x_BTD = self.norm(h_BTD)
@@ -103,7 +112,7 @@ class HybridLM(nn.Module):
             state.length += input_ids.shape[1]
         output = ModelOutput(state=state)
         if targets is not None:
-            self._losses(output, x_BTD, input_ids, targets, seq, totals, whole)
+            self._losses(output, x_BTD, seq.own(targets), [seq.own(x) for x in following], seq, totals, whole)
         if targets is None or return_logits:
             output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
         output.stats = totals.stats()
@@ -191,6 +200,12 @@ class HybridLM(nn.Module):
                              f"got {list(targets.shape)}")
         return targets
 
+    def _following(self, input_ids: Tensor, targets: Tensor | None, seq: SequenceInfo) -> list[Tensor]:
+        """The tokens that each MTP module is told, [B, T]."""
+        if targets is None:
+            return []
+        return [tokens_ahead(input_ids, targets, k, seq.cu_seqlens) for k in range(1, self.config.mtp.depth + 1)]
+
     def _run(self, module: Block | MTPModule, label: str, h_BTD: Tensor, seq: SequenceInfo, totals: AuxTotals,
              *extra: Any) -> Tensor:
         """One layer, checkpointed if asked; its aux goes to `totals` and its loads to its buffers, once."""
@@ -205,8 +220,8 @@ class HybridLM(nn.Module):
             block.record(aux)
         return h_BTD
 
-    def _losses(self, output: ModelOutput, x_BTD: Tensor, input_ids: Tensor, targets_BTd: Tensor, seq: SequenceInfo,
-                totals: AuxTotals, whole: WholeBatch | None) -> None:
+    def _losses(self, output: ModelOutput, x_BTD: Tensor, targets_BTd: Tensor, following: list[Tensor],
+                seq: SequenceInfo, totals: AuxTotals, whole: WholeBatch | None) -> None:
         config, losses, weights = self.config, output.losses, self.loss_weights
         counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if whole is None else whole.targets
         losses["lm"], z, output.num_tokens = self._cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
@@ -217,13 +232,13 @@ class HybridLM(nn.Module):
             loss = loss + weights.get("z", config.z_loss) * z
         if config.mtp.depth:
             by_depth = []
-            for k, module in enumerate(self.mtp, start=1):
-                ahead_BTD = self.embed(tokens_ahead(input_ids, targets_BTd, k, seq.cu_seqlens))
-                x_BTD = self._run(module, f"mtp{k}", x_BTD, seq, totals, ahead_BTD)  # type: ignore[arg-type]
+            for k, (module, ahead_BT) in enumerate(zip(self.mtp, following, strict=True), start=1):
+                x_BTD = self._run(module, f"mtp{k}", x_BTD, seq, totals, self.embed(ahead_BT))  # type: ignore[arg-type]
                 by_depth.append(self._cross_entropy(x_BTD, targets_BTd[..., k], counts[k])[0])
             losses["mtp"] = torch.stack(by_depth).mean()
             loss = loss + weights.get("mtp", config.mtp.loss_weight) * losses["mtp"]
-        means, weighted = totals.losses(1.0 if whole is None else input_ids.numel() / whole.tokens, weights)
+        output.share = 1.0 if whole is None else targets_BTd[..., 0].numel() / whole.tokens
+        means, weighted = totals.losses(output.share, weights)
         losses.update(means)
         output.loss = sum(weighted, start=loss)
 

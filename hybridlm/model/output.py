@@ -30,7 +30,8 @@ class ModelOutput:
     token, `z` mean of logsumexp^2, `balance` 1 where experts are balanced. `stats` are scalars without gradient,
     each the mean over the layers that have it, with the extremes as `<name>_min` and `<name>_max`; some also stand
     for each layer, as `<name>/<layer>`.
-    `num_tokens` is how many tokens the `lm` loss is a mean over.
+    `num_tokens` is how many tokens the `lm` loss is a mean over; `share` the part of the whole batch's positions that
+    this forward computed.
     """
 
     logits: Tensor | None = None
@@ -39,6 +40,7 @@ class ModelOutput:
     stats: dict[str, Tensor] = field(default_factory=dict)
     state: ModelState | None = None
     num_tokens: Tensor | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

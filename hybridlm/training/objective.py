@@ -29,11 +29,10 @@ def language_model(whole: WholeBatch) -> Objective:
     def contribute(model: nn.Module, part: Any) -> Contribution:
         output = model(part.input_ids, targets=part.targets, cu_seqlens=part.cu_seqlens, whole=whole)
         values = {f"loss/{name}": value.detach() for name, value in output.losses.items()}
-        share = part.input_ids.numel() / whole.tokens
         for name, value in output.stats.items():
             if not name.startswith(FROM_LOADS):
                 group = next((group for start, group in GROUPS.items() if name.startswith(start)), "stat")
-                values[f"{group}/{name}"] = value * share
+                values[f"{group}/{name}"] = value * output.share
         return Contribution(output.loss, values)
 
     return contribute

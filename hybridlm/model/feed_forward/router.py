@@ -59,7 +59,7 @@ class Router(nn.Module):
             total_N1 = weights_NA.sum(-1, keepdim=True)
             weights_NA = weights_NA / (total_N1 if self.config.router == "softmax" else total_N1 + NORM_EPS)
         weights_NA = weights_NA * self.config.routed_scaling_factor
-        return ids_NA, weights_NA, self.aux(logits_NE, s_NE, ids_NA, x_BTD.shape[1], seq) if self.training else {}
+        return ids_NA, weights_NA, self.aux(logits_NE, s_NE, ids_NA, seq) if self.training else {}
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
@@ -79,11 +79,11 @@ class Router(nn.Module):
             choice_NE = choice_NGM.masked_fill(dropped_NG[..., None], -torch.inf).flatten(1)
         return choice_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
-    def aux(self, logits_NE: Tensor, s_NE: Tensor, ids_NA: Tensor, length: int, seq: SequenceInfo) -> Aux:
+    def aux(self, logits_NE: Tensor, s_NE: Tensor, ids_NA: Tensor, seq: SequenceInfo) -> Aux:
         aux: Aux = {}
         p_NE = s_NE if self.config.router == "softmax" else s_NE / (s_NE.sum(-1, keepdim=True) + NORM_EPS)
         if self.config.balance_loss:
-            aux["loss/balance"] = self.balance_loss(s_NE, p_NE, ids_NA, length, seq)
+            aux["loss/balance"] = self.balance_loss(s_NE, p_NE, ids_NA, seq)
         if self.config.router_z_loss:
             aux["loss/router_z"] = torch.logsumexp(logits_NE, dim=-1).square().mean()
         with torch.no_grad():
@@ -95,7 +95,7 @@ class Router(nn.Module):
             aux["stat/router_entropy"] = entropy / math.log(max(2, p_NE.shape[1]))
         return aux
 
-    def balance_loss(self, s_NE: Tensor, p_NE: Tensor, ids_NA: Tensor, length: int, seq: SequenceInfo) -> Tensor:
+    def balance_loss(self, s_NE: Tensor, p_NE: Tensor, ids_NA: Tensor, seq: SequenceInfo) -> Tensor:
         """sum_i f_i P_i of each document, averaged over tokens; 1 when balanced (equations 17 to 20).
 
         f_i = E/(A T) * tokens whose A best scores hold expert i, T tokens in the document; P_i the mean of the
@@ -103,18 +103,14 @@ class Router(nn.Module):
         the scores alone would choose. With softmax scores this is the loss of Switch Transformer for top-A, by
         document. The mean over tokens of <f_document, p_token> is the same sum without a loop over documents.
         """
-        tokens, experts = p_NE.shape
+        experts = p_NE.shape[1]
         if self.bias is not None or self.config.topk_groups < self.config.num_groups:
             ids_NA = s_NE.detach().topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
-        if seq.cu_seqlens is None:
-            document_N = torch.arange(tokens, device=p_NE.device) // length
-            documents = tokens // length
-        else:
-            document_N, documents = seq.cu_seqlens.document_ids(), seq.cu_seqlens.num_documents
+        document_N, documents = seq.documents()
         with torch.no_grad():
             cell = (document_N[:, None] * experts + ids_NA).flatten()
             count_RE = torch.zeros(documents * experts, dtype=torch.int64, device=p_NE.device)
-            count_RE = count_RE.index_add_(0, cell, torch.ones_like(cell)).view(documents, experts)
+            count_RE = seq.total(count_RE.index_add_(0, cell, torch.ones_like(cell)).view(documents, experts))
             f_RE = experts * count_RE.to(p_NE.dtype) / count_RE.sum(-1, keepdim=True)
         return (f_RE[document_N] * p_NE).sum(-1).mean()
 

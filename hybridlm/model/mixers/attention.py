@@ -20,11 +20,11 @@ from hybridlm.model.cache import AttentionState
 from hybridlm.model.config import LayerContext, MixerConfig, require
 from hybridlm.model.mixers.base import Aux, register_mixer
 from hybridlm.model.mixers.cost import visible_keys
+from hybridlm.model.mixers.dense import check_heads
 from hybridlm.model.mixers.indexer import IndexedMixer, IndexerConfig
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import attention, sparse_attention
 
 OutputGate = Literal["none", "element", "head"]
 
@@ -98,6 +98,9 @@ class AttentionConfig(MixerConfig):
         return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
             context, context.hidden_size, context_length, width)
 
+    def check_pieces(self, pieces: int, length: int) -> None:
+        check_heads(self.num_heads, pieces)
+
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         kept = context_length if self.window is None else min(context_length, self.window - 1)
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
@@ -135,12 +138,10 @@ class Attention(IndexedMixer):
         if state is not None:
             k_BSGK, v_BSGK = state.keys.append(k_BSGK), state.values.append(v_BSGK)
         selection = self.select(x_BTD, x_BTD, seq, None if state is None else state.index_keys)
-        aux = self.observe(selection, q_BTHK, k_BSGK, seq)
-        if selection.indices is None:
-            o_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, window=self.config.window, sinks_H=self.sinks,
-                               cu_seqlens=seq.cu_seqlens)
-        else:
-            o_BTHK = sparse_attention(q_BTHK, k_BSGK, v_BSGK, selection.indices)
+        if selection.indices is not None:
+            k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
+        o_BTHK, aux = self.attend(q_BTHK, k_BSGK, v_BSGK, seq, selection, window=self.config.window,
+                                  sinks_H=self.sinks)
         return self.o_proj(gate_output(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor
 from hybridlm.model.cache import RecurrentState
 from hybridlm.model.config import LayerContext, require
 from hybridlm.model.mixers.base import Aux, register_mixer
-from hybridlm.model.mixers.recurrent import RecurrentConfig, RecurrentMixer
+from hybridlm.model.mixers.recurrent import RecurrentConfig, RecurrentMixer, read_incoming
+from hybridlm.model.pieces import Piece
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, decay_attention
 
@@ -84,10 +85,10 @@ class Decay(RecurrentMixer):
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
-        q_BTHK, k_BTHK = (feature(config.feature_map, self.projected(name, x_BTD, seq, state))
-                          .unflatten(-1, (config.num_heads, config.head_dim)) for name in ("q", "k"))
-        v_BTGV = feature(config.value_map, self.projected("v", x_BTD, seq, state))
-        v_BTGV = v_BTGV.unflatten(-1, (config.value_heads, config.value_dim))
+        q_BTC, k_BTC, v_BTC = self.projected(x_BTD, seq, state)
+        q_BTHK, k_BTHK = (feature(config.feature_map, x).unflatten(-1, (config.num_heads, config.head_dim))
+                          for x in (q_BTC, k_BTC))
+        v_BTGV = feature(config.value_map, v_BTC).unflatten(-1, (config.value_heads, config.value_dim))
         g, gate = None, None
         if config.decay == "constant":
             g = self._constant_decay(x_BTD)
@@ -101,7 +102,18 @@ class Decay(RecurrentMixer):
                                          initial_state=None if state is None else state.matrix)
         if state is not None:
             state.matrix = matrix
+        if seq.piece is not None:
+            left = decay_from_start(g if gate is None else gate.log_decay(g), matrix.dtype, seq.piece)
+            o_BTGV = o_BTGV + self._from_earlier_pieces(q_BTHK, left, matrix, seq.piece).to(o_BTGV.dtype)
         return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=config.norm == "all"), {}
+
+    def _from_earlier_pieces(self, q_BTHK: Tensor, left_BTGX: Tensor, state_NGKV: Tensor, piece: Piece) -> Tensor:
+        """[B, T, G, V]: what the tokens of earlier pieces add to the outputs. The recurrence is linear in its state S
+        and only decays it: S_t = left_t S + (the state from zero), o_t = scale * (left_t q_t)^T S + (...)."""
+        incoming_BGKV = piece.incoming(piece.at_end(state_NGKV), left_BTGX[:, -1, :, :, None], torch.mul)
+        heads, scale = self.config.value_heads // self.config.num_heads, self.config.scale
+        q_BTGK = q_BTHK.to(incoming_BGKV.dtype).repeat_interleave(heads, 2)
+        return read_incoming(q_BTGK * left_BTGX, incoming_BGKV) * (q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
 
     def forget_gate(self) -> Gate:
         return replace(super().forget_gate(), normalizer=self.config.gate_normalizer)
@@ -112,6 +124,20 @@ class Decay(RecurrentMixer):
             with torch.inference_mode(False):  # it may serve training after generation
                 self._constant_g = torch.tensor([-s for s in self._slopes], dtype=dtype, device=x_BTD.device)
         return self._constant_g
+
+
+def decay_from_start(g: Tensor | None, dtype: torch.dtype, piece: Piece) -> Tensor:
+    """[B, T, G, K], or 1 for G or K: what is left at each token of the state at the start of the piece, which is
+    nothing for documents that begin in it. `g`: the logarithm of the decay as the operation takes it."""
+    if g is None:
+        log_BTGK = torch.zeros(1, 1, 1, 1, dtype=dtype, device=piece.positions_BL.device)
+    elif g.dim() == 1:
+        steps_T1 = torch.arange(1, piece.length + 1, device=g.device)[:, None]
+        log_BTGK = (g.to(dtype) * steps_T1)[None, :, :, None]
+    else:
+        log_BTGK = g.to(dtype).cumsum(1)
+        log_BTGK = log_BTGK if g.dim() == 4 else log_BTGK[..., None]
+    return torch.where(piece.first_document()[:, :, None, None], log_BTGK, -torch.inf).exp()
 
 
 def feature(kind: str, x: Tensor) -> Tensor:

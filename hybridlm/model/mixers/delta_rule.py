@@ -9,17 +9,23 @@ B rows, T tokens, D hidden size, H key heads, G value heads, K key dim, V value 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.model.cache import RecurrentState
 from hybridlm.model.config import LayerContext, require
 from hybridlm.model.mixers.base import Aux, register_mixer
-from hybridlm.model.mixers.recurrent import RecurrentConfig, RecurrentMixer
+from hybridlm.model.mixers.recurrent import RecurrentConfig, RecurrentMixer, read_incoming
+from hybridlm.model.pieces import Piece
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import delta_rule
+from hybridlm_kernels.recurrence import math_dtype
 
 
 @dataclass(kw_only=True)
@@ -66,13 +72,33 @@ class DeltaRule(RecurrentMixer):
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
-        q_BTHK, k_BTHK = (self.projected(name, x_BTD, seq, state).unflatten(-1, (config.num_heads, config.head_dim))
-                          for name in ("q", "k"))
-        v_BTGV = self.projected("v", x_BTD, seq, state).unflatten(-1, (config.value_heads, config.value_dim))
+        q_BTC, k_BTC, v_BTC = self.projected(x_BTD, seq, state)
+        q_BTHK, k_BTHK = (x.unflatten(-1, (config.num_heads, config.head_dim)) for x in (q_BTC, k_BTC))
+        v_BTGV = v_BTC.unflatten(-1, (config.value_heads, config.value_dim))
         g, gate = (None, None) if config.decay == "none" else self.log_decay(self.forget_input(x_BTD), x_BTD.dtype)
-        o_BTGV, matrix = delta_rule(q_BTHK, k_BTHK, v_BTGV, g=g, gate=gate, beta=self.b_proj(x_BTD),
-                                    beta_sigmoid=config.beta_scale, qk_l2norm=config.qk_l2norm,
-                                    cu_seqlens=seq.cu_seqlens, initial_state=None if state is None else state.matrix)
-        if state is not None:
-            state.matrix = matrix
+        rule = partial(delta_rule, q_BTHK, k_BTHK, g=g, gate=gate, beta=self.b_proj(x_BTD),
+                       beta_sigmoid=config.beta_scale, qk_l2norm=config.qk_l2norm, cu_seqlens=seq.cu_seqlens)
+        if seq.piece is not None:
+            o_BTGV = over_pieces(rule, v_BTGV, config.head_dim, seq.piece)
+        else:
+            o_BTGV, matrix = rule(v_BTGV, initial_state=None if state is None else state.matrix)
+            if state is not None:
+                state.matrix = matrix
         return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=False), {}
+
+
+def over_pieces(rule: Callable[..., tuple[Tensor, Tensor]], v_BTGV: Tensor, key_dim: int, piece: Piece) -> Tensor:
+    """o [B, T, G, V] of the delta rule over rows that are split into pieces, by one pass over each.
+
+    The columns of a state do not mix, and the rule is linear in them. V columns start at zero and take the values: N.
+    K more start as the identity and take none: M, a product of Diag(e^g) - beta k k^T. With the state S that the
+    earlier pieces leave, the states here are N_t + M_t S, and the outputs those of N_t plus S^T times those of M_t.
+    """
+    batch, _, heads, width = v_BTGV.shape
+    eye_BGKK = torch.eye(key_dim, dtype=math_dtype(v_BTGV), device=v_BTGV.device).expand(batch, heads, -1, -1)
+    eye_BGKK = eye_BGKK * piece.continues_B[:, None, None, None]
+    o_BTGX, state_NGKX = rule(F.pad(v_BTGV, (0, key_dim)), initial_state=piece.at_start(F.pad(eye_BGKK, (width, 0))))
+    local_BGKV, through_BGKK = piece.at_end(state_NGKX).split([width, key_dim], -1)
+    incoming_BGKV = piece.incoming(local_BGKV, through_BGKK, torch.matmul)
+    o_BTGV, reach_BTGK = o_BTGX.split([width, key_dim], -1)
+    return o_BTGV + read_incoming(reach_BTGK, incoming_BGKV).to(o_BTGV.dtype)

@@ -21,11 +21,20 @@ from hybridlm.model.cache import PooledCache, TokenCache
 from hybridlm.model.config import LayerContext, require
 from hybridlm.model.mixers.base import Aux, SequenceMixer
 from hybridlm.model.mixers.cost import open_tail, visible_keys, visible_pools
+from hybridlm.model.mixers.dense import dense_attention
 from hybridlm.model.mixers.init import init_projections
 from hybridlm.model.mixers.pooling import KeyPool
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import Pools, attention_recall, indexer_kl, indexer_topk, pooled_indexer_kl, pooled_topk
+from hybridlm_kernels import (
+    Pools,
+    attention_recall,
+    indexer_kl,
+    indexer_topk,
+    pooled_indexer_kl,
+    pooled_topk,
+    sparse_attention,
+)
 from hybridlm_kernels.indexer_kl import IndexerKL, Recall
 
 AttentionMode = Literal["dense", "sparse"]
@@ -153,17 +162,18 @@ class Indexer(nn.Module):
         """Keys of tokens [B, S, I] or of complete pools [B, P, I], with those of the cache before them."""
         k_BTI = self.token_keys(x_BTD, seq)
         if self.pool is None:
-            return k_BTI if cache is None else cache.append(k_BTI)  # type: ignore[call-arg]
+            return seq.history(k_BTI) if cache is None else cache.append(k_BTI)  # type: ignore[call-arg]
         entries_BT2I = self.pool.entries(x_BTD, k_BTI)
         if isinstance(cache, PooledCache):
             return cache.append(entries_BT2I, self.pool.combine)
-        return self.pool(entries_BT2I, self.pools(x_BTD, x_BTD.shape[1], seq))
+        entries_BS2I = seq.history(entries_BT2I)
+        return self.pool(entries_BS2I, self.pools(x_BTD, entries_BS2I.shape[1], seq))
 
     def pools(self, queries_BT: Tensor, keys: int, seq: SequenceInfo) -> Pools:
         """Where the pools of `keys` tokens lie, for queries at the last places of their rows."""
         assert self.pool is not None
         batch, queries = queries_BT.shape[:2]
-        return Pools.of(batch, queries, keys, self.pool.size, queries_BT.device, seq.cu_seqlens)
+        return Pools.of(batch, queries, keys, self.pool.size, queries_BT.device, seq.history_borders)
 
     def token_keys(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
         """Index keys [B, T, I]: one head, normalised, rotated."""
@@ -214,25 +224,33 @@ class Indexer(nn.Module):
         """The selection among `keys` tokens of a row for the last ones; None when everything fits into `topk`."""
         if longest_document(keys, seq) <= self.topk:
             return None
+        keys = keys if seq.piece is None else seq.piece.history_length
         first = min(self.config.num_first, self.topk)
         local = min(self.config.num_local, self.topk - first)
         if self.pool is None:
-            return indexer_topk(*index, self.topk, num_first=first, num_local=local, cu_seqlens=seq.cu_seqlens)
+            return indexer_topk(*index, self.topk, num_first=first, num_local=local, cu_seqlens=seq.history_borders)
         size = self.pool.size
         return pooled_topk(*index, self.pools(index[0], keys, seq), self.topk // size,
                            num_first=first // size, num_local=local // size)
 
-    def loss(self, index: IndexTensors, q_BTHK: Tensor, k_BTGK: Tensor, seq: SequenceInfo,
+    def loss(self, index: IndexTensors, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo,
              **options: Any) -> IndexerKL:
         """KL of the selection against the main attention with these queries and keys."""
         if self.pool is None:
-            return indexer_kl(*index, q_BTHK, k_BTGK, cu_seqlens=seq.cu_seqlens, **options)
-        return pooled_indexer_kl(*index, q_BTHK, k_BTGK, self.pools(q_BTHK, k_BTGK.shape[1], seq),
-                                 cu_seqlens=seq.cu_seqlens, **options)
+            return indexer_kl(*index, q_BTHK, k_BSGK, cu_seqlens=seq.history_borders, **options)
+        pools = self.pools(q_BTHK, k_BSGK.shape[1], seq)
+        result = pooled_indexer_kl(*index, q_BTHK, k_BSGK, pools, cu_seqlens=seq.history_borders, **options)
+        if seq.piece is None:
+            return result
+        count = (pools.count_BT > 0).sum()  # in an early piece fewer queries see a pool
+        return result._replace(loss=seq.piece.weighed(result.loss, count),
+                               entropy=seq.piece.weighed(result.entropy, count))
 
 
 def longest_document(keys: int, seq: SequenceInfo) -> int:
     """Tokens in the longest document of rows of `keys` tokens, those in the decode state included."""
+    if seq.piece is not None:
+        return seq.piece.longest_document
     return keys if seq.cu_seqlens is None else max(seq.cu_seqlens.lengths)
 
 
@@ -359,7 +377,21 @@ class IndexedMixer(SequenceMixer):
         Selections.of(seq).leave(self.layer_index, selection)
         return selection
 
-    def observe(self, selection: Selection, q_BTHK: Tensor, k_BTGK: Tensor, seq: SequenceInfo,
+    def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: SequenceInfo, selection: Selection, *,
+               scale: float | None = None, **options: Any) -> tuple[Tensor, Aux]:
+        """Attention over all keys or the selected ones, and what the indexer has to learn from it.
+
+        With a selection, keys and values are those of `seq.history`. `options`: of `dense_attention`.
+        """
+        if selection.indices is not None:
+            aux = self.observe(selection, q_BTHK, k_BSGK, seq, scale)
+            return sparse_attention(q_BTHK, k_BSGK, v_BSGV, selection.indices, scale=scale), aux
+        aux = {}
+        if selection.index is not None:
+            aux = self.observe(selection, q_BTHK, seq.history(k_BSGK.detach()), seq, scale)
+        return dense_attention(q_BTHK, k_BSGK, v_BSGV, seq, scale=scale, **options), aux
+
+    def observe(self, selection: Selection, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo,
                 scale: float | None = None) -> Aux:
         """The loss of the indexer and its statistics, from the main attention's queries and keys.
 
@@ -370,14 +402,17 @@ class IndexedMixer(SequenceMixer):
         if selection.index is None or selection.indexer is None:
             return {}
         everything, chosen = selection.indices is None, selection.chosen
-        result = selection.indexer.loss(selection.index, q_BTHK, k_BTGK, seq, indices_BTN=selection.indices,
+        result = selection.indexer.loss(selection.index, q_BTHK, k_BSGK, seq, indices_BTN=selection.indices,
                                         recall_of_BTN=chosen if everything else None, scale=scale)
         recall = result.recall
         if self.measuring and not everything:
             assert selection.indices is not None
-            recall = attention_recall(q_BTHK, k_BTGK, selection.indices, scale=scale, cu_seqlens=seq.cu_seqlens)
+            recall = attention_recall(q_BTHK, k_BSGK, selection.indices, scale=scale, cu_seqlens=seq.history_borders)
         aux = {"loss/indexer_kl": result.loss, "layer/indexer_kl": result.loss.detach(),
                "layer/indexer_entropy": result.entropy}
+        if recall is not None and chosen is not None and seq.piece is not None:
+            chose = (seq.positions_BT + 1 > (chosen >= 0).sum(-1)).sum()  # the queries that recall is a mean over
+            recall = Recall(*(seq.piece.weighed(x, chose) for x in recall))
         if recall is None and chosen is None:  # every key is selected
             recall = Recall(*[torch.ones_like(result.entropy)] * 3)
         if recall is not None:

@@ -25,11 +25,11 @@ from hybridlm.model.config import LayerContext, MixerConfig, NormConfig, require
 from hybridlm.model.mixers.attention import OutputGate, build_output_gate, gate_output
 from hybridlm.model.mixers.base import Aux, register_mixer
 from hybridlm.model.mixers.cost import visible_keys
+from hybridlm.model.mixers.dense import check_heads
 from hybridlm.model.mixers.indexer import IndexedMixer, IndexerConfig, Selection
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import attention, sparse_attention
 
 
 @dataclass(kw_only=True)
@@ -102,6 +102,9 @@ class MLAConfig(MixerConfig):
         width = self.num_heads * self.qk_head_dim
         return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
             context, self._widths(context)[0], context_length, width)
+
+    def check_pieces(self, pieces: int, length: int) -> None:
+        check_heads(self.num_heads, pieces)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
@@ -177,14 +180,6 @@ class MLA(IndexedMixer):
         q_BTHN, q_BTHR = q_BTHK.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         return q_BTHN, rotate(q_BTHR, config.rope, config.qk_rope_head_dim, seq)
 
-    def _attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: SequenceInfo,
-                selection: Selection) -> tuple[Tensor, Aux]:
-        """Attention over all keys or the selected ones, and what the indexer has to learn from it."""
-        aux = self.observe(selection, q_BTHK, k_BSGK, seq, self.scale)
-        if selection.indices is None:
-            return attention(q_BTHK, k_BSGK, v_BSGV, scale=self.scale, cu_seqlens=seq.cu_seqlens), aux
-        return sparse_attention(q_BTHK, k_BSGK, v_BSGV, selection.indices, scale=self.scale), aux
-
     def _expanded(self, q_BTHK: Tensor, c_BSC: Tensor, r_BSR: Tensor, seq: SequenceInfo,
                   selection: Selection) -> tuple[Tensor, Aux]:
         """o [B, T, H, V] by the keys and values of every head."""
@@ -195,7 +190,7 @@ class MLA(IndexedMixer):
         k_BSHK, v_BSHV = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
         if config.qk_rope_head_dim:
             k_BSHK = torch.cat([k_BSHK, r_BSR[:, :, None].expand(-1, -1, config.num_heads, -1)], -1)
-        return self._attend(q_BTHK, k_BSHK, v_BSHV, seq, selection)
+        return self.attend(q_BTHK, k_BSHK, v_BSHV, seq, selection, scale=self.scale)
 
     def _absorbed(self, q_BTHK: Tensor, latent_BSL: Tensor, seq: SequenceInfo,
                   selection: Selection) -> tuple[Tensor, Aux]:
@@ -205,8 +200,8 @@ class MLA(IndexedMixer):
         up_HNC, up_HVC = up_HXC.split([config.qk_nope_head_dim, config.v_head_dim], 1)
         q_BTHN, q_BTHR = self._split_queries(q_BTHK, seq)
         q_BTHL = torch.cat([torch.einsum("bthn,hnc->bthc", q_BTHN, up_HNC), q_BTHR], -1)
-        k_BS1L = latent_BSL[:, :, None]
-        o_BTHC, aux = self._attend(q_BTHL, k_BS1L, k_BS1L[..., : config.kv_lora_rank], seq, selection)
+        k_BS1L = (latent_BSL if selection.indices is None else seq.history(latent_BSL))[:, :, None]
+        o_BTHC, aux = self.attend(q_BTHL, k_BS1L, k_BS1L[..., : config.kv_lora_rank], seq, selection, scale=self.scale)
         return torch.einsum("bthc,hvc->bthv", o_BTHC, up_HVC), aux
 
     def new_state(self, batch: int, max_length: int) -> LatentState:

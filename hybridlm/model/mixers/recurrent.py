@@ -5,6 +5,7 @@ B rows, T tokens, D hidden size, H key heads, G value heads, K key dim, V value 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -98,6 +99,11 @@ class RecurrentConfig(MixerConfig):
     def has_a_log(self) -> bool:
         return self.gate_width > 0 and self.gate != "logsigmoid"
 
+    def check_pieces(self, pieces: int, length: int) -> None:
+        require(self.conv_size <= length + 1, "conv_size", "reaches over more than one piece of a split row",
+                got=self.conv_size, expected=f"at most {length + 1} taps",
+                hint="a smaller engine.sequence_parallel, or longer sequences")
+
     def _projections(self, context: LayerContext) -> int:
         """Weights of all projections that every linear mixer has."""
         D, out = context.hidden_size, self.channels["v"]
@@ -130,6 +136,13 @@ def low_rank_params(inputs: int, outputs: int, rank: int | None) -> int:
     if outputs == 0:
         return 0
     return inputs * outputs if rank is None else rank * (inputs + outputs)
+
+
+def read_incoming(reach_BTGK: Tensor, incoming_BGKV: Tensor) -> Tensor:
+    """[B, T, G, V]: what queries find in the state at the start of the piece, `reach` being what is left of them on
+    the way back to there."""
+    with torch.autocast(reach_BTGK.device.type, enabled=False):
+        return torch.einsum("btgk,bgkv->btgv", reach_BTGK.to(incoming_BGKV.dtype), incoming_BGKV)
 
 
 class RecurrentMixer(SequenceMixer):
@@ -181,16 +194,23 @@ class RecurrentMixer(SequenceMixer):
             return RMSNorm(dim, eps)
         return GatedRMSNorm(dim, eps, config.output_gate)
 
-    def projected(self, name: str, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None) -> Tensor:
-        """q, k or v [B, T, channels], after its convolution."""
-        y_BTC = getattr(self, f"{name}_proj")(x_BTD)
-        if not self.config.conv_size:
-            return y_BTC
-        y_BTC, inputs = short_conv(y_BTC, getattr(self, f"{name}_conv"), activation="silu", cu_seqlens=seq.cu_seqlens,
-                                   initial_state=None if state is None else state.conv.get(name))
-        if state is not None:
-            state.conv[name] = inputs
-        return y_BTC
+    def projected(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None) -> Iterator[Tensor]:
+        """q, k and v [B, T, channels], after their convolutions."""
+        taps, before_BXD = self.config.conv_size, None
+        if taps and seq.piece is not None:
+            before_BXD = seq.piece.tail(x_BTD, taps - 1)
+        for name in self.config.channels:
+            project = getattr(self, f"{name}_proj")
+            y_BTC = project(x_BTD)
+            if taps:
+                start = None if state is None else state.conv.get(name)
+                if before_BXD is not None:
+                    start = seq.piece.at_start(project(before_BXD).mT)  # type: ignore[union-attr]
+                y_BTC, inputs = short_conv(y_BTC, getattr(self, f"{name}_conv"), activation="silu",
+                                           cu_seqlens=seq.cu_seqlens, initial_state=start)
+                if state is not None:
+                    state.conv[name] = inputs
+            yield y_BTC
 
     def forget_input(self, x_BTD: Tensor) -> Tensor:
         """f(x), of which the gate makes the decay: [B, T, G] or [B, T, G, K]."""

@@ -1,0 +1,68 @@
+"""The peers of split rows as threads of one process: the mathematics without a process group."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridlm.distributed.sequence_parallel import SequencePeers
+
+
+class Meeting:
+    """Where `size` threads put down what they bring and look at what the others brought."""
+
+    def __init__(self, size: int):
+        self.size, self.barrier, self.brought = size, threading.Barrier(size, timeout=60), [None] * size
+
+    def put(self, rank: int, x: Any) -> list[Any]:
+        self.brought[rank] = x
+        self.barrier.wait()
+        everyone = list(self.brought)
+        self.barrier.wait()
+        return everyone
+
+
+class ThreadPeers(SequencePeers):
+    def __init__(self, meeting: Meeting, rank: int):
+        self.meeting, self.rank, self.size = meeting, rank, meeting.size
+
+    def total(self, x: Tensor) -> Tensor:
+        return torch.stack(self.meeting.put(self.rank, x.detach())).sum(0)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.stack(self.meeting.put(self.rank, x))
+
+    def reduce_scatter(self, x_P: Tensor) -> Tensor:
+        return torch.stack([x[self.rank] for x in self.meeting.put(self.rank, x_P)]).sum(0)
+
+    def all_to_all(self, x_P: Tensor) -> Tensor:
+        return torch.stack([x[self.rank] for x in self.meeting.put(self.rank, x_P)])
+
+    def shift(self, x: Tensor, step: int) -> Tensor:
+        everyone, source = self.meeting.put(self.rank, x), self.rank - step
+        return everyone[source].clone() if 0 <= source < self.size else torch.zeros_like(x)
+
+
+def together(run: Callable[[ThreadPeers], Any], size: int) -> Sequence[Any]:
+    """What `run` gives in each of `size` threads that are peers; the first error of any of them is raised."""
+    meeting, results, errors = Meeting(size), [None] * size, []
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = run(ThreadPeers(meeting, rank))
+        except BaseException as error:
+            errors.append(error)
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return results
