@@ -1,7 +1,8 @@
 """Checkpoints: a folder of plain files that appears whole or not at all, and is never unpickled.
 
     step-N/
-      model.safetensors       weights by parameter name (model-00001-of-00003.safetensors, ... when large)
+      model.safetensors       weights by parameter name (model-00001-of-00003.safetensors, ... when large
+                            or written by several processes)
       config.yaml             the resolved config of the run, all of it
       layers.json             the explicit layer list, compared on load
       tokenizer.json          the tokenizer, in the format of the `tokenizers` library (and tokenizer_config.json)
@@ -21,10 +22,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hybridlm import __version__
 from hybridlm.errors import CheckpointError
@@ -56,37 +58,121 @@ def step_folders(root: Path) -> list[Path]:
     return [f for n, f in sorted(((n, f) for n, f in found if n is not None), reverse=True)]
 
 
-def write(root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> Path:
+class Ranks(Protocol):
+    """The processes that write a checkpoint together; `hybridlm.distributed.engine.Engine` is one."""
+
+    rank: int
+
+    def gather(self, value: Any) -> list[Any]: ...
+    def together(self, run: Callable[[], Any]) -> list[Any]: ...
+    def on_main(self, run: Callable[[], Any]) -> Any: ...
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def together(self, run: Callable[[], Any]) -> list[Any]:
+        return [run()]
+
+    def on_main(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+ALONE = Alone()
+
+
+def write(root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]],
+          ranks: Ranks = ALONE) -> Path:
     """Write `root/step-N` so that it is there whole or not at all; returns the folder.
 
     `texts` are files by name, `tensors` safetensors files by stem. An older folder of the same name is replaced.
+    Several `ranks` call it together, each with its share of the tensors, and write side by side into one folder.
 
     Raises:
-        OSError: the disk is full or fails; nothing but older checkpoints is left then.
+        OSError: the disk is full or fails for one of the ranks; nothing but older checkpoints is left then.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    target, draft = root / f"step-{step}", root / f"{TEMPORARY}step-{step}-{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    target = root / f"step-{step}"
+    draft = ranks.on_main(lambda: _open_draft(root, step))
     try:
-        for name, text in texts.items():
-            (draft / name).write_text(text, encoding="utf-8")
-        for stem, group in tensors.items():
-            _write_tensors(draft, stem, group)
-        seal(draft, step)
-        _swap_in(draft, target)
+        files = _files(tensors, ranks)
+        by_rank = ranks.together(lambda: {name: _write_tensors(draft / name, group) for name, group in files.items()})
+        written = {name: entry for entries in by_rank for name, entry in entries.items()}
+        ranks.on_main(lambda: _publish(draft, target, step, texts, written))
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        if ranks.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
         raise
     return target
 
 
-def seal(folder: Path, step: int) -> None:
-    """Flush every file of `folder` to disk and write the manifest that makes it a checkpoint."""
+def _open_draft(root: Path, step: int) -> Path:
+    draft = root / f"{TEMPORARY}step-{step}-{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    return draft
+
+
+def _files(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+    """This rank's tensors by the file they go to; files are numbered through all ranks."""
+    shards = {stem: _shards(group) for stem, group in tensors.items()}
+    counts = ranks.gather({stem: len(found) for stem, found in shards.items()})
     files = {}
-    for file in sorted(folder.iterdir()):
-        _sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    for stem, found in shards.items():
+        first, total = (sum(count[stem] for count in some) for some in (counts[:ranks.rank], counts))
+        for index, shard in enumerate(found, start=first + 1):
+            part = "" if total == 1 else f"-{index:05d}-of-{total:05d}"
+            files[f"{stem}{part}.safetensors"] = shard
+    return files
+
+
+def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and used + size > SHARD_BYTES:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor.detach().contiguous()
+        used += size
+    return shards
+
+
+def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The file's entry for the manifest."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the disk refuses comes back as the library's own error
+        raise OSError(str(error)) from error
+    return _entry(file)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    _sync(file)
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _publish(draft: Path, target: Path, step: int, texts: dict[str, str], written: dict[str, Any]) -> None:
+    for name, text in texts.items():
+        (draft / name).write_text(text, encoding="utf-8")
+    seal(draft, step, written)
+    _swap_in(draft, target)
+
+
+def seal(folder: Path, step: int, written: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Flush every file of `folder` to disk and write the manifest that makes it a checkpoint.
+
+    `written`: entries of files that those who wrote them have flushed already.
+    """
+    files = {file.name: written.get(file.name) or _entry(file) for file in sorted(folder.iterdir())}
     manifest = {"format": FORMAT_VERSION, "hybridlm": __version__, "step": step, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
@@ -101,27 +187,6 @@ def _swap_in(draft: Path, target: Path) -> None:
     draft.rename(target)
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    shards: list[dict[str, Tensor]] = [{}]
-    used = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and used + size > SHARD_BYTES:
-            shards.append({})
-            used = 0
-        shards[-1][name] = tensor.detach().contiguous()
-        used += size
-    for index, shard in enumerate(shards):
-        part = "" if len(shards) == 1 else f"-{index + 1:05d}-of-{len(shards):05d}"
-        try:
-            save_file(shard, folder / f"{stem}{part}.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:  # what the disk refuses comes back as the library's own error
-            raise OSError(str(error)) from error
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hybridlm.config.schema import EngineConfig
+from hybridlm.config.schema import ZERO, EngineConfig
 from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
 from hybridlm.distributed.world import World
 from hybridlm.errors import ConfigError
@@ -84,6 +84,16 @@ def check_fp32(model: nn.Module, names: Sequence[str]) -> None:
             raise RuntimeError(f"the engine left '{name}' in {tensors[name].dtype}; it must stay float32")
 
 
+def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """A rank for each name, so that all have about as much: the largest first, each to whom has least."""
+    load = [0] * ranks
+    owner = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += sizes[name]
+    return owner
+
+
 def lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone or hangs."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
@@ -99,19 +109,19 @@ class Engine:
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
 
+        self.config = config
         world = World.here()
         self.rank, self.world_size, self.is_main = world.rank, world.size, world.rank == 0
         self.device = pick_device(config, world.local_rank)
         self.precision = pick_precision(precision, self.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # a process may run several engines in turn
         handlers: list[Any] = []
-        if self.world_size > 1:
+        if world.launched:
             # Buffers are the routers' loads and biases: summed over ranks (`_over_ranks`), not copied from the first.
             handlers = [DistributedDataParallelKwargs(broadcast_buffers=False),
                         InitProcessGroupKwargs(backend="gloo" if self.device.type == "cpu" else "nccl",
                                                timeout=timedelta(seconds=config.timeout))]
-        self.accelerator = Accelerator(mixed_precision="bf16" if self.precision == "bf16" else "no",
-                                       cpu=self.device.type == "cpu", kwargs_handlers=handlers)
+        self.accelerator = Accelerator(kwargs_handlers=handlers, **self._accelerator_options(config))
         if self.accelerator.num_processes != self.world_size:
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
         self.experts = ExpertParallel.make(config.expert_parallel) if config.expert_parallel > 1 else None
@@ -124,19 +134,22 @@ class Engine:
         if self.experts is not None:
             self.experts.split(model)
 
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights or optimizer state by name, as one process has them. All ranks call it together."""
-        return tensors if self.experts is None else {n: self.experts.whole(n, t) for n, t in tensors.items()}
-
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """What this rank holds of a tensor that `whole` gave."""
+        """What this rank holds of a tensor as one process has it."""
         return tensor if self.experts is None else self.experts.part(name, tensor)
 
-    def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = ()) -> None:
+    def _accelerator_options(self, config: EngineConfig) -> dict[str, Any]:
+        return {"mixed_precision": "bf16" if self.precision == "bf16" else "no", "cpu": self.device.type == "cpu"}
+
+    def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = (),
+                state: Mapping[str, Tensor] | None = None, *, strict: bool = True) -> None:
         """Take over the model and the optimizers of a stage.
+
+        `state`: saved optimizer state, `{key}/{parameter}`; `strict=False` takes of it what has a place.
 
         Raises:
             RuntimeError: a parameter that must stay fp32 does not; the text names it.
+            CheckpointError: state that does not fit the optimizers.
         """
         self.release()
         self.bare = model
@@ -151,8 +164,31 @@ class Engine:
             self.model = self.accelerator.prepare_model(model)
         if optimizers is not None:
             optimizers.members = [self.accelerator.prepare_optimizer(member) for member in optimizers.members]
+            optimizers.load_state_tensors(state or {}, strict=strict)
         self.optimizers = optimizers
         check_fp32(model, fp32_names)
+
+    def local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of the prepared model's parameters and buffers, by name."""
+        yield from self.bare.named_parameters()
+        yield from self.bare.named_buffers()
+
+    def share(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the model's `weights` that this rank is to write, whole. All ranks call it together."""
+        owner = deal({name: getattr(w, "ds_numel", w.numel()) for name, w in weights.items()}, self.world_size)
+        mine = {}
+        for name, weight in weights.items():
+            whole = self._whole_weight(name, weight)
+            if owner[name] == self.rank:
+                mine[name] = whole
+        return mine
+
+    def optimizer_share(self) -> dict[str, Tensor]:
+        """The optimizer state that this rank is to write, `{key}/{parameter}`, whole. All ranks call it together."""
+        return {} if self.optimizers is None else self.share(self.optimizers.state_tensors())
+
+    def _whole_weight(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self.experts is None else self.experts.whole(name, tensor)
 
     def release(self) -> None:
         """Give the model back as it was before `prepare`."""
@@ -206,6 +242,19 @@ class Engine:
             raise outcome[1]
         return outcome[0]
 
+    def together(self, run: Callable[[], Any]) -> list[Any]:
+        """What `run` gives on every rank, by rank, on all of them. An OSError of one is raised everywhere."""
+        result = error = None
+        try:
+            result = run()
+        except OSError as failed:
+            error = failed
+        outcomes = self.gather((result, error))
+        failures = [failed for _, failed in outcomes if failed is not None]
+        if failures:
+            raise failures[0]
+        return [found for found, _ in outcomes]
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """The first rank goes through the block before the others."""
@@ -224,15 +273,23 @@ class Engine:
         totals: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self._accumulating(last):
                 contribution = objective(self.model, self.move(part))
-                # The mean over ranks that DistributedDataParallel takes becomes a sum.
-                self.accelerator.backward(contribution.loss * self.world_size)
+                # The mean over ranks that DistributedDataParallel and DeepSpeed take becomes a sum.
+                self.backward(contribution.loss * self.world_size)
             values = {"loss": contribution.loss.detach(), **contribution.values}
             totals = {key: value.float() + totals.get(key, 0.0) for key, value in values.items()}
         if self.experts is not None:
             self.experts.average_gradients(self.bare)
         return self._over_ranks(totals)
+
+    def _accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward of a part; gradients are summed over ranks in the last one."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss that `self.model` gave, averaged over ranks unless more parts come."""
+        self.accelerator.backward(loss)
 
     def _over_ranks(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """The values, and the loads of the model's routers, summed over ranks."""
@@ -290,3 +347,16 @@ class Engine:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def make_engine(config: EngineConfig, precision: str = "auto") -> Engine:
+    """The engine of `config.kind`, in the process that this is.
+
+    Raises:
+        ConfigError: a device or a package that is not there.
+    """
+    if config.kind not in ZERO:
+        return Engine(config, precision)
+    from hybridlm.distributed.zero import ZeroEngine
+
+    return ZeroEngine(config, precision)

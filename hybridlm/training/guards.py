@@ -41,29 +41,24 @@ def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) 
     backward (the module whose output first receives one). Ranks whose layers exchange with others go on together
     until one of them has found something.
     """
-    weight = bad_weight(engine.bare)
+    weight = bad_weight(engine)
     found = [] if weight is None else [f"weight '{weight}' itself is not finite"]
     for part in parts:
         if engine.largest(len(found)):
             break
         with _watching(engine.bare) as found:
-            contribution = objective(engine.bare, engine.move(part))
+            contribution = objective(engine.model, engine.move(part))
             if not found and not _finite(contribution.loss):
                 found.append("the loss, computed from finite layers")
             if not engine.largest(len(found)):
-                contribution.loss.backward()
+                engine.backward(contribution.loss)
         engine.bare.zero_grad(set_to_none=True)
     return found[0] if found else NOTHING_BAD
 
 
-def bad_weight(model: nn.Module) -> str | None:
-    """The name of a weight or buffer that is not finite."""
-    return next((name for name, tensor in _weights(model) if not _finite(tensor)), None)
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def bad_weight(engine: Engine) -> str | None:
+    """The name of a weight or buffer of this rank that is not finite."""
+    return next((name for name, tensor in engine.local_weights() if not _finite(tensor)), None)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ Embeddings are left out because decay shrinks those of rare tokens, whose gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,6 +124,18 @@ class OptimizerSet:
             for group, multiple in zip(member.param_groups, multiples, strict=True):
                 group["lr"] = lr * multiple
 
+    def split_groups(self, key: Callable[[str], float]) -> None:
+        """Divide every group into groups of parameters that have one `key` of their name."""
+        for index, member in enumerate(self.members):
+            groups, multiples = [], []
+            for group, multiple in zip(member.param_groups, self.multiples[index], strict=True):
+                keys = [key(self.names[id(parameter)]) for parameter in group["params"]]
+                for one in sorted(set(keys)):
+                    members = [p for p, found in zip(group["params"], keys, strict=True) if found == one]
+                    groups.append({**group, "params": members})
+                    multiples.append(multiple)
+            member.param_groups, self.multiples[index] = groups, multiples
+
     def step(self) -> None:
         for member in self.members:
             member.step()
@@ -145,30 +157,46 @@ class OptimizerSet:
                         tensors[f"{key}/{self.names[id(parameter)]}"] = value
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], *, strict: bool = True) -> None:
-        """Put back what `state_tensors` gave. `strict=False` (a new stage) takes what still has a place.
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+        """Put back what `state_tensors` gave.
 
         Raises:
-            CheckpointError: a tensor for a parameter that is not trained, or of another shape.
+            CheckpointError: as `fitting`; or a tensor of another shape.
         """
-        left = set(tensors)
+        fitting = self.fitting(tensors, strict=strict)
         for member in self.members:
-            adam = "betas" in member.param_groups[0]
             for group in member.param_groups:
                 for parameter in group["params"]:
                     name = self.names[id(parameter)]
-                    found = {key: tensors[f"{key}/{name}"] for key in STATE_KEYS
-                             if f"{key}/{name}" in tensors}
-                    left -= {f"{key}/{name}" for key in found}
-                    if found and ("exp_avg" in found) == adam:
-                        member.state[parameter] = {key: _placed(key, value, parameter, group, name)
-                                                   for key, value in found.items()}
-                    elif found and strict:
+                    if name in fitting:
+                        member.state[parameter] = {key: _placed(key, tensors[f"{key}/{name}"], parameter, group, name)
+                                                   for key in fitting[name]}
+
+    def fitting(self, saved: Collection[str], *, strict: bool = True) -> dict[str, list[str]]:
+        """State keys by parameter name, for the parameters of this set whose state is among the `saved` names.
+
+        `strict=False` (a new stage) passes over what has no place.
+
+        Raises:
+            CheckpointError: state of a parameter that is not trained, or of another update rule.
+        """
+        found: dict[str, list[str]] = {}
+        left = set(saved)
+        for member in self.members:
+            adam = "betas" in member.param_groups[0]
+            for group in member.param_groups:
+                for name in (self.names[id(parameter)] for parameter in group["params"]):
+                    keys = [key for key in STATE_KEYS if f"{key}/{name}" in left]
+                    left -= {f"{key}/{name}" for key in keys}
+                    if keys and ("exp_avg" in keys) == adam:
+                        found[name] = keys
+                    elif keys and strict:
                         raise CheckpointError(f"optimizer state of '{name}' belongs to another update rule; "
                                               "resume with the optimizer the run began with")
         if left and strict:
             raise CheckpointError(f"the checkpoint holds optimizer state of '{min(left).split('/', 1)[1]}' "
                                   f"({len(left)} such tensors), which this stage does not train")
+        return found
 
 
 def _placed(key: str, value: Tensor, parameter: Tensor, group: dict[str, Any], name: str) -> Tensor:

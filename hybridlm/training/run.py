@@ -18,7 +18,7 @@ from hybridlm import checkpoint
 from hybridlm.config.convert import to_dict
 from hybridlm.config.schema import Config
 from hybridlm.data import PreparedData, bigram_entropy, check_vocab, prepare
-from hybridlm.distributed.engine import Engine, lost_peer
+from hybridlm.distributed.engine import Engine, lost_peer, make_engine
 from hybridlm.distributed.world import World, check_world
 from hybridlm.errors import CheckpointError, counted
 from hybridlm.model.cost import count_parameters
@@ -74,7 +74,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             run.log_file, log_every=config.training.log_every, to_stderr=to_stderr, silent=not main) as display:
         resume = resume_command(command, run.path)
         try:
-            engine = Engine(config.engine, config.training.precision)
+            engine = make_engine(config.engine, config.training.precision)
             start = engine.on_main(lambda: run.start_from(config))
             with engine.main_first():
                 data = prepare(config.data, progress=main)

@@ -61,7 +61,6 @@ class Trainer:
         self.samples = MetricsFile(self.run.samples_file(self.engine.rank))
         self.guard = BadStepGuard(self.config.training.max_bad_steps)
         self.optimizers: OptimizerSet | None = None
-        self.optimizer_state: dict[str, Tensor] = {}  # of the stage before, or of the checkpoint
         self.saved: Path | None = None
         self.failed_saves = 0
         self.record: dict[str, Any] = {}  # of the last step
@@ -80,8 +79,6 @@ class Trainer:
             raise CheckpointError(f"the data has changed since {folder} was saved: its files, tokenizer or "
                                   "mixture differ; take another run_dir (init_from takes the weights along)")
         checkpoint.load_weights(self.model, folder, part=self.engine.part)
-        self.optimizer_state = {name: self.engine.part(name, tensor)
-                                for name, tensor in checkpoint.read_tensors(folder, "optimizer")}
         known = {field.name for field in fields(Progress)}
         self.progress = Progress(**{key: value for key, value in saved["progress"].items() if key in known})
         self.state_stage = self.progress.stage
@@ -127,8 +124,7 @@ class Trainer:
                 if self.progress.step % training.checkpoint_every == 0 and not self.guard.in_a_row:
                     self.save()
         self.save(must=True)
-        assert self.optimizers is not None
-        self.optimizer_state, self.state_stage = self.optimizers.state_tensors(), stage.index
+        self.state_stage = stage.index
         return True
 
     def _stop_asked(self) -> bool:
@@ -152,9 +148,11 @@ class Trainer:
         self.balance = any(name.endswith("router.weight") for name in trained)
         self.optimizers = build_optimizer(self.model, self.config.optimizer, lr=stage.lr)
         audit(self.model, trained, self.optimizers)
-        self.engine.prepare(self.model, self.optimizers, sorted(fp32_names(self.model)))
-        self.optimizers.load_state_tensors(self.optimizer_state, strict=self.state_stage == stage.index)
-        self.optimizer_state = {}
+        # At the start of a stage the run stands where it was saved last, in this session or another one.
+        tensors = () if self.saved is None else checkpoint.read_tensors(self.saved, "optimizer")
+        state = {name: self.engine.part(name, tensor) for name, tensor in tensors}
+        self.engine.prepare(self.model, self.optimizers, sorted(fp32_names(self.model)), state,
+                            strict=self.state_stage == stage.index)
         self.model.train()
 
     def _dataset(self, stage: Stage, *, train: bool) -> PackedDataset:
@@ -256,7 +254,7 @@ class Trainer:
             return
         assert self.optimizers is not None
         # Found after a step of finite gradients: far too large a learning rate.
-        weight = next(filter(None, self.engine.gather(bad_weight(self.model))), None)
+        weight = next(filter(None, self.engine.gather(bad_weight(self.engine))), None)
         if weight is not None:
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was saved"
             raise TrainingStopped(f"weight '{weight}' is not finite after step {self.progress.step}, which is not "
@@ -264,10 +262,12 @@ class Trainer:
         state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint}
         texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)
         texts["trainer.json"] = json.dumps(state, indent=1)
-        tensors = {"model": self.engine.whole(checkpoint.unique_tensors(self.model)),
-                   "optimizer": self.engine.whole(self.optimizers.state_tensors())}
+        tensors = {"model": self.engine.share(checkpoint.unique_tensors(self.model)),
+                   "optimizer": self.engine.optimizer_share()}
         try:
-            self.saved = self.engine.on_main(lambda: self._write(texts, tensors))
+            self.engine.on_main(self.metrics.sync)
+            self.saved = checkpoint.write(self.run.checkpoints, self.progress.step, texts, tensors, self.engine)
+            self.engine.on_main(lambda: checkpoint.prune(self.run.checkpoints, self.config.training.keep_checkpoints))
             self.failed_saves = 0
         except OSError as error:
             self.failed_saves += 1
@@ -277,9 +277,3 @@ class Trainer:
                 raise TrainingStopped(f"{target} could not be saved{times}: {error}; {kept}; make room on the disk "
                                       "and start again with the same command") from error
             log.warning("%s could not be saved (%s); going on, %s", target, error, kept)
-
-    def _write(self, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> Path:
-        self.metrics.sync()
-        saved = checkpoint.write(self.run.checkpoints, self.progress.step, texts, tensors)
-        checkpoint.prune(self.run.checkpoints, self.config.training.keep_checkpoints)
-        return saved

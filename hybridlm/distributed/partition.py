@@ -1,0 +1,62 @@
+"""Where the elements of a parameter lie among the ranks of DeepSpeed's ZeRO optimizers, which keep them flat.
+
+It reads private names of DeepSpeed (`_hp_mapping`, `grad_position`), which is therefore pinned: its own public ways
+in and out fail under ZeRO-3 where a size does not divide by the ranks, and cannot set the count of steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's elements of one parameter: `numel` from `start`, found in `flat` from `offset`. None are 0 elements.
+
+    `flat` is what the optimizer updates: a rank's fp32 partition of a group of parameters. `group` are the ranks that
+    hold the parameter together.
+    """
+
+    flat: Tensor
+    offset: int
+    start: int
+    numel: int
+    shape: torch.Size
+    group: dist.ProcessGroup
+
+    def whole(self, flat: Tensor, device: torch.device) -> Tensor:
+        """The elements of all ranks, which call it together; `flat`: the weights, or state laid out as they are."""
+        whole = torch.zeros(self.shape.numel(), dtype=torch.float32, device=device)
+        whole.narrow(0, self.start, self.numel).copy_(flat.narrow(0, self.offset, self.numel))
+        dist.all_reduce(whole, group=self.group)
+        return whole.view(self.shape)
+
+    def place(self, flat: Tensor, whole: Tensor) -> None:
+        """Put this rank's elements of `whole` where they belong in `flat`."""
+        flat.narrow(0, self.offset, self.numel).copy_(whole.flatten().narrow(0, self.start, self.numel))
+
+
+def held(tensor: Any) -> Tensor:
+    """What this rank holds of a weight between steps: under ZeRO-3 its piece, without the padding; else all of it."""
+    if not hasattr(tensor, "ds_id"):
+        return tensor
+    piece = tensor.ds_tensor
+    return piece[:max(0, min(piece.numel(), tensor.ds_numel - dist.get_rank(tensor.ds_process_group) * piece.numel()))]
+
+
+def locate(optimizer: Any, parameter: Any, index: int) -> Fragment:
+    """The fragment of a parameter in the group number `index` of a ZeRO optimizer of any stage."""
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: every rank has an equal piece, the last one padded
+        part, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = min(dist.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
+        return Fragment(optimizer.fp32_partitioned_groups_flat[part], offset, start,
+                        min(size, parameter.ds_numel - start), parameter.ds_shape, parameter.ds_process_group)
+    flat, mapping = optimizer.single_partition_of_fp32_groups[index], parameter._hp_mapping
+    here, there = (0, 0) if mapping is None else (mapping.hp_fragment_address.start, mapping.lp_fragment_address.start)
+    return Fragment(flat, here, there, 0 if mapping is None else mapping.lp_fragment_address.numel, parameter.shape,
+                    parameter._dp_group)
