@@ -215,6 +215,7 @@ class EngineConfig:
     bucket_elements: int = 50_000_000
     persistence_threshold: int = 100_000
     expert_parallel: int = 1  # ranks over which the experts are split
+    sequence_parallel: int = 1  # ranks over which every row is split
 
     def __post_init__(self) -> None:
         require(0 < self.timeout < math.inf, "timeout", "must be positive and finite", got=self.timeout)

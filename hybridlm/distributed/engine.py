@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hybridlm.config.schema import ZERO, EngineConfig
 from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
+from hybridlm.distributed.sequence_parallel import SequencePeers
 from hybridlm.distributed.world import World
 from hybridlm.errors import ConfigError
 
@@ -124,6 +125,8 @@ class Engine:
         self.accelerator = Accelerator(kwargs_handlers=handlers, **self._accelerator_options(config))
         if self.accelerator.num_processes != self.world_size:
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
+        self.pieces = config.sequence_parallel  # of each row, one a rank
+        self.peers = SequencePeers.make(self.pieces) if self.pieces > 1 else None
         self.experts = ExpertParallel.make(config.expert_parallel) if config.expert_parallel > 1 else None
         self.model: nn.Module = nn.Module()  # as Accelerate gives it back
         self.bare: nn.Module = self.model  # as it was handed in
@@ -153,6 +156,7 @@ class Engine:
         """
         self.release()
         self.bare = model
+        model.peers = self.peers  # type: ignore[assignment]
         if self.accelerator.ddp_handler is not None:  # an indexer whose layer attends densely gets no gradient
             self.accelerator.ddp_handler.find_unused_parameters = any(
                 ".indexer." in name for name, p in model.named_parameters() if p.requires_grad)
@@ -194,22 +198,32 @@ class Engine:
         """Give the model back as it was before `prepare`."""
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # what Accelerate puts over it
             self.bare.__dict__.pop(name, None)
+        self.bare.peers = None  # type: ignore[assignment]
         self.accelerator.free_memory()
         self.model = self.bare = nn.Module()
         self.optimizers = None
 
     def rows(self, batch_size: int) -> range:
-        """Which samples of a global batch this rank computes: an equal share, in order."""
-        share = batch_size // self.world_size
-        return range(self.rank * share, (self.rank + 1) * share)
+        """Which samples of a global batch this rank computes, or computes pieces of: an equal share, in order."""
+        share = batch_size // self.replicas
+        return range(self.replica * share, (self.replica + 1) * share)
+
+    @property
+    def replica(self) -> int:
+        """Which of the `replicas`, groups of ranks that share their rows, this rank belongs to."""
+        return self.rank // self.pieces
+
+    @property
+    def replicas(self) -> int:
+        return self.world_size // self.pieces
 
     def total(self, numbers: Sequence[int]) -> list[int]:
-        """Each number summed over ranks."""
+        """Each number, something of a rank's rows, summed over the batch."""
         if self.world_size == 1:
             return list(numbers)
         summed = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         dist.all_reduce(summed)
-        return summed.tolist()
+        return (summed // self.pieces).tolist()
 
     def largest(self, number: int) -> int:
         """The largest of the ranks' numbers."""

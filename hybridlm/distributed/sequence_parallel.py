@@ -1,4 +1,4 @@
-"""Rows split over ranks: the collectives behind `hybridlm.model.pieces`, and what can be split at all.
+"""Rows split over ranks: the collectives behind `hybridlm.model.pieces`.
 
 `size` consecutive ranks, a group, hold the pieces of the same rows, in order; the groups divide the batch among them.
 Every rank's losses are sums over its own tokens, so the gradients of all ranks add up as they do without pieces.
@@ -12,9 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from hybridlm.config.schema import Config
-from hybridlm.errors import ConfigError
 
 
 class SequencePeers:
@@ -104,22 +101,3 @@ class _Shift(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
         return ctx.peers.shift(d, -1), None
-
-
-def check_pieces(config: Config) -> None:
-    """Raise ConfigError unless every row and every mixer of the model can be split `engine.sequence_parallel` times."""
-    pieces = config.engine.sequence_parallel
-    if pieces == 1:
-        return
-    lengths = {"training.sequence_length": config.training.sequence_length} | {
-        f"recipe.stages.{i}.sequence_length": stage.sequence_length for i, stage in enumerate(config.recipe.stages)
-        if stage.sequence_length is not None}
-    for key, length in lengths.items():
-        if length % pieces:
-            raise ConfigError(key, "must divide into engine.sequence_parallel equal pieces", got=length,
-                              expected=f"a multiple of {pieces}")
-    for name in dict.fromkeys([*config.model.layers(), *filter(None, [config.model.mtp.mixer])]):
-        try:
-            config.model.mixers[name].check_pieces(pieces, min(lengths.values()) // pieces)
-        except ConfigError as error:
-            raise error.within(f"model.mixers.{name}") from None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError, counted
+from hybridlm.model.config import require
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,19 @@ def check_world(config: Config, size: int) -> None:
         raise ConfigError("engine.num_processes", "differs from what the launcher started", got=engine.num_processes,
                           expected=str(size), hint="leave it out under a launcher")
     _check_experts(config, size)
+    _check_pieces(config)
+    pieces = engine.sequence_parallel
+    if size % pieces:
+        raise ConfigError("engine.sequence_parallel", "must divide the number of processes", got=pieces,
+                          expected=f"a divisor of {size}")
     sizes = {"training.batch_size": config.training.batch_size} | {
         f"recipe.stages.{i}.batch_size": stage.batch_size for i, stage in enumerate(config.recipe.stages)
         if stage.batch_size is not None}
     for key, batch_size in sizes.items():
-        if batch_size % size:
-            raise ConfigError(key, "must be a multiple of the number of processes", got=batch_size,
-                              expected=f"a multiple of {size}")
+        if batch_size % (size // pieces):
+            whom = "processes" if pieces == 1 else f"processes over engine.sequence_parallel ({size} / {pieces})"
+            raise ConfigError(key, f"must be a multiple of the number of {whom}", got=batch_size,
+                              expected=f"a multiple of {size // pieces}")
 
 
 def _check_experts(config: Config, size: int) -> None:
@@ -70,6 +77,26 @@ def _check_experts(config: Config, size: int) -> None:
     if ranks not in fitting:
         raise ConfigError("engine.expert_parallel", f"must divide the {counted(experts, 'expert')} of a layer and the "
                           "number of processes", got=ranks, expected=f"one of {', '.join(map(str, fitting))}")
+
+
+def _check_pieces(config: Config) -> None:
+    """Raise ConfigError unless every row and every mixer of the model can be split `engine.sequence_parallel` times."""
+    pieces = config.engine.sequence_parallel
+    require(pieces >= 1, "engine.sequence_parallel", "must be at least 1", got=pieces)
+    if pieces == 1:
+        return
+    lengths = {"training.sequence_length": config.training.sequence_length} | {
+        f"recipe.stages.{i}.sequence_length": stage.sequence_length for i, stage in enumerate(config.recipe.stages)
+        if stage.sequence_length is not None}
+    for key, length in lengths.items():
+        if length % pieces:
+            raise ConfigError(key, "must divide into engine.sequence_parallel equal pieces", got=length,
+                              expected=f"a multiple of {pieces}")
+    for name in dict.fromkeys([*config.model.layers(), *filter(None, [config.model.mtp.mixer])]):
+        try:
+            config.model.mixers[name].check_pieces(pieces, min(lengths.values()) // pieces)
+        except ConfigError as error:
+            raise error.within(f"model.mixers.{name}") from None
 
 
 def processes_to_start(config: Config) -> int:

@@ -228,7 +228,7 @@ class Trainer:
         windows = min(self.config.training.eval_batches * stage.batch_size, len(dataset))
         if windows:
             micro = self.config.training.micro_batch_size or stage.batch_size
-            mine, most = (range(rank, windows, self.engine.world_size) for rank in (self.engine.rank, 0))
+            mine, most = (range(replica, windows, self.engine.replicas) for replica in (self.engine.replica, 0))
             missing = math.ceil(len(most) / micro) - math.ceil(len(mine) / micro)
             with measuring(self.model, stage.eval_recall):
                 self.validation = validate(self.engine, parts(dataset, mine, micro), parts(dataset, [0] * missing, 1))

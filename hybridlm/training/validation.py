@@ -34,7 +34,8 @@ def validate(engine: Engine, parts: Iterable[Any], uncounted: Iterable[Any] = ()
             sums.update({name: float(value) * whole.tokens for name, value in values.items()
                          if name.startswith(("loss/", "dsa/"))})
     sums = functools.reduce(_added, engine.gather(sums))
-    nats, targets, num_bytes, tokens = (sums.pop(name, 0) for name in (NATS, TARGETS, BYTES, TOKENS))
+    nats = sums.pop(NATS, 0)
+    targets, num_bytes, tokens = (sums.pop(name, 0) // engine.pieces for name in (TARGETS, BYTES, TOKENS))
     loss = nats / max(targets, 1)
     return {"validation_loss": loss, "validation_perplexity": perplexity(loss),
             "validation_bits_per_byte": bits_per_byte(nats, num_bytes), "validation_tokens": targets,
