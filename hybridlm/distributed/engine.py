@@ -154,9 +154,7 @@ class Engine:
             RuntimeError: a parameter that must stay fp32 does not; the text names it.
             CheckpointError: state that does not fit the optimizers.
         """
-        self.release()
-        self.bare = model
-        model.peers = self.peers  # type: ignore[assignment]
+        self._take(model)
         if self.accelerator.ddp_handler is not None:  # an indexer whose layer attends densely gets no gradient
             self.accelerator.ddp_handler.find_unused_parameters = any(
                 ".indexer." in name for name, p in model.named_parameters() if p.requires_grad)
@@ -193,6 +191,11 @@ class Engine:
 
     def _whole_weight(self, name: str, tensor: Tensor) -> Tensor:
         return tensor if self.experts is None else self.experts.whole(name, tensor)
+
+    def _take(self, model: nn.Module) -> None:
+        self.release()
+        self.bare = model
+        model.peers = self.peers  # type: ignore[assignment]
 
     def release(self) -> None:
         """Give the model back as it was before `prepare`."""

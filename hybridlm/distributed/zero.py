@@ -99,8 +99,7 @@ class ZeroEngine(Engine):
 
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = (),
                 state: Mapping[str, Tensor] | None = None, *, strict: bool = True) -> None:
-        self.release()
-        self.bare = model
+        self._take(model)
         if optimizers is None:
             model.forward = self._inner(model.forward)  # type: ignore[method-assign]
             self.model = Outer(model)
