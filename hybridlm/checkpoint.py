@@ -8,7 +8,7 @@
       tokenizer.json          the tokenizer, in the format of the `tokenizers` library (and tokenizer_config.json)
       optimizer.safetensors   optimizer state by parameter name
       trainer.json            step, stage, samples consumed: all else that a run needs to go on
-      manifest.json           format version, and size and SHA-256 of every file above
+      manifest.json           format version, size and SHA-256 of every file above, and the SHA-256 of all this
 
 A folder is written under a temporary name, flushed to disk and renamed. Whatever a crash, a full disk or a
 bad copy leaves behind does not match its manifest, and is passed over.
@@ -174,6 +174,7 @@ def seal(folder: Path, step: int, written: Mapping[str, Any] = MappingProxyType(
     """
     files = {file.name: written.get(file.name) or _entry(file) for file in sorted(folder.iterdir())}
     manifest = {"format": FORMAT_VERSION, "hybridlm": __version__, "step": step, "files": files}
+    manifest["sha256"] = _own_hash(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
@@ -199,6 +200,12 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    """Of a manifest without its own hash, however its JSON is laid out."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:
@@ -229,11 +236,13 @@ def _fault(folder: Path, *, hashes: bool = True) -> str:
     """What is wrong with the folder, or nothing. `hashes=False` looks at names and sizes alone."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        files, own_hash = manifest["files"].items(), manifest["sha256"]
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} cannot be read"
+    if own_hash != _own_hash(manifest):
+        return f"its {MANIFEST} has changed since it was written"
     for name, expected in files:
         file = folder / name
         if not file.is_file():

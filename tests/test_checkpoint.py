@@ -57,11 +57,20 @@ def flip(folder):
     (folder / "model.safetensors").write_bytes(data)
 
 
+def alter(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
 @pytest.mark.parametrize(("harm", "word"), [
     (truncate, "40 bytes"), (flip, "has changed"),
     (lambda f: (f / "trainer.json").unlink(), "trainer.json is missing"),
     (lambda f: (f / "manifest.json").write_text('{"files"'), "cannot be read"),
     (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
+    (lambda f: alter(f / "manifest.json", '"step": 10', '"step": 11'), "manifest.json has changed"),
+    (lambda f: alter(f / "manifest.json", '"format": 1', '"format": 3'), "manifest.json has changed"),
+    (lambda f: alter(f / "manifest.json", '"sha256"', '"sha257"'), "manifest.json c"),
 ])
 def test_torn_checkpoint_is_passed_over_and_named(tmp_path, caplog, harm, word):
     root = tmp_path / "checkpoints"
