@@ -56,6 +56,17 @@ class LayerContext:
     max_position: int
 
 
+@dataclass(frozen=True)
+class PieceTraffic:
+    """Bytes of the tensors that one process hands to a kind of exchange between pieces of rows (see
+    `hybridlm.model.pieces`), all pieces together for `exchange`; in a backward of its gradients, for `gather` those of
+    what is its own."""
+
+    kind: Literal["gather", "exchange", "from_previous"]
+    forward: int
+    backward: int
+
+
 @dataclass(kw_only=True)
 class MixerConfig:
     """Base of every mixer's config. Subclasses register a `kind` with `@register_mixer`.
@@ -87,6 +98,11 @@ class MixerConfig:
         """Raise ConfigError unless the mixer can work on rows that are split into `pieces` of `length` tokens (see
         `hybridlm.model.pieces`)."""
         raise ConfigError("kind", "cannot work on split rows", got=self.kind, expected="engine.sequence_parallel=1")
+
+    def piece_traffic(self, context: LayerContext, rows: int, length: int, pieces: int,
+                      element_bytes: int = 2) -> list[PieceTraffic]:
+        """What a training step exchanges where `rows` rows are split into `pieces` of `length` tokens."""
+        raise TypeError(f"{type(self).__name__} does not count what pieces exchange")
 
 
 @dataclass(kw_only=True)

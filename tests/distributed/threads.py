@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,21 +30,26 @@ class Meeting:
 class ThreadPeers(SequencePeers):
     def __init__(self, meeting: Meeting, rank: int):
         self.meeting, self.rank, self.size = meeting, rank, meeting.size
+        self.handed: Counter[str] = Counter()  # bytes, by method
+
+    def handed_over(self, method: str, x: Tensor, share: int = 1) -> list[Any]:
+        self.handed[method] += x.numel() * x.element_size() // share
+        return self.meeting.put(self.rank, x)
 
     def total(self, x: Tensor) -> Tensor:
         return torch.stack(self.meeting.put(self.rank, x.detach())).sum(0)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self.meeting.put(self.rank, x))
+        return torch.stack(self.handed_over("all_gather", x))
 
     def reduce_scatter(self, x_P: Tensor) -> Tensor:
-        return torch.stack([x[self.rank] for x in self.meeting.put(self.rank, x_P)]).sum(0)
+        return torch.stack([x[self.rank] for x in self.handed_over("reduce_scatter", x_P, self.size)]).sum(0)
 
     def all_to_all(self, x_P: Tensor) -> Tensor:
-        return torch.stack([x[self.rank] for x in self.meeting.put(self.rank, x_P)])
+        return torch.stack([x[self.rank] for x in self.handed_over("all_to_all", x_P)])
 
     def shift(self, x: Tensor, step: int) -> Tensor:
-        everyone, source = self.meeting.put(self.rank, x), self.rank - step
+        everyone, source = self.handed_over("shift", x), self.rank - step
         return everyone[source].clone() if 0 <= source < self.size else torch.zeros_like(x)
 
 

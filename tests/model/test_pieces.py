@@ -1,12 +1,14 @@
 """Every mixer computes on pieces of rows what it computes on the rows: outputs, losses, all gradients."""
 
+import collections
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from mixer_cases import CASES, HIDDEN, build
+from mixer_cases import CASES, HIDDEN, build, context_of
 
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
@@ -64,3 +66,57 @@ def test_pieces_are_the_whole(name, pieces, packed):
     for key, expected in aux.items():
         mean = sum(p[3][key] for p in parts) / pieces
         torch.testing.assert_close(mean, expected, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("name", ["attention_indexed", "glm5_next"])
+def test_what_is_measured_of_a_selection(name, mode):
+    mixer = build(name).double().eval()
+    mixer.attention_mode, mixer.measuring = mode, True
+    x = torch.randn(B, T, HIDDEN, dtype=torch.float64)
+    expected = mixer(x, whole(True))[1]
+
+    def piece(peers):
+        seq = whole(True).split(peers)
+        return mixer(seq.own(x), seq)[1]
+
+    with torch.no_grad():
+        parts = together(piece, 2)
+    assert {"layer/indexer_recall", "layer/indexer_agreement", "layer/indexer_attainable"} <= expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close((parts[0][key] + parts[1][key]) / 2, value, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pieces_exchange_what_the_config_says(name):
+    """Bytes that a process hands over in a forward and a backward; the loss of a dense layer's indexer included."""
+    config, mixer, pieces = CASES[name], build(name).double().train(), 2
+    for mode in ("dense", "sparse") if mixer_has_indexer(config) else (None,):
+        if mode:
+            mixer.attention_mode = mode
+            config = dataclasses.replace(config, indexer=dataclasses.replace(config.indexer, mode=mode))
+
+        def piece(peers, config=config):
+            x = torch.randn(B, T // pieces, HIDDEN, dtype=torch.float64)
+            backward(copy.deepcopy(mixer), x, torch.ones_like(x), whole(False).split(peers))
+            return peers.handed
+
+        found, expected = together(piece, pieces)[1], collections.Counter()
+        for one in config.piece_traffic(context_of(name), B, T // pieces, pieces, 8):
+            forward, back = {"gather": ("all_gather", "reduce_scatter"), "exchange": ("all_to_all",) * 2,
+                             "from_previous": ("shift",) * 2}[one.kind]
+            expected.update({forward: one.forward})
+            expected.update({back: one.backward})
+        if config.is_linear:  # states are of four bytes in any model but this one
+            expected["all_gather"] *= 2
+            expected["reduce_scatter"] *= 2
+        assert found == expected, mode
+
+
+def mixer_has_indexer(config):
+    return getattr(config, "indexer", None) is not None
+
+
+def test_rows_that_do_not_divide():
+    with pytest.raises(ValueError, match="rows of 36 tokens cannot be cut into 5 equal pieces"):
+        together(whole(False).split, 5)

@@ -10,6 +10,7 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.model.cache import AttentionState
-from hybridlm.model.config import LayerContext, MixerConfig, require
+from hybridlm.model.config import LayerContext, MixerConfig, PieceTraffic, require
 from hybridlm.model.mixers.base import Aux, register_mixer
 from hybridlm.model.mixers.cost import visible_keys
 from hybridlm.model.mixers.dense import check_heads
@@ -100,6 +101,16 @@ class AttentionConfig(MixerConfig):
 
     def check_pieces(self, pieces: int, length: int) -> None:
         check_heads(self.num_heads, pieces)
+
+    def piece_traffic(self, context: LayerContext, rows: int, length: int, pieces: int,
+                      element_bytes: int = 2) -> list[PieceTraffic]:
+        tokens = rows * length * element_bytes
+        shared = math.lcm(self.kv_heads, pieces)
+        dense = tokens * 2 * (self.num_heads + shared) * self.head_dim
+        if self.indexer is None:
+            return [PieceTraffic("exchange", dense, dense)]
+        keys = self.kv_heads * self.head_dim
+        return self.indexer.piece_traffic(tokens, length * pieces, dense, keys, 2 * keys)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         kept = context_length if self.window is None else min(context_length, self.window - 1)

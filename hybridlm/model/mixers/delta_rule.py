@@ -58,6 +58,9 @@ class DeltaRuleConfig(RecurrentConfig):
     def _updates(self) -> int:
         return super()._updates() + 2  # S^T k, besides S^T q and the outer product
 
+    def _through(self) -> int:
+        return self.value_heads * self.head_dim**2  # the product of Diag(e^g) - beta k k^T
+
 
 @register_mixer("delta_rule", DeltaRuleConfig)
 class DeltaRule(RecurrentMixer):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.cache import PooledCache, TokenCache
-from hybridlm.model.config import LayerContext, require
+from hybridlm.model.config import LayerContext, PieceTraffic, require
 from hybridlm.model.mixers.base import Aux, SequenceMixer
 from hybridlm.model.mixers.cost import open_tail, visible_keys, visible_pools
 from hybridlm.model.mixers.dense import dense_attention
@@ -136,6 +136,20 @@ class IndexerConfig:
         flops = 2.0 * width * self.read_keys(context_length) + 6.0 * scored * self.num_heads * (self.head_dim + 1)
         projections = 0 if self.share else self._projections(context, query_dim)
         return flops + (2.0 if selects else 4.0) * projections
+
+    def piece_traffic(self, tokens: int, context_length: int, dense: int, keys: int, read: int) -> list[PieceTraffic]:
+        """As of a mixer, for `tokens` tokens times bytes of an element.
+
+        `dense`: what dense attention exchanges, which is also what a context of at most `topk` tokens takes. Elements
+        a token: `keys` that the loss of a dense layer looks at, `read` by sparse attention.
+        """
+        learns = self.loss_weight > 0
+        index = 0 if self.share else tokens * self.head_dim * (1 if self.pool is None else 2)
+        if self._selects(context_length):
+            read *= tokens
+            return [PieceTraffic("gather", index + read, index * learns + read)]
+        found = [PieceTraffic("exchange", dense, dense)]
+        return [*found, PieceTraffic("gather", index + tokens * keys, index)] if learns else found
 
     def state_bytes(self, context_length: int, element_bytes: int) -> int:
         if self.share or self.mode == "dense":

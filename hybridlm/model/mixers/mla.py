@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.model.cache import LatentState
-from hybridlm.model.config import LayerContext, MixerConfig, NormConfig, require
+from hybridlm.model.config import LayerContext, MixerConfig, NormConfig, PieceTraffic, require
 from hybridlm.model.mixers.attention import OutputGate, build_output_gate, gate_output
 from hybridlm.model.mixers.base import Aux, register_mixer
 from hybridlm.model.mixers.cost import visible_keys
@@ -105,6 +105,15 @@ class MLAConfig(MixerConfig):
 
     def check_pieces(self, pieces: int, length: int) -> None:
         check_heads(self.num_heads, pieces)
+
+    def piece_traffic(self, context: LayerContext, rows: int, length: int, pieces: int,
+                      element_bytes: int = 2) -> list[PieceTraffic]:
+        tokens = rows * length * element_bytes
+        dense = tokens * 2 * self.num_heads * (self.qk_head_dim + self.v_head_dim)
+        if self.indexer is None:
+            return [PieceTraffic("exchange", dense, dense)]
+        latent = self.kv_lora_rank + self.qk_rope_head_dim
+        return self.indexer.piece_traffic(tokens, length * pieces, dense, self.num_heads * self.qk_head_dim, latent)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)

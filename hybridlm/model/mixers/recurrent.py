@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.model.cache import RecurrentState
-from hybridlm.model.config import LayerContext, MixerConfig, require
+from hybridlm.model.config import LayerContext, MixerConfig, PieceTraffic, require
 from hybridlm.model.mixers.base import SequenceMixer
 from hybridlm.model.mixers.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
 from hybridlm.model.norm import GatedRMSNorm, RMSNorm
@@ -103,6 +103,18 @@ class RecurrentConfig(MixerConfig):
         require(self.conv_size <= length + 1, "conv_size", "reaches over more than one piece of a split row",
                 got=self.conv_size, expected=f"at most {length + 1} taps",
                 hint="a smaller engine.sequence_parallel, or longer sequences")
+
+    def piece_traffic(self, context: LayerContext, rows: int, length: int, pieces: int,
+                      element_bytes: int = 2) -> list[PieceTraffic]:
+        """The inputs of the convolution, and in fp32 the state with what a piece does to one."""
+        tail = rows * max(self.conv_size - 1, 0) * context.hidden_size * element_bytes
+        state = rows * 4 * (self.value_heads * self.head_dim * self.value_dim + self._through())
+        found = [PieceTraffic("from_previous", tail, tail), PieceTraffic("gather", state, state)]
+        return found if tail else found[1:]
+
+    def _through(self) -> int:
+        """Numbers that say what a piece does to a state: what is left of it."""
+        return {"none": 1, "channel": self.value_heads * self.head_dim}.get(self.decay, self.value_heads)
 
     def _projections(self, context: LayerContext) -> int:
         """Weights of all projections that every linear mixer has."""
