@@ -82,7 +82,8 @@ def _trailing_zeros(value: float) -> int:
 
 def render(report: dict[str, Any], console: Console) -> None:
     """Prints the report as tables."""
-    for print_table in (_layers, _parameters, _flops, _memory, _decode_state):
+    for print_table in (_layers, _parameters, _flops, _memory, *[_rank_memory] * ("rank_memory" in report),
+                        _decode_state):
         title, table = print_table(report)
         console.print(title, style="bold", highlight=False)
         console.print(table)
@@ -151,6 +152,15 @@ def _memory(report: dict[str, Any]) -> tuple[str, Table]:
     how = "with" if memory["activation_checkpointing"] else "without"
     return (f"Training memory on one device: {memory['batch_size']} x {memory['sequence_length']} tokens, "
             f"{memory['precision']}, {memory['optimizer']}, {how} activation checkpointing"), table
+
+
+def _rank_memory(report: dict[str, Any]) -> tuple[str, Table]:
+    memory = dict(report["rank_memory"])
+    kind, ranks = memory.pop("engine"), memory.pop("processes")
+    table = _table("part", "bytes")
+    for name, value in memory.items():
+        table.add_row(name, scaled(value, 1024, _BYTES))
+    return f"Memory of each of {ranks} processes under {kind}, an estimate", table
 
 
 def _decode_state(report: dict[str, Any]) -> tuple[str, Table]:

@@ -17,6 +17,7 @@ def inspect_command(argv: Sequence[str]) -> int:
     parser = Parser("inspect", "What a model is and costs, from its config alone: nothing is allocated.", """\
   hybridlm inspect model=deepseek_v32_671b
   hybridlm inspect model=hybrid_1b model.schedule.ratio=7 --context 32768 --json
+  hybridlm inspect model=hybrid_1b engine=zero3 engine.num_processes=8 training.batch_size=8
   hybridlm inspect runs/first""")
     parser.overrides("the model")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="sequence length of FLOPs and training memory")
@@ -31,12 +32,17 @@ def inspect_command(argv: Sequence[str]) -> int:
     if len(args.overrides) == 1 and os.path.isdir(args.overrides[0]):
         from hybridlm.checkpoint import read_model_config, resolve
 
-        model, optimizer = read_model_config(resolve(args.overrides[0])), "adamw"
+        config, model, optimizer = None, read_model_config(resolve(args.overrides[0])), "adamw"
     else:
         config = load(args)
         model, optimizer = config.model, config.optimizer.kind
     report = inspect(model, batch_size=args.batch_size, sequence_length=args.context,
                      optimizer=optimizer)  # type: ignore[arg-type]
+    if config is not None and config.engine.kind != "single":
+        from hybridlm.distributed.memory import rank_memory
+
+        ranks = config.engine.num_processes or 1
+        report["rank_memory"] = {"engine": config.engine.kind, "processes": ranks, **rank_memory(config, ranks).parts()}
     if args.json:
         print(json.dumps(report))
     else:

@@ -19,6 +19,7 @@ from hybridlm.config.convert import to_dict
 from hybridlm.config.schema import Config
 from hybridlm.data import PreparedData, bigram_entropy, check_vocab, prepare
 from hybridlm.distributed.engine import Engine, lost_peer, make_engine
+from hybridlm.distributed.memory import rank_memory
 from hybridlm.distributed.world import World, check_world
 from hybridlm.errors import CheckpointError, counted
 from hybridlm.model.cost import count_parameters
@@ -78,6 +79,8 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             start = engine.on_main(lambda: run.start_from(config))
             with engine.main_first():
                 data = prepare(config.data, progress=main)
+            if world.size > 1:
+                log.info("memory of each process, an estimate: %s", _memory(config, world.size))
             model = _model(config, engine, data, start)
             peak, peak_source = engine.on_main(lambda: peak_flops(engine.device, engine.precision))
             facts = _facts(config, engine, resume, peak, peak_source)
@@ -159,6 +162,13 @@ def _facts(config: Config, engine: Engine, resume: str, peak: float, source: str
             "processes": engine.world_size, "precision": engine.precision, "threads": torch.get_num_threads(),
             "parameters": counts.total_with_mtp,
             "active_parameters": counts.active_with_head, "peak_flops": peak, "peak_flops_source": source}
+
+
+def _memory(config: Config, world: int) -> str:
+    parts = {name: f"{value / 2**30:.2f}" for name, value in rank_memory(config, world).parts().items() if value}
+    total, host = parts.pop("total"), parts.pop("host", None)
+    return (f"{total} GiB ({', '.join(f'{name} {value}' for name, value in parts.items())})"
+            + (f" and {host} GiB on the host" if host else ""))
 
 
 def _wandb_id(run: RunFolder, sessions: list[dict[str, Any]]) -> str | None:

@@ -1,0 +1,80 @@
+"""Memory of one rank, estimated from a run's config before anything is allocated.
+
+P parameters, N ranks that divide what ZeRO divides. Weights, gradients and optimizer state are fp32 under every engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from hybridlm.config.schema import ZERO, Config
+from hybridlm.model.cost import count_parameters
+from hybridlm.model.memory import FP32, TrainingMemory, training_memory
+
+LIVE_ELEMENTS = 1_000_000_000  # gathered weights that DeepSpeed keeps for their next use (stage3_max_live_parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes on one device, and on the `host` what is offloaded. `gathered`: weights that ZeRO-3 holds for a while;
+    `buffers`: what gradients travel in."""
+
+    weights: float
+    gathered: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    host: float
+
+    def parts(self) -> dict[str, float]:
+        """By name, with the total of the device last but one and the host last."""
+        on_device = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
+        return on_device | {"total": sum(on_device.values()), "host": self.host}
+
+
+def rank_memory(config: Config, world: int) -> RankMemory:
+    """What one of `world` ranks needs for a training step of the run's longest rows, under its engine.
+
+    Copies of weights in bf16 live through the backward, and are whole under ZeRO-3 too: only
+    `training.activation_checkpointing` lets them go after each layer.
+    """
+    engine, count = config.engine, count_parameters(config.model)
+    weights = FP32 * count.total_with_mtp
+    one = _whole(config, world)
+    copies = one.weights - weights  # in bf16
+    piece = weights / world
+    bucket = 2 * FP32 * min(engine.bucket_elements, count.total_with_mtp)
+    if engine.kind not in ZERO:
+        buffers = weights if engine.kind == "ddp" and world > 1 else 0  # DistributedDataParallel's buckets
+        return RankMemory(weights=one.weights, gathered=0, gradients=one.gradients, optimizer=one.optimizer,
+                          buffers=buffers, activations=one.activations, host=0)
+    master = piece  # the optimizer's own copy of what it updates
+    optimizer, host = master + one.optimizer / world, 0.0
+    gradients = weights + piece if engine.kind == "zero1" else piece
+    if engine.offload_optimizer:
+        optimizer, host = 0.0, optimizer + piece  # and the gradients that it reads
+    if engine.kind != "zero3":
+        return RankMemory(weights=one.weights, gathered=0, gradients=gradients, optimizer=optimizer, buffers=bucket,
+                          activations=one.activations, host=host)
+    if config.training.activation_checkpointing:  # a layer's at a time
+        copies *= max(layer.params for layer in count.layers) / count.total_with_mtp
+    gathered = min(weights, FP32 * LIVE_ELEMENTS) + copies
+    if engine.offload_parameters:
+        piece, host = 0.0, host + piece
+    return RankMemory(weights=piece, gathered=gathered, gradients=gradients, optimizer=optimizer, buffers=bucket,
+                      activations=one.activations, host=host)
+
+
+def _whole(config: Config, world: int) -> TrainingMemory:
+    """As `training_memory` of what one rank computes at a time."""
+    training = config.training
+    lengths = [stage.sequence_length or training.sequence_length for stage in config.recipe.stages]
+    batch = max(stage.batch_size or training.batch_size for stage in config.recipe.stages)
+    share = max(1, batch * config.engine.sequence_parallel // world)
+    micro = min(training.micro_batch_size or share, share)
+    return training_memory(config.model, batch_size=micro,
+                           sequence_length=max(lengths) // config.engine.sequence_parallel,
+                           precision="fp32" if training.precision == "fp32" else "bf16",
+                           optimizer=config.optimizer.kind,
+                           activation_checkpointing=training.activation_checkpointing)
