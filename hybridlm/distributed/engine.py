@@ -127,10 +127,13 @@ class Engine:
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
         self.pieces = config.sequence_parallel  # of each row, one a rank
         self.peers = SequencePeers.make(self.pieces) if self.pieces > 1 else None
-        self.experts = ExpertParallel.make(config.expert_parallel) if config.expert_parallel > 1 else None
+        self.experts = self._make_experts(config.expert_parallel) if config.expert_parallel > 1 else None
         self.model: nn.Module = nn.Module()  # as Accelerate gives it back
         self.bare: nn.Module = self.model  # as it was handed in
         self.optimizers: OptimizerSet | None = None
+
+    def _make_experts(self, size: int) -> ExpertParallel:
+        return ExpertParallel.make(size)
 
     def split(self, model: nn.Module) -> None:
         """Leave of a model what this rank holds: before its weights are allocated."""
@@ -296,13 +299,15 @@ class Engine:
                 self.backward(contribution.loss * self.world_size)
             values = {"loss": contribution.loss.detach(), **contribution.values}
             totals = {key: value.float() + totals.get(key, 0.0) for key, value in values.items()}
-        if self.experts is not None:
-            self.experts.average_gradients(self.bare)
         return self._over_ranks(totals)
 
-    def _accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _accumulating(self, last: bool) -> Iterator[None]:
         """Around the forward and backward of a part; gradients are summed over ranks in the last one."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            yield
+        if last and self.experts is not None:
+            self.experts.average_gradients(self.bare)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a loss that `self.model` gave, averaged over ranks unless more parts come."""

@@ -73,7 +73,8 @@ class ExpertParallel:
         Within a group they are sums already: a row's gradient travels back to its expert.
         """
         gradients = [p.grad for p in expert_parameters(model).values() if p.grad is not None]
-        torch._foreach_div_(gradients, dist.get_world_size())
+        if gradients:
+            torch._foreach_div_(gradients, dist.get_world_size())
         if dist.get_world_size(self.replicas) > 1:
             for work in [dist.all_reduce(grad, group=self.replicas, async_op=True) for grad in gradients]:
                 work.wait()
@@ -99,7 +100,7 @@ class ExpertParallel:
             return tensor
         local = tensor.detach().contiguous()
         parts = local.new_empty(dist.get_world_size(self.group) * len(local), *local.shape[1:])
-        dist.all_gather_into_tensor(parts, local, group=self.group)
+        dist.all_gather(list(parts.chunk(dist.get_world_size(self.group))), local, group=self.group)
         return parts
 
     def part(self, name: str, whole: Tensor) -> Tensor:

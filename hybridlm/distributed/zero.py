@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.config.schema import EngineConfig
+from hybridlm.distributed import zero_experts
 from hybridlm.distributed.engine import Engine, Update, check_fp32, deal
+from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
 from hybridlm.distributed.launch import free_port
 from hybridlm.distributed.partition import Fragment, held, locate
 from hybridlm.distributed.world import World
@@ -97,6 +99,9 @@ class ZeroEngine(Engine):
         self.settings = deepspeed_config(config)
         return {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=self.settings)}
 
+    def _make_experts(self, size: int) -> ExpertParallel:
+        return zero_experts.make_groups(size)
+
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = (),
                 state: Mapping[str, Tensor] | None = None, *, strict: bool = True) -> None:
         self._take(model)
@@ -107,8 +112,12 @@ class ZeroEngine(Engine):
         self.optimizers, state = optimizers, state or {}
         fitting = optimizers.fitting(state, strict=strict)
         # DeepSpeed lays a group out flat, with one count of steps: parameters that began later make another group.
-        optimizers.split_groups(lambda name: float(state[f"step/{name}"]) if name in fitting else 0.0)
+        experts = expert_parameters(model) if self.experts is not None else {}
+        optimizers.split_groups(lambda name: (float(state[f"step/{name}"]) if name in fitting else 0.0,
+                                              name in experts))
         optimizer, = optimizers.members
+        if self.experts is not None:
+            zero_experts.mark(model, optimizer, self.config.expert_parallel)
         groups = [[(optimizers.names[id(p)], p) for p in group["params"]] for group in optimizer.param_groups]
         model.forward = self._inner(model.forward)  # type: ignore[method-assign]
         self.zero, _ = self.accelerator.prepare(model, optimizer)
@@ -139,7 +148,8 @@ class ZeroEngine(Engine):
         owner = deal({name: fragment.shape.numel() for name, fragment in self.fragments.items()}, self.world_size)
         for name, fragment in self.fragments.items():
             for key, value in self.zero.optimizer.optimizer.state[fragment.flat].items():
-                whole = value.clone() if value.dim() == 0 else fragment.whole(value, self.device)
+                whole = value.clone() if value.dim() == 0 else super()._whole_weight(
+                    name, fragment.whole(value, self.device))
                 if owner[name] == self.rank:
                     mine[f"{key}/{name}"] = whole.cpu()
         return mine
@@ -150,7 +160,7 @@ class ZeroEngine(Engine):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
+            return super()._whole_weight(name, tensor.detach().clone())
 
     def local_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in super().local_weights():
@@ -168,6 +178,7 @@ class ZeroEngine(Engine):
         if self.zero is not None:
             self.zero.destroy()
             _make_whole(self.bare)
+            zero_experts.unmark(self.bare)
             self.zero, self.fragments = None, {}
         super().release()
 

@@ -124,7 +124,7 @@ class OptimizerSet:
             for group, multiple in zip(member.param_groups, multiples, strict=True):
                 group["lr"] = lr * multiple
 
-    def split_groups(self, key: Callable[[str], float]) -> None:
+    def split_groups(self, key: Callable[[str], Any]) -> None:
         """Divide every group into groups of parameters that have one `key` of their name."""
         for index, member in enumerate(self.members):
             groups, multiples = [], []

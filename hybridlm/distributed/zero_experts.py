@@ -1,0 +1,66 @@
+"""Split experts under DeepSpeed's ZeRO: which parameters they are, and which ranks hold the same ones.
+
+DeepSpeed divides, sums and clips the weights of experts rightly, but takes for experts only what its own layers made:
+it looks at the class of a module, at attributes of parameters and at keys of optimizer groups. These are private names
+of one version, to which DeepSpeed is therefore pinned; a test holds each of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
+
+SIGN = "deepspeed_sign"  # the module that says so
+
+
+def group_name(size: int) -> str:
+    """What DeepSpeed calls groups of `size` ranks that hold each expert once."""
+    return f"ep_size_{size}"
+
+
+def make_groups(size: int) -> ExpertParallel:
+    """The groups of `ExpertParallel.make`, kept by DeepSpeed under their name."""
+    from deepspeed.utils import groups
+
+    groups._create_expert_and_data_parallel(size)
+    name = group_name(size)
+    return ExpertParallel(groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name))
+
+
+def mark(model: nn.Module, optimizer: Any, size: int) -> None:
+    """Before DeepSpeed's engine is made. A group of the optimizer holds either experts alone or none."""
+    experts = {id(parameter) for parameter in expert_parameters(model).values()}
+    for parameter in expert_parameters(model).values():
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = group_name(size)  # type: ignore[attr-defined]
+        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_group_name = group_name(size)  # type: ignore[attr-defined]
+    trained = [group for group in optimizer.param_groups if id(group["params"][0]) in experts]
+    for group in trained:
+        group |= {"moe": True, "name": group_name(size)}
+    if trained:
+        model.add_module(SIGN, _sign())
+
+
+def unmark(model: nn.Module) -> None:
+    """After the engine's end."""
+    if hasattr(model, SIGN):
+        delattr(model, SIGN)
+
+
+def _sign() -> nn.Module:
+    """An empty module of the class by which DeepSpeed finds that there are experts."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    class Sign(AutoEPMoELayer):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = 0
+
+        def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+            """The groups are there already."""
+
+    return Sign()
