@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 
 from hybridlm.config.schema import ZERO, Config
 from hybridlm.model.cost import count_parameters
-from hybridlm.model.memory import FP32, TrainingMemory, training_memory
+from hybridlm.model.feed_forward import MoEConfig
+from hybridlm.model.memory import FP32, Precision, TrainingMemory, training_memory
 
 LIVE_ELEMENTS = 1_000_000_000  # gathered weights that DeepSpeed keeps for their next use (stage3_max_live_parameters)
 
@@ -37,44 +38,62 @@ def rank_memory(config: Config, world: int) -> RankMemory:
     """What one of `world` ranks needs for a training step of the run's longest rows, under its engine.
 
     Copies of weights in bf16 live through the backward, and are whole under ZeRO-3 too: only
-    `training.activation_checkpointing` lets them go after each layer.
+    `training.activation_checkpointing` lets them go after each layer. Experts are taken to be evenly loaded.
     """
     engine, count = config.engine, count_parameters(config.model)
-    weights = FP32 * count.total_with_mtp
     one = _whole(config, world)
-    copies = one.weights - weights  # in bf16
-    piece = weights / world
+    away = 1 - 1 / engine.expert_parallel  # of the experts
+    share = 1 - away * count.routed / count.total_with_mtp  # of all parameters, what this rank holds or gathers
+    weights, piece = FP32 * count.total_with_mtp * share, FP32 * count.total_with_mtp / world
+    copies = one.weights * share - weights  # in bf16
     bucket = 2 * FP32 * min(engine.bucket_elements, count.total_with_mtp)
+    activations = one.activations + (_received_rows(config, world) if engine.expert_parallel > 1 else 0)
     if engine.kind not in ZERO:
         buffers = weights if engine.kind == "ddp" and world > 1 else 0  # DistributedDataParallel's buckets
-        return RankMemory(weights=one.weights, gathered=0, gradients=one.gradients, optimizer=one.optimizer,
-                          buffers=buffers, activations=one.activations, host=0)
+        return RankMemory(weights=weights + copies, gathered=0, gradients=one.gradients * share,
+                          optimizer=one.optimizer * share, buffers=buffers, activations=activations, host=0)
     master = piece  # the optimizer's own copy of what it updates
     optimizer, host = master + one.optimizer / world, 0.0
     gradients = weights + piece if engine.kind == "zero1" else piece
     if engine.offload_optimizer:
         optimizer, host = 0.0, optimizer + piece  # and the gradients that it reads
     if engine.kind != "zero3":
-        return RankMemory(weights=one.weights, gathered=0, gradients=gradients, optimizer=optimizer, buffers=bucket,
-                          activations=one.activations, host=host)
+        return RankMemory(weights=weights + copies, gathered=0, gradients=gradients, optimizer=optimizer,
+                          buffers=bucket, activations=activations, host=host)
     if config.training.activation_checkpointing:  # a layer's at a time
-        copies *= max(layer.params for layer in count.layers) / count.total_with_mtp
+        copies *= max(layer.params - away * layer.routed_params for layer in count.layers) * FP32 / weights
     gathered = min(weights, FP32 * LIVE_ELEMENTS) + copies
     if engine.offload_parameters:
         piece, host = 0.0, host + piece
     return RankMemory(weights=piece, gathered=gathered, gradients=gradients, optimizer=optimizer, buffers=bucket,
-                      activations=one.activations, host=host)
+                      activations=activations, host=host)
+
+
+def _micro_batch(config: Config, world: int) -> tuple[int, int]:
+    """Rows that one rank computes at a time, and tokens it has of each."""
+    training, pieces = config.training, config.engine.sequence_parallel
+    lengths = [stage.sequence_length or training.sequence_length for stage in config.recipe.stages]
+    batch = max(stage.batch_size or training.batch_size for stage in config.recipe.stages)
+    share = max(1, batch * pieces // world)
+    return min(training.micro_batch_size or share, share), max(lengths) // pieces
+
+
+def _element(config: Config) -> tuple[Precision, int]:
+    return ("fp32", FP32) if config.training.precision == "fp32" else ("bf16", 2)
 
 
 def _whole(config: Config, world: int) -> TrainingMemory:
     """As `training_memory` of what one rank computes at a time."""
-    training = config.training
-    lengths = [stage.sequence_length or training.sequence_length for stage in config.recipe.stages]
-    batch = max(stage.batch_size or training.batch_size for stage in config.recipe.stages)
-    share = max(1, batch * config.engine.sequence_parallel // world)
-    micro = min(training.micro_batch_size or share, share)
-    return training_memory(config.model, batch_size=micro,
-                           sequence_length=max(lengths) // config.engine.sequence_parallel,
-                           precision="fp32" if training.precision == "fp32" else "bf16",
+    rows, length = _micro_batch(config, world)
+    return training_memory(config.model, batch_size=rows, sequence_length=length, precision=_element(config)[0],
                            optimizer=config.optimizer.kind,
-                           activation_checkpointing=training.activation_checkpointing)
+                           activation_checkpointing=config.training.activation_checkpointing)
+
+
+def _received_rows(config: Config, world: int) -> int:
+    """Bytes of the rows that experts keep for their backward, which one process reads from its own tokens."""
+    moe, (rows, length) = config.model.feed_forward, _micro_batch(config, world)
+    assert isinstance(moe, MoEConfig)
+    layers = 1 if config.training.activation_checkpointing else sum(
+        moe.is_moe(index) for index in range(config.model.num_layers))
+    return layers * rows * length * moe.num_experts_per_tok * config.model.hidden_size * _element(config)[1]

@@ -119,6 +119,10 @@ class FeedForwardConfig:
         """Parameters of the feed-forward in layer `context.layer_index`; `active`: those one token meets."""
         raise TypeError(f"{type(self).__name__} does not count its parameters")
 
+    def routed_params(self, context: LayerContext) -> int:
+        """Those of the parameters that belong to routed experts, which processes may divide among them."""
+        return 0
+
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
         """Forward FLOPs a token by part."""
         raise TypeError(f"{type(self).__name__} does not count its FLOPs")

@@ -26,6 +26,7 @@ class LayerCost:
     mixer_params: int
     feed_forward_params: int
     feed_forward_active: int
+    routed_params: int
     norm_params: int
 
     @property
@@ -47,6 +48,12 @@ class ParameterCount:
     norm: int
     mtp: int
     mtp_active: int
+    mtp_routed: int
+
+    @property
+    def routed(self) -> int:
+        """Parameters of all routed experts, those of multi-token prediction included."""
+        return sum(layer.routed_params for layer in self.layers) + self.mtp_routed
 
     @property
     def total(self) -> int:
@@ -87,7 +94,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     around = 2 * config.hidden_size**2 + 3 * config.hidden_size
     return ParameterCount(layers=layers, embedding=table, head=0 if config.tie_embeddings else table,
                           norm=config.hidden_size, mtp=config.mtp.depth * (around + block.params),
-                          mtp_active=config.mtp.depth * (around + block.active))
+                          mtp_active=config.mtp.depth * (around + block.active),
+                          mtp_routed=config.mtp.depth * block.routed_params)
 
 
 def mtp_block(config: ModelConfig) -> tuple[int, str]:
@@ -147,7 +155,8 @@ def _layer_cost(config: ModelConfig, index: int, name: str) -> LayerCost:
         return LayerCost(
             index=index, mixer=name, kind=mixer.kind, feed_forward=_feed_forward_kind(config, index),
             mixer_params=mixer.num_params(context), feed_forward_params=feed_forward.num_params(context),
-            feed_forward_active=feed_forward.num_params(context, active=True), norm_params=2 * config.hidden_size)
+            feed_forward_active=feed_forward.num_params(context, active=True),
+            routed_params=feed_forward.routed_params(context), norm_params=2 * config.hidden_size)
     except ConfigError as error:
         raise error.within("model") from None
 

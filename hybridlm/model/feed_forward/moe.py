@@ -124,6 +124,10 @@ class MoEConfig(FeedForwardConfig):
         return (hidden * self.num_experts + 3 * hidden * self.moe_intermediate_size * experts
                 + 3 * hidden * self.shared_width + gate)
 
+    def routed_params(self, context: LayerContext) -> int:
+        each = 3 * context.hidden_size * self.moe_intermediate_size
+        return each * self.num_experts if self.is_moe(context.layer_index) else 0
+
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
         if (dense := self.dense_config(context)) is not None:
             return dense.flops_per_token(context)

@@ -1,0 +1,147 @@
+"""Bytes that ranks send one another in a training step, from the config alone: what a plan for many GPUs is made with.
+
+The payload of a collective operation is the whole tensor that it reduces, gathers or scatters; of an all-to-all, what
+goes to other ranks. Experts are taken to be evenly loaded. A few numbers a step (losses, norms) are left out.
+`scripts/bench_scaling.py` holds the payloads against those that `counting` finds.
+
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from hybridlm.distributed.counting import wire_bytes
+from hybridlm.distributed.memory import LIVE_ELEMENTS
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.cost import count_parameters, mtp_block
+from hybridlm.model.feed_forward import MoEConfig
+
+EngineKind = Literal["ddp", "zero1", "zero2", "zero3"]
+FP32, INT32, INT64 = 4, 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a step is spread: each of `ranks` processes computes `micro_batches` times, each time its pieces of `rows`
+    rows, which are `length` tokens long as a whole. `element_bytes`: of an activation, 2 under bf16.
+    """
+
+    ranks: int
+    engine: EngineKind = "ddp"
+    expert_parallel: int = 1
+    sequence_parallel: int = 1
+    rows: int = 1
+    length: int
+    micro_batches: int = 1
+    element_bytes: int = 2
+    activation_checkpointing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of one rank and micro batch."""
+        return self.rows * self.length // self.sequence_parallel
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.ranks // self.expert_parallel
+
+    @property
+    def forwards(self) -> int:
+        """In a step; those that activation checkpointing repeats included."""
+        return self.micro_batches * (2 if self.activation_checkpointing else 1)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank hands to one kind of collective operation in a step. `layers`: how many layers share in it."""
+
+    part: str
+    kind: str
+    ranks: int
+    payload: float
+    layers: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave the rank."""
+        return wire_bytes(self.kind, self.payload, self.ranks)
+
+
+def traffic(config: ModelConfig, layout: Layout) -> list[Traffic]:
+    """Everything that a rank sends in a step but what goes to itself.
+
+    Raises:
+        ConfigError: a part that does not fit into its layer.
+    """
+    count = count_parameters(config)
+    split = count.routed if layout.expert_parallel > 1 else 0
+    found = [*_weights_and_gradients("", count.total_with_mtp - split, layout.ranks, layout, len(_blocks(config)))]
+    moe = sum(config.feed_forward.is_moe(index) for index, _ in _blocks(config))
+    if split:
+        found += _weights_and_gradients("expert ", split / layout.expert_parallel, layout.replicas, layout, moe)
+        found += _expert_rows(config, layout, moe)
+    if isinstance(config.feed_forward, MoEConfig):
+        loads = moe * INT64 * config.feed_forward.num_experts
+        found.append(Traffic("router loads", "all_reduce", layout.ranks, loads, moe))
+    if layout.sequence_parallel > 1:
+        found += _pieces(config, layout)
+    return [one for one in found if one.ranks > 1]
+
+
+def _blocks(config: ModelConfig) -> list[tuple[int, str]]:
+    """Index and mixer of every layer, those of multi-token prediction included."""
+    return [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
+
+
+def _weights_and_gradients(prefix: str, params: float, ranks: int, layout: Layout, layers: int) -> Iterator[Traffic]:
+    """Weights and gradients are fp32 under every engine.
+
+    ZeRO-1 and -2 reduce whole buckets and keep their part (DeepSpeed's `use_multi_rank_bucket_allreduce`), ZeRO-2 after
+    every micro batch; ZeRO-3 gathers the weights for a forward and again for its backward, but for the last
+    `LIVE_ELEMENTS`.
+    """
+    size, passes = FP32 * params, layout.micro_batches
+    gradients, weights = f"{prefix}gradients", f"{prefix}weights"
+    if layout.engine == "zero3":
+        again = max(0.0, size - FP32 * LIVE_ELEMENTS)
+        yield Traffic(weights, "all_gather", ranks, passes * (size + again), layers)
+        yield Traffic(gradients, "reduce_scatter", ranks, passes * size, layers)
+        return
+    yield Traffic(gradients, "all_reduce", ranks, size * (passes if layout.engine == "zero2" else 1), layers)
+    if layout.engine != "ddp":
+        yield Traffic(weights, "all_gather", ranks, size, layers)
+
+
+def _expert_rows(config: ModelConfig, layout: Layout, layers: int) -> Iterator[Traffic]:
+    """A forward sends each pair's row and weight there and its result back; a backward the gradients of all three."""
+    moe, away = config.feed_forward, 1 - 1 / layout.expert_parallel
+    assert isinstance(moe, MoEConfig)
+    pairs = layout.tokens * moe.num_experts_per_tok
+    rows, weights, counts = pairs * config.hidden_size * layout.element_bytes, pairs * FP32, moe.num_experts * INT32
+    forward, backward = 2 * rows + weights + counts, 2 * rows + weights
+    step = layout.forwards * forward + layout.micro_batches * backward
+    yield Traffic("expert rows", "all_to_all", layout.expert_parallel, layers * away * step, layers)
+
+
+def _pieces(config: ModelConfig, layout: Layout) -> Iterator[Traffic]:
+    """What the mixers ask of the other pieces of their rows; each says itself how much that is."""
+    pieces, away = layout.sequence_parallel, 1 - 1 / layout.sequence_parallel
+    payload, layers = dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), 0.0), Counter[str]()
+    for index, name in _blocks(config):
+        for one in config.mixers[name].piece_traffic(config.layer_context(index), layout.rows, layout.length // pieces,
+                                                     pieces, layout.element_bytes):
+            forward, backward = layout.forwards * one.forward, layout.micro_batches * one.backward
+            if one.kind == "gather":  # whose transpose is a reduce-scatter
+                payload["all_gather"] += pieces * forward
+                payload["reduce_scatter"] += pieces * backward
+            else:
+                payload["all_to_all"] += away * (forward + backward)
+            layers[one.kind] += 1
+    shared = {"all_to_all": max(layers["exchange"], layers["from_previous"])}
+    for kind, size in payload.items():
+        if size:
+            yield Traffic("pieces of rows", kind, pieces, size, shared.get(kind, layers["gather"]))
