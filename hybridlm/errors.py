@@ -18,9 +18,13 @@ def counted(number: int, noun: str) -> str:
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints it in one line and exits with 2."""
+    """Something the user can mend. The command line prints it in one line and exits with 2.
+
+    `shared`: every process of the run raises it, so the first one alone says it.
+    """
 
     exit_code = 2
+    shared = False
 
 
 class ConfigError(UserError):

@@ -85,17 +85,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        print(f"error: {_speaker()}{' '.join(str(error).split())}", file=sys.stderr)
+        _say(error)
         return code
 
 
-def _speaker() -> str:
-    """Nothing for the first process. Another one waits, and is ended meanwhile if the first has met the same error."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or "WORLD_SIZE" not in os.environ:
-        return ""
-    time.sleep(PATIENCE)
-    return f"rank {rank}: "
+def _say(error: Exception) -> None:
+    """One line. A process that is not the first leaves it the word: it waits, and is ended meanwhile if the first has
+    met the same error."""
+    rank, speaker = os.environ.get("RANK", "0"), ""
+    if rank != "0" and "WORLD_SIZE" in os.environ:
+        if getattr(error, "shared", False):
+            return
+        time.sleep(PATIENCE)
+        speaker = f"rank {rank}: "
+    print(f"error: {speaker}{' '.join(str(error).split())}", file=sys.stderr)
 
 
 def exit_code(error: Exception) -> int | None:

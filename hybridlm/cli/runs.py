@@ -79,12 +79,13 @@ def prepare_command(argv: Sequence[str]) -> int:
   hybridlm prepare data.path=texts/ data.tokenizer=bpe data.tokenizer_vocab_size=8192
   hybridlm prepare data.path=corpus.jsonl data.text_field=body --json""")
     parser.overrides()
+    parser.add_argument("--verify", action="store_true", help="compute the checksums of all that is there again")
     parser.json()
     args = parser.parse_intermixed_args(argv)
     config = load(args)
     from hybridlm.data import check_vocab, prepare
 
-    data = prepare(config.data)
+    data = prepare(config.data, verify=args.verify)
     check_vocab(data.tokenizer, config.model.vocab_size)
     report = data.report()
     if args.json:

@@ -23,6 +23,7 @@ from hybridlm.errors import DataError
 FORMAT = 1
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
+CHEAP = 1 << 28  # bytes that are hashed at every start: it takes about half a second
 END_TYPE = np.dtype("<i8")
 
 
@@ -145,7 +146,8 @@ def shards_of(manifest: dict[str, Any], part: str) -> list[Shard]:
 
 
 def verify(folder: Path, manifest: dict[str, Any], force: bool = False) -> None:
-    """Sizes always; SHA-256 when `force`, on the first open, and whenever a file's size or time has changed.
+    """Sizes always; SHA-256 when `force` or where it costs little, on the first open, and whenever a file's size or
+    time has changed.
 
     Raises:
         DataError: see `check_shard`.
@@ -155,12 +157,14 @@ def verify(folder: Path, manifest: dict[str, Any], force: bool = False) -> None:
         check_shard(folder, shard, hashes=False)
     now = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns]
            for shard in shards for name in shard.sizes()}
+    force = force or sum(size for size, _ in now.values()) <= CHEAP
     known = None
     with contextlib.suppress(OSError, ValueError):
         known = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
     if force or known != now:
         for shard in shards:
             check_shard(folder, shard, hashes=True)
+    if known != now:
         with contextlib.suppress(OSError):  # a cache that cannot be written is verified every time
             write_json(folder / VERIFIED, now)
 

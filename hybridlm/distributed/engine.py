@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridlm.config.schema import ZERO, EngineConfig
+from hybridlm.distributed.agreement import meeting
 from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
 from hybridlm.distributed.sequence_parallel import SequencePeers
 from hybridlm.distributed.world import World
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from hybridlm.training.optimizer import OptimizerSet
@@ -122,7 +123,8 @@ class Engine:
             handlers = [DistributedDataParallelKwargs(broadcast_buffers=False),
                         InitProcessGroupKwargs(backend="gloo" if self.device.type == "cpu" else "nccl",
                                                timeout=timedelta(seconds=config.timeout))]
-        self.accelerator = Accelerator(kwargs_handlers=handlers, **self._accelerator_options(config))
+        with meeting(world, config.timeout):
+            self.accelerator = Accelerator(kwargs_handlers=handlers, **self._accelerator_options(config))
         if self.accelerator.num_processes != self.world_size:
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
         self.pieces = config.sequence_parallel  # of each row, one a rank
@@ -248,13 +250,16 @@ class Engine:
         return values
 
     def on_main(self, run: Callable[[], Any]) -> Any:
-        """What `run` gives on the first rank, on all ranks. An OSError there is raised everywhere."""
+        """What `run` gives on the first rank, on all ranks. An OSError or UserError there is raised everywhere."""
         if self.world_size == 1:
             return run()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = run()
+            except UserError as error:
+                error.shared = True
+                outcome[1] = error
             except OSError as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome)
@@ -277,8 +282,20 @@ class Engine:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The first rank goes through the block before the others."""
-        with self.accelerator.main_process_first():
+        """The first rank goes through the block before the others, which raise its UserError instead of following."""
+        error: list[UserError | None] = [None]
+        try:
+            if self.is_main:
+                yield
+        except UserError as found:
+            found.shared, error[0] = True, found
+            raise
+        finally:
+            if self.world_size > 1:
+                dist.broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
+        if not self.is_main:
             yield
 
     def seed(self, seed: int, step: int) -> None:

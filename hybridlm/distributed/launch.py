@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
+from torch.distributed import TCPStore
+
 GRACE = 60.0  # seconds that ranks have to save and leave after one of them has ended
 POLL = 0.1
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -29,7 +31,7 @@ def launch(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
     """
     for attempt in range(restarts + 1):
         with _signals() as received:
-            code = _run(arguments, processes, received)
+            code = _run(arguments, processes, received, attempt)
         if code in (0, 2) or received or attempt == restarts:
             return code
         print(f"a rank ended with exit code {code}; starting again from the last checkpoint "
@@ -37,9 +39,12 @@ def launch(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
     return code
 
 
-def _run(arguments: Sequence[str], processes: int, received: list[int]) -> int:
+def _run(arguments: Sequence[str], processes: int, received: list[int], attempt: int) -> int:
+    # The ranks meet at a port that this process holds already, as under torchrun: nobody can take it before them.
+    meeting_place = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = os.environ | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting_place.port),
+                           "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
     shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     ranks = [subprocess.Popen([sys.executable, "-m", "hybridlm.cli", *arguments], start_new_session=True,
@@ -47,7 +52,7 @@ def _run(arguments: Sequence[str], processes: int, received: list[int]) -> int:
              for rank in range(processes)]
     first, deadline, forwarded = 0, float("inf"), 0
     try:
-        while any(rank.poll() is None for rank in ranks):
+        while None in [rank.poll() for rank in ranks]:
             for number in received[forwarded:]:
                 _signal(ranks, number)
             forwarded = len(received)

@@ -18,6 +18,7 @@ from hybridlm import checkpoint
 from hybridlm.config.convert import to_dict
 from hybridlm.config.schema import Config
 from hybridlm.data import PreparedData, bigram_entropy, check_vocab, prepare
+from hybridlm.distributed.agreement import check_same
 from hybridlm.distributed.engine import Engine, lost_peer, make_engine
 from hybridlm.distributed.memory import rank_memory
 from hybridlm.distributed.world import World, check_world
@@ -28,7 +29,7 @@ from hybridlm.training.display import Display, duration, short
 from hybridlm.training.guards import TrainingStopped
 from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import peak_flops
-from hybridlm.training.run_folder import RunFolder, versions
+from hybridlm.training.run_folder import RunFolder, flatten, versions
 from hybridlm.training.sparse import INDEXER
 from hybridlm.training.stages import plan
 from hybridlm.training.tracking import Tracker, check_tracking, make_tracker
@@ -76,9 +77,11 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         resume = resume_command(command, run.path)
         try:
             engine = make_engine(config.engine, config.training.precision)
+            _check_ranks(engine, config)
             start = engine.on_main(lambda: run.start_from(config))
             with engine.main_first():
                 data = prepare(config.data, progress=main)
+            check_same(engine, "data", {"fingerprint": data.fingerprint}, "let all machines read the same files")
             if world.size > 1:
                 log.info("memory of each process, an estimate: %s", _memory(config, world.size))
             model = _model(config, engine, data, start)
@@ -111,6 +114,15 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         finally:
             display.stop()
         return _finish(trainer, stopped, resume)
+
+
+def _check_ranks(engine: Engine, config: Config) -> None:
+    """Packages and configs must be the same on all machines; where folders are may differ."""
+    packages = {name: found for name, found in versions().items() if name != "platform"}
+    check_same(engine, "versions", packages, "install the same packages on every machine")
+    places = ("run_dir", "data.cache_dir")
+    same = {key: value for key, value in flatten(to_dict(config)).items() if key not in places}
+    check_same(engine, "a config", same, "give every machine the same command")
 
 
 def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:

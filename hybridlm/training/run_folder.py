@@ -17,6 +17,7 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -144,8 +145,12 @@ def versions() -> dict[str, str]:
     import accelerate
     import torch
 
-    return {"python": platform.python_version(), "hybridlm": __version__, "torch": torch.__version__,
-            "accelerate": accelerate.__version__, "platform": platform.platform()}
+    found = {"python": platform.python_version(), "hybridlm": __version__, "torch": torch.__version__,
+             "accelerate": accelerate.__version__, "platform": platform.platform()}
+    for package in ("triton", "deepspeed"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def compare(saved: Any, config: Config, where: Path) -> None:

@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
+from hybridlm.data import shards
 from hybridlm.data.shards import (
     FORMAT,
     MANIFEST,
@@ -112,9 +113,10 @@ def test_damage_is_named(tmp_path, kind):
         verify(tmp_path, manifest)
 
 
-def test_checksums_are_not_computed_again_unless_asked(tmp_path):
+def test_checksums_of_much_data_are_not_computed_again_unless_asked(tmp_path, monkeypatch):
     import os
 
+    monkeypatch.setattr(shards, "CHEAP", 1)
     make_folder(tmp_path, [[3, 2]])
     manifest = read_manifest(tmp_path)
     verify(tmp_path, manifest)
@@ -125,6 +127,9 @@ def test_checksums_are_not_computed_again_unless_asked(tmp_path):
     verify(tmp_path, manifest)
     with pytest.raises(DataError, match="checksum"):
         verify(tmp_path, manifest, force=True)
+    monkeypatch.undo()  # little data: at every start
+    with pytest.raises(DataError, match="checksum"):
+        verify(tmp_path, manifest)
 
 
 def test_bad_manifests(tmp_path):
