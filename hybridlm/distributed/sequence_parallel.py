@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# The second names are those before torch 2.13.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class SequencePeers:
     """`Peers` over a process group. The four methods that move data are each other's adjoints."""
@@ -45,13 +49,13 @@ class SequencePeers:
     def all_gather(self, x: Tensor) -> Tensor:
         """[P, ...] of [...]."""
         everyone_P = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(everyone_P.view(-1), x.reshape(-1), group=self.group)
+        all_gather_single(everyone_P.view(-1), x.reshape(-1), group=self.group)
         return everyone_P
 
     def reduce_scatter(self, x_P: Tensor) -> Tensor:
         """[...]: the sum over ranks of the entries for this one."""
         summed = x_P.new_empty(x_P.shape[1:])
-        dist.reduce_scatter_tensor(summed.view(-1), x_P.reshape(-1), group=self.group)
+        reduce_scatter_single(summed.view(-1), x_P.reshape(-1), group=self.group)
         return summed
 
     def all_to_all(self, x_P: Tensor) -> Tensor:

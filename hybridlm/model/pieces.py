@@ -100,7 +100,7 @@ class Piece:
         """The mean over `count` things of this piece, weighed so that the average over pieces is that over all things;
         as it is where there are none anywhere."""
         total = self.peers.total(count)
-        return torch.where(total > 0, mean * (count * self.peers.size / total.clamp(min=1)), mean)
+        return torch.where(total > 0, mean * count.to(mean.dtype) * self.peers.size / total.clamp(min=1), mean)
 
     # All tokens, a share of the heads
 
@@ -191,8 +191,9 @@ class Piece:
         local_PBGKV = local_PBX.unflatten(2, local_BGKV.shape[1:])
         through_PB = through_PBX.unflatten(2, through.shape[1:])
         state = local_PBGKV[:0].sum(0)  # zeros, but the gather's backward waits for everyone
-        for earlier in range(self.peers.rank):
-            state = apply(through_PB[earlier], state) + local_PBGKV[earlier]
+        with torch.autocast(state.device.type, enabled=False):
+            for earlier in range(self.peers.rank):
+                state = apply(through_PB[earlier], state) + local_PBGKV[earlier]
         return torch.where(self.continues_B[:, None, None, None], state, 0.0)
 
 

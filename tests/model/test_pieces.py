@@ -10,6 +10,8 @@ import pytest
 import torch
 from mixer_cases import CASES, HIDDEN, build, context_of
 
+from hybridlm.errors import ConfigError
+from hybridlm.model.config import MixerConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
 
@@ -115,6 +117,11 @@ def test_pieces_exchange_what_the_config_says(name):
 
 def mixer_has_indexer(config):
     return getattr(config, "indexer", None) is not None
+
+
+def test_a_mixer_that_does_not_say_how_is_refused():
+    with pytest.raises(ConfigError, match="kind: cannot work on split rows; got 'new'"):
+        MixerConfig(kind="new").check_pieces(2, 8)
 
 
 def test_rows_that_do_not_divide():

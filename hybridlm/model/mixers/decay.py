@@ -24,6 +24,7 @@ from hybridlm.model.mixers.recurrent import RecurrentConfig, RecurrentMixer, rea
 from hybridlm.model.pieces import Piece
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, decay_attention
+from hybridlm_kernels.gates import log_decay
 
 
 @dataclass(kw_only=True)
@@ -103,7 +104,7 @@ class Decay(RecurrentMixer):
         if state is not None:
             state.matrix = matrix
         if seq.piece is not None:
-            left = decay_from_start(g if gate is None else gate.log_decay(g), matrix.dtype, seq.piece)
+            left = decay_from_start(log_decay(g, gate), matrix.dtype, seq.piece)
             o_BTGV = o_BTGV + self._from_earlier_pieces(q_BTHK, left, matrix, seq.piece).to(o_BTGV.dtype)
         return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=config.norm == "all"), {}
 
