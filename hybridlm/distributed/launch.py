@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import FrameType
 
 from torch.distributed import TCPStore
@@ -47,8 +48,9 @@ def _run(arguments: Sequence[str], processes: int, received: list[int], attempt:
                            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
     shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    end_with_me = partial(_die_with_parent, os.getpid())
     ranks = [subprocess.Popen([sys.executable, "-m", "hybridlm.cli", *arguments], start_new_session=True,
-                              env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=_die_with_parent)
+                              env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=end_with_me)
              for rank in range(processes)]
     first, deadline, forwarded = 0, float("inf"), 0
     try:
@@ -93,10 +95,12 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _die_with_parent() -> None:
-    """In a new rank: a launcher that is killed leaves no orphans (Linux)."""
+def _die_with_parent(parent: int) -> None:
+    """In a new rank: a launcher that is killed leaves no orphans (Linux), and none if it was killed just before."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def free_port() -> int:
