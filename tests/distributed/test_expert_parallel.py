@@ -1,0 +1,181 @@
+"""Experts over ranks: the results of one process, whatever ranks hold them, and resume on any number of them."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import experts_over_ranks
+import pytest
+import torch
+
+from hybridlm import load_config
+from hybridlm.config.schema import EngineConfig
+from hybridlm.distributed import zero_experts
+from hybridlm.distributed.cost import Layout, traffic
+from hybridlm.distributed.expert_parallel import expert_parameters
+from hybridlm.distributed.launch import free_port
+from hybridlm.distributed.memory import rank_memory
+from hybridlm.distributed.world import check_world
+from hybridlm.errors import ConfigError
+from hybridlm.model.cost import count_parameters
+from hybridlm.model.model import build_model
+
+ROOT = Path(__file__).parents[2]
+TRAINING = {"steps": 20, "batch_size": 4, "micro_batch_size": 1, "sequence_length": 16, "eval_every": 0,
+            "checkpoint_every": 10, "keep_checkpoints": 9}
+
+
+def on_ranks(number, *arguments):
+    """`experts_over_ranks.py ARGUMENTS` in that many processes, all of which must succeed."""
+    shared = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number),
+              "LOCAL_WORLD_SIZE": str(number)}
+    ranks = [subprocess.Popen([sys.executable, experts_over_ranks.__file__, *map(str, arguments)], text=True,
+                              stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                              env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(number)]
+    try:
+        errors = [rank.communicate(timeout=900)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * number, "\n".join(errors)
+
+
+def run(name, kind, experts=1):
+    return json.dumps({"name": name, "engine": {"kind": kind, "expert_parallel": experts}, "training": TRAINING})
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(found, wanted):
+    found, wanted = records(found), records(wanted)
+    assert [r["step"] for r in found] == [r["step"] for r in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        for key, value in b.items():
+            if key in ("total_loss", "grad_norm") or key.startswith(("loss", "validation_loss", "moe/load")):
+                assert a[key] == pytest.approx(value, rel=1e-5), (key, a["step"])
+
+
+def half_done(run, name):
+    """A copy of a finished run as it stood after its tenth step."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-20")
+    return name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With the run of one process: 20 steps in micro batches of one row, MTP, balance loss and router bias."""
+    folder = tmp_path_factory.mktemp("experts")
+    experts_over_ranks.check_training(folder, run("one", "single"))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_layer_over_four_ranks_is_the_layer_alone():
+    on_ranks(4, "layer")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_and_go_on_from_one(folder):
+    on_ranks(2, "train", folder, run("ddp", "ddp", 2), run("zero1", "zero1", 2),
+             run(half_done(folder / "one", "to_two"), "zero3", 2))
+    for name in ("ddp", "zero1", "to_two"):
+        assert_same_run(folder / name, folder / "one")
+    experts_over_ranks.check_training(folder, run(half_done(folder / "zero1", "to_one"), "single"))
+    assert_same_run(folder / "to_one", folder / "one")
+
+
+@pytest.mark.slow
+def test_four_ranks_hold_each_expert_twice(folder):
+    on_ranks(4, "train", folder, run("zero2", "zero2", 2), run(half_done(folder / "one", "to_four"), "zero3", 2))
+    for name in ("zero2", "to_four"):
+        assert_same_run(folder / name, folder / "one")
+
+
+def preset(name, **engine):
+    config = load_config("train", [f"model={name}", "data.tokenizer=bytes"])
+    return replace(config, engine=EngineConfig(**engine))
+
+
+@pytest.mark.parametrize(("experts", "world"), [(3, 6), (4, 2), (16, 16), (0, 2)])
+def test_a_number_of_ranks_that_does_not_fit_is_refused(experts, world):
+    with pytest.raises(ConfigError, match=r"engine\.expert_parallel: must divide the 8 experts of a layer"):
+        check_world(preset("kimi_linear_tiny", kind="ddp", expert_parallel=experts), world)
+
+
+def test_the_names_of_deepspeed_that_split_experts_need():
+    """DeepSpeed is pinned; where a new version moves one of these, this fails before a run does."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.moe.utils import is_moe_param
+    from deepspeed.runtime import engine
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+    from deepspeed.utils import groups
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["deepspeed"] == [f"deepspeed=={metadata.version('deepspeed')}"]
+    for name in ("_create_expert_and_data_parallel", "_get_expert_parallel_group", "_get_expert_data_parallel_group"):
+        assert callable(getattr(groups, name))
+    assert 'f"ep_size_{expert_parallel_size_}"' in inspect.getsource(groups._create_expert_and_data_parallel)
+
+    model = build_model(preset("kimi_linear_tiny"), device="meta")
+    experts = expert_parameters(model)
+    optimizer = torch.optim.AdamW([{"params": [p for name, p in model.named_parameters() if (name in experts) == split]}
+                                   for split in (False, True)])
+    zero_experts.mark(model, optimizer, 2)
+    assert {name for name, p in model.named_parameters() if is_moe_param(p)} == set(experts)
+    assert [group.get("moe", False) for group in optimizer.param_groups] == [False, True]
+    assert sum(isinstance(module, AutoEPMoELayer) for module in model.modules()) == 1
+    zero_experts.unmark(model)
+    assert not any(isinstance(module, AutoEPMoELayer) for module in model.modules())
+
+    for module, words in ((engine, ("AutoEPMoELayer", "autoep_expert", "ds_zero_placement_family")),
+                          (stage3, ("autoep_expert", "ds_zero_partition_group_name")),
+                          (stage_1_and_2, ("'moe' in group", "expert_dp_process_group[group['name']]"))):
+        source = inspect.getsource(module)
+        assert [word for word in words if word not in source] == []
+
+
+def sent(config, **layout):
+    found = {}
+    for one in traffic(config, Layout(**{"ranks": 64, "length": 4096, "micro_batches": 2, **layout})):
+        found[one.part, one.kind] = (one.ranks, one.payload)
+    return found
+
+
+def test_what_a_step_sends_by_the_formulas():
+    """Kimi Linear: 26 layers of 256 experts, 8 a token, width 2304."""
+    config = load_config("train", ["model=kimi_linear_48b", "data.tokenizer=bytes"]).model
+    count = count_parameters(config)
+    assert count.routed == 26 * 256 * 3 * 2304 * 1024
+    assert sent(config)["gradients", "all_reduce"] == (64, 4 * count.total)
+    split = sent(config, engine="zero2", expert_parallel=16)
+    assert split["gradients", "all_reduce"] == (64, 2 * 4 * (count.total - count.routed))
+    assert split["expert gradients", "all_reduce"] == (4, 2 * 4 * count.routed / 16)
+    assert split["expert weights", "all_gather"] == (4, 4 * count.routed / 16)
+    pairs, away = 4096 * 8, 15 / 16
+    a_layer = 4 * pairs * 2304 * 2 + 2 * pairs * 4 + 256 * 4  # rows and weights there and back, counts once
+    assert split["expert rows", "all_to_all"] == (16, pytest.approx(26 * 2 * a_layer * away))
+    again = sent(config, expert_parallel=16, activation_checkpointing=True)["expert rows", "all_to_all"][1]
+    assert again == pytest.approx(split["expert rows", "all_to_all"][1] * 1.5, rel=1e-3)
+    alone = sent(config, engine="zero3", expert_parallel=64)  # nobody else holds these experts
+    assert {part for part, _ in alone} == {"weights", "gradients", "expert rows", "router loads"}
+
+
+def test_memory_of_a_rank_with_a_share_of_the_experts():
+    whole, split = (rank_memory(preset("kimi_linear_48b", kind="zero1", expert_parallel=n), 64) for n in (1, 16))
+    count = count_parameters(preset("kimi_linear_48b").model)
+    assert whole.weights - split.weights == pytest.approx(6 * count.routed * 15 / 16)  # fp32, and the copies in bf16
+    assert split.optimizer == pytest.approx(whole.optimizer)  # ZeRO divides it by 64 either way
+    assert split.activations > whole.activations
