@@ -166,7 +166,7 @@ def plan(number: int, chance: random.Random) -> list[tuple[str, int]]:
     """Kinds of faults, each as often as the others, and the steps after which they strike."""
     kinds = (list(FAULTS) * (number // len(FAULTS) + 1))[:number]
     chance.shuffle(kinds)
-    steps = [2 * EVERY]
+    steps = [3 * EVERY]  # two checkpoints are there then
     while len(steps) < number:
         steps.append(steps[-1] + chance.randint(GAP // 2, GAP + GAP // 2))
     return list(zip(kinds, steps, strict=True))
