@@ -3,20 +3,16 @@
 import collections
 import copy
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from mixer_cases import CASES, HIDDEN, build, context_of
+from threads import together
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import MixerConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from threads import together
 
 B, T = 2, 36
 PACKED = [0, 1, 17, 18, 30, 36, 36 + 9, 36 + 12, 72]  # cuts at 9, 12, 18, 24, 27: inside documents and on borders

@@ -208,16 +208,16 @@ class RecurrentMixer(SequenceMixer):
 
     def projected(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None) -> Iterator[Tensor]:
         """q, k and v [B, T, channels], after their convolutions."""
-        taps, before_BXD = self.config.conv_size, None
-        if taps and seq.piece is not None:
-            before_BXD = seq.piece.tail(x_BTD, taps - 1)
+        taps = self.config.conv_size
+        piece = seq.piece if taps else None
+        before_BXD = None if piece is None else piece.tail(x_BTD, taps - 1)
         for name in self.config.channels:
             project = getattr(self, f"{name}_proj")
             y_BTC = project(x_BTD)
             if taps:
                 start = None if state is None else state.conv.get(name)
-                if before_BXD is not None:
-                    start = seq.piece.at_start(project(before_BXD).mT)  # type: ignore[union-attr]
+                if piece is not None:
+                    start = piece.at_start(project(before_BXD).mT)
                 y_BTC, inputs = short_conv(y_BTC, getattr(self, f"{name}_conv"), activation="silu",
                                            cu_seqlens=seq.cu_seqlens, initial_state=start)
                 if state is not None:

@@ -1,0 +1,88 @@
+"""What each of four processes runs for test_sequence_parallel.py: `sequences_over_ranks.py FOLDER`.
+
+First every mixer on pieces of rows against the same rows whole, with all four ranks or two pairs of them; then the
+training runs of FOLDER/runs.json, a list of the words of one `hybridlm train` after another.
+"""
+
+import copy
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+from mixer_cases import CASES, HIDDEN, build
+
+from hybridlm.cli import main
+from hybridlm.distributed.sequence_parallel import SequencePeers
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import CuSeqlens
+
+B, T = 2, 36
+BORDERS = [0, 1, 17, 18, 30, 36, 45, 48, 72]
+
+
+def adjoint(peers):
+    """<f(x), y> = <x, f'(y)> over all ranks, for each exchange of the protocol."""
+    torch.manual_seed(peers.rank)
+    for f, shape in ((peers.gather, (3, 2)), (peers.exchange, (peers.size, 3, 2)), (peers.from_previous, (3, 2))):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        out = f(x)
+        y = torch.randn_like(out)
+        out.backward(y)
+        both = peers.total(torch.stack([(out * y).sum(), (x * x.grad).sum()]))
+        torch.testing.assert_close(both[0], both[1], msg=str(f))
+    here = torch.tensor([float(peers.rank)])
+    assert peers.gather(here).flatten().tolist() == list(range(peers.size))
+    assert peers.from_previous(here + 1).item() == peers.rank
+    assert peers.exchange(here + 10 * torch.arange(peers.size)[:, None]).flatten().tolist() == [
+        other + 10 * peers.rank for other in range(peers.size)]
+
+
+def backward(mixer, x, w, seq, share):
+    x = x.clone().requires_grad_()
+    o, aux = mixer(x, seq)
+    loss = (o * w).sum() + share * sum(value for name, value in aux.items() if name.startswith("loss/"))
+    loss.backward()
+    return o.detach(), x.grad, [torch.zeros_like(p) if p.grad is None else p.grad for p in mixer.parameters()]
+
+
+def flat(tensors):
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def compare(name, peers, dtype, tolerance):
+    mixer = build(name, dtype).train()
+    torch.manual_seed(0)
+    x, w = torch.randn(2, B, T, HIDDEN, dtype=dtype)
+    seq = SequenceInfo.make(B, T, torch.device("cpu"), CuSeqlens(BORDERS))
+    expected = backward(copy.deepcopy(mixer), x, w, seq, 1.0)
+    seq = seq.split(peers)
+    o, dx, grads = backward(mixer, seq.own(x), seq.own(w), seq, 1 / peers.size)
+    pairs = [(o, seq.own(expected[0])), (dx, seq.own(expected[1]))]
+    if dtype == torch.float64:
+        pairs += [(peers.total(a), b) for a, b in zip(grads, expected[2], strict=True)]
+    else:  # the gradient of a single gate parameter is known to 3e-5 in fp32, with pieces or without
+        pairs.append((flat([peers.total(g) for g in grads]), flat(expected[2])))
+    for found, wanted in pairs:
+        error = float((found - wanted).norm())
+        assert error <= tolerance * float(wanted.norm()) + 1e-12, (name, peers.size, dtype, error)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    for size in (2, 4):
+        peers = SequencePeers.make(size)
+        adjoint(peers)
+        for name, config in CASES.items():
+            most = 4 if config.is_linear or config.num_heads % 4 == 0 else 2
+            if size <= most:
+                compare(name, peers, torch.float64, 1e-9)
+            if size == most:
+                compare(name, peers, torch.float32, 1e-5)
+    for words in json.loads((Path(sys.argv[1]) / "runs.json").read_text()):
+        assert main(["train", *words]) == 0, words
