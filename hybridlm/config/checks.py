@@ -25,6 +25,9 @@ def validate(config: Config) -> None:
     _check_vocabulary(config)
     count_parameters(config.model)  # each part looks at the layer it stands in
     _check_kernels(config.kernels)
+    require(not (config.engine.offload_optimizer and config.optimizer.kind == "muon"), "engine.offload_optimizer",
+            "does not go with optimizer.kind=muon, whose matrices travel between devices",
+            expected="optimizer=adamw, or engine.offload_optimizer=false")
     for index, stage in enumerate(config.recipe.stages):
         _check_stage(config, stage, f"recipe.stages.{index}")
     if config.init_from is not None:

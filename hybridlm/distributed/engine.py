@@ -21,6 +21,7 @@ from hybridlm.config.schema import ZERO, EngineConfig
 from hybridlm.distributed.agreement import meeting
 from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
 from hybridlm.distributed.sequence_parallel import SequencePeers
+from hybridlm.distributed.watchdog import Watchdog
 from hybridlm.distributed.world import World
 from hybridlm.errors import ConfigError, UserError
 
@@ -107,6 +108,8 @@ class Engine:
     What the parts of a batch give adds up: over the parts of a rank here, over ranks by sums, never by means.
     """
 
+    settings: dict[str, Any] | None = None  # what another program's engine is told
+
     def __init__(self, config: EngineConfig, precision: str = "auto"):
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
@@ -127,6 +130,7 @@ class Engine:
             self.accelerator = Accelerator(kwargs_handlers=handlers, **self._accelerator_options(config))
         if self.accelerator.num_processes != self.world_size:
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
+        self.watchdog = Watchdog(self.rank, self.world_size, config.timeout) if self.world_size > 1 else None
         self.pieces = config.sequence_parallel  # of each row, one a rank
         self.peers = SequencePeers.make(self.pieces) if self.pieces > 1 else None
         self.experts = self._make_experts(config.expert_parallel) if config.expert_parallel > 1 else None
@@ -299,7 +303,9 @@ class Engine:
             yield
 
     def seed(self, seed: int, step: int) -> None:
-        """Random numbers of a step are a function of (seed, step): resume has no generator to restore."""
+        """A step begins. Its random numbers are a function of (seed, step): resume has no generator to restore."""
+        if self.watchdog is not None:
+            self.watchdog.beat(step + 1)
         torch.manual_seed((seed * 1_000_003 + step) % 2**63)
 
     def move(self, batch: Any) -> Any:
@@ -309,6 +315,8 @@ class Engine:
         """Forward and backward over the parts of a global batch; the summed values of their contributions."""
         totals: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
+            if self.watchdog is not None:
+                self.watchdog.beat()
             last = index == len(parts) - 1
             with self._accumulating(last):
                 contribution = objective(self.model, self.move(part))
@@ -362,10 +370,16 @@ class Engine:
             self.optimizers.set_lr(lr)
             self.optimizers.step()
         self.optimizers.zero_grad()
+        return self._updated(Update(named, numbers[0], applied), balance)
+
+    def _updated(self, update: Update, balance: bool) -> Update:
+        """The step's end."""
         after = getattr(self.bare, "post_optimizer_step", None)
         if after is not None:
-            after(update=applied and balance)
-        return Update(named, numbers[0], applied)
+            after(update=update.applied and balance)
+        if self.watchdog is not None:
+            self.watchdog.rest()
+        return update
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

@@ -29,11 +29,17 @@ class Fragment:
     shape: torch.Size
     group: dist.ProcessGroup
 
-    def whole(self, flat: Tensor, device: torch.device) -> Tensor:
-        """The elements of all ranks, which call it together; `flat`: the weights, or state laid out as they are."""
+    def whole(self, flat: Tensor, device: torch.device, owner: int | None = None) -> Tensor:
+        """The elements of all ranks, which call it together; `flat`: the weights, or state laid out as they are.
+
+        With an `owner`, a rank of the group, only that one has them after.
+        """
         whole = torch.zeros(self.shape.numel(), dtype=torch.float32, device=device)
         whole.narrow(0, self.start, self.numel).copy_(flat.narrow(0, self.offset, self.numel))
-        dist.all_reduce(whole, group=self.group)
+        if owner is None:
+            dist.all_reduce(whole, group=self.group)
+        else:
+            dist.reduce(whole, group=self.group, group_dst=owner)
         return whole.view(self.shape)
 
     def place(self, flat: Tensor, whole: Tensor) -> None:

@@ -10,11 +10,13 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.config.schema import EngineConfig
@@ -24,6 +26,7 @@ from hybridlm.distributed.expert_parallel import ExpertParallel, expert_paramete
 from hybridlm.distributed.launch import free_port
 from hybridlm.distributed.partition import Fragment, held, locate
 from hybridlm.distributed.world import World
+from hybridlm.distributed.zero_optimizer import FlatOptimizer
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.output import ModelOutput
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 NEVER = 2**31 - 1
+LINEAR = F.linear
 LEFT_BEHIND = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "_external_params", "_original_parameters")
 
 
@@ -82,8 +86,7 @@ class ZeroEngine(Engine):
         if not World.here().launched:  # one process, started by hand: DeepSpeed wants a process group all the same
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                            "MASTER_PORT": str(free_port())}
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        _forgo_compiled_communication()
+        _import_quietly()
         super().__init__(config, precision)
         from accelerate import DistributedType
 
@@ -113,8 +116,9 @@ class ZeroEngine(Engine):
         fitting = optimizers.fitting(state, strict=strict)
         # DeepSpeed lays a group out flat, with one count of steps: parameters that began later make another group.
         experts = expert_parameters(model) if self.experts is not None else {}
-        optimizers.split_groups(lambda name: (float(state[f"step/{name}"]) if name in fitting else 0.0,
+        optimizers.split_groups(lambda name: (float(state.get(f"step/{name}", 0.0)) if name in fitting else 0.0,
                                               name in experts))
+        optimizers.merge(FlatOptimizer)
         optimizer, = optimizers.members
         if self.experts is not None:
             zero_experts.mark(model, optimizer, self.config.expert_parallel)
@@ -126,10 +130,10 @@ class ZeroEngine(Engine):
         check_fp32(model, fp32_names)
         self.fragments = {name: locate(self.zero.optimizer, p, index)
                           for index, group in enumerate(groups) for name, p in group}
+        if isinstance(optimizer, FlatOptimizer):
+            optimizer.fragments = list(self.fragments.values())
         for name, keys in fitting.items():
             self._load_state(name, {key: state[f"{key}/{name}"] for key in keys})
-        if fitting and not hasattr(self.zero.optimizer, "fp32_partitioned_groups_flat"):
-            self.zero.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_state(self, name: str, saved: dict[str, Tensor]) -> None:
         fragment = self.fragments[name]
@@ -177,6 +181,7 @@ class ZeroEngine(Engine):
     def release(self) -> None:
         if self.zero is not None:
             self.zero.destroy()
+            F.linear = LINEAR  # ZeRO-3 puts one in its place that does not hold on to gathered weights
             _make_whole(self.bare)
             zero_experts.unmark(self.bare)
             self.zero, self.fragments = None, {}
@@ -199,8 +204,7 @@ class ZeroEngine(Engine):
         applied, norm = self.zero.was_step_applied(), float(self.zero.get_global_grad_norm())
         numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
         assert applied == math.isfinite(norm)
-        self.bare.post_optimizer_step(update=applied and balance)  # type: ignore[operator]
-        return Update(numbers, norm, applied)
+        return self._updated(Update(numbers, norm, applied), balance)
 
 
 def _check_installed(config: EngineConfig) -> None:
@@ -212,11 +216,15 @@ def _check_installed(config: EngineConfig) -> None:
                           hint="hide them with CUDA_VISIBLE_DEVICES=")
 
 
-def _forgo_compiled_communication() -> None:
-    """On a CPU DeepSpeed would compile an all-reduce of its own for half a minute, and print so; gloo does the work."""
+def _import_quietly() -> None:
+    """DeepSpeed says what it found on standard output, and on a CPU would compile an all-reduce of its own for half a
+    minute: it is told the device, and gloo does the work."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", r".*torch.distributed\.\w+. is deprecated", FutureWarning)
 
 
 def _make_whole(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,7 @@ def role(name: str, parameter: Tensor) -> Role:
 class Group:
     """Parameters that share an update rule and a weight decay."""
 
-    rule: Literal["adamw", "muon", "muon_stack"]
+    rule: Literal["adamw", "muon"]
     decay: bool
     names: tuple[str, ...]
 
@@ -58,15 +59,13 @@ def plan_groups(parameters: Iterable[tuple[str, Tensor]], kind: Literal["adamw",
     members: dict[tuple[str, bool], list[str]] = {}
     for name, parameter in parameters:
         part = role(name, parameter)
-        rule = "adamw"
-        if kind == "muon" and name not in fp32:
-            rule = {"matrix": "muon", "stack": "muon_stack"}.get(part, "adamw")
+        rule = "muon" if kind == "muon" and part in ("matrix", "stack") and name not in fp32 else "adamw"
         members.setdefault((rule, part in DECAYED), []).append(name)
     return [Group(rule, decay, tuple(names)) for (rule, decay), names in sorted(members.items())]  # type: ignore
 
 
-class StackMuon(torch.optim.Optimizer):
-    """torch.optim.Muon's update for stacks of matrices [E, A, B]: each orthogonalised alone, in one batch.
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon's update, also for stacks of matrices [E, A, B]: each orthogonalised alone, in one batch.
 
     Learning rates are matched to the RMS of AdamW's updates (Moonlight, arXiv 2502.16982, section 2.2).
     """
@@ -78,16 +77,23 @@ class StackMuon(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for weight_EAB in group["params"]:
-                if weight_EAB.grad is None:
+            for weight in group["params"]:
+                if weight.grad is None:
                     continue
-                state = self.state[weight_EAB]
+                state = self.state[weight]
                 if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(weight_EAB.grad)
-                buffer_EAB = state["momentum_buffer"].lerp_(weight_EAB.grad, 1 - momentum)
-                update_EAB = orthogonalise(weight_EAB.grad.lerp(buffer_EAB, momentum))
-                weight_EAB.mul_(1 - lr * group["weight_decay"])
-                weight_EAB.add_(update_EAB, alpha=-lr * 0.2 * max(weight_EAB.shape[1:]) ** 0.5)
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = self.direction(weight.grad.lerp(buffer, momentum))
+                weight.mul_(1 - lr * group["weight_decay"])
+                weight.add_(update, alpha=-lr)
+
+    @staticmethod
+    def direction(momentum: Tensor) -> Tensor:
+        """The step for the momentum of a matrix or stack, at a learning rate of 1."""
+        stack_EAB = momentum if momentum.dim() == 3 else momentum[None]
+        step_EAB = orthogonalise(stack_EAB).float() * (0.2 * max(momentum.shape[-2:]) ** 0.5)
+        return step_EAB.reshape(momentum.shape)
 
 
 def orthogonalise(grad_EAB: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
@@ -135,6 +141,11 @@ class OptimizerSet:
                     groups.append({**group, "params": members})
                     multiples.append(multiple)
             member.param_groups, self.multiples[index] = groups, multiples
+
+    def merge(self, join: Callable[[list[torch.optim.Optimizer]], torch.optim.Optimizer]) -> None:
+        """Make one member of all, if there are several; it has their groups in order."""
+        if len(self.members) > 1 or "betas" not in self.members[0].defaults:
+            self.members, self.multiples = [join(self.members)], [list(chain.from_iterable(self.multiples))]
 
     def step(self) -> None:
         for member in self.members:
@@ -231,9 +242,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, lr: float | No
         members.append(torch.optim.AdamW(rules["adamw"], lr=lr, betas=config.betas, eps=config.eps,
                                          fused=fused))
     if "muon" in rules:
-        members.append(torch.optim.Muon(rules["muon"], lr=muon_lr, momentum=config.muon_momentum,
-                                        adjust_lr_fn="match_rms_adamw"))
-    if "muon_stack" in rules:
-        members.append(StackMuon(rules["muon_stack"], lr=muon_lr, momentum=config.muon_momentum,
-                                 weight_decay=config.weight_decay))
+        members.append(Muon(rules["muon"], lr=muon_lr, momentum=config.muon_momentum,
+                            weight_decay=config.weight_decay))
     return OptimizerSet(members, {id(p): name for name, p in parameters.items()}, lr)

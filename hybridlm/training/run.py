@@ -89,7 +89,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             facts = _facts(config, engine, resume, peak, peak_source)
             sessions = run.sessions()
             if main:
-                run.begin_session(config, facts)
+                run.begin_session(config, facts, engine.settings)
             tracker = make_tracker(config.tracking, run.path, to_dict(config),
                                    _wandb_id(run, sessions)) if main else Tracker()
             trainer = Trainer(config=config, stages=stages, run=run, engine=engine, model=model, data=data,
@@ -108,8 +108,8 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         except RuntimeError as error:
             if world.size == 1 or not lost_peer(error):
                 raise
-            raise TrainingStopped("another process of this run was lost; the same command goes on from the last "
-                                  "checkpoint (--restarts N does so by itself): "
+            raise TrainingStopped(f"rank {world.rank} lost another process of this run, which hangs or has ended; the "
+                                  "same command goes on from the last checkpoint (--restarts N does so by itself): "
                                   f"{str(error).splitlines()[0]}") from error
         finally:
             display.stop()

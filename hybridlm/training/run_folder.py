@@ -2,6 +2,7 @@
 
     run_dir/
       config.yaml      the resolved config
+      deepspeed.json   what DeepSpeed was told, where it runs the step
       run.json         every session: command, versions, device
       metrics.jsonl    one JSON object a step
       backends.json    which kernel backend ran each operation in each layer, and why
@@ -107,8 +108,8 @@ class RunFolder:
                                   "training.resume=auto starts a new run")
         return None
 
-    def begin_session(self, config: Config, facts: dict[str, Any]) -> None:
-        """Write config.yaml, and add this session to run.json.
+    def begin_session(self, config: Config, facts: dict[str, Any], deepspeed: dict[str, Any] | None = None) -> None:
+        """Write config.yaml and deepspeed.json, and add this session to run.json.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -117,6 +118,8 @@ class RunFolder:
         sessions.append({"started": datetime.now(UTC).isoformat(timespec="seconds"), **facts})
         try:
             _replace(self.config_file, to_yaml(config))
+            if deepspeed is not None:
+                _replace(self.path / "deepspeed.json", json.dumps(deepspeed, indent=1))
             _replace(self.path / "run.json", json.dumps({"sessions": sessions}, indent=1))
         except OSError as error:
             raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(self.path)) from None

@@ -35,6 +35,19 @@ def set_attention(model: HybridLM, stage: Stage) -> None:
             mixer.indexer.topk = stage.topk or config.topk
 
 
+def freeze_idle_indexers(model: HybridLM) -> None:
+    """Indexers whose loss has no weight get no gradient, and are not to be decayed either."""
+    last: IndexedMixer | None = None
+    learning: dict[IndexedMixer, bool] = {}
+    for mixer in indexed_mixers(model):
+        last = mixer if mixer.indexer is not None else last
+        if last is not None:
+            learning[last] = learning.get(last, False) or mixer.kl_weight > 0
+    for mixer, learns in learning.items():
+        if not learns and mixer.indexer is not None:
+            mixer.indexer.requires_grad_(False)
+
+
 def stage_model(config: ModelConfig, stage: Stage) -> ModelConfig:
     """The config of the model in this stage: what its checkpoints say of themselves, and what its FLOPs follow."""
     changed = copy.deepcopy(config)

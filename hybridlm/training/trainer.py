@@ -31,7 +31,7 @@ from hybridlm.training.objective import language_model, whole_batch
 from hybridlm.training.optimizer import OptimizerSet, build_optimizer, fp32_names
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.training.schedule import lr_factor
-from hybridlm.training.sparse import measuring, set_attention, stage_model, warn_of_selection
+from hybridlm.training.sparse import freeze_idle_indexers, measuring, set_attention, stage_model, warn_of_selection
 from hybridlm.training.stages import Progress, Stage, audit, set_trainable
 from hybridlm.training.tracking import Tracker
 from hybridlm.training.validation import validate
@@ -135,6 +135,7 @@ class Trainer:
         return bool(asked)
 
     def _set_up(self, stage: Stage) -> None:
+        self.engine.release()  # a model that the stage before had divided is whole again
         trained = set_trainable(self.model, stage)
         total = sum(1 for _ in self.model.parameters())
         if len(self.stages) > 1 or len(trained) < total:
@@ -142,6 +143,8 @@ class Trainer:
         if len(trained) < total:
             log.info("trained: %s", ", ".join(trained))
         set_attention(self.model, stage)
+        freeze_idle_indexers(self.model)
+        trained = [name for name in trained if self.model.get_parameter(name).requires_grad]
         warn_of_selection(self.model, stage)
         self.stage_config = replace(self.config, model=stage_model(self.config.model, stage))
         self.only_indexers = all(".indexer." in name for name in trained)

@@ -4,7 +4,7 @@ from torch import nn
 
 from hybridlm.config.schema import OptimizerConfig
 from hybridlm.errors import CheckpointError
-from hybridlm.training.optimizer import StackMuon, build_optimizer, orthogonalise, plan_groups
+from hybridlm.training.optimizer import Muon, build_optimizer, orthogonalise, plan_groups
 
 
 class Toy(nn.Module):
@@ -40,18 +40,17 @@ def test_adamw_decays_matrices_alone():
 
 def test_muon_takes_hidden_matrices_and_expert_stacks():
     groups = by_group("muon")
-    assert groups[("muon", True)] == {"q_proj.weight"}
-    assert groups[("muon_stack", True)] == {"gate_up"}
+    assert groups[("muon", True)] == {"q_proj.weight", "gate_up"}
     assert groups[("adamw", True)] == {"router.weight", "lm_head.weight"}
     assert "embed.weight" in groups[("adamw", False)]
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 32), (3, 32, 8)])
-def test_stack_muon_equals_torch_muon_on_each_matrix(shape):
+def test_muon_equals_torch_muon_on_each_matrix(shape):
     torch.manual_seed(0)
     stack = nn.Parameter(torch.randn(shape))
     alone = [nn.Parameter(stack[i].detach().clone()) for i in range(shape[0])]
-    ours = StackMuon([{"params": [stack]}], lr=0.02, momentum=0.95, weight_decay=0.1)
+    ours = Muon([{"params": [stack]}], lr=0.02, momentum=0.95, weight_decay=0.1)
     theirs = torch.optim.Muon(alone, lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         start = stack.detach().clone()
@@ -128,4 +127,4 @@ def test_learning_rates_keep_their_ratio():
     optimizers = build_optimizer(model, OptimizerConfig(kind="muon", lr=1e-3, muon_lr=1e-2), lr=2e-3)
     optimizers.set_lr(1e-3)
     rates = {type(m).__name__: m.param_groups[0]["lr"] for m in optimizers.members}
-    assert rates == pytest.approx({"AdamW": 1e-3, "Muon": 1e-2, "StackMuon": 1e-2})
+    assert rates == pytest.approx({"AdamW": 1e-3, "Muon": 1e-2})
