@@ -58,7 +58,7 @@ def step_folders(root: Path) -> list[Path]:
     return [f for n, f in sorted(((n, f) for n, f in found if n is not None), reverse=True)]
 
 
-class Ranks(Protocol):
+class Writers(Protocol):
     """The processes that write a checkpoint together; `hybridlm.distributed.engine.Engine` is one."""
 
     rank: int
@@ -87,7 +87,7 @@ ALONE = Alone()
 
 
 def write(root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]],
-          ranks: Ranks = ALONE) -> Path:
+          ranks: Writers = ALONE) -> Path:
     """Write `root/step-N` so that it is there whole or not at all; returns the folder.
 
     `texts` are files by name, `tensors` safetensors files by stem. An older folder of the same name is replaced.
@@ -117,7 +117,7 @@ def _open_draft(root: Path, step: int) -> Path:
     return draft
 
 
-def _files(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+def _files(tensors: dict[str, dict[str, Tensor]], ranks: Writers) -> dict[str, dict[str, Tensor]]:
     """This rank's tensors by the file they go to; files are numbered through all ranks."""
     shards = {stem: _shards(group) for stem, group in tensors.items()}
     counts = ranks.gather({stem: len(found) for stem, found in shards.items()})

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hybridlm.config.schema import ZERO, EngineConfig
 from hybridlm.distributed.agreement import meeting
 from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
+from hybridlm.distributed.ranks import Ranks
 from hybridlm.distributed.sequence_parallel import SequencePeers
 from hybridlm.distributed.watchdog import Watchdog
 from hybridlm.distributed.world import World
@@ -102,7 +103,7 @@ def lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
 
 
-class Engine:
+class Engine(Ranks):
     """Accelerate, with one process or several that hold the same weights. bf16 is autocast over fp32 masters.
 
     What the parts of a batch give adds up: over the parts of a rank here, over ranks by sums, never by means.
@@ -228,61 +229,6 @@ class Engine:
     @property
     def replicas(self) -> int:
         return self.world_size // self.pieces
-
-    def total(self, numbers: Sequence[int]) -> list[int]:
-        """Each number, something of a rank's rows, summed over the batch."""
-        if self.world_size == 1:
-            return list(numbers)
-        summed = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        dist.all_reduce(summed)
-        return (summed // self.pieces).tolist()
-
-    def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
-        if self.world_size == 1:
-            return number
-        found = torch.tensor(number, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. For small things now and then."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def on_main(self, run: Callable[[], Any]) -> Any:
-        """What `run` gives on the first rank, on all ranks. An OSError or UserError there is raised everywhere."""
-        if self.world_size == 1:
-            return run()
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = run()
-            except UserError as error:
-                error.shared = True
-                outcome[1] = error
-            except OSError as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def together(self, run: Callable[[], Any]) -> list[Any]:
-        """What `run` gives on every rank, by rank, on all of them. An OSError of one is raised everywhere."""
-        result = error = None
-        try:
-            result = run()
-        except OSError as failed:
-            error = failed
-        outcomes = self.gather((result, error))
-        failures = [failed for _, failed in outcomes if failed is not None]
-        if failures:
-            raise failures[0]
-        return [found for found, _ in outcomes]
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

@@ -10,7 +10,6 @@ import pytest
 import train_over_ranks
 
 from hybridlm.cli import main
-from hybridlm.config.schema import EngineConfig
 from hybridlm.distributed.launch import free_port
 
 pytest.importorskip("deepspeed")

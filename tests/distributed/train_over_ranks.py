@@ -1,5 +1,6 @@
-"""What each of several processes runs for test_zero.py: `train_over_ranks.py RUNS`, a file with a JSON list of the words
-of one `hybridlm train` after another. One process group serves them all, which is most of the time.
+"""What each of several processes runs for test_zero.py: `train_over_ranks.py RUNS`, a file with a JSON list of words.
+
+Each item of the list is one `hybridlm train`. One process group serves them all: starting it is most of the time.
 """
 
 import json
