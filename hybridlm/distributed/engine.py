@@ -165,9 +165,10 @@ class Engine(Ranks):
             CheckpointError: state that does not fit the optimizers.
         """
         self._take(model)
-        if self.accelerator.ddp_handler is not None:  # an indexer whose layer attends densely gets no gradient
-            self.accelerator.ddp_handler.find_unused_parameters = any(
-                ".indexer." in name for name, p in model.named_parameters() if p.requires_grad)
+        if self.accelerator.ddp_handler is not None:
+            # An indexer whose layer attends densely gets no gradient. And without this DDP lays its buckets out anew
+            # after the first step of each session: ranks would then sum in another order, and a resumed run differ.
+            self.accelerator.ddp_handler.find_unused_parameters = True
         if self.experts is not None:  # summed by `average_gradients`, over the ranks that hold the same ones
             torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 model, list(expert_parameters(model)))
