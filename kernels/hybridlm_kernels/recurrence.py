@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .gates import Gate
 from .packing import CuSeqlens
+from .registry import Call
 
 Borders = CuSeqlens | Tensor | Sequence[int] | None
+LARGEST_HEAD, LARGEST_HEAD_FP32 = 256, 128  # of the Triton kernels: a program holds columns of a state in registers
 
 
 def borders_of(cu_seqlens: Borders, batch: int, length: int, device: torch.device) -> CuSeqlens | None:
@@ -82,6 +84,17 @@ def check_per_token(name: str, label: str, x: Tensor, allowed: dict[str, tuple[i
             return kind
     shapes = " or ".join(f"{list(shape)} ({kind})" for kind, shape in allowed.items())
     raise ValueError(f"{name}: {label} must have shape {shapes}; got {list(x.shape)}")
+
+
+def fits_triton(call: Call) -> tuple[bool, str]:
+    """Whether the Triton kernels have tiles for the call's head dims, and why not."""
+    largest = max(call.get("key_dim"), call.get("value_dim"))
+    if largest > LARGEST_HEAD:
+        return False, f"has head dims up to {LARGEST_HEAD}; got {largest}"
+    if largest > LARGEST_HEAD_FP32 and call.dtype == torch.float32:
+        return False, (f"in float32 has head dims up to {LARGEST_HEAD_FP32}, beyond which registers do not suffice; "
+                       f"got {largest}; use bfloat16")
+    return True, ""
 
 
 def math_dtype(x: Tensor) -> torch.dtype:

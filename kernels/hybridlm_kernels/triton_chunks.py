@@ -18,6 +18,7 @@ from torch import Tensor
 from .packing import CuSeqlens
 
 CHUNK = 64
+FEWEST_CHUNKS = 8  # of a piece: below that the states of pieces are too much traffic
 
 
 class ChunkTables:
@@ -41,6 +42,12 @@ class ChunkTables:
     def documents(self) -> Tensor:
         """int64 [N, 4]: document, first token, end, first chunk; the longest document first."""
         return self.pieces(self.most_chunks)[0]
+
+    def piece_length(self, programs: int, parallel: int, fewest: int) -> int:
+        """Chunks of a piece, of as many pieces as keep a device busy that runs `parallel` programs, where whole
+        documents are `programs` of them; `most_chunks` where that is less than `fewest` pieces a document."""
+        pieces = min(parallel // programs, self.most_chunks // FEWEST_CHUNKS)
+        return self.most_chunks if pieces < fewest else -(-self.most_chunks // pieces)
 
     def pieces(self, chunks: int) -> tuple[Tensor, Tensor]:
         """Documents cut into pieces of so many chunks, for scans that are split.

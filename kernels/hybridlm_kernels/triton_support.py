@@ -83,6 +83,11 @@ def programs(device: torch.device) -> int:
     return 2 if INTERPRETED else 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def parallel_programs(device: torch.device) -> int:
+    """How many programs of a scan the device runs side by side; 0 where there is no device."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
 @dataclass(frozen=True)
 class Specimen:
     """One kernel with one set of types and constants: what the compile check builds for a GPU that is not there.

@@ -1,4 +1,4 @@
-"""The comparison every Triton test makes: outputs and gradients of the Triton backend in fp32 against fp64."""
+"""What Triton tests share: outputs and gradients in fp32 against fp64, and which kernels were launched."""
 
 import torch
 from kernel_compare import error
@@ -15,3 +15,21 @@ def assert_equals_reference(run, inputs, device, tolerance=1e-5):
     for got, expected in zip(*results, strict=True):
         assert got.shape == expected.shape
         assert error(got, expected) <= tolerance
+
+
+class _Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        self.launches.append(grid)
+        return self.kernel[grid]
+
+
+def counted(monkeypatch, module, name):
+    """The list of launches of the module's kernel, as they come."""
+    kernel = _Counted(getattr(module, name))
+    monkeypatch.setattr(module, name, kernel)
+    return kernel.launches

@@ -4,9 +4,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from against_reference import counted
 from kernel_compare import error
 
-from hybridlm_kernels import Gate, decay_attention
+from hybridlm_kernels import Gate, decay_attention, triton_chunks
 from hybridlm_kernels.decay_attention import triton as backend
 
 DECAYS = ("none", "constant", "scalar", "channel")
@@ -123,22 +124,10 @@ def test_packed(decay, device):
 @decays
 def test_pieces_change_nothing(decay, device, monkeypatch):
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 2)
-    monkeypatch.setattr(backend, "FEWEST_CHUNKS", 1)
-    launches = []
-    monkeypatch.setattr(backend, "join_kernel", _Counted(backend.join_kernel, launches))
+    monkeypatch.setattr(triton_chunks, "FEWEST_CHUNKS", 1)
+    launches = counted(monkeypatch, backend, "join_kernel")
     compare(make_inputs(decay, T=130, K=16, V=16), device, fixed=("g",) if decay == "constant" else ())
     assert len(launches) == {"channel": 3}.get(decay, 4)
-
-
-class _Counted:
-    """A kernel that notes its launches."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        self.launches.append(grid)
-        return self.kernel[grid]
 
 
 @decays

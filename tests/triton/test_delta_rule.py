@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from against_reference import counted
 from kernel_compare import error
 
-from hybridlm_kernels import CuSeqlens, delta_rule
+from hybridlm_kernels import CuSeqlens, delta_rule, triton_chunks
+from hybridlm_kernels.delta_rule import triton as backend
 from hybridlm_kernels.gates import Gate
 
 TOLERANCE = 1e-5
@@ -51,10 +53,58 @@ def assert_equals_the_recurrence(inputs, device, **options):
         assert error(got[name].cpu(), x) <= TOLERANCE, name
 
 
+@pytest.fixture(autouse=True)
+def whole_documents(monkeypatch):
+    """No document is cut into pieces, unless a test says so."""
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: 0)
+
+
+@pytest.fixture
+def two_launches(monkeypatch):
+    """Chunks and their scan apart, however short the documents."""
+    monkeypatch.setattr(backend, "FEW_CHUNKS", 0)
+
+
+@pytest.fixture
+def pieces(monkeypatch, two_launches):
+    """Documents of more than one chunk are cut into two pieces or three."""
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: 6)
+    monkeypatch.setattr(backend, "FEWEST_PIECES", 2)
+    monkeypatch.setattr(triton_chunks, "FEWEST_CHUNKS", 1)
+
+
 @pytest.mark.parametrize(("decay", "T"), [("none", 65), ("scalar", 1), ("scalar", 100), ("channel", 15),
-                                          ("channel", 63)])
+                                          ("channel", 65)])
 def test_equals_the_recurrence(decay, T, device):
     assert_equals_the_recurrence(make_inputs(decay, T=T), device)
+
+
+@pytest.mark.parametrize(("decay", "T"), [("none", 20), ("scalar", 65)])
+def test_two_launches(decay, T, device, monkeypatch, two_launches):
+    launches = counted(monkeypatch, backend, "fused_kernel")
+    assert_equals_the_recurrence(make_inputs(decay, T=T), device)
+    assert not launches
+
+
+@pytest.mark.parametrize(("decay", "launches"), [("none", 1), ("scalar", 1), ("channel", 0)])
+def test_short_documents_take_one_launch(decay, launches, device, monkeypatch):
+    counts = [counted(monkeypatch, backend, name) for name in ("fused_kernel", "chunk_kernel", "scan_kernel")]
+    forward(make_inputs(decay, T=17), device)
+    assert [len(c) for c in counts] == [launches, 1 - launches, 1 - launches]
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar", "channel"])
+def test_pieces_of_a_document(decay, device, monkeypatch, pieces):
+    joins = counted(monkeypatch, backend, "join_kernel")
+    inputs = make_inputs(decay, T=130, K=20, V=12)
+    assert_equals_the_recurrence(inputs, device)
+    assert len(joins) == 2
+
+
+def test_pieces_of_packed_documents(device, monkeypatch, pieces):
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: 18)
+    assert_equals_the_recurrence(make_inputs("scalar", T=132, N=3), device,
+                                 cu_seqlens=CuSeqlens([0, 1, 131, 132], device))
 
 
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
@@ -110,8 +160,11 @@ def forward(inputs, device, backend="triton", **options):
     return delta_rule(x.pop("q"), x.pop("k"), x.pop("v"), **x, **options, backend=backend)
 
 
-@pytest.mark.parametrize("decay", ["scalar", "channel"])
-def test_causal_to_the_last_bit(decay, device):
+@pytest.mark.parametrize(("decay", "path"), [("scalar", None), ("channel", None), ("scalar", "two_launches"),
+                                             ("channel", "pieces")])
+def test_causal_to_the_last_bit(decay, path, device, request):
+    if path:
+        request.getfixturevalue(path)
     inputs = make_inputs(decay, T=70)
     before, _ = forward(inputs, device)
     for t in (20, 64):
@@ -140,7 +193,9 @@ def test_token_by_token_equals_the_whole(decay, gate, device):
     assert error(state, last) < 1e-6
 
 
-def test_large_heads_are_refused(device):
-    inputs = make_inputs("none", T=3, K=300)
-    with pytest.raises(RuntimeError, match=r"delta_rule: .* has head dims up to 256; got 300"):
+@pytest.mark.parametrize(("K", "message"), [(300, "has head dims up to 256; got 300"),
+                                            (200, "in float32 has head dims up to 128, .*; got 200; use bfloat16")])
+def test_large_heads_are_refused(K, message, device):
+    inputs = make_inputs("none", T=3, K=K)
+    with pytest.raises(RuntimeError, match=rf"delta_rule: .* {message}"):
         forward(inputs, device)

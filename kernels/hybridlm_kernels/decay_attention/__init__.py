@@ -8,22 +8,17 @@ from __future__ import annotations
 from torch import Tensor, autocast, float16
 
 from ..gates import Gate, parameters_of
-from ..recurrence import Borders, borders_of, check_decay, check_shapes
+from ..recurrence import Borders, borders_of, check_decay, check_shapes, fits_triton
 from ..registry import Backend, Call, Operation, choose, register
 from ..triton_support import backend as triton_backend
 from . import fla, reference
 from . import torch as torch_backend
 
-LARGEST_HEAD = 256  # of the Triton kernels: a program holds columns of a state of so many channels
-
 
 def _fits(call: Call) -> tuple[bool, str]:
-    largest = max(call.get("key_dim"), call.get("value_dim"))
-    if largest > LARGEST_HEAD:
-        return False, f"has head dims up to {LARGEST_HEAD}; got {largest}"
     if call.dtype == float16:
         return False, "multiplies states in the dtype of the values, and they overflow float16; use bfloat16"
-    return True, ""
+    return fits_triton(call)
 
 
 OPERATION = register(Operation("decay_attention", (

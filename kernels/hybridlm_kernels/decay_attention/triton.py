@@ -22,12 +22,13 @@ from ..gates import Gate, parameters_of
 from ..packing import CuSeqlens
 from ..precision import plain_backward
 from ..triton_chunks import CHUNK, chunk_tables
+from ..triton_join import join_kernel
+from ..triton_support import parallel_programs
 from .triton_channel import chunk_kernel, gradients_kernel
 from .triton_decode import decode_kernel
-from .triton_scan import gate_gradient_kernel, join_kernel, pairs_kernel, scan_kernel
+from .triton_scan import gate_gradient_kernel, pairs_kernel, scan_kernel
 
 FEW_TOKENS = 16  # up to here, without gradients, the recurrence itself is faster than chunks
-FEWEST_CHUNKS = 8  # of a piece: below that the states of pieces are too much traffic
 CHANNELS, CHANNELS_LEARNT = 32, 16  # at a time, in the kernels of a decay a channel: what their registers hold
 
 
@@ -167,7 +168,7 @@ class _Launches:
                 STATES=learn and states is not None and carry is None, DOTS=learn and dots is not None,
                 EXACT=self.exact)
 
-        chunks = self.chunks_of_a_piece(blocks)
+        chunks = self.tables.piece_length(self.documents * self.G * blocks, parallel_programs(self.device), 2)
         if chunks >= self.tables.most_chunks:
             launch(self.tables.documents, start, last, None, output, True)
             return out, last  # type: ignore[return-value]
@@ -177,7 +178,8 @@ class _Launches:
         total_of_pieces = self.wide(len(pieces), self.G, Y) if channel else self.wide(len(pieces), self.G)
         launch(pieces, None, alone, total_of_pieces, False, False)
         join_kernel[(self.documents * self.G * blocks,)](alone, total_of_pieces, start, of_documents, last, self.G,
-                                                         **sizes, CHANNEL=channel, REVERSE=reverse)
+                                                         **sizes, TRANSITION="channel" if channel else "head",
+                                                         REVERSE=reverse, EXACT=self.exact)
         if output or states is not None:
             launch(pieces, alone, None, None, output, True)
         return out, last  # type: ignore[return-value]
@@ -185,12 +187,6 @@ class _Launches:
     def columns(self, Y: int, Z: int) -> int:
         """Columns of z a program: fewer where the state would not fit its registers."""
         return min(_padded(Z), 32 if Y > 128 or self.exact else 64)
-
-    def chunks_of_a_piece(self, blocks: int) -> int:
-        """As many as keep the device busy."""
-        most = self.tables.most_chunks
-        pieces = min(parallel_programs(self.device) // (self.documents * self.G * blocks), most // FEWEST_CHUNKS)
-        return most if pieces < 2 else triton.cdiv(most, pieces)
 
     def backward_of_heads(self, do: Tensor, d_last: Tensor, A: Tensor | None,
                           needed: tuple[bool, ...]) -> list[Tensor | None]:
@@ -264,8 +260,3 @@ def _padded(dim: int) -> int:
 
 def _of_chunks(d: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if d is None or like is None else d.sum(0).to(like.dtype)
-
-
-def parallel_programs(device: torch.device) -> int:
-    """How many programs of a scan the device runs side by side; 0 where there is no device."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0

@@ -203,31 +203,6 @@ def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, g
 
 
 @triton.jit
-def join_kernel(states_ptr, total_ptr, start_ptr, pieces_of_documents_ptr, last_ptr, G, Y: tl.constexpr,
-                Z: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, CHANNEL: tl.constexpr, REVERSE: tl.constexpr):
-    """From the state of every piece alone [U, G, Y, Z] to the state it starts from, in place; start and last are the
-    states [N, G, Y, Z] before and behind whole documents."""
-    Z_BLOCKS: tl.constexpr = (Z + BZ - 1) // BZ
-    program = tl.program_id(0).to(tl.int64)
-    head, document = program // Z_BLOCKS % G, program // Z_BLOCKS // G
-    dims, columns = tl.arange(0, BY), program % Z_BLOCKS * BZ + tl.arange(0, BZ)
-    real = dims < Y
-    S = tl.zeros([BY, BZ], tl.float32)
-    if start_ptr is not None:
-        S += load_tile(start_ptr + (document * G + head) * Y * Z, dims, Z, columns, Z, real).to(tl.float32)
-    first, end = tl.load(pieces_of_documents_ptr + document * 2), tl.load(pieces_of_documents_ptr + document * 2 + 1)
-    for step in range(end - first):
-        here = (end - 1 - step if REVERSE else first + step) * G + head
-        alone = load_tile(states_ptr + here * Y * Z, dims, Z, columns, Z, real)
-        store_tile(states_ptr + here * Y * Z, dims, Z, columns, Z, real, S)
-        if CHANNEL:
-            S = S * tl.load(total_ptr + here * Y + dims, mask=real, other=0.0)[:, None] + alone
-        else:
-            S = S * tl.load(total_ptr + here) + alone
-    store_tile(last_ptr + (document * G + head) * Y * Z, dims, Z, columns, Z, real, S)
-
-
-@triton.jit
 def gate_gradient_kernel(pairs_ptr, dots_ptr, reverse_dots_ptr, carry_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant,
                          chunks_ptr, dg_ptr, d_A_log_ptr, d_bias_ptr, tokens, chunks, G, BLOCKS: tl.constexpr,
                          GATE: tl.constexpr):

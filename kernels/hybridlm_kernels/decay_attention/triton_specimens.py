@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..triton_join import specimen as join_specimen
 from ..triton_support import Specimen
 from .triton_channel import chunk_kernel, gradients_kernel
 from .triton_decode import decode_kernel
-from .triton_scan import gate_gradient_kernel, join_kernel, pairs_kernel, scan_kernel
+from .triton_scan import gate_gradient_kernel, pairs_kernel, scan_kernel
 
 GATE = {"g_ptr": "*bf16", "A_log_ptr": "*fp32", "bias_ptr": "*fp32", "gate_constant": "fp32"}
 NO_GATE = {"g_ptr": "*fp32", "gate_constant": "fp32"}
@@ -63,13 +64,10 @@ def _pairs(D: int) -> Specimen:
 
 
 def _others(D: int) -> list[Specimen]:
-    join = (_pointers(SINGLE, "states", "total", "start", "last") | _pointers(TABLE, "pieces_of_documents")
-            | {"G": "i32"})
     decode = (_pointers(HALF, "q", "k", "v", "o") | GATE | _pointers(SINGLE, "state", "last") | {"scale": "fp32"}
               | dict.fromkeys(("T", "H", "G"), "i32"))
     sizes = {"K": D, "V": D, "BK": D, "BV": max(16, 4096 // D)}
-    return [Specimen(f"join D={D}", join_kernel, join,
-                     {"Y": D, "Z": D, "BY": D, "BZ": 32 if D > 128 else 64, "CHANNEL": True, "REVERSE": True}),
+    return [join_specimen(D, "channel"),
             Specimen(f"decode D={D}", decode_kernel, decode, sizes | {"DECAY": "channel", "GATE": "softplus"})]
 
 

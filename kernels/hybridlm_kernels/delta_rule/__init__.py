@@ -8,22 +8,14 @@ from __future__ import annotations
 from torch import Tensor, autocast
 
 from ..gates import Gate, parameters_of
-from ..recurrence import Borders, borders_of, check_decay, check_per_token, check_shapes
+from ..recurrence import Borders, borders_of, check_decay, check_per_token, check_shapes, fits_triton
 from ..registry import Backend, Call, Operation, choose, register
 from ..triton_support import backend as triton_backend
 from . import fla, reference
 from . import torch as torch_backend
 
-LARGEST_HEAD = 256  # of the Triton kernels: a program holds a state of so many channels
-
-
-def _fits(call: Call) -> tuple[bool, str]:
-    largest = max(call.get("key_dim"), call.get("value_dim"))
-    return (True, "") if largest <= LARGEST_HEAD else (False, f"has head dims up to {LARGEST_HEAD}; got {largest}")
-
-
 OPERATION = register(Operation("delta_rule", (
-    triton_backend("hybridlm_kernels.delta_rule.triton", "delta_rule", _fits),
+    triton_backend("hybridlm_kernels.delta_rule.triton", "delta_rule", fits_triton),
     Backend("torch", torch_backend.delta_rule),
     Backend("fla", fla.delta_rule, fla.supports, ("cuda",)),
     Backend("reference", reference.delta_rule),

@@ -92,6 +92,90 @@ def _channel_scores(x, k, g, scores, EXACT: tl.constexpr):
     return scores
 
 
+@triton.jit
+def prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, queries_ptr,
+            keys_ptr, writes_ptr, to_stride, scale, gate_constant, beta_scale, tokens, H, G, chunk, head,
+            first, filled, of_keys, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
+            L2NORM: tl.constexpr, SIGMOID: tl.constexpr, SCORES: tl.constexpr, EXACT: tl.constexpr):
+    """What `chunk_kernel` writes of one chunk and head, for the keys (`of_keys`) or the queries. The pointers of the
+    decayed queries, keys and writes are those of the head and of the chunk's first token."""
+    P: tl.constexpr = "ieee" if EXACT else "tf32"
+    i = tl.arange(0, C)
+    inside = i < filled
+    of_head, of_key_head = first * G + head, (first * H + head // (G // H)) * K
+    k_ptr += of_key_head  # from here on tokens are counted from the chunk's first, in 32 bits
+    x_ptr = k_ptr if of_keys else q_ptr + of_key_head
+    factors_ptr += head * FACTORS * tokens + first
+    lower, strict = i[:, None] >= i[None, :], i[:, None] > i[None, :]
+    rate = gate_rate(A_log_ptr, head)
+    if SCORES:
+        # Through memory, so that no thread works out gates again for every layout in which they are wanted. Both
+        # programs write the same numbers.
+        beta = write_strength(beta_ptr, of_head + i * G, inside, beta_scale, SIGMOID)
+        tl.store(factors_ptr + BETA * tokens + i, beta, mask=inside)
+        if DECAY == "head":
+            u = tl.load(g_ptr + of_head + i * G, mask=inside, other=0.0)
+            g = gate_value(u, rate, gate_bias(bias_ptr, head), gate_constant, GATE) * LOG2_E
+            tl.store(factors_ptr + DECAY_LOG2 * tokens + i, g, mask=inside)
+        tl.debug_barrier()
+    x_norm, k_norm = tl.zeros([C], tl.float32) + 1.0, tl.zeros([C], tl.float32) + 1.0
+    if L2NORM:
+        x_squared, k_squared = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+        for k0 in range(0, K, BK):
+            columns = k0 + tl.arange(0, BK)
+            x = load_tile(x_ptr, i, H * K, columns, K, inside).to(tl.float32)
+            k = load_tile(k_ptr, i, H * K, columns, K, inside).to(tl.float32)
+            x_squared += tl.sum(x * x, axis=1)
+            k_squared += tl.sum(k * k, axis=1)
+        x_norm, k_norm = tl.rsqrt(x_squared + 1e-6), tl.rsqrt(k_squared + 1e-6)
+    x_norm *= tl.where(of_keys, 1.0, scale)
+    scores, same = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    for k0 in range(0, K, BK):
+        columns = k0 + tl.arange(0, BK)
+        x = load_tile(x_ptr, i, H * K, columns, K, inside)
+        k = load_tile(k_ptr, i, H * K, columns, K, inside)
+        if DECAY == "channel":
+            u, bias = load_gates(g_ptr + of_head * K, None if bias_ptr is None else bias_ptr + head * K, i, G * K,
+                                 columns, K, inside)
+            g = log2_decay(u, rate, bias, gate_constant, inside, GATE)
+            decayed = x * (tl.exp2(sum_over(lower, g, EXACT)) * x_norm[:, None])
+            store_tile(keys_ptr if of_keys else queries_ptr, i, to_stride, columns, K, inside, decayed)
+            if of_keys:
+                to_end = tl.exp2(sum_over(lower == 0, g, EXACT))
+                store_tile(writes_ptr, i, to_stride, columns, K, inside, k * (to_end * k_norm[:, None]))
+            if SCORES:
+                if of_keys:
+                    total = tl.exp2(tl.sum(g, axis=0))
+                    tl.store(total_ptr + (chunk * G + head) * K + columns, total, mask=columns < K)
+                same += tl.sum(x.to(tl.float32) * k.to(tl.float32), axis=1)
+                scores = _channel_scores(x, k, g, scores, EXACT)
+        else:
+            scores = tl.dot(x, tl.trans(k), scores, input_precision=P)
+    if SCORES:
+        scores *= x_norm[:, None] * k_norm[None, :]
+        tl.store(factors_ptr + tl.where(of_keys, KEY_NORM, QUERY_NORM) * tokens + i, x_norm, mask=inside)
+        if DECAY == "channel":
+            scores = tl.where(i[:, None] == i[None, :], (same * x_norm * k_norm)[:, None], scores)
+        else:
+            prefix, suffix = tl.zeros([C], tl.float32) + 1.0, tl.zeros([C], tl.float32) + 1.0
+            total = 1.0
+            if DECAY == "head":
+                at_g = factors_ptr + DECAY_LOG2 * tokens + i
+                g, g_next = tl.load(at_g, mask=inside, other=0.0), tl.load(at_g + 1, mask=i + 1 < filled, other=0.0)
+                scores *= decay_between(g, i[None, :], EXACT)
+                prefix, suffix = tl.exp2(tl.cumsum(g, axis=0)), tl.exp2(tl.cumsum(g_next, axis=0, reverse=True))
+                total = tl.exp2(tl.sum(g, axis=0))
+            tl.store(factors_ptr + tl.where(of_keys, KEY, QUERY) * tokens + i, x_norm * prefix, mask=inside)
+            if of_keys:
+                tl.store(total_ptr + chunk * G + head, total)
+                tl.store(factors_ptr + WRITE * tokens + i, x_norm * suffix, mask=inside)
+        if of_keys:
+            X = _solve(tl.where(strict, scores, 0.0), factors_ptr + BETA * tokens, filled, P)
+            store_tile(X_ptr + of_head * C, i, G * C, i, C, inside, X)
+        else:
+            store_tile(A_ptr + of_head * C, i, G * C, i, C, inside, tl.where(lower, scores, 0.0))
+
+
 CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
            for channels, warps, stages in ((16, 8, 1), (16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 1))]
 
@@ -105,80 +189,12 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr,
     """A, X [tokens, G, C], factors [G, 7, tokens] and total [P, G(, K)]; with a decay a channel also the decayed
     queries, keys and writes [tokens, G, K]. Without SCORES only these last three. Two programs a chunk and head: one
     works for the queries, the other for the keys."""
-    P: tl.constexpr = "ieee" if EXACT else "tf32"
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    of_keys = tl.program_id(2) == 1
     first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1)
-    i = tl.arange(0, C)
-    rows, inside = first + i, i < filled
-    k_ptr += head // (G // H) * K
-    x_ptr = k_ptr if of_keys else q_ptr + head // (G // H) * K
-    factors_ptr += head * FACTORS * tokens
-    lower, strict = i[:, None] >= i[None, :], i[:, None] > i[None, :]
-    rate = gate_rate(A_log_ptr, head)
-    if SCORES:
-        # Through memory, so that no thread works out gates again for every layout in which they are wanted. Both
-        # programs write the same numbers.
-        beta = write_strength(beta_ptr, rows * G + head, inside, beta_scale, SIGMOID)
-        tl.store(factors_ptr + BETA * tokens + rows, beta, mask=inside)
-        if DECAY == "head":
-            u = tl.load(g_ptr + rows * G + head, mask=inside, other=0.0)
-            g = gate_value(u, rate, gate_bias(bias_ptr, head), gate_constant, GATE) * LOG2_E
-            tl.store(factors_ptr + DECAY_LOG2 * tokens + rows, g, mask=inside)
-        tl.debug_barrier()
-    x_norm, k_norm = tl.zeros([C], tl.float32) + 1.0, tl.zeros([C], tl.float32) + 1.0
-    if L2NORM:
-        x_squared, k_squared = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-        for k0 in range(0, K, BK):
-            columns = k0 + tl.arange(0, BK)
-            x = load_tile(x_ptr, rows, H * K, columns, K, inside).to(tl.float32)
-            k = load_tile(k_ptr, rows, H * K, columns, K, inside).to(tl.float32)
-            x_squared += tl.sum(x * x, axis=1)
-            k_squared += tl.sum(k * k, axis=1)
-        x_norm, k_norm = tl.rsqrt(x_squared + 1e-6), tl.rsqrt(k_squared + 1e-6)
-    x_norm *= tl.where(of_keys, 1.0, scale)
-    scores, same = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
-    for k0 in range(0, K, BK):
-        columns = k0 + tl.arange(0, BK)
-        x = load_tile(x_ptr, rows, H * K, columns, K, inside)
-        k = load_tile(k_ptr, rows, H * K, columns, K, inside)
-        if DECAY == "channel":
-            u, bias = load_gates(g_ptr + head * K, None if bias_ptr is None else bias_ptr + head * K, rows, G * K,
-                                 columns, K, inside)
-            g = log2_decay(u, rate, bias, gate_constant, inside, GATE)
-            decayed = x * (tl.exp2(sum_over(lower, g, EXACT)) * x_norm[:, None])
-            store_tile((keys_ptr if of_keys else queries_ptr) + head * K, rows, G * K, columns, K, inside, decayed)
-            if of_keys:
-                to_end = tl.exp2(sum_over(lower == 0, g, EXACT))
-                store_tile(writes_ptr + head * K, rows, G * K, columns, K, inside, k * (to_end * k_norm[:, None]))
-            if SCORES:
-                if of_keys:
-                    total = tl.exp2(tl.sum(g, axis=0))
-                    tl.store(total_ptr + (chunk * G + head) * K + columns, total, mask=columns < K)
-                same += tl.sum(x.to(tl.float32) * k.to(tl.float32), axis=1)
-                scores = _channel_scores(x, k, g, scores, EXACT)
-        else:
-            scores = tl.dot(x, tl.trans(k), scores, input_precision=P)
-    if SCORES:
-        scores *= x_norm[:, None] * k_norm[None, :]
-        tl.store(factors_ptr + tl.where(of_keys, KEY_NORM, QUERY_NORM) * tokens + rows, x_norm, mask=inside)
-        if DECAY == "channel":
-            scores = tl.where(i[:, None] == i[None, :], (same * x_norm * k_norm)[:, None], scores)
-        else:
-            prefix, suffix = tl.zeros([C], tl.float32) + 1.0, tl.zeros([C], tl.float32) + 1.0
-            total = 1.0
-            if DECAY == "head":
-                at_g = factors_ptr + DECAY_LOG2 * tokens + rows
-                g, g_next = tl.load(at_g, mask=inside, other=0.0), tl.load(at_g + 1, mask=i + 1 < filled, other=0.0)
-                scores *= decay_between(g, i[None, :], EXACT)
-                prefix, suffix = tl.exp2(tl.cumsum(g, axis=0)), tl.exp2(tl.cumsum(g_next, axis=0, reverse=True))
-                total = tl.exp2(tl.sum(g, axis=0))
-            tl.store(factors_ptr + tl.where(of_keys, KEY, QUERY) * tokens + rows, x_norm * prefix, mask=inside)
-            if of_keys:
-                tl.store(total_ptr + chunk * G + head, total)
-                tl.store(factors_ptr + WRITE * tokens + rows, x_norm * suffix, mask=inside)
-        if of_keys:
-            X = _solve(tl.where(strict, scores, 0.0), factors_ptr + BETA * tokens + first, filled, P)
-            store_tile(X_ptr + head * C, rows, G * C, i, C, inside, X)
-        else:
-            store_tile(A_ptr + head * C, rows, G * C, i, C, inside, tl.where(lower, scores, 0.0))
+    if DECAY == "channel":
+        queries_ptr += (first * G + head) * K
+        keys_ptr += (first * G + head) * K
+        writes_ptr += (first * G + head) * K
+    prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, queries_ptr,
+            keys_ptr, writes_ptr, G * K, scale, gate_constant, beta_scale, tokens, H, G, chunk,
+            head, first, filled, tl.program_id(2) == 1, K, BK, DECAY, GATE, L2NORM, SIGMOID, SCORES, EXACT)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..triton_join import specimen as join_specimen
 from ..triton_support import Specimen
 from .triton_chunk import chunk_kernel
 from .triton_decode import decode_kernel
+from .triton_fused import fused_kernel
 from .triton_gradients import gradients_kernel
 from .triton_scan import scan_back_kernel, scan_kernel
 
 HALF = "q k g beta queries keys writes w v A X o states y do d_states z dq dk dv dg d_beta S dS scratch"
-SINGLE = "A_log bias factors total state last d_last d_state d_A_log d_bias"
+SINGLE = "A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
 TYPES = ({f"{name}_ptr": "*bf16" for name in HALF.split()} | {f"{name}_ptr": "*fp32" for name in SINGLE.split()}
          | {"chunks_ptr": "*i64", "documents_ptr": "*i64", "tokens": "i32", "H": "i32", "G": "i32"}
          | dict.fromkeys(("scale", "inverse_scale", "gate_constant", "beta_scale"), "fp32"))
@@ -37,14 +39,19 @@ def _all() -> Iterator[Specimen]:
             yield _specimen(f"chunk, {label}", chunk_kernel, flags | {"K": D, "SCORES": True},
                             "" if decay == "channel" else "queries keys writes")
             yield _specimen(f"gradients, {label}", gradients_kernel, flags | sizes)
+            if decay == "head":
+                yield _specimen(f"fused, {label}", fused_kernel, flags | sizes | {"PADDED": D})
+        yield join_specimen(D, "matrix")
         yield _specimen(f"decode, channel decay, D={D}", decode_kernel, sizes | {
             "BK": D, "BV": 32, "DECAY": "channel", "GATE": "softplus", "L2NORM": True, "SIGMOID": True})
     for D, channel in ((64, False), (64, True), (128, False), (128, True)):
         sizes = {"K": D, "V": D, "BK": D, "CHANNEL": channel, "EXACT": False}
         label = f"{'channel' if channel else 'head'} decay, D={D}"
-        yield _specimen(f"scan, {label}", scan_kernel, sizes | {"OUTPUT": True}, "states y")
-        yield _specimen(f"states, {label}", scan_kernel, sizes | {"OUTPUT": False}, "o last")
-        yield _specimen(f"scan back, {label}", scan_back_kernel, sizes | {"OUTPUT": True})
+        yield _specimen(f"scan, {label}", scan_kernel, sizes | {"MODE": "outputs"}, "transitions states y")
+        yield _specimen(f"states, {label}", scan_kernel, sizes | {"MODE": "states"}, "o last transitions")
+        yield _specimen(f"pieces, {label}", scan_kernel, sizes | {"MODE": "pieces"}, "state o states y")
+        yield _specimen(f"scan back, {label}", scan_back_kernel, sizes | {"PIECES": False})
+        yield _specimen(f"pieces back, {label}", scan_back_kernel, sizes | {"PIECES": True}, "d_last d_states z")
 
 
 SPECIMENS = list(_all())
