@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-from hybridlm.config.schema import Config
+from hybridlm.config.schema import ZERO, Config
 from hybridlm.errors import ConfigError, counted
 from hybridlm.model.config import require
 
@@ -55,6 +56,9 @@ def check_world(config: Config, size: int) -> None:
     if engine.num_processes is not None and engine.num_processes != size:
         raise ConfigError("engine.num_processes", "differs from what the launcher started", got=engine.num_processes,
                           expected=str(size), hint="leave it out under a launcher")
+    if engine.kind in ZERO and find_spec("deepspeed") is None:
+        raise ConfigError("engine.kind", "needs DeepSpeed, which is not installed", got=engine.kind,
+                          hint="pip install 'hybridlm[deepspeed]'")
     _check_experts(config, size)
     _check_pieces(config)
     pieces = engine.sequence_parallel

@@ -12,7 +12,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +81,7 @@ class ZeroEngine(Engine):
     """ZeRO-1, -2 or -3. fp32 parameters stay fp32; with bf16 the forward runs under autocast."""
 
     def __init__(self, config: EngineConfig, precision: str = "auto"):
-        _check_installed(config)
+        _check_device(config)
         if not World.here().launched:  # one process, started by hand: DeepSpeed wants a process group all the same
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                            "MASTER_PORT": str(free_port())}
@@ -207,10 +206,7 @@ class ZeroEngine(Engine):
         return self._updated(Update(numbers, norm, applied), balance)
 
 
-def _check_installed(config: EngineConfig) -> None:
-    if find_spec("deepspeed") is None:
-        raise ConfigError("engine.kind", "needs DeepSpeed, which is not installed", got=config.kind,
-                          hint="pip install 'hybridlm[deepspeed]'")
+def _check_device(config: EngineConfig) -> None:
     if config.device == "cpu" and torch.cuda.is_available():
         raise ConfigError("engine.device", "ZeRO takes the GPUs it sees", got="cpu",
                           hint="hide them with CUDA_VISIBLE_DEVICES=")

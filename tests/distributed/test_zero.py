@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import train_over_ranks
+import zero_checks
 
 from hybridlm.cli import main
 from hybridlm.distributed.launch import free_port
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model.hidden_size=32", "model.vocab_size=257", "data.tokenizer=bytes", "training.batch_size=4",
@@ -51,18 +51,24 @@ def on_ranks(number, folder, *runs):
     """The runs in that many processes, one after the other, all of which must succeed."""
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
+    codes, errors = start(number, train_over_ranks.__file__, listed)
+    assert codes == [0] * number, "\n".join(errors)
+
+
+def start(number, *command):
+    """Exit codes and standard error of a Python script in that many processes."""
     shared = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1",
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number),
               "LOCAL_WORLD_SIZE": str(number)}
-    ranks = [subprocess.Popen([sys.executable, train_over_ranks.__file__, str(listed)], text=True,
+    ranks = [subprocess.Popen([sys.executable, *map(str, command)], text=True,
                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                               env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(number)]
     try:
-        errors = [rank.communicate(timeout=600)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=550)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * number, "\n".join(errors)
+    return [rank.returncode for rank in ranks], errors
 
 
 def records(folder):
@@ -83,32 +89,62 @@ def assert_same(found, wanted, rel=1e-5):
     assert found[-1]["validation_loss"] == pytest.approx(wanted[-1]["validation_loss"], rel=rel)
 
 
-@pytest.fixture(scope="module")
-def alone(words):
-    """One process: a run of each system."""
-    for system in SYSTEMS:
-        assert main(["train", *words(f"{system}-alone", system)]) == 0
-    assert main(["train", *words("stages-alone", "deepseek", *TWO_STAGES)]) == 0
-    return words.root
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_two_ranks_train_as_one(words, system):
+    """Every stage of ZeRO: MoE, MTP and indexer losses, accumulation."""
+    assert main(["train", *words(f"{system}-alone", system)]) == 0
+    engines = {"zero1": ["engine=zero1"], "zero2": ["engine=zero2", *ACCUMULATED],
+               "zero3": [*ZERO3, *ACCUMULATED, "training.activation_checkpointing=true"]}
+    on_ranks(2, words.root, *(words(f"{system}-{name}", system, *engine) for name, engine in engines.items()))
+    for name in engines:
+        assert_same(words.root / f"{system}-{name}", words.root / f"{system}-alone")
+        told = json.loads((words.root / f"{system}-{name}" / "deepspeed.json").read_text())
+        assert told["zero_optimization"]["stage"] == int(name[-1])
+        assert not {"bf16", "fp16"} & told.keys()
 
 
-def test_two_ranks_train_as_one(words, alone):
-    """Every stage with every system: MoE, MTP and indexer losses, accumulation, and a checkpoint in mid-run."""
-    runs = [words(f"{system}-{name}", system, *engine)
-            for system in SYSTEMS
-            for name, engine in (("zero1", ["engine=zero1"]), ("zero2", ["engine=zero2", *ACCUMULATED]),
-                                 ("zero3", [*ZERO3, *ACCUMULATED, "training.activation_checkpointing=true"]))]
-    runs.append(words("stages-zero3", "deepseek", *TWO_STAGES, *ZERO3))
-    runs.append(words("part", "kimi", *ZERO3, "engine.offload_optimizer=true", "engine.offload_parameters=true",
-                      steps=10))
-    on_ranks(2, alone, *runs)
-    for system in SYSTEMS:
-        for stage in ("zero1", "zero2", "zero3"):
-            assert_same(alone / f"{system}-{stage}", alone / f"{system}-alone")
-    assert_same(alone / "stages-zero3", alone / "stages-alone")
-    told = json.loads((alone / "kimi-zero3" / "deepspeed.json").read_text())
-    assert told["zero_optimization"]["stage"] == 3
-    assert not {"bf16", "fp16"} & told.keys()
-    # The first half under ZeRO-3 with all on the host; the second in one process without ZeRO.
-    assert main(["train", *words("part", "kimi")]) == 0
-    assert_same(alone / "part", alone / "kimi-alone")
+@pytest.mark.slow
+def test_sessions_of_other_engines_and_ranks(words):
+    """ZeRO-2 on four ranks, ZeRO-3 on two with all on the host, one process; and a recipe of two stages."""
+    root = words.root
+    assert main(["train", *words("whole", "kimi", steps=12)]) == 0
+    assert main(["train", *words("stages", "deepseek", *TWO_STAGES)]) == 0
+    on_ranks(4, root, words("part", "kimi", "engine=zero2", steps=4))
+    on_ranks(2, root, words("part", "kimi", *ZERO3, "engine.offload_optimizer=true", "engine.offload_parameters=true",
+                            steps=8), words("stages-zero3", "deepseek", *TWO_STAGES, *ZERO3))
+    assert main(["train", *words("part", "kimi", steps=12)]) == 0
+    assert_same(root / "part", root / "whole")
+    assert_same(root / "stages-zero3", root / "stages")
+
+
+@pytest.mark.slow
+def test_engines_on_two_ranks():
+    """NaN on one rank, types, starved experts and Muon; then one rank hangs, and each says where it is."""
+    codes, errors = start(2, zero_checks.__file__)
+    assert all("checked" in error for error in errors), "\n".join(errors)
+    assert codes == [1, 1]
+    for rank, error in enumerate(errors):
+        assert f"rank {rank} of 2: step 7 has stood still for" in error
+    assert "in __main__.hang (line" in errors[1]
+    assert "hybridlm.distributed" in errors[0]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["engine=zero1", "optimizer=muon", "engine.offload_optimizer=true"],
+     "engine.offload_optimizer: does not go with optimizer.kind=muon"),
+    (["engine=ddp", "+engine.offload_optimizer=true"], "engine.offload_optimizer: needs ZeRO; got 'ddp'"),
+    (["engine=zero2", "+engine.offload_parameters=true"],
+     "engine.offload_parameters: needs divided weights; got 'zero2'; expected engine=zero3"),
+    (["engine=zero3", "engine.bucket_elements=0"], "engine.bucket_elements: must be positive"),
+])
+def test_refused_before_anything_starts(words, message, tmp_path, capsys):
+    assert main(["train", *SYSTEMS["kimi"], "engine.num_processes=2", f"run_dir={tmp_path / 'run'}", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_deepspeed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("hybridlm.distributed.world.find_spec", lambda name: None)
+    assert main(["train", *SYSTEMS["kimi"], "engine=zero1", "engine.num_processes=2", f"run_dir={tmp_path}"]) == 2
+    assert "pip install 'hybridlm[deepspeed]'" in capsys.readouterr().err

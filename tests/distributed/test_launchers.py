@@ -1,0 +1,49 @@
+"""The scripts that start a run through other launchers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridlm.distributed.launch import free_port
+
+ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
+def test_two_processes(launcher, tmp_path):
+    text = tmp_path / "text.py"
+    text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
+    done = subprocess.run(
+        [ROOT / "scripts" / f"launch_{launcher}.sh", "model=minimax_01_tiny", "model.num_layers=2", "engine=zero1",
+         "data.tokenizer=bytes", f"data.path={text}", f"data.cache_dir={tmp_path / 'cache'}", "training.steps=2",
+         "training.batch_size=2", "training.sequence_length=32", "training.eval_batches=1",
+         f"run_dir={tmp_path / 'run'}"],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": PATHS, "PROCESSES": "2", "OMP_NUM_THREADS": "1",
+             "MASTER_PORT": str(free_port())})
+    assert done.returncode == 0, done.stderr
+    session, = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
+    assert session["processes"] == 2
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_slurm(tmp_path):
+    """Each task is told its rank; `scontrol`, `srun` and Python are stand-ins."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho first-host\necho second-host\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nSLURM_PROCID=9 SLURM_LOCALID=1 exec "$@"\n')
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*"\n')
+    for name in ("scontrol", "srun", "python"):
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "slurm.sbatch", "engine=zero3", "run_dir=with space"],
+        capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_NTASKS": "16",
+             "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "9 1 16 first-host 20007 -m hybridlm.cli train engine=zero3 run_dir=with space\n"

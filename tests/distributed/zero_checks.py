@@ -1,0 +1,169 @@
+"""What each of two processes runs for test_zero.py: the ZeRO engines on a tiny model, and in the end a hang."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hybridlm.config.schema import Config, EngineConfig, OptimizerConfig
+from hybridlm.distributed.engine import Contribution, make_engine
+from hybridlm.distributed.memory import rank_memory
+from hybridlm.distributed.partition import Fragment
+from hybridlm.distributed.zero_optimizer import FlatOptimizer
+from hybridlm.model.model import build_model
+from hybridlm.training.optimizer import Muon, build_optimizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+import tiny_run
+
+
+class Part:
+    """Tokens of one rank. A loss that is not finite comes from `factor`."""
+
+    def __init__(self, rank, factor=1.0):
+        self.ids_BT = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(rank))
+        self.factor = factor
+
+    def to(self, device, non_blocking=False):
+        return self
+
+
+def objective(model, part):
+    return Contribution(model(part.ids_BT, labels=part.ids_BT).loss * part.factor / dist.get_world_size())
+
+
+def ready(kind, timeout=120.0, precision="fp32"):
+    engine = make_engine(EngineConfig(kind=kind, persistence_threshold=0, timeout=timeout), precision)
+    model = build_model(tiny_run.model())
+    optimizers = build_optimizer(model, OptimizerConfig(lr=1e-3))
+    return engine, model, optimizers
+
+
+def step(engine, number=0, factor=1.0):
+    engine.seed(0, number)
+    values = engine.gradients(objective, [Part(engine.rank, factor)])
+    return engine.update(values, lr=1e-3, clip=1.0)
+
+
+def weights(engine):
+    return {name: tensor.detach().clone() for name, tensor in engine.local_weights()}
+
+
+def check_nan_on_one_rank(kind):
+    """The step changes nothing anywhere; the next one goes on. `step` counts by one."""
+    engine, model, optimizers = ready(kind)
+    engine.prepare(model, optimizers)
+    assert step(engine).applied
+    before = weights(engine)
+    update = step(engine, factor=float("inf") if engine.rank == 1 else 1.0)
+    assert not update.applied
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(engine).items() if "load" not in name)
+    assert step(engine).applied
+    counts = {float(state["step"]) for state in engine.zero.optimizer.optimizer.state.values()}
+    assert counts == {2.0}
+    flats = {id(one.flat): one.flat for one in engine.fragments.values()}
+    held = sum(flat.numel() for flat in flats.values()) + sum(
+        tensor.numel() for state in engine.zero.optimizer.optimizer.state.values() for tensor in state.values())
+    config = Config(model=tiny_run.model(), engine=engine.config)
+    assert 4 * held == pytest.approx(rank_memory(config, 2).optimizer, rel=0.03)
+    decays = {group["weight_decay"] for group in optimizers.members[0].param_groups}
+    assert decays == {0.0, 0.1}
+    engine.release()
+    assert all(parameter.numel() > 0 for parameter in model.parameters())
+
+
+def check_dtypes(kind):
+    """A parameter that DeepSpeed has cast is named."""
+    engine, model, optimizers = ready(kind)
+    prepare = engine.accelerator.prepare
+
+    def casting(given, optimizer):
+        prepared = prepare(given, optimizer)
+        given.norm.weight.data = given.norm.weight.data.bfloat16()
+        return prepared
+
+    engine.accelerator.prepare = casting
+    with pytest.raises(RuntimeError, match=r"'norm\.weight' in torch\.bfloat16"):
+        engine.prepare(model, optimizers)
+    engine.release()
+
+
+def check_bf16():
+    """Autocast: the loss is near that of fp32, and parameters stay as they are."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        engine, model, optimizers = ready("zero3", precision=precision)
+        engine.prepare(model, optimizers)
+        losses.append(step(engine).values["loss"])
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        engine.release()
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def check_starved_experts():
+    """Each rank leaves other experts idle, for 50 steps."""
+    engine, model, optimizers = ready("zero3")
+    engine.prepare(model, optimizers)
+    router = model.layers[1].feed_forward.f.router
+    for number in range(50):
+        router.bias.fill_(-10.0)[2 * engine.rank:2 * engine.rank + 2] = 10.0
+        assert step(engine, number).applied
+        assert sorted(router.load.tolist()) == [0, 0, 0, 0]  # forgotten after the step
+    engine.release()
+
+
+def check_muon():
+    """Matrices that are cut anywhere between ranks move as they do on one."""
+    rank, shapes = dist.get_rank(), [(8, 24), (32, 16), (24, 8), (3, 12, 8)]
+    torch.manual_seed(0)
+    whole = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    gradients = [torch.randn(shape) for shape in shapes]
+    size = (sum(p.numel() for p in whole) + 1) // 2
+
+    def mine(tensors):
+        flat = torch.cat([*(t.detach().flatten() for t in tensors), torch.zeros(1)])
+        return flat[rank * size:(rank + 1) * size].clone()
+
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    flat = torch.nn.Parameter(mine(whole))
+    alone, divided = Muon([{"params": whole}], **options), FlatOptimizer([Muon([{"params": [flat]}], **options)])
+    begin = 0
+    for parameter in whole:
+        first, last = max(begin, rank * size), min(begin + parameter.numel(), (rank + 1) * size)
+        held = (first - rank * size, first - begin, last - first) if last > first else (0, 0, 0)
+        divided.fragments.append(Fragment(flat, *held, parameter.shape, dist.group.WORLD))
+        begin += parameter.numel()
+    for factor in (1.0, -0.5, 2.0):
+        for parameter, gradient in zip(whole, gradients, strict=True):
+            parameter.grad = gradient * factor
+        flat.grad = mine([parameter.grad for parameter in whole])
+        alone.step()
+        divided.step()
+        assert torch.equal(flat.detach()[:-1], mine(whole)[:-1])
+
+
+def hang():
+    """The watchdogs end both processes."""
+    engine, model, optimizers = ready("zero2", timeout=4.0)
+    engine.prepare(model, optimizers)
+    engine.seed(0, 6)
+    if engine.rank == 1:
+        time.sleep(60)
+    engine.gradients(objective, [Part(engine.rank)])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for kind in ("zero1", "zero2", "zero3"):
+        check_nan_on_one_rank(kind)
+    for kind in ("zero1", "zero3"):
+        check_dtypes(kind)
+    check_bf16()
+    check_starved_experts()
+    check_muon()
+    print("checked", file=sys.stderr, flush=True)
+    hang()
