@@ -193,7 +193,7 @@ class Engine(Ranks):
         for name, weight in weights.items():
             whole = self._whole_weight(name, weight)
             if owner[name] == self.rank:
-                mine[name] = whole
+                mine[name] = whole if whole is weight else whole.cpu()
         return mine
 
     def optimizer_share(self) -> dict[str, Tensor]:
