@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,15 @@ ROOT = Path(__file__).parents[2]
 TINY = ["model.hidden_size=32", "model.vocab_size=257", "data.tokenizer=bytes",
         "training.batch_size=4", "training.sequence_length=96", "training.eval_every=0", "training.eval_batches=1",
         "training.log_every=1000", "training.steps=3", "training.precision=fp32"]
-# name: words that both runs have, words of the four ranks. 96 tokens are above the sparse system's top-k of 64; a
-# quarter of them, 24, is no multiple of a chunk.
+# name: words that both runs have, engine of the four ranks, its words. 96 tokens are above the sparse system's top-k of
+# 64; a quarter of them, 24, is no multiple of a chunk.
 RUNS = {
-    "kimi_linear_tiny": (["model.num_layers=4", "training.micro_batch_size=2"], ["engine.sequence_parallel=4"]),
-    "qwen3_next_tiny": (["model.num_layers=4", "training.activation_checkpointing=true"],
+    "kimi_linear_tiny": (["model.num_layers=4", "training.micro_batch_size=2"], "ddp", ["engine.sequence_parallel=4"]),
+    "qwen3_next_tiny": (["model.num_layers=4", "training.activation_checkpointing=true"], "ddp",
                         ["engine.sequence_parallel=2"]),
-    "minimax_01_tiny": (["model.num_layers=8"], ["engine.sequence_parallel=4"]),
-    "deepseek_v32_tiny": (["model.num_layers=3", "training.micro_batch_size=2"], ["engine.sequence_parallel=2"]),
+    "minimax_01_tiny": (["model.num_layers=8"], "ddp", ["engine.sequence_parallel=4", "engine.expert_parallel=2"]),
+    "deepseek_v32_tiny": (["model.num_layers=3", "training.micro_batch_size=2"],
+                          "zero3" if find_spec("deepspeed") else "ddp", ["engine.sequence_parallel=2"]),
 }
 
 
@@ -35,11 +37,12 @@ def runs(tmp_path_factory):
     text = folder / "text.py"
     text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
     data = [f"data.path={text}", f"data.cache_dir={folder / 'cache'}"]
-    words = {name: [f"model={name}", *TINY, *data, *both] for name, (both, _) in RUNS.items()}
+    words = {name: [f"model={name}", *TINY, *data, *both] for name, (both, *_) in RUNS.items()}
     for name in RUNS:
         assert main(["train", *words[name], f"run_dir={folder / name}"]) == 0
     (folder / "runs.json").write_text(json.dumps([
-        [*words[name], "engine=ddp", *ranks, f"run_dir={folder / f'{name}-4'}"] for name, (_, ranks) in RUNS.items()]))
+        [*words[name], f"engine={engine}", *ranks, f"run_dir={folder / f'{name}-4'}"]
+        for name, (_, engine, ranks) in RUNS.items()]))
     on_four_ranks(folder)
     return {name: [records(folder / f"{name}{end}") for end in ("", "-4")] for name in RUNS}
 
