@@ -40,7 +40,7 @@ ENGINES = ("ddp", "zero1", "zero2", "zero3")
 def layouts(ranks: int, engines: list[str]) -> Iterator[EngineConfig]:
     """Every engine alone, with experts and with rows over all ranks, and with both over half of them."""
     for kind in engines:
-        for experts, pieces in ((1, 1), (ranks, 1), (1, ranks), (ranks // 2, ranks // 2)):
+        for experts, pieces in dict.fromkeys(((1, 1), (ranks, 1), (1, ranks), (ranks // 2, ranks // 2))):
             yield EngineConfig(kind=kind, expert_parallel=experts,  # type: ignore[arg-type]
                                sequence_parallel=pieces, persistence_threshold=0)
 
@@ -89,7 +89,7 @@ def compare(name: str, layout: EngineConfig) -> list[dict[str, Any]]:
              "sequence_parallel": layout.sequence_parallel}
     return [about | {"operation": kind, "ranks": ranks, "measured": found[kind, ranks] / engine.world_size,
                      "formula": wanted[kind, ranks], "formula_a_layer": wanted[kind, ranks] / config.model.num_layers}
-            for kind, ranks in sorted(found | wanted)]
+            for kind, ranks in sorted(found | wanted) if ranks > 1]
 
 
 def start_ranks(number: int) -> int:
@@ -98,7 +98,11 @@ def start_ranks(number: int) -> int:
                            "MASTER_PORT": str(free_port())}
     ranks = [subprocess.Popen([sys.executable, *sys.argv], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
              for rank in range(number)]
-    return max(abs(rank.wait()) for rank in ranks)
+    try:
+        return max(abs(rank.wait()) for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def main() -> int:

@@ -3,11 +3,11 @@
 
     python scripts/scaling_layouts.py [--gpus 64 512 2048] [--memory 80 141] [--length 4096] [--batch 2048] [--json]
 
-For each system and number of GPUs: of the layouts whose memory of a rank (as `hybridlm inspect` estimates it) fits into
-the smaller GPU, else the larger one, with a tenth of it left free, the one that needs the least time. A step's time is
-that of its FLOPs at `--mfu` of `--tflops`, plus that of its bytes (hybridlm.distributed.cost) as if nothing overlapped:
-those of groups within a node of 8 at `--fast` GB/s a GPU, the others at `--slow`. Every row of `--length` tokens is a
-micro batch of its own, with activation checkpointing.
+For each system, number and size of GPUs: of the layouts whose memory of a rank (as `hybridlm inspect` estimates it)
+fits with a tenth left free, the one that needs the least time. A step's time is that of its FLOPs at `--mfu` of
+`--tflops`, plus that of its bytes (hybridlm.distributed.cost) as if nothing overlapped: those of groups within a node
+of 8 at `--fast` GB/s a GPU, the others at `--slow`. Every row of `--length` tokens is a micro batch of its own, with
+activation checkpointing. The optimizer goes to the host only where nothing else fits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from itertools import groupby
 
 from hybridlm import load_config
 from hybridlm.config.schema import Config, EngineConfig
@@ -39,7 +39,6 @@ class Plan:
     micro_batches: int
     memory_gib: float  # of a rank
     host_gib: float
-    gpu_gib: int
     sent_gb: float  # by a rank in a step, all groups
     slow_gb: float  # of it, between nodes
     compute_s: float
@@ -63,29 +62,27 @@ def plans(config: Config, gpus: int, args: argparse.Namespace) -> Iterator[Plan]
             layout = Layout(ranks=gpus, engine=kind, expert_parallel=experts,  # type: ignore[arg-type]
                             length=args.length, micro_batches=micro, activation_checkpointing=True)
             sent = traffic(config.model, layout)
-            # Groups of consecutive ranks stay in a node; those that hold the same experts are `experts` ranks apart.
-            fast = sum(one.sent for one in sent if one.ranks <= NODE and not one.part.startswith("expert g"))
+            # Ranks that exchange rows are consecutive; those that hold the same experts are `experts` apart.
+            fast = sum(one.sent for one in sent if one.ranks <= NODE and one.part == "expert rows")
             slow = sum(one.sent for one in sent) - fast
             for offload in (False, True):
                 engine = EngineConfig(kind=kind, expert_parallel=experts,  # type: ignore[arg-type]
                                       offload_optimizer=offload)
                 memory = rank_memory(replace(config, engine=engine, training=training), gpus).parts()
-                total = memory["total"] / GIB
-                fitting = [size for size in sorted(args.memory) if total <= 0.9 * size]
-                if fitting:
-                    yield Plan(system=config.model.name, gpus=gpus, engine=kind, expert_parallel=experts,
-                               offload_optimizer=offload, micro_batches=micro, memory_gib=total,
-                               host_gib=memory["host"] / GIB, gpu_gib=fitting[0], sent_gb=(fast + slow) / 1e9,
-                               slow_gb=slow / 1e9, compute_s=flops / (args.mfu * args.tflops * 1e12),
-                               network_s=fast / (args.fast * 1e9) + slow / (args.slow * 1e9))
+                yield Plan(system=config.model.name, gpus=gpus, engine=kind, expert_parallel=experts,
+                           offload_optimizer=offload, micro_batches=micro, memory_gib=memory["total"] / GIB,
+                           host_gib=memory["host"] / GIB, sent_gb=(fast + slow) / 1e9, slow_gb=slow / 1e9,
+                           compute_s=flops / (args.mfu * args.tflops * 1e12),
+                           network_s=fast / (args.fast * 1e9) + slow / (args.slow * 1e9))
 
 
-def best(found: list[Plan]) -> Plan | None:
-    """The fastest without offload on the smallest GPU that holds one; offload where nothing else fits."""
-    return min(found, key=lambda plan: (plan.offload_optimizer, plan.gpu_gib, plan.seconds), default=None)
+def best(found: list[Plan], gpu_gib: int) -> Plan | None:
+    """The fastest that fits; with the optimizer on the host where nothing else does."""
+    fitting = [plan for plan in found if plan.memory_gib <= 0.9 * gpu_gib]
+    return min(fitting, key=lambda plan: (plan.offload_optimizer, plan.seconds), default=None)
 
 
-COLUMNS = ("system", "GPUs", "engine", "experts over", "micro batches", "memory, GiB", "of", "sent, GB",
+COLUMNS = ("system", "GPUs", "of GiB", "engine", "experts over", "micro batches", "memory, GiB", "sent, GB",
            "between nodes, GB", "compute, s", "network, s")
 
 
@@ -93,14 +90,14 @@ def cells(plan: Plan) -> list[str]:
     host = f", optimizer on the host ({plan.host_gib:.0f} GiB)" if plan.offload_optimizer else ""
     numbers = (plan.sent_gb, plan.slow_gb, plan.compute_s, plan.network_s)
     return [f"{plan.engine}{host}", str(plan.expert_parallel), str(plan.micro_batches), f"{plan.memory_gib:.1f}",
-            str(plan.gpu_gib), *(f"{number:.1f}" for number in numbers)]
+            *(f"{number:.1f}" for number in numbers)]
 
 
-def show(rows: list[tuple[str, int, Plan | None]]) -> None:
-    for line in (COLUMNS, ["---"] * len(COLUMNS)):
-        print(f"| {' | '.join(line)} |")
-    for system, gpus, plan in rows:
-        print(f"| {system} | {gpus} | {'none fits' if plan is None else ' | '.join(cells(plan))} |")
+def show(rows: list[tuple[str, int, int, Plan | None]]) -> None:
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for (system, gpus, plan), same in groupby(rows, key=lambda row: (row[0], row[1], row[3])):
+        sizes = ", ".join(str(size) for _, _, size, _ in same)
+        print(f"| {system} | {gpus} | {sizes} | {'none fits' if plan is None else ' | '.join(cells(plan))} |")
 
 
 def main() -> None:
@@ -116,13 +113,15 @@ def main() -> None:
     parser.add_argument("--slow", type=float, default=40, help="GB/s that a GPU sends to other nodes")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows: list[tuple[str, int, Plan | None]] = []
+    rows: list[tuple[str, int, int, Plan | None]] = []
     for system in args.system:
         config = load_config("train", [f"model={system}", "data.tokenizer=bytes"])
-        rows += [(system, gpus, best(list(plans(config, gpus, args)))) for gpus in args.gpus]
+        for gpus in args.gpus:
+            found = list(plans(config, gpus, args))
+            rows += [(system, gpus, size, best(found, size)) for size in args.memory]
     if args.json:
-        made: list[dict[str, Any]] = [asdict(plan) for _, _, plan in rows if plan is not None]
-        print(json.dumps(made))
+        print(json.dumps([{"system": system, "gpus": gpus, "gpu_gib": size, "plan": plan and asdict(plan)}
+                          for system, gpus, size, plan in rows]))
     else:
         show(rows)
 
