@@ -48,8 +48,9 @@ def on_ranks(number, *arguments):
     assert [rank.returncode for rank in ranks] == [0] * number, "\n".join(errors)
 
 
-def run(name, kind, experts=1):
-    return json.dumps({"name": name, "engine": {"kind": kind, "expert_parallel": experts}, "training": TRAINING})
+def run(name, kind, experts=1, pieces=1):
+    engine = {"kind": kind, "expert_parallel": experts, "sequence_parallel": pieces}
+    return json.dumps({"name": name, "engine": engine, "training": TRAINING})
 
 
 def records(folder):
@@ -98,8 +99,9 @@ def test_two_ranks_train_as_one_and_go_on_from_one(folder):
 
 @pytest.mark.slow
 def test_four_ranks_hold_each_expert_twice(folder):
-    on_ranks(4, "train", folder, run("zero2", "zero2", 2), run(half_done(folder / "one", "to_four"), "zero3", 2))
-    for name in ("zero2", "to_four"):
+    """With rows in two pieces too."""
+    on_ranks(4, "train", folder, run("pieces", "zero2", 2, 2), run(half_done(folder / "one", "to_four"), "zero3", 2))
+    for name in ("pieces", "to_four"):
         assert_same_run(folder / name, folder / "one")
 
 
