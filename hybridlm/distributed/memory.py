@@ -28,10 +28,10 @@ class RankMemory:
     activations: float
     host: float
 
-    def parts(self) -> dict[str, float]:
+    def parts(self) -> dict[str, int]:
         """By name, with the total of the device last but one and the host last."""
-        on_device = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
-        return on_device | {"total": sum(on_device.values()), "host": self.host}
+        on_device = {field.name: round(getattr(self, field.name)) for field in fields(self) if field.name != "host"}
+        return on_device | {"total": sum(on_device.values()), "host": round(self.host)}
 
 
 def rank_memory(config: Config, world: int) -> RankMemory:
