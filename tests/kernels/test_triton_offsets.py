@@ -1,0 +1,77 @@
+"""Addresses beyond 2^31 elements: computed for the largest batches there may be, by ranges over each kernel's TTIR."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import hybridlm_kernels
+from hybridlm_kernels.compile_check import configurations, specimens
+from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
+
+sys.path.insert(0, str(Path(__file__).parent))
+from integer_ranges import Ranges
+
+pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
+
+HEADS = dict.fromkeys(("H", "G", "XY_SHARE"), (1, 2**10)) | {"J": (1, 2**8)}
+PROGRAMS = (2**24, 65535, 65535)  # in each direction of a grid; of blocks of 64 tokens, 2^30 tokens
+# The indexer's loss runs over blocks of one row's keys and queries: rows of up to 2^20 tokens.
+OF_A_ROW = dict.fromkeys(("T", "S", "Q", "start", "low"), (0, 2**20))
+BLOCKS_OF_A_ROW = (2**14, 65535, 65535)
+
+
+def ttir(configured):
+    """The kernel before it is made for a GPU, functions inlined."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    options = backend.parse_options(dict(configured.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = configured.source.make_ir(backend.target, options, backend.get_codegen_implementation(options),
+                                       backend.get_module_map(), context)
+    return str(type(backend).make_ttir(module, {}, options, 90))
+
+
+OPERATIONS = sorted(path.parent.name for path in Path(hybridlm_kernels.__file__).parent.glob("*/triton.py"))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_address_overflows(operation):
+    kernels = [specimen for _, specimen in specimens([operation])]
+    assert kernels
+    for specimen in kernels:
+        if "D=64" in specimen.label:  # the same code as for heads of 128
+            continue
+        arguments, programs = HEADS | dict.fromkeys(specimen.divisible, (1, 2**20)), PROGRAMS
+        if operation == "indexer_kl":
+            arguments, programs = arguments | OF_A_ROW, BLOCKS_OF_A_ROW
+        ranges = Ranges(ttir(configurations(specimen)[0]), arguments, programs)
+        assert ranges.offsets > 0
+        assert not ranges.overflows, (specimen.label, ranges.overflows[:3])
+
+
+TEXT = """
+tt.func public @kernel(%x_ptr: !tt.ptr<f32>, %rows: i32, %stride: i32) attributes {noinline = false} {
+    %c0_i32 = arith.constant 0 : i32 loc(#loc)
+    %c64_i32 = arith.constant 64 : i32 loc(#loc)
+    %0 = tt.get_program_id x : i32 loc(#loc)
+    %1 = scf.for %i = %c0_i32 to %rows step %c64_i32 iter_args(%a = %c0_i32) -> (i32)  : i32 {
+      %2 = arith.muli %i, %stride : i32 loc(#loc)
+      %3 = tt.addptr %x_ptr, %2 : !tt.ptr<f32>, i32 loc(#loc)
+      scf.yield %a : i32 loc(#loc)
+    } loc(#loc)
+    tt.return loc(#loc)
+}
+"""
+
+
+@pytest.mark.parametrize(("rows", "overflows"), [(2**10, 0), (2**25, 1)])
+def test_ranges_find_an_offset_in_32_bits(rows, overflows):
+    ranges = Ranges(TEXT, {"rows": (0, rows), "stride": (0, 2**12)}, PROGRAMS)
+    assert ranges.offsets >= 1
+    assert len(ranges.overflows) == overflows
