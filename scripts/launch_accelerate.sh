@@ -9,7 +9,7 @@ case " $* " in
   *) how=--multi_gpu
      [ "$gpus" -gt 0 ] || { echo "accelerate launch starts one process on a CPU; take launch_torchrun.sh" >&2; exit 2; } ;;
 esac
-exec "$python" -m accelerate.commands.accelerate_cli launch "$how" --num_machines "${NODES:-1}" \
+exec "$python" -m accelerate.commands.accelerate_cli launch "$how" --mixed_precision no --dynamo_backend no --num_machines "${NODES:-1}" \
   --machine_rank "${NODE:-0}" --num_processes "$((${PROCESSES:-$((gpus > 0 ? gpus : 1))} * ${NODES:-1}))" \
   --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "${MASTER_PORT:-29500}" \
   --module hybridlm.cli train "$@"

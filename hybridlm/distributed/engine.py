@@ -210,6 +210,8 @@ class Engine(Ranks):
 
     def release(self) -> None:
         """Give the model back as it was before `prepare`."""
+        if self.watchdog is not None:
+            self.watchdog.rest()
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # what Accelerate puts over it
             self.bare.__dict__.pop(name, None)
         self.bare.peers = None  # type: ignore[assignment]
