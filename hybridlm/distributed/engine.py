@@ -169,12 +169,13 @@ class Engine(Ranks):
             # An indexer whose layer attends densely gets no gradient. And without this DDP lays its buckets out anew
             # after the first step of each session: ranks would then sum in another order, and a resumed run differ.
             self.accelerator.ddp_handler.find_unused_parameters = True
-        if self.experts is not None:  # summed by `average_gradients`, over the ranks that hold the same ones
-            torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model, list(expert_parameters(model)))
+        split = [] if self.experts is None else list(expert_parameters(model))
+        # Split experts are summed by `average_gradients`, over the ranks that hold the same ones.
+        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, split)
+        idle = split and not any(p.requires_grad for name, p in model.named_parameters() if name not in split)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-            self.model = self.accelerator.prepare_model(model)
+            self.model = self.accelerator.prepare_model(model, evaluation_mode=bool(idle))  # DDP refuses to do nothing
         if optimizers is not None:
             optimizers.members = [self.accelerator.prepare_optimizer(member) for member in optimizers.members]
             optimizers.load_state_tensors(state or {}, strict=strict)
