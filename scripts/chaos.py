@@ -27,6 +27,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these are read when torch is imported, here and in no other process
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # forks and ranks without number: on the CPU alone
 
 import torch
 from chaos_run import Broken, Run, adopt_orphans, children, kill, records
@@ -292,6 +293,7 @@ def main() -> int:
 def trial(args: argparse.Namespace, folder: Path) -> dict:
     """The quiet run, the faulty one, and the comparison."""
     if args.engine.startswith("zero"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says on standard output what it has found
         import deepspeed  # noqa: F401  (once, for all forks)
     chance = random.Random(args.seed)
     faults = plan(args.faults, chance)
