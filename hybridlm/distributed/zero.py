@@ -120,7 +120,7 @@ class ZeroEngine(Engine):
         optimizers.merge(FlatOptimizer)
         optimizer, = optimizers.members
         if self.experts is not None:
-            zero_experts.mark(model, optimizer, self.config.expert_parallel)
+            zero_experts.mark(model, optimizer, self.config.expert_parallel, divided=self.config.kind == "zero3")
         groups = [[(optimizers.names[id(p)], p) for p in group["params"]] for group in optimizer.param_groups]
         model.forward = self._inner(model.forward)  # type: ignore[method-assign]
         self.zero, _ = self.accelerator.prepare(model, optimizer)

@@ -30,8 +30,12 @@ def make_groups(size: int) -> ExpertParallel:
     return ExpertParallel(groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name))
 
 
-def mark(model: nn.Module, optimizer: Any, size: int) -> None:
-    """Before DeepSpeed's engine is made. A group of the optimizer holds either experts alone or none."""
+def mark(model: nn.Module, optimizer: Any, size: int, *, divided: bool) -> None:
+    """Before DeepSpeed's engine is made. A group of the optimizer holds either experts alone or none.
+
+    `divided`: weights are, under ZeRO-3, which must know experts that are frozen too; ZeRO-1 and -2 refuse a model with
+    experts but without a group of them.
+    """
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
     for parameter in expert_parameters(model).values():
         parameter.allreduce = False  # type: ignore[attr-defined]
@@ -41,7 +45,7 @@ def mark(model: nn.Module, optimizer: Any, size: int) -> None:
     trained = [group for group in optimizer.param_groups if id(group["params"][0]) in experts]
     for group in trained:
         group |= {"moe": True, "name": group_name(size)}
-    if trained:
+    if trained or divided:
         model.add_module(SIGN, _sign())
 
 

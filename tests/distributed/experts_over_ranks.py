@@ -101,7 +101,7 @@ def check_bytes(counted, parallel, split, x_BTD, seq):
 
 
 def check_training(folder, *runs):
-    """Each run is a JSON object: its engine, and options of `tiny_run.config`."""
+    """Each run is a JSON object: its engine, options of `tiny_run.config`, and perhaps stages."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
     import tiny_run
 
@@ -109,7 +109,9 @@ def check_training(folder, *runs):
     from hybridlm.training import train
 
     for run in map(json.loads, runs):
-        config = tiny_run.config(folder, optimizer={"lr": 1e-3}, **run["training"])  # no token changes its experts
+        recipe = tiny_run.stages(*run["stages"]) if run["stages"] else None
+        config = tiny_run.config(folder, recipe=recipe, optimizer={"lr": 1e-3},  # no token changes its experts
+                                 **run["training"])
         config.run_dir, config.engine = str(Path(folder) / run["name"]), EngineConfig(**run["engine"])
         train(config, to_stderr=True)
 

@@ -48,9 +48,13 @@ def on_ranks(number, *arguments):
     assert [rank.returncode for rank in ranks] == [0] * number, "\n".join(errors)
 
 
-def run(name, kind, experts=1, pieces=1):
+STAGES = [{"name": "frozen", "steps": 2, "trainable": ["*.mixer.*"]},
+          {"name": "alone", "steps": 2, "trainable": ["*.experts.*"]}, {"name": "all", "steps": 2}]
+
+
+def run(name, kind, experts=1, pieces=1, stages=()):
     engine = {"kind": kind, "expert_parallel": experts, "sequence_parallel": pieces}
-    return json.dumps({"name": name, "engine": engine, "training": TRAINING})
+    return json.dumps({"name": name, "engine": engine, "training": TRAINING, "stages": stages})
 
 
 def records(folder):
@@ -98,6 +102,15 @@ def test_two_ranks_train_as_one_and_go_on_from_one(folder):
 
 
 @pytest.mark.slow
+def test_stages_that_freeze_experts_or_train_nothing_else(folder):
+    experts_over_ranks.check_training(folder, run("stages", "single", stages=STAGES))
+    on_ranks(2, "train", folder, run("stages_ddp", "ddp", 2, stages=STAGES),
+             run("stages_zero3", "zero3", 2, stages=STAGES))
+    for name in ("stages_ddp", "stages_zero3"):
+        assert_same_run(folder / name, folder / "stages")
+
+
+@pytest.mark.slow
 def test_four_ranks_hold_each_expert_twice(folder):
     """With rows in two pieces too."""
     on_ranks(4, "train", folder, run("pieces", "zero2", 2, 2), run(half_done(folder / "one", "to_four"), "zero3", 2))
@@ -135,7 +148,7 @@ def test_the_names_of_deepspeed_that_split_experts_need():
     experts = expert_parameters(model)
     optimizer = torch.optim.AdamW([{"params": [p for name, p in model.named_parameters() if (name in experts) == split]}
                                    for split in (False, True)])
-    zero_experts.mark(model, optimizer, 2)
+    zero_experts.mark(model, optimizer, 2, divided=False)
     assert {name for name, p in model.named_parameters() if is_moe_param(p)} == set(experts)
     assert [group.get("moe", False) for group in optimizer.param_groups] == [False, True]
     assert sum(isinstance(module, AutoEPMoELayer) for module in model.modules()) == 1
