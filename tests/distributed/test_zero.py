@@ -76,14 +76,15 @@ def records(folder):
 
 
 def assert_same(found, wanted, rel=1e-5):
-    """Losses, norms and samples of the steps; the reference may have gone further."""
+    """Losses, norms and samples of the steps. A norm moves more than a loss with the rounding of the steps before."""
     found, wanted = records(found), records(wanted)
     assert [r["step"] for r in found] == [r["step"] for r in wanted]
     for a, b in zip(found, wanted, strict=True):
         assert a["samples"] == b["samples"]
-        for key in ("loss", "total_loss", "grad_norm", "lr", "loss/mtp", "loss/balance"):
+        for key in ("loss", "total_loss", "lr", "loss/mtp", "loss/balance"):
             if key in b:
                 assert a[key] == pytest.approx(b[key], rel=rel), (key, a["step"])
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * rel), a["step"]
         if "loss/indexer_kl" in b:
             assert a["loss/indexer_kl"] == pytest.approx(b["loss/indexer_kl"], rel=1e-4, abs=1e-7)
     assert found[-1]["validation_loss"] == pytest.approx(wanted[-1]["validation_loss"], rel=rel)
