@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from over_ranks import records
 
 from hybridlm.cli import main
 
@@ -43,10 +44,6 @@ def run(words, **env):
 
 def ranks(number):
     return ["engine=ddp", f"engine.num_processes={number}"]
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_losses(folder, expected):

@@ -2,50 +2,29 @@
 
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import experts_over_ranks
 import pytest
 import torch
+from over_ranks import ROOT, on_ranks, records, start
 
 from hybridlm import load_config
 from hybridlm.config.schema import EngineConfig
 from hybridlm.distributed import zero_experts
 from hybridlm.distributed.cost import Layout, traffic
 from hybridlm.distributed.expert_parallel import expert_parameters
-from hybridlm.distributed.launch import free_port
 from hybridlm.distributed.memory import rank_memory
 from hybridlm.distributed.world import check_world
 from hybridlm.errors import ConfigError
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.model import build_model
 
-ROOT = Path(__file__).parents[2]
 TRAINING = {"steps": 20, "batch_size": 4, "micro_batch_size": 1, "sequence_length": 16, "eval_every": 0,
             "checkpoint_every": 10, "keep_checkpoints": 9}
-
-
-def on_ranks(number, *arguments):
-    """`experts_over_ranks.py ARGUMENTS` in that many processes, all of which must succeed."""
-    shared = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number),
-              "LOCAL_WORLD_SIZE": str(number)}
-    ranks = [subprocess.Popen([sys.executable, experts_over_ranks.__file__, *map(str, arguments)], text=True,
-                              stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                              env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(number)]
-    try:
-        errors = [rank.communicate(timeout=900)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * number, "\n".join(errors)
 
 
 STAGES = [{"name": "frozen", "steps": 2, "trainable": ["*.mixer.*"]},
@@ -55,10 +34,6 @@ STAGES = [{"name": "frozen", "steps": 2, "trainable": ["*.mixer.*"]},
 def run(name, kind, experts=1, pieces=1, stages=()):
     engine = {"kind": kind, "expert_parallel": experts, "sequence_parallel": pieces}
     return json.dumps({"name": name, "engine": engine, "training": TRAINING, "stages": stages})
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_run(found, wanted):
@@ -78,6 +53,10 @@ def half_done(run, name):
     return name
 
 
+def train_on(number, folder, *runs):
+    on_ranks(number, experts_over_ranks.__file__, "train", folder, *runs, folder=folder)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """With the run of one process: 20 steps in micro batches of one row, MTP, balance loss and router bias."""
@@ -87,13 +66,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_layer_over_four_ranks_is_the_layer_alone():
-    on_ranks(4, "layer")
+def test_a_layer_over_four_ranks_is_the_layer_alone(tmp_path):
+    codes, errors = start(4, experts_over_ranks.__file__, "layer", folder=tmp_path)
+    assert codes == [0] * 4, "\n".join(errors)
 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_and_go_on_from_one(folder):
-    on_ranks(2, "train", folder, run("ddp", "ddp", 2), run("zero1", "zero1", 2),
+    train_on(2, folder, run("ddp", "ddp", 2), run("zero1", "zero1", 2),
              run(half_done(folder / "one", "to_two"), "zero3", 2))
     for name in ("ddp", "zero1", "to_two"):
         assert_same_run(folder / name, folder / "one")
@@ -104,7 +84,7 @@ def test_two_ranks_train_as_one_and_go_on_from_one(folder):
 @pytest.mark.slow
 def test_stages_that_freeze_experts_or_train_nothing_else(folder):
     experts_over_ranks.check_training(folder, run("stages", "single", stages=STAGES))
-    on_ranks(2, "train", folder, run("stages_ddp", "ddp", 2, stages=STAGES),
+    train_on(2, folder, run("stages_ddp", "ddp", 2, stages=STAGES),
              run("stages_zero3", "zero3", 2, stages=STAGES))
     for name in ("stages_ddp", "stages_zero3"):
         assert_same_run(folder / name, folder / "stages")
@@ -113,7 +93,7 @@ def test_stages_that_freeze_experts_or_train_nothing_else(folder):
 @pytest.mark.slow
 def test_four_ranks_hold_each_expert_twice(folder):
     """With rows in two pieces too."""
-    on_ranks(4, "train", folder, run("pieces", "zero2", 2, 2), run(half_done(folder / "one", "to_four"), "zero3", 2))
+    train_on(4, folder, run("pieces", "zero2", 2, 2), run(half_done(folder / "one", "to_four"), "zero3", 2))
     for name in ("pieces", "to_four"):
         assert_same_run(folder / name, folder / "one")
 

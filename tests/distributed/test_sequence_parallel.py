@@ -1,20 +1,15 @@
 """Rows split over ranks: the collectives, every mixer over gloo, and whole runs with the losses of one process."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import sequences_over_ranks
+from over_ranks import on_ranks, records
 
 from hybridlm.cli import main
-from hybridlm.distributed.launch import free_port
 
-ROOT = Path(__file__).parents[2]
 TINY = ["model.hidden_size=32", "model.vocab_size=257", "data.tokenizer=bytes",
         "training.batch_size=4", "training.sequence_length=96", "training.eval_every=0", "training.eval_batches=1",
         "training.log_every=1000", "training.steps=3", "training.precision=fp32"]
@@ -43,31 +38,8 @@ def runs(tmp_path_factory):
     (folder / "runs.json").write_text(json.dumps([
         [*words[name], f"engine={engine}", *ranks, f"run_dir={folder / f'{name}-4'}"]
         for name, (_, engine, ranks) in RUNS.items()]))
-    on_four_ranks(folder)
+    on_ranks(4, sequences_over_ranks.__file__, folder, folder=folder)
     return {name: [records(folder / f"{name}{end}") for end in ("", "-4")] for name in RUNS}
-
-
-def on_four_ranks(folder):
-    shared = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
-    texts = [(folder / f"rank-{rank}.txt").open("w") for rank in range(4)]
-    ranks = [subprocess.Popen([sys.executable, sequences_over_ranks.__file__, str(folder)], stderr=text, stdout=text,
-                              env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-             for rank, text in enumerate(texts)]
-    limit = time.monotonic() + 900
-    try:
-        while time.monotonic() < limit and None in [rank.poll() for rank in ranks] and not any(
-                rank.returncode for rank in ranks):
-            time.sleep(0.2)
-    finally:
-        for rank, text in zip(ranks, texts, strict=True):
-            rank.kill()
-            text.close()
-    assert [rank.wait() for rank in ranks] == [0] * 4, "\n".join(Path(text.name).read_text() for text in texts)
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow

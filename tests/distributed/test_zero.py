@@ -1,21 +1,17 @@
 """ZeRO: the losses of one process, whatever is divided over how many ranks, and checkpoints that do not know of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import train_over_ranks
 import zero_checks
+from over_ranks import on_ranks, records, start
 
 from hybridlm.cli import main
-from hybridlm.distributed.launch import free_port
 
 pytest.importorskip("deepspeed")
 
-ROOT = Path(__file__).parents[2]
 TINY = ["model.hidden_size=32", "model.vocab_size=257", "data.tokenizer=bytes", "training.batch_size=4",
         "training.sequence_length=32", "training.eval_every=0", "training.eval_batches=1", "training.log_every=1000",
         "optimizer.schedule.kind=constant", "optimizer.schedule.warmup=4", "training.keep_checkpoints=9"]
@@ -47,44 +43,22 @@ def words(tmp_path_factory):
     return make
 
 
-def on_ranks(number, folder, *runs):
+def train_on(number, folder, *runs):
     """The runs in that many processes, one after the other, all of which must succeed."""
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
-    codes, errors = start(number, train_over_ranks.__file__, listed)
-    assert codes == [0] * number, "\n".join(errors)
-
-
-def start(number, *command):
-    """Exit codes and standard error of a Python script in that many processes."""
-    shared = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number),
-              "LOCAL_WORLD_SIZE": str(number)}
-    ranks = [subprocess.Popen([sys.executable, *map(str, command)], text=True,
-                              stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                              env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(number)]
-    try:
-        errors = [rank.communicate(timeout=550)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [rank.returncode for rank in ranks], errors
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    on_ranks(number, train_over_ranks.__file__, listed, folder=folder)
 
 
 def assert_same(found, wanted, rel=1e-5):
-    """Losses, norms and samples of the steps. A norm moves more than a loss with the rounding of the steps before."""
+    """Losses, norms and samples of the steps."""
     found, wanted = records(found), records(wanted)
     assert [r["step"] for r in found] == [r["step"] for r in wanted]
     for a, b in zip(found, wanted, strict=True):
         assert a["samples"] == b["samples"]
-        for key in ("loss", "total_loss", "lr", "loss/mtp", "loss/balance"):
+        for key in ("loss", "total_loss", "grad_norm", "lr", "loss/mtp", "loss/balance"):
             if key in b:
                 assert a[key] == pytest.approx(b[key], rel=rel), (key, a["step"])
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * rel), a["step"]
         if "loss/indexer_kl" in b:
             assert a["loss/indexer_kl"] == pytest.approx(b["loss/indexer_kl"], rel=1e-4, abs=1e-7)
     assert found[-1]["validation_loss"] == pytest.approx(wanted[-1]["validation_loss"], rel=rel)
@@ -93,13 +67,14 @@ def assert_same(found, wanted, rel=1e-5):
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_two_ranks_train_as_one(words, system):
-    """Every stage of ZeRO: MoE, MTP and indexer losses, accumulation."""
-    assert main(["train", *words(f"{system}-alone", system)]) == 0
-    engines = {"zero1": ["engine=zero1"], "zero2": ["engine=zero2", *ACCUMULATED],
-               "zero3": [*ZERO3, *ACCUMULATED, "training.activation_checkpointing=true"]}
-    on_ranks(2, words.root, *(words(f"{system}-{name}", system, *engine) for name, engine in engines.items()))
-    for name in engines:
-        assert_same(words.root / f"{system}-{name}", words.root / f"{system}-alone")
+    """Every stage of ZeRO: MoE, MTP and indexer losses, accumulation; one process computes the same parts."""
+    engines = {"zero1": (2, ["engine=zero1"]), "zero2": (1, ["engine=zero2", *ACCUMULATED]),
+               "zero3": (1, [*ZERO3, *ACCUMULATED, "training.activation_checkpointing=true"])}
+    for part in (1, 2):
+        assert main(["train", *words(f"{system}-{part}", system, f"training.micro_batch_size={part}")]) == 0
+    train_on(2, words.root, *(words(f"{system}-{name}", system, *engine) for name, (_, engine) in engines.items()))
+    for name, (part, _) in engines.items():
+        assert_same(words.root / f"{system}-{name}", words.root / f"{system}-{part}")
         told = json.loads((words.root / f"{system}-{name}" / "deepspeed.json").read_text())
         assert told["zero_optimization"]["stage"] == int(name[-1])
         assert not {"bf16", "fp16"} & told.keys()
@@ -111,22 +86,22 @@ def test_sessions_of_other_engines_and_ranks(words):
 
     Each token meets every expert here: where it chooses, one near a tie may choose otherwise on other sums.
     """
-    root, every = words.root, "model.feed_forward.num_experts_per_tok=8"
-    assert main(["train", *words("whole", "kimi", every, steps=12)]) == 0
+    root, every = words.root, ["model.feed_forward.num_experts_per_tok=8", *ACCUMULATED]
+    assert main(["train", *words("whole", "kimi", *every, steps=12)]) == 0
     assert main(["train", *words("stages", "deepseek", *TWO_STAGES)]) == 0
-    on_ranks(4, root, words("part", "kimi", every, "engine=zero2", steps=4))
+    train_on(4, root, words("part", "kimi", *every, "engine=zero2", steps=4))
     on_host = ["engine.offload_optimizer=true", "engine.offload_parameters=true"]
-    on_ranks(2, root, words("part", "kimi", every, *ZERO3, *on_host, steps=8),
+    train_on(2, root, words("part", "kimi", *every, *ZERO3, *on_host, steps=8),
              words("stages-zero3", "deepseek", *TWO_STAGES, *ZERO3))
-    assert main(["train", *words("part", "kimi", every, steps=12)]) == 0
+    assert main(["train", *words("part", "kimi", *every, steps=12)]) == 0
     assert_same(root / "part", root / "whole")
     assert_same(root / "stages-zero3", root / "stages")
 
 
 @pytest.mark.slow
-def test_engines_on_two_ranks():
+def test_engines_on_two_ranks(tmp_path):
     """NaN on one rank, types, starved experts and Muon; then one rank hangs, and each says where it is."""
-    codes, errors = start(2, zero_checks.__file__)
+    codes, errors = start(2, zero_checks.__file__, folder=tmp_path)
     assert all("checked" in error for error in errors), "\n".join(errors)
     assert codes == [1, 1]
     for rank, error in enumerate(errors):
