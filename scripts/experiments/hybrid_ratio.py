@@ -4,7 +4,7 @@
     python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio          # goes on where it was stopped
     python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio --collect
 
-Runs four sweeps of configs/sweep/, each into a folder of --out, and writes beside them table.md, results.csv (the
+Runs four sweeps, three of them files of configs/sweep/, each into a folder of --out, and writes beside them table.md, results.csv (the
 scores of all) and the figures of the first one. docs/experiments/hybrid_ratio.md has what came out.
 """
 
@@ -27,7 +27,14 @@ from hybridlm.report.build import write_report
 from hybridlm.sweep.folder import write_text
 from hybridlm.sweep.table import layers_text
 
-SWEEPS = ("hybrid_ratio_probes", "probe_state", "probe_published", "probe_depth")
+SWEEPS = {
+    "hybrid_ratio_probes": ["sweep=hybrid_ratio_probes"],
+    "probe_state": ["sweep=probe_state"],
+    "probe_published": ["sweep=probe_published"],
+    # Four layers hold no 7:1.
+    "probe_depth": ["sweep=hybrid_ratio_probes", "sweep.name=probe_depth", "model.num_layers=8",
+                    "model.schedule.ratio=0,3,7"],
+}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -77,13 +84,14 @@ def facts(every: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/hybrid_ratio"))
+    parser.add_argument("--jobs", type=int, default=1, help="points at a time, a core each (default 1)")
     parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
     args = parser.parse_args()
     code, every = 0, []
-    for name in SWEEPS:
+    for name, words in SWEEPS.items():
         folder = args.out / name
-        words = ["--collect"] if args.collect else [f"sweep={name}"]
-        code = max(code, hybridlm(["sweep", f"sweep.dir={folder}", *words]))
+        how = ["--collect"] if args.collect else [*words, "--jobs", str(args.jobs)]
+        code = max(code, hybridlm(["sweep", f"sweep.dir={folder}", *how]))
         every.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
         if not args.collect and any(point["status"] not in ("finished", "failed") for point in every[-1]["points"]):
             break  # it was stopped
@@ -93,8 +101,9 @@ def main() -> int:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["sweep", "layers", "seed", "probe", "metric", "value"])
         writer.writerows(row for results in every for row in scores(results))
-    write_report(args.out / SWEEPS[0], png=args.out / "figures")
-    print(f"{args.out}/table.md, {args.out}/results.csv, {args.out}/figures/, {args.out}/{SWEEPS[0]}/report.html")
+    first = args.out / next(iter(SWEEPS))
+    write_report(first, png=args.out / "figures")
+    print(f"{args.out}/table.md, {args.out}/results.csv, {args.out}/figures/, {first}/report.html")
     return code
 
 
