@@ -4,8 +4,8 @@
     python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio          # goes on where it was stopped
     python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio --collect
 
-Runs four sweeps, three of them files of configs/sweep/, each into a folder of --out, and writes beside them table.md, results.csv (the
-scores of all) and the figures of the first one. docs/experiments/hybrid_ratio.md has what came out.
+Runs four sweeps, three of them files of configs/sweep/, each into a folder of --out, and writes beside them table.md,
+results.csv (the scores of all) and the figures of the first one. docs/experiments/hybrid_ratio.md has what came out.
 """
 
 from __future__ import annotations
