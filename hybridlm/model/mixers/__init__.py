@@ -10,7 +10,7 @@ from hybridlm.model.mixers.decay import Decay as Decay
 from hybridlm.model.mixers.decay import DecayConfig as DecayConfig
 from hybridlm.model.mixers.delta_rule import DeltaRule as DeltaRule
 from hybridlm.model.mixers.delta_rule import DeltaRuleConfig as DeltaRuleConfig
-from hybridlm.model.mixers.indexer import IndexedMixer as IndexedMixer
+from hybridlm.model.mixers.indexed import IndexedMixer as IndexedMixer
 from hybridlm.model.mixers.indexer import IndexerConfig as IndexerConfig
 from hybridlm.model.mixers.mla import MLA as MLA
 from hybridlm.model.mixers.mla import MLAConfig as MLAConfig

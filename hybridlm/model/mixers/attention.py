@@ -22,7 +22,8 @@ from hybridlm.model.config import LayerContext, MixerConfig, PieceTraffic, requi
 from hybridlm.model.mixers.base import Aux, register_mixer
 from hybridlm.model.mixers.cost import visible_keys
 from hybridlm.model.mixers.dense import check_heads
-from hybridlm.model.mixers.indexer import IndexedMixer, IndexerConfig
+from hybridlm.model.mixers.indexed import IndexedMixer
+from hybridlm.model.mixers.indexer import IndexerConfig
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
