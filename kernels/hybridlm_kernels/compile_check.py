@@ -1,10 +1,14 @@
 """Compiles every Triton kernel for GPUs that need not be there, and prints registers, spills and shared memory.
 
-`python -m hybridlm_kernels.compile_check [operation ...] [--targets sm_90 sm_100] [--all] [--json]` exits 1 when a
-kernel does not compile, spills registers, or needs more shared memory than the GPU has. Kernels are taken from
-`SPECIMENS` of the modules named `triton*` of every operation. Each is built as its first configuration has it; with
-`--all` as every configuration that tuning may choose, which takes several times as long. What was built once comes from
-Triton's cache.
+`python -m hybridlm_kernels.compile_check [operation ...] [--targets sm_90 sm_100] [--all] [--jobs N] [--json]` exits 1
+when a kernel does not compile, spills registers, or needs more shared memory than the GPU has. Kernels are taken from
+`SPECIMENS` of the modules named `triton*` of every operation, for heads of 64 and 128, each as its first configuration
+has it.
+
+With `--all` every configuration is built, for heads of 32 and 256 too, which takes several times as long. Those that
+tuning leaves out (`triton_support.worth_timing`) are marked so; it is an error when a kernel has none left, when the
+first is among them, or when one is left out of everything it was built for, so that nobody can use it. Kernels for
+heads of 256 may spill. What was built once comes from Triton's cache.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -19,37 +24,52 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import hybridlm_kernels
 
-from .triton_support import INSTALLED, INTERPRETED, Specimen
+from .triton_support import INSTALLED, INTERPRETED, Specimen, worth_timing
 
-SHARED_BYTES = 227 * 1024  # a block's share on Hopper and Blackwell
+# Kilobytes of shared memory that a block can have.
+SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227,
+             "sm_120": 99}
+TENSOR_COLUMNS = 512  # of Blackwell's tensor memory
 TARGETS = ("sm_90", "sm_100")
+HEAD_DIMS = (0, 64, 128)  # built every time; 0 stands for kernels that have none
+LARGEST_UNSPILLED = 128
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel on one target: registers and spilled bytes a thread, shared bytes a block; `problem` if it failed."""
+    """One kernel on one target: registers and spilled bytes a thread, shared bytes a block; `problem` if it failed.
+
+    `spilled` is None where the kernel does not compile or cannot be launched.
+    """
 
     operation: str
+    kernel: str
     label: str
+    head_dim: int
     configuration: str
     target: str
     num_warps: int
     registers: int
-    spilled: int
+    spilled: int | None
     shared: int
     seconds: float
     problem: str = ""
+    left_out: bool = False  # of tuning, as it should be: no failure
 
 
-def specimens(only: Sequence[str] = ()) -> Iterator[tuple[str, Specimen]]:
-    """(operation, specimen) of every Triton module."""
+def specimens(only: Sequence[str] = (), head_dims: Sequence[int] | None = HEAD_DIMS) -> Iterator[tuple[str, Specimen]]:
+    """(operation, specimen) of every Triton module, of some head dims or all."""
     for package in pkgutil.iter_modules(hybridlm_kernels.__path__):
         if not package.ispkg or (only and package.name not in only):
             continue
@@ -57,7 +77,8 @@ def specimens(only: Sequence[str] = ()) -> Iterator[tuple[str, Specimen]]:
         for module in pkgutil.iter_modules(folder.__path__):
             if module.name.startswith("triton"):
                 found = importlib.import_module(f"{folder.__name__}.{module.name}")
-                yield from ((package.name, specimen) for specimen in getattr(found, "SPECIMENS", ()))
+                yield from ((package.name, specimen) for specimen in getattr(found, "SPECIMENS", ())
+                            if head_dims is None or specimen.head_dim in head_dims)
 
 
 @dataclass(frozen=True)
@@ -108,20 +129,50 @@ def compile_for(operation: str, configured: Configured, target: str) -> Compiled
     import triton
     from triton.backends.compiler import GPUTarget
 
-    start = time.perf_counter()
-    registers = spilled = shared = 0
+    start, specimen = time.perf_counter(), configured.specimen
+    registers = shared = 0
+    spilled, problem = None, ""
     try:
         built = triton.compile(configured.source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
                                options=configured.options)
-        registers, spilled = _usage(built.asm["cubin"])
+        registers, stack = _usage(built.asm["cubin"])
         shared = built.metadata.shared
-        problem = f"spills {spilled} bytes a thread" if spilled else ""
-        if shared > SHARED_BYTES:
-            problem = f"needs {shared} bytes of shared memory, {SHARED_BYTES} are there"
+        tensor_columns = getattr(built.metadata, "tmem_size", None) or 0
+        if shared > SHARED_KB[target] * 1024:
+            problem = f"needs {shared} bytes of shared memory, {SHARED_KB[target] * 1024} are there"
+        elif tensor_columns > TENSOR_COLUMNS:
+            problem = f"needs {tensor_columns} columns of tensor memory, {TENSOR_COLUMNS} are there"
+        else:
+            spilled = stack
+            if spilled and specimen.head_dim <= LARGEST_UNSPILLED:
+                problem = f"spills {spilled} bytes a thread"
     except Exception as error:  # a compiler can fail in any way; the row says how
         problem = "does not compile: " + (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return Compiled(operation, configured.specimen.label, str(configured), target, configured.options["num_warps"],
-                    registers, spilled, shared, time.perf_counter() - start, problem)
+    return Compiled(operation, _untuned(specimen.kernel).__name__, specimen.label, specimen.head_dim, str(configured),
+                    target, configured.options["num_warps"], registers, spilled, shared, time.perf_counter() - start,
+                    problem)
+
+
+def judged(rows: Sequence[Compiled]) -> list[Compiled]:
+    """The rows of all configurations of some kernels, those marked that tuning leaves out and may leave out.
+
+    It may not leave out a first configuration, for heads up to 128, nor one configuration everywhere.
+    """
+    groups: dict[tuple[str, str, str], list[Compiled]] = defaultdict(list)
+    for row in rows:
+        groups[row.operation, row.label, row.target].append(row)
+    kept = {row for group in groups.values() for row in worth_timing(group, [row.spilled for row in group])}
+    of_use = {(row.operation, row.kernel, row.configuration) for row in kept}
+    first = {group[0] for group in groups.values() if group[0].head_dim <= LARGEST_UNSPILLED}
+
+    def judge(row: Compiled) -> Compiled:
+        if row in kept or row in first:
+            return row
+        if (row.operation, row.kernel, row.configuration) not in of_use:
+            return replace(row, problem=f"never chosen: {row.problem or 'others do not spill'}")
+        return replace(row, left_out=True)
+
+    return [judge(row) for row in rows]
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -142,39 +193,63 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 def table(rows: Sequence[Compiled]) -> str:
     """The rows as text."""
     head = ("operation", "kernel", "configuration", "target", "registers", "spilled", "shared", "seconds", "")
-    cells = [head, *((r.operation, r.label, r.configuration, r.target, str(r.registers), str(r.spilled),
-                      str(r.shared), f"{r.seconds:.1f}", r.problem or "ok") for r in rows)]
+    cells = [head, *((r.operation, r.label, r.configuration, r.target, str(r.registers),
+                      "-" if r.spilled is None else str(r.spilled), str(r.shared), f"{r.seconds:.1f}",
+                      "left out" if r.left_out else r.problem or "ok") for r in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
+@lru_cache(maxsize=1)
+def builds(operations: tuple[str, ...], targets: tuple[str, ...], every: bool) -> list[tuple[str, Configured, str]]:
+    """(operation, kernel, target) of what is to be built; `every` configuration and head dim, or the usual ones."""
+    return [(operation, configured, target)
+            for operation, specimen in specimens(operations, None if every else HEAD_DIMS)
+            for configured in configurations(specimen)[:None if every else 1] for target in targets]
+
+
+def _build(chosen: tuple[tuple[str, ...], tuple[str, ...], bool], number: int) -> Compiled:
+    return compile_for(*builds(*chosen)[number])
+
+
+def _build_all(chosen: tuple[tuple[str, ...], tuple[str, ...], bool], jobs: int) -> list[Compiled]:
+    """All builds, by so many processes, with progress on a terminal."""
+    rows, count = [], len(builds(*chosen))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        for row in (pool.map if pool else map)(partial(_build, chosen), range(count)):
+            rows.append(row)
+            if sys.stderr.isatty():
+                print(f"\r{len(rows)}/{count} {row.operation} {row.label} {row.target}\033[K", end="",
+                      file=sys.stderr)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hybridlm_kernels.compile_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hybridlm_kernels.compile_check", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", help="folders to check; all by default")
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), metavar="sm_NN")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(SHARED_KB), metavar="sm_NN")
     parser.add_argument("--all", action="store_true", help="every configuration of a kernel, not the default alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", action="store_true")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     if not INSTALLED or INTERPRETED:
         print("compile check: " + ("unset TRITON_INTERPRET: interpreted kernels cannot be compiled" if INTERPRETED
                                    else "triton is not installed (pip install triton)"), file=sys.stderr)
         return 2
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    todo = [(operation, configured, target) for operation, specimen in specimens(chosen.operations)
-            for configured in configurations(specimen)[:None if chosen.all else 1] for target in chosen.targets]
-    if not todo:
-        print(f"compile check: no Triton kernels in {', '.join(chosen.operations) or 'any operation'}", file=sys.stderr)
+    chosen = tuple(options.operations), tuple(options.targets), options.all
+    if not builds(*chosen):
+        print(f"compile check: no Triton kernels in {', '.join(options.operations) or 'any operation'}",
+              file=sys.stderr)
         return 2
-    rows: list[Any] = []
-    for i, (operation, configured, target) in enumerate(todo):
-        if sys.stderr.isatty():
-            print(f"\r{i + 1}/{len(todo)} {operation} {configured.specimen.label} {target}\033[K", end="",
-                  file=sys.stderr)
-        rows.append(compile_for(operation, configured, target))
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
-    print(json.dumps([asdict(row) for row in rows], indent=1) if chosen.json else table(rows))
-    return int(any(row.problem for row in rows))
+    rows = _build_all(chosen, options.jobs)
+    if options.all:
+        rows = judged(rows)
+    print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows))
+    return int(any(row.problem and not row.left_out for row in rows))
 
 
 if __name__ == "__main__":

@@ -65,4 +65,5 @@ def specimen(D: int, transition: str) -> Specimen:
     types = dict.fromkeys(("states_ptr", "transitions_ptr", "start_ptr", "last_ptr"), "*fp32")
     constants: dict[str, Any] = {"Y": D, "Z": D, "BY": D, "BZ": 32, "TRANSITION": transition, "REVERSE": True,
                                  "EXACT": False}
-    return Specimen(f"join D={D}", join_kernel, types | {"pieces_of_documents_ptr": "*i64", "G": "i32"}, constants)
+    return Specimen(f"join D={D}", join_kernel, types | {"pieces_of_documents_ptr": "*i64", "G": "i32"}, constants,
+                    head_dim=D)

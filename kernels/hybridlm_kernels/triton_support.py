@@ -62,14 +62,45 @@ def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
     """Decorator above `@triton.jit`: the fastest of `configs` for each value of the arguments in `key`.
 
     The first configuration is the default: the interpreter and the compile check use it, and it must be safe at
-    every shape the backend accepts. Choices are kept on disk in Triton's cache. `key` holds sizes of heads and
-    flags, never a number of tokens: packed batches would tune again and again in the middle of a run.
+    every shape the backend accepts. Of the others those are timed that `worth_timing` keeps on the device at hand.
+    Choices are kept on disk in Triton's cache. `key` holds sizes of heads and flags, never a number of tokens: packed
+    batches would tune again and again in the middle of a run.
     """
     import triton
 
     if INTERPRETED:
         return triton.autotune(list(configs[:1]), list(key))
-    return triton.autotune(list(configs), list(key), cache_results=True)
+
+    def decorate(kernel: Any) -> Any:
+        def prune(configs: list[Any], arguments: Mapping[str, Any], **constants: Any) -> list[Any]:
+            constants.pop("warmup", None)
+            return worth_timing(configs, [_spilled(kernel, arguments, constants | c.all_kwargs()) for c in configs])
+
+        return triton.autotune(list(configs), list(key), prune_configs_by={"early_config_prune": prune},
+                               cache_results=True)(kernel)
+
+    return decorate
+
+
+def worth_timing(configs: Sequence[Any], spilled: Sequence[int | None]) -> list[Any]:
+    """The configurations that spill no registers; where all do, those that can be launched; where none can, all of
+    them, so that the launch says why. `spilled` is a thread's share, None where a configuration cannot be launched."""
+    without = [config for config, amount in zip(configs, spilled, strict=True) if amount == 0]
+    launching = [config for config, amount in zip(configs, spilled, strict=True) if amount is not None]
+    return without or launching or list(configs)
+
+
+def _spilled(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> int | None:
+    """What the kernel spills a thread, built for the current device; None where it does not compile, or needs more
+    shared memory than the device has."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        built = kernel.warmup(*arguments.values(), **constants)
+        built.run  # noqa: B018  loads it, which is when the driver counts
+        return getattr(built, "n_spills", None)  # missing where loading failed before
+    except (OutOfResources, PTXASError):
+        return None
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -94,7 +125,8 @@ class Specimen:
 
     A Triton module lists its own in `SPECIMENS`. `types` gives every parameter that is not a constant, pointers as
     "*bf16" (taken to be 16-byte aligned, as torch's are) and numbers as "i32" or "fp32"; names in `divisible` are
-    multiples of 16, as strides of whole heads are. Constants of the first tuned configuration are added.
+    multiples of 16, as strides of whole heads are. Constants of the first tuned configuration are added. `head_dim` is
+    0 where a kernel has none, or none that matters.
     """
 
     label: str
@@ -104,3 +136,4 @@ class Specimen:
     divisible: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    head_dim: int = 0

@@ -13,6 +13,7 @@ from .triton_scan import gate_gradient_kernel, pairs_kernel, scan_kernel
 GATE = {"g_ptr": "*bf16", "A_log_ptr": "*fp32", "bias_ptr": "*fp32", "gate_constant": "fp32"}
 NO_GATE = {"g_ptr": "*fp32", "gate_constant": "fp32"}
 NO_GATE_CONSTANTS = {"A_log_ptr": None, "bias_ptr": None, "GATE": "none"}
+HEAD_DIMS = (32, 64, 128, 256)
 HALF, SINGLE, TABLE = "*bf16", "*fp32", "*i64"
 
 
@@ -36,11 +37,11 @@ def _scan(label: str, D: int, decay: str, **flags: bool) -> Specimen:
     if flags["STATES"]:
         absent -= {"states_ptr"}
     constants: dict[str, Any] = dict.fromkeys(absent) | flags | {
-        "G": 16, "XY_SHARE": 1, "Z_SHARE": 1, "Y": D, "Z": D, "BY": D, "BZ": 32 if D > 128 else 64, "DECAY": decay,
-        "EXACT": False,
+        "G": 16, "XY_SHARE": 1, "Z_SHARE": 1, "Y": D, "Z": D, "BY": D, "BZ": 32 if D > 128 else min(D, 64),
+        "DECAY": decay, "EXACT": False,
         **({"GATE": "softplus"} if decay == "head" else NO_GATE_CONSTANTS)}
     return Specimen(f"scan {label} {decay} D={D}", scan_kernel,
-                    {name: kind for name, kind in types.items() if name not in constants}, constants)
+                    {name: kind for name, kind in types.items() if name not in constants}, constants, head_dim=D)
 
 
 def _channel(D: int) -> list[Specimen]:
@@ -49,40 +50,41 @@ def _channel(D: int) -> list[Specimen]:
     return [
         Specimen(f"chunks D={D}", chunk_kernel,
                  _pointers(HALF, "q", "k", "A", "queries", "writes") | GATE | _pointers(SINGLE, "total") | rest,
-                 sizes | {"BK": 32, "SCORES": True}),
+                 sizes | {"BK": 32, "SCORES": True}, head_dim=D),
         *(Specimen(f"gradients, {'keys' if keys else 'queries'} D={D}", gradients_kernel,
                    _pointers(HALF, "x", "y", "left", "right", "S", "other_S", "dx", "dg") | GATE
                    | _pointers(SINGLE, "total", "sum", "d_A_log", "d_bias") | rest,
-                   sizes | {"V": D, "BK": 16, "BV": 32, "KEYS": keys}) for keys in (False, True))]
+                   sizes | {"V": D, "BK": 16, "BV": 32, "KEYS": keys}, head_dim=D) for keys in (False, True))]
 
 
 def _pairs(D: int) -> Specimen:
     return Specimen(f"pairs D={D}", pairs_kernel,
                     _pointers(HALF, "x", "y", "A", "other") | _pointers(SINGLE, "dots") | GATE
                     | _pointers(TABLE, "chunks") | {"scale": "fp32", "G": "i32", "XY_SHARE": "i32"},
-                    {"Y": D, "BY": 64, "GATE": "softplus", "EXACT": False})
+                    {"Y": D, "BY": min(D, 64), "GATE": "softplus", "EXACT": False}, head_dim=D)
 
 
 def _others(D: int) -> list[Specimen]:
     decode = (_pointers(HALF, "q", "k", "v", "o") | GATE | _pointers(SINGLE, "state", "last") | {"scale": "fp32"}
               | dict.fromkeys(("T", "H", "G"), "i32"))
-    sizes = {"K": D, "V": D, "BK": D, "BV": max(16, 4096 // D)}
+    sizes = {"K": D, "V": D, "BK": D, "BV": min(D, max(16, 4096 // D))}
     return [join_specimen(D, "channel"),
-            Specimen(f"decode D={D}", decode_kernel, decode, sizes | {"DECAY": "channel", "GATE": "softplus"})]
+            Specimen(f"decode D={D}", decode_kernel, decode, sizes | {"DECAY": "channel", "GATE": "softplus"},
+                     head_dim=D)]
 
 
 SPECIMENS = [
-    *(_scan("forward", D, decay, PAIRS=decay != "channel") for D in (64, 128)
+    *(_scan("forward", D, decay, PAIRS=decay != "channel") for D in HEAD_DIMS
       for decay in ("constant", "head", "channel")),
-    *(_scan("backward", D, decay, REVERSE=True, PAIRS=decay == "constant") for D in (64, 128)
+    *(_scan("backward", D, decay, REVERSE=True, PAIRS=decay == "constant") for D in HEAD_DIMS
       for decay in ("constant", "head")),
-    *(_scan("states", D, "channel", OUTPUT=False, STATES=True) for D in (64, 128)),
-    *(_scan("backward, states", D, "channel", REVERSE=True, STATES=True) for D in (64, 128)),
-    *(_scan("dq, states, dots", D, "head", STATES=True, DOTS=True) for D in (64, 128)),
-    *(_scan("dk, dots", D, "head", REVERSE=True, DOTS=True) for D in (64, 128)),
-    *(_pairs(D) for D in (64, 128)),
-    *(specimen for D in (64, 128) for specimen in _channel(D)),
-    *(specimen for D in (64, 128) for specimen in _others(D)),
+    *(_scan("states", D, "channel", OUTPUT=False, STATES=True) for D in HEAD_DIMS),
+    *(_scan("backward, states", D, "channel", REVERSE=True, STATES=True) for D in HEAD_DIMS),
+    *(_scan("dq, states, dots", D, "head", STATES=True, DOTS=True) for D in HEAD_DIMS),
+    *(_scan("dk, dots", D, "head", REVERSE=True, DOTS=True) for D in HEAD_DIMS),
+    *(_pairs(D) for D in HEAD_DIMS),
+    *(specimen for D in HEAD_DIMS for specimen in _channel(D)),
+    *(specimen for D in HEAD_DIMS for specimen in _others(D)),
     Specimen("gate gradient", gate_gradient_kernel,
              _pointers(SINGLE, "pairs", "dots", "reverse_dots", "carry", "d_A_log", "d_bias") | GATE
              | _pointers(TABLE, "chunks") | _pointers(HALF, "dg") | dict.fromkeys(("tokens", "chunks", "G"), "i32"),

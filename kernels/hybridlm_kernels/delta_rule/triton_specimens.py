@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from ..triton_join import specimen as join_specimen
@@ -13,6 +14,7 @@ from .triton_fused import fused_kernel
 from .triton_gradients import gradients_kernel
 from .triton_scan import scan_back_kernel, scan_kernel
 
+HEAD_DIMS = (32, 64, 128, 256)
 HALF = "q k g beta queries keys writes w v A X o states y do d_states z dq dk dv dg d_beta S dS scratch"
 SINGLE = "A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
 TYPES = ({f"{name}_ptr": "*bf16" for name in HALF.split()} | {f"{name}_ptr": "*fp32" for name in SINGLE.split()}
@@ -27,11 +29,11 @@ def _specimen(label: str, kernel: Any, constants: dict[str, Any], without: str =
         inner = inner.fn
     absent = {f"{name}_ptr": None for name in without.split()}
     types = {name: TYPES[name] for name in inner.arg_names if name in TYPES and name not in absent}
-    return Specimen(label, kernel, types, constants | absent)
+    return Specimen(label, kernel, types, constants | absent, head_dim=constants["K"])
 
 
 def _all() -> Iterator[Specimen]:
-    for D in (64, 128):
+    for D in HEAD_DIMS:
         sizes = {"K": D, "V": D}
         for decay in ("head", "channel"):
             flags = {"DECAY": decay, "GATE": "softplus", "L2NORM": True, "SIGMOID": True, "EXACT": False}
@@ -44,7 +46,7 @@ def _all() -> Iterator[Specimen]:
         yield join_specimen(D, "matrix")
         yield _specimen(f"decode, channel decay, D={D}", decode_kernel, sizes | {
             "BK": D, "BV": 32, "DECAY": "channel", "GATE": "softplus", "L2NORM": True, "SIGMOID": True})
-    for D, channel in ((64, False), (64, True), (128, False), (128, True)):
+    for D, channel in product(HEAD_DIMS, (False, True)):
         sizes = {"K": D, "V": D, "BK": D, "CHANNEL": channel, "EXACT": False}
         label = f"{'channel' if channel else 'head'} decay, D={D}"
         yield _specimen(f"scan, {label}", scan_kernel, sizes | {"MODE": "outputs"}, "transitions states y")

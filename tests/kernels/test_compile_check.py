@@ -1,0 +1,95 @@
+"""What tuning times and what it leaves out, by the compiler's report: on the device at hand and in the check."""
+
+import dataclasses
+
+import pytest
+
+from hybridlm_kernels.compile_check import Compiled, configurations, judged, specimens
+from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, tuned, worth_timing
+
+pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
+
+
+@pytest.mark.parametrize(("spilled", "kept"), [([0, 8, 0], "ac"), ([8, 0, None], "b"), ([8, None, 16], "ac"),
+                                               ([None, None, None], "abc")])
+def test_worth_timing(spilled, kept):
+    assert worth_timing("abc", spilled) == list(kept)
+
+
+class Built:
+    """A compiled kernel, of which the driver says at loading what it spills, or that it cannot be loaded."""
+
+    def __init__(self, spilled):
+        self.spilled = spilled
+
+    @property
+    def run(self):
+        from triton.runtime.errors import OutOfResources
+
+        if self.spilled is None:
+            raise OutOfResources(200, 100, "shared memory")
+        self.n_spills = self.spilled
+
+
+@pytest.mark.parametrize(("spilled", "kept"), [({16: 0, 32: 0, 64: 4, 128: None}, [16, 32]),
+                                               ({16: 4, 32: 2, 64: None, 128: None}, [16, 32]),
+                                               ({16: None, 32: None, 64: None, 128: None}, [16, 32, 64, 128])])
+def test_the_tuner_builds_each_configuration_and_prunes(spilled, kept, monkeypatch):
+    import triton
+
+    @triton.jit
+    def kernel(x_ptr, N, WIDTH: triton.language.constexpr, BLOCK: triton.language.constexpr):
+        pass
+
+    seen = []
+
+    def warmup(*arguments, grid, **constants):
+        seen.append((arguments, grid, constants))
+        return Built(spilled[constants["BLOCK"]])
+
+    monkeypatch.setattr(kernel, "warmup", warmup, raising=False)
+    tuner = tuned([triton.Config({"BLOCK": block}, num_warps=8) for block in spilled], ["N"])(kernel)
+    tuner.nargs = {"x_ptr": "x", "N": 5}
+    found = tuner.prune_configs({"WIDTH": 3, "grid": (1,), "warmup": False})
+    assert [config.kwargs["BLOCK"] for config in found] == kept
+    assert [(a, g, c["WIDTH"], c["num_warps"]) for a, g, c in seen] == [(("x", 5), (1,), 3, 8)] * 4
+
+
+def row(configuration, spilled, problem="", label="scan D=128", head_dim=128, target="sm_90"):
+    return Compiled("op", "scan_kernel", label, head_dim, configuration, target, 4, 200, spilled, 1000, 0.1, problem)
+
+
+def failures(rows):
+    return [(r.label, r.configuration, r.problem) for r in judged(rows) if r.problem and not r.left_out]
+
+
+def test_a_configuration_may_be_left_out_of_some_heads():
+    rows = [row("A", 0), row("B", 8, "spills"), row("A", 0, label="scan D=64", head_dim=64),
+            row("B", 0, label="scan D=64", head_dim=64)]
+    assert not failures(rows)
+    assert [r.left_out for r in judged(rows)] == [False, True, False, False]
+
+
+def test_a_configuration_that_is_never_chosen_fails():
+    rows = [row("A", 0), row("B", 8, "spills"), row("A", 0, target="sm_100"), row("B", None, "needs", target="sm_100")]
+    assert failures(rows) == [("scan D=128", "B", "never chosen: spills"), ("scan D=128", "B", "never chosen: needs")]
+
+
+def test_a_first_configuration_that_is_left_out_fails():
+    rows = [row("A", 8, "spills"), row("B", 0), row("A", 0, target="sm_100"), row("B", 0, target="sm_100")]
+    assert failures(rows) == [("scan D=128", "A", "spills")]
+
+
+def test_heads_of_256_may_spill():
+    rows = [row("A", 8, label="scan D=256", head_dim=256), row("B", None, "needs", label="scan D=256", head_dim=256),
+            row("A", 0), row("B", 0)]
+    assert not failures(rows)
+    worse = [dataclasses.replace(r, spilled=None, problem="needs") for r in rows[:2]]
+    assert [name for name, _, _ in failures(worse + rows[2:])] == ["scan D=256"] * 2
+
+
+def test_every_head_dim_is_built():
+    found = {operation: {s.head_dim for _, s in specimens([operation], None)}
+             for operation in ("delta_rule", "decay_attention")}
+    assert all({32, 64, 128, 256} <= dims for dims in found.values()), found
+    assert all(configurations(s) for _, s in specimens(head_dims=None))
