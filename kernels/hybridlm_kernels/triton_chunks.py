@@ -8,6 +8,7 @@ Legend: B rows, T tokens a row, N documents, C tokens a chunk, P chunks, U piece
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -48,6 +49,12 @@ class ChunkTables:
         documents are `programs` of them; `most_chunks` where that is less than `fewest` pieces a document."""
         pieces = min(parallel // programs, self.most_chunks // FEWEST_CHUNKS)
         return self.most_chunks if pieces < fewest else -(-self.most_chunks // pieces)
+
+    def filling(self, heads: int, parallel: int) -> float:
+        """How much of a device that runs `parallel` programs side by side is busy, while each of them takes the chunks
+        of a document and head one after another. 0 where there is no device."""
+        rounds = self.num_chunks * heads / (max(parallel, 1) * self.most_chunks)
+        return rounds / math.ceil(rounds) if parallel else 0.0
 
     def pieces(self, chunks: int) -> tuple[Tensor, Tensor]:
         """Documents cut into pieces of so many chunks, for scans that are split.

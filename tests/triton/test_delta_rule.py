@@ -93,6 +93,27 @@ def test_short_documents_take_one_launch(decay, launches, device, monkeypatch):
     assert [len(c) for c in counts] == [launches, 1 - launches, 1 - launches]
 
 
+def test_documents_that_fill_the_device_take_one_launch(device, monkeypatch, two_launches):
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: 2)
+    fused = counted(monkeypatch, backend, "fused_kernel")
+    inputs = make_inputs("scalar", T=132, N=3, K=20, V=36)
+    assert_equals_the_recurrence(inputs, device, cu_seqlens=CuSeqlens([0, 1, 131, 132], device))
+    assert len(fused) == 1
+
+
+@pytest.mark.parametrize(("decay", "parallel", "longest", "one_launch"), [
+    ("scalar", 1, 64, True), ("none", 2, 3, True), ("scalar", 4, 64, False), ("scalar", 1, 2, False),
+    ("channel", 1, 64, False), ("scalar", 0, 64, False)])
+def test_when_one_launch_is_enough(decay, parallel, longest, one_launch, device, monkeypatch, two_launches):
+    """Five chunks, at most three of them in a row: 1.7 rounds of one program, 0.8 of two, 0.4 of four."""
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: parallel)
+    monkeypatch.setattr(backend, "MOST_FUSED_CHUNKS", longest)
+    x = {name: x.to(device, torch.float32) for name, x in make_inputs(decay, T=132, N=3).items()}
+    inputs = backend._Inputs(x["q"], x["k"], x["v"], x.get("g"), x["beta"], None, None, x["initial_state"])
+    options = backend._Options(1.0, CuSeqlens([0, 1, 131, 132], device), False, None, None)
+    assert backend._Launches(inputs, options).in_one_launch() == one_launch
+
+
 @pytest.mark.parametrize("decay", ["none", "scalar", "channel"])
 def test_pieces_of_a_document(decay, device, monkeypatch, pieces):
     joins = counted(monkeypatch, backend, "join_kernel")

@@ -1,10 +1,10 @@
 """The delta rule as Triton kernels: forward and backward by chunks, and the recurrence itself for decoding.
 
 Forward: `chunk_kernel` finds what does not depend on the state, `scan_kernel` the states and outputs; `fused_kernel`
-does both for short documents (no decay, or one a head). Backward: `scan_kernel` again for the states of all chunks,
-`scan_back_kernel` for their gradients, `gradients_kernel` for those of the inputs. Kept between the two: the inputs,
-the scores A and X, and seven numbers a token and head. Where heads are few, documents are cut into pieces that are
-scanned side by side.
+does both (no decay, or one a head) for short documents, and where documents and heads fill the device. Backward:
+`scan_kernel` again for the states of all chunks, `scan_back_kernel` for their gradients, `gradients_kernel` for those
+of the inputs. Kept between the two: the inputs, the scores A and X, and seven numbers a token and head. Where heads are
+few, documents are cut into pieces that are scanned side by side.
 
 Legend: B rows, T tokens a row, H key heads, G value heads, K/V key/value head dim, N documents, U pieces of documents,
 C tokens a chunk, P chunks.
@@ -34,6 +34,8 @@ from .triton_scan import scan_back_kernel, scan_kernel
 
 FEW_TOKENS = 16  # up to here, and without gradients, the recurrence itself is faster than chunks
 FEW_CHUNKS = 4  # of the longest document: up to here one launch, unless the decay is one a channel
+MOST_FUSED_CHUNKS = 64  # up to here one launch, where one program a document and head fills the device
+FILLED = 0.75  # of the device, that counts as full
 FEWEST_PIECES = 3  # of a document: pieces are scanned twice, so two would gain nothing
 COLUMNS = 32  # of the values, that a program of a scan takes, where programs are counted before one is tuned
 
@@ -125,7 +127,7 @@ class _Launches:
         total = self.wide(self.tables.num_chunks, self.G, *([self.K] if self.decay == "channel" else []))
         found = _Found(A, X, self.wide(self.G, FACTORS.value, self.tokens), total)
         o, last = self.empty(*self.x.v.shape), self.states_of_documents()
-        if self.decay != "channel" and self.tables.most_chunks <= FEW_CHUNKS:
+        if self.in_one_launch():
             self.fused(found, o, last)
             return found, o, last
         decayed = self.chunk(found, scores=True)
@@ -134,6 +136,13 @@ class _Launches:
         self.scan(found, decayed, "outputs", self.x.state if found.starts is None else found.starts, o=o,
                   last=None if self.split else last)
         return found, o, last
+
+    def in_one_launch(self) -> bool:
+        """Whether chunks and scan go together: it moves fewer bytes, and prepares the chunks of a document one after
+        another, which costs nothing where there are few or where other documents and heads fill the device."""
+        few = self.tables.most_chunks
+        return self.decay != "channel" and (few <= FEW_CHUNKS or (
+            few <= MOST_FUSED_CHUNKS and self.tables.filling(self.G, parallel_programs(self.device)) >= FILLED))
 
     def fused(self, found: _Found, o: Tensor, last: Tensor) -> None:
         x = self.x
