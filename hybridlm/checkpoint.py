@@ -383,6 +383,8 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
     """
     import torch
 
+    from hybridlm.distributed.partition import fill, shape_of
+
     wanted = unique_tensors(model)
     problems, left = [], set(wanted)
     with torch.no_grad():
@@ -390,10 +392,10 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
             tensor = whole if part is None else part(name, whole)
             if name not in wanted:
                 problems.append(f"the model has no '{name}'")
-            elif wanted[name].shape != tensor.shape:
-                problems.append(f"'{name}' is {list(tensor.shape)} there and {list(wanted[name].shape)} here")
+            elif shape_of(wanted[name]) != tensor.shape:
+                problems.append(f"'{name}' is {list(tensor.shape)} there and {list(shape_of(wanted[name]))} here")
             else:
-                wanted[name].copy_(tensor)
+                fill(wanted[name], tensor)
             left.discard(name)
     lacking = sorted(name for name in left if may_lack is not None and fnmatchcase(name, may_lack))
     problems += [f"'{name}' is not in the checkpoint" for name in sorted(left - set(lacking))]

@@ -59,7 +59,7 @@ def batch(config: Config, engine: Any) -> list[Batch]:
 def step(config: Config) -> tuple[Any, CountCollectives]:
     """The engine, and what this rank handed to collective operations in its second step."""
     engine = make_engine(config.engine, "fp32")
-    model = build_model(config, device=engine.device, split=engine.split).train()
+    model = build_model(config, device=engine.device, split=engine.split, divide=engine.divide).train()
     optimizers = build_optimizer(model, config.optimizer)
     engine.prepare(model, optimizers, fp32_names(model))
     for _ in range(2):

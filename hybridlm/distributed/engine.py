@@ -147,6 +147,12 @@ class Engine(Ranks):
         if self.experts is not None:
             self.experts.split(model)
 
+    def divide(self, module: nn.Module) -> None:
+        """Leave of a module's weights what this rank holds between steps, as soon as they have their values.
+
+        All ranks call it together. What was divided already stays as it is.
+        """
+
     def part(self, name: str, tensor: Tensor) -> Tensor:
         """What this rank holds of a tensor as one process has it."""
         return tensor if self.experts is None else self.experts.part(name, tensor)

@@ -47,17 +47,35 @@ class Fragment:
         flat.narrow(0, self.offset, self.numel).copy_(whole.flatten().narrow(0, self.start, self.numel))
 
 
-def held(tensor: Any) -> Tensor:
+def shape_of(weight: Any) -> torch.Size:
+    """Of the whole weight, of which this rank may hold a piece alone."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def held(weight: Any) -> Tensor:
     """What this rank holds of a weight between steps: under ZeRO-3 its piece, without the padding; else all of it."""
-    if not hasattr(tensor, "ds_id"):
-        return tensor
-    piece = tensor.ds_tensor
-    return piece[:max(0, min(piece.numel(), tensor.ds_numel - dist.get_rank(tensor.ds_process_group) * piece.numel()))]
+    if not hasattr(weight, "ds_id"):
+        return weight
+    return weight.ds_tensor[:max(0, min(weight.ds_tensor.numel(), weight.ds_numel - _start(weight)))]
+
+
+def fill(weight: Any, whole: Tensor) -> None:
+    """Give a weight, or this rank's piece of it, the values of `whole`."""
+    if hasattr(weight, "ds_id"):
+        piece = held(weight)
+        piece.copy_(whole.flatten()[_start(weight):][:piece.numel()])
+    else:
+        weight.copy_(whole)
+
+
+def _start(weight: Any) -> int:
+    """The first element of this rank's piece: every rank has an equal one, the last ones padded."""
+    return dist.get_rank(weight.ds_process_group) * weight.ds_tensor.numel()
 
 
 def locate(optimizer: Any, parameter: Any, index: int) -> Fragment:
     """The fragment of a parameter in the group number `index` of a ZeRO optimizer of any stage."""
-    if hasattr(parameter, "ds_id"):  # ZeRO-3: every rank has an equal piece, the last one padded
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
         part, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = min(dist.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
         return Fragment(optimizer.fp32_partitioned_groups_flat[part], offset, start,

@@ -7,6 +7,7 @@ here as in the other engines. Accumulation, learning rate and what a step does w
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -104,13 +105,19 @@ class ZeroEngine(Engine):
     def _make_experts(self, size: int) -> ExpertParallel:
         return zero_experts.make_groups(size)
 
+    def divide(self, module: nn.Module) -> None:
+        if self.config.kind == "zero3":
+            import deepspeed
+
+            if self.experts is not None:
+                zero_experts.mark_parameters(module, self.config.expert_parallel)
+            deepspeed.zero.Init(module=module, config_dict_or_path=self.settings)
+
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = (),
                 state: Mapping[str, Tensor] | None = None, *, strict: bool = True) -> None:
+        assert optimizers is not None  # divided weights are of no use but to DeepSpeed's engine
         self._take(model)
-        if optimizers is None:
-            model.forward = self._inner(model.forward)  # type: ignore[method-assign]
-            self.model = Outer(model)
-            return
+        self.divide(model)
         self.optimizers, state = optimizers, state or {}
         fitting = optimizers.fitting(state, strict=strict)
         # DeepSpeed lays a group out flat, with one count of steps: parameters that began later make another group.
@@ -180,10 +187,15 @@ class ZeroEngine(Engine):
     def release(self) -> None:
         if self.zero is not None:
             self.zero.destroy()
-            F.linear = LINEAR  # ZeRO-3 puts one in its place that does not hold on to gathered weights
-            _make_whole(self.bare)
-            zero_experts.unmark(self.bare)
             self.zero, self.fragments = None, {}
+            if self.config.kind == "zero3":
+                for module in self.bare.modules():
+                    _make_whole(module)
+                    if module._parameters:
+                        self.divide(module)
+                gc.collect()  # parameters of ZeRO-3 hold on to themselves
+            F.linear = LINEAR  # ZeRO-3 puts one in its place that does not hold on to gathered weights
+            zero_experts.unmark(self.bare)
         super().release()
 
     @contextlib.contextmanager
@@ -223,16 +235,15 @@ def _import_quietly() -> None:
     warnings.filterwarnings("ignore", r".*torch.distributed\.\w+. is deprecated", FutureWarning)
 
 
-def _make_whole(model: nn.Module) -> None:
-    """Undo what ZeRO-3 has done to a model's parameters and modules; nothing to do after the other stages."""
+def _make_whole(module: nn.Module) -> None:
+    """Undo what ZeRO-3 has done to the parameters that `module` has itself, and to the module."""
     import deepspeed
 
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if hasattr(parameter, "ds_id"):
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    whole = parameter.detach().clone()
-                module._parameters[name] = nn.Parameter(whole, parameter.requires_grad)
-        module._parameters = dict(module._parameters)
-        for name in [name for name in module.__dict__ if name.startswith("ds_") or name in LEFT_BEHIND]:
-            del module.__dict__[name]
+    for name, parameter in module.named_parameters(recurse=False):
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
+            module._parameters[name] = nn.Parameter(whole, parameter.requires_grad)
+    module._parameters = dict(module._parameters)
+    for name in [name for name in module.__dict__ if name.startswith("ds_") or name in LEFT_BEHIND]:
+        del module.__dict__[name]

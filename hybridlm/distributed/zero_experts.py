@@ -36,17 +36,26 @@ def mark(model: nn.Module, optimizer: Any, size: int, *, divided: bool) -> None:
     `divided`: weights are, under ZeRO-3, which must know experts that are frozen too; ZeRO-1 and -2 refuse a model with
     experts but without a group of them.
     """
+    mark_parameters(model, size)
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
-    for parameter in expert_parameters(model).values():
-        parameter.allreduce = False  # type: ignore[attr-defined]
-        parameter.group_name = group_name(size)  # type: ignore[attr-defined]
-        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-        parameter.ds_zero_partition_group_name = group_name(size)  # type: ignore[attr-defined]
     trained = [group for group in optimizer.param_groups if id(group["params"][0]) in experts]
     for group in trained:
         group |= {"moe": True, "name": group_name(size)}
     if trained or divided:
         model.add_module(SIGN, _sign())
+
+
+def mark_parameters(module: nn.Module, size: int) -> None:
+    """Say of the experts in `module` which ranks hold the same ones: before ZeRO-3 divides them."""
+    from deepspeed.utils import groups
+
+    for parameter in expert_parameters(module).values():
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = group_name(size)  # type: ignore[attr-defined]
+        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_group_name = group_name(size)  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_process_group = (  # type: ignore[attr-defined]
+            groups._get_expert_data_parallel_group(group_name(size)))
 
 
 def unmark(model: nn.Module) -> None:

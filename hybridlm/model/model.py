@@ -277,11 +277,13 @@ def _checkpointed(module: nn.Module, h_BTD: Tensor, seq: SequenceInfo, *extra: A
 
 
 def build_model(config: Any, *, seed: int | None = None, device: torch.device | str = "cpu",
-                split: Callable[[HybridLM], None] | None = None) -> HybridLM:
+                split: Callable[[HybridLM], None] | None = None,
+                divide: Callable[[nn.Module], None] | None = None) -> HybridLM:
     """A model with fresh weights from a run's config or a ModelConfig.
 
     `seed` defaults to the run's `training.seed`, else 0. On the "meta" device nothing is allocated. `split` takes away
-    what other processes hold, before memory is.
+    what other processes hold, before memory is. `divide` gets each mixer, feed-forward, norm and projection when its
+    weights are there, and may leave a piece of them before the next one is allocated.
 
     Raises:
         ConfigError: a value that cannot be built.
@@ -298,6 +300,5 @@ def build_model(config: Any, *, seed: int | None = None, device: torch.device | 
         split(model)
     if torch.device(device).type == "meta":
         return model
-    model = model.to_empty(device=device)
-    model.init_weights(seed)
+    init_weights(model, model_config.init_std, seed, device, divide)
     return model

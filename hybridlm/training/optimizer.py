@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.config.schema import OptimizerConfig
+from hybridlm.distributed.partition import shape_of
 from hybridlm.errors import CheckpointError
 
 Role = Literal["matrix", "stack", "head", "embedding", "vector"]
@@ -34,13 +35,14 @@ def role(name: str, parameter: Tensor) -> Role:
     """The part a parameter plays, from its name and shape."""
     parts = name.split(".")
     convolution = any(part.endswith("conv") for part in parts)
-    if parameter.ndim < 2 or 1 in parameter.shape[-2:] or convolution or parts[-1] in VECTOR_NAMES:
+    shape = shape_of(parameter)
+    if len(shape) < 2 or 1 in shape[-2:] or convolution or parts[-1] in VECTOR_NAMES:
         return "vector"
     if "embed" in parts:
         return "embedding"
     if "lm_head" in parts:
         return "head"
-    return "stack" if parameter.ndim == 3 else "matrix"
+    return "stack" if len(shape) == 3 else "matrix"
 
 
 @dataclass(frozen=True)

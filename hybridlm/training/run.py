@@ -135,7 +135,7 @@ def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:
 
 def _model(config: Config, engine: Engine, data: PreparedData, start: Path | None) -> HybridLM:
     check_vocab(data.tokenizer, config.model.vocab_size)
-    model = build_model(config, device=engine.device, split=engine.split)
+    model = build_model(config, device=engine.device, split=engine.split, divide=engine.divide)
     model.activation_checkpointing = config.training.activation_checkpointing
     if config.init_from is not None and start is None:
         folder = checkpoint.resolve(config.init_from)

@@ -96,8 +96,7 @@ class Trainer:
             if self.progress.step_in_stage < stage.steps and not self._run_stage(stage):
                 return self.stop.requested
         if self.validated_at != self.progress.step:  # a finished run that was started again
-            self.engine.prepare(self.model, None)
-            set_attention(self.model, self.stages[-1])
+            self._set_up(self.stages[-1])
             self._validate(self.stages[-1])
         return None
 
@@ -135,7 +134,7 @@ class Trainer:
         return bool(asked)
 
     def _set_up(self, stage: Stage) -> None:
-        self.engine.release()  # a model that the stage before had divided is whole again
+        self.engine.release()
         trained = set_trainable(self.model, stage)
         total = sum(1 for _ in self.model.parameters())
         if len(self.stages) > 1 or len(trained) < total:

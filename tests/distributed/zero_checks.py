@@ -2,17 +2,23 @@
 
 import sys
 import time
+import weakref
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hybridlm.config.schema import Config, EngineConfig, OptimizerConfig
 from hybridlm.distributed.engine import Contribution, make_engine
 from hybridlm.distributed.memory import rank_memory
 from hybridlm.distributed.partition import Fragment
 from hybridlm.distributed.zero_optimizer import FlatOptimizer
+from hybridlm.model.feed_forward import FeedForward
+from hybridlm.model.mixers import SequenceMixer
 from hybridlm.model.model import build_model
 from hybridlm.training.optimizer import Muon, build_optimizer
 
@@ -37,7 +43,7 @@ def objective(model, part):
 
 def ready(kind, timeout=120.0, precision="fp32"):
     engine = make_engine(EngineConfig(kind=kind, persistence_threshold=0, timeout=timeout), precision)
-    model = build_model(tiny_run.model())
+    model = build_model(tiny_run.model(), device=engine.device, divide=engine.divide)
     optimizers = build_optimizer(model, OptimizerConfig(lr=1e-3))
     return engine, model, optimizers
 
@@ -50,6 +56,50 @@ def step(engine, number=0, factor=1.0):
 
 def weights(engine):
     return {name: tensor.detach().clone() for name, tensor in engine.local_weights()}
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes that tensors made inside hold together, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = weakref.WeakKeyDictionary(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                self.alive[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+def check_build():
+    """No rank holds more at once than its share and one part; values are those of one process, before and after."""
+    config = tiny_run.model(num_layers=12)
+    engine = make_engine(EngineConfig(kind="zero3", persistence_threshold=0))
+    whole = build_model(config, seed=3)
+    part = max(sum(p.numel() for p in module.parameters()) for module in whole.modules()
+               if isinstance(module, SequenceMixer | FeedForward | torch.nn.Embedding))
+    most = 4 * 1.1 * (whole.num_params() / 2 + 2 * part)  # a tenth for what is not weights
+    assert most < 4 * 0.8 * whole.num_params()
+    with Allocated() as memory:
+        model = build_model(config, seed=3, device=engine.device, divide=engine.divide)
+    assert 4 * whole.num_params() / 2 < memory.peak < most
+    assert_whole(model, whole)
+    engine.prepare(model, build_optimizer(model, OptimizerConfig()))
+    with Allocated() as memory:
+        engine.release()
+    assert 4 * whole.num_params() / 2 < memory.peak < most
+    assert_whole(model, whole)
+
+
+def assert_whole(model, wanted):
+    for (name, parameter), expected in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        assert parameter.numel() == 0
+        with deepspeed.zero.GatheredParameters([parameter]):
+            assert torch.equal(parameter, expected), name
 
 
 def check_nan_on_one_rank(kind):
@@ -72,7 +122,7 @@ def check_nan_on_one_rank(kind):
     decays = {group["weight_decay"] for group in optimizers.members[0].param_groups}
     assert decays == {0.0, 0.1}
     engine.release()
-    assert all(parameter.numel() > 0 for parameter in model.parameters())
+    assert {parameter.numel() > 0 for parameter in model.parameters()} == {kind != "zero3"}
 
 
 def check_dtypes(kind):
@@ -160,6 +210,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for kind in ("zero1", "zero2", "zero3"):
         check_nan_on_one_rank(kind)
+    check_build()
     check_dtypes("zero2")
     check_bf16()
     check_starved_experts()
