@@ -31,4 +31,6 @@ def test_errors_of_the_delta_rule(decay, gate, device, monkeypatch):
         monkeypatch.setattr(module, "sum_over", sum_over(emulation))
     monkeypatch.setattr(triton_chunk, "_solve", emulation.with_bits(triton_chunk._solve, 11))
     got = test_delta_rule.run(inputs, "triton", **options)
-    assert_within_bounds(got, expected, error)
+    x, du = (inputs["g"] + inputs["dt_bias"]).detach(), expected["g"]
+    by_rate = x if gate == "lower_bounded" else torch.nn.functional.softplus(x) / x.sigmoid()  # dg/dA_log over dg/du
+    assert_within_bounds(got, expected, error, {"dt_bias": du, "A_log": du * by_rate})
