@@ -17,8 +17,8 @@ LIVE_ELEMENTS = 1_000_000_000  # gathered weights that DeepSpeed keeps for their
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes on one device, and on the `host` what is offloaded. `gathered`: weights that ZeRO-3 holds for a while;
-    `buffers`: what gradients travel in."""
+    """Bytes on one device, and on the `host` what is offloaded. `gathered`: weights that ZeRO-3 holds for a while, a
+    layer's at least; `buffers`: what gradients travel in. Building a model takes `weights` and a layer's."""
 
     weights: float
     gathered: float
@@ -60,9 +60,10 @@ def rank_memory(config: Config, world: int) -> RankMemory:
     if engine.kind != "zero3":
         return RankMemory(weights=weights + copies, gathered=0, gradients=gradients, optimizer=optimizer,
                           buffers=bucket, activations=activations, host=host)
+    layer_weights = FP32 * max(layer.params - away * layer.routed_params for layer in count.layers)
     if config.training.activation_checkpointing:  # a layer's at a time
-        copies *= max(layer.params - away * layer.routed_params for layer in count.layers) * FP32 / weights
-    gathered = min(weights, FP32 * LIVE_ELEMENTS) + copies
+        copies *= layer_weights / weights
+    gathered = max(min(weights, FP32 * LIVE_ELEMENTS), layer_weights) + copies
     if engine.offload_parameters:
         piece, host = 0.0, host + piece
     return RankMemory(weights=piece, gathered=gathered, gradients=gradients, optimizer=optimizer, buffers=bucket,
