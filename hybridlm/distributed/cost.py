@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import comb
 from typing import Literal
 
 from hybridlm.distributed.counting import wire_bytes
@@ -117,14 +118,29 @@ def _weights_and_gradients(prefix: str, params: float, ranks: int, layout: Layou
 
 
 def _expert_rows(config: ModelConfig, layout: Layout, layers: int) -> Iterator[Traffic]:
-    """A forward sends each pair's row and weight there and its result back; a backward the gradients of all three."""
-    moe, away = config.feed_forward, 1 - 1 / layout.expert_parallel
+    """A forward sends a token's row once to each rank that has experts of it, a weight and a number for each expert,
+    and a result back; a backward the gradients of rows, weights and results."""
+    moe, ranks = config.feed_forward, layout.expert_parallel
     assert isinstance(moe, MoEConfig)
-    pairs = layout.tokens * moe.num_experts_per_tok
-    rows, weights, counts = pairs * config.hidden_size * layout.element_bytes, pairs * FP32, moe.num_experts * INT32
-    forward, backward = 2 * rows + weights + counts, 2 * rows + weights
+    rows = layout.tokens * (ranks - 1) * chance_of_a_visit(moe, ranks) * config.hidden_size * layout.element_bytes
+    pairs = layout.tokens * moe.num_experts_per_tok * (1 - 1 / ranks)
+    forward, backward = 2 * rows + pairs * (FP32 + INT32) + (ranks - 1) * 2 * INT32, 2 * rows + pairs * FP32
     step = layout.forwards * forward + layout.micro_batches * backward
-    yield Traffic("expert rows", "all_to_all", layout.expert_parallel, layers * away * step, layers)
+    yield Traffic("expert rows", "all_to_all", ranks, layers * step, layers)
+
+
+def chance_of_a_visit(moe: MoEConfig, ranks: int) -> float:
+    """That one of `ranks` ranks holds an expert of a token, if all choices that the router's groups leave are equally
+    likely. A rank has whole groups of experts or a part of one."""
+    groups, chosen, size = moe.num_groups, moe.topk_groups, moe.num_experts // moe.num_groups
+    held = moe.num_experts // ranks
+    spans, each = max(1, held // size), min(held, size)  # groups that a rank has experts of, and how many of each
+    absent = 0.0
+    for among in range(max(0, chosen - groups + spans), min(spans, chosen) + 1):
+        likely = comb(spans, among) * comb(groups - spans, chosen - among) / comb(groups, chosen)
+        absent += likely * comb(chosen * size - among * each, moe.num_experts_per_tok) / comb(
+            chosen * size, moe.num_experts_per_tok)
+    return 1 - absent
 
 
 def _pieces(config: ModelConfig, layout: Layout) -> Iterator[Traffic]:

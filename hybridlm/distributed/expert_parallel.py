@@ -1,10 +1,11 @@
 """Experts split over ranks: every rank holds a share of each layer's experts, and tokens travel to them and back.
 
 `size` consecutive ranks, a group, hold each expert once; ranks that are `size` apart hold the same experts, and add up
-their gradients. Nothing is dropped and nothing is padded: ranks tell each other how many rows come, then send these.
+their gradients. Nothing is dropped and nothing is padded: ranks tell each other how much comes, then send that. A token
+goes once to each rank that holds one of its experts or more (a visit); what they make of it is added up there.
 
-N tokens of this rank, A experts a token, P = N A (token, expert) pairs, M rows that this rank receives, D model width,
-E experts, R ranks of a group, L = E / R experts a rank.
+N tokens of this rank, A experts a token, E experts, R ranks of a group, L = E / R experts a rank, D model width.
+P = N A (token, expert) pairs and Q visits leave this rank, W pairs and M visits come to it.
 """
 
 from __future__ import annotations
@@ -45,26 +46,36 @@ class ExpertParallel:
     def dispatch(self, num_experts: int, compute: Compute, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
         """[N, D]: `compute` for every pair on the rank that holds its expert.
 
-        A pair is sent as its token's row and its weight, which multiplies there. An uneven exchange needs the numbers
-        of rows on the host: the one wait for the device.
+        An uneven exchange needs the numbers of rows on the host: the one wait for the device.
         """
-        ranks = dist.get_world_size(self.group)
-        order_P = ids_NA.flatten().argsort(stable=True)
-        slot_NA = torch.empty_like(order_P).index_copy_(
-            0, order_P, torch.arange(len(order_P), device=order_P.device)).view_as(ids_NA)
-        token_P = order_P.div(ids_NA.shape[1], rounding_mode="floor")
-        sent_RL = torch.zeros(num_experts, dtype=torch.int32, device=ids_NA.device).index_add_(
-            0, ids_NA.flatten(), torch.ones_like(order_P, dtype=torch.int32)).view(ranks, -1)
-        received_RL = torch.empty_like(sent_RL)
-        dist.all_to_all_single(received_RL, sent_RL, group=self.group)
-        sent, received = torch.stack([sent_RL.sum(1), received_RL.sum(1)]).tolist()
+        ranks, tokens = dist.get_world_size(self.group), len(x_ND)
+        held = num_experts // ranks
+        ids_NA, by_expert_NA = ids_NA.sort(dim=1)
+        rank_NA = ids_NA.div(held, rounding_mode="floor")
+        opens_NA = torch.ones_like(rank_NA, dtype=torch.bool)  # the first pair of a visit
+        opens_NA[:, 1:] = rank_NA[:, 1:] != rank_NA[:, :-1]
+        order_P = rank_NA.flatten().argsort(stable=True)  # by rank, token, expert
+        opens_P = opens_NA.flatten().index_select(0, order_P)
 
-        x_MD, weight_M1 = _Exchange.apply(self.group, sent, received, _Spread.apply(x_ND, token_P, slot_NA),
-                                          weights_NA.flatten().index_select(0, order_P)[:, None])
-        expert_L = torch.arange(sent_RL.shape[1], device=ids_NA.device)
-        ids_M1 = expert_L.repeat(ranks).repeat_interleave(received_RL.flatten(), output_size=sum(received))[:, None]
-        y_PD, = _Exchange.apply(self.group, received, sent, compute(x_MD, ids_M1, weight_M1))
-        return _GatherSum.apply(y_PD, token_P, slot_NA)
+        counts_R2 = torch.zeros(ranks, 2, dtype=torch.int32, device=x_ND.device).index_add_(
+            0, rank_NA.flatten(), torch.stack([opens_NA, torch.ones_like(opens_NA)], -1).view(-1, 2).int())
+        coming_R2 = torch.empty_like(counts_R2)
+        dist.all_to_all_single(coming_R2, counts_R2, group=self.group)
+        (visits, pairs), (visits_in, pairs_in) = torch.stack([counts_R2, coming_R2]).mT.tolist()
+
+        leaving = Copies.of(order_P.div(ids_NA.shape[1], rounding_mode="floor"), opens_P, sum(visits), tokens)
+        x_MD, = _Exchange.apply(self.group, visits, visits_in, _Spread.apply(x_ND, leaving))
+        weight_P1 = weights_NA.gather(1, by_expert_NA).flatten().index_select(0, order_P)[:, None]
+        weight_W1, = _Exchange.apply(self.group, pairs, pairs_in, weight_P1)
+        # One number says which expert a pair goes to, and whether it is the first of a visit.
+        code_P = ids_NA.flatten().index_select(0, order_P).remainder(held).add(opens_P * held).int()
+        code_W = _exchanged(code_P, self.group, pairs, pairs_in)
+        visit_W = (code_W >= held).cumsum(0) - 1
+
+        arrived = Copies(visit_W, torch.arange(len(visit_W), device=x_ND.device), _starts(visit_W, sum(visits_in)))
+        y_WD = compute(_Spread.apply(x_MD, arrived), code_W.remainder(held)[:, None].long(), weight_W1)
+        y_QD, = _Exchange.apply(self.group, visits_in, visits, _Sum.apply(y_WD, arrived))
+        return _Sum.apply(y_QD, leaving)
 
     def average_gradients(self, model: nn.Module) -> None:
         """Gradients of the experts, summed over the tokens of all ranks and divided by the number of ranks: what
@@ -148,27 +159,54 @@ def _exchanged(rows: Tensor, group: dist.ProcessGroup, sent: Sequence[int], rece
     return out
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Which of S rows each of C copies is of, and the copies by their row: row s has `by_row_C[starts_S[s]]` and those
+    that follow, up to the next row's."""
+
+    row_C: Tensor
+    by_row_C: Tensor
+    starts_S: Tensor
+
+    @classmethod
+    def of(cls, token_P: Tensor, opens_P: Tensor, visits: int, tokens: int) -> Copies:
+        """Of `tokens` tokens, a copy for each of their visits."""
+        visit_P = opens_P.cumsum(0) - 1
+        token_Q = token_P.new_empty(visits).scatter_(0, visit_P, token_P)
+        return cls(token_Q, token_Q.argsort(stable=True), _starts(token_Q, tokens))
+
+
+def _starts(row_C: Tensor, rows: int) -> Tensor:
+    """How many copies are of an earlier row than each of `rows` rows."""
+    count_S = row_C.new_zeros(rows).index_add_(0, row_C, torch.ones_like(row_C))
+    return count_S.cumsum(0) - count_S
+
+
 class _Spread(torch.autograd.Function):
-    """A row for each pair, [P, D]; gradients of a token's rows are added in a fixed order."""
+    """[S, D] -> [C, D]: copies of rows; their gradients are added in a fixed order."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, token_P: Tensor, slot_NA: Tensor):
-        ctx.save_for_backward(slot_NA)
-        return x_ND.index_select(0, token_P)
+    def forward(ctx, x_SD: Tensor, copies: Copies):
+        ctx.copies = copies
+        return x_SD.index_select(0, copies.row_C)
 
     @staticmethod
-    def backward(ctx, dx_PD: Tensor):
-        return F.embedding_bag(ctx.saved_tensors[0], dx_PD, mode="sum"), None, None
+    def backward(ctx, dx_CD: Tensor):
+        return _summed(dx_CD, ctx.copies), None
 
 
-class _GatherSum(torch.autograd.Function):
-    """The sum of each token's rows, [N, D], in the order of its experts: the transpose of `_Spread`."""
-
-    @staticmethod
-    def forward(ctx, y_PD: Tensor, token_P: Tensor, slot_NA: Tensor):
-        ctx.save_for_backward(token_P)
-        return F.embedding_bag(slot_NA, y_PD, mode="sum")
+class _Sum(torch.autograd.Function):
+    """[C, D] -> [S, D]: the sum of each row's copies, the transpose of `_Spread`."""
 
     @staticmethod
-    def backward(ctx, dy_ND: Tensor):
-        return dy_ND.index_select(0, ctx.saved_tensors[0]), None, None
+    def forward(ctx, y_CD: Tensor, copies: Copies):
+        ctx.copies = copies
+        return _summed(y_CD, copies)
+
+    @staticmethod
+    def backward(ctx, dy_SD: Tensor):
+        return dy_SD.index_select(0, ctx.copies.row_C), None
+
+
+def _summed(rows_CD: Tensor, copies: Copies) -> Tensor:
+    return F.embedding_bag(copies.by_row_C, rows_CD, copies.starts_S, mode="sum")

@@ -89,15 +89,17 @@ def compare_layer(parallel, rank, world, dtype, tolerance, only):
 
 
 def check_bytes(counted, parallel, split, x_BTD, seq):
-    """All ranks together sent the formula's bytes: rows and weights there, results back, and the gradients of both."""
-    size = dist.get_world_size(parallel.group)
+    """All ranks together sent the formula's bytes: a row once to each rank that has experts of it, weights and numbers
+    of all pairs, results back, and the gradients of rows, weights and results."""
+    size, own = dist.get_world_size(parallel.group), dist.get_rank(parallel.group)
     ids_NA, _, _ = split.router(x_BTD, seq)
-    away = int(((ids_NA // (8 // size)) != dist.get_rank(parallel.group)).sum())
-    numbers = torch.tensor([away, counted.payload["all_to_all", size]])
+    rank_NA = ids_NA // (8 // size)
+    visits = sum(len(set(ranks) - {own}) for ranks in rank_NA.tolist())
+    numbers = torch.tensor([visits, int((rank_NA != own).sum()), counted.payload["all_to_all", size]])
     dist.all_reduce(numbers)
-    element = x_BTD.element_size()
-    counts = dist.get_world_size() * (8 - 8 // size) * 4
-    assert int(numbers[1]) == int(numbers[0]) * (4 * HIDDEN * element + 2 * element) + counts
+    visits, pairs, found = numbers.tolist()
+    element, counts = x_BTD.element_size(), dist.get_world_size() * (size - 1) * 8
+    assert found == visits * 4 * HIDDEN * element + pairs * (2 * element + 4) + counts
 
 
 def check_training(folder, *runs):

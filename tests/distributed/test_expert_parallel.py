@@ -6,6 +6,7 @@ import shutil
 import tomllib
 from dataclasses import replace
 from importlib import metadata
+from itertools import combinations
 
 import experts_over_ranks
 import pytest
@@ -15,12 +16,13 @@ from over_ranks import ROOT, on_ranks, records, start
 from hybridlm import load_config
 from hybridlm.config.schema import EngineConfig
 from hybridlm.distributed import zero_experts
-from hybridlm.distributed.cost import Layout, traffic
+from hybridlm.distributed.cost import Layout, chance_of_a_visit, traffic
 from hybridlm.distributed.expert_parallel import expert_parameters
 from hybridlm.distributed.memory import rank_memory
 from hybridlm.distributed.world import check_world
 from hybridlm.errors import ConfigError
 from hybridlm.model.cost import count_parameters
+from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.model.model import build_model
 
 TRAINING = {"steps": 20, "batch_size": 4, "micro_batch_size": 1, "sequence_length": 16, "eval_every": 0,
@@ -159,13 +161,27 @@ def test_what_a_step_sends_by_the_formulas():
     assert split["gradients", "all_reduce"] == (64, 2 * 4 * (count.total - count.routed))
     assert split["expert gradients", "all_reduce"] == (4, 2 * 4 * count.routed / 16)
     assert split["expert weights", "all_gather"] == (4, 4 * count.routed / 16)
-    pairs, away = 4096 * 8, 15 / 16
-    a_layer = 4 * pairs * 2304 * 2 + 2 * pairs * 4 + 256 * 4  # rows and weights there and back, counts once
-    assert split["expert rows", "all_to_all"] == (16, pytest.approx(26 * 2 * a_layer * away))
+    pairs, visits = 4096 * 8 * 15 / 16, 4096 * 15 * chance_of_a_visit(config.feed_forward, 16)
+    # Rows there and back with their gradients, weights and theirs, the numbers of experts, and how many come.
+    a_layer = 4 * visits * 2304 * 2 + 3 * pairs * 4 + 15 * 2 * 4
+    assert split["expert rows", "all_to_all"] == (16, pytest.approx(26 * 2 * a_layer))
     again = sent(config, expert_parallel=16, activation_checkpointing=True)["expert rows", "all_to_all"][1]
     assert again == pytest.approx(split["expert rows", "all_to_all"][1] * 1.5, rel=1e-3)
     alone = sent(config, engine="zero3", expert_parallel=64)  # nobody else holds these experts
     assert {part for part, _ in alone} == {"weights", "gradients", "expert rows", "router loads"}
+
+
+@pytest.mark.parametrize(("routing", "ranks"), [
+    ({}, 2), ({}, 8), ({"num_groups": 4, "topk_groups": 2}, 2), ({"num_groups": 4, "topk_groups": 2}, 8),
+    ({"num_groups": 4, "topk_groups": 3}, 4), ({"num_groups": 2, "topk_groups": 1}, 1)])
+def test_how_likely_a_rank_has_experts_of_a_token(routing, ranks):
+    """By listing every choice of three experts of eight that the groups allow."""
+    moe = MoEConfig(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, **routing)
+    size, held = 8 // moe.num_groups, 8 // ranks
+    met = [any(expert < held for expert in experts)
+           for groups in combinations(range(moe.num_groups), moe.topk_groups)
+           for experts in combinations([e for e in range(8) if e // size in groups], 3)]
+    assert chance_of_a_visit(moe, ranks) == pytest.approx(sum(met) / len(met))
 
 
 def test_memory_of_a_rank_with_a_share_of_the_experts():
