@@ -216,7 +216,7 @@ class Engine(Ranks):
         model.peers = self.peers  # type: ignore[assignment]
 
     def release(self) -> None:
-        """Give the model back as it was before `prepare`."""
+        """Give the model back as it was before `prepare`: with whole weights, or divided as `divide` leaves them."""
         if self.watchdog is not None:
             self.watchdog.rest()
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # what Accelerate puts over it
@@ -298,14 +298,13 @@ class Engine(Ranks):
         """The values, and the loads of the model's routers, summed over ranks."""
         if self.world_size == 1:
             return totals
-        summed = torch.stack(list(totals.values()))
-        dist.all_reduce(summed)
         loads = list(getattr(self.bare, "router_loads", dict)().values())
-        if loads:
-            together = torch.cat(loads)
-            dist.all_reduce(together)
-            torch._foreach_copy_(loads, list(together.split([load.numel() for load in loads])))
-        return dict(zip(totals, summed.unbind(), strict=True))
+        summed = torch.cat([torch.stack(list(totals.values())).double(), *loads])  # counts are exact in fp64
+        dist.all_reduce(summed)
+        values, *counts = summed.split([len(totals), *(load.numel() for load in loads)])
+        for load, count in zip(loads, counts, strict=True):
+            load.copy_(count)
+        return dict(zip(totals, values.float().unbind(), strict=True))
 
     def update(self, values: dict[str, Tensor], *, lr: float, clip: float, balance: bool = True) -> Update:
         """Clip the gradients and step, unless a loss or gradient is not finite; then only forget the gradients.
