@@ -188,12 +188,11 @@ class ZeroEngine(Engine):
         if self.zero is not None:
             self.zero.destroy()
             self.zero, self.fragments = None, {}
-            if self.config.kind == "zero3":
-                for module in self.bare.modules():
-                    _make_whole(module)
-                    if module._parameters:
-                        self.divide(module)
-                gc.collect()  # parameters of ZeRO-3 hold on to themselves
+            for module in self.bare.modules():
+                _make_whole(module)
+                if module._parameters:
+                    self.divide(module)
+            gc.collect()  # parameters of ZeRO-3 hold on to themselves
             F.linear = LINEAR  # ZeRO-3 puts one in its place that does not hold on to gathered weights
             zero_experts.unmark(self.bare)
         super().release()
@@ -236,7 +235,7 @@ def _import_quietly() -> None:
 
 
 def _make_whole(module: nn.Module) -> None:
-    """Undo what ZeRO-3 has done to the parameters that `module` has itself, and to the module."""
+    """Undo what DeepSpeed has done to the parameters that `module` has itself, and to the module."""
     import deepspeed
 
     for name, parameter in module.named_parameters(recurse=False):
