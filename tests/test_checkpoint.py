@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from hybridlm import checkpoint
+from hybridlm.checkpoint import folder as folder_module
+from hybridlm.checkpoint import saving
 from hybridlm.errors import CheckpointError
 
 
@@ -38,7 +40,7 @@ def test_weights_come_back_bitwise_and_tied_ones_are_saved_once(tmp_path):
 
 
 def test_large_groups_are_split_into_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 100)
     tensors = {f"w{i}": torch.full((10,), float(i)) for i in range(5)}
     folder = checkpoint.write(tmp_path, 1, {}, {"model": tensors})
     assert len(list(folder.glob("model-0000*-of-00003.safetensors"))) == 3
@@ -99,7 +101,7 @@ def test_resolve_says_what_is_missing(tmp_path):
 
 def test_newer_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT_VERSION", 99)
+        patch.setattr(folder_module, "FORMAT_VERSION", 99)
         folder = save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"format 99.*update hybridlm"):
         checkpoint.resolve(folder)
@@ -111,7 +113,7 @@ def test_failed_write_leaves_older_checkpoints_and_no_draft(tmp_path, monkeypatc
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sha256", full)
+    monkeypatch.setattr(folder_module, "_sha256", full)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2)
     monkeypatch.undo()
@@ -126,6 +128,28 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     folder = save(tmp_path, 1, model)
     assert torch.equal(dict(checkpoint.read_tensors(folder, "model"))["bias"], model.bias)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_save_is_no_checkpoint_until_it_is_published(tmp_path):
+    save = checkpoint.Save(tmp_path, 1, {"trainer.json": "{}"}, {"model": {"w": torch.ones(3)}})
+    save._writing.result()
+    assert save.written
+    assert checkpoint.newest(tmp_path) is None
+    assert save.publish() == checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_parts_of_a_tensor_are_read_alone(tmp_path, dtype):
+    whole = torch.arange(4 * 3 * 5).view(4, 3, 5).to(dtype)
+    folder = checkpoint.write(tmp_path, 1, {}, {"model": {"a": whole, "step": torch.tensor(7).to(dtype)}})
+    stored = checkpoint.stored_tensors(folder)
+    assert torch.equal(stored["step"].read(), torch.tensor(7).to(dtype))
+    assert torch.equal(stored["a"].elements(13, 20), whole.flatten()[13:33])
+    assert stored["a"].elements(60, 0).shape == (0,)
+    second = stored["a"].chunk(2)[1]
+    assert second.shape == (2, 3, 5)
+    assert torch.equal(second.read(), whole[2:])
+    assert torch.equal(second.elements(4, 6), whole[2:].flatten()[4:10])
 
 
 def test_prune_keeps_the_newest_whole_ones(tmp_path):

@@ -31,7 +31,7 @@ def converted_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
     if not Path(init_from).expanduser().exists():
         raise ConfigError("init_from", "no such checkpoint", got=init_from,
                           expected="a run folder or a checkpoint folder")
-    config = checkpoint.read_model_config(checkpoint.resolve(init_from))
+    config = checkpoint.read_model_config(checkpoint.resolve(init_from, hashes=False))
     layers = layers_to_convert(config, recipe.layers)
     if not layers:
         return config

@@ -174,6 +174,7 @@ class TrainingConfig:
     eval_batches: int = 16
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    async_checkpoint: bool = True  # written while training goes on, from a copy on the host; false: training waits
     resume: Literal["auto", "never", "require"] = "auto"
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops
     record_samples: bool = False  # which samples each process computed in each step, in samples-RANK.jsonl

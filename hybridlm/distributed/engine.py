@@ -27,6 +27,7 @@ from hybridlm.distributed.world import World
 from hybridlm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from hybridlm.checkpoint import Stored
     from hybridlm.training.optimizer import OptimizerSet
 
 
@@ -153,7 +154,7 @@ class Engine(Ranks):
         All ranks call it together. What was divided already stays as it is.
         """
 
-    def part(self, name: str, tensor: Tensor) -> Tensor:
+    def part(self, name: str, tensor: Stored) -> Stored:
         """What this rank holds of a tensor as one process has it."""
         return tensor if self.experts is None else self.experts.part(name, tensor)
 
@@ -161,10 +162,11 @@ class Engine(Ranks):
         return {"mixed_precision": "bf16" if self.precision == "bf16" else "no", "cpu": self.device.type == "cpu"}
 
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = (),
-                state: Mapping[str, Tensor] | None = None, *, strict: bool = True) -> None:
+                state: Mapping[str, Stored] | None = None, *, strict: bool = True) -> None:
         """Take over the model and the optimizers of a stage.
 
-        `state`: saved optimizer state, `{key}/{parameter}`; `strict=False` takes of it what has a place.
+        `state`: saved optimizer state, `{key}/{parameter}`, of which only what this rank holds is read; `strict=False`
+        takes of it what has a place.
 
         Raises:
             RuntimeError: a parameter that must stay fp32 does not; the text names it.
@@ -193,19 +195,23 @@ class Engine(Ranks):
         yield from self.bare.named_parameters()
         yield from self.bare.named_buffers()
 
-    def share(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the model's `weights` that this rank is to write, whole. All ranks call it together."""
+    def share(self, weights: Mapping[str, Tensor], *, copied: bool = False) -> dict[str, Tensor]:
+        """Those of the model's `weights` that this rank is to write, whole. All ranks call it together.
+
+        `copied`: they are on the host and stay as they are when training goes on.
+        """
         owner = deal({name: getattr(w, "ds_numel", w.numel()) for name, w in weights.items()}, self.world_size)
         mine = {}
         for name, weight in weights.items():
             whole = self._whole_weight(name, weight)
             if owner[name] == self.rank:
-                mine[name] = whole if whole is weight else whole.cpu()
+                own = whole is weight
+                mine[name] = whole if own and not copied else whole.detach().to("cpu", copy=own)
         return mine
 
-    def optimizer_share(self) -> dict[str, Tensor]:
-        """The optimizer state that this rank is to write, `{key}/{parameter}`, whole. All ranks call it together."""
-        return {} if self.optimizers is None else self.share(self.optimizers.state_tensors())
+    def optimizer_share(self, *, copied: bool = False) -> dict[str, Tensor]:
+        """The optimizer state that this rank is to write, `{key}/{parameter}`, as `share`."""
+        return {} if self.optimizers is None else self.share(self.optimizers.state_tensors(), copied=copied)
 
     def _whole_weight(self, name: str, tensor: Tensor) -> Tensor:
         return tensor if self.experts is None else self.experts.whole(name, tensor)

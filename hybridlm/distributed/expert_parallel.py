@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.model.feed_forward.moe import Compute, Experts
+
+if TYPE_CHECKING:
+    from hybridlm.checkpoint import Stored
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,13 @@ class ExpertParallel:
         dist.all_gather(list(parts.chunk(dist.get_world_size(self.group))), local, group=self.group)
         return parts
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
+    def part(self, name: str, whole: Stored) -> Stored:
         """What this rank holds of a tensor as one process has it: the reverse of `whole`."""
         return whole.chunk(dist.get_world_size(self.group))[dist.get_rank(self.group)] if _is_split(name, whole) \
             else whole
 
 
-def _is_split(name: str, tensor: Tensor) -> bool:
+def _is_split(name: str, tensor: Tensor | Stored) -> bool:
     return ".experts." in name and tensor.dim() > 0
 
 

@@ -18,7 +18,8 @@ LIVE_ELEMENTS = 1_000_000_000  # gathered weights that DeepSpeed keeps for their
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
     """Bytes on one device, and on the `host` what is offloaded. `gathered`: weights that ZeRO-3 holds for a while, a
-    layer's at least; `buffers`: what gradients travel in. Building a model takes `weights` and a layer's."""
+    layer's at least; `buffers`: what gradients travel in; `snapshot`: what the host holds while a checkpoint is
+    written. Building a model takes `weights` and a layer's."""
 
     weights: float
     gathered: float
@@ -27,11 +28,13 @@ class RankMemory:
     buffers: float
     activations: float
     host: float
+    snapshot: float
 
     def parts(self) -> dict[str, int]:
-        """By name, with the total of the device last but one and the host last."""
-        on_device = {field.name: round(getattr(self, field.name)) for field in fields(self) if field.name != "host"}
-        return on_device | {"total": sum(on_device.values()), "host": round(self.host)}
+        """By name: those of the device, their total, and those of the host."""
+        parts = {field.name: round(getattr(self, field.name)) for field in fields(self)}
+        host = {name: parts.pop(name) for name in ("host", "snapshot")}
+        return parts | {"total": sum(parts.values())} | host
 
 
 def rank_memory(config: Config, world: int) -> RankMemory:
@@ -48,10 +51,12 @@ def rank_memory(config: Config, world: int) -> RankMemory:
     copies = one.weights * share - weights  # in bf16
     bucket = 2 * FP32 * min(engine.bucket_elements, count.total_with_mtp)
     activations = one.activations + (_received_rows(config, world) if engine.expert_parallel > 1 else 0)
+    snapshot = (FP32 * count.total_with_mtp + one.optimizer) / world if config.training.async_checkpoint else 0.0
     if engine.kind not in ZERO:
         buffers = weights if engine.kind == "ddp" and world > 1 else 0  # DistributedDataParallel's buckets
         return RankMemory(weights=weights + copies, gathered=0, gradients=one.gradients * share,
-                          optimizer=one.optimizer * share, buffers=buffers, activations=activations, host=0)
+                          optimizer=one.optimizer * share, buffers=buffers, activations=activations, host=0,
+                          snapshot=snapshot)
     master = piece  # the optimizer's own copy of what it updates
     optimizer, host = master + one.optimizer / world, 0.0
     gradients = weights + piece if engine.kind == "zero1" else piece
@@ -59,7 +64,7 @@ def rank_memory(config: Config, world: int) -> RankMemory:
         optimizer, host = 0.0, optimizer + piece  # and the gradients that it reads
     if engine.kind != "zero3":
         return RankMemory(weights=weights + copies, gathered=0, gradients=gradients, optimizer=optimizer,
-                          buffers=bucket, activations=activations, host=host)
+                          buffers=bucket, activations=activations, host=host, snapshot=snapshot)
     layer_weights = FP32 * max(layer.params - away * layer.routed_params for layer in count.layers)
     if config.training.activation_checkpointing:  # a layer's at a time
         copies *= layer_weights / weights
@@ -67,7 +72,7 @@ def rank_memory(config: Config, world: int) -> RankMemory:
     if engine.offload_parameters:
         piece, host = 0.0, host + piece
     return RankMemory(weights=piece, gathered=gathered, gradients=gradients, optimizer=optimizer, buffers=bucket,
-                      activations=activations, host=host)
+                      activations=activations, host=host, snapshot=snapshot)
 
 
 def _micro_batch(config: Config, world: int) -> tuple[int, int]:

@@ -7,11 +7,14 @@ in and out fail under ZeRO-3 where a size does not divide by the ranks, and cann
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hybridlm.checkpoint import Stored
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,20 @@ class Fragment:
         With an `owner`, a rank of the group, only that one has them after.
         """
         whole = torch.zeros(self.shape.numel(), dtype=torch.float32, device=device)
-        whole.narrow(0, self.start, self.numel).copy_(flat.narrow(0, self.offset, self.numel))
+        whole.narrow(0, self.start, self.numel).copy_(self.elements(flat))
         if owner is None:
             dist.all_reduce(whole, group=self.group)
         else:
             dist.reduce(whole, group=self.group, group_dst=owner)
         return whole.view(self.shape)
 
+    def elements(self, flat: Tensor) -> Tensor:
+        """This rank's elements within `flat`, a view: [numel]."""
+        return flat.narrow(0, self.offset, self.numel)
+
     def place(self, flat: Tensor, whole: Tensor) -> None:
         """Put this rank's elements of `whole` where they belong in `flat`."""
-        flat.narrow(0, self.offset, self.numel).copy_(whole.flatten().narrow(0, self.start, self.numel))
+        self.elements(flat).copy_(whole.flatten().narrow(0, self.start, self.numel))
 
 
 def shape_of(weight: Any) -> torch.Size:
@@ -59,13 +66,13 @@ def held(weight: Any) -> Tensor:
     return weight.ds_tensor[:max(0, min(weight.ds_tensor.numel(), weight.ds_numel - _start(weight)))]
 
 
-def fill(weight: Any, whole: Tensor) -> None:
-    """Give a weight, or this rank's piece of it, the values of `whole`."""
+def fill(weight: Any, stored: Stored) -> None:
+    """Read a weight, or this rank's piece of it."""
     if hasattr(weight, "ds_id"):
         piece = held(weight)
-        piece.copy_(whole.flatten()[_start(weight):][:piece.numel()])
+        piece.copy_(stored.elements(_start(weight), piece.numel()))
     else:
-        weight.copy_(whole)
+        weight.copy_(stored.read())
 
 
 def _start(weight: Any) -> int:

@@ -28,13 +28,13 @@ class Ranks:
         dist.all_reduce(summed)
         return (summed // self.pieces).tolist()
 
-    def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Each number, the largest that any rank has."""
         if self.world_size == 1:
-            return number
-        found = torch.tensor(number, device=self.device)
+            return list(numbers)
+        found = torch.tensor(numbers, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return found.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. For small things now and then."""

@@ -31,6 +31,7 @@ from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.output import ModelOutput
 
 if TYPE_CHECKING:
+    from hybridlm.checkpoint import Stored
     from hybridlm.training.optimizer import OptimizerSet
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -114,7 +115,7 @@ class ZeroEngine(Engine):
             deepspeed.zero.Init(module=module, config_dict_or_path=self.settings)
 
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = (),
-                state: Mapping[str, Tensor] | None = None, *, strict: bool = True) -> None:
+                state: Mapping[str, Stored] | None = None, *, strict: bool = True) -> None:
         assert optimizers is not None  # divided weights are of no use but to DeepSpeed's engine
         self._take(model)
         self.divide(model)
@@ -122,8 +123,8 @@ class ZeroEngine(Engine):
         fitting = optimizers.fitting(state, strict=strict)
         # DeepSpeed lays a group out flat, with one count of steps: parameters that began later make another group.
         experts = expert_parameters(model) if self.experts is not None else {}
-        optimizers.split_groups(lambda name: (float(state.get(f"step/{name}", 0.0)) if name in fitting else 0.0,
-                                              name in experts))
+        steps = {name: float(state[f"step/{name}"].read()) for name, keys in fitting.items() if "step" in keys}
+        optimizers.split_groups(lambda name: (steps.get(name, 0.0), name in experts))
         optimizers.merge(FlatOptimizer)
         optimizer, = optimizers.members
         if self.experts is not None:
@@ -141,19 +142,20 @@ class ZeroEngine(Engine):
         for name, keys in fitting.items():
             self._load_state(name, {key: state[f"{key}/{name}"] for key in keys})
 
-    def _load_state(self, name: str, saved: dict[str, Tensor]) -> None:
+    def _load_state(self, name: str, saved: dict[str, Stored]) -> None:
         fragment = self.fragments[name]
         state = self.zero.optimizer.optimizer.state[fragment.flat]
         for key, value in saved.items():
             if value.dim() == 0:  # the count of steps
-                state[key] = value.to(fragment.flat.device, torch.float32, copy=True)
+                state[key] = value.read().to(fragment.flat.device, torch.float32)
             elif value.shape == fragment.shape:
-                fragment.place(state.setdefault(key, torch.zeros_like(fragment.flat)), value)
+                flat = state.setdefault(key, torch.zeros_like(fragment.flat))
+                fragment.elements(flat).copy_(value.elements(fragment.start, fragment.numel))
             else:
                 raise CheckpointError(f"optimizer state of '{name}' has shape {list(value.shape)}; the parameter has "
                                       f"{list(fragment.shape)}")
 
-    def optimizer_share(self) -> dict[str, Tensor]:
+    def optimizer_share(self, *, copied: bool = False) -> dict[str, Tensor]:
         mine: dict[str, Tensor] = {}
         owner = deal({name: fragment.shape.numel() for name, fragment in self.fragments.items()}, self.world_size)
         for name, fragment in self.fragments.items():

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.checkpoint import load_checkpoint
+from hybridlm.checkpoint.tensors import shard_files
 from hybridlm.errors import CheckpointError
 from hybridlm.interop.families import read_raw
-from hybridlm.interop.reader import shard_files
 from hybridlm.model.model import HybridLM
 
 

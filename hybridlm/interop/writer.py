@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hybridlm.checkpoint.tensors import DTYPES
 from hybridlm.errors import CheckpointError
 from hybridlm.interop.mapping import Spec
-from hybridlm.interop.reader import CODES
 
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # what save_pretrained calls 5GB
 HEADROOM = 64 * 2**20  # bytes on disk for headers, configs and tokenizer
 

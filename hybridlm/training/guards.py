@@ -44,13 +44,13 @@ def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) 
     weight = bad_weight(engine)
     found = [] if weight is None else [f"weight '{weight}' itself is not finite"]
     for part in parts:
-        if engine.largest(len(found)):
+        if engine.largest([len(found)])[0]:
             break
         with _watching(engine.bare) as found:
             contribution = objective(engine.model, engine.move(part))
             if not found and not _finite(contribution.loss):
                 found.append("the loss, computed from finite layers")
-            if not engine.largest(len(found)):
+            if not engine.largest([len(found)])[0]:
                 engine.backward(contribution.loss)
         engine.bare.zero_grad(set_to_none=True)
     return found[0] if found else NOTHING_BAD

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hybridlm.checkpoint import Stored
 from hybridlm.config.schema import OptimizerConfig
 from hybridlm.distributed.partition import shape_of
 from hybridlm.errors import CheckpointError
@@ -170,19 +171,19 @@ class OptimizerSet:
                         tensors[f"{key}/{self.names[id(parameter)]}"] = value
         return tensors
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    def load_state_tensors(self, saved: Mapping[str, Stored], *, strict: bool = True) -> None:
         """Put back what `state_tensors` gave.
 
         Raises:
             CheckpointError: as `fitting`; or a tensor of another shape.
         """
-        fitting = self.fitting(tensors, strict=strict)
+        fitting = self.fitting(saved, strict=strict)
         for member in self.members:
             for group in member.param_groups:
                 for parameter in group["params"]:
                     name = self.names[id(parameter)]
                     if name in fitting:
-                        member.state[parameter] = {key: _placed(key, tensors[f"{key}/{name}"], parameter, group, name)
+                        member.state[parameter] = {key: _placed(key, saved[f"{key}/{name}"], parameter, group, name)
                                                    for key in fitting[name]}
 
     def fitting(self, saved: Collection[str], *, strict: bool = True) -> dict[str, list[str]]:
@@ -212,15 +213,15 @@ class OptimizerSet:
         return found
 
 
-def _placed(key: str, value: Tensor, parameter: Tensor, group: dict[str, Any], name: str) -> Tensor:
-    """A fresh copy where the update rule wants it: `step` counts on the host unless the rule is fused."""
+def _placed(key: str, stored: Stored, parameter: Tensor, group: dict[str, Any], name: str) -> Tensor:
+    """Read to where the update rule wants it: `step` counts on the host unless the rule is fused."""
     if key == "step":
         on_device = group.get("fused") or group.get("capturable")
-        return value.to(device=parameter.device if on_device else "cpu", dtype=torch.float32, copy=True)
-    if value.shape != parameter.shape:
-        raise CheckpointError(f"optimizer state of '{name}' has shape {list(value.shape)}; "
+        return stored.read().to(device=parameter.device if on_device else "cpu", dtype=torch.float32)
+    if stored.shape != parameter.shape:
+        raise CheckpointError(f"optimizer state of '{name}' has shape {list(stored.shape)}; "
                               f"the parameter has {list(parameter.shape)}")
-    return value.to(device=parameter.device, copy=True)
+    return stored.read().to(device=parameter.device)
 
 
 def fp32_names(model: nn.Module) -> list[str]:

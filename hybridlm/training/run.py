@@ -78,7 +78,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         try:
             engine = make_engine(config.engine, config.training.precision)
             _check_ranks(engine, config)
-            start = engine.on_main(lambda: run.start_from(config))
+            start = run.start_from(config, engine)
             with engine.main_first():
                 data = prepare(config.data, progress=main)
             check_same(engine, "data", {"fingerprint": data.fingerprint}, "let all machines read the same files")
@@ -138,7 +138,7 @@ def _model(config: Config, engine: Engine, data: PreparedData, start: Path | Non
     model = build_model(config, device=engine.device, split=engine.split, divide=engine.divide)
     model.activation_checkpointing = config.training.activation_checkpointing
     if config.init_from is not None and start is None:
-        folder = checkpoint.resolve(config.init_from)
+        folder = checkpoint.resolve(config.init_from, engine)
         if config.recipe.indexer is not None:
             _load_to_convert(model, config, folder, engine)
         else:
@@ -178,9 +178,10 @@ def _facts(config: Config, engine: Engine, resume: str, peak: float, source: str
 
 def _memory(config: Config, world: int) -> str:
     parts = {name: f"{value / 2**30:.2f}" for name, value in rank_memory(config, world).parts().items() if value}
-    total, host = parts.pop("total"), parts.pop("host", None)
+    total, host, snapshot = (parts.pop(name, None) for name in ("total", "host", "snapshot"))
     return (f"{total} GiB ({', '.join(f'{name} {value}' for name, value in parts.items())})"
-            + (f" and {host} GiB on the host" if host else ""))
+            + (f" and {host} GiB on the host" if host else "")
+            + (f"; {snapshot} GiB on the host while a checkpoint is written" if snapshot else ""))
 
 
 def _wandb_id(run: RunFolder, sessions: list[dict[str, Any]]) -> str | None:
@@ -220,9 +221,9 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
     """The result, and the last lines a person reads."""
     progress, path = trainer.progress, trainer.run.path
     result = RunResult("finished" if stopped is None else "interrupted", path, progress.step,
-                       trainer.record.get("loss"), trainer.validation, None, trainer.saved, resume)
+                       trainer.record.get("loss"), trainer.validation, None, trainer.saver.newest, resume)
     if stopped is not None:
-        where = f"saved {trainer.saved}" if trainer.saved else "nothing to save"
+        where = f"saved {trainer.saver.newest}" if trainer.saver.newest else "nothing to save"
         log.info("%s: stopped after step %d, %s. Go on with: %s", stopped, progress.step, where, resume)
         return result
     log.info("finished: %s, %s tokens, %s", counted(progress.step, "step"), short(progress.tokens),
@@ -232,11 +233,11 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
     if trainer.validation and not math.isfinite(trainer.validation["validation_loss"]):
         raise TrainingStopped(f"the run diverged: its validation loss after step {progress.step} is "
                               f"{trainer.validation['validation_loss']}; try a lower optimizer.lr than "
-                              f"{trainer.config.optimizer.lr:g} in another run_dir (saved: {trainer.saved})")
+                              f"{trainer.config.optimizer.lr:g} in another run_dir (saved: {trainer.saver.newest})")
     if trainer.validation:
         result.bigram_bits_per_byte = _bigram_entropy(trainer.data)
         _report_validation(trainer.validation, result.bigram_bits_per_byte)
-    log.info("checkpoint  %s", trainer.saved)
+    log.info("checkpoint  %s", trainer.saver.newest)
     log.info("metrics     %s", trainer.run.metrics_file)
     log.info("try         hybridlm generate %s --prompt \"import \" --max-new-tokens 200", shlex.quote(str(path)))
     return result

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hybridlm import __version__, checkpoint
+from hybridlm.checkpoint.ranks import ALONE, Ranks
 from hybridlm.config.convert import from_dict, load_yaml, to_dict, to_yaml
 from hybridlm.config.schema import Config
 from hybridlm.errors import CheckpointError, ConfigError
@@ -32,8 +33,8 @@ from hybridlm.model.config import ModelConfig
 FREE = ("run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
         "training.tokens", "training.precision", "training.micro_batch_size",
         "training.activation_checkpointing", "training.log_every", "training.eval_every", "training.eval_batches",
-        "training.checkpoint_every", "training.keep_checkpoints", "training.resume", "training.max_bad_steps",
-        "training.record_samples")
+        "training.checkpoint_every", "training.keep_checkpoints", "training.async_checkpoint", "training.resume",
+        "training.max_bad_steps", "training.record_samples")
 MOST_DIFFERENCES = 4  # that a refusal names
 FREE_IN_STAGES = ("steps", "tokens", "eval_recall")
 
@@ -82,31 +83,35 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def start_from(self, config: Config) -> Path | None:
-        """The checkpoint to go on from; None for a fresh start.
+    def start_from(self, config: Config, ranks: Ranks = ALONE) -> Path | None:
+        """The checkpoint to go on from, which all ranks look for together; None for a fresh start.
 
         Raises:
             CheckpointError: a changed architecture, damaged checkpoints alone, or none where one is required.
             ConfigError: the folder holds a run of another config, or one that must not be resumed.
         """
-        resume = config.training.resume
+        ranks.on_main(lambda: self._check(config))
+        found = checkpoint.newest(self.checkpoints, ranks)
+        if found is None:
+            ranks.on_main(lambda: self._check_fresh(config.training.resume))
+        return found
+
+    def _check(self, config: Config) -> None:
         used = self.config_file.exists() or bool(checkpoint.step_folders(self.checkpoints))
-        if resume == "never" and used:
+        if config.training.resume == "never" and used:
             raise ConfigError("run_dir", "already holds a run", got=str(self.path), expected="an empty folder",
                               hint="training.resume=auto goes on with it")
         if used and self.config_file.exists():
             compare(load_yaml(self.config_file), config, self.path)
         checkpoint.remove_drafts(self.checkpoints)
-        found = checkpoint.newest(self.checkpoints)
-        if found is not None:
-            return found
+
+    def _check_fresh(self, resume: str) -> None:
         if checkpoint.step_folders(self.checkpoints):
             raise CheckpointError(f"every checkpoint in {self.checkpoints} is damaged; move them away to start "
                                   "again, or take another run_dir")
         if resume == "require":
             raise CheckpointError(f"no checkpoint in {self.checkpoints} and training.resume=require; "
                                   "training.resume=auto starts a new run")
-        return None
 
     def begin_session(self, config: Config, facts: dict[str, Any], deepspeed: dict[str, Any] | None = None) -> None:
         """Write config.yaml and deepspeed.json, and add this session to run.json.

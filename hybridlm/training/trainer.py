@@ -30,6 +30,7 @@ from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, p
 from hybridlm.training.objective import language_model, whole_batch
 from hybridlm.training.optimizer import OptimizerSet, build_optimizer, fp32_names
 from hybridlm.training.run_folder import RunFolder
+from hybridlm.training.saver import Saver
 from hybridlm.training.schedule import lr_factor
 from hybridlm.training.sparse import freeze_idle_indexers, measuring, set_attention, stage_model, warn_of_selection
 from hybridlm.training.stages import Progress, Stage, audit, set_trainable
@@ -37,7 +38,6 @@ from hybridlm.training.tracking import Tracker
 from hybridlm.training.validation import validate
 
 log = logging.getLogger("hybridlm")
-MAX_FAILED_SAVES = 3  # in a row; the run goes on with its older checkpoint until then
 
 
 @dataclass
@@ -61,8 +61,7 @@ class Trainer:
         self.samples = MetricsFile(self.run.samples_file(self.engine.rank))
         self.guard = BadStepGuard(self.config.training.max_bad_steps)
         self.optimizers: OptimizerSet | None = None
-        self.saved: Path | None = None
-        self.failed_saves = 0
+        self.saver = Saver(self.run.checkpoints, self.config.training.keep_checkpoints, self.engine, self.metrics.sync)
         self.record: dict[str, Any] = {}  # of the last step
         self.validation: dict[str, Any] = {}  # the last one, and
         self.validated_at: int | None = None  # after which step
@@ -82,7 +81,7 @@ class Trainer:
         known = {field.name for field in fields(Progress)}
         self.progress = Progress(**{key: value for key, value in saved["progress"].items() if key in known})
         self.state_stage = self.progress.stage
-        self.saved = folder
+        self.saver.newest = folder
 
     def fit(self) -> str | None:
         """All stages that are left. Returns what asked the run to stop before its end, or None."""
@@ -91,10 +90,14 @@ class Trainer:
         left = sum(stage.steps for stage in self.stages[self.progress.stage:]) - self.progress.step_in_stage
         self.display.begin(self.progress.step, self.progress.step + max(left, 0))
         self.stop.enter_loop()
-        for stage in self.stages[self.progress.stage:]:
-            self.progress.enter(stage)
-            if self.progress.step_in_stage < stage.steps and not self._run_stage(stage):
-                return self.stop.requested
+        try:
+            for stage in self.stages[self.progress.stage:]:
+                self.progress.enter(stage)
+                if self.progress.step_in_stage < stage.steps and not self._run_stage(stage):
+                    return self.stop.requested
+        except BaseException:
+            self.saver.leave()
+            raise
         if self.validated_at != self.progress.step:  # a finished run that was started again
             self._set_up(self.stages[-1])
             self._validate(self.stages[-1])
@@ -115,7 +118,7 @@ class Trainer:
                                  micro_batch_size=training.micro_batch_size)
         with closing(batches):
             while self.progress.step_in_stage < stage.steps:
-                if self._stop_asked():
+                if self._between_steps():
                     self.save(must=True)
                     return False
                 start = time.perf_counter()
@@ -126,10 +129,12 @@ class Trainer:
         self.state_stage = stage.index
         return True
 
-    def _stop_asked(self) -> bool:
-        """Whether any rank was asked to stop; all ranks find the same."""
+    def _between_steps(self) -> bool:
+        """Finish a save that all ranks have written. Returns whether any rank was asked to stop; all find the same."""
         asked = SIGNALS.index(self.stop.requested) + 1 if self.stop.requested else 0
-        asked = self.engine.largest(asked)
+        asked, writing = self.engine.largest([asked, self.saver.writing])
+        if not writing:
+            self.saver.finish()
         self.stop.requested = SIGNALS[asked - 1] if asked else None
         return bool(asked)
 
@@ -151,8 +156,9 @@ class Trainer:
         self.optimizers = build_optimizer(self.model, self.config.optimizer, lr=stage.lr)
         audit(self.model, trained, self.optimizers)
         # At the start of a stage the run stands where it was saved last, in this session or another one.
-        tensors = () if self.saved is None else checkpoint.read_tensors(self.saved, "optimizer")
-        state = {name: self.engine.part(name, tensor) for name, tensor in tensors}
+        newest = self.saver.newest
+        stored = {} if newest is None else checkpoint.stored_tensors(newest, "optimizer")
+        state = {name: self.engine.part(name, tensor) for name, tensor in stored.items()}
         self.engine.prepare(self.model, self.optimizers, sorted(fp32_names(self.model)), state,
                             strict=self.state_stage == stage.index)
         self.model.train()
@@ -240,42 +246,31 @@ class Trainer:
     def _give_up(self, objective: Objective, batch: Sequence[Any]) -> None:
         found = self.engine.gather(first_bad_layer(self.engine, objective, batch))
         where = next((place for place in found if place != NOTHING_BAD), NOTHING_BAD)
-        kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was saved yet"
+        self.saver.finish()
         raise TrainingStopped(f"{self.guard.in_a_row} steps in a row were not finite (the last is step "
-                              f"{self.progress.step}); first bad: {where}; {kept}; try a lower optimizer.lr, or "
-                              "another training.seed to pass these samples")
+                              f"{self.progress.step}); first bad: {where}; {self.saver.kept}; try a lower "
+                              "optimizer.lr, or another training.seed to pass these samples")
 
     def save(self, *, must: bool = False) -> None:
-        """A checkpoint of this step, unless there is one; `must`: a failure ends the run at once.
+        """A checkpoint of this step, unless there is one. `must`: wait for it, and end the run if it fails.
 
         Raises:
             TrainingStopped: the disk refused too often, or a weight is not finite.
         """
-        target = f"step-{self.progress.step}"
-        if self.progress.step == 0 or (self.saved is not None and self.saved.name == target):
+        self.saver.finish()
+        step, in_background = self.progress.step, self.config.training.async_checkpoint and not must
+        if step == 0 or self.saver.saved(step):
             return
-        assert self.optimizers is not None
         # Found after a step of finite gradients: far too large a learning rate.
         weight = next(filter(None, self.engine.gather(bad_weight(self.engine))), None)
         if weight is not None:
-            kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was saved"
-            raise TrainingStopped(f"weight '{weight}' is not finite after step {self.progress.step}, which is not "
-                                  f"saved; {kept}; try a lower optimizer.lr")
+            raise TrainingStopped(f"weight '{weight}' is not finite after step {step}, which is not saved; "
+                                  f"{self.saver.kept}; try a lower optimizer.lr")
         state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint}
         texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)
         texts["trainer.json"] = json.dumps(state, indent=1)
-        tensors = {"model": self.engine.share(checkpoint.unique_tensors(self.model)),
-                   "optimizer": self.engine.optimizer_share()}
-        try:
-            self.engine.on_main(self.metrics.sync)
-            self.saved = checkpoint.write(self.run.checkpoints, self.progress.step, texts, tensors, self.engine)
-            self.engine.on_main(lambda: checkpoint.prune(self.run.checkpoints, self.config.training.keep_checkpoints))
-            self.failed_saves = 0
-        except OSError as error:
-            self.failed_saves += 1
-            kept = f"the newest checkpoint is {self.saved}" if self.saved else "there is no older checkpoint"
-            if must or self.failed_saves >= MAX_FAILED_SAVES:
-                times = f" {self.failed_saves} times in a row" if self.failed_saves > 1 else ""
-                raise TrainingStopped(f"{target} could not be saved{times}: {error}; {kept}; make room on the disk "
-                                      "and start again with the same command") from error
-            log.warning("%s could not be saved (%s); going on, %s", target, error, kept)
+        tensors = {"model": self.engine.share(checkpoint.unique_tensors(self.model), copied=in_background),
+                   "optimizer": self.engine.optimizer_share(copied=in_background)}
+        self.saver.begin(step, texts, tensors, must=must)
+        if not in_background:
+            self.saver.finish(must=must)

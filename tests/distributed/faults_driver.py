@@ -20,7 +20,7 @@ import argparse
 import torch
 from chaos_run import Forked
 
-from hybridlm import checkpoint
+from hybridlm.checkpoint import folder, saving
 from hybridlm.distributed.engine import Contribution
 from hybridlm.distributed.launch import free_port
 from hybridlm.training import run, trainer
@@ -74,14 +74,14 @@ def poison_step(step):
 
 def refuse_disk(step):
     """This rank's disk takes no file of a checkpoint."""
-    original = checkpoint._write_tensors
+    original = saving._write_tensors
 
     def write(file, tensors):
         if f"step-{step}-" in file.parent.name:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(file, tensors)
 
-    checkpoint._write_tensors = write
+    saving._write_tensors = write
 
 
 def other_torch():
@@ -90,7 +90,7 @@ def other_torch():
 
 
 def older_format():
-    checkpoint.FORMAT_VERSION = 0
+    folder.FORMAT_VERSION = 0
 
 
 def harm_one():
@@ -110,12 +110,12 @@ def damage_shard(base):
 
 def main(base):
     torch.set_num_threads(1)
-    folder = base / "run"
-    here = [f"run_dir={folder}"]
+    run_folder = base / "run"
+    here = [f"run_dir={run_folder}"]
     found = {"one is harmed": ranks(base, here, (None, harm_one))}
-    found["one is harmed"]["checkpoints"] = sorted(f.name for f in (folder / "checkpoints").iterdir())
+    found["one is harmed"]["checkpoints"] = sorted(f.name for f in (run_folder / "checkpoints").iterdir())
     found["one is harmed"]["records"] = [json.loads(line) for line in
-                                         (folder / "metrics.jsonl").read_text().splitlines()]
+                                         (run_folder / "metrics.jsonl").read_text().splitlines()]
     found["other architecture"] = ranks(base, [*here, "model.schedule.ratio=0"])
     found["newer checkpoint"] = ranks(base, here, (older_format, older_format))
     fresh = [f"run_dir={base / 'fresh'}"]

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import torch
 import torch._dynamo  # the optimizers import it on their first step
 
 from hybridlm import checkpoint
+from hybridlm.checkpoint import folder as files
+from hybridlm.checkpoint import saving
 from hybridlm.cli import main
 from hybridlm.config.convert import to_yaml
 from hybridlm.training import run  # noqa: F401
@@ -61,12 +64,12 @@ def before(owner, name, condition, action):
 
 
 def kill_in_save(step, file):
-    return lambda: before(checkpoint, "_sha256", lambda f: f.parent.name.startswith(f".tmp-step-{step}-")
+    return lambda: before(files, "_sha256", lambda f: f.parent.name.startswith(f".tmp-step-{step}-")
                           and f.name == file, die)
 
 
 def kill_before_rename(step):
-    return lambda: before(checkpoint, "_swap_in", lambda draft, target: target.name == f"step-{step}", die)
+    return lambda: before(saving, "swap_in", lambda draft, target: target.name == f"step-{step}", die)
 
 
 def kill_before_step(step):
@@ -82,15 +85,31 @@ def stop_in_step(step, number, times=1):
     return lambda: before(Trainer, "_step", lambda trainer, *rest: trainer.progress.step == step - 1, harm)
 
 
+def stop_while_writing(saved, step):
+    """SIGTERM in `step`, until which the files of step `saved` are not written."""
+    due = threading.Event()
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        due.set()
+
+    def harm():
+        before(saving, "_write_tensors", lambda file, _: file.parent.name.startswith(f".tmp-step-{saved}-"),
+               lambda: due.wait(60))
+        before(Trainer, "_step", lambda trainer, *rest: trainer.progress.step == step - 1, stop)
+
+    return harm
+
+
 def weights(folder):
     return hashlib.sha256((folder / "run/checkpoints/step-8/model.safetensors").read_bytes()).hexdigest()
 
 
-def scenario(root, name, *harms):
+def scenario(root, name, *harms, **training):
     """One session a harm, then one without: codes, and the run's losses and weights in the end."""
     folder = root / name
     config = tiny_run.config(folder, optimizer={"kind": "muon"}, data={"path": str(root / "text.py"),
-                                                                       "cache_dir": str(root / "cache")})
+                                                                       "cache_dir": str(root / "cache")}, **training)
     (folder / "tiny.yaml").write_text(to_yaml(config))
     sessions = []
     for harm in (*harms, None):
@@ -108,7 +127,9 @@ if __name__ == "__main__":
     print(json.dumps({
         "quiet": scenario(base, "quiet"),
         "killed": scenario(base, "killed", kill_before_step(3), kill_in_save(3, "optimizer.safetensors"),
-                           kill_before_step(5), kill_before_rename(6), kill_before_step(8)),
+                           kill_before_step(5), kill_before_rename(6), kill_before_step(8), async_checkpoint=False),
         "stopped": scenario(base, "stopped", stop_in_step(2, signal.SIGINT), stop_in_step(5, signal.SIGTERM),
-                            stop_in_step(7, signal.SIGINT, 2)),
+                            stop_in_step(7, signal.SIGINT, 2), async_checkpoint=False),
+        "in background": scenario(base, "background", kill_in_save(3, "optimizer.safetensors"),
+                                  kill_in_save(6, "model.safetensors"), stop_while_writing(6, 7)),
     }))

@@ -48,7 +48,15 @@ def test_stops_save_and_leave_with_0_and_a_second_ctrl_c_leaves_at_once(outcomes
     assert sessions(outcomes["stopped"]) == [(0, [2], 0), (0, [3, 5], 0), (1, [5, 6], 0), (0, [6, 8], 0)]
 
 
-@pytest.mark.parametrize("name", ["killed", "stopped"])
+def test_faults_while_a_thread_writes(outcomes):
+    assert sessions(outcomes["in background"]) == [
+        (-9, [], 1),  # in the middle of the first save
+        (-9, [3], 1),  # in the middle of the second
+        (0, [6, 7], 0),  # stopped in step 7 while step 6 was being written: both are there
+        (0, [7, 8], 0)]
+
+
+@pytest.mark.parametrize("name", ["killed", "stopped", "in background"])
 def test_next_losses_are_bitwise_those_of_the_quiet_run(outcomes, name):
     quiet, run = outcomes["quiet"], outcomes[name]
     assert run["losses"] == quiet["losses"]

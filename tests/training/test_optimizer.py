@@ -1,7 +1,9 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from hybridlm.checkpoint import stored_tensors
 from hybridlm.config.schema import OptimizerConfig
 from hybridlm.errors import CheckpointError
 from hybridlm.training.optimizer import Muon, build_optimizer, orthogonalise, plan_groups
@@ -23,6 +25,12 @@ class Toy(nn.Module):
 
     def fp32_parameter_names(self):
         return ["layers.0.f.router.weight", "layers.0.f.A_log"]
+
+
+def stored(state, folder):
+    """The state as a checkpoint has it."""
+    save_file(dict(state), folder / "optimizer.safetensors")
+    return stored_tensors(folder, "optimizer")
 
 
 def by_group(kind):
@@ -80,7 +88,7 @@ def trained(optimizers, model, steps, seed):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_state_by_name_restores_bitwise(kind):
+def test_state_by_name_restores_bitwise(kind, tmp_path):
     first = Toy()
     one = build_optimizer(first, OptimizerConfig(kind=kind))
     trained(one, first, 3, seed=1)
@@ -89,14 +97,14 @@ def test_state_by_name_restores_bitwise(kind):
     two = build_optimizer(second, OptimizerConfig(kind=kind))
     saved = {name: tensor.clone() for name, tensor in one.state_tensors().items()}
     assert any(name.endswith("/embed.weight") for name in saved)
-    two.load_state_tensors(saved)
+    two.load_state_tensors(stored(saved, tmp_path))
     trained(one, first, 2, seed=2)
     trained(two, second, 2, seed=2)
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_state_of_untrained_parameters_is_refused_unless_a_stage_hands_over():
+def test_state_of_untrained_parameters_is_refused_unless_a_stage_hands_over(tmp_path):
     model = Toy()
     full = build_optimizer(model, OptimizerConfig())
     trained(full, model, 1, seed=0)
@@ -104,22 +112,22 @@ def test_state_of_untrained_parameters_is_refused_unless_a_stage_hands_over():
     model.embed.weight.requires_grad_(False)
     part = build_optimizer(model, OptimizerConfig())
     with pytest.raises(CheckpointError, match=r"embed\.weight"):
-        part.load_state_tensors(state)
-    part.load_state_tensors(state, strict=False)
+        part.load_state_tensors(stored(state, tmp_path))
+    part.load_state_tensors(stored(state, tmp_path), strict=False)
     assert len(part.state_tensors()) == len(state) - 3
 
 
-def test_state_of_another_rule_or_shape_is_refused():
+def test_state_of_another_rule_or_shape_is_refused(tmp_path):
     model = Toy()
     adam = build_optimizer(model, OptimizerConfig())
     trained(adam, model, 1, seed=0)
     muon = build_optimizer(model, OptimizerConfig(kind="muon"))
     with pytest.raises(CheckpointError, match="another update rule"):
-        muon.load_state_tensors(adam.state_tensors())
+        muon.load_state_tensors(stored(adam.state_tensors(), tmp_path))
     state = dict(adam.state_tensors())
     state["exp_avg/embed.weight"] = torch.zeros(3, 8)
     with pytest.raises(CheckpointError, match=r"shape \[3, 8\]"):
-        adam.load_state_tensors(state)
+        adam.load_state_tensors(stored(state, tmp_path))
 
 
 def test_learning_rates_keep_their_ratio():

@@ -10,6 +10,7 @@ import tiny_run
 import torch
 
 from hybridlm import checkpoint
+from hybridlm.checkpoint import saving
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.model import build_model
 from hybridlm.training import TrainingStopped, run, train
@@ -185,7 +186,7 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
 def test_bad_steps_in_a_row_stop_the_run_and_name_the_layer(tmp_path, monkeypatch):
     poison(monkeypatch, "layers.1.mixer.f.o_proj", steps=set(range(4, 99)))
     with pytest.raises(TrainingStopped, match=r"3 steps in a row.*first bad: layer 'layers\.1\.mixer\.f\.o_proj'; "
-                                              r"the last good checkpoint is .*step-3"):
+                                              r"the newest checkpoint is .*step-3"):
         train(tiny_run.config(tmp_path, max_bad_steps=3))
     checkpoint.verify(tmp_path / "run/checkpoints/step-3")
     assert [r["step"] for r in tiny_run.records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -210,20 +211,21 @@ def test_a_run_that_ends_diverged_does_not_say_finished(tmp_path):
         train(tiny_run.config(tmp_path, steps=3, optimizer={"lr": 1e36}))
 
 
-def test_a_full_disk_costs_checkpoints_first_and_the_run_later(tmp_path, monkeypatch, caplog):
-    write = checkpoint.write
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_full_disk_costs_checkpoints_first_and_the_run_later(tmp_path, monkeypatch, caplog, in_background):
+    write = saving._write_tensors
 
-    def full(root, step, *rest):
-        if step in (2, 4, 5, 6):
+    def full(file, tensors):
+        if file.parent.name.split("-")[2] in "2456":
             raise OSError(28, "No space left on device")
-        return write(root, step, *rest)
+        return write(file, tensors)
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(saving, "_write_tensors", full)
     with pytest.raises(TrainingStopped, match=r"step-6 could not be saved 3 times in a row.*newest checkpoint is "
                                               r".*step-3"):
-        train(tiny_run.config(tmp_path, checkpoint_every=1))
+        train(tiny_run.config(tmp_path, checkpoint_every=1, async_checkpoint=in_background))
     assert "step-2 could not be saved" in caplog.text
-    assert checkpoint.newest(tmp_path / "run/checkpoints").name == "step-3"
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"step-1", "step-3"}
 
 
 def test_stages_hand_over_through_a_checkpoint(tmp_path, monkeypatch):

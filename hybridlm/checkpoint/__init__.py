@@ -1,0 +1,39 @@
+"""Checkpoints: a folder of plain files that appears whole or not at all, and is never unpickled.
+
+    step-N/
+      model.safetensors       weights by parameter name (model-00001-of-00003.safetensors, ... when large
+                            or written by several processes)
+      config.yaml             the resolved config of the run, all of it
+      layers.json             the explicit layer list, compared on load
+      tokenizer.json          the tokenizer, in the format of the `tokenizers` library (and tokenizer_config.json)
+      optimizer.safetensors   optimizer state by parameter name
+      trainer.json            step, stage, samples consumed: all else that a run needs to go on
+      manifest.json           format version, size and SHA-256 of every file above, and the SHA-256 of all this
+
+A folder is written under a temporary name, flushed to disk and renamed. Whatever a crash, a full disk or a
+bad copy leaves behind does not match its manifest, and is passed over.
+
+`folder` knows manifests and which folder is whole, `saving` how one comes to be, `tensors` how parts of its tensors are
+read, `model` what it says of a model. Several processes work on one together where they are given as `ranks`.
+"""
+
+from hybridlm.checkpoint.folder import newest, prune, remove_drafts, resolve, seal, step_folders, step_of, verify
+from hybridlm.checkpoint.model import (
+    layer_diff,
+    layer_list,
+    load_checkpoint,
+    load_tokenizer,
+    load_weights,
+    model_texts,
+    read_config,
+    read_model_config,
+    unique_tensors,
+)
+from hybridlm.checkpoint.saving import SHARD_BYTES, Save, write
+from hybridlm.checkpoint.tensors import Stored, read_tensors, stored_tensors
+
+__all__ = [
+    "SHARD_BYTES", "Save", "Stored", "layer_diff", "layer_list", "load_checkpoint", "load_tokenizer", "load_weights",
+    "model_texts", "newest", "prune", "read_config", "read_model_config", "read_tensors", "remove_drafts", "resolve",
+    "seal", "step_folders", "step_of", "stored_tensors", "unique_tensors", "verify", "write",
+]

@@ -1,0 +1,220 @@
+"""Folders of checkpoints: the manifest, whether a folder is whole, and which one is meant."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from hybridlm import __version__
+from hybridlm.checkpoint.ranks import ALONE, Ranks
+from hybridlm.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+
+log = logging.getLogger("hybridlm")
+
+
+def step_of(folder: Path) -> int | None:
+    """N of a folder named step-N, else None."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if folder.name.startswith("step-") and number.isdecimal() else None
+
+
+def step_folders(root: Path) -> list[Path]:
+    """The step-N folders under `root`, newest first, whole or not."""
+    found = [(step_of(f), f) for f in root.iterdir() if f.is_dir()] if root.is_dir() else []
+    return [f for n, f in sorted(((n, f) for n, f in found if n is not None), reverse=True)]
+
+
+def entry(file: Path) -> dict[str, Any]:
+    """What the manifest says of a file, which is flushed to disk."""
+    sync(file)
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def seal(folder: Path, step: int, written: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Flush every file of `folder` to disk and write the manifest that makes it a checkpoint.
+
+    `written`: entries of files that those who wrote them have flushed already.
+    """
+    files = {file.name: written.get(file.name) or entry(file) for file in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT_VERSION, "hybridlm": __version__, "step": step, "files": files}
+    manifest["sha256"] = _own_hash(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def swap_in(draft: Path, target: Path) -> None:
+    """Give a sealed draft its name. An older folder of that name goes."""
+    old = target.with_name(f"{TEMPORARY}old-{target.name}")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    draft.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk; folders cannot be flushed on every system."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    """Of a manifest without its own hash, however its JSON is laid out."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remove_drafts(root: Path) -> None:
+    """Delete what an interrupted save left under a temporary name. The caller holds the run folder."""
+    for folder in root.glob(f"{TEMPORARY}*") if root.is_dir() else ():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` whole checkpoints; torn ones older than those go too."""
+    whole = 0
+    for folder in step_folders(root):
+        if whole >= keep:
+            grave = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+            with contextlib.suppress(OSError):
+                folder.rename(grave)
+            shutil.rmtree(grave, ignore_errors=True)
+        else:
+            whole += not _outer_fault(folder)[0]
+
+
+def _fault(folder: Path, ranks: Ranks, hashes: bool) -> str:
+    """What is wrong with the folder, or nothing. Each of its files is read by one of the ranks."""
+    fault, files = ranks.on_main(lambda: _outer_fault(folder))
+    if fault or not hashes:
+        return fault
+    largest_first = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    mine = {name: _changed(folder / name, files[name]) for name in largest_first[ranks.rank::ranks.world_size]}
+    found = {name: change for part in ranks.gather(mine) for name, change in part.items() if change}
+    return found[min(found)] if found else ""
+
+
+def _outer_fault(folder: Path) -> tuple[str, dict[str, Any]]:
+    """What names and sizes show to be wrong, or nothing; and the entries of the files, if nothing."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, own_hash = dict(manifest["files"]), manifest["sha256"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}", {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read", {}
+    if own_hash != _own_hash(manifest):
+        return f"its {MANIFEST} has changed since it was written", {}
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing", {}
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written", {}
+    return "", files
+
+
+def _changed(file: Path, expected: Mapping[str, Any]) -> str:
+    try:
+        return "" if _sha256(file) == expected["sha256"] else f"{file.name} has changed since it was written"
+    except OSError as error:
+        return f"{file.name} cannot be read ({error.strerror})"
+
+
+def verify(folder: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> None:
+    """Check the folder against its manifest. `hashes=False`: names and sizes alone; files are not read.
+
+    Raises:
+        CheckpointError: torn, truncated or altered files, or a format of a newer version.
+    """
+    fault = _fault(folder, ranks, hashes)
+
+    def refuse() -> None:
+        if fault:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {fault}; use an older checkpoint of the run")
+        _check_format(folder)
+
+    ranks.on_main(refuse)
+
+
+def _check_format(folder: Path) -> None:
+    version = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(f"checkpoint {folder} has format {version}; this version reads up to "
+                              f"{FORMAT_VERSION}; update hybridlm")
+
+
+def newest(root: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> Path | None:
+    """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each.
+
+    `hashes` as in `verify`.
+
+    Raises:
+        CheckpointError: it has a format of a newer version.
+    """
+    for folder in ranks.on_main(lambda: step_folders(root)):
+        fault = _fault(folder, ranks, hashes)
+        if not fault:
+            ranks.on_main(partial(_check_format, folder))
+            return folder
+        log.warning("checkpoint %s is damaged (%s): looking for an older one", folder, fault)
+    return None
+
+
+def resolve(path: str | os.PathLike[str], ranks: Ranks = ALONE, *, hashes: bool = True) -> Path:
+    """The checkpoint meant by `path`: a checkpoint itself, or the newest whole one of a run folder.
+
+    `hashes` as in `verify`.
+
+    Raises:
+        CheckpointError: nothing there, or nothing whole; or a format of a newer version.
+    """
+    given = Path(path).expanduser()
+    single, root = ranks.on_main(lambda: _meant(given))
+    if single:
+        verify(root, ranks, hashes=hashes)
+        return root
+    found = newest(root, ranks, hashes=hashes)
+    if found is None:
+        ranks.on_main(lambda: _refuse_empty(given))
+    return found  # type: ignore[return-value]
+
+
+def _meant(folder: Path) -> tuple[bool, Path]:
+    """Whether it is a checkpoint, and else where its checkpoints are."""
+    if not folder.exists():
+        raise CheckpointError(f"no checkpoint at {folder}: the path does not exist")
+    if (folder / MANIFEST).exists() or step_of(folder) is not None:
+        return True, folder
+    return False, folder if step_folders(folder) else folder / "checkpoints"
+
+
+def _refuse_empty(folder: Path) -> None:
+    raise CheckpointError(f"no whole checkpoint in {folder}: expected a checkpoint folder (step-N) or a run folder "
+                          "that has one")

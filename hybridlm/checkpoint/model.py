@@ -1,0 +1,149 @@
+"""What a checkpoint says of a model: its config, its explicit list of layers, its weights and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.checkpoint.folder import resolve
+from hybridlm.checkpoint.tensors import Stored, stored_tensors
+from hybridlm.distributed.partition import fill, shape_of
+from hybridlm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from hybridlm.data.tokenizer import Tokenizer
+    from hybridlm.model.config import ModelConfig
+    from hybridlm.model.model import HybridLM
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved config of the run that wrote the checkpoint."""
+    from hybridlm.config.convert import load_yaml
+
+    return load_yaml(folder / "config.yaml")
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The checkpoint's model, checked against its explicit layer list.
+
+    Raises:
+        CheckpointError: the list is not what the config says now.
+    """
+    from hybridlm.config.convert import from_dict
+    from hybridlm.model.config import ModelConfig
+
+    config = from_dict(ModelConfig, read_config(folder)["model"], "model")
+    saved = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
+    if saved != layer_list(config):
+        raise CheckpointError(f"the layer list of {folder} is not what its config gives: "
+                              + "; ".join(layer_diff(saved, layer_list(config))))
+    return config
+
+
+def layer_list(config: ModelConfig) -> list[dict[str, Any]]:
+    """One entry a layer: mixer name, mixer kind, kind of feed-forward."""
+    return [{"layer": index, "mixer": name, "kind": config.mixers[name].kind,
+             "feed_forward": "moe" if config.feed_forward.is_moe(index) else "dense"}
+            for index, name in enumerate(config.layers())]
+
+
+def layer_diff(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """Readable differences between two layer lists."""
+    lines = [f"{len(saved)} layers saved, {len(now)} asked for"] if len(saved) != len(now) else []
+    for a, b in zip(saved, now, strict=False):
+        changes = [f"{key} {a.get(key)} -> {b.get(key)}" for key in ("mixer", "kind", "feed_forward")
+                   if a.get(key) != b.get(key)]
+        if changes:
+            lines.append(f"layer {a['layer']}: {', '.join(changes)}")
+    return lines
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and saved buffers; a tensor with several names (tied) under its first."""
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            unique[name] = tensor
+    return unique
+
+
+def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
+                 part: Callable[[str, Stored], Stored] | None = None) -> list[str]:
+    """Copy the checkpoint's weights into `model`, all of them by name; the names of those it lacks.
+
+    `may_lack` is a shell pattern over names: these stay as they are where the checkpoint does not have them.
+    `part` gives what the model holds of a named tensor, where it is not all of it. Nothing else is read, and of weights
+    that are divided over ranks only this rank's pieces.
+
+    Raises:
+        CheckpointError: another weight is missing, one is left over, or of another shape.
+    """
+    wanted = unique_tensors(model)
+    problems, left = [], set(wanted)
+    with torch.no_grad():
+        for name, whole in stored_tensors(folder).items():
+            stored = whole if part is None else part(name, whole)
+            if name not in wanted:
+                problems.append(f"the model has no '{name}'")
+            elif shape_of(wanted[name]) != stored.shape:
+                problems.append(f"'{name}' is {list(stored.shape)} there and {list(shape_of(wanted[name]))} here")
+            else:
+                fill(wanted[name], stored)
+            left.discard(name)
+    lacking = sorted(name for name in left if may_lack is not None and fnmatchcase(name, may_lack))
+    problems += [f"'{name}' is not in the checkpoint" for name in sorted(left - set(lacking))]
+    if problems:
+        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
+        raise CheckpointError(f"the weights of {folder} do not fit the model: " + "; ".join(problems[:4]) + more)
+    return lacking
+
+
+def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> HybridLM:
+    """The model of a checkpoint or of a run folder's newest one, in evaluation mode, with `.tokenizer` set.
+
+    Raises:
+        CheckpointError: nothing there, damaged files, or weights that do not fit.
+    """
+    from hybridlm.data.tokenizer import Tokenizer
+    from hybridlm.model.model import build_model
+
+    folder = resolve(path)
+    model = build_model(read_model_config(folder), device=device)
+    load_weights(model, folder)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    model.tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None  # type: ignore[assignment]
+    return model.eval()
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: the checkpoint holds none.
+    """
+    from hybridlm.data.tokenizer import Tokenizer
+
+    folder = resolve(path)
+    if not (folder / "tokenizer.json").exists():
+        raise CheckpointError(f"checkpoint {folder} holds no tokenizer.json")
+    return Tokenizer.from_folder(folder)
+
+
+def model_texts(config: Any, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """The files that let a checkpoint be used without its run; `config` is the resolved one, of a run or of
+    `{"model": ...}` alone."""
+    from hybridlm.config.convert import to_yaml
+
+    texts = {"config.yaml": to_yaml(config), "layers.json": json.dumps(layer_list(model), indent=1)}
+    if tokenizer is not None:
+        texts |= tokenizer.files()
+    return texts

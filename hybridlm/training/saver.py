@@ -1,0 +1,88 @@
+"""The checkpoints of a run: at most one on its way, the newest that is whole, and what a disk that refuses costs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from hybridlm import checkpoint
+from hybridlm.distributed.engine import Engine
+from hybridlm.training.guards import TrainingStopped
+
+MAX_FAILED_SAVES = 3  # in a row; the run goes on with its older checkpoint until then
+
+log = logging.getLogger("hybridlm")
+
+
+class Saver:
+    """All ranks call its methods together. `flush` puts on the disk what must be there before a checkpoint is.
+
+    A save begins with `begin` and is whole after `finish`. Between the two a thread of each rank writes, and the run
+    may go on: `writing` says whether this rank's still does.
+    """
+
+    def __init__(self, root: Path, keep: int, engine: Engine, flush: Callable[[], None]):
+        self.root, self.keep, self.engine, self.flush = root, keep, engine, flush
+        self.newest: Path | None = None
+        self.failed = 0
+        self.under_way: checkpoint.Save | None = None
+
+    @property
+    def writing(self) -> bool:
+        return self.under_way is not None and not self.under_way.written
+
+    def saved(self, step: int) -> bool:
+        """Whether the newest checkpoint is that of `step`."""
+        return self.newest is not None and self.newest.name == f"step-{step}"
+
+    @property
+    def kept(self) -> str:
+        """What is left if the run ends now."""
+        return f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint"
+
+    def begin(self, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]], *, must: bool) -> None:
+        """Start to write; `tensors` must not change before the save is finished, and none may be under way.
+
+        Raises:
+            TrainingStopped: as `finish`.
+        """
+        assert self.under_way is None
+        try:
+            self.under_way = checkpoint.Save(self.root, step, texts, tensors, self.engine)
+        except OSError as error:
+            self._refused(f"step-{step}", error, must)
+
+    def finish(self, *, must: bool = False) -> None:
+        """Wait for the save that is under way, make it visible and drop the oldest checkpoints.
+
+        Raises:
+            TrainingStopped: the disk refused, and it did so too often or the save `must` be.
+        """
+        save, self.under_way = self.under_way, None
+        if save is None:
+            return
+        try:
+            self.engine.on_main(self.flush)
+            self.newest = save.publish()
+            self.engine.on_main(lambda: checkpoint.prune(self.root, self.keep))
+            self.failed = 0
+        except OSError as error:
+            self._refused(save.target.name, error, must)
+
+    def leave(self) -> None:
+        """After an error that other ranks may not have met: one process ends its save, several leave theirs a draft."""
+        if self.engine.world_size == 1:
+            with contextlib.suppress(TrainingStopped):
+                self.finish()
+
+    def _refused(self, what: str, error: OSError, must: bool) -> None:
+        self.failed += 1
+        if must or self.failed >= MAX_FAILED_SAVES:
+            times = f" {self.failed} times in a row" if self.failed > 1 else ""
+            raise TrainingStopped(f"{what} could not be saved{times}: {error}; {self.kept}; make room on the disk "
+                                  "and start again with the same command") from error
+        log.warning("%s could not be saved (%s); going on, %s", what, error, self.kept)
