@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from hybridlm.distributed.launch import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -46,3 +48,12 @@ def on_ranks(number, script, *arguments, folder):
 def records(folder):
     """Of metrics.jsonl, by step."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(found, wanted):
+    """Losses, gradient norms and loads of experts at the same steps, within rounding."""
+    assert [r["step"] for r in records(found)] == [r["step"] for r in records(wanted)]
+    for a, b in zip(records(found), records(wanted), strict=True):
+        for key, value in b.items():
+            if key in ("total_loss", "grad_norm") or key.startswith(("loss", "validation_loss", "moe/load")):
+                assert a[key] == pytest.approx(value, rel=1e-5), (found, key, a["step"])

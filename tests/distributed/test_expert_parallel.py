@@ -11,7 +11,7 @@ from itertools import combinations
 import experts_over_ranks
 import pytest
 import torch
-from over_ranks import ROOT, on_ranks, records, start
+from over_ranks import ROOT, assert_same_run, on_ranks, start
 
 from hybridlm import load_config
 from hybridlm.config.schema import EngineConfig
@@ -36,15 +36,6 @@ STAGES = [{"name": "frozen", "steps": 2, "trainable": ["*.mixer.*"]},
 def run(name, kind, experts=1, pieces=1, stages=()):
     engine = {"kind": kind, "expert_parallel": experts, "sequence_parallel": pieces}
     return json.dumps({"name": name, "engine": engine, "training": TRAINING, "stages": stages})
-
-
-def assert_same_run(found, wanted):
-    found, wanted = records(found), records(wanted)
-    assert [r["step"] for r in found] == [r["step"] for r in wanted]
-    for a, b in zip(found, wanted, strict=True):
-        for key, value in b.items():
-            if key in ("total_loss", "grad_norm") or key.startswith(("loss", "validation_loss", "moe/load")):
-                assert a[key] == pytest.approx(value, rel=1e-5), (key, a["step"])
 
 
 def half_done(run, name):

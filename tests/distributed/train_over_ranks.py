@@ -1,6 +1,7 @@
-"""What each of several processes runs for test_zero.py: `train_over_ranks.py RUNS`, a file with a JSON list of words.
+"""What each of several processes runs for test_equality.py and test_zero.py: `train_over_ranks.py RUNS`.
 
-Each item of the list is one `hybridlm train`. One process group serves them all: starting it is most of the time.
+RUNS is a file with a JSON list; each item are the words of one `hybridlm train`. One process group serves them all:
+starting it is most of the time.
 """
 
 import json

@@ -5,7 +5,6 @@ import time
 import weakref
 from pathlib import Path
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -96,6 +95,9 @@ def check_build():
 
 
 def assert_whole(model, wanted):
+    """Divided weights, put together."""
+    import deepspeed
+
     for (name, parameter), expected in zip(model.named_parameters(), wanted.parameters(), strict=True):
         assert parameter.numel() == 0
         with deepspeed.zero.GatheredParameters([parameter]):
