@@ -5,9 +5,10 @@ import torch
 from against_reference import counted
 from kernel_compare import error
 
-from hybridlm_kernels import CuSeqlens, delta_rule, triton_chunks
+from hybridlm_kernels import CuSeqlens, delta_rule, recurrence, triton_chunks
 from hybridlm_kernels.delta_rule import triton as backend
 from hybridlm_kernels.gates import Gate
+from hybridlm_kernels.triton_support import INTERPRETED
 
 TOLERANCE = 1e-5
 
@@ -66,6 +67,12 @@ def two_launches(monkeypatch):
 
 
 @pytest.fixture
+def full_device(monkeypatch, two_launches):
+    """Few programs fill the device, so that chunks and their scan go together, however long the documents."""
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: 2)
+
+
+@pytest.fixture
 def pieces(monkeypatch, two_launches):
     """Documents of more than one chunk are cut into two pieces or three."""
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 6)
@@ -93,19 +100,20 @@ def test_short_documents_take_one_launch(decay, launches, device, monkeypatch):
     assert [len(c) for c in counts] == [launches, 1 - launches, 1 - launches]
 
 
-def test_documents_that_fill_the_device_take_one_launch(device, monkeypatch, two_launches):
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: 2)
-    fused = counted(monkeypatch, backend, "fused_kernel")
-    inputs = make_inputs("scalar", T=132, N=3, K=20, V=36)
-    assert_equals_the_recurrence(inputs, device, cu_seqlens=CuSeqlens([0, 1, 131, 132], device))
+@pytest.mark.parametrize(("decay", "borders"), [("scalar", [0, 1, 131, 132]), ("channel", [0, 65, 132])])
+def test_documents_that_fill_the_device_take_one_launch(decay, borders, device, monkeypatch, full_device):
+    fused = counted(monkeypatch, backend, "fused_channel_kernel" if decay == "channel" else "fused_kernel")
+    inputs = make_inputs(decay, T=132, N=len(borders) - 1, K=20, V=36)
+    assert_equals_the_recurrence(inputs, device, cu_seqlens=CuSeqlens(borders, device))
     assert len(fused) == 1
 
 
 @pytest.mark.parametrize(("decay", "parallel", "longest", "one_launch"), [
     ("scalar", 1, 64, True), ("none", 2, 3, True), ("scalar", 4, 64, False), ("scalar", 1, 2, False),
-    ("channel", 1, 64, False), ("scalar", 0, 64, False)])
+    ("channel", 2, 64, False), ("scalar", 0, 64, False)])
 def test_when_one_launch_is_enough(decay, parallel, longest, one_launch, device, monkeypatch, two_launches):
-    """Five chunks, at most three of them in a row: 1.7 rounds of one program, 0.8 of two, 0.4 of four."""
+    """Five chunks, at most three of them in a row: 1.7 rounds of one program, 0.8 of two, 0.4 of four. With a decay a
+    channel the memory of three programs is more than that of two launches."""
     monkeypatch.setattr(backend, "parallel_programs", lambda device: parallel)
     monkeypatch.setattr(backend, "MOST_FUSED_CHUNKS", longest)
     x = {name: x.to(device, torch.float32) for name, x in make_inputs(decay, T=132, N=3).items()}
@@ -182,7 +190,7 @@ def forward(inputs, device, backend="triton", **options):
 
 
 @pytest.mark.parametrize(("decay", "path"), [("scalar", None), ("channel", None), ("scalar", "two_launches"),
-                                             ("channel", "pieces")])
+                                             ("channel", "full_device"), ("channel", "pieces")])
 def test_causal_to_the_last_bit(decay, path, device, request):
     if path:
         request.getfixturevalue(path)
@@ -212,6 +220,13 @@ def test_token_by_token_equals_the_whole(decay, gate, device):
         outputs.append(o)
     assert error(torch.cat(outputs, 1), whole) < 1e-6
     assert error(state, last) < 1e-6
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="float32 is refused beyond 128")
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_heads_of_256(decay, device, monkeypatch):
+    monkeypatch.setattr(recurrence, "LARGEST_HEAD_FP32", 256)
+    assert_equals_the_recurrence(make_inputs(decay, T=18, K=256, V=256), device)
 
 
 @pytest.mark.parametrize(("K", "message"), [(300, "has head dims up to 256; got 300"),

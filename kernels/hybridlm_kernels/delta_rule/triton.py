@@ -1,7 +1,7 @@
 """The delta rule as Triton kernels: forward and backward by chunks, and the recurrence itself for decoding.
 
 Forward: `chunk_kernel` finds what does not depend on the state, `scan_kernel` the states and outputs; `fused_kernel`
-does both (no decay, or one a head) for short documents, and where documents and heads fill the device. Backward:
+does both where documents and heads fill the device, and without a decay a channel for short documents. Backward:
 `scan_kernel` again for the states of all chunks, `scan_back_kernel` for their gradients, `gradients_kernel` for those
 of the inputs. Kept between the two: the inputs, the scores A and X, and seven numbers a token and head. Where heads are
 few, documents are cut into pieces that are scanned side by side.
@@ -28,14 +28,14 @@ from ..triton_join import join_kernel
 from ..triton_support import parallel_programs
 from .triton_chunk import FACTORS, chunk_kernel
 from .triton_decode import decode_kernel
-from .triton_fused import fused_kernel
+from .triton_fused import fused_channel_kernel, fused_kernel
 from .triton_gradients import gradients_kernel
 from .triton_scan import scan_back_kernel, scan_kernel
 
 FEW_TOKENS = 16  # up to here, and without gradients, the recurrence itself is faster than chunks
 FEW_CHUNKS = 4  # of the longest document: up to here one launch, unless the decay is one a channel
 MOST_FUSED_CHUNKS = 64  # up to here one launch, where one program a document and head fills the device
-FILLED = 0.75  # of the device, that counts as full
+FILLED = 0.8  # of the device, that counts as full
 FEWEST_PIECES = 3  # of a document: pieces are scanned twice, so two would gain nothing
 COLUMNS = 32  # of the values, that a program of a scan takes, where programs are counted before one is tuned
 
@@ -140,16 +140,23 @@ class _Launches:
     def in_one_launch(self) -> bool:
         """Whether chunks and scan go together: it moves fewer bytes, and prepares the chunks of a document one after
         another, which costs nothing where there are few or where other documents and heads fill the device."""
-        few = self.tables.most_chunks
-        return self.decay != "channel" and (few <= FEW_CHUNKS or (
-            few <= MOST_FUSED_CHUNKS and self.tables.filling(self.G, parallel_programs(self.device)) >= FILLED))
+        longest, parallel = self.tables.most_chunks, parallel_programs(self.device)
+        if self.decay == "channel":  # programs of twice the size, each with memory for a whole chunk
+            parallel //= 2
+            if self.documents * CHUNK > self.tokens:
+                return False
+        elif longest <= FEW_CHUNKS:
+            return True
+        return longest <= MOST_FUSED_CHUNKS and self.tables.filling(self.G, parallel) >= FILLED
 
     def fused(self, found: _Found, o: Tensor, last: Tensor) -> None:
         x = self.x
-        fused_kernel[(self.documents * self.G,)](
+        scratch = self.empty(self.documents * self.G, 3, CHUNK, self.K) if self.decay == "channel" else None
+        kernel = fused_channel_kernel if self.decay == "channel" else fused_kernel
+        kernel[(self.documents * self.G,)](
             x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, x.state, self.tables.documents, found.A, found.X,
-            found.factors, found.total, o, last, self.options.scale, self.gate_constant, self.beta_scale, self.tokens,
-            self.H, self.G, K=self.K, V=self.V, PADDED=_padded(self.K), **self.flags)
+            found.factors, found.total, scratch, o, last, self.options.scale, self.gate_constant, self.beta_scale,
+            self.tokens, self.H, self.G, K=self.K, V=self.V, PADDED=_padded(self.K), **self.flags)
 
     def chunk(self, found: _Found, scores: bool) -> tuple[Tensor, ...]:
         """The queries, keys and writes that the scans take; with `scores` A, X and what goes with them, too."""

@@ -84,7 +84,7 @@ def _channel_scores(x, k, g, scores, EXACT: tl.constexpr):
     """Adds x_i . (a_{j+1} ... a_i) k_j of some channels to the scores, for all pairs i > j."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for e in range(LEVELS):
+    for e in tl.range(0, LEVELS, num_stages=1, disable_licm=True):
         b = 1 << e
         factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
         product = tl.dot((x * factor).to(x.dtype), tl.trans((k * factor).to(k.dtype)), input_precision=P)
@@ -130,7 +130,7 @@ def prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, fa
         x_norm, k_norm = tl.rsqrt(x_squared + 1e-6), tl.rsqrt(k_squared + 1e-6)
     x_norm *= tl.where(of_keys, 1.0, scale)
     scores, same = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
-    for k0 in range(0, K, BK):
+    for k0 in tl.range(0, K, BK, disable_licm=True):
         columns = k0 + tl.arange(0, BK)
         x = load_tile(x_ptr, i, H * K, columns, K, inside)
         k = load_tile(k_ptr, i, H * K, columns, K, inside)

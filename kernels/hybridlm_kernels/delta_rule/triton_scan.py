@@ -23,7 +23,7 @@ from ..triton_tiles import C, load_tile, store_tile
 from .triton_chunk import BETA, FACTORS, KEY, QUERY, WRITE
 
 CONFIGS = [triton.Config({"BV": values}, num_warps=warps, num_stages=stages)
-           for values, warps, stages in ((16, 4, 2), (16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 2))]
+           for values, warps, stages in ((16, 4, 2), (16, 8, 1), (32, 4, 1), (32, 4, 2), (64, 8, 2))]
 
 
 @triton.jit

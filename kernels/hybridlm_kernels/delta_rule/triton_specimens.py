@@ -10,7 +10,7 @@ from ..triton_join import specimen as join_specimen
 from ..triton_support import Specimen
 from .triton_chunk import chunk_kernel
 from .triton_decode import decode_kernel
-from .triton_fused import fused_kernel
+from .triton_fused import fused_channel_kernel, fused_kernel
 from .triton_gradients import gradients_kernel
 from .triton_scan import scan_back_kernel, scan_kernel
 
@@ -41,8 +41,8 @@ def _all() -> Iterator[Specimen]:
             yield _specimen(f"chunk, {label}", chunk_kernel, flags | {"K": D, "SCORES": True},
                             "" if decay == "channel" else "queries keys writes")
             yield _specimen(f"gradients, {label}", gradients_kernel, flags | sizes)
-            if decay == "head":
-                yield _specimen(f"fused, {label}", fused_kernel, flags | sizes | {"PADDED": D})
+            yield _specimen(f"fused, {label}", fused_channel_kernel if decay == "channel" else fused_kernel,
+                            flags | sizes | {"PADDED": D}, "" if decay == "channel" else "scratch")
         yield join_specimen(D, "matrix")
         yield _specimen(f"decode, channel decay, D={D}", decode_kernel, sizes | {
             "BK": D, "BV": 32, "DECAY": "channel", "GATE": "softplus", "L2NORM": True, "SIGMOID": True})
