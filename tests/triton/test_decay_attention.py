@@ -7,8 +7,9 @@ import torch
 from against_reference import counted
 from kernel_compare import error
 
-from hybridlm_kernels import Gate, decay_attention, triton_chunks
+from hybridlm_kernels import Gate, decay_attention, recurrence, triton_chunks
 from hybridlm_kernels.decay_attention import triton as backend
+from hybridlm_kernels.triton_support import INTERPRETED
 
 DECAYS = ("none", "constant", "scalar", "channel")
 decays = pytest.mark.parametrize("decay", DECAYS)
@@ -156,6 +157,13 @@ def test_decoding_equals_the_whole(decay, device):
         outputs.append(o)
     assert error(torch.cat(outputs, 1), whole) < 1e-6
     assert error(state, last) < 1e-6
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="float32 is refused beyond 128")
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_heads_of_256(decay, device, monkeypatch):
+    monkeypatch.setattr(recurrence, "LARGEST_HEAD_FP32", 256)
+    compare(make_inputs(decay, T=18, K=256, V=256), device)
 
 
 def test_offsets_beyond_32_bits():

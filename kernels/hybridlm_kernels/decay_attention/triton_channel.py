@@ -27,7 +27,7 @@ from ..triton_tiles import (
     sum_over,
 )
 
-CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((8, 1), (4, 1), (8, 2), (4, 2))]
+CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1) for warps in (8, 4)]
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _gates(g_ptr, A_log_ptr, bias_ptr, gate_constant, rows, inside, channels, he
     return u, rate, bias, log2_decay(u, rate, bias, gate_constant, inside, GATE)
 
 
-@tuned(CONFIGS, ["K", "EXACT"])
+@tuned(CONFIGS[:1], ["K", "EXACT"])  # with 4 warps it spills
 @triton.jit
 def chunk_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks_ptr, A_ptr, total_ptr, queries_ptr,
                  writes_ptr, scale, H, G, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
