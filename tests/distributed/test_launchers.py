@@ -33,6 +33,20 @@ def test_two_processes(launcher, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize(("hosts", "says"), [
+    ("# two\n127.0.0.1 slots=2\n", "error: HOSTFILE: 127.0.0.1 does not answer on its ssh port {port}; is it up?"),
+    (None, "error: HOSTFILE: there is no file {file}")])
+def test_hosts_of_deepspeed_that_are_not_there(hosts, says, tmp_path):
+    file, port = tmp_path / "hosts", free_port()
+    if hosts is not None:
+        file.write_text(hosts)
+    done = subprocess.run([ROOT / "scripts" / "launch_deepspeed.sh", "engine=zero3"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": sys.executable, "HOSTFILE": str(file), "SSH_PORT": str(port)})
+    line, = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert line.startswith(says.format(port=port, file=file))
+
+
 def test_slurm(tmp_path):
     """Each task is told its rank; `scontrol`, `srun` and Python are stand-ins."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho first-host\necho second-host\n")
