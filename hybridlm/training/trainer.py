@@ -135,7 +135,8 @@ class Trainer:
         asked, writing = self.engine.largest([asked, self.saver.writing])
         if not writing:
             self.saver.finish()
-        self.stop.requested = SIGNALS[asked - 1] if asked else None
+        if asked:  # else one that came just now is left for the next time
+            self.stop.requested = SIGNALS[asked - 1]
         return bool(asked)
 
     def _set_up(self, stage: Stage) -> None:

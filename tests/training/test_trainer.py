@@ -11,6 +11,7 @@ import torch
 
 from hybridlm import checkpoint
 from hybridlm.checkpoint import saving
+from hybridlm.distributed.ranks import Ranks
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.model import build_model
 from hybridlm.training import TrainingStopped, run, train
@@ -305,6 +306,21 @@ def test_sigterm_while_data_is_prepared_leaves_with_the_resume_command(tmp_path,
     assert (result.status, result.step) == ("interrupted", 0)
     assert f"hybridlm train {tmp_path}/run/config.yaml" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_while_ranks_ask_each_other_stops_the_next_step(tmp_path, monkeypatch):
+    largest, asked = Ranks.largest, []
+
+    def signalled(ranks, numbers):
+        answer = largest(ranks, numbers)
+        asked.append(answer)
+        if len(asked) == 3:  # before the third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    monkeypatch.setattr(Ranks, "largest", signalled)
+    result = train(tiny_run.config(tmp_path, steps=6))
+    assert (result.status, result.step) == ("interrupted", 3)
 
 
 def test_the_resume_command_goes_on_even_where_resuming_was_forbidden(tmp_path):
