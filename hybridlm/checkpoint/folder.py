@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hybridlm import __version__
-from hybridlm.checkpoint.ranks import ALONE, Ranks
+from hybridlm.distributed.ranks import ALONE, Ranks
 from hybridlm.errors import CheckpointError
 
 FORMAT_VERSION = 1

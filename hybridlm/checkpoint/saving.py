@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridlm.checkpoint.folder import TEMPORARY, entry, seal, swap_in
-from hybridlm.checkpoint.ranks import ALONE, Ranks
+from hybridlm.distributed.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,22 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
+from hybridlm.distributed.ranks import Ranks
 from hybridlm.distributed.world import World
 from hybridlm.errors import ConfigError
 
 NAMED = 4  # differences that an error names
 MARGIN = 5.0  # seconds beyond torch's own limit
 POLL = 0.2
-
-
-class Gathers(Protocol):
-    """`hybridlm.distributed.engine.Engine` is one."""
-
-    def gather(self, value: Any) -> list[Any]: ...
 
 
 @contextlib.contextmanager
@@ -81,7 +76,7 @@ def _leave(why: str) -> None:
     os._exit(ConfigError.exit_code)
 
 
-def check_same(ranks: Gathers, what: str, mine: Mapping[str, Any], hint: str) -> None:
+def check_same(ranks: Ranks, what: str, mine: Mapping[str, Any], hint: str) -> None:
     """All processes must have brought the same; what differs is asked for only then.
 
     Raises:

@@ -12,13 +12,13 @@ from hybridlm.errors import UserError
 
 
 class Ranks:
-    """One of `world_size` processes. All of them call its methods together, in the same order."""
+    """One of `world_size` processes, by default the only one. All call its methods together, in the same order."""
 
-    rank: int
-    world_size: int
-    is_main: bool
-    device: torch.device
-    pieces: int  # ranks that share the rows of a batch
+    rank = 0
+    world_size = 1
+    is_main = True
+    device = torch.device("cpu")
+    pieces = 1  # ranks that share the rows of a batch
 
     def total(self, numbers: Sequence[int]) -> list[int]:
         """Each number, something of a rank's rows, summed over the batch."""
@@ -74,3 +74,6 @@ class Ranks:
         if failures:
             raise failures[0]
         return [found for found, _ in outcomes]
+
+
+ALONE = Ranks()

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from hybridlm import __version__, checkpoint
-from hybridlm.checkpoint.ranks import ALONE, Ranks
 from hybridlm.config.convert import from_dict, load_yaml, to_dict, to_yaml
 from hybridlm.config.schema import Config
+from hybridlm.distributed.ranks import ALONE, Ranks
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.config import ModelConfig
 
