@@ -82,26 +82,30 @@ def kill_launcher(run: Run, chance: random.Random, row: Row) -> None:
 
 
 def kill_while_starting(run: Run, chance: random.Random, row: Row) -> None:
-    """All die, and then a rank at any moment around its start and first step."""
+    """All die, and then a rank at any moment around its start and first steps."""
     kill_launcher(run, chance, row)
     begin = time.monotonic()
+    limit = begin + row.stopped_s + chance.uniform(0.0, 5.0)  # type: ignore[operator]
     run.start()
     run.wait("ranks to start", lambda: len(run.ranks()) > 1)
-    time.sleep(chance.uniform(0.0, row.stopped_s + 5.0))  # type: ignore[operator]
-    if ranks := run.ranks():
-        kill([chance.choice(ranks)])
+    run.wait("a moment", lambda: time.monotonic() > limit or run.step() > row.step)
+    ranks = run.ranks()
+    run.mark()  # what the session said that dies now is no sign of the next one
+    kill([chance.choice(ranks)])
     row.detail = f"{time.monotonic() - begin:.1f} s after the start"
+    run.gone(ranks)
 
 
 def stop(run: Run, chance: random.Random, row: Row) -> None:
     """SIGTERM to any process: all save once and leave with 0."""
-    pids, since = run.pids(), run.size()
+    pids = run.pids()
     kill([chance.choice(pids)], signal.SIGTERM)
     all_end(run, pids, row)
-    said, folder = run.said(since), run.checkpoints / f"step-{row.step}"
+    said, folder = run.said(), run.checkpoints / f"step-{row.step}"
     expected = f"SIGTERM: stopped after step {row.step}, saved {folder}. Go on with: hybridlm train"
     if not run.ended() or run.launcher.returncode != 0 or said.count(expected) != 1:  # type: ignore[union-attr]
-        raise Broken(f"SIGTERM after step {row.step}, and this was said:\n{said}")
+        code = run.launcher.returncode  # type: ignore[union-attr]
+        raise run.broken(f"SIGTERM after step {row.step}, exit code {code}, and this was said since:\n{said}\nin all")
 
 
 def tear(run: Run, chance: random.Random, row: Row) -> None:
@@ -119,19 +123,18 @@ def tear(run: Run, chance: random.Random, row: Row) -> None:
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         file.write_bytes(data)
     row.detail = f"{newest.name}/{file.name} {harm}"
-    since = run.size()
     run.start()
-    run.wait("the damage to be named", lambda: f"{newest.name} is damaged (" in run.said(since))
+    run.wait("the damage to be named", lambda: f"{newest.name} is damaged (" in run.said())
 
 
 def fill(run: Run, chance: random.Random, row: Row) -> None:
     """The disk is full for one save or two, or until the run gives up at the third."""
-    times, since = chance.choice([1, 2, 3]), run.size()
+    times = chance.choice([1, 2, 3])
     with full_disk(run):
-        run.wait("saves to fail", lambda: run.said(since).count("could not be saved") >= times)
+        run.wait("saves to fail", lambda: run.said().count("could not be saved") >= times)
         row.step = run.step()
-    if times == 3 and "could not be saved 3 times in a row" not in run.said(since):
-        raise Broken(f"three saves failed and the run went on:\n{run.said(since)}")
+    if times == 3 and "could not be saved 3 times in a row" not in run.said():
+        raise run.broken("three saves failed and the run went on")
     row.detail = f"{times} x not saved"
 
 
@@ -176,17 +179,16 @@ def plan(number: int, chance: random.Random) -> list[tuple[str, int]]:
 def survive(run: Run, faults: list[tuple[str, int]], chance: random.Random, note: Callable[[Row], None]) -> list[Row]:
     """Strike whenever the run has come far enough, then let it end."""
     rows: list[Row] = []
-    since = 0
     for kind, step in faults:
         run.wait(f"step {step}", lambda step=step: not run.ended() and run.step() >= step,  # type: ignore[misc]
                  restart=True)
         time.sleep(chance.uniform(0.0, 0.3))
-        row, since, begin = Row(kind, run.step()), run.size(), time.monotonic()
+        row, begin = Row(kind, run.step()), time.monotonic()
+        run.mark()
         FAULTS[kind](run, chance, row)
-        if row.stopped_s is not None or "3 times in a row" in run.said(since):
-            run.wait("the next step", lambda since=since: run.resumed(since) is not None,  # type: ignore[misc]
-                     restart=True)
-            row.resumed_at, row.back_s = run.resumed(since), time.monotonic() - begin
+        if row.stopped_s is not None or "3 times in a row" in run.said():
+            run.wait("the next step", lambda: run.resumed() is not None, restart=True)
+            row.resumed_at, row.back_s = run.resumed(), time.monotonic() - begin
         rows.append(row)
         note(row)
     run.wait("the end", lambda: run.launcher is not None and run.launcher.poll() == 0, restart=True)

@@ -84,6 +84,7 @@ class Run:
         self.out = folder.with_suffix(".txt")
         self.words = ["train", *words, f"run_dir={folder}", "--restarts", "1000"]
         self.launcher: Forked | None = None
+        self.marked = 0
         folder.mkdir(parents=True)
         if disk is not None:
             self.checkpoints.symlink_to(disk)
@@ -104,13 +105,19 @@ class Run:
         """The last step on record."""
         return max(records(self.folder / "metrics.jsonl"), default=0)
 
-    def said(self, since: int = 0) -> str:
-        """What was printed after the first `since` bytes."""
-        return self.out.read_bytes()[since:].decode(errors="replace") if self.out.exists() else ""
+    def mark(self) -> None:
+        """`said` begins here."""
+        self.marked = self.out.stat().st_size if self.out.exists() else 0
 
-    def size(self) -> int:
-        """Bytes printed so far."""
-        return self.out.stat().st_size if self.out.exists() else 0
+    def said(self) -> str:
+        """What was printed after the mark."""
+        return self.printed()[self.marked:].decode(errors="replace")
+
+    def printed(self) -> bytes:
+        return self.out.read_bytes() if self.out.exists() else b""
+
+    def broken(self, what: str) -> Broken:
+        return Broken(f"{what}:\n{self.printed()[-2000:].decode(errors='replace')}")
 
     def wait(self, what: str, condition: Callable[[], bool], restart: bool = False) -> None:
         """Until `condition` holds. With `restart` the command is given again when it has ended well."""
@@ -119,10 +126,10 @@ class Run:
             if self.ended():
                 code = None if self.launcher is None else self.launcher.returncode
                 if not restart or code not in (None, 0, -signal.SIGKILL):
-                    raise Broken(f"the run ended (exit code {code}) before {what}:\n{self.said()[-2000:]}")
+                    raise self.broken(f"the run ended (exit code {code}) before {what}")
                 self.start()
             if time.monotonic() > limit:
-                raise Broken(f"waited {PATIENCE:.0f} s for {what}:\n{self.said()[-2000:]}")
+                raise self.broken(f"waited {PATIENCE:.0f} s for {what}")
             time.sleep(POLL)
 
     def gone(self, pids: list[int]) -> float:
@@ -130,13 +137,13 @@ class Run:
         begin = time.monotonic()
         while any(alive(pid) for pid in pids):
             if time.monotonic() - begin > PATIENCE:
-                raise Broken(f"processes {pids} live on:\n{self.said()[-2000:]}")
+                raise self.broken(f"processes {pids} live on")
             time.sleep(POLL)
         return time.monotonic() - begin
 
-    def resumed(self, since: int) -> int | None:
-        """The checkpoint that the last session began from, once that session has begun its first step."""
-        *_, last = self.said(since).rpartition("going on from ")
+    def resumed(self) -> int | None:
+        """The checkpoint that the last session after the mark began from, once it has begun its first step."""
+        *_, last = self.said().rpartition("going on from ")
         found = re.match(r"\S*step-(\d+)\n", last)
         return int(found[1]) if found and "\nkernels: " in last else None
 
