@@ -16,7 +16,7 @@ def find(module: str, name: str, package: str, at_least: str) -> tuple[Any, str]
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None, f"{package} is not installed ({wanted})"
-    if _numbers(version) < _numbers(at_least):
+    if version_numbers(version) < version_numbers(at_least):
         return None, f"{package} {version} is too old ({wanted})"
     try:
         return getattr(importlib.import_module(module), name), ""
@@ -24,7 +24,7 @@ def find(module: str, name: str, package: str, at_least: str) -> tuple[Any, str]
         return None, f"{module}.{name} of {package} {version} cannot be imported: {type(error).__name__}: {error}"
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
     """(2, 7, 4) of "2.7.4.post1"."""
     numbers = []
     for part in version.split("+")[0].split("."):

@@ -5,6 +5,7 @@ Import it, and the module of a Triton backend, only where triton is installed (`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .optional import version_numbers
 from .registry import Backend, Call, always
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 # Kernels run as numpy on the CPU. Triton reads the variable when a kernel is decorated: set it before Python starts.
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+# Kernels as their first configuration has them: built once each, for checks that have no time for tuning.
+UNTUNED = os.environ.get("HYBRIDLM_TUNE", "1") == "0"
+OLDEST_TRITON = "3.6"
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 products and asynchronous copies
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,6 +50,8 @@ def _problem(call: Call) -> str:
     """Why no Triton kernel can run the call here, or nothing."""
     if not INSTALLED:
         return "triton is not installed (pip install triton)"
+    if problem := _problem_of_version():
+        return problem
     if call.dtype not in HALF_OR_SINGLE:
         return f"computes in float32 and below; the tensors are {call.dtype}"
     if INTERPRETED:
@@ -58,17 +65,29 @@ def _problem(call: Call) -> str:
     return ""
 
 
+@functools.cache
+def _problem_of_version() -> str:
+    """Why the triton that is installed will not do, or nothing."""
+    fix = f"pip install 'triton>={OLDEST_TRITON}'"
+    try:
+        version = importlib.import_module("triton").__version__
+    except Exception as error:  # it probes drivers when it is imported
+        return f"triton cannot be imported: {type(error).__name__}: {error} ({fix})"
+    return "" if version_numbers(version) >= version_numbers(OLDEST_TRITON) else (
+        f"needs triton {OLDEST_TRITON} or newer; this is {version} ({fix})")
+
+
 def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
     """Decorator above `@triton.jit`: the fastest of `configs` for each value of the arguments in `key`.
 
-    The first configuration is the default: the interpreter and the compile check use it, and it must be safe at
-    every shape the backend accepts. Of the others those are timed that `worth_timing` keeps on the device at hand.
-    Choices are kept on disk in Triton's cache. `key` holds sizes of heads and flags, never a number of tokens: packed
-    batches would tune again and again in the middle of a run.
+    The first configuration is the default: the interpreter and the compile check use it, HYBRIDLM_TUNE=0 leaves it at
+    it, and it must be safe at every shape the backend accepts. Of the others those are timed that `worth_timing` keeps
+    on the device at hand. Choices are kept on disk in Triton's cache. `key` holds sizes of heads and flags, never a
+    number of tokens: packed batches would tune again and again in the middle of a run.
     """
     import triton
 
-    if INTERPRETED:
+    if INTERPRETED or UNTUNED:
         return triton.autotune(list(configs[:1]), list(key))
 
     def decorate(kernel: Any) -> Any:

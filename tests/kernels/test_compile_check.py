@@ -3,8 +3,11 @@
 import dataclasses
 
 import pytest
+import torch
 
+from hybridlm_kernels import triton_support
 from hybridlm_kernels.compile_check import Compiled, configurations, judged, specimens
+from hybridlm_kernels.registry import Call
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, tuned, worth_timing
 
 pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
@@ -53,6 +56,45 @@ def test_the_tuner_builds_each_configuration_and_prunes(spilled, kept, monkeypat
     found = tuner.prune_configs({"WIDTH": 3, "grid": (1,), "warmup": False})
     assert [config.kwargs["BLOCK"] for config in found] == kept
     assert [(a, g, c["WIDTH"], c["num_warps"]) for a, g, c in seen] == [(("x", 5), (1,), 3, 8)] * 4
+    assert tuner.cache_results  # on disk
+
+
+def test_nothing_is_tuned_where_that_is_switched_off(monkeypatch):
+    import triton
+
+    @triton.jit
+    def kernel(x_ptr, N, BLOCK: triton.language.constexpr):
+        pass
+
+    monkeypatch.setattr(triton_support, "UNTUNED", True)
+    configs = [triton.Config({"BLOCK": block}) for block in (16, 32)]
+    assert tuned(configs, ["N"])(kernel).configs == configs[:1]
+
+
+def test_no_number_of_tokens_chooses_a_configuration():
+    """Keys are constants of the code or numbers of heads; other integers come from the batch at hand."""
+    kernels = {specimen.kernel for _, specimen in specimens(head_dims=None) if hasattr(specimen.kernel, "keys")}
+    assert len(kernels) > 10
+    of_batch = {(kernel, key) for kernel in kernels for key in kernel.keys
+                if key not in ("H", "G", "J") and not _is_constant(kernel, key)}
+    assert not of_batch
+
+
+def _is_constant(kernel, name):
+    while not hasattr(kernel, "params"):
+        kernel = kernel.fn
+    return next(p.is_constexpr for p in kernel.params if p.name == name)
+
+
+@pytest.mark.parametrize(("version", "problem"), [
+    ("3.6.0", ""), ("3.10.0", ""), ("3.5.1", "needs triton 3.6 or newer; this is 3.5.1 (pip install 'triton>=3.6')")])
+def test_an_old_triton_is_refused_with_the_fix(version, problem, monkeypatch):
+    monkeypatch.setattr("triton.__version__", version)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    triton_support._problem_of_version.cache_clear()
+    backend = triton_support.backend("no.module", "function")
+    assert backend.supports(Call("cuda", torch.float32, needs_grad=False)) == (not problem, problem)
+    triton_support._problem_of_version.cache_clear()
 
 
 def row(configuration, spilled, problem="", label="scan D=128", head_dim=128, target="sm_90"):

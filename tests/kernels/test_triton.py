@@ -34,8 +34,8 @@ def test_every_kernel_compiles_without_spills(target):
     assert done.returncode in (0, 1), done.stderr
     rows = json.loads(done.stdout)
     assert rows
-    print("\n".join(f"{r['operation']} {r['label']} {r['target']}: {r['registers']} registers, {r['shared']} B shared"
-                    for r in rows))
+    print("\n".join(f"{r['operation']} {r['label']} {r['target']}: {r['registers']} registers, {r['spilled']} B "
+                    f"spilled, {r['shared']} B shared" for r in rows))
     assert not [row for row in rows if row["problem"]]
     assert all(row["registers"] > 0 for row in rows)
 
