@@ -46,7 +46,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one backend (None: not run), and its rates against the machine's; `problem`: why not."""
+    """Milliseconds of one backend (None: not run), and its rates against the machine's; `problem`: why not, `failed`
+    where it should have run."""
 
     operation: str
     label: str
@@ -60,7 +61,9 @@ class Timing:
     flops_per_second: float = 0.0
     of_copy: float = 0.0
     of_matmul: float = 0.0
+    peak_mib: float | None = None  # allocated by a call beyond what was there before it; counted on CUDA
     problem: str = ""
+    failed: bool = False
 
 
 def machine(device: str, dtype: torch.dtype) -> Machine:
@@ -111,20 +114,21 @@ def _seconds(run: Callable[[], Any], repeat: int, device: str) -> float:
 
 
 def bench(case: Case, shape: Shape, here: Machine, only: Sequence[str] = ()) -> list[Timing]:
-    """One row a backend. Backends that refuse the call, or run out of memory, say so in theirs."""
+    """One row a backend. Backends that refuse the call, run out of memory or fail say so in theirs."""
     dtype = getattr(torch, here.dtype)
     torch.manual_seed(0)
     inputs = case.make(shape, dtype, here.device)
     trained = [inputs[name].requires_grad_() for name in case.trained if name in inputs]
     upstream = _upstream(case, inputs)
-    forwards, both, problems = {}, {}, {}
+    forwards, both, peaks, rows = {}, {}, {}, []
     for backend in _backends(case.operation, here.device, only):
         forward, backward = _runs(case, backend, inputs, trained, upstream)
         try:
             forward()
             backward()
-        except (registry.KernelUnavailable, torch.OutOfMemoryError) as error:
-            problems[backend] = str(error).splitlines()[0]
+            peaks[backend] = _peak_mib(backward if case.trained else forward, here.device)
+        except Exception as error:  # a kernel can fail in any way, and others are to be timed all the same
+            rows.append(_without_time(case, shape, backend, error))
             continue
         forwards[backend] = forward
         if case.trained:
@@ -135,14 +139,31 @@ def bench(case: Case, shape: Shape, here: Machine, only: Sequence[str] = ()) -> 
     if case.trained:
         floor = 2 * floor + sum(t.nbytes for t in trained)
     flops = case.flops(shape) * (3 if case.trained else 1)
-    rows = [Timing(case.operation, case.label, str(shape), name, problem=problem) for name, problem in problems.items()]
     for name, seconds in forward_seconds.items():
         last = both_seconds.get(name, seconds)
         rows.append(Timing(
             case.operation, case.label, str(shape), name, 1e3 * seconds,
             1e3 * both_seconds[name] if name in both_seconds else None, floor / 1e9, flops / 1e9, floor / last,
-            flops / last, floor / last / here.copy, flops / last / here.matmul))
+            flops / last, floor / last / here.copy, flops / last / here.matmul, peaks[name]))
     return rows
+
+
+def _without_time(case: Case, shape: Shape, backend: str, error: Exception) -> Timing:
+    """The row of what could not be timed, and whether that is a failure."""
+    expected = isinstance(error, registry.KernelUnavailable | torch.OutOfMemoryError)
+    text = (str(error).strip().splitlines() or [""])[0]
+    return Timing(case.operation, case.label, str(shape), backend, failed=not expected,
+                  problem=text if expected else f"{type(error).__name__}: {text}")
+
+
+def _peak_mib(run: Callable[[], Any], device: str) -> float | None:
+    """Of a call that has been made before: the first one builds and tunes, which takes memory of its own."""
+    if device != "cuda":
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _backends(operation: str, device: str, only: Sequence[str]) -> list[str]:
@@ -173,20 +194,23 @@ def _runs(case: Case, backend: str, inputs: dict[str, Tensor], trained: list[Ten
 
 
 def table(rows: Sequence[Timing], here: Machine) -> str:
-    """The rows as text, and how much faster each backend is than torch at the same call."""
-    cells: list[tuple[str, ...]] = [("operation", "case", "shape", "backend", "fwd ms", "fwd+bwd ms", "GB/s", "of copy",
-                                     "TFLOP/s", "of matmul", "against torch")]
-    slow = {(r.operation, r.label, r.shape): r for r in rows if r.backend == "torch"}
+    """The rows as text, and how much faster each backend is than torch at the same call (and than
+    flash-linear-attention, where that ran)."""
+    times = {(r.operation, r.label, r.shape, r.backend): r.both_ms or r.forward_ms for r in rows if not r.problem}
+    bases = [name for name in ("torch", "fla") if name == "torch" or any(key[3] == name for key in times)]
+    cells: list[tuple[str, ...]] = [("operation", "case", "shape", "backend", "fwd ms", "fwd+bwd ms", "peak MiB",
+                                     "GB/s", "of copy", "TFLOP/s", "of matmul", *(f"against {name}" for name in bases))]
     for r in rows:
-        head = (r.operation, r.label, r.shape, r.backend)
+        head = (r.operation, r.label, r.shape)
         if r.problem:
-            cells.append((*head, r.problem, *[""] * 6))
+            cells.append((*head, r.backend, r.problem, *[""] * (6 + len(bases))))
             continue
-        base = slow.get((r.operation, r.label, r.shape))
-        time, other = ((x and (x.both_ms or x.forward_ms)) for x in (r, base))
-        cells.append((*head, f"{r.forward_ms:.3f}", "" if r.both_ms is None else f"{r.both_ms:.3f}",
-                      f"{r.bytes_per_second / 1e9:.1f}", f"{r.of_copy:.0%}", f"{r.flops_per_second / 1e12:.3f}",
-                      f"{r.of_matmul:.0%}", f"{other / time:.2f}x" if time and other else ""))
+        time = times[*head, r.backend]
+        ratios = (other / time if (other := times.get((*head, name))) and time else None for name in bases)
+        cells.append((*head, r.backend, f"{r.forward_ms:.3f}", "" if r.both_ms is None else f"{r.both_ms:.3f}",
+                      "" if r.peak_mib is None else f"{r.peak_mib:.0f}", f"{r.bytes_per_second / 1e9:.1f}",
+                      f"{r.of_copy:.0%}", f"{r.flops_per_second / 1e12:.3f}", f"{r.of_matmul:.0%}",
+                      *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)))
     widths = [max(len(row[i]) for row in cells if not (i == 4 and len(row[i]) > 12)) for i in range(len(cells[0]))]
     lines = ["  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in cells]
@@ -215,9 +239,11 @@ def shapes(texts: Sequence[str], device: str) -> list[Shape]:
 
 
 def run(operations: Sequence[str] = (), *, backends: Sequence[str] = (), shape_texts: Sequence[str] = (),
-        dtype: str | None = None, device: str | None = None, progress: Callable[[str], None] = lambda _: None
-        ) -> tuple[Machine, Iterator[Timing]]:
-    """The machine, and rows as they are measured. bfloat16 on CUDA, float32 elsewhere, unless `dtype` says else.
+        dtype: str | None = None, device: str | None = None, seconds: float = float("inf"),
+        progress: Callable[[str], None] = lambda _: None) -> tuple[Machine, Iterator[Timing]]:
+    """The machine, and rows as they are measured, every case at a shape before the next shape. bfloat16 on CUDA,
+    float32 elsewhere, unless `dtype` says else. What has not begun after so many `seconds` is left out, and its row
+    says so.
 
     Raises:
         KernelUnavailable: an operation, backend or shape that does not exist.
@@ -234,15 +260,19 @@ def run(operations: Sequence[str] = (), *, backends: Sequence[str] = (), shape_t
             raise registry.KernelUnavailable(f"no backend {name!r}; there are {', '.join(sorted(names))}")
     sizes = shapes(shape_texts, device)
     progress("measuring copy and matrix product")
+    end = time.monotonic() + seconds
     here = machine(device, getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32")))
 
     def rows() -> Iterator[Timing]:
-        for i, (case, shape) in enumerate((case, shape) for case in todo for shape in sizes):
+        for i, (shape, case) in enumerate((shape, case) for shape in sizes for case in todo):
             progress(f"{i + 1}/{len(todo) * len(sizes)} {case.operation} {case.label} {shape}")
+            if time.monotonic() > end:
+                yield Timing(case.operation, case.label, str(shape), "-", problem="left out: no time was left")
+                continue
             try:
                 yield from bench(case, shape, here, backends)
-            except torch.OutOfMemoryError:
-                yield Timing(case.operation, case.label, str(shape), "-", problem="its tensors do not fit the GPU")
+            except Exception as error:
+                yield _without_time(case, shape, "-", error)
             gc.collect()
 
     return here, rows()
@@ -266,10 +296,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many; no limit")
 
 
 def show(chosen: argparse.Namespace) -> int:
-    """Measure and print; returns the exit code.
+    """Measure and print; returns the exit code, 1 where a backend failed at a call it should run.
 
     Raises:
         KernelUnavailable: as `run`.
@@ -278,14 +309,15 @@ def show(chosen: argparse.Namespace) -> int:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise registry.KernelUnavailable("--device cuda: torch sees no CUDA device here")
     here, found = run(chosen.operations, backends=chosen.backends, shape_texts=chosen.shapes, dtype=chosen.dtype,
-                      device=chosen.device,
+                      device=chosen.device, seconds=chosen.seconds,
                       progress=lambda text: print(f"\r{text}\033[K", end="", file=sys.stderr) if tty else None)
-    rows = list(found)
+    order = [(case.operation, case.label) for case in cases()]
+    rows = sorted(found, key=lambda row: order.index((row.operation, row.label)))
     if tty:
         print("\r\033[K", end="", file=sys.stderr)
     print(json.dumps({"machine": asdict(here), "rows": [asdict(row) for row in rows]}, indent=1) if chosen.json
           else table(rows, here))
-    return 0
+    return int(any(row.failed for row in rows))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,50 @@ def test_a_backend_that_refuses_says_so_in_its_row(monkeypatch):
     assert "not today" in bench.table(list(rows.values()), HERE)
 
 
+@pytest.fixture
+def broken(monkeypatch):
+    """swiglu has a backend that fails, before the others."""
+    def fail(gate, up, limit):
+        raise ValueError("illegal instruction\nmore")
+
+    operation = next(op for op in registry.operations() if op.name == "swiglu")
+    replaced = registry.Operation("swiglu", (*operation.backends, registry.Backend("fast", fail)))
+    monkeypatch.setattr(sys.modules["hybridlm_kernels.swiglu"], "SWIGLU", replaced)
+    monkeypatch.setitem(registry._operations, "swiglu", replaced)
+
+
+def test_a_backend_that_fails_leaves_the_others_their_figures(broken, capsys):
+    assert main(["bench", "kernels", "swiglu", "--shapes", "B1 T64 H2 D16", "--json"]) == 1
+    rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["fast"]["problem"] == "ValueError: illegal instruction"
+    assert rows["torch"]["forward_ms"] > 0
+
+
+def test_what_there_is_no_time_for_is_named(capsys):
+    assert main(["bench", "kernels", "swiglu", "rotary", "--shapes", "B1 T64 H2 D16", "--seconds", "0", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["operation"], row["problem"]) for row in rows] == [
+        ("swiglu", "left out: no time was left"), ("rotary", "left out: no time was left")]
+
+
+def test_memory_of_a_call_on_cuda(monkeypatch):
+    allocated = {"now": 3 * 2**20, "peak": 100 * 2**20}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: allocated.update(peak=allocated["now"]))
+    assert bench._peak_mib(lambda: allocated.update(peak=5 * 2**20), "cuda") == 2.0
+    assert bench._peak_mib(lambda: None, "cpu") is None
+
+
+def test_the_table_compares_with_flash_linear_attention_where_it_ran():
+    ours, theirs, plain = (bench.Timing("delta_rule", "GDN", "B1", name, 1.0, both, peak_mib=peak)
+                           for name, both, peak in (("triton", 2.0, 10.0), ("fla", 3.0, 30.0), ("torch", 8.0, None)))
+    head, first, *_ = bench.table([ours, theirs, plain], HERE).splitlines()[1:]
+    assert head.endswith("against torch  against fla")
+    assert first.split()[-2:] == ["4.00x", "1.50x"]
+    assert "against fla" not in bench.table([ours, plain], HERE)
+
+
 def test_command(capsys):
     code = main(["bench", "kernels", "swiglu", "--shapes", "B1 T64 H2 D16", "--json"])
     report = json.loads(capsys.readouterr().out)
