@@ -100,6 +100,19 @@ def test_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["train", "--dry-run"]])
+def test_a_plan_for_several_processes_is_checked_and_says_what_each_needs(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*command, "model=kimi_linear_tiny", "engine=ddp", "engine.num_processes=2"]
+    assert main([*words, "engine.expert_parallel=2"]) == 0
+    assert "Memory of each of 2 processes under ddp, an estimate" in capsys.readouterr().out
+    for word, says in (("engine.expert_parallel=3", "engine.expert_parallel: must divide the 8 experts of a layer and "
+                        "the number of processes; got 3; expected one of 1, 2"),
+                       ("engine.sequence_parallel=4", "engine.sequence_parallel: must divide the number of processes")):
+        assert main([*words, word]) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_inspect_prints_tables_or_json(capsys):
     assert main(["inspect", "model=hybrid_tiny", "--json", "--context", "512"]) == 0
     report = json.loads(capsys.readouterr().out)

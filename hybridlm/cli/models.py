@@ -39,10 +39,12 @@ def inspect_command(argv: Sequence[str]) -> int:
     report = inspect(model, batch_size=args.batch_size, sequence_length=args.context,
                      optimizer=optimizer)  # type: ignore[arg-type]
     if config is not None and config.engine.kind != "single":
-        from hybridlm.distributed.memory import rank_memory
+        from hybridlm.distributed.memory import rank_report
+        from hybridlm.distributed.world import check_layout
 
         ranks = config.engine.num_processes or 1
-        report["rank_memory"] = {"engine": config.engine.kind, "processes": ranks, **rank_memory(config, ranks).parts()}
+        check_layout(config, ranks)
+        report["rank_memory"] = rank_report(config, ranks)
     if args.json:
         print(json.dumps(report))
     else:

@@ -51,16 +51,20 @@ def _dry_run(config: Config, as_json: bool) -> int:
     from hybridlm.cli.models import show_report
     from hybridlm.config.convert import to_dict
     from hybridlm.data import check_sources
+    from hybridlm.distributed.memory import rank_report
     from hybridlm.inspect import inspect
     from hybridlm.training.stages import plan
 
     training = config.training
     stages = plan(config)
+    processes = processes_to_start(config)
     check_sources(config.data)
     report = inspect(config.model, batch_size=training.micro_batch_size or training.batch_size,
                      sequence_length=max(stage.sequence_length for stage in stages),
                      precision="fp32" if training.precision == "fp32" else "bf16", optimizer=config.optimizer.kind,
                      activation_checkpointing=training.activation_checkpointing)
+    if config.engine.kind != "single":
+        report["rank_memory"] = rank_report(config, processes)
     if as_json:
         rows = [{**vars(stage), "tokens": stage.steps * stage.tokens_per_step} for stage in stages]
         print(json.dumps({"config": to_dict(config), "stages": rows, "model": report}))

@@ -6,6 +6,7 @@ P parameters, N ranks that divide what ZeRO divides. Weights, gradients and opti
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from hybridlm.config.schema import ZERO, Config
 from hybridlm.model.cost import count_parameters
@@ -73,6 +74,11 @@ def rank_memory(config: Config, world: int) -> RankMemory:
         piece, host = 0.0, host + piece
     return RankMemory(weights=piece, gathered=gathered, gradients=gradients, optimizer=optimizer, buffers=bucket,
                       activations=activations, host=host, snapshot=snapshot)
+
+
+def rank_report(config: Config, world: int) -> dict[str, Any]:
+    """What `hybridlm inspect` says of each of `world` processes."""
+    return {"engine": config.engine.kind, "processes": world, **rank_memory(config, world).parts()}
 
 
 def _micro_batch(config: Config, world: int) -> tuple[int, int]:

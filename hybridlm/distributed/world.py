@@ -59,12 +59,8 @@ def check_world(config: Config, size: int) -> None:
     if engine.kind in ZERO and find_spec("deepspeed") is None:
         raise ConfigError("engine.kind", "needs DeepSpeed, which is not installed", got=engine.kind,
                           hint="pip install 'hybridlm[deepspeed]'")
-    _check_experts(config, size)
-    _check_pieces(config)
+    check_layout(config, size)
     pieces = engine.sequence_parallel
-    if size % pieces:
-        raise ConfigError("engine.sequence_parallel", "must divide the number of processes", got=pieces,
-                          expected=f"a divisor of {size}")
     sizes = {"training.batch_size": config.training.batch_size} | {
         f"recipe.stages.{i}.batch_size": stage.batch_size for i, stage in enumerate(config.recipe.stages)
         if stage.batch_size is not None}
@@ -73,6 +69,20 @@ def check_world(config: Config, size: int) -> None:
             whom = "processes" if pieces == 1 else f"processes over engine.sequence_parallel ({size} / {pieces})"
             raise ConfigError(key, f"must be a multiple of the number of {whom}", got=batch_size,
                               expected=f"a multiple of {size // pieces}")
+
+
+def check_layout(config: Config, size: int) -> None:
+    """That experts and rows of the model can be split over `size` processes as the engine says.
+
+    Raises:
+        ConfigError: they cannot; it lists what would fit.
+    """
+    _check_experts(config, size)
+    _check_pieces(config)
+    pieces = config.engine.sequence_parallel
+    if size % pieces:
+        raise ConfigError("engine.sequence_parallel", "must divide the number of processes", got=pieces,
+                          expected=f"a divisor of {size}")
 
 
 def _check_experts(config: Config, size: int) -> None:
