@@ -17,7 +17,6 @@ import argparse
 import importlib
 import json
 import multiprocessing
-import os
 import pkgutil
 import re
 import subprocess
@@ -239,7 +238,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("compile check: " + ("unset TRITON_INTERPRET: interpreted kernels cannot be compiled" if INTERPRETED
                                    else "triton is not installed (pip install triton)"), file=sys.stderr)
         return 2
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     chosen = tuple(options.operations), tuple(options.targets), options.all
     if not builds(*chosen):
         print(f"compile check: no Triton kernels in {', '.join(options.operations) or 'any operation'}",

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from .optional import version_numbers
 from .registry import Backend, Call, always
 
+# Triton 3.10 changes the default: said here, kernels compute the same with every version. Read when one is built.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 INSTALLED = importlib.util.find_spec("triton") is not None
 # Kernels run as numpy on the CPU. Triton reads the variable when a kernel is decorated: set it before Python starts.
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
@@ -93,7 +96,9 @@ def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
     def decorate(kernel: Any) -> Any:
         def prune(configs: list[Any], arguments: Mapping[str, Any], **constants: Any) -> list[Any]:
             constants.pop("warmup", None)
-            return worth_timing(configs, [_spilled(kernel, arguments, constants | c.all_kwargs()) for c in configs])
+            calls = [constants | config.all_kwargs() for config in configs]
+            _build(kernel, arguments, calls)
+            return worth_timing(configs, [_spilled(kernel, arguments, call) for call in calls])
 
         return triton.autotune(list(configs), list(key), prune_configs_by={"early_config_prune": prune},
                                cache_results=True)(kernel)
@@ -109,16 +114,23 @@ def worth_timing(configs: Sequence[Any], spilled: Sequence[int | None]) -> list[
     return without or launching or list(configs)
 
 
+def _build(kernel: Any, arguments: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> None:
+    """All calls of the kernel at once, for a build takes seconds. What fails does so again when it is asked for."""
+    import triton
+
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for constants in calls:
+            kernel.warmup(*arguments.values(), **constants)
+
+
 def _spilled(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> int | None:
     """What the kernel spills a thread, built for the current device; None where it does not compile, or needs more
     shared memory than the device has."""
-    from triton.runtime.errors import OutOfResources, PTXASError
-
     try:
         built = kernel.warmup(*arguments.values(), **constants)
         built.run  # noqa: B018  loads it, which is when the driver counts
         return getattr(built, "n_spills", None)  # missing where loading failed before
-    except (OutOfResources, PTXASError):
+    except Exception:  # a compiler can fail in any way; where every configuration does, the launch says how
         return None
 
 

@@ -19,43 +19,61 @@ def test_worth_timing(spilled, kept):
     assert worth_timing("abc", spilled) == list(kept)
 
 
-class Built:
-    """A compiled kernel, of which the driver says at loading what it spills, or that it cannot be loaded."""
+class Driver:
+    """Of a GPU that is not there: kernels are built for it and loaded, and spill by their number of warps. None: the
+    kernel does not fit it, a text: it cannot be built."""
 
     def __init__(self, spilled):
-        self.spilled = spilled
+        self.utils, self.spilled, self.loaded = self, spilled, []
 
-    @property
-    def run(self):
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 2**20}
+
+    def launcher_cls(self, source, metadata):
+        self.loaded.append(metadata.num_warps)
+
+    def load_binary(self, name, binary, shared, device):
         from triton.runtime.errors import OutOfResources
 
-        if self.spilled is None:
+        assert binary.startswith(b"\x7fELF")
+        spilled = self.spilled[self.loaded[-1]]
+        if spilled is None:
             raise OutOfResources(200, 100, "shared memory")
-        self.n_spills = self.spilled
+        return None, 0, 32, spilled, 1024
 
 
-@pytest.mark.parametrize(("spilled", "kept"), [({16: 0, 32: 0, 64: 4, 128: None}, [16, 32]),
-                                               ({16: 4, 32: 2, 64: None, 128: None}, [16, 32]),
-                                               ({16: None, 32: None, 64: None, 128: None}, [16, 32, 64, 128])])
+@pytest.mark.parametrize(("spilled", "kept"), [({1: 0, 2: 0, 4: 4, 8: None}, [1, 2]),
+                                               ({1: 4, 2: 2, 4: None, 8: "broken"}, [1, 2]),
+                                               ({1: None, 2: "broken"}, [1, 2])])
 def test_the_tuner_builds_each_configuration_and_prunes(spilled, kept, monkeypatch):
     import triton
+    import triton.language as tl
 
     @triton.jit
-    def kernel(x_ptr, N, WIDTH: triton.language.constexpr, BLOCK: triton.language.constexpr):
-        pass
+    def kernel(x_ptr, N, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+        tl.static_assert(BLOCK > 0)
+        tl.store(x_ptr + tl.arange(0, BLOCK), N * WIDTH)
 
-    seen = []
-
-    def warmup(*arguments, grid, **constants):
-        seen.append((arguments, grid, constants))
-        return Built(spilled[constants["BLOCK"]])
-
-    monkeypatch.setattr(kernel, "warmup", warmup, raising=False)
-    tuner = tuned([triton.Config({"BLOCK": block}, num_warps=8) for block in spilled], ["N"])(kernel)
-    tuner.nargs = {"x_ptr": "x", "N": 5}
+    driver = Driver(spilled)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver, raising=False)
+    configs = [triton.Config({"BLOCK": 0 if amount == "broken" else 16}, num_warps=warps)
+               for warps, amount in spilled.items()]
+    tuner = tuned(configs, ["N"])(kernel)
+    tuner.nargs = {"x_ptr": torch.zeros(64, dtype=torch.int32), "N": 5}
     found = tuner.prune_configs({"WIDTH": 3, "grid": (1,), "warmup": False})
-    assert [config.kwargs["BLOCK"] for config in found] == kept
-    assert [(a, g, c["WIDTH"], c["num_warps"]) for a, g, c in seen] == [(("x", 5), (1,), 3, 8)] * 4
+    assert [config.num_warps for config in found] == kept
+    assert driver.loaded == [warps for warps, amount in spilled.items() if amount != "broken"]
     assert tuner.cache_results  # on disk
 
 
