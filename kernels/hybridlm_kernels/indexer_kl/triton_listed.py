@@ -198,7 +198,8 @@ def _specimens() -> list[Specimen]:
     types |= {f"{x}_ptr": "*fp32" for x in ("w", "d", "p", "lse", "score", "dq", "dw")}
     found = [Specimen(f"listed {name}", kernel, types, index_sizes(64, 128), ("N",))
              for name, kernel in (("scores", _scores), ("dq", _backward_queries), ("dk", _backward_pairs))]
-    for label, heads, groups, dim in (("MLA 128 x 512+64", 128, 1, 576), ("GQA 16/2 x 256", 16, 2, 256)):
+    for label, heads, groups, dim in (("MLA 128 x 512+64", 128, 1, 576), ("GQA 16/2 x 256", 16, 2, 256),
+                                      ("GQA 32/4 x 128", 32, 4, 128), ("GQA 32/4 x 64", 32, 4, 64)):
         sizes = main_sizes(torch.bfloat16, heads, groups, dim)
         found += [Specimen(f"listed log sums, {label}", _log_sums, types, sizes, ("N",)),
                   Specimen(f"listed attention, {label}", _attention, types, sizes, ("N",))]

@@ -181,7 +181,8 @@ def _specimens() -> list[Specimen]:
     found = [Specimen("index dq", _backward_queries, types, index, ("stride",)),
              Specimen("index dk", _backward_keys, types, index | {"PARTS": PARTS, "BLOCK_R": 64, "BLOCK_S": 64},
                       ("stride",))]
-    for label, dim in (("MLA absorbed 512+64", 576), ("MLA 128+64", 192), ("GQA 256", 256)):
+    for label, dim in (("MLA absorbed 512+64", 576), ("MLA 128+64", 192), ("GQA 256", 256), ("GQA 128", 128),
+                       ("GQA 64", 64)):
         K0, K1 = split_dim(dim)
         sizes = {"K": dim, "K0": K0, "K1": K1}
         found += [Specimen(f"log sums, {label}", _log_sums, types, sizes),

@@ -23,7 +23,7 @@ from ..triton_support import Specimen, tuned
 from .triton_inverse import InverseLists, queries_of_a_block
 
 LOG2_E = 1.4426950408889634
-_tuned = tuned([triton.Config({}, num_warps=8, num_stages=1), triton.Config({}, num_warps=8, num_stages=3),
+_tuned = tuned([triton.Config({}, num_warps=8, num_stages=3), triton.Config({}, num_warps=8, num_stages=1),
                 triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=4, num_stages=3)],
                key=["H", "G", "K", "V"])
 
@@ -339,7 +339,8 @@ def _specimens() -> list[Specimen]:
     types |= {f"{x}_ptr": "*bf16" for x in ("q", "k", "v", "o", "do", "dq", "p", "ds", "pair")}
     found = []
     for label, heads, groups, key_dim, value_dim, shared in (
-            ("MLA 128 x 512+64", 128, 1, 576, 512, True), ("GQA 16/2 x 256", 16, 2, 256, 256, False)):
+            ("MLA 128 x 512+64", 128, 1, 576, 512, True), ("GQA 16/2 x 256", 16, 2, 256, 256, False),
+            ("GQA 32/4 x 128", 32, 4, 128, 128, False), ("GQA 32/4 x 64", 32, 4, 64, 64, False)):
         blocks, dims = Blocks.of(torch.bfloat16, key_dim, value_dim, heads // groups), {"K": key_dim, "V": value_dim}
         for name, kernel, sizes in (("forward", _forward, blocks.sizes(BLOCK_N=32)),
                                     ("scores backward", _backward_scores, blocks.sizes(BLOCK_N=32)),
