@@ -40,3 +40,14 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
         return out
+
+
+class NoWait(TorchDispatchMode):
+    """Within it, what makes a host wait for its device is an error: numbers and sizes that are read from a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique_dim", "_unique2",
+                    "repeat_interleave", "is_nonzero", "equal"):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))

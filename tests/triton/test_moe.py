@@ -3,7 +3,7 @@
 import pytest
 import torch
 from against_reference import assert_equals_reference
-from kernel_compare import error, tensors
+from kernel_compare import NoWait, error, tensors
 
 from hybridlm_kernels import KernelUnavailable, moe_experts
 from hybridlm_kernels.moe import triton_routing
@@ -88,6 +88,17 @@ def test_the_same_bits_every_time_and_whatever_the_other_tokens(device):
     others = x.clone()
     others[20:] = 0.5
     assert torch.equal(y[:20], moe_experts(others, gate_up, down, ids, weights, backend="triton")[:20])
+
+
+def test_the_host_reads_no_counts(device):
+    ids = routing(20, 2, 4).to(device)
+    inputs = [t.detach().float().to(device).requires_grad_() for t in case(20, 2, 4, 16, 8)]
+    with NoWait():
+        y = moe_experts(*inputs[:3], ids, inputs[3], backend="triton")
+        grads = torch.autograd.grad(y.sum(), inputs)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    with pytest.raises(AssertionError, match="waits for the device"), NoWait():
+        ids.sum().item()
 
 
 def test_products_run_in_the_dtype_of_autocast(device):

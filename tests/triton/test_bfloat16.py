@@ -1,0 +1,88 @@
+"""bfloat16 against the fp64 reference: outputs within 0.005, dq dk dv within 0.008, gradients of gates and beta 0.02.
+
+On a CUDA device that is what Triton's kernels compute. Where they are interpreted they cannot compute in bfloat16, and
+the torch backends take their place.
+"""
+
+import pytest
+import torch
+from emulated_bf16 import BOUND_OF_GATES, BOUNDS
+from kernel_compare import error
+
+from hybridlm_kernels import Gate, decay_attention, delta_rule, doctor
+from hybridlm_kernels.triton_support import INTERPRETED
+
+BACKEND = "torch" if INTERPRETED else "triton"
+DIMS = (32,) if INTERPRETED else (128, 64, 256, 32)
+ROWS, LENGTH, H, G = 2, 160, 1, 2
+BORDERS = [0, 1, 65, 160, 224, 320]
+BOUND = 0.008  # of gradients of inputs that are not named elsewhere
+LINEAR = [(delta_rule, "none", None), (delta_rule, "scalar", "softplus"), (delta_rule, "channel", "softplus"),
+          (delta_rule, "channel", "lower_bounded"), (decay_attention, "none", None),
+          (decay_attention, "constant", None), (decay_attention, "scalar", "softplus"),
+          (decay_attention, "channel", "lower_bounded")]
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def linear_case(operation, decay, gate, D, borders, T=LENGTH):
+    """A call with initial states and all that is computed inside: gates, sigmoid, norms."""
+    shape = {"constant": (G,), "scalar": (ROWS, T, G), "channel": (ROWS, T, G, D)}.get(decay)
+    A_log, dt_bias = torch.tensor([0.3, -0.2]), torch.linspace(-1, 1, G * D).view(G, D)
+    A_log, dt_bias = A_log[:G], dt_bias if decay == "channel" else dt_bias[:, 0].contiguous()
+
+    def inputs():
+        made = {"q": randn(ROWS, T, H, D), "k": randn(ROWS, T, H, D), "v": randn(ROWS, T, G, D),
+                "initial_state": randn(len(borders) - 1 if borders else ROWS, G, D, D)}
+        if operation is decay_attention:
+            made["k"] = torch.nn.functional.normalize(made["k"], dim=-1)
+        else:
+            made["beta"] = randn(ROWS, T, G)
+        if shape:
+            made["g"] = -torch.rand(shape, dtype=torch.float64) if gate is None else randn(*shape)
+        return made
+
+    def run(q, k, v, initial_state, g=None, beta=None):
+        options = {} if operation is decay_attention else {"beta": beta, "beta_sigmoid": 1.0, "qk_l2norm": True}
+        if gate:
+            options["gate"] = Gate(gate, A_log.to(q.device), dt_bias.to(q.device))
+        return operation(q, k, v, g=g, initial_state=initial_state, cu_seqlens=borders, **options)
+
+    return doctor.Case(operation.__name__, f"{decay}, D={D}", run, inputs, fixed=("g",) if decay == "constant" else ())
+
+
+def assert_within_bounds(case, device):
+    torch.manual_seed(0)
+    inputs = {n: x.bfloat16().double() if x.is_floating_point() else x for n, x in case.inputs().items()}
+    outputs, grads = doctor._evaluate(case, BACKEND, inputs, torch.bfloat16, device)
+    expected_outputs, expected = doctor._evaluate(case, "reference", inputs, torch.float64, "cpu")
+    found = {f"output {i}": (error(a.cpu(), b), BOUNDS["o"])
+             for i, (a, b) in enumerate(zip(outputs, expected_outputs, strict=True))}
+    for name, x in expected.items():
+        bound = BOUND_OF_GATES if name in ("g", "beta") else BOUNDS.get(name, BOUND)
+        found[f"d{name}"] = error(grads[name].cpu(), x), bound
+    assert all(measured <= bound for measured, bound in found.values()), found  # NaN is not
+    assert max(measured for measured, _ in found.values()) > 1e-4  # else nothing was rounded
+
+
+@pytest.mark.parametrize(("D", "operation", "decay", "gate"), [
+    (D, *kind) for D in DIMS for kind in LINEAR
+    if D in (64, 128) or kind[1:] in (("scalar", "softplus"), ("channel", "lower_bounded"))])
+def test_rows_of_the_linear_family(operation, decay, gate, D, device):
+    assert_within_bounds(linear_case(operation, decay, gate, D, None), device)
+
+
+@pytest.mark.parametrize(("operation", "decay", "gate"), LINEAR)
+def test_packed_documents_of_the_linear_family(operation, decay, gate, device):
+    assert_within_bounds(linear_case(operation, decay, gate, DIMS[0], BORDERS), device)
+
+
+OTHERS = [case for case in doctor.cases() if case.operation not in ("delta_rule", "decay_attention", "attention",
+                                                                    "pooled_indexer_kl", "attention_recall")]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: f"{case.operation}, {case.label}")
+def test_other_operations(case, device):
+    assert_within_bounds(case, device)

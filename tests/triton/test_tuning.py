@@ -1,0 +1,52 @@
+"""Tuning runs a kernel many times on the same memory: what it wrote the first time must not change the next."""
+
+import pytest
+import test_bfloat16
+import torch
+import triton
+from test_moe import case, routing
+
+from hybridlm_kernels import doctor, indexer_kl, moe_experts, sparse_attention
+from hybridlm_kernels.triton_support import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a device they are tuned")
+Autotuner = triton.runtime.autotuner.Autotuner
+
+
+def cases():
+    for kind in test_bfloat16.LINEAR[1:3] + test_bfloat16.LINEAR[6:]:
+        yield test_bfloat16.linear_case(*kind, 16, None, T=20)
+    x, gate_up, down, weights = (t.detach() for t in case(9, 2, 3, 16, 8))
+    yield doctor.Case("moe_experts", "2 of 3", moe_experts, lambda: {
+        "x": x, "gate_up": gate_up, "down": down, "expert_ids": routing(9, 2, 3), "weights": weights})
+    main = {"q": (1, 8, 2, 16), "k": (1, 8, 1, 16), "v": (1, 8, 1, 16)}
+    yield doctor.Case("sparse_attention", "2 of 8", sparse_attention, lambda: _random(main) | {"indices": LISTS})
+    index = {"q": (1, 8, 2, 16), "k": (1, 8, 16), "w": (1, 8, 2), "main_q": (1, 8, 2, 16), "main_k": (1, 8, 1, 16)}
+    for label, lists in (("all keys", {}), ("2 of 8", {"indices": LISTS})):
+        yield doctor.Case("indexer_kl", label, indexer_kl, lambda lists=lists: _random(index) | lists,
+                          fixed=("main_q", "main_k"))
+
+
+LISTS = torch.stack([torch.arange(8) - 1, torch.arange(8)], -1)[None].int()  # the token before, and itself
+
+
+def _random(shapes):
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.operation}, {case.label}")
+def test_running_a_kernel_twice_changes_nothing(case, monkeypatch):
+    torch.manual_seed(0)
+    inputs, launches, once = case.inputs(), [], Autotuner.run
+    outputs, grads = doctor._evaluate(case, "triton", inputs, torch.float32, "cpu")
+
+    def twice(kernel, *args, **options):
+        launches.append(kernel)
+        once(kernel, *args, **options)
+        return once(kernel, *args, **options)
+
+    monkeypatch.setattr(Autotuner, "run", twice)
+    again, grads_again = doctor._evaluate(case, "triton", inputs, torch.float32, "cpu")
+    assert launches
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+    assert all(torch.equal(x, grads_again[name]) for name, x in grads.items())
