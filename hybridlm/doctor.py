@@ -67,10 +67,10 @@ def run_doctor(as_json: bool = False) -> int:
         print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
     report["kernels"] = [dataclasses.asdict(r) for r in results]
     report["backends"] = [
-        {"operation": op.name, "backends": [b.name for b in op.backends],
-         "runs_here": [b.name for b in op.backends if not b.devices or found_device["type"] in b.devices]}
-        for op in registry.operations()]
-    report["ok"] = all(r["ok"] for r in report["versions"]) and all(r.ok for r in results)
+        {"operation": op.name, "uses": choice.backend, "why": choice.why, "backends": [b.name for b in op.backends]}
+        for op, choice in zip(registry.operations(), kernels.chosen(), strict=True)]
+    report["ok"] = all(r["ok"] for r in report["versions"]) and all(r.ok for r in results) and (
+        all(row["uses"] for row in report["backends"]))
     if as_json:
         print(json.dumps(report, indent=2))
     else:
@@ -88,14 +88,15 @@ def _render(report: dict[str, Any]) -> None:
         table.add_row(row["package"], row["version"] or "-", row["verdict"], style=None if row["ok"] else "red")
     console.print(table)
     console.print("device: " + ", ".join(f"{k} {v}" for k, v in report["device"].items()))
-    table = Table("operation", "backends, the preferred one first", "checked against the reference")
+    table = Table("operation", "uses here", "has", "checked against the reference")
     for row in report["backends"]:
         checks = [r for r in report["kernels"] if r["operation"] == row["operation"] and not r["skipped"]]
         errors = [max(r["output_error"] or 0, r["gradient_error"] or 0) for r in checks]
         failed = [f"{r['label']} on {r['backend']}: {r['problem'] or 'wrong'}" for r in checks if not r["ok"]]
         verdict = "; ".join(failed) if failed else (
             f"{len(checks)} passed, worst error {max(errors):.0e}" if checks else "no check of its own")
-        table.add_row(row["operation"], ", ".join(row["runs_here"]), verdict, style="red" if failed else None)
+        table.add_row(row["operation"], row["uses"] or row["why"], ", ".join(row["backends"]), verdict,
+                      style="red" if failed or not row["uses"] else None)
     console.print(table)
     console.print("[green]All well: training can start.[/green]" if report["ok"] else
                   "[red]Something is wrong: see the red rows above.[/red]")

@@ -1,4 +1,5 @@
-"""Checks of every backend against the reference, on the machine at hand: output, every gradient, causality.
+"""Checks of every backend against the reference, on the machine at hand: output, every gradient, causality. Before
+that, which backend each operation uses here.
 
 Needs torch alone, so that it runs where the rest of the framework is not installed:
 `python -m hybridlm_kernels.doctor`.
@@ -92,6 +93,7 @@ def cases() -> Iterator[Case]:
                {"eps": 1e-6, "zero_centered": True})
     yield Case("gated_rms_norm", "silu", ops.gated_rms_norm,
                lambda: {"x": _randn(3, 40, 64), "gate": _randn(3, 40, 64), "weight": _randn(64)}, {"eps": 1e-6})
+    yield Case("l2_norm", "a row", ops.l2_norm, lambda: {"x": _randn(3, 40, 64)})
     yield Case("swiglu", "clamped", ops.swiglu, lambda: {"gate": _randn(50, 32), "up": _randn(50, 32)}, {"limit": 2.0})
     yield Case("rotary", "partial, interleaved", ops.rotary,
                lambda: {"x": _randn(2, 33, 4, 32), "cos": torch.cos(_randn(33, 8)), "sin": torch.sin(_randn(33, 8))},
@@ -144,9 +146,9 @@ def _first(outputs: Any) -> list[Tensor]:
     return [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
 
 
-def _evaluate(case: Case, backend: str, inputs: dict[str, Tensor], dtype: torch.dtype, device: str
+def _evaluate(case: Case, backend: str | None, inputs: dict[str, Tensor], dtype: torch.dtype, device: str
               ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs and gradients of a fixed random projection of them."""
+    """Outputs and gradients of a fixed random projection of them; no `backend` leaves the choice to the registry."""
     moved = {}
     for name, value in inputs.items():
         if value.is_floating_point():
@@ -218,6 +220,28 @@ def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> Result:
                       f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
+def chosen(device: str | None = None) -> list[registry.Choice]:
+    """What each operation uses on `device` (default: the GPU when there is one) in a step of training, by its first
+    case; an operation that refuses has no backend, and the reason."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    calls = {case.operation: case for case in reversed(list(cases()))}
+    return [_chosen(op, calls.get(op.name), device) for op in registry.operations()]
+
+
+def _chosen(op: registry.Operation, case: Case | None, device: str) -> registry.Choice:
+    if case is None:  # nothing of it is compared with the reference
+        name = next((b.name for b in op.backends if not b.devices or device in b.devices), "")
+        return registry.Choice(op.name, name, f"the first made for {device}")
+    seen: list[registry.Choice] = []
+    try:
+        with registry.watching(seen.append):
+            _evaluate(case, None, case.inputs(), torch.bfloat16 if device == "cuda" else torch.float32, device)
+    except Exception as error:  # the checks below say it, too
+        if not seen:
+            return registry.Choice(op.name, "", str(error))
+    return next(choice for choice in seen if choice.operation == op.name)
+
+
 def run(device: str | None = None) -> Iterator[Result]:
     """Check every backend that can run on `device` (default: the GPU when there is one) at every case."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -237,7 +261,9 @@ def run(device: str | None = None) -> Iterator[Result]:
 
 
 def main() -> int:
-    """Print one line a check and a verdict; exit code 0 when all passed."""
+    """Print what each operation uses, one line a check and a verdict; exit code 0 when all passed."""
+    for choice in chosen():
+        print(f"uses {choice.operation}: {choice.backend or 'none'} ({choice.why})", flush=True)
     results = []
     for result in run():
         results.append(result)

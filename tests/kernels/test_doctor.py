@@ -1,5 +1,7 @@
 """The doctor must pass what is right and, above all, fail what is wrong."""
 
+import sys
+
 import pytest
 import torch
 
@@ -29,7 +31,22 @@ def test_every_backend_of_this_machine_passes():
 def test_every_operation_is_checked_or_has_no_gradient():
     checked = {case.operation for case in doctor.cases()}
     missing = {op.name for op in registry.operations()} - checked
-    assert missing <= {"indexer_topk", "l2_norm", "pooled_topk"}
+    assert missing <= {"indexer_topk", "pooled_topk"}
+
+
+def test_what_each_operation_uses_here(monkeypatch):
+    choices = {choice.operation: choice for choice in doctor.chosen("cpu")}
+    assert set(choices) == {op.name for op in registry.operations()}
+    assert (choices["delta_rule"].backend, choices["delta_rule"].why) == ("torch", "preferred")
+    assert choices["pooled_topk"].backend == "torch"
+    operation = next(op for op in registry.operations() if op.name == "swiglu")
+    monkeypatch.setattr(registry, "_strict", True)
+    refusing = registry.Backend("fast", abs, lambda call: (False, "not today"))
+    monkeypatch.setattr(sys.modules["hybridlm_kernels.swiglu"], "SWIGLU",
+                        registry.Operation("swiglu", (refusing, *operation.backends)))
+    refused = next(choice for choice in doctor.chosen("cpu") if choice.operation == "swiglu")
+    assert refused.backend == ""
+    assert "not today; mend that, or accept a slower one with kernels.strict=false" in refused.why
 
 
 def test_a_wrong_output_fails(plant):
