@@ -9,7 +9,7 @@ import platform
 import sys
 from typing import Any
 
-from packaging.version import Version
+from hybridlm_kernels.optional import version_numbers
 
 # What pyproject.toml allows: (minimum, upper bound or None, what needs it).
 REQUIRED = {"torch": ("2.11", None), "transformers": ("5.17", "6"), "datasets": ("4.0", None),
@@ -28,8 +28,8 @@ def _version_row(name: str, minimum: str, below: str | None, needed_for: str = "
         fix = f"pip install '{name}{wanted}'"
         return {"package": name, "version": None, "ok": bool(needed_for),
                 "verdict": f"not installed; only for {needed_for}: {fix}" if needed_for else f"missing: {fix}"}
-    release = Version(Version(found).public)
-    ok = release >= Version(minimum) and (below is None or release < Version(below))
+    release = version_numbers(found)
+    ok = release >= version_numbers(minimum) and (below is None or release < version_numbers(below))
     return {"package": name, "version": found, "ok": ok,
             "verdict": "ok" if ok else f"outside {wanted}: pip install '{name}{wanted}'"}
 
