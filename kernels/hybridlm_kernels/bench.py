@@ -300,7 +300,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def show(chosen: argparse.Namespace) -> int:
-    """Measure and print; returns the exit code, 1 where a backend failed at a call it should run.
+    """Measure and print; returns the exit code, 1 where a backend failed at a call it should run, or was interrupted.
 
     Raises:
         KernelUnavailable: as `run`.
@@ -311,13 +311,25 @@ def show(chosen: argparse.Namespace) -> int:
     here, found = run(chosen.operations, backends=chosen.backends, shape_texts=chosen.shapes, dtype=chosen.dtype,
                       device=chosen.device, seconds=chosen.seconds,
                       progress=lambda text: print(f"\r{text}\033[K", end="", file=sys.stderr) if tty else None)
+    rows, whole = _until_interrupted(found)
     order = [(case.operation, case.label) for case in cases()]
-    rows = sorted(found, key=lambda row: order.index((row.operation, row.label)))
+    rows.sort(key=lambda row: order.index((row.operation, row.label)))
     if tty:
         print("\r\033[K", end="", file=sys.stderr)
     print(json.dumps({"machine": asdict(here), "rows": [asdict(row) for row in rows]}, indent=1) if chosen.json
           else table(rows, here))
-    return int(any(row.failed for row in rows))
+    return int(not whole or any(row.failed for row in rows))
+
+
+def _until_interrupted(found: Iterator[Timing]) -> tuple[list[Timing], bool]:
+    """The rows, and whether those are all: who stops a measurement of minutes still wants what was measured."""
+    rows: list[Timing] = []
+    try:
+        for row in found:
+            rows.append(row)
+    except KeyboardInterrupt:
+        return rows, False
+    return rows, True
 
 
 if __name__ == "__main__":

@@ -95,6 +95,17 @@ def test_what_there_is_no_time_for_is_named(capsys):
         ("swiglu", "left out: no time was left"), ("rotary", "left out: no time was left")]
 
 
+def test_an_interrupt_leaves_what_was_measured(monkeypatch, capsys):
+    def interrupted(case, *rest):
+        if case.operation == "rotary":
+            raise KeyboardInterrupt
+        return [bench.Timing(case.operation, case.label, str(TINY), "torch", 1.0)]
+
+    monkeypatch.setattr(bench, "bench", interrupted)
+    assert main(["bench", "kernels", "swiglu", "rotary", "--shapes", "B1 T64 H2 D16", "--json"]) == 1
+    assert [row["operation"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["swiglu"]
+
+
 def test_memory_of_a_call_on_cuda(monkeypatch):
     allocated = {"now": 3 * 2**20, "peak": 100 * 2**20}
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated["now"])
