@@ -1,60 +1,60 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: `bash scripts/gpu_check.sh [FOLDER for the results]`.
+# Everything that needs a GPU, in one call of at most eight minutes: `bash scripts/gpu_check.sh [FOLDER]`.
+# Results go to FOLDER, else to $OUT, else to gpu_check: summary.md, summary.json and what every part printed.
 # Needs torch, triton and (for the tests) pytest; nothing is installed and nothing is downloaded.
-# Exits 1 when a kernel is wrong; figures are written whatever the outcome.
+# Exits 1 when something is wrong, and 3 when nothing is but time ran out; another call then finds kernels and tuned
+# choices in Triton's cache and gets further. Figures are written whatever the outcome.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-results=${1:-gpu_check}
+results=${1:-${OUT:-gpu_check}}
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && python=.venv/bin/python
 export PYTHONPATH=kernels:.${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$results"
+limit=450 checks=210 # seconds: in all, and for what is checked before anything is timed
 
 if ! "$python" -c 'import sys, torch, triton; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "gpu_check: $python finds no torch with a CUDA device and triton; set PYTHON=/path/to/python" >&2
   exit 2
 fi
-failed=0
-say() { echo "== $*"; }
+rm -f "$results"/*.txt "$results"/*.code "$results"/*.json
+left() { echo $((limit - SECONDS)); }
+say() { echo "== $(printf %3d $SECONDS) s: $*"; }
+run() { # NAME SECONDS COMMAND...: what it prints, and its exit code, which is 124 where time ran out
+  local name=$1 seconds=$2
+  shift 2
+  timeout -k 10 -s INT "$seconds" "$@" >"$results/$name.txt" 2>&1
+  echo $? >"$results/$name.code"
+}
+check() { # In the background, with the first configuration of each kernel: to tune takes longer than to check.
+  HYBRIDLM_TUNE=0 run "$1" "$checks" "${@:2}" &
+}
+tests() { check "$1" "$python" -m pytest -q -p no:cacheprovider -p no:xdist "${@:2}"; }
 
-say "machine"
-{
-  git rev-parse HEAD 2>/dev/null || true
-  "$python" -c 'import platform, torch, triton; p = torch.cuda.get_device_properties(0); print(p.name, f"{p.major}.{p.minor}", "torch", torch.__version__, "triton", triton.__version__, "python", platform.python_version())'
-} | tee "$results/machine.txt"
-
-say "every backend against the reference"
-"$python" -m hybridlm_kernels.doctor >"$results/doctor.txt" 2>&1 || failed=1
-grep -v '^ok' "$results/doctor.txt"
-
+say "every backend against the reference, and the tests of the Triton kernels on the device"
+check doctor "$python" -m hybridlm_kernels.doctor
 if "$python" -c 'import pytest' 2>/dev/null; then
-  say "tests of the Triton kernels on the device"
-  "$python" -m pytest -q -p no:cacheprovider -p no:xdist tests/triton >"$results/tests.txt" 2>&1 || failed=1
-  tail -n 15 "$results/tests.txt"
+  for kind in delta_rule decay_attention; do
+    tests "bf16_rows_$kind" tests/triton/test_bfloat16.py -k "rows and $kind"
+    tests "bf16_packed_$kind" tests/triton/test_bfloat16.py -k "packed and $kind"
+  done
+  tests bf16_others tests/triton/test_bfloat16.py -k other_operations
+  for file in tests/triton/test_*.py; do
+    [ "$file" = tests/triton/test_bfloat16.py ] || tests "$(basename "$file" .py)" "$file"
+  done
 else
   say "pytest is not installed: tests/triton is left out"
 fi
-
-say "registers and spills of every configuration"
-# For this triton and this device, as a record: what spills costs time and is not wrong.
-"$python" -m hybridlm_kernels.compile_check --all --jobs "$(nproc)" \
-  --targets "$("$python" -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())')" \
-  >"$results/compiled.txt" 2>&1 || true
-grep -vE ' (ok|left out)$' "$results/compiled.txt"
+wait
 
 say "kernels, timed"
-"$python" -m hybridlm_kernels.bench --json >"$results/kernels.json" 2>"$results/kernels.err" ||
-  { failed=1; tail -n 5 "$results/kernels.err"; }
-"$python" - "$results/kernels.json" <<'PYTHON' || true
-import json, sys
-from hybridlm_kernels.bench import Machine, Timing, table
-found = json.load(open(sys.argv[1]))
-print(table([Timing(**row) for row in found["rows"]], Machine(**found["machine"])))
-PYTHON
+timeout -k 30 -s INT $(($(left) - 30)) "$python" -m hybridlm_kernels.bench --json --seconds $(($(left) - 90)) \
+  >"$results/kernels.json" 2>"$results/kernels.txt"
+echo $? >"$results/kernels.code"
 
-say "sparse attention against dense"
-"$python" scripts/bench_dsa.py --json "$results/dsa.json" 2>&1 | tee "$results/dsa.txt"
-[ "${PIPESTATUS[0]}" = 0 ] || failed=1
+if [ "$(left)" -gt 60 ]; then
+  say "sparse attention against dense"
+  run dsa $(($(left) - 15)) "$python" scripts/bench_dsa.py --json "$results/dsa.json"
+fi
 
-if [ "$failed" = 0 ]; then say "all well; results in $results"; else say "something failed; see $results"; fi
-exit "$failed"
+"$python" scripts/gpu_summary.py "$results" --command "bash scripts/gpu_check.sh${*:+ $*}" --seconds "$SECONDS"
