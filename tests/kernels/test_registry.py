@@ -1,5 +1,8 @@
 """The choice of a backend, its reasons and its errors."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -81,3 +84,16 @@ def test_call_of_reads_device_dtype_and_gradients():
     assert Call.of(x, None, decay="scalar").get("decay") == "scalar"
     with torch.no_grad():
         assert not Call.of(x).needs_grad
+
+
+def test_the_readme_names_each_operation_s_backends():
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \| ?(.*?) ?\|$", page.split("| operation | triton |")[1], re.MULTILINE)
+    written = {name: (triton, others) for names, triton, others in rows for name in re.findall(r"`(\w+)`", names)}
+    known = {op.name: {backend.name for backend in op.backends} for op in registry.operations()}
+    assert set(written) == set(known)
+    for name, (triton, others) in written.items():
+        assert {"torch", "reference"} <= known[name]
+        assert (triton == "yes") == ("triton" in known[name])
+        assert ("flash-linear-attention" in others) == ("fla" in known[name])
+        assert ("FlashAttention" in others) == ("flash_attn" in known[name])

@@ -9,7 +9,7 @@ import torch
 from emulated_bf16 import BOUND_OF_GATES, BOUNDS
 from kernel_compare import error
 
-from hybridlm_kernels import Gate, decay_attention, delta_rule, doctor
+from hybridlm_kernels import Gate, decay_attention, delta_rule, doctor, registry
 from hybridlm_kernels.triton_support import INTERPRETED
 
 BACKEND = "torch" if INTERPRETED else "triton"
@@ -86,3 +86,11 @@ OTHERS = [case for case in doctor.cases() if case.operation not in ("delta_rule"
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: f"{case.operation}, {case.label}")
 def test_other_operations(case, device):
     assert_within_bounds(case, device)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a device computes in it")
+def test_the_interpreter_refuses_it():
+    found = [backend.supports(registry.Call("cpu", torch.bfloat16, needs_grad=False))
+             for operation in registry.operations() for backend in operation.backends if backend.name == "triton"]
+    assert len(found) > 10
+    assert set(found) == {(False, "Triton's interpreter cannot compute in bfloat16; use float32")}
