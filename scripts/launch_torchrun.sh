@@ -4,7 +4,9 @@
 #   NODES=2 NODE=0 MASTER_ADDR=first-host scripts/launch_torchrun.sh ...   (and NODE=1 on the other)
 # PROCESSES a machine: its GPUs by default.
 set -euo pipefail
+# shellcheck source=scripts/master_port.sh
+. "$(dirname "${BASH_SOURCE[0]}")/master_port.sh"
 python=${PYTHON:-python}
 processes=${PROCESSES:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 exec "$python" -m torch.distributed.run --nnodes "${NODES:-1}" --node-rank "${NODE:-0}" --nproc-per-node "$processes" \
-  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" -m hybridlm.cli train "$@"
+  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" -m hybridlm.cli train "$@"

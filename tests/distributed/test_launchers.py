@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
 
 
+LAUNCHERS = ["torchrun", "accelerate", "deepspeed"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(launcher, tmp_path):
     text = tmp_path / "text.py"
     text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
@@ -31,6 +35,17 @@ def test_two_processes(launcher, tmp_path):
     session, = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
     assert session["processes"] == 2
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_port_in_use(launcher):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = subprocess.run([ROOT / "scripts" / f"launch_{launcher}.sh", "engine=zero3"], capture_output=True,
+                              text=True, env={**os.environ, "PYTHON": sys.executable, "MASTER_PORT": str(port)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (f"error: MASTER_PORT: another program listens on port {port} of this machine; set "
+                           "MASTER_PORT to a free one\n")
 
 
 @pytest.mark.parametrize(("hosts", "says"), [
