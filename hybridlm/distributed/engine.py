@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +20,7 @@ from hybridlm.config.schema import ZERO, EngineConfig
 from hybridlm.distributed.agreement import meeting
 from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
 from hybridlm.distributed.ranks import Ranks
+from hybridlm.distributed.replicas import Replicas
 from hybridlm.distributed.sequence_parallel import SequencePeers
 from hybridlm.distributed.watchdog import Watchdog
 from hybridlm.distributed.world import World
@@ -113,7 +113,7 @@ class Engine(Ranks):
     settings: dict[str, Any] | None = None  # what another program's engine is told
 
     def __init__(self, config: EngineConfig, precision: str = "auto"):
-        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+        from accelerate import Accelerator, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
 
         self.config = config
@@ -122,12 +122,8 @@ class Engine(Ranks):
         self.device = pick_device(config, world.local_rank)
         self.precision = pick_precision(precision, self.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # a process may run several engines in turn
-        handlers: list[Any] = []
-        if world.launched:
-            # Buffers are the routers' loads and biases: summed over ranks (`_over_ranks`), not copied from the first.
-            handlers = [DistributedDataParallelKwargs(broadcast_buffers=False),
-                        InitProcessGroupKwargs(backend="gloo" if self.device.type == "cpu" else "nccl",
-                                               timeout=timedelta(seconds=config.timeout))]
+        handlers = [InitProcessGroupKwargs(backend="gloo" if self.device.type == "cpu" else "nccl",
+                                           timeout=timedelta(seconds=config.timeout))] if world.launched else []
         with meeting(world, config.timeout):
             self.accelerator = Accelerator(kwargs_handlers=handlers, **self._accelerator_options(config))
         if self.accelerator.num_processes != self.world_size:
@@ -173,17 +169,12 @@ class Engine(Ranks):
             CheckpointError: state that does not fit the optimizers.
         """
         self._take(model)
-        if self.accelerator.ddp_handler is not None:
-            # An indexer whose layer attends densely gets no gradient. And without this DDP lays its buckets out anew
-            # after the first step of each session: ranks would then sum in another order, and a resumed run differ.
-            self.accelerator.ddp_handler.find_unused_parameters = True
-        split = [] if self.experts is None else list(expert_parameters(model))
         # Split experts are summed by `average_gradients`, over the ranks that hold the same ones.
-        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, split)
-        idle = split and not any(p.requires_grad for name, p in model.named_parameters() if name not in split)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-            self.model = self.accelerator.prepare_model(model, evaluation_mode=bool(idle))  # DDP refuses to do nothing
+        split = [] if self.experts is None else list(expert_parameters(model))
+        shared = any(p.requires_grad for name, p in model.named_parameters() if name not in split)
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)  # autocast, but no sums over ranks
+        if self.world_size > 1 and shared:
+            self.model = Replicas(self.model, self.device, split)
         if optimizers is not None:
             optimizers.members = [self.accelerator.prepare_optimizer(member) for member in optimizers.members]
             optimizers.load_state_tensors(state or {}, strict=strict)
@@ -293,6 +284,8 @@ class Engine(Ranks):
         """Around the forward and backward of a part; gradients are summed over ranks in the last one."""
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
             yield
+        if last and isinstance(self.model, Replicas):
+            self.model.check()
         if last and self.experts is not None:
             self.experts.average_gradients(self.bare)
 

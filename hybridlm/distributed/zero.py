@@ -92,8 +92,11 @@ class ZeroEngine(Engine):
         from accelerate import DistributedType
 
         kind = self.accelerator.distributed_type
-        if kind != DistributedType.DEEPSPEED:  # Accelerate may turn its plugin off without a word
-            raise RuntimeError(f"Accelerate runs {kind}, not DeepSpeed")
+        if kind != DistributedType.DEEPSPEED:  # Accelerate turns its plugin off without a word
+            error = ConfigError("engine.kind", "Accelerate was told to run without DeepSpeed", got=kind.value,
+                                hint="unset ACCELERATE_USE_CPU, and give accelerate launch no --cpu")
+            error.shared = True
+            raise error
         self.zero: Any = None  # DeepSpeed's engine
         self.fragments: dict[str, Fragment] = {}  # of the trained parameters
 

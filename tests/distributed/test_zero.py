@@ -67,21 +67,35 @@ def assert_same(found, wanted, rel=1e-5):
     assert found[-1]["validation_loss"] == pytest.approx(wanted[-1]["validation_loss"], rel=rel)
 
 
+def samples(folder):
+    """By step, those that all ranks computed together."""
+    seen = {}
+    for file in folder.glob("samples-*.jsonl"):
+        for row in map(json.loads, file.read_text().splitlines()):
+            seen[row["step"]] = sorted([*seen.get(row["step"], []), *row["samples"]])
+    return seen
+
+
 @pytest.mark.slow
 def test_sessions_of_other_engines_and_ranks(words):
-    """ZeRO-2 on four ranks, ZeRO-3 on two with all on the host, one process; and a recipe of two stages.
+    """ZeRO-2 on four ranks, ZeRO-3 on two with all on the host, ddp on two, one process; and a recipe of two stages.
 
     Each token meets every expert here: where it chooses, one near a tie may choose otherwise on other sums.
     """
-    root, every = words.root, ["model.feed_forward.num_experts_per_tok=8", *ACCUMULATED]
+    root = words.root
+    every = ["model.feed_forward.num_experts_per_tok=8", "training.record_samples=true", *ACCUMULATED]
     assert main(["train", *words("whole", "kimi", *every, steps=12)]) == 0
     assert main(["train", *words("stages", "deepseek", *TWO_STAGES)]) == 0
     train_on(4, root, words("part", "kimi", *every, "engine=zero2", steps=4))
     on_host = ["engine.offload_optimizer=true", "engine.offload_parameters=true"]
     train_on(2, root, words("part", "kimi", *every, *ZERO3, *on_host, steps=8),
+             words("part", "kimi", *every, "engine=ddp", steps=10),
              words("stages-zero3", "deepseek", *TWO_STAGES, *ZERO3))
     assert main(["train", *words("part", "kimi", *every, steps=12)]) == 0
     assert_same(root / "part", root / "whole")
+    assert samples(root / "part") == samples(root / "whole") == {
+        step + 1: list(range(4 * step, 4 * step + 4)) for step in range(12)}
+    assert len([*(root / "part").glob("samples-*.jsonl")]) == 4
     assert_same(root / "stages-zero3", root / "stages")
     told = json.loads((root / "stages-zero3" / "deepspeed.json").read_text())
     assert told["zero_optimization"]["stage"] == 3
@@ -90,7 +104,8 @@ def test_sessions_of_other_engines_and_ranks(words):
 
 @pytest.mark.slow
 def test_engines_on_two_ranks(tmp_path):
-    """NaN on one rank, types, starved experts and Muon; then one rank hangs, and each says where it is."""
+    """NaN on one rank, gradients of each loss, types, starved experts and Muon; then one rank hangs, and each says
+    where it is."""
     codes, errors = start(2, zero_checks.__file__, folder=tmp_path)
     assert all("checked" in error for error in errors), "\n".join(errors)
     assert codes == [1, 1]

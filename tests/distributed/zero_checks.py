@@ -12,14 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hybridlm.config.schema import Config, EngineConfig, OptimizerConfig
+from hybridlm.data.packing import Batch
 from hybridlm.distributed.engine import Contribution, make_engine
 from hybridlm.distributed.memory import rank_memory
 from hybridlm.distributed.partition import Fragment
 from hybridlm.distributed.zero_optimizer import FlatOptimizer
+from hybridlm.errors import ConfigError
 from hybridlm.model.feed_forward import FeedForward
-from hybridlm.model.mixers import SequenceMixer
+from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, SequenceMixer
+from hybridlm.model.mixers.indexer import IndexerConfig
 from hybridlm.model.model import build_model
+from hybridlm.training.objective import language_model, whole_batch
 from hybridlm.training.optimizer import Muon, build_optimizer
+from hybridlm.training.sparse import freeze_idle_indexers, set_attention
+from hybridlm.training.stages import Stage
+from hybridlm_kernels.packing import CuSeqlens
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import tiny_run
@@ -55,6 +62,73 @@ def step(engine, number=0, factor=1.0):
 
 def weights(engine):
     return {name: tensor.detach().clone() for name, tensor in engine.local_weights()}
+
+
+SPARSE = {"linear": DeltaRuleConfig(num_heads=2, head_dim=16),
+          "full": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16,
+                                  indexer=IndexerConfig(num_heads=2, head_dim=16, topk=4))}
+ALONE = [{"lm": 0.0, "mtp": 0.0, "indexer_kl": 0.0, "balance": 1.0},
+         {"lm": 0.0, "mtp": 0.0, "indexer_kl": 1.0, "balance": 0.0}]
+
+
+def row(index):
+    """A row of two documents; the rows differ in borders and in how many targets count."""
+    generator = torch.Generator().manual_seed(index)
+    ids_1T, targets_1Td = (torch.randint(257, shape, generator=generator) for shape in ((1, 16), (1, 16, 2)))
+    targets_1Td[:, 15 - 3 * index:] = -100
+    return Batch(ids_1T, targets_1Td, CuSeqlens([0, 5 + index, 16]), 1, 1, ())
+
+
+def joined(rows):
+    borders = [16 * n + b for n, one in enumerate(rows) for b in one.cu_seqlens.host[:-1]] + [16 * len(rows)]
+    ids_BT, targets_BTd = (torch.cat([getattr(one, key) for one in rows]) for key in ("input_ids", "targets"))
+    return Batch(ids_BT, targets_BTd, CuSeqlens(borders), 1, 1, ())
+
+
+def with_losses(model, weights):
+    set_attention(model, Stage(0, "", 1, 0, 16, 4, 0.0, ("*",), loss_weights=weights))
+    freeze_idle_indexers(model)
+    return model
+
+
+def check_gradients_of_one_loss(kind, weights):
+    """Two ranks with two micro batches each, against the four rows at once: balance loss or indexer's loss alone."""
+    config, rows = tiny_run.model(mixers=SPARSE), [row(index) for index in range(4)]
+    dtype = torch.float64 if kind == "ddp" else torch.float32
+    alone = with_losses(build_model(config), weights).to(dtype).train()
+    batch = joined(rows)
+    language_model(whole_batch([batch]))(alone, batch).loss.backward()
+    wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    engine = make_engine(EngineConfig(kind=kind, persistence_threshold=0, timeout=120.0), "fp32")
+    model = with_losses(build_model(config, device=engine.device, divide=engine.divide), weights)
+    model = model.to(dtype) if kind == "ddp" else model
+    engine.prepare(model, build_optimizer(model, OptimizerConfig()))
+    mine = rows[2 * engine.rank:2 * engine.rank + 2]
+    values = engine.gradients(language_model(whole_batch(mine, engine.total)), mine)
+    if kind == "ddp":
+        for name, p in model.named_parameters():
+            if name in wanted:
+                torch.testing.assert_close(p.grad, wanted[name], rtol=1e-6, atol=1e-9, msg=name)
+    norm = torch.nn.utils.get_total_norm(wanted.values())
+    assert norm > 1e-4
+    assert engine.update(values, lr=0.0, clip=0.0).grad_norm == pytest.approx(float(norm), rel=1e-5), (kind, weights)
+    engine.release()
+
+
+def check_buckets_of_ddp():
+    """As they are before the first step, so they stay; no graph is searched for what has no gradient."""
+    engine, model, optimizers = ready("ddp")
+    engine.prepare(model, optimizers)
+    reducer, trained = engine.model.reducer, [*model.parameters()]
+    assert not engine.model.find_unused_parameters
+    for number in range(2):
+        order = [p for bucket in reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()]
+        assert [id(p) for p in order] == [id(p) for p in reversed(trained)]
+        assert step(engine, number).applied
+    assert not reducer._rebuild_buckets()
+    with pytest.raises(RuntimeError, match=r"'layers\.0\.mixer\.norm\.weight' trains but got no gradient"):
+        engine.gradients(lambda model, part: Contribution(model.module.embed.weight.sum()), [Part(0)])
+    engine.release()
 
 
 class Allocated(TorchDispatchMode):
@@ -156,6 +230,14 @@ def check_bf16():
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
+def check_deepspeed_is_on():
+    """Told to use a CPU, Accelerate would leave DeepSpeed out and say nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        with pytest.raises(ConfigError, match="told to run without DeepSpeed; got 'MULTI_CPU'"):
+            ready("zero1")
+
+
 def check_starved_experts():
     """Each rank leaves other experts idle, for 50 steps."""
     engine, model, optimizers = ready("zero3")
@@ -212,9 +294,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for kind in ("zero1", "zero2", "zero3"):
         check_nan_on_one_rank(kind)
+    check_buckets_of_ddp()
+    for kind in ("ddp", "zero1", "zero2", "zero3"):
+        for weights in ALONE:
+            check_gradients_of_one_loss(kind, weights)
     check_build()
     check_dtypes("zero2")
     check_bf16()
+    check_deepspeed_is_on()
     check_starved_experts()
     check_muon()
     print("checked", file=sys.stderr, flush=True)

@@ -1,8 +1,11 @@
 import pytest
 import tiny_run
+import torch
 
+from hybridlm import load_config
 from hybridlm.errors import ConfigError
 from hybridlm.model.model import build_model
+from hybridlm.training.sparse import freeze_idle_indexers, set_attention
 from hybridlm.training.stages import Progress, plan, set_trainable
 
 
@@ -43,3 +46,30 @@ def test_progress_counts_samples_over_stages(tmp_path):
     progress.advance(b)
     assert (progress.step, progress.samples, progress.tokens, progress.step_in_stage) == (2, 6, 6 * 32, 1)
     assert Progress(**progress.to_dict()) == progress
+
+
+SPARSE = ["kda_dsa_tiny", "deepseek_v32_tiny"]
+
+
+@pytest.mark.parametrize("system", ["kimi_linear_tiny", "qwen3_next_tiny", "minimax_01_tiny", "hybrid_tiny", *SPARSE])
+def test_all_that_trains_gets_a_gradient(system):
+    """What sums over ranks rely on: in each stage of every kind of recipe, also of a batch without a target."""
+    words = [f"model={system}", "model.hidden_size=32", "model.num_layers=2", "model.vocab_size=257",
+             "data.tokenizer=bytes", *["model.schedule.ratio=1"] * (system != "deepseek_v32_tiny")]
+    recipes = [[], ["recipe.stages.0.loss_weights={mtp: 0, balance: 0}"]]
+    if system in SPARSE:
+        recipes += [["recipe=dsa_scratch"], ["recipe=dsa_scratch", "recipe.stages.0.trainable=['*.indexer.*']",
+                                             "recipe.stages.1.loss_weights={indexer_kl: 0}"]]
+    for recipe in recipes:
+        config = load_config("train", [*words, *recipe])
+        model = build_model(config).train()
+        ids_BT = torch.arange(48).view(2, 24)
+        for stage in plan(config):
+            set_trainable(model, stage)
+            set_attention(model, stage)
+            freeze_idle_indexers(model)
+            for target in (7, -100):
+                targets_BTd = torch.full((2, 24, 1 + config.model.mtp.depth), target)
+                model(ids_BT, targets=targets_BTd, cu_seqlens=[0, 5, 24, 48]).loss.backward()
+                assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+                model.zero_grad(set_to_none=True)
