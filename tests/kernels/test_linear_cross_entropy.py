@@ -74,6 +74,15 @@ def test_nothing_as_large_as_the_logits_exists():
         assert 0 < largest.numel <= 64 * 512
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_another_number_ignores(backend):
+    x, weight, labels = case()
+    options = {"z_loss": 1e-2, "soft_cap": 2.0, "backend": backend}
+    expected = linear_cross_entropy(x, weight, labels.masked_fill(labels == 3, -100), **options)
+    got = linear_cross_entropy(x, weight, labels.masked_fill(labels == -100, 3), ignore_index=3, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_ignored_tokens_change_nothing():
     x, weight, labels = case()
     other = x.detach().clone()

@@ -174,9 +174,9 @@ def test_offsets_beyond_32_bits():
     assert (first * 96 + 95) * 128 > 2**31
 
 
-def test_what_it_refuses():
-    q = torch.zeros(1, 20, 1, 300)
+def test_what_it_refuses(device):
+    q = torch.zeros(1, 20, 1, 300, device=device)
     with pytest.raises(RuntimeError, match="head dims up to 256; got 300"):
         decay_attention(q, q, q, backend="triton")
     with pytest.raises(RuntimeError, match="overflow float16"):
-        decay_attention(*[torch.zeros(1, 20, 1, 16, dtype=torch.float16)] * 3, backend="triton")
+        decay_attention(*[torch.zeros(1, 20, 1, 16, dtype=torch.float16, device=device)] * 3, backend="triton")

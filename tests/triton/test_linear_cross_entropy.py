@@ -40,6 +40,16 @@ def test_equals_reference(tokens, vocabulary, options, device):
         assert error(value, expected) <= 1e-5
 
 
+def test_another_number_ignores_with_every_option(device):
+    x, weight, labels = case(33, 57, ignored=slice(0))
+    labels[::5] = 3
+    options = {"z_loss": 1e-2, "soft_cap": 2.0, "ignore_index": 3}
+    got = results("triton", (x, weight), labels, device, torch.float32, options)
+    labels = labels.masked_fill(labels == 3, -100)
+    expected = results("reference", (x, weight), labels, device, torch.float64, {"z_loss": 1e-2, "soft_cap": 2.0})
+    assert all(error(a, b) <= 1e-5 for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_ignored_tokens_leave_exact_zeros(options, device):
     x, weight, labels = case(7, 33, ignored=slice(None))

@@ -67,6 +67,6 @@ def test_token_by_token_equals_the_whole(device):
     assert torch.equal(state, last)
 
 
-def test_what_it_refuses():
+def test_what_it_refuses(device):
     with pytest.raises(RuntimeError, match="2 to 8 taps; got 9"):
-        short_conv(torch.zeros(1, 4, 2), torch.zeros(2, 9), backend="triton")
+        short_conv(torch.zeros(1, 4, 2, device=device), torch.zeros(2, 9, device=device), backend="triton")
