@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from hybridlm_kernels.optional import version_numbers
+from hybridlm_kernels.triton_support import untuned
 
 # What pyproject.toml allows: (minimum, upper bound or None, what needs it).
 REQUIRED = {"torch": ("2.11", None), "transformers": ("5.17", "6"), "datasets": ("4.0", None),
@@ -51,6 +52,7 @@ def device() -> dict[str, Any]:
     return {"type": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
 
 
+@untuned()
 def run_doctor(as_json: bool = False) -> int:
     """Check versions, device and every kernel backend; print the findings. Returns the exit code: 0 all well, 1 not."""
     from hybridlm_kernels import doctor as kernels

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .triton_support import untuned
 
 # RMS(difference) / RMS(reference) a backend may have against the fp64 reference, outputs and gradients.
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (0.01, 0.02)}
@@ -260,6 +261,7 @@ def run(device: str | None = None) -> Iterator[Result]:
         torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
 
 
+@untuned()
 def main() -> int:
     """Print what each operation uses, one line a check and a verdict; exit code 0 when all passed."""
     for choice in chosen():

@@ -9,8 +9,9 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,6 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 INSTALLED = importlib.util.find_spec("triton") is not None
 # Kernels run as numpy on the CPU. Triton reads the variable when a kernel is decorated: set it before Python starts.
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
-# Kernels as their first configuration has them: built once each, for checks that have no time for tuning.
-UNTUNED = os.environ.get("HYBRIDLM_TUNE", "1") == "0"
 OLDEST_TRITON = "3.6"
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 products and asynchronous copies
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -80,6 +79,19 @@ def _problem_of_version() -> str:
         f"needs triton {OLDEST_TRITON} or newer; this is {version} ({fix})")
 
 
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Kernels first used within it keep their first configuration, unless HYBRIDLM_TUNE says else: for checks, whose
+    sizes nothing else has."""
+    before = os.environ.get("HYBRIDLM_TUNE")
+    os.environ.setdefault("HYBRIDLM_TUNE", "0")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYBRIDLM_TUNE"]
+
+
 def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
     """Decorator above `@triton.jit`: the fastest of `configs` for each value of the arguments in `key`.
 
@@ -90,7 +102,7 @@ def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
     """
     import triton
 
-    if INTERPRETED or UNTUNED:
+    if INTERPRETED or os.environ.get("HYBRIDLM_TUNE") == "0":
         return triton.autotune(list(configs[:1]), list(key))
 
     def decorate(kernel: Any) -> Any:

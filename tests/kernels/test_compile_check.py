@@ -77,15 +77,22 @@ def test_the_tuner_builds_each_configuration_and_prunes(spilled, kept, monkeypat
     assert tuner.cache_results  # on disk
 
 
-def test_nothing_is_tuned_where_that_is_switched_off(monkeypatch):
+@pytest.mark.parametrize("said", [None, "1"])
+def test_checks_tune_nothing_unless_told_to(said, monkeypatch):
     import triton
 
     @triton.jit
     def kernel(x_ptr, N, BLOCK: triton.language.constexpr):
         pass
 
-    monkeypatch.setattr(triton_support, "UNTUNED", True)
+    monkeypatch.delenv("HYBRIDLM_TUNE", raising=False)
+    if said:
+        monkeypatch.setenv("HYBRIDLM_TUNE", said)
     configs = [triton.Config({"BLOCK": block}) for block in (16, 32)]
+    with triton_support.untuned():
+        assert tuned(configs, ["N"])(kernel).configs == configs[:2 if said else 1]
+    assert tuned(configs, ["N"])(kernel).configs == configs
+    monkeypatch.setenv("HYBRIDLM_TUNE", "0")
     assert tuned(configs, ["N"])(kernel).configs == configs[:1]
 
 
