@@ -124,18 +124,21 @@ def processes_to_start(config: Config) -> int:
             raise ConfigError("engine.num_processes", "single runs one process", got=config.engine.num_processes,
                               expected="1", hint="add engine=ddp")
         return 1
-    asked = config.engine.num_processes
-    size = _gpus(config.engine.device) if asked is None else asked
+    gpus, asked = _gpus(config.engine.device), config.engine.num_processes
+    size = max(1, gpus) if asked is None else asked
     if size < 1:
         raise ConfigError("engine.num_processes", "must be at least 1", got=size)
+    if 0 < gpus < size:
+        raise ConfigError("engine.num_processes", "more processes than GPUs on this machine", got=size,
+                          expected=f"at most {gpus}", hint="engine.device=cpu leaves the GPUs alone")
     check_world(config, size)
     return size
 
 
 def _gpus(device: str) -> int:
-    """GPUs of this machine, 1 without any."""
+    """GPUs of this machine that processes of `device` take."""
     if device == "cpu":
-        return 1
+        return 0
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()

@@ -83,6 +83,7 @@ def test_two_ranks_stopped_and_resumed_on_one_lose_nothing(data, quiet, tmp_path
     os.kill(children[-1], signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
+    assert out.index("memory of each process, an estimate: ") < out.index("model kimi_linear_tiny: ")
     assert "SIGTERM: stopped after step" in out
     assert "Go on with: hybridlm train" in out
     stopped = records(folder)[-1]["step"]
@@ -154,6 +155,13 @@ def test_refused_before_anything_starts(words, message, tmp_path, capsys):
     assert message in error
     assert "\n" not in error
     assert not folder.exists()
+
+
+def test_more_processes_than_gpus_are_refused_before_they_start(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert main(["train", *KIMI, *ranks(4), f"run_dir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err == ("error: engine.num_processes: more processes than GPUs on this machine; got 4; "
+                                       "expected at most 2; engine.device=cpu leaves the GPUs alone\n")
 
 
 def test_a_mistake_that_all_ranks_meet_is_said_once(tmp_path):
