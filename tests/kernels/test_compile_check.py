@@ -1,11 +1,12 @@
 """What tuning times and what it leaves out, by the compiler's report: on the device at hand and in the check."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
 
-from hybridlm_kernels import triton_support
+from hybridlm_kernels import compile_check, triton_support
 from hybridlm_kernels.compile_check import Compiled, configurations, judged, specimens
 from hybridlm_kernels.registry import Call
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, tuned, worth_timing
@@ -120,6 +121,22 @@ def test_an_old_triton_is_refused_with_the_fix(version, problem, monkeypatch):
     backend = triton_support.backend("no.module", "function")
     assert backend.supports(Call("cuda", torch.float32, needs_grad=False)) == (not problem, problem)
     triton_support._problem_of_version.cache_clear()
+
+
+@pytest.mark.parametrize(("shared", "columns", "problem"), [
+    (361760, 864, "needs 361760 bytes of shared memory"), (1024, 864, "needs 864 columns of tensor memory, 512 are"),
+    (1024, 512, ""), (1024, None, "")])
+def test_what_is_built_beyond_the_device_is_found(shared, columns, problem, monkeypatch):
+    """A compiler that is asked for too much writes a program that does nothing but trap, and says nothing."""
+    import triton
+
+    built = types.SimpleNamespace(asm={"cubin": b""}, metadata=types.SimpleNamespace(shared=shared, tmem_size=columns))
+    monkeypatch.setattr(triton, "compile", lambda *args, **options: built)
+    monkeypatch.setattr(compile_check, "_usage", lambda cubin: (64, 0))
+    operation, specimen = next(specimens())
+    found = compile_check.compile_for(operation, configurations(specimen)[0], "sm_100").problem
+    assert found.startswith(problem)
+    assert bool(found) == bool(problem)
 
 
 def row(configuration, spilled, problem="", label="scan D=128", head_dim=128, target="sm_90"):
