@@ -37,12 +37,13 @@ LENGTH, MICRO_BATCHES = 64, 2
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 
 
-def layouts(ranks: int, engines: list[str]) -> Iterator[EngineConfig]:
+def layouts(ranks: int, engines: list[str], dtype: str) -> Iterator[EngineConfig]:
     """Every engine alone, with experts and with rows over all ranks, and with both over half of them."""
     for kind in engines:
         for experts, pieces in dict.fromkeys(((1, 1), (ranks, 1), (1, ranks), (ranks // 2, ranks // 2))):
             yield EngineConfig(kind=kind, expert_parallel=experts,  # type: ignore[arg-type]
-                               sequence_parallel=pieces, persistence_threshold=0)
+                               sequence_parallel=pieces, persistence_threshold=0,
+                               communication_dtype="fp32" if kind == "ddp" else dtype)  # type: ignore[arg-type]
 
 
 def batch(config: Config, engine: Any) -> list[Batch]:
@@ -56,9 +57,9 @@ def batch(config: Config, engine: Any) -> list[Batch]:
     return made
 
 
-def step(config: Config) -> tuple[Any, CountCollectives]:
+def step(config: Config, dtype: str) -> tuple[Any, CountCollectives]:
     """The engine, and what this rank handed to collective operations in its second step."""
-    engine = make_engine(config.engine, "fp32")
+    engine = make_engine(config.engine, dtype)
     model = build_model(config, device=engine.device, split=engine.split, divide=engine.divide).train()
     optimizers = build_optimizer(model, config.optimizer)
     engine.prepare(model, optimizers, fp32_names(model))
@@ -71,22 +72,24 @@ def step(config: Config) -> tuple[Any, CountCollectives]:
     return engine, counted
 
 
-def compare(name: str, layout: EngineConfig) -> list[dict[str, Any]]:
+def compare(name: str, layout: EngineConfig, dtype: str) -> list[dict[str, Any]]:
     """A row for each kind of collective operation and size of its group; the mean over ranks."""
     config = load_config("train", [f"model={name}", "data.tokenizer=bytes"])
     config.engine = layout
-    engine, counted = step(config)
+    engine, counted = step(config, dtype)
     found: Counter[tuple[str, int]] = Counter()
     for payload in engine.gather(counted.payload):
         found.update(payload)
     wanted: Counter[tuple[str, int]] = Counter()
+    size = {"fp32": 4, "bf16": 2}
     plan = Layout(ranks=engine.world_size, engine=layout.kind,  # type: ignore[arg-type]
                   expert_parallel=layout.expert_parallel, sequence_parallel=layout.sequence_parallel, length=LENGTH,
-                  micro_batches=MICRO_BATCHES, element_bytes=4)
+                  micro_batches=MICRO_BATCHES, element_bytes=size[dtype],
+                  matrix_bytes=size[layout.communication_dtype])
     for one in traffic(config.model, plan):
         wanted[one.kind, one.ranks] += one.payload  # type: ignore[assignment]
     about = {"model": name, "engine": layout.kind, "expert_parallel": layout.expert_parallel,
-             "sequence_parallel": layout.sequence_parallel}
+             "sequence_parallel": layout.sequence_parallel, "dtype": dtype}
     return [about | {"operation": kind, "ranks": ranks, "measured": found[kind, ranks] / engine.world_size,
                      "formula": wanted[kind, ranks], "formula_a_layer": wanted[kind, ranks] / config.model.num_layers}
             for kind, ranks in sorted(found | wanted) if ranks > 1]
@@ -110,12 +113,15 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", default=["qwen3_next_tiny"], help="presets, small ones")
     parser.add_argument("--engine", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"),
+                        help="bf16: autocast, and what travels under zero* (engine.communication_dtype)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if "RANK" not in os.environ:
         return start_ranks(args.ranks)
     torch.set_num_threads(1)
-    rows = [row for name in args.model for layout in layouts(args.ranks, args.engine) for row in compare(name, layout)]
+    rows = [row for name in args.model for layout in layouts(args.ranks, args.engine, args.dtype)
+            for row in compare(name, layout, args.dtype)]
     if dist.get_rank() == 0:
         if args.json:
             print(json.dumps(rows))

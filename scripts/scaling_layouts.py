@@ -20,7 +20,7 @@ from itertools import groupby
 
 from hybridlm import load_config
 from hybridlm.config.schema import Config, EngineConfig
-from hybridlm.distributed.cost import Layout, traffic
+from hybridlm.distributed.cost import Layout, matrix_params, traffic
 from hybridlm.distributed.memory import rank_memory
 from hybridlm.model.cost import training_flops
 from hybridlm.model.feed_forward import MoEConfig
@@ -49,8 +49,9 @@ class Plan:
         return self.compute_s + self.network_s
 
 
-def plans(config: Config, gpus: int, args: argparse.Namespace) -> Iterator[Plan]:
-    """Every layout of one system, one row of `--length` tokens a micro batch, with activation checkpointing."""
+def plans(config: Config, matrices: int, gpus: int, args: argparse.Namespace) -> Iterator[Plan]:
+    """Every layout of one system, whose `matrix_params` are `matrices`: one row of `--length` tokens a micro batch, with
+    activation checkpointing."""
     moe, micro = config.model.feed_forward, args.batch // gpus
     assert isinstance(moe, MoEConfig)
     # A forward more for what checkpointing computes again.
@@ -60,14 +61,15 @@ def plans(config: Config, gpus: int, args: argparse.Namespace) -> Iterator[Plan]
     for kind in ("zero1", "zero2", "zero3"):
         for experts in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if moe.num_experts % n == 0 and gpus % n == 0):
             layout = Layout(ranks=gpus, engine=kind, expert_parallel=experts,  # type: ignore[arg-type]
-                            length=args.length, micro_batches=micro, activation_checkpointing=True)
-            sent = traffic(config.model, layout)
+                            length=args.length, micro_batches=micro, activation_checkpointing=True,
+                            matrix_bytes={"fp32": 4, "bf16": 2}[args.communication_dtype])
+            sent = traffic(config.model, layout, matrices)
             # Ranks that exchange rows are consecutive; those that hold the same experts are `experts` apart.
             fast = sum(one.sent for one in sent if one.ranks <= NODE and one.part == "expert rows")
             slow = sum(one.sent for one in sent) - fast
             for offload in (False, True):
                 engine = EngineConfig(kind=kind, expert_parallel=experts,  # type: ignore[arg-type]
-                                      offload_optimizer=offload)
+                                      offload_optimizer=offload, communication_dtype=args.communication_dtype)
                 memory = rank_memory(replace(config, engine=engine, training=training), gpus).parts()
                 yield Plan(system=config.model.name, gpus=gpus, engine=kind, expert_parallel=experts,
                            offload_optimizer=offload, micro_batches=micro, memory_gib=memory["total"] / GIB,
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs="+", type=int, default=[80, 141], help="GiB of the GPUs to choose from")
     parser.add_argument("--length", type=int, default=4096, help="tokens a row")
     parser.add_argument("--batch", type=int, default=2048, help="rows a step")
+    parser.add_argument("--communication-dtype", default="bf16", choices=("fp32", "bf16"), help="the engine's option")
     parser.add_argument("--tflops", type=float, default=989, help="peak of a GPU in bf16")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that the FLOPs are computed at")
     parser.add_argument("--fast", type=float, default=300, help="GB/s that a GPU sends within a node")
@@ -116,8 +119,9 @@ def main() -> None:
     rows: list[tuple[str, int, int, Plan | None]] = []
     for system in args.system:
         config = load_config("train", [f"model={system}", "data.tokenizer=bytes"])
+        matrices = matrix_params(config.model)
         for gpus in args.gpus:
-            found = list(plans(config, gpus, args))
+            found = list(plans(config, matrices, gpus, args))
             rows += [(system, gpus, size, best(found, size)) for size in args.memory]
     if args.json:
         print(json.dumps([{"system": system, "gpus": gpus, "gpu_gib": size, "plan": plan and asdict(plan)}

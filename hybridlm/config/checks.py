@@ -28,6 +28,9 @@ def validate(config: Config) -> None:
     require(not (config.engine.offload_optimizer and config.optimizer.kind == "muon"), "engine.offload_optimizer",
             "does not go with optimizer.kind=muon, whose matrices travel between devices",
             expected="optimizer=adamw, or engine.offload_optimizer=false")
+    require(config.engine.communication_dtype == "fp32" or config.training.precision == "bf16",
+            "engine.communication_dtype", "rounds what was computed in more digits", got="bf16",
+            expected="fp32, or training.precision=bf16")
     for index, stage in enumerate(config.recipe.stages):
         _check_stage(config, stage, f"recipe.stages.{index}")
     if config.init_from is not None:

@@ -203,7 +203,8 @@ class EngineConfig:
     after which a rank that waits for another one gives up.
     With ZeRO: `offload_optimizer` keeps its state and step on the host, `offload_parameters` (zero3) the weights too;
     `overlap` communicates gradients beside the backward; `bucket_elements` travel at once; `persistence_threshold`:
-    weights of fewer elements stay whole on every rank (zero3).
+    weights of fewer elements stay whole on every rank (zero3); `communication_dtype` is what gradients travel in, and
+    under zero3 weights, of the matrices that autocast multiplies in bf16: for all else it is fp32.
     """
 
     kind: Literal["single", "ddp", "zero1", "zero2", "zero3"] = "single"
@@ -215,6 +216,7 @@ class EngineConfig:
     overlap: bool = True
     bucket_elements: int = 50_000_000
     persistence_threshold: int = 100_000
+    communication_dtype: Literal["fp32", "bf16"] = "fp32"
     expert_parallel: int = 1  # ranks over which the experts are split
     sequence_parallel: int = 1  # ranks over which every row is split
 
@@ -227,6 +229,8 @@ class EngineConfig:
                 expected=f"engine={'|'.join(ZERO)}")
         require(not self.offload_parameters or self.kind == "zero3", "offload_parameters", "needs divided weights",
                 got=self.kind, expected="engine=zero3")
+        require(self.communication_dtype == "fp32" or self.kind in ZERO, "communication_dtype", "needs ZeRO",
+                got=self.kind, expected=f"engine={'|'.join(ZERO)}")
 
 
 @dataclass(kw_only=True)

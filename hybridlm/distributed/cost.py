@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from math import comb
 from typing import Literal
 
+import torch
+
 from hybridlm.distributed.counting import wire_bytes
 from hybridlm.distributed.memory import LIVE_ELEMENTS
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
 from hybridlm.model.feed_forward import MoEConfig
+from hybridlm.model.model import HybridLM
 
 EngineKind = Literal["ddp", "zero1", "zero2", "zero3"]
 FP32, INT32, INT64 = 4, 4, 8
@@ -27,7 +30,9 @@ FP32, INT32, INT64 = 4, 4, 8
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How a step is spread: each of `ranks` processes computes `micro_batches` times, each time its pieces of `rows`
-    rows, which are `length` tokens long as a whole. `element_bytes`: of an activation, 2 under bf16.
+    rows, which are `length` tokens long as a whole. `element_bytes`: of an activation, 2 under bf16. `matrix_bytes`: of
+    an element of the matrices that autocast multiplies, as their gradients travel (and under zero3 they themselves): 2
+    with `engine.communication_dtype=bf16`.
     """
 
     ranks: int
@@ -38,6 +43,7 @@ class Layout:
     length: int
     micro_batches: int = 1
     element_bytes: int = 2
+    matrix_bytes: int = 4
     activation_checkpointing: bool = False
 
     @property
@@ -72,18 +78,23 @@ class Traffic:
         return wire_bytes(self.kind, self.payload, self.ranks)
 
 
-def traffic(config: ModelConfig, layout: Layout) -> list[Traffic]:
+def traffic(config: ModelConfig, layout: Layout, matrices: int | None = None) -> list[Traffic]:
     """Everything that a rank sends in a step but what goes to itself.
+
+    `matrices` is `matrix_params(config)`, for callers with many layouts of one model.
 
     Raises:
         ConfigError: a part that does not fit into its layer.
     """
     count = count_parameters(config)
     split = count.routed if layout.expert_parallel > 1 else 0
-    found = [*_weights_and_gradients("", count.total_with_mtp - split, layout.ranks, layout, len(_blocks(config)))]
+    matrices = matrix_params(config) if matrices is None else matrices
+    found = [*_weights_and_gradients("", count.total_with_mtp - split, matrices - split, layout.ranks, layout,
+                                     len(_blocks(config)))]
     moe = sum(config.feed_forward.is_moe(index) for index, _ in _blocks(config))
     if split:
-        found += _weights_and_gradients("expert ", split / layout.expert_parallel, layout.replicas, layout, moe)
+        held = split / layout.expert_parallel
+        found += _weights_and_gradients("expert ", held, held, layout.replicas, layout, moe)
         found += _expert_rows(config, layout, moe)
     if isinstance(config.feed_forward, MoEConfig):
         loads = moe * INT64 * config.feed_forward.num_experts
@@ -98,23 +109,31 @@ def _blocks(config: ModelConfig) -> list[tuple[int, str]]:
     return [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
 
 
-def _weights_and_gradients(prefix: str, params: float, ranks: int, layout: Layout, layers: int) -> Iterator[Traffic]:
-    """Weights and gradients are fp32 under every engine.
+def matrix_params(config: ModelConfig) -> int:
+    """Elements of the matrices that autocast multiplies."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in HybridLM(config).autocast_parameters().values())
+
+
+def _weights_and_gradients(prefix: str, params: float, matrices: float, ranks: int, layout: Layout,
+                           layers: int) -> Iterator[Traffic]:
+    """Of so many parameters, `matrices` of which travel in `layout.matrix_bytes`.
 
     ZeRO-1 and -2 reduce whole buckets and keep their part (DeepSpeed's `use_multi_rank_bucket_allreduce`), ZeRO-2 after
     every micro batch; ZeRO-3 gathers the weights for a forward and again for its backward, but for the last
     `LIVE_ELEMENTS`.
     """
-    size, passes = FP32 * params, layout.micro_batches
+    whole, passes = FP32 * params, layout.micro_batches
+    size = whole + (layout.matrix_bytes - FP32) * matrices
     gradients, weights = f"{prefix}gradients", f"{prefix}weights"
     if layout.engine == "zero3":
-        again = max(0.0, size - FP32 * LIVE_ELEMENTS)
+        again = size * max(0.0, 1 - LIVE_ELEMENTS / params)
         yield Traffic(weights, "all_gather", ranks, passes * (size + again), layers)
         yield Traffic(gradients, "reduce_scatter", ranks, passes * size, layers)
         return
     yield Traffic(gradients, "all_reduce", ranks, size * (passes if layout.engine == "zero2" else 1), layers)
     if layout.engine != "ddp":
-        yield Traffic(weights, "all_gather", ranks, size, layers)
+        yield Traffic(weights, "all_gather", ranks, whole, layers)
 
 
 def _expert_rows(config: ModelConfig, layout: Layout, layers: int) -> Iterator[Traffic]:

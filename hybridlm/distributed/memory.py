@@ -50,7 +50,8 @@ def rank_memory(config: Config, world: int) -> RankMemory:
     share = 1 - away * count.routed / count.total_with_mtp  # of all parameters, what this rank holds or gathers
     weights, piece = FP32 * count.total_with_mtp * share, FP32 * count.total_with_mtp / world
     copies = one.weights * share - weights  # in bf16
-    bucket = 2 * FP32 * min(engine.bucket_elements, count.total_with_mtp)
+    wire = FP32 if engine.communication_dtype == "fp32" else FP32 + 2  # a bucket of each type
+    bucket = 2 * wire * min(engine.bucket_elements, count.total_with_mtp)
     activations = one.activations + (_received_rows(config, world) if engine.expert_parallel > 1 else 0)
     snapshot = (FP32 * count.total_with_mtp + one.optimizer) / world if config.training.async_checkpoint else 0.0
     if engine.kind not in ZERO:

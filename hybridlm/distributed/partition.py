@@ -66,6 +66,16 @@ def held(weight: Any) -> Tensor:
     return weight.ds_tensor[:max(0, min(weight.ds_tensor.numel(), weight.ds_numel - _start(weight)))]
 
 
+def gathered(weight: Any) -> Tensor:
+    """A copy of a weight of ZeRO-3, whole and as the optimizer left it, whatever it travels in during a step. The ranks
+    that hold it call it together."""
+    group, device = weight.ds_process_group, weight.device
+    piece = weight.ds_tensor.to(device)
+    whole = torch.empty(piece.numel() * dist.get_world_size(group), dtype=piece.dtype, device=device)
+    dist.all_gather_into_tensor(whole, piece, group=group)
+    return whole[:weight.ds_numel].view(weight.ds_shape)
+
+
 def fill(weight: Any, stored: Stored) -> None:
     """Read a weight, or this rank's piece of it."""
     if hasattr(weight, "ds_id"):

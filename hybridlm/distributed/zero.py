@@ -24,7 +24,7 @@ from hybridlm.distributed import zero_experts
 from hybridlm.distributed.engine import Engine, Update, check_fp32, deal
 from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
 from hybridlm.distributed.launch import free_port
-from hybridlm.distributed.partition import Fragment, held, locate
+from hybridlm.distributed.partition import Fragment, gathered, held, locate
 from hybridlm.distributed.world import World
 from hybridlm.distributed.zero_optimizer import FlatOptimizer
 from hybridlm.errors import CheckpointError, ConfigError
@@ -54,9 +54,12 @@ def deepspeed_config(config: EngineConfig) -> dict[str, Any]:
         if config.offload_parameters:
             zero["offload_param"] = {"device": "cpu", "pin_memory": config.device != "cpu"}
     # Sizes of batches have no meaning here, but DeepSpeed asks for them; accumulation goes by explicit boundaries.
-    return {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
+    told = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
             "steps_per_print": NEVER, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": zero}
+    if config.communication_dtype == "bf16":  # of no module's weights but those that `prepare` marks
+        told["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return told
 
 
 class Outer(nn.Module):
@@ -133,6 +136,8 @@ class ZeroEngine(Engine):
         if self.experts is not None:
             zero_experts.mark(model, optimizer, self.config.expert_parallel, divided=self.config.kind == "zero3")
         groups = [[(optimizers.names[id(p)], p) for p in group["params"]] for group in optimizer.param_groups]
+        if self.config.communication_dtype == "bf16":
+            _travel_in_bf16(model)
         model.forward = self._inner(model.forward)  # type: ignore[method-assign]
         self.zero, _ = self.accelerator.prepare(model, optimizer)
         self.model = Outer(self.zero)
@@ -170,12 +175,7 @@ class ZeroEngine(Engine):
         return mine
 
     def _whole_weight(self, name: str, tensor: Tensor) -> Tensor:
-        if not hasattr(tensor, "ds_id"):
-            return super()._whole_weight(name, tensor)
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return super()._whole_weight(name, tensor.detach().clone())
+        return super()._whole_weight(name, gathered(tensor) if hasattr(tensor, "ds_id") else tensor)
 
     def local_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in super().local_weights():
@@ -239,15 +239,19 @@ def _import_quietly() -> None:
     warnings.filterwarnings("ignore", r".*torch.distributed\.\w+. is deprecated", FutureWarning)
 
 
+def _travel_in_bf16(model: nn.Module) -> None:
+    """The weights and gradients that autocast rounds to bf16 in any case; DeepSpeed sorts its buckets by the mark."""
+    from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+
+    for parameter in model.autocast_parameters().values():  # type: ignore[operator]
+        setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
+
+
 def _make_whole(module: nn.Module) -> None:
     """Undo what DeepSpeed has done to the parameters that `module` has itself, and to the module."""
-    import deepspeed
-
     for name, parameter in module.named_parameters(recurse=False):
         if hasattr(parameter, "ds_id"):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                whole = parameter.detach().clone()
-            module._parameters[name] = nn.Parameter(whole, parameter.requires_grad)
+            module._parameters[name] = nn.Parameter(gathered(parameter), parameter.requires_grad)
     module._parameters = dict(module._parameters)
     for name in [name for name in module.__dict__ if name.startswith("ds_") or name in LEFT_BEHIND]:
         del module.__dict__[name]

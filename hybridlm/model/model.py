@@ -19,7 +19,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.feed_forward import FeedForward
-from hybridlm.model.feed_forward.moe import MixtureOfExperts
+from hybridlm.model.feed_forward.moe import Experts, MixtureOfExperts
 from hybridlm.model.init import init_weights
 from hybridlm.model.mixers.base import Aux
 from hybridlm.model.mtp import MTPModule
@@ -147,6 +147,14 @@ class HybridLM(nn.Module):
                 if any(name == s or name.endswith(f".{s}") for s in suffixes):
                     names.add(f"{prefix}.{name}" if prefix else name)
         return names
+
+    def autocast_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, the weights that autocast rounds wherever they are used: those of linear maps and of routed
+        experts, but for `fp32_parameter_names`."""
+        fp32 = self.fp32_parameter_names()
+        found = {f"{prefix}.{name}": p for prefix, module in self.named_modules()
+                 if isinstance(module, (nn.Linear, Experts)) for name, p in module.named_parameters(recurse=False)}
+        return {name: p for name, p in found.items() if not name.endswith(".bias") and name not in fp32}
 
     def router_loads(self) -> dict[str, Tensor]:
         """Tokens each expert got since the last optimizer step, by MoE layer: int64 [E] buffers, to be summed over
