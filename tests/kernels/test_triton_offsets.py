@@ -21,27 +21,13 @@ OF_A_ROW = dict.fromkeys(("T", "S", "Q", "start", "low"), (0, 2**20))
 BLOCKS_OF_A_ROW = (2**14, 65535, 65535)
 
 
-def ttir(configured):
-    """The kernel before it is made for a GPU, functions inlined."""
-    from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler.compiler import make_backend
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    options = backend.parse_options(dict(configured.options))
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    module = configured.source.make_ir(backend.target, options, backend.get_codegen_implementation(options),
-                                       backend.get_module_map(), context)
-    return str(type(backend).make_ttir(module, {}, options, 90))
-
-
 OPERATIONS = sorted(path.parent.name for path in Path(hybridlm_kernels.__file__).parent.glob("*/triton.py"))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_no_address_overflows(operation):
+    from triton_ir import inlined
+
     kernels = [specimen for _, specimen in specimens([operation])]
     assert kernels
     for specimen in kernels:
@@ -50,7 +36,8 @@ def test_no_address_overflows(operation):
         arguments, programs = HEADS | dict.fromkeys(specimen.divisible, (1, 2**20)), PROGRAMS
         if operation == "indexer_kl":
             arguments, programs = arguments | OF_A_ROW, BLOCKS_OF_A_ROW
-        ranges = Ranges(ttir(configurations(specimen)[0]), arguments, programs)
+        configured = configurations(specimen)[0]
+        ranges = Ranges(inlined(configured.source, configured.options), arguments, programs)
         assert ranges.offsets > 0
         assert not ranges.overflows, (specimen.label, ranges.overflows[:3])
 

@@ -71,11 +71,11 @@ def _solve(L, beta_ptr, filled, MERGE: tl.constexpr):
 
 @triton.jit
 def write_strength(beta_ptr, at, inside, beta_scale, SIGMOID: tl.constexpr):
-    if beta_ptr is None:
-        return tl.where(inside, 1.0, 0.0)
-    beta = tl.load(beta_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if SIGMOID:
-        beta = tl.where(inside, beta_scale * sigmoid(beta), 0.0)
+    beta = tl.where(inside, 1.0, 0.0)
+    if beta_ptr is not None:  # and no return before: the compiler does not leave out what comes behind it
+        beta = tl.load(beta_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if SIGMOID:
+            beta = tl.where(inside, beta_scale * sigmoid(beta), 0.0)
     return beta
 
 

@@ -1,0 +1,128 @@
+"""Every launch as a CUDA device would get it, as far as Triton's language goes: the arguments that are there, and what
+their values make of them (None and 1 become constants). The interpreter knows no types, and the compile check builds
+kernels with arguments of its own. Nothing is run; what kernels should have written is zero.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hybridlm_kernels import Gate, decay_attention, delta_rule, doctor, registry, short_conv, triton_chunks
+from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
+LAUNCHED = []  # one list, for kernels are built once and kept
+TRITON = {op.name for op in registry.operations() if "triton" in [backend.name for backend in op.backends]}
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    """A stand-in for a driver; tensors stay on the CPU. Yields the names of the kernels that were launched."""
+    import triton
+    from triton_ir import TARGET, inlined
+
+    LAUNCHED.clear()
+
+    def build(source, target, options):
+        inlined(source, options)
+        return SimpleNamespace(run=lambda *_: LAUNCHED.append(source.fn.__name__), launch_metadata=lambda *_: None,
+                               function=0, packed_metadata=0)
+
+    def first_configuration(tuner, *args, **constants):
+        return tuner.fn.run(*args, **constants, **tuner.configs[0].all_kwargs())
+
+    driver = SimpleNamespace(get_current_target=lambda: TARGET, get_current_device=lambda: "no device",
+                             get_current_stream=lambda device: 0)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver, raising=False)
+    monkeypatch.setattr("triton.compiler.compile", build)
+    monkeypatch.setattr(triton.runtime.autotuner.Autotuner, "run", first_configuration)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, _plain=plain, **options: _plain(*args, **options).zero_())
+    backends = [backend for op in registry.operations() for backend in op.backends if backend.name == "triton"]
+    for backend in backends:
+        object.__setattr__(backend, "devices", ("cpu",))
+    yield LAUNCHED
+    for backend in backends:
+        object.__setattr__(backend, "devices", ("cuda",))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", [case for case in doctor.cases() if case.operation in TRITON],
+                         ids=lambda case: f"{case.operation}, {case.label}")
+def test_the_doctor_s_cases(case, dtype, device):
+    doctor._evaluate(case, "triton", case.inputs(), dtype, "cpu")
+    assert device
+
+
+LINEAR = [(delta_rule, decay) for decay in ("none", "scalar", "channel")] + [
+    (decay_attention, decay) for decay in ("none", "constant", "scalar", "channel")]
+linear = pytest.mark.parametrize(("operation", "decay"), LINEAR)
+
+
+def call(operation, decay, T, *, G=2, gate=None, trained=True, optional=True, **options):
+    """Forward and, if `trained`, backward, in bfloat16; with the tensors that may be left out, or without."""
+    def tensor(*shape):
+        return torch.randn(shape).bfloat16().requires_grad_(trained)
+
+    shape = {"constant": (G,), "scalar": (1, T, G), "channel": (1, T, G, 16)}.get(decay)
+    q, k, v = tensor(1, T, 1, 16), tensor(1, T, 1, 16), tensor(1, T, G, 16)
+    options["g"] = tensor(*shape) if shape else None
+    if optional:
+        options["initial_state"] = tensor(len(options.get("cu_seqlens", (0, T))) - 1, G, 16, 16)
+    if operation is delta_rule and optional:
+        options["beta"] = tensor(1, T, G)
+    if gate:
+        options["gate"] = Gate(gate, None if gate == "logsigmoid" else tensor(G),
+                               tensor(*shape[2:]) if optional else None)
+    o, state = operation(q, k, v, backend="triton", **options)
+    if trained:
+        (o.float().sum() + state.sum()).backward()
+
+
+@linear
+def test_one_token_and_one_head(operation, decay, device):
+    """Numbers of tokens, heads and documents are 1, which makes them constants of the code."""
+    call(operation, decay, 1, G=1, optional=False)
+    assert len(device) > 2
+    call(operation, decay, 1, G=1, optional=False, trained=False)
+    assert device[-1] == "decode_kernel"
+
+
+@pytest.mark.parametrize("gate", ["softplus", "lower_bounded", "logsigmoid"])
+@pytest.mark.parametrize(("operation", "decay"), [x for x in LINEAR if x[1] in ("scalar", "channel")])
+def test_gates(operation, decay, gate, device):
+    call(operation, decay, 20, gate=gate, cu_seqlens=[0, 1, 20])
+    call(operation, decay, 20, gate=gate, optional=False)
+    call(operation, decay, 2, gate=gate, trained=False)
+    assert device
+
+
+@linear
+@pytest.mark.parametrize("filled", [True, False])
+def test_documents_in_pieces_and_in_one_launch(operation, decay, filled, device, monkeypatch):
+    backend = sys.modules[f"hybridlm_kernels.{operation.__name__}.triton"]
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: 2 if filled else 18)
+    monkeypatch.setattr(triton_chunks, "FEWEST_CHUNKS", 1)
+    if operation is delta_rule:
+        monkeypatch.setattr(backend, "FEW_CHUNKS", 0)
+        monkeypatch.setattr(backend, "FEWEST_PIECES", 2)
+    call(operation, decay, 200)
+    assert ("join_kernel" in device) != filled
+    call(operation, decay, 200, G=1, optional=False)
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_short_convolutions(optional, device):
+    x, weight = torch.randn(1, 1, 1).requires_grad_(), torch.randn(1, 4).requires_grad_()
+    bias, state = (torch.randn(1).requires_grad_(), torch.randn(1, 1, 3)) if optional else (None, None)
+    y, _ = short_conv(x, weight, bias, initial_state=state, activation="silu" if optional else None, backend="triton")
+    y.sum().backward()
+    assert len(device) == 2
