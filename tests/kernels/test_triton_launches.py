@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hybridlm_kernels import Gate, decay_attention, delta_rule, doctor, registry, short_conv, triton_chunks
+import hybridlm_kernels as ops
+from hybridlm_kernels import Gate, decay_attention, delta_rule, doctor, registry, triton_chunks
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -119,10 +120,51 @@ def test_documents_in_pieces_and_in_one_launch(operation, decay, filled, device,
     call(operation, decay, 200, G=1, optional=False)
 
 
-@pytest.mark.parametrize("optional", [True, False])
-def test_short_convolutions(optional, device):
-    x, weight = torch.randn(1, 1, 1).requires_grad_(), torch.randn(1, 4).requires_grad_()
-    bias, state = (torch.randn(1).requires_grad_(), torch.randn(1, 1, 3)) if optional else (None, None)
-    y, _ = short_conv(x, weight, bias, initial_state=state, activation="silu" if optional else None, backend="triton")
-    y.sum().backward()
-    assert len(device) == 2
+def half(*shape):
+    return torch.randn(shape).bfloat16().requires_grad_()
+
+
+OTHERS = {
+    "short_conv, all": lambda: ops.short_conv(half(1, 1, 1), half(1, 4), half(1), activation="silu",
+                                              initial_state=half(1, 1, 3), backend="triton")[0],
+    "short_conv, packed": lambda: ops.short_conv(half(1, 9, 5), half(5, 2), cu_seqlens=[0, 1, 9], backend="triton")[0],
+    "rms_norm, one row": lambda: ops.rms_norm(half(1, 60), half(60), 1e-6, backend="triton"),
+    "rms_norm, one number": lambda: ops.rms_norm(half(1, 1), half(1), 1e-6, backend="triton"),
+    "gated_rms_norm, sigmoid": lambda: ops.gated_rms_norm(half(3, 60), half(3, 60), half(60), 1e-6,
+                                                          activation="sigmoid", backend="triton"),
+    "swiglu": lambda: ops.swiglu(half(1), half(1), backend="triton"),
+    "swiglu, halves": lambda: ops.swiglu(*half(7, 40).chunk(2, -1), limit=1.0, backend="triton"),
+    "rotary, one pair": lambda: ops.rotary(half(1, 1, 1, 3), torch.ones(1, 1), torch.ones(1, 1), backend="triton"),
+    "rotary, a row each": lambda: ops.rotary(half(2, 5, 2, 64), torch.ones(2, 5, 32), torch.ones(2, 5, 32),
+                                             backend="triton"),
+    "loss, all": lambda: sum(ops.linear_cross_entropy(half(9, 20), half(33, 20), torch.arange(9), z_loss=1e-2,
+                                                      soft_cap=2.0, backend="triton")[:2]),
+    "loss, one token": lambda: ops.linear_cross_entropy(half(1, 20), half(1, 20), torch.zeros(1, dtype=torch.int64),
+                                                        backend="triton")[0],
+    "experts, clamped": lambda: ops.moe_experts(half(9, 16), half(3, 16, 16), half(3, 16, 8),
+                                                torch.zeros(9, 2, dtype=torch.int64), half(9, 2), limit=0.5,
+                                                backend="triton"),
+    "experts, one of one": lambda: ops.moe_experts(half(1, 16), half(1, 16, 16), half(1, 16, 8),
+                                                   torch.zeros(1, 1, dtype=torch.int32), half(1, 1), backend="triton"),
+    "sparse_attention, absorbed": lambda: _absorbed(half(1, 4, 2, 40)),
+}
+
+
+def _absorbed(k):
+    return ops.sparse_attention(half(1, 4, 2, 40), k[:, :, :1], k[:, :, :1, :32],
+                                torch.zeros(1, 4, 1, dtype=torch.int32), backend="triton")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_operations(name, device):
+    out = OTHERS[name]()
+    forward = len(device)
+    out.float().sum().backward()
+    assert len(device) >= forward > 0  # the loss finds its gradient with its value
+
+
+def test_the_choice_of_keys(device):
+    for borders in (None, [0, 1, 9]):
+        ops.indexer_topk(half(1, 9, 2, 16).detach(), half(1, 9, 16).detach(), half(1, 9, 2).detach(), 4,
+                         cu_seqlens=borders, backend="triton")
+    assert device
