@@ -31,6 +31,17 @@ SYSTEMS = {"kimi_linear_tiny": HYBRID, "qwen3_next_tiny": HYBRID, "minimax_01_ti
 ENGINES = {"ddp": [], "zero1": [], "zero2": [],
            # Vectors stay whole on every rank, matrices are divided; by default all of these would stay whole.
            "zero3": ["engine.persistence_threshold=64", "training.activation_checkpointing=true"]}
+SPLIT = ["engine.expert_parallel=2", "engine.sequence_parallel=2"]
+# Few steps of more tokens: what makes updates orthogonal lifts singular values that are nothing but rounding.
+MUON = ["optimizer=muon", "training.steps=2", "optimizer.schedule.warmup=2", "training.sequence_length=32"]
+# On two ranks, what engines go together with. By name: the run of one process, and the words of the other.
+TOGETHER = {
+    "split-zero1": (("deepseek_v32_tiny", "one"), ["engine=zero1", "engine.overlap=false", *SPLIT]),
+    "split-zero3-host": (("deepseek_v32_tiny", "one"), [
+        "engine=zero3", *ENGINES["zero3"], "engine.offload_optimizer=true", "engine.offload_parameters=true", *SPLIT]),
+    "muon-ddp": (("kimi_linear_tiny", "muon"), ["engine=ddp", *MUON]),
+    "muon-zero1": (("kimi_linear_tiny", "muon"), ["engine=zero1", *MUON]),
+    "muon-zero3": (("kimi_linear_tiny", "muon"), ["engine=zero3", *ENGINES["zero3"], SPLIT[0], *MUON])}
 MARGIN = 1e-6  # of scores near 0.5, whose unit of rounding is 6e-8
 
 
@@ -96,9 +107,15 @@ def test_ranks_train_as_one(run_words, one_rank, ranks):
     """2 ranks accumulate two micro batches, 4 ranks have one each."""
     runs = [run_words(system, f"{engine}-{ranks}", f"engine={engine}", *options)
             for system in SYSTEMS for engine, options in ENGINES.items()]
+    together = TOGETHER if ranks == 2 else {}
+    if together:
+        assert main(["train", *run_words("kimi_linear_tiny", "muon", *MUON)]) == 0
+    runs += [run_words(system, name, *words) for name, ((system, _), words) in together.items()]
     listed = run_words.root / "runs.json"
     listed.write_text(json.dumps(runs))
     on_ranks(ranks, train_over_ranks.__file__, listed, folder=run_words.root)
     for system in SYSTEMS:
         for engine in ENGINES:
             assert_same_run(run_words.root / system / f"{engine}-{ranks}", run_words.root / system / "one")
+    for name, ((system, wanted), _) in together.items():
+        assert_same_run(run_words.root / system / name, run_words.root / system / wanted)
