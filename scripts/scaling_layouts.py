@@ -50,8 +50,8 @@ class Plan:
 
 
 def plans(config: Config, matrices: int, gpus: int, args: argparse.Namespace) -> Iterator[Plan]:
-    """Every layout of one system, whose `matrix_params` are `matrices`: one row of `--length` tokens a micro batch, with
-    activation checkpointing."""
+    """Every layout of one system, whose `matrix_params` are `matrices`: one row of `--length` tokens a micro batch,
+    with activation checkpointing."""
     moe, micro = config.model.feed_forward, args.batch // gpus
     assert isinstance(moe, MoEConfig)
     # A forward more for what checkpointing computes again.
