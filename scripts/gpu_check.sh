@@ -32,7 +32,10 @@ check() { # In the background, with the first configuration of each kernel: to t
 tests() { check "$1" "$python" -m pytest -q -p no:cacheprovider -p no:xdist "${@:2}"; }
 
 say "every backend against the reference, and the tests of the Triton kernels on the device"
-check doctor "$python" -m hybridlm_kernels.doctor
+operations=$("$python" -c 'from hybridlm_kernels import doctor; print(*{case.operation for case in doctor.cases()})')
+for operation in $operations; do
+  check "doctor_$operation" "$python" -m hybridlm_kernels.doctor "$operation"
+done
 if "$python" -c 'import pytest' 2>/dev/null; then
   for kind in delta_rule decay_attention; do
     tests "bf16_rows_$kind" tests/triton/test_bfloat16.py -k "rows and $kind"

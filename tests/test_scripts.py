@@ -79,6 +79,7 @@ def test_gpu_check_runs_every_part(tmp_path):
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/sh
 case "$*" in
+  *doctor.cases*) echo delta_rule swiglu ;;
   *gpu_summary.py*) exec {sys.executable} "$@" ;;
   *hybridlm_kernels.bench*) cat {tmp_path}/kernels.json ;;
   *) echo "$* tuned: $HYBRIDLM_TUNE" ;;
@@ -91,5 +92,6 @@ esac
     assert done.returncode == 0, done.stderr
     found = json.loads((results / "summary.json").read_text())
     files = {path.stem for path in (SCRIPTS.parent / "tests" / "triton").glob("test_*.py")} - {"test_bfloat16"}
-    assert {row["check"] for row in found["checks"]} > {"doctor", "kernels", "bf16_rows_delta_rule", "dsa"} | files
+    assert {row["check"] for row in found["checks"]} > {
+        "doctor_delta_rule", "doctor_swiglu", "kernels", "bf16_rows_delta_rule", "dsa"} | files
     assert "tests/triton/test_moe.py tuned: 0 |" in (results / "summary.md").read_text()

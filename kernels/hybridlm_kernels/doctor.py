@@ -2,15 +2,17 @@
 that, which backend each operation uses here.
 
 Needs torch alone, so that it runs where the rest of the framework is not installed:
-`python -m hybridlm_kernels.doctor`.
+`python -m hybridlm_kernels.doctor [operation ...]`.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,12 +223,13 @@ def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> Result:
                       f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
-def chosen(device: str | None = None) -> list[registry.Choice]:
+def chosen(device: str | None = None, operations: Sequence[str] = ()) -> list[registry.Choice]:
     """What each operation uses on `device` (default: the GPU when there is one) in a step of training, by its first
     case; an operation that refuses has no backend, and the reason."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     calls = {case.operation: case for case in reversed(list(cases()))}
-    return [_chosen(op, calls.get(op.name), device) for op in registry.operations()]
+    return [_chosen(op, calls.get(op.name), device) for op in registry.operations()
+            if not operations or op.name in operations]
 
 
 def _chosen(op: registry.Operation, case: Case | None, device: str) -> registry.Choice:
@@ -243,31 +246,36 @@ def _chosen(op: registry.Operation, case: Case | None, device: str) -> registry.
     return next(choice for choice in seen if choice.operation == op.name)
 
 
-def run(device: str | None = None) -> Iterator[Result]:
-    """Check every backend that can run on `device` (default: the GPU when there is one) at every case."""
+def run(device: str | None = None, operations: Sequence[str] = ()) -> Iterator[Result]:
+    """Check every backend that can run on `device` (default: the GPU when there is one) at every case, of some
+    operations or all."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
+    dtypes = [torch.float32] if device == "cpu" else [torch.bfloat16, torch.float32]  # what trains comes first
     matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False  # tf32 is the classic false alarm of such a check
     known = {op.name: op for op in registry.operations()}
     try:
-        for case in cases():
+        for dtype, case in itertools.product(dtypes, cases()):
             for backend in known[case.operation].backends:
-                if backend.name == "reference" or (backend.devices and device not in backend.devices):
-                    continue
-                for dtype in dtypes:
+                wanted = backend.name != "reference" and (not operations or case.operation in operations)
+                if wanted and (not backend.devices or device in backend.devices):
                     yield check(case, backend.name, dtype, device)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
 
 
 @untuned()
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print what each operation uses, one line a check and a verdict; exit code 0 when all passed."""
-    for choice in chosen():
+    parser = argparse.ArgumentParser(prog="python -m hybridlm_kernels.doctor", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operations", nargs="*", metavar="operation", help="all by default",
+                        choices=[op.name for op in registry.operations()] + [[]])
+    operations = parser.parse_args(arguments).operations
+    for choice in chosen(operations=operations):
         print(f"uses {choice.operation}: {choice.backend or 'none'} ({choice.why})", flush=True)
     results = []
-    for result in run():
+    for result in run(operations=operations):
         results.append(result)
         print(describe(result), flush=True)
     bad, skipped = [r for r in results if not r.ok], [r for r in results if r.skipped]

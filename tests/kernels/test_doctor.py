@@ -49,6 +49,16 @@ def test_what_each_operation_uses_here(monkeypatch):
     assert "not today; mend that, or accept a slower one with kernels.strict=false" in refused.why
 
 
+def test_some_operations(capsys):
+    assert doctor.main(["swiglu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "uses swiglu: torch (preferred)"
+    assert lines[1].startswith("ok   swiglu (clamped) torch float32")
+    assert lines[2] == "1 checks passed, 0 failed, 0 skipped"
+    with pytest.raises(SystemExit):
+        doctor.main(["swigl"])
+
+
 def test_a_wrong_output_fails(plant):
     case = plant(lambda gate, up, limit: torch.nn.functional.silu(gate) * up * 1.001)
     result = doctor.check(case, "planted", torch.float32, "cpu")
