@@ -50,9 +50,11 @@ def device(monkeypatch):
     backends = [backend for op in registry.operations() for backend in op.backends if backend.name == "triton"]
     for backend in backends:
         object.__setattr__(backend, "devices", ("cpu",))
+    registry.configure({})  # forgets what was decided
     yield LAUNCHED
     for backend in backends:
         object.__setattr__(backend, "devices", ("cuda",))
+    registry.configure({})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
