@@ -17,6 +17,7 @@ import argparse
 import importlib
 import json
 import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
@@ -231,7 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("operations", nargs="*", help="folders to check; all by default")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(SHARED_KB), metavar="sm_NN")
     parser.add_argument("--all", action="store_true", help="every configuration of a kernel, not the default alone")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))),
+                        help="processes that compile; one a core by default, 8 at most")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if not INSTALLED or INTERPRETED:
