@@ -1,7 +1,7 @@
 """What the Triton kernels of the recurrences share: tiles of heads, gates, sums of decays, pairs of tokens.
 
 Decays are in log2 units and are only ever added, never subtracted: a sum of numbers at most 0 stays finite or goes to
--inf, and exp2 of it lies in [0, 1], whatever the gate.
+-inf, and exp2 of it lies in [0, 1], whatever the gate. (Gates with a bound may do otherwise: `delta_rule`.)
 
 With a decay a channel, pairs of tokens i > j of a chunk are taken by levels b = 1, 2, 4, ..., C/2. Blocks of 2b tokens
 have a border between their halves; i in the second half and j in the first meet there:

@@ -32,14 +32,15 @@ def make_inputs(decay, *, B=1, T=65, H=1, G=1, K=12, V=16, N=None, raw=False):
     return inputs
 
 
-def run(inputs, backend, gate=None, **options):
+def run(inputs, backend, gate=None, bound=-5.0, **options):
     """Outputs, last states and the gradients of all inputs for one fixed upstream gradient."""
     dtype, device = (torch.float64, "cpu") if backend == "reference" else (torch.float32, options.pop("device"))
     options.pop("device", None)
     leaves = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
     call = dict(leaves)
     if gate:
-        call["gate"] = Gate(gate, A_log=call.pop("A_log", None), dt_bias=call.pop("dt_bias"), normalizer=4.0)
+        call["gate"] = Gate(gate, A_log=call.pop("A_log", None), dt_bias=call.pop("dt_bias"), lower_bound=bound,
+                            normalizer=4.0)
     o, state = delta_rule(call.pop("q"), call.pop("k"), call.pop("v"), **call, **options, backend=backend)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (o, state)]
@@ -165,6 +166,43 @@ def test_gates_and_norms_inside(decay, gate, device):
     if gate != "logsigmoid":
         inputs["A_log"] = torch.randn(2, generator=generator, dtype=torch.float64)
     assert_equals_the_recurrence(inputs, device, gate=gate, beta_sigmoid=2.0, qk_l2norm=True, scale=0.3)
+
+
+@pytest.mark.parametrize(("bound", "levels"), [(-1.0, 6), (-5.0, 4), (-20.0, 2), (-30.0, 0), (-100.0, 0)])
+def test_levels_that_meet_in_one_product(bound, levels):
+    gate = Gate("lower_bounded", torch.zeros(1), lower_bound=bound)
+    assert [backend.merged_levels(gate, dtype) for dtype in (torch.bfloat16, torch.float16)] == [levels, 0]
+    if levels:  # the exponent that a token at the end of its block may have
+        assert -bound * 1.4427 * 2**(levels - 1) <= backend.LARGEST_EXPONENT < 127
+
+
+@pytest.mark.parametrize("gate", [None, Gate("softplus", torch.zeros(1)), Gate("logsigmoid")])
+def test_without_a_bound_no_exponent_is_positive(gate):
+    assert backend.merged_levels(gate, torch.bfloat16) == 0
+
+
+def bounded_inputs(gates, T, N=None):
+    """Gates at 95 % of their bound, at 5 %, or each token and channel at one of the two."""
+    inputs = make_inputs("channel", T=T, N=N, raw=True)
+    sign = {"strong": 1.0, "weak": -1.0, "mixed": inputs["g"].sign()}[gates]
+    nothing = torch.zeros(inputs["g"].shape[2:], dtype=torch.float64)
+    return inputs | {"g": torch.full_like(inputs["g"], 3.0) * sign, "dt_bias": nothing, "A_log": nothing[:, 0].clone()}
+
+
+BOUNDED = {"gate": "lower_bounded", "beta_sigmoid": 1.0, "qk_l2norm": True}
+
+
+@pytest.mark.parametrize(("bound", "gates"), [(-1.0, "strong"), (-5.0, "strong"), (-5.0, "weak"), (-5.0, "mixed"),
+                                              (-20.0, "mixed")])
+def test_bounded_gates_at_the_extremes(bound, gates, device):
+    assert_equals_the_recurrence(bounded_inputs(gates, 70), device, bound=bound, **BOUNDED)
+
+
+def test_bounded_gates_in_one_launch(device, monkeypatch, full_device):
+    fused = counted(monkeypatch, backend, "fused_channel_kernel")
+    assert_equals_the_recurrence(bounded_inputs("mixed", 132, N=2), device,
+                                 cu_seqlens=CuSeqlens([0, 65, 132], device), **BOUNDED)
+    assert len(fused) == 1
 
 
 @pytest.mark.parametrize("decay", ["scalar", "channel"])

@@ -12,6 +12,7 @@ C tokens a chunk, P chunks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,12 +27,14 @@ from ..precision import plain_backward
 from ..triton_chunks import CHUNK, ChunkTables, chunk_tables
 from ..triton_join import join_kernel
 from ..triton_support import parallel_programs
+from ..triton_tiles import LEVELS
 from .triton_chunk import FACTORS, chunk_kernel
 from .triton_decode import decode_kernel
 from .triton_fused import fused_channel_kernel, fused_kernel
 from .triton_gradients import gradients_kernel
 from .triton_scan import scan_back_kernel, scan_kernel
 
+LARGEST_EXPONENT = 60.0  # of 2, in a product of pairs that meet at once; bf16 and fp32 go to 127
 FEW_TOKENS = 16  # up to here, and without gradients, the recurrence itself is faster than chunks
 FEW_CHUNKS = 4  # of the longest document: up to here one launch, unless the decay is one a channel
 MOST_FUSED_CHUNKS = 64  # up to here one launch, where one program a document and head fills the device
@@ -108,6 +111,7 @@ class _Launches:
         self.flags = {
             "DECAY": self.decay, "GATE": "none" if gate is None else gate.kind, "L2NORM": options.qk_l2norm,
             "SIGMOID": options.beta_sigmoid is not None, "EXACT": self.dtype == torch.float32}
+        self.merged = merged_levels(gate, self.dtype) if self.decay == "channel" else 0
         self.gate_constant = (1.0 if gate is None else gate.normalizer if gate.kind == "logsigmoid"
                               else gate.lower_bound)
         self.beta_scale = 1.0 if options.beta_sigmoid is None else float(options.beta_sigmoid)
@@ -156,7 +160,7 @@ class _Launches:
         kernel[(self.documents * self.G,)](
             x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, x.state, self.tables.documents, found.A, found.X,
             found.factors, found.total, scratch, o, last, self.options.scale, self.gate_constant, self.beta_scale,
-            self.tokens, self.H, self.G, K=self.K, V=self.V, PADDED=_padded(self.K), **self.flags)
+            self.tokens, self.H, self.G, K=self.K, V=self.V, PADDED=_padded(self.K), MERGED=self.merged, **self.flags)
 
     def chunk(self, found: _Found, scores: bool) -> tuple[Tensor, ...]:
         """The queries, keys and writes that the scans take; with `scores` A, X and what goes with them, too."""
@@ -166,7 +170,7 @@ class _Launches:
             chunk_kernel[(self.tables.num_chunks, self.G, 2)](
                 x.q, x.k, x.g, x.beta, x.A_log, x.dt_bias, self.tables.chunks, found.A, found.X, found.factors,
                 found.total, *decayed, self.options.scale, self.gate_constant, self.beta_scale, self.tokens, self.H,
-                self.G, K=self.K, SCORES=scores, **self.flags)
+                self.G, K=self.K, SCORES=scores, MERGED=self.merged, **self.flags)
         return decayed
 
     def decode(self) -> tuple[Tensor, Tensor]:
@@ -289,6 +293,16 @@ class _DeltaRule(torch.autograd.Function):
         z, d_states, d_first = launches.scan_back(found, decayed, do, d_last)
         gradients = launches.gradients(found, do, y, z, states, d_states, ctx.needs_input_grad)
         return *gradients, None if inputs.state is None else d_first.to(inputs.state.dtype), None
+
+
+def merged_levels(gate: Gate | None, dtype: torch.dtype) -> int:
+    """How many levels of the pairs of a chunk one product may take (`triton_chunk._channel_scores`): as many as keep
+    every exponent within `LARGEST_EXPONENT`, whatever the gate's input. None without a bound, or in fp16."""
+    if gate is None or gate.kind != "lower_bounded" or dtype == torch.float16:
+        return 0
+    tokens = LARGEST_EXPONENT / (-gate.lower_bound * math.log2(math.e))  # in half a block
+    levels = min(int(LEVELS.value), 1 + math.floor(math.log2(tokens))) if tokens >= 1 else 0
+    return levels if levels > 1 else 0  # one level by itself is what the others are
 
 
 def _padded(dim: int) -> int:

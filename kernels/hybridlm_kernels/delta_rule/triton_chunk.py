@@ -80,11 +80,21 @@ def write_strength(beta_ptr, at, inside, beta_scale, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def _channel_scores(x, k, g, scores, EXACT: tl.constexpr):
-    """Adds x_i . (a_{j+1} ... a_i) k_j of some channels to the scores, for all pairs i > j."""
+def _channel_scores(x, k, g, scores, MERGED: tl.constexpr, EXACT: tl.constexpr):
+    """Adds x_i . (a_{j+1} ... a_i) k_j of some channels to the scores, for all pairs i > j.
+
+    Pairs within blocks of 2^MERGED tokens meet in one product: a_{j+1} ... a_i = 2^{E_i} 2^{-E_j}, with E the sum of g
+    from the block's middle to a token, below 0 behind it and above 0 before. Where MERGED is 0 no exponent is positive.
+    """
     P: tl.constexpr = "ieee" if EXACT else "tf32"
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for e in tl.range(0, LEVELS, num_stages=1, disable_licm=True):
+    if MERGED > 0:
+        middle = (i & -(1 << MERGED)) + (1 << MERGED) // 2
+        behind, before = (j >= middle) & (j <= i), (j > i) & (j < middle)
+        E = sum_over(behind.to(tl.int8) - before.to(tl.int8), g, EXACT)
+        product = tl.dot((x * tl.exp2(E)).to(x.dtype), tl.trans((k * tl.exp2(-E)).to(k.dtype)), input_precision=P)
+        scores = tl.where((i > j) & ((i ^ j) < (1 << MERGED)), scores + product, scores)
+    for e in tl.range(MERGED, LEVELS, num_stages=1, disable_licm=True):
         b = 1 << e
         factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
         product = tl.dot((x * factor).to(x.dtype), tl.trans((k * factor).to(k.dtype)), input_precision=P)
@@ -96,7 +106,8 @@ def _channel_scores(x, k, g, scores, EXACT: tl.constexpr):
 def prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, queries_ptr,
             keys_ptr, writes_ptr, to_stride, scale, gate_constant, beta_scale, tokens, H, G, chunk, head,
             first, filled, of_keys, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
-            L2NORM: tl.constexpr, SIGMOID: tl.constexpr, SCORES: tl.constexpr, EXACT: tl.constexpr):
+            L2NORM: tl.constexpr, SIGMOID: tl.constexpr, SCORES: tl.constexpr, MERGED: tl.constexpr,
+            EXACT: tl.constexpr):
     """What `chunk_kernel` writes of one chunk and head, for the keys (`of_keys`) or the queries. The pointers of the
     decayed queries, keys and writes are those of the head and of the chunk's first token."""
     P: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -148,7 +159,7 @@ def prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, fa
                     total = tl.exp2(tl.sum(g, axis=0))
                     tl.store(total_ptr + (chunk * G + head) * K + columns, total, mask=columns < K)
                 same += tl.sum(x.to(tl.float32) * k.to(tl.float32), axis=1)
-                scores = _channel_scores(x, k, g, scores, EXACT)
+                scores = _channel_scores(x, k, g, scores, MERGED, EXACT)
         else:
             scores = tl.dot(x, tl.trans(k), scores, input_precision=P)
     if SCORES:
@@ -180,12 +191,12 @@ CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
            for channels, warps, stages in ((16, 8, 1), (16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 1))]
 
 
-@tuned(CONFIGS, ["K", "DECAY", "SCORES", "EXACT"])
+@tuned(CONFIGS, ["K", "DECAY", "SCORES", "MERGED", "EXACT"])
 @triton.jit
 def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr, A_ptr, X_ptr, factors_ptr, total_ptr,
                  queries_ptr, keys_ptr, writes_ptr, scale, gate_constant, beta_scale, tokens, H, G, K: tl.constexpr,
                  BK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,
-                 SIGMOID: tl.constexpr, SCORES: tl.constexpr, EXACT: tl.constexpr):
+                 SIGMOID: tl.constexpr, SCORES: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
     """A, X [tokens, G, C], factors [G, 7, tokens] and total [P, G(, K)]; with a decay a channel also the decayed
     queries, keys and writes [tokens, G, K]. Without SCORES only these last three. Two programs a chunk and head: one
     works for the queries, the other for the keys."""
@@ -197,4 +208,4 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr,
         writes_ptr += (first * G + head) * K
     prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, queries_ptr,
             keys_ptr, writes_ptr, G * K, scale, gate_constant, beta_scale, tokens, H, G, chunk,
-            head, first, filled, tl.program_id(2) == 1, K, BK, DECAY, GATE, L2NORM, SIGMOID, SCORES, EXACT)
+            head, first, filled, tl.program_id(2) == 1, K, BK, DECAY, GATE, L2NORM, SIGMOID, SCORES, MERGED, EXACT)

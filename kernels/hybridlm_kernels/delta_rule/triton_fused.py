@@ -25,7 +25,8 @@ from .triton_scan import place, scan_step
 def _fused(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, state_ptr, documents_ptr, A_ptr, X_ptr,
            factors_ptr, total_ptr, scratch_ptr, o_ptr, last_ptr, scale, gate_constant, beta_scale, tokens, H, G,
            K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PADDED: tl.constexpr,
-           DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
+           DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, MERGED: tl.constexpr,
+           EXACT: tl.constexpr):
     """o [tokens, G, V], the last states [N, G, K, V], and A, X, factors and total as `chunk_kernel` writes them.
     `scratch` is [N G, 3, C, K], or None unless the decay is one a channel. PADDED is K as a power of two."""
     CHANNEL: tl.constexpr = DECAY == "channel"
@@ -48,7 +49,7 @@ def _fused(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, state_ptr,
         for side in tl.range(0, 2, loop_unroll_factor=1, num_stages=1, disable_licm=True):
             prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, factors_ptr, total_ptr,
                     queries_ptr, keys_ptr, writes_ptr, K, scale, gate_constant, beta_scale, tokens, H, G, chunk, head,
-                    start, filled, side == 1, K, BK, DECAY, GATE, L2NORM, SIGMOID, True, EXACT)
+                    start, filled, side == 1, K, BK, DECAY, GATE, L2NORM, SIGMOID, True, MERGED, EXACT)
         tl.debug_barrier()
         at_keys, at_head = (start * H + head // (G // H)) * K, start * G + head
         for v0 in tl.range(0, V, BV, num_stages=1, disable_licm=True):
@@ -66,7 +67,7 @@ def _fused(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, state_ptr,
 
 def _with_warps(warps: int) -> Any:
     return tuned([triton.Config({"BK": 16, "BV": values}, num_warps=warps, num_stages=1) for values in (32, 16)],
-                 ["K", "V", "DECAY", "EXACT"])(_fused)
+                 ["K", "V", "DECAY", "MERGED", "EXACT"])(_fused)
 
 
 fused_kernel = _with_warps(4)  # no decay, or one a head: spills with 8

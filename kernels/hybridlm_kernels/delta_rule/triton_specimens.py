@@ -37,12 +37,14 @@ def _all() -> Iterator[Specimen]:
         sizes = {"K": D, "V": D}
         for decay in ("head", "channel"):
             flags = {"DECAY": decay, "GATE": "softplus", "L2NORM": True, "SIGMOID": True, "EXACT": False}
-            label = f"{decay} decay, D={D}"
-            yield _specimen(f"chunk, {label}", chunk_kernel, flags | {"K": D, "SCORES": True},
-                            "" if decay == "channel" else "queries keys writes")
+            label, channel = f"{decay} decay, D={D}", decay == "channel"
             yield _specimen(f"gradients, {label}", gradients_kernel, flags | sizes)
-            yield _specimen(f"fused, {label}", fused_channel_kernel if decay == "channel" else fused_kernel,
-                            flags | sizes | {"PADDED": D}, "" if decay == "channel" else "scratch")
+            for bound, merged in (("", 0), (", bounded", 4))[:2 if channel else 1]:
+                also = flags | {"MERGED": merged} | ({"GATE": "lower_bounded"} if merged else {})
+                yield _specimen(f"chunk, {label}{bound}", chunk_kernel, also | {"K": D, "SCORES": True},
+                                "" if channel else "queries keys writes")
+                yield _specimen(f"fused, {label}{bound}", fused_channel_kernel if channel else fused_kernel,
+                                also | sizes | {"PADDED": D}, "" if channel else "scratch")
         yield join_specimen(D, "matrix")
         yield _specimen(f"decode, channel decay, D={D}", decode_kernel, sizes | {
             "BK": D, "BV": 32, "DECAY": "channel", "GATE": "softplus", "L2NORM": True, "SIGMOID": True})
