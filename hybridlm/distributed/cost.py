@@ -88,7 +88,10 @@ def traffic(config: ModelConfig, layout: Layout, matrices: int | None = None) ->
     """
     count = count_parameters(config)
     split = count.routed if layout.expert_parallel > 1 else 0
-    matrices = matrix_params(config) if matrices is None else matrices
+    if layout.matrix_bytes == FP32:
+        matrices = split  # which these are makes no difference: no model is built to count them
+    elif matrices is None:
+        matrices = matrix_params(config)
     found = [*_weights_and_gradients("", count.total_with_mtp - split, matrices - split, layout.ranks, layout,
                                      len(_blocks(config)))]
     moe = sum(config.feed_forward.is_moe(index) for index, _ in _blocks(config))
