@@ -9,7 +9,7 @@ import platform
 import sys
 from typing import Any
 
-from hybridlm_kernels.optional import version_numbers
+from hybridlm_kernels.optional_packages import version_numbers
 from hybridlm_kernels.triton_support import untuned
 
 # What pyproject.toml allows: (minimum, upper bound or None, what needs it).
@@ -55,8 +55,8 @@ def device() -> dict[str, Any]:
 @untuned()
 def run_doctor(as_json: bool = False) -> int:
     """Check versions, device and every kernel backend; print the findings. Returns the exit code: 0 all well, 1 not."""
-    from hybridlm_kernels import doctor as kernels
     from hybridlm_kernels import registry
+    from hybridlm_kernels.tools import doctor as kernels
 
     found_device = device()
     report: dict[str, Any] = {"python": platform.python_version(), "versions": versions(), "device": found_device}

@@ -34,10 +34,10 @@ tests() { check "$1" "$python" -m pytest -q -p no:cacheprovider -p no:xdist "${@
 say "every backend against the reference, and the tests of the Triton kernels on the device"
 operations=$("$python" -c 'from hybridlm_kernels import doctor; print(*{case.operation for case in doctor.cases()})')
 for operation in $operations; do
-  check "doctor_$operation" "$python" -m hybridlm_kernels.doctor "$operation"
+  check "doctor_$operation" "$python" -m hybridlm_kernels.tools.doctor "$operation"
 done
 if "$python" -c 'import pytest' 2>/dev/null; then
-  for kind in delta_rule decay_attention; do
+  for kind in delta_rule linear_attention; do
     tests "bf16_rows_$kind" tests/triton/test_bfloat16.py -k "rows and $kind"
     tests "bf16_packed_$kind" tests/triton/test_bfloat16.py -k "packed and $kind"
   done
@@ -51,13 +51,13 @@ fi
 wait
 
 say "kernels, timed"
-timeout -k 30 -s INT $(($(left) - 30)) "$python" -m hybridlm_kernels.bench --json --seconds $(($(left) - 90)) \
+timeout -k 30 -s INT $(($(left) - 30)) "$python" -m hybridlm_kernels.tools.bench --json --seconds $(($(left) - 90)) \
   >"$results/kernels.json" 2>"$results/kernels.txt"
 echo $? >"$results/kernels.code"
 
 if [ "$(left)" -gt 60 ]; then
   say "sparse attention against dense"
-  run dsa $(($(left) - 15)) "$python" scripts/bench_dsa.py --json "$results/dsa.json"
+  run dsa $(($(left) - 15)) "$python" scripts/dev/bench_dsa.py --json "$results/dsa.json"
 fi
 
-"$python" scripts/gpu_summary.py "$results" --command "bash scripts/gpu_check.sh${*:+ $*}" --seconds "$SECONDS"
+"$python" scripts/dev/gpu_summary.py "$results" --command "bash scripts/gpu_check.sh${*:+ $*}" --seconds "$SECONDS"

@@ -108,7 +108,7 @@ def test_a_plan_for_several_processes_is_checked_and_says_what_each_needs(comman
     assert "Memory of each of 2 processes under ddp, an estimate" in capsys.readouterr().out
     for word, says in (("engine.expert_parallel=3", "engine.expert_parallel: must divide the 8 experts of a layer and "
                         "the number of processes; got 3; expected one of 1, 2"),
-                       ("engine.sequence_parallel=4", "engine.sequence_parallel: must divide the number of processes")):
+                       ("engine.context_parallel=4", "engine.context_parallel: must divide the number of processes")):
         assert main([*words, word]) == 2
         assert says in capsys.readouterr().err
 

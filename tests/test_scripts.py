@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridlm_kernels.bench import Machine, Timing
+from hybridlm_kernels.tools.bench import Machine, Timing
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def load(name, monkeypatch):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / "dev" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
@@ -25,8 +25,8 @@ def load(name, monkeypatch):
 
 def test_sparse_attention_against_dense_is_measured_at_every_length(monkeypatch):
     bench_dsa = load("bench_dsa", monkeypatch)
-    monkeypatch.setattr("hybridlm_kernels.bench.ROUNDS", 1)
-    monkeypatch.setattr("hybridlm_kernels.bench.SECONDS", 0.0)
+    monkeypatch.setattr("hybridlm_kernels.tools.bench.ROUNDS", 1)
+    monkeypatch.setattr("hybridlm_kernels.tools.bench.SECONDS", 0.0)
     widths = bench_dsa.Widths().over(16)
     row = bench_dsa.measure(widths, 48, torch.float32, "cpu")
     assert row["topk"] == 48
@@ -81,7 +81,7 @@ def test_gpu_check_runs_every_part(tmp_path):
 case "$*" in
   *doctor.cases*) echo delta_rule swiglu ;;
   *gpu_summary.py*) exec {sys.executable} "$@" ;;
-  *hybridlm_kernels.bench*) cat {tmp_path}/kernels.json ;;
+  *hybridlm_kernels.tools.bench*) cat {tmp_path}/kernels.json ;;
   *) echo "$* tuned: $HYBRIDLM_TUNE" ;;
 esac
 """)

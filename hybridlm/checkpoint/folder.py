@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hybridlm import __version__
-from hybridlm.distributed.ranks import ALONE, Ranks
+from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 from hybridlm.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -109,7 +109,7 @@ def prune(root: Path, keep: int) -> None:
             whole += not _outer_fault(folder)[0]
 
 
-def _fault(folder: Path, ranks: Ranks, hashes: bool) -> str:
+def _fault(folder: Path, ranks: Communicator, hashes: bool) -> str:
     """What is wrong with the folder, or nothing. Each of its files is read by one of the ranks."""
     fault, files = ranks.on_main(lambda: _outer_fault(folder))
     if fault or not hashes:
@@ -147,7 +147,7 @@ def _changed(file: Path, expected: Mapping[str, Any]) -> str:
         return f"{file.name} cannot be read ({error.strerror})"
 
 
-def verify(folder: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> None:
+def verify(folder: Path, ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = True) -> None:
     """Check the folder against its manifest. `hashes=False`: names and sizes alone; files are not read.
 
     Raises:
@@ -170,7 +170,7 @@ def _check_format(folder: Path) -> None:
                               f"{FORMAT_VERSION}; update hybridlm")
 
 
-def newest(root: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> Path | None:
+def newest(root: Path, ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = True) -> Path | None:
     """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each.
 
     `hashes` as in `verify`.
@@ -187,7 +187,7 @@ def newest(root: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> Path | N
     return None
 
 
-def resolve(path: str | os.PathLike[str], ranks: Ranks = ALONE, *, hashes: bool = True) -> Path:
+def resolve(path: str | os.PathLike[str], ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = True) -> Path:
     """The checkpoint meant by `path`: a checkpoint itself, or the newest whole one of a run folder.
 
     `hashes` as in `verify`.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hybridlm.checkpoint.folder import resolve
 from hybridlm.checkpoint.tensors import Stored, stored_tensors
-from hybridlm.distributed.partition import fill, shape_of
+from hybridlm.distributed.zero.partition import fill, shape_of
 from hybridlm.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved config of the run that wrote the checkpoint."""
-    from hybridlm.config.convert import load_yaml
+    from hybridlm.config.serialization import load_yaml
 
     return load_yaml(folder / "config.yaml")
 
@@ -36,7 +36,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
         CheckpointError: the list is not what the config says now.
     """
-    from hybridlm.config.convert import from_dict
+    from hybridlm.config.serialization import from_dict
     from hybridlm.model.config import ModelConfig
 
     config = from_dict(ModelConfig, read_config(folder)["model"], "model")
@@ -141,7 +141,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def model_texts(config: Any, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
     """The files that let a checkpoint be used without its run; `config` is the resolved one, of a run or of
     `{"model": ...}` alone."""
-    from hybridlm.config.convert import to_yaml
+    from hybridlm.config.serialization import to_yaml
 
     texts = {"config.yaml": to_yaml(config), "layers.json": json.dumps(layer_list(model), indent=1)}
     if tokenizer is not None:

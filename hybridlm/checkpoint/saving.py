@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridlm.checkpoint.folder import TEMPORARY, entry, seal, swap_in
-from hybridlm.distributed.ranks import ALONE, Ranks
+from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class Save:
     """
 
     def __init__(self, root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]],
-                 ranks: Ranks = ALONE):
+                 ranks: Communicator = SINGLE_PROCESS):
         self.step, self.ranks, self.target = step, ranks, root / f"step-{step}"
         self._draft: Path = ranks.on_main(lambda: _open_draft(root, step))
         files = _files(tensors, ranks)
@@ -50,7 +50,7 @@ class Save:
             OSError: the disk is full or fails for one of the ranks; nothing but older checkpoints is left then.
         """
         try:
-            by_rank = self.ranks.together(self._writing.result)
+            by_rank = self.ranks.run_on_all(self._writing.result)
             written = {name: one for entries in by_rank for name, one in entries.items()}
             self.ranks.on_main(lambda: self._name(written))
         except BaseException:
@@ -65,7 +65,7 @@ class Save:
 
 
 def write(root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]],
-          ranks: Ranks = ALONE) -> Path:
+          ranks: Communicator = SINGLE_PROCESS) -> Path:
     """Write `root/step-N` and wait for it; returns the folder.
 
     `texts` are files by name, `tensors` safetensors files by stem. An older folder of the same name is replaced.
@@ -83,7 +83,7 @@ def _open_draft(root: Path, step: int) -> Path:
     return draft
 
 
-def _files(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+def _files(tensors: dict[str, dict[str, Tensor]], ranks: Communicator) -> dict[str, dict[str, Tensor]]:
     """This rank's tensors by the file they go to; files are numbered through all ranks."""
     shards = {stem: _shards(group) for stem, group in tensors.items()}
     counts = ranks.gather({stem: len(found) for stem, found in shards.items()})

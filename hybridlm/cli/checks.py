@@ -18,7 +18,7 @@ def doctor_command(argv: Sequence[str]) -> int:
 
 
 def bench_command(argv: Sequence[str]) -> int:
-    from hybridlm_kernels import bench
+    from hybridlm_kernels.tools import bench
 
     parser = Parser("bench", "Time every kernel backend, side by side, against this machine's copy and matrix product.",
                     "  hybridlm bench kernels\n  hybridlm bench kernels delta_rule --shapes 'B1 T8192 H96 D128' --json")

@@ -136,9 +136,9 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
 
 def _probes(args: argparse.Namespace) -> dict[str, Any]:
     from hybridlm.checkpoint import load_checkpoint, read_model_config, resolve
-    from hybridlm.evaluation.own_weights import check_zero_shot, model_with_own_weights
     from hybridlm.evaluation.probe_training import probe_lengths, train_on_probe
     from hybridlm.evaluation.probes import make_probe
+    from hybridlm.evaluation.probes.pretrained import check_zero_shot, model_with_own_weights
 
     asked = []
     for text in args.probe:

@@ -40,7 +40,7 @@ def inspect_command(argv: Sequence[str]) -> int:
                      optimizer=optimizer)  # type: ignore[arg-type]
     if config is not None and config.engine.kind != "single":
         from hybridlm.distributed.memory import rank_report
-        from hybridlm.distributed.world import check_layout
+        from hybridlm.distributed.rank_environment import check_layout
 
         ranks = config.engine.num_processes or 1
         check_layout(config, ranks)

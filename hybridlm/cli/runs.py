@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybridlm.cli.parser import Parser, load
-from hybridlm.distributed.world import World, processes_to_start
+from hybridlm.distributed.rank_environment import RankEnvironment, processes_to_start
 from hybridlm.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -35,21 +35,21 @@ def train_command(argv: Sequence[str]) -> int:
     if args.restarts < 0:
         raise ConfigError("--restarts", "must not be negative", got=args.restarts)
     processes = processes_to_start(config)
-    if processes > 1 or (args.restarts and not World.here().launched):
+    if processes > 1 or (args.restarts and not RankEnvironment.here().launched):
         from hybridlm.distributed.launch import launch
 
         return launch(["train", *argv], processes, args.restarts)
     from hybridlm.training import train
 
     result = train(config, command=list(argv), to_stderr=args.json)
-    if args.json and World.here().rank == 0:
+    if args.json and RankEnvironment.here().rank == 0:
         print(json.dumps(result.to_dict()))
     return 0
 
 
 def _dry_run(config: Config, as_json: bool) -> int:
     from hybridlm.cli.models import show_report
-    from hybridlm.config.convert import to_dict
+    from hybridlm.config.serialization import to_dict
     from hybridlm.data import check_sources
     from hybridlm.distributed.memory import rank_report
     from hybridlm.inspect import inspect

@@ -25,8 +25,8 @@ from yaml import YAMLError
 
 from hybridlm.config.checks import validate
 from hybridlm.config.conversion import converted_model, has_indexer
-from hybridlm.config.convert import from_dict, hint_at, load_yaml, to_dict, to_yaml, yaml_error
 from hybridlm.config.schema import Config, RecipeConfig
+from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict, to_yaml, yaml_error
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import ModelConfig
 

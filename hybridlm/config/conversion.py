@@ -23,7 +23,7 @@ def converted_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
         CheckpointError: the checkpoint cannot be used.
     """
     from hybridlm import checkpoint
-    from hybridlm.interop.surgery import add_indexer
+    from hybridlm.model.edit import add_indexer
     from hybridlm.model.model import build_model
 
     if init_from is None:

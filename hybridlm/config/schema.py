@@ -218,7 +218,7 @@ class EngineConfig:
     persistence_threshold: int = 100_000
     communication_dtype: Literal["fp32", "bf16"] = "fp32"
     expert_parallel: int = 1  # ranks over which the experts are split
-    sequence_parallel: int = 1  # ranks over which every row is split
+    context_parallel: int = 1  # ranks over which every row is split
 
     def __post_init__(self) -> None:
         require(0 < self.timeout < math.inf, "timeout", "must be positive and finite", got=self.timeout)

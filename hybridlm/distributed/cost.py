@@ -2,7 +2,7 @@
 
 The payload of a collective operation is the whole tensor that it reduces, gathers or scatters; of an all-to-all, what
 goes to other ranks. Experts are taken to be evenly loaded. A few numbers a step (losses, norms) are left out.
-`scripts/bench_scaling.py` holds the payloads against those that `counting` finds.
+`scripts/dev/bench_scaling.py` holds the payloads against those that `counting` finds.
 
 """
 
@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from hybridlm.distributed.counting import wire_bytes
+from hybridlm.distributed.collective_counter import wire_bytes
 from hybridlm.distributed.memory import LIVE_ELEMENTS
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
@@ -29,7 +29,7 @@ FP32, INT32, INT64 = 4, 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a step is spread: each of `ranks` processes computes `micro_batches` times, each time its pieces of `rows`
+    """How a step is spread: each of `ranks` processes computes `micro_batches` times, each time its shards of `rows`
     rows, which are `length` tokens long as a whole. `element_bytes`: of an activation, 2 under bf16. `matrix_bytes`: of
     an element of the matrices that autocast multiplies, as their gradients travel (and under zero3 they themselves): 2
     with `engine.communication_dtype=bf16`.
@@ -38,7 +38,7 @@ class Layout:
     ranks: int
     engine: EngineKind = "ddp"
     expert_parallel: int = 1
-    sequence_parallel: int = 1
+    context_parallel: int = 1
     rows: int = 1
     length: int
     micro_batches: int = 1
@@ -49,11 +49,11 @@ class Layout:
     @property
     def tokens(self) -> int:
         """Of one rank and micro batch."""
-        return self.rows * self.length // self.sequence_parallel
+        return self.rows * self.length // self.context_parallel
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same experts."""
+        """Communicator that hold the same experts."""
         return self.ranks // self.expert_parallel
 
     @property
@@ -102,8 +102,8 @@ def traffic(config: ModelConfig, layout: Layout, matrices: int | None = None) ->
     if isinstance(config.feed_forward, MoEConfig):
         loads = moe * INT64 * config.feed_forward.num_experts
         found.append(Traffic("router loads", "all_reduce", layout.ranks, loads, moe))
-    if layout.sequence_parallel > 1:
-        found += _pieces(config, layout)
+    if layout.context_parallel > 1:
+        found += _shards(config, layout)
     return [one for one in found if one.ranks > 1]
 
 
@@ -165,21 +165,21 @@ def chance_of_a_visit(moe: MoEConfig, ranks: int) -> float:
     return 1 - absent
 
 
-def _pieces(config: ModelConfig, layout: Layout) -> Iterator[Traffic]:
-    """What the mixers ask of the other pieces of their rows; each says itself how much that is."""
-    pieces, away = layout.sequence_parallel, 1 - 1 / layout.sequence_parallel
+def _shards(config: ModelConfig, layout: Layout) -> Iterator[Traffic]:
+    """What the mixers ask of the other shards of their rows; each says itself how much that is."""
+    shards, away = layout.context_parallel, 1 - 1 / layout.context_parallel
     payload, layers = dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), 0.0), Counter[str]()
     for index, name in _blocks(config):
-        for one in config.mixers[name].piece_traffic(config.layer_context(index), layout.rows, layout.length // pieces,
-                                                     pieces, layout.element_bytes):
+        for one in config.mixers[name].shard_traffic(config.layer_context(index), layout.rows, layout.length // shards,
+                                                     shards, layout.element_bytes):
             forward, backward = layout.forwards * one.forward, layout.micro_batches * one.backward
             if one.kind == "gather":  # whose transpose is a reduce-scatter
-                payload["all_gather"] += pieces * forward
-                payload["reduce_scatter"] += pieces * backward
+                payload["all_gather"] += shards * forward
+                payload["reduce_scatter"] += shards * backward
             else:
                 payload["all_to_all"] += away * (forward + backward)
             layers[one.kind] += 1
     shared = {"all_to_all": max(layers["exchange"], layers["from_previous"])}
     for kind, size in payload.items():
         if size:
-            yield Traffic("pieces of rows", kind, pieces, size, shared.get(kind, layers["gather"]))
+            yield Traffic("shards of rows", kind, shards, size, shared.get(kind, layers["gather"]))

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridlm.config.schema import ZERO, EngineConfig
-from hybridlm.distributed.agreement import meeting
+from hybridlm.distributed.communicator import Communicator
+from hybridlm.distributed.context_parallel import ContextParallelGroup
 from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
-from hybridlm.distributed.ranks import Ranks
-from hybridlm.distributed.replicas import Replicas
-from hybridlm.distributed.sequence_parallel import SequencePeers
+from hybridlm.distributed.rank_environment import RankEnvironment
+from hybridlm.distributed.rendezvous import rendezvous
+from hybridlm.distributed.static_bucket_ddp import StaticBucketDDP
 from hybridlm.distributed.watchdog import Watchdog
-from hybridlm.distributed.world import World
 from hybridlm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def check_fp32(model: nn.Module, names: Sequence[str]) -> None:
             raise RuntimeError(f"the engine left '{name}' in {tensors[name].dtype}; it must stay float32")
 
 
-def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+def assign_owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
     """A rank for each name, so that all have about as much: the largest first, each to whom has least."""
     load = [0] * ranks
     owner = {}
@@ -99,12 +99,12 @@ def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
     return owner
 
 
-def lost_peer(error: RuntimeError) -> bool:
+def lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone or hangs."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
 
 
-class Engine(Ranks):
+class Engine(Communicator):
     """Accelerate, with one process or several that hold the same weights. bf16 is autocast over fp32 masters.
 
     What the parts of a batch give adds up: over the parts of a rank here, over ranks by sums, never by means.
@@ -117,20 +117,20 @@ class Engine(Ranks):
         from accelerate.state import AcceleratorState
 
         self.config = config
-        world = World.here()
+        world = RankEnvironment.here()
         self.rank, self.world_size, self.is_main = world.rank, world.size, world.rank == 0
         self.device = pick_device(config, world.local_rank)
         self.precision = pick_precision(precision, self.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # a process may run several engines in turn
         handlers = [InitProcessGroupKwargs(backend="gloo" if self.device.type == "cpu" else "nccl",
                                            timeout=timedelta(seconds=config.timeout))] if world.launched else []
-        with meeting(world, config.timeout):
+        with rendezvous(world, config.timeout):
             self.accelerator = Accelerator(kwargs_handlers=handlers, **self._accelerator_options(config))
         if self.accelerator.num_processes != self.world_size:
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
         self.watchdog = Watchdog(self.rank, self.world_size, config.timeout) if self.world_size > 1 else None
-        self.pieces = config.sequence_parallel  # of each row, one a rank
-        self.peers = SequencePeers.make(self.pieces) if self.pieces > 1 else None
+        self.context_parallel_size = config.context_parallel  # of each row, one a rank
+        self.shard_group = ContextParallelGroup.make(self.context_parallel_size) if self.context_parallel_size > 1 else None
         self.experts = self._make_experts(config.expert_parallel) if config.expert_parallel > 1 else None
         self.model: nn.Module = nn.Module()  # as Accelerate gives it back
         self.bare: nn.Module = self.model  # as it was handed in
@@ -174,7 +174,7 @@ class Engine(Ranks):
         shared = any(p.requires_grad for name, p in model.named_parameters() if name not in split)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)  # autocast, but no sums over ranks
         if self.world_size > 1 and shared:
-            self.model = Replicas(self.model, self.device, split)
+            self.model = StaticBucketDDP(self.model, self.device, split)
         if optimizers is not None:
             optimizers.members = [self.accelerator.prepare_optimizer(member) for member in optimizers.members]
             optimizers.load_state_tensors(state or {}, strict=strict)
@@ -191,7 +191,7 @@ class Engine(Ranks):
 
         `copied`: they are on the host and stay as they are when training goes on.
         """
-        owner = deal({name: getattr(w, "ds_numel", w.numel()) for name, w in weights.items()}, self.world_size)
+        owner = assign_owners({name: getattr(w, "ds_numel", w.numel()) for name, w in weights.items()}, self.world_size)
         mine = {}
         for name, weight in weights.items():
             whole = self._whole_weight(name, weight)
@@ -210,7 +210,7 @@ class Engine(Ranks):
     def _take(self, model: nn.Module) -> None:
         self.release()
         self.bare = model
-        model.peers = self.peers  # type: ignore[assignment]
+        model.shard_group = self.shard_group  # type: ignore[assignment]
 
     def release(self) -> None:
         """Give the model back as it was before `prepare`: with whole weights, or divided as `divide` leaves them."""
@@ -218,24 +218,24 @@ class Engine(Ranks):
             self.watchdog.rest()
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # what Accelerate puts over it
             self.bare.__dict__.pop(name, None)
-        self.bare.peers = None  # type: ignore[assignment]
+        self.bare.shard_group = None  # type: ignore[assignment]
         self.accelerator.free_memory()
         self.model = self.bare = nn.Module()
         self.optimizers = None
 
     def rows(self, batch_size: int) -> range:
-        """Which samples of a global batch this rank computes, or computes pieces of: an equal share, in order."""
+        """Which samples of a global batch this rank computes, or computes shards of: an equal share, in order."""
         share = batch_size // self.replicas
         return range(self.replica * share, (self.replica + 1) * share)
 
     @property
     def replica(self) -> int:
         """Which of the `replicas`, groups of ranks that share their rows, this rank belongs to."""
-        return self.rank // self.pieces
+        return self.rank // self.context_parallel_size
 
     @property
     def replicas(self) -> int:
-        return self.world_size // self.pieces
+        return self.world_size // self.context_parallel_size
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -284,7 +284,7 @@ class Engine(Ranks):
         """Around the forward and backward of a part; gradients are summed over ranks in the last one."""
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
             yield
-        if last and isinstance(self.model, Replicas):
+        if last and isinstance(self.model, StaticBucketDDP):
             self.model.check()
         if last and self.experts is not None:
             self.experts.average_gradients(self.bare)
@@ -364,6 +364,6 @@ def make_engine(config: EngineConfig, precision: str = "auto") -> Engine:
     """
     if config.kind not in ZERO:
         return Engine(config, precision)
-    from hybridlm.distributed.zero import ZeroEngine
+    from hybridlm.distributed.zero.engine import ZeroEngine
 
     return ZeroEngine(config, precision)

@@ -48,7 +48,7 @@ def rank_memory(config: Config, world: int) -> RankMemory:
     one = _whole(config, world)
     away = 1 - 1 / engine.expert_parallel  # of the experts
     share = 1 - away * count.routed / count.total_with_mtp  # of all parameters, what this rank holds or gathers
-    weights, piece = FP32 * count.total_with_mtp * share, FP32 * count.total_with_mtp / world
+    weights, shard = FP32 * count.total_with_mtp * share, FP32 * count.total_with_mtp / world
     copies = one.weights * share - weights  # in bf16
     wire = FP32 if engine.communication_dtype == "fp32" else FP32 + 2  # a bucket of each type
     bucket = 2 * wire * min(engine.bucket_elements, count.total_with_mtp)
@@ -59,11 +59,11 @@ def rank_memory(config: Config, world: int) -> RankMemory:
         return RankMemory(weights=weights + copies, gathered=0, gradients=one.gradients * share,
                           optimizer=one.optimizer * share, buffers=buffers, activations=activations, host=0,
                           snapshot=snapshot)
-    master = piece  # the optimizer's own copy of what it updates
+    master = shard  # the optimizer's own copy of what it updates
     optimizer, host = master + one.optimizer / world, 0.0
-    gradients = weights + piece if engine.kind == "zero1" else piece
+    gradients = weights + shard if engine.kind == "zero1" else shard
     if engine.offload_optimizer:
-        optimizer, host = 0.0, optimizer + piece  # and the gradients that it reads
+        optimizer, host = 0.0, optimizer + shard  # and the gradients that it reads
     if engine.kind != "zero3":
         return RankMemory(weights=weights + copies, gathered=0, gradients=gradients, optimizer=optimizer,
                           buffers=bucket, activations=activations, host=host, snapshot=snapshot)
@@ -72,8 +72,8 @@ def rank_memory(config: Config, world: int) -> RankMemory:
         copies *= layer_weights / weights
     gathered = max(min(weights, FP32 * LIVE_ELEMENTS), layer_weights) + copies
     if engine.offload_parameters:
-        piece, host = 0.0, host + piece
-    return RankMemory(weights=piece, gathered=gathered, gradients=gradients, optimizer=optimizer, buffers=bucket,
+        shard, host = 0.0, host + shard
+    return RankMemory(weights=shard, gathered=gathered, gradients=gradients, optimizer=optimizer, buffers=bucket,
                       activations=activations, host=host, snapshot=snapshot)
 
 
@@ -84,11 +84,11 @@ def rank_report(config: Config, world: int) -> dict[str, Any]:
 
 def _micro_batch(config: Config, world: int) -> tuple[int, int]:
     """Rows that one rank computes at a time, and tokens it has of each."""
-    training, pieces = config.training, config.engine.sequence_parallel
+    training, shards = config.training, config.engine.context_parallel
     lengths = [stage.sequence_length or training.sequence_length for stage in config.recipe.stages]
     batch = max(stage.batch_size or training.batch_size for stage in config.recipe.stages)
-    share = max(1, batch * pieces // world)
-    return min(training.micro_batch_size or share, share), max(lengths) // pieces
+    share = max(1, batch * shards // world)
+    return min(training.micro_batch_size or share, share), max(lengths) // shards
 
 
 def _element(config: Config) -> tuple[Precision, int]:

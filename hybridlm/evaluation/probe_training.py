@@ -17,8 +17,8 @@ from hybridlm.config.schema import LRScheduleConfig, OptimizerConfig
 from hybridlm.evaluation.probes import Probe, Score, make_probe
 from hybridlm.model.config import ModelConfig, require
 from hybridlm.model.model import HybridLM, build_model
+from hybridlm.training.lr_schedule import lr_factor
 from hybridlm.training.optimizer import OptimizerSet, build_optimizer
-from hybridlm.training.schedule import lr_factor
 
 LENGTH = 64
 SCHEDULE = LRScheduleConfig(kind="cosine", warmup=0.1, min_ratio=0.1)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hybridlm.config.convert import from_dict
-from hybridlm.interop.native import MODEL_TYPE
+from hybridlm.config.serialization import from_dict
+from hybridlm.interop.families.native import MODEL_TYPE
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.feed_forward.router import Router
 from hybridlm.model.model import HybridLM

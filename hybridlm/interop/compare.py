@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hybridlm.checkpoint import load_checkpoint
 from hybridlm.checkpoint.tensors import shard_files
 from hybridlm.errors import CheckpointError
-from hybridlm.interop.families import read_raw
+from hybridlm.interop.family_registry import read_raw
 from hybridlm.model.model import HybridLM
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from hybridlm import checkpoint as ckpt
-from hybridlm.config.convert import to_dict
+from hybridlm.config.serialization import to_dict
 from hybridlm.errors import CheckpointError, ConfigError, DataError, counted
-from hybridlm.interop.convert import Export, Import
-from hybridlm.interop.families import read_raw
+from hybridlm.interop.family_registry import read_raw
+from hybridlm.interop.import_export import Export, Import
 from hybridlm.interop.reader import SafetensorsFolder, StateDict
-from hybridlm.interop.surgery import add_indexer, replace_mixers
 from hybridlm.interop.writer import SHARD_BYTES, ShardWriter, draft
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.edit import add_indexer, replace_mixers
 from hybridlm.model.model import HybridLM
 
 log = logging.getLogger("hybridlm")

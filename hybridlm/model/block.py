@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hybridlm.model.config import LayerContext, ModelConfig, ResidualConfig
 from hybridlm.model.feed_forward import FeedForward, build_feed_forward
-from hybridlm.model.mixers.base import Aux, SequenceMixer, build_mixer
+from hybridlm.model.mixers.contract import Aux, SequenceMixer, build_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.sequence import SequenceInfo
 

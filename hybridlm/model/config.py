@@ -57,9 +57,9 @@ class LayerContext:
 
 
 @dataclass(frozen=True)
-class PieceTraffic:
-    """Bytes of the tensors that one process hands to a kind of exchange between pieces of rows (see
-    `hybridlm.model.pieces`), all pieces together for `exchange`; in a backward of its gradients, for `gather` those of
+class ShardTraffic:
+    """Bytes of the tensors that one process hands to a kind of exchange between shards of rows (see
+    `hybridlm.model.context_parallel`), all shards together for `exchange`; in a backward of its gradients, for `gather` those of
     what is its own."""
 
     kind: Literal["gather", "exchange", "from_previous"]
@@ -94,15 +94,15 @@ class MixerConfig:
         """Bytes of decode state for one sequence after `context_length` tokens."""
         raise TypeError(f"{type(self).__name__} does not count its state")
 
-    def check_pieces(self, pieces: int, length: int) -> None:
-        """Raise ConfigError unless the mixer can work on rows that are split into `pieces` of `length` tokens (see
-        `hybridlm.model.pieces`)."""
-        raise ConfigError("kind", "cannot work on split rows", got=self.kind, expected="engine.sequence_parallel=1")
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        """Raise ConfigError unless the mixer can work on rows that are split into `shards` of `length` tokens (see
+        `hybridlm.model.context_parallel`)."""
+        raise ConfigError("kind", "cannot work on split rows", got=self.kind, expected="engine.context_parallel=1")
 
-    def piece_traffic(self, context: LayerContext, rows: int, length: int, pieces: int,
-                      element_bytes: int = 2) -> list[PieceTraffic]:
-        """What a training step exchanges where `rows` rows are split into `pieces` of `length` tokens."""
-        raise TypeError(f"{type(self).__name__} does not count what pieces exchange")
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        """What a training step exchanges where `rows` rows are split into `shards` of `length` tokens."""
+        raise TypeError(f"{type(self).__name__} does not count what shards exchange")
 
 
 @dataclass(kw_only=True)
@@ -130,7 +130,7 @@ class FeedForwardConfig:
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
-    """Which mixer stands in which layer; `hybridlm.schedule.expand` turns it into one name a layer.
+    """Which mixer stands in which layer; `hybridlm.model.schedule.expand` turns it into one name a layer.
 
     Either `pattern` (tiled over depth) with `override` ({layer: name}, negative layers count from the end), or the
     short form: `ratio` layers of `linear`, then one of `full`, repeated; ratio 0 is all full, inf all linear.
@@ -215,7 +215,7 @@ class ModelConfig:
 
     def layers(self) -> list[str]:
         """The mixer name of each layer, in order: what is printed, saved and compared."""
-        from hybridlm.schedule import expand
+        from hybridlm.model.schedule import expand
 
         return expand(self.schedule, self.num_layers)
 

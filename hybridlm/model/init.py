@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from hybridlm.model.feed_forward.base import FeedForward
-from hybridlm.model.mixers.base import SequenceMixer
+from hybridlm.model.feed_forward.contract import FeedForward
+from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.norm import RMSNorm
 
 

@@ -14,7 +14,7 @@ from hybridlm.model.config import LayerContext, MixerConfig, ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
 from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.model.mixers import AttentionConfig, MLAConfig
-from hybridlm.model.mixers.recurrent import RecurrentConfig
+from hybridlm.model.mixers.common.recurrent import RecurrentConfig
 
 FP32 = 4
 CHUNK = 32  # tokens a chunk of the linear mixers

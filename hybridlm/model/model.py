@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from hybridlm.errors import ConfigError
 from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.context_parallel import ShardGroup
 from hybridlm.model.feed_forward import FeedForward
 from hybridlm.model.feed_forward.moe import Experts, MixtureOfExperts
 from hybridlm.model.init import init_weights
-from hybridlm.model.mixers.base import Aux
+from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
-from hybridlm.model.output import AuxTotals, ModelOutput, ModelState, WholeBatch
-from hybridlm.model.pieces import Peers
+from hybridlm.model.output import AuxTotals, GlobalBatch, ModelOutput, ModelState
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.targets import build_targets, tokens_ahead
 from hybridlm_kernels import CuSeqlens, linear_cross_entropy
@@ -41,7 +41,7 @@ class HybridLM(nn.Module):
     `loss_weights` replaces weights of the config in the loss, by the names of `ModelOutput.losses`: a training stage
     may leave out what it does not train.
     `activation_checkpointing` keeps only the layers' inputs in training and computes the rest again in the backward.
-    `peers`: processes that share the rows with this one. All are handed the same whole rows; each computes its piece of
+    `shard_group`: processes that share the rows with this one. All are handed the same whole rows; each computes its shard of
     them, the losses and logits of its own tokens.
     """
 
@@ -50,7 +50,7 @@ class HybridLM(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.loss_weights: dict[str, float] = {}
-        self.peers: Peers | None = None
+        self.shard_group: ShardGroup | None = None
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, name, i) for i, name in enumerate(config.layers()))
         self.norm = RMSNorm.of(config.norm, config.hidden_size)
@@ -77,7 +77,7 @@ class HybridLM(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Borders | None = None,
                 state: ModelState | None = None, targets: Tensor | None = None, *, return_logits: bool = False,
-                logits_to_keep: int | None = None, whole: WholeBatch | None = None) -> ModelOutput:
+                logits_to_keep: int | None = None, whole: GlobalBatch | None = None) -> ModelOutput:
         """Logits, or the loss.
 
         Args:
@@ -99,10 +99,10 @@ class HybridLM(nn.Module):
         if targets is not None and state is not None:
             raise ValueError("a decode state cannot be trained through: pass labels or targets without state")
         following = self._following(input_ids, targets, seq)
-        if self.peers is not None:
+        if self.shard_group is not None:
             if state is not None:
-                raise ValueError("rows that are split between processes cannot be decoded: set peers to None")
-            seq = seq.split(self.peers)
+                raise ValueError("rows that are split between processes cannot be decoded: set shard_group to None")
+            seq = seq.split(self.shard_group)
         totals = AuxTotals()
         h_BTD = self.embed(seq.own(input_ids))
         for i, layer in enumerate(self.blocks):
@@ -229,7 +229,7 @@ class HybridLM(nn.Module):
         return h_BTD
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, targets_BTd: Tensor, following: list[Tensor],
-                seq: SequenceInfo, totals: AuxTotals, whole: WholeBatch | None) -> None:
+                seq: SequenceInfo, totals: AuxTotals, whole: GlobalBatch | None) -> None:
         config, losses, weights = self.config, output.losses, self.loss_weights
         counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if whole is None else whole.targets
         losses["lm"], z, output.num_tokens = self._cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
@@ -291,7 +291,7 @@ def build_model(config: Any, *, seed: int | None = None, device: torch.device | 
 
     `seed` defaults to the run's `training.seed`, else 0. On the "meta" device nothing is allocated. `split` takes away
     what other processes hold, before memory is. `divide` gets each mixer, feed-forward, norm and projection when its
-    weights are there, and may leave a piece of them before the next one is allocated.
+    weights are there, and may leave a shard of them before the next one is allocated.
 
     Raises:
         ConfigError: a value that cannot be built.

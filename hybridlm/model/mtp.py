@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.mixers.base import Aux
+from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.sequence import SequenceInfo
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.mixers.base import Aux
+from hybridlm.model.mixers.contract import Aux
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ModelOutput:
 
 
 @dataclass(frozen=True)
-class WholeBatch:
+class GlobalBatch:
     """The batch of an optimizer step, of which a forward sees a part.
 
     With it the losses of a forward are its part's share: those of all parts add up to the losses of the whole

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hybridlm.config.convert import from_dict, load_yaml
 from hybridlm.config.schema import Config
+from hybridlm.config.serialization import from_dict, load_yaml
 from hybridlm.errors import ConfigError, UserError, nearest
 from hybridlm.sweep.collect import read_metrics, read_results
 from hybridlm.sweep.folder import POINT_FILE

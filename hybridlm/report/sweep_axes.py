@@ -11,7 +11,7 @@ from hybridlm.report.read import Point, Sweep
 from hybridlm.sweep.plan import SEED, short_keys
 
 RATIO, LINEAR, FULL = "model.schedule.ratio", "model.schedule.linear", "model.schedule.full"
-ALONE = "all points"  # the name of the only line
+SINGLE_PROCESS = "all points"  # the name of the only line
 RATIO_TITLE = "linear layers for each full one"
 
 
@@ -95,7 +95,7 @@ class Axes:
     def _name(self, mixer: str, places: list[Place]) -> str:
         """kda 3:1, kda only, full; or the mixer, the line and the place."""
         distinct = {place.x for place in places}
-        line = [places[0].line] if len(places) == 1 and places[0].line != ALONE else []
+        line = [places[0].line] if len(places) == 1 and places[0].line != SINGLE_PROCESS else []
         if self.key != RATIO:
             return ", ".join(dict.fromkeys([mixer, *line, *sorted(distinct)]))
         ends = {"0": "", "∞": " only"}
@@ -106,7 +106,7 @@ class Axes:
         """kda, or kda, lr 0.001: the mixer by its name alone, other settings by theirs."""
         parts = [str(settings[key]) if key == LINEAR else f"{self._short[key]} {settings[key]}"
                  for key in self.others if key in settings]
-        return ", ".join(parts) or ALONE
+        return ", ".join(parts) or SINGLE_PROCESS
 
     def _x(self, value: Any) -> str:
         return "∞" if self.key == RATIO and str(value) == "inf" else str(value)

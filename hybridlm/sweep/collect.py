@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hybridlm.config.convert import to_dict
+from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.sweep.cluster import in_flight
 from hybridlm.sweep.folder import is_busy, read_outcome, read_plan, write_json, write_text

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from hybridlm.config.convert import load_yaml, to_dict, to_yaml
+from hybridlm.config.serialization import load_yaml, to_dict, to_yaml
 from hybridlm.errors import ConfigError, UserError
 from hybridlm.sweep.plan import Point, SweepPlan
 from hybridlm.sweep.probes import WORK_FILE, ProbeTask, read_result

@@ -16,7 +16,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.model.config import FeedForwardConfig, MixerConfig, ModelConfig
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
 from hybridlm.model.mixers.attention import AttentionConfig
-from hybridlm.model.mixers.recurrent import RecurrentConfig
+from hybridlm.model.mixers.common.recurrent import RecurrentConfig
 from hybridlm.sweep.plan import Point, named
 from hybridlm.sweep.request import SweepConfig
 from hybridlm.training.stages import plan as stages_of
@@ -183,7 +183,7 @@ def _with_heads(mixer: MixerConfig, count: int) -> MixerConfig:
 
 def _changes(before: ModelConfig, after: ModelConfig) -> dict[str, list[Any]]:
     """{dotted key: [before, after]} of what differs."""
-    from hybridlm.config.convert import to_dict
+    from hybridlm.config.serialization import to_dict
     from hybridlm.training.run_folder import flatten
 
     old, new = flatten(to_dict(before)), flatten(to_dict(after))

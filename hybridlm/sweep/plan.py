@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridlm.config.compose import load_config
-from hybridlm.config.convert import to_dict
 from hybridlm.config.schema import Config
+from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.cost import mtp_block
 from hybridlm.sweep.probes import PointWork

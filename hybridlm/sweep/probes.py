@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybridlm.config.convert import from_dict, load_yaml, to_dict
 from hybridlm.config.schema import Config
+from hybridlm.config.serialization import from_dict, load_yaml, to_dict
 from hybridlm.errors import ConfigError, UserError
 from hybridlm.evaluation.probe_training import probe_lengths, train_on_probe
 from hybridlm.evaluation.probes import Probe, make_probe

@@ -16,9 +16,9 @@ from hydra.errors import HydraException
 
 from hybridlm.config.compose import config_dir as built_in
 from hybridlm.config.compose import options
-from hybridlm.config.convert import from_dict, hint_at, load_yaml, to_dict
 from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.schema import Config
+from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import require
 from hybridlm.sweep.probes import ProbeTask, read_tasks

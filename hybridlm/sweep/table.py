@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm.config.convert import to_dict
+from hybridlm.config.serialization import to_dict
 from hybridlm.inspect import scaled
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
 from hybridlm.sweep.plan import SEED, Point, SweepPlan, short_keys

@@ -38,19 +38,19 @@ def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) 
     """Run the parts of a step again and name what first turns not finite.
 
     Looked for in this order: a weight, an output in the forward (innermost module first), a gradient in the
-    backward (the module whose output first receives one). Ranks whose layers exchange with others go on together
+    backward (the module whose output first receives one). Communicator whose layers exchange with others go on together
     until one of them has found something.
     """
     weight = bad_weight(engine)
     found = [] if weight is None else [f"weight '{weight}' itself is not finite"]
     for part in parts:
-        if engine.largest([len(found)])[0]:
+        if engine.all_max([len(found)])[0]:
             break
         with _watching(engine.bare) as found:
             contribution = objective(engine.model, engine.move(part))
             if not found and not _finite(contribution.loss):
                 found.append("the loss, computed from finite layers")
-            if not engine.largest([len(found)])[0]:
+            if not engine.all_max([len(found)])[0]:
                 engine.backward(contribution.loss)
         engine.bare.zero_grad(set_to_none=True)
     return found[0] if found else NOTHING_BAD

@@ -9,21 +9,21 @@ import torch
 from torch import nn
 
 from hybridlm.distributed.engine import Contribution, Objective
-from hybridlm.model.output import WholeBatch
+from hybridlm.model.output import GlobalBatch
 
 GROUPS = {"router": "moe", "indexer": "dsa"}  # a statistic's group in the records, by how its name begins
 # The panel from the step's own loads (`metrics.router_panel`) says these exactly; those of a part would not.
 FROM_LOADS = ("max_violation", "dead_experts")
 
 
-def whole_batch(parts: Sequence[Any], over_ranks: Callable[[list[int]], list[int]] = list) -> WholeBatch:
+def global_batch(parts: Sequence[Any], over_ranks: Callable[[list[int]], list[int]] = list) -> GlobalBatch:
     """Counted targets and positions of the parts together, those of all ranks."""
     counts = torch.stack([(part.targets >= 0).sum((0, 1)) for part in parts]).sum(0)
     *targets, tokens = over_ranks([*counts.tolist(), sum(part.input_ids.numel() for part in parts)])
-    return WholeBatch(tuple(targets), tokens)
+    return GlobalBatch(tuple(targets), tokens)
 
 
-def language_model(whole: WholeBatch) -> Objective:
+def language_model(whole: GlobalBatch) -> Objective:
     """Next tokens, with what the model adds to them (MTP, balance, z): the loss the model itself composes."""
 
     def contribute(model: nn.Module, part: Any) -> Contribution:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hybridlm.checkpoint import Stored
 from hybridlm.config.schema import OptimizerConfig
-from hybridlm.distributed.partition import shape_of
+from hybridlm.distributed.zero.partition import shape_of
 from hybridlm.errors import CheckpointError
 
 Role = Literal["matrix", "stack", "head", "embedding", "vector"]

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from hybridlm import checkpoint
-from hybridlm.config.convert import to_dict
 from hybridlm.config.schema import Config
+from hybridlm.config.serialization import to_dict
 from hybridlm.data import PreparedData, bigram_entropy, check_vocab, prepare
-from hybridlm.distributed.agreement import check_same
-from hybridlm.distributed.engine import Engine, lost_peer, make_engine
+from hybridlm.distributed.engine import Engine, lost_rank, make_engine
 from hybridlm.distributed.memory import rank_memory
-from hybridlm.distributed.world import World, check_world
+from hybridlm.distributed.rank_environment import RankEnvironment, check_world
+from hybridlm.distributed.rendezvous import check_same
 from hybridlm.errors import CheckpointError, counted
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.model import HybridLM, build_model
@@ -67,7 +67,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         TrainingStopped: the run could not go on.
     """
     stages = plan(config)
-    world = World.here()
+    world = RankEnvironment.here()
     check_world(config, world.size)
     check_tracking(config.tracking)
     registry.configure(config.kernels)
@@ -106,7 +106,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             raise TrainingStopped("out of GPU memory; lower training.micro_batch_size, or set "
                                   "training.activation_checkpointing=true") from error
         except RuntimeError as error:
-            if world.size == 1 or not lost_peer(error):
+            if world.size == 1 or not lost_rank(error):
                 raise
             raise TrainingStopped(f"rank {world.rank} lost another process of this run, which hangs or has ended; the "
                                   "same command goes on from the last checkpoint (--restarts N does so by itself): "

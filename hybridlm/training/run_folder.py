@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from hybridlm import __version__, checkpoint
-from hybridlm.config.convert import from_dict, load_yaml, to_dict, to_yaml
 from hybridlm.config.schema import Config
-from hybridlm.distributed.ranks import ALONE, Ranks
+from hybridlm.config.serialization import from_dict, load_yaml, to_dict, to_yaml
+from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.config import ModelConfig
 
@@ -83,7 +83,7 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def start_from(self, config: Config, ranks: Ranks = ALONE) -> Path | None:
+    def start_from(self, config: Config, ranks: Communicator = SINGLE_PROCESS) -> Path | None:
         """The checkpoint to go on from, which all ranks look for together; None for a fresh start.
 
         Raises:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.mixers.indexed import IndexedMixer
+from hybridlm.model.mixers.common.indexed_attention import IndexedMixer
 from hybridlm.model.model import HybridLM
 from hybridlm.training.stages import Stage
 

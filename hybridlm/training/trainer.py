@@ -26,12 +26,12 @@ from hybridlm.training.display import Display
 from hybridlm.training.guards import NOTHING_BAD, BadStepGuard, TrainingStopped, bad_weight, first_bad_layer
 from hybridlm.training.interrupt import SIGNALS, StopSignal
 from hybridlm.training.loader import global_batches, parts
+from hybridlm.training.lr_schedule import lr_factor
 from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, perplexity, router_panel
-from hybridlm.training.objective import language_model, whole_batch
+from hybridlm.training.objective import global_batch, language_model
 from hybridlm.training.optimizer import OptimizerSet, build_optimizer, fp32_names
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.training.saver import Saver
-from hybridlm.training.schedule import lr_factor
 from hybridlm.training.sparse import freeze_idle_indexers, measuring, set_attention, stage_model, warn_of_selection
 from hybridlm.training.stages import Progress, Stage, audit, set_trainable
 from hybridlm.training.tracking import Tracker
@@ -132,7 +132,7 @@ class Trainer:
     def _between_steps(self) -> bool:
         """Finish a save that all ranks have written. Returns whether any rank was asked to stop; all find the same."""
         asked = SIGNALS.index(self.stop.requested) + 1 if self.stop.requested else 0
-        asked, writing = self.engine.largest([asked, self.saver.writing])
+        asked, writing = self.engine.all_max([asked, self.saver.writing])
         if not writing:
             self.saver.finish()
         if asked:  # else one that came just now is left for the next time
@@ -172,7 +172,7 @@ class Trainer:
 
     def _step(self, stage: Stage, batch: Sequence[Any], start: float) -> None:
         self.engine.seed(self.config.training.seed, self.progress.step)
-        objective = language_model(whole_batch(batch, self.engine.total))
+        objective = language_model(global_batch(batch, self.engine.all_sum))
         due = stage.recall_every is not None and (self.progress.step_in_stage + 1) % stage.recall_every == 0
         with measuring(self.model, due):
             values = self._gradients(objective, batch)
@@ -216,7 +216,7 @@ class Trainer:
         values = dict(update.values)
         total = values.pop("loss")
         loss = values.get("loss/lm", total)
-        tokens, num_bytes = self.engine.total([sum(part.num_tokens for part in batch),
+        tokens, num_bytes = self.engine.all_sum([sum(part.num_tokens for part in batch),
                                                sum(part.num_bytes for part in batch)])
         speed = stage.tokens_per_step / seconds
         flops = speed * training_flops(self.stage_config.model, stage.sequence_length,

@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridlm.distributed.engine import Engine
 from hybridlm.training.metrics import bits_per_byte, perplexity
-from hybridlm.training.objective import language_model, whole_batch
+from hybridlm.training.objective import global_batch, language_model
 
 NATS, TARGETS, BYTES, TOKENS = "nats", "targets", "bytes", "tokens"  # what is summed beside the other losses
 
@@ -25,7 +25,7 @@ def validate(engine: Engine, parts: Iterable[Any], uncounted: Iterable[Any] = ()
     sums: Counter[str] = Counter({NATS: 0, TARGETS: 0, BYTES: 0, TOKENS: 0})
     with engine.evaluating() as model:
         for part, counts in chain(zip(parts, repeat(True)), zip(uncounted, repeat(False))):
-            whole = whole_batch([part])
+            whole = global_batch([part])
             values = language_model(whole)(model, engine.move(part)).values
             if not counts:
                 continue
@@ -35,7 +35,7 @@ def validate(engine: Engine, parts: Iterable[Any], uncounted: Iterable[Any] = ()
                          if name.startswith(("loss/", "dsa/"))})
     sums = functools.reduce(_added, engine.gather(sums))
     nats = sums.pop(NATS, 0)
-    targets, num_bytes, tokens = (sums.pop(name, 0) // engine.pieces for name in (TARGETS, BYTES, TOKENS))
+    targets, num_bytes, tokens = (sums.pop(name, 0) // engine.context_parallel_size for name in (TARGETS, BYTES, TOKENS))
     loss = nats / max(targets, 1)
     return {"validation_loss": loss, "validation_perplexity": perplexity(loss),
             "validation_bits_per_byte": bits_per_byte(nats, num_bytes), "validation_tokens": targets,

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optional import version_numbers
-from .registry import Backend, Call, always
+from hybridlm_kernels.optional_packages import version_numbers
+from hybridlm_kernels.registry import Backend, Call, always
 
 # Triton 3.10 changes the default: said here, kernels compute the same with every version. Read when one is built.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -163,10 +163,10 @@ def parallel_programs(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Specimen:
+class CompileCase:
     """One kernel with one set of types and constants: what the compile check builds for a GPU that is not there.
 
-    A Triton module lists its own in `SPECIMENS`. `types` gives every parameter that is not a constant, pointers as
+    A Triton module lists its own in `COMPILE_CASES`. `types` gives every parameter that is not a constant, pointers as
     "*bf16" (taken to be 16-byte aligned, as torch's are) and numbers as "i32" or "fp32"; names in `divisible` are
     multiples of 16, as strides of whole heads are. Constants of the first tuned configuration are added. `head_dim` is
     0 where a kernel has none, or none that matters.

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
-from hybridlm.config.convert import describe, from_dict, hint_at, known_paths, load_yaml, to_dict, to_yaml
 from hybridlm.config.schema import Config, DataConfig, OptimizerConfig, StageConfig, TrackingConfig, TrainingConfig
+from hybridlm.config.serialization import describe, from_dict, hint_at, known_paths, load_yaml, to_dict, to_yaml
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import FeedForwardConfig, MixerConfig, ModelConfig, ScheduleConfig
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig

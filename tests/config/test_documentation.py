@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from hybridlm.config.compose import config_dir, options
-from hybridlm.config.convert import hint_at, known_paths, to_dict
 from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.schema import Config, DataSourceConfig, StageConfig
+from hybridlm.config.serialization import hint_at, known_paths, to_dict
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig
 
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")

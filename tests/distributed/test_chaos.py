@@ -1,4 +1,4 @@
-"""`scripts/chaos.sh`: a few faults for real, and that its comparison finds what it must."""
+"""`scripts/dev/chaos.sh`: a few faults for real, and that its comparison finds what it must."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def chaos(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "dev"))
     import chaos
 
     return chaos
@@ -20,7 +20,7 @@ def chaos(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_survives_one_fault_of_each_of_five_kinds():
-    done = subprocess.run(["bash", ROOT / "scripts/chaos.sh", "--faults", "5", "--ranks", "2", "--seed", "3", "--json"],
+    done = subprocess.run(["bash", ROOT / "scripts/dev/chaos.sh", "--faults", "5", "--ranks", "2", "--seed", "3", "--json"],
                           capture_output=True, text=True, timeout=500,
                           env={"PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHON": sys.executable})
     assert done.returncode == 0, done.stderr

@@ -1,13 +1,13 @@
 """`engine.communication_dtype`: what ranks send one another in bf16, and that it changes nothing else."""
 
-import communication_over_ranks
 import pytest
 import torch
-from over_ranks import on_ranks
 
 from hybridlm import load_config
 from hybridlm.cli import main
 from hybridlm.model.model import build_model
+from tests.support import communication_over_ranks
+from tests.support.over_ranks import on_ranks
 
 SYSTEMS = ("kimi_linear_tiny", "qwen3_next_tiny", "minimax_01_tiny", "hybrid_tiny", "kda_dsa_tiny", "deepseek_v32_tiny")
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from over_ranks import records
 
 from hybridlm.cli import main
+from tests.support.over_ranks import records
 
 TINY = ["model.hidden_size=32", "model.vocab_size=257", "data.tokenizer=bytes", "training.batch_size=4",
         "training.sequence_length=64", "training.eval_every=0", "training.eval_batches=2", "training.log_every=1000"]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_over_ranks
-from over_ranks import assert_same_run, on_ranks
 from torch.overrides import TorchFunctionMode
 
 from hybridlm.cli import main
 from hybridlm.model.feed_forward.router import Router
+from tests.support import train_over_ranks
+from tests.support.over_ranks import assert_same_run, on_ranks
 
 pytest.importorskip("deepspeed")
 
@@ -31,7 +31,7 @@ SYSTEMS = {"kimi_linear_tiny": HYBRID, "qwen3_next_tiny": HYBRID, "minimax_01_ti
 ENGINES = {"ddp": [], "zero1": [], "zero2": [],
            # Vectors stay whole on every rank, matrices are divided; by default all of these would stay whole.
            "zero3": ["engine.persistence_threshold=64", "training.activation_checkpointing=true"]}
-SPLIT = ["engine.expert_parallel=2", "engine.sequence_parallel=2"]
+SPLIT = ["engine.expert_parallel=2", "engine.context_parallel=2"]
 # Few steps of more tokens: what makes updates orthogonal lifts singular values that are nothing but rounding.
 MUON = ["optimizer=muon", "training.steps=2", "optimizer.schedule.warmup=2", "training.sequence_length=32"]
 # On two ranks, what engines go together with. By name: the run of one process, and the words of the other.

@@ -8,22 +8,22 @@ from dataclasses import replace
 from importlib import metadata
 from itertools import combinations
 
-import experts_over_ranks
 import pytest
 import torch
-from over_ranks import ROOT, assert_same_run, on_ranks, start
 
 from hybridlm import load_config
 from hybridlm.config.schema import EngineConfig
-from hybridlm.distributed import zero_experts
 from hybridlm.distributed.cost import Layout, chance_of_a_visit, traffic
 from hybridlm.distributed.expert_parallel import expert_parameters
 from hybridlm.distributed.memory import rank_memory
-from hybridlm.distributed.world import check_world
+from hybridlm.distributed.rank_environment import check_world
+from hybridlm.distributed.zero import experts as zero_experts
 from hybridlm.errors import ConfigError
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.model.model import build_model
+from tests.support import experts_over_ranks
+from tests.support.over_ranks import ROOT, assert_same_run, on_ranks, start
 
 TRAINING = {"steps": 20, "batch_size": 4, "micro_batch_size": 1, "sequence_length": 16, "eval_every": 0,
             "checkpoint_every": 10, "keep_checkpoints": 9}
@@ -34,7 +34,7 @@ STAGES = [{"name": "frozen", "steps": 2, "trainable": ["*.mixer.*"]},
 
 
 def run(name, kind, experts=1, pieces=1, stages=()):
-    engine = {"kind": kind, "expert_parallel": experts, "sequence_parallel": pieces}
+    engine = {"kind": kind, "expert_parallel": experts, "context_parallel": pieces}
     return json.dumps({"name": name, "engine": engine, "training": TRAINING, "stages": stages})
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from hybridlm.distributed import launch
-from hybridlm.distributed.agreement import check_same
+from hybridlm.distributed.rendezvous import check_same
 from hybridlm.errors import ConfigError
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    root = HERE.parents[1]
+    root = SUPPORT.parents[1]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, str(HERE / "faults_driver.py"), str(tmp_path_factory.mktemp("faults"))],
+    done = subprocess.run([sys.executable, str(SUPPORT / "faults_driver.py"), str(tmp_path_factory.mktemp("faults"))],
                           env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
                                "TORCH_CPP_LOG_LEVEL": "ERROR"},
                           capture_output=True, text=True, timeout=500)

@@ -24,7 +24,7 @@ def test_two_processes(launcher, tmp_path):
     text = tmp_path / "text.py"
     text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
     done = subprocess.run(
-        [ROOT / "scripts" / f"launch_{launcher}.sh", "model=minimax_01_tiny", "model.num_layers=2", "engine=zero1",
+        [ROOT / "scripts" / "launch" / f"{launcher}.sh", "model=minimax_01_tiny", "model.num_layers=2", "engine=zero1",
          "data.tokenizer=bytes", f"data.path={text}", f"data.cache_dir={tmp_path / 'cache'}", "training.steps=2",
          "training.batch_size=2", "training.sequence_length=32", "training.eval_batches=1",
          f"run_dir={tmp_path / 'run'}"],
@@ -41,7 +41,7 @@ def test_two_processes(launcher, tmp_path):
 def test_a_port_in_use(launcher):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        done = subprocess.run([ROOT / "scripts" / f"launch_{launcher}.sh", "engine=zero3"], capture_output=True,
+        done = subprocess.run([ROOT / "scripts" / "launch" / f"{launcher}.sh", "engine=zero3"], capture_output=True,
                               text=True, env={**os.environ, "PYTHON": sys.executable, "MASTER_PORT": str(port)})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (f"error: MASTER_PORT: another program listens on port {port} of this machine; set "
@@ -55,7 +55,7 @@ def test_hosts_of_deepspeed_that_are_not_there(hosts, says, tmp_path):
     file, port = tmp_path / "hosts", free_port()
     if hosts is not None:
         file.write_text(hosts)
-    done = subprocess.run([ROOT / "scripts" / "launch_deepspeed.sh", "engine=zero3"], capture_output=True, text=True,
+    done = subprocess.run([ROOT / "scripts" / "launch" / "deepspeed.sh", "engine=zero3"], capture_output=True, text=True,
                           env={**os.environ, "PYTHON": sys.executable, "HOSTFILE": str(file), "SSH_PORT": str(port)})
     line, = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
@@ -70,7 +70,7 @@ def test_slurm(tmp_path):
     for name in ("scontrol", "srun", "python"):
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", ROOT / "scripts" / "slurm.sbatch", "engine=zero3", "run_dir=with space"],
+        ["bash", ROOT / "scripts" / "launch" / "slurm.sbatch", "engine=zero3", "run_dir=with space"],
         capture_output=True, text=True,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_NTASKS": "16",
              "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"})

@@ -5,10 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import saves_over_ranks
-from over_ranks import on_ranks, records
 
 from hybridlm import checkpoint
+from tests.support import saves_over_ranks
+from tests.support.over_ranks import on_ranks, records
 
 pytest.importorskip("deepspeed")
 MEASURED = {"tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes", "seconds"}

@@ -13,7 +13,7 @@ FEW = 4096  # bytes of losses, norms, counts and the like, which the formulas le
 
 
 def script(name, *arguments):
-    done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "scripts" / name), *arguments, "--json"],
+    done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "scripts" / "dev" / name), *arguments, "--json"],
                           capture_output=True, text=True, timeout=600,
                           env={**os.environ, "OMP_NUM_THREADS": "1",
                                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])})
@@ -24,7 +24,7 @@ def script(name, *arguments):
 @pytest.mark.slow
 def test_collective_operations_carry_what_the_formulas_say():
     rows = script("bench_scaling.py", "--ranks", "2", "--engine", "zero2", "--dtype", "bf16")
-    assert {(row["expert_parallel"], row["sequence_parallel"]) for row in rows} == {(1, 1), (2, 1), (1, 2)}
+    assert {(row["expert_parallel"], row["context_parallel"]) for row in rows} == {(1, 1), (2, 1), (1, 2)}
     assert {row["operation"] for row in rows} == {"all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
     for row in rows:
         # Experts are not quite evenly loaded; all else is exact.

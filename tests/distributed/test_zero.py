@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-import train_over_ranks
-import zero_checks
-from over_ranks import on_ranks, records, start
 
 from hybridlm import load_config
 from hybridlm.cli import main
 from hybridlm.distributed.memory import rank_memory
+from tests.support import train_over_ranks, zero_checks
+from tests.support.over_ranks import on_ranks, records, start
 
 pytest.importorskip("deepspeed")
 
@@ -136,6 +135,6 @@ def test_memory_of_a_rank_holds_a_layer_whole():
 
 
 def test_without_deepspeed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("hybridlm.distributed.world.find_spec", lambda name: None)
+    monkeypatch.setattr("hybridlm.distributed.rank_environment.find_spec", lambda name: None)
     assert main(["train", *SYSTEMS["kimi"], "engine=zero1", "engine.num_processes=2", f"run_dir={tmp_path}"]) == 2
     assert "pip install 'hybridlm[deepspeed]'" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from hf_zoo import perturb, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hybridlm.interop.auto  # noqa: F401  (registers the model type)
@@ -15,6 +14,7 @@ from hybridlm import load_config
 from hybridlm.interop import export_hf, import_hf, to_hf_model
 from hybridlm.interop.auto import HybridLMForCausalLM
 from hybridlm.model import build_model, generate
+from tests.support.hf_zoo import perturb, tokens
 
 MIXES = {  # linear, full, ratio
     "kda with lightning": ["model.schedule.pattern=[kda, lightning, full]"],

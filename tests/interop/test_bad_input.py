@@ -5,11 +5,11 @@ import struct
 
 import pytest
 import torch
-from hf_zoo import build
 from safetensors.torch import load_file, save_file
 
 from hybridlm.errors import CheckpointError, ConfigError, UserError
 from hybridlm.interop import export_checkpoint, import_checkpoint, import_hf, save_checkpoint, writer
+from tests.support.hf_zoo import build
 
 E_NORM = "model.layers.1.input_layernorm.weight"
 

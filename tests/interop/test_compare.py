@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hf_zoo import build
 
 from hybridlm.data.tokenizer import load_tokenizer
 from hybridlm.errors import CheckpointError
 from hybridlm.interop import import_checkpoint, import_hf, verify
 from hybridlm.interop.compare import render
+from tests.support.hf_zoo import build
 
 
 @pytest.mark.parametrize("case", ["kimi_linear", "qwen3_next", "minimax", "olmo_hybrid"])

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from hf_zoo import CASES, build, tokens
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -15,6 +14,7 @@ from hybridlm.data.tokenizer import load_tokenizer
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.interop import export_checkpoint, export_hf, import_checkpoint, import_hf
 from hybridlm.model import generate
+from tests.support.hf_zoo import CASES, build, tokens
 
 # one case of every family, those with the most in them
 EACH = ["qwen3_next-irregular", "qwen3_5_moe", "kimi_linear-irregular", "minimax", "minimax_m2", "deepseek_v3",

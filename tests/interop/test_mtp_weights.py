@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from hf_zoo import build, perturb, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +13,7 @@ from hybridlm.errors import CheckpointError
 from hybridlm.interop import export_hf, import_checkpoint, import_hf
 from hybridlm.model import build_model
 from hybridlm.model.config import MTPConfig
+from tests.support.hf_zoo import build, perturb, tokens
 
 # case, depth, a tensor that the released models have, layer behind the last
 CASES = [("deepseek_v3", 2, "model.layers.5.eh_proj.weight"),

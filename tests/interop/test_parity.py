@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hf_zoo import CASES, build, tokens
 
 from hybridlm.checkpoint import unique_tensors
-from hybridlm.interop.convert import Export, import_hf, to_hf_model
+from hybridlm.interop.import_export import Export, import_hf, to_hf_model
 from hybridlm.interop.reader import StateDict
 from hybridlm.model import generate
+from tests.support.hf_zoo import CASES, build, tokens
 
 LOGITS, GRADIENTS = 2e-5, 1e-4  # absolute; relative RMS of each tensor
 
@@ -56,7 +56,7 @@ def assert_gradients(ours, theirs, family):
 
 
 def import_hf_gradients(theirs):
-    from hybridlm.interop.convert import Import
+    from hybridlm.interop.import_export import Import
 
     state = {name: torch.zeros_like(t) if t.grad is None else t.grad
              for name, t in theirs.state_dict(keep_vars=True).items()}

@@ -4,14 +4,14 @@ import logging
 
 import pytest
 import torch
-from hf_zoo import build
 
 from hybridlm.config import load_model_config
 from hybridlm.errors import CheckpointError, ConfigError
-from hybridlm.interop.canonical import canonical, differences
-from hybridlm.interop.convert import Import, import_hf, our_specs, to_hf_config
-from hybridlm.interop.families import families, family_of, read_config, write_config
+from hybridlm.interop.family_registry import families, family_of, read_config, write_config
+from hybridlm.interop.import_export import Import, import_hf, our_specs, to_hf_config
 from hybridlm.interop.reader import StateDict
+from hybridlm.model.canonical import canonical, differences
+from tests.support.hf_zoo import build
 
 FULL = [4, 8, 12, 16, 20, 24, 27]
 ALPHA = 3.5565588200778455

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from hf_zoo import CASES
 
-from hybridlm.interop.convert import our_specs
-from hybridlm.interop.families import family_named, read_config
+from hybridlm.interop.family_registry import family_named, read_config
+from hybridlm.interop.import_export import our_specs
 from hybridlm.interop.writer import ShardWriter
+from tests.support.hf_zoo import CASES
 
 CHILD = """
 import sys, json

@@ -11,7 +11,7 @@ from hybridlm.cli import main
 from hybridlm.model.generation import generate
 
 PROMPT = "def main("
-ALONE = """
+SINGLE_PROCESS = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
@@ -39,7 +39,7 @@ def test_the_quickstart_model_speaks_the_same_in_transformers_alone(run, tmp_pat
     out = tmp_path / "exported"
     assert main(["export", str(run), str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["family"] == "kimi_linear"
-    done = subprocess.run([sys.executable, "-c", ALONE, str(out), PROMPT], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SINGLE_PROCESS, str(out), PROMPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
     assert (theirs["class"], theirs["missing"], theirs["unexpected"]) == ("KimiLinearForCausalLM", [], [])

@@ -6,10 +6,11 @@ import types
 
 import pytest
 import torch
-from kernel_compare import error, tensors
 
-from hybridlm_kernels import attention, decay_attention, delta_rule, optional, registry
+from hybridlm_kernels import attention, delta_rule, linear_attention, registry
+from hybridlm_kernels import optional_packages as optional
 from hybridlm_kernels.registry import Backend, KernelUnavailable, Operation
+from tests.support.kernel_compare import error, tensors
 
 B, T, H, G, K, V = 2, 12, 2, 4, 16, 8
 BORDERS = [0, 5, 12, 13, 24]
@@ -30,7 +31,7 @@ def installed(monkeypatch):
             here = Operation(operation.name, backends)
             monkeypatch.setitem(registry._operations, operation.name, here)
             module = sys.modules[f"hybridlm_kernels.{operation.name}"] if operation.name in (
-                "delta_rule", "decay_attention", "attention") else None
+                "delta_rule", "linear_attention", "attention") else None
             if module is not None:
                 monkeypatch.setattr(module, "ATTENTION" if operation.name == "attention" else "OPERATION", here)
 
@@ -90,13 +91,13 @@ def test_delta_rule_through_flash_linear_attention(installed, decay, module, fun
 @pytest.mark.parametrize("borders", [None, BORDERS])
 @pytest.mark.parametrize("decay", ["none", "constant", "scalar", "channel"])
 def test_decay_attention_through_flash_linear_attention(installed, decay, borders):
-    peer = recurrence_of(decay_attention)
+    peer = recurrence_of(linear_attention)
     module, function = (("fla.ops.gla", "chunk_gla") if decay == "channel" else
                         ("fla.ops.simple_gla", "chunk_simple_gla"))
     installed("flash-linear-attention", "0.6.1", {module: {function: peer}})
     q, k, v = tensors((B, T, H, K), (B, T, H, K), (B, T, G, V), dtype=torch.float32)
     g = gates(decay)
-    for ours, expected in zip(*(decay_attention(q, k, v, g=g, cu_seqlens=borders, backend=backend)
+    for ours, expected in zip(*(linear_attention(q, k, v, g=g, cu_seqlens=borders, backend=backend)
                                 for backend in ("fla", "reference")), strict=True):
         assert error(ours, expected) < 1e-6
     assert ("g_gamma" in peer.shapes) == (decay == "constant")

@@ -23,8 +23,8 @@ BENCH = '["swiglu", "--shapes", "B1 T64 H2 D16"]'
 
 
 @pytest.mark.parametrize(("code", "line"), [
-    ("from hybridlm_kernels.doctor import main; print(main([]))", "0 failed"),
-    (f"from hybridlm_kernels.bench import main; print(main({BENCH}))", "against torch"),
+    ("from hybridlm_kernels.tools.doctor import main; print(main([]))", "0 failed"),
+    (f"from hybridlm_kernels.tools.bench import main; print(main({BENCH}))", "against torch"),
     (f"from hybridlm.cli import main; print(main(['bench', 'kernels', *{BENCH}]))", "against torch"),
 ])
 def test_kernels_need_no_more(code, line):

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kernel_compare import assert_same_function, error, tensors
 
 from hybridlm_kernels import CuSeqlens, attention
+from tests.support.kernel_compare import assert_same_function, error, tensors
 
 # rows, queries, keys, query heads, key heads, key dim, value dim
 SHAPES = [(1, 1, 1, 1, 1, 4, 4), (2, 37, 37, 4, 2, 8, 8), (1, 300, 300, 2, 1, 12, 8), (2, 1, 50, 4, 4, 8, 12),

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hybridlm.cli import main
-from hybridlm_kernels import bench, registry
-from hybridlm_kernels.bench_cases import COMMON, SMALL, Case, Shape, cases
+from hybridlm_kernels import registry
+from hybridlm_kernels.tools import bench
+from hybridlm_kernels.tools.cases import COMMON, SMALL, Case, Shape, cases
 
 TINY = Shape(1, 64, 2, 16)
 HERE = bench.Machine("cpu", "here", "float32", 1e9, 1e12, 1, torch.__version__, None)
@@ -26,7 +27,7 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("case", list(cases()), ids=label)
 def test_every_case_is_timed_forward_and_backward(case, monkeypatch):
-    monkeypatch.setattr("hybridlm_kernels.bench_cases.VOCABULARY", 64)
+    monkeypatch.setattr("hybridlm_kernels.tools.cases.VOCABULARY", 64)
     row, = bench.bench(case, TINY, HERE, ["torch"])
     assert row.problem == ""
     assert row.forward_ms > 0
@@ -60,7 +61,7 @@ def test_a_backend_that_refuses_says_so_in_its_row(monkeypatch):
 
     operation = next(op for op in registry.operations() if op.name == "swiglu")
     broken = registry.Operation("swiglu", (registry.Backend("fast", abs, refuse), *operation.backends))
-    monkeypatch.setattr(sys.modules["hybridlm_kernels.swiglu"], "SWIGLU", broken)
+    monkeypatch.setattr(sys.modules["hybridlm_kernels.ops.swiglu"], "SWIGLU", broken)
     monkeypatch.setitem(registry._operations, "swiglu", broken)
     case = next(case for case in cases() if case.operation == "swiglu")
     rows = {row.backend: row for row in bench.bench(case, TINY, HERE)}
@@ -77,7 +78,7 @@ def broken(monkeypatch):
 
     operation = next(op for op in registry.operations() if op.name == "swiglu")
     replaced = registry.Operation("swiglu", (*operation.backends, registry.Backend("fast", fail)))
-    monkeypatch.setattr(sys.modules["hybridlm_kernels.swiglu"], "SWIGLU", replaced)
+    monkeypatch.setattr(sys.modules["hybridlm_kernels.ops.swiglu"], "SWIGLU", replaced)
     monkeypatch.setitem(registry._operations, "swiglu", replaced)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hybridlm_kernels import CuSeqlens
-from hybridlm_kernels.chunks import SEGMENT_NUMBERS, Layout, layout_of
-from hybridlm_kernels.triangular import block_inverses, solve, solve_transposed
+from hybridlm_kernels.recurrence.chunk_layout import SEGMENT_NUMBERS, Layout, layout_of
+from hybridlm_kernels.recurrence.triangular_solve import block_inverses, solve, solve_transposed
 
 CPU = torch.device("cpu")
 

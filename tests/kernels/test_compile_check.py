@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 
-from hybridlm_kernels import compile_check, triton_support
-from hybridlm_kernels.compile_check import Compiled, configurations, judged, specimens
+from hybridlm_kernels import triton_support
 from hybridlm_kernels.registry import Call
+from hybridlm_kernels.tools import compile_check
+from hybridlm_kernels.tools.compile_check import Compiled, compile_cases, configurations, judged
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, tuned, worth_timing
 
 pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
@@ -99,7 +100,7 @@ def test_checks_tune_nothing_unless_told_to(said, monkeypatch):
 
 def test_no_number_of_tokens_chooses_a_configuration():
     """Keys are constants of the code or numbers of heads; other integers come from the batch at hand."""
-    kernels = {specimen.kernel for _, specimen in specimens(head_dims=None) if hasattr(specimen.kernel, "keys")}
+    kernels = {compile_case.kernel for _, compile_case in compile_cases(head_dims=None) if hasattr(compile_case.kernel, "keys")}
     assert len(kernels) > 10
     of_batch = {(kernel, key) for kernel in kernels for key in kernel.keys
                 if key not in ("H", "G", "J") and not _is_constant(kernel, key)}
@@ -133,8 +134,8 @@ def test_what_is_built_beyond_the_device_is_found(shared, columns, problem, monk
     built = types.SimpleNamespace(asm={"cubin": b""}, metadata=types.SimpleNamespace(shared=shared, tmem_size=columns))
     monkeypatch.setattr(triton, "compile", lambda *args, **options: built)
     monkeypatch.setattr(compile_check, "_usage", lambda cubin: (64, 0))
-    operation, specimen = next(specimens())
-    found = compile_check.compile_for(operation, configurations(specimen)[0], "sm_100").problem
+    operation, compile_case = next(compile_cases())
+    found = compile_check.compile_for(operation, configurations(compile_case)[0], "sm_100").problem
     assert found.startswith(problem)
     assert bool(found) == bool(problem)
 
@@ -173,7 +174,7 @@ def test_heads_of_256_may_spill():
 
 
 def test_every_head_dim_is_built():
-    found = {operation: {s.head_dim for _, s in specimens([operation], None)}
-             for operation in ("delta_rule", "decay_attention")}
+    found = {operation: {s.head_dim for _, s in compile_cases([operation], None)}
+             for operation in ("delta_rule", "linear_attention")}
     assert all({32, 64, 128, 256} <= dims for dims in found.values()), found
-    assert all(configurations(s) for _, s in specimens(head_dims=None))
+    assert all(configurations(s) for _, s in compile_cases(head_dims=None))

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from hybridlm_kernels import doctor, registry
+from hybridlm_kernels import registry
+from hybridlm_kernels.tools import doctor
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_what_each_operation_uses_here(monkeypatch):
     operation = next(op for op in registry.operations() if op.name == "swiglu")
     monkeypatch.setattr(registry, "_strict", True)
     refusing = registry.Backend("fast", abs, lambda call: (False, "not today"))
-    monkeypatch.setattr(sys.modules["hybridlm_kernels.swiglu"], "SWIGLU",
+    monkeypatch.setattr(sys.modules["hybridlm_kernels.ops.swiglu"], "SWIGLU",
                         registry.Operation("swiglu", (refusing, *operation.backends)))
     refused = next(choice for choice in doctor.chosen("cpu") if choice.operation == "swiglu")
     assert refused.backend == ""

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from kernel_compare import error, tensors
 
 import hybridlm_kernels as ops
 from hybridlm_kernels import Gate
+from tests.support.kernel_compare import error, tensors
 
 B, T, H, G, K, V = 1, 20, 1, 2, 3, 4
 FORMS = {  # the logarithm of the decay, in plain numbers
@@ -36,7 +36,7 @@ def test_forms(kind, shape):
 
 @kinds
 @pytest.mark.parametrize("shape", [(B, T, G), (B, T, G, K)])
-@pytest.mark.parametrize("operation", ["delta_rule", "decay_attention"])
+@pytest.mark.parametrize("operation", ["delta_rule", "linear_attention"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_inside_equals_in_front(kind, shape, operation, backend):
     q, k, v, u, A_log, dt_bias, beta = leaves = tensors(
@@ -93,4 +93,4 @@ def test_gates_that_make_no_sense(arguments, message):
 def test_gates_that_do_not_fit(g, gate, message):
     q, v = torch.zeros(B, T, H, K), torch.zeros(B, T, G, V)
     with pytest.raises(ValueError, match=message):
-        ops.decay_attention(q, q, v, g=g, gate=gate)
+        ops.linear_attention(q, q, v, g=g, gate=gate)

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from kernel_compare import LargestTensor, assert_same_function, error, tensors
 
 from hybridlm_kernels import attention, attention_recall, indexer_kl, indexer_topk
-from hybridlm_kernels.indexer_kl import reference
-from hybridlm_kernels.indexer_kl import torch as eager
+from hybridlm_kernels.ops.indexer_kl import reference
+from hybridlm_kernels.ops.indexer_kl import torch_backend as eager
+from tests.support.kernel_compare import LargestTensor, assert_same_function, error, tensors
 
 # rows, queries, keys, index heads, index dim, heads, key heads, key dim
 SHAPES = [(1, 1, 1, 1, 4, 1, 1, 4), (2, 37, 37, 4, 8, 4, 2, 8), (1, 90, 90, 3, 4, 4, 1, 12), (2, 1, 30, 4, 8, 2, 2, 4),

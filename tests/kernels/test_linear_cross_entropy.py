@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_compare import LargestTensor, error, tensors
 
 from hybridlm_kernels import linear_cross_entropy
-from hybridlm_kernels.linear_cross_entropy import chunked
-from hybridlm_kernels.linear_cross_entropy import torch as eager
+from hybridlm_kernels.ops.linear_cross_entropy import chunked_loss as chunked
+from hybridlm_kernels.ops.linear_cross_entropy import torch_backend as eager
+from tests.support.kernel_compare import LargestTensor, error, tensors
 
 OPTIONS = [{}, {"soft_cap": 2.0}, {"z_loss": 1e-2}, {"z_loss": 1e-2, "soft_cap": 2.0}]
 

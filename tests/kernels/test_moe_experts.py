@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_compare import assert_same_function, error, tensors
 
 from hybridlm_kernels import moe_experts, registry
+from tests.support.kernel_compare import assert_same_function, error, tensors
 
 # tokens, experts a token, experts, model width, expert width
 CASES = [(1, 1, 1, 8, 4), (1, 2, 4, 16, 8), (37, 2, 8, 64, 32), (70, 3, 5, 24, 13), (65, 4, 16, 20, 7),

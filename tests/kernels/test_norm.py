@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_compare import assert_same_function, error, tensors
 
 from hybridlm_kernels import gated_rms_norm, l2_norm, rms_norm
+from tests.support.kernel_compare import assert_same_function, error, tensors
 
 SHAPES = [(1, 5), (3, 5, 7, 60), (2, 15, 64), (65, 100)]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from kernel_compare import LargestTensor, assert_same_function, tensors
 
 from hybridlm_kernels import CuSeqlens, Pools, attention_recall, indexer_kl, indexer_topk, pooled_topk
 from hybridlm_kernels import pooled_indexer_kl as pooled_kl
-from hybridlm_kernels.indexer_kl import torch as blocks
+from hybridlm_kernels.ops.indexer_kl import torch_backend as blocks
+from tests.support.kernel_compare import LargestTensor, assert_same_function, tensors
 
 CPU = torch.device("cpu")
 # rows, queries, keys, tokens a pool

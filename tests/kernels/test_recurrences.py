@@ -6,14 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kernel_compare import error
 from torch.utils.checkpoint import checkpoint
 
 import hybridlm_kernels as ops
-from hybridlm_kernels import CuSeqlens, chunks
+from hybridlm_kernels import CuSeqlens
+from hybridlm_kernels.recurrence import chunk_layout as chunks
+from tests.support.kernel_compare import error
 
-KINDS = [("delta_rule", "none"), ("delta_rule", "scalar"), ("delta_rule", "channel"), ("decay_attention", "none"),
-         ("decay_attention", "constant"), ("decay_attention", "scalar"), ("decay_attention", "channel")]
+KINDS = [("delta_rule", "none"), ("delta_rule", "scalar"), ("delta_rule", "channel"), ("linear_attention", "none"),
+         ("linear_attention", "constant"), ("linear_attention", "scalar"), ("linear_attention", "channel")]
 kinds = pytest.mark.parametrize(("operation", "decay"), KINDS)
 
 
@@ -60,7 +61,7 @@ def assert_close(got, expected, tolerance):
 
 def small_chunks(monkeypatch, chunk=16, numbers=None):
     """Chunks of 16 tokens, so that few tokens make many; `numbers` limits a segment."""
-    for operation in ("delta_rule", "decay_attention"):
+    for operation in ("delta_rule", "linear_attention"):
         backend = importlib.import_module(f"hybridlm_kernels.{operation}.torch")
         monkeypatch.setattr(backend, "chunk_size", lambda *_: chunk)
     if numbers is not None:
@@ -323,7 +324,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("operation", ["delta_rule", "decay_attention"])
+@pytest.mark.parametrize("operation", ["delta_rule", "linear_attention"])
 @pytest.mark.parametrize(("shapes", "message"), BAD)
 def test_shapes_that_do_not_fit(operation, shapes, message):
     inputs = make_inputs(operation, "scalar", T=9)
@@ -331,7 +332,7 @@ def test_shapes_that_do_not_fit(operation, shapes, message):
         call(operation, {**inputs, **{name: torch.zeros(shape) for name, shape in shapes.items()}})
 
 
-@pytest.mark.parametrize("operation", ["delta_rule", "decay_attention"])
+@pytest.mark.parametrize("operation", ["delta_rule", "linear_attention"])
 def test_other_mistakes(operation):
     inputs = make_inputs(operation, "scalar", T=9)
     with pytest.raises(ValueError, match="ends at 10, but the tensors hold 1 x 9 tokens"):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_compare import assert_same_function, tensors
 
 from hybridlm_kernels import rotary
+from tests.support.kernel_compare import assert_same_function, tensors
 
 
 def angles(*shape):

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kernel_compare import error
 
 from hybridlm_kernels import short_conv
+from tests.support.kernel_compare import error
 
 NAMES = ("x", "weight", "bias", "state")
 
@@ -68,7 +68,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("numbers", [1, 2**20])
 def test_packed_documents_equal_documents_alone(numbers, monkeypatch):
-    module = importlib.import_module("hybridlm_kernels.short_conv.torch")
+    module = importlib.import_module("hybridlm_kernels.ops.short_conv.torch_backend")
     monkeypatch.setitem(module.BLOCK_NUMBERS, "cpu", numbers)
     borders = [0, 1, 20, 40, 41, 43, 80]
     x, weight, bias, state = make(T=40, N=6)

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from kernel_compare import LargestTensor, assert_same_function, error, tensors
 
 from hybridlm_kernels import attention, indexer_topk, sparse_attention
-from hybridlm_kernels.sparse_attention import torch as eager
+from hybridlm_kernels.ops.sparse_attention import torch_backend as eager
+from tests.support.kernel_compare import LargestTensor, assert_same_function, error, tensors
 
 # rows, queries, keys, index heads, index dim
 INDEX_SHAPES = [(1, 1, 1, 1, 4), (2, 37, 37, 4, 8), (1, 200, 200, 2, 4), (2, 1, 50, 4, 8), (1, 20, 50, 1, 2),

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_compare import assert_same_function, tensors
 
 from hybridlm_kernels import swiglu
+from tests.support.kernel_compare import assert_same_function, tensors
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6),

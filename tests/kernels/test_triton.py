@@ -30,7 +30,7 @@ def test_interpreted(file):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_every_kernel_compiles_without_spills(target):
-    done = run("-m", "hybridlm_kernels.compile_check", "--json", "--targets", target)
+    done = run("-m", "hybridlm_kernels.tools.compile_check", "--json", "--targets", target)
     assert done.returncode in (0, 1), done.stderr
     rows = json.loads(done.stdout)
     assert rows
@@ -41,6 +41,6 @@ def test_every_kernel_compiles_without_spills(target):
 
 
 def test_compile_check_refuses_interpreted_kernels():
-    done = run("-m", "hybridlm_kernels.compile_check", TRITON_INTERPRET="1")
+    done = run("-m", "hybridlm_kernels.tools.compile_check", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert done.stderr.strip() == "compile check: unset TRITON_INTERPRET: interpreted kernels cannot be compiled"

@@ -4,17 +4,16 @@ kernels with arguments of its own. Nothing is run; what kernels should have writ
 """
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hybridlm_kernels as ops
-from hybridlm_kernels import Gate, decay_attention, delta_rule, doctor, registry, triton_chunks
+from hybridlm_kernels import Gate, delta_rule, linear_attention, registry
+from hybridlm_kernels.recurrence import triton_chunk_tables as triton_chunks
+from hybridlm_kernels.tools import doctor
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
 LAUNCHED = []  # one list, for kernels are built once and kept
@@ -25,7 +24,8 @@ TRITON = {op.name for op in registry.operations() if "triton" in [backend.name f
 def device(monkeypatch):
     """A stand-in for a driver; tensors stay on the CPU. Yields the names of the kernels that were launched."""
     import triton
-    from triton_ir import TARGET, inlined
+
+    from tests.support.triton_ir import TARGET, inlined
 
     LAUNCHED.clear()
 
@@ -66,7 +66,7 @@ def test_the_doctor_s_cases(case, dtype, device):
 
 
 LINEAR = [(delta_rule, decay) for decay in ("none", "scalar", "channel")] + [
-    (decay_attention, decay) for decay in ("none", "constant", "scalar", "channel")]
+    (linear_attention, decay) for decay in ("none", "constant", "scalar", "channel")]
 linear = pytest.mark.parametrize(("operation", "decay"), LINEAR)
 
 

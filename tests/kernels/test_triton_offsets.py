@@ -1,16 +1,13 @@
 """Addresses beyond 2^31 elements: computed for the largest batches there may be, by ranges over each kernel's TTIR."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 import hybridlm_kernels
-from hybridlm_kernels.compile_check import configurations, specimens
+from hybridlm_kernels.tools.compile_check import compile_cases, configurations
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
-
-sys.path.insert(0, str(Path(__file__).parent))
-from integer_ranges import Ranges
+from tests.support.integer_ranges import Ranges
 
 pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
 
@@ -21,25 +18,25 @@ OF_A_ROW = dict.fromkeys(("T", "S", "Q", "start", "low"), (0, 2**20))
 BLOCKS_OF_A_ROW = (2**14, 65535, 65535)
 
 
-OPERATIONS = sorted(path.parent.name for path in Path(hybridlm_kernels.__file__).parent.glob("*/triton.py"))
+OPERATIONS = sorted(path.parent.name for path in Path(hybridlm_kernels.__file__).parent.glob("ops/*/triton_backend.py"))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_no_address_overflows(operation):
-    from triton_ir import inlined
+    from tests.support.triton_ir import inlined
 
-    kernels = [specimen for _, specimen in specimens([operation])]
+    kernels = [compile_case for _, compile_case in compile_cases([operation])]
     assert kernels
-    for specimen in kernels:
-        if specimen.head_dim == 64:  # the same code as for heads of 128
+    for compile_case in kernels:
+        if compile_case.head_dim == 64:  # the same code as for heads of 128
             continue
-        arguments, programs = HEADS | dict.fromkeys(specimen.divisible, (1, 2**20)), PROGRAMS
+        arguments, programs = HEADS | dict.fromkeys(compile_case.divisible, (1, 2**20)), PROGRAMS
         if operation == "indexer_kl":
             arguments, programs = arguments | OF_A_ROW, BLOCKS_OF_A_ROW
-        configured = configurations(specimen)[0]
+        configured = configurations(compile_case)[0]
         ranges = Ranges(inlined(configured.source, configured.options), arguments, programs)
         assert ranges.offsets > 0
-        assert not ranges.overflows, (specimen.label, ranges.overflows[:3])
+        assert not ranges.overflows, (compile_case.label, ranges.overflows[:3])
 
 
 TEXT = """

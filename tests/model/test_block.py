@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lm import BORDERS, VOCABULARY, config, moe, with_mtp
 
 from hybridlm.model.block import Block, Branch
 from hybridlm.model.config import LayerContext, NormConfig, ResidualConfig, ScheduleConfig
@@ -11,6 +10,7 @@ from hybridlm.model.feed_forward import DenseConfig, build_feed_forward
 from hybridlm.model.mixers import AttentionConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
+from tests.support.tiny_lm import BORDERS, VOCABULARY, config, moe, with_mtp
 
 
 def branch(form, alpha, beta):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.cache import RecurrentState, TokenCache
+from hybridlm.model.decode_state import RecurrentState, TokenCache
 
 
 def test_appending_returns_all_tokens_over_many_growths():

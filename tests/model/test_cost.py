@@ -11,11 +11,11 @@ from hybridlm.config.compose import options
 from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops, training_parts
 from hybridlm.model.memory import activation_bytes_per_token, optimizer_bytes, training_memory
 from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
-from hybridlm.model.mixers.cost import open_tail, visible_pools
+from hybridlm.model.mixers.common.cost import open_tail, visible_pools
 from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels.indexer_kl import torch as kl_blocks
-from hybridlm_kernels.sparse_attention import torch as sparse_blocks
+from hybridlm_kernels.ops.indexer_kl import torch_backend as kl_blocks
+from hybridlm_kernels.ops.sparse_attention import torch_backend as sparse_blocks
 
 TINY = ("kimi_linear_tiny", "minimax_01_tiny", "qwen3_next_tiny", "deepseek_v32_tiny", "hybrid_tiny", "quickstart")
 

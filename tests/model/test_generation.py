@@ -4,10 +4,10 @@ from itertools import islice
 
 import pytest
 import torch
-from tiny_lm import VOCABULARY, model, moe
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.generation import generate, sample
+from tests.support.tiny_lm import VOCABULARY, model, moe
 
 PROMPT = torch.randint(VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(2))
 

@@ -1,9 +1,7 @@
 """The indexer learns from its own loss alone, the model from its own; both modes, both cores, packed, recomputed."""
 
 import pytest
-import tiny_lm
 import torch
-from mixer_cases import MLA_DIMS, NOPE, build, context_of, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -11,9 +9,11 @@ from hybridlm.model.config import MTPConfig, ScheduleConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, IndexerConfig, MLAConfig, build_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens, attention_recall, indexer_kl
-from hybridlm_kernels.indexer_kl import reference
-from hybridlm_kernels.indexer_kl import torch as kl_blocks
-from hybridlm_kernels.sparse_attention import torch as sparse_blocks
+from hybridlm_kernels.ops.indexer_kl import reference
+from hybridlm_kernels.ops.indexer_kl import torch_backend as kl_blocks
+from hybridlm_kernels.ops.sparse_attention import torch_backend as sparse_blocks
+from tests.support import tiny_lm
+from tests.support.mixer_cases import MLA_DIMS, NOPE, build, context_of, inputs
 
 MODES = ["dense", "sparse"]
 CORES = ["attention_indexed", "deepseek_v32", "glm_moe_dsa", "glm5_next", "attention_pooled"]
@@ -110,7 +110,7 @@ def test_both_forms_of_mla_teach_the_same():
 @pytest.mark.parametrize("how", ["frozen", "weight 0", "evaluation", "no gradient"])
 def test_no_loss_where_nothing_would_learn(how, monkeypatch):
     mixer, x = build("deepseek_v32"), inputs(1, 30)
-    monkeypatch.setattr("hybridlm.model.mixers.indexer.indexer_kl", lambda *a, **k: pytest.fail("computed"))
+    monkeypatch.setattr("hybridlm.model.mixers.common.indexer.indexer_kl", lambda *a, **k: pytest.fail("computed"))
     if how == "frozen":
         mixer.indexer.requires_grad_(False)
     elif how == "weight 0":

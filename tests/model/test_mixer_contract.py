@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from mixer_cases import CASES, build, context_of, inputs, run
 
 from hybridlm.model.mixers import MIXERS, build_mixer
 from hybridlm_kernels import CuSeqlens
+from tests.support.mixer_cases import CASES, build, context_of, inputs, run
 
 every_mixer = pytest.mark.parametrize("name", CASES)
 

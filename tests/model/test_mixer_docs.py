@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hybridlm.config.convert import from_dict
 from hybridlm.config.plain_yaml import Loader
+from hybridlm.config.serialization import from_dict
 from hybridlm.model.config import MixerConfig
 from hybridlm.model.mixers import MIXERS, IndexerConfig
 

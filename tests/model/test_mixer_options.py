@@ -6,15 +6,22 @@ import math
 
 import pytest
 import torch
-from mixer_cases import HIDDEN, INDEXER, MLA_DIMS, build, context_of, inputs, run
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import MixerConfig
-from hybridlm.model.mixers import AttentionConfig, DecayConfig, DeltaRuleConfig, IndexerConfig, MLAConfig, build_mixer
-from hybridlm.model.mixers.decay import decay_slopes
+from hybridlm.model.mixers import (
+    AttentionConfig,
+    DeltaRuleConfig,
+    IndexerConfig,
+    LinearAttentionConfig,
+    MLAConfig,
+    build_mixer,
+)
+from hybridlm.model.mixers.linear_attention import decay_slopes
 from hybridlm.model.rope import RopeConfig, YarnConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
+from tests.support.mixer_cases import HIDDEN, INDEXER, MLA_DIMS, build, context_of, inputs, run
 
 BAD = {
     "heads that do not divide": (AttentionConfig, {"num_heads": 6, "num_kv_heads": 4, "head_dim": 8}, "num_kv_heads"),
@@ -45,8 +52,8 @@ BAD = {
     "rank without gate": (DeltaRuleConfig, {"num_heads": 4, "head_dim": 8, "output_gate": "none",
                                             "output_gate_rank": 4}, "output_gate_rank"),
     "empty range": (DeltaRuleConfig, {"num_heads": 4, "head_dim": 8, "a_init": (16.0, 1.0)}, "a_init"),
-    "discretize without step": (DecayConfig, {"num_heads": 4, "head_dim": 8, "discretize": True}, "discretize"),
-    "negative norm eps": (DecayConfig, {"num_heads": 4, "head_dim": 8, "norm_eps": -1.0}, "norm_eps"),
+    "discretize without step": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "discretize": True}, "discretize"),
+    "negative norm eps": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "norm_eps": -1.0}, "norm_eps"),
     "no topk": (IndexerConfig, {"topk": 0}, "topk"),
     "theta": (RopeConfig, {"theta": 0.0}, "theta"),
     "yarn factor": (YarnConfig, {"factor": 0.5, "original_max_position": 64}, "factor"),
@@ -148,7 +155,7 @@ def test_dense_mode_is_the_layer_without_its_indexer(name):
 def test_a_context_within_topk_is_not_scored(monkeypatch):
     mixer = build("deepseek_v32")
     scored = []
-    monkeypatch.setattr("hybridlm.model.mixers.indexer.indexer_topk", lambda *a, **k: scored.append(a))
+    monkeypatch.setattr("hybridlm.model.mixers.common.indexer.indexer_topk", lambda *a, **k: scored.append(a))
     run(mixer, inputs(1, 6))
     run(mixer, inputs(1, 12), CuSeqlens([0, 6, 12]))
     assert scored == []
@@ -234,7 +241,7 @@ def test_retnet_slopes_are_as_published():
 
 
 def test_slopes_stay_fp32_whatever_the_model_is_cast_to():
-    mixer = one_layer(DecayConfig(num_heads=4, head_dim=8), dtype=torch.float32)
+    mixer = one_layer(LinearAttentionConfig(num_heads=4, head_dim=8), dtype=torch.float32)
     run(mixer, inputs(1, 3, torch.float32))
     mixer.bfloat16()
     run(mixer, inputs(1, 3, torch.bfloat16))

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.model.config import LayerContext, MixerConfig, NormConfig
-from hybridlm.model.mixers import AttentionConfig, DecayConfig, DeltaRuleConfig, IndexerConfig, MLAConfig, build_mixer
+from hybridlm.model.mixers import (
+    AttentionConfig,
+    DeltaRuleConfig,
+    IndexerConfig,
+    LinearAttentionConfig,
+    MLAConfig,
+    build_mixer,
+)
 from hybridlm.model.rope import RopeConfig, YarnConfig
 from hybridlm.model.sequence import SequenceInfo
 
@@ -173,7 +180,7 @@ def test_minimax_lightning_attention(x, layer_index):
                       drop=("slope_rate", "query_decay", "key_decay", "diagonal_decay"))
     rows = weights.pop("qkv_proj.weight").view(4, 3, 16, HIDDEN).unbind(1)
     weights |= {f"{name}_proj.weight": part.reshape(-1, HIDDEN) for name, part in zip("qkv", rows, strict=True)}
-    result = ours(DecayConfig(num_heads=4, head_dim=16), weights, x, layer_index=layer_index, num_layers=5)
+    result = ours(LinearAttentionConfig(num_heads=4, head_dim=16), weights, x, layer_index=layer_index, num_layers=5)
     torch.testing.assert_close(result, layer(x, None, None)[0], **TOLERANCE)
 
 

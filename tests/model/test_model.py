@@ -6,17 +6,17 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lm import BORDERS, VOCABULARY, config, model, moe, with_mtp
 
 from hybridlm.errors import ConfigError
 from hybridlm.model import ModelOutput, build_model
 from hybridlm.model.config import NormConfig, ResidualConfig, ScheduleConfig
 from hybridlm.model.feed_forward import MoEConfig
-from hybridlm.model.mixers import AttentionConfig, DecayConfig, DeltaRuleConfig, MLAConfig
+from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, LinearAttentionConfig, MLAConfig
 from hybridlm.model.model import HybridLM
-from hybridlm.model.output import WholeBatch
+from hybridlm.model.output import GlobalBatch
 from hybridlm.model.targets import build_targets
 from hybridlm_kernels import CuSeqlens
+from tests.support.tiny_lm import BORDERS, VOCABULARY, config, model, moe, with_mtp
 
 IDS = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(7))
 
@@ -29,7 +29,7 @@ MODELS = {
                                                shared_gate=True), "norm": NormConfig(zero_centered=True)},
     "tied_capped": {"tie_embeddings": True, "logit_soft_cap": 5.0, "z_loss": 1e-2},
     "normed_lightning": {"mixers": {
-        "linear": DecayConfig(num_heads=2, head_dim=16, residual=ResidualConfig(form="normed", alpha=2.0, beta=0.5)),
+        "linear": LinearAttentionConfig(num_heads=2, head_dim=16, residual=ResidualConfig(form="normed", alpha=2.0, beta=0.5)),
         "full": AttentionConfig(num_heads=2, head_dim=16, residual=ResidualConfig(form="post"))}},
     "mla": {"schedule": ScheduleConfig(pattern=["linear", "mla"]), "mixers": {
         "linear": DeltaRuleConfig(num_heads=2, head_dim=16, decay="scalar"),
@@ -76,7 +76,7 @@ def test_losses_of_the_parts_of_a_batch_add_up():
     both.loss.backward()
     gradients = {n: p.grad.clone() for n, p in lm.named_parameters()}
     lm.zero_grad()
-    whole = WholeBatch(targets=tuple((targets != -100).sum((0, 1)).tolist()), tokens=IDS.numel())
+    whole = GlobalBatch(targets=tuple((targets != -100).sum((0, 1)).tolist()), tokens=IDS.numel())
     parts = [lm(IDS[i : i + 1], targets=targets[i : i + 1], whole=whole) for i in range(2)]
     sum(part.loss for part in parts).backward()
     for name in both.losses:

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lm import BORDERS, VOCABULARY, model, moe, with_mtp
 
 from hybridlm.model.config import MTPConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.targets import IGNORE, build_targets
+from tests.support.tiny_lm import BORDERS, VOCABULARY, model, moe, with_mtp
 
 IDS = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(3))
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_lm import config as lm_config
 
 from hybridlm.model import build_model
 from hybridlm.model.config import MTPConfig, ScheduleConfig
@@ -10,6 +9,7 @@ from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.model.mixers import MLAConfig
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo
+from tests.support.tiny_lm import config as lm_config
 
 RENAMED = {
     "model.embed_tokens": "embed", "input_layernorm": "mixer.norm", "post_attention_layernorm": "feed_forward.norm",

@@ -1,5 +1,6 @@
 import pytest
-import report_folders as folders
+
+from tests.support import report_folders as folders
 
 PROBES = ({"name": "mqar", "parameters": {"num_pairs": 4}, "length": 32, "lengths": [32, 64]},
           {"name": "parity", "length": 16, "lengths": [16, 32]})

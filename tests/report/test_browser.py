@@ -7,13 +7,13 @@ import subprocess
 from html import escape, unescape
 
 import pytest
-import report_folders as folders
 from plotly.offline import get_plotlyjs
 
 from hybridlm.report.document import document
 from hybridlm.report.page import html
 from hybridlm.report.plotly_figures import plots
 from hybridlm.report.read import read
+from tests.support import report_folders as folders
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
                 if (path := shutil.which(name))), None)

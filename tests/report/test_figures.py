@@ -4,7 +4,6 @@ import math
 import statistics
 
 import pytest
-import report_folders as folders
 
 from hybridlm.report.document import document
 from hybridlm.report.figures import Axis, Chart, Panel, Series, extent, log_ticks, number, spaced, thinned, unit_of
@@ -12,6 +11,7 @@ from hybridlm.report.palette import TRAINING
 from hybridlm.report.read import read
 from hybridlm.report.sweep_axes import Axes
 from hybridlm.report.sweep_figures import front
+from tests.support import report_folders as folders
 
 
 def by_id(page):

@@ -8,7 +8,6 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-import report_folders as folders
 
 from hybridlm.cli import main
 from hybridlm.report.build import write_report
@@ -17,6 +16,7 @@ from hybridlm.report.page import html
 from hybridlm.report.plotly_figures import plots
 from hybridlm.report.png import write_png
 from hybridlm.report.read import read
+from tests.support import report_folders as folders
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>&\"'%{x}$\\frac{$"
 

@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-import report_folders as folders
 
 from hybridlm.cli import main
 from hybridlm.report.document import document
 from hybridlm.report.read import read
+from tests.support import report_folders as folders
 
 
 def refused(words, capsys):

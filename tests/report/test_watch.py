@@ -7,10 +7,9 @@ import subprocess
 import sys
 import time
 
-import report_folders as folders
-
 from hybridlm.report.build import write_report
 from hybridlm.report.watch import watch
+from tests.support import report_folders as folders
 
 
 def test_the_page_is_written_again_when_the_run_goes_on_and_once_at_the_end(tmp_path):

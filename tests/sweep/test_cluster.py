@@ -14,7 +14,7 @@ from hybridlm.sweep import cluster, estimate
 from hybridlm.sweep.launch import check_launcher, job
 from hybridlm.sweep.request import read_request
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 TOOLS = {  # run at once what they are given, and list it until it ends
     "sbatch": r"""
 echo "$1" >> {home}/calls
@@ -43,7 +43,7 @@ def slurm(tmp_path, monkeypatch):
         (home / name).chmod(0o755)
     (home / "patch" / "sitecustomize.py").write_text(
         "import sys\nif 'submitit.core._submit' in sys.orig_argv:\n    import hybridlm.sweep.process as process\n"
-        f"    process.command = lambda file: [sys.executable, {str(HERE / 'fake_train.py')!r}, str(file)]\n")
+        f"    process.command = lambda file: [sys.executable, {str(SUPPORT / 'fake_train.py')!r}, str(file)]\n")
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
     monkeypatch.setattr(estimate, "peak_flops", lambda *_: (1e9, "made up"))
     monkeypatch.setattr(cluster, "LOOK", 0.1)

@@ -14,7 +14,7 @@ from hybridlm.cli import main
 from hybridlm.sweep import process
 from hybridlm.sweep.collect import read_metrics, spread, summarize
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
     words = ["model=hybrid_tiny", "training.steps=20", "model.schedule.ratio=0,1", "training.seed=0,4",
              f"sweep.dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process, "command", lambda file: [sys.executable, str(HERE / "fake_train.py"), str(file)])
+        patch.setattr(process, "command", lambda file: [sys.executable, str(SUPPORT / "fake_train.py"), str(file)])
         assert main(["sweep", *words]) == 0
     return folder
 

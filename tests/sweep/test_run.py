@@ -18,13 +18,13 @@ from hybridlm.sweep.folder import SweepFolder, outcome
 from hybridlm.sweep.plan import make_plan
 from hybridlm.training.run_folder import RunFolder
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
+ROOT = SUPPORT.parents[1]
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(process, "command", lambda file: [sys.executable, str(HERE / "fake_train.py"), str(file)])
+    monkeypatch.setattr(process, "command", lambda file: [sys.executable, str(SUPPORT / "fake_train.py"), str(file)])
     monkeypatch.setattr(estimate, "peak_flops", lambda *_: (1e9, "made up"))
 
 
@@ -91,7 +91,7 @@ def test_a_folder_that_is_no_sweep_is_refused(fake, tmp_path, capsys):
 def start(folder, seeds):
     """A sweep in a process of its own, with the stand-in for training."""
     code = ("import sys; from hybridlm.sweep import process; from hybridlm.cli import main\n"
-            f"process.command = lambda file: [sys.executable, {str(HERE / 'fake_train.py')!r}, str(file)]\n"
+            f"process.command = lambda file: [sys.executable, {str(SUPPORT / 'fake_train.py')!r}, str(file)]\n"
             f"sys.exit(main(['sweep', *{words(str(folder), seeds)!r}]))")
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path},

@@ -1,7 +1,6 @@
 """Gradients of a batch do not depend on how it is cut."""
 
 import pytest
-import tiny_run
 import torch
 
 from hybridlm.config.schema import EngineConfig
@@ -9,8 +8,9 @@ from hybridlm.data.packing import IGNORE, Batch
 from hybridlm.distributed.engine import Engine
 from hybridlm.model.config import MTPConfig
 from hybridlm.model.model import build_model
-from hybridlm.training.objective import language_model, whole_batch
+from hybridlm.training.objective import global_batch, language_model
 from hybridlm_kernels.packing import CuSeqlens
+from tests.support import tiny_run
 
 ROWS, T = 4, 16
 
@@ -36,7 +36,7 @@ def gradients(cut, dtype=torch.float64, **options):
     engine = Engine(EngineConfig(device="cpu"))
     engine.prepare(model, None)
     parts = [batch(indices) for indices in cut]
-    values = engine.gradients(language_model(whole_batch(parts)), parts)
+    values = engine.gradients(language_model(global_batch(parts)), parts)
     loads = {name: load.clone() for name, load in model.router_loads().items()}
     return {n: p.grad for n, p in model.named_parameters()}, values, loads
 

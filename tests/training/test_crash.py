@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(HERE), str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, str(HERE / "crash_driver.py"), str(tmp_path_factory.mktemp("crash"))],
+    path = os.pathsep.join([str(SUPPORT), str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, str(SUPPORT / "crash_driver.py"), str(tmp_path_factory.mktemp("crash"))],
                           env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

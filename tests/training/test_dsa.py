@@ -6,12 +6,11 @@ import re
 import signal
 
 import pytest
-import tiny_run
 import torch
 
 from hybridlm import checkpoint
 from hybridlm.config import load_config
-from hybridlm.config.convert import to_yaml
+from hybridlm.config.serialization import to_yaml
 from hybridlm.errors import ConfigError
 from hybridlm.model import generate
 from hybridlm.model.config import ScheduleConfig
@@ -20,6 +19,7 @@ from hybridlm.training import train
 from hybridlm.training import trainer as trainer_module
 from hybridlm.training.optimizer import build_optimizer
 from hybridlm.training.stages import audit
+from tests.support import tiny_run
 
 STEPS = (3, 4)  # of the two stages
 

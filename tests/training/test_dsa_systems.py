@@ -1,7 +1,6 @@
 """The conversion works from every tiny system with full layers: MLA and GQA, with and without rotation, gates, MTP."""
 
 import pytest
-import tiny_run
 import torch
 
 from hybridlm import checkpoint
@@ -9,6 +8,7 @@ from hybridlm.config import load_config, load_model_config
 from hybridlm.interop import save_checkpoint
 from hybridlm.model.model import build_model
 from hybridlm.training import train
+from tests.support import tiny_run
 
 
 @pytest.fixture(scope="module")

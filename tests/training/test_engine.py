@@ -1,5 +1,4 @@
 import pytest
-import tiny_run
 import torch
 from torch import nn
 
@@ -8,6 +7,7 @@ from hybridlm.distributed.engine import Contribution, Engine, check_fp32, pick_p
 from hybridlm.errors import ConfigError
 from hybridlm.model.model import build_model
 from hybridlm.training.optimizer import build_optimizer, fp32_names
+from tests.support import tiny_run
 
 
 class Linear(nn.Module):

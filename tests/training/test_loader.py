@@ -1,7 +1,6 @@
 import math
 
 import pytest
-import tiny_run
 import torch
 
 from hybridlm.config.schema import EngineConfig
@@ -10,6 +9,7 @@ from hybridlm.distributed.engine import Engine
 from hybridlm.model.model import build_model
 from hybridlm.training.loader import global_batches, parts
 from hybridlm.training.validation import validate
+from tests.support import tiny_run
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 
 from hybridlm.config.schema import LRScheduleConfig
 from hybridlm.errors import ConfigError
-from hybridlm.training.schedule import check_schedule, lr_factor
+from hybridlm.training.lr_schedule import check_schedule, lr_factor
 
 
 def curve(total=100, **kwargs):

@@ -2,11 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_run
 
-from hybridlm.config.convert import to_dict
+from hybridlm.config.serialization import to_dict
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.training.run_folder import RunFolder, compare, flatten
+from tests.support import tiny_run
 
 HERE = Path("run")
 

@@ -3,12 +3,12 @@
 import threading
 
 import pytest
-import tiny_run
 
 from hybridlm import checkpoint
 from hybridlm.checkpoint import saving
 from hybridlm.training import train
 from hybridlm.training.trainer import Trainer
+from tests.support import tiny_run
 
 
 def hold_back(monkeypatch, step, failing=False):

@@ -1,5 +1,4 @@
 import pytest
-import tiny_run
 import torch
 
 from hybridlm import load_config
@@ -7,6 +6,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.model.model import build_model
 from hybridlm.training.sparse import freeze_idle_indexers, set_attention
 from hybridlm.training.stages import Progress, plan, set_trainable
+from tests.support import tiny_run
 
 
 def test_nulls_are_filled_from_training_and_optimizer(tmp_path):

@@ -3,13 +3,13 @@ import importlib.util
 import time
 
 import pytest
-import tiny_run
 import wandb
 
 from hybridlm.config.schema import TrackingConfig
 from hybridlm.errors import ConfigError
 from hybridlm.training import train
 from hybridlm.training.tracking import Tracker, WandbTracker, check_tracking, make_tracker
+from tests.support import tiny_run
 
 
 @pytest.mark.slow

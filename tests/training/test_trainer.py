@@ -6,17 +6,17 @@ import shutil
 import signal
 
 import pytest
-import tiny_run
 import torch
 
 from hybridlm import checkpoint
 from hybridlm.checkpoint import saving
-from hybridlm.distributed.ranks import Ranks
+from hybridlm.distributed.communicator import Communicator
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.model import build_model
 from hybridlm.training import TrainingStopped, run, train
 from hybridlm.training import trainer as trainer_module
 from hybridlm.training.run_folder import RunFolder
+from tests.support import tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ def test_sigterm_while_data_is_prepared_leaves_with_the_resume_command(tmp_path,
 
 
 def test_a_signal_while_ranks_ask_each_other_stops_the_next_step(tmp_path, monkeypatch):
-    largest, asked = Ranks.largest, []
+    largest, asked = Communicator.all_max, []
 
     def signalled(ranks, numbers):
         answer = largest(ranks, numbers)
@@ -318,7 +318,7 @@ def test_a_signal_while_ranks_ask_each_other_stops_the_next_step(tmp_path, monke
             os.kill(os.getpid(), signal.SIGTERM)
         return answer
 
-    monkeypatch.setattr(Ranks, "largest", signalled)
+    monkeypatch.setattr(Communicator, "all_max", signalled)
     result = train(tiny_run.config(tmp_path, steps=6))
     assert (result.status, result.step) == ("interrupted", 3)
 

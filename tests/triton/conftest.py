@@ -6,15 +6,11 @@
 Without either, nothing here is collected; `tests/kernels/test_triton.py` runs each file interpreted.
 """
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # kernel_compare
 
 if not INTERPRETED and not (INSTALLED and torch.cuda.is_available()):
     collect_ignore_glob = ["test_*.py"]

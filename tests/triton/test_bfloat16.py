@@ -6,11 +6,12 @@ the torch backends take their place.
 
 import pytest
 import torch
-from emulated_bf16 import BOUND_OF_GATES, BOUNDS
-from kernel_compare import error
 
-from hybridlm_kernels import Gate, decay_attention, delta_rule, doctor, registry
+from hybridlm_kernels import Gate, delta_rule, linear_attention, registry
+from hybridlm_kernels.tools import doctor
 from hybridlm_kernels.triton_support import INTERPRETED
+from tests.support.emulated_bf16 import BOUND_OF_GATES, BOUNDS
+from tests.support.kernel_compare import error
 
 BACKEND = "torch" if INTERPRETED else "triton"
 DIMS = (32,) if INTERPRETED else (128, 64, 256, 32)
@@ -18,9 +19,9 @@ ROWS, LENGTH, H, G = 2, 160, 1, 2
 BORDERS = [0, 1, 65, 160, 224, 320]
 BOUND = 0.008  # of gradients of inputs that are not named elsewhere
 LINEAR = [(delta_rule, "none", None), (delta_rule, "scalar", "softplus"), (delta_rule, "channel", "softplus"),
-          (delta_rule, "channel", "lower_bounded"), (decay_attention, "none", None),
-          (decay_attention, "constant", None), (decay_attention, "scalar", "softplus"),
-          (decay_attention, "channel", "lower_bounded")]
+          (delta_rule, "channel", "lower_bounded"), (linear_attention, "none", None),
+          (linear_attention, "constant", None), (linear_attention, "scalar", "softplus"),
+          (linear_attention, "channel", "lower_bounded")]
 
 
 def randn(*shape):
@@ -36,7 +37,7 @@ def linear_case(operation, decay, gate, D, borders, T=LENGTH):
     def inputs():
         made = {"q": randn(ROWS, T, H, D), "k": randn(ROWS, T, H, D), "v": randn(ROWS, T, G, D),
                 "initial_state": randn(len(borders) - 1 if borders else ROWS, G, D, D)}
-        if operation is decay_attention:
+        if operation is linear_attention:
             made["k"] = torch.nn.functional.normalize(made["k"], dim=-1)
         else:
             made["beta"] = randn(ROWS, T, G)
@@ -45,7 +46,7 @@ def linear_case(operation, decay, gate, D, borders, T=LENGTH):
         return made
 
     def run(q, k, v, initial_state, g=None, beta=None):
-        options = {} if operation is decay_attention else {"beta": beta, "beta_sigmoid": 1.0, "qk_l2norm": True}
+        options = {} if operation is linear_attention else {"beta": beta, "beta_sigmoid": 1.0, "qk_l2norm": True}
         if gate:
             options["gate"] = Gate(gate, A_log.to(q.device), dt_bias.to(q.device))
         return operation(q, k, v, g=g, initial_state=initial_state, cu_seqlens=borders, **options)
@@ -79,7 +80,7 @@ def test_packed_documents_of_the_linear_family(operation, decay, gate, device):
     assert_within_bounds(linear_case(operation, decay, gate, DIMS[0], BORDERS), device)
 
 
-OTHERS = [case for case in doctor.cases() if case.operation not in ("delta_rule", "decay_attention", "attention",
+OTHERS = [case for case in doctor.cases() if case.operation not in ("delta_rule", "linear_attention", "attention",
                                                                     "pooled_indexer_kl", "attention_recall")]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridlm_kernels import CuSeqlens
-from hybridlm_kernels.triton_chunks import chunk_tables
+from hybridlm_kernels.recurrence.triton_chunk_tables import chunk_tables
 
 BORDERS = [0, 1, 65, 129, 500, 501, 800]
 

@@ -1,15 +1,17 @@
-"""The Triton kernels of decay_attention against the fp64 reference: every output and gradient, in fp32."""
+"""The Triton kernels of linear_attention against the fp64 reference: every output and gradient, in fp32."""
 
 from itertools import pairwise
 
 import pytest
 import torch
-from against_reference import counted
-from kernel_compare import error
 
-from hybridlm_kernels import Gate, decay_attention, recurrence, triton_chunks
-from hybridlm_kernels.decay_attention import triton as backend
+from hybridlm_kernels import Gate, linear_attention
+from hybridlm_kernels.ops.linear_attention import triton_backend as backend
+from hybridlm_kernels.recurrence import arguments as recurrence
+from hybridlm_kernels.recurrence import triton_chunk_tables as triton_chunks
 from hybridlm_kernels.triton_support import INTERPRETED
+from tests.support.against_reference import counted
+from tests.support.kernel_compare import error
 
 DECAYS = ("none", "constant", "scalar", "channel")
 decays = pytest.mark.parametrize("decay", DECAYS)
@@ -38,7 +40,7 @@ def call(inputs, gate=None, **options):
     rest = {name: x for name, x in inputs.items() if name in ("g", "initial_state")}
     if gate:
         rest["gate"] = Gate(gate, inputs.get("A_log"), inputs["dt_bias"], normalizer=4.0)
-    return decay_attention(inputs["q"], inputs["k"], inputs["v"], **rest, **options)
+    return linear_attention(inputs["q"], inputs["k"], inputs["v"], **rest, **options)
 
 
 def with_gradients(inputs, fixed=(), **options):
@@ -177,6 +179,6 @@ def test_offsets_beyond_32_bits():
 def test_what_it_refuses(device):
     q = torch.zeros(1, 20, 1, 300, device=device)
     with pytest.raises(RuntimeError, match="head dims up to 256; got 300"):
-        decay_attention(q, q, q, backend="triton")
+        linear_attention(q, q, q, backend="triton")
     with pytest.raises(RuntimeError, match="overflow float16"):
-        decay_attention(*[torch.zeros(1, 20, 1, 16, dtype=torch.float16, device=device)] * 3, backend="triton")
+        linear_attention(*[torch.zeros(1, 20, 1, 16, dtype=torch.float16, device=device)] * 3, backend="triton")

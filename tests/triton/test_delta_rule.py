@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from against_reference import counted
-from kernel_compare import error
 
-from hybridlm_kernels import CuSeqlens, delta_rule, recurrence, triton_chunks
-from hybridlm_kernels.delta_rule import triton as backend
-from hybridlm_kernels.gates import Gate
+from hybridlm_kernels import CuSeqlens, delta_rule
+from hybridlm_kernels.ops.delta_rule import triton_backend as backend
+from hybridlm_kernels.recurrence import arguments as recurrence
+from hybridlm_kernels.recurrence import triton_chunk_tables as triton_chunks
+from hybridlm_kernels.recurrence.gates import Gate
 from hybridlm_kernels.triton_support import INTERPRETED
+from tests.support.against_reference import counted
+from tests.support.kernel_compare import error
 
 TOLERANCE = 1e-5
 

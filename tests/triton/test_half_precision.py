@@ -3,13 +3,13 @@
 import pytest
 import test_delta_rule
 import torch
-from emulated_bf16 import Emulation, assert_within_bounds, half, launches_in_half, sum_over
-from kernel_compare import error
 
-from hybridlm_kernels import triton_tiles
-from hybridlm_kernels.delta_rule import triton as delta_rule
-from hybridlm_kernels.delta_rule import triton_chunk, triton_gradients
+from hybridlm_kernels.ops.delta_rule import triton_backend as delta_rule
+from hybridlm_kernels.ops.delta_rule import triton_chunk, triton_gradients
+from hybridlm_kernels.recurrence import triton_tiles
 from hybridlm_kernels.triton_support import INTERPRETED
+from tests.support.emulated_bf16 import Emulation, assert_within_bounds, half, launches_in_half, sum_over
+from tests.support.kernel_compare import error
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU computes in bf16 itself")
 

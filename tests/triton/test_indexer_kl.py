@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from kernel_compare import error, tensors
 
 from hybridlm_kernels import indexer_kl
-from hybridlm_kernels.indexer_kl import reference
+from hybridlm_kernels.ops.indexer_kl import reference
+from hybridlm_kernels.ops.sparse_attention import triton_index, triton_inverse
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.registry import KernelUnavailable
-from hybridlm_kernels.sparse_attention import triton_index, triton_inverse
+from tests.support.kernel_compare import error, tensors
 
 # rows, queries, keys, index heads, index dim, heads, key heads, key dim
 SHAPES = [(2, 4, 4, 3, 20, 4, 2, 8), (1, 2, 70, 2, 8, 3, 1, 40)]

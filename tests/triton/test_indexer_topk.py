@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hybridlm_kernels import indexer_topk
-from hybridlm_kernels.sparse_attention import triton_index
+from hybridlm_kernels.ops.sparse_attention import triton_index
 
 
 @pytest.fixture(autouse=True)

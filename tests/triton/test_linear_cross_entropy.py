@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernel_compare import error, tensors
 
 from hybridlm_kernels import KernelUnavailable, linear_cross_entropy
-from hybridlm_kernels.linear_cross_entropy import chunked
+from hybridlm_kernels.ops.linear_cross_entropy import chunked_loss as chunked
+from tests.support.kernel_compare import error, tensors
 
 OPTIONS = [{}, {"soft_cap": 2.0}, {"z_loss": 1e-2}, {"z_loss": 1e-2, "soft_cap": 2.0}]
 

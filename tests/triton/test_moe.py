@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from against_reference import assert_equals_reference
-from kernel_compare import NoWait, error, tensors
 
 from hybridlm_kernels import KernelUnavailable, moe_experts
-from hybridlm_kernels.moe import triton_routing
+from hybridlm_kernels.ops.moe import triton_routing
+from tests.support.against_reference import assert_equals_reference
+from tests.support.kernel_compare import NoWait, error, tensors
 
 
 def routing(tokens, chosen, experts, seed=0):

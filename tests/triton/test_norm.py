@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from against_reference import assert_equals_reference
-from kernel_compare import tensors
 
 from hybridlm_kernels import KernelUnavailable, gated_rms_norm, l2_norm, rms_norm
+from tests.support.against_reference import assert_equals_reference
+from tests.support.kernel_compare import tensors
 
 SHAPES = [(1, 60), (63, 100), (2, 65, 1), (3, 7, 5, 64), (0, 8)]
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_compare import error
 
 from hybridlm_kernels import short_conv
+from tests.support.kernel_compare import error
 
 
 def make(B=1, T=66, C=5, W=4, N=None):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernel_compare import error, tensors
 
 from hybridlm_kernels import sparse_attention
+from hybridlm_kernels.ops.sparse_attention import triton_backend as backend
+from hybridlm_kernels.ops.sparse_attention import triton_inverse
 from hybridlm_kernels.registry import KernelUnavailable
-from hybridlm_kernels.sparse_attention import triton as backend
-from hybridlm_kernels.sparse_attention import triton_inverse
+from tests.support.kernel_compare import error, tensors
 
 
 @pytest.fixture(autouse=True)

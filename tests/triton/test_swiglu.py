@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from against_reference import assert_equals_reference
-from kernel_compare import tensors
 
 from hybridlm_kernels import swiglu
+from tests.support.against_reference import assert_equals_reference
+from tests.support.kernel_compare import tensors
 
 
 @pytest.mark.parametrize("limit", [None, 0.7])

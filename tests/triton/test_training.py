@@ -1,7 +1,5 @@
 """The tiny systems train with every Triton backend there is as they do with torch. Two layers, 32 tokens."""
 
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -9,9 +7,7 @@ pytest.importorskip("hydra", reason="a run is composed by hydra, which a machine
 from hybridlm.config import load_config
 from hybridlm.training import train
 from hybridlm_kernels import registry
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-import tiny_run
+from tests.support import tiny_run
 
 SYSTEMS = {
     "kimi_linear_tiny": [],  # KDA, then MLA by the override of its last layer; dense, then experts

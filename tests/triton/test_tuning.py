@@ -6,7 +6,8 @@ import torch
 import triton
 from test_moe import case, routing
 
-from hybridlm_kernels import doctor, indexer_kl, moe_experts, sparse_attention
+from hybridlm_kernels import indexer_kl, moe_experts, sparse_attention
+from hybridlm_kernels.tools import doctor
 from hybridlm_kernels.triton_support import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a device they are tuned")

@@ -39,7 +39,7 @@ def make_probe(name: str, parameters: Mapping[str, Any] | None = None) -> Probe:
     Raises:
         ConfigError: no such probe or parameter, or a value that it cannot have.
     """
-    from hybridlm.config.convert import from_dict
+    from hybridlm.config.serialization import from_dict
 
     if name not in PROBES:
         close = nearest(name, PROBES)

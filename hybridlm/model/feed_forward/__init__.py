@@ -1,8 +1,8 @@
 """Feed-forwards: importing this package registers every kind."""
 
-from hybridlm.model.feed_forward.base import FEED_FORWARDS as FEED_FORWARDS
-from hybridlm.model.feed_forward.base import FeedForward as FeedForward
-from hybridlm.model.feed_forward.base import build_feed_forward as build_feed_forward
+from hybridlm.model.feed_forward.contract import FEED_FORWARDS as FEED_FORWARDS
+from hybridlm.model.feed_forward.contract import FeedForward as FeedForward
+from hybridlm.model.feed_forward.contract import build_feed_forward as build_feed_forward
 from hybridlm.model.feed_forward.dense import DenseConfig as DenseConfig
 from hybridlm.model.feed_forward.dense import SwiGLU as SwiGLU
 from hybridlm.model.feed_forward.moe import MixtureOfExperts as MixtureOfExperts

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.model.config import FeedForwardConfig, LayerContext, require
-from hybridlm.model.feed_forward.base import FeedForward, register_feed_forward
+from hybridlm.model.feed_forward.contract import FeedForward, register_feed_forward
 from hybridlm.model.feed_forward.dense import DenseConfig, SwiGLU, check_limit
 from hybridlm.model.feed_forward.router import Router
-from hybridlm.model.mixers.base import Aux
+from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import moe_experts
 

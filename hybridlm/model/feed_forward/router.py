@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridlm.model.mixers.base import Aux
+from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.sequence import SequenceInfo
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Router(nn.Module):
         with torch.no_grad():
             cell = (document_N[:, None] * experts + ids_NA).flatten()
             count_RE = torch.zeros(documents * experts, dtype=torch.int64, device=p_NE.device)
-            count_RE = seq.total(count_RE.index_add_(0, cell, torch.ones_like(cell)).view(documents, experts))
+            count_RE = seq.all_sum(count_RE.index_add_(0, cell, torch.ones_like(cell)).view(documents, experts))
             f_RE = experts * count_RE.to(p_NE.dtype) / count_RE.sum(-1, keepdim=True)
         return (f_RE[document_N] * p_NE).sum(-1).mean()
 

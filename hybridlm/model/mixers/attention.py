@@ -17,13 +17,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.cache import AttentionState
-from hybridlm.model.config import LayerContext, MixerConfig, PieceTraffic, require
-from hybridlm.model.mixers.base import Aux, register_mixer
-from hybridlm.model.mixers.cost import visible_keys
-from hybridlm.model.mixers.dense import check_heads
-from hybridlm.model.mixers.indexed import IndexedMixer
-from hybridlm.model.mixers.indexer import IndexerConfig
+from hybridlm.model.config import LayerContext, MixerConfig, ShardTraffic, require
+from hybridlm.model.decode_state import AttentionState
+from hybridlm.model.mixers.common.cost import visible_keys
+from hybridlm.model.mixers.common.dense_attention import check_heads
+from hybridlm.model.mixers.common.indexed_attention import IndexedMixer
+from hybridlm.model.mixers.common.indexer import IndexerConfig
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
@@ -100,18 +100,18 @@ class AttentionConfig(MixerConfig):
         return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
             context, context.hidden_size, context_length, width)
 
-    def check_pieces(self, pieces: int, length: int) -> None:
-        check_heads(self.num_heads, pieces)
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        check_heads(self.num_heads, shards)
 
-    def piece_traffic(self, context: LayerContext, rows: int, length: int, pieces: int,
-                      element_bytes: int = 2) -> list[PieceTraffic]:
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
         tokens = rows * length * element_bytes
-        shared = math.lcm(self.kv_heads, pieces)
+        shared = math.lcm(self.kv_heads, shards)
         dense = tokens * 2 * (self.num_heads + shared) * self.head_dim
         if self.indexer is None:
-            return [PieceTraffic("exchange", dense, dense)]
+            return [ShardTraffic("exchange", dense, dense)]
         keys = self.kv_heads * self.head_dim
-        return self.indexer.piece_traffic(tokens, length * pieces, dense, keys, 2 * keys)
+        return self.indexer.shard_traffic(tokens, length * shards, dense, keys, 2 * keys)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         kept = context_length if self.window is None else min(context_length, self.window - 1)

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridlm.model.cache import RecurrentState
 from hybridlm.model.config import LayerContext, require
-from hybridlm.model.mixers.base import Aux, register_mixer
-from hybridlm.model.mixers.recurrent import RecurrentConfig, RecurrentMixer, read_incoming
-from hybridlm.model.pieces import Piece
+from hybridlm.model.context_parallel import RowShard
+from hybridlm.model.decode_state import RecurrentState
+from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import delta_rule
-from hybridlm_kernels.recurrence import math_dtype
+from hybridlm_kernels.recurrence.arguments import math_dtype
 
 
 @dataclass(kw_only=True)
@@ -81,8 +81,8 @@ class DeltaRule(RecurrentMixer):
         g, gate = (None, None) if config.decay == "none" else self.log_decay(self.forget_input(x_BTD), x_BTD.dtype)
         rule = partial(delta_rule, q_BTHK, k_BTHK, g=g, gate=gate, beta=self.b_proj(x_BTD),
                        beta_sigmoid=config.beta_scale, qk_l2norm=config.qk_l2norm, cu_seqlens=seq.cu_seqlens)
-        if seq.piece is not None:
-            o_BTGV = over_pieces(rule, v_BTGV, config.head_dim, seq.piece)
+        if seq.shard is not None:
+            o_BTGV = over_shards(rule, v_BTGV, config.head_dim, seq.shard)
         else:
             o_BTGV, matrix = rule(v_BTGV, initial_state=None if state is None else state.matrix)
             if state is not None:
@@ -90,18 +90,18 @@ class DeltaRule(RecurrentMixer):
         return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=False), {}
 
 
-def over_pieces(rule: Callable[..., tuple[Tensor, Tensor]], v_BTGV: Tensor, key_dim: int, piece: Piece) -> Tensor:
-    """o [B, T, G, V] of the delta rule over rows that are split into pieces, by one pass over each.
+def over_shards(rule: Callable[..., tuple[Tensor, Tensor]], v_BTGV: Tensor, key_dim: int, shard: RowShard) -> Tensor:
+    """o [B, T, G, V] of the delta rule over rows that are split into shards, by one pass over each.
 
     The columns of a state do not mix, and the rule is linear in them. V columns start at zero and take the values: N.
     K more start as the identity and take none: M, a product of Diag(e^g) - beta k k^T. With the state S that the
-    earlier pieces leave, the states here are N_t + M_t S, and the outputs those of N_t plus S^T times those of M_t.
+    earlier shards leave, the states here are N_t + M_t S, and the outputs those of N_t plus S^T times those of M_t.
     """
     batch, _, heads, width = v_BTGV.shape
     eye_BGKK = torch.eye(key_dim, dtype=math_dtype(v_BTGV), device=v_BTGV.device).expand(batch, heads, -1, -1)
-    eye_BGKK = eye_BGKK * piece.continues_B[:, None, None, None]
-    o_BTGX, state_NGKX = rule(F.pad(v_BTGV, (0, key_dim)), initial_state=piece.at_start(F.pad(eye_BGKK, (width, 0))))
-    local_BGKV, through_BGKK = piece.at_end(state_NGKX).split([width, key_dim], -1)
-    incoming_BGKV = piece.incoming(local_BGKV, through_BGKK, torch.matmul)
+    eye_BGKK = eye_BGKK * shard.continues_B[:, None, None, None]
+    o_BTGX, state_NGKX = rule(F.pad(v_BTGV, (0, key_dim)), initial_state=shard.at_start(F.pad(eye_BGKK, (width, 0))))
+    local_BGKV, through_BGKK = shard.at_end(state_NGKX).split([width, key_dim], -1)
+    incoming_BGKV = shard.incoming(local_BGKV, through_BGKK, torch.matmul)
     o_BTGV, reach_BTGK = o_BTGX.split([width, key_dim], -1)
     return o_BTGV + read_incoming(reach_BTGK, incoming_BGKV).to(o_BTGV.dtype)

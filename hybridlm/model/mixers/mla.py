@@ -20,14 +20,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.cache import LatentState
-from hybridlm.model.config import LayerContext, MixerConfig, NormConfig, PieceTraffic, require
+from hybridlm.model.config import LayerContext, MixerConfig, NormConfig, ShardTraffic, require
+from hybridlm.model.decode_state import LatentState
 from hybridlm.model.mixers.attention import OutputGate, build_output_gate, gate_output
-from hybridlm.model.mixers.base import Aux, register_mixer
-from hybridlm.model.mixers.cost import visible_keys
-from hybridlm.model.mixers.dense import check_heads
-from hybridlm.model.mixers.indexed import IndexedMixer, Selection
-from hybridlm.model.mixers.indexer import IndexerConfig
+from hybridlm.model.mixers.common.cost import visible_keys
+from hybridlm.model.mixers.common.dense_attention import check_heads
+from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, Selection
+from hybridlm.model.mixers.common.indexer import IndexerConfig
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
@@ -104,17 +104,17 @@ class MLAConfig(MixerConfig):
         return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
             context, self._widths(context)[0], context_length, width)
 
-    def check_pieces(self, pieces: int, length: int) -> None:
-        check_heads(self.num_heads, pieces)
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        check_heads(self.num_heads, shards)
 
-    def piece_traffic(self, context: LayerContext, rows: int, length: int, pieces: int,
-                      element_bytes: int = 2) -> list[PieceTraffic]:
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
         tokens = rows * length * element_bytes
         dense = tokens * 2 * self.num_heads * (self.qk_head_dim + self.v_head_dim)
         if self.indexer is None:
-            return [PieceTraffic("exchange", dense, dense)]
+            return [ShardTraffic("exchange", dense, dense)]
         latent = self.kv_lora_rank + self.qk_rope_head_dim
-        return self.indexer.piece_traffic(tokens, length * pieces, dense, self.num_heads * self.qk_head_dim, latent)
+        return self.indexer.shard_traffic(tokens, length * shards, dense, self.num_heads * self.qk_head_dim, latent)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)

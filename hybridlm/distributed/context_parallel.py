@@ -1,0 +1,107 @@
+"""Rows split over ranks: the collectives behind `hybridlm.model.context_parallel`.
+
+`size` consecutive ranks, a group, hold the shards of the same rows, in order; the groups divide the batch among them.
+Every rank's losses are sums over its own tokens, so the gradients of all ranks add up as they do without shards.
+x: any shape; P ranks of a group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The second names are those before torch 2.13.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class ContextParallelGroup:
+    """`ShardGroup` over a process group. The four methods that move data are each other's adjoints."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    @classmethod
+    def make(cls, size: int) -> ContextParallelGroup:
+        """Groups of `size` consecutive ranks. All ranks call it together; `size` divides the world."""
+        world = dist.get_world_size()
+        group, _ = dist.new_subgroups_by_enumeration([[*range(g, g + size)] for g in range(0, world, size)])
+        return cls(group)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return _Gather.apply(x, self)
+
+    def exchange(self, x_P: Tensor) -> Tensor:
+        return _Exchange.apply(x_P, self)
+
+    def from_previous(self, x: Tensor) -> Tensor:
+        return _Shift.apply(x, self)
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        summed = x.detach().clone()
+        dist.all_reduce(summed, group=self.group)
+        return summed
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[P, ...] of [...]."""
+        everyone_P = x.new_empty(self.size, *x.shape)
+        all_gather_single(everyone_P.view(-1), x.reshape(-1), group=self.group)
+        return everyone_P
+
+    def reduce_scatter(self, x_P: Tensor) -> Tensor:
+        """[...]: the sum over ranks of the entries for this one."""
+        summed = x_P.new_empty(x_P.shape[1:])
+        reduce_scatter_single(summed.view(-1), x_P.reshape(-1), group=self.group)
+        return summed
+
+    def all_to_all(self, x_P: Tensor) -> Tensor:
+        """[P, ...]: entry j goes to rank j."""
+        received_P = x_P.new_empty(x_P.shape)
+        dist.all_to_all_single(received_P.view(-1), x_P.reshape(-1), group=self.group)
+        return received_P
+
+    def shift(self, x: Tensor, step: int) -> Tensor:
+        """The x of the rank `step` before this one; zeros where there is none."""
+        sent, received = ([x.numel() if rank == other else 0 for rank in range(self.size)]
+                          for other in (self.rank + step, self.rank - step))
+        arrived = x.new_empty(sum(received))
+        leaving = x.reshape(-1) if any(sent) else x.new_empty(0)
+        dist.all_to_all_single(arrived, leaving, received, sent, group=self.group)
+        return arrived.view(x.shape) if any(received) else torch.zeros_like(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard_group: ContextParallelGroup) -> Tensor:
+        ctx.shard_group = shard_group
+        return shard_group.all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, d_P: Tensor) -> Any:
+        return ctx.shard_group.reduce_scatter(d_P), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_P: Tensor, shard_group: ContextParallelGroup) -> Tensor:
+        ctx.shard_group = shard_group
+        return shard_group.all_to_all(x_P)
+
+    @staticmethod
+    def backward(ctx: Any, d_P: Tensor) -> Any:
+        return ctx.shard_group.all_to_all(d_P), None
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard_group: ContextParallelGroup) -> Tensor:
+        ctx.shard_group = shard_group
+        return shard_group.shift(x, 1)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Any:
+        return ctx.shard_group.shift(d, -1), None

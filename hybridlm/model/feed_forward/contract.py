@@ -1,0 +1,62 @@
+"""The contract of a feed-forward and the registry of their kinds."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from hybridlm.model.config import FeedForwardConfig, LayerContext
+from hybridlm.model.mixers.contract import Aux
+from hybridlm.model.sequence import SequenceInfo
+
+
+class FeedForward(nn.Module):
+    """Works on each token alone: x_BTD -> x_BTD.
+
+    A forward changes nothing in the module: what a layer must remember of a batch (expert loads) it returns in its
+    aux, and the model hands it back once through `record`. So a forward may be computed again, as activation
+    checkpointing does, without counting anything twice.
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def build(cls, config: FeedForwardConfig, context: LayerContext) -> FeedForward:
+        """The module of layer `context.layer_index`; a kind whose layers differ chooses here."""
+        return cls(config, context)  # type: ignore[call-arg]
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each "loss/..." in the aux; a loss not named here is only reported."""
+        return {}
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def record(self, aux: Aux) -> None:
+        """Take from the aux of one training forward what the next optimizer step needs."""
+
+    def post_optimizer_step(self, update: bool = True) -> None:
+        """After each optimizer step; `update=False` when that step was skipped."""
+
+    def init_weights(self, std: float) -> None:
+        """Fresh parameters and buffers; `std` for plain projections."""
+        raise TypeError(f"{type(self).__name__} has no initialisation")
+
+
+FEED_FORWARDS: dict[str, tuple[type[FeedForwardConfig], type[FeedForward]]] = {}
+
+
+def register_feed_forward(kind: str, config: type[FeedForwardConfig]):
+    """Class decorator: `kind` in a config builds this feed-forward."""
+
+    def add(cls: type[FeedForward]) -> type[FeedForward]:
+        FEED_FORWARDS[kind] = (config, cls)
+        return cls
+
+    return add
+
+
+def build_feed_forward(config: FeedForwardConfig, context: LayerContext) -> FeedForward:
+    return FEED_FORWARDS[config.kind][1].build(config, context)

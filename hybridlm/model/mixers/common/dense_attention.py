@@ -1,0 +1,40 @@
+"""Softmax attention to all keys, over whole rows or rows that are split into shards.
+
+B rows, T tokens, S keys, H query heads, G key/value heads, K/V key/value dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from hybridlm.model.config import require
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import attention
+
+
+def check_heads(heads: int, shards: int) -> None:
+    """Raise ConfigError unless the heads can be divided."""
+    require(heads % shards == 0, "num_heads", "must divide among the processes that share a row", got=heads,
+            expected=f"a multiple of {shards}", hint="engine.context_parallel says how many these are")
+
+
+def dense_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: SequenceInfo, *, scale: float | None = None,
+                    window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:
+    """o [B, T, H, V]; the options are those of the operation.
+
+    Of split rows each process computes a share of the heads for all tokens (Ulysses, Jacobs et al. 2023). Where the
+    shares outnumber or do not fit the key/value heads, these are repeated as often as they must be.
+    """
+    shard = seq.shard
+    if shard is None:
+        return attention(q_BTHK, k_BSGK, v_BSGV, scale=scale, window=window, sinks_H=sinks_H, cu_seqlens=seq.cu_seqlens)
+    groups = k_BSGK.shape[2]
+    copies = math.lcm(groups, shard.group.size) // groups
+    if copies > 1:
+        k_BSGK, v_BSGV = k_BSGK.repeat_interleave(copies, 2), v_BSGV.repeat_interleave(copies, 2)
+    q, k, v = shard.by_heads(q_BTHK, k_BSGK, v_BSGV)
+    o = attention(q, k, v, scale=scale, window=window, sinks_H=None if sinks_H is None else shard.share(sinks_H),
+                  cu_seqlens=shard.borders)
+    return shard.by_tokens(o)

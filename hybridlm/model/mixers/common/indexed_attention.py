@@ -1,0 +1,191 @@
+"""Mixers whose attention an indexer may make sparse: what it selects, over layers that share it, and its loss.
+
+B rows, T tokens, S keys, D hidden size, H/G query/key heads, K/V key/value head dim, Q width of what index queries are
+made from, k selected keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.errors import ConfigError
+from hybridlm.model.config import LayerContext, require
+from hybridlm.model.mixers.common.dense_attention import dense_attention
+from hybridlm.model.mixers.common.indexer import AttentionMode, IndexCache, Indexer, IndexerConfig, IndexTensors
+from hybridlm.model.mixers.common.init import init_projections
+from hybridlm.model.mixers.contract import Aux, SequenceMixer
+from hybridlm.model.rope import RopeConfig
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import attention_recall, sparse_attention
+from hybridlm_kernels.ops.indexer_kl import Recall
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What attention reads, and what the indexer's loss needs.
+
+    `indices`: the keys of each token, [B, T, k] with -1 for none, or None for all. `chosen`: what the indexer would
+    select, whether or not attention follows it. `index` is None where nothing is learned or measured.
+    """
+
+    indices: Tensor | None = None
+    chosen: Tensor | None = None
+    indexer: Indexer | None = None
+    index: IndexTensors | None = None
+
+
+class Selections:
+    """What indexed layers selected in this forward, for layers that share; kept in `seq.shared`.
+
+    By layer and not as one "latest" entry, because activation checkpointing runs layers again from the last to the
+    first. An entry that no layer had read when the next one came is dropped.
+    """
+
+    KEY = "indexer.selections"
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, Selection] = {}
+        self.read: set[int] = set()
+
+    @classmethod
+    def of(cls, seq: SequenceInfo) -> Selections:
+        return seq.shared.setdefault(cls.KEY, cls())
+
+    def leave(self, layer: int, selection: Selection) -> None:
+        for earlier in [i for i in self.by_layer if i < layer and i not in self.read]:
+            del self.by_layer[earlier]
+        self.by_layer[layer] = selection
+
+    def nearest(self, layer: int) -> Selection:
+        """The selection of the nearest earlier indexed layer."""
+        source = max((i for i in self.by_layer if i < layer), default=None)
+        if source is None:
+            raise ConfigError("indexer.share", f"layer {layer} has no earlier selection to share", got=True,
+                              expected="an indexed layer with share=false before it")
+        self.read.add(source)
+        return self.by_layer[source]
+
+
+class IndexedMixer(SequenceMixer):
+    """Base of mixers with the option `indexer`: holds the indexer, its loss, and what a training stage may switch.
+
+    `measuring`: also report the recall of the selection where that costs a pass over the dense attention, and in
+    evaluation. `kl_weight`: as `loss_weight` of the config.
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("k_norm.weight", "k_norm.bias", "weights_proj.weight")
+
+    def __init__(self, config: IndexerConfig | None, context: LayerContext):
+        super().__init__()
+        self.indexer_config, self.layer_index = config, context.layer_index
+        self._attention_mode: AttentionMode = "dense" if config is None else config.mode
+        self.kl_weight = 0.0 if config is None else config.loss_weight
+        self.measuring = False
+        self.indexer: Indexer | None = None
+
+    def build_indexer(self, context: LayerContext, query_dim: int, rope: RopeConfig, rope_dim: int) -> None:
+        """Add the `indexer` submodule (last, so that a dense mixer's parameters keep their order)."""
+        config = self.indexer_config
+        if config is not None and not config.share:
+            self.indexer = Indexer(config, context, query_dim, rope, rope_dim)
+
+    def init_weights(self, std: float) -> None:
+        init_projections(self, std)
+        if self.indexer is not None and self.indexer.pool is not None:
+            nn.init.zeros_(self.indexer.pool.bias)
+
+    @property
+    def index_pool(self) -> int | None:
+        """Tokens a pool of the index keys that this layer keeps; null: one key a token."""
+        return None if self.indexer is None else self.indexer.config.pool
+
+    @property
+    def attention_mode(self) -> AttentionMode:
+        """`sparse`: read the selected keys. `dense`: read all keys, as without an indexer. May be set at any time."""
+        return self._attention_mode
+
+    @attention_mode.setter
+    def attention_mode(self, mode: AttentionMode) -> None:
+        require(mode in ("dense", "sparse"), "attention_mode", "is unknown", got=mode, expected="dense or sparse")
+        require(mode == "dense" or self.indexer_config is not None, "attention_mode", "needs an indexer", got=mode,
+                expected="dense", hint="give the mixer an `indexer` section")
+        self._attention_mode = mode
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"indexer_kl": self.kl_weight}
+
+    def learns(self, indexer: Indexer) -> bool:
+        """Whether a forward now computes the loss of the indexer for its gradient."""
+        return (self.training and torch.is_grad_enabled() and self.kl_weight > 0
+                and any(p.requires_grad for p in indexer.parameters()))
+
+    def select(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo,
+               cache: IndexCache | None) -> Selection:
+        """The keys that attention may read. No gradient passes to the inputs."""
+        if self.indexer_config is None:
+            return Selection()
+        dense = self._attention_mode == "dense"
+        if self.indexer is None:
+            source = Selections.of(seq).nearest(self.layer_index)
+            wanted = source.indexer is not None and (self.measuring or self.learns(source.indexer))
+            return replace(source, indices=None if dense else source.indices, index=source.index if wanted else None)
+        index = chosen = None
+        learns = self.learns(self.indexer)
+        if cache is None and (self.measuring or learns):
+            with torch.set_grad_enabled(learns):
+                index = self.indexer.tensors(x_BTD, query_input_BTQ, seq)
+            chosen = self.indexer.choose(index, seq, x_BTD.shape[1])
+        elif not dense:
+            with torch.no_grad():
+                chosen = self.indexer(x_BTD, query_input_BTQ, seq, cache)
+        selection = Selection(None if dense else chosen, chosen, self.indexer, index)
+        Selections.of(seq).leave(self.layer_index, selection)
+        return selection
+
+    def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: SequenceInfo, selection: Selection, *,
+               scale: float | None = None, **options: Any) -> tuple[Tensor, Aux]:
+        """Attention over all keys or the selected ones, and what the indexer has to learn from it.
+
+        With a selection, keys and values are those of `seq.history`. `options`: of `dense_attention`.
+        """
+        if selection.indices is not None:
+            aux = self.observe(selection, q_BTHK, k_BSGK, seq, scale)
+            return sparse_attention(q_BTHK, k_BSGK, v_BSGV, selection.indices, scale=scale), aux
+        aux = {}
+        if selection.index is not None:
+            aux = self.observe(selection, q_BTHK, seq.history(k_BSGK.detach()), seq, scale)
+        return dense_attention(q_BTHK, k_BSGK, v_BSGV, seq, scale=scale, **options), aux
+
+    def observe(self, selection: Selection, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo,
+                scale: float | None = None) -> Aux:
+        """The loss of the indexer and its statistics, from the main attention's queries and keys.
+
+        The loss is over the keys that attention reads: all of them, or the selected. Recall is against the dense
+        attention; it comes with a dense layer's loss and is measured apart in a sparse one. A layer that shares has
+        its own such loss: the mean over layers is, but for a constant, the KL from their mean attention.
+        """
+        if selection.index is None or selection.indexer is None:
+            return {}
+        everything, chosen = selection.indices is None, selection.chosen
+        result = selection.indexer.loss(selection.index, q_BTHK, k_BSGK, seq, indices_BTN=selection.indices,
+                                        recall_of_BTN=chosen if everything else None, scale=scale)
+        recall = result.recall
+        if self.measuring and not everything:
+            assert selection.indices is not None
+            recall = attention_recall(q_BTHK, k_BSGK, selection.indices, scale=scale, cu_seqlens=seq.history_borders)
+        aux = {"loss/indexer_kl": result.loss, "layer/indexer_kl": result.loss.detach(),
+               "layer/indexer_entropy": result.entropy}
+        if recall is not None and chosen is not None and seq.shard is not None:
+            chose = (seq.positions_BT + 1 > (chosen >= 0).sum(-1)).sum()  # the queries that recall is a mean over
+            recall = Recall(*(seq.shard.weighed(x, chose) for x in recall))
+        if recall is None and chosen is None:  # every key is selected
+            recall = Recall(*[torch.ones_like(result.entropy)] * 3)
+        if recall is not None:
+            aux |= {"layer/indexer_recall": recall.mass, "layer/indexer_agreement": recall.agreement,
+                    "layer/indexer_attainable": recall.attainable}
+        return aux

@@ -1,0 +1,256 @@
+"""The lightning indexer of DeepSeek sparse attention: picks, for each token, the few keys that attention will read.
+
+    I_ts = sum_j w_tj relu(q_tj . k_s) * Di^-0.5 * Hi^-0.5,   attention reads the `topk` keys s of highest I_ts
+
+Sources: DeepSeek-V3.2 (section 2.1); sharing over layers: GLM-5; its training: IndexCache (arXiv 2603.12201); pooled
+keys: GLM-5.3. `indexed` has the mixers that follow it.
+B rows, T tokens, S keys, D hidden size, J index heads (Hi), I index head dim (Di), k selected keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridlm.model.config import LayerContext, ShardTraffic, require
+from hybridlm.model.decode_state import PooledCache, TokenCache
+from hybridlm.model.mixers.common.cost import open_tail, visible_keys, visible_pools
+from hybridlm.model.mixers.common.key_pooling import KeyPool
+from hybridlm.model.rope import RopeConfig, rotate
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import Pools, indexer_kl, indexer_topk, pooled_indexer_kl, pooled_topk
+from hybridlm_kernels.ops.indexer_kl import IndexerKL
+
+AttentionMode = Literal["dense", "sparse"]
+IndexTensors = tuple[Tensor, Tensor, Tensor]  # queries [B, T, J, I], keys [B, T or P, I], head weights [B, T, J]
+IndexCache = TokenCache | PooledCache
+
+
+@dataclass(kw_only=True)
+class IndexerConfig:
+    """Indexer of an `attention` or `mla` mixer.
+
+    `rope_kind` rotates the first `rope_dim` dims of index queries and keys with theta and scaling of the mixer's own
+    RoPE; `rope_dim` null takes `qk_rope_head_dim` (mla) or the rotated share of `head_dim` (attention).
+    `num_first` tokens of the document and the `num_local` last ones (the token itself included) are always among the
+    `topk`. `pool`: so many consecutive tokens have one key and are selected together (GLM-5.3: 16); those behind the
+    last complete pool are read besides the `topk`.
+    `loss_weight`: of KL(attention || softmax(I)), the loss that trains the indexer; 0 leaves it untrained.
+    `share`: this layer has no indexer of its own and reads the keys that the nearest earlier indexed layer selected.
+    `mode` is what `mixer.attention_mode` starts as: `dense` keeps the parameters and attends to everything (warm-up).
+    """
+
+    num_heads: int = 64
+    head_dim: int = 128
+    topk: int = 2048
+    num_first: int = 0
+    num_local: int = 0
+    pool: int | None = None
+    rope_kind: Literal["half", "interleaved", "none"] = "half"
+    rope_dim: int | None = None
+    norm_eps: float = 1e-6
+    loss_weight: float = 1.0
+    share: bool = False
+    mode: AttentionMode = "sparse"
+
+    def __post_init__(self) -> None:
+        for key in ("num_heads", "head_dim", "topk", "norm_eps"):
+            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        for key in ("num_first", "num_local", "loss_weight"):
+            require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key))
+        require(self.num_first + self.num_local <= self.topk, "num_local", "does not fit into topk beside num_first",
+                got=self.num_local, expected=f"at most {self.topk - self.num_first}")
+        require(self.pool is None or self.pool > 0, "pool", "must be positive", got=self.pool,
+                hint="null has a key for each token")
+        for key in ("topk", "num_first", "num_local"):
+            require(getattr(self, key) % (self.pool or 1) == 0, key, "must be whole pools", got=getattr(self, key),
+                    expected=f"a multiple of {self.pool}")
+
+    def check_rope(self, mixer_dim: int) -> None:
+        """Raise ConfigError unless the index heads can be rotated in a mixer that rotates `mixer_dim` dims."""
+        dim = mixer_dim if self.rope_dim is None else self.rope_dim
+        require(self.share or self.rope_kind == "none" or (0 < dim <= self.head_dim and dim % 2 == 0),
+                "indexer.rope_dim", "does not fit the index heads", got=dim,
+                expected=f"an even number up to head_dim ({self.head_dim})",
+                hint="rope_kind=none turns the rotation off")
+
+    def num_params(self, context: LayerContext, query_dim: int) -> int:
+        if self.share:
+            return 0
+        return self._projections(context, query_dim) + (2 + (self.pool or 0)) * self.head_dim
+
+    def _projections(self, context: LayerContext, query_dim: int) -> int:
+        keys = context.hidden_size * (1 if self.pool is None else 2)
+        return (query_dim * self.num_heads + keys) * self.head_dim + context.hidden_size * self.num_heads
+
+    def _selects(self, context_length: int) -> bool:
+        """A context of at most `topk` tokens needs no selection."""
+        return self.mode == "sparse" and context_length > self.topk
+
+    def read_keys(self, context_length: int) -> float:
+        """Mean number of keys that attention reads."""
+        if not self._selects(context_length):
+            return visible_keys(context_length)
+        if self.pool is None:
+            return visible_keys(context_length, self.topk)
+        return self.pool * visible_pools(context_length, self.pool, self.topk // self.pool) + open_tail(
+            context_length, self.pool)
+
+    def _scored(self, context_length: int, limit: int | None = None) -> float:
+        """Mean number of index keys, of tokens or pools, at most those of `limit` tokens."""
+        if self.pool is None:
+            return visible_keys(context_length, limit)
+        return visible_pools(context_length, self.pool, None if limit is None else limit // self.pool)
+
+    def flops_per_token(self, context: LayerContext, query_dim: int, context_length: int) -> float:
+        """Projections and the scores of a selection."""
+        if self.share or not self._selects(context_length):
+            return 0.0
+        scores = self._scored(context_length) * self.num_heads * (self.head_dim + 1)
+        return 2.0 * (self._projections(context, query_dim) + scores)
+
+    def kl_flops_per_token(self, context: LayerContext, query_dim: int, context_length: int, width: int) -> float:
+        """What the loss adds to a training step besides the selection: the scores of the main attention (`width`: heads
+        times dims of a key), those of the index, forward and backward, and the gradients of the projections. Its
+        inputs are detached, so that nothing goes back further."""
+        if self.loss_weight == 0:
+            return 0.0
+        selects = self._selects(context_length)
+        scored = self._scored(context_length, self.topk if selects else None)
+        flops = 2.0 * width * self.read_keys(context_length) + 6.0 * scored * self.num_heads * (self.head_dim + 1)
+        projections = 0 if self.share else self._projections(context, query_dim)
+        return flops + (2.0 if selects else 4.0) * projections
+
+    def shard_traffic(self, tokens: int, context_length: int, dense: int, keys: int, read: int) -> list[ShardTraffic]:
+        """As of a mixer, for `tokens` tokens times bytes of an element.
+
+        `dense`: what dense attention exchanges, which is also what a context of at most `topk` tokens takes. Elements
+        a token: `keys` that the loss of a dense layer looks at, `read` by sparse attention.
+        """
+        learns = self.loss_weight > 0
+        index = 0 if self.share else tokens * self.head_dim * (1 if self.pool is None else 2)
+        if self._selects(context_length):
+            read *= tokens
+            return [ShardTraffic("gather", index + read, index * learns + read)]
+        found = [ShardTraffic("exchange", dense, dense)]
+        return [*found, ShardTraffic("gather", index + tokens * keys, index)] if learns else found
+
+    def state_bytes(self, context_length: int, element_bytes: int) -> int:
+        if self.share or self.mode == "dense":
+            return 0
+        pools, rest = divmod(context_length, self.pool or 1)
+        return (pools + 2 * rest) * self.head_dim * element_bytes
+
+
+class Indexer(nn.Module):
+    """Index queries, keys and head weights. `query_dim` is the width of what queries are made from."""
+
+    def __init__(self, config: IndexerConfig, context: LayerContext, query_dim: int, rope: RopeConfig, rope_dim: int):
+        super().__init__()
+        self.config, self.rope, self.topk = config, rope, config.topk
+        self.rope_dim = rope_dim if config.rope_dim is None else config.rope_dim
+        width = config.num_heads * config.head_dim
+        self.q_proj = nn.Linear(query_dim, width, bias=False)
+        self.k_proj = nn.Linear(context.hidden_size, config.head_dim, bias=False)
+        self.k_norm = nn.LayerNorm(config.head_dim, eps=config.norm_eps)
+        self.weights_proj = nn.Linear(context.hidden_size, config.num_heads, bias=False)
+        self.pool = None if config.pool is None else KeyPool(config.pool, context.hidden_size, config.head_dim)
+
+    def keys(self, x_BTD: Tensor, seq: SequenceInfo, cache: IndexCache | None = None) -> Tensor:
+        """Keys of tokens [B, S, I] or of complete pools [B, P, I], with those of the cache before them."""
+        k_BTI = self.token_keys(x_BTD, seq)
+        if self.pool is None:
+            return seq.history(k_BTI) if cache is None else cache.append(k_BTI)  # type: ignore[call-arg]
+        entries_BT2I = self.pool.entries(x_BTD, k_BTI)
+        if isinstance(cache, PooledCache):
+            return cache.append(entries_BT2I, self.pool.combine)
+        entries_BS2I = seq.history(entries_BT2I)
+        return self.pool(entries_BS2I, self.pools(x_BTD, entries_BS2I.shape[1], seq))
+
+    def pools(self, queries_BT: Tensor, keys: int, seq: SequenceInfo) -> Pools:
+        """Where the pools of `keys` tokens lie, for queries at the last places of their rows."""
+        assert self.pool is not None
+        batch, queries = queries_BT.shape[:2]
+        return Pools.of(batch, queries, keys, self.pool.size, queries_BT.device, seq.history_borders)
+
+    def token_keys(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+        """Index keys [B, T, I]: one head, normalised, rotated."""
+        k_BTI = self.k_proj(x_BTD)
+        norm = self.k_norm
+        normed = F.layer_norm(k_BTI.float() if k_BTI.dtype in (torch.bfloat16, torch.float16) else k_BTI,
+                              norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(k_BTI.dtype)
+        return rotate(normed[:, :, None], self.rope, self.rope_dim, seq, self.config.rope_kind)[:, :, 0]
+
+    def queries(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo) -> tuple[Tensor, Tensor]:
+        """Index queries [B, T, J, I] and head weights [B, T, J] in fp32, both scales inside the weights."""
+        config = self.config
+        q_BTJI = self.q_proj(query_input_BTQ).unflatten(-1, (config.num_heads, config.head_dim))
+        q_BTJI = rotate(q_BTJI, self.rope, self.rope_dim, seq, config.rope_kind)
+        weight = self.weights_proj.weight
+        with torch.autocast(x_BTD.device.type, enabled=False):  # the selection is discontinuous: keep it exact
+            w_BTJ = F.linear(x_BTD.to(weight.dtype), weight)
+        return q_BTJI, w_BTJ.to(torch.promote_types(w_BTJ.dtype, torch.float32)) * (
+            config.head_dim * config.num_heads) ** -0.5
+
+    @staticmethod
+    def scores(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor) -> Tensor:
+        """I_ts, [B, T, S] in the dtype of w, differentiable, without a mask. Pass few queries: all are in memory."""
+        dots_BTJS = torch.einsum("btji,bsi->btjs", q_BTJI.to(w_BTJ.dtype), k_BSI.to(w_BTJ.dtype))
+        return torch.einsum("btj,btjs->bts", w_BTJ, dots_BTJS.relu())
+
+    def forward(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo,
+                cache: IndexCache | None = None) -> Tensor | None:
+        """The selected keys of each token: int32 [B, T, k], positions in the row, padded with -1.
+
+        None when every document fits into `topk`: then all keys are selected, and nothing is scored.
+        """
+        k_BSI = None if cache is None else self.keys(x_BTD, seq, cache)
+        keys = x_BTD.shape[1] if cache is None else cache.length
+        if longest_document(keys, seq) <= self.topk:
+            return None
+        k_BSI = self.keys(x_BTD, seq) if k_BSI is None else k_BSI
+        q_BTJI, w_BTJ = self.queries(x_BTD, query_input_BTQ, seq)
+        return self.choose((q_BTJI, k_BSI, w_BTJ), seq, keys)
+
+    def tensors(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo) -> IndexTensors:
+        """Queries, keys and head weights, differentiable in the indexer's parameters alone."""
+        x_BTD, query_input_BTQ = x_BTD.detach(), query_input_BTQ.detach()
+        q_BTJI, w_BTJ = self.queries(x_BTD, query_input_BTQ, seq)
+        return q_BTJI, self.keys(x_BTD, seq), w_BTJ
+
+    def choose(self, index: IndexTensors, seq: SequenceInfo, keys: int) -> Tensor | None:
+        """The selection among `keys` tokens of a row for the last ones; None when everything fits into `topk`."""
+        if longest_document(keys, seq) <= self.topk:
+            return None
+        keys = keys if seq.shard is None else seq.shard.history_length
+        first = min(self.config.num_first, self.topk)
+        local = min(self.config.num_local, self.topk - first)
+        if self.pool is None:
+            return indexer_topk(*index, self.topk, num_first=first, num_local=local, cu_seqlens=seq.history_borders)
+        size = self.pool.size
+        return pooled_topk(*index, self.pools(index[0], keys, seq), self.topk // size,
+                           num_first=first // size, num_local=local // size)
+
+    def loss(self, index: IndexTensors, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo,
+             **options: Any) -> IndexerKL:
+        """KL of the selection against the main attention with these queries and keys."""
+        if self.pool is None:
+            return indexer_kl(*index, q_BTHK, k_BSGK, cu_seqlens=seq.history_borders, **options)
+        pools = self.pools(q_BTHK, k_BSGK.shape[1], seq)
+        result = pooled_indexer_kl(*index, q_BTHK, k_BSGK, pools, cu_seqlens=seq.history_borders, **options)
+        if seq.shard is None:
+            return result
+        count = (pools.count_BT > 0).sum()  # in an early shard fewer queries see a pool
+        return result._replace(loss=seq.shard.weighed(result.loss, count),
+                               entropy=seq.shard.weighed(result.entropy, count))
+
+
+def longest_document(keys: int, seq: SequenceInfo) -> int:
+    """Tokens in the longest document of rows of `keys` tokens, those in the decode state included."""
+    if seq.shard is not None:
+        return seq.shard.longest_document
+    return keys if seq.cu_seqlens is None else max(seq.cu_seqlens.lengths)

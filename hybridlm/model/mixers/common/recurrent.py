@@ -1,0 +1,273 @@
+"""What linear mixers share: projections, short convolutions, the forget gate, output norm and gate, decode state.
+
+B rows, T tokens, D hidden size, H key heads, G value heads, K key dim, V value dim, W taps of the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridlm.model.config import LayerContext, MixerConfig, ShardTraffic, require
+from hybridlm.model.decode_state import RecurrentState
+from hybridlm.model.mixers.common.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
+from hybridlm.model.mixers.contract import SequenceMixer
+from hybridlm.model.norm import GatedRMSNorm, RMSNorm
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import Gate, short_conv
+
+
+@dataclass(kw_only=True)
+class RecurrentConfig(MixerConfig):
+    """Options of every linear mixer.
+
+    Heads: `num_heads` query/key heads of `head_dim`; `num_value_heads` (null: as many) of `value_head_dim` (null:
+    head_dim). Key head j serves value heads j*r .. j*r+r-1.
+    Convolutions: `conv_size` taps over q, k and v, then SiLU; 0 has none.
+    Forget gate, for `decay` scalar or channel, from u = f(x) + dt_bias:
+        softplus       g = -exp(A_log) softplus(u)                  (Mamba-2, Gated DeltaNet, KDA)
+        lower_bounded  g = lower_bound * sigmoid(exp(A_log) u)      (GLM-5.3, Ling 3.0)
+    f is one projection (`gate_rank` null) or two through `gate_rank` dims (channel decay only). `gate_dtype` model
+    rounds g to the dtype of x (Ling 3.0). A_log starts as log U(a_init), dt_bias as `dt_bias_init` says
+    (inverse_softplus: step sizes log-uniform in dt_init).
+    Output: norm, times `output_gate` of g(x), which is one projection (`output_gate_rank` null) or two.
+    `norm_eps` null takes the model's.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_value_heads: int | None = None
+    value_head_dim: int | None = None
+    decay: Literal["none", "constant", "scalar", "channel"] = "channel"
+    gate: Literal["softplus", "lower_bounded", "logsigmoid"] = "softplus"
+    gate_rank: int | None = None
+    gate_dtype: Literal["fp32", "model"] = "fp32"
+    lower_bound: float = -5.0
+    a_init: tuple[float, float] = (1.0, 16.0)
+    dt_bias_init: Literal["ones", "zeros", "inverse_softplus"] = "inverse_softplus"
+    dt_init: tuple[float, float] = (1e-3, 1e-1)
+    conv_size: int = 0
+    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    output_gate_rank: int | None = None
+    norm_eps: float | None = None
+    is_linear: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for key in ("num_heads", "head_dim", "num_value_heads", "value_head_dim", "gate_rank", "output_gate_rank",
+                    "norm_eps"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, "must be positive", got=value)
+        require(self.value_heads % self.num_heads == 0, "num_value_heads", "must be a multiple of num_heads",
+                got=self.num_value_heads, expected=f"a multiple of {self.num_heads}")
+        require(self.gate_rank is None or self.decay == "channel", "gate_rank", "needs decay=channel",
+                got=self.gate_rank, expected="null", hint=f"decay={self.decay} has at most one gate a head")
+        require(self.conv_size >= 0 and self.conv_size != 1, "conv_size", "is not a convolution", got=self.conv_size,
+                expected="0 (none), or 2 taps and more")
+        require(self.output_gate_rank is None or self.output_gate != "none", "output_gate_rank", "needs an output gate",
+                got=self.output_gate_rank, expected="null with output_gate=none")
+        require(self.lower_bound < 0, "lower_bound", "must be negative: it bounds the logarithm of the decay",
+                got=self.lower_bound)
+        for key, (low, high) in (("a_init", self.a_init), ("dt_init", self.dt_init)):
+            require(0 <= low <= high and high > 0, key, "must be a positive range", got=[low, high],
+                    expected="[low, high]")
+
+    @property
+    def value_heads(self) -> int:
+        return self.num_heads if self.num_value_heads is None else self.num_value_heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Width of the q, k and v projections."""
+        keys = self.num_heads * self.head_dim
+        return {"q": keys, "k": keys, "v": self.value_heads * self.value_dim}
+
+    @property
+    def gate_width(self) -> int:
+        """Outputs of the forget gate's projection."""
+        return {"scalar": self.value_heads, "channel": self.value_heads * self.head_dim}.get(self.decay, 0)
+
+    @property
+    def has_a_log(self) -> bool:
+        return self.gate_width > 0 and self.gate != "logsigmoid"
+
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        require(self.conv_size <= length + 1, "conv_size", "reaches over more than one shard of a split row",
+                got=self.conv_size, expected=f"at most {length + 1} taps",
+                hint="a smaller engine.context_parallel, or longer sequences")
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        """The inputs of the convolution, and in fp32 the state with what a shard does to one."""
+        tail = rows * max(self.conv_size - 1, 0) * context.hidden_size * element_bytes
+        state = rows * 4 * (self.value_heads * self.head_dim * self.value_dim + self._through())
+        found = [ShardTraffic("from_previous", tail, tail), ShardTraffic("gather", state, state)]
+        return found if tail else found[1:]
+
+    def _through(self) -> int:
+        """Numbers that say what a shard does to a state: what is left of it."""
+        return {"none": 1, "channel": self.value_heads * self.head_dim}.get(self.decay, self.value_heads)
+
+    def _projections(self, context: LayerContext) -> int:
+        """Weights of all projections that every linear mixer has."""
+        D, out = context.hidden_size, self.channels["v"]
+        count = D * (2 * self.channels["k"] + 2 * out)
+        count += low_rank_params(D, self.gate_width, self.gate_rank)
+        return count + low_rank_params(D, 0 if self.output_gate == "none" else out, self.output_gate_rank)
+
+    def num_params(self, context: LayerContext) -> int:
+        count = self._projections(context) + self.conv_size * sum(self.channels.values())
+        return count + self.gate_width + self.value_heads * self.has_a_log
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        """The recurrence is counted as the paper writes it; chunked kernels do more, but not more useful work."""
+        return {"projections": 2.0 * self._projections(context),
+                "conv": 2.0 * self.conv_size * sum(self.channels.values()),
+                "recurrence": float(self.value_heads * self.head_dim * self.value_dim * self._updates())}
+
+    def _updates(self) -> int:
+        """FLOPs a token for each entry of the state."""
+        return 4 + (self.decay != "none")
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        """Matrix and convolution inputs, both kept in fp32 whatever the model's dtype."""
+        taps = max(self.conv_size - 1, 0) * sum(self.channels.values())
+        return 4 * (self.value_heads * self.head_dim * self.value_dim + taps)
+
+
+def low_rank_params(inputs: int, outputs: int, rank: int | None) -> int:
+    """Weights of a projection, direct or through `rank` dims."""
+    if outputs == 0:
+        return 0
+    return inputs * outputs if rank is None else rank * (inputs + outputs)
+
+
+def read_incoming(reach_BTGK: Tensor, incoming_BGKV: Tensor) -> Tensor:
+    """[B, T, G, V]: what queries find in the state at the start of the shard, `reach` being what is left of them on
+    the way back to there."""
+    with torch.autocast(reach_BTGK.device.type, enabled=False):
+        return torch.einsum("btgk,bgkv->btgv", reach_BTGK.to(incoming_BGKV.dtype), incoming_BGKV)
+
+
+class RecurrentMixer(SequenceMixer):
+    """Base of linear mixers.
+
+    Parameters: q_proj, k_proj, v_proj, o_proj; q_conv, k_conv, v_conv [channels, W]; forget gate a_proj (scalar),
+    f_proj or f_a_proj and f_b_proj (channel), A_log [G], dt_bias [G] or [G * K]; output g_proj or g_a_proj and
+    g_b_proj; o_norm.
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "o_norm.weight")
+    config: RecurrentConfig
+
+    def __init__(self, config: RecurrentConfig, context: LayerContext):
+        super().__init__()
+        self.config = config
+        D, channels = context.hidden_size, config.channels
+        for name, width in channels.items():
+            setattr(self, f"{name}_proj", nn.Linear(D, width, bias=False))
+        if config.conv_size:
+            for name, width in channels.items():
+                setattr(self, f"{name}_conv", nn.Parameter(torch.zeros(width, config.conv_size)))
+        if config.gate_width:
+            self._add_projection("a" if config.decay == "scalar" else "f", D, config.gate_width, config.gate_rank)
+            self.dt_bias = nn.Parameter(torch.zeros(config.gate_width))
+        if config.has_a_log:
+            self.A_log = nn.Parameter(torch.zeros(config.value_heads))
+        if config.output_gate != "none":
+            self._add_projection("g", D, channels["v"], config.output_gate_rank)
+        self.o_proj = nn.Linear(channels["v"], D, bias=False)
+
+    def _add_projection(self, name: str, inputs: int, outputs: int, rank: int | None) -> None:
+        if rank is None:
+            setattr(self, f"{name}_proj", nn.Linear(inputs, outputs, bias=False))
+        else:
+            setattr(self, f"{name}_a_proj", nn.Linear(inputs, rank, bias=False))
+            setattr(self, f"{name}_b_proj", nn.Linear(rank, outputs, bias=False))
+
+    def _project(self, name: str, x_BTD: Tensor, rank: int | None) -> Tensor:
+        if rank is None:
+            return getattr(self, f"{name}_proj")(x_BTD)
+        return getattr(self, f"{name}_b_proj")(getattr(self, f"{name}_a_proj")(x_BTD))
+
+    def output_norm(self, dim: int, context: LayerContext) -> RMSNorm | GatedRMSNorm:
+        """The norm of the output over `dim` dims, gated as the config says."""
+        config = self.config
+        eps = context.norm.eps if config.norm_eps is None else config.norm_eps
+        if config.output_gate == "none":
+            return RMSNorm(dim, eps)
+        return GatedRMSNorm(dim, eps, config.output_gate)
+
+    def projected(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None) -> Iterator[Tensor]:
+        """q, k and v [B, T, channels], after their convolutions."""
+        taps = self.config.conv_size
+        shard = seq.shard if taps else None
+        before_BXD = None if shard is None else shard.tail(x_BTD, taps - 1)
+        for name in self.config.channels:
+            project = getattr(self, f"{name}_proj")
+            y_BTC = project(x_BTD)
+            if taps:
+                start = None if state is None else state.conv.get(name)
+                if shard is not None:
+                    start = shard.at_start(project(before_BXD).mT)
+                y_BTC, inputs = short_conv(y_BTC, getattr(self, f"{name}_conv"), activation="silu",
+                                           cu_seqlens=seq.cu_seqlens, initial_state=start)
+                if state is not None:
+                    state.conv[name] = inputs
+            yield y_BTC
+
+    def forget_input(self, x_BTD: Tensor) -> Tensor:
+        """f(x), of which the gate makes the decay: [B, T, G] or [B, T, G, K]."""
+        config = self.config
+        u = self._project("a" if config.decay == "scalar" else "f", x_BTD, config.gate_rank)
+        return u if config.decay == "scalar" else u.unflatten(-1, (config.value_heads, config.head_dim))
+
+    def forget_gate(self) -> Gate:
+        """The gate of the config with this layer's parameters."""
+        config = self.config
+        dt_bias = self.dt_bias if config.decay == "scalar" else self.dt_bias.view(config.value_heads, config.head_dim)
+        return Gate(config.gate, self.A_log if config.has_a_log else None, dt_bias, config.lower_bound)
+
+    def log_decay(self, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Gate | None]:
+        """The operation's `g` and `gate` for u = f(x): as they are, or g rounded to `dtype`, that of x."""
+        gate = self.forget_gate()
+        return (gate.log_decay(u).to(dtype), None) if self.config.gate_dtype == "model" else (u, gate)
+
+    def output(self, o_BTGV: Tensor, x_BTD: Tensor, norm: RMSNorm | GatedRMSNorm | None, all_heads: bool) -> Tensor:
+        """Norm (over each head, or over all heads together), output gate and o_proj: [B, T, D]."""
+        config = self.config
+        o = o_BTGV.flatten(-2) if all_heads else o_BTGV
+        if config.output_gate == "none":
+            o = o if norm is None else norm(o)
+        else:
+            gate = self._project("g", x_BTD, config.output_gate_rank)
+            gate = gate if all_heads else gate.unflatten(-1, (config.value_heads, config.value_dim))
+            if norm is None:
+                o = o * (F.silu(gate) if config.output_gate == "silu" else gate.sigmoid())
+            else:
+                o = norm(o, gate)
+        return self.o_proj(o if all_heads else o.flatten(-2))
+
+    def new_state(self, batch: int, max_length: int) -> RecurrentState:
+        return RecurrentState()
+
+    def init_weights(self, std: float) -> None:
+        config = self.config
+        init_projections(self, std)
+        if config.conv_size:
+            for name in config.channels:
+                init_conv(getattr(self, f"{name}_conv"))
+        if config.has_a_log:
+            init_log_uniform(self.A_log, *config.a_init)
+        if config.gate_width and config.dt_bias_init == "inverse_softplus":
+            init_inverse_softplus(self.dt_bias, *config.dt_init)
+        elif config.gate_width:
+            nn.init.constant_(self.dt_bias, 1.0 if config.dt_bias_init == "ones" else 0.0)

@@ -1,0 +1,150 @@
+"""Linear attention with decay and no delta rule: Lightning, RetNet, Mamba-2 form, gated linear attention.
+
+    S_t = Diag(e^{g_t}) S_{t-1} + k_t v_t^T;   o_t = scale * S_t^T q_t,   q = phi(W_q x), k = phi(W_k x)
+    y_t = W_o (norm(o_t) * act(W_g x_t))
+
+Sources: Katharopoulos et al. 2020, RetNet 2023, MiniMax-01 2025 (Lightning attention), Mamba-2 2024, GLA 2023.
+B rows, T tokens, D hidden size, H key heads, G value heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridlm.model.config import LayerContext, require
+from hybridlm.model.context_parallel import RowShard
+from hybridlm.model.decode_state import RecurrentState
+from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming
+from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import Gate, linear_attention
+from hybridlm_kernels.recurrence.gates import log_decay
+
+
+@dataclass(kw_only=True)
+class LinearAttentionConfig(RecurrentConfig):
+    """`decay`: none, constant (`slopes` a head), scalar (Mamba-2) or channel (GLA).
+
+    `slopes`: lightning, 2^(-8(h+1)/H) * (1 - layer / (L - 1 + 1e-5) + 1e-5), or retnet, -log(1 - 2^(-5-h)).
+    `feature_map` phi of q and k, `value_map` of v. `scale` null is head_dim^-0.5; Lightning has 1.
+    `gate` has one form more, g = logsigmoid(u) / gate_normalizer (GLA).
+    `norm`: over all heads together, over each head, or none. `discretize` multiplies the value by the step softplus(u)
+    as Mamba-2 does (with decay=scalar and gate=softplus).
+    """
+
+    kind: str = "linear_attention"
+    decay: Literal["none", "constant", "scalar", "channel"] = "constant"
+    gate: Literal["softplus", "lower_bounded", "logsigmoid"] = "softplus"
+    gate_normalizer: float = 16.0
+    slopes: Literal["lightning", "retnet"] = "lightning"
+    feature_map: Literal["none", "silu", "elu1", "relu"] = "silu"
+    value_map: Literal["none", "silu"] = "silu"
+    scale: float | None = 1.0
+    norm: Literal["all", "head", "none"] = "all"
+    norm_eps: float | None = 1e-6
+    output_gate: Literal["none", "silu", "sigmoid"] = "sigmoid"
+    discretize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.gate_normalizer > 0, "gate_normalizer", "must be positive", got=self.gate_normalizer)
+        require(not self.discretize or (self.decay == "scalar" and self.gate == "softplus"), "discretize",
+                "needs decay=scalar and gate=softplus", got=(self.decay, self.gate))
+
+    def num_params(self, context: LayerContext) -> int:
+        norm = {"all": self.value_heads * self.value_dim, "head": self.value_dim, "none": 0}[self.norm]
+        return super().num_params(context) + norm
+
+
+def decay_slopes(kind: Literal["lightning", "retnet"], heads: int, layer_index: int, num_layers: int) -> list[float]:
+    """-g of each head for `decay: constant`. Layers after the last (MTP) take the last one's."""
+    if kind == "retnet":
+        return [-math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]
+    depth = min(layer_index, num_layers - 1) / (num_layers - 1 + 1e-5)
+    return [2.0 ** (-8 * (h + 1) / heads) * (1 - depth + 1e-5) for h in range(heads)]
+
+
+@register_mixer("linear_attention", LinearAttentionConfig)
+class LinearAttention(RecurrentMixer):
+    """Parameters: those of `RecurrentMixer`, and o_norm over all heads or over the dims of one."""
+
+    config: LinearAttentionConfig
+
+    def __init__(self, config: LinearAttentionConfig, context: LayerContext):
+        super().__init__(config, context)
+        dims = config.value_dim * (config.value_heads if config.norm == "all" else 1)
+        self.o_norm = None if config.norm == "none" else self.output_norm(dims, context)
+        self._slopes = decay_slopes(config.slopes, config.value_heads, context.layer_index, context.num_layers)
+        # Not a buffer: a cast of the model would round it, and `to_empty` after a build on meta would lose it.
+        self._constant_g: Tensor | None = None
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None = None) -> tuple[Tensor, Aux]:
+        config = self.config
+        q_BTC, k_BTC, v_BTC = self.projected(x_BTD, seq, state)
+        q_BTHK, k_BTHK = (feature(config.feature_map, x).unflatten(-1, (config.num_heads, config.head_dim))
+                          for x in (q_BTC, k_BTC))
+        v_BTGV = feature(config.value_map, v_BTC).unflatten(-1, (config.value_heads, config.value_dim))
+        g, gate = None, None
+        if config.decay == "constant":
+            g = self._constant_decay(x_BTD)
+        elif config.decay != "none":
+            u = self.forget_input(x_BTD)
+            g, gate = self.log_decay(u, x_BTD.dtype)
+            if config.discretize:
+                v_BTGV = (v_BTGV * F.softplus(self.forget_gate().step(u))[..., None]).to(v_BTGV.dtype)
+        o_BTGV, matrix = linear_attention(q_BTHK, k_BTHK, v_BTGV, g=g, gate=gate, scale=config.scale,
+                                         cu_seqlens=seq.cu_seqlens,
+                                         initial_state=None if state is None else state.matrix)
+        if state is not None:
+            state.matrix = matrix
+        if seq.shard is not None:
+            left = decay_from_start(log_decay(g, gate), matrix.dtype, seq.shard)
+            o_BTGV = o_BTGV + self._from_earlier_shards(q_BTHK, left, matrix, seq.shard).to(o_BTGV.dtype)
+        return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=config.norm == "all"), {}
+
+    def _from_earlier_shards(self, q_BTHK: Tensor, left_BTGX: Tensor, state_NGKV: Tensor, shard: RowShard) -> Tensor:
+        """[B, T, G, V]: what the tokens of earlier shards add to the outputs. The recurrence is linear in its state S
+        and only decays it: S_t = left_t S + (the state from zero), o_t = scale * (left_t q_t)^T S + (...)."""
+        incoming_BGKV = shard.incoming(shard.at_end(state_NGKV), left_BTGX[:, -1, :, :, None], torch.mul)
+        heads, scale = self.config.value_heads // self.config.num_heads, self.config.scale
+        q_BTGK = q_BTHK.to(incoming_BGKV.dtype).repeat_interleave(heads, 2)
+        return read_incoming(q_BTGK * left_BTGX, incoming_BGKV) * (q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+
+    def forget_gate(self) -> Gate:
+        return replace(super().forget_gate(), normalizer=self.config.gate_normalizer)
+
+    def _constant_decay(self, x_BTD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        if self._constant_g is None or self._constant_g.device != x_BTD.device or self._constant_g.dtype != dtype:
+            with torch.inference_mode(False):  # it may serve training after generation
+                self._constant_g = torch.tensor([-s for s in self._slopes], dtype=dtype, device=x_BTD.device)
+        return self._constant_g
+
+
+def decay_from_start(g: Tensor | None, dtype: torch.dtype, shard: RowShard) -> Tensor:
+    """[B, T, G, K], or 1 for G or K: what is left at each token of the state at the start of the shard, which is
+    nothing for documents that begin in it. `g`: the logarithm of the decay as the operation takes it."""
+    if g is None:
+        log_BTGK = torch.zeros(1, 1, 1, 1, dtype=dtype, device=shard.positions_BL.device)
+    elif g.dim() == 1:
+        steps_T1 = torch.arange(1, shard.length + 1, device=g.device)[:, None]
+        log_BTGK = (g.to(dtype) * steps_T1)[None, :, :, None]
+    else:
+        log_BTGK = g.to(dtype).cumsum(1)
+        log_BTGK = log_BTGK if g.dim() == 4 else log_BTGK[..., None]
+    return torch.where(shard.first_document()[:, :, None, None], log_BTGK, -torch.inf).exp()
+
+
+def feature(kind: str, x: Tensor) -> Tensor:
+    """The feature map of `kind`, element by element."""
+    if kind == "silu":
+        return F.silu(x)
+    if kind == "elu1":
+        return F.elu(x) + 1
+    return F.relu(x) if kind == "relu" else x

@@ -1,0 +1,54 @@
+"""The recurrence itself, token by token, for decoding: the state of some columns of the values stays in registers.
+
+Legend: N documents, H key heads, G value heads, K/V key/value head dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hybridlm_kernels.ops.delta_rule.triton_chunk import write_strength
+from hybridlm_kernels.ops.delta_rule.triton_scan import place
+from hybridlm_kernels.recurrence.triton_tiles import gate_rate, gate_value, load_tile, store_tile
+
+
+@triton.jit
+def _load_row(ptr, columns, WIDTH: tl.constexpr):
+    return tl.load(ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def decode_kernel(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, state_ptr, documents_ptr, o_ptr, last_ptr,
+                  scale, gate_constant, beta_scale, H, G, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                  BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,
+                  SIGMOID: tl.constexpr):
+    """o [tokens, G, V] and the last states [N, G, K, V]."""
+    document, first, end, _, head, v_block = place(documents_ptr, G, (V + BV - 1) // BV)
+    channels, columns = tl.arange(0, BK), v_block * BV + tl.arange(0, BV)
+    key_head = head // (G // H)
+    width: tl.constexpr = K if DECAY == "channel" else 1  # gates a head
+    offset = channels if DECAY == "channel" else tl.zeros([1], tl.int32)
+    at_state = (document * G + head) * K * V
+    S = tl.zeros([BK, BV], tl.float32)
+    if state_ptr is not None:
+        S += load_tile(state_ptr + at_state, channels, V, columns, V, channels < K).to(tl.float32)
+    rate, bias = gate_rate(A_log_ptr, head), tl.zeros([1], tl.float32)
+    if bias_ptr is not None:
+        bias = _load_row(bias_ptr + head * width, offset, width)
+    for t in range(first, end):
+        q = _load_row(q_ptr + (t * H + key_head) * K, channels, K)
+        k = _load_row(k_ptr + (t * H + key_head) * K, channels, K)
+        v = _load_row(v_ptr + (t * G + head) * V, columns, V)
+        if L2NORM:
+            q *= tl.rsqrt(tl.sum(q * q) + 1e-6)
+            k *= tl.rsqrt(tl.sum(k * k) + 1e-6)
+        if DECAY != "none":
+            u = _load_row(g_ptr + (t * G + head) * width, offset, width)
+            S *= tl.exp(gate_value(u, rate, bias, gate_constant, GATE))[:, None]
+        beta = write_strength(beta_ptr, t * G + head, t < end, beta_scale, SIGMOID)
+        written = beta * (v - tl.sum(S * k[:, None], axis=0))
+        S += k[:, None] * written[None, :]
+        o = scale * tl.sum(S * q[:, None], axis=0)
+        tl.store(o_ptr + (t * G + head) * V + columns, o.to(o_ptr.dtype.element_ty), mask=columns < V)
+    store_tile(last_ptr + at_state, channels, V, columns, V, channels < K, S)

@@ -1,0 +1,48 @@
+"""Output projection and cross entropy in one, without the logits of all tokens. Costs: README.md."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hybridlm_kernels import triton_support
+from hybridlm_kernels.ops.linear_cross_entropy import reference
+from hybridlm_kernels.ops.linear_cross_entropy import torch_backend as eager
+from hybridlm_kernels.precision import product_dtype
+from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
+
+LINEAR_CROSS_ENTROPY = register(Operation("linear_cross_entropy", (
+    triton_support.backend("hybridlm_kernels.ops.linear_cross_entropy.triton_backend", "linear_cross_entropy"),
+    Backend("torch", eager.linear_cross_entropy), Backend("reference", reference.linear_cross_entropy))))
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, ignore_index: int = -100,
+                         z_loss: float = 0.0, soft_cap: float | None = None,
+                         backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy of the logits x W^T against the labels, summed over the tokens that count.
+
+    Args:
+        x_ND: [N, D].
+        weight_VD: [V, D].
+        labels_N: int64 [N], in 0..V-1 or `ignore_index`.
+        z_loss: not zero makes the second result differentiable. It changes no value: the caller adds
+            `z_loss * z_sum` to the loss.
+        soft_cap: logits become soft_cap * tanh(logits / soft_cap) (Gemma 2).
+
+    Returns:
+        loss_sum: sum of -log p(label), fp32 (fp64 for fp64 inputs).
+        z_sum: sum of logsumexp(logits)^2; detached when z_loss is 0.
+        count: int64, how many labels are not `ignore_index`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a soft_cap that is not positive.
+    """
+    if x_ND.dim() != 2 or weight_VD.dim() != 2 or x_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(f"linear_cross_entropy: x must be [N, D] and weight [V, D]; got {list(x_ND.shape)} "
+                         f"and {list(weight_VD.shape)}")
+    if labels_N.shape != x_ND.shape[:1]:
+        raise ValueError(f"linear_cross_entropy: labels must be [{len(x_ND)}]; got {list(labels_N.shape)}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"linear_cross_entropy: soft_cap must be positive; got {soft_cap}")
+    call = Call.of(x_ND, weight_VD, product_dtype=product_dtype(x_ND))
+    chosen = choose(LINEAR_CROSS_ENTROPY, call, backend)
+    return chosen.run(x_ND, weight_VD, labels_N, ignore_index, z_loss, soft_cap)

@@ -1,0 +1,99 @@
+"""Token-level sparse attention (DSA): the indexer's selection and attention over it. Costs: README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hybridlm_kernels.ops.sparse_attention import reference
+from hybridlm_kernels.ops.sparse_attention import torch_backend as eager
+from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.recurrence.arguments import borders_of
+from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
+from hybridlm_kernels.triton_support import backend as triton_backend
+
+
+def _fits(call: Call) -> tuple[bool, str]:
+    key_dim, value_dim = call.get("key_dim"), call.get("value_dim")
+    if key_dim > 576 or value_dim > 512:
+        return False, f"holds keys of up to 576 and values of up to 512 dims; got {key_dim} and {value_dim}"
+    return True, ""
+
+
+INDEXER_TOPK = register(Operation("indexer_topk", (
+    triton_backend(f"{__name__}.triton_index", "indexer_topk"),
+    Backend("torch", eager.indexer_topk), Backend("reference", reference.indexer_topk))))
+SPARSE_ATTENTION = register(Operation("sparse_attention", (
+    triton_backend(f"{__name__}.triton", "sparse_attention", _fits),
+    Backend("torch", eager.sparse_attention), Backend("reference", reference.sparse_attention))))
+
+
+def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *, num_first: int = 0, num_local: int = 0,
+                 cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,
+                 backend: str | None = None) -> Tensor:
+    """The keys each query attends to: the `topk` visible ones of highest score sum_j w_tj relu(q_tj . k_s).
+
+    Scores are fp32; equal scores go to the lowest position. Scales belong in q or w (DeepSeek-V3.2:
+    I**-0.5 and J**-0.5). No gradient.
+
+    Args:
+        q_BTJI: [B, T, J, I], the last T of S positions.
+        k_BSI: [B, S, I], one head.
+        w_BTJ: [B, T, J].
+        topk: how many keys, at least 1.
+        num_first, num_local: the first keys of the document and the last ones up to the query itself are always
+            among the `topk`.
+        cu_seqlens: borders of packed documents over the flattened B*S keys; a query sees its own document only.
+
+    Returns:
+        int32 [B, T, topk]: positions in the row (0..S-1), ascending, then -1 where fewer keys are visible.
+
+    Raises:
+        ValueError: shapes that do not fit, topk below 1, or more keys always selected than topk.
+    """
+    batch, queries, heads, dim = q_BTJI.shape
+    if k_BSI.dim() != 3 or k_BSI.shape[0] != batch or k_BSI.shape[2] != dim or k_BSI.shape[1] < queries:
+        raise ValueError(f"indexer_topk: k must be [{batch}, S >= {queries}, {dim}]; got {list(k_BSI.shape)}")
+    if w_BTJ.shape != (batch, queries, heads):
+        raise ValueError(f"indexer_topk: w must be {[batch, queries, heads]}; got {list(w_BTJ.shape)}")
+    if topk < 1:
+        raise ValueError(f"indexer_topk: topk must be at least 1; got {topk}")
+    if num_first < 0 or num_local < 0 or num_first + num_local > topk:
+        raise ValueError(f"indexer_topk: num_first and num_local must fit into topk={topk}; got {num_first} and "
+                         f"{num_local}")
+    cu_seqlens = borders_of(cu_seqlens, batch, k_BSI.shape[1], k_BSI.device)
+    q_BTJI, k_BSI, w_BTJ = q_BTJI.detach(), k_BSI.detach(), w_BTJ.detach()
+    chosen = choose(INDEXER_TOPK, Call.of(q_BTJI, k_BSI, w_BTJ), backend)
+    return chosen.run(q_BTJI, k_BSI, w_BTJ, topk, cu_seqlens, num_first, num_local)
+
+
+def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, *,
+                     scale: float | None = None, backend: str | None = None) -> Tensor:
+    """Softmax attention of each query over the keys listed for it, and no others.
+
+    Args:
+        q_BTHK: [B, T, H, K].
+        k_BSGK, v_BSGV: [B, S, G, K] and [B, S, G, V]; query head h reads head h // (H/G).
+        indices_BTN: integers [B, T, N]: distinct positions 0..S-1, or -1 for none. All heads share them.
+        scale: of the scores; K**-0.5 by default.
+
+    Returns:
+        [B, T, H, V] in v.dtype; zeros where a query lists no key. Differentiable in q, k and v.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    batch, queries, heads, dim = q_BTHK.shape
+    if k_BSGK.dim() != 4 or k_BSGK.shape[:3] != v_BSGV.shape[:3] or k_BSGK.shape[0] != batch:
+        raise ValueError(f"sparse_attention: k and v must be [{batch}, S, G, *] with equal S and G; "
+                         f"got {list(k_BSGK.shape)} and {list(v_BSGV.shape)}")
+    if k_BSGK.shape[3] != dim or heads % k_BSGK.shape[2]:
+        raise ValueError(f"sparse_attention: q {list(q_BTHK.shape)} does not fit k {list(k_BSGK.shape)}: "
+                         "equal head dims and a multiple of the key heads are needed")
+    if indices_BTN.dim() != 3 or indices_BTN.shape[:2] != (batch, queries) or indices_BTN.is_floating_point():
+        raise ValueError(f"sparse_attention: indices must be integers [{batch}, {queries}, N]; "
+                         f"got {indices_BTN.dtype} {list(indices_BTN.shape)}")
+    chosen = choose(SPARSE_ATTENTION, Call.of(q_BTHK, k_BSGK, v_BSGV, key_dim=dim, value_dim=v_BSGV.shape[3]),
+                    backend)
+    return chosen.run(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)

@@ -1,0 +1,356 @@
+"""Attention over selected keys as Triton kernels, forward and backward.
+
+A program holds the query heads of one token and one key head, and gathers the keys that the token lists. The backward
+goes by blocks of queries: dq beside the probabilities and their gradients; then dk and dv for each listed place; then
+the sums of these over the queries that chose a key (`triton_inverse`).
+
+M tokens of all rows, B rows of T queries and S keys, H query heads, G key/value heads, R = H/G, K key dim (as K0 + K1,
+powers of two), V value dim, N selected keys a query, L places of a query in work buffers (N rounded up), Q queries of
+a block, W = K + V columns (K alone where the values are the first dims of the keys).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hybridlm_kernels.ops.sparse_attention.triton_inverse import InverseLists, queries_of_a_block
+from hybridlm_kernels.precision import plain_backward
+from hybridlm_kernels.triton_support import CompileCase, tuned
+
+LOG2_E = 1.4426950408889634
+_tuned = tuned([triton.Config({}, num_warps=8, num_stages=3), triton.Config({}, num_warps=8, num_stages=1),
+                triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=4, num_stages=3)],
+               key=["H", "G", "K", "V"])
+
+
+@triton.jit
+def load_rows(ptr, offset, inside, column, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
+    """[rows, columns] at element offsets of rows; zeros outside. `column` counts from FIRST; COLUMNS are there."""
+    if FIRST + column.shape[0] <= COLUMNS:
+        mask = inside[:, None]
+    else:
+        mask = inside[:, None] & (column < COLUMNS)[None, :]
+    return tl.load(ptr + offset[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, offset, inside, column, FIRST: tl.constexpr, COLUMNS: tl.constexpr, value):
+    """The reverse of `load_rows`."""
+    if FIRST + column.shape[0] <= COLUMNS:
+        mask = inside[:, None]
+    else:
+        mask = inside[:, None] & (column < COLUMNS)[None, :]
+    tl.store(ptr + offset[:, None] + column[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def heads_of(program, H, G, BLOCK_H: tl.constexpr):
+    """(key head, query heads, which of these are there) of a program."""
+    tiles = tl.cdiv(H // G, BLOCK_H)
+    in_group = program % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    return program // tiles, program // tiles * (H // G) + in_group, in_group < H // G
+
+
+@_tuned
+@triton.jit
+def _forward(q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, lse_ptr, scale, T, S, N, H, G, K: tl.constexpr, V: tl.constexpr,
+             K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, SHARED: tl.constexpr, BLOCK_H: tl.constexpr,
+             BLOCK_N: tl.constexpr):
+    """o and the log2 of the sum of exp2. `scale` includes log2 e."""
+    token = tl.program_id(0).to(tl.int64)
+    g, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    c0, c1, cv = tl.arange(0, K0), K0 + tl.arange(0, max(K1, 1)), tl.arange(0, V0)
+    at = (token * H + h) * K
+    q0 = load_rows(q_ptr, at, has, c0, 0, K)
+    if K1 > 0:
+        q1 = load_rows(q_ptr, at, has, c1, K0, K)
+    keys = k_ptr + (token // T * S * G + g) * K
+    values = v_ptr + (token // T * S * G + g) * V
+    most = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    o = tl.zeros([BLOCK_H, V0], tl.float32)
+    for begin in tl.range(0, N, BLOCK_N, disable_licm=True):
+        n = begin + tl.arange(0, BLOCK_N)
+        s = tl.load(index_ptr + token * N + n, mask=n < N, other=-1)
+        row = tl.maximum(s, 0).to(tl.int64) * G
+        k0 = load_rows(keys, row * K, s >= 0, c0, 0, K)
+        score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if K1 > 0:
+            k1 = load_rows(keys, row * K, s >= 0, c1, K0, K)
+            score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
+        score = tl.where((s >= 0)[None, :], score * scale, float("-inf"))
+        above = tl.maximum(most, tl.max(score, 1))
+        pivot = tl.where(above == float("-inf"), 0.0, above)
+        p = tl.exp2(score - pivot[:, None])
+        shrink = tl.exp2(most - pivot)
+        total = total * shrink + tl.sum(p, 1)
+        most = above
+        if SHARED:
+            o = tl.dot(p.to(k0.dtype), k0, o * shrink[:, None], input_precision="ieee")
+        else:
+            v = load_rows(values, row * V, s >= 0, cv, 0, V)
+            o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+    some = total > 0
+    o = o / tl.where(some, total, 1.0)[:, None]
+    store_rows(o_ptr, (token * H + h) * V, has, cv, 0, V, o)
+    tl.store(lse_ptr + token * H + h, tl.where(some, most + tl.log2(tl.where(some, total, 1.0)), 0.0), mask=has)
+
+
+@_tuned
+@triton.jit
+def _backward_scores(q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, do_ptr, lse_ptr, p_ptr, ds_ptr, scale, scale2, start, T, S,
+                     N, L, H, G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+                     V0: tl.constexpr, SHARED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For each listed place the probability, and the gradient at q . k. `scale2` = scale log2 e."""
+    local = tl.program_id(0).to(tl.int64)
+    token = start + local
+    g, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    c0, c1, cv = tl.arange(0, K0), K0 + tl.arange(0, max(K1, 1)), tl.arange(0, V0)
+    at = token * H + h
+    do = load_rows(do_ptr, at * V, has, cv, 0, V)
+    delta = tl.sum(do.to(tl.float32) * load_rows(o_ptr, at * V, has, cv, 0, V).to(tl.float32), 1)
+    lse = tl.load(lse_ptr + at, mask=has, other=0.0)
+    q0 = load_rows(q_ptr, at * K, has, c0, 0, K)
+    if K1 > 0:
+        q1 = load_rows(q_ptr, at * K, has, c1, K0, K)
+    keys = k_ptr + (token // T * S * G + g) * K
+    values = v_ptr + (token // T * S * G + g) * V
+    for begin in tl.range(0, N, BLOCK_N, disable_licm=True):
+        n = begin + tl.arange(0, BLOCK_N)
+        s = tl.load(index_ptr + token * N + n, mask=n < N, other=-1)
+        row = tl.maximum(s, 0).to(tl.int64) * G
+        k0 = load_rows(keys, row * K, s >= 0, c0, 0, K)
+        score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if K1 > 0:
+            k1 = load_rows(keys, row * K, s >= 0, c1, K0, K)
+            score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
+        if SHARED:
+            dp = tl.dot(do, tl.trans(k0), input_precision="ieee")
+        else:
+            v = load_rows(values, row * V, s >= 0, cv, 0, V)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        p = tl.exp2(tl.where((s >= 0)[None, :], score * scale2 - lse[:, None], float("-inf")))
+        at_place = ((local * H + h) * L)[:, None] + n[None, :]
+        inside = has[:, None] & (n < L)[None, :]
+        tl.store(p_ptr + at_place, p.to(p_ptr.dtype.element_ty), mask=inside)
+        tl.store(ds_ptr + at_place, (p * (dp - delta[:, None]) * scale).to(ds_ptr.dtype.element_ty), mask=inside)
+
+
+@_tuned
+@triton.jit
+def _backward_queries(k_ptr, index_ptr, ds_ptr, dq_ptr, start, T, S, N, L, H, G, K: tl.constexpr, V: tl.constexpr,
+                      K0: tl.constexpr, K1: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dq = sum over the listed places of ds k."""
+    local = tl.program_id(0).to(tl.int64)
+    token = start + local
+    g, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    c0, c1 = tl.arange(0, K0), K0 + tl.arange(0, max(K1, 1))
+    keys = k_ptr + (token // T * S * G + g) * K
+    dq0 = tl.zeros([BLOCK_H, K0], tl.float32)
+    if K1 > 0:
+        dq1 = tl.zeros([BLOCK_H, K1], tl.float32)
+    for begin in tl.range(0, N, BLOCK_N, disable_licm=True):
+        n = begin + tl.arange(0, BLOCK_N)
+        s = tl.load(index_ptr + token * N + n, mask=n < N, other=-1)
+        row = tl.maximum(s, 0).to(tl.int64) * (G * K)
+        ds = tl.load(ds_ptr + ((local * H + h) * L)[:, None] + n[None, :], mask=has[:, None] & (n < L)[None, :],
+                     other=0.0)
+        dq0 = tl.dot(ds, load_rows(keys, row, s >= 0, c0, 0, K), dq0, input_precision="ieee")
+        if K1 > 0:
+            dq1 = tl.dot(ds, load_rows(keys, row, s >= 0, c1, K0, K), dq1, input_precision="ieee")
+    store_rows(dq_ptr, (token * H + h) * K, has, c0, 0, K, dq0)
+    if K1 > 0:
+        store_rows(dq_ptr, (token * H + h) * K, has, c1, K0, K, dq1)
+
+
+@_tuned
+@triton.jit
+def _backward_pairs(q_ptr, do_ptr, p_ptr, ds_ptr, pair_ptr, start, N, L, H, G, K: tl.constexpr, V: tl.constexpr,
+                    K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, SHARED: tl.constexpr, BLOCK_H: tl.constexpr,
+                    BLOCK_N: tl.constexpr):
+    """Gradient of the key (and after it, or added to it, of the value) at each listed place, over the heads."""
+    local, g = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c0, c1, cv = tl.arange(0, K0), K0 + tl.arange(0, max(K1, 1)), tl.arange(0, V0)
+    dk0 = tl.zeros([BLOCK_N, K0], tl.float32)
+    if K1 > 0:
+        dk1 = tl.zeros([BLOCK_N, K1], tl.float32)
+    # two loops: of two products into one sum in a loop the compiler would keep two copies
+    for begin in tl.range(0, H // G, BLOCK_H, disable_licm=True):
+        in_group = begin + tl.arange(0, BLOCK_H)
+        has, h = in_group < H // G, g * (H // G) + in_group
+        ds = tl.load(ds_ptr + ((local * H + h) * L)[None, :] + n[:, None], mask=has[None, :] & (n < L)[:, None],
+                     other=0.0)
+        at = ((start + local) * H + h) * K
+        dk0 = tl.dot(ds, load_rows(q_ptr, at, has, c0, 0, K), dk0, input_precision="ieee")
+        if K1 > 0:
+            dk1 = tl.dot(ds, load_rows(q_ptr, at, has, c1, K0, K), dk1, input_precision="ieee")
+    dv = dk0
+    if not SHARED:
+        dv = tl.zeros([BLOCK_N, V0], tl.float32)
+    for begin in tl.range(0, H // G, BLOCK_H, disable_licm=True):
+        in_group = begin + tl.arange(0, BLOCK_H)
+        has, h = in_group < H // G, g * (H // G) + in_group
+        p = tl.load(p_ptr + ((local * H + h) * L)[None, :] + n[:, None], mask=has[None, :] & (n < L)[:, None],
+                    other=0.0)
+        do = load_rows(do_ptr, ((start + local) * H + h) * V, has, cv, 0, V)
+        dv = tl.dot(p, do, dv, input_precision="ieee")
+    to = ((local * N + n) * G + g) * (K if SHARED else K + V)
+    store_rows(pair_ptr, to, n < N, c0, 0, K, dv if SHARED else dk0)
+    if K1 > 0:
+        store_rows(pair_ptr, to, n < N, c1, K0, K, dk1)
+    if not SHARED:
+        store_rows(pair_ptr, to + K, n < N, cv, 0, V, dv)
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """Powers of two, or 0, which together hold `dim` columns; products want 16 or more."""
+    first = max(16, 1 << (dim.bit_length() - 1))
+    return first, max(16, triton.next_power_of_2(dim - first)) if dim > first else 0
+
+
+class Blocks(NamedTuple):
+    """Compile-time sizes of head dims and tiles."""
+
+    K0: int
+    K1: int
+    V0: int
+    BLOCK_H: int
+    BLOCK_N: int
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, key_dim: int, value_dim: int, heads_a_group: int) -> Blocks:
+        K0, K1 = split_dim(key_dim)
+        V0 = max(16, triton.next_power_of_2(value_dim))
+        heads = min(64, max(16, triton.next_power_of_2(heads_a_group)))
+        wide = max(K0, V0) > 256
+        if dtype == torch.float32:
+            return cls(K0, K1, V0, 16, 16 if wide else 32)
+        return cls(K0, K1, V0, heads, 64)
+
+    def sizes(self, **widest: int) -> dict[str, int]:
+        """As arguments of a kernel; `widest` bounds tiles where head dims are wide."""
+        sizes = self._asdict()
+        if max(self.K0, self.V0) > 256:
+            sizes |= {name: min(size, sizes[name]) for name, size in widest.items()}
+        return sizes
+
+
+def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
+                     scale: float | None = None) -> Tensor:
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    value_dim, out_dtype = v_BSGV.shape[3], v_BSGV.dtype
+    dtype = torch.promote_types(torch.promote_types(q_BTHK.dtype, k_BSGK.dtype), out_dtype)
+    shared = values_are_keys(k_BSGK, v_BSGV)
+    q, k = q_BTHK.to(dtype).contiguous(), k_BSGK.to(dtype).contiguous()
+    v = None if shared else v_BSGV.to(dtype).contiguous()
+    return _SparseAttention.apply(q, k, v, indices_BTN.int().contiguous(), scale, value_dim).to(out_dtype)
+
+
+def values_are_keys(k_BSGK: Tensor, v_BSGV: Tensor) -> bool:
+    """Whether v is the slice k[..., :V] and nothing else, so that its gradient may go straight to k.
+
+    Absorbed MLA: the latent is key and value. V must be the power of two that K is split at.
+    """
+    value_dim = v_BSGV.shape[3]
+    same = k_BSGK.data_ptr() == v_BSGV.data_ptr() and k_BSGK.stride() == v_BSGV.stride()
+    if not same or k_BSGK.dtype != v_BSGV.dtype or value_dim != split_dim(k_BSGK.shape[3])[0]:
+        return False
+    if not (torch.is_grad_enabled() and (k_BSGK.requires_grad or v_BSGV.requires_grad)):
+        return True
+    node = v_BSGV.grad_fn
+    source = node.next_functions[0][0] if node is not None and node.name() == "SliceBackward0" else None
+    return source is not None and (source is k_BSGK.grad_fn or getattr(source, "variable", None) is k_BSGK)
+
+
+class _SparseAttention(torch.autograd.Function):
+    """v is None where the values are the first dims of the keys."""
+
+    @staticmethod
+    def forward(ctx, q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale, value_dim):
+        batch, queries, heads, key_dim = q_BTHK.shape
+        keys, groups = k_BSGK.shape[1:3]
+        blocks = Blocks.of(q_BTHK.dtype, key_dim, value_dim, heads // groups)
+        o_BTHV = torch.empty(batch, queries, heads, value_dim, dtype=q_BTHK.dtype, device=q_BTHK.device)
+        lse_BTH = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_BTHK.device)
+        tiles = groups * triton.cdiv(heads // groups, blocks.BLOCK_H)
+        _forward[(batch * queries, tiles)](
+            q_BTHK, k_BSGK, k_BSGK if v_BSGV is None else v_BSGV, indices_BTN, o_BTHV, lse_BTH, scale * LOG2_E, queries,
+            keys, indices_BTN.shape[2], heads, groups, K=key_dim, V=value_dim, SHARED=v_BSGV is None,
+            **blocks.sizes(BLOCK_N=32))
+        ctx.save_for_backward(q_BTHK, k_BSGK, v_BSGV, indices_BTN, o_BTHV, lse_BTH)
+        ctx.scale = scale
+        return o_BTHV
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx, do_BTHV):
+        q, k, v, indices, o, lse = ctx.saved_tensors
+        return (*_gradients(do_BTHV.contiguous(), q, k, v, indices, o, lse, ctx.scale), None, None, None)
+
+
+def _gradients(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor | None, indices_BTN: Tensor,
+               o_BTHV: Tensor, lse_BTH: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    batch, queries, heads, key_dim = q_BTHK.shape
+    keys, groups, value_dim, listed = k_BSGK.shape[1], k_BSGK.shape[2], o_BTHV.shape[3], indices_BTN.shape[2]
+    blocks = Blocks.of(q_BTHK.dtype, key_dim, value_dim, heads // groups)
+    dims = {"K": key_dim, "V": value_dim, "SHARED": v_BSGV is None}
+    places, width = triton.cdiv(listed, 16) * 16, key_dim + (0 if v_BSGV is None else value_dim)
+    pair_dtype = q_BTHK.dtype if q_BTHK.dtype == torch.bfloat16 else torch.float32
+    most = queries_of_a_block(queries, keys, 2 * heads * places * q_BTHK.element_size()
+                              + listed * groups * width * pair_dtype.itemsize)
+
+    def empty(*shape: int, dtype: torch.dtype = q_BTHK.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q_BTHK.device)
+
+    p_QHL, ds_QHL = empty(most, heads, places), empty(most, heads, places)
+    pair_MX = empty(most * listed, groups * width, dtype=pair_dtype)
+    dq_BTHK = empty(*q_BTHK.shape)
+    total_BSX = torch.zeros(batch, keys, groups * width, dtype=torch.float32, device=q_BTHK.device)
+    tiles = groups * triton.cdiv(heads // groups, blocks.BLOCK_H)
+    for row in range(batch):
+        for begin in range(0, queries, most):
+            size, start = min(most, queries - begin), row * queries + begin
+            _backward_scores[(size, tiles)](
+                q_BTHK, k_BSGK, k_BSGK if v_BSGV is None else v_BSGV, indices_BTN, o_BTHV, do_BTHV, lse_BTH, p_QHL,
+                ds_QHL, scale, scale * LOG2_E, start, queries, keys, listed, places, heads, groups, **dims,
+                **blocks.sizes(BLOCK_N=32))
+            _backward_queries[(size, tiles)](
+                k_BSGK, indices_BTN, ds_QHL, dq_BTHK, start, queries, keys, listed, places, heads, groups,
+                K=key_dim, V=value_dim, K0=blocks.K0, K1=blocks.K1, BLOCK_H=blocks.BLOCK_H,
+                BLOCK_N=min(32, blocks.BLOCK_N))
+            _backward_pairs[(triton.cdiv(listed, blocks.BLOCK_N), size, groups)](
+                q_BTHK, do_BTHV, p_QHL, ds_QHL, pair_MX, start, listed, places, heads, groups, **dims,
+                **blocks.sizes(BLOCK_H=32))
+            InverseLists(indices_BTN[row, begin : begin + size], keys).add(pair_MX, total_BSX[row])
+    total_BSGW = total_BSX.view(batch, keys, groups, width)
+    dv_BSGV = None if v_BSGV is None else total_BSGW[..., key_dim:].to(v_BSGV.dtype)
+    return dq_BTHK, total_BSGW[..., :key_dim].to(k_BSGK.dtype), dv_BSGV
+
+
+def _specimens() -> list[CompileCase]:
+    types = {"scale": "fp32", "scale2": "fp32", "index_ptr": "*i32", "lse_ptr": "*fp32"}
+    types |= dict.fromkeys(("start", "T", "S", "N", "L", "H", "G"), "i32")
+    types |= {f"{x}_ptr": "*bf16" for x in ("q", "k", "v", "o", "do", "dq", "p", "ds", "pair")}
+    found = []
+    for label, heads, groups, key_dim, value_dim, shared in (
+            ("MLA 128 x 512+64", 128, 1, 576, 512, True), ("GQA 16/2 x 256", 16, 2, 256, 256, False),
+            ("GQA 32/4 x 128", 32, 4, 128, 128, False), ("GQA 32/4 x 64", 32, 4, 64, 64, False)):
+        blocks, dims = Blocks.of(torch.bfloat16, key_dim, value_dim, heads // groups), {"K": key_dim, "V": value_dim}
+        for name, kernel, sizes in (("forward", _forward, blocks.sizes(BLOCK_N=32)),
+                                    ("scores backward", _backward_scores, blocks.sizes(BLOCK_N=32)),
+                                    ("dq", _backward_queries, blocks.sizes() | {"BLOCK_N": 32}),
+                                    ("dk, dv", _backward_pairs, blocks.sizes(BLOCK_H=32))):
+            constants = dims | sizes | {"SHARED": shared}
+            if name == "dq":
+                del constants["V0"], constants["SHARED"]
+            found.append(CompileCase(f"sparse {name}, {label}", kernel, types, constants, ("N", "L")))
+    return found
+
+
+COMPILE_CASES = _specimens()

@@ -1,0 +1,320 @@
+"""Decay inside chunks: scores between tokens of a chunk, and the factors that tie a chunk to the state.
+
+With a_t = exp(g_t) and tokens j < i of one chunk of C tokens, a score is  x_i . (a_{j+1} ... a_i) k_j.  Products
+of decays are built by doubling: from those inside blocks of b tokens to those inside blocks of 2b, with a border
+between the halves. a_{j+1} ... a_i is the product from the border to i (a prefix of the second half) times the
+product from j to the border (a suffix of the first half). All factors are products of numbers in [0, 1]: nothing
+overflows and no two large sums are subtracted, whatever the gate, strong, zero or -inf.
+
+The gradient: a decay g_t is part of every pair j < t <= i. With x_i what all pairs of row i give to
+d/dlog and y_j what all pairs of column j give, dg_t = sum_{i>=t} (x_i - y_i). What ties the chunk to the state
+after it has no rows and is summed from the other side: dg_t += sum_{j<t} y_j.
+
+Legend: P chunks, H key heads, r value heads a key head, G = H r value heads, X = P G chunk-heads, C tokens a
+chunk, K key dim, b tokens a half block, M pairs of half blocks, R row tensors (queries; also keys).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridlm_kernels.recurrence.chunk_layout import Segment
+
+
+@dataclass
+class Factors:
+    """What ties a chunk to the states before and after it."""
+
+    queries: Tensor  # [X, C, K] q_i a_1 ... a_i
+    writes: Tensor  # [X, C, K] k_j a_{j+1} ... a_C
+    total: Tensor  # [X, K|1, 1] a_1 ... a_C
+    keys: Tensor | None = None  # [X, C, K] k_i a_1 ... a_i, of the delta rule alone
+
+
+@dataclass
+class Gradients:
+    """With respect to the chunked q, k [P, H, C, K] and g (None where it was not asked for)."""
+
+    q: Tensor
+    k: Tensor
+    g: Tensor | None
+
+
+def to_groups(x_PHCK: Tensor, G: int) -> Tensor:
+    """[P, G, C, K]: every key head repeated for its value heads."""
+    H = x_PHCK.shape[1]
+    return x_PHCK if G == H else x_PHCK.repeat_interleave(G // H, dim=1)
+
+
+def from_groups(d_PGCK: Tensor, H: int) -> Tensor:
+    """The gradient of `to_groups`; what has H heads already is left as it is."""
+    return d_PGCK if d_PGCK.shape[1] == H else d_PGCK.unflatten(1, (H, -1)).sum(2)
+
+
+def _doublings(C: int) -> list[int]:
+    return [2**e for e in range(C.bit_length() - 1)]
+
+
+def _corners(scores_XCC: Tensor, b: int) -> Tensor:
+    """[X, C/2b, b, b]: the view of rows in second halves against the columns of the first halves beside them."""
+    X, C, _ = scores_XCC.shape
+    return scores_XCC.as_strided((X, C // (2 * b), b, b), (C * C, 2 * b * (C + 1), C, 1), b * C)
+
+
+def _double(prefix: Tensor, suffix: Tensor) -> None:
+    """From products inside halves to products inside the whole: [M, 2, b, ...], changed in place."""
+    first, second = prefix[:, 0, -1:].clone(), prefix[:, 1, -1:].clone()
+    prefix[:, 1] *= first
+    suffix[:, 0] *= second
+
+
+def _sum_over_spans(x_XCK: Tensor, y_XCK: Tensor) -> Tensor:
+    """sum_{i>=t} x_i + sum_{j<t} y_j along C, as products with triangles of ones (faster than scans)."""
+    X, C, _ = x_XCK.shape
+    upper = torch.ones(C, C, dtype=x_XCK.dtype, device=x_XCK.device).triu_()
+    later = torch.bmm(upper.expand(X, C, C), x_XCK)
+    return later.baddbmm_((1 - upper).expand(X, C, C), y_XCK)
+
+
+class HeadDecay:
+    """One decay a head: the scores are a matrix product times a matrix of decays, shared by the K channels."""
+
+    per_channel = False
+
+    def __init__(self, prefix: Tensor, suffix: Tensor, total: Tensor, between: Tensor):
+        self.prefix = prefix  # [P|1, G, C, 1] a_1 ... a_i
+        self.suffix = suffix  # [P|1, G, C, 1] a_{j+1} ... a_C
+        self.total = total  # [P|1, G, 1, 1] a_1 ... a_C
+        self.between = between  # [P|1, G, C, C] a_{j+1} ... a_i strictly below the diagonal, else 0
+
+    @classmethod
+    def varying(cls, g_PGC: Tensor) -> HeadDecay:
+        """A decay for every token."""
+        P, G, C = g_PGC.shape
+        prefix = g_PGC.exp()
+        suffix = torch.ones_like(prefix)
+        between = prefix.new_zeros(P * G, C, C)
+        for b in _doublings(C):
+            p, s = prefix.view(P * G, -1, 2, b), suffix.view(P * G, -1, 2, b)
+            torch.mul(p[:, :, 1, :, None], s[:, :, 0, None, :], out=_corners(between, b))
+            _double(p.flatten(0, 1), s.flatten(0, 1))
+        return cls(prefix[..., None], suffix[..., None], prefix[:, :, -1:, None], between.view(P, G, C, C))
+
+    @classmethod
+    def constant(cls, g_G: Tensor, C: int, filled_P: Tensor | None) -> HeadDecay:
+        """The same decay at every token; `filled_P` counts the tokens of chunks that may be padded."""
+        i = torch.arange(C, device=g_G.device)
+        filled = i.new_full((1,), C) if filled_P is None else filled_P
+        filled = filled[:, None, None]
+        g = g_G.double()[:, None]
+
+        def power(exponent: Tensor) -> Tensor:
+            return torch.where(exponent > 0, g * exponent, 0.0).exp()
+
+        apart = i[:, None] - i
+        between = power(apart.flatten()).view(-1, C, C) * (apart > 0)
+        tables = power((i + 1)[None, None]), power(filled - 1 - i), power(filled)
+        prefix, suffix, total = (x.to(g_G.dtype)[..., None] for x in tables)
+        return cls(prefix, suffix, total, between.to(g_G.dtype)[None])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the backward pass needs to keep."""
+        return self.prefix, self.suffix, self.total, self.between
+
+    def _heads(self, table: Tensor, H: int) -> Tensor:
+        return table.unflatten(1, (H, -1))  # [P|1, G, ...] -> [P|1, H, r, ...]
+
+    def factors(self, q_PHCK: Tensor, k_PHCK: Tensor, keys: Tensor | None = None) -> Factors:
+        """Writes the decayed keys to `keys` [X, C, K] where given."""
+        P, H, C, K = q_PHCK.shape
+        prefix, suffix = self._heads(self.prefix, H), self._heads(self.suffix, H)
+        if keys is not None:
+            torch.mul(k_PHCK[:, :, None], prefix, out=keys.unflatten(0, (P, H, -1)))
+        queries, writes = q_PHCK[:, :, None] * prefix, k_PHCK[:, :, None] * suffix
+        total = self.total.expand(P, -1, 1, 1).reshape(-1, 1, 1)
+        return Factors(queries.view(-1, C, K), writes.view(-1, C, K), total, keys)
+
+    def scores(self, q_PHCK: Tensor, k_PHCK: Tensor, rows_of_k: bool) -> tuple[Tensor, Tensor | None]:
+        """q against k on and below the diagonal, k against k strictly below: [X, C, C]."""
+        P, H, C, K = q_PHCK.shape
+        between = self._heads(self.between, H)
+        q_YCK, k_YCK = q_PHCK.view(-1, C, K), k_PHCK.view(-1, C, K)
+
+        def against_k(x_YCK: Tensor) -> Tensor:
+            return torch.bmm(x_YCK, k_YCK.mT).view(P, H, 1, C, C)
+
+        raw = against_k(q_YCK)
+        A = raw * between
+        A.diagonal(dim1=-2, dim2=-1).copy_(raw.diagonal(dim1=-2, dim2=-1))
+        L = (against_k(k_YCK) * between).view(-1, C, C) if rows_of_k else None
+        return A.view(-1, C, C), L
+
+    def backward(self, q_PHCK: Tensor, k_PHCK: Tensor, A_XCC: Tensor, L_XCC: Tensor | None, dA_XCC: Tensor,
+                 dL_XCC: Tensor | None, d: Factors, need_g: bool) -> Gradients:
+        """From the gradients of the scores (`dA` is read on and below the diagonal, `dL` strictly below) and of
+        the factors (`d.total` [X, K] already multiplied by the total). Overwrites what it is given of them."""
+        P, H, C, K = shape = q_PHCK.shape
+        q_YCK, k_YCK = q_PHCK.view(-1, C, K), k_PHCK.view(-1, C, K)
+        q, k = q_PHCK[:, :, None], k_PHCK[:, :, None]
+        between, prefix, suffix = (self._heads(x, H) for x in (self.between, self.prefix, self.suffix))
+        d_queries, d_writes = d.queries.view(P, H, -1, C, K), d.writes.view(P, H, -1, C, K)
+        d_keys = None if d.keys is None else d.keys.view(P, H, -1, C, K)
+        x = (q * d_queries).sum(-1, keepdim=True) if need_g else None  # row sums, G heads: [P, H, r, C, 1]
+        y = (k * d_writes).sum(-1, keepdim=True).mul_(suffix) if need_g else None
+        if x is not None:
+            x = (x if d_keys is None else x.add_((k * d_keys).sum(-1, keepdim=True))).mul_(prefix)
+
+        def over_groups(x: Tensor) -> Tensor:
+            return (x[:, :, 0] if x.shape[2] == 1 else x.sum(2)).view(-1, *x.shape[3:])
+
+        dS = dA_XCC.view(P, H, -1, C, C) * between
+        dS.diagonal(dim1=-2, dim2=-1).copy_(dA_XCC.view(P, H, -1, C, C).diagonal(dim1=-2, dim2=-1))
+        dS = over_groups(dS)
+        dq = over_groups(d_queries.mul_(prefix)).baddbmm_(dS, k_YCK).view(shape)
+        d_writes = d_writes.mul_(suffix)
+        dk = over_groups(d_writes if d_keys is None else d_writes.addcmul_(d_keys, prefix))
+        dk.baddbmm_(dS.mT, q_YCK)
+        if dL_XCC is not None:
+            dS = over_groups(dL_XCC.view(P, H, -1, C, C) * between)
+            dk.baddbmm_(dS + dS.mT, k_YCK)
+        if x is None or y is None:
+            return Gradients(dq, dk.view(shape), None)
+        pairs = dA_XCC.mul_(A_XCC)
+        if dL_XCC is not None and L_XCC is not None:
+            pairs.addcmul_(dL_XCC, L_XCC)
+        pairs.diagonal(dim1=-2, dim2=-1).zero_()
+        x = x.view(-1, C).add_(pairs.sum(-1)).sub_(pairs.sum(-2))
+        later = torch.ones(C, C, dtype=x.dtype, device=x.device).tril_()
+        dg = torch.addmm(d.total.sum(-1, keepdim=True), x, later).addmm_(y.view(-1, C), 1 - later)
+        return Gradients(dq, dk.view(shape), dg.view(P, -1, C, 1))
+
+
+class ChannelDecay:
+    """A decay for every channel (G = H): each doubling gives one product of decayed rows and columns.
+
+    The scores of second halves against first halves take the border between them as pivot, so the rows carry
+    prefixes, the columns suffixes, and no [C, C, K] tensor is formed.
+    """
+
+    per_channel = True
+
+    def __init__(self, a_PHCK: Tensor):
+        self.a = a_PHCK
+        self.whole: tuple[Tensor, Tensor] | None = None  # prefix and suffix of whole chunks, once known
+
+    @classmethod
+    def varying(cls, g_PHCK: Tensor) -> ChannelDecay:
+        return cls(g_PHCK.exp())
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the backward pass needs to keep."""
+        return (self.a,)
+
+    def factors(self, q_PHCK: Tensor, k_PHCK: Tensor, keys: Tensor | None = None) -> Factors:
+        """As in HeadDecay."""
+        C, K = q_PHCK.shape[2:]
+        if self.whole is None:
+            prefix, suffix = self.whole = self.a.clone(), torch.ones_like(self.a)
+            for b in _doublings(C):
+                _double(prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K))
+        prefix, suffix = self.whole
+        if keys is not None:
+            torch.mul(k_PHCK.view(-1, C, K), prefix.view(-1, C, K), out=keys)
+        total = prefix[:, :, -1].reshape(-1, K, 1)
+        return Factors((q_PHCK * prefix).view(-1, C, K), (k_PHCK * suffix).view(-1, C, K), total, keys)
+
+    def scores(self, q_PHCK: Tensor, k_PHCK: Tensor, rows_of_k: bool) -> tuple[Tensor, Tensor | None]:
+        """As in HeadDecay."""
+        C, K = q_PHCK.shape[2:]
+        rows = [q_PHCK, k_PHCK] if rows_of_k else [q_PHCK]
+        X = self.a.numel() // (C * K)
+        scores = [q_PHCK.new_zeros(X, C, C) for _ in rows]
+        prefix, suffix = self.whole = self.a.clone(), torch.ones_like(self.a)
+        for b in _doublings(C):
+            p, s = prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K)
+            decayed, columns = self._decayed(rows, k_PHCK, p, s)
+            block = decayed.flatten(1, 2) @ columns.mT if b > 1 else (decayed * columns[:, None]).sum(-1)
+            block = block.view(X, -1, len(rows), b, b)
+            for r, score in enumerate(scores):
+                _corners(score, b).copy_(block[:, :, r])
+            _double(p, s)
+        scores[0].diagonal(dim1=-2, dim2=-1).copy_((q_PHCK * k_PHCK).sum(-1).view(X, C))
+        return scores[0], scores[1] if rows_of_k else None
+
+    def _decayed(self, rows: list[Tensor], k_PHCK: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, R, b, K] the second halves of all rows and [M, b, K] the first halves of the columns, decayed to
+        the border between them."""
+        _, _, b, K = p.shape
+        out = p.new_empty(p.shape[0], len(rows), b, K)
+        for r, x in enumerate(rows):
+            torch.mul(x.view(-1, 2, b, K)[:, 1], p[:, 1], out=out[:, r])
+        columns = k_PHCK.view(-1, 2, b, K)[:, 0]
+        return out, columns if b == 1 else columns * s[:, 0]
+
+    def backward(self, q_PHCK: Tensor, k_PHCK: Tensor, A_XCC: Tensor, L_XCC: Tensor | None, dA_XCC: Tensor,
+                 dL_XCC: Tensor | None, d: Factors, need_g: bool) -> Gradients:
+        """As in HeadDecay."""
+        C, K = q_PHCK.shape[2:]
+        rows, d_scores = [q_PHCK], [dA_XCC]
+        if dL_XCC is not None:
+            rows, d_scores = [q_PHCK, k_PHCK], [dA_XCC, dL_XCC]
+        R = len(rows)
+        prefix, suffix = self.a.clone(), torch.ones_like(self.a)
+        d_rows = [torch.zeros_like(q_PHCK) for _ in rows]
+        dk = torch.zeros_like(k_PHCK)  # from the columns
+        for b in _doublings(C):
+            p, s = prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K)
+            decayed, columns = self._decayed(rows, k_PHCK, p, s)
+            d_block = p.new_empty(p.shape[0], R, b, b)
+            for r, d_score in enumerate(d_scores):
+                corners = _corners(d_score, b)
+                d_block[:, r].unflatten(0, corners.shape[:2]).copy_(corners)
+            if b == 1:
+                d_decayed, d_columns = d_block * columns[:, None], (d_block * decayed).sum(1)
+            else:
+                d_decayed = (d_block.flatten(1, 2) @ columns).view_as(decayed)
+                d_columns = d_block.flatten(1, 2).mT @ decayed.flatten(1, 2)
+            for r, d_row in enumerate(d_rows):
+                d_row.view(-1, 2, b, K)[:, 1].addcmul_(d_decayed[:, r], p[:, 1])
+            dk.view(-1, 2, b, K)[:, 0].addcmul_(d_columns, s[:, 0])
+            _double(p, s)
+        d_rows[0].addcmul_(d.queries.view_as(prefix), prefix)
+        if d.keys is not None:
+            d_rows[1].addcmul_(d.keys.view_as(prefix), prefix)
+        dk_after = d.writes.view_as(suffix).mul_(suffix)
+        dg = None
+        if need_g:
+            x = torch.mul(q_PHCK, d_rows[0]).addcmul_(k_PHCK, dk.neg() if R == 1 else d_rows[1] - dk)
+            dg = _sum_over_spans(x.view(-1, C, K), (k_PHCK * dk_after).view(-1, C, K))
+            dg = dg.add_(d.total[:, None]).view_as(self.a)
+        diagonal = dA_XCC.diagonal(dim1=-2, dim2=-1).reshape(*q_PHCK.shape[:3], 1)
+        dk.add_(dk_after).addcmul_(diagonal, q_PHCK)
+        if R == 2:
+            dk += d_rows[1]
+        return Gradients(d_rows[0].addcmul_(diagonal, k_PHCK), dk, dg)
+
+
+Decay = HeadDecay | ChannelDecay
+
+
+def decay_of(segment: Segment, g: Tensor | None, G: int, dtype: torch.dtype) -> Decay:
+    """The decay of a segment's chunks from g: None, [G], [B, T, G] or [B, T, G, K]."""
+    C = segment.layout.chunk
+    if g is None:
+        return HeadDecay.constant(torch.zeros(G, dtype=dtype, device=segment.layout.device), C, None)
+    if g.dim() == 1:
+        return HeadDecay.constant(g.to(dtype), C, segment.filled)
+    if g.dim() == 3:
+        return HeadDecay.varying(segment.gather(g[..., None], dtype)[..., 0])
+    return ChannelDecay.varying(segment.gather(g, dtype))
+
+
+def restore_decay(tensors: Sequence[Tensor]) -> Decay:
+    """From what a decay's `tensors` gave."""
+    return ChannelDecay(*tensors) if len(tensors) == 1 else HeadDecay(*tensors)

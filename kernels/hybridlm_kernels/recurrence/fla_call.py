@@ -1,0 +1,51 @@
+"""The way to flash-linear-attention's kernels: what the adapters of delta_rule and linear_attention share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridlm_kernels.optional_packages import find
+from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.registry import Call
+
+PACKAGE = ("flash-linear-attention", "0.6")
+
+
+def accepts(call: Call, entry: tuple[str, str]) -> tuple[bool, str]:
+    """Whether the function `entry` (module, name) is there and takes such tensors."""
+    if call.dtype == torch.float64:
+        return False, "computes in float32 and below; the tensors are float64"
+    if call.get("key_dim") > 256:
+        return False, f"key head dims up to 256; got {call.get('key_dim')}"
+    found, why = find(*entry, *PACKAGE)
+    return found is not None, why
+
+
+def call(entry: tuple[str, str], tokens: Mapping[str, Tensor | None], scale: float, state_NGKV: Tensor | None,
+         borders: CuSeqlens | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """Run `entry` on tensors [B, T, ...] by name; outputs like `tokens["v"]`, and the final states.
+
+    Packed documents go in as one row, which is how the package wants them.
+    """
+    v_BTGV = tokens["v"]
+    assert v_BTGV is not None
+    present = {name: x for name, x in tokens.items() if x is not None}
+    if borders is not None:
+        present = {name: x.reshape(1, -1, *x.shape[2:]) for name, x in present.items()}
+        options |= {"cu_seqlens": borders.tensor().long(), "cu_seqlens_cpu": torch.tensor(borders.host)}
+    run, why = find(*entry, *PACKAGE)
+    assert run is not None, why
+    o, state = run(**present, scale=scale, initial_state=state_NGKV, output_final_state=True, **options)
+    return o.reshape(v_BTGV.shape).to(v_BTGV.dtype), state
+
+
+def equal_heads(tokens: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """For functions that know no grouped heads: each key head as often as it serves a value head."""
+    v_BTGV = tokens["v"]
+    assert v_BTGV is not None
+    return {name: x.repeat_interleave(v_BTGV.shape[2] // x.shape[2], 2) if x is not None and name in "qk" else x
+            for name, x in tokens.items()}

@@ -1,0 +1,71 @@
+"""What each of two processes runs for test_communication.py: tiny systems under ZeRO, whose matrices travel in bf16."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from hybridlm import load_config
+from hybridlm.config.schema import EngineConfig
+from hybridlm.data.packing import Batch
+from hybridlm.distributed.engine import make_engine
+from hybridlm.model.model import build_model
+from hybridlm.training.objective import global_batch, language_model
+from hybridlm.training.optimizer import build_optimizer, fp32_names
+from hybridlm_kernels import CuSeqlens
+
+LENGTH = 16
+
+
+def batch(config, rank):
+    generator = torch.Generator().manual_seed(rank)
+    ids_1T = torch.randint(257, (1, LENGTH), generator=generator)
+    targets_1Td = torch.randint(257, (1, LENGTH, 1 + config.model.mtp.depth), generator=generator)
+    return Batch(ids_1T, targets_1Td, CuSeqlens([0, LENGTH]), LENGTH, LENGTH, (rank,))
+
+
+def steps(system, kind, dtype):
+    """The loss and gradient norm of two steps, and the model's weights, as they are saved, before and after."""
+    config = load_config("train", [f"model={system}", "model.num_layers=2", "model.hidden_size=32",
+                                   "model.vocab_size=257", "data.tokenizer=bytes"])
+    engine = make_engine(EngineConfig(kind=kind, persistence_threshold=0, timeout=120.0, communication_dtype=dtype),
+                         "bf16")
+    model = build_model(config, device=engine.device, divide=engine.divide).train()
+    engine.prepare(model, build_optimizer(model, config.optimizer), fp32_names(model))
+    saved, values = [], []
+    for _ in range(2):
+        saved.append({name: w for mine in engine.gather(engine.share(dict(model.named_parameters()), copied=True))
+                      for name, w in mine.items()})
+        mine = batch(config, engine.rank)
+        found = engine.gradients(language_model(global_batch([mine], engine.total)), [mine])
+        update = engine.update(found, lr=1e-2, clip=0.0)
+        values.append((update.values["loss"], update.grad_norm))
+    engine.release()
+    return values, saved
+
+
+def rounded(weight):
+    return torch.equal(weight, weight.bfloat16().float())
+
+
+def check(system, kind):
+    wanted, kept = steps(system, kind, "fp32")
+    found, saved = steps(system, kind, "bf16")
+    # Autocast rounds these weights in any case: the loss is the same in every bit.
+    assert found[0][0] == wanted[0][0], (system, kind)
+    for a, b in zip(found, wanted, strict=True):
+        assert abs(a[0] / b[0] - 1) < 1e-3, (system, kind, a, b)
+        assert 0 < abs(a[1] / b[1] - 1) < 0.02, (system, kind, a, b)  # gradients were rounded
+    assert kept[0].keys() == saved[0].keys()
+    for name, weight in saved[0].items():
+        assert torch.equal(weight, kept[0][name]), (system, kind, name)
+        assert not torch.equal(weight, saved[1][name]), (system, kind, name)
+    # What is saved is what the optimizer has, not what has travelled.
+    assert not any(rounded(w) for name, w in saved[1].items() if name.endswith("_proj.weight")), (system, kind)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for words in sys.argv[1:]:
+        check(*words.split("/"))
+    dist.destroy_process_group()
