@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_shards import EOS, make_store
+from tests.data.test_shards import EOS, make_store
 from torch.utils.data import DataLoader
 
 from hybridlm.data.packing import IGNORE, PackedDataset, collate, count_windows
