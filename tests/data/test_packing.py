@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from tests.data.test_shards import EOS, make_store
 from torch.utils.data import DataLoader
 
 from hybridlm.data.packing import IGNORE, PackedDataset, collate, count_windows
 from hybridlm.errors import DataError
 from hybridlm.model.targets import build_targets
+from tests.data.test_shards import EOS, make_store
 
 SIZES = [[3, 2, 17, 5], [40, 2, 2, 9], [30]]
 

@@ -1,7 +1,6 @@
 """Errors of the bf16 kernels, emulated: outputs 0.005, dq dk dv 0.008, gradients of gates and of beta 0.02."""
 
 import pytest
-import test_delta_rule
 import torch
 
 from hybridlm_kernels.ops.delta_rule import triton_backend as delta_rule
@@ -10,6 +9,7 @@ from hybridlm_kernels.recurrence import triton_tiles
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.emulated_bf16 import Emulation, assert_within_bounds, half, launches_in_half, sum_over
 from tests.support.kernel_compare import error
+from tests.triton import test_delta_rule
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU computes in bf16 itself")
 

@@ -1,14 +1,14 @@
 """Tuning runs a kernel many times on the same memory: what it wrote the first time must not change the next."""
 
 import pytest
-import test_bfloat16
 import torch
 import triton
-from test_moe import case, routing
 
 from hybridlm_kernels import indexer_kl, moe_experts, sparse_attention
 from hybridlm_kernels.tools import doctor
 from hybridlm_kernels.triton_support import INTERPRETED
+from tests.triton import test_bfloat16
+from tests.triton.test_moe import case, routing
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a device they are tuned")
 Autotuner = triton.runtime.autotuner.Autotuner
