@@ -13,8 +13,9 @@
 A folder is written under a temporary name, flushed to disk and renamed. Whatever a crash, a full disk or a
 bad copy leaves behind does not match its manifest, and is passed over.
 
-`folder` knows manifests and which folder is whole, `saving` how one comes to be, `tensors` how parts of its tensors are
-read, `model` what it says of a model. Several processes work on one together where they are given as `ranks`.
+`folder` knows manifests and which folder is whole, `saving` writes checkpoints, `model` reads what a checkpoint says of
+a model; `hybridlm.tensor_storage` reads single tensors. Several processes work on one checkpoint together where they
+are given as `ranks`.
 """
 
 from hybridlm.checkpoint.folder import newest, prune, remove_drafts, resolve, seal, step_folders, step_of, verify
@@ -27,13 +28,13 @@ from hybridlm.checkpoint.model import (
     model_texts,
     read_config,
     read_model_config,
-    unique_tensors,
 )
 from hybridlm.checkpoint.saving import SHARD_BYTES, Save, write
-from hybridlm.checkpoint.tensors import Stored, read_tensors, stored_tensors
+from hybridlm.tensor_storage import StoredTensor, read_tensors, stored_tensors, unique_tensors
 
 __all__ = [
-    "SHARD_BYTES", "Save", "Stored", "layer_diff", "layer_list", "load_checkpoint", "load_tokenizer", "load_weights",
+    "SHARD_BYTES", "Save", "StoredTensor", "layer_diff", "layer_list", "load_checkpoint", "load_tokenizer",
+    "load_weights",
     "model_texts", "newest", "prune", "read_config", "read_model_config", "read_tensors", "remove_drafts", "resolve",
     "seal", "step_folders", "step_of", "stored_tensors", "unique_tensors", "verify", "write",
 ]

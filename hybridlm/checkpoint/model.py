@@ -7,26 +7,23 @@ import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hybridlm.checkpoint.folder import resolve
-from hybridlm.checkpoint.tensors import Stored, stored_tensors
-from hybridlm.distributed.zero.partition import fill, shape_of
+from hybridlm.config.serialization import from_dict, load_yaml, to_yaml
+from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.distributed.zero.partition import fill
 from hybridlm.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from hybridlm.data.tokenizer import Tokenizer
-    from hybridlm.model.config import ModelConfig
-    from hybridlm.model.model import HybridLM
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.model import HybridLM, build_model
+from hybridlm.tensor_storage import StoredTensor, full_shape, stored_tensors, unique_tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved config of the run that wrote the checkpoint."""
-    from hybridlm.config.serialization import load_yaml
-
     return load_yaml(folder / "config.yaml")
 
 
@@ -36,9 +33,6 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
         CheckpointError: the list is not what the config says now.
     """
-    from hybridlm.config.serialization import from_dict
-    from hybridlm.model.config import ModelConfig
-
     config = from_dict(ModelConfig, read_config(folder)["model"], "model")
     saved = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
     if saved != layer_list(config):
@@ -65,19 +59,8 @@ def layer_diff(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[s
     return lines
 
 
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters and saved buffers; a tensor with several names (tied) under its first."""
-    seen: set[int] = set()
-    unique = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            unique[name] = tensor
-    return unique
-
-
 def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
-                 part: Callable[[str, Stored], Stored] | None = None) -> list[str]:
+                 part: Callable[[str, StoredTensor], StoredTensor] | None = None) -> list[str]:
     """Copy the checkpoint's weights into `model`, all of them by name; the names of those it lacks.
 
     `may_lack` is a shell pattern over names: these stay as they are where the checkpoint does not have them.
@@ -94,8 +77,8 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
             stored = whole if part is None else part(name, whole)
             if name not in wanted:
                 problems.append(f"the model has no '{name}'")
-            elif shape_of(wanted[name]) != stored.shape:
-                problems.append(f"'{name}' is {list(stored.shape)} there and {list(shape_of(wanted[name]))} here")
+            elif full_shape(wanted[name]) != stored.shape:
+                problems.append(f"'{name}' is {list(stored.shape)} there and {list(full_shape(wanted[name]))} here")
             else:
                 fill(wanted[name], stored)
             left.discard(name)
@@ -113,9 +96,6 @@ def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> Hybrid
     Raises:
         CheckpointError: nothing there, damaged files, or weights that do not fit.
     """
-    from hybridlm.data.tokenizer import Tokenizer
-    from hybridlm.model.model import build_model
-
     folder = resolve(path)
     model = build_model(read_model_config(folder), device=device)
     load_weights(model, folder)
@@ -130,8 +110,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         CheckpointError: the checkpoint holds none.
     """
-    from hybridlm.data.tokenizer import Tokenizer
-
     folder = resolve(path)
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"checkpoint {folder} holds no tokenizer.json")
@@ -141,8 +119,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def model_texts(config: Any, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
     """The files that let a checkpoint be used without its run; `config` is the resolved one, of a run or of
     `{"model": ...}` alone."""
-    from hybridlm.config.serialization import to_yaml
-
     texts = {"config.yaml": to_yaml(config), "layers.json": json.dumps(layer_list(model), indent=1)}
     if tokenizer is not None:
         texts |= tokenizer.files()

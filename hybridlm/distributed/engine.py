@@ -25,9 +25,9 @@ from hybridlm.distributed.rendezvous import rendezvous
 from hybridlm.distributed.static_bucket_ddp import StaticBucketDDP
 from hybridlm.distributed.watchdog import Watchdog
 from hybridlm.errors import ConfigError, UserError
+from hybridlm.tensor_storage import StoredTensor
 
 if TYPE_CHECKING:
-    from hybridlm.checkpoint import Stored
     from hybridlm.training.optimizer import OptimizerSet
 
 
@@ -130,7 +130,9 @@ class Engine(Communicator):
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
         self.watchdog = Watchdog(self.rank, self.world_size, config.timeout) if self.world_size > 1 else None
         self.context_parallel_size = config.context_parallel  # of each row, one a rank
-        self.shard_group = ContextParallelGroup.make(self.context_parallel_size) if self.context_parallel_size > 1 else None
+        self.shard_group = None
+        if self.context_parallel_size > 1:
+            self.shard_group = ContextParallelGroup.make(self.context_parallel_size)
         self.experts = self._make_experts(config.expert_parallel) if config.expert_parallel > 1 else None
         self.model: nn.Module = nn.Module()  # as Accelerate gives it back
         self.bare: nn.Module = self.model  # as it was handed in
@@ -150,7 +152,7 @@ class Engine(Communicator):
         All ranks call it together. What was divided already stays as it is.
         """
 
-    def part(self, name: str, tensor: Stored) -> Stored:
+    def part(self, name: str, tensor: StoredTensor) -> StoredTensor:
         """What this rank holds of a tensor as one process has it."""
         return tensor if self.experts is None else self.experts.part(name, tensor)
 
@@ -158,7 +160,7 @@ class Engine(Communicator):
         return {"mixed_precision": "bf16" if self.precision == "bf16" else "no", "cpu": self.device.type == "cpu"}
 
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = (),
-                state: Mapping[str, Stored] | None = None, *, strict: bool = True) -> None:
+                state: Mapping[str, StoredTensor] | None = None, *, strict: bool = True) -> None:
         """Take over the model and the optimizers of a stage.
 
         `state`: saved optimizer state, `{key}/{parameter}`, of which only what this rank holds is read; `strict=False`

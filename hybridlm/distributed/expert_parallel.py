@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,9 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.model.feed_forward.moe import Compute, Experts
-
-if TYPE_CHECKING:
-    from hybridlm.checkpoint import Stored
+from hybridlm.tensor_storage import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -118,13 +115,13 @@ class ExpertParallel:
         dist.all_gather(list(parts.chunk(dist.get_world_size(self.group))), local, group=self.group)
         return parts
 
-    def part(self, name: str, whole: Stored) -> Stored:
+    def part(self, name: str, whole: StoredTensor) -> StoredTensor:
         """What this rank holds of a tensor as one process has it: the reverse of `whole`."""
         return whole.chunk(dist.get_world_size(self.group))[dist.get_rank(self.group)] if _is_split(name, whole) \
             else whole
 
 
-def _is_split(name: str, tensor: Tensor | Stored) -> bool:
+def _is_split(name: str, tensor: Tensor | StoredTensor) -> bool:
     return ".experts." in name and tensor.dim() > 0
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.checkpoint import load_checkpoint
-from hybridlm.checkpoint.tensors import shard_files
 from hybridlm.errors import CheckpointError
 from hybridlm.interop.family_registry import read_raw
 from hybridlm.model.model import HybridLM
+from hybridlm.tensor_storage import shard_files
 
 
 @dataclass(frozen=True)

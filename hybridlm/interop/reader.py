@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hybridlm.checkpoint import stored_tensors
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.interop.mapping import Spec
+from hybridlm.tensor_storage import stored_tensors
 
 SCALE = "_scale_inv"
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hybridlm.checkpoint.tensors import DTYPES
 from hybridlm.errors import CheckpointError
 from hybridlm.interop.mapping import Spec
+from hybridlm.tensor_storage import DTYPE_BY_CODE
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
 SHARD_BYTES = 5 * 10**9  # what save_pretrained calls 5GB
 HEADROOM = 64 * 2**20  # bytes on disk for headers, configs and tokenizer
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlm.checkpoint import unique_tensors
 from hybridlm.config.serialization import from_dict, load_yaml
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.model.config import MixerConfig, ModelConfig, ScheduleConfig
 from hybridlm.model.mixers import AttentionConfig, IndexerConfig, MLAConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
 from hybridlm.model.model import HybridLM, build_model
+from hybridlm.tensor_storage import unique_tensors
 
 
 @dataclass

@@ -21,10 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hybridlm.checkpoint import Stored
 from hybridlm.config.schema import OptimizerConfig
-from hybridlm.distributed.zero.partition import shape_of
 from hybridlm.errors import CheckpointError
+from hybridlm.tensor_storage import StoredTensor, full_shape
 
 Role = Literal["matrix", "stack", "head", "embedding", "vector"]
 DECAYED = ("matrix", "stack", "head")
@@ -36,7 +35,7 @@ def role(name: str, parameter: Tensor) -> Role:
     """The part a parameter plays, from its name and shape."""
     parts = name.split(".")
     convolution = any(part.endswith("conv") for part in parts)
-    shape = shape_of(parameter)
+    shape = full_shape(parameter)
     if len(shape) < 2 or 1 in shape[-2:] or convolution or parts[-1] in VECTOR_NAMES:
         return "vector"
     if "embed" in parts:
@@ -171,7 +170,7 @@ class OptimizerSet:
                         tensors[f"{key}/{self.names[id(parameter)]}"] = value
         return tensors
 
-    def load_state_tensors(self, saved: Mapping[str, Stored], *, strict: bool = True) -> None:
+    def load_state_tensors(self, saved: Mapping[str, StoredTensor], *, strict: bool = True) -> None:
         """Put back what `state_tensors` gave.
 
         Raises:
@@ -213,7 +212,7 @@ class OptimizerSet:
         return found
 
 
-def _placed(key: str, stored: Stored, parameter: Tensor, group: dict[str, Any], name: str) -> Tensor:
+def _placed(key: str, stored: StoredTensor, parameter: Tensor, group: dict[str, Any], name: str) -> Tensor:
     """Read to where the update rule wants it: `step` counts on the host unless the rule is fused."""
     if key == "step":
         on_device = group.get("fused") or group.get("capturable")

@@ -20,8 +20,8 @@ def chaos(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_survives_one_fault_of_each_of_five_kinds():
-    done = subprocess.run(["bash", ROOT / "scripts/dev/chaos.sh", "--faults", "5", "--ranks", "2", "--seed", "3", "--json"],
-                          capture_output=True, text=True, timeout=500,
+    command = ["bash", ROOT / "scripts/dev/chaos.sh", "--faults", "5", "--ranks", "2", "--seed", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500,
                           env={"PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHON": sys.executable})
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

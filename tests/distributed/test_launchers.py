@@ -55,7 +55,8 @@ def test_hosts_of_deepspeed_that_are_not_there(hosts, says, tmp_path):
     file, port = tmp_path / "hosts", free_port()
     if hosts is not None:
         file.write_text(hosts)
-    done = subprocess.run([ROOT / "scripts" / "launch" / "deepspeed.sh", "engine=zero3"], capture_output=True, text=True,
+    script = ROOT / "scripts" / "launch" / "deepspeed.sh"
+    done = subprocess.run([script, "engine=zero3"], capture_output=True, text=True,
                           env={**os.environ, "PYTHON": sys.executable, "HOSTFILE": str(file), "SSH_PORT": str(port)})
     line, = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")

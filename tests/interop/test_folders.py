@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hybridlm
-from hybridlm.checkpoint import unique_tensors
 from hybridlm.data.tokenizer import load_tokenizer
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.interop import export_checkpoint, export_hf, import_checkpoint, import_hf
 from hybridlm.model import generate
+from hybridlm.tensor_storage import unique_tensors
 from tests.support.hf_zoo import CASES, build, tokens
 
 # one case of every family, those with the most in them

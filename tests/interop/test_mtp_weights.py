@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hybridlm
-from hybridlm.checkpoint import unique_tensors
 from hybridlm.errors import CheckpointError
 from hybridlm.interop import export_hf, import_checkpoint, import_hf
 from hybridlm.model import build_model
 from hybridlm.model.config import MTPConfig
+from hybridlm.tensor_storage import unique_tensors
 from tests.support.hf_zoo import build, perturb, tokens
 
 # case, depth, a tensor that the released models have, layer behind the last

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hybridlm.checkpoint import unique_tensors
 from hybridlm.interop.import_export import Export, import_hf, to_hf_model
 from hybridlm.interop.reader import StateDict
 from hybridlm.model import generate
+from hybridlm.tensor_storage import unique_tensors
 from tests.support.hf_zoo import CASES, build, tokens
 
 LOGITS, GRADIENTS = 2e-5, 1e-4  # absolute; relative RMS of each tensor

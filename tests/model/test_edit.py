@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hybridlm import load_checkpoint
-from hybridlm.checkpoint import unique_tensors
 from hybridlm.errors import ConfigError
 from hybridlm.interop import export_hf, import_checkpoint, import_hf, save_checkpoint
 from hybridlm.interop.folders import summary
@@ -12,6 +11,7 @@ from hybridlm.model import build_model
 from hybridlm.model.config import MTPConfig
 from hybridlm.model.edit import add_indexer, replace_mixers
 from hybridlm.model.mixers import DeltaRuleConfig
+from hybridlm.tensor_storage import unique_tensors
 from tests.support.hf_zoo import build, tokens
 
 INDEXER = {"num_heads": 16, "head_dim": 16, "topk": 8}

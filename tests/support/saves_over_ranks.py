@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from hybridlm.checkpoint import folder as files
-from hybridlm.checkpoint import saving, tensors
+from hybridlm.checkpoint import saving
 from hybridlm.cli import main
 from hybridlm.config.compose import load_config
 from hybridlm.distributed.memory import rank_memory
+from hybridlm.tensor_storage import StoredTensor
 from hybridlm.training.saver import Saver
 from hybridlm.training.trainer import Trainer
 
@@ -54,7 +55,7 @@ def hold_back(found):
 
 def watch_reads(found):
     """Elements of the optimizer's state that this rank reads, by tensor, and the files that it computes hashes of."""
-    elements, sha256 = tensors.Stored.elements, files._sha256
+    elements, sha256 = StoredTensor.elements, files._sha256
     found |= {"read": Counter(), "hashed": []}
 
     def counted(stored, first, count):
@@ -65,7 +66,7 @@ def watch_reads(found):
         found["hashed"] += [file.name] if file.parent.name == "step-5" else []
         return sha256(file)
 
-    tensors.Stored.elements, files._sha256 = counted, noted
+    StoredTensor.elements, files._sha256 = counted, noted
 
 
 def note_snapshots(found, config):

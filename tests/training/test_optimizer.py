@@ -3,9 +3,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hybridlm.checkpoint import stored_tensors
 from hybridlm.config.schema import OptimizerConfig
 from hybridlm.errors import CheckpointError
+from hybridlm.tensor_storage import stored_tensors
 from hybridlm.training.optimizer import Muon, build_optimizer, orthogonalise, plan_groups
 
 

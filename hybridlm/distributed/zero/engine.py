@@ -29,9 +29,9 @@ from hybridlm.distributed.zero.optimizer import FlatOptimizer
 from hybridlm.distributed.zero.partition import Fragment, gathered, held, locate
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.output import ModelOutput
+from hybridlm.tensor_storage import StoredTensor
 
 if TYPE_CHECKING:
-    from hybridlm.checkpoint import Stored
     from hybridlm.training.optimizer import OptimizerSet
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -87,7 +87,7 @@ class ZeroEngine(Engine):
 
     def __init__(self, config: EngineConfig, precision: str = "auto"):
         _check_device(config)
-        if not RankEnvironment.here().launched:  # one process, started by hand: DeepSpeed wants a process group all the same
+        if not RankEnvironment.here().launched:  # DeepSpeed wants a process group for a single process too
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                            "MASTER_PORT": str(free_port())}
         _import_quietly()
@@ -121,7 +121,7 @@ class ZeroEngine(Engine):
             deepspeed.zero.Init(module=module, config_dict_or_path=self.settings)
 
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = (),
-                state: Mapping[str, Stored] | None = None, *, strict: bool = True) -> None:
+                state: Mapping[str, StoredTensor] | None = None, *, strict: bool = True) -> None:
         assert optimizers is not None  # divided weights are of no use but to DeepSpeed's engine
         self._take(model)
         self.divide(model)
@@ -150,7 +150,7 @@ class ZeroEngine(Engine):
         for name, keys in fitting.items():
             self._load_state(name, {key: state[f"{key}/{name}"] for key in keys})
 
-    def _load_state(self, name: str, saved: dict[str, Stored]) -> None:
+    def _load_state(self, name: str, saved: dict[str, StoredTensor]) -> None:
         fragment = self.fragments[name]
         state = self.zero.optimizer.optimizer.state[fragment.flat]
         for key, value in saved.items():
@@ -165,7 +165,8 @@ class ZeroEngine(Engine):
 
     def optimizer_share(self, *, copied: bool = False) -> dict[str, Tensor]:
         mine: dict[str, Tensor] = {}
-        owner = assign_owners({name: fragment.shape.numel() for name, fragment in self.fragments.items()}, self.world_size)
+        sizes = {name: fragment.shape.numel() for name, fragment in self.fragments.items()}
+        owner = assign_owners(sizes, self.world_size)
         for name, fragment in self.fragments.items():
             for key, value in self.zero.optimizer.optimizer.state[fragment.flat].items():
                 whole = value.clone() if value.dim() == 0 else super()._whole_weight(

@@ -7,14 +7,13 @@ in and out fail under ZeRO-3 where a size does not divide by the ranks, and cann
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hybridlm.checkpoint import Stored
+from hybridlm.tensor_storage import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,6 @@ class Fragment:
         self.elements(flat).copy_(whole.flatten().narrow(0, self.start, self.numel))
 
 
-def shape_of(weight: Any) -> torch.Size:
-    """Of the whole weight, of which this rank may hold a piece alone."""
-    return getattr(weight, "ds_shape", weight.shape)
-
-
 def held(weight: Any) -> Tensor:
     """What this rank holds of a weight between steps: under ZeRO-3 its piece, without the padding; else all of it."""
     if not hasattr(weight, "ds_id"):
@@ -76,7 +70,7 @@ def gathered(weight: Any) -> Tensor:
     return whole[:weight.ds_numel].view(weight.ds_shape)
 
 
-def fill(weight: Any, stored: Stored) -> None:
+def fill(weight: Any, stored: StoredTensor) -> None:
     """Read a weight, or this rank's piece of it."""
     if hasattr(weight, "ds_id"):
         piece = held(weight)

@@ -46,8 +46,8 @@ class Native(Family):
     """Every tensor under its own name."""
 
     def rules(self, config: ModelConfig) -> list[Rule]:
-        from hybridlm.checkpoint import unique_tensors
         from hybridlm.model.model import build_model
+        from hybridlm.tensor_storage import unique_tensors
 
         return [rule(name, PREFIX + name) for name in unique_tensors(build_model(config, device="meta"))]
 

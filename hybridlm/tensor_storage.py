@@ -1,6 +1,7 @@
-"""Reading tensors from safetensors files, whole or in part, without mapping the files into memory.
+"""Tensors in safetensors files, read completely or in part without mapping the files into memory, and the names under
+which a model's tensors are stored.
 
-Headers are checked against the files before anything is read.
+A file's header is checked against the file before any tensor is read.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridlm.errors import CheckpointError
 
-DTYPES = {
+DTYPE_BY_CODE = {  # the codes of the safetensors format
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
-HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file, from byte `start` on. Nothing of it is in memory until it is read."""
+class StoredTensor:
+    """A tensor that begins at byte `start` of a file. Nothing of it is in memory until it is read."""
 
     name: str
     file: Path
@@ -38,24 +39,29 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes the tensor takes in the file."""
         return self.shape.numel() * self.dtype.itemsize
 
     def dim(self) -> int:
+        """Number of dimensions, as of a torch tensor."""
         return len(self.shape)
 
-    def chunk(self, number: int) -> list[Stored]:
-        """As many equal pieces along the first dimension, which `number` divides."""
+    def chunk(self, number: int) -> list[StoredTensor]:
+        """Cut the tensor along its first dimension into `number` equal tensors; `number` divides that dimension."""
         rows = self.shape[0] // number
         shape = torch.Size([rows, *self.shape[1:]])
         return [replace(self, start=self.start + index * self.num_bytes // number, shape=shape)
                 for index in range(number)]
 
     def read(self) -> Tensor:
-        """All of it."""
+        """Read the whole tensor."""
         return self.elements(0, self.shape.numel()).view(self.shape)
 
     def elements(self, first: int, count: int) -> Tensor:
-        """`count` elements from `first` on, of the flattened tensor: [count].
+        """Read elements `first` to `first + count` of the flattened tensor.
+
+        Returns:
+            [count], in the dtype of the file.
 
         Raises:
             CheckpointError: the file has become shorter.
@@ -73,29 +79,29 @@ class Stored:
         return tensor
 
 
-def stored_tensors(folder: Path, stem: str = "model") -> dict[str, Stored]:
-    """All tensors of `stem.safetensors`, or of the shards its index or its name pattern lists.
+def stored_tensors(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
+    """List all tensors of `stem.safetensors`, or of the shards that its index or its name pattern gives.
 
     Raises:
         CheckpointError: no such file, or one that is not what its header says.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in shard_files(folder, stem):
-        for name, place in _header(file).items():
+        for name, stored in _header(file).items():
             if name in found:
                 raise CheckpointError(f"'{name}' stands in two files: {found[name].file.name} and {file.name}")
-            found[name] = place
+            found[name] = stored
     return found
 
 
 def read_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of `stem`, one at a time."""
-    for name, place in stored_tensors(folder, stem).items():
-        yield name, place.read()
+    """Read every tensor of `stem`, one at a time; yields name and tensor."""
+    for name, stored in stored_tensors(folder, stem).items():
+        yield name, stored.read()
 
 
 def shard_files(folder: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of a checkpoint.
+    """List the safetensors files of a checkpoint.
 
     Raises:
         CheckpointError: none, only pickles, a broken index, or a shard that is missing.
@@ -115,7 +121,7 @@ def shard_files(folder: Path, stem: str = "model") -> list[Path]:
     files = sorted([*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*-of-*.safetensors")])
     if files:
         return files
-    pickles = sorted(f.name for f in folder.glob("*") if f.suffix in PICKLES)
+    pickles = sorted(f.name for f in folder.glob("*") if f.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(f"{folder} holds only pickle files ({pickles[0]}): unpickling runs code from the file. "
                               "Convert it to safetensors where you trust it: load it with transformers and call "
@@ -123,35 +129,56 @@ def shard_files(folder: Path, stem: str = "model") -> list[Path]:
     raise CheckpointError(f"no {stem}*.safetensors in {folder}: expected a checkpoint folder")
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 2 <= length <= HEADER_LIMIT or 8 + length > size:
+        if not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:
             raise CheckpointError(f"{file} is not a whole safetensors file: {size} bytes, "
                                   + ("no header" if length < 0 else f"a header of {length} bytes"))
         text = stream.read(length)
     try:
         entries: dict[str, Any] = json.loads(text)
-        places = {name: _stored(file, name, entry, 8 + length) for name, entry in entries.items()
+        tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in entries.items()
                   if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"the header of {file} is corrupt; fetch the file again") from None
-    end = max((place.start + place.num_bytes for place in places.values()), default=8 + length)
+    end = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
     if end != size:
         raise CheckpointError(f"{file} is {'truncated' if size < end else 'damaged'}: {size} bytes, its header "
                               f"describes {end}; fetch the file again")
-    return places
+    return tensors
 
 
-def _stored(file: Path, name: str, entry: dict[str, Any], base: int) -> Stored:
+def _stored(file: Path, name: str, entry: dict[str, Any], base: int) -> StoredTensor:
     code = entry["dtype"]
-    if code not in DTYPES:
-        raise CheckpointError(f"'{name}' in {file.name} has dtype {code}; known are {', '.join(DTYPES)}")
+    if code not in DTYPE_BY_CODE:
+        raise CheckpointError(f"'{name}' in {file.name} has dtype {code}; known are {', '.join(DTYPE_BY_CODE)}")
     start, stop = (int(n) for n in entry["data_offsets"])
-    stored = Stored(name, file, base + start, DTYPES[code], torch.Size(entry["shape"]))
+    stored = StoredTensor(name, file, base + start, DTYPE_BY_CODE[code], torch.Size(entry["shape"]))
     if stop - start != stored.num_bytes or start < 0:
         raise CheckpointError(f"'{name}' in {file.name} takes {stop - start} bytes, its shape {list(stored.shape)} "
                               f"needs {stored.num_bytes}: the file is corrupt; fetch it again")
     return stored
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Collect the parameters and saved buffers of a model; a tensor with several names (tied) stands under its first.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> sorted(unique_tensors(nn.ModuleDict({"a": layer, "b": layer})))
+    ['a.bias', 'a.weight']
+    """
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            unique[name] = tensor
+    return unique
+
+
+def full_shape(weight: Any) -> torch.Size:
+    """Return the shape of a whole weight, of which this rank may hold only a shard (DeepSpeed ZeRO-3)."""
+    return getattr(weight, "ds_shape", weight.shape)
