@@ -30,7 +30,7 @@ def installed(monkeypatch):
             backends = tuple(Backend(b.name, b.run, b.supports) for b in operation.backends)
             here = Operation(operation.name, backends)
             monkeypatch.setitem(registry._operations, operation.name, here)
-            module = sys.modules[f"hybridlm_kernels.{operation.name}"] if operation.name in (
+            module = sys.modules[f"hybridlm_kernels.ops.{operation.name}"] if operation.name in (
                 "delta_rule", "linear_attention", "attention") else None
             if module is not None:
                 monkeypatch.setattr(module, "ATTENTION" if operation.name == "attention" else "OPERATION", here)

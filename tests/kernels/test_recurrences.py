@@ -62,7 +62,7 @@ def assert_close(got, expected, tolerance):
 def small_chunks(monkeypatch, chunk=16, numbers=None):
     """Chunks of 16 tokens, so that few tokens make many; `numbers` limits a segment."""
     for operation in ("delta_rule", "linear_attention"):
-        backend = importlib.import_module(f"hybridlm_kernels.{operation}.torch")
+        backend = importlib.import_module(f"hybridlm_kernels.ops.{operation}.torch_backend")
         monkeypatch.setattr(backend, "chunk_size", lambda *_: chunk)
     if numbers is not None:
         monkeypatch.setitem(chunks.SEGMENT_NUMBERS, "cpu", numbers)

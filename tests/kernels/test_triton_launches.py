@@ -111,7 +111,7 @@ def test_gates(operation, decay, gate, device):
 @linear
 @pytest.mark.parametrize("filled", [True, False])
 def test_documents_in_pieces_and_in_one_launch(operation, decay, filled, device, monkeypatch):
-    backend = sys.modules[f"hybridlm_kernels.{operation.__name__}.triton"]
+    backend = sys.modules[f"hybridlm_kernels.ops.{operation.__name__}.triton_backend"]
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 2 if filled else 18)
     monkeypatch.setattr(triton_chunks, "FEWEST_CHUNKS", 1)
     if operation is delta_rule:

@@ -1,9 +1,9 @@
 """Compiles every Triton kernel for GPUs that need not be there, and prints registers, spills and shared memory.
 
-`python -m hybridlm_kernels.tools.compile_check [operation ...] [--targets sm_90 sm_100] [--all] [--jobs N] [--json]` exits 1
-when a kernel does not compile, spills registers, or needs more shared memory than the GPU has. Kernels are taken from
-`COMPILE_CASES` of the modules named `triton*` of every operation, for heads of 64 and 128, each as its first configuration
-has it.
+`python -m hybridlm_kernels.tools.compile_check [operation ...] [--targets sm_90 sm_100] [--all] [--jobs N] [--json]`
+exits 1 when a kernel does not compile, spills registers, or needs more shared memory than the GPU has. Kernels are
+taken from `COMPILE_CASES` of the modules named `triton*` of every operation, for heads of 64 and 128, each as its first
+configuration has it.
 
 With `--all` every configuration is built, for heads of 32 and 256 too, which takes several times as long. Those that
 tuning leaves out (`triton_support.worth_timing`) are marked so; it is an error when a kernel has none left, when the
@@ -33,7 +33,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import hybridlm_kernels
+from hybridlm_kernels import ops
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, CompileCase, worth_timing
 
 # Kilobytes of shared memory that a block can have.
@@ -67,12 +67,13 @@ class Compiled:
     left_out: bool = False  # of tuning, as it should be: no failure
 
 
-def compile_cases(only: Sequence[str] = (), head_dims: Sequence[int] | None = HEAD_DIMS) -> Iterator[tuple[str, CompileCase]]:
+def compile_cases(only: Sequence[str] = (),
+                  head_dims: Sequence[int] | None = HEAD_DIMS) -> Iterator[tuple[str, CompileCase]]:
     """(operation, compile_case) of every Triton module, of some head dims or all."""
-    for package in pkgutil.iter_modules(hybridlm_kernels.__path__):
+    for package in pkgutil.iter_modules(ops.__path__):
         if not package.ispkg or (only and package.name not in only):
             continue
-        folder = importlib.import_module(f"hybridlm_kernels.{package.name}")
+        folder = importlib.import_module(f"hybridlm_kernels.ops.{package.name}")
         for module in pkgutil.iter_modules(folder.__path__):
             if module.name.startswith("triton"):
                 found = importlib.import_module(f"{folder.__name__}.{module.name}")
@@ -147,9 +148,9 @@ def compile_for(operation: str, configured: Configured, target: str) -> Compiled
                 problem = f"spills {spilled} bytes a thread"
     except Exception as error:  # a compiler can fail in any way; the row says how
         problem = "does not compile: " + (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return Compiled(operation, _untuned(compile_case.kernel).__name__, compile_case.label, compile_case.head_dim, str(configured),
-                    target, configured.options["num_warps"], registers, spilled, shared, time.perf_counter() - start,
-                    problem)
+    return Compiled(operation, _untuned(compile_case.kernel).__name__, compile_case.label, compile_case.head_dim,
+                    str(configured), target, configured.options["num_warps"], registers, spilled, shared,
+                    time.perf_counter() - start, problem)
 
 
 def judged(rows: Sequence[Compiled]) -> list[Compiled]:
