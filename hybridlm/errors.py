@@ -12,6 +12,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The hint "did you mean '...'?" with the known name closest to `name`, or "" when nothing is close."""
+    close = nearest(name, known)
+    return f"did you mean '{close}'?" if close else ""
+
+
 def counted(number: int, noun: str) -> str:
     """1 step, 2 steps."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
@@ -51,6 +57,12 @@ class ConfigError(UserError):
         if self.hint:
             text += f"; {self.hint}"
         return text
+
+
+def require(condition: bool, key: str, what: str, *, got: object = None, expected: str = "", hint: str = "") -> None:
+    """Raise ConfigError(key, ...) unless `condition` holds."""
+    if not condition:
+        raise ConfigError(key, what, got=got, expected=expected, hint=hint)
 
 
 class DataError(UserError):

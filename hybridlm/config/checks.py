@@ -8,8 +8,7 @@ from typing import Any
 
 from hybridlm.config.conversion import has_indexer
 from hybridlm.config.schema import Config, StageConfig
-from hybridlm.errors import ConfigError, nearest
-from hybridlm.model.config import require
+from hybridlm.errors import ConfigError, nearest, require
 from hybridlm.model.cost import count_parameters
 from hybridlm_kernels.registry import operations
 

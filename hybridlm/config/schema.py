@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hybridlm.model.config import ModelConfig, require
+from hybridlm.errors import require
+from hybridlm.model.config import ModelConfig
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,8 @@ import yaml
 
 from hybridlm.config.plain_yaml import Dumper, Loader
 from hybridlm.errors import ConfigError, nearest
-from hybridlm.model.config import FeedForwardConfig, MixerConfig
+from hybridlm.model.feed_forward.contract import FeedForwardConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 T = TypeVar("T")
 MISSING = "???"  # OmegaConf's mark for a value that must be given

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from hybridlm.config.schema import ZERO, Config
-from hybridlm.errors import ConfigError, counted
-from hybridlm.model.config import require
+from hybridlm.errors import ConfigError, counted, require
 
 
 @dataclass(frozen=True)

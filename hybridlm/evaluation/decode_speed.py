@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hybridlm.model.config import require
+from hybridlm.errors import require
 from hybridlm.model.cost import decode_state_bytes
 from hybridlm.model.model import HybridLM
 

@@ -12,10 +12,9 @@ from hybridlm import checkpoint as ckpt
 from hybridlm.config.compose import load_config
 from hybridlm.config.schema import Config
 from hybridlm.data import PackedDataset, check_vocab, prepare
-from hybridlm.errors import DataError
+from hybridlm.errors import DataError, require
 from hybridlm.evaluation.decode_speed import decode_speed
 from hybridlm.evaluation.perplexity import perplexity_by_position
-from hybridlm.model.config import require
 from hybridlm.training.stages import plan
 
 PARTS = ("perplexity", "decode")

@@ -22,9 +22,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from hybridlm import checkpoint as ckpt
 from hybridlm.data.hub import NotFound, look_up
 from hybridlm.data.tokenizer import Tokenizer
-from hybridlm.errors import ConfigError, DataError, nearest
+from hybridlm.errors import ConfigError, DataError, nearest, require
 from hybridlm.evaluation.perplexity import CHUNK, normed_states
-from hybridlm.model.config import require
 from hybridlm.model.generation import generate
 from hybridlm.model.model import HybridLM
 from hybridlm_kernels.packing import CuSeqlens

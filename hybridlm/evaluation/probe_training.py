@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from hybridlm.config.schema import LRScheduleConfig, OptimizerConfig
+from hybridlm.errors import require
 from hybridlm.evaluation.probes import Probe, Score, make_probe
-from hybridlm.model.config import ModelConfig, require
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM, build_model
 from hybridlm.training.lr_schedule import lr_factor
 from hybridlm.training.optimizer import OptimizerSet, build_optimizer

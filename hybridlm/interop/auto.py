@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hybridlm.config.serialization import from_dict
 from hybridlm.interop.families.native import MODEL_TYPE
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.feed_forward.router import Router
+from hybridlm.model.feed_forward.moe.router import Router
 from hybridlm.model.model import HybridLM
 from hybridlm.model.output import ModelState
 

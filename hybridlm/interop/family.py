@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hybridlm.errors import ConfigError
 from hybridlm.interop.mapping import Rule, Spec, rule
-from hybridlm.model.config import MixerConfig, ModelConfig
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 Derived = tuple[str, tuple[int, ...], Callable[[], Tensor]]  # name, shape, value in fp32
 LayerRules = Callable[[ModelConfig, MixerConfig, bool, str, str], Iterator[Rule]]

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from hybridlm.interop.mapping import Chain, Each, Layout, Reshape, Rule, Split, Stack, rule
-from hybridlm.model.config import FeedForwardConfig, MixerConfig
+from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.feed_forward.moe import MoEConfig
 from hybridlm.model.mixers import AttentionConfig, MLAConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 
 def same(o: str, t: str, *names: str | tuple[str, str]) -> Iterator[Rule]:

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hybridlm.model.config import LayerContext, ModelConfig, ResidualConfig
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.feed_forward import FeedForward, build_feed_forward
+from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux, SequenceMixer, build_mixer
 from hybridlm.model.norm import RMSNorm
+from hybridlm.model.residual.config import ResidualConfig
 from hybridlm.model.sequence import SequenceInfo
 
 

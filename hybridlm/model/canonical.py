@@ -6,10 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from hybridlm.config.serialization import to_dict
-from hybridlm.model.config import FeedForwardConfig, MixerConfig, ModelConfig
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.feed_forward.moe import MoEConfig
 from hybridlm.model.mixers import AttentionConfig, MLAConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 # Fields that say how weights start or are trained, not what is computed from them.
 INITIAL = ("a_init", "dt_bias_init", "dt_init")

@@ -1,131 +1,18 @@
-"""Typed configuration of a model: plain dataclasses, checked when they are made, no torch needed.
+"""Typed configuration of a model: plain dataclasses, checked when they are made.
 
-The config of one mixer lives beside that mixer in `hybridlm/model/mixers/`, with its cost methods;
-this file holds what every model has.
+The config of each mixer and feed-forward stands in the file of its kind, with its costs; this file holds what every
+model has.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
-from hybridlm.errors import ConfigError, nearest
-
-
-def require(condition: bool, key: str, what: str, *, got: object = None, expected: str = "", hint: str = "") -> None:
-    """Raise ConfigError(key, ...) unless `condition` holds."""
-    if not condition:
-        raise ConfigError(key, what, got=got, expected=expected, hint=hint)
-
-
-@dataclass(kw_only=True)
-class ResidualConfig:
-    """How a branch f (mixer or feed-forward) joins the residual stream h.
-
-    pre:    h + f(norm(h))                              (most models)
-    post:   h + norm(f(h))                              (OLMo 2/3, full layers of OLMo-Hybrid)
-    normed: x = norm(h); alpha * x + beta * f(x)        (MiniMax-01: the residual is the normed input)
-    `alpha` and `beta` scale the residual and the branch in every form.
-    """
-
-    form: Literal["pre", "post", "normed"] = "pre"
-    alpha: float = 1.0
-    beta: float = 1.0
-
-
-@dataclass(kw_only=True)
-class NormConfig:
-    """RMSNorm. `zero_centered` is the Gemma form: x_hat * (1 + weight), weight initialised at 0."""
-
-    eps: float = 1e-6
-    zero_centered: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.eps > 0, "eps", "must be positive", got=self.eps)
-
-
-@dataclass(kw_only=True)
-class LayerContext:
-    """What a branch may know of the model around it. Not user configuration."""
-
-    hidden_size: int
-    layer_index: int
-    num_layers: int
-    norm: NormConfig
-    max_position: int
-
-
-@dataclass(frozen=True)
-class ShardTraffic:
-    """Bytes of the tensors that one process hands to a kind of exchange between shards of rows (see
-    `hybridlm.model.context_parallel`), all shards together for `exchange`; in a backward of its gradients, for `gather` those of
-    what is its own."""
-
-    kind: Literal["gather", "exchange", "from_previous"]
-    forward: int
-    backward: int
-
-
-@dataclass(kw_only=True)
-class MixerConfig:
-    """Base of every mixer's config. Subclasses register a `kind` with `@register_mixer`.
-
-    Costs are known from the config alone. FLOPs count a multiply-add as 2, forward only.
-    """
-
-    kind: str
-    residual: ResidualConfig = field(default_factory=ResidualConfig)
-    is_linear: ClassVar[bool] = False  # fixed-size decode state: no term that grows with context
-
-    def num_params(self, context: LayerContext) -> int:
-        """Parameters of the mixer, without the branch's own norm."""
-        raise TypeError(f"{type(self).__name__} does not count its parameters")
-
-    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
-        """Forward FLOPs a token by part, averaged over a causal sequence of `context_length` tokens."""
-        raise TypeError(f"{type(self).__name__} does not count its FLOPs")
-
-    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
-        """FLOPs a token of a loss that the mixer computes for itself in training, its whole backward included."""
-        return 0.0
-
-    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        """Bytes of decode state for one sequence after `context_length` tokens."""
-        raise TypeError(f"{type(self).__name__} does not count its state")
-
-    def check_context_parallel(self, shards: int, length: int) -> None:
-        """Raise ConfigError unless the mixer can work on rows that are split into `shards` of `length` tokens (see
-        `hybridlm.model.context_parallel`)."""
-        raise ConfigError("kind", "cannot work on split rows", got=self.kind, expected="engine.context_parallel=1")
-
-    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
-                      element_bytes: int = 2) -> list[ShardTraffic]:
-        """What a training step exchanges where `rows` rows are split into `shards` of `length` tokens."""
-        raise TypeError(f"{type(self).__name__} does not count what shards exchange")
-
-
-@dataclass(kw_only=True)
-class FeedForwardConfig:
-    """Base of every feed-forward's config. `residual: null` follows the layer's mixer."""
-
-    kind: str
-    residual: ResidualConfig | None = None
-
-    def is_moe(self, layer_index: int) -> bool:
-        return False
-
-    def num_params(self, context: LayerContext, *, active: bool = False) -> int:
-        """Parameters of the feed-forward in layer `context.layer_index`; `active`: those one token meets."""
-        raise TypeError(f"{type(self).__name__} does not count its parameters")
-
-    def routed_params(self, context: LayerContext) -> int:
-        """Those of the parameters that belong to routed experts, which processes may divide among them."""
-        return 0
-
-    def flops_per_token(self, context: LayerContext) -> dict[str, float]:
-        """Forward FLOPs a token by part."""
-        raise TypeError(f"{type(self).__name__} does not count its FLOPs")
+from hybridlm.errors import did_you_mean, require
+from hybridlm.model.feed_forward.contract import FeedForwardConfig
+from hybridlm.model.layer_context import LayerContext, NormConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 
 @dataclass(kw_only=True)
@@ -209,7 +96,7 @@ class ModelConfig:
         layers = self.layers()
         for index, name in enumerate(layers):
             require(name in self.mixers, "schedule", f"layer {index} names an unknown mixer", got=name,
-                    expected=f"one of {sorted(self.mixers)}", hint=_did_you_mean(name, self.mixers))
+                    expected=f"one of {sorted(self.mixers)}", hint=did_you_mean(name, self.mixers))
         require(self.mtp.mixer is None or self.mtp.mixer in self.mixers, "mtp.mixer", "unknown mixer",
                 got=self.mtp.mixer, expected=f"one of {sorted(self.mixers)}")
 
@@ -222,8 +109,3 @@ class ModelConfig:
     def layer_context(self, layer_index: int) -> LayerContext:
         return LayerContext(hidden_size=self.hidden_size, layer_index=layer_index, num_layers=self.num_layers,
                             norm=self.norm, max_position=self.max_position)
-
-
-def _did_you_mean(name: str, known: object) -> str:
-    close = nearest(name, known)  # type: ignore[arg-type]
-    return f"did you mean '{close}'?" if close else ""

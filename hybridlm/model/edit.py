@@ -16,9 +16,10 @@ from torch import Tensor
 
 from hybridlm.config.serialization import from_dict, load_yaml
 from hybridlm.errors import ConfigError, nearest
-from hybridlm.model.config import MixerConfig, ModelConfig, ScheduleConfig
+from hybridlm.model.config import ModelConfig, ScheduleConfig
 from hybridlm.model.mixers import AttentionConfig, IndexerConfig, MLAConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
+from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.model import HybridLM, build_model
 from hybridlm.tensor_storage import unique_tensors
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hybridlm.model.config import require
+from hybridlm.errors import require
 from hybridlm.model.model import HybridLM
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hybridlm.model.config import LayerContext, MixerConfig, ModelConfig
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
 from hybridlm.model.feed_forward import MoEConfig
+from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers import AttentionConfig, MLAConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 FP32 = 4
 CHUNK = 32  # tokens a chunk of the linear mixers

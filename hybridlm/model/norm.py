@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.config import NormConfig
+from hybridlm.model.layer_context import NormConfig
 from hybridlm_kernels import gated_rms_norm, rms_norm
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hybridlm.model.config import require
+from hybridlm.errors import require
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import rotary
 

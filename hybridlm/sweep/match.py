@@ -13,10 +13,12 @@ from typing import Any
 
 from hybridlm.config.checks import validate
 from hybridlm.errors import ConfigError
-from hybridlm.model.config import FeedForwardConfig, MixerConfig, ModelConfig
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
+from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.mixers.attention import AttentionConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
+from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.sweep.plan import Point, named
 from hybridlm.sweep.request import SweepConfig
 from hybridlm.training.stages import plan as stages_of

@@ -20,10 +20,9 @@ from typing import Any
 
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, load_yaml, to_dict
-from hybridlm.errors import ConfigError, UserError
+from hybridlm.errors import ConfigError, UserError, require
 from hybridlm.evaluation.probe_training import probe_lengths, train_on_probe
 from hybridlm.evaluation.probes import Probe, make_probe
-from hybridlm.model.config import require
 from hybridlm.training.run_folder import RunFolder
 
 WORK_FILE, RESULTS_FOLDER = "work.yaml", "probes"

@@ -19,8 +19,7 @@ from hybridlm.config.compose import options
 from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict
-from hybridlm.errors import ConfigError, nearest
-from hybridlm.model.config import require
+from hybridlm.errors import ConfigError, nearest, require
 from hybridlm.sweep.probes import ProbeTask, read_tasks
 
 Match = Literal["none", "params", "flops", "state"]

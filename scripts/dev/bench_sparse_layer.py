@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """One layer of DeepSeek sparse attention on the CPU: forward and backward, sparse and dense and transformers', in turn.
 
-    OMP_NUM_THREADS=1 python scripts/dev/bench_sparse_layer.py [--heads 16 64] [--length 2048] [--topk 128] [--json FILE]
+    OMP_NUM_THREADS=1 python scripts/dev/bench_sparse_layer.py [--heads 16 64] [--length 2048] [--topk 128] \
+        [--json FILE]
 
 The layer is the MLA of `deepseek_v32` with its indexer (8 heads of 32; keys of 64 + 32, values of 64, latent of 128),
 with the same weights in all three. `core` is the attention without the projections around it: top-k and attention over
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlm.model.config import LayerContext, NormConfig
+from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo

@@ -9,9 +9,11 @@ import pytest
 from hybridlm.config.schema import Config, DataConfig, OptimizerConfig, StageConfig, TrackingConfig, TrainingConfig
 from hybridlm.config.serialization import describe, from_dict, hint_at, known_paths, load_yaml, to_dict, to_yaml
 from hybridlm.errors import ConfigError
-from hybridlm.model.config import FeedForwardConfig, MixerConfig, ModelConfig, ScheduleConfig
+from hybridlm.model.config import ModelConfig, ScheduleConfig
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig
+from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from hybridlm.cli import main
-from hybridlm.model.feed_forward.router import Router
+from hybridlm.model.feed_forward.moe.router import Router
 from tests.support import train_over_ranks
 from tests.support.over_ranks import assert_same_run, on_ranks
 

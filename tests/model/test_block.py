@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from hybridlm.model.block import Block, Branch
-from hybridlm.model.config import LayerContext, NormConfig, ResidualConfig, ScheduleConfig
+from hybridlm.model.config import ScheduleConfig
 from hybridlm.model.feed_forward import DenseConfig, build_feed_forward
+from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import AttentionConfig
+from hybridlm.model.residual.config import ResidualConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
 from tests.support.tiny_lm import BORDERS, VOCABULARY, config, moe, with_mtp

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.config import MixerConfig
+from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
 from tests.support.mixer_cases import CASES, HIDDEN, build, context_of

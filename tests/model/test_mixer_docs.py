@@ -11,8 +11,8 @@ import yaml
 
 from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.serialization import from_dict
-from hybridlm.model.config import MixerConfig
 from hybridlm.model.mixers import MIXERS, IndexerConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 PAGES = Path(__file__).parents[2] / "docs" / "mixers"
 CONFIGS = {kind: config for kind, (config, _) in MIXERS.items()} | {"indexer": IndexerConfig}

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.config import MixerConfig
 from hybridlm.model.mixers import (
     AttentionConfig,
     DeltaRuleConfig,
@@ -17,6 +16,7 @@ from hybridlm.model.mixers import (
     MLAConfig,
     build_mixer,
 )
+from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.mixers.linear_attention import decay_slopes
 from hybridlm.model.rope import RopeConfig, YarnConfig
 from hybridlm.model.sequence import SequenceInfo
@@ -52,7 +52,8 @@ BAD = {
     "rank without gate": (DeltaRuleConfig, {"num_heads": 4, "head_dim": 8, "output_gate": "none",
                                             "output_gate_rank": 4}, "output_gate_rank"),
     "empty range": (DeltaRuleConfig, {"num_heads": 4, "head_dim": 8, "a_init": (16.0, 1.0)}, "a_init"),
-    "discretize without step": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "discretize": True}, "discretize"),
+    "discretize without step": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "discretize": True},
+                                "discretize"),
     "negative norm eps": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "norm_eps": -1.0}, "norm_eps"),
     "no topk": (IndexerConfig, {"topk": 0}, "topk"),
     "theta": (RopeConfig, {"theta": 0.0}, "theta"),

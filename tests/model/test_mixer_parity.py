@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.config import LayerContext, MixerConfig, NormConfig
+from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import (
     AttentionConfig,
     DeltaRuleConfig,
@@ -18,6 +18,7 @@ from hybridlm.model.mixers import (
     MLAConfig,
     build_mixer,
 )
+from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.rope import RopeConfig, YarnConfig
 from hybridlm.model.sequence import SequenceInfo
 

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 
 from hybridlm.errors import ConfigError
 from hybridlm.model import ModelOutput, build_model
-from hybridlm.model.config import NormConfig, ResidualConfig, ScheduleConfig
+from hybridlm.model.config import ScheduleConfig
 from hybridlm.model.feed_forward import MoEConfig
+from hybridlm.model.layer_context import NormConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, LinearAttentionConfig, MLAConfig
 from hybridlm.model.model import HybridLM
 from hybridlm.model.output import GlobalBatch
+from hybridlm.model.residual.config import ResidualConfig
 from hybridlm.model.targets import build_targets
 from hybridlm_kernels import CuSeqlens
 from tests.support.tiny_lm import BORDERS, VOCABULARY, config, model, moe, with_mtp
@@ -29,7 +31,8 @@ MODELS = {
                                                shared_gate=True), "norm": NormConfig(zero_centered=True)},
     "tied_capped": {"tie_embeddings": True, "logit_soft_cap": 5.0, "z_loss": 1e-2},
     "normed_lightning": {"mixers": {
-        "linear": LinearAttentionConfig(num_heads=2, head_dim=16, residual=ResidualConfig(form="normed", alpha=2.0, beta=0.5)),
+        "linear": LinearAttentionConfig(num_heads=2, head_dim=16,
+                                        residual=ResidualConfig(form="normed", alpha=2.0, beta=0.5)),
         "full": AttentionConfig(num_heads=2, head_dim=16, residual=ResidualConfig(form="post"))}},
     "mla": {"schedule": ScheduleConfig(pattern=["linear", "mla"]), "mixers": {
         "linear": DeltaRuleConfig(num_heads=2, head_dim=16, decay="scalar"),

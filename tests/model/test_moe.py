@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.config import LayerContext, NormConfig
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig, SwiGLU, build_feed_forward
+from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from hybridlm.distributed.collective_counter import CountCollectives
 from hybridlm.distributed.expert_parallel import ExpertParallel
-from hybridlm.model.config import LayerContext, NormConfig
 from hybridlm.model.feed_forward import MoEConfig, build_feed_forward
+from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.sequence import SequenceInfo
 
 HIDDEN, LENGTH = 12, 10

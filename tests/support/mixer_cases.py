@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hybridlm.model.config import LayerContext, MixerConfig, NormConfig
+from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import (
     AttentionConfig,
     DeltaRuleConfig,
@@ -13,6 +13,7 @@ from hybridlm.model.mixers import (
     MLAConfig,
     build_mixer,
 )
+from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.rope import RopeConfig, YarnConfig
 from hybridlm.model.sequence import SequenceInfo
 
@@ -54,13 +55,15 @@ CASES: dict[str, MixerConfig] = {
     "deltanet": DeltaRuleConfig(num_heads=2, head_dim=8, decay="none", output_gate="none", conv_size=2),
     "lightning": LinearAttentionConfig(num_heads=4, head_dim=8),
     "retnet": LinearAttentionConfig(num_heads=4, head_dim=8, value_head_dim=12, slopes="retnet", feature_map="none",
-                          value_map="none", scale=None, norm="head", output_gate="silu"),
-    "linear_attention": LinearAttentionConfig(num_heads=2, head_dim=8, decay="none", feature_map="elu1", value_map="none",
-                                    norm="none", output_gate="none"),
-    "gla": LinearAttentionConfig(num_heads=2, head_dim=8, decay="channel", gate="logsigmoid", gate_rank=4, dt_bias_init="zeros",
-                       feature_map="none", value_map="none", scale=None, norm="head", output_gate="silu"),
-    "mamba2": LinearAttentionConfig(num_heads=2, num_value_heads=4, head_dim=8, decay="scalar", discretize=True, conv_size=4,
-                          feature_map="none", value_map="none", norm="none", output_gate="silu"),
+                                    value_map="none", scale=None, norm="head", output_gate="silu"),
+    "linear_attention": LinearAttentionConfig(num_heads=2, head_dim=8, decay="none", feature_map="elu1",
+                                              value_map="none", norm="none", output_gate="none"),
+    "gla": LinearAttentionConfig(num_heads=2, head_dim=8, decay="channel", gate="logsigmoid", gate_rank=4,
+                                 dt_bias_init="zeros", feature_map="none", value_map="none", scale=None, norm="head",
+                                 output_gate="silu"),
+    "mamba2": LinearAttentionConfig(num_heads=2, num_value_heads=4, head_dim=8, decay="scalar", discretize=True,
+                                    conv_size=4, feature_map="none", value_map="none", norm="none",
+                                    output_gate="silu"),
 }
 ZERO_CENTERED = {"qwen3_next_full", "gdn"}
 

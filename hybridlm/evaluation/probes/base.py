@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridlm.model.config import require
+from hybridlm.errors import require
 
 IGNORE = -100
 FILL = 0  # in every probe: a token that says nothing

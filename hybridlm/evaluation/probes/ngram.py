@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from hybridlm.errors import require
 from hybridlm.evaluation.probes.base import IGNORE, Probe, positive
-from hybridlm.model.config import require
 
 
 @dataclass(frozen=True, kw_only=True)

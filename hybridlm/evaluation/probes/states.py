@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from hybridlm.errors import require
 from hybridlm.evaluation.probes.base import FILL, IGNORE, Probe, positive
-from hybridlm.model.config import require
 
 OPERATORS = "+-*"
 

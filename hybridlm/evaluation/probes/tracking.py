@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from hybridlm.errors import require
 from hybridlm.evaluation.probes.base import Probe, ask, at_most, positive, scatter
-from hybridlm.model.config import require
 
 ASSIGN, QUERY, FIRST = 1, 2, 3
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from hybridlm.errors import require
 from hybridlm.evaluation.probes.base import FILL, Probe, ask, at_most, positive, scatter
-from hybridlm.model.config import require
 
 QUERY, FIRST = 1, 2
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from hybridlm.interop import config_fields, key_rules
 from hybridlm.interop.family import Derived, Family, HFConfig
 from hybridlm.interop.mapping import Rule, Split, rule
-from hybridlm.model.config import MixerConfig, ModelConfig, ResidualConfig
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers import AttentionConfig, LinearAttentionConfig
+from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.model.residual.config import ResidualConfig
 
 BLOCK_SIZE = 256  # of transformers' Lightning attention
 NAMES = {"linear_attention": "lightning", "full_attention": "full"}
@@ -41,7 +43,8 @@ def to_model(hf: HFConfig) -> dict[str, Any]:
     moe = {"kind": "moe", "router": "softmax", "num_experts": hf.num_local_experts,
            "num_experts_per_tok": hf.num_experts_per_tok, "moe_intermediate_size": hf.intermediate_size,
            "residual": residual_model(hf, "mlp")}
-    return config_fields.base_model(hf, [NAMES[kind] for kind in hf.layer_types], {"lightning": lightning, "full": full}, moe)
+    layers = [NAMES[kind] for kind in hf.layer_types]
+    return config_fields.base_model(hf, layers, {"lightning": lightning, "full": full}, moe)
 
 
 def residual_hf(residual: ResidualConfig, prefix: str) -> dict[str, Any]:
@@ -74,8 +77,8 @@ def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) ->
         dim = lightning.head_dim
         yield rule((f"{ours}q_proj.weight", f"{ours}k_proj.weight", f"{ours}v_proj.weight"),
                    f"{theirs}qkv_proj.weight", Split((dim, dim, dim), lightning.num_heads))
-        yield from key_rules.same(ours, theirs, ("g_proj.weight", "output_gate.weight"), ("o_norm.weight", "norm.weight"),
-                              ("o_proj.weight", "out_proj.weight"))
+        yield from key_rules.same(ours, theirs, ("g_proj.weight", "output_gate.weight"),
+                                  ("o_norm.weight", "norm.weight"), ("o_proj.weight", "out_proj.weight"))
     yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t, moe_name="block_sparse_moe",
                                         experts=("w1", "w3", "w2"))
 

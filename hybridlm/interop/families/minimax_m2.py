@@ -8,8 +8,9 @@ from typing import Any
 from hybridlm.interop import config_fields, key_rules
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.interop.mapping import Rule
-from hybridlm.model.config import MixerConfig, ModelConfig
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers import AttentionConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 
 def to_model(hf: HFConfig) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.interop.mapping import Rule, rule
-from hybridlm.model.config import MixerConfig, ModelConfig
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.mixers.contract import MixerConfig
 
 MODEL_TYPE = "hybridlm"
 PREFIX = "model."  # our parameter names stand under this one

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from hybridlm.model.config import FeedForwardConfig, LayerContext
+from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux
+from hybridlm.model.residual.config import ResidualConfig
 from hybridlm.model.sequence import SequenceInfo
+
+
+@dataclass(kw_only=True)
+class FeedForwardConfig:
+    """Base of every feed-forward's config. `residual: null` follows the layer's mixer."""
+
+    kind: str
+    residual: ResidualConfig | None = None
+
+    def is_moe(self, layer_index: int) -> bool:
+        return False
+
+    def num_params(self, context: LayerContext, *, active: bool = False) -> int:
+        """Parameters of the feed-forward in layer `context.layer_index`; `active`: those one token meets."""
+        raise TypeError(f"{type(self).__name__} does not count its parameters")
+
+    def routed_params(self, context: LayerContext) -> int:
+        """Those of the parameters that belong to routed experts, which processes may divide among them."""
+        return 0
+
+    def flops_per_token(self, context: LayerContext) -> dict[str, float]:
+        """Forward FLOPs a token by part."""
+        raise TypeError(f"{type(self).__name__} does not count its FLOPs")
 
 
 class FeedForward(nn.Module):

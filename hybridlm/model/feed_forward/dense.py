@@ -7,8 +7,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from hybridlm.model.config import FeedForwardConfig, LayerContext, require
-from hybridlm.model.feed_forward.contract import FeedForward, register_feed_forward
+from hybridlm.errors import require
+from hybridlm.model.feed_forward.contract import FeedForward, FeedForwardConfig, register_feed_forward
+from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import swiglu

@@ -17,13 +17,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.config import LayerContext, MixerConfig, ShardTraffic, require
+from hybridlm.errors import require
 from hybridlm.model.decode_state import AttentionState
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.cost import visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer
 from hybridlm.model.mixers.common.indexer import IndexerConfig
-from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo

@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hybridlm.model.config import LayerContext, MixerConfig
+from hybridlm.errors import ConfigError
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
+from hybridlm.model.residual.config import ResidualConfig
 from hybridlm.model.sequence import SequenceInfo
 
 # Of one layer: named losses ("loss/..."), and statistics that are reported over all layers ("stat/...") or also for
 # each ("layer/...").
 Aux = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class MixerConfig:
+    """Base of every mixer's config. Subclasses register a `kind` with `@register_mixer`.
+
+    Costs are known from the config alone. FLOPs count a multiply-add as 2, forward only.
+    """
+
+    kind: str
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    is_linear: ClassVar[bool] = False  # fixed-size decode state: no term that grows with context
+
+    def num_params(self, context: LayerContext) -> int:
+        """Parameters of the mixer, without the branch's own norm."""
+        raise TypeError(f"{type(self).__name__} does not count its parameters")
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        """Forward FLOPs a token by part, averaged over a causal sequence of `context_length` tokens."""
+        raise TypeError(f"{type(self).__name__} does not count its FLOPs")
+
+    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        """FLOPs a token of a loss that the mixer computes for itself in training, its whole backward included."""
+        return 0.0
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        """Bytes of decode state for one sequence after `context_length` tokens."""
+        raise TypeError(f"{type(self).__name__} does not count its state")
+
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        """Raise ConfigError unless the mixer can work on rows that are split into `shards` of `length` tokens (see
+        `hybridlm.model.context_parallel`)."""
+        raise ConfigError("kind", "cannot work on split rows", got=self.kind, expected="engine.context_parallel=1")
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        """What a training step exchanges where `rows` rows are split into `shards` of `length` tokens."""
+        raise TypeError(f"{type(self).__name__} does not count what shards exchange")
 
 
 class SequenceMixer(nn.Module):

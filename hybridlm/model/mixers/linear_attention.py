@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridlm.model.config import LayerContext, require
+from hybridlm.errors import require
 from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
+from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.sequence import SequenceInfo

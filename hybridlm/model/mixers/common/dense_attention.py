@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor
 
-from hybridlm.model.config import require
+from hybridlm.errors import require
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import attention
 

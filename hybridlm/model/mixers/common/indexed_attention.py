@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hybridlm.errors import ConfigError
-from hybridlm.model.config import LayerContext, require
+from hybridlm.errors import ConfigError, require
+from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.common.dense_attention import dense_attention
 from hybridlm.model.mixers.common.indexer import AttentionMode, IndexCache, Indexer, IndexerConfig, IndexTensors
 from hybridlm.model.mixers.common.init import init_projections

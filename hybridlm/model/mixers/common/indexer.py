@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridlm.model.config import LayerContext, ShardTraffic, require
+from hybridlm.errors import require
 from hybridlm.model.decode_state import PooledCache, TokenCache
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.cost import open_tail, visible_keys, visible_pools
 from hybridlm.model.mixers.common.key_pooling import KeyPool
 from hybridlm.model.rope import RopeConfig, rotate

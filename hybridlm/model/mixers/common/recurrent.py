@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridlm.model.config import LayerContext, MixerConfig, ShardTraffic, require
+from hybridlm.errors import require
 from hybridlm.model.decode_state import RecurrentState
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
-from hybridlm.model.mixers.contract import SequenceMixer
+from hybridlm.model.mixers.contract import MixerConfig, SequenceMixer
 from hybridlm.model.norm import GatedRMSNorm, RMSNorm
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, short_conv

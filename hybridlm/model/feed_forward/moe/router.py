@@ -7,17 +7,14 @@ s: scores; b: correction bias; the sets and symbols are those of DeepSeek-V3, se
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridlm.model.feed_forward.moe.config import MoEConfig
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.sequence import SequenceInfo
-
-if TYPE_CHECKING:
-    from hybridlm.model.feed_forward.moe import MoEConfig
 
 NORM_EPS = 1e-20  # sigmoid scores of a token's experts may all be tiny
 

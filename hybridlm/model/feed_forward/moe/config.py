@@ -1,25 +1,14 @@
-"""Mixture of experts: every token meets a few routed experts, and the shared ones.
-
-B rows, T tokens, N = B*T, D model width, E experts, A experts a token, I expert width.
-"""
+"""Configuration of a mixture of experts, with its costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
-from hybridlm.model.config import FeedForwardConfig, LayerContext, require
-from hybridlm.model.feed_forward.contract import FeedForward, register_feed_forward
-from hybridlm.model.feed_forward.dense import DenseConfig, SwiGLU, check_limit
-from hybridlm.model.feed_forward.router import Router
-from hybridlm.model.mixers.contract import Aux
-from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import moe_experts
+from hybridlm.errors import require
+from hybridlm.model.feed_forward.contract import FeedForwardConfig
+from hybridlm.model.feed_forward.dense import DenseConfig, check_limit
+from hybridlm.model.layer_context import LayerContext
 
 
 @dataclass(kw_only=True)
@@ -137,113 +126,3 @@ class MoEConfig(FeedForwardConfig):
             "experts": 6.0 * hidden * self.moe_intermediate_size * self.num_experts_per_tok,
             "shared_experts": 6.0 * hidden * self.shared_width + (2.0 * hidden if self.shared_gate else 0.0),
         }
-
-
-# Brings tokens [N, D] with their expert ids and weights [N, A] to `compute`, wherever that is, and the results back.
-Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
-Dispatch = Callable[[Compute, Tensor, Tensor, Tensor], Tensor]
-
-
-class Experts(nn.Module):
-    """Weights of the routed experts: gate_up [E, 2I, D] (gate rows first) and down [E, D, I].
-
-    Where other processes hold the rest (`hold`), E counts those of `held`, and `dispatch` takes tokens to their
-    experts.
-    """
-
-    def __init__(self, config: MoEConfig, hidden_size: int):
-        super().__init__()
-        experts, width = config.num_experts, config.moe_intermediate_size
-        self.limit = config.swiglu_limit
-        self.num_experts = experts
-        self.held = range(experts)
-        self.dispatch: Dispatch | None = None
-        self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
-        self.down = nn.Parameter(torch.empty(experts, hidden_size, width))
-
-    def forward(self, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        device, dtype = x_ND.device.type, x_ND.dtype
-        if torch.is_autocast_enabled(device):  # a fused operation does not take part in autocast
-            dtype = torch.get_autocast_dtype(device)
-        run = self._compute if self.dispatch is None else partial(self.dispatch, self._compute)
-        return run(x_ND.to(dtype), ids_NA, weights_NA)
-
-    def _compute(self, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """`ids_NA` count from the first expert held."""
-        return moe_experts(x_ND, self.gate_up.to(x_ND.dtype), self.down.to(x_ND.dtype), ids_NA, weights_NA,
-                           limit=self.limit)
-
-    def hold(self, held: range, dispatch: Dispatch) -> None:
-        """Keep the experts of `held` alone."""
-        for name in ("gate_up", "down"):
-            whole = getattr(self, name)
-            setattr(self, name, nn.Parameter(whole.detach()[held.start:held.stop].clone(), whole.requires_grad))
-        self.held, self.dispatch = held, dispatch
-
-    @torch.no_grad()
-    def init_weights(self, std: float) -> None:
-        """The values of an expert do not depend on which others are held."""
-        for weight in (self.gate_up, self.down):
-            whole = weight if len(weight) == self.num_experts else weight.new_empty(self.num_experts, *weight.shape[1:])
-            nn.init.normal_(whole, std=std)
-            if whole is not weight:
-                weight.copy_(whole[self.held.start:self.held.stop])
-
-
-@register_feed_forward("moe", MoEConfig)
-class MixtureOfExperts(FeedForward):
-    """y = sum_a w_a expert_a(x) + gate(x) * shared(x), no token dropped.
-
-    DeepSeek-V3 section 2.1.2; parameters router.weight, experts.gate_up, experts.down, shared.*, shared_gate.weight,
-    buffers router.bias and router.load.
-    """
-
-    fp32_parameters = ("router.weight", "router.bias")
-
-    @classmethod
-    def build(cls, config: FeedForwardConfig, context: LayerContext) -> FeedForward:
-        assert isinstance(config, MoEConfig)
-        dense = config.dense_config(context)
-        return cls(config, context) if dense is None else SwiGLU(dense, context)
-
-    def __init__(self, config: MoEConfig, context: LayerContext):
-        super().__init__()
-        self.config = config
-        self.router = Router(config, context.hidden_size)
-        self.experts = Experts(config, context.hidden_size)
-        self.shared: SwiGLU | None = None
-        self.shared_gate: nn.Linear | None = None
-        if config.num_shared_experts:
-            self.shared = SwiGLU(
-                DenseConfig(intermediate_size=config.shared_width, swiglu_limit=config.swiglu_limit), context)
-        if config.shared_gate:
-            self.shared_gate = nn.Linear(context.hidden_size, 1, bias=False)
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        return {"balance": self.config.balance_loss, "router_z": self.config.router_z_loss}
-
-    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
-        ids_NA, weights_NA, aux = self.router(x_BTD, seq)
-        y_ND = self.experts(x_BTD.reshape(-1, x_BTD.shape[-1]), ids_NA, weights_NA)
-        y_BTD = y_ND.view(x_BTD.shape)
-        if self.shared is not None:
-            shared_BTD, _ = self.shared(x_BTD, seq)
-            if self.shared_gate is not None:
-                shared_BTD = torch.sigmoid(self.shared_gate(x_BTD)) * shared_BTD
-            y_BTD = y_BTD + shared_BTD
-        return y_BTD, aux
-
-    def record(self, aux: Aux) -> None:
-        self.router.load += aux["load"]
-
-    def post_optimizer_step(self, update: bool = True) -> None:
-        self.router.balance(update)
-
-    def init_weights(self, std: float) -> None:
-        self.router.init_weights(std)
-        self.experts.init_weights(std)
-        if self.shared is not None:
-            self.shared.init_weights(std)
-        if self.shared_gate is not None:
-            nn.init.normal_(self.shared_gate.weight, std=std)

@@ -1,0 +1,77 @@
+"""Mixture of experts: every token meets a few routed experts, and the shared ones.
+
+B rows, T tokens, N = B*T, D model width, A experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.model.feed_forward.contract import FeedForward, FeedForwardConfig, register_feed_forward
+from hybridlm.model.feed_forward.dense import DenseConfig, SwiGLU
+from hybridlm.model.feed_forward.moe.config import MoEConfig
+from hybridlm.model.feed_forward.moe.experts import Experts
+from hybridlm.model.feed_forward.moe.router import Router
+from hybridlm.model.layer_context import LayerContext
+from hybridlm.model.mixers.contract import Aux
+from hybridlm.model.sequence import SequenceInfo
+
+
+@register_feed_forward("moe", MoEConfig)
+class MixtureOfExperts(FeedForward):
+    """y = sum_a w_a expert_a(x) + gate(x) * shared(x), no token dropped.
+
+    DeepSeek-V3 section 2.1.2; parameters router.weight, experts.gate_up, experts.down, shared.*, shared_gate.weight,
+    buffers router.bias and router.load.
+    """
+
+    fp32_parameters = ("router.weight", "router.bias")
+
+    @classmethod
+    def build(cls, config: FeedForwardConfig, context: LayerContext) -> FeedForward:
+        assert isinstance(config, MoEConfig)
+        dense = config.dense_config(context)
+        return cls(config, context) if dense is None else SwiGLU(dense, context)
+
+    def __init__(self, config: MoEConfig, context: LayerContext):
+        super().__init__()
+        self.config = config
+        self.router = Router(config, context.hidden_size)
+        self.experts = Experts(config, context.hidden_size)
+        self.shared: SwiGLU | None = None
+        self.shared_gate: nn.Linear | None = None
+        if config.num_shared_experts:
+            self.shared = SwiGLU(
+                DenseConfig(intermediate_size=config.shared_width, swiglu_limit=config.swiglu_limit), context)
+        if config.shared_gate:
+            self.shared_gate = nn.Linear(context.hidden_size, 1, bias=False)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"balance": self.config.balance_loss, "router_z": self.config.router_z_loss}
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
+        ids_NA, weights_NA, aux = self.router(x_BTD, seq)
+        y_ND = self.experts(x_BTD.reshape(-1, x_BTD.shape[-1]), ids_NA, weights_NA)
+        y_BTD = y_ND.view(x_BTD.shape)
+        if self.shared is not None:
+            shared_BTD, _ = self.shared(x_BTD, seq)
+            if self.shared_gate is not None:
+                shared_BTD = torch.sigmoid(self.shared_gate(x_BTD)) * shared_BTD
+            y_BTD = y_BTD + shared_BTD
+        return y_BTD, aux
+
+    def record(self, aux: Aux) -> None:
+        self.router.load += aux["load"]
+
+    def post_optimizer_step(self, update: bool = True) -> None:
+        self.router.balance(update)
+
+    def init_weights(self, std: float) -> None:
+        self.router.init_weights(std)
+        self.experts.init_weights(std)
+        if self.shared is not None:
+            self.shared.init_weights(std)
+        if self.shared_gate is not None:
+            nn.init.normal_(self.shared_gate.weight, std=std)

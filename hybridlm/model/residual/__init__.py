@@ -1,0 +1,1 @@
+"""Residual streams: how a layer's branches read from the stream and write back to it."""

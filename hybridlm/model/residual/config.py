@@ -1,0 +1,21 @@
+"""Configuration of the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class ResidualConfig:
+    """How a branch f (mixer or feed-forward) joins the residual stream h.
+
+    pre:    h + f(norm(h))                              (most models)
+    post:   h + norm(f(h))                              (OLMo 2/3, full layers of OLMo-Hybrid)
+    normed: x = norm(h); alpha * x + beta * f(x)        (MiniMax-01: the residual is the normed input)
+    `alpha` and `beta` scale the residual and the branch in every form.
+    """
+
+    form: Literal["pre", "post", "normed"] = "pre"
+    alpha: float = 1.0
+    beta: float = 1.0
