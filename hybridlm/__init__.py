@@ -2,9 +2,12 @@
 
     config = hybridlm.load_config("train", ["model=kimi_linear_tiny"])
     model = hybridlm.build_model(config)
-    model = hybridlm.load_checkpoint("runs/default")
+    result = hybridlm.train(config)
+    model = hybridlm.load_checkpoint(result.checkpoint)
 
-Names load when first used, so that `import hybridlm` and the command line start at once.
+A mixer or feed-forward of your own needs `register_mixer` or `register_feed_forward` and the contracts beside them;
+`examples/my_mixer.py` is one. Names load when they are first used, so that `import hybridlm` and the command line start
+at once.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,16 +16,18 @@ if TYPE_CHECKING:
     from hybridlm.checkpoint import load_checkpoint as load_checkpoint
     from hybridlm.config.compose import load_config as load_config
     from hybridlm.model.model import build_model as build_model
+    from hybridlm.training import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_config": "hybridlm.config.compose",
     "build_model": "hybridlm.model.model",
     "load_checkpoint": "hybridlm.checkpoint",
+    "load_config": "hybridlm.config.compose",
+    "train": "hybridlm.training",
 }
 
-__all__ = ["__version__", "build_model", "load_checkpoint", "load_config"]
+__all__ = ["__version__", "build_model", "load_checkpoint", "load_config", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,3 +36,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm import cli
-from hybridlm.cli import checks, main, models, runs
+from hybridlm.cli import dispatch, doctor, generate, main, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +25,7 @@ def fails(capsys, *argv):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["trian"], ["unknown command 'trian'", "did you mean 'train'"]),
-    (["zzz"], ["expected one of train, prepare, sweep, inspect, generate, import"]),
+    (["zzz"], ["expected one of train, sweep, inspect, generate, eval, report, prepare, import"]),
     (["train", "--dryrun"], ["--dryrun", "did you mean '--dry-run'", "hybridlm train --help"]),
     (["train", "training.step=3"], ["training.step", "did you mean 'steps'"]),
     (["train", "training.steps=many"], ["training.steps", "'many'", "a whole number"]),
@@ -61,11 +60,11 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypat
 def test_help_has_commands_and_examples(capsys, argv):
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in cli.COMMANDS)
+    assert all(name in out for name in dispatch.COMMANDS)
     assert "hybridlm train experiment=quickstart" in out
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+@pytest.mark.parametrize("command", sorted(dispatch.COMMANDS))
 def test_every_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -209,7 +208,7 @@ def test_prepare_says_what_it_set_aside(tmp_path, capsys):
 def test_text_is_written_in_any_encoding(tmp_path, monkeypatch, encoding, shown):
     with (tmp_path / "out").open("w", encoding=encoding) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        models.write_text("aéb\n")
+        generate.write_text("aéb\n")
         monkeypatch.undo()
     assert (tmp_path / "out").read_text(encoding=encoding) == shown
 
@@ -218,7 +217,7 @@ def test_a_terminal_gets_no_control_characters(tmp_path, monkeypatch):
     with (tmp_path / "out").open("w", encoding="utf-8") as stream:
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
         monkeypatch.setattr(sys, "stdout", stream)
-        models.write_text("a\x1b]0;title\x07\tb\n")
+        generate.write_text("a\x1b]0;title\x07\tb\n")
         monkeypatch.undo()
     assert (tmp_path / "out").read_text(encoding="utf-8") == "a\ufffd]0;title\ufffd\tb\n"
 
@@ -227,7 +226,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     def broken(argv):
         raise ZeroDivisionError("bug")
 
-    monkeypatch.setattr(checks, "doctor_command", broken)
+    monkeypatch.setattr(doctor, "run", broken)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
 
@@ -236,7 +235,7 @@ def test_ctrl_c_shows_no_traceback(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checks, "doctor_command", interrupted)
+    monkeypatch.setattr(doctor, "run", interrupted)
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == "\ninterrupted\n"
 
@@ -247,6 +246,6 @@ def test_a_run_that_could_not_go_on_is_exit_code_1(monkeypatch, capsys):
     def stopped(argv):
         raise TrainingStopped("3 steps in a row\nwere not finite")
 
-    monkeypatch.setattr(runs, "train_command", stopped)
+    monkeypatch.setattr(train, "run", stopped)
     assert main(["train"]) == 1
     assert capsys.readouterr().err == "error: 3 steps in a row were not finite\n"

@@ -1,4 +1,4 @@
-"""`python -m hybridlm.cli`: the command where its script is not on the path."""
+"""Entry point of `python -m hybridlm.cli`, for where the `hybridlm` script is not on the path."""
 
 import sys
 

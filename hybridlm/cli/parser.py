@@ -1,23 +1,51 @@
-"""How every subcommand reads its arguments and says what is wrong with them."""
+"""What the commands share in reading their arguments: one parser, one way of saying what is wrong with a word."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from hybridlm.errors import UserError, nearest
+from hybridlm.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
     from hybridlm.config.schema import Config
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with this program's way of saying what is wrong."""
+    """An argument parser that raises errors instead of printing usage, and imports the code named by `--import`.
 
-    def __init__(self, name: str, description: str, examples: str):
+    Args:
+        name: the command.
+        description: what the command does, for its help.
+        examples: command lines that can be pasted, one per line.
+        imports: whether the command takes `--import`, so that kinds of the user's own can be used.
+    """
+
+    def __init__(self, name: str, description: str, examples: str, *, imports: bool = True):
         super().__init__(prog=f"hybridlm {name}", description=description, epilog=f"examples:\n{examples}",
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.imports = imports
+        if imports:
+            self.add_argument("--import", action="append", default=[], dest="user_code", metavar="FILE | MODULE",
+                              help="import a Python file or module that registers kinds of your own (mixers, "
+                                   "feed-forwards, optimizers, probes, ...); may be given again")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        return self._with_user_code(super().parse_args(args, namespace))
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
+                              namespace: Any = None) -> Any:
+        return self._with_user_code(super().parse_intermixed_args(args, namespace))
+
+    def _with_user_code(self, parsed: argparse.Namespace) -> argparse.Namespace:
+        if self.imports:
+            from hybridlm.user_code import import_user_code
+
+            import_user_code(parsed.user_code)
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
@@ -25,19 +53,21 @@ class Parser(argparse.ArgumentParser):
         hint = f"did you mean '{close}'? " if close else ""
         raise UserError(f"{message}; {hint}see `{self.prog} --help`")
 
-    def overrides(self, what: str = "a run") -> None:
+    def add_overrides(self, what: str = "a run") -> None:
+        """Add `key=value ...` and `--config-dir`; `what` names in the help what the settings are of."""
         self.add_argument("overrides", nargs="*", metavar="key=value",
                           help=f"settings of {what}: model=NAME, training.steps=100, ...; the name or YAML file of "
-                               "a whole config may stand first")
+                               "a complete config may stand first")
         self.add_argument("--config-dir", metavar="FOLDER",
                           help="a folder of your own configs (model/, experiment/, ...), searched first")
 
-    def json(self) -> None:
+    def add_json(self) -> None:
+        """Add `--json`."""
         self.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def load(args: argparse.Namespace) -> Config:
-    """The config that positional arguments name: [config] key=value ..."""
+def load_run_config(args: argparse.Namespace) -> Config:
+    """The config of a run that the positional arguments name: [config] key=value ..."""
     from hybridlm.config.compose import load_config
 
     words = list(args.overrides)
@@ -45,3 +75,46 @@ def load(args: argparse.Namespace) -> Config:
     if words and ("=" not in words[0] or os.path.isfile(words[0])) and not words[0].startswith("~"):
         name = words.pop(0)
     return load_config(name, words, config_dir=args.config_dir)
+
+
+def choose_device(asked: str | None) -> str:
+    """The device of `--device`: cpu or cuda; without one, a GPU where there is one.
+
+    Raises:
+        ConfigError: another word, or cuda where torch sees no GPU.
+    """
+    import torch
+
+    if asked not in (None, "cpu", "cuda"):
+        raise ConfigError("--device", "unknown", got=asked, expected="cpu or cuda")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device", "torch sees no GPU", got="cuda", expected="cpu")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_integers(option: str, text: str, example: str) -> list[int]:
+    """Whole numbers between commas.
+
+    >>> read_integers("--lengths", "64,128", "64,128,256")
+    [64, 128]
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(option, "must be whole numbers between commas", got=text,
+                          expected=f"such as {example}") from None
+
+
+def read_value(text: str) -> Any:
+    """A value as JSON would read it; text where it is not JSON.
+
+    >>> read_value("16"), read_value("true"), read_value("half")
+    (16, True, 'half')
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -12,7 +12,8 @@ from hybridlm.cli.parser import Parser
 from hybridlm.errors import ConfigError
 
 
-def report_command(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
+    """Write the page of a run or a sweep; returns the exit code."""
     parser = Parser("report", "Figures and tables of a run or a sweep, in one HTML page that needs no network.", """\
   hybridlm report runs/first
   hybridlm report runs/sweeps/hybrid_ratio --png figures/
@@ -25,7 +26,7 @@ def report_command(argv: Sequence[str]) -> int:
                         help="draw this metric of metrics.jsonl as well; may be given again")
     parser.add_argument("--watch", nargs="?", type=float, const=0.0, metavar="SECONDS",
                         help="write the page again when the run goes on, until Ctrl-C; the page reloads itself")
-    parser.json()
+    parser.add_json()
     args = parser.parse_args(argv)
     if args.watch is not None and (args.watch < 0 or 0 < args.watch < 1):
         raise ConfigError("--watch", "is too short", got=args.watch, expected="at least 1 second")

@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from hybridlm.sweep.plan import SweepPlan
 
 
-def sweep_command(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
+    """Show, run or collect a sweep; returns the exit code."""
     parser = Parser("sweep", "Many runs that differ in what is compared and in nothing else. The same command goes on "
                              "with a sweep that was stopped.", """\
   hybridlm sweep sweep=hybrid_ratio --dry-run
   hybridlm sweep model=hybrid_tiny model.schedule.linear=kda,gdn,lightning model.schedule.ratio=0,1,3,7,inf \\
       training.seed=0,1 sweep.match=params
   hybridlm sweep sweep.dir=runs/sweeps/hybrid_ratio --collect""")
-    parser.overrides("all points; a key with several values, a,b,c, is varied; sweep=NAME and sweep.KEY=... are the "
-                     "sweep's own")
+    parser.add_overrides("all points; a key with several values, a,b,c, is varied; sweep=NAME and sweep.KEY=... are "
+                         "the sweep's own")
     parser.add_argument("--dry-run", action="store_true", help="show the points and what they cost, run nothing")
     parser.add_argument("--measure", action="store_true", help="estimate times from a few passes of each model")
     parser.add_argument("--jobs", type=int, metavar="N", help="points at a time on this machine (default 1)")
     parser.add_argument("--retry-failed", action="store_true", help="start failed points again")
     parser.add_argument("--collect", action="store_true", help="only collect results of what has finished")
-    parser.json()
+    parser.add_json()
     args = parser.parse_intermixed_args(argv)
     if args.jobs is not None and args.jobs < 1:
         raise ConfigError("--jobs", "must be positive", got=args.jobs)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hybridlm.checkpoint import load_checkpoint, resolve
 from hybridlm.cli import main
-from hybridlm.cli.evaluate import _parser
+from hybridlm.cli.eval import _parser
 from hybridlm.config.compose import load_config
 from hybridlm.data import PackedDataset, prepare
 from hybridlm.evaluation.decode_speed import decode_speed
@@ -99,7 +99,7 @@ def test_the_tables_say_the_same(run, capsys):
     folder, record = run
     assert main(["eval", str(folder / "run"), "--device", "cpu", "--contexts", "16", "--decode-tokens", "1"]) == 0
     out = capsys.readouterr().out
-    assert f"loss {record['validation_loss']:.4f} a token" in out
+    assert f"loss {record['validation_loss']:.4f} per token" in out
     assert "tokens before" in out
     assert "decode tok/s" in out
 

@@ -8,28 +8,32 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from hybridlm.cli.parser import Parser, load
+from hybridlm.cli.parser import Parser, choose_device, load_run_config, read_integers, read_value
 from hybridlm.errors import ConfigError, counted
 
-# What is measured, and the options that only it takes.
-OPTIONS = {"an evaluation of a checkpoint, without --probe and --tasks":
-           ("windows", "sequence_length", "contexts", "decode_tokens", "only"),
-           "--probe": ("steps", "lr", "seed", "length", "lengths", "examples", "zero_shot", "fine_tune"),
-           "--tasks": ("task_folder", "num_fewshot", "limit")}
+# The three things that can be measured, and the options that only one of them takes.
+CHECKPOINT = "an evaluation of a checkpoint, without --probe and --tasks"
+PROBE = "--probe"
+TASKS = "--tasks"
+OPTIONS = {CHECKPOINT: ("windows", "sequence_length", "contexts", "decode_tokens", "only"),
+           PROBE: ("steps", "lr", "seed", "length", "lengths", "examples", "zero_shot", "fine_tune"),
+           TASKS: ("task_folder", "num_fewshot", "limit")}
 
 
-def eval_command(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
+    """Evaluate a checkpoint, or an architecture on probes; returns the exit code."""
     args = _parser().parse_intermixed_args(argv)
     if args.probe and args.tasks:
         raise ConfigError("--tasks", "goes without --probe", got=args.tasks)
-    checkpoint, probe, tasks = OPTIONS
-    asked = probe if args.probe else tasks if args.tasks else checkpoint
-    for where, names in OPTIONS.items():
+    asked = CHECKPOINT
+    if args.probe or args.tasks:
+        asked = PROBE if args.probe else TASKS
+    for owner, names in OPTIONS.items():
         for name in names:
-            if where != asked and getattr(args, name) not in (None, False):
-                raise ConfigError(f"--{name.replace('_', '-')}", f"goes with {where}", got=getattr(args, name))
-    measure, show = {checkpoint: (_checkpoint, _show_checkpoint), probe: (_probes, _show_probes),
-                     tasks: (_tasks, _show_tasks)}[asked]
+            if owner != asked and getattr(args, name) not in (None, False):
+                raise ConfigError(f"--{name.replace('_', '-')}", f"goes with {owner}", got=getattr(args, name))
+    measure, show = {CHECKPOINT: (_evaluate, _show_evaluation), PROBE: (_train_on_probes, _show_probes),
+                     TASKS: (_run_tasks, _show_tasks)}[asked]
     report = measure(args)
     if args.json:
         print(json.dumps(report))
@@ -56,7 +60,7 @@ def _parser() -> Parser:
     parser.add_argument("--config-dir", metavar="FOLDER", help="a folder of your own configs, searched first")
     parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
     parser.add_argument("--batch-size", type=int, metavar="N")
-    parser.json()
+    parser.add_json()
     group = parser.add_argument_group("a checkpoint")
     group.add_argument("--only", choices=("perplexity", "decode"), help="leave the other out")
     group.add_argument("--windows", type=int, metavar="N", help="of text; default as in the run's validation, 0 all")
@@ -81,47 +85,34 @@ def _parser() -> Parser:
     group.add_argument("--tasks", metavar="NAME,...", help="tasks, groups, or YAML files that define one")
     group.add_argument("--task-folder", metavar="FOLDER", help="definitions of your own (lm-eval runs code they name)")
     group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
-    group.add_argument("--limit", type=int, metavar="N", help="examples a task (default all)")
+    group.add_argument("--limit", type=int, metavar="N", help="examples per task (default all)")
     return parser
 
 
-def _device(args: argparse.Namespace) -> str:
-    import torch
-
-    if args.device not in (None, "cpu", "cuda"):
-        raise ConfigError("--device", "unknown", got=args.device, expected="cpu or cuda")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device", "torch sees no GPU", got="cuda", expected="cpu")
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(option, "must be whole numbers between commas", got=text,
-                          expected="such as 64,128,256") from None
-
-
 def _given(**options: Any) -> dict[str, Any]:
-    """Only what was given: the defaults are those of the function that is called."""
+    """The options that are not None. For the others the defaults of the called function hold."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+def _lengths(option: str, text: str | None) -> list[int] | None:
+    return None if text is None else read_integers(option, text, "64,128,256")
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if not args.overrides:
         raise ConfigError("", "nothing to evaluate", expected="a checkpoint or run folder, or --probe NAME",
                           hint="see `hybridlm eval --help`")
     from hybridlm.evaluation.evaluate import evaluate_checkpoint
 
-    contexts = _numbers("--contexts", args.contexts)
+    contexts = _lengths("--contexts", args.contexts)
     options = _given(windows=args.windows, sequence_length=args.sequence_length, batch_size=args.batch_size,
                      contexts=contexts, decode_tokens=args.decode_tokens, parts=args.only and [args.only])
     path, *overrides = args.overrides
-    return evaluate_checkpoint(path, overrides, device=_device(args), config_dir=args.config_dir, **options)
+    return evaluate_checkpoint(path, overrides, device=choose_device(args.device), config_dir=args.config_dir,
+                               **options)
 
 
-def _tasks(args: argparse.Namespace) -> dict[str, Any]:
+def _run_tasks(args: argparse.Namespace) -> dict[str, Any]:
     try:
         from hybridlm.evaluation.harness import evaluate_tasks
     except ImportError as error:
@@ -131,10 +122,10 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
     options = _given(task_folder=args.task_folder, fewshot=args.num_fewshot, limit=args.limit,
                      batch_size=args.batch_size)
     names = [name for name in args.tasks.split(",") if name]
-    return evaluate_tasks(args.overrides[0], names, device=_device(args), **options)
+    return evaluate_tasks(args.overrides[0], names, device=choose_device(args.device), **options)
 
 
-def _probes(args: argparse.Namespace) -> dict[str, Any]:
+def _train_on_probes(args: argparse.Namespace) -> dict[str, Any]:
     from hybridlm.checkpoint import load_checkpoint, read_model_config, resolve
     from hybridlm.evaluation.probe_training import probe_lengths, train_on_probe
     from hybridlm.evaluation.probes import make_probe
@@ -145,37 +136,41 @@ def _probes(args: argparse.Namespace) -> dict[str, Any]:
         name, _, settings = text.partition(":")
         asked.append((name, make_probe(name, _parameters(text, settings))))
     folder = args.overrides[0] if len(args.overrides) == 1 and os.path.isdir(args.overrides[0]) else None
-    how = "zero-shot" if args.zero_shot else "fine-tune" if args.fine_tune else "fresh weights"
+    how = "fresh weights"
+    if args.zero_shot or args.fine_tune:
+        how = "zero-shot" if args.zero_shot else "fine-tune"
     if how != "fresh weights" and folder is None:
         raise ConfigError(f"--{how}", "needs a checkpoint or run folder", got=" ".join(args.overrides) or None)
     if args.zero_shot and args.steps is not None:
         raise ConfigError("--steps", "goes with training, not with --zero-shot", got=args.steps)
     for _, probe in asked if args.zero_shot else ():
         check_zero_shot(probe)
-    model = None if how == "fresh weights" else load_checkpoint(str(folder), _device(args))
-    config = model.config if model else load(args).model if folder is None else read_model_config(resolve(folder))
+    device = choose_device(args.device)
+    model = None if how == "fresh weights" else load_checkpoint(str(folder), device)
+    if model is not None:
+        config = model.config
+    else:
+        config = load_run_config(args).model if folder is None else read_model_config(resolve(folder))
     options = _given(steps=0 if args.zero_shot else args.steps, lr=args.lr, seed=args.seed, batch_size=args.batch_size,
                      examples=args.examples)
     rows = []
     for name, probe in asked:
-        length, lengths = probe_lengths(probe, args.length, _numbers("--lengths", args.lengths))
+        length, lengths = probe_lengths(probe, args.length, _lengths("--lengths", args.lengths))
         start = model and model_with_own_weights(model, probe, max(length, *lengths), options.get("seed", 0))
-        result = train_on_probe(config, probe, device=_device(args), length=length, eval_lengths=lengths, start=start,
+        result = train_on_probe(config, probe, device=device, length=length, eval_lengths=lengths, start=start,
                                 **options)
         rows.append({**result.to_dict(), "probe": name})
     return {"model": config.name, "layers": config.layers(), "weights": how, "probes": rows}
 
 
 def _parameters(text: str, settings: str) -> dict[str, Any]:
+    """The parameters of a probe from `key=value,...`; `text` is the argument they stand in."""
     found = {}
     for setting in settings.split(",") if settings else ():
         key, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError("--probe", "cannot be read", got=text, expected="NAME or NAME:key=value,key=value")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
+        found[key] = read_value(value)
     return found
 
 
@@ -202,13 +197,13 @@ def _show_tasks(report: dict[str, Any]) -> None:
                   f"{row['examples'] or '':>8}")
 
 
-def _show_checkpoint(report: dict[str, Any]) -> None:
+def _show_evaluation(report: dict[str, Any]) -> None:
     print(f"{report['checkpoint']}: {report['model']}, {report['params']:,} parameters, on {report['device']}")
     if "perplexity" in report:
         result, data = report["perplexity"], report["data"]
         bits = "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits per byte"
         print(f"\n{data['source']}: {data['windows']} of {data['of']} windows of {result['sequence_length']} tokens")
-        print(f"loss {result['loss']:.4f} a token, perplexity {result['perplexity']:.3f}{bits}")
+        print(f"loss {result['loss']:.4f} per token, perplexity {result['perplexity']:.3f}{bits}")
         print(f"{'tokens before':>15}  {'tokens':>10}  {'loss':>8}  {'perplexity':>10}")
         for row in result["by_position"]:
             if row["tokens"]:

@@ -1,4 +1,4 @@
-"""`hybridlm train` and `hybridlm prepare`: what starts from a config."""
+"""`hybridlm train`: pretrain, or go on with a run."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hybridlm.cli.parser import Parser, load
+from hybridlm.cli.parser import Parser, load_run_config
 from hybridlm.distributed.rank_environment import RankEnvironment, processes_to_start
 from hybridlm.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from hybridlm.config.schema import Config
 
-SET_ASIDE = {"ignored_files": ("file", "of another kind passed over"), "left_out_files": ("file", "left to validation"),
-             "empty_documents": ("empty document", "skipped"),
-             "replaced_documents": ("document", "with replaced bytes")}
 
-
-def train_command(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
+    """Train, or start the processes that do; returns the exit code."""
     parser = Parser("train", "Pretrain a model, or go on with a run that was stopped: everything is in run_dir.", """\
   hybridlm train experiment=quickstart
   hybridlm train model=kimi_linear_tiny optimizer=muon optimizer.lr=2e-3 run_dir=runs/muon
   hybridlm train model=hybrid_1b data.path=texts/ training.micro_batch_size=4 --dry-run""")
-    parser.overrides()
+    parser.add_overrides()
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan, build nothing")
     parser.add_argument("--restarts", type=int, default=0, metavar="N",
                         help="start again from the last checkpoint, up to N times, when a process fails")
-    parser.json()
+    parser.add_json()
     args = parser.parse_intermixed_args(argv)
-    config = load(args)
+    config = load_run_config(args)
     if args.dry_run:
-        return _dry_run(config, args.json)
+        return _show_plan(config, args.json)
     if args.restarts < 0:
         raise ConfigError("--restarts", "must not be negative", got=args.restarts)
     processes = processes_to_start(config)
@@ -47,8 +44,9 @@ def train_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _dry_run(config: Config, as_json: bool) -> int:
-    from hybridlm.cli.models import show_report
+def _show_plan(config: Config, as_json: bool) -> int:
+    """Check the run as far as that needs no building, and print its model and stages."""
+    from hybridlm.cli.inspect import show_report
     from hybridlm.config.serialization import to_dict
     from hybridlm.data import check_sources
     from hybridlm.distributed.memory import rank_report
@@ -75,37 +73,4 @@ def _dry_run(config: Config, as_json: bool) -> int:
               f"tokens ({stage.steps * stage.tokens_per_step:,} in all), lr {stage.lr:g}, "
               f"trains {' '.join(stage.trainable)}")
     print(f"run folder {config.run_dir}; nothing was built or written")
-    return 0
-
-
-def prepare_command(argv: Sequence[str]) -> int:
-    parser = Parser("prepare", "Read a data source into token shards, as a run would; it then starts at once.", """\
-  hybridlm prepare data.path=texts/ data.tokenizer=bpe data.tokenizer_vocab_size=8192
-  hybridlm prepare data.path=corpus.jsonl data.text_field=body --json""")
-    parser.overrides()
-    parser.add_argument("--verify", action="store_true", help="compute the checksums of all that is there again")
-    parser.json()
-    args = parser.parse_intermixed_args(argv)
-    config = load(args)
-    from hybridlm.data import check_vocab, prepare
-
-    data = prepare(config.data, verify=args.verify)
-    check_vocab(data.tokenizer, config.model.vocab_size)
-    report = data.report()
-    if args.json:
-        print(json.dumps(report))
-        return 0
-    tokenizer = report["tokenizer"]
-    print(f"tokenizer {tokenizer['name']}: {tokenizer['vocab_size']} ids, {tokenizer['eos']} ends a text")
-    for source in report["sources"]:
-        for part in ("train", "validation"):
-            counts = source[part]
-            print(f"{source['path']}  {part:<10}  {counted(counts['documents'], 'document')}  "
-                  f"{counts['tokens']:,} tokens  {counts['bytes']:,} bytes  "
-                  f"longest {counts['longest_document']:,} tokens")
-        passed = [f"{counted(source[key], noun)} {words}" for key, (noun, words) in SET_ASIDE.items()
-                  if source.get(key)]
-        if passed:
-            print(f"{source['path']}  {', '.join(passed)}")
-        print(f"{source['path']}  in {source['folder']}")
     return 0
