@@ -13,7 +13,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The hint "did you mean '...'?" with the known name closest to `name`, or "" when nothing is close."""
+    """The hint of an error that names the known name closest to `name`; empty when nothing is close.
+
+    >>> did_you_mean("validation_lose", ["loss", "validation_loss"])
+    "did you mean 'validation_loss'?"
+    """
     close = nearest(name, known)
     return f"did you mean '{close}'?" if close else ""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hybridlm.config.conversion import has_indexer
 from hybridlm.config.schema import Config, StageConfig
-from hybridlm.errors import ConfigError, nearest, require
+from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.cost import count_parameters
 from hybridlm_kernels.registry import operations
 
@@ -57,9 +57,8 @@ def _check_kernels(kernels: dict[str, Any]) -> None:
             require(value is None or isinstance(value, bool), path, "has the wrong type", got=value,
                     expected="true, false or null")
             continue
-        close = nearest(name, [*known, "strict"])
         require(name in known, path, "unknown operation", expected=f"strict, or one of {', '.join(sorted(known))}",
-                hint=f"did you mean '{close}'?" if close else "")
+                hint=did_you_mean(name, [*known, "strict"]))
         require(value in (None, "auto", *known[name]), path, "unknown backend", got=value,
                 expected=f"auto, or one of {', '.join(known[name])}")
 
@@ -94,10 +93,9 @@ def check_patterns(patterns: list[str], names: list[str], path: str) -> None:
     """
     for index, pattern in enumerate(patterns):
         if not any(fnmatchcase(name, pattern) for name in names):
-            close = nearest(pattern.replace("*", ""), names)
             raise ConfigError(f"{path}.{index}", "matches no parameter of the model", got=pattern,
                               expected="a shell pattern over parameter names",
-                              hint=f"did you mean '{close}'?" if close else "")
+                              hint=did_you_mean(pattern.replace("*", ""), names))
 
 
 def parameter_names(config: Config) -> list[str]:

@@ -27,7 +27,7 @@ from hybridlm.config.checks import validate
 from hybridlm.config.conversion import converted_model, has_indexer
 from hybridlm.config.schema import Config, RecipeConfig
 from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict, to_yaml, yaml_error
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.model.config import ModelConfig
 
 _HYDRA = threading.RLock()  # Hydra keeps its state in a global
@@ -120,7 +120,7 @@ def _stage_root(name: str, folders: list[Path], stage: Path) -> tuple[str, list[
             known = sorted({p.stem for folder in folders for g in (".", "experiment", "model")
                             for p in (folder / g).glob("*.yaml")})
             raise ConfigError("", "no config of this name", got=name, expected=f"one of {', '.join(known)}",
-                              hint=_did_you_mean(name, known))
+                              hint=did_you_mean(name, known))
         name, chosen = "train", [f"{group}={name}"]
     source = next(folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file())
     shutil.copyfile(source, stage / f"{name}.yaml")
@@ -172,7 +172,7 @@ def _split(overrides: list[Override], folders: list[Path], stage: Path) -> tuple
         is_group = key in groups and not isinstance(value, dict)
         if not is_group and ("/" in key or override.package is not None):
             raise ConfigError(key, "unknown config group", expected=f"one of {', '.join(sorted(groups))}",
-                              hint=_did_you_mean(key, groups))
+                              hint=did_you_mean(key, groups))
         if not is_group:
             values.append(override)
             continue
@@ -253,7 +253,7 @@ def _missing_option(error: MissingConfigException, folders: list[Path], override
     asked = any(text.endswith(f"={option}") for text in overrides)
     if by is not None and "/" in by[1] and not asked:
         what += f" (named in {by[1].replace(_FILE, '')}.yaml)"
-    hint = _did_you_mean(option, known)
+    hint = did_you_mean(option, known)
     if not group:
         hint = hint or "this file should be a whole run; a model's own file goes into model=FILE"
     return ConfigError(group, what, got=option, expected=f"one of {', '.join(known)}" if known else "", hint=hint)
@@ -310,7 +310,7 @@ def _delete(config: DictConfig, key: str) -> None:
     node = OmegaConf.select(config, parent) if parent else config
     if not isinstance(node, DictConfig) or last not in node:
         known = list(node) if isinstance(node, DictConfig) else []
-        raise ConfigError(key, "cannot be deleted: there is no such key", hint=_did_you_mean(last, known))
+        raise ConfigError(key, "cannot be deleted: there is no such key", hint=did_you_mean(last, known))
     del node[last]
 
 
@@ -333,11 +333,6 @@ def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     useful = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "To append"))]
     return " ".join(useful[:2])
-
-
-def _did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
-    close = nearest(name, known)
-    return f"did you mean '{close}'?" if close else ""
 
 
 def _quoted(text: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from hybridlm.config.plain_yaml import Dumper, Loader
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
@@ -164,9 +164,7 @@ class _Reader:
         """The error for a key `cls` does not have, with the nearest one that exists."""
         names = list(_hints(cls))
         elsewhere = [p for p in known_paths(self.root) if p.split(".")[-1] == key and p != _join(path, key)]
-        hint = ""
-        if isinstance(key, str) and (close := nearest(key, names)):
-            hint = f"did you mean '{close}'?"
+        hint = did_you_mean(key, names) if isinstance(key, str) else ""
         if elsewhere and (not hint or not _very_near(key, names)):
             hint = f"did you mean '{elsewhere[0]}'?"
         if owners := _kinds_with(cls, key):
@@ -244,9 +242,8 @@ def _by_kind(cls: type, data: dict, path: str) -> type:
     if kind == MISSING:
         raise ConfigError(_join(path, "kind"), "is missing", expected=expected)
     if not isinstance(kind, str) or kind not in kinds:
-        close = nearest(str(kind), kinds)
         raise ConfigError(_join(path, "kind"), "unknown kind", got=kind, expected=expected,
-                          hint=f"did you mean '{close}'?" if close else "")
+                          hint=did_you_mean(str(kind), kinds))
     return kinds[kind]
 
 
@@ -284,9 +281,8 @@ def _literal(options: tuple, data: Any, path: str) -> Any:
     for option in options:
         if type(option) is type(data) and option == data:
             return option
-    close = nearest(str(data), [str(option) for option in options])
     raise ConfigError(path, "unknown value", got=data, expected=describe(Literal[options]),
-                      hint=f"did you mean '{close}'?" if close else "")
+                      hint=did_you_mean(str(data), [str(option) for option in options]))
 
 
 def _list(data: Any, hint: Any, path: str) -> list | tuple:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from hybridlm.errors import DataError, nearest
+from hybridlm.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow
@@ -131,10 +131,10 @@ def _kind(value: Any) -> str:
 
 def missing_field(where: str, field: str, fields: list[str]) -> DataError:
     """The error for a text field that is not among `fields`."""
-    near = nearest(field, fields)
+    hint = did_you_mean(field, fields)
     listed = ", ".join(map(str, fields[:20])) + (", ..." if len(fields) > 20 else "")
     return DataError(f"{where}: no field '{field}'; it has: {listed or 'none'}; set data.text_field"
-                     + (f" (did you mean '{near}'?)" if near else ""))
+                     + (f" ({hint})" if hint else ""))
 
 
 def read_parquet(path: Path, policy: Policy, field: str, skip: int) -> Iterator[Document]:

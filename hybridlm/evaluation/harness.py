@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from hybridlm import checkpoint as ckpt
 from hybridlm.data.hub import NotFound, look_up
 from hybridlm.data.tokenizer import Tokenizer
-from hybridlm.errors import ConfigError, DataError, nearest, require
+from hybridlm.errors import ConfigError, DataError, did_you_mean, require
 from hybridlm.evaluation.perplexity import CHUNK, normed_states
 from hybridlm.model.generation import generate
 from hybridlm.model.model import HybridLM
@@ -208,10 +208,10 @@ def _manager(tasks: Sequence[str], task_folder: str | None) -> TaskManager:
     manager = TaskManager(include_path=task_folder)
     for name in tasks:
         if name not in manager.all_tasks and not Path(name).is_file():
-            close = nearest(name, manager.all_tasks)
+            hint = did_you_mean(name, manager.all_tasks)
             raise ConfigError("--tasks", "no task, group or tag of this name", got=name,
-                              expected="" if close else "a name of lm-eval's, one in --task-folder, or a YAML file",
-                              hint=f"did you mean '{close}'?" if close else "")
+                              expected="" if hint else "a name of lm-eval's, one in --task-folder, or a YAML file",
+                              hint=hint)
     return manager
 
 

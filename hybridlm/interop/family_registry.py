@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridlm.config.serialization import from_dict
-from hybridlm.errors import CheckpointError, ConfigError, nearest
+from hybridlm.errors import CheckpointError, ConfigError, did_you_mean
 from hybridlm.interop.families.native import MODEL_TYPE
 from hybridlm.interop.family import Family, HFConfig
 from hybridlm.model.canonical import canonical, differences
@@ -49,9 +49,8 @@ def family_named(name: str) -> Family:
         ConfigError: no such family.
     """
     if name not in families():
-        close = nearest(name, families())
         raise ConfigError("family", "unknown", got=name, expected=f"one of {', '.join(sorted(families()))}",
-                          hint=f"did you mean '{close}'?" if close else "")
+                          hint=did_you_mean(name, families()))
     return families()[name]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybridlm.config.serialization import from_dict, load_yaml
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.model.config import ModelConfig, ScheduleConfig
 from hybridlm.model.mixers import AttentionConfig, IndexerConfig, MLAConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
@@ -112,9 +112,8 @@ def matching_mixer(preset: str, old: MixerConfig) -> MixerConfig:
     file = folder / f"{preset}.yaml"
     if not file.is_file():
         known = sorted(f.stem for f in folder.glob("*.yaml"))
-        close = nearest(preset, known)
         raise ConfigError("mixer", "no such preset", got=preset, expected=f"one of {', '.join(known)}",
-                          hint=f"did you mean '{close}'?" if close else "")
+                          hint=did_you_mean(preset, known))
     if isinstance(old, AttentionConfig):
         heads, dim = old.num_heads, old.head_dim
     elif isinstance(old, MLAConfig):

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridlm.errors import ConfigError, UserError
+from hybridlm.files import write_text
 from hybridlm.report.document import Document, document
 from hybridlm.report.figures import Chart
 from hybridlm.report.page import html
 from hybridlm.report.png import write_png
 from hybridlm.report.read import Run, Sweep, read
-from hybridlm.sweep.folder import write_text
 
 PAGE = "report.html"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, load_yaml
-from hybridlm.errors import ConfigError, UserError, nearest
+from hybridlm.errors import ConfigError, UserError, did_you_mean
 from hybridlm.sweep.collect import read_metrics, read_results
 from hybridlm.sweep.folder import POINT_FILE
 from hybridlm.training.run_folder import read_sessions
@@ -185,7 +185,7 @@ def _probes(results: dict[str, Any], row: dict[str, Any]) -> dict[str, Probe]:
 def _check_metrics(asked: list[str], known: Any) -> None:
     for name in asked:
         if name not in known:
-            close = nearest(name, known)
+            hint = did_you_mean(name, known)
             raise ConfigError("--metric", "no run has this metric", got=name,
-                              expected="" if close else f"among {', '.join(sorted(known))}",
-                              hint=f"did you mean '{close}'?" if close else "")
+                              expected="" if hint else f"among {', '.join(sorted(known))}",
+                              hint=hint)

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridlm.errors import ConfigError, counted
-from hybridlm.sweep.folder import OUTCOME_FILE, OUTPUT_FILE, begin, write_json
+from hybridlm.files import write_json
+from hybridlm.sweep.folder import OUTCOME_FILE, OUTPUT_FILE, begin
 from hybridlm.sweep.launch import LAUNCH_FILE, STOP_FILE
 from hybridlm.sweep.plan import Point, SweepPlan
 from hybridlm.sweep.process import describe, environment, signals_of_a_child

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from hybridlm.config.serialization import to_dict
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, did_you_mean
+from hybridlm.files import write_json, write_text
 from hybridlm.sweep.cluster import in_flight
-from hybridlm.sweep.folder import is_busy, read_outcome, read_plan, write_json, write_text
+from hybridlm.sweep.folder import is_busy, read_outcome, read_plan
 from hybridlm.sweep.plan import SEED
 from hybridlm.sweep.probes import ProbeTask, read_result, read_tasks
 
@@ -60,9 +61,8 @@ def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, An
     known = sorted({name for point in points for name in point["metrics"]})
     for name in (metrics or []) if known else []:
         if name not in known:
-            close = nearest(name, known)
             raise ConfigError("sweep.metrics", "no run has this metric", got=name, expected=f"among {', '.join(known)}",
-                              hint=f"did you mean '{close}'?" if close else "")
+                              hint=did_you_mean(name, known))
     for point in points:
         point["metrics"] = {name: point["metrics"][name] for name in metrics or known if name in point["metrics"]}
     return {"sweep": plan["sweep"], "match": plan["match"], "vary": plan["vary"],

@@ -14,16 +14,16 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hybridlm.config.serialization import load_yaml, to_dict, to_yaml
 from hybridlm.errors import ConfigError, UserError
+from hybridlm.files import is_locked, try_lock, write_json, write_text
 from hybridlm.sweep.plan import Point, SweepPlan
 from hybridlm.sweep.probes import WORK_FILE, ProbeTask, read_result
-from hybridlm.training.run_folder import compare
+from hybridlm.training.run_folder import LOCK_FILE, compare
 
 POINT_FILE, OUTCOME_FILE, OUTPUT_FILE = "point.yaml", "outcome.json", "output.txt"
 
@@ -40,17 +40,16 @@ class SweepFolder:
         check_owner(plan)
         try:
             (self.path / "points").mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] | None = (self.path / ".lock").open("w")
+            self._lock = try_lock(self.path / LOCK_FILE)
         except OSError as error:
             raise ConfigError("sweep.dir", f"cannot be written ({error.strerror})", got=str(self.path)) from None
-        if not hold(self._lock):
-            self.close()
+        if self._lock is None:
             raise ConfigError("sweep.dir", "another process runs this sweep", got=str(self.path),
                               hint="wait for it, or take another sweep.dir")
 
     def close(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def write_plan(self, report: dict[str, Any]) -> None:
@@ -59,26 +58,9 @@ class SweepFolder:
         write_json(self.path / "sweep.json", {**report, "points": rows})
 
 
-def hold(file: IO[str]) -> bool:
-    """Lock an open file for this process; False where another holds it."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def is_busy(run_dir: Path) -> bool:
     """Does another process train in this run folder?"""
-    try:
-        with (run_dir / ".lock").open("r+") as file:
-            return not hold(file)
-    except OSError:
-        return False
+    return is_locked(run_dir / LOCK_FILE)
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
@@ -110,7 +92,7 @@ def check_owner(plan: SweepPlan) -> None:
         raise ConfigError("sweep.dir", "is not a folder", got=str(folder))
     saved = read_plan(folder)
     if saved is None:
-        strange = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "points", "jobs")) \
+        strange = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK_FILE, "points", "jobs")) \
             if folder.exists() else []
         if strange:
             raise ConfigError("sweep.dir", f"holds something that is no sweep ({strange[0]})", got=str(folder),
@@ -161,14 +143,3 @@ def begin(point: Point) -> Path:
     write_text(folder / POINT_FILE, to_yaml(point.config))
     write_text(folder / WORK_FILE, to_yaml(point.work))
     return folder
-
-
-def write_json(path: Path, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file or the old one."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

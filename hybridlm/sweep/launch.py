@@ -28,7 +28,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.sweep.process import PointProcess, finish, start
 
 LAUNCH_FILE, STOP_FILE = "launch.json", "stop"
@@ -62,9 +62,9 @@ def launcher_config(launcher: str, options: Mapping[str, Any], folder: Path, nam
     for key, value in with_name.items():
         path = f"sweep.{launcher}.{key}"
         if key not in known:
-            close = nearest(key, known)
-            raise ConfigError(path, "is no option of Hydra's launcher", expected="" if close else ", ".join(known),
-                              hint=f"did you mean '{close}'?" if close else "")
+            hint = did_you_mean(key, known)
+            raise ConfigError(path, "is no option of Hydra's launcher", expected="" if hint else ", ".join(known),
+                              hint=hint)
         if key in ONE and value != 1:
             raise ConfigError(path, "must be 1: a point is one process", got=value)
         try:

@@ -15,7 +15,7 @@ from typing import Any
 from hybridlm.config.compose import load_config
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import to_dict
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.model.cost import mtp_block
 from hybridlm.sweep.probes import PointWork
 from hybridlm.sweep.request import Request, SweepConfig, as_value, read_request
@@ -195,6 +195,6 @@ def named(points: list[Point], name: str, key: str) -> Point:
         if point.name == name:
             return point
     names = [point.name for point in points]
-    close = nearest(name, names)
-    raise ConfigError(key, "is no point of this sweep", got=name, expected="" if close else f"such as {names[0]}",
-                      hint=f"did you mean '{close}'?" if close else "")
+    hint = did_you_mean(name, names)
+    raise ConfigError(key, "is no point of this sweep", got=name, expected="" if hint else f"such as {names[0]}",
+                      hint=hint)

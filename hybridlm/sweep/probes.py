@@ -23,6 +23,7 @@ from hybridlm.config.serialization import from_dict, load_yaml, to_dict
 from hybridlm.errors import ConfigError, UserError, require
 from hybridlm.evaluation.probe_training import probe_lengths, train_on_probe
 from hybridlm.evaluation.probes import Probe, make_probe
+from hybridlm.files import write_json
 from hybridlm.training.run_folder import RunFolder
 
 WORK_FILE, RESULTS_FOLDER = "work.yaml", "probes"
@@ -124,7 +125,6 @@ def run_point(run_dir: Path) -> int:
 def _run_probes(run_dir: Path, config: Config, tasks: list[ProbeTask]) -> int:
     """How many of them failed."""
     from hybridlm.distributed.engine import pick_device
-    from hybridlm.sweep.folder import write_json
 
     device = pick_device(config.engine).type
     (run_dir / RESULTS_FOLDER).mkdir(exist_ok=True)

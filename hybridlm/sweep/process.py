@@ -20,7 +20,8 @@ from typing import IO, Any
 import hybridlm
 import hybridlm_kernels
 from hybridlm.config.serialization import from_dict, load_yaml
-from hybridlm.sweep.folder import OUTCOME_FILE, OUTPUT_FILE, POINT_FILE, write_json
+from hybridlm.files import write_json
+from hybridlm.sweep.folder import OUTCOME_FILE, OUTPUT_FILE, POINT_FILE
 from hybridlm.sweep.probes import WORK_FILE, PointWork
 from hybridlm.training.display import duration
 

@@ -19,7 +19,7 @@ from hybridlm.config.compose import options
 from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict
-from hybridlm.errors import ConfigError, nearest, require
+from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.sweep.probes import ProbeTask, read_tasks
 
 Match = Literal["none", "params", "flops", "state"]
@@ -189,9 +189,8 @@ def _read_file(name: str, config_dir: str | None) -> dict[str, Any]:
         found = [folder / "sweep" / f"{name}.yaml" for folder in [*folders, built_in()]]
         known = options("sweep", config_dir)
         if name not in known:
-            close = nearest(name, known)
             raise ConfigError("sweep", "no such sweep", got=name, expected=f"one of {', '.join(known)}, or a YAML file",
-                              hint=f"did you mean '{close}'?" if close else "")
+                              hint=did_you_mean(name, known))
         path = next(file for file in found if file.is_file())
     data = load_yaml(path)
     if not isinstance(data, dict):

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridlm.files import write_bytes
+
 log = logging.getLogger("hybridlm")
 
 # Dense bf16 peaks of the makers' data sheets, in FLOP/s.
@@ -39,9 +41,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _step(line) <= step]
-        draft = self.path.with_name(f".{self.path.name}.tmp")
-        draft.write_bytes(b"".join(kept))
-        os.replace(draft, self.path)
+        write_bytes(self.path, b"".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. A disk that refuses costs the record and one warning, not the run."""

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import BaseFileLock
 
 from hybridlm import __version__, checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, load_yaml, to_dict, to_yaml
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 from hybridlm.errors import CheckpointError, ConfigError
+from hybridlm.files import try_lock, write_text
 from hybridlm.model.config import ModelConfig
 
 # What may change when a run goes on: how long, how it is run and watched; not what is trained on what.
@@ -36,6 +38,7 @@ FREE = ("run_dir", "model.name", "model.published", "engine", "tracking", "kerne
         "training.checkpoint_every", "training.keep_checkpoints", "training.async_checkpoint", "training.resume",
         "training.max_bad_steps", "training.record_samples")
 MOST_DIFFERENCES = 4  # that a refusal names
+LOCK_FILE = ".lock"
 FREE_IN_STAGES = ("steps", "tokens", "eval_recall")
 
 
@@ -52,27 +55,17 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.log_file = self.path / "log.txt"
-        self._lock: IO[str] | None = None
+        self._lock: BaseFileLock | None = None
         if not main:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = try_lock(self.path / LOCK_FILE)
         except OSError as error:
             raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(path)) from None
-        self._hold(str(path))
-
-    def _hold(self, given: str) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system: two runs in one folder go unnoticed there
-            return
-        assert self._lock is not None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError("run_dir", "another process is training here", got=given,
-                              hint="wait for it, or take another run_dir") from None
+        if self._lock is None:
+            raise ConfigError("run_dir", "another process is training here", got=str(path),
+                              hint="wait for it, or take another run_dir")
 
     def samples_file(self, rank: int) -> Path:
         """Where `training.record_samples` writes the samples of a rank."""
@@ -80,7 +73,7 @@ class RunFolder:
 
     def close(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def start_from(self, config: Config, ranks: Communicator = SINGLE_PROCESS) -> Path | None:
@@ -122,10 +115,10 @@ class RunFolder:
         sessions = self.sessions()
         sessions.append({"started": datetime.now(UTC).isoformat(timespec="seconds"), **facts})
         try:
-            _replace(self.config_file, to_yaml(config))
+            write_text(self.config_file, to_yaml(config))
             if deepspeed is not None:
-                _replace(self.path / "deepspeed.json", json.dumps(deepspeed, indent=1))
-            _replace(self.path / "run.json", json.dumps({"sessions": sessions}, indent=1))
+                write_text(self.path / "deepspeed.json", json.dumps(deepspeed, indent=1))
+            write_text(self.path / "run.json", json.dumps({"sessions": sessions}, indent=1))
         except OSError as error:
             raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(self.path)) from None
 
@@ -139,13 +132,6 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
         return list(json.loads((folder / "run.json").read_text(encoding="utf-8"))["sessions"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def versions() -> dict[str, str]:

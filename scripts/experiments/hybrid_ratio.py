@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from hybridlm.cli import main as hybridlm
+from hybridlm.files import write_text
 from hybridlm.report.build import write_report
-from hybridlm.sweep.folder import write_text
 from hybridlm.sweep.table import layers_text
 
 SWEEPS = {

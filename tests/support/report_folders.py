@@ -9,7 +9,7 @@ from functools import cache
 
 from hybridlm.config.compose import load_config
 from hybridlm.config.serialization import to_dict, to_yaml
-from hybridlm.sweep.folder import write_json
+from hybridlm.files import write_json
 from hybridlm.sweep.plan import Point, SweepPlan, _collapse
 from hybridlm.sweep.probes import read_tasks
 from hybridlm.sweep.request import SweepConfig

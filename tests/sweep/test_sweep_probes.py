@@ -8,9 +8,10 @@ import pytest
 
 from hybridlm.cli import main
 from hybridlm.errors import ConfigError
+from hybridlm.files import write_json
 from hybridlm.sweep import probes
 from hybridlm.sweep.collect import collect
-from hybridlm.sweep.folder import OUTCOME_FILE, begin, check_owner, outcome, write_json
+from hybridlm.sweep.folder import OUTCOME_FILE, begin, check_owner, outcome
 from hybridlm.sweep.plan import make_plan
 from hybridlm.sweep.request import read_request
 from hybridlm.sweep.table import cost_row, report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.evaluation.probes.base import IGNORE, Probe, ProbeBatch, Score
 from hybridlm.evaluation.probes.copying import Copy, SelectiveCopy
 from hybridlm.evaluation.probes.needle import Needle
@@ -42,9 +42,8 @@ def make_probe(name: str, parameters: Mapping[str, Any] | None = None) -> Probe:
     from hybridlm.config.serialization import from_dict
 
     if name not in PROBES:
-        close = nearest(name, PROBES)
         raise ConfigError("probe", "no probe of this name", got=name, expected=f"one of {', '.join(PROBES)}",
-                          hint=f"did you mean '{close}'?" if close else "")
+                          hint=did_you_mean(name, PROBES))
     cls, preset = PROBES[name]
     return from_dict(cls, {**preset, **(parameters or {})}, f"probe.{name}")
 
