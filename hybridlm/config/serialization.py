@@ -21,8 +21,9 @@ import yaml
 
 from hybridlm.config.plain_yaml import Dumper, Loader
 from hybridlm.errors import ConfigError, did_you_mean
-from hybridlm.model.feed_forward.contract import FeedForwardConfig
-from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.kind_registry import registry_of, registry_with
+from hybridlm.model import feed_forward as feed_forward  # registers its kinds, as the next line does
+from hybridlm.model import mixers as mixers
 
 T = TypeVar("T")
 MISSING = "???"  # OmegaConf's mark for a value that must be given
@@ -146,7 +147,7 @@ class _Reader:
         if not isinstance(data, dict):
             raise ConfigError(path, "has the wrong type", got=data,
                               expected=f"a mapping with keys among {', '.join(_hints(cls))}")
-        cls = _by_kind(cls, data, path)
+        cls, data = _choose_kind(cls, data, path)
         hints = _hints(cls)
         for key in data:
             if key not in hints:
@@ -168,7 +169,8 @@ class _Reader:
         if elsewhere and (not hint or not _very_near(key, names)):
             hint = f"did you mean '{elsewhere[0]}'?"
         if owners := _kinds_with(cls, key):
-            hint = f"it is an option of kind {' and '.join(repr(kind) for kind in owners)}"
+            chosen_by = registry_with(cls).key  # type: ignore[union-attr]
+            hint = f"it is an option of {chosen_by} {' and '.join(repr(kind) for kind in owners)}"
         expected = "" if hint else f"one of {', '.join(names)}"
         return ConfigError(_join(path, key), "unknown key", expected=expected, hint=hint)
 
@@ -179,7 +181,7 @@ def known_paths(cls: type, prefix: str = "") -> list[str]:
 
 
 def _walk(cls: type, prefix: str) -> Iterator[str]:
-    for name, hint in _hints(cls).items():
+    for name, hint in _all_hints(cls).items():
         path = _join(prefix, name)
         yield path
         inner = [arg for arg in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(arg)]
@@ -197,7 +199,7 @@ def hint_at(cls: Any, path: str) -> Any:
         if get_origin(hint) in (list, tuple, dict):
             hint = get_args(hint)[-1]
         else:
-            hint = _hints(hint).get(key) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+            hint = _all_hints(hint).get(key) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
     return hint
 
 
@@ -220,40 +222,29 @@ def describe(hint: Any) -> str:
     return "a mapping" if dataclasses.is_dataclass(hint) else "any value"
 
 
-def registered(cls: type) -> dict[str, type] | None:
-    """kind -> config class, for a class that is chosen by its kind; None for any other class."""
-    if cls is MixerConfig:
-        from hybridlm.model.mixers import MIXERS
-
-        return {kind: pair[0] for kind, pair in MIXERS.items()}
-    if cls is FeedForwardConfig:
-        from hybridlm.model.feed_forward import FEED_FORWARDS
-
-        return {kind: pair[0] for kind, pair in FEED_FORWARDS.items()}
-    return None
-
-
-def _by_kind(cls: type, data: dict, path: str) -> type:
-    kinds = registered(cls)
-    if kinds is None:
-        return cls
-    kind = data.get("kind", MISSING)
-    expected = f"one of {', '.join(sorted(kinds))}"
+def _choose_kind(cls: type, data: dict, path: str) -> tuple[type, dict]:
+    """The config class that `data` is for, and `data` with its kind named."""
+    registry = registry_of(cls)
+    if registry is None:
+        return cls, data
+    where = _join(path, registry.key)
+    kind = data.get(registry.key, registry.default or MISSING)
+    expected = f"one of {', '.join(sorted(registry))}"
     if kind == MISSING:
-        raise ConfigError(_join(path, "kind"), "is missing", expected=expected)
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ConfigError(_join(path, "kind"), "unknown kind", got=kind, expected=expected,
-                          hint=did_you_mean(str(kind), kinds))
-    return kinds[kind]
+        raise ConfigError(where, "is missing", expected=expected)
+    if not isinstance(kind, str) or kind not in registry:
+        own_kind = f"a {registry.noun} of your own is registered with --import FILE"
+        raise ConfigError(where, f"unknown {registry.key}", got=kind, expected=expected,
+                          hint=did_you_mean(str(kind), registry) or own_kind)
+    return registry.config_class(kind), {registry.key: kind, **data}
 
 
 def _kinds_with(cls: type, key: Any) -> list[str]:
     """The other kinds that do have the option `key`."""
-    for base in (MixerConfig, FeedForwardConfig):
-        if issubclass(cls, base):
-            kinds = registered(base) or {}
-            return [kind for kind, other in kinds.items() if other is not cls and key in _hints(other)]
-    return []
+    registry = registry_with(cls)
+    if registry is None:
+        return []
+    return [kind for kind, (other, _) in registry.items() if other is not cls and key in _hints(other)]
 
 
 def _scalar(hint: type, data: Any, path: str) -> Any:
@@ -309,6 +300,16 @@ def _hints(cls: type) -> dict[str, Any]:
     """Field name -> type hint, in the order of the dataclass."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+def _all_hints(cls: type) -> dict[str, Any]:
+    """Field name -> type hint of a class, or of all its kinds together; Any where two kinds differ."""
+    registry = registry_of(cls)
+    merged = dict(_hints(cls))
+    for config, _ in registry.values() if registry is not None else ():
+        for name, hint in _hints(config).items():
+            merged[name] = hint if merged.get(name, hint) == hint else Any
+    return merged
 
 
 def _required(field: dataclasses.Field) -> bool:

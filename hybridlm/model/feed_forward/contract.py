@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.residual.config import ResidualConfig
@@ -70,14 +71,14 @@ class FeedForward(nn.Module):
         raise TypeError(f"{type(self).__name__} has no initialisation")
 
 
-FEED_FORWARDS: dict[str, tuple[type[FeedForwardConfig], type[FeedForward]]] = {}
+FEED_FORWARDS = KindRegistry("feed-forward", FeedForwardConfig)
 
 
 def register_feed_forward(kind: str, config: type[FeedForwardConfig]):
     """Class decorator: `kind` in a config builds this feed-forward."""
 
     def add(cls: type[FeedForward]) -> type[FeedForward]:
-        FEED_FORWARDS[kind] = (config, cls)
+        FEED_FORWARDS.register(kind, config, cls)
         return cls
 
     return add

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError
+from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.residual.config import ResidualConfig
 from hybridlm.model.sequence import SequenceInfo
@@ -76,14 +77,14 @@ class SequenceMixer(nn.Module):
         raise TypeError(f"{type(self).__name__} has no initialisation")
 
 
-MIXERS: dict[str, tuple[type[MixerConfig], type[SequenceMixer]]] = {}
+MIXERS = KindRegistry("mixer", MixerConfig)
 
 
 def register_mixer(kind: str, config: type[MixerConfig]):
     """Class decorator: `kind` in a config builds this mixer. Only registered kinds can be built from a config."""
 
     def add(cls: type[SequenceMixer]) -> type[SequenceMixer]:
-        MIXERS[kind] = (config, cls)
+        MIXERS.register(kind, config, cls)
         return cls
 
     return add

@@ -9,6 +9,7 @@ import pytest
 from hybridlm.config.schema import Config, DataConfig, OptimizerConfig, StageConfig, TrackingConfig, TrainingConfig
 from hybridlm.config.serialization import describe, from_dict, hint_at, known_paths, load_yaml, to_dict, to_yaml
 from hybridlm.errors import ConfigError
+from hybridlm.kind_registry import KindRegistry, registry_of, registry_with
 from hybridlm.model.config import ModelConfig, ScheduleConfig
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
@@ -148,10 +149,11 @@ def test_the_kind_picks_the_class():
 
 @pytest.mark.parametrize(("cls", "data", "message"), [
     (MixerConfig, {"kind": "delta_rul"},
-     "m.kind: unknown kind; got 'delta_rul'; expected one of attention, decay, delta_rule, mla; "
+     "m.kind: unknown kind; got 'delta_rul'; expected one of attention, delta_rule, linear_attention, mla; "
      "did you mean 'delta_rule'?"),
-    (MixerConfig, {"num_heads": 2}, "m.kind: is missing; expected one of attention, decay, delta_rule, mla"),
-    (FeedForwardConfig, {"kind": "os.system"}, "m.kind: unknown kind; got 'os.system'; expected one of dense, moe"),
+    (MixerConfig, {"num_heads": 2}, "m.kind: is missing; expected one of attention, delta_rule, linear_attention, mla"),
+    (FeedForwardConfig, {"kind": "os.system"}, "m.kind: unknown kind; got 'os.system'; expected one of dense, moe; "
+                                               "a feed-forward of your own is registered with --import FILE"),
     (FeedForwardConfig, {"kind": ["moe"]}, "m.kind: unknown kind; got ['moe']; expected one of dense, moe; "
                                            "did you mean 'moe'?"),
     (FeedForwardConfig, {"kind": "dense"}, "m.intermediate_size: is missing; expected a whole number"),
@@ -164,6 +166,58 @@ def test_the_kind_picks_the_class():
 ])
 def test_a_wrong_mixer_or_feed_forward(cls, data, message):
     assert error(cls, data, "m") == message
+
+
+@dataclass(kw_only=True)
+class ShapeConfig:
+    form: str
+    colour: str = "red"
+
+
+@dataclass(kw_only=True)
+class CircleConfig(ShapeConfig):
+    radius: float = 1.0
+    points: int = 0
+
+
+@dataclass(kw_only=True)
+class SquareConfig(ShapeConfig):
+    width: int
+    points: str = "four"
+
+
+@dataclass(kw_only=True)
+class Drawing:
+    shape: ShapeConfig = field(default_factory=lambda: CircleConfig(form="circle"))
+    shapes: dict[str, ShapeConfig] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def shapes() -> KindRegistry:
+    registry = KindRegistry("shape", ShapeConfig, key="form", default="circle")
+    registry.register("circle", CircleConfig, "draws a circle")
+    registry.register("square", SquareConfig, "draws a square")
+    return registry
+
+
+def test_a_registry_reads_any_section_by_its_kind(shapes):
+    assert registry_of(ShapeConfig) is shapes
+    assert registry_of(CircleConfig) is None
+    assert registry_with(CircleConfig) is shapes
+    assert shapes.implementation("square") == "draws a square"
+    drawing = from_dict(Drawing, {"shape": {"radius": 2}, "shapes": {"a": {"form": "square", "width": 3}}})
+    assert drawing == Drawing(shape=CircleConfig(form="circle", radius=2.0),
+                              shapes={"a": SquareConfig(form="square", width=3)})
+    assert from_dict(Drawing, to_dict(drawing)) == drawing
+    assert error(Drawing, {"shape": {"width": 3}}) == ("shape.width: unknown key; it is an option of form 'square'")
+    assert error(Drawing, {"shape": {"form": "xyz"}}) == (
+        "shape.form: unknown form; got 'xyz'; expected one of circle, square; "
+        "a shape of your own is registered with --import FILE")
+    assert error(Drawing, {"radius": 1}) == "radius: unknown key; did you mean 'shape.radius'?"
+    assert hint_at(Drawing, "shapes.a.width") is int
+    assert hint_at(Drawing, "shape.points") is Any, "kinds differ"
+    with pytest.raises(TypeError, match="shape kind 'inner': Inner does not derive from ShapeConfig"):
+        shapes.register("inner", Inner, None)
 
 
 def test_an_unknown_mixer_in_the_schedule():
@@ -270,7 +324,9 @@ def test_the_hint_at_a_path():
     assert hint_at(Config, "data.mixture.3.text_field") is str
     assert hint_at(Config, "model.published.total") is float
     assert hint_at(Config, "model.schedule.override.3") is str
-    for nothing in ("nowhere", "optimizer.lr.x", "model.mixers.kda.head_dim"):
+    assert hint_at(Config, "model.mixers.kda.head_dim") is int, "the same in every kind that has it"
+    assert hint_at(Config, "model.mixers.kda.decay") is not str
+    for nothing in ("nowhere", "optimizer.lr.x", "model.mixers.kda.nothing"):
         assert hint_at(Config, nothing) is None
 
 
