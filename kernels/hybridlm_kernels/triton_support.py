@@ -1,6 +1,6 @@
 """What the Triton backends share: when they may run, how a launch is tuned, and what the compile check compiles.
 
-Import it, and the module of a Triton backend, only where triton is installed (`backend` does that lazily).
+Import it, and the module of a Triton backend, only where triton is installed (`lazy_triton_backend` does that).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 products and asynchronous copies
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def backend(module: str, function: str, supports: Callable[[Call], tuple[bool, str]] = always) -> Backend:
+def lazy_triton_backend(module: str, function: str, supports: Callable[[Call], tuple[bool, str]] = always) -> Backend:
     """The Triton backend of an operation: `function` of `module`, which is imported at the first call.
 
     `supports` holds what is particular to the operation (head dims, features). Device, dtype and versions are

@@ -100,7 +100,7 @@ def test_checks_tune_nothing_unless_told_to(said, monkeypatch):
 
 def test_no_number_of_tokens_chooses_a_configuration():
     """Keys are constants of the code or numbers of heads; other integers come from the batch at hand."""
-    kernels = {compile_case.kernel for _, compile_case in compile_cases(head_dims=None) if hasattr(compile_case.kernel, "keys")}
+    kernels = {case.kernel for _, case in compile_cases(head_dims=None) if hasattr(case.kernel, "keys")}
     assert len(kernels) > 10
     of_batch = {(kernel, key) for kernel in kernels for key in kernel.keys
                 if key not in ("H", "G", "J") and not _is_constant(kernel, key)}
@@ -119,7 +119,7 @@ def test_an_old_triton_is_refused_with_the_fix(version, problem, monkeypatch):
     monkeypatch.setattr("triton.__version__", version)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     triton_support._problem_of_version.cache_clear()
-    backend = triton_support.backend("no.module", "function")
+    backend = triton_support.lazy_triton_backend("no.module", "function")
     assert backend.supports(Call("cuda", torch.float32, needs_grad=False)) == (not problem, problem)
     triton_support._problem_of_version.cache_clear()
 

@@ -18,10 +18,10 @@ from hybridlm_kernels.recurrence.arguments import (
 )
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
-from hybridlm_kernels.triton_support import backend as triton_backend
+from hybridlm_kernels.triton_support import lazy_triton_backend
 
 OPERATION = register(Operation("delta_rule", (
-    triton_backend("hybridlm_kernels.ops.delta_rule.triton_backend", "delta_rule", fits_triton),
+    lazy_triton_backend("hybridlm_kernels.ops.delta_rule.triton_backend", "delta_rule", fits_triton),
     Backend("torch", torch_backend.delta_rule),
     Backend("fla", fla_backend.delta_rule, fla_backend.supports, ("cuda",)),
     Backend("reference", reference.delta_rule),

@@ -12,7 +12,7 @@ from hybridlm_kernels.ops.indexer_kl import torch_backend as eager
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
-from hybridlm_kernels.triton_support import backend as triton_backend
+from hybridlm_kernels.triton_support import lazy_triton_backend
 
 
 def _fits(call: Call) -> tuple[bool, str]:
@@ -26,7 +26,7 @@ def _fits(call: Call) -> tuple[bool, str]:
 
 
 INDEXER_KL = register(Operation("indexer_kl", (
-    triton_backend(f"{__name__}.triton", "indexer_kl", _fits),
+    lazy_triton_backend(f"{__name__}.triton_backend", "indexer_kl", _fits),
     Backend("torch", eager.indexer_kl), Backend("reference", reference.indexer_kl))))
 ATTENTION_RECALL = register(Operation("attention_recall", (
     Backend("torch", eager.attention_recall), Backend("reference", reference.attention_recall))))

@@ -11,7 +11,7 @@ from hybridlm_kernels.ops.linear_attention import fla_backend, reference, torch_
 from hybridlm_kernels.recurrence.arguments import Borders, borders_of, check_decay, check_shapes, fits_triton
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
-from hybridlm_kernels.triton_support import backend as triton_backend
+from hybridlm_kernels.triton_support import lazy_triton_backend
 
 
 def _fits(call: Call) -> tuple[bool, str]:
@@ -21,7 +21,7 @@ def _fits(call: Call) -> tuple[bool, str]:
 
 
 OPERATION = register(Operation("linear_attention", (
-    triton_backend("hybridlm_kernels.ops.linear_attention.triton_backend", "linear_attention", _fits),
+    lazy_triton_backend("hybridlm_kernels.ops.linear_attention.triton_backend", "linear_attention", _fits),
     Backend("torch", torch_backend.linear_attention),
     Backend("fla", fla_backend.linear_attention, fla_backend.supports, ("cuda",)),
     Backend("reference", reference.linear_attention),

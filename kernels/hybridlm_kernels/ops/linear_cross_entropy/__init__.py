@@ -11,7 +11,8 @@ from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 LINEAR_CROSS_ENTROPY = register(Operation("linear_cross_entropy", (
-    triton_support.backend("hybridlm_kernels.ops.linear_cross_entropy.triton_backend", "linear_cross_entropy"),
+    triton_support.lazy_triton_backend("hybridlm_kernels.ops.linear_cross_entropy.triton_backend",
+                                       "linear_cross_entropy"),
     Backend("torch", eager.linear_cross_entropy), Backend("reference", reference.linear_cross_entropy))))
 
 

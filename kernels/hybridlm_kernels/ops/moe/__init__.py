@@ -19,7 +19,7 @@ def _few_enough(call: Call) -> tuple[bool, str]:
 
 
 MOE_EXPERTS = register(Operation("moe_experts", (
-    triton_support.backend("hybridlm_kernels.ops.moe.triton_backend", "moe_experts", _few_enough),
+    triton_support.lazy_triton_backend("hybridlm_kernels.ops.moe.triton_backend", "moe_experts", _few_enough),
     Backend("torch", eager.moe_experts, eager.supports), Backend("reference", reference.moe_experts))))
 
 

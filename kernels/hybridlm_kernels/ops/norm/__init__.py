@@ -18,7 +18,7 @@ def _row_fits(call: Call) -> tuple[bool, str]:
 
 
 def _triton(function: str) -> Backend:
-    return triton_support.backend("hybridlm_kernels.ops.norm.triton_backend", function, _row_fits)
+    return triton_support.lazy_triton_backend("hybridlm_kernels.ops.norm.triton_backend", function, _row_fits)
 
 
 RMS_NORM = register(Operation("rms_norm", (

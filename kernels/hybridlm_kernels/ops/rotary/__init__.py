@@ -10,7 +10,8 @@ from hybridlm_kernels.ops.rotary import torch_backend as eager
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 ROTARY = register(Operation("rotary", (
-    triton_support.backend("hybridlm_kernels.ops.rotary.triton_backend", "rotary"), Backend("torch", eager.rotary),
+    triton_support.lazy_triton_backend("hybridlm_kernels.ops.rotary.triton_backend", "rotary"),
+    Backend("torch", eager.rotary),
     Backend("reference", reference.rotary))))
 
 

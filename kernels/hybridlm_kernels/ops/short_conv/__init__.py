@@ -12,7 +12,7 @@ from torch import Tensor, autocast
 from hybridlm_kernels.ops.short_conv import reference, torch_backend
 from hybridlm_kernels.recurrence.arguments import Borders, borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
-from hybridlm_kernels.triton_support import backend as triton_backend
+from hybridlm_kernels.triton_support import lazy_triton_backend
 
 MOST_TAPS = 8  # of the Triton kernels, which unroll them
 
@@ -23,7 +23,7 @@ def _fits(call: Call) -> tuple[bool, str]:
 
 
 OPERATION = register(Operation("short_conv", (
-    triton_backend("hybridlm_kernels.ops.short_conv.triton_backend", "short_conv", _fits),
+    lazy_triton_backend("hybridlm_kernels.ops.short_conv.triton_backend", "short_conv", _fits),
     Backend("torch", torch_backend.short_conv),
     Backend("reference", reference.short_conv),
 )))

@@ -11,7 +11,7 @@ from hybridlm_kernels.ops.sparse_attention import torch_backend as eager
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
-from hybridlm_kernels.triton_support import backend as triton_backend
+from hybridlm_kernels.triton_support import lazy_triton_backend
 
 
 def _fits(call: Call) -> tuple[bool, str]:
@@ -22,10 +22,10 @@ def _fits(call: Call) -> tuple[bool, str]:
 
 
 INDEXER_TOPK = register(Operation("indexer_topk", (
-    triton_backend(f"{__name__}.triton_index", "indexer_topk"),
+    lazy_triton_backend(f"{__name__}.triton_index", "indexer_topk"),
     Backend("torch", eager.indexer_topk), Backend("reference", reference.indexer_topk))))
 SPARSE_ATTENTION = register(Operation("sparse_attention", (
-    triton_backend(f"{__name__}.triton", "sparse_attention", _fits),
+    lazy_triton_backend(f"{__name__}.triton_backend", "sparse_attention", _fits),
     Backend("torch", eager.sparse_attention), Backend("reference", reference.sparse_attention))))
 
 

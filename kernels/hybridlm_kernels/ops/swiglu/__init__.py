@@ -10,7 +10,8 @@ from hybridlm_kernels.ops.swiglu import torch_backend as eager
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 SWIGLU = register(Operation("swiglu", (
-    triton_support.backend("hybridlm_kernels.ops.swiglu.triton_backend", "swiglu"), Backend("torch", eager.swiglu),
+    triton_support.lazy_triton_backend("hybridlm_kernels.ops.swiglu.triton_backend", "swiglu"),
+    Backend("torch", eager.swiglu),
     Backend("reference", reference.swiglu))))
 
 
