@@ -26,6 +26,7 @@ from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.output import AuxTotals, GlobalBatch, ModelOutput, ModelState
+from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.targets import build_targets, tokens_ahead
 from hybridlm_kernels import CuSeqlens, linear_cross_entropy
@@ -41,8 +42,8 @@ class HybridLM(nn.Module):
     `loss_weights` replaces weights of the config in the loss, by the names of `ModelOutput.losses`: a training stage
     may leave out what it does not train.
     `activation_checkpointing` keeps only the layers' inputs in training and computes the rest again in the backward.
-    `shard_group`: processes that share the rows with this one. All are handed the same whole rows; each computes its shard of
-    them, the losses and logits of its own tokens.
+    `shard_group`: processes that share the rows with this one. All are handed the same whole rows; each computes its
+    shard of them, the losses and logits of its own tokens.
     """
 
     def __init__(self, config: ModelConfig):
@@ -147,6 +148,10 @@ class HybridLM(nn.Module):
                 if any(name == s or name.endswith(f".{s}") for s in suffixes):
                     names.add(f"{prefix}.{name}" if prefix else name)
         return names
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        """The role of every parameter, by name: what an optimizer groups them by."""
+        return find_roles(self, {"lm_head.weight": ParameterRole("output_head")})
 
     def autocast_parameters(self) -> dict[str, nn.Parameter]:
         """By name, the weights that autocast rounds wherever they are used: those of linear maps and of routed

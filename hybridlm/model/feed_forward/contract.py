@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux
+from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.config import ResidualConfig
 from hybridlm.model.sequence import SequenceInfo
 
@@ -69,6 +70,14 @@ class FeedForward(nn.Module):
     def init_weights(self, std: float) -> None:
         """Fresh parameters and buffers; `std` for plain projections."""
         raise TypeError(f"{type(self).__name__} has no initialisation")
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        """The role of every parameter of the feed-forward, by its name within the feed-forward.
+
+        Raises:
+            TypeError: a parameter that is neither a linear map nor a vector, and that the kind does not declare.
+        """
+        return find_roles(self)
 
 
 FEED_FORWARDS = KindRegistry("feed-forward", FeedForwardConfig)

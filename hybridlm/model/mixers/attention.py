@@ -165,6 +165,11 @@ class Attention(IndexedMixer):
             x_BTHK = norm(x_BTHK)
         return rotate(x_BTHK, self.config.rope, self.rotary_dim, seq)
 
+    def head_rows(self) -> dict[str, int]:
+        heads, groups = self.config.num_heads, self.config.kv_heads
+        return {"q_proj": heads, "k_proj": groups, "v_proj": groups,
+                **({"g_proj": heads} if self.config.output_gate == "element" else {})}
+
     def new_state(self, batch: int, max_length: int) -> AttentionState:
         return AttentionState.empty(max_length, self.config.window, self.index_pool)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
+from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.config import ResidualConfig
 from hybridlm.model.sequence import SequenceInfo
 
@@ -75,6 +76,18 @@ class SequenceMixer(nn.Module):
     def init_weights(self, std: float) -> None:
         """Published initialisation of everything in the mixer; `std` for plain projections."""
         raise TypeError(f"{type(self).__name__} has no initialisation")
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        """The role of every parameter of the mixer, by its name within the mixer.
+
+        Raises:
+            TypeError: a parameter that is neither a linear map nor a vector, and that the kind does not declare.
+        """
+        return find_roles(self, head_rows=self.head_rows())
+
+    def head_rows(self) -> dict[str, int]:
+        """Linear maps of the mixer whose rows are one block per head, with their number of heads."""
+        return {}
 
 
 MIXERS = KindRegistry("mixer", MixerConfig)

@@ -215,5 +215,9 @@ class MLA(IndexedMixer):
         o_BTHC, aux = self.attend(q_BTHL, k_BS1L, k_BS1L[..., : config.kv_lora_rank], seq, selection, scale=self.scale)
         return torch.einsum("bthc,hvc->bthv", o_BTHC, up_HVC), aux
 
+    def head_rows(self) -> dict[str, int]:
+        names = ["q_proj", "q_b_proj", "kv_b_proj", *(["g_proj"] if self.config.output_gate == "element" else [])]
+        return dict.fromkeys(names, self.config.num_heads)
+
     def new_state(self, batch: int, max_length: int) -> LatentState:
         return LatentState.empty(max_length, self.index_pool)

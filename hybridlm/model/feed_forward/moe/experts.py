@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.model.feed_forward.moe.config import MoEConfig
+from hybridlm.model.parameter_roles import ParameterRole, matrix_role
 from hybridlm_kernels import moe_experts
 
 # Brings tokens [N, D] with their expert ids and weights [N, A] to `compute`, wherever that is, and the results back.
@@ -31,6 +32,7 @@ class Experts(nn.Module):
         experts, width = config.num_experts, config.moe_intermediate_size
         self.limit = config.swiglu_limit
         self.num_experts = experts
+        self.widths = {"gate_up": (2 * width, hidden_size), "down": (hidden_size, width)}
         self.held = range(experts)
         self.dispatch: Dispatch | None = None
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
@@ -54,6 +56,9 @@ class Experts(nn.Module):
             whole = getattr(self, name)
             setattr(self, name, nn.Parameter(whole.detach()[held.start:held.stop].clone(), whole.requires_grad))
         self.held, self.dispatch = held, dispatch
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        return {name: matrix_role(rows, columns, "expert_stack") for name, (rows, columns) in self.widths.items()}
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hybridlm.model.feed_forward.moe.config import MoEConfig
 from hybridlm.model.mixers.contract import Aux
+from hybridlm.model.parameter_roles import ParameterRole, matrix_role
 from hybridlm.model.sequence import SequenceInfo
 
 NORM_EPS = 1e-20  # sigmoid scores of a token's experts may all be tiny
@@ -33,9 +34,13 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig, hidden_size: int):
         super().__init__()
         self.config = config
+        self.hidden_size = hidden_size
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
         self.register_buffer("bias", torch.zeros(config.num_experts) if config.has_bias else None)
         self.register_buffer("load", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        return {"weight": matrix_role(self.config.num_experts, self.hidden_size, "router")}
 
     def init_weights(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)

@@ -21,6 +21,7 @@ from hybridlm.model.decode_state import PooledCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.cost import open_tail, visible_keys, visible_pools
 from hybridlm.model.mixers.common.key_pooling import KeyPool
+from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Pools, indexer_kl, indexer_topk, pooled_indexer_kl, pooled_topk
@@ -160,6 +161,9 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(config.head_dim, eps=config.norm_eps)
         self.weights_proj = nn.Linear(context.hidden_size, config.num_heads, bias=False)
         self.pool = None if config.pool is None else KeyPool(config.pool, context.hidden_size, config.head_dim)
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        return find_roles(self, head_rows={"q_proj": self.config.num_heads})
 
     def keys(self, x_BTD: Tensor, seq: SequenceInfo, cache: IndexCache | None = None) -> Tensor:
         """Keys of tokens [B, S, I] or of complete pools [B, P, I], with those of the cache before them."""

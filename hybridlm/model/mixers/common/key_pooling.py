@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm_kernels import Pools
 
 
@@ -22,6 +23,9 @@ class KeyPool(nn.Module):
         self.size = size
         self.gate = nn.Linear(hidden_size, dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(size, dim))
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        return find_roles(self, {"bias": VECTOR})
 
     def entries(self, x_BTD: Tensor, k_BTI: Tensor) -> Tensor:
         """What a token brings to its pool: key and weight [B, T, 2, I], before the softmax."""

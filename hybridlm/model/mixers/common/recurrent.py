@@ -19,6 +19,7 @@ from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
 from hybridlm.model.mixers.contract import MixerConfig, SequenceMixer
 from hybridlm.model.norm import GatedRMSNorm, RMSNorm
+from hybridlm.model.parameter_roles import CONVOLUTION, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, short_conv
 
@@ -256,6 +257,15 @@ class RecurrentMixer(SequenceMixer):
             else:
                 o = norm(o, gate)
         return self.o_proj(o if all_heads else o.flatten(-2))
+
+    def head_rows(self) -> dict[str, int]:
+        heads, value_heads = self.config.num_heads, self.config.value_heads
+        return {"q_proj": heads, "k_proj": heads, "v_proj": value_heads, "f_proj": value_heads,
+                "f_b_proj": value_heads, "g_proj": value_heads, "g_b_proj": value_heads}
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        convolutions = {f"{name}_conv": CONVOLUTION for name in self.config.channels}
+        return find_roles(self, convolutions, self.head_rows())
 
     def new_state(self, batch: int, max_length: int) -> RecurrentState:
         return RecurrentState()
