@@ -25,6 +25,9 @@ from yaml import YAMLError
 
 from hybridlm.config.checks import validate
 from hybridlm.config.conversion import converted_model, has_indexer
+from hybridlm.config.paths import config_dir as config_dir
+from hybridlm.config.paths import options as options
+from hybridlm.config.paths import search_folders
 from hybridlm.config.schema import Config, RecipeConfig
 from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict, to_yaml, yaml_error
 from hybridlm.errors import ConfigError, did_you_mean
@@ -34,19 +37,6 @@ _HYDRA = threading.RLock()  # Hydra keeps its state in a global
 _ROOT_GROUPS = ("model", "data", "optimizer", "recipe", "engine", "experiment")
 _YAML = (".yaml", ".yml")
 _FILE = "file_"  # how a user's file is called where Hydra finds it
-
-
-def config_dir() -> Path:
-    """The folder of the built-in configs: inside the package when installed from a wheel, else the checkout's.
-
-    Raises:
-        ConfigError: neither is there.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise ConfigError("", "the built-in configs are missing", got=str(package / "configs"), hint="reinstall hybridlm")
 
 
 def load_config(name: str = "train", overrides: Sequence[str] = (),
@@ -61,7 +51,7 @@ def load_config(name: str = "train", overrides: Sequence[str] = (),
     Raises:
         ConfigError: anything wrong with a name, a key or a value.
     """
-    folders = _folders(config_dir)
+    folders = search_folders(config_dir)
     overrides = [str(override) for override in overrides]
     with tempfile.TemporaryDirectory(prefix="hybridlm-config-") as staging:
         stage = Path(staging)
@@ -85,22 +75,6 @@ def load_model_config(model: str | Path, overrides: Sequence[str] = (),
     Overrides are those of the command line and start with `model.`.
     """
     return load_config("train", [f"model={_quoted(str(model))}", *overrides], config_dir).model
-
-
-def options(group: str, config_dir: str | Path | None = None) -> list[str]:
-    """What may stand in `group=...`, sorted: `options("model")`."""
-    found = {path.stem for folder in _folders(config_dir) for path in (folder / group).glob("*.yaml")}
-    return sorted(found)
-
-
-def _folders(extra: str | Path | None) -> list[Path]:
-    """Folders to search, the user's own first."""
-    if extra is None:
-        return [config_dir()]
-    folder = Path(extra).expanduser().resolve()
-    if not folder.is_dir():
-        raise ConfigError("config_dir", "is not a folder", got=str(extra))
-    return [folder, config_dir()]
 
 
 def _stage_root(name: str, folders: list[Path], stage: Path) -> tuple[str, list[str]]:

@@ -305,11 +305,11 @@ def test_the_built_in_folder():
 
 def test_the_folder_inside_the_package_comes_first(tmp_path, monkeypatch):
     write(tmp_path / "configs" / "train.yaml", "{}")
-    monkeypatch.setattr("hybridlm.config.compose.__file__", str(tmp_path / "hybridlm" / "config" / "compose.py"))
+    monkeypatch.setattr("hybridlm.config.paths.__file__", str(tmp_path / "hybridlm" / "config" / "paths.py"))
     assert config_dir() == tmp_path / "configs", "a checkout"
     write(tmp_path / "hybridlm" / "configs" / "train.yaml", "{}")
     assert config_dir() == tmp_path / "hybridlm" / "configs", "a wheel"
-    monkeypatch.setattr("hybridlm.config.compose.__file__", str(tmp_path / "none" / "a" / "config" / "compose.py"))
+    monkeypatch.setattr("hybridlm.config.paths.__file__", str(tmp_path / "none" / "a" / "config" / "paths.py"))
     with pytest.raises(ConfigError, match="the built-in configs are missing"):
         config_dir()
 
