@@ -1,6 +1,7 @@
 """Configs: the typed schema, composing by Hydra, checking, and plain YAML."""
 
-from hybridlm.config.compose import config_dir, load_config, load_model_config
+from hybridlm.config.compose import load_config, load_model_config
+from hybridlm.config.paths import config_dir
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, load_yaml, to_dict, to_yaml
 

@@ -25,8 +25,6 @@ from yaml import YAMLError
 
 from hybridlm.config.checks import validate
 from hybridlm.config.conversion import converted_model, has_indexer
-from hybridlm.config.paths import config_dir as config_dir
-from hybridlm.config.paths import options as options
 from hybridlm.config.paths import search_folders
 from hybridlm.config.schema import Config, RecipeConfig
 from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict, to_yaml, yaml_error

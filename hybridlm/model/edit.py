@@ -106,7 +106,7 @@ def matching_mixer(preset: str, old: MixerConfig) -> MixerConfig:
     Raises:
         ConfigError: no such preset, or a mixer without heads to take over.
     """
-    from hybridlm.config.compose import config_dir
+    from hybridlm.config.paths import config_dir
 
     folder = config_dir() / "mixer"
     file = folder / f"{preset}.yaml"

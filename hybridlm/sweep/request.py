@@ -14,8 +14,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from hybridlm.config.compose import config_dir as built_in
-from hybridlm.config.compose import options
+from hybridlm.config.paths import config_dir as built_in
+from hybridlm.config.paths import options
 from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict

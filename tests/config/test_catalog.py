@@ -3,7 +3,7 @@
 import pytest
 
 from hybridlm.config.catalog import GROUPS, describe_configs, render
-from hybridlm.config.compose import config_dir, options
+from hybridlm.config.paths import config_dir, options
 from hybridlm.errors import ConfigError
 
 

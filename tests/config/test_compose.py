@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from hybridlm.config import config_dir, from_dict, load_config, load_model_config, to_yaml
-from hybridlm.config.compose import options
+from hybridlm.config.paths import options
 from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError
 

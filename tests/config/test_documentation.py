@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import yaml
 
-from hybridlm.config.compose import config_dir, options
+from hybridlm.config.paths import config_dir, options
 from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.schema import Config, DataSourceConfig, StageConfig
 from hybridlm.config.serialization import hint_at, known_paths, to_dict

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlm.config import load_model_config
-from hybridlm.config.compose import options
+from hybridlm.config.paths import options
 from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops, training_parts
 from hybridlm.model.memory import activation_bytes_per_token, optimizer_bytes, training_memory
 from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
