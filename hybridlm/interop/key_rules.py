@@ -25,8 +25,8 @@ def same(o: str, t: str, *names: str | tuple[str, str]) -> Iterator[Rule]:
 
 def norms(o: str, t: str, mixer: str = "input_layernorm", feed_forward: str = "post_attention_layernorm",
           ) -> Iterator[Rule]:
-    yield from same(o, t, ("mixer.norm.weight", f"{mixer}.weight"),
-                    ("feed_forward.norm.weight", f"{feed_forward}.weight"))
+    yield from same(o, t, ("mixer_norm.weight", f"{mixer}.weight"),
+                    ("feed_forward_norm.weight", f"{feed_forward}.weight"))
 
 
 def attention_rules(attention: AttentionConfig, o: str, t: str, gate_in_q: bool = False) -> Iterator[Rule]:
@@ -84,7 +84,7 @@ def feed_forward_rules(feed_forward: FeedForwardConfig, moe: bool, o: str, t: st
                        experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
                        bias: str = "gate.e_score_correction_bias", shared: str = "shared_experts") -> Iterator[Rule]:
     """One layer's feed-forward: dense, or experts one by one (fused [E, 2I, D] and [E, D, I] are read as well)."""
-    o += "feed_forward.f."
+    o += "feed_forward."
     if not moe:
         yield from swiglu_rules(o, f"{t}mlp.")
         return

@@ -1,72 +1,50 @@
-"""One layer: a mixer branch, then a feed-forward branch. B rows, T tokens, D model width.
+"""One layer: a mixer, then a feed-forward, each joined to the model's residual stream.
 
-`Branch` is the only place that knows the residual stream: a mixer or a feed-forward sees its own input alone.
+Parameters: `mixer_norm`, `mixer`, `feed_forward_norm`, `feed_forward`, then those of the residual, if it has any.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.feed_forward import FeedForward, build_feed_forward
-from hybridlm.model.layer_context import LayerContext
-from hybridlm.model.mixers.contract import Aux, SequenceMixer, build_mixer
+from hybridlm.model.feed_forward import build_feed_forward
+from hybridlm.model.mixers.contract import Aux, build_mixer
 from hybridlm.model.norm import RMSNorm
-from hybridlm.model.residual.config import ResidualConfig
+from hybridlm.model.residual import build_residual_branch
+from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
 
 
-class Branch(nn.Module):
-    """f with its norm, joined to the residual stream h in one of the forms of `ResidualConfig`."""
-
-    def __init__(self, f: SequenceMixer | FeedForward, residual: ResidualConfig, context: LayerContext):
-        super().__init__()
-        self.form, self.alpha, self.beta = residual.form, residual.alpha, residual.beta
-        self.norm = RMSNorm.of(context.norm, context.hidden_size)
-        self.f = f
-
-    def forward(self, h_BTD: Tensor, seq: SequenceInfo, *state: Any) -> tuple[Tensor, Aux]:
-        """`state`: the decode state of a mixer; nothing for a feed-forward."""
-        if self.form == "post":
-            y_BTD, aux = self.f(h_BTD, seq, *state)
-            return self._join(h_BTD, self.norm(y_BTD)), aux
-        x_BTD = self.norm(h_BTD)
-        y_BTD, aux = self.f(x_BTD, seq, *state)
-        return self._join(x_BTD if self.form == "normed" else h_BTD, y_BTD), aux
-
-    def _join(self, h_BTD: Tensor, y_BTD: Tensor) -> Tensor:
-        h_BTD = h_BTD if self.alpha == 1.0 else self.alpha * h_BTD
-        return h_BTD + (y_BTD if self.beta == 1.0 else self.beta * y_BTD)
-
-    def init_weights(self, std: float) -> None:
-        self.norm.reset_parameters()
-        self.f.init_weights(std)
-
-    def extra_repr(self) -> str:
-        return f"{self.form}, alpha={self.alpha}, beta={self.beta}"
-
-
 class Block(nn.Module):
-    """Mixer `mixer_name` of the config, then the feed-forward of layer `layer_index`."""
+    """The layer with mixer `mixer_name` of the config and the feed-forward of layer `layer_index`."""
 
     def __init__(self, config: ModelConfig, mixer_name: str, layer_index: int):
         super().__init__()
         context = config.layer_context(layer_index)
-        mixer = config.mixers[mixer_name]
+        mixer, feed_forward = config.mixers[mixer_name], config.feed_forward
         self.mixer_name = mixer_name
-        self.mixer = Branch(build_mixer(mixer, context), mixer.residual, context)
-        self.feed_forward = Branch(build_feed_forward(config.feed_forward, context),
-                                   config.feed_forward.residual or mixer.residual, context)
+        self.mixer_norm = RMSNorm.of(context.norm, context.hidden_size)
+        self.mixer = build_mixer(mixer, context)
+        self.feed_forward_norm = RMSNorm.of(context.norm, context.hidden_size)
+        self.feed_forward = build_feed_forward(feed_forward, context)
+        self.mixer_residual = build_residual_branch(config.residual, mixer.residual, context, "mixer")
+        self.feed_forward_residual = build_residual_branch(
+            config.residual, feed_forward.residual or mixer.residual, context, "feed_forward")
 
-    def forward(self, h_BTD: Tensor, seq: SequenceInfo, state: Any | None = None) -> tuple[Tensor, dict[str, Aux]]:
-        """The residual stream after this layer, and the aux of both branches by name."""
-        h_BTD, mixer_aux = self.mixer(h_BTD, seq, state)
-        h_BTD, feed_forward_aux = self.feed_forward(h_BTD, seq)
-        return h_BTD, {"mixer": mixer_aux, "feed_forward": feed_forward_aux}
+    def forward(self, stream: Stream, seq: SequenceInfo, state: Any | None = None) -> tuple[Stream, dict[str, Aux]]:
+        """The stream after this layer, and the aux of both branches by name."""
+        x_BTD, kept = self.mixer_residual.read(stream, self.mixer_norm)
+        y_BTD, mixer_aux = self.mixer(x_BTD, seq, state)
+        stream = self.mixer_residual.write(kept, y_BTD, self.mixer_norm)
+        x_BTD, kept = self.feed_forward_residual.read(stream, self.feed_forward_norm)
+        y_BTD, feed_forward_aux = self.feed_forward(x_BTD, seq)
+        stream = self.feed_forward_residual.write(kept, y_BTD, self.feed_forward_norm)
+        return stream, {"mixer": mixer_aux, "feed_forward": feed_forward_aux}
 
     def record(self, aux: dict[str, Aux]) -> None:
-        """Once for each training forward, whatever was computed again since."""
+        """Hand the feed-forward its aux, once per training forward, whatever was computed again since."""
         if aux["feed_forward"]:
-            self.feed_forward.f.record(aux["feed_forward"])  # type: ignore[operator]
+            self.feed_forward.record(aux["feed_forward"])

@@ -13,6 +13,7 @@ from hybridlm.errors import did_you_mean, require
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.model.residual import ResidualConfig, SingleResidualConfig
 
 
 @dataclass(kw_only=True)
@@ -80,6 +81,7 @@ class ModelConfig:
     schedule: ScheduleConfig
     mixers: dict[str, MixerConfig]
     feed_forward: FeedForwardConfig
+    residual: ResidualConfig = field(default_factory=SingleResidualConfig)
     norm: NormConfig = field(default_factory=NormConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     max_position: int = 4096  # longest position the model is meant for; sizes nothing, guides generation and YaRN
@@ -99,6 +101,9 @@ class ModelConfig:
                     expected=f"one of {sorted(self.mixers)}", hint=did_you_mean(name, self.mixers))
         require(self.mtp.mixer is None or self.mtp.mixer in self.mixers, "mtp.mixer", "unknown mixer",
                 got=self.mtp.mixer, expected=f"one of {sorted(self.mixers)}")
+        for name in dict.fromkeys([*layers, self.mtp.mixer or layers[-1]]):
+            self.residual.check_branch(self.mixers[name].residual)
+            self.residual.check_branch(self.feed_forward.residual or self.mixers[name].residual)
 
     def layers(self) -> list[str]:
         """The mixer name of each layer, in order: what is printed, saved and compared."""

@@ -94,7 +94,7 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig | 
     changed = _rebuilt(config, replaced, dict(config.mixers) | {name: mixer})
     weights = unique_tensors(model)
     for i in sorted(chosen):
-        prefix = f"layers.{i}.mixer.f."
+        prefix = f"layers.{i}.mixer."
         of_layer = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
         weights |= {prefix + key: t for key, t in projections(config.mixers[names[i]], mixer, of_layer).items()}
     return _transfer(model, changed, weights, seed, chosen)
@@ -187,7 +187,7 @@ def _transfer(model: HybridLM, config: ModelConfig, weights: Mapping[str, Tensor
         for name, tensor in unique_tensors(result).items():
             if name in weights:
                 tensor.copy_(weights[name])
-            if ".mixer.f." in name and name.startswith("layers.") and int(name.split(".")[1]) in changed:
+            if ".mixer." in name and name.startswith("layers.") and int(name.split(".")[1]) in changed:
                 (transfer.kept if name in weights else transfer.fresh).append(name)
     result.tokenizer = getattr(model, "tokenizer", None)  # type: ignore[assignment]
     return result.train(model.training), transfer

@@ -3,56 +3,128 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hybridlm.errors import UserError
 from hybridlm.model.feed_forward.contract import FeedForward
 from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.norm import RMSNorm
+from hybridlm.model.residual import Residual, ResidualBranch
+
+
+class InitialisationError(UserError):
+    """A module that leaves one of its parameters or buffers without a value."""
 
 
 def init_weights(model: nn.Module, std: float, seed: int, device: torch.device | str | None = None,
-                 done: Callable[[nn.Module], None] | None = None) -> None:
+                 after_each: Callable[[nn.Module], None] | None = None) -> None:
     """Initialise every parameter and buffer of `model`, also after `to_empty`.
 
-    Each mixer, feed-forward, embedding and plain projection draws from its own stream, seeded by (seed, its name):
-    layer 5's feed-forward starts with the same values whatever mixers the schedule puts around it, so two schedules
-    of a sweep differ in what is compared and in nothing else. The caller's random state is left as it was. The values
-    belong to the kind of device: a CPU and a GPU draw different ones.
+    Each mixer, feed-forward, residual, embedding, norm and plain projection draws from its own stream of random
+    numbers, seeded by (seed, its name): layer 5's feed-forward starts with the same values whatever mixers the schedule
+    puts around it, so two schedules of a sweep differ in what is compared and in nothing else. The caller's random
+    state is left as it was. The values belong to the kind of device: a CPU and a GPU draw different ones.
 
-    `device` is where each of these parts is allocated, one after the other, for a model on "meta". `done` gets each as
-    soon as its values are there, and may leave less of it in memory before the next one is allocated.
+    Args:
+        std: standard deviation of plain projections and of the embedding.
+        device: for a model on "meta", the device on which these modules are allocated, one after the other.
+        after_each: called with each of these modules as soon as it has its values; it may leave less of the module in
+            memory before the next one is allocated.
+
+    Raises:
+        InitialisationError: a parameter or buffer that nothing initialises, non-persistent buffers included.
     """
+    modules = list(_initialised_modules(model, ""))
+    _check_coverage(model, modules)
     found = {p.device for p in model.parameters()} if device is None else {torch.device(device)}
     with torch.random.fork_rng(devices=sorted(d.index or 0 for d in found if d.type == "cuda")), torch.no_grad():
-        for name, part in _parts(model, ""):
+        for name, module in modules:
             if device is not None:
-                part.to_empty(device=device)
-            torch.manual_seed(stream(seed, name))
-            if isinstance(part, RMSNorm):
-                part.reset_parameters()
-            elif isinstance(part, SequenceMixer | FeedForward):
-                part.init_weights(std)
-            else:
-                part.weight.normal_(std=std)  # type: ignore[operator]
-            if done is not None:
-                done(part)
+                module.to_empty(device=device)
+            _initialise(name, module, std, seed_of(seed, name))
+            if after_each is not None:
+                after_each(module)
 
 
-def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """What is initialised by itself, by name."""
-    if isinstance(module, RMSNorm | SequenceMixer | FeedForward | nn.Linear | nn.Embedding):
-        yield name, module
-    elif not (children := list(module.named_children())):
-        if next(module.parameters(), None) is not None:
-            raise TypeError(f"{name}: no initialisation is known for {type(module).__name__}")
+def _initialised_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that are initialised each by itself, by name."""
+    alone = RMSNorm | SequenceMixer | FeedForward | Residual | ResidualBranch | nn.Linear | nn.Embedding
+    if isinstance(module, alone):
+        if next(_tensors(module), None) is not None:
+            yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _initialised_modules(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())
+
+
+def _check_coverage(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
+    covered = {id(tensor) for _, module in modules for _, tensor in _tensors(module)}
+    for name, tensor in _tensors(model):
+        if id(tensor) not in covered:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            raise InitialisationError(
+                f"nothing initialises '{name}' of {type(owner).__name__}: give it to a mixer, a feed-forward or a "
+                "residual, whose init_weights sets it")
+
+
+def _initialise(name: str, module: nn.Module, std: float, seed: int) -> None:
+    """Give the module its values, and make sure that each of its tensors was written.
+
+    A write in place raises a tensor's version, so those whose version stayed are suspects. Writes through `.data` raise
+    none: the suspects get a value that no initialisation would choose and the module is initialised once more, from the
+    same seed.
+    """
+    before = {key: (id(tensor), _writes(tensor)) for key, tensor in _tensors(module)}
+    _draw(module, std, seed)
+    suspects = {key: tensor for key, tensor in _tensors(module) if before.get(key) == (id(tensor), _writes(tensor))}
+    if not suspects:
+        return
+    for tensor in suspects.values():
+        tensor.fill_(_unlikely_value(tensor))
+    _draw(module, std, seed)
+    now = dict(_tensors(module))
+    for key, tensor in suspects.items():
+        unwritten = tensor.isnan() if tensor.is_floating_point() else tensor == _unlikely_value(tensor)
+        if now[key] is tensor and bool(unwritten.all()):
+            raise InitialisationError(f"{type(module).__name__}.init_weights leaves '{name}.{key}' without a value: "
+                                      "set every parameter and buffer there, non-persistent buffers included")
+
+
+def _writes(tensor: Tensor) -> int:
+    """Number of writes in place so far; tensors made under `torch.inference_mode` do not count them."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _unlikely_value(tensor: Tensor) -> float | int:
+    if tensor.is_floating_point():
+        return float("nan")
+    return 1 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max
+
+
+def _draw(module: nn.Module, std: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    if isinstance(module, RMSNorm):
+        module.reset_parameters()
+    elif isinstance(module, SequenceMixer | FeedForward | Residual | ResidualBranch):
+        module.init_weights(std)
     else:
-        for child_name, child in children:
-            yield from _parts(child, f"{name}.{child_name}" if name else child_name)
+        module.weight.normal_(std=std)  # type: ignore[operator]
 
 
-def stream(seed: int, name: str) -> int:
-    """A 63-bit seed for the stream of `name`."""
+def seed_of(seed: int, name: str) -> int:
+    """The 63-bit seed of the random stream of the module called `name`.
+
+    Mixers and feed-forwards were once wrapped, and called `layers.3.mixer.f`. The streams keep these names: with others
+    the first weights of all models would change, and with them every run that is to be repeated.
+    """
+    name = re.sub(r"^(layers\.\d+|mtp\.\d+\.block)\.(mixer|feed_forward)$", r"\1.\2.f", name)
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1

@@ -27,6 +27,8 @@ from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.output import AuxTotals, GlobalBatch, ModelOutput, ModelState
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
+from hybridlm.model.residual import build_residual
+from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.targets import build_targets, tokens_ahead
 from hybridlm_kernels import CuSeqlens, linear_cross_entropy
@@ -59,6 +61,7 @@ class HybridLM(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.mtp.depth))
+        self.residual = build_residual(config.residual, config.layer_context(0))
         if self.embed.weight.device.type != "meta":
             self.init_weights(0)
 
@@ -105,10 +108,10 @@ class HybridLM(nn.Module):
                 raise ValueError("rows that are split between processes cannot be decoded: set shard_group to None")
             seq = seq.split(self.shard_group)
         totals = AuxTotals()
-        h_BTD = self.embed(seq.own(input_ids))
+        stream = self.residual.start(self.embed(seq.own(input_ids)))
         for i, layer in enumerate(self.blocks):
-            h_BTD = self._run(layer, str(i), h_BTD, seq, totals, *([] if state is None else [state.layers[i]]))
-        x_BTD = self.norm(h_BTD)
+            stream = self._run(layer, str(i), stream, seq, totals, *([] if state is None else [state.layers[i]]))
+        x_BTD = self.norm(self.residual.end(stream))
         if state is not None:
             state.length += input_ids.shape[1]
         output = ModelOutput(state=state)
@@ -128,7 +131,7 @@ class HybridLM(nn.Module):
     def new_state(self, batch: int, max_length: int | None = None) -> ModelState:
         """Empty decode state for `batch` rows of at most `max_length` tokens (default: the model's max_position)."""
         length = self.config.max_position if max_length is None else max_length
-        layers = [layer.mixer.f.new_state(batch, length) for layer in self.blocks]  # type: ignore[operator]
+        layers = [layer.mixer.new_state(batch, length) for layer in self.blocks]  # type: ignore[operator]
         return ModelState(layers, batch, length)
 
     def init_weights(self, seed: int = 0) -> None:
@@ -219,19 +222,19 @@ class HybridLM(nn.Module):
             return []
         return [tokens_ahead(input_ids, targets, k, seq.cu_seqlens) for k in range(1, self.config.mtp.depth + 1)]
 
-    def _run(self, module: Block | MTPModule, label: str, h_BTD: Tensor, seq: SequenceInfo, totals: AuxTotals,
-             *extra: Any) -> Tensor:
+    def _run(self, module: Block | MTPModule, label: str, stream: Stream, seq: SequenceInfo, totals: AuxTotals,
+             *extra: Any) -> Stream:
         """One layer, checkpointed if asked; its aux goes to `totals` and its loads to its buffers, once."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            h_BTD, aux = _checkpointed(module, h_BTD, seq, *extra)
+            stream, aux = _checkpointed(module, stream, seq, *extra)
         else:
-            h_BTD, aux = module(h_BTD, seq, *extra)
+            stream, aux = module(stream, seq, *extra)
         block = module.block if isinstance(module, MTPModule) else module
-        totals.add(block.mixer.f, aux["mixer"], label)
-        totals.add(block.feed_forward.f, aux["feed_forward"], label)
+        totals.add(block.mixer, aux["mixer"], label)
+        totals.add(block.feed_forward, aux["feed_forward"], label)
         if self.training:
             block.record(aux)
-        return h_BTD
+        return stream
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, targets_BTd: Tensor, following: list[Tensor],
                 seq: SequenceInfo, totals: AuxTotals, whole: GlobalBatch | None) -> None:
@@ -269,7 +272,7 @@ class HybridLM(nn.Module):
         return loss_sum / n, z_sum / n, count
 
 
-def _checkpointed(module: nn.Module, h_BTD: Tensor, seq: SequenceInfo, *extra: Any) -> tuple[Tensor, dict[str, Aux]]:
+def _checkpointed(module: nn.Module, stream: Stream, seq: SequenceInfo, *extra: Any) -> tuple[Stream, dict[str, Aux]]:
     """The layer with its inner activations computed again in the backward.
 
     Each computation starts from the shared notes as they were before this layer: what later layers write there must
@@ -278,13 +281,13 @@ def _checkpointed(module: nn.Module, h_BTD: Tensor, seq: SequenceInfo, *extra: A
     before = dict(seq.shared)
     notes: list[dict[str, Any]] = []
 
-    def run(h_BTD: Tensor, *extra: Any) -> tuple[Tensor, dict[str, Aux]]:
+    def run(stream: Stream, *extra: Any) -> tuple[Stream, dict[str, Aux]]:
         local = replace(seq, shared=dict(before))
-        out = module(h_BTD, local, *extra)
+        out = module(stream, local, *extra)
         notes.append(local.shared)
         return out
 
-    out = checkpoint(run, h_BTD, *extra, use_reentrant=False, preserve_rng_state=False)
+    out = checkpoint(run, stream, *extra, use_reentrant=False, preserve_rng_state=False)
     seq.shared.update(notes[0])
     return out
 

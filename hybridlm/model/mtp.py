@@ -9,6 +9,7 @@ from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.norm import RMSNorm
+from hybridlm.model.residual import build_residual
 from hybridlm.model.sequence import SequenceInfo
 
 
@@ -33,9 +34,10 @@ class MTPModule(nn.Module):
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
         self.block = Block(config, config.mtp.mixer or config.layers()[-1], config.num_layers - 1)
         self.norm = RMSNorm.of(config.norm, hidden)
+        self.residual = build_residual(config.residual, config.layer_context(config.num_layers - 1))
 
     def forward(self, h_BTD: Tensor, seq: SequenceInfo, embedding_BTD: Tensor) -> tuple[Tensor, dict[str, Aux]]:
         """The normed hidden state of this depth, and the aux of the block."""
         x_BTD = self.eh_proj(torch.cat([self.enorm(embedding_BTD), self.hnorm(h_BTD)], dim=-1))
-        x_BTD, aux = self.block(x_BTD, seq)
-        return self.norm(x_BTD), aux
+        stream, aux = self.block(self.residual.start(x_BTD), seq)
+        return self.norm(self.residual.end(stream)), aux

@@ -160,7 +160,7 @@ def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engi
     """All weights but those of indexers that the checkpoint does not have yet."""
     fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER, part=engine.part)
     if fresh:
-        layers = list(dict.fromkeys(name.split(".indexer.")[0].removesuffix(".mixer.f") for name in fresh))
+        layers = list(dict.fromkeys(name.split(".indexer.")[0].removesuffix(".mixer") for name in fresh))
         log.info("fresh indexers in %s", ", ".join(layers))
     else:
         log.warning("%s has indexers in these layers already: they are trained further as they are, and recipe.indexer "

@@ -107,8 +107,8 @@ def test_saved_again_by_transformers_and_in_bf16(tmp_path):
     assert torch.equal(again(ids).logits, theirs(ids).logits)
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
     dtypes = {name: p.dtype for name, p in half.named_parameters()}
-    assert dtypes["model.layers.0.mixer.f.A_log"] == torch.float32
-    assert dtypes["model.layers.0.mixer.f.q_proj.weight"] == torch.bfloat16
+    assert dtypes["model.layers.0.mixer.A_log"] == torch.float32
+    assert dtypes["model.layers.0.mixer.q_proj.weight"] == torch.bfloat16
     assert half(ids).logits.isfinite().all()
     fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "again"))
     assert fresh(ids).logits.isfinite().all()

@@ -177,11 +177,11 @@ def test_fp8_blocks_of_deepseek_are_dequantised(tmp_path):
                                                             "fmt": "e4m3", "activation_scheme": "dynamic"})
     import_checkpoint(tmp_path / "source", tmp_path / "ours")
     got = load_file(tmp_path / "ours" / "model.safetensors")
-    name = "layers.1.mixer.f.kv_b_proj.weight"
+    name = "layers.1.mixer.kv_b_proj.weight"
     assert got[name].dtype == torch.bfloat16
     assert torch.equal(got[name], expected["model.layers.1.self_attn.kv_b_proj.weight"])
     experts = torch.stack([expected[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(12)])
-    assert torch.equal(got["layers.1.feed_forward.f.experts.down"], experts)
+    assert torch.equal(got["layers.1.feed_forward.experts.down"], experts)
     export_checkpoint(tmp_path / "ours", tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     tensors["model.layers.1.self_attn.kv_b_proj.weight_scale_inv"] = torch.ones(9, 9)

@@ -28,7 +28,7 @@ def test_the_first_layer_that_differs_is_named():
     theirs = build("kimi_linear")
     ours = import_hf(theirs)
     with torch.no_grad():
-        ours.layers[2].mixer.f.o_norm.weight.add_(0.5)
+        ours.layers[2].mixer.o_norm.weight.add_(0.5)
     found = verify(ours, theirs)["random"]
     assert (found["parts_at"], found["mixer"]) == (2, "kda")
     assert found["layers"][1] < 1e-5 < 1e-3 < found["layers"][2]
@@ -36,7 +36,7 @@ def test_the_first_layer_that_differs_is_named():
     assert found["kl"] > 1e-6
     assert found["max_logit_diff"] > 1e-3
     with torch.no_grad():
-        ours.layers[0].feed_forward.f.down_proj.weight.fill_(torch.nan)
+        ours.layers[0].feed_forward.down_proj.weight.fill_(torch.nan)
     assert verify(ours, theirs)["random"]["parts_at"] == 0
 
 

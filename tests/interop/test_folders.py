@@ -116,7 +116,7 @@ def test_dtype_keeps_what_must_be_fp32(tmp_path):
     theirs = build("deepseek_v32")
     theirs.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
     import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert tensors_of(tmp_path / "ours")["layers.0.mixer.f.kv_b_proj.weight"].dtype == torch.bfloat16
+    assert tensors_of(tmp_path / "ours")["layers.0.mixer.kv_b_proj.weight"].dtype == torch.bfloat16
     export_checkpoint(tmp_path / "ours", tmp_path / "same")
     assert json.loads((tmp_path / "same" / "config.json").read_text())["dtype"] == "bfloat16"
     import_checkpoint(tmp_path / "theirs", tmp_path / "wide", dtype="fp32")

@@ -4,56 +4,60 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybridlm.model.block import Block, Branch
+from hybridlm.model.block import Block
 from hybridlm.model.config import ScheduleConfig
 from hybridlm.model.feed_forward import DenseConfig, build_feed_forward
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import AttentionConfig
-from hybridlm.model.residual.config import ResidualConfig
+from hybridlm.model.norm import RMSNorm
+from hybridlm.model.residual import BranchConfig, SingleResidualConfig, build_residual_branch
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
 from tests.support.tiny_lm import BORDERS, VOCABULARY, config, moe, with_mtp
 
 
 def branch(form, alpha, beta):
+    """A feed-forward, its norm and what joins it to the stream."""
     context = LayerContext(hidden_size=12, layer_index=0, num_layers=1, norm=NormConfig(eps=1e-5), max_position=8)
     torch.manual_seed(0)
-    out = Branch(build_feed_forward(DenseConfig(intermediate_size=20), context),
-                 ResidualConfig(form=form, alpha=alpha, beta=beta), context)
-    out.init_weights(0.3)
-    torch.nn.init.normal_(out.norm.weight, 1.0, 0.3)
-    return out
+    feed_forward, norm = build_feed_forward(DenseConfig(intermediate_size=20), context), RMSNorm(12, 1e-5)
+    feed_forward.init_weights(0.3)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    options = BranchConfig(form=form, alpha=alpha, beta=beta)
+    return feed_forward, norm, build_residual_branch(SingleResidualConfig(), options, context, "feed_forward")
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (3.5, 0.25)])
 @pytest.mark.parametrize("form", ["pre", "post", "normed"])
 def test_residual_forms(form, scales):
     alpha, beta = scales
-    module = branch(form, alpha, beta)
+    feed_forward, norm_module, residual = branch(form, alpha, beta)
     h = torch.randn(2, 5, 12)
     seq = SequenceInfo.make(2, 5, torch.device("cpu"))
 
     def norm(x):
-        return F.rms_norm(x, (12,), module.norm.weight, 1e-5)
+        return F.rms_norm(x, (12,), norm_module.weight, 1e-5)
 
     def f(x):
-        return module.f(x, seq)[0]
+        return feed_forward(x, seq)[0]
 
     expected = {"pre": lambda: alpha * h + beta * f(norm(h)),
                 "post": lambda: alpha * h + beta * norm(f(h)),
                 "normed": lambda: alpha * norm(h) + beta * f(norm(h))}[form]()
-    torch.testing.assert_close(module(h, seq)[0], expected)
+    x, kept = residual.read(h, norm_module)
+    torch.testing.assert_close(residual.write(kept, f(x), norm_module), expected)
 
 
 def test_feed_forward_follows_the_residual_form_of_its_mixer_unless_told():
-    post, normed = ResidualConfig(form="post"), ResidualConfig(form="normed", alpha=2.0)
+    post, normed = BranchConfig(form="post"), BranchConfig(form="normed", alpha=2.0)
     mixers = {"full": AttentionConfig(num_heads=2, head_dim=16, residual=post)}
     model_config = config(mixers=mixers, schedule=ScheduleConfig(pattern=["full"]))
     block = Block(model_config, "full", 0)
-    assert (block.mixer.form, block.feed_forward.form) == ("post", "post")
+    assert (block.mixer_residual.form, block.feed_forward_residual.form) == ("post", "post")
     model_config.feed_forward.residual = normed
     block = Block(model_config, "full", 0)
-    assert (block.mixer.form, block.feed_forward.form, block.feed_forward.alpha) == ("post", "normed", 2.0)
+    assert (block.mixer_residual.form, block.feed_forward_residual.form) == ("post", "normed")
+    assert block.feed_forward_residual.alpha == 2.0
 
 
 def results(model, **inputs):

@@ -33,7 +33,7 @@ def test_parameters_are_those_of_the_built_model(name):
     assert count.mtp == sum(p.numel() for p in model.mtp.parameters())
     for layer, block in zip(count.layers, model.layers, strict=True):
         assert layer.params == sum(p.numel() for p in block.parameters()), layer
-        assert layer.mixer_params == sum(p.numel() for p in block.mixer.f.parameters()), layer
+        assert layer.mixer_params == sum(p.numel() for p in block.mixer.parameters()), layer
 
 
 @pytest.mark.parametrize("name", options("mixer"))

@@ -26,7 +26,7 @@ def test_an_indexer_changes_nothing_until_it_selects(case, tmp_path):
     with torch.no_grad():
         assert torch.equal(changed(ids).logits, model(ids).logits)
         for i in softmax:
-            changed.layers[i].mixer.f.attention_mode = "sparse"
+            changed.layers[i].mixer.attention_mode = "sparse"
         assert (changed(ids).logits - model(ids).logits).abs().max() > 1e-3
     assert {int(name.split(".")[1]) for name in transfer.fresh} == set(softmax)
     assert all(".indexer." in name for name in transfer.fresh)
@@ -67,14 +67,14 @@ def test_linear_layers_start_from_q_k_v_and_o(preset):
     assert changed.config.layers() == [preset, "full", preset, "full"]
     old, new = unique_tensors(model), unique_tensors(changed)
     for layer in (0, 2):
-        base = f"layers.{layer}.mixer.f."
+        base = f"layers.{layer}.mixer."
         assert {f"{base}{n}_proj.weight" for n in "qkvo"} <= set(transfer.kept)
         assert torch.equal(new[base + "q_proj.weight"], old[base + "q_proj.weight"])
         assert torch.equal(new[base + "o_proj.weight"], old[base + "o_proj.weight"])
         for n in "kv":
             heads = old[f"{base}{n}_proj.weight"].unflatten(0, (2, 8))
             assert torch.equal(new[f"{base}{n}_proj.weight"].unflatten(0, (4, 8)), heads[[0, 0, 1, 1]])
-    untouched = [name for name in old if ".mixer.f." not in name or ".1." in name or ".3." in name]
+    untouched = [name for name in old if ".mixer." not in name or ".1." in name or ".3." in name]
     assert all(torch.equal(old[name], new[name]) for name in untouched)
     assert changed(tokens(1, 20)).logits.isfinite().all()
 
@@ -86,9 +86,9 @@ def test_import_with_surgery(tmp_path):
     assert done["layers"] == ["gdn", "gdn", "full", "full"]
     assert "2 gdn, 2 full" in summary(done)
     assert "start fresh" in summary(done)
-    assert "layers.0.mixer.f.q_proj.weight" in done["kept"]
-    assert "layers.0.mixer.f.A_log" in done["fresh"]
-    assert "layers.2.mixer.f.indexer.q_proj.weight" in done["fresh"]
+    assert "layers.0.mixer.q_proj.weight" in done["kept"]
+    assert "layers.0.mixer.A_log" in done["fresh"]
+    assert "layers.2.mixer.indexer.q_proj.weight" in done["fresh"]
     ours = load_checkpoint(tmp_path / "ours")
     assert ours.config.mixers["full"].indexer.mode == "dense"
     expected = unique_tensors(import_hf(theirs))
@@ -103,7 +103,7 @@ def test_import_with_surgery(tmp_path):
 def test_shapes_that_do_not_fit_start_fresh():
     model = import_hf(build("deepseek_v3"))  # queries through a low rank, values of 10 dims
     changed, transfer = replace_mixers(model, [3], "kda")
-    kept = {name.rsplit(".f.")[1] for name in transfer.kept}
+    kept = {name.split(".mixer.")[1] for name in transfer.kept}
     assert kept == {"o_proj.weight"}
     assert changed(tokens(1, 20)).logits.isfinite().all()
     wide = DeltaRuleConfig(num_heads=2, head_dim=6)

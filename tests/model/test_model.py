@@ -15,7 +15,7 @@ from hybridlm.model.layer_context import NormConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, LinearAttentionConfig, MLAConfig
 from hybridlm.model.model import HybridLM
 from hybridlm.model.output import GlobalBatch
-from hybridlm.model.residual.config import ResidualConfig
+from hybridlm.model.residual import BranchConfig
 from hybridlm.model.targets import build_targets
 from hybridlm_kernels import CuSeqlens
 from tests.support.tiny_lm import BORDERS, VOCABULARY, config, model, moe, with_mtp
@@ -32,8 +32,8 @@ MODELS = {
     "tied_capped": {"tie_embeddings": True, "logit_soft_cap": 5.0, "z_loss": 1e-2},
     "normed_lightning": {"mixers": {
         "linear": LinearAttentionConfig(num_heads=2, head_dim=16,
-                                        residual=ResidualConfig(form="normed", alpha=2.0, beta=0.5)),
-        "full": AttentionConfig(num_heads=2, head_dim=16, residual=ResidualConfig(form="post"))}},
+                                        residual=BranchConfig(form="normed", alpha=2.0, beta=0.5)),
+        "full": AttentionConfig(num_heads=2, head_dim=16, residual=BranchConfig(form="post"))}},
     "mla": {"schedule": ScheduleConfig(pattern=["linear", "mla"]), "mixers": {
         "linear": DeltaRuleConfig(num_heads=2, head_dim=16, decay="scalar"),
         "mla": MLAConfig(num_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)}},
@@ -191,7 +191,7 @@ def test_balance_losses_and_statistics_are_averaged_over_layers():
     assert len(routers) == 3, "layers 1 and 2, and the MTP block"
     assert all(p.grad.abs().max() > 0 for p in routers.values())
     loads = lm.router_loads()
-    assert sorted(loads) == ["layers.1.feed_forward.f", "layers.2.feed_forward.f", "mtp.0.block.feed_forward.f"]
+    assert sorted(loads) == ["layers.1.feed_forward", "layers.2.feed_forward", "mtp.0.block.feed_forward"]
     violation = [float(load.max() / load.float().mean() - 1) for load in loads.values()]
     assert float(output.stats["max_violation"]) == pytest.approx(sum(violation) / 3)
     assert float(output.stats["max_violation_max"]) == pytest.approx(max(violation))
@@ -203,10 +203,10 @@ def test_bias_moves_once_a_step_over_all_micro_batches():
     lm = model(feed_forward=moe()).train()
     for row in IDS:
         lm(row[None], labels=row[None])
-    load = lm.router_loads()["layers.1.feed_forward.f"].clone()
+    load = lm.router_loads()["layers.1.feed_forward"].clone()
     assert load.sum() == IDS.numel() * 2
     lm.post_optimizer_step()
-    bias = lm.layers[1].feed_forward.f.router.bias
+    bias = lm.layers[1].feed_forward.router.bias
     torch.testing.assert_close(bias, 0.01 * torch.sign(load.float().mean() - load))
     assert all(load.sum() == 0 for load in lm.router_loads().values())
     lm.eval()(IDS)
@@ -228,9 +228,9 @@ def test_fresh_weights_do_not_depend_on_the_schedule():
     b = model(seed=5, schedule=ScheduleConfig(pattern=["linear", "full", "linear"]))
     common = a.state_dict().keys() & b.state_dict().keys()
     different = {n for n in common if not torch.equal(a.state_dict()[n], b.state_dict()[n])}
-    assert all(n.startswith("layers.1.mixer.f.") for n in different)
-    assert {"embed.weight", "layers.1.feed_forward.f.up_proj.weight", "layers.2.mixer.f.q_proj.weight"} <= common
-    assert not torch.equal(a.layers[0].mixer.f.q_proj.weight, a.layers[2].mixer.f.q_proj.weight)
+    assert all(n.startswith("layers.1.mixer.") for n in different)
+    assert {"embed.weight", "layers.1.feed_forward.up_proj.weight", "layers.2.mixer.q_proj.weight"} <= common
+    assert not torch.equal(a.layers[0].mixer.q_proj.weight, a.layers[2].mixer.q_proj.weight)
     assert not torch.equal(a.embed.weight, model(seed=6).embed.weight)
 
 
@@ -253,8 +253,8 @@ def test_built_on_meta_equals_built_directly(name):
 
 def test_plain_projections_have_the_configured_spread():
     lm = model(init_std=0.05, hidden_size=64)
-    for name in ("embed.weight", "lm_head.weight", "layers.2.mixer.f.q_proj.weight",
-                 "layers.0.feed_forward.f.down_proj.weight"):
+    for name in ("embed.weight", "lm_head.weight", "layers.2.mixer.q_proj.weight",
+                 "layers.0.feed_forward.down_proj.weight"):
         assert float(lm.get_parameter(name).detach().std()) == pytest.approx(0.05, rel=0.1)
 
 
@@ -277,8 +277,8 @@ def test_fp32_names_exist_and_hold_router_and_decay():
     lm = with_mtp(1, feed_forward=moe())
     names = lm.fp32_parameter_names()
     assert names <= {n for n, _ in lm.named_parameters()} | {n for n, _ in lm.named_buffers()}
-    assert {"layers.1.feed_forward.f.router.weight", "layers.1.feed_forward.f.router.bias", "layers.0.mixer.f.A_log",
-            "mtp.0.block.feed_forward.f.router.bias"} <= names
+    assert {"layers.1.feed_forward.router.weight", "layers.1.feed_forward.router.bias", "layers.0.mixer.A_log",
+            "mtp.0.block.feed_forward.router.bias"} <= names
 
 
 def test_bf16_autocast_stays_close():

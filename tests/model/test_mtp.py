@@ -86,7 +86,7 @@ def test_no_document_reaches_another():
 
 def test_every_mtp_parameter_learns_and_the_weight_counts():
     lm = model(mtp=MTPConfig(depth=2, loss_weight=0.1, mixer="linear"), feed_forward=moe()).train()
-    assert [type(m.block.mixer.f).__name__ for m in lm.mtp] == ["DeltaRule"] * 2
+    assert [type(m.block.mixer).__name__ for m in lm.mtp] == ["DeltaRule"] * 2
     output = lm(IDS, labels=IDS)
     output.loss.backward()
     for name, parameter in lm.mtp.named_parameters():

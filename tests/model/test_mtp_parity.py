@@ -12,11 +12,11 @@ from hybridlm.model.sequence import SequenceInfo
 from tests.support.tiny_lm import config as lm_config
 
 RENAMED = {
-    "model.embed_tokens": "embed", "input_layernorm": "mixer.norm", "post_attention_layernorm": "feed_forward.norm",
-    "self_attn": "mixer.f", "q_a_layernorm": "q_a_norm", "kv_a_layernorm": "kv_a_norm",
+    "model.embed_tokens": "embed", "input_layernorm": "mixer_norm", "post_attention_layernorm": "feed_forward_norm",
+    "self_attn": "mixer", "q_a_layernorm": "q_a_norm", "kv_a_layernorm": "kv_a_norm",
     "kv_a_proj_with_mqa": "kv_a_proj", "mlp.gate.weight": "mlp.router.weight",
     "mlp.gate.e_score_correction_bias": "mlp.router.bias", "shared_experts": "shared", "experts.gate_up_proj":
-    "experts.gate_up", "experts.down_proj": "experts.down", "mlp": "feed_forward.f", "mtp_block": "block",
+    "experts.gate_up", "experts.down_proj": "experts.down", "mlp": "feed_forward", "mtp_block": "block",
     "post_norm": "norm",
 }
 

@@ -239,7 +239,7 @@ def check_starved_experts():
     """Each rank leaves other experts idle, for 50 steps."""
     engine, model, optimizers = ready("zero3")
     engine.prepare(model, optimizers)
-    router = model.layers[1].feed_forward.f.router
+    router = model.layers[1].feed_forward.router
     for number in range(50):
         router.bias.fill_(-10.0)[2 * engine.rank:2 * engine.rank + 2] = 10.0
         assert step(engine, number).applied

@@ -55,7 +55,7 @@ def weights(folder, stem="model"):
 def test_the_warm_up_trains_the_indexers_and_changes_no_other_bit(dense, done):
     before, after = weights(dense), weights(done.run_dir / "checkpoints" / "step-3")
     fresh = set(after) - set(before)
-    assert fresh == {f"{prefix}.mixer.f.indexer.{name}" for prefix in ("layers.1", "mtp.0.block") for name in (
+    assert fresh == {f"{prefix}.mixer.indexer.{name}" for prefix in ("layers.1", "mtp.0.block") for name in (
         "q_proj.weight", "k_proj.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")}
     assert all(torch.equal(after[name], before[name]) for name in before)
     started = build_model(load_config(str(done.run_dir / "config.yaml")))
@@ -72,7 +72,7 @@ def test_the_trained_parameters_are_printed(done):
     text = (done.run_dir / "log.txt").read_text()
     assert "fresh indexers in layers.1, mtp.0.block" in text
     assert "stage indexer_warmup: 3 steps, 10 of " in text
-    assert "trained: layers.1.mixer.f.indexer.q_proj.weight, layers.1.mixer.f.indexer.k_proj.weight, " in text
+    assert "trained: layers.1.mixer.indexer.q_proj.weight, layers.1.mixer.indexer.k_proj.weight, " in text
 
 
 def test_the_sparse_stage_trains_everything(done):
@@ -84,7 +84,7 @@ def test_the_sparse_stage_trains_everything(done):
 def test_checkpoints_say_how_their_stage_attends(done):
     warm, sparse = (checkpoint.load_checkpoint(done.run_dir / "checkpoints" / f"step-{n}") for n in (3, 7))
     for model, mode in ((warm, "dense"), (sparse, "sparse")):
-        assert model.layers[1].mixer.f.attention_mode == mode
+        assert model.layers[1].mixer.attention_mode == mode
         assert model.config.mixers["full"].indexer.topk == 6
     assert len(list(generate(sparse, torch.arange(20), 3))) == 3
 
@@ -163,7 +163,7 @@ def test_the_second_stage_alone_needs_a_trained_indexer(dense, done, tmp_path, c
     with caplog.at_level(logging.WARNING, "hybridlm"):
         train(config)
     assert "has indexers in these layers already" in caplog.text
-    assert checkpoint.load_checkpoint(tmp_path / "run").layers[1].mixer.f.attention_mode == "sparse"
+    assert checkpoint.load_checkpoint(tmp_path / "run").layers[1].mixer.attention_mode == "sparse"
 
 
 def test_a_top_k_above_the_length_is_worth_a_warning(dense, tmp_path, caplog):
@@ -234,4 +234,4 @@ def test_sparse_attention_from_scratch(dense, tmp_path):
     assert [row["stage"] for row in rows] == ["dense", "dense", "sparse", "sparse"]
     assert ["dsa/indexer_recall" in row for row in rows] == [True, True, False, False]
     assert 0 < result.validation["validation_dsa/indexer_recall"] < 1
-    assert checkpoint.load_checkpoint(result.run_dir).layers[1].mixer.f.attention_mode == "sparse"
+    assert checkpoint.load_checkpoint(result.run_dir).layers[1].mixer.attention_mode == "sparse"

@@ -80,8 +80,8 @@ def test_fp32_parameters_are_checked_by_name():
     assert any(name.endswith("router.weight") for name in names)
     engine = Engine(EngineConfig(device="cpu"))
     engine.prepare(model, build_optimizer(model, OptimizerConfig()), names)
-    model.layers[1].feed_forward.f.router.bfloat16()
-    with pytest.raises(RuntimeError, match=r"layers\.1\.feed_forward\.f\.router\.(weight|bias).*must stay float32"):
+    model.layers[1].feed_forward.router.bfloat16()
+    with pytest.raises(RuntimeError, match=r"layers\.1\.feed_forward\.router\.(weight|bias).*must stay float32"):
         check_fp32(model, sorted(names))
 
 
@@ -92,7 +92,7 @@ def test_bf16_is_autocast_over_fp32_weights_and_release_takes_it_off():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     ids = torch.arange(16).view(1, 16)
     dtypes = []
-    handle = model.layers[1].mixer.f.q_proj.register_forward_hook(lambda m, a, out: dtypes.append(out.dtype))
+    handle = model.layers[1].mixer.q_proj.register_forward_hook(lambda m, a, out: dtypes.append(out.dtype))
     loss = engine.model(ids, labels=ids).loss.detach()
     handle.remove()
     assert dtypes == [torch.bfloat16]

@@ -41,8 +41,8 @@ def test_a_disk_that_refuses_costs_one_warning_not_the_run(tmp_path, caplog):
 
 
 def test_router_panel_by_hand():
-    loads = {"layers.1.feed_forward.f": torch.tensor([4, 4, 4, 4]),
-             "mtp.0.block.feed_forward.f": torch.tensor([8, 8, 0, 0])}
+    loads = {"layers.1.feed_forward": torch.tensor([4, 4, 4, 4]),
+             "mtp.0.block.feed_forward": torch.tensor([8, 8, 0, 0])}
     panel = router_panel(layer_loads(loads))
     assert panel["moe/max_violation"] == pytest.approx(0.5)
     assert panel["moe/max_violation_worst"] == pytest.approx(1.0)

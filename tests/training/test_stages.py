@@ -30,8 +30,8 @@ def test_trainable_patterns_freeze_the_rest_and_must_name_something(tmp_path):
     a, b = plan(config)
     trained = set_trainable(model, a)
     assert trained == [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained == ["layers.1.feed_forward.f.router.weight", "lm_head.weight",
-                       "mtp.0.block.feed_forward.f.router.weight"]
+    assert trained == ["layers.1.feed_forward.router.weight", "lm_head.weight",
+                       "mtp.0.block.feed_forward.router.weight"]
     with pytest.raises(ConfigError, match=r"recipe\.stages\.1\.trainable\.0.*'layer\.0\.\*'.*did you mean"):
         set_trainable(model, b)
 

@@ -173,7 +173,7 @@ def test_the_samples_of_each_step_are_recorded_once(tmp_path):
 
 
 def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
-    poison(monkeypatch, "layers.1.mixer.f.o_proj", steps={3})
+    poison(monkeypatch, "layers.1.mixer.o_proj", steps={3})
     result = train(tiny_run.config(tmp_path, steps=5, checkpoint_every=1, keep_checkpoints=9))
     rows = tiny_run.records(result.run_dir)
     assert [row["skipped"] for row in rows] == [False, False, True, False, False]
@@ -185,8 +185,8 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
 
 
 def test_bad_steps_in_a_row_stop_the_run_and_name_the_layer(tmp_path, monkeypatch):
-    poison(monkeypatch, "layers.1.mixer.f.o_proj", steps=set(range(4, 99)))
-    with pytest.raises(TrainingStopped, match=r"3 steps in a row.*first bad: layer 'layers\.1\.mixer\.f\.o_proj'; "
+    poison(monkeypatch, "layers.1.mixer.o_proj", steps=set(range(4, 99)))
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row.*first bad: layer 'layers\.1\.mixer\.o_proj'; "
                                               r"the newest checkpoint is .*step-3"):
         train(tiny_run.config(tmp_path, max_bad_steps=3))
     checkpoint.verify(tmp_path / "run/checkpoints/step-3")
@@ -230,7 +230,7 @@ def test_a_full_disk_costs_checkpoints_first_and_the_run_later(tmp_path, monkeyp
 
 
 def test_stages_hand_over_through_a_checkpoint(tmp_path, monkeypatch):
-    recipe = tiny_run.stages({"name": "warm", "steps": 3, "trainable": ["layers.1.mixer.f.*"], "lr": 1e-3},
+    recipe = tiny_run.stages({"name": "warm", "steps": 3, "trainable": ["layers.1.mixer.*"], "lr": 1e-3},
                              {"name": "all", "steps": 3, "sequence_length": 48, "batch_size": 2})
     config = tiny_run.config(tmp_path / "whole", recipe=recipe, keep_checkpoints=9)
     train(config)
@@ -239,7 +239,7 @@ def test_stages_hand_over_through_a_checkpoint(tmp_path, monkeypatch):
     changed = {name for (name, a), b in zip(fresh.named_parameters(), after.parameters(), strict=True)
                if not torch.equal(a, b)}
     assert changed
-    assert all(name.startswith("layers.1.mixer.f.") for name in changed)
+    assert all(name.startswith("layers.1.mixer.") for name in changed)
     assert all(torch.equal(a, b) for a, b in zip(fresh.buffers(), after.buffers(), strict=True))
     optimizer = dict(checkpoint.read_tensors(tmp_path / "whole/run/checkpoints/step-3", "optimizer"))
     assert {name.split("/", 1)[1] for name in optimizer} == changed

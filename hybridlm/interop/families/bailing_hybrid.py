@@ -56,7 +56,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     yield from key_rules.norms(o, t)
-    ours, theirs = f"{o}mixer.f.", f"{t}attention."
+    ours, theirs = f"{o}mixer.", f"{t}attention."
     if isinstance(mixer, MLAConfig):
         yield from key_rules.mla_rules(mixer, ours, theirs, out="dense")
     else:

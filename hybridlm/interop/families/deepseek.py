@@ -91,7 +91,7 @@ def glm_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     yield from key_rules.norms(o, t)
-    yield from key_rules.mla_rules(key_rules.mixer_of(mixer, MLAConfig), f"{o}mixer.f.", f"{t}self_attn.")
+    yield from key_rules.mla_rules(key_rules.mixer_of(mixer, MLAConfig), f"{o}mixer.", f"{t}self_attn.")
     yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t)
 
 

@@ -46,7 +46,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     yield from key_rules.norms(o, t)
-    ours, theirs = f"{o}mixer.f.", f"{t}self_attn."
+    ours, theirs = f"{o}mixer.", f"{t}self_attn."
     if isinstance(mixer, MLAConfig):
         yield from key_rules.mla_rules(mixer, ours, theirs)
     else:

@@ -70,7 +70,7 @@ def qwen3_moe_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     yield from key_rules.norms(o, t)
-    yield from key_rules.attention_rules(key_rules.mixer_of(mixer, AttentionConfig), f"{o}mixer.f.", f"{t}self_attn.")
+    yield from key_rules.attention_rules(key_rules.mixer_of(mixer, AttentionConfig), f"{o}mixer.", f"{t}self_attn.")
     yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t)
 
 

@@ -19,7 +19,7 @@ from hybridlm.interop.mapping import Rule, Split, rule
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers import AttentionConfig, LinearAttentionConfig
 from hybridlm.model.mixers.contract import MixerConfig
-from hybridlm.model.residual.config import ResidualConfig
+from hybridlm.model.residual import BranchConfig
 
 BLOCK_SIZE = 256  # of transformers' Lightning attention
 NAMES = {"linear_attention": "lightning", "full_attention": "full"}
@@ -47,7 +47,7 @@ def to_model(hf: HFConfig) -> dict[str, Any]:
     return config_fields.base_model(hf, layers, {"lightning": lightning, "full": full}, moe)
 
 
-def residual_hf(residual: ResidualConfig, prefix: str) -> dict[str, Any]:
+def residual_hf(residual: BranchConfig, prefix: str) -> dict[str, Any]:
     return {f"{prefix}_alpha_factor": residual.alpha, f"{prefix}_beta_factor": residual.beta}
 
 
@@ -69,7 +69,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     yield from key_rules.norms(o, t)
-    ours, theirs = f"{o}mixer.f.", f"{t}self_attn."
+    ours, theirs = f"{o}mixer.", f"{t}self_attn."
     if isinstance(mixer, AttentionConfig):
         yield from key_rules.attention_rules(mixer, ours, theirs)
     else:

@@ -34,7 +34,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     yield from key_rules.norms(o, t)
-    yield from key_rules.attention_rules(key_rules.mixer_of(mixer, AttentionConfig), f"{o}mixer.f.", f"{t}self_attn.")
+    yield from key_rules.attention_rules(key_rules.mixer_of(mixer, AttentionConfig), f"{o}mixer.", f"{t}self_attn.")
     yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t, moe_name="block_sparse_moe",
                                         experts=("w1", "w3", "w2"), bias="e_score_correction_bias")
 

@@ -49,7 +49,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    ours = f"{o}mixer.f."
+    ours = f"{o}mixer."
     if isinstance(mixer, AttentionConfig):
         yield _norm(f"{o}mixer", t, "post_attention_layernorm", "feedforward_layer_norm")
         yield _norm(f"{o}feed_forward", t, "post_feedforward_layernorm")
@@ -66,7 +66,7 @@ def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) ->
 
 def _norm(branch: str, t: str, *names: str) -> Rule:
     """The norm of a branch under its released name, or as transformers calls it at run time or when it saves."""
-    return Rule((f"{branch}.norm.weight",), tuple(Layout((f"{t}{name}.weight",)) for name in names))
+    return Rule((f"{branch}_norm.weight",), tuple(Layout((f"{t}{name}.weight",)) for name in names))
 
 
 def _conv_rules(gdn: DeltaRuleConfig, o: str, t: str) -> Iterator[Rule]:

@@ -28,10 +28,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     yield from key_rules.norms(o, t)
     if isinstance(mixer, AttentionConfig):
-        yield from key_rules.attention_rules(mixer, f"{o}mixer.f.", f"{t}self_attn.", gate_in_q=True)
+        yield from key_rules.attention_rules(mixer, f"{o}mixer.", f"{t}self_attn.", gate_in_q=True)
     else:
         gdn = key_rules.mixer_of(mixer, DeltaRuleConfig)
-        ours, theirs = f"{o}mixer.f.", f"{t}linear_attn."
+        ours, theirs = f"{o}mixer.", f"{t}linear_attn."
         yield rule(tuple(f"{ours}{name}_proj.weight" for name in "qkv"), f"{theirs}in_proj_qkv.weight",
                    Split(tuple(gdn.channels.values())))
         yield from key_rules.same(ours, theirs, ("g_proj.weight", "in_proj_z.weight"), ("b_proj.weight", "in_proj_b.weight"),

@@ -77,10 +77,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
     yield from key_rules.norms(o, t)
     if isinstance(mixer, AttentionConfig):
-        yield from key_rules.attention_rules(mixer, f"{o}mixer.f.", f"{t}self_attn.", gate_in_q=True)
+        yield from key_rules.attention_rules(mixer, f"{o}mixer.", f"{t}self_attn.", gate_in_q=True)
     else:
         gdn = key_rules.mixer_of(mixer, DeltaRuleConfig)
-        ours, theirs, ratio = f"{o}mixer.f.", f"{t}linear_attn.", gdn.value_heads // gdn.num_heads
+        ours, theirs, ratio = f"{o}mixer.", f"{t}linear_attn.", gdn.value_heads // gdn.num_heads
         sizes = (gdn.head_dim, gdn.head_dim, ratio * gdn.value_dim, ratio * gdn.value_dim)
         yield rule(tuple(f"{ours}{name}_proj.weight" for name in "qkvg"), f"{theirs}in_proj_qkvz.weight",
                    Split(sizes, gdn.num_heads))

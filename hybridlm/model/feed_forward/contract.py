@@ -11,7 +11,7 @@ from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
-from hybridlm.model.residual.config import ResidualConfig
+from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.sequence import SequenceInfo
 
 
@@ -20,7 +20,7 @@ class FeedForwardConfig:
     """Base of every feed-forward's config. `residual: null` follows the layer's mixer."""
 
     kind: str
-    residual: ResidualConfig | None = None
+    residual: BranchConfig | None = None
 
     def is_moe(self, layer_index: int) -> bool:
         return False

@@ -11,7 +11,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
-from hybridlm.model.residual.config import ResidualConfig
+from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.sequence import SequenceInfo
 
 # Of one layer: named losses ("loss/..."), and statistics that are reported over all layers ("stat/...") or also for
@@ -27,7 +27,7 @@ class MixerConfig:
     """
 
     kind: str
-    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    residual: BranchConfig = field(default_factory=BranchConfig)
     is_linear: ClassVar[bool] = False  # fixed-size decode state: no term that grows with context
 
     def num_params(self, context: LayerContext) -> int:

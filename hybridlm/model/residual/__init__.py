@@ -1,1 +1,11 @@
-"""Residual streams: how a layer's branches read from the stream and write back to it."""
+"""Residuals: how the branches of a model are joined. Importing this package registers every form."""
+
+from hybridlm.model.residual.branch import BranchConfig as BranchConfig
+from hybridlm.model.residual.contract import RESIDUALS as RESIDUALS
+from hybridlm.model.residual.contract import Residual as Residual
+from hybridlm.model.residual.contract import ResidualBranch as ResidualBranch
+from hybridlm.model.residual.contract import ResidualConfig as ResidualConfig
+from hybridlm.model.residual.contract import build_residual as build_residual
+from hybridlm.model.residual.contract import build_residual_branch as build_residual_branch
+from hybridlm.model.residual.contract import register_residual as register_residual
+from hybridlm.model.residual.single import SingleResidualConfig as SingleResidualConfig

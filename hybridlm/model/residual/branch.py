@@ -1,4 +1,4 @@
-"""Configuration of the residual stream."""
+"""Configuration of one branch: the option `residual` of a mixer or a feed-forward."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Literal
 
 
 @dataclass(kw_only=True)
-class ResidualConfig:
-    """How a branch f (mixer or feed-forward) joins the residual stream h.
+class BranchConfig:
+    """How a branch f (mixer or feed-forward) stands to its norm and to the residual h that it is added to.
 
     pre:    h + f(norm(h))                              (most models)
     post:   h + norm(f(h))                              (OLMo 2/3, full layers of OLMo-Hybrid)

@@ -1,0 +1,148 @@
+"""The contract of a residual and the registry of their forms.
+
+A residual joins the branches of a model (mixers and feed-forwards) over all its layers. What flows from branch to
+branch is its stream: one tensor [B, T, D] in the simplest form, several of them or a list of earlier outputs in others.
+Only the residual and its branches look inside a stream; layers, activation checkpointing and multi-token prediction
+pass it on. A stream is never changed in place, because activation checkpointing keeps those that layers start from.
+B rows, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from hybridlm.model.layer_context import LayerContext
+from hybridlm.model.norm import RMSNorm
+from hybridlm.model.residual.branch import BranchConfig
+
+Stream = Any  # [B, T, D] in the form `single`; a value that holds tensors in any form
+BranchName = Literal["mixer", "feed_forward"]
+FP32_BYTES = 4  # bytes per element of a stream, which stays in fp32 under bf16 autocast
+
+
+@dataclass(kw_only=True)
+class ResidualConfig:
+    """Base of every residual's config, the option `model.residual`. Subclasses register a `form` with
+    `@register_residual`.
+
+    Costs are known from the config alone. The norm of each branch is the layer's and is counted there.
+    """
+
+    form: str
+
+    def check_branch(self, branch: BranchConfig) -> None:
+        """Raise ConfigError where this residual cannot join a branch with these options. By default it can."""
+
+    def num_params(self, context: LayerContext) -> int:
+        """Number of parameters of the residual itself, outside the layers."""
+        return 0
+
+    def branch_params(self, context: LayerContext) -> int:
+        """Number of parameters of the residual for one branch of a layer, without the norm of the branch."""
+        return 0
+
+    def flops_per_token(self, context: LayerContext) -> float:
+        """Forward FLOPs per token for one branch; element-wise work is left out, as everywhere."""
+        return 0.0
+
+    def stream_bytes(self, context: LayerContext) -> float:
+        """Bytes per token of the stream between two layers: what activation checkpointing keeps per layer."""
+        return float(FP32_BYTES * context.hidden_size)
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        """Bytes per token that one branch keeps for the backward pass, its norm included: the stream before it, and the
+        normed input in the dtype of the products."""
+        return self.stream_bytes(context) + element_bytes * context.hidden_size
+
+
+class ResidualBranch(nn.Module, ABC):
+    """Joins one branch of one layer to the stream. It may have parameters of its own.
+
+    `fp32_parameters` and `parameter_roles` (name of a parameter: its role in the optimizer) are those of a mixer.
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ()
+    parameter_roles: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, config: ResidualConfig, branch: BranchConfig, context: LayerContext, name: BranchName):
+        super().__init__()
+
+    @abstractmethod
+    def read(self, stream: Stream, norm: RMSNorm) -> tuple[Tensor, Any]:
+        """The input of the branch.
+
+        Args:
+            stream: the stream before the branch.
+            norm: the norm of the branch, applied here or in `write`, as the branch's options say.
+
+        Returns:
+            The input [B, T, D], and what `write` needs of the stream.
+        """
+
+    @abstractmethod
+    def write(self, kept: Any, output_BTD: Tensor, norm: RMSNorm) -> Stream:
+        """The stream after the branch.
+
+        Args:
+            kept: the second result of `read`.
+            output_BTD: the output of the branch.
+            norm: as in `read`.
+        """
+
+    def init_weights(self, std: float) -> None:
+        """Initialise parameters and buffers; `std` is for plain projections."""
+
+
+class Residual(nn.Module, ABC):
+    """Begins and ends the stream of a model. It may have parameters of its own.
+
+    `branch` is the class that joins a branch to the stream. `fp32_parameters` and `parameter_roles` are those of a
+    mixer.
+    """
+
+    branch: ClassVar[type[ResidualBranch]]
+    fp32_parameters: ClassVar[tuple[str, ...]] = ()
+    parameter_roles: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, config: ResidualConfig, context: LayerContext):
+        super().__init__()
+
+    @abstractmethod
+    def start(self, embedding_BTD: Tensor) -> Stream:
+        """The stream before the first layer."""
+
+    @abstractmethod
+    def end(self, stream: Stream) -> Tensor:
+        """The hidden state [B, T, D] that the final norm gets, from the stream after the last layer."""
+
+    def init_weights(self, std: float) -> None:
+        """Initialise parameters and buffers; `std` is for plain projections."""
+
+
+RESIDUALS: dict[str, tuple[type[ResidualConfig], type[Residual]]] = {}
+
+
+def register_residual(form: str, config: type[ResidualConfig]) -> Callable[[type[Residual]], type[Residual]]:
+    """Register a class of residuals under `form`, the value of `model.residual.form` that chooses it."""
+
+    def add(cls: type[Residual]) -> type[Residual]:
+        RESIDUALS[form] = (config, cls)
+        return cls
+
+    return add
+
+
+def build_residual(config: ResidualConfig, context: LayerContext) -> Residual:
+    """The residual of a model."""
+    return RESIDUALS[config.form][1](config, context)
+
+
+def build_residual_branch(config: ResidualConfig, branch: BranchConfig, context: LayerContext,
+                          name: BranchName) -> ResidualBranch:
+    """The module that joins the mixer or the feed-forward of layer `context.layer_index` to the stream."""
+    return RESIDUALS[config.form][1].branch(config, branch, context, name)
