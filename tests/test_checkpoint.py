@@ -142,7 +142,7 @@ def test_a_save_is_no_checkpoint_until_it_is_published(tmp_path):
 def test_parts_of_a_tensor_are_read_alone(tmp_path, dtype):
     whole = torch.arange(4 * 3 * 5).view(4, 3, 5).to(dtype)
     folder = checkpoint.write(tmp_path, 1, {}, {"model": {"a": whole, "step": torch.tensor(7).to(dtype)}})
-    stored = checkpoint.stored_tensors(folder)
+    stored = checkpoint.checkpoint_tensors(folder)
     assert torch.equal(stored["step"].read(), torch.tensor(7).to(dtype))
     assert torch.equal(stored["a"].elements(13, 20), whole.flatten()[13:33])
     assert stored["a"].elements(60, 0).shape == (0,)

@@ -18,7 +18,7 @@ from hybridlm import __version__
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 from hybridlm.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # see `hybridlm.checkpoint.legacy_names` for the names of earlier formats
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from hybridlm.checkpoint.folder import resolve
+from hybridlm.checkpoint.legacy_names import checkpoint_tensors
 from hybridlm.config.serialization import from_dict, load_yaml, to_yaml
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.distributed.zero.partition import fill
 from hybridlm.errors import CheckpointError
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM, build_model
-from hybridlm.tensor_storage import StoredTensor, full_shape, stored_tensors, unique_tensors
+from hybridlm.tensor_storage import StoredTensor, full_shape, unique_tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
     wanted = unique_tensors(model)
     problems, left = [], set(wanted)
     with torch.no_grad():
-        for name, whole in stored_tensors(folder).items():
+        for name, whole in checkpoint_tensors(folder).items():
             stored = whole if part is None else part(name, whole)
             if name not in wanted:
                 problems.append(f"the model has no '{name}'")

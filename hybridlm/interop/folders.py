@@ -111,7 +111,8 @@ def export_checkpoint(checkpoint: PathLike, dest: PathLike, *, family: str | Non
     """
     folder = ckpt.resolve(checkpoint)
     config = ckpt.read_model_config(folder)
-    return _export(config, SafetensorsFolder(folder), dest, folder, family, dtype_named(dtype), mtp, shard_bytes)
+    source = SafetensorsFolder(folder, ckpt.checkpoint_tensors(folder))
+    return _export(config, source, dest, folder, family, dtype_named(dtype), mtp, shard_bytes)
 
 
 def export_hf(model: HybridLM, dest: PathLike, *, family: str | None = None, dtype: str | torch.dtype | None = None,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.interop.mapping import Spec
-from hybridlm.tensor_storage import stored_tensors
+from hybridlm.tensor_storage import StoredTensor, stored_tensors
 
 SCALE = "_scale_inv"
 
@@ -43,11 +43,11 @@ class StateDict:
 
 
 class SafetensorsFolder:
-    """All tensors of a checkpoint's safetensors files."""
+    """All tensors of a checkpoint's safetensors files; `stored`: the same by other names."""
 
-    def __init__(self, folder: Path, stem: str = "model"):
+    def __init__(self, folder: Path, stored: Mapping[str, StoredTensor] | None = None):
         self.where = str(folder)
-        self._stored = stored_tensors(folder, stem)
+        self._stored = stored_tensors(folder) if stored is None else stored
         self.specs: Mapping[str, Spec] = {name: Spec(s.dtype, tuple(s.shape)) for name, s in self._stored.items()}
 
     def read(self, name: str) -> Tensor:

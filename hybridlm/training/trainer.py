@@ -158,7 +158,7 @@ class Trainer:
         audit(self.model, trained, self.optimizers)
         # At the start of a stage the run stands where it was saved last, in this session or another one.
         newest = self.saver.newest
-        stored = {} if newest is None else checkpoint.stored_tensors(newest, "optimizer")
+        stored = {} if newest is None else checkpoint.checkpoint_tensors(newest, "optimizer")
         state = {name: self.engine.part(name, tensor) for name, tensor in stored.items()}
         self.engine.prepare(self.model, self.optimizers, sorted(fp32_names(self.model)), state,
                             strict=self.state_stage == stage.index)

@@ -43,7 +43,7 @@ def test_what_threads_write_is_what_training_waits_for(base, ranks):
 
 @pytest.mark.slow
 def test_a_resume_reads_each_element_and_hashes_each_file_once(base, ranks):
-    stored = checkpoint.stored_tensors(base / "waiting/checkpoints/step-5", "optimizer")
+    stored = checkpoint.checkpoint_tensors(base / "waiting/checkpoints/step-5", "optimizer")
     read = sum((Counter(found["read"]) for found in ranks), Counter())
     for name, tensor in stored.items():
         if tensor.dim():  # the counts of steps are of all ranks

@@ -24,7 +24,7 @@ class Toy(nn.Module):
         self.lm_head = nn.Linear(8, 11, bias=False)
 
     def fp32_parameter_names(self):
-        return ["layers.0.mixer.router.weight", "layers.0.mixer.A_log"]
+        return ["layers.0.f.router.weight", "layers.0.f.A_log"]
 
 
 def stored(state, folder):
@@ -35,7 +35,7 @@ def stored(state, folder):
 
 def by_group(kind):
     model = Toy()
-    return {(g.rule, g.decay): {n.replace("layers.0.mixer.", "") for n in g.names}
+    return {(g.rule, g.decay): {n.replace("layers.0.f.", "") for n in g.names}
             for g in plan_groups(model.named_parameters(), kind, model.fp32_parameter_names())}
 
 

@@ -5,14 +5,14 @@ Loading it in transformers needs `import hybridlm.interop.auto` first; no code c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError
 from hybridlm.interop.family import Family, HFConfig
-from hybridlm.interop.mapping import Rule, rule
+from hybridlm.interop.mapping import Rule, Spec, rule
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
@@ -51,6 +51,13 @@ class Native(Family):
         from hybridlm.tensor_storage import unique_tensors
 
         return [rule(name, PREFIX + name) for name in unique_tensors(build_model(config, device="meta"))]
+
+    def spell(self, names: Mapping[str, Spec]) -> tuple[dict[str, Spec], dict[str, str]]:
+        """Exports of earlier versions hold their parameter names."""
+        from hybridlm.checkpoint.legacy_names import are_legacy, current_name
+
+        spelling = {current_name(name) if are_legacy(names) else name: name for name in names}
+        return {name: names[old] for name, old in spelling.items()}, spelling
 
 
 FAMILY = Native(name=MODEL_TYPE, architecture="HybridLMForCausalLM", to_model=to_model, to_hf=to_hf, layer=layer)
