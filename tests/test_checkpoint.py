@@ -71,7 +71,7 @@ def alter(file, old, new):
     (lambda f: (f / "manifest.json").write_text('{"files"'), "cannot be read"),
     (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
     (lambda f: alter(f / "manifest.json", '"step": 10', '"step": 11'), "manifest.json has changed"),
-    (lambda f: alter(f / "manifest.json", '"format": 1', '"format": 3'), "manifest.json has changed"),
+    (lambda f: alter(f / "manifest.json", '"format": 2', '"format": 3'), "manifest.json has changed"),
     (lambda f: alter(f / "manifest.json", '"sha256"', '"sha257"'), "manifest.json c"),
 ])
 def test_torn_checkpoint_is_passed_over_and_named(tmp_path, caplog, harm, word):

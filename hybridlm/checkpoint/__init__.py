@@ -35,6 +35,7 @@ from hybridlm.tensor_storage import StoredTensor, read_tensors, unique_tensors
 
 __all__ = [
     "SHARD_BYTES", "Save", "StoredTensor", "checkpoint_tensors", "layer_diff", "layer_list", "load_checkpoint",
-    "load_tokenizer", "load_weights", "model_texts", "newest", "prune", "read_config", "read_model_config", "read_tensors", "remove_drafts", "resolve",
-    "seal", "step_folders", "step_of", "unique_tensors", "verify", "write",
+    "load_tokenizer", "load_weights", "model_texts", "newest", "prune", "read_config", "read_model_config",
+    "read_tensors", "remove_drafts", "resolve", "seal", "step_folders", "step_of", "unique_tensors", "verify",
+    "write",
 ]

@@ -10,14 +10,16 @@ B rows, T tokens, D model width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.norm import RMSNorm
+from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.branch import BranchConfig
 
 Stream = Any  # [B, T, D] in the form `single`; a value that holds tensors in any form
@@ -63,11 +65,10 @@ class ResidualConfig:
 class ResidualBranch(nn.Module, ABC):
     """Joins one branch of one layer to the stream. It may have parameters of its own.
 
-    `fp32_parameters` and `parameter_roles` (name of a parameter: its role in the optimizer) are those of a mixer.
+    `fp32_parameters` are names of parameters, or their last parts, that no engine may cast down.
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
-    parameter_roles: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: ResidualConfig, branch: BranchConfig, context: LayerContext, name: BranchName):
         super().__init__()
@@ -94,6 +95,10 @@ class ResidualBranch(nn.Module, ABC):
             norm: as in `read`.
         """
 
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        """The role of every parameter, by its name within this module: what an optimizer groups them by."""
+        return find_roles(self)
+
     def init_weights(self, std: float) -> None:
         """Initialise parameters and buffers; `std` is for plain projections."""
 
@@ -101,13 +106,11 @@ class ResidualBranch(nn.Module, ABC):
 class Residual(nn.Module, ABC):
     """Begins and ends the stream of a model. It may have parameters of its own.
 
-    `branch` is the class that joins a branch to the stream. `fp32_parameters` and `parameter_roles` are those of a
-    mixer.
+    `branch` is the class that joins a branch to the stream. `fp32_parameters` are those of a mixer.
     """
 
     branch: ClassVar[type[ResidualBranch]]
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
-    parameter_roles: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: ResidualConfig, context: LayerContext):
         super().__init__()
@@ -120,18 +123,22 @@ class Residual(nn.Module, ABC):
     def end(self, stream: Stream) -> Tensor:
         """The hidden state [B, T, D] that the final norm gets, from the stream after the last layer."""
 
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        """The role of every parameter, by its name within this module: what an optimizer groups them by."""
+        return find_roles(self)
+
     def init_weights(self, std: float) -> None:
         """Initialise parameters and buffers; `std` is for plain projections."""
 
 
-RESIDUALS: dict[str, tuple[type[ResidualConfig], type[Residual]]] = {}
+RESIDUALS = KindRegistry("residual", ResidualConfig, key="form", default="single")
 
 
 def register_residual(form: str, config: type[ResidualConfig]) -> Callable[[type[Residual]], type[Residual]]:
     """Register a class of residuals under `form`, the value of `model.residual.form` that chooses it."""
 
     def add(cls: type[Residual]) -> type[Residual]:
-        RESIDUALS[form] = (config, cls)
+        RESIDUALS.register(form, config, cls)
         return cls
 
     return add
@@ -139,10 +146,10 @@ def register_residual(form: str, config: type[ResidualConfig]) -> Callable[[type
 
 def build_residual(config: ResidualConfig, context: LayerContext) -> Residual:
     """The residual of a model."""
-    return RESIDUALS[config.form][1](config, context)
+    return RESIDUALS.implementation(config.form)(config, context)
 
 
 def build_residual_branch(config: ResidualConfig, branch: BranchConfig, context: LayerContext,
                           name: BranchName) -> ResidualBranch:
     """The module that joins the mixer or the feed-forward of layer `context.layer_index` to the stream."""
-    return RESIDUALS[config.form][1].branch(config, branch, context, name)
+    return RESIDUALS.implementation(config.form).branch(config, branch, context, name)
