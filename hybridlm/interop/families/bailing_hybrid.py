@@ -44,7 +44,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     renamed = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts",
                "scoring_func": "score_function"}
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-    return config_fields.base_hf(config) | config_fields.mla_hf(mla) | {renamed.get(key, key): v for key, v in moe.items()} | {
+    moe = {renamed.get(key, key): value for key, value in moe.items()}
+    return config_fields.base_hf(config) | config_fields.mla_hf(mla) | moe | {
         "model_type": "bailing_hybrid", "head_dim": kda.head_dim, "linear_head_dim": kda.head_dim,
         "short_conv_kernel_size": kda.conv_size, "kda_safe_gate": kda.gate == "lower_bounded",
         "kda_lower_bound": kda.lower_bound, "layer_group_size": full[0] + 1 if full else config.num_layers + 1,

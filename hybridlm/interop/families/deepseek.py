@@ -38,7 +38,8 @@ def v3_to_model(hf: HFConfig) -> dict[str, Any]:
 
 def v3_to_hf(config: ModelConfig) -> dict[str, Any]:
     mla = config_fields.the(config, MLAConfig)
-    return config_fields.base_hf(config) | config_fields.mla_hf(mla) | config_fields.deepseek_moe_hf(config_fields.moe_of(config)) | {
+    moe = config_fields.deepseek_moe_hf(config_fields.moe_of(config))
+    return config_fields.base_hf(config) | config_fields.mla_hf(mla) | moe | {
         "model_type": "deepseek_v3", "rope_parameters": config_fields.rope_hf(mla.rope), "rope_theta": mla.rope.theta,
         "rope_interleave": mla.rope.kind == "interleaved", "first_k_dense_replace": config_fields.leading_dense(config),
         "num_nextn_predict_layers": config.mtp.depth,

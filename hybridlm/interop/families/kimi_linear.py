@@ -34,7 +34,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
                "n_shared_experts": "num_shared_experts", "norm_topk_prob": "moe_renormalize",
                "n_group": "num_expert_group", "scoring_func": "moe_router_activation_func"}
     numbered = {kind: [i for i, t in enumerate(types, start=1) if t == kind] for kind in NAMES}
-    return config_fields.base_hf(config) | config_fields.mla_hf(mla) | {renamed.get(key, key): v for key, v in moe.items()} | {
+    moe = {renamed.get(key, key): value for key, value in moe.items()}
+    return config_fields.base_hf(config) | config_fields.mla_hf(mla) | moe | {
         "model_type": "kimi_linear", "model_max_length": config.max_position, "mla_use_nope": True,
         "head_dim": mla.qk_rope_head_dim, "first_k_dense_replace": config_fields.leading_dense(config),
         "use_grouped_topk": True, "layer_types": types, "mlp_layer_types": config_fields.mlp_layer_types(config),

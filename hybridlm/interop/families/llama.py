@@ -45,7 +45,8 @@ def qwen3_moe_to_model(hf: HFConfig) -> dict[str, Any]:
 def _attention_hf(config: ModelConfig) -> dict[str, Any]:
     full = config_fields.the(config, AttentionConfig)
     return config_fields.base_hf(config) | config_fields.attention_hf(full) | {
-        "rope_parameters": config_fields.rope_hf(full.rope), "rope_theta": full.rope.theta, "attention_bias": full.qkv_bias}
+        "rope_parameters": config_fields.rope_hf(full.rope), "rope_theta": full.rope.theta,
+        "attention_bias": full.qkv_bias}
 
 
 def llama_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) ->
         ours, theirs = f"{o}mixer.", f"{t}linear_attn."
         yield rule(tuple(f"{ours}{name}_proj.weight" for name in "qkv"), f"{theirs}in_proj_qkv.weight",
                    Split(tuple(gdn.channels.values())))
-        yield from key_rules.same(ours, theirs, ("g_proj.weight", "in_proj_z.weight"), ("b_proj.weight", "in_proj_b.weight"),
-                              ("a_proj.weight", "in_proj_a.weight"))
+        yield from key_rules.same(ours, theirs, ("g_proj.weight", "in_proj_z.weight"),
+                                  ("b_proj.weight", "in_proj_b.weight"), ("a_proj.weight", "in_proj_a.weight"))
         yield from qwen3_next.gdn_rules(gdn, ours, theirs)
     yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t, shared="shared_expert")
 

@@ -28,8 +28,8 @@ def gdn_model(hf: HFConfig) -> dict[str, Any]:
 def qwen_model(hf: HFConfig, dense_layers: list[int], norm_topk_prob: bool) -> dict[str, Any]:
     """What Qwen3-Next and Qwen3.5 have in common."""
     bias = bool(hf.attention_bias)
-    full = config_fields.attention_model(hf, config_fields.rope_model(hf, partial=True), qk_norm="head", output_gate="element",
-                                 qkv_bias=bias, o_bias=bias)
+    rope = config_fields.rope_model(hf, partial=True)
+    full = config_fields.attention_model(hf, rope, qk_norm="head", output_gate="element", qkv_bias=bias, o_bias=bias)
     shared = hf.shared_expert_intermediate_size
     moe = {"kind": "moe", "router": "softmax", "num_experts": hf.num_experts,
            "num_experts_per_tok": hf.num_experts_per_tok, "moe_intermediate_size": hf.moe_intermediate_size,
@@ -37,12 +37,13 @@ def qwen_model(hf: HFConfig, dense_layers: list[int], norm_topk_prob: bool) -> d
            "norm_topk_prob": norm_topk_prob, "dense_layers": dense_layers,
            "intermediate_size": getattr(hf.object, "intermediate_size", None)}
     mtp = {"depth": 1, "mixer": "full"} if "mtp.fc.weight" in hf.keys else {}
-    return config_fields.base_model(hf, [NAMES[kind] for kind in hf.layer_types], {"gdn": gdn_model(hf), "full": full}, moe,
-                            norm={"eps": hf.rms_norm_eps, "zero_centered": True}, mtp=mtp)
+    layers, mixers = [NAMES[kind] for kind in hf.layer_types], {"gdn": gdn_model(hf), "full": full}
+    return config_fields.base_model(hf, layers, mixers, moe, norm={"eps": hf.rms_norm_eps, "zero_centered": True}, mtp=mtp)
 
 
 def qwen_hf(config: ModelConfig) -> dict[str, Any]:
-    gdn, full, moe = config_fields.the(config, DeltaRuleConfig), config_fields.the(config, AttentionConfig), config_fields.moe_of(config)
+    gdn, full = config_fields.the(config, DeltaRuleConfig), config_fields.the(config, AttentionConfig)
+    moe = config_fields.moe_of(config)
     return config_fields.base_hf(config) | config_fields.attention_hf(full) | {
         "rope_parameters": config_fields.rope_hf(full.rope, partial=True), "attention_bias": full.qkv_bias,
         "partial_rotary_factor": full.rope.partial_rotary_factor, "layer_types": config_fields.layer_types(config),
