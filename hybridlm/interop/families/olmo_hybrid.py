@@ -29,7 +29,8 @@ def to_model(hf: HFConfig) -> dict[str, Any]:
     rotated = (hf.rope_parameters or {}).get("rope_theta") is not None
     bias = bool(hf.attention_bias)
     rope = config_fields.rope_model(hf) if rotated else {"kind": "none"}
-    full = config_fields.attention_model(hf, rope, qk_norm="full", qkv_bias=bias, o_bias=bias, residual={"form": "post"})
+    full = config_fields.attention_model(hf, rope, qk_norm="full", qkv_bias=bias, o_bias=bias,
+                                         residual={"form": "post"})
     dense = {"kind": "dense", "intermediate_size": hf.intermediate_size}
     return config_fields.base_model(hf, [NAMES[kind] for kind in hf.layer_types], {"gdn": gdn, "full": full}, dense)
 

@@ -38,7 +38,8 @@ def qwen_model(hf: HFConfig, dense_layers: list[int], norm_topk_prob: bool) -> d
            "intermediate_size": getattr(hf.object, "intermediate_size", None)}
     mtp = {"depth": 1, "mixer": "full"} if "mtp.fc.weight" in hf.keys else {}
     layers, mixers = [NAMES[kind] for kind in hf.layer_types], {"gdn": gdn_model(hf), "full": full}
-    return config_fields.base_model(hf, layers, mixers, moe, norm={"eps": hf.rms_norm_eps, "zero_centered": True}, mtp=mtp)
+    return config_fields.base_model(hf, layers, mixers, moe,
+                                    norm={"eps": hf.rms_norm_eps, "zero_centered": True}, mtp=mtp)
 
 
 def qwen_hf(config: ModelConfig) -> dict[str, Any]:
