@@ -13,7 +13,9 @@ from rich.table import Table
 
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import ParameterCount, count_parameters, decode_state_bytes, forward_flops, training_parts
-from hybridlm.model.memory import Optimizer, Precision, training_memory
+from hybridlm.model.memory import Precision, training_memory
+from hybridlm.optimizers import AdamWConfig, OptimizerConfig
+from hybridlm.optimizers.memory import optimizer_state_bytes
 
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 TOLERANCE = 0.03
@@ -22,7 +24,7 @@ _BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
 
 
 def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | None = None,
-            precision: Precision = "bf16", optimizer: Optimizer = "adamw",
+            precision: Precision = "bf16", optimizer: OptimizerConfig | None = None,
             activation_checkpointing: bool = False) -> dict[str, Any]:
     """The report as plain data, ready for JSON. FLOPs and memory are at `sequence_length` (default: 4096, or the
     model's longest position when that is shorter).
@@ -33,8 +35,10 @@ def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | 
     length = min(4096, config.max_position) if sequence_length is None else sequence_length
     count = count_parameters(config)
     flops, training = forward_flops(config, length), training_parts(config, length)
+    optimizer = optimizer or AdamWConfig()
     memory = training_memory(config, batch_size=batch_size, sequence_length=length, precision=precision,
-                             optimizer=optimizer, activation_checkpointing=activation_checkpointing)
+                             optimizer_bytes=optimizer_state_bytes(config, optimizer),
+                             activation_checkpointing=activation_checkpointing)
     return {
         "name": config.name,
         "layers": [{"index": layer.index, "mixer": layer.mixer, "kind": layer.kind, "feed_forward": layer.feed_forward,
@@ -46,7 +50,7 @@ def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | 
         "flops_per_token": {"context_length": length, "forward_by_part": flops, "forward": sum(flops.values()),
                             "training_by_part": training, "training": sum(training.values())},
         "training_memory": {"batch_size": batch_size, "sequence_length": length, "precision": precision,
-                            "optimizer": optimizer, "activation_checkpointing": activation_checkpointing,
+                            "optimizer": optimizer.kind, "activation_checkpointing": activation_checkpointing,
                             "weights": memory.weights, "gradients": memory.gradients,
                             "optimizer_state": memory.optimizer, "activations": memory.activations,
                             "total": memory.total},

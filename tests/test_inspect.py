@@ -9,6 +9,7 @@ from rich.console import Console
 from hybridlm.config import load_model_config
 from hybridlm.inspect import inspect, render
 from hybridlm.model.cost import count_parameters, training_flops
+from hybridlm.optimizers import MuonConfig
 
 
 def printed(report: dict) -> str:
@@ -68,7 +69,7 @@ def test_no_comparison_where_nothing_is_published():
 
 def test_sizes_of_the_batch_and_the_run():
     config = load_model_config("quickstart")
-    small, large = (inspect(config, batch_size=b, sequence_length=512, precision="fp32", optimizer="muon",
+    small, large = (inspect(config, batch_size=b, sequence_length=512, precision="fp32", optimizer=MuonConfig(),
                             activation_checkpointing=True)["training_memory"] for b in (1, 4))
     assert large["activations"] == 4 * small["activations"]
     assert large["optimizer_state"] == small["optimizer_state"]

@@ -31,12 +31,11 @@ def run(argv: Sequence[str]) -> int:
     if len(args.overrides) == 1 and os.path.isdir(args.overrides[0]):
         from hybridlm.checkpoint import read_model_config, resolve
 
-        config, model, optimizer = None, read_model_config(resolve(args.overrides[0])), "adamw"
+        config, model, optimizer = None, read_model_config(resolve(args.overrides[0])), None
     else:
         config = load_run_config(args)
-        model, optimizer = config.model, config.optimizer.kind
-    report = inspect(model, batch_size=args.batch_size, sequence_length=args.context,
-                     optimizer=optimizer)  # type: ignore[arg-type]
+        model, optimizer = config.model, config.optimizer
+    report = inspect(model, batch_size=args.batch_size, sequence_length=args.context, optimizer=optimizer)
     if config is not None and config.engine.kind != "single":
         from hybridlm.distributed.memory import rank_report
         from hybridlm.distributed.rank_environment import check_layout

@@ -59,7 +59,7 @@ def _show_plan(config: Config, as_json: bool) -> int:
     check_sources(config.data)
     report = inspect(config.model, batch_size=training.micro_batch_size or training.batch_size,
                      sequence_length=max(stage.sequence_length for stage in stages),
-                     precision="fp32" if training.precision == "fp32" else "bf16", optimizer=config.optimizer.kind,
+                     precision="fp32" if training.precision == "fp32" else "bf16", optimizer=config.optimizer,
                      activation_checkpointing=training.activation_checkpointing)
     if config.engine.kind != "single":
         report["rank_memory"] = rank_report(config, processes)

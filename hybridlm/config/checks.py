@@ -24,8 +24,8 @@ def validate(config: Config) -> None:
     _check_vocabulary(config)
     count_parameters(config.model)  # each part looks at the layer it stands in
     _check_kernels(config.kernels)
-    require(not (config.engine.offload_optimizer and config.optimizer.kind == "muon"), "engine.offload_optimizer",
-            "does not go with optimizer.kind=muon, whose matrices travel between devices",
+    require(not (config.engine.offload_optimizer and config.optimizer.whole_matrices), "engine.offload_optimizer",
+            f"does not go with optimizer.kind={config.optimizer.kind}, whose matrices travel between devices",
             expected="optimizer=adamw, or engine.offload_optimizer=false")
     require(config.engine.communication_dtype == "fp32" or config.training.precision == "bf16",
             "engine.communication_dtype", "rounds what was computed in more digits", got="bf16",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from hybridlm.errors import require
 from hybridlm.model.config import ModelConfig
+from hybridlm.optimizers import AdamWConfig, OptimizerConfig
 
 
 @dataclass(kw_only=True)
@@ -55,47 +56,6 @@ class DataConfig(DataSourceConfig):
                 "needs validation_path beside a mixture", got=self.validation_split)
         for key in ("shard_tokens", "tokenizer_vocab_size"):
             require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
-
-
-@dataclass(kw_only=True)
-class LRScheduleConfig:
-    """Learning-rate schedule. `warmup` and `decay` are steps, or a share of all steps when below 1."""
-
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: float = 0.02
-    decay: float = 0.2  # length of the last, decaying part of `wsd`
-    min_ratio: float = 0.1
-
-    def __post_init__(self) -> None:
-        for key in ("warmup", "decay"):
-            require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key),
-                    expected="steps, or a share of all steps when below 1")
-        require(0 <= self.min_ratio <= 1, "min_ratio", "must be a share of the peak learning rate",
-                got=self.min_ratio, expected="between 0 and 1")
-
-
-@dataclass(kw_only=True)
-class OptimizerConfig:
-    """AdamW, or Muon for hidden matrices with AdamW for the rest (embeddings, head, vectors)."""
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    muon_lr: float | None = None  # default: lr (updates are scaled to the RMS of AdamW's)
-    muon_momentum: float = 0.95
-    schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
-
-    def __post_init__(self) -> None:
-        for key in ("lr", "eps", "muon_lr"):
-            value = getattr(self, key)
-            require(value is None or 0 < value < math.inf, key, "must be positive and finite", got=value)
-        require(0 <= self.weight_decay < math.inf, "weight_decay", "must be finite and not negative",
-                got=self.weight_decay)
-        for key, value in (("betas", self.betas[0]), ("betas", self.betas[1]),
-                           ("muon_momentum", self.muon_momentum)):
-            require(0 <= value < 1, key, "must be a decay rate", got=value, expected="at least 0 and below 1")
 
 
 LOSSES = ("lm", "mtp", "z", "balance", "router_z", "indexer_kl")
@@ -247,7 +207,7 @@ class Config:
 
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

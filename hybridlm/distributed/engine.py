@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,8 @@ from hybridlm.distributed.rendezvous import rendezvous
 from hybridlm.distributed.static_bucket_ddp import StaticBucketDDP
 from hybridlm.distributed.watchdog import Watchdog
 from hybridlm.errors import ConfigError, UserError
+from hybridlm.optimizers.optimizer_set import OptimizerSet
 from hybridlm.tensor_storage import StoredTensor
-
-if TYPE_CHECKING:
-    from hybridlm.training.optimizer import OptimizerSet
 
 
 class BatchLike(Protocol):

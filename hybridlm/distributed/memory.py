@@ -12,6 +12,7 @@ from hybridlm.config.schema import ZERO, Config
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.model.memory import FP32, Precision, TrainingMemory, training_memory
+from hybridlm.optimizers.memory import optimizer_state_bytes
 
 LIVE_ELEMENTS = 1_000_000_000  # gathered weights that DeepSpeed keeps for their next use (stage3_max_live_parameters)
 
@@ -99,7 +100,7 @@ def _whole(config: Config, world: int) -> TrainingMemory:
     """As `training_memory` of what one rank computes at a time."""
     rows, length = _micro_batch(config, world)
     return training_memory(config.model, batch_size=rows, sequence_length=length, precision=_element(config)[0],
-                           optimizer=config.optimizer.kind,
+                           optimizer_bytes=optimizer_state_bytes(config.model, config.optimizer),
                            activation_checkpointing=config.training.activation_checkpointing)
 
 

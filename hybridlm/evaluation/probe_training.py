@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from hybridlm.config.schema import LRScheduleConfig, OptimizerConfig
 from hybridlm.errors import require
 from hybridlm.evaluation.probes import Probe, Score, make_probe
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM, build_model
-from hybridlm.training.lr_schedule import lr_factor
-from hybridlm.training.optimizer import OptimizerSet, build_optimizer
+from hybridlm.optimizers import AdamWConfig, LRScheduleConfig, OptimizerSet, build_optimizer
+from hybridlm.optimizers.lr_schedule import lr_factor
 
 LENGTH = 64
 SCHEDULE = LRScheduleConfig(kind="cosine", warmup=0.1, min_ratio=0.1)
@@ -84,7 +83,7 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
     config = model_for_probe(model_config, probe, max(length, *lengths))
     model = build_model(config, seed=seed, device=device) if start is None else start
     model.train()
-    optimizers = build_optimizer(model, OptimizerConfig(lr=lr, schedule=SCHEDULE))
+    optimizers = build_optimizer(model, AdamWConfig(lr=lr, schedule=SCHEDULE))
     losses, skipped = [], 0
     for step in range(steps):
         indices = range(step * batch_size, (step + 1) * batch_size)

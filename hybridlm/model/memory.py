@@ -21,7 +21,6 @@ from hybridlm.model.mixers.contract import MixerConfig
 FP32 = 4
 CHUNK = 32  # tokens a chunk of the linear mixers
 Precision = Literal["fp32", "bf16"]
-Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +38,11 @@ class TrainingMemory:
 
 
 def training_memory(config: ModelConfig, *, batch_size: int, sequence_length: int, precision: Precision = "bf16",
-                    optimizer: Optimizer = "adamw", activation_checkpointing: bool = False) -> TrainingMemory:
-    """Memory of one training step on `batch_size` sequences of `sequence_length` tokens (a micro batch)."""
+                    optimizer_bytes: int, activation_checkpointing: bool = False) -> TrainingMemory:
+    """Memory of one training step on `batch_size` sequences of `sequence_length` tokens (a micro batch).
+
+    `optimizer_bytes` is the size of the optimizer state (hybridlm/optimizers/memory.py).
+    """
     count = count_parameters(config)
     params = count.total_with_mtp
     element = 2 if precision == "bf16" else FP32
@@ -48,17 +50,8 @@ def training_memory(config: ModelConfig, *, batch_size: int, sequence_length: in
     return TrainingMemory(
         weights=params * (FP32 + (element if precision == "bf16" else 0)),
         gradients=params * FP32,
-        optimizer=optimizer_bytes(config, optimizer),
+        optimizer=optimizer_bytes,
         activations=int(per_token * batch_size * sequence_length))
-
-
-def optimizer_bytes(config: ModelConfig, optimizer: Optimizer) -> int:
-    """Two fp32 moments a parameter with AdamW; Muon keeps one for hidden matrices, here taken as all but the tables."""
-    count = count_parameters(config)
-    moments = 2 * count.total_with_mtp
-    if optimizer == "muon":
-        moments -= count.total_with_mtp - count.embedding - count.head
-    return moments * FP32
 
 
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpointing: bool = False) -> float:

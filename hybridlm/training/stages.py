@@ -11,8 +11,8 @@ from torch import nn
 
 from hybridlm.config.checks import check_patterns
 from hybridlm.config.schema import Config, StageConfig
-from hybridlm.training.lr_schedule import check_schedule
-from hybridlm.training.optimizer import OptimizerSet
+from hybridlm.optimizers import OptimizerSet
+from hybridlm.optimizers.lr_schedule import check_schedule
 
 
 @dataclass(frozen=True)

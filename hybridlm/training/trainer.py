@@ -21,15 +21,16 @@ from hybridlm.distributed.engine import Engine, Objective, Update
 from hybridlm.errors import CheckpointError
 from hybridlm.model.cost import training_flops
 from hybridlm.model.model import HybridLM
+from hybridlm.optimizers import OptimizerSet, build_optimizer
+from hybridlm.optimizers.lr_schedule import lr_factor
+from hybridlm.optimizers.roles import fp32_names
 from hybridlm.training import backends
 from hybridlm.training.display import Display
 from hybridlm.training.guards import NOTHING_BAD, BadStepGuard, TrainingStopped, bad_weight, first_bad_layer
 from hybridlm.training.interrupt import SIGNALS, StopSignal
 from hybridlm.training.loader import global_batches, parts
-from hybridlm.training.lr_schedule import lr_factor
 from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, perplexity, router_panel
 from hybridlm.training.objective import global_batch, language_model
-from hybridlm.training.optimizer import OptimizerSet, build_optimizer, fp32_names
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.training.saver import Saver
 from hybridlm.training.sparse import freeze_idle_indexers, measuring, set_attention, stage_model, warn_of_selection

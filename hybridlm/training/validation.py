@@ -35,7 +35,8 @@ def validate(engine: Engine, parts: Iterable[Any], uncounted: Iterable[Any] = ()
                          if name.startswith(("loss/", "dsa/"))})
     sums = functools.reduce(_added, engine.gather(sums))
     nats = sums.pop(NATS, 0)
-    targets, num_bytes, tokens = (sums.pop(name, 0) // engine.context_parallel_size for name in (TARGETS, BYTES, TOKENS))
+    targets, num_bytes, tokens = (sums.pop(name, 0) // engine.context_parallel_size
+                                  for name in (TARGETS, BYTES, TOKENS))
     loss = nats / max(targets, 1)
     return {"validation_loss": loss, "validation_perplexity": perplexity(loss),
             "validation_bits_per_byte": bits_per_byte(nats, num_bytes), "validation_tokens": targets,

@@ -26,8 +26,9 @@ from hybridlm.config.schema import Config
 from hybridlm.data.packing import Batch
 from hybridlm.distributed.engine import make_engine
 from hybridlm.model.model import build_model
+from hybridlm.optimizers import build_optimizer
+from hybridlm.optimizers.roles import fp32_names
 from hybridlm.training.objective import global_batch, language_model
-from hybridlm.training.optimizer import build_optimizer, fp32_names
 from hybridlm.training.saver import Saver
 from hybridlm_kernels import CuSeqlens
 

@@ -29,8 +29,9 @@ from hybridlm.distributed.cost import Layout, traffic
 from hybridlm.distributed.engine import make_engine
 from hybridlm.distributed.launch import free_port
 from hybridlm.model.model import build_model
+from hybridlm.optimizers import build_optimizer
+from hybridlm.optimizers.roles import fp32_names
 from hybridlm.training.objective import global_batch, language_model
-from hybridlm.training.optimizer import build_optimizer, fp32_names
 from hybridlm_kernels import CuSeqlens
 
 LENGTH, MICRO_BATCHES = 64, 2

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from hybridlm.config.schema import Config, DataConfig, OptimizerConfig, StageConfig, TrackingConfig, TrainingConfig
+from hybridlm.config.schema import Config, DataConfig, StageConfig, TrackingConfig, TrainingConfig
 from hybridlm.config.serialization import describe, from_dict, hint_at, known_paths, load_yaml, to_dict, to_yaml
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry, registry_of, registry_with
@@ -15,6 +15,7 @@ from hybridlm.model.feed_forward import DenseConfig, MoEConfig
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
 from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.optimizers import AdamWConfig, LionConfig, OptimizerConfig
 
 
 @dataclass(kw_only=True)
@@ -292,7 +293,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_every_default_is_valid():
-    for cls in (DataConfig, OptimizerConfig, TrainingConfig):
+    for cls in (DataConfig, AdamWConfig, LionConfig, TrainingConfig):
         assert from_dict(cls, {}) == cls()
     assert from_dict(StageConfig, {"name": "a"}) == StageConfig(name="a")
 

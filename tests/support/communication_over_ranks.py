@@ -10,8 +10,9 @@ from hybridlm.config.schema import EngineConfig
 from hybridlm.data.packing import Batch
 from hybridlm.distributed.engine import make_engine
 from hybridlm.model.model import build_model
+from hybridlm.optimizers import build_optimizer
+from hybridlm.optimizers.roles import fp32_names
 from hybridlm.training.objective import global_batch, language_model
-from hybridlm.training.optimizer import build_optimizer, fp32_names
 from hybridlm_kernels import CuSeqlens
 
 LENGTH = 16

@@ -4,10 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-from hybridlm.config.schema import Config, DataConfig, OptimizerConfig, RecipeConfig, StageConfig, TrainingConfig
+from hybridlm.config.schema import Config, DataConfig, RecipeConfig, StageConfig, TrainingConfig
+from hybridlm.config.serialization import from_dict
 from hybridlm.model.config import ModelConfig, MTPConfig, ScheduleConfig
 from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
+from hybridlm.optimizers import OptimizerConfig
 
 TEXT = argparse.__file__
 
@@ -38,7 +40,7 @@ def config(folder, *, optimizer=None, recipe=None, data=None, model_options=None
         model=model(**(model_options or {})),
         data=DataConfig(**{"path": str(text), "validation_fraction": 0.1, "cache_dir": str(folder / "cache"),
                            **(data or {})}),
-        optimizer=OptimizerConfig(**{"lr": 1e-2, **(optimizer or {})}),
+        optimizer=from_dict(OptimizerConfig, {"lr": 1e-2, **(optimizer or {})}),
         recipe=RecipeConfig(**recipe) if recipe else RecipeConfig(),
         training=TrainingConfig(**options), run_dir=str(folder / "run"))
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hybridlm.config.schema import Config, EngineConfig, OptimizerConfig
+from hybridlm.config.schema import Config, EngineConfig
 from hybridlm.data.packing import Batch
 from hybridlm.distributed.engine import Contribution, make_engine
 from hybridlm.distributed.memory import rank_memory
@@ -21,8 +21,9 @@ from hybridlm.model.feed_forward import FeedForward
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, SequenceMixer
 from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.model import build_model
+from hybridlm.optimizers import AdamWConfig, build_optimizer
+from hybridlm.optimizers.muon import Muon
 from hybridlm.training.objective import global_batch, language_model
-from hybridlm.training.optimizer import Muon, build_optimizer
 from hybridlm.training.sparse import freeze_idle_indexers, set_attention
 from hybridlm.training.stages import Stage
 from hybridlm_kernels.packing import CuSeqlens
@@ -47,7 +48,7 @@ def objective(model, part):
 def ready(kind, timeout=120.0, precision="fp32"):
     engine = make_engine(EngineConfig(kind=kind, persistence_threshold=0, timeout=timeout), precision)
     model = build_model(tiny_run.model(), device=engine.device, divide=engine.divide)
-    optimizers = build_optimizer(model, OptimizerConfig(lr=1e-3))
+    optimizers = build_optimizer(model, AdamWConfig(lr=1e-3))
     return engine, model, optimizers
 
 
@@ -99,7 +100,7 @@ def check_gradients_of_one_loss(kind, weights):
     engine = make_engine(EngineConfig(kind=kind, persistence_threshold=0, timeout=120.0), "fp32")
     model = with_losses(build_model(config, device=engine.device, divide=engine.divide), weights)
     model = model.to(dtype) if kind == "ddp" else model
-    engine.prepare(model, build_optimizer(model, OptimizerConfig()))
+    engine.prepare(model, build_optimizer(model, AdamWConfig()))
     mine = rows[2 * engine.rank:2 * engine.rank + 2]
     values = engine.gradients(language_model(global_batch(mine, engine.total)), mine)
     if kind == "ddp":
@@ -158,7 +159,7 @@ def check_build():
         model = build_model(config, seed=3, device=engine.device, divide=engine.divide)
     assert 4 * whole.num_params() / 2 < memory.peak < most
     assert_whole(model, whole)
-    engine.prepare(model, build_optimizer(model, OptimizerConfig()))
+    engine.prepare(model, build_optimizer(model, AdamWConfig()))
     with Allocated() as memory:
         engine.release()
     assert 4 * whole.num_params() / 2 < memory.peak < most

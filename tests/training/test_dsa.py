@@ -15,9 +15,9 @@ from hybridlm.errors import ConfigError
 from hybridlm.model import generate
 from hybridlm.model.config import ScheduleConfig
 from hybridlm.model.model import build_model
+from hybridlm.optimizers import build_optimizer
 from hybridlm.training import train
 from hybridlm.training import trainer as trainer_module
-from hybridlm.training.optimizer import build_optimizer
 from hybridlm.training.stages import audit
 from tests.support import tiny_run
 

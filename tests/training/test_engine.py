@@ -2,11 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from hybridlm.config.schema import EngineConfig, OptimizerConfig
+from hybridlm.config.schema import EngineConfig
 from hybridlm.distributed.engine import Contribution, Engine, check_fp32, pick_precision
 from hybridlm.errors import ConfigError
 from hybridlm.model.model import build_model
-from hybridlm.training.optimizer import build_optimizer, fp32_names
+from hybridlm.optimizers import AdamWConfig, build_optimizer
+from hybridlm.optimizers.roles import fp32_names
 from tests.support import tiny_run
 
 
@@ -39,7 +40,7 @@ def objective(model, part):
 def ready():
     model = Linear()
     engine = Engine(EngineConfig(device="cpu"))
-    engine.prepare(model, build_optimizer(model, OptimizerConfig(lr=0.1)))
+    engine.prepare(model, build_optimizer(model, AdamWConfig(lr=0.1)))
     return engine, model
 
 
@@ -79,7 +80,7 @@ def test_fp32_parameters_are_checked_by_name():
     names = fp32_names(model)
     assert any(name.endswith("router.weight") for name in names)
     engine = Engine(EngineConfig(device="cpu"))
-    engine.prepare(model, build_optimizer(model, OptimizerConfig()), names)
+    engine.prepare(model, build_optimizer(model, AdamWConfig()), names)
     model.layers[1].feed_forward.router.bfloat16()
     with pytest.raises(RuntimeError, match=r"layers\.1\.feed_forward\.router\.(weight|bias).*must stay float32"):
         check_fp32(model, sorted(names))
@@ -88,7 +89,7 @@ def test_fp32_parameters_are_checked_by_name():
 def test_bf16_is_autocast_over_fp32_weights_and_release_takes_it_off():
     model = build_model(tiny_run.model(), seed=0)
     engine = Engine(EngineConfig(device="cpu"), "bf16")
-    engine.prepare(model, build_optimizer(model, OptimizerConfig()), fp32_names(model))
+    engine.prepare(model, build_optimizer(model, AdamWConfig()), fp32_names(model))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     ids = torch.arange(16).view(1, 16)
     dtypes = []

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,10 @@ from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.distributed.zero import experts as zero_experts
 from hybridlm.distributed.zero.optimizer import FlatOptimizer
 from hybridlm.distributed.zero.partition import Fragment, gathered, held, locate
-from hybridlm.errors import CheckpointError, ConfigError
+from hybridlm.errors import ConfigError
 from hybridlm.model.output import ModelOutput
+from hybridlm.optimizers.optimizer_set import RULE, OptimizerSet, check_state_shape
 from hybridlm.tensor_storage import StoredTensor
-
-if TYPE_CHECKING:
-    from hybridlm.training.optimizer import OptimizerSet
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 NEVER = 2**31 - 1
@@ -102,6 +100,7 @@ class ZeroEngine(Engine):
             raise error
         self.zero: Any = None  # DeepSpeed's engine
         self.fragments: dict[str, Fragment] = {}  # of the trained parameters
+        self.rules: dict[str, str] = {}  # the optimizer kind that updates each of them
 
     def _accelerator_options(self, config: EngineConfig) -> dict[str, Any]:
         from accelerate import DeepSpeedPlugin
@@ -126,16 +125,19 @@ class ZeroEngine(Engine):
         self._take(model)
         self.divide(model)
         self.optimizers, state = optimizers, state or {}
-        fitting = optimizers.fitting(state, strict=strict)
+        matching = optimizers.matching_state(state, strict=strict)
         # DeepSpeed lays a group out flat, with one count of steps: parameters that began later make another group.
         experts = expert_parameters(model) if self.experts is not None else {}
-        steps = {name: float(state[f"step/{name}"].read()) for name, keys in fitting.items() if "step" in keys}
-        optimizers.split_groups(lambda name: (steps.get(name, 0.0), name in experts))
-        optimizers.merge(FlatOptimizer)
+        steps = {name: float(state[f"step/{name}"].read()) for name, keys in matching.items() if "step" in keys}
+        optimizers.subdivide_groups(lambda name: (steps.get(name, 0.0), name in experts))
+        if len(optimizers.members) > 1 or optimizers.needs_whole_matrices:
+            optimizers.merge(lambda members: FlatOptimizer(members, optimizers.rules))
         optimizer, = optimizers.members
         if self.experts is not None:
             zero_experts.mark(model, optimizer, self.config.expert_parallel, divided=self.config.kind == "zero3")
         groups = [[(optimizers.names[id(p)], p) for p in group["params"]] for group in optimizer.param_groups]
+        self.rules = {name: group[RULE] for group, members in zip(optimizer.param_groups, groups, strict=True)
+                      for name, _ in members}
         if self.config.communication_dtype == "bf16":
             _travel_in_bf16(model)
         model.forward = self._inner(model.forward)  # type: ignore[method-assign]
@@ -146,33 +148,41 @@ class ZeroEngine(Engine):
         self.fragments = {name: locate(self.zero.optimizer, p, index)
                           for index, group in enumerate(groups) for name, p in group}
         if isinstance(optimizer, FlatOptimizer):
-            optimizer.fragments = list(self.fragments.values())
-        for name, keys in fitting.items():
+            optimizer.fragments = self.fragments
+        for name, keys in matching.items():
             self._load_state(name, {key: state[f"{key}/{name}"] for key in keys})
 
     def _load_state(self, name: str, saved: dict[str, StoredTensor]) -> None:
-        fragment = self.fragments[name]
-        state = self.zero.optimizer.optimizer.state[fragment.flat]
-        for key, value in saved.items():
+        fragment, optimizer = self.fragments[name], self.zero.optimizer.optimizer
+        of_matrix: dict[str, Any] = {}
+        if isinstance(optimizer, FlatOptimizer):
+            of_matrix = optimizer.matrix_state_shapes(name, self.rules[name])
+            if of_matrix:
+                optimizer.load_matrix_state(name, saved, self.rules[name])
+        state = optimizer.state[fragment.flat]
+        for key in saved.keys() - of_matrix.keys():
+            value = saved[key]
             if value.dim() == 0:  # the count of steps
                 state[key] = value.read().to(fragment.flat.device, torch.float32)
-            elif value.shape == fragment.shape:
+            else:
+                check_state_shape(name, value.shape, fragment.shape)
                 flat = state.setdefault(key, torch.zeros_like(fragment.flat))
                 fragment.elements(flat).copy_(value.elements(fragment.start, fragment.numel))
-            else:
-                raise CheckpointError(f"optimizer state of '{name}' has shape {list(value.shape)}; the parameter has "
-                                      f"{list(fragment.shape)}")
 
     def optimizer_share(self, *, copied: bool = False) -> dict[str, Tensor]:
         mine: dict[str, Tensor] = {}
         sizes = {name: fragment.shape.numel() for name, fragment in self.fragments.items()}
         owner = assign_owners(sizes, self.world_size)
+        optimizer = self.zero.optimizer.optimizer
         for name, fragment in self.fragments.items():
-            for key, value in self.zero.optimizer.optimizer.state[fragment.flat].items():
-                whole = value.clone() if value.dim() == 0 else super()._whole_weight(
-                    name, fragment.whole(value, self.device))
+            whole = {key: value.clone() if value.dim() == 0 else fragment.whole(value, self.device)
+                     for key, value in optimizer.state[fragment.flat].items()}
+            if isinstance(optimizer, FlatOptimizer):
+                whole |= optimizer.gather_matrix_state(name, self.rules[name], self.device)
+            for key, value in whole.items():
+                value = super()._whole_weight(name, value)
                 if owner[name] == self.rank:
-                    mine[f"{key}/{name}"] = whole.cpu()
+                    mine[f"{key}/{name}"] = value.cpu()
         return mine
 
     def _whole_weight(self, name: str, tensor: Tensor) -> Tensor:

@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 
-from hybridlm.config.schema import LRScheduleConfig
 from hybridlm.errors import ConfigError
-from hybridlm.training.lr_schedule import check_schedule, lr_factor
+from hybridlm.optimizers import LRScheduleConfig
+from hybridlm.optimizers.lr_schedule import check_schedule, lr_factor
 
 
 def curve(total=100, **kwargs):

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
-from hybridlm.config.schema import LRScheduleConfig
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, require
+
+
+@dataclass(kw_only=True)
+class LRScheduleConfig:
+    """Learning-rate schedule of each stage. `warmup` and `decay` are steps, or a share of the stage's when below 1.
+
+    `decay` is the length of the last, decaying part of `wsd`; `min_ratio` is the share of the peak learning rate at the
+    end of `cosine` and `wsd`.
+    """
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: float = 0.02
+    decay: float = 0.2
+    min_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        for key in ("warmup", "decay"):
+            require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key),
+                    expected="steps, or a share of all steps when below 1")
+        require(0 <= self.min_ratio <= 1, "min_ratio", "must be a share of the peak learning rate",
+                got=self.min_ratio, expected="between 0 and 1")
 
 
 def phase_steps(length: float, total: int) -> int:
@@ -14,7 +36,11 @@ def phase_steps(length: float, total: int) -> int:
 
 
 def check_schedule(config: LRScheduleConfig, total: int) -> None:
-    """Raise ConfigError unless warm-up and decay fit into `total` steps."""
+    """Check that warm-up and decay fit into `total` steps.
+
+    Raises:
+        ConfigError: they take more.
+    """
     decay = phase_steps(config.decay, total) if config.kind == "wsd" else 0
     used = phase_steps(config.warmup, total) + decay
     if used > total:
@@ -23,13 +49,18 @@ def check_schedule(config: LRScheduleConfig, total: int) -> None:
 
 
 def lr_factor(config: LRScheduleConfig, step: int, total: int) -> float:
-    """What the peak learning rate is multiplied by for step `step` (0 is the first) of `total`.
+    """Compute the factor by which the peak learning rate is multiplied in step `step` (0 is the first) of `total`.
 
     Warm-up rises linearly and reaches the peak with its last step. After it:
     cosine:   from 1 to `min_ratio` along half a cosine (Loshchilov and Hutter, 2017);
     wsd:      1, then linearly down to `min_ratio` over the last `decay` steps (MiniCPM, arXiv 2404.06395);
     constant: 1.
     Past the end the factor stays at its last value.
+
+    Example:
+        >>> config = LRScheduleConfig(kind="wsd", warmup=2, decay=4, min_ratio=0.0)
+        >>> [lr_factor(config, step, total=10) for step in range(10)]
+        [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     warmup = phase_steps(config.warmup, total)
     if step < warmup:

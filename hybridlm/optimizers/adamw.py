@@ -1,0 +1,41 @@
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101): torch's, fused. It also updates what other kinds leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hybridlm.optimizers.contract import (
+    Groups,
+    OptimizerConfig,
+    Shape,
+    register_optimizer,
+    require_decay_rates,
+    require_positive,
+)
+
+
+@dataclass(kw_only=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW. `betas` are the decay rates of the first and second moment, `eps` stands beside the root of the second."""
+
+    kind: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "eps")
+        require_decay_rates("betas", *self.betas)
+
+    def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
+        return {"step": (), "exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
+
+
+@register_optimizer("adamw", AdamWConfig)
+def build_adamw(config: AdamWConfig, groups: Groups, lr: float) -> torch.optim.Optimizer:
+    """torch.optim.AdamW over `groups`, fused where the device has it."""
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)

@@ -1,0 +1,179 @@
+"""The contract of an optimizer kind and the registry of the kinds.
+
+A kind is one file: a config class, which also says what the kind remembers of each parameter, and a function that
+builds the torch optimizer. Everything else (engines, checkpoints, memory estimates) asks these.
+
+    @dataclass(kw_only=True)
+    class LionConfig(OptimizerConfig): ...
+
+    @register_optimizer("lion", LionConfig)
+    def build_lion(config, groups, lr): return Lion(groups, lr=lr, betas=config.betas)
+
+Most optimizers work element by element and are any `torch.optim.Optimizer`. One that needs whole matrices derives from
+`MatrixOptimizer`, or is wrapped by `PerMatrixOptimizer` (per_matrix.py).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hybridlm.errors import require
+from hybridlm.kind_registry import KindRegistry
+from hybridlm.model.parameter_roles import ParameterRole
+from hybridlm.optimizers.lr_schedule import LRScheduleConfig
+
+FP32_BYTES = 4
+Shape = tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig(ABC):
+    """Base of every optimizer's config.
+
+    `lr` is the peak learning rate, which `schedule` multiplies step by step; `weight_decay` is decoupled (AdamW's) and
+    applies to matrices, not to embeddings, norms, biases and other vectors.
+    """
+
+    kind: str
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
+    whole_matrices: ClassVar[bool] = False  # an update needs the whole matrix: its optimizer is a MatrixOptimizer
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lr")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "must be finite and not negative",
+                got=self.weight_decay)
+
+    @abstractmethod
+    def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
+        """Shapes of what the optimizer remembers of one parameter, by the key it has in checkpoints.
+
+        Args:
+            shape: of the parameter: [A, B], or [E, A, B] for a stack of E matrices, or that of a vector.
+        """
+
+    def takes(self, role: ParameterRole, kept_fp32: bool) -> bool:
+        """Whether this kind updates parameters of this role; the others are left to `rest`.
+
+        Args:
+            role: the role of the parameter.
+            kept_fp32: whether the model wants the parameter in fp32 under every engine (routers, norms).
+        """
+        return True
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate of the parameters this kind takes, when the peak of the run is `lr`."""
+        return self.lr
+
+    @property
+    def rest(self) -> OptimizerConfig | None:
+        """The optimizer of the parameters this kind does not take; None for a kind that takes all."""
+        return None
+
+    def rule_for(self, role: ParameterRole, kept_fp32: bool) -> OptimizerConfig:
+        """The config of the optimizer that updates a parameter: this one, or its `rest`.
+
+        Raises:
+            TypeError: the kind takes no such parameter and leaves it to nobody.
+        """
+        if self.takes(role, kept_fp32):
+            return self
+        if self.rest is None:
+            raise TypeError(f"optimizer kind '{self.kind}' takes no parameter of role '{role.kind}' and has no rest")
+        return self.rest.rule_for(role, kept_fp32)
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of optimizer state of one parameter of `shape`, in fp32; counts of steps are not counted."""
+        return FP32_BYTES * sum(math.prod(one) for one in self.state_shapes(shape).values() if one)
+
+    @property
+    def bytes_per_element(self) -> int | None:
+        """Bytes of state per element of any parameter; None where they depend on its role or shape."""
+        shapes = [one for one in self.state_shapes((2, 3)).values() if one]
+        same = self.rest is None and all(one == (2, 3) for one in shapes)
+        return FP32_BYTES * len(shapes) if same else None
+
+
+def require_positive(config: OptimizerConfig, *keys: str) -> None:
+    """Raise ConfigError unless each of the options is positive and finite, or null."""
+    for key in keys:
+        value = getattr(config, key)
+        require(value is None or 0 < value < math.inf, key, "must be positive and finite", got=value)
+
+
+def require_decay_rates(key: str, *rates: float) -> None:
+    """Raise ConfigError unless each rate is at least 0 and below 1."""
+    for rate in rates:
+        require(0 <= rate < 1, key, "must be a decay rate", got=rate, expected="at least 0 and below 1")
+
+
+class MatrixOptimizer(torch.optim.Optimizer, ABC):
+    """A torch optimizer whose update of a matrix (or of each matrix of a stack) depends on all of its elements.
+
+    A step has three parts, so that ranks which hold matrices cut anywhere (ZeRO) can share the work:
+        combine      element by element: gradient and `flat_state` -> what the matrix step starts from
+        matrix_step  on the whole matrix, by one rank
+        apply        element by element: the result of the matrix step into the weight
+    """
+
+    flat_state: ClassVar[tuple[str, ...]] = ()  # keys of state laid out as the weight, which ranks hold in pieces
+    needs_weight: ClassVar[bool] = False  # `matrix_step` reads the weight too
+
+    def combine(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """What the matrix step starts from, in memory of its own. `grad` may be any elements of a gradient."""
+        return grad.clone()
+
+    @abstractmethod
+    def matrix_step(self, matrix: Tensor, weight: Tensor | None, state: dict[str, Tensor],
+                    group: dict[str, Any]) -> Tensor:
+        """The step of a whole matrix [A, B] or of a stack of matrices [E, A, B], each alone.
+
+        Args:
+            matrix: what `combine` gave.
+            weight: the weight before the step, where `needs_weight`; it must not be changed.
+            state: all state but `flat_state`; empty before the first step.
+            group: the options of the parameter group: lr and so on.
+
+        Returns:
+            What `apply` puts into the weight, of the shape of `matrix`.
+        """
+
+    def apply(self, weight: Tensor, result: Tensor, group: dict[str, Any]) -> None:
+        """Decay the weight and go one step of `lr` against `result`. The tensors may be any elements of a weight."""
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(result, alpha=-group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of all parameters that have a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    state = self.state[weight]
+                    matrix = self.combine(weight.grad, state, group)
+                    result = self.matrix_step(matrix, weight if self.needs_weight else None, state, group)
+                    self.apply(weight, result, group)
+
+
+Groups = list[dict[str, Any]]  # of a torch optimizer: "params" and options
+Builder = Callable[[Any, Groups, float], torch.optim.Optimizer]
+OPTIMIZERS = KindRegistry("optimizer", OptimizerConfig, default="adamw")
+
+
+def register_optimizer(kind: str, config: type[OptimizerConfig]) -> Callable[[Builder], Builder]:
+    """Function decorator: `kind` in a config builds this optimizer, from (config, parameter groups, peak lr)."""
+
+    def add(build: Builder) -> Builder:
+        OPTIMIZERS.register(kind, config, build)
+        return build
+
+    return add
