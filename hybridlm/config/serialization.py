@@ -233,7 +233,7 @@ def _choose_kind(cls: type, data: dict, path: str) -> tuple[type, dict]:
     if kind == MISSING:
         raise ConfigError(where, "is missing", expected=expected)
     if not isinstance(kind, str) or kind not in registry:
-        own_kind = f"a {registry.noun} of your own is registered with --import FILE"
+        own_kind = f"your own {registry.noun} is registered with --import FILE"
         raise ConfigError(where, f"unknown {registry.key}", got=kind, expected=expected,
                           hint=did_you_mean(str(kind), registry) or own_kind)
     return registry.config_class(kind), {registry.key: kind, **data}

@@ -154,7 +154,7 @@ def test_the_kind_picks_the_class():
      "did you mean 'delta_rule'?"),
     (MixerConfig, {"num_heads": 2}, "m.kind: is missing; expected one of attention, delta_rule, linear_attention, mla"),
     (FeedForwardConfig, {"kind": "os.system"}, "m.kind: unknown kind; got 'os.system'; expected one of dense, moe; "
-                                               "a feed-forward of your own is registered with --import FILE"),
+                                               "your own feed-forward is registered with --import FILE"),
     (FeedForwardConfig, {"kind": ["moe"]}, "m.kind: unknown kind; got ['moe']; expected one of dense, moe; "
                                            "did you mean 'moe'?"),
     (FeedForwardConfig, {"kind": "dense"}, "m.intermediate_size: is missing; expected a whole number"),
@@ -213,7 +213,7 @@ def test_a_registry_reads_any_section_by_its_kind(shapes):
     assert error(Drawing, {"shape": {"width": 3}}) == ("shape.width: unknown key; it is an option of form 'square'")
     assert error(Drawing, {"shape": {"form": "xyz"}}) == (
         "shape.form: unknown form; got 'xyz'; expected one of circle, square; "
-        "a shape of your own is registered with --import FILE")
+        "your own shape is registered with --import FILE")
     assert error(Drawing, {"radius": 1}) == "radius: unknown key; did you mean 'shape.radius'?"
     assert hint_at(Drawing, "shapes.a.width") is int
     assert hint_at(Drawing, "shape.points") is Any, "kinds differ"
