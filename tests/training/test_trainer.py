@@ -28,7 +28,7 @@ def done(tmp_path_factory):
 
 
 def poison(monkeypatch, layer, steps, value=float("nan")):
-    """The output of `layer` is not finite in the given steps (counted by the forwards of training)."""
+    """Make the output of `layer` not finite in the given steps, which count the forwards of training."""
 
     def build(*args, **kwargs):
         model = build_model(*args, **kwargs)
