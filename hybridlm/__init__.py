@@ -12,13 +12,13 @@ at once.
 
 from typing import TYPE_CHECKING, Any
 
+from hybridlm.version import __version__
+
 if TYPE_CHECKING:
     from hybridlm.checkpoint import load_checkpoint as load_checkpoint
     from hybridlm.config.compose import load_config as load_config
     from hybridlm.model.model import build_model as build_model
     from hybridlm.training import train as train
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "build_model": "hybridlm.model.model",

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hybridlm import __version__
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 from hybridlm.errors import CheckpointError
+from hybridlm.version import __version__
 
 FORMAT_VERSION = 2  # see `hybridlm.checkpoint.legacy_names` for the names of earlier formats
 MANIFEST = "manifest.json"

@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
         print(OVERVIEW, end="")
         return 0
     if argv[0] in ("-V", "--version"):
-        from hybridlm import __version__
+        from hybridlm.version import __version__
 
         print(f"hybridlm {__version__}")
         return 0

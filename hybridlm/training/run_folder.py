@@ -23,13 +23,14 @@ from typing import Any
 
 from filelock import BaseFileLock
 
-from hybridlm import __version__, checkpoint
+from hybridlm import checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, load_yaml, to_dict, to_yaml
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.files import try_lock, write_text
 from hybridlm.model.config import ModelConfig
+from hybridlm.version import __version__
 
 # What may change when a run goes on: how long, how it is run and watched; not what is trained on what.
 FREE = ("run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
