@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
     plan = make_plan(args.overrides, args.config_dir)
     check_owner(plan)
     if plan.sweep.launcher != "local":
-        from hybridlm.sweep.launch import check_launcher
+        from hybridlm.sweep.hydra_launcher import check_launcher
 
         if args.jobs is not None:
             raise ConfigError("--jobs", "goes with sweep.launcher=local", got=args.jobs)
@@ -63,30 +63,32 @@ def _show(plan: SweepPlan, args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from hybridlm.sweep.estimate import estimate
-    from hybridlm.sweep.folder import outcome
-    from hybridlm.sweep.table import render, report
+    from hybridlm.sweep.folder import point_outcome
+    from hybridlm.sweep.table import describe_plan, print_plan
 
     seconds, how = estimate(plan.points, measure=args.measure)
     jobs = args.jobs or (1 if plan.sweep.launcher == "local" else len(plan.points))
-    shown = report(plan, seconds, how, [outcome(point)["status"] for point in plan.points], jobs)
+    shown = describe_plan(plan, seconds, how, [point_outcome(point)["status"] for point in plan.points], jobs)
     if not (args.json and args.dry_run):
-        render(shown, Console(stderr=args.json))
+        print_plan(shown, Console(stderr=args.json))
     return shown
 
 
 def _run(plan: SweepPlan, shown: dict[str, Any], args: argparse.Namespace, argv: Sequence[str]) -> int:
-    from hybridlm.sweep.cluster import run_on_cluster
-    from hybridlm.sweep.folder import SweepFolder, outcome
-    from hybridlm.sweep.run import run_points
+    from hybridlm.sweep.cluster_runner import run_on_cluster
+    from hybridlm.sweep.folder import SweepFolder, point_outcome
+    from hybridlm.sweep.local_runner import run_points
+    from hybridlm.user_code import imported_user_code
 
     say = _sayer(args.json)
     with closing(SweepFolder(plan)) as folder:
         folder.write_plan({**shown, "command": shlex.join(["hybridlm", "sweep", *argv])})
         if plan.sweep.launcher == "local":
-            stopped = run_points(plan.points, jobs=args.jobs or 1, retry_failed=args.retry_failed, say=say)
+            stopped = run_points(plan.points, jobs=args.jobs or 1, retry_failed=args.retry_failed, say=say,
+                                 imports=imported_user_code())
         else:
-            stopped = run_on_cluster(plan, retry_failed=args.retry_failed, say=say)
-        ended = [(point.name, outcome(point)) for point in plan.points]
+            stopped = run_on_cluster(plan, retry_failed=args.retry_failed, say=say, imports=imported_user_code())
+        ended = [(point.name, point_outcome(point)) for point in plan.points]
         failed = [(name, end) for name, end in ended if end["status"] == "failed"]
         try:
             _tell(args, plan.folder, plan.sweep.metrics)
@@ -118,13 +120,13 @@ def _tell(args: argparse.Namespace, folder: Any, metrics: list[str] | None) -> N
     from rich.console import Console
 
     from hybridlm.sweep.collect import collect
-    from hybridlm.sweep.table import render_results
+    from hybridlm.sweep.table import print_results
 
     results = collect(folder, metrics)
     if args.json:
         print(json.dumps(results))
     else:
-        render_results(results, Console())
+        print_results(results, Console())
     say = _sayer(args.json)
     for point in results["points"]:
         if point["corrupt_lines"]:

@@ -17,8 +17,8 @@ from hybridlm.report.read import Run, Sweep
 from hybridlm.report.run_figures import run_figures
 from hybridlm.report.sweep_axes import Axes
 from hybridlm.report.sweep_figures import sweep_figures
-from hybridlm.sweep.plan import short_keys
-from hybridlm.sweep.table import STATES, changes_text, layers_text
+from hybridlm.sweep.point import shorten_keys
+from hybridlm.sweep.table import STATE_CONTEXTS, format_changes, format_layers
 from hybridlm.training.display import duration
 
 REACHED = ("validation_loss", "validation_bits_per_byte", "tokens_per_second", "peak_memory_bytes")
@@ -65,12 +65,12 @@ def _run_facts(run: Run) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     if run.config is not None:
         model = run.config.model
-        facts += [("model", model.name or "unnamed"), ("layers", layers_text(model.layers()))]
+        facts += [("model", model.name or "unnamed"), ("layers", format_layers(model.layers()))]
         try:
             counts = count_parameters(model)
             facts += [("parameters", f"{_count(counts.total_with_mtp)}, {_count(counts.active_with_head)} active"),
                       ("decode state", ", ".join(f"{number(decode_state_bytes(model, size), 'bytes')} at {name}"
-                                                 for name, size in STATES.items()))]
+                                                 for name, size in STATE_CONTEXTS.items()))]
         except ConfigError as error:
             facts.append(("model", str(error)))
     facts.append(("steps", f"{run.steps:,}" + (f", {_count(tokens)} tokens" if (tokens := run.last("tokens")) else "")))
@@ -131,7 +131,7 @@ def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> Document:
 
 def _sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
     results, statuses = sweep.results, [point.row["status"] for point in sweep.points]
-    short = short_keys(list(results["vary"]))
+    short = shorten_keys(list(results["vary"]))
     facts = [(short[key], ", ".join(str(value) for value in values)) for key, values in results["vary"].items()]
     facts.append(("equal budgets", str(results["match"])))
     counted = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
@@ -150,15 +150,16 @@ def _points(sweep: Sweep) -> Table:
     rows = []
     for point in sweep.points:
         row, probes = point.row, point.probes
-        rows.append([row["point"], layers_text(row["layers"]), *([changes_text(row["changed"])] if changed else []),
+        rows.append([row["point"], format_layers(row["layers"]), *([format_changes(row["changed"])] if changed else []),
                      _count(row["parameters"]), _count(row["active_parameters"]),
-                     *(number(row["decode_state_bytes"][str(size)], "bytes") for size in STATES.values()),
+                     *(number(row["decode_state_bytes"][str(size)], "bytes") for size in STATE_CONTEXTS.values()),
                      *(_metric(row["metrics"], name) for name in metrics),
                      *(number(probes[label].accuracy.get(probes[label].length)) if label in probes else "-"
                        for label in labels),
                      row["status"] + (f": {row['reason']}" if "reason" in row else "")])
     header = ["point", "layers", *(["changed to match"] if changed else []), "parameters", "active",
-              *(f"state {name}" for name in STATES), *(name.replace("_", " ") for name in metrics), *labels, "status"]
+              *(f"state {name}" for name in STATE_CONTEXTS), *(name.replace("_", " ") for name in metrics), *labels,
+              "status"]
     return Table(header, rows)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hybridlm.report.palette import MIXERS, Palette, Style
 from hybridlm.report.read import Point, Sweep
-from hybridlm.sweep.plan import SEED, short_keys
+from hybridlm.sweep.point import SEED_KEY, shorten_keys
 
 RATIO, LINEAR, FULL = "model.schedule.ratio", "model.schedule.linear", "model.schedule.full"
 SINGLE_PROCESS = "all points"  # the name of the only line
@@ -47,10 +47,11 @@ class Axes:
     """The groups of a sweep, the places along its axis and the lines, each with a style."""
 
     def __init__(self, sweep: Sweep):
-        vary = {key: [str(value) for value in values] for key, values in sweep.results["vary"].items() if key != SEED}
+        vary = {key: [str(value) for value in values] for key, values in sweep.results["vary"].items()
+                if key != SEED_KEY}
         self.key = RATIO if RATIO in vary else next((key for key in vary if _numbers(vary[key])), next(iter(vary), ""))
         self.others = [key for key in vary if key != self.key]
-        self._short = short_keys(self.others)
+        self._short = shorten_keys(self.others)
         self.title = RATIO_TITLE if self.key == RATIO else self.key
         self.groups = self._groups(sweep.points)
         places = [place for group in self.groups for place in group.places]
@@ -83,7 +84,7 @@ class Axes:
         config = points[0].run.config
         full = (config and config.model.schedule.full) or "full"
         for point in points:
-            settings = [{key: value for key, value in each.items() if key != SEED}
+            settings = [{key: value for key, value in each.items() if key != SEED_KEY}
                         for each in point.row["same_as"] or [point.row["settings"]]]
             places = list(dict.fromkeys(Place(self._line(each), self._x(each.get(self.key, ""))) for each in settings))
             key = repr(places)

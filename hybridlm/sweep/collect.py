@@ -1,6 +1,6 @@
-"""Results of a sweep: one number a run and metric, then mean and spread over seeds.
+"""Collects the results of a sweep: one number per run and metric, then mean and spread over seeds.
 
-`results.csv` has a row a point and metric; `results.json` has the same points with their costs, and the groups of
+`results.csv` has one row per point and metric; `results.json` has the same points with their costs, and the groups of
 points that differ in their seed alone.
 """
 
@@ -18,41 +18,48 @@ from typing import Any
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.files import write_json, write_text
-from hybridlm.sweep.cluster import in_flight
 from hybridlm.sweep.folder import is_busy, read_outcome, read_plan
-from hybridlm.sweep.plan import SEED
-from hybridlm.sweep.probes import ProbeTask, read_result, read_tasks
+from hybridlm.sweep.point import SEED_KEY
+from hybridlm.sweep.probe_tasks import ProbeTask, read_probe_result, read_tasks
+from hybridlm.sweep.slurm_jobs import find_pending_jobs
 
-TAIL = 0.1  # share of the steps, the last ones, over which a noisy training metric is averaged
-COSTS = ("parameters", "active_parameters", "training_flops_per_token")
-_NO_METRIC = ("step", "samples", "lr", "skipped")
-_OVER_RUN: dict[str, Callable[[list[float]], float]] = {
+LAST_STEPS_FRACTION = 0.1  # of the steps; a noisy training metric is averaged over the last ones
+COST_COLUMNS = ("parameters", "active_parameters", "training_flops_per_token")
+NOT_METRICS = ("step", "samples", "lr", "skipped")
+SUMMARIES_OVER_RUN: dict[str, Callable[[list[float]], float]] = {
     "tokens_per_second": statistics.median, "flops_per_second": statistics.median, "mfu": statistics.median,
     "peak_memory_bytes": max}
-_AT_END = ("tokens", "seconds", "skipped_steps")
+LAST_VALUE_METRICS = ("tokens", "seconds", "skipped_steps")
 
 
 def collect(folder: Path, metrics: list[str] | None = None) -> dict[str, Any]:
-    """Reads what the finished points of a sweep wrote, writes results.csv and results.json, returns the latter.
+    """Read what the finished points of a sweep wrote, and write results.csv and results.json.
+
+    Args:
+        folder: the sweep's folder.
+        metrics: the metrics to keep; None: all.
+
+    Returns:
+        The content of results.json.
 
     Raises:
-        ConfigError: no sweep there, or a metric no run has; earlier results stay as they are.
+        ConfigError: there is no sweep, or no run has such a metric; earlier results stay as they are.
     """
     results = read_results(folder, metrics)
-    write_text(folder / "results.csv", _table(results["points"], results["probes"]))
+    write_text(folder / "results.csv", _format_csv(results["points"], results["probes"]))
     write_json(folder / "results.json", results)
     return results
 
 
 def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, Any]:
-    """What `collect` writes, without writing it."""
+    """The results as `collect` writes them, without writing anything."""
     plan = read_plan(folder)
     if plan is None:
         raise ConfigError("sweep.dir", "holds no sweep", got=str(folder), expected="a folder with sweep.json",
                           hint="run the sweep first, without --collect")
     probes = read_tasks(plan.get("probes", []))
-    points = [_point(folder, row, probes) for row in plan["points"]]
-    jobs = in_flight(folder)
+    points = [_read_point(folder, row, probes) for row in plan["points"]]
+    jobs = find_pending_jobs(folder)
     for point in points:
         if point["status"] == "waiting" and point["point"] in jobs:
             point |= {"status": jobs[point["point"]].state, "job": jobs[point["point"]].id}
@@ -67,27 +74,28 @@ def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, An
         point["metrics"] = {name: point["metrics"][name] for name in metrics or known if name in point["metrics"]}
     return {"sweep": plan["sweep"], "match": plan["match"], "vary": plan["vary"],
             "probes": {task.label: {**to_dict(task), "chance": task.probe().chance} for task in probes},
-            "points": points, "groups": _groups(points),
+            "points": points, "groups": group_by_seed(points),
             "corrupt_lines": sum(point["corrupt_lines"] for point in points)}
 
 
-def _point(folder: Path, row: dict[str, Any], probes: list[ProbeTask]) -> dict[str, Any]:
-    """A point with its costs, how it ended, its metrics where it is finished, and those of every finished probe."""
+def _read_point(folder: Path, row: dict[str, Any], probes: list[ProbeTask]) -> dict[str, Any]:
+    """One point: its costs, how it ended, its metrics where it is finished, and those of every finished probe."""
     run_dir = folder / "points" / row["point"]
     ended = read_outcome(run_dir, row["steps"], probes)
-    records, corrupt = read_metrics(run_dir / "metrics.jsonl")
-    kept = {key: row[key] for key in ("point", "settings", "same_as", "changed", "layers", *COSTS,
+    records, corrupt_lines = read_metrics(run_dir / "metrics.jsonl")
+    costs = {key: row[key] for key in ("point", "settings", "same_as", "changed", "layers", *COST_COLUMNS,
                                       "decode_state_bytes", "sequence_length", "steps", "tokens")}
     metrics = summarize(records) if ended["status"] == "finished" else {}
     for task in probes:
-        metrics |= probe_metrics(task, read_result(run_dir, task))
-    return {**kept, "run_dir": str(run_dir), "status": ended["status"],
-            **({"reason": ended["reason"]} if ended["status"] == "failed" and "reason" in ended else {}),
-            "corrupt_lines": corrupt, "metrics": metrics}
+        metrics |= name_probe_metrics(task, read_probe_result(run_dir, task))
+    point = {**costs, "run_dir": str(run_dir), "status": ended["status"]}
+    if ended["status"] == "failed" and "reason" in ended:
+        point["reason"] = ended["reason"]
+    return {**point, "corrupt_lines": corrupt_lines, "metrics": metrics}
 
 
-def probe_metrics(task: ProbeTask, result: dict[str, Any] | None) -> dict[str, float]:
-    """Of one probe, by name: the scores at the length of training, `@LENGTH` those at others."""
+def name_probe_metrics(task: ProbeTask, result: dict[str, Any] | None) -> dict[str, float]:
+    """The metrics of one probe by name: the scores at the length of training, and with `@LENGTH` those at others."""
     if result is None:
         return {}
     found = {"loss": result["loss"], "seconds": result["seconds"]}
@@ -98,12 +106,13 @@ def probe_metrics(task: ProbeTask, result: dict[str, Any] | None) -> dict[str, f
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a metrics.jsonl, and how many lines are corrupt and were skipped."""
+    """The records of a metrics.jsonl, and the number of corrupt lines, which are skipped."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
         return [], 0
-    records, corrupt = [], 0
+    records = []
+    corrupt_lines = 0
     for line in lines:
         try:
             record = json.loads(line)
@@ -111,66 +120,88 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
                 raise TypeError
             records.append(record)
         except (ValueError, KeyError, TypeError):
-            corrupt += 1
-    return records, corrupt
+            corrupt_lines += 1
+    return records, corrupt_lines
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, float]:
-    """One number a metric. Validation and totals: the last. Speeds: the median. Memory: the most. All else is noisy
-    from step to step: the mean of the last tenth of the steps."""
+    """One number per metric of a run.
+
+    Validation metrics and totals have their last value, speeds their median, memory its maximum. Everything else is
+    noisy from step to step and has its mean over the last tenth of the steps.
+
+    >>> summarize([{"step": 1, "loss": 4.0, "peak_memory_bytes": 9}, {"step": 2, "loss": 3.0, "peak_memory_bytes": 7}])
+    {'loss': 3.0, 'peak_memory_bytes': 9.0}
+    """
     series: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         for name, value in record.items():
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if number and name not in _NO_METRIC:
+            if number and name not in NOT_METRICS:
                 series.setdefault(name, []).append((record["step"], float(value)))
     last = max((record["step"] for record in records), default=0)
     result = {}
     for name, pairs in series.items():
         values = [value for _, value in pairs]
-        if name in _OVER_RUN:
-            result[name] = _OVER_RUN[name](values)
-        elif name in _AT_END or name.startswith("validation"):
+        if name in SUMMARIES_OVER_RUN:
+            result[name] = SUMMARIES_OVER_RUN[name](values)
+        elif name in LAST_VALUE_METRICS or name.startswith("validation"):
             result[name] = values[-1]
         else:
-            result[name] = statistics.fmean([v for step, v in pairs if step > last * (1 - TAIL)] or values[-1:])
+            late = [value for step, value in pairs if step > last * (1 - LAST_STEPS_FRACTION)]
+            result[name] = statistics.fmean(late or values[-1:])
     return result
 
 
-def _groups(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Points that differ in their seed alone, with mean and spread of each metric."""
+def group_by_seed(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of points that differ in their seed alone, with mean and spread of each metric."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for point in points:
-        settings = {key: value for key, value in point["settings"].items() if key != SEED}
+        settings = {key: value for key, value in point["settings"].items() if key != SEED_KEY}
         groups.setdefault(json.dumps(settings), []).append(point)
-    return [{"settings": json.loads(key), "points": [point["point"] for point in members],
-             "layers": members[0]["layers"], **{cost: members[0][cost] for cost in COSTS},
-             "decode_state_bytes": members[0]["decode_state_bytes"],
-             "metrics": {name: spread([point["metrics"][name] for point in members if name in point["metrics"]])
-                         for name in dict.fromkeys(name for point in members for name in point["metrics"])}}
-            for key, members in groups.items()]
+    return [_summarize_group(json.loads(settings), members) for settings, members in groups.items()]
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean over seeds, standard deviation of the sample (null for one seed), the ends and how many."""
+def _summarize_group(settings: dict[str, Any], members: list[dict[str, Any]]) -> dict[str, Any]:
+    values: dict[str, list[float]] = {}
+    for point in members:
+        for name, value in point["metrics"].items():
+            values.setdefault(name, []).append(value)
+    first = members[0]
+    return {"settings": settings, "points": [point["point"] for point in members], "layers": first["layers"],
+            **{cost: first[cost] for cost in COST_COLUMNS}, "decode_state_bytes": first["decode_state_bytes"],
+            "metrics": {name: spread_over_seeds(numbers) for name, numbers in values.items()}}
+
+
+def spread_over_seeds(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation of the sample (None for one seed), least, greatest and number of seeds.
+
+    >>> spread_over_seeds([2.0, 4.0])
+    {'mean': 3.0, 'std': 1.4142135623730951, 'min': 2.0, 'max': 4.0, 'seeds': 2}
+    """
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
             "min": min(values), "max": max(values), "seeds": len(values)}
 
 
-def _table(points: list[dict[str, Any]], probes: dict[str, dict[str, Any]]) -> str:
-    """A row a point and metric; settings, costs and, of a probe's metric, what the probe was stand in columns of their
-    own."""
+def _format_csv(points: list[dict[str, Any]], probes: dict[str, dict[str, Any]]) -> str:
+    """results.csv: one row per point and metric.
+
+    Settings, costs and, for the metrics of a probe, the parameters of the probe have columns of their own.
+    """
     keys = list(dict.fromkeys(key for point in points for key in point["settings"]))
     contexts = list(points[0]["decode_state_bytes"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["point", *keys, *COSTS, *(f"decode_state_bytes_{size}" for size in contexts), "metric", "value",
-                     *(["probe"] if probes else [])])
+    probe_column = ["probe"] if probes else []
+    writer.writerow(["point", *keys, *COST_COLUMNS, *(f"decode_state_bytes_{size}" for size in contexts), "metric",
+                     "value", *probe_column])
     described = {f"probe/{label}": json.dumps({key: value for key, value in task.items() if key != "label"})
                  for label, task in probes.items()}
     for point in points:
-        fixed = [point["point"], *(point["settings"].get(key, "") for key in keys), *(point[cost] for cost in COSTS),
-                 *(point["decode_state_bytes"][size] for size in contexts)]
-        writer.writerows([*fixed, name, value, *([described.get(name.rpartition("/")[0], "")] if probes else [])]
-                         for name, value in point["metrics"].items())
+        settings = [point["settings"].get(key, "") for key in keys]
+        costs = [point[cost] for cost in COST_COLUMNS]
+        states = [point["decode_state_bytes"][size] for size in contexts]
+        for name, value in point["metrics"].items():
+            probe = [described.get(name.rpartition("/")[0], "")] if probes else []
+            writer.writerow([point["point"], *settings, *costs, *states, name, value, *probe])
     return text.getvalue()

@@ -1,12 +1,13 @@
-"""The folder of a sweep: what it holds, whose it is, and how far each point is.
+"""The folder of a sweep: its files, which sweep it belongs to, and how far each point is.
 
     DIR/
       sweep.json        what is varied and every point with its costs
       results.csv, results.json
+      jobs/N/           what was given to a cluster, see `hybridlm.sweep.slurm_jobs`
       points/NAME/      the run folder of a point, and in it:
         point.yaml      the resolved config that `hybridlm train` gets
-        work.yaml       what the point is trained on besides: probes
-        probes/         what they gave, a file each
+        work.yaml       what the point is trained on besides text: probes
+        probes/         the results of probes, one file each
         outcome.json    how the last start ended
         output.txt      what it printed
 """
@@ -21,18 +22,23 @@ from typing import Any
 from hybridlm.config.serialization import load_yaml, to_dict, to_yaml
 from hybridlm.errors import ConfigError, UserError
 from hybridlm.files import is_locked, try_lock, write_json, write_text
-from hybridlm.sweep.plan import Point, SweepPlan
-from hybridlm.sweep.probes import WORK_FILE, ProbeTask, read_result
+from hybridlm.sweep.plan import SweepPlan
+from hybridlm.sweep.point import Point
+from hybridlm.sweep.probe_tasks import WORK_FILE, ProbeTask, read_probe_result
 from hybridlm.training.run_folder import LOCK_FILE, compare
 
-POINT_FILE, OUTCOME_FILE, OUTPUT_FILE = "point.yaml", "outcome.json", "output.txt"
+POINT_FILE = "point.yaml"
+OUTCOME_FILE = "outcome.json"
+OUTPUT_FILE = "output.txt"
+LAUNCH_FILE = "launch.json"  # in jobs/N: what was given to a launcher
+STOP_FILE = "stop"  # in jobs/N: asks the points there to save and end
 
 
 class SweepFolder:
-    """Holds a sweep's folder for one process; `close()` lets it go.
+    """Locks the folder of a sweep for one process, until `close()`.
 
     Raises:
-        ConfigError: it cannot be written, belongs to another sweep, or another process runs this one.
+        ConfigError: the folder cannot be written or belongs to another sweep, or another process runs this one.
     """
 
     def __init__(self, plan: SweepPlan):
@@ -48,26 +54,27 @@ class SweepFolder:
                               hint="wait for it, or take another sweep.dir")
 
     def close(self) -> None:
+        """Free the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def write_plan(self, report: dict[str, Any]) -> None:
-        """What is planned; how far each point is stands with the point."""
+        """Write sweep.json: the plan, without the status of points, which stands in their own folders."""
         rows = [{key: value for key, value in row.items() if key != "status"} for row in report["points"]]
         write_json(self.path / "sweep.json", {**report, "points": rows})
 
 
 def is_busy(run_dir: Path) -> bool:
-    """Does another process train in this run folder?"""
+    """Whether a process trains in this run folder."""
     return is_locked(run_dir / LOCK_FILE)
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """sweep.json, None where there is none.
+    """The content of sweep.json; None where there is no such file.
 
     Raises:
-        ConfigError: a file that is none of ours.
+        ConfigError: a file that no sweep wrote.
     """
     path = folder / "sweep.json"
     if not path.exists():
@@ -82,22 +89,19 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
 
 
 def check_owner(plan: SweepPlan) -> None:
-    """A folder that already holds a sweep must hold this one; lists may have grown since.
+    """Check that a folder that already holds a sweep holds this one; lists may have grown since.
 
     Raises:
-        ConfigError: it is another sweep's, or no sweep's.
+        ConfigError: the folder belongs to another sweep, or to no sweep.
     """
-    folder, hint = plan.folder, "take another sweep.dir=..., its results stay as they are"
+    folder = plan.folder
     if folder.exists() and not folder.is_dir():
         raise ConfigError("sweep.dir", "is not a folder", got=str(folder))
     saved = read_plan(folder)
     if saved is None:
-        strange = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK_FILE, "points", "jobs")) \
-            if folder.exists() else []
-        if strange:
-            raise ConfigError("sweep.dir", f"holds something that is no sweep ({strange[0]})", got=str(folder),
-                              hint="take another sweep.dir=...")
+        _check_no_other_files(folder)
         return
+    hint = "take another sweep.dir=..., its results stay as they are"
     for task in saved.get("probes", []):
         now = next((asked for asked in plan.sweep.probes if asked.label == task["label"]), None)
         if now is None or to_dict(now) != task:
@@ -118,24 +122,44 @@ def check_owner(plan: SweepPlan) -> None:
                                   got=str(folder), hint=hint) from None
 
 
-def outcome(point: Point) -> dict[str, Any]:
-    """How the last start of a point ended; {"status": "waiting"} before the first, and where more is asked."""
+def _check_no_other_files(folder: Path) -> None:
+    if not folder.exists():
+        return
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK_FILE, "points", "jobs"))
+    if strange:
+        raise ConfigError("sweep.dir", f"holds something that is no sweep ({strange[0]})", got=str(folder),
+                          hint="take another sweep.dir=...")
+
+
+def point_outcome(point: Point) -> dict[str, Any]:
+    """How the last start of a point ended; {"status": "waiting"} before the first, and where more is asked for now."""
     return read_outcome(Path(point.config.run_dir), point.steps, point.work.probes)
 
 
 def read_outcome(run_dir: Path, steps: int, probes: list[ProbeTask]) -> dict[str, Any]:
-    """The outcome of a point that is to train for `steps` on text, and on `probes`."""
+    """The outcome of a point that is to train for `steps` on text, and on `probes`.
+
+    Returns:
+        outcome.json, or {"status": "waiting"} where there is none, or where it finished with less than this.
+    """
     try:
         data = json.loads((run_dir / OUTCOME_FILE).read_text(encoding="utf-8"))
-        done = data["step"] == steps and all(read_result(run_dir, task) is not None for task in probes) \
-            if data["status"] == "finished" else True
-        return data if done else {"status": "waiting"}
+        if data["status"] != "finished":
+            return data
+        complete = data["step"] == steps and all(read_probe_result(run_dir, task) is not None for task in probes)
+        return data if complete else {"status": "waiting"}
     except (OSError, ValueError, KeyError, TypeError):
         return {"status": "waiting"}
 
 
-def begin(point: Point) -> Path:
-    """Writes the config of a point and returns its run folder; the outcome of an earlier start goes."""
+def points_to_start(points: list[Point], retry_failed: bool) -> list[Point]:
+    """The points that are not finished; failed ones only where they are to be tried again."""
+    done = {"finished"} if retry_failed else {"finished", "failed"}
+    return [point for point in points if point_outcome(point)["status"] not in done]
+
+
+def prepare_point(point: Point) -> Path:
+    """Write the config of a point, delete the outcome of an earlier start, and return the run folder."""
     folder = Path(point.config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):

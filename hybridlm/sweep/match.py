@@ -1,17 +1,19 @@
-"""Equal budgets: every point is made as large, as costly or as forgetful as the reference.
+"""Equal budgets: gives every point the parameters, the training FLOPs or the decode state of the reference.
 
 Parameters and FLOPs are matched by the width of the feed-forward, which leaves the residual stream, the embedding and
-the heads of a comparison alone; where whole widths are too coarse (a toy with many experts), `hidden_size` moves too,
-as little as it can. Decode state is matched by head counts: of the linear mixers, then of keys and values.
+the heads of a comparison alone. Where whole widths are too coarse (a toy with many experts), `hidden_size` changes too,
+as little as possible. Decode state is matched by head counts: of the linear mixers, then of keys and values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from hybridlm.config.checks import validate
+from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
@@ -19,40 +21,49 @@ from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.mixers.attention import AttentionConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
 from hybridlm.model.mixers.contract import MixerConfig
-from hybridlm.sweep.plan import Point, named
-from hybridlm.sweep.request import SweepConfig
+from hybridlm.sweep.point import Point, find_point
+from hybridlm.sweep.request import Budget, SweepConfig
+from hybridlm.training.run_folder import flatten
 from hybridlm.training.stages import plan as stages_of
 
-TOLERANCE = 0.01
-GRAINS = (64, 32, 16, 8, 4, 2, 1)  # widths divisible by more are faster, so they are tried first
-LARGEST = 64  # times the width or the head count that there was
-_UNITS = {"params": "parameters", "flops": "FLOPs a token", "state": "bytes of decode state"}
+TOLERANCE = 0.01  # of the target
+PREFERRED_DIVISORS = (64, 32, 16, 8, 4, 2, 1)  # of widths, tried in this order: kernels are faster at rounder ones
+MAX_GROWTH = 64  # the largest size tried, as a multiple of the given one
+UNITS = {"params": "parameters", "flops": "FLOPs per token", "state": "bytes of decode state"}
 
-Budget = Callable[[ModelConfig], float]
+Cost = Callable[[ModelConfig], float]
+Resize = Callable[[ModelConfig, int], ModelConfig]
 
 
 def match_points(points: list[Point], sweep: SweepConfig) -> list[str]:
-    """Gives every point the budget of the reference within 1 %, in place; returns what to say about it.
+    """Give every point the budget of the reference within 1 %, in place.
+
+    Args:
+        points: the points; `config.model` and `changed` of those that must change are replaced.
+        sweep: says which budget, and which point is the reference.
+
+    Returns:
+        Sentences for the notes of the plan.
 
     Raises:
-        ConfigError: points that cannot have it, with the nearest that they can.
+        ConfigError: points that cannot have the budget, with the nearest one that they can have.
     """
     if sweep.match == "none":
         if sweep.reference is not None:
-            named(points, sweep.reference, "sweep.reference")
+            find_point(points, sweep.reference, "sweep.reference")
         return ["budgets are not matched (sweep.match=none)"]
-    reference = points[0] if sweep.reference is None else named(points, sweep.reference, "sweep.reference")
-    target = budget_of(reference, sweep)(reference.config.model)
-    found: dict[str, ModelConfig | float] = {}
-    failed = []
+    reference = points[0] if sweep.reference is None else find_point(points, sweep.reference, "sweep.reference")
+    target = make_cost(reference, sweep)(reference.config.model)
+    matched: dict[str, ModelConfig | float] = {}  # points with equal models are matched once
+    failed: list[tuple[Point, float]] = []
     for point in points:
         before = point.config.model
         key = repr((before, stages_of(point.config)[0].sequence_length))
-        if key not in found:
-            found[key] = match_model(before, budget_of(point, sweep), target, sweep.match)
-        result = found[key]
+        if key not in matched:
+            matched[key] = match_model(before, make_cost(point, sweep), target, sweep.match)
+        result = matched[key]
         if isinstance(result, ModelConfig):
-            point.changed = _changes(before, result)
+            point.changed = _list_changes(before, result)
             point.config.model = result
             validate(point.config)
         else:
@@ -60,16 +71,16 @@ def match_points(points: list[Point], sweep: SweepConfig) -> list[str]:
     if failed:
         point, nearest = failed[0]
         others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise ConfigError("sweep.match", f"{point.name}{others} cannot have the {_UNITS[sweep.match]} of "
+        raise ConfigError("sweep.match", f"{point.name}{others} cannot have the {UNITS[sweep.match]} of "
                           f"{reference.name} within 1 %", got=f"{nearest:,.0f} at the nearest",
                           expected=f"{target:,.0f}",
                           hint="leave these points out, take another sweep.reference, or sweep.match=none")
-    return [f"every point has the {_UNITS[sweep.match]} of {reference.name} ({target:,.0f}"
-            f"{f' at {sweep.state_context} tokens' if sweep.match == 'state' else ''}) within 1 %"]
+    context = f" at {sweep.state_context} tokens" if sweep.match == "state" else ""
+    return [f"every point has the {UNITS[sweep.match]} of {reference.name} ({target:,.0f}{context}) within 1 %"]
 
 
-def budget_of(point: Point, sweep: SweepConfig) -> Budget:
-    """What `sweep.match` counts, as a function of the model."""
+def make_cost(point: Point, sweep: SweepConfig) -> Cost:
+    """The function of a model that `sweep.match` makes equal."""
     length = stages_of(point.config)[0].sequence_length
     if sweep.match == "params":
         return lambda model: count_parameters(model).total_with_mtp
@@ -78,60 +89,88 @@ def budget_of(point: Point, sweep: SweepConfig) -> Budget:
     return lambda model: decode_state_bytes(model, sweep.state_context)
 
 
-def match_model(model: ModelConfig, budget: Budget, target: float, match: str) -> ModelConfig | float:
-    """The model changed as little as makes its budget equal; the nearest budget where nothing does."""
-    nearest = budget(model)
-    if _near(nearest, target):
+def match_model(model: ModelConfig, cost: Cost, target: float, match: Budget) -> ModelConfig | float:
+    """The model, changed as little as possible so that its cost is the target within 1 %.
+
+    Args:
+        model: the config to change; it stays as it is.
+        cost: the cost of a config.
+        target: the cost to reach.
+        match: which cost it is: it decides what is resized.
+
+    Returns:
+        The changed config, or the nearest cost that was reached where no size reaches the target.
+
+    >>> from hybridlm.config import load_model_config
+    >>> model = load_model_config("hybrid_tiny")
+    >>> larger = match_model(model, lambda model: count_parameters(model).total, 300_000, "params")
+    >>> abs(count_parameters(larger).total / 300_000 - 1) < 0.01
+    True
+    """
+    nearest = cost(model)
+    if _is_near(nearest, target):
         return model
-    for variant, whole, resize in _by_heads(model) if match == "state" else _by_width(model):
-        for size in _sizes(whole, lambda size: budget(resize(variant, size)), target):  # noqa: B023
+    for variant, size_now, resize in _head_variants(model) if match == "state" else _width_variants(model):
+        for size in _sizes_to_try(size_now, partial(_cost_at_size, cost, variant, resize), target):
             changed = resize(variant, size)
-            reached = budget(changed)
-            if _near(reached, target):
+            reached = cost(changed)
+            if _is_near(reached, target):
                 return changed
             if abs(reached - target) < abs(nearest - target):
                 nearest = reached
     return nearest
 
 
-def _near(value: float, target: float) -> bool:
+def _is_near(value: float, target: float) -> bool:
     return abs(value - target) <= TOLERANCE * target
 
 
-def _sizes(whole: int, budget: Callable[[int], float], target: float) -> Iterator[int]:
-    """Sizes around that where a growing budget crosses the target, the rounder ones first."""
-    low, high = 1, LARGEST * whole
+def _cost_at_size(cost: Cost, model: ModelConfig, resize: Resize, size: int) -> float:
+    return cost(resize(model, size))
+
+
+def _sizes_to_try(size_now: int, cost: Callable[[int], float], target: float) -> Iterator[int]:
+    """Sizes around the one where the cost, which grows with the size, crosses the target; the rounder ones first."""
+    largest = MAX_GROWTH * size_now
+    low, high = 1, largest
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if budget(middle) < target else (low, middle)
-    for grain in GRAINS:
-        below = (low - 1) // grain * grain
-        pair = [size for size in (below, below + grain) if 0 < size <= LARGEST * whole]
-        yield from sorted(pair, key=lambda size: abs(budget(size) - target))
+        if cost(middle) < target:
+            low = middle + 1
+        else:
+            high = middle
+    for divisor in PREFERRED_DIVISORS:
+        below = (low - 1) // divisor * divisor
+        pair = [size for size in (below, below + divisor) if 0 < size <= largest]
+        yield from sorted(pair, key=lambda size: abs(cost(size) - target))
 
 
-Resize = Callable[[ModelConfig, int], ModelConfig]
+def _width_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resize]]:
+    """Variants of the model by hidden size, the given one first.
 
-
-def _by_width(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resize]]:
-    """Hidden sizes, that of the model first, each with its feed-forward to be resized."""
-    feed_forward, hidden = model.feed_forward, model.hidden_size
-    whole = int(getattr(feed_forward, _width_key(feed_forward)))
+    Yields:
+        The variant, the width of the feed-forward, and a function that gives a variant another width of feed-forward.
+    """
+    feed_forward = model.feed_forward
+    hidden = model.hidden_size
+    width_now = int(getattr(feed_forward, _width_key(feed_forward)))
 
     def resize(variant: ModelConfig, size: int) -> ModelConfig:
         return replace(variant, feed_forward=_widen(feed_forward, size))
 
-    for grain in (8,) if hidden >= 256 else (8, 4, 2):  # a wide model has fine steps in its feed-forward
-        for width in _outward(hidden, grain, hidden // 2, 2 * hidden):
+    steps = (8,) if hidden >= 256 else (8, 4, 2)  # a wide model has fine enough steps in its feed-forward
+    for step in steps:
+        for width in _outward(hidden, step, hidden // 2, 2 * hidden):
             try:
                 variant = replace(model, hidden_size=width)
-                count_parameters(variant)  # the parts look at the width they stand in
+                count_parameters(variant)  # raises where a mixer or feed-forward does not fit this width
             except ConfigError:
                 continue
-            yield variant, whole, resize
+            yield variant, width_now, resize
 
 
 def _outward(start: int, step: int, low: int, high: int) -> Iterator[int]:
+    """`start`, then numbers ever further from it, below and above in turn, within `low` and `high`."""
     yield start
     for distance in range(step, high - low, step):
         yield from (size for size in (start - distance, start + distance) if low <= size <= high)
@@ -144,37 +183,51 @@ def _width_key(feed_forward: FeedForwardConfig) -> str:
 def _widen(feed_forward: FeedForwardConfig, size: int) -> FeedForwardConfig:
     """Experts of another width; widths that a config writes out beside them keep their proportion."""
     key = _width_key(feed_forward)
-    whole = getattr(feed_forward, key)
+    width_now = getattr(feed_forward, key)
     sizes = {key: size}
     for other in ("shared_intermediate_size", "intermediate_size"):
         value = getattr(feed_forward, other, None)
         if other != key and value is not None:
-            sizes[other] = max(1, round(value * size / whole))
+            sizes[other] = max(1, round(value * size / width_now))
     return replace(feed_forward, **sizes)  # type: ignore[arg-type]
 
 
-def _by_heads(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resize]]:
-    """Numbers of key-value heads, those of the model first, each with the linear mixers' heads to be resized."""
+def _head_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resize]]:
+    """Variants of the model by its number of key and value heads, the given one first.
+
+    Yields:
+        The variant, the number of heads of its linear mixers, and a function that changes that number; then also the
+        given model with its number of key and value heads, and a function that changes that.
+    """
     used = {name: model.mixers[name] for name in dict.fromkeys(model.layers())}
     linear = {name: mixer for name, mixer in used.items() if isinstance(mixer, RecurrentConfig)}
     softmax = {name: mixer for name, mixer in used.items() if isinstance(mixer, AttentionConfig)}
 
-    def resize(names: Iterable[str]) -> Resize:
-        chosen = list(names)
-        return lambda variant, size: replace(variant, mixers={
-            **variant.mixers, **{name: _with_heads(variant.mixers[name], size) for name in chosen}})
+    def resize_linear(variant: ModelConfig, count: int) -> ModelConfig:
+        return _set_heads(variant, linear, count)
 
+    def resize_softmax(variant: ModelConfig, count: int) -> ModelConfig:
+        return _set_heads(variant, softmax, count)
+
+    linear_heads = max((mixer.num_heads for mixer in linear.values()), default=0)
     if linear:
-        yield model, max(mixer.num_heads for mixer in linear.values()), resize(linear)
+        yield model, linear_heads, resize_linear
     if softmax:
-        heads = max(mixer.kv_heads for mixer in softmax.values())
-        yield model, heads, resize(softmax)
-        for count in _outward(heads, 1, 1, 4 * heads) if linear else ():
-            yield resize(softmax)(model, count), max(mixer.num_heads for mixer in linear.values()), resize(linear)
+        kv_heads = max(mixer.kv_heads for mixer in softmax.values())
+        yield model, kv_heads, resize_softmax
+        if linear:
+            for count in _outward(kv_heads, 1, 1, 4 * kv_heads):
+                yield resize_softmax(model, count), linear_heads, resize_linear
+
+
+def _set_heads(model: ModelConfig, names: Iterable[str], count: int) -> ModelConfig:
+    """The model in which the mixers of these names have `count` heads in their state."""
+    changed = {name: _with_heads(model.mixers[name], count) for name in names}
+    return replace(model, mixers={**model.mixers, **changed})
 
 
 def _with_heads(mixer: MixerConfig, count: int) -> MixerConfig:
-    """`count` heads in the state; those that share one stay as many as they were."""
+    """The mixer with `count` heads in its state; as many heads as before share each of them."""
     if isinstance(mixer, RecurrentConfig):
         values = None if mixer.num_value_heads is None else count * (mixer.value_heads // mixer.num_heads)
         return replace(mixer, num_heads=count, num_value_heads=values)
@@ -183,10 +236,7 @@ def _with_heads(mixer: MixerConfig, count: int) -> MixerConfig:
     return replace(mixer, num_heads=count * shared, num_kv_heads=count if mixer.num_kv_heads is not None else None)
 
 
-def _changes(before: ModelConfig, after: ModelConfig) -> dict[str, list[Any]]:
-    """{dotted key: [before, after]} of what differs."""
-    from hybridlm.config.serialization import to_dict
-    from hybridlm.training.run_folder import flatten
-
+def _list_changes(before: ModelConfig, after: ModelConfig) -> dict[str, list[Any]]:
+    """{dotted key: [before, after]} of the differences between two models."""
     old, new = flatten(to_dict(before)), flatten(to_dict(after))
     return {f"model.{key}": [old.get(key), new[key]] for key in new if old.get(key) != new[key]}

@@ -1,4 +1,4 @@
-"""What a sweep is asked to do: a file of configs/sweep/, and the words of the command line, which win."""
+"""Reads the request for a sweep: a file of configs/sweep/ and the words of the command line, which take precedence."""
 
 from __future__ import annotations
 
@@ -14,41 +14,38 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from hybridlm.config.paths import config_dir as built_in
+from hybridlm.config.paths import config_dir as built_in_configs
 from hybridlm.config.paths import options
 from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict
 from hybridlm.errors import ConfigError, did_you_mean, require
-from hybridlm.sweep.probes import ProbeTask, read_tasks
+from hybridlm.sweep.probe_tasks import ProbeTask, read_tasks
 
-Match = Literal["none", "params", "flops", "state"]
+Budget = Literal["none", "params", "flops", "state"]
 Launcher = Literal["local", "slurm", "ray"]
 
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """A sweep. Points are the product of the lists in `vary`, each key a setting of `hybridlm train`.
+    """A sweep's own settings. Its points are the product of the lists in `vary`.
 
-    `overrides` are settings of every point. `match` is the budget that all points share with the `reference` (a
-    point's name; null: the first). `state_context` is where decode state is matched. `metrics` (null: all) are
-    those the results keep. `dir` (null: runs/sweeps/NAME) is where everything goes. Every point is trained on the
-    `probes` besides, each with fresh weights; without `language_model` on nothing else. `launcher` is what runs the
-    points, with its own options in `slurm` or `ray`.
+    >>> SweepConfig(name="ratios", vary={"model.schedule.ratio": [0, 1]}).folder.as_posix()
+    'runs/sweeps/ratios'
     """
 
     name: str = "custom"
-    overrides: list[str] = field(default_factory=list)
-    vary: dict[str, list[Any]] = field(default_factory=dict)
-    match: Match = "none"
-    reference: str | None = None
-    state_context: int = 32768
-    metrics: list[str] | None = None
-    dir: str | None = None
-    probes: list[ProbeTask] = field(default_factory=list)
-    language_model: bool = True
-    launcher: Launcher = "local"
-    slurm: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)  # settings of every point, key=value
+    vary: dict[str, list[Any]] = field(default_factory=dict)  # the values of each key of `hybridlm train` to vary
+    match: Budget = "none"  # the budget that all points share with the reference
+    reference: str | None = None  # name of the reference point; null: the first
+    state_context: int = 32768  # tokens of context at which decode state is matched
+    metrics: list[str] | None = None  # metrics that the results keep; null: all
+    dir: str | None = None  # where everything goes; null: runs/sweeps/NAME
+    probes: list[ProbeTask] = field(default_factory=list)  # every point is trained on each, with fresh weights
+    language_model: bool = True  # false: no training on text, probes alone
+    launcher: Launcher = "local"  # what runs the points
+    slurm: dict[str, Any] = field(default_factory=dict)  # options of the launcher of that name
     ray: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,16 +59,26 @@ class SweepConfig:
 
     @property
     def launcher_options(self) -> dict[str, Any]:
+        """The options of the chosen launcher."""
         return {"local": {}, "slurm": self.slurm, "ray": self.ray}[self.launcher]
 
     @property
     def folder(self) -> Path:
+        """The folder that the sweep writes to."""
         return Path(self.dir).expanduser() if self.dir else Path("runs") / "sweeps" / self.name
 
 
 @dataclass(kw_only=True)
 class Request:
-    """`root` is the whole config that points start from; `vary` holds override texts by key."""
+    """A command line, read.
+
+    Attributes:
+        sweep: the sweep's own settings.
+        root: the config that every point starts from: a name or a file.
+        fixed: overrides of every point.
+        vary: the values of each varied key, as text.
+        config_dir: a folder of the user's own config groups.
+    """
 
     sweep: SweepConfig
     root: str
@@ -81,12 +88,17 @@ class Request:
 
 
 def read_request(words: Sequence[str], config_dir: str | None = None) -> Request:
-    """The request of a command line: `[CONFIG] sweep=NAME sweep.KEY=VALUE KEY=VALUE KEY=V1,V2,...`.
+    """The request of a command line `[CONFIG] sweep=NAME sweep.KEY=VALUE KEY=VALUE KEY=V1,V2,...`.
 
     Raises:
         ConfigError: a sweep that does not exist, an unknown key of `sweep`, an empty list.
+
+    >>> request = read_request(["model=hybrid_tiny", "training.seed=0,1", "sweep.match=params"])
+    >>> request.fixed, request.vary, request.sweep.match
+    (['model=hybrid_tiny'], {'training.seed': ['0', '1']}, 'params')
     """
-    words, root = list(words), "train"
+    words = list(words)
+    root = "train"
     if words and ("=" not in words[0] or Path(words[0]).is_file()) and not words[0].startswith("~"):
         root = words.pop(0)
     own: dict[str, Any] = {}
@@ -99,8 +111,8 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
         if key == "sweep" and "=" in word:
             file = text
         elif key.startswith("sweep."):
-            own[key.removeprefix("sweep.")] = _own_value(key, text)
-        elif values := _values(key, word, text):
+            own[key.removeprefix("sweep.")] = _parse_sweep_value(key, text)
+        elif values := _split_list(key, word, text):
             lists[key] = values
             fixed.pop(key, None)
         else:
@@ -108,17 +120,18 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
             lists.pop(key, None)
     asked = _read_file(file, config_dir) if file is not None else {}
     for key, value in own.items():
-        _set(asked, key, value)
+        _set_value(asked, key, value)
     asked["probes"] = [to_dict(task) for task in read_tasks(asked.get("probes", []))]
     sweep = from_dict(SweepConfig, asked, "sweep")
-    vary = {key: [as_text(value) for value in values] for key, values in sweep.vary.items() if key not in fixed}
+    vary = {key: [to_override_text(value) for value in values] for key, values in sweep.vary.items()
+            if key not in fixed}
     base = {word.partition("=")[0].lstrip("+"): word for word in sweep.overrides}
     return Request(sweep=sweep, root=root, fixed=list({**base, **fixed}.values()), vary={**vary, **lists},
                    config_dir=config_dir)
 
 
-def _values(key: str, word: str, text: str) -> list[str]:
-    """The values of a list `a,b,c`, `range(...)` or `choice(...)`; empty for a word with one value."""
+def _split_list(key: str, word: str, text: str) -> list[str]:
+    """The values of a list `a,b,c`, `range(...)` or `choice(...)`; none for a word with one value."""
     stripped = text.strip()
     if "=" in word and (stripped in ("", "choice()", "range()") or re.search(r"^,|,\s*,|,$", stripped)):
         raise ConfigError(key, "has an empty value in its list" if "," in stripped else "is an empty list", got=text,
@@ -130,37 +143,37 @@ def _values(key: str, word: str, text: str) -> list[str]:
         if re.match(r"(interval|glob|tag)\(", stripped):
             raise ConfigError(key, "cannot be listed", got=text, expected="a,b,c, choice(...) or range(...)") from error
         return []  # text that Hydra's grammar does not know: load_config takes it, or says what is wrong
-    if not values and (override.is_sweep_override() or (override.value() == [] and not _takes_list(key))):
+    if not values and (override.is_sweep_override() or (override.value() == [] and not _is_list_key(key))):
         raise ConfigError(key, "is an empty list", got=text, expected="values between commas, such as 0,1,3")
     return values
 
 
-def _takes_list(key: str) -> bool:
-    """Is a list one value of this key?"""
+def _is_list_key(key: str) -> bool:
+    """Whether a list is one value of this key."""
     return get_origin(hint_at(Config, key)) in (list, tuple)
 
 
-def _set(asked: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of the sweep; launchers have options of their own, `slurm.partition`."""
-    first, _, rest = key.partition(".")
-    if first in ("slurm", "ray") and rest and isinstance(asked.setdefault(first, {}), dict):
-        *outer, last = rest.split(".")
-        inner = asked[first]
-        for part in outer:
-            inner = inner.setdefault(part, {})
-        inner[last] = value
+def _set_value(asked: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of the sweep; those of launchers may have several parts, such as `slurm.partition`."""
+    launcher, _, option = key.partition(".")
+    if launcher in ("slurm", "ray") and option and isinstance(asked.setdefault(launcher, {}), dict):
+        *parents, last = option.split(".")
+        options = asked[launcher]
+        for parent in parents:
+            options = options.setdefault(parent, {})
+        options[last] = value
     else:
         asked[key] = value
 
 
-def _own_value(key: str, text: str) -> Any:
-    """Value of a key of the sweep itself."""
+def _parse_sweep_value(key: str, text: str) -> Any:
+    """The value of a key of the sweep itself, sweep.KEY=TEXT."""
     if key == "sweep.dir":
         return text or None
     if text.strip() == "":
         raise ConfigError(key, "has no value")
     if key == "sweep.probes":
-        return _own_probes(text)
+        return _parse_probes(text)
     if key == "sweep.metrics":
         return None if text == "null" else [name for name in re.split(r"[,\[\]\s]+", text) if name]
     try:
@@ -169,8 +182,8 @@ def _own_value(key: str, text: str) -> Any:
         return text
 
 
-def _own_probes(text: str) -> Any:
-    """mqar,s5 or, where there is more to say, [{name: mqar, steps: 500}, s5]."""
+def _parse_probes(text: str) -> Any:
+    """Names such as mqar,s5 or a YAML list such as [{name: mqar, steps: 500}, s5]."""
     if not text.lstrip().startswith("["):
         return [name for name in re.split(r"[,\s]+", text) if name]
     try:
@@ -181,12 +194,12 @@ def _own_probes(text: str) -> Any:
 
 
 def _read_file(name: str, config_dir: str | None) -> dict[str, Any]:
-    """A sweep's file, by its name in a group `sweep` or by its path."""
+    """The content of a sweep's file, which is named by its path or by its name in the group `sweep`."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
     else:
         folders = [Path(config_dir).expanduser()] if config_dir else []
-        found = [folder / "sweep" / f"{name}.yaml" for folder in [*folders, built_in()]]
+        found = [folder / "sweep" / f"{name}.yaml" for folder in [*folders, built_in_configs()]]
         known = options("sweep", config_dir)
         if name not in known:
             raise ConfigError("sweep", "no such sweep", got=name, expected=f"one of {', '.join(known)}, or a YAML file",
@@ -198,8 +211,12 @@ def _read_file(name: str, config_dir: str | None) -> dict[str, Any]:
     return {"name": re.sub(r"[^\w.-]", "_", path.stem), **data}
 
 
-def as_text(value: Any) -> str:
-    """A value of a sweep's file as the command line would have it."""
+def to_override_text(value: Any) -> str:
+    """A value of a sweep's file as one would type it on the command line.
+
+    >>> to_override_text(float("inf")), to_override_text([1, 2])
+    ('inf', '[1, 2]')
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, float) and math.isinf(value):
@@ -207,8 +224,12 @@ def as_text(value: Any) -> str:
     return json.dumps(value)
 
 
-def as_value(text: str) -> Any:
-    """A value for tables and JSON: whole numbers and finite ones as such, all else as text."""
+def to_table_value(text: str) -> Any:
+    """A value for tables and JSON: a finite number as a number, everything else as text.
+
+    >>> to_table_value("3"), to_table_value("inf")
+    (3, 'inf')
+    """
     for kind in (int, float):
         try:
             number = kind(text)

@@ -25,7 +25,7 @@ import torch
 from hybridlm.cli import main as hybridlm
 from hybridlm.files import write_text
 from hybridlm.report.build import write_report
-from hybridlm.sweep.table import layers_text
+from hybridlm.sweep.table import format_layers
 
 SWEEPS = {
     "hybrid_ratio_probes": ["sweep=hybrid_ratio_probes"],
@@ -48,7 +48,7 @@ def table(results: dict[str, Any]) -> str:
     for group in results["groups"]:
         scores = [group["metrics"].get(f"probe/{label}/accuracy{at}") for label, _, at in columns]
         if any(scores):
-            lines.append(_row(layers_text(group["layers"]), f"{group['parameters']:,}", *map(_score, scores)))
+            lines.append(_row(format_layers(group["layers"]), f"{group['parameters']:,}", *map(_score, scores)))
     return "\n".join(lines) + "\n"
 
 
@@ -69,7 +69,7 @@ def scores(results: dict[str, Any]) -> Iterator[list[Any]]:
         for name, value in point["metrics"].items():
             _, label, metric = name.split("/")
             if metric.startswith("accuracy") or metric == "seconds":
-                yield [results["sweep"], layers_text(point["layers"]), seed, label, metric, f"{value:.4f}"]
+                yield [results["sweep"], format_layers(point["layers"]), seed, label, metric, f"{value:.4f}"]
 
 
 def facts(every: list[dict[str, Any]]) -> str:

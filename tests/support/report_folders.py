@@ -10,10 +10,11 @@ from functools import cache
 from hybridlm.config.compose import load_config
 from hybridlm.config.serialization import to_dict, to_yaml
 from hybridlm.files import write_json
-from hybridlm.sweep.plan import Point, SweepPlan, _collapse
-from hybridlm.sweep.probes import read_tasks
+from hybridlm.sweep.plan import SweepPlan, merge_same_runs
+from hybridlm.sweep.point import Point
+from hybridlm.sweep.probe_tasks import read_tasks
 from hybridlm.sweep.request import SweepConfig
-from hybridlm.sweep.table import report
+from hybridlm.sweep.table import describe_plan
 
 LAYERS = ("1", "2")
 
@@ -74,7 +75,7 @@ def points(folder, vary, steps):
         short = "_".join(f"{key.rsplit('.', 1)[-1]}-{value}" for key, value in zip(vary, values, strict=True))
         config.run_dir = str(folder / "points" / short)
         made.append(Point(name=short, settings=dict(zip(vary, values, strict=True)), config=config))
-    return _collapse(made)
+    return merge_same_runs(made)
 
 
 def sweep_folder(folder, vary, *, probes=(), unfinished=(), steps=20):
@@ -83,7 +84,7 @@ def sweep_folder(folder, vary, *, probes=(), unfinished=(), steps=20):
     sweep = SweepConfig(name="test", probes=read_tasks(list(probes)))
     plan = SweepPlan(sweep=sweep, folder=folder, vary={key: [str(value) for value in vary[key]] for key in vary},
                      points=points(folder, vary, steps))
-    shown = report(plan, [1.0] * len(plan.points), "by hand", ["waiting"] * len(plan.points), 1)
+    shown = describe_plan(plan, [1.0] * len(plan.points), "by hand", ["waiting"] * len(plan.points), 1)
     folder.mkdir(parents=True)
     write_json(folder / "sweep.json", {**shown, "command": "hybridlm sweep model=hybrid_tiny"})
     for point in plan.points:

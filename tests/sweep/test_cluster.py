@@ -10,9 +10,10 @@ import pytest
 
 from hybridlm.cli import main
 from hybridlm.errors import ConfigError
-from hybridlm.sweep import cluster, estimate
-from hybridlm.sweep.launch import check_launcher, job
+from hybridlm.sweep import cluster_runner, estimate
+from hybridlm.sweep.hydra_launcher import check_launcher, run_job
 from hybridlm.sweep.request import read_request
+from hybridlm.sweep.slurm_jobs import find_pending_jobs
 
 SUPPORT = Path(__file__).parents[1] / "support"
 TOOLS = {  # run at once what they are given, and list it until it ends
@@ -43,10 +44,11 @@ def slurm(tmp_path, monkeypatch):
         (home / name).chmod(0o755)
     (home / "patch" / "sitecustomize.py").write_text(
         "import sys\nif 'submitit.core._submit' in sys.orig_argv:\n    import hybridlm.sweep.process as process\n"
-        f"    process.command = lambda file: [sys.executable, {str(SUPPORT / 'fake_train.py')!r}, str(file)]\n")
+        f"    fake = {str(SUPPORT / 'fake_train.py')!r}\n"
+        "    process.point_command = lambda file, imports: [sys.executable, fake, str(file)]\n")
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
     monkeypatch.setattr(estimate, "peak_flops", lambda *_: (1e9, "made up"))
-    monkeypatch.setattr(cluster, "LOOK", 0.1)
+    monkeypatch.setattr(cluster_runner, "SQUEUE_INTERVAL_S", 0.1)
     return home
 
 
@@ -125,12 +127,12 @@ def test_a_job_that_is_lost_has_failed(slurm, tmp_path, capsys):
 def test_without_squeue_a_job_counts_as_submitted(tmp_path, monkeypatch):
     submitted(tmp_path, "seed-0")
     monkeypatch.setenv("PATH", "")
-    assert cluster.in_flight(tmp_path)["seed-0"].state == "submitted"
+    assert find_pending_jobs(tmp_path)["seed-0"].state == "submitted"
 
 
 def test_a_job_that_starts_after_the_sweep_was_stopped_does_nothing(tmp_path):
     (tmp_path / "stop").touch()
-    job(tmp_path, None)
+    run_job(tmp_path, [], None)
     assert [path.name for path in tmp_path.iterdir()] == ["stop"]
 
 

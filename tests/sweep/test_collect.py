@@ -12,9 +12,13 @@ import pytest
 
 from hybridlm.cli import main
 from hybridlm.sweep import process
-from hybridlm.sweep.collect import read_metrics, spread, summarize
+from hybridlm.sweep.collect import read_metrics, spread_over_seeds, summarize
 
 SUPPORT = Path(__file__).parents[1] / "support"
+
+
+def stand_in_command(file, imports):
+    return [sys.executable, str(SUPPORT / "fake_train.py"), str(file)]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def finished(tmp_path_factory):
     words = ["model=hybrid_tiny", "training.steps=20", "model.schedule.ratio=0,1", "training.seed=0,4",
              f"sweep.dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process, "command", lambda file: [sys.executable, str(SUPPORT / "fake_train.py"), str(file)])
+        patch.setattr(process, "point_command", stand_in_command)
         assert main(["sweep", *words]) == 0
     return folder
 
@@ -109,4 +113,4 @@ def test_summaries_leave_out_what_is_no_number(tmp_path):
     assert summarize(records) == {"loss": 3.0, "tokens": 10.0}
     assert summarize([]) == {}
     assert read_metrics(tmp_path / "none.jsonl") == ([], 0)
-    assert spread([1.0, 2.0, 6.0])["std"] == statistics.stdev([1, 2, 6])
+    assert spread_over_seeds([1.0, 2.0, 6.0])["std"] == statistics.stdev([1, 2, 6])

@@ -9,7 +9,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
 from hybridlm.sweep import estimate
 from hybridlm.sweep.plan import make_plan
-from hybridlm.sweep.request import as_value, read_request
+from hybridlm.sweep.request import read_request, to_table_value
 
 BASE = ["model=hybrid_tiny"]
 
@@ -62,7 +62,7 @@ def test_the_sweeps_that_ship_compose():
 
 
 def test_values_are_numbers_where_json_has_them():
-    assert [as_value(text) for text in ("3", "1e-3", "inf", "kda")] == [3, 0.001, "inf", "kda"]
+    assert [to_table_value(text) for text in ("3", "1e-3", "inf", "kda")] == [3, 0.001, "inf", "kda"]
 
 
 @pytest.mark.parametrize(("words", "says"), [

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hybridlm.cli import main
-from hybridlm.sweep import estimate, process, run
-from hybridlm.sweep.folder import SweepFolder, outcome
+from hybridlm.sweep import estimate, local_runner, process
+from hybridlm.sweep.folder import SweepFolder, point_outcome
 from hybridlm.sweep.plan import make_plan
 from hybridlm.training.run_folder import RunFolder
 
@@ -22,9 +22,13 @@ SUPPORT = Path(__file__).parents[1] / "support"
 ROOT = SUPPORT.parents[1]
 
 
+def stand_in_command(file, imports):
+    return [sys.executable, str(SUPPORT / "fake_train.py"), str(file)]
+
+
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(process, "command", lambda file: [sys.executable, str(SUPPORT / "fake_train.py"), str(file)])
+    monkeypatch.setattr(process, "point_command", stand_in_command)
     monkeypatch.setattr(estimate, "peak_flops", lambda *_: (1e9, "made up"))
 
 
@@ -62,7 +66,7 @@ def test_lists_may_grow_and_more_steps_start_finished_points_again(fake, tmp_pat
     seconds, how = estimate.estimate(make_plan(words(tmp_path, "0,4,5,6")).points, measure=False)
     assert (seconds, how) == ([40.0] * 4, "from the training time of 3 finished points, by FLOPs")
     plan = make_plan(words(tmp_path, "0,4,5", "training.steps=30"))
-    assert [outcome(point)["status"] for point in plan.points] == ["waiting"] * 3
+    assert [point_outcome(point)["status"] for point in plan.points] == ["waiting"] * 3
 
 
 OTHERS = [(["training.seed=0,5"], ["holds another sweep", "seed-4"]),
@@ -91,7 +95,8 @@ def test_a_folder_that_is_no_sweep_is_refused(fake, tmp_path, capsys):
 def start(folder, seeds):
     """A sweep in a process of its own, with the stand-in for training."""
     code = ("import sys; from hybridlm.sweep import process; from hybridlm.cli import main\n"
-            f"process.command = lambda file: [sys.executable, {str(SUPPORT / 'fake_train.py')!r}, str(file)]\n"
+            f"fake = {str(SUPPORT / 'fake_train.py')!r}\n"
+            "process.point_command = lambda file, imports: [sys.executable, fake, str(file)]\n"
             f"sys.exit(main(['sweep', *{words(str(folder), seeds)!r}]))")
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path},
@@ -133,7 +138,7 @@ def test_a_sweep_that_is_killed_leaves_no_process_behind_and_goes_on(tmp_path, f
 
 
 def test_a_point_that_another_process_trains_is_left_to_it(tmp_path, fake, monkeypatch, capsys):
-    monkeypatch.setattr(run, "PATIENCE", 0.2)
+    monkeypatch.setattr(local_runner, "BUSY_PATIENCE_S", 0.2)
     with closing(RunFolder(tmp_path / "points" / "seed-0")):
         assert main(["sweep", *words(tmp_path, "0,4")]) == 1
     out = capsys.readouterr().out

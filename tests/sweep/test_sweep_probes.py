@@ -9,12 +9,12 @@ import pytest
 from hybridlm.cli import main
 from hybridlm.errors import ConfigError
 from hybridlm.files import write_json
-from hybridlm.sweep import probes
+from hybridlm.sweep import run_point as point_process
 from hybridlm.sweep.collect import collect
-from hybridlm.sweep.folder import OUTCOME_FILE, begin, check_owner, outcome
+from hybridlm.sweep.folder import OUTCOME_FILE, check_owner, point_outcome, prepare_point
 from hybridlm.sweep.plan import make_plan
 from hybridlm.sweep.request import read_request
-from hybridlm.sweep.table import cost_row, report
+from hybridlm.sweep.table import cost_row, describe_plan
 from hybridlm.training.run_folder import RunFolder
 
 MQAR = "{name: mqar, label: recall, parameters: {num_pairs: 1, key_vocab: 2, value_vocab: 2}, length: 4, " \
@@ -30,11 +30,11 @@ def words(folder, *tasks):
 
 def run(plan, names=None):
     """What the sweep does with each point, in this process."""
-    write_json(plan.folder / "sweep.json", report(plan, [0.0] * len(plan.points), "", ["waiting"] * 2, 1))
+    write_json(plan.folder / "sweep.json", describe_plan(plan, [0.0] * len(plan.points), "", ["waiting"] * 2, 1))
     for point in plan.points:
         if names is None or point.name in names:
-            folder = begin(point)
-            code = probes.run_point(folder)
+            folder = prepare_point(point)
+            code = point_process.run_point(folder)
             write_json(folder / OUTCOME_FILE, {"status": "failed" if code else "finished", "step": 0, "seconds": 1.0,
                                                "reason": "a probe failed"})
 
@@ -48,7 +48,7 @@ def folder(tmp_path):
 def test_a_probe_gives_rows_at_every_length_with_mean_and_spread_over_seeds(folder, capsys):
     plan = make_plan(words(folder, MQAR, PARITY))
     run(plan)
-    assert {outcome(point)["status"] for point in plan.points} == {"finished"}
+    assert {point_outcome(point)["status"] for point in plan.points} == {"finished"}
     results = collect(folder)
     with (folder / "results.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["point"] == "seed-1"]
@@ -71,11 +71,11 @@ def test_a_probe_gives_rows_at_every_length_with_mean_and_spread_over_seeds(fold
 def test_finished_probes_stay_and_a_longer_list_trains_only_the_new_ones(folder, monkeypatch):
     run(make_plan(words(folder, MQAR)))
     trained = []
-    monkeypatch.setattr(probes, "train_on_probe",
+    monkeypatch.setattr(point_process, "train_on_probe",
                         lambda model, probe, *rest, **options: trained.append(probe.task) or _fail(probe))
     plan = make_plan(words(folder, MQAR, PARITY))
     check_owner(plan)
-    assert [outcome(point)["status"] for point in plan.points] == ["waiting"] * 2
+    assert [point_outcome(point)["status"] for point in plan.points] == ["waiting"] * 2
     run(plan, ["seed-0"])
     assert trained == ["parity"]
     results = collect(folder)
@@ -89,20 +89,20 @@ def _fail(probe):
 
 
 def test_a_probe_that_fails_is_named_and_the_next_one_runs(folder, monkeypatch, capsys):
-    train = probes.train_on_probe
-    monkeypatch.setattr(probes, "train_on_probe", lambda model, probe, *rest, **options: (
+    train = point_process.train_on_probe
+    monkeypatch.setattr(point_process, "train_on_probe", lambda model, probe, *rest, **options: (
         _fail(probe) if probe.task == "mqar" else train(model, probe, *rest, **options)))
     plan = make_plan(words(folder, MQAR, PARITY))
     run(plan, ["seed-0"])
     assert "error: probe recall: out of memory\n" in capsys.readouterr().err
     assert [path.name for path in (folder / "points" / "seed-0" / "probes").iterdir()] == ["parity.json"]
-    assert outcome(plan.points[0])["status"] == "failed"
+    assert point_outcome(plan.points[0])["status"] == "failed"
 
 
 def test_a_point_that_another_process_holds_is_left_to_it(folder):
     point = make_plan(words(folder, MQAR)).points[0]
-    with closing(RunFolder(begin(point))), pytest.raises(ConfigError, match="another process"):
-        probes.run_point(folder / "points" / point.name)
+    with closing(RunFolder(prepare_point(point))), pytest.raises(ConfigError, match="another process"):
+        point_process.run_point(folder / "points" / point.name)
 
 
 @pytest.mark.parametrize("tasks", [[PARITY], [MQAR.replace("steps: 2", "steps: 3"), PARITY]])

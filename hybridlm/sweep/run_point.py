@@ -1,0 +1,91 @@
+"""The process of a point that is trained on probes: `python -m hybridlm.sweep.run_point FOLDER [--import FILE ...]`.
+
+It trains on text where the sweep asks for that, then on one probe after the other. The result of a probe is on the disk
+as soon as it is known, so a process that is killed loses at most one training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from hybridlm.config.compose import load_config
+from hybridlm.config.schema import Config
+from hybridlm.config.serialization import from_dict, load_yaml
+from hybridlm.distributed.engine import pick_device
+from hybridlm.errors import UserError
+from hybridlm.evaluation.probe_training import train_on_probe
+from hybridlm.sweep.folder import POINT_FILE
+from hybridlm.sweep.probe_tasks import WORK_FILE, PointWork, ProbeTask, read_probe_result, write_probe_result
+from hybridlm.training.run_folder import RunFolder
+from hybridlm.user_code import import_user_code
+
+
+def run_point(run_dir: Path) -> int:
+    """Do what is left of the point in `run_dir`, and print how it ended as JSON.
+
+    A probe that fails is reported and does not keep the others from running.
+
+    Returns:
+        The exit code: 1 where a probe has failed.
+
+    Raises:
+        ConfigError: another process works there.
+    """
+    config = load_config(str(run_dir / POINT_FILE))
+    work = from_dict(PointWork, load_yaml(run_dir / WORK_FILE))
+    ended: dict[str, Any] = {"status": "finished", "step": 0, "validation": None, "bigram_bits_per_byte": None,
+                             "checkpoint": None}
+    if work.language_model:
+        from hybridlm.training import train  # takes seconds to import, and a point of probes alone does without
+
+        ended = train(config, to_stderr=True).to_dict()
+    failed = 0
+    if ended["status"] == "finished":
+        with closing(RunFolder(run_dir)):  # locked: other processes see that the point is busy
+            failed = _train_on_probes(run_dir, config, work.probes)
+    print(json.dumps(ended))
+    return 1 if failed else 0
+
+
+def _train_on_probes(run_dir: Path, config: Config, tasks: list[ProbeTask]) -> int:
+    """Train on each probe that has no result yet; returns how many have failed."""
+    device = pick_device(config.engine).type
+    failed = 0
+    for task in tasks:
+        if read_probe_result(run_dir, task) is not None:
+            continue
+        print(f"probe {task.label}: {task.steps} steps", file=sys.stderr, flush=True)
+        try:
+            result = train_on_probe(config.model, task.probe(), task.steps, task.lr, config.training.seed,
+                                    length=task.length, eval_lengths=task.lengths, batch_size=task.batch_size,
+                                    examples=task.examples, device=device)
+        except (UserError, RuntimeError) as error:  # torch's own errors, such as a GPU without enough memory
+            print(f"error: probe {task.label}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
+        write_probe_result(run_dir, task, result.to_dict())
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the point that the arguments name; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m hybridlm.sweep.run_point")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE")
+    args = parser.parse_args(argv)
+    try:
+        import_user_code(args.imports)
+        return run_point(args.folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
