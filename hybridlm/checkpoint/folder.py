@@ -1,4 +1,4 @@
-"""Folders of checkpoints: the manifest, whether a folder is whole, and which one is meant."""
+"""Checkpoint folders: the manifest, the check of a folder against it, and finding the folder that a path means."""
 
 from __future__ import annotations
 
@@ -20,25 +20,29 @@ from hybridlm.version import __version__
 
 FORMAT_VERSION = 2  # see `hybridlm.checkpoint.legacy_names` for the names of earlier formats
 MANIFEST = "manifest.json"
-TEMPORARY = ".tmp-"
+DRAFT_PREFIX = ".tmp-"
 
 log = logging.getLogger("hybridlm")
 
 
 def step_of(folder: Path) -> int | None:
-    """N of a folder named step-N, else None."""
+    """Return N of a folder named step-N, None for another name.
+
+    >>> step_of(Path("checkpoints/step-300"))
+    300
+    """
     number = folder.name.removeprefix("step-")
     return int(number) if folder.name.startswith("step-") and number.isdecimal() else None
 
 
 def step_folders(root: Path) -> list[Path]:
-    """The step-N folders under `root`, newest first, whole or not."""
+    """List the step-N folders under `root`, newest first, complete or not."""
     found = [(step_of(f), f) for f in root.iterdir() if f.is_dir()] if root.is_dir() else []
     return [f for n, f in sorted(((n, f) for n, f in found if n is not None), reverse=True)]
 
 
-def entry(file: Path) -> dict[str, Any]:
-    """What the manifest says of a file, which is flushed to disk."""
+def manifest_entry(file: Path) -> dict[str, Any]:
+    """Flush a file to disk and return its entry in the manifest: size in bytes and SHA-256."""
     sync(file)
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
@@ -46,9 +50,12 @@ def entry(file: Path) -> dict[str, Any]:
 def seal(folder: Path, step: int, written: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Flush every file of `folder` to disk and write the manifest that makes it a checkpoint.
 
-    `written`: entries of files that those who wrote them have flushed already.
+    Args:
+        folder: a draft.
+        step: optimizer steps done.
+        written: entries of files that are flushed already, by name.
     """
-    files = {file.name: written.get(file.name) or entry(file) for file in sorted(folder.iterdir())}
+    files = {file.name: written.get(file.name) or manifest_entry(file) for file in sorted(folder.iterdir())}
     manifest = {"format": FORMAT_VERSION, "hybridlm": __version__, "step": step, "files": files}
     manifest["sha256"] = _own_hash(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -57,8 +64,8 @@ def seal(folder: Path, step: int, written: Mapping[str, Any] = MappingProxyType(
 
 
 def swap_in(draft: Path, target: Path) -> None:
-    """Give a sealed draft its name. An older folder of that name goes."""
-    old = target.with_name(f"{TEMPORARY}old-{target.name}")
+    """Rename a sealed draft to its final name; an older folder of that name is deleted."""
+    old = target.with_name(f"{DRAFT_PREFIX}old-{target.name}")
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
@@ -80,7 +87,7 @@ def sync(path: Path) -> None:
 
 
 def _own_hash(manifest: dict[str, Any]) -> str:
-    """Of a manifest without its own hash, however its JSON is laid out."""
+    """Hash a manifest without the hash it contains, however its JSON is laid out."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -91,27 +98,27 @@ def _sha256(file: Path) -> str:
 
 
 def remove_drafts(root: Path) -> None:
-    """Delete what an interrupted save left under a temporary name. The caller holds the run folder."""
-    for folder in root.glob(f"{TEMPORARY}*") if root.is_dir() else ():
+    """Delete what an interrupted save left under a temporary name. The caller must hold the run folder's lock."""
+    for folder in root.glob(f"{DRAFT_PREFIX}*") if root.is_dir() else ():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` whole checkpoints; torn ones older than those go too."""
-    whole = 0
+    """Delete all but the newest `keep` complete checkpoints, and incomplete ones older than those."""
+    complete = 0
     for folder in step_folders(root):
-        if whole >= keep:
-            grave = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+        if complete >= keep:
+            removed = folder.with_name(f"{DRAFT_PREFIX}old-{folder.name}")
             with contextlib.suppress(OSError):
-                folder.rename(grave)
-            shutil.rmtree(grave, ignore_errors=True)
+                folder.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
         else:
-            whole += not _outer_fault(folder)[0]
+            complete += not _structure_fault(folder)[0]
 
 
 def _fault(folder: Path, ranks: Communicator, hashes: bool) -> str:
-    """What is wrong with the folder, or nothing. Each of its files is read by one of the ranks."""
-    fault, files = ranks.on_main(lambda: _outer_fault(folder))
+    """Describe what is wrong with the folder, "" if nothing. Each of its files is read by one of the ranks."""
+    fault, files = ranks.on_main(lambda: _structure_fault(folder))
     if fault or not hashes:
         return fault
     largest_first = sorted(files, key=lambda name: (-files[name]["bytes"], name))
@@ -120,8 +127,8 @@ def _fault(folder: Path, ranks: Communicator, hashes: bool) -> str:
     return found[min(found)] if found else ""
 
 
-def _outer_fault(folder: Path) -> tuple[str, dict[str, Any]]:
-    """What names and sizes show to be wrong, or nothing; and the entries of the files, if nothing."""
+def _structure_fault(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Describe what names and sizes show to be wrong, "" if nothing; and return the manifest's entries if so."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files, own_hash = dict(manifest["files"]), manifest["sha256"]
@@ -148,7 +155,7 @@ def _changed(file: Path, expected: Mapping[str, Any]) -> str:
 
 
 def verify(folder: Path, ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = True) -> None:
-    """Check the folder against its manifest. `hashes=False`: names and sizes alone; files are not read.
+    """Check the folder against its manifest. With `hashes=False` files are not read, only names and sizes compared.
 
     Raises:
         CheckpointError: torn, truncated or altered files, or a format of a newer version.
@@ -171,7 +178,8 @@ def _check_format(folder: Path) -> None:
 
 
 def newest(root: Path, ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = True) -> Path | None:
-    """The newest whole checkpoint under `root`; damaged ones are passed over with a warning each.
+    """Return the newest complete checkpoint under `root`, None if there is none; damaged ones are passed over with a
+    warning each.
 
     `hashes` as in `verify`.
 
@@ -188,15 +196,15 @@ def newest(root: Path, ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = T
 
 
 def resolve(path: str | os.PathLike[str], ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = True) -> Path:
-    """The checkpoint meant by `path`: a checkpoint itself, or the newest whole one of a run folder.
+    """Find the checkpoint that `path` means: the folder itself, or the newest complete one of a run folder.
 
     `hashes` as in `verify`.
 
     Raises:
-        CheckpointError: nothing there, or nothing whole; or a format of a newer version.
+        CheckpointError: there is no complete checkpoint, or it has a format of a newer version.
     """
     given = Path(path).expanduser()
-    single, root = ranks.on_main(lambda: _meant(given))
+    single, root = ranks.on_main(lambda: _checkpoint_or_root(given))
     if single:
         verify(root, ranks, hashes=hashes)
         return root
@@ -206,8 +214,8 @@ def resolve(path: str | os.PathLike[str], ranks: Communicator = SINGLE_PROCESS, 
     return found  # type: ignore[return-value]
 
 
-def _meant(folder: Path) -> tuple[bool, Path]:
-    """Whether it is a checkpoint, and else where its checkpoints are."""
+def _checkpoint_or_root(folder: Path) -> tuple[bool, Path]:
+    """Return whether the folder is a checkpoint, and the folder itself or the one its checkpoints are in."""
     if not folder.exists():
         raise CheckpointError(f"no checkpoint at {folder}: the path does not exist")
     if (folder / MANIFEST).exists() or step_of(folder) is not None:

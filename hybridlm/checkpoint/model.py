@@ -1,4 +1,4 @@
-"""What a checkpoint says of a model: its config, its explicit list of layers, its weights and its tokenizer."""
+"""Reading of a checkpoint's model: its config, its explicit list of layers, its weights and its tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hybridlm.checkpoint.folder import resolve
 from hybridlm.checkpoint.legacy_names import checkpoint_tensors
 from hybridlm.config.serialization import from_dict, load_yaml, to_yaml
 from hybridlm.data.tokenizer import Tokenizer
-from hybridlm.distributed.zero.partition import fill
+from hybridlm.distributed.zero.partition import read_weight
 from hybridlm.errors import CheckpointError
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM, build_model
@@ -24,12 +24,12 @@ from hybridlm.tensor_storage import StoredTensor, full_shape, unique_tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved config of the run that wrote the checkpoint."""
+    """Read the resolved config of the run that wrote the checkpoint, as plain data."""
     return load_yaml(folder / "config.yaml")
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The checkpoint's model, checked against its explicit layer list.
+    """Read the config of the checkpoint's model, checked against its explicit layer list.
 
     Raises:
         CheckpointError: the list is not what the config says now.
@@ -43,14 +43,14 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def layer_list(config: ModelConfig) -> list[dict[str, Any]]:
-    """One entry a layer: mixer name, mixer kind, kind of feed-forward."""
+    """List the layers of a model, one entry per layer: mixer name, mixer kind, kind of feed-forward."""
     return [{"layer": index, "mixer": name, "kind": config.mixers[name].kind,
              "feed_forward": "moe" if config.feed_forward.is_moe(index) else "dense"}
             for index, name in enumerate(config.layers())]
 
 
 def layer_diff(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """Readable differences between two layer lists."""
+    """Describe the differences between two layer lists, one line each."""
     lines = [f"{len(saved)} layers saved, {len(now)} asked for"] if len(saved) != len(now) else []
     for a, b in zip(saved, now, strict=False):
         changes = [f"{key} {a.get(key)} -> {b.get(key)}" for key in ("mixer", "kind", "feed_forward")
@@ -61,12 +61,18 @@ def layer_diff(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[s
 
 
 def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
-                 part: Callable[[str, StoredTensor], StoredTensor] | None = None) -> list[str]:
-    """Copy the checkpoint's weights into `model`, all of them by name; the names of those it lacks.
+                 local_shard: Callable[[str, StoredTensor], StoredTensor] | None = None) -> list[str]:
+    """Copy the checkpoint's weights into a model, by name. Of weights that are sharded over ranks only this rank's
+    shards are read.
 
-    `may_lack` is a shell pattern over names: these stay as they are where the checkpoint does not have them.
-    `part` gives what the model holds of a named tensor, where it is not all of it. Nothing else is read, and of weights
-    that are divided over ranks only this rank's pieces.
+    Args:
+        model: as `build_model` made it, on any number of ranks.
+        folder: a checkpoint.
+        may_lack: shell pattern over names; the weights it matches stay as they are where the checkpoint lacks them.
+        local_shard: slices a stored tensor to what the model holds of it (`Engine.local_shard`); None: all of it.
+
+    Returns:
+        The names of weights that the checkpoint lacks, sorted.
 
     Raises:
         CheckpointError: another weight is missing, one is left over, or of another shape.
@@ -74,14 +80,14 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
     wanted = unique_tensors(model)
     problems, left = [], set(wanted)
     with torch.no_grad():
-        for name, whole in checkpoint_tensors(folder).items():
-            stored = whole if part is None else part(name, whole)
+        for name, complete in checkpoint_tensors(folder).items():
+            stored = complete if local_shard is None else local_shard(name, complete)
             if name not in wanted:
                 problems.append(f"the model has no '{name}'")
             elif full_shape(wanted[name]) != stored.shape:
                 problems.append(f"'{name}' is {list(stored.shape)} there and {list(full_shape(wanted[name]))} here")
             else:
-                fill(wanted[name], stored)
+                read_weight(wanted[name], stored)
             left.discard(name)
     lacking = sorted(name for name in left if may_lack is not None and fnmatchcase(name, may_lack))
     problems += [f"'{name}' is not in the checkpoint" for name in sorted(left - set(lacking))]
@@ -92,7 +98,7 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> HybridLM:
-    """The model of a checkpoint or of a run folder's newest one, in evaluation mode, with `.tokenizer` set.
+    """Load the model of a checkpoint, or of a run folder's newest one, in evaluation mode, with `.tokenizer` set.
 
     Raises:
         CheckpointError: nothing there, damaged files, or weights that do not fit.
@@ -106,7 +112,7 @@ def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> Hybrid
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer a checkpoint was trained with.
+    """Load the tokenizer a checkpoint was trained with.
 
     Raises:
         CheckpointError: the checkpoint holds none.
@@ -118,8 +124,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def model_texts(config: Any, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """The files that let a checkpoint be used without its run; `config` is the resolved one, of a run or of
-    `{"model": ...}` alone."""
+    """Return the text files, by name, that let a checkpoint be used without its run; `config` is the resolved one of a
+    run, or `{"model": ...}` alone."""
     texts = {"config.yaml": to_yaml(config), "layers.json": json.dumps(layer_list(model), indent=1)}
     if tokenizer is not None:
         texts |= tokenizer.files()

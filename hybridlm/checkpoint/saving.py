@@ -1,4 +1,4 @@
-"""How a checkpoint comes to be: written under a temporary name by a thread of each rank, then named by all together."""
+"""Writing of checkpoints: a thread of each rank writes under a temporary name, then all ranks rename together."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hybridlm.checkpoint.folder import TEMPORARY, entry, seal, swap_in
+from torch import Tensor
+
+from hybridlm.checkpoint.folder import DRAFT_PREFIX, manifest_entry, seal, swap_in
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-SHARD_BYTES = 4 * 2**30  # of a file: its tensors are let go once it is written
+SHARD_BYTES = 4 * 2**30  # per file; a file's tensors are freed once it is written
 
 
 class Save:
-    """A checkpoint on its way to `root/step-N`, where it appears whole or not at all.
+    """A checkpoint that is being written to `root/step-N`, where it appears complete or not at all.
 
-    1. All ranks make it together, each with its share of the tensors, which must not change until they are written:
-       the first opens a draft, and files are numbered through all ranks.
-    2. A thread of each rank, which talks to no other, writes, flushes and hashes the rank's files.
+    1. All ranks make it together, each with the tensors it owns, which must not change until they are written: the
+       first opens a draft, and files are numbered through all ranks.
+    2. A thread of each rank, which calls no collective operation, writes, flushes and hashes the rank's files.
     3. `publish`, by all ranks together: the first writes the manifest and gives the draft its name.
 
-    Killed anywhere before the name is given, it leaves a draft that nobody takes for a checkpoint.
+    A process that is killed before the draft has its name leaves a draft that is never taken for a checkpoint.
     """
 
     def __init__(self, root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]],
@@ -40,11 +39,11 @@ class Save:
 
     @property
     def written(self) -> bool:
-        """Whether this rank's part is done, well or not."""
+        """Whether this rank's thread has ended, with success or not."""
         return self._writing.done()
 
     def publish(self) -> Path:
-        """Wait for the parts of all ranks and make the checkpoint visible; returns its folder.
+        """Wait for the threads of all ranks and make the checkpoint visible; returns its folder.
 
         Raises:
             OSError: the disk is full or fails for one of the ranks; nothing but older checkpoints is left then.
@@ -66,9 +65,14 @@ class Save:
 
 def write(root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]],
           ranks: Communicator = SINGLE_PROCESS) -> Path:
-    """Write `root/step-N` and wait for it; returns the folder.
+    """Write `root/step-N` and wait for it; returns the folder. An older folder of the same name is replaced.
 
-    `texts` are files by name, `tensors` safetensors files by stem. An older folder of the same name is replaced.
+    Args:
+        root: folder of checkpoints.
+        step: N.
+        texts: text files by name.
+        tensors: tensors by name, by the stem of their safetensors file.
+        ranks: processes that each write their own tensors.
 
     Raises:
         OSError: as `Save.publish`.
@@ -77,14 +81,14 @@ def write(root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[
 
 
 def _open_draft(root: Path, step: int) -> Path:
-    draft = root / f"{TEMPORARY}step-{step}-{os.getpid()}"
+    draft = root / f"{DRAFT_PREFIX}step-{step}-{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     return draft
 
 
 def _files(tensors: dict[str, dict[str, Tensor]], ranks: Communicator) -> dict[str, dict[str, Tensor]]:
-    """This rank's tensors by the file they go to; files are numbered through all ranks."""
+    """Return this rank's tensors by the file they go to; files are numbered through all ranks."""
     shards = {stem: _shards(group) for stem, group in tensors.items()}
     counts = ranks.gather({stem: len(found) for stem, found in shards.items()})
     files = {}
@@ -110,11 +114,11 @@ def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _write_files(folder: Path, files: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> dict[str, Any]:
-    """Entries for the manifest, by file."""
+    """Write files and return their entries in the manifest, by name."""
     written = {name: _write_tensors(folder / name, files.pop(name)) for name in list(files)}
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-        written[name] = entry(folder / name)
+        written[name] = manifest_entry(folder / name)
     return written
 
 
@@ -126,4 +130,4 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
     except SafetensorError as error:  # what the disk refuses comes back as the library's own error
         raise OSError(str(error)) from error
-    return entry(file)
+    return manifest_entry(file)

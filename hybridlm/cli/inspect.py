@@ -36,9 +36,9 @@ def run(argv: Sequence[str]) -> int:
         config = load_run_config(args)
         model, optimizer = config.model, config.optimizer
     report = inspect(model, batch_size=args.batch_size, sequence_length=args.context, optimizer=optimizer)
-    if config is not None and config.engine.kind != "single":
-        from hybridlm.distributed.memory import rank_report
-        from hybridlm.distributed.rank_environment import check_layout
+    if config is not None and config.engine.max_processes != 1:
+        from hybridlm.planning.layout_checks import check_layout
+        from hybridlm.planning.rank_memory import rank_report
 
         ranks = config.engine.num_processes or 1
         check_layout(config, ranks)

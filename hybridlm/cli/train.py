@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybridlm.cli.parser import Parser, load_run_config
-from hybridlm.distributed.rank_environment import RankEnvironment, processes_to_start
+from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.errors import ConfigError, counted
+from hybridlm.planning.process_count import processes_to_start
 
 if TYPE_CHECKING:
     from hybridlm.config.schema import Config
@@ -32,14 +33,14 @@ def run(argv: Sequence[str]) -> int:
     if args.restarts < 0:
         raise ConfigError("--restarts", "must not be negative", got=args.restarts)
     processes = processes_to_start(config)
-    if processes > 1 or (args.restarts and not RankEnvironment.here().launched):
+    if processes > 1 or (args.restarts and not RankEnvironment.from_launcher().launched):
         from hybridlm.distributed.launch import launch
 
         return launch(["train", *argv], processes, args.restarts)
     from hybridlm.training import train
 
     result = train(config, command=list(argv), to_stderr=args.json)
-    if args.json and RankEnvironment.here().rank == 0:
+    if args.json and RankEnvironment.from_launcher().rank == 0:
         print(json.dumps(result.to_dict()))
     return 0
 
@@ -49,8 +50,8 @@ def _show_plan(config: Config, as_json: bool) -> int:
     from hybridlm.cli.inspect import show_report
     from hybridlm.config.serialization import to_dict
     from hybridlm.data import check_sources
-    from hybridlm.distributed.memory import rank_report
     from hybridlm.inspect import inspect
+    from hybridlm.planning.rank_memory import rank_report
     from hybridlm.training.stages import plan
 
     training = config.training
@@ -61,7 +62,7 @@ def _show_plan(config: Config, as_json: bool) -> int:
                      sequence_length=max(stage.sequence_length for stage in stages),
                      precision="fp32" if training.precision == "fp32" else "bf16", optimizer=config.optimizer,
                      activation_checkpointing=training.activation_checkpointing)
-    if config.engine.kind != "single":
+    if config.engine.max_processes != 1:
         report["rank_memory"] = rank_report(config, processes)
     if as_json:
         rows = [{**vars(stage), "tokens": stage.steps * stage.tokens_per_step} for stage in stages]

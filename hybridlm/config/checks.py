@@ -24,12 +24,7 @@ def validate(config: Config) -> None:
     _check_vocabulary(config)
     count_parameters(config.model)  # each part looks at the layer it stands in
     _check_kernels(config.kernels)
-    require(not (config.engine.offload_optimizer and config.optimizer.whole_matrices), "engine.offload_optimizer",
-            f"does not go with optimizer.kind={config.optimizer.kind}, whose matrices travel between devices",
-            expected="optimizer=adamw, or engine.offload_optimizer=false")
-    require(config.engine.communication_dtype == "fp32" or config.training.precision == "bf16",
-            "engine.communication_dtype", "rounds what was computed in more digits", got="bf16",
-            expected="fp32, or training.precision=bf16")
+    config.engine.check_run(config.optimizer, config.training.precision)
     for index, stage in enumerate(config.recipe.stages):
         _check_stage(config, stage, f"recipe.stages.{index}")
     if config.init_from is not None:

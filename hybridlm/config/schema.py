@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hybridlm.distributed.engine_config import EngineConfig
+from hybridlm.distributed.engines.single import SingleConfig
 from hybridlm.errors import require
 from hybridlm.model.config import ModelConfig
 from hybridlm.optimizers import AdamWConfig, OptimizerConfig
@@ -152,48 +154,6 @@ class TrainingConfig:
                 "must divide batch_size", got=micro, expected=f"a divisor of {self.batch_size}")
 
 
-ZERO = ("zero1", "zero2", "zero3")
-
-
-@dataclass(kw_only=True)
-class EngineConfig:
-    """Who runs the step: one process, several that each hold the whole model (ddp), or several that divide the
-    optimizer state (zero1), also the gradients (zero2), also the weights (zero3).
-
-    `num_processes`: how many to start on this machine; a launcher (torchrun) decides by itself. `timeout`: seconds
-    after which a rank that waits for another one gives up.
-    With ZeRO: `offload_optimizer` keeps its state and step on the host, `offload_parameters` (zero3) the weights too;
-    `overlap` communicates gradients beside the backward; `bucket_elements` travel at once; `persistence_threshold`:
-    weights of fewer elements stay whole on every rank (zero3); `communication_dtype` is what gradients travel in, and
-    under zero3 weights, of the matrices that autocast multiplies in bf16: for all else it is fp32.
-    """
-
-    kind: Literal["single", "ddp", "zero1", "zero2", "zero3"] = "single"
-    num_processes: int | None = None
-    timeout: float = 600.0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    overlap: bool = True
-    bucket_elements: int = 50_000_000
-    persistence_threshold: int = 100_000
-    communication_dtype: Literal["fp32", "bf16"] = "fp32"
-    expert_parallel: int = 1  # ranks over which the experts are split
-    context_parallel: int = 1  # ranks over which every row is split
-
-    def __post_init__(self) -> None:
-        require(0 < self.timeout < math.inf, "timeout", "must be positive and finite", got=self.timeout)
-        require(self.bucket_elements > 0, "bucket_elements", "must be positive", got=self.bucket_elements)
-        require(self.persistence_threshold >= 0, "persistence_threshold", "must not be negative",
-                got=self.persistence_threshold)
-        require(not self.offload_optimizer or self.kind in ZERO, "offload_optimizer", "needs ZeRO", got=self.kind,
-                expected=f"engine={'|'.join(ZERO)}")
-        require(not self.offload_parameters or self.kind == "zero3", "offload_parameters", "needs divided weights",
-                got=self.kind, expected="engine=zero3")
-        require(self.communication_dtype == "fp32" or self.kind in ZERO, "communication_dtype", "needs ZeRO",
-                got=self.kind, expected=f"engine={'|'.join(ZERO)}")
-
-
 @dataclass(kw_only=True)
 class TrackingConfig:
     wandb: Literal["off", "offline", "online"] = "off"
@@ -210,7 +170,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=SingleConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     kernels: dict[str, Any] = field(default_factory=dict)  # operation -> backend, and strict
     run_dir: str = "runs/default"

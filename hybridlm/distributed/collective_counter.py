@@ -1,4 +1,4 @@
-"""Counts what one process hands to collective operations, whoever calls them: the measured side of `cost`."""
+"""Counts the bytes that one process hands to collective operations, to check the formulas of planning against."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# by how the name of the operation starts
-KINDS = {"allreduce": "all_reduce", "allgather": "all_gather", "reduce_scatter": "reduce_scatter",
-         "alltoall": "all_to_all", "broadcast": "broadcast", "reduce_": "reduce", "send": "send"}
+COLLECTIVE_BY_PREFIX = {  # kind of a collective operation by the first letters of its name in c10d
+    "allreduce": "all_reduce", "allgather": "all_gather", "reduce_scatter": "reduce_scatter",
+    "alltoall": "all_to_all", "broadcast": "broadcast", "reduce_": "reduce", "send": "send",
+}
 
 
 def wire_bytes(kind: str, payload: float, ranks: int) -> float:
-    """Bytes that leave a rank: those of a ring for a payload of the whole tensor, as NCCL and gloo move large ones.
+    """Bytes that leave one rank in a collective operation, if it runs as a ring: so NCCL and gloo move large tensors.
 
-    An all-to-all's payload, and a message's, is what leaves the rank already.
+    Args:
+        kind: one of the values of `COLLECTIVE_BY_PREFIX`.
+        payload: bytes of the whole tensor; of "all_to_all" and "send" the bytes that go to other ranks.
+        ranks: size of the group.
+
+    >>> wire_bytes("all_reduce", 8.0, 4)
+    12.0
     """
     if kind in ("all_to_all", "send"):
         return payload
@@ -27,9 +34,11 @@ def wire_bytes(kind: str, payload: float, ranks: int) -> float:
 
 
 class CountCollectives(TorchDispatchMode):
-    """Within it, `payload[kind, ranks of the group]` grows by the bytes of each collective operation of this thread.
+    """Context manager that adds the bytes of each collective operation of this thread to `payload`, by kind and size of
+    the group.
 
-    That is the size of the whole tensor: reduced, gathered or scattered; of an all-to-all, what goes to other ranks.
+    The bytes are those of the whole tensor that is reduced, gathered or scattered; of an all-to-all, those that go to
+    other ranks.
     """
 
     def __init__(self) -> None:
@@ -39,7 +48,7 @@ class CountCollectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::").lstrip("_")
-            kind = next((kind for start, kind in KINDS.items() if name.startswith(start)), None)
+            kind = next((kind for start, kind in COLLECTIVE_BY_PREFIX.items() if name.startswith(start)), None)
             if kind is not None:
                 self._count(kind, args)
         return func(*args, **(kwargs or {}))
@@ -49,7 +58,7 @@ class CountCollectives(TorchDispatchMode):
         sizes = [sum(t.numel() * t.element_size() for t in _tensors(arg)) for arg in args[:2]]
         payload = max(sizes)
         if kind == "all_to_all":
-            payload = sizes[1] - _own(args[1], args[4] if isinstance(args[1], Tensor) else [], group)
+            payload = sizes[1] - _kept_bytes(args[1], args[4] if isinstance(args[1], Tensor) else [], group)
         self.payload[kind, group.size()] += payload
 
     @property
@@ -58,8 +67,8 @@ class CountCollectives(TorchDispatchMode):
         return {(kind, ranks): wire_bytes(kind, payload, ranks) for (kind, ranks), payload in self.payload.items()}
 
 
-def _own(rows: Any, splits: list[int], group: dist.ProcessGroup) -> int:
-    """Bytes of an all-to-all that stay where they are."""
+def _kept_bytes(rows: Any, splits: list[int], group: dist.ProcessGroup) -> int:
+    """Bytes of an all-to-all that stay on their rank."""
     pieces = rows.split(splits or len(rows) // group.size()) if isinstance(rows, Tensor) else rows
     return pieces[group.rank()].numel() * pieces[group.rank()].element_size()
 

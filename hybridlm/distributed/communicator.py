@@ -1,4 +1,4 @@
-"""What the ranks of a run tell one another beside tensors of the model: numbers, small things, and failures."""
+"""Numbers, small objects and failures that the ranks of a run exchange; tensors of the model go other ways."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from hybridlm.errors import UserError
 
 
 class Communicator:
-    """One of `world_size` processes, by default the only one. All call its methods together, in the same order."""
+    """One of `world_size` processes, by default the only one. All of them call its methods together, in the same order.
+
+    >>> SINGLE_PROCESS.all_sum([1, 2]), SINGLE_PROCESS.gather("here")
+    ([1, 2], ['here'])
+    """
 
     rank = 0
     world_size = 1
@@ -21,7 +25,8 @@ class Communicator:
     context_parallel_size = 1  # ranks that share the rows of a batch
 
     def all_sum(self, numbers: Sequence[int]) -> list[int]:
-        """Each number, something of a rank's rows, summed over the batch."""
+        """Sum each number over the global batch. Ranks that share rows (context parallel) all give the numbers of the
+        complete rows, which count once."""
         if self.world_size == 1:
             return list(numbers)
         summed = torch.tensor(numbers, dtype=torch.int64, device=self.device)
@@ -29,7 +34,7 @@ class Communicator:
         return (summed // self.context_parallel_size).tolist()
 
     def all_max(self, numbers: Sequence[int]) -> list[int]:
-        """Each number, the largest that any rank has."""
+        """Return, for each number, the largest that any rank has."""
         if self.world_size == 1:
             return list(numbers)
         found = torch.tensor(numbers, device=self.device)
@@ -37,7 +42,7 @@ class Communicator:
         return found.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. For small things now and then."""
+        """Return every rank's value, by rank. Values are pickled: meant for small ones, now and then."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -45,7 +50,11 @@ class Communicator:
         return values
 
     def on_main(self, run: Callable[[], Any]) -> Any:
-        """What `run` gives on the first rank, on all ranks. An OSError or UserError there is raised everywhere."""
+        """Call `run` on the first rank and return its result on all of them.
+
+        Raises:
+            OSError, UserError: as `run` raised them, on all ranks.
+        """
         if self.world_size == 1:
             return run()
         outcome: list[Any] = [None, None]
@@ -63,7 +72,11 @@ class Communicator:
         return outcome[0]
 
     def run_on_all(self, run: Callable[[], Any]) -> list[Any]:
-        """What `run` gives on every rank, by rank, on all of them. An OSError of one is raised everywhere."""
+        """Call `run` on every rank and return all results, by rank.
+
+        Raises:
+            OSError: as `run` raised it on one rank, on all of them.
+        """
         result = error = None
         try:
             result = run()

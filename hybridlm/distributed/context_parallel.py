@@ -1,6 +1,6 @@
-"""Rows split over ranks: the collectives behind `hybridlm.model.context_parallel`.
+"""Context parallel: rows split over ranks, by the collective operations behind `hybridlm.model.context_parallel`.
 
-`size` consecutive ranks, a group, hold the shards of the same rows, in order; the groups divide the batch among them.
+`size` consecutive ranks form a group that holds the shards of the same rows, in order; the groups divide the batch.
 Every rank's losses are sums over its own tokens, so the gradients of all ranks add up as they do without shards.
 x: any shape; P ranks of a group.
 """
@@ -19,7 +19,8 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 
 
 class ContextParallelGroup:
-    """`ShardGroup` over a process group. The four methods that move data are each other's adjoints."""
+    """A `ShardGroup` over a process group. `gather`, `exchange` and `from_previous` have gradients; `all_gather` and
+    `reduce_scatter` are each other's adjoints, as are `shift` by 1 and by -1; `all_to_all` is its own."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
@@ -27,45 +28,50 @@ class ContextParallelGroup:
 
     @classmethod
     def make(cls, size: int) -> ContextParallelGroup:
-        """Groups of `size` consecutive ranks. All ranks call it together; `size` divides the world."""
+        """Make groups of `size` consecutive ranks, and return this rank's. All ranks call it together; `size` divides
+        their number."""
         world = dist.get_world_size()
         group, _ = dist.new_subgroups_by_enumeration([[*range(g, g + size)] for g in range(0, world, size)])
         return cls(group)
 
     def gather(self, x: Tensor) -> Tensor:
+        """Return the x of every rank, [P, ...], with gradients."""
         return _Gather.apply(x, self)
 
     def exchange(self, x_P: Tensor) -> Tensor:
+        """Send entry j of x_P [P, ...] to rank j, with gradients; return the entries that came, by rank."""
         return _Exchange.apply(x_P, self)
 
     def from_previous(self, x: Tensor) -> Tensor:
+        """Return the x of the rank before this one, zeros on the first, with gradients."""
         return _Shift.apply(x, self)
 
     def all_sum(self, x: Tensor) -> Tensor:
+        """Return x summed over the ranks, without gradients."""
         summed = x.detach().clone()
         dist.all_reduce(summed, group=self.group)
         return summed
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[P, ...] of [...]."""
-        everyone_P = x.new_empty(self.size, *x.shape)
-        all_gather_single(everyone_P.view(-1), x.reshape(-1), group=self.group)
-        return everyone_P
+        """Return the x of every rank, [P, ...], for x [...]."""
+        gathered_P = x.new_empty(self.size, *x.shape)
+        all_gather_single(gathered_P.view(-1), x.reshape(-1), group=self.group)
+        return gathered_P
 
     def reduce_scatter(self, x_P: Tensor) -> Tensor:
-        """[...]: the sum over ranks of the entries for this one."""
+        """Return the sum over ranks of their entries for this rank, [...], for x_P [P, ...]."""
         summed = x_P.new_empty(x_P.shape[1:])
         reduce_scatter_single(summed.view(-1), x_P.reshape(-1), group=self.group)
         return summed
 
     def all_to_all(self, x_P: Tensor) -> Tensor:
-        """[P, ...]: entry j goes to rank j."""
+        """Send entry j of x_P [P, ...] to rank j; return the entries that came, by rank, [P, ...]."""
         received_P = x_P.new_empty(x_P.shape)
         dist.all_to_all_single(received_P.view(-1), x_P.reshape(-1), group=self.group)
         return received_P
 
     def shift(self, x: Tensor, step: int) -> Tensor:
-        """The x of the rank `step` before this one; zeros where there is none."""
+        """Return the x of the rank `step` before this one, zeros where there is none."""
         sent, received = ([x.numel() if rank == other else 0 for rank in range(self.size)]
                           for other in (self.rank + step, self.rank - step))
         arrived = x.new_empty(sum(received))

@@ -1,12 +1,15 @@
-"""Who runs a step: devices, precision, accumulation, and the sums over ranks.
+"""The contract of an engine, and what all engines share: device, precision, accumulation, sums over ranks.
 
-The trainer sees this face alone. Everything that knows about processes stands behind it.
+The trainer sees this class alone; everything that knows about processes stands behind it. The engines are files of
+`engines/`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import resource
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,13 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hybridlm.config.schema import ZERO, EngineConfig
 from hybridlm.distributed.communicator import Communicator
 from hybridlm.distributed.context_parallel import ContextParallelGroup
-from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
+from hybridlm.distributed.engine_config import EngineConfig
+from hybridlm.distributed.expert_parallel import ExpertParallel
 from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.distributed.rendezvous import rendezvous
-from hybridlm.distributed.static_bucket_ddp import StaticBucketDDP
 from hybridlm.distributed.watchdog import Watchdog
 from hybridlm.errors import ConfigError, UserError
 from hybridlm.optimizers.optimizer_set import OptimizerSet
@@ -30,14 +32,15 @@ from hybridlm.tensor_storage import StoredTensor
 
 
 class BatchLike(Protocol):
-    """What the engine must know of a batch: how to move it."""
+    """What the engine must know of a batch: how to move it to a device."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Any: ...
 
 
 @dataclass
 class Contribution:
-    """What one part of a step's batch gives: all of it adds up over parts (and ranks) to the whole batch's."""
+    """Loss and other values of one micro batch, scaled so that they add up over micro batches and ranks to the values
+    of the global batch."""
 
     loss: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -45,18 +48,18 @@ class Contribution:
 
 @dataclass
 class Update:
-    """What an optimizer step did. `applied` is False where a loss or gradient was not finite: nothing changed."""
+    """Result of an optimizer step. `applied` is False where a loss or gradient was not finite: nothing changed."""
 
     values: dict[str, float]
     grad_norm: float
     applied: bool
 
 
-Objective = Callable[[nn.Module, Any], Contribution]
+Objective = Callable[[nn.Module, Any], Contribution]  # model and micro batch -> its contribution
 
 
 def pick_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
-    """The device of this process.
+    """Return the device of this process.
 
     Raises:
         ConfigError: a GPU is asked for and there is none.
@@ -73,14 +76,14 @@ def pick_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
 
 
 def pick_precision(asked: str, device: torch.device) -> str:
-    """`auto` is bf16 on a GPU that computes in it, else fp32."""
+    """Return "fp32" or "bf16"; "auto" becomes bf16 on a GPU that computes in it, else fp32."""
     if asked == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
     return asked
 
 
 def check_fp32(model: nn.Module, names: Sequence[str]) -> None:
-    """Some engines cast every parameter: raise RuntimeError naming one that must be fp32 and is not."""
+    """Raise RuntimeError naming a tensor that must be fp32 and is not: some engines cast every parameter."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in names:
         if tensors[name].dtype not in (torch.float32, torch.float64):
@@ -88,7 +91,12 @@ def check_fp32(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def assign_owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """A rank for each name, so that all have about as much: the largest first, each to whom has least."""
+    """Give each name a rank so that all ranks have about the same sum of sizes: the largest first, each to the rank
+    with the least so far.
+
+    >>> assign_owners({"a": 3, "b": 2, "c": 2}, 2)
+    {'a': 0, 'b': 1, 'c': 1}
+    """
     load = [0] * ranks
     owner = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -98,148 +106,173 @@ def assign_owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
 
 
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone or hangs."""
+    """Tell whether a collective operation failed because another rank is gone or hangs."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
 
 
-class Engine(Communicator):
-    """Accelerate, with one process or several that hold the same weights. bf16 is autocast over fp32 masters.
+class Engine(Communicator, ABC):
+    """Runs training steps of a model in this process, alone or together with other ranks.
 
-    What the parts of a batch give adds up: over the parts of a rank here, over ranks by sums, never by means.
+    An engine knows the model twice: `model` is the module it was handed, with its own parameter names; `wrapped` is
+    what a step calls: the same module behind autocast and, by engine, DistributedDataParallel or DeepSpeed.
+
+    Contributions of micro batches add up: over the micro batches of a rank here, over ranks by sums, never by means.
+    bf16 is autocast over fp32 weights under every engine. All ranks call the methods together, in the same order.
+
+    Args:
+        config: options of the engine.
+        precision: "fp32", "bf16", or "auto": bf16 on a GPU that computes in it.
+
+    Raises:
+        ConfigError: a device or a package that is not there, or other ranks that do not answer.
     """
 
-    settings: dict[str, Any] | None = None  # what another program's engine is told
+    settings: dict[str, Any] | None = None  # configuration handed to another program's engine (DeepSpeed)
 
     def __init__(self, config: EngineConfig, precision: str = "auto"):
-        from accelerate import Accelerator, InitProcessGroupKwargs
+        from accelerate import Accelerator, InitProcessGroupKwargs  # a slow import, needed only where a step runs
         from accelerate.state import AcceleratorState
 
         self.config = config
-        world = RankEnvironment.here()
-        self.rank, self.world_size, self.is_main = world.rank, world.size, world.rank == 0
-        self.device = pick_device(config, world.local_rank)
+        environment = RankEnvironment.from_launcher()
+        self.rank, self.world_size, self.is_main = environment.rank, environment.size, environment.rank == 0
+        self.device = pick_device(config, environment.local_rank)
         self.precision = pick_precision(precision, self.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # a process may run several engines in turn
-        handlers = [InitProcessGroupKwargs(backend="gloo" if self.device.type == "cpu" else "nccl",
-                                           timeout=timedelta(seconds=config.timeout))] if world.launched else []
-        with rendezvous(world, config.timeout):
+        handlers = []
+        if environment.launched:
+            backend = "gloo" if self.device.type == "cpu" else "nccl"
+            handlers = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.timeout))]
+        with rendezvous(environment, config.timeout):
             self.accelerator = Accelerator(kwargs_handlers=handlers, **self._accelerator_options(config))
         if self.accelerator.num_processes != self.world_size:
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
         self.watchdog = Watchdog(self.rank, self.world_size, config.timeout) if self.world_size > 1 else None
-        self.context_parallel_size = config.context_parallel  # of each row, one a rank
+        self.context_parallel_size = config.context_parallel
         self.shard_group = None
-        if self.context_parallel_size > 1:
-            self.shard_group = ContextParallelGroup.make(self.context_parallel_size)
-        self.experts = self._make_experts(config.expert_parallel) if config.expert_parallel > 1 else None
-        self.model: nn.Module = nn.Module()  # as Accelerate gives it back
-        self.bare: nn.Module = self.model  # as it was handed in
+        if config.context_parallel > 1:
+            self.shard_group = ContextParallelGroup.make(config.context_parallel)
+        self.experts = self._make_expert_groups(config.expert_parallel) if config.expert_parallel > 1 else None
+        self.model: nn.Module = nn.Module()  # an empty one until `prepare`
+        self.wrapped: nn.Module = self.model
         self.optimizers: OptimizerSet | None = None
 
-    def _make_experts(self, size: int) -> ExpertParallel:
-        return ExpertParallel.make(size)
-
-    def split(self, model: nn.Module) -> None:
-        """Leave of a model what this rank holds: before its weights are allocated."""
-        if self.experts is not None:
-            self.experts.split(model)
-
-    def divide(self, module: nn.Module) -> None:
-        """Leave of a module's weights what this rank holds between steps, as soon as they have their values.
-
-        All ranks call it together. What was divided already stays as it is.
-        """
-
-    def part(self, name: str, tensor: StoredTensor) -> StoredTensor:
-        """What this rank holds of a tensor as one process has it."""
-        return tensor if self.experts is None else self.experts.part(name, tensor)
-
     def _accelerator_options(self, config: EngineConfig) -> dict[str, Any]:
+        """Return the keyword arguments of `Accelerator`."""
         return {"mixed_precision": "bf16" if self.precision == "bf16" else "no", "cpu": self.device.type == "cpu"}
 
+    def _make_expert_groups(self, size: int) -> ExpertParallel:
+        return ExpertParallel.make(size)
+
+    # --- where ranks stand in the batch
+
+    @property
+    def dp_size(self) -> int:
+        """Groups of ranks among which a global batch is divided; the ranks of one group share its rows."""
+        return self.world_size // self.context_parallel_size
+
+    @property
+    def dp_rank(self) -> int:
+        """The number, below `dp_size`, of the group that this rank belongs to."""
+        return self.rank // self.context_parallel_size
+
+    def local_rows(self, batch_size: int) -> range:
+        """Return the rows of a global batch that this rank's group computes: equally many for each group, in order."""
+        rows_per_group = batch_size // self.dp_size
+        return range(self.dp_rank * rows_per_group, (self.dp_rank + 1) * rows_per_group)
+
+    # --- a model and its optimizers
+
+    def shard_experts(self, model: nn.Module) -> None:
+        """Drop the experts that other ranks hold, before the model's weights are allocated."""
+        if self.experts is not None:
+            self.experts.shard_experts(model)
+
+    def shard_weights(self, module: nn.Module) -> None:
+        """Keep only this rank's shard of a module's weights, as soon as they have their values; by default all of them.
+
+        All ranks call it together. A module whose weights are sharded already stays as it is.
+        """
+
+    def local_shard(self, name: str, tensor: StoredTensor) -> StoredTensor:
+        """Return the slice of a stored tensor that belongs to this rank's experts; any other tensor as it is.
+
+        `name` is that of a parameter, or of its optimizer state, `{key}/{parameter}`.
+        """
+        return tensor if self.experts is None else self.experts.local_shard(name, tensor)
+
+    @abstractmethod
     def prepare(self, model: nn.Module, optimizers: OptimizerSet | None, fp32_names: Sequence[str] = (),
                 state: Mapping[str, StoredTensor] | None = None, *, strict: bool = True) -> None:
-        """Take over the model and the optimizers of a stage.
+        """Take over a model and the optimizers of a stage.
 
-        `state`: saved optimizer state, `{key}/{parameter}`, of which only what this rank holds is read; `strict=False`
-        takes of it what has a place.
+        Args:
+            model: the module to train, as `build_model` made it.
+            optimizers: over the parameters that train; None for a model that is only evaluated.
+            fp32_names: parameters that must be in fp32 afterwards.
+            state: saved optimizer state by `{key}/{parameter}`, of which only this rank's elements are read.
+            strict: refuse state that has no place; False passes over it (a new stage).
 
         Raises:
             RuntimeError: a parameter that must stay fp32 does not; the text names it.
             CheckpointError: state that does not fit the optimizers.
         """
-        self._take(model)
-        # Split experts are summed by `average_gradients`, over the ranks that hold the same ones.
-        split = [] if self.experts is None else list(expert_parameters(model))
-        shared = any(p.requires_grad for name, p in model.named_parameters() if name not in split)
-        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)  # autocast, but no sums over ranks
-        if self.world_size > 1 and shared:
-            self.model = StaticBucketDDP(self.model, self.device, split)
-        if optimizers is not None:
-            optimizers.members = [self.accelerator.prepare_optimizer(member) for member in optimizers.members]
-            optimizers.load_state_tensors(state or {}, strict=strict)
-        self.optimizers = optimizers
-        check_fp32(model, fp32_names)
 
-    def local_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What this rank holds of the prepared model's parameters and buffers, by name."""
-        yield from self.bare.named_parameters()
-        yield from self.bare.named_buffers()
-
-    def share(self, weights: Mapping[str, Tensor], *, copied: bool = False) -> dict[str, Tensor]:
-        """Those of the model's `weights` that this rank is to write, whole. All ranks call it together.
-
-        `copied`: they are on the host and stay as they are when training goes on.
-        """
-        owner = assign_owners({name: getattr(w, "ds_numel", w.numel()) for name, w in weights.items()}, self.world_size)
-        mine = {}
-        for name, weight in weights.items():
-            whole = self._whole_weight(name, weight)
-            if owner[name] == self.rank:
-                own = whole is weight
-                mine[name] = whole if own and not copied else whole.detach().to("cpu", copy=own)
-        return mine
-
-    def optimizer_share(self, *, copied: bool = False) -> dict[str, Tensor]:
-        """The optimizer state that this rank is to write, `{key}/{parameter}`, as `share`."""
-        return {} if self.optimizers is None else self.share(self.optimizers.state_tensors(), copied=copied)
-
-    def _whole_weight(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor if self.experts is None else self.experts.whole(name, tensor)
-
-    def _take(self, model: nn.Module) -> None:
+    def _attach(self, model: nn.Module) -> None:
+        """Let go of the model before, and make the new one compute its shards of rows."""
         self.release()
-        self.bare = model
+        self.model = model
         model.shard_group = self.shard_group  # type: ignore[assignment]
 
     def release(self) -> None:
-        """Give the model back as it was before `prepare`: with whole weights, or divided as `divide` leaves them."""
+        """Give the model back as it was before `prepare`: weights complete, or sharded as `shard_weights` left them."""
         if self.watchdog is not None:
-            self.watchdog.rest()
+            self.watchdog.pause()
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # what Accelerate puts over it
-            self.bare.__dict__.pop(name, None)
-        self.bare.shard_group = None  # type: ignore[assignment]
+            self.model.__dict__.pop(name, None)
+        self.model.shard_group = None  # type: ignore[assignment]
         self.accelerator.free_memory()
-        self.model = self.bare = nn.Module()
+        self.model = self.wrapped = nn.Module()
         self.optimizers = None
 
-    def rows(self, batch_size: int) -> range:
-        """Which samples of a global batch this rank computes, or computes shards of: an equal share, in order."""
-        share = batch_size // self.replicas
-        return range(self.replica * share, (self.replica + 1) * share)
+    # --- what checkpoints hold
 
-    @property
-    def replica(self) -> int:
-        """Which of the `replicas`, groups of ranks that share their rows, this rank belongs to."""
-        return self.rank // self.context_parallel_size
+    def local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield this rank's elements of the prepared model's parameters and buffers, by name."""
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
 
-    @property
-    def replicas(self) -> int:
-        return self.world_size // self.context_parallel_size
+    def owned_tensors(self, weights: Mapping[str, Tensor], *, copied: bool = False) -> dict[str, Tensor]:
+        """Return the complete tensors that this rank writes to a checkpoint; each of `weights` has one such rank.
+
+        Args:
+            weights: tensors of the model, or of its optimizer state, by name; the same names on all ranks.
+            copied: return copies on the host, which stay as they are when training goes on.
+        """
+        sizes = {name: getattr(w, "ds_numel", w.numel()) for name, w in weights.items()}
+        owner = assign_owners(sizes, self.world_size)
+        owned = {}
+        for name, weight in weights.items():
+            complete = self._gather_tensor(name, weight)
+            if owner[name] == self.rank:
+                is_live = complete is weight  # no copy was made yet: training would change it
+                keep = is_live and not copied
+                owned[name] = complete if keep else complete.detach().to("cpu", copy=is_live)
+        return owned
+
+    def owned_optimizer_state(self, *, copied: bool = False) -> dict[str, Tensor]:
+        """Return the optimizer state that this rank writes, by `{key}/{parameter}`; otherwise as `owned_tensors`."""
+        return {} if self.optimizers is None else self.owned_tensors(self.optimizers.state_tensors(), copied=copied)
+
+    def _gather_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the complete tensor on all ranks that hold a shard of it, which call this together."""
+        return tensor if self.experts is None else self.experts.gather_experts(name, tensor)
+
+    # --- a step
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The first rank goes through the block before the others, which raise its UserError instead of following."""
+        """Let the first rank go through the block before the others, which raise its UserError instead of following."""
         error: list[UserError | None] = [None]
         try:
             if self.is_main:
@@ -255,49 +288,48 @@ class Engine(Communicator):
         if not self.is_main:
             yield
 
-    def seed(self, seed: int, step: int) -> None:
-        """A step begins. Its random numbers are a function of (seed, step): resume has no generator to restore."""
+    def begin_step(self, seed: int, step: int) -> None:
+        """Start a step: its random numbers are a function of (seed, step), so resume has no generator to restore."""
         if self.watchdog is not None:
             self.watchdog.beat(step + 1)
         torch.manual_seed((seed * 1_000_003 + step) % 2**63)
 
     def move(self, batch: Any) -> Any:
+        """Return the batch on the engine's device."""
         return batch.to(self.device, non_blocking=True)
 
-    def gradients(self, objective: Objective, parts: Sequence[BatchLike]) -> dict[str, Tensor]:
-        """Forward and backward over the parts of a global batch; the summed values of their contributions."""
+    def compute_gradients(self, objective: Objective, micro_batches: Sequence[BatchLike]) -> dict[str, Tensor]:
+        """Run forward and backward over this rank's micro batches of a global batch.
+
+        Returns:
+            The values of all contributions, those of other ranks included, summed by name; `loss` is among them.
+        """
         totals: dict[str, Tensor] = {}
-        for index, part in enumerate(parts):
+        for index, micro_batch in enumerate(micro_batches):
             if self.watchdog is not None:
                 self.watchdog.beat()
-            last = index == len(parts) - 1
+            last = index == len(micro_batches) - 1
             with self._accumulating(last):
-                contribution = objective(self.model, self.move(part))
+                contribution = objective(self.wrapped, self.move(micro_batch))
                 # The mean over ranks that DistributedDataParallel and DeepSpeed take becomes a sum.
                 self.backward(contribution.loss * self.world_size)
             values = {"loss": contribution.loss.detach(), **contribution.values}
             totals = {key: value.float() + totals.get(key, 0.0) for key, value in values.items()}
-        return self._over_ranks(totals)
+        return self._sum_over_ranks(totals)
 
-    @contextlib.contextmanager
-    def _accumulating(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward of a part; gradients are summed over ranks in the last one."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-            yield
-        if last and isinstance(self.model, StaticBucketDDP):
-            self.model.check()
-        if last and self.experts is not None:
-            self.experts.average_gradients(self.bare)
+    @abstractmethod
+    def _accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Surround the forward and backward of a micro batch; gradients are summed over ranks in the last one."""
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a loss that `self.model` gave, averaged over ranks unless more parts come."""
+        """Compute gradients of a loss that `self.wrapped` gave, averaged over ranks unless more micro batches come."""
         self.accelerator.backward(loss)
 
-    def _over_ranks(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The values, and the loads of the model's routers, summed over ranks."""
+    def _sum_over_ranks(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum the values over ranks, and with them the loads of the model's routers, in place."""
         if self.world_size == 1:
             return totals
-        loads = list(getattr(self.bare, "router_loads", dict)().values())
+        loads = list(getattr(self.model, "router_loads", dict)().values())
         summed = torch.cat([torch.stack(list(totals.values())).double(), *loads])  # counts are exact in fp64
         dist.all_reduce(summed)
         values, *counts = summed.split([len(totals), *(load.numel() for load in loads)])
@@ -305,65 +337,38 @@ class Engine(Communicator):
             load.copy_(count)
         return dict(zip(totals, values.float().unbind(), strict=True))
 
+    @abstractmethod
     def update(self, values: dict[str, Tensor], *, lr: float, clip: float, balance: bool = True) -> Update:
         """Clip the gradients and step, unless a loss or gradient is not finite; then only forget the gradients.
 
-        `values` (from `gradients`) come back as numbers, in one transfer with the gradient norm.
+        Args:
+            values: from `compute_gradients`; they come back as numbers, in one transfer with the gradient norm.
+            lr: learning rate of the step.
+            clip: largest norm of all gradients together; 0 does not clip.
+            balance: let the routers of experts adjust their biases.
         """
-        assert self.optimizers is not None
-        parameters = self.optimizers.parameters()
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) if self.experts is None else self.experts.total_norm(
-            parameters, self.bare)
-        numbers = torch.stack([norm.float(), *values.values()]).tolist()
-        named = dict(zip(values, numbers[1:], strict=True))
-        applied = math.isfinite(numbers[0]) and math.isfinite(named["loss"])
-        if applied:
-            if 0 < clip < numbers[0]:
-                torch._foreach_mul_(grads, clip / numbers[0])
-            self.optimizers.set_lr(lr)
-            self.optimizers.step()
-        self.optimizers.zero_grad()
-        return self._updated(Update(named, numbers[0], applied), balance)
 
-    def _updated(self, update: Update, balance: bool) -> Update:
-        """The step's end."""
-        after = getattr(self.bare, "post_optimizer_step", None)
+    def _end_step(self, update: Update, balance: bool) -> Update:
+        after = getattr(self.model, "post_optimizer_step", None)
         if after is not None:
             after(update=update.applied and balance)
         if self.watchdog is not None:
-            self.watchdog.rest()
+            self.watchdog.pause()
         return update
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, without gradients."""
-        self.model.eval()
+        """Yield the model in evaluation mode, without gradients."""
+        self.wrapped.eval()
         try:
             with torch.no_grad():
-                yield self.model
+                yield self.wrapped
         finally:
-            self.model.train()
+            self.wrapped.train()
 
     def peak_memory(self) -> int:
-        """Bytes: the device's peak allocation, or the process's peak resident size on a CPU."""
+        """Return the device's peak allocation in bytes, or the process's peak resident size on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        import resource
-        import sys
-
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-
-def make_engine(config: EngineConfig, precision: str = "auto") -> Engine:
-    """The engine of `config.kind`, in the process that this is.
-
-    Raises:
-        ConfigError: a device or a package that is not there.
-    """
-    if config.kind not in ZERO:
-        return Engine(config, precision)
-    from hybridlm.distributed.zero.engine import ZeroEngine
-
-    return ZeroEngine(config, precision)

@@ -1,10 +1,11 @@
-"""Experts split over ranks: every rank holds a share of each layer's experts, and tokens travel to them and back.
+"""Expert parallel: every rank holds some experts of each layer, and tokens travel to them and back.
 
-`size` consecutive ranks, a group, hold each expert once; ranks that are `size` apart hold the same experts, and add up
-their gradients. Nothing is dropped and nothing is padded: ranks tell each other how much comes, then send that. A token
-goes once to each rank that holds one of its experts or more (a visit); what they make of it is added up there.
+`size` consecutive ranks form a group that holds each expert once; ranks that are `size` apart hold the same experts and
+add up their gradients. No token is dropped and nothing is padded: ranks tell each other how many rows come, then send
+them. A token's row goes once to each rank that holds one of its experts or more (a visit); the results of those experts
+are added up there.
 
-N tokens of this rank, A experts a token, E experts, R ranks of a group, L = E / R experts a rank, D model width.
+N tokens of this rank, A experts per token, E experts, R ranks of a group, L = E / R experts per rank, D model width.
 P = N A (token, expert) pairs and Q visits leave this rank, W pairs and M visits come to it.
 """
 
@@ -25,29 +26,40 @@ from hybridlm.tensor_storage import StoredTensor
 
 @dataclass(frozen=True)
 class ExpertParallel:
-    """The groups that this rank belongs to."""
+    """The groups of ranks that this rank belongs to."""
 
-    group: dist.ProcessGroup  # holds each expert once
-    replicas: dist.ProcessGroup  # hold the same experts
+    group: dist.ProcessGroup  # together its ranks hold each expert once
+    expert_data_parallel: dist.ProcessGroup  # its ranks hold the same experts
 
     @classmethod
     def make(cls, size: int) -> ExpertParallel:
-        """Groups of `size` consecutive ranks. All ranks call it together; `size` divides the world."""
+        """Make groups of `size` consecutive ranks, and return this rank's. All ranks call it together; `size` divides
+        their number."""
         world = dist.get_world_size()
         group, _ = dist.new_subgroups_by_enumeration([[*range(g, g + size)] for g in range(0, world, size)])
-        replicas, _ = dist.new_subgroups_by_enumeration([[*range(r, world, size)] for r in range(size)])
-        return cls(group, replicas)
+        expert_data_parallel, _ = dist.new_subgroups_by_enumeration([[*range(r, world, size)] for r in range(size)])
+        return cls(group, expert_data_parallel)
 
-    def split(self, model: nn.Module) -> None:
-        """Leave of every layer's experts those of this rank: before weights are allocated, before any optimizer."""
+    def shard_experts(self, model: nn.Module) -> None:
+        """Drop the experts of other ranks from every layer, before weights are allocated and optimizers are made."""
         for experts in expert_modules(model).values():
             each, rank = experts.num_experts // dist.get_world_size(self.group), dist.get_rank(self.group)
             experts.hold(range(rank * each, (rank + 1) * each), partial(self.dispatch, experts.num_experts))
 
     def dispatch(self, num_experts: int, compute: Compute, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """[N, D]: `compute` for every pair on the rank that holds its expert.
+        """Call `compute` for every (token, expert) pair on the rank that holds the expert.
 
-        An uneven exchange needs the numbers of rows on the host: the one wait for the device.
+        An uneven exchange needs the numbers of rows on the host: the only wait for the device.
+
+        Args:
+            num_experts: E, of all ranks.
+            compute: the experts of this rank, `Experts._compute`.
+            x_ND: tokens of this rank.
+            ids_NA: experts of each token.
+            weights_NA: their weights.
+
+        Returns:
+            [N, D]: the weighted sum of each token's experts.
         """
         ranks, tokens = dist.get_world_size(self.group), len(x_ND)
         held = num_experts // ranks
@@ -64,7 +76,7 @@ class ExpertParallel:
         dist.all_to_all_single(coming_R2, counts_R2, group=self.group)
         (visits, pairs), (visits_in, pairs_in) = torch.stack([counts_R2, coming_R2]).mT.tolist()
 
-        leaving = Copies.of(order_P.div(ids_NA.shape[1], rounding_mode="floor"), opens_P, sum(visits), tokens)
+        leaving = RowCopies.of_visits(order_P.div(ids_NA.shape[1], rounding_mode="floor"), opens_P, sum(visits), tokens)
         x_MD, = _Exchange.apply(self.group, visits, visits_in, _Spread.apply(x_ND, leaving))
         weight_P1 = weights_NA.gather(1, by_expert_NA).flatten().index_select(0, order_P)[:, None]
         weight_W1, = _Exchange.apply(self.group, pairs, pairs_in, weight_P1)
@@ -73,71 +85,76 @@ class ExpertParallel:
         code_W = _exchanged(code_P, self.group, pairs, pairs_in)
         visit_W = (code_W >= held).cumsum(0) - 1
 
-        arrived = Copies(visit_W, torch.arange(len(visit_W), device=x_ND.device), _starts(visit_W, sum(visits_in)))
+        arrived = RowCopies(visit_W, torch.arange(len(visit_W), device=x_ND.device), _starts(visit_W, sum(visits_in)))
         y_WD = compute(_Spread.apply(x_MD, arrived), code_W.remainder(held)[:, None].long(), weight_W1)
         y_QD, = _Exchange.apply(self.group, visits_in, visits, _Sum.apply(y_WD, arrived))
         return _Sum.apply(y_QD, leaving)
 
     def average_gradients(self, model: nn.Module) -> None:
-        """Gradients of the experts, summed over the tokens of all ranks and divided by the number of ranks: what
-        DistributedDataParallel does to the others.
+        """Sum the gradients of the experts over the tokens of all ranks and divide them by the number of ranks, as
+        DistributedDataParallel does with the other parameters.
 
-        Within a group they are sums already: a row's gradient travels back to its expert.
+        Within a group gradients are sums already: a row's gradient travels back to its expert.
         """
         gradients = [p.grad for p in expert_parameters(model).values() if p.grad is not None]
         if gradients:
             torch._foreach_div_(gradients, dist.get_world_size())
-        if dist.get_world_size(self.replicas) > 1:
-            for work in [dist.all_reduce(grad, group=self.replicas, async_op=True) for grad in gradients]:
+        if dist.get_world_size(self.expert_data_parallel) > 1:
+            for work in [dist.all_reduce(grad, group=self.expert_data_parallel, async_op=True) for grad in gradients]:
                 work.wait()
 
     def total_norm(self, parameters: Iterable[Tensor], model: nn.Module) -> Tensor:
-        """Norm of the gradients of `parameters` on all ranks, each expert counted once."""
-        split = {id(p) for p in expert_parameters(model).values()}
+        """Return the norm of the gradients of `parameters` on all ranks, each expert counted once: []."""
+        sharded = {id(p) for p in expert_parameters(model).values()}
         gradients: dict[bool, list[Tensor]] = {False: [], True: []}
         for parameter in parameters:
             if parameter.grad is not None:
-                gradients[id(parameter) in split].append(parameter.grad)
+                gradients[id(parameter) in sharded].append(parameter.grad)
         device = next(p.device for p in model.parameters())
-        own, everywhere = (torch.nn.utils.get_total_norm(gradients[part]).to(device).square() for part in (True, False))
-        dist.all_reduce(own, group=self.group)
-        return (own + everywhere).sqrt()
+        square_norm = {is_sharded: torch.nn.utils.get_total_norm(grads).to(device).square()
+                       for is_sharded, grads in gradients.items()}
+        dist.all_reduce(square_norm[True], group=self.group)
+        return (square_norm[True] + square_norm[False]).sqrt()
 
-    def whole(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor as one process has it: [E, ...] from each rank's [L, ...], on all ranks of the group together.
+    def gather_experts(self, name: str, tensor: Tensor) -> Tensor:
+        """Return [E, ...] from each rank's [L, ...], on all ranks of the group, which call it together; a tensor that
+        does not belong to experts as it is.
 
-        `name` is a parameter's, or that of its optimizer state, `{key}/{parameter}`.
+        `name` is that of a parameter, or of its optimizer state, `{key}/{parameter}`.
         """
-        if not _is_split(name, tensor):
+        if not _is_sharded(name, tensor):
             return tensor
         local = tensor.detach().contiguous()
-        parts = local.new_empty(dist.get_world_size(self.group) * len(local), *local.shape[1:])
-        dist.all_gather(list(parts.chunk(dist.get_world_size(self.group))), local, group=self.group)
-        return parts
+        ranks = dist.get_world_size(self.group)
+        complete = local.new_empty(ranks * len(local), *local.shape[1:])
+        dist.all_gather(list(complete.chunk(ranks)), local, group=self.group)
+        return complete
 
-    def part(self, name: str, whole: StoredTensor) -> StoredTensor:
-        """What this rank holds of a tensor as one process has it: the reverse of `whole`."""
-        return whole.chunk(dist.get_world_size(self.group))[dist.get_rank(self.group)] if _is_split(name, whole) \
-            else whole
+    def local_shard(self, name: str, complete: StoredTensor) -> StoredTensor:
+        """Return this rank's [L, ...] of a stored [E, ...], the reverse of `gather_experts`."""
+        if not _is_sharded(name, complete):
+            return complete
+        return complete.chunk(dist.get_world_size(self.group))[dist.get_rank(self.group)]
 
 
-def _is_split(name: str, tensor: Tensor | StoredTensor) -> bool:
+def _is_sharded(name: str, tensor: Tensor | StoredTensor) -> bool:
     return ".experts." in name and tensor.dim() > 0
 
 
 def expert_modules(model: nn.Module) -> dict[str, Experts]:
-    """The routed experts of every layer, by the module's name."""
+    """Return the routed experts of every layer, by the module's name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are split over ranks, by name."""
+    """Return the parameters of the routed experts, which are sharded over ranks, by name."""
     return {f"{prefix}.{name}": p for prefix, module in expert_modules(model).items()
             for name, p in module.named_parameters()}
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows of each tensor to the ranks of a group, `sent` and `received` of them to and from each; gradients go back.
+    """Sends rows of each tensor to the ranks of a group, `sent` and `received` of them to and from each; gradients go
+    back.
 
     The tensors travel in turn, in the same order on every rank.
     """
@@ -161,33 +178,33 @@ def _exchanged(rows: Tensor, group: dist.ProcessGroup, sent: Sequence[int], rece
 
 
 @dataclass(frozen=True)
-class Copies:
-    """Which of S rows each of C copies is of, and the copies by their row: row s has `by_row_C[starts_S[s]]` and those
-    that follow, up to the next row's."""
+class RowCopies:
+    """C copies of S rows: copy c is of row `row_C[c]`. The copies of row s are `by_row_C[starts_S[s]]` and those that
+    follow, up to the next row's first."""
 
     row_C: Tensor
     by_row_C: Tensor
     starts_S: Tensor
 
     @classmethod
-    def of(cls, token_P: Tensor, opens_P: Tensor, visits: int, tokens: int) -> Copies:
-        """Of `tokens` tokens, a copy for each of their visits."""
+    def of_visits(cls, token_P: Tensor, opens_P: Tensor, visits: int, tokens: int) -> RowCopies:
+        """Make a copy of a token's row for each of its visits."""
         visit_P = opens_P.cumsum(0) - 1
         token_Q = token_P.new_empty(visits).scatter_(0, visit_P, token_P)
         return cls(token_Q, token_Q.argsort(stable=True), _starts(token_Q, tokens))
 
 
 def _starts(row_C: Tensor, rows: int) -> Tensor:
-    """How many copies are of an earlier row than each of `rows` rows."""
+    """Count, for each of `rows` rows, the copies of earlier rows."""
     count_S = row_C.new_zeros(rows).index_add_(0, row_C, torch.ones_like(row_C))
     return count_S.cumsum(0) - count_S
 
 
 class _Spread(torch.autograd.Function):
-    """[S, D] -> [C, D]: copies of rows; their gradients are added in a fixed order."""
+    """Copies rows, [S, D] -> [C, D]; the copies' gradients are added in a fixed order."""
 
     @staticmethod
-    def forward(ctx, x_SD: Tensor, copies: Copies):
+    def forward(ctx, x_SD: Tensor, copies: RowCopies):
         ctx.copies = copies
         return x_SD.index_select(0, copies.row_C)
 
@@ -197,10 +214,10 @@ class _Spread(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """[C, D] -> [S, D]: the sum of each row's copies, the transpose of `_Spread`."""
+    """Sums the copies of each row, [C, D] -> [S, D]: the transpose of `_Spread`."""
 
     @staticmethod
-    def forward(ctx, y_CD: Tensor, copies: Copies):
+    def forward(ctx, y_CD: Tensor, copies: RowCopies):
         ctx.copies = copies
         return _summed(y_CD, copies)
 
@@ -209,5 +226,5 @@ class _Sum(torch.autograd.Function):
         return dy_SD.index_select(0, ctx.copies.row_C), None
 
 
-def _summed(rows_CD: Tensor, copies: Copies) -> Tensor:
+def _summed(rows_CD: Tensor, copies: RowCopies) -> Tensor:
     return F.embedding_bag(copies.by_row_C, rows_CD, copies.starts_S, mode="sum")

@@ -1,6 +1,6 @@
 """Starts the processes of a run on this machine, and sees to it that all end together.
 
-A failing rank ends the others; a signal reaches all of them; the end of this process, whatever its cause, is theirs.
+A failing rank ends the others, a signal reaches all of them, and they end with this process, whatever ends it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ from types import FrameType
 
 from torch.distributed import TCPStore
 
-GRACE = 60.0  # seconds that ranks have to save and leave after one of them has ended
-POLL = 0.1
+GRACE_PERIOD_S = 60.0  # for ranks to save and leave after a signal, once one of them has ended
+POLL_INTERVAL_S = 0.1
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def launch(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
-    """Run `hybridlm ARGUMENTS` in `processes` ranks; returns the exit code of the first that failed, or 0.
+    """Run `hybridlm ARGUMENTS` in several ranks.
 
-    After a failure that is not the user's mistake (exit code 2) all ranks start again, at most `restarts` times:
-    a run goes on from its last checkpoint.
+    Args:
+        arguments: of the command line, without the program's name.
+        processes: number of ranks.
+        restarts: after a failure that is not the user's mistake (exit code 2) all ranks start again, at most so many
+            times; a run goes on from its last checkpoint.
+
+    Returns:
+        The exit code of the first rank that failed, or 0.
     """
     for attempt in range(restarts + 1):
         with _signals() as received:
@@ -41,10 +47,10 @@ def launch(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
 
 
 def _run(arguments: Sequence[str], processes: int, received: list[int], attempt: int) -> int:
-    # The ranks meet at a port that this process holds already, as under torchrun: nobody can take it before them.
-    meeting_place = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # The store's port belongs to this process before any rank starts, as under torchrun: no other program can take it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = os.environ | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting_place.port),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
                            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
     shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -60,10 +66,10 @@ def _run(arguments: Sequence[str], processes: int, received: list[int], attempt:
             forwarded = len(received)
             failed = next((rank.returncode for rank in ranks if rank.returncode), 0)
             if failed and not first:
-                first, deadline = failed, time.monotonic() + (GRACE if received else 0.0)
+                first, deadline = failed, time.monotonic() + (GRACE_PERIOD_S if received else 0.0)
             if time.monotonic() > deadline:
                 _signal(ranks, signal.SIGKILL)
-            time.sleep(POLL)
+            time.sleep(POLL_INTERVAL_S)
     finally:
         _signal(ranks, signal.SIGKILL)
     first = first or next((rank.returncode for rank in ranks if rank.returncode), 0)
@@ -79,7 +85,7 @@ def _signal(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """What was received meanwhile, to be passed on."""
+    """Yield a list that collects the signals this process receives meanwhile, to be passed on."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -96,7 +102,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _die_with_parent(parent: int) -> None:
-    """In a new rank: a launcher that is killed leaves no orphans (Linux), and none if it was killed just before."""
+    """Let a new rank end with its launcher (Linux), also if that has ended already: no rank is left behind."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -104,7 +110,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Return a port of this machine that no program listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, and what they must have in common before the first step."""
+"""The start of a process group: processes find each other, or say why not, and compare what must be the same."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from hybridlm.distributed.communicator import Communicator
 from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.errors import ConfigError
 
-NAMED = 4  # differences that an error names
-MARGIN = 5.0  # seconds beyond torch's own limit
-POLL = 0.2
+MAX_DIFFERENCES_SHOWN = 4  # in one error
+EXIT_MARGIN_S = 5.0  # beyond torch's own limit
+POLL_INTERVAL_S = 0.2
 
 
 @contextlib.contextmanager
-def rendezvous(world: RankEnvironment, seconds: float) -> Iterator[None]:
-    """Around the start of the process group.
+def rendezvous(environment: RankEnvironment, seconds: float) -> Iterator[None]:
+    """Surround the start of the process group, and turn its failures into errors that say what to do.
 
     Raises:
         ConfigError: the first process cannot be reached, others do not come, or its port is taken.
     """
-    if not world.launched:
+    if not environment.launched:
         yield
         return
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     absent = ConfigError("MASTER_ADDR", f"no answer within {seconds:.0f} s (engine.timeout)", got=f"{address}:{port}",
                          expected="host and port of the first process",
                          hint="is it running there, and reachable from this machine?")
-    if world.rank > 0 and not _answers(address, port, seconds):
+    if environment.rank > 0 and not _answers(address, port, seconds):
         raise absent
     # What answers may be another program that never says a word: torch would listen to it for ever.
-    patience = threading.Timer(seconds + MARGIN, _leave, [f"rank {world.rank}: {absent}"])
-    patience.daemon = True
-    patience.start()
+    exit_timer = threading.Timer(seconds + EXIT_MARGIN_S, _exit, [f"rank {environment.rank}: {absent}"])
+    exit_timer.daemon = True
+    exit_timer.start()
     try:
         yield
     except dist.DistError as error:
@@ -58,26 +58,32 @@ def rendezvous(world: RankEnvironment, seconds: float) -> Iterator[None]:
                           f"{seconds:.0f} s (engine.timeout)", hint="is every machine of the run up, with the same "
                           "MASTER_ADDR and MASTER_PORT?") from None
     finally:
-        patience.cancel()
+        exit_timer.cancel()
 
 
 def _answers(address: str, port: str, seconds: float) -> bool:
-    """Whether somebody accepts connections there, by the deadline."""
+    """Tell whether a program accepts connections at the address within `seconds`."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=left):
             return True
-        time.sleep(POLL)
+        time.sleep(POLL_INTERVAL_S)
     return False
 
 
-def _leave(why: str) -> None:
+def _exit(why: str) -> None:
     print(f"error: {why}", file=sys.stderr, flush=True)
     os._exit(ConfigError.exit_code)
 
 
 def check_same(ranks: Communicator, what: str, mine: Mapping[str, Any], hint: str) -> None:
-    """All processes must have brought the same; what differs is asked for only then.
+    """Check that all processes have the same mapping; only digests travel unless one differs.
+
+    Args:
+        ranks: the processes.
+        what: what the mapping is, for the error ("versions").
+        mine: this process's mapping.
+        hint: what to do about a difference.
 
     Raises:
         ConfigError: on all of them, naming the first rank that differs from rank 0, and in what.
@@ -90,7 +96,8 @@ def check_same(ranks: Communicator, what: str, mine: Mapping[str, Any], hint: st
     first, other = found[0], found[rank]
     differ = [f"{key} {other.get(key)} (rank 0: {first.get(key)})" for key in sorted(first.keys() | other.keys())
               if first.get(key) != other.get(key)]
-    more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
-    error = ConfigError("engine", f"rank {rank} has {what} of its own: {', '.join(differ[:NAMED])}{more}", hint=hint)
+    more = f" and {len(differ) - MAX_DIFFERENCES_SHOWN} more" if len(differ) > MAX_DIFFERENCES_SHOWN else ""
+    shown = ", ".join(differ[:MAX_DIFFERENCES_SHOWN])
+    error = ConfigError("engine", f"rank {rank} has {what} of its own: {shown}{more}", hint=hint)
     error.shared = True
     raise error

@@ -293,13 +293,14 @@ def _checkpointed(module: nn.Module, stream: Stream, seq: SequenceInfo, *extra: 
 
 
 def build_model(config: Any, *, seed: int | None = None, device: torch.device | str = "cpu",
-                split: Callable[[HybridLM], None] | None = None,
-                divide: Callable[[nn.Module], None] | None = None) -> HybridLM:
+                shard_experts: Callable[[HybridLM], None] | None = None,
+                shard_weights: Callable[[nn.Module], None] | None = None) -> HybridLM:
     """A model with fresh weights from a run's config or a ModelConfig.
 
-    `seed` defaults to the run's `training.seed`, else 0. On the "meta" device nothing is allocated. `split` takes away
-    what other processes hold, before memory is. `divide` gets each mixer, feed-forward, norm and projection when its
-    weights are there, and may leave a shard of them before the next one is allocated.
+    `seed` defaults to the run's `training.seed`, else 0. On the "meta" device nothing is allocated. `shard_experts`
+    drops the experts that other processes hold, before memory is allocated. `shard_weights` gets each mixer,
+    feed-forward, norm and projection when its weights are there, and may leave a shard of them before the next one is
+    allocated.
 
     Raises:
         ConfigError: a value that cannot be built.
@@ -312,9 +313,9 @@ def build_model(config: Any, *, seed: int | None = None, device: torch.device | 
         seed = config.training.seed if hasattr(config, "training") else 0
     with torch.device("meta"):
         model = HybridLM(model_config)
-    if split is not None:
-        split(model)
+    if shard_experts is not None:
+        shard_experts(model)
     if torch.device(device).type == "meta":
         return model
-    init_weights(model, model_config.init_std, seed, device, divide)
+    init_weights(model, model_config.init_std, seed, device, shard_weights)
     return model

@@ -46,13 +46,13 @@ def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) 
     for part in parts:
         if engine.all_max([len(found)])[0]:
             break
-        with _watching(engine.bare) as found:
-            contribution = objective(engine.model, engine.move(part))
+        with _watching(engine.model) as found:
+            contribution = objective(engine.wrapped, engine.move(part))
             if not found and not _finite(contribution.loss):
                 found.append("the loss, computed from finite layers")
             if not engine.all_max([len(found)])[0]:
                 engine.backward(contribution.loss)
-        engine.bare.zero_grad(set_to_none=True)
+        engine.model.zero_grad(set_to_none=True)
     return found[0] if found else NOTHING_BAD
 
 

@@ -18,13 +18,15 @@ from hybridlm import checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import to_dict
 from hybridlm.data import PreparedData, bigram_entropy, check_vocab, prepare
-from hybridlm.distributed.engine import Engine, lost_rank, make_engine
-from hybridlm.distributed.memory import rank_memory
-from hybridlm.distributed.rank_environment import RankEnvironment, check_world
+from hybridlm.distributed.engine import Engine, lost_rank
+from hybridlm.distributed.engines import make_engine
+from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.distributed.rendezvous import check_same
 from hybridlm.errors import CheckpointError, counted
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.model import HybridLM, build_model
+from hybridlm.planning.process_count import check_process_count
+from hybridlm.planning.rank_memory import rank_memory
 from hybridlm.training.display import Display, duration, short
 from hybridlm.training.guards import TrainingStopped
 from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
@@ -67,8 +69,8 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         TrainingStopped: the run could not go on.
     """
     stages = plan(config)
-    world = RankEnvironment.here()
-    check_world(config, world.size)
+    world = RankEnvironment.from_launcher()
+    check_process_count(config, world.size)
     check_tracking(config.tracking)
     registry.configure(config.kernels)
     main = world.rank == 0
@@ -135,7 +137,8 @@ def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:
 
 def _model(config: Config, engine: Engine, data: PreparedData, start: Path | None) -> HybridLM:
     check_vocab(data.tokenizer, config.model.vocab_size)
-    model = build_model(config, device=engine.device, split=engine.split, divide=engine.divide)
+    model = build_model(config, device=engine.device, shard_experts=engine.shard_experts,
+                        shard_weights=engine.shard_weights)
     model.activation_checkpointing = config.training.activation_checkpointing
     if config.init_from is not None and start is None:
         folder = checkpoint.resolve(config.init_from, engine)
@@ -147,7 +150,7 @@ def _model(config: Config, engine: Engine, data: PreparedData, start: Path | Non
             if changes:
                 raise CheckpointError(f"init_from={folder} is another architecture: {'; '.join(changes[:6])}; choose "
                                       f"its model with model={folder / 'config.yaml'}")
-            checkpoint.load_weights(model, folder, part=engine.part)
+            checkpoint.load_weights(model, folder, local_shard=engine.local_shard)
         log.info("weights from %s", folder)
         saved = folder / "tokenizer.json"
         if saved.exists() and saved.read_text(encoding="utf-8") != data.tokenizer.files()["tokenizer.json"]:
@@ -158,7 +161,7 @@ def _model(config: Config, engine: Engine, data: PreparedData, start: Path | Non
 
 def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engine) -> None:
     """All weights but those of indexers that the checkpoint does not have yet."""
-    fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER, part=engine.part)
+    fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER, local_shard=engine.local_shard)
     if fresh:
         layers = list(dict.fromkeys(name.split(".indexer.")[0].removesuffix(".mixer") for name in fresh))
         log.info("fresh indexers in %s", ", ".join(layers))
@@ -177,7 +180,7 @@ def _facts(config: Config, engine: Engine, resume: str, peak: float, source: str
 
 
 def _memory(config: Config, world: int) -> str:
-    parts = {name: f"{value / 2**30:.2f}" for name, value in rank_memory(config, world).parts().items() if value}
+    parts = {name: f"{value / 2**30:.2f}" for name, value in rank_memory(config, world).to_dict().items() if value}
     total, host, snapshot = (parts.pop(name, None) for name in ("total", "host", "snapshot"))
     return (f"{total} GiB ({', '.join(f'{name} {value}' for name, value in parts.items())})"
             + (f" and {host} GiB on the host" if host else "")

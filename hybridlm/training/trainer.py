@@ -78,7 +78,7 @@ class Trainer:
         if saved["data"] != self.data.fingerprint:
             raise CheckpointError(f"the data has changed since {folder} was saved: its files, tokenizer or "
                                   "mixture differ; take another run_dir (init_from takes the weights along)")
-        checkpoint.load_weights(self.model, folder, part=self.engine.part)
+        checkpoint.load_weights(self.model, folder, local_shard=self.engine.local_shard)
         known = {field.name for field in fields(Progress)}
         self.progress = Progress(**{key: value for key, value in saved["progress"].items() if key in known})
         self.state_stage = self.progress.stage
@@ -115,7 +115,7 @@ class Trainer:
         training = self.config.training
         dataset = self._dataset(stage, train=True)
         batches = global_batches(dataset, first_sample=self.progress.samples, batch_size=stage.batch_size,
-                                 rows=self.engine.rows(stage.batch_size), pin=self.engine.device.type == "cuda",
+                                 rows=self.engine.local_rows(stage.batch_size), pin=self.engine.device.type == "cuda",
                                  micro_batch_size=training.micro_batch_size)
         with closing(batches):
             while self.progress.step_in_stage < stage.steps:
@@ -160,7 +160,7 @@ class Trainer:
         # At the start of a stage the run stands where it was saved last, in this session or another one.
         newest = self.saver.newest
         stored = {} if newest is None else checkpoint.checkpoint_tensors(newest, "optimizer")
-        state = {name: self.engine.part(name, tensor) for name, tensor in stored.items()}
+        state = {name: self.engine.local_shard(name, tensor) for name, tensor in stored.items()}
         self.engine.prepare(self.model, self.optimizers, sorted(fp32_names(self.model)), state,
                             strict=self.state_stage == stage.index)
         self.model.train()
@@ -172,7 +172,7 @@ class Trainer:
                              seed=self.config.training.seed if train else 0)
 
     def _step(self, stage: Stage, batch: Sequence[Any], start: float) -> None:
-        self.engine.seed(self.config.training.seed, self.progress.step)
+        self.engine.begin_step(self.config.training.seed, self.progress.step)
         objective = language_model(global_batch(batch, self.engine.all_sum))
         due = stage.recall_every is not None and (self.progress.step_in_stage + 1) % stage.recall_every == 0
         with measuring(self.model, due):
@@ -203,9 +203,9 @@ class Trainer:
     def _gradients(self, objective: Objective, batch: Sequence[Any]) -> dict[str, Tensor]:
         """The engine's; the first time with a word on the backends that ran."""
         if self.backends_noted:
-            return self.engine.gradients(objective, batch)
+            return self.engine.compute_gradients(objective, batch)
         with backends.noting_backends(self.model) as rows:
-            values = self.engine.gradients(objective, batch)
+            values = self.engine.compute_gradients(objective, batch)
         if self.engine.is_main:
             backends.report(rows(), self.run.path)
         self.backends_noted = True
@@ -238,7 +238,7 @@ class Trainer:
         windows = min(self.config.training.eval_batches * stage.batch_size, len(dataset))
         if windows:
             micro = self.config.training.micro_batch_size or stage.batch_size
-            mine, most = (range(replica, windows, self.engine.replicas) for replica in (self.engine.replica, 0))
+            mine, most = (range(replica, windows, self.engine.dp_size) for replica in (self.engine.dp_rank, 0))
             missing = math.ceil(len(most) / micro) - math.ceil(len(mine) / micro)
             with measuring(self.model, stage.eval_recall):
                 self.validation = validate(self.engine, parts(dataset, mine, micro), parts(dataset, [0] * missing, 1))
@@ -271,8 +271,8 @@ class Trainer:
         state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint}
         texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)
         texts["trainer.json"] = json.dumps(state, indent=1)
-        tensors = {"model": self.engine.share(checkpoint.unique_tensors(self.model), copied=in_background),
-                   "optimizer": self.engine.optimizer_share(copied=in_background)}
+        tensors = {"model": self.engine.owned_tensors(checkpoint.unique_tensors(self.model), copied=in_background),
+                   "optimizer": self.engine.owned_optimizer_state(copied=in_background)}
         self.saver.begin(step, texts, tensors, must=must)
         if not in_background:
             self.saver.finish(must=must)

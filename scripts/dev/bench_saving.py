@@ -24,7 +24,7 @@ import torch
 from hybridlm import checkpoint, load_config
 from hybridlm.config.schema import Config
 from hybridlm.data.packing import Batch
-from hybridlm.distributed.engine import make_engine
+from hybridlm.distributed.engines import make_engine
 from hybridlm.model.model import build_model
 from hybridlm.optimizers import build_optimizer
 from hybridlm.optimizers.roles import fp32_names
@@ -66,11 +66,12 @@ def measure(config: Config, saves: int, disk: Path | None) -> dict[str, Any]:
 
     def step() -> None:
         parts = [batch(config)]
-        engine.update(engine.gradients(language_model(global_batch(parts, engine.total)), parts), lr=1e-4, clip=1.0)
+        values = engine.compute_gradients(language_model(global_batch(parts, engine.all_sum)), parts)
+        engine.update(values, lr=1e-4, clip=1.0)
 
     def begin(saver: Saver, number: int, in_background: bool) -> None:
-        tensors = {"model": engine.share(checkpoint.unique_tensors(model), copied=in_background),
-                   "optimizer": engine.optimizer_share(copied=in_background)}
+        tensors = {"model": engine.owned_tensors(checkpoint.unique_tensors(model), copied=in_background),
+                   "optimizer": engine.owned_optimizer_state(copied=in_background)}
         saver.begin(number, {}, tensors, must=True)
 
     def save(saver: Saver, number: int) -> None:

@@ -3,8 +3,9 @@
 
     python scripts/dev/bench_scaling.py [--model qwen3_next_tiny ...] [--ranks 4] [--json]
 
-Starts `--ranks` processes on this machine, which take two training steps in every layout and count the second one.
-The formulas are those of hybridlm.distributed.cost.
+Starts `--ranks` processes on this machine, which take two training steps under every engine and layout, and count the
+second one.
+The formulas are those of hybridlm.planning.communication.
 """
 
 from __future__ import annotations
@@ -22,34 +23,38 @@ import torch
 import torch.distributed as dist
 
 from hybridlm import load_config
-from hybridlm.config.schema import Config, EngineConfig
+from hybridlm.config.schema import Config
 from hybridlm.data.packing import Batch
 from hybridlm.distributed.collective_counter import CountCollectives
-from hybridlm.distributed.cost import Layout, traffic
-from hybridlm.distributed.engine import make_engine
+from hybridlm.distributed.engine_config import ENGINES, EngineConfig
+from hybridlm.distributed.engines import make_engine
 from hybridlm.distributed.launch import free_port
 from hybridlm.model.model import build_model
 from hybridlm.optimizers import build_optimizer
 from hybridlm.optimizers.roles import fp32_names
+from hybridlm.planning.communication import ParallelPlan, step_traffic
 from hybridlm.training.objective import global_batch, language_model
 from hybridlm_kernels import CuSeqlens
 
 LENGTH, MICRO_BATCHES = 64, 2
-ENGINES = ("ddp", "zero1", "zero2", "zero3")
+KINDS = ("ddp", "zero1", "zero2", "zero3")
 
 
-def layouts(ranks: int, engines: list[str], dtype: str) -> Iterator[EngineConfig]:
-    """Every engine alone, with experts and with rows over all ranks, and with both over half of them."""
-    for kind in engines:
-        for experts, pieces in dict.fromkeys(((1, 1), (ranks, 1), (1, ranks), (ranks // 2, ranks // 2))):
-            yield EngineConfig(kind=kind, expert_parallel=experts,  # type: ignore[arg-type]
-                               context_parallel=pieces, persistence_threshold=0,
-                               communication_dtype="fp32" if kind == "ddp" else dtype)  # type: ignore[arg-type]
+def engine_configs(ranks: int, kinds: list[str], dtype: str) -> Iterator[EngineConfig]:
+    """Yield every engine alone, with experts or rows over all ranks, and with both over half of them."""
+    for kind in kinds:
+        for experts, shards in dict.fromkeys(((1, 1), (ranks, 1), (1, ranks), (ranks // 2, ranks // 2))):
+            options = {"expert_parallel": experts, "context_parallel": shards}
+            if kind != "ddp":
+                options["communication_dtype"] = dtype
+            if kind == "zero3":
+                options["persistence_threshold"] = 0
+            yield ENGINES.config_class(kind)(**options)
 
 
 def batch(config: Config, engine: Any) -> list[Batch]:
-    """Random tokens, one row a micro batch; ranks that share rows make the same."""
-    torch.manual_seed(engine.replica)
+    """Make random tokens, one row per micro batch; ranks that share rows make the same."""
+    torch.manual_seed(engine.dp_rank)
     model, made = config.model, []
     for index in range(MICRO_BATCHES):
         ids = torch.randint(model.vocab_size, (1, LENGTH + 1 + model.mtp.depth))
@@ -59,45 +64,43 @@ def batch(config: Config, engine: Any) -> list[Batch]:
 
 
 def step(config: Config, dtype: str) -> tuple[Any, CountCollectives]:
-    """The engine, and what this rank handed to collective operations in its second step."""
+    """Take two steps; return the engine, and what this rank handed to collective operations in the second one."""
     engine = make_engine(config.engine, dtype)
-    model = build_model(config, device=engine.device, split=engine.split, divide=engine.divide).train()
+    model = build_model(config, device=engine.device, shard_experts=engine.shard_experts,
+                        shard_weights=engine.shard_weights).train()
     optimizers = build_optimizer(model, config.optimizer)
     engine.prepare(model, optimizers, fp32_names(model))
     for _ in range(2):
         with CountCollectives() as counted:
             parts = batch(config, engine)
-            values = engine.gradients(language_model(global_batch(parts, engine.total)), parts)
+            values = engine.compute_gradients(language_model(global_batch(parts, engine.all_sum)), parts)
             engine.update(values, lr=1e-3, clip=1.0)
     engine.release()
     return engine, counted
 
 
-def compare(name: str, layout: EngineConfig, dtype: str) -> list[dict[str, Any]]:
-    """A row for each kind of collective operation and size of its group; the mean over ranks."""
+def compare(name: str, engine_config: EngineConfig, dtype: str) -> list[dict[str, Any]]:
+    """Make a row for each kind of collective operation and size of its group; the mean over ranks."""
     config = load_config("train", [f"model={name}", "data.tokenizer=bytes"])
-    config.engine = layout
+    config.engine = engine_config
     engine, counted = step(config, dtype)
     found: Counter[tuple[str, int]] = Counter()
     for payload in engine.gather(counted.payload):
         found.update(payload)
     wanted: Counter[tuple[str, int]] = Counter()
-    size = {"fp32": 4, "bf16": 2}
-    plan = Layout(ranks=engine.world_size, engine=layout.kind,  # type: ignore[arg-type]
-                  expert_parallel=layout.expert_parallel, context_parallel=layout.context_parallel, length=LENGTH,
-                  micro_batches=MICRO_BATCHES, element_bytes=size[dtype],
-                  matrix_bytes=size[layout.communication_dtype])
-    for one in traffic(config.model, plan):
+    plan = ParallelPlan(ranks=engine.world_size, engine=engine_config, length=LENGTH, micro_batches=MICRO_BATCHES,
+                        element_bytes={"fp32": 4, "bf16": 2}[dtype])
+    for one in step_traffic(config.model, plan):
         wanted[one.kind, one.ranks] += one.payload  # type: ignore[assignment]
-    about = {"model": name, "engine": layout.kind, "expert_parallel": layout.expert_parallel,
-             "context_parallel": layout.context_parallel, "dtype": dtype}
+    about = {"model": name, "engine": engine_config.kind, "expert_parallel": engine_config.expert_parallel,
+             "context_parallel": engine_config.context_parallel, "dtype": dtype}
     return [about | {"operation": kind, "ranks": ranks, "measured": found[kind, ranks] / engine.world_size,
-                     "formula": wanted[kind, ranks], "formula_a_layer": wanted[kind, ranks] / config.model.num_layers}
+                     "formula": wanted[kind, ranks], "formula_per_layer": wanted[kind, ranks] / config.model.num_layers}
             for kind, ranks in sorted(found | wanted) if ranks > 1]
 
 
 def start_ranks(number: int) -> int:
-    """This script again, in `number` processes; the first one prints."""
+    """Run this script in `number` processes, of which the first prints; returns the largest exit code."""
     shared = os.environ | {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
                            "MASTER_PORT": str(free_port())}
     ranks = [subprocess.Popen([sys.executable, *sys.argv], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -112,7 +115,7 @@ def start_ranks(number: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["qwen3_next_tiny"], help="presets, small ones")
-    parser.add_argument("--engine", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--engine", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"),
                         help="bf16: autocast, and what travels under zero* (engine.communication_dtype)")
@@ -121,8 +124,8 @@ def main() -> int:
     if "RANK" not in os.environ:
         return start_ranks(args.ranks)
     torch.set_num_threads(1)
-    rows = [row for name in args.model for layout in layouts(args.ranks, args.engine, args.dtype)
-            for row in compare(name, layout, args.dtype)]
+    rows = [row for name in args.model for engine_config in engine_configs(args.ranks, args.engine, args.dtype)
+            for row in compare(name, engine_config, args.dtype)]
     if dist.get_rank() == 0:
         if args.json:
             print(json.dumps(rows))

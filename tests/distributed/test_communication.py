@@ -57,7 +57,7 @@ def test_autocast_rounds_these_weights_in_any_case(system):
      "engine.communication_dtype: rounds what was computed in more digits; got 'bf16'; "
      "expected fp32, or training.precision=bf16"),
     (["engine=ddp", "training.precision=bf16", "+engine.communication_dtype=bf16"],
-     "engine.communication_dtype: needs ZeRO; got 'ddp'"),
+     "engine.communication_dtype: unknown key; it is an option of kind 'zero1' and 'zero2' and 'zero3'"),
 ])
 def test_refused_before_anything_starts(words, message, tmp_path, capsys):
     assert main(["train", "model=kimi_linear_tiny", "engine.num_processes=2", f"run_dir={tmp_path / 'run'}",

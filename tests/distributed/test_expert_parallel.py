@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from hybridlm import load_config
-from hybridlm.config.schema import EngineConfig
-from hybridlm.distributed.cost import Layout, chance_of_a_visit, traffic
 from hybridlm.distributed.expert_parallel import expert_parameters
-from hybridlm.distributed.memory import rank_memory
-from hybridlm.distributed.rank_environment import check_world
 from hybridlm.distributed.zero import experts as zero_experts
 from hybridlm.errors import ConfigError
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.model.model import build_model
+from hybridlm.planning.communication import ParallelPlan, step_traffic, visit_probability
+from hybridlm.planning.process_count import check_process_count
+from hybridlm.planning.rank_memory import rank_memory
 from tests.support import experts_over_ranks
+from tests.support.engine_configs import engine_config
 from tests.support.over_ranks import ROOT, assert_same_run, on_ranks, start
 
 TRAINING = {"steps": 20, "batch_size": 4, "micro_batch_size": 1, "sequence_length": 16, "eval_every": 0,
@@ -93,13 +93,13 @@ def test_four_ranks_hold_each_expert_twice(folder):
 
 def preset(name, **engine):
     config = load_config("train", [f"model={name}", "data.tokenizer=bytes"])
-    return replace(config, engine=EngineConfig(**engine))
+    return replace(config, engine=engine_config(**engine))
 
 
 @pytest.mark.parametrize(("experts", "world"), [(3, 6), (4, 2), (16, 16), (0, 2)])
 def test_a_number_of_ranks_that_does_not_fit_is_refused(experts, world):
     with pytest.raises(ConfigError, match=r"engine\.expert_parallel: must divide the 8 experts of a layer"):
-        check_world(preset("kimi_linear_tiny", kind="ddp", expert_parallel=experts), world)
+        check_process_count(preset("kimi_linear_tiny", kind="ddp", expert_parallel=experts), world)
 
 
 def test_the_names_of_deepspeed_that_split_experts_need(monkeypatch):
@@ -122,7 +122,7 @@ def test_the_names_of_deepspeed_that_split_experts_need(monkeypatch):
     optimizer = torch.optim.AdamW([{"params": [p for name, p in model.named_parameters() if (name in experts) == split]}
                                    for split in (False, True)])
     monkeypatch.setitem(groups._EXPERT_DATA_PARALLEL_GROUP, zero_experts.group_name(2), None)  # of no process here
-    zero_experts.mark(model, optimizer, 2, divided=False)
+    zero_experts.mark(model, optimizer, 2, weights_sharded=False)
     assert {name for name, p in model.named_parameters() if is_moe_param(p)} == set(experts)
     assert [group.get("moe", False) for group in optimizer.param_groups] == [False, True]
     assert sum(isinstance(module, AutoEPMoELayer) for module in model.modules()) == 1
@@ -136,15 +136,17 @@ def test_the_names_of_deepspeed_that_split_experts_need(monkeypatch):
         assert [word for word in words if word not in source] == []
 
 
-def sent(config, **layout):
+def sent(config, engine="ddp", expert_parallel=1, **plan):
     found = {}
-    for one in traffic(config, Layout(**{"ranks": 64, "length": 4096, "micro_batches": 2, **layout})):
-        found[one.part, one.kind] = (one.ranks, one.payload)
+    plan = ParallelPlan(engine=engine_config(engine, expert_parallel=expert_parallel), ranks=64, length=4096,
+                        micro_batches=2, **plan)
+    for one in step_traffic(config, plan):
+        found[one.name, one.kind] = (one.ranks, one.payload)
     return found
 
 
 def test_what_a_step_sends_by_the_formulas():
-    """Kimi Linear: 26 layers of 256 experts, 8 a token, width 2304."""
+    """Kimi Linear: 26 layers of 256 experts, 8 per token, width 2304."""
     config = load_config("train", ["model=kimi_linear_48b", "data.tokenizer=bytes"]).model
     count = count_parameters(config)
     assert count.routed == 26 * 256 * 3 * 2304 * 1024
@@ -153,7 +155,7 @@ def test_what_a_step_sends_by_the_formulas():
     assert split["gradients", "all_reduce"] == (64, 2 * 4 * (count.total - count.routed))
     assert split["expert gradients", "all_reduce"] == (4, 2 * 4 * count.routed / 16)
     assert split["expert weights", "all_gather"] == (4, 4 * count.routed / 16)
-    pairs, visits = 4096 * 8 * 15 / 16, 4096 * 15 * chance_of_a_visit(config.feed_forward, 16)
+    pairs, visits = 4096 * 8 * 15 / 16, 4096 * 15 * visit_probability(config.feed_forward, 16)
     # Rows there and back with their gradients, weights and theirs, the numbers of experts, and how many come.
     a_layer = 4 * visits * 2304 * 2 + 3 * pairs * 4 + 15 * 2 * 4
     assert split["expert rows", "all_to_all"] == (16, pytest.approx(26 * 2 * a_layer))
@@ -173,7 +175,7 @@ def test_how_likely_a_rank_has_experts_of_a_token(routing, ranks):
     met = [any(expert < held for expert in experts)
            for groups in combinations(range(moe.num_groups), moe.topk_groups)
            for experts in combinations([e for e in range(8) if e // size in groups], 3)]
-    assert chance_of_a_visit(moe, ranks) == pytest.approx(sum(met) / len(met))
+    assert visit_probability(moe, ranks) == pytest.approx(sum(met) / len(met))
 
 
 def test_memory_of_a_rank_with_a_share_of_the_experts():

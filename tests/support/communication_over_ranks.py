@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 
 from hybridlm import load_config
-from hybridlm.config.schema import EngineConfig
 from hybridlm.data.packing import Batch
-from hybridlm.distributed.engine import make_engine
+from hybridlm.distributed.engines import make_engine
 from hybridlm.model.model import build_model
 from hybridlm.optimizers import build_optimizer
 from hybridlm.optimizers.roles import fp32_names
 from hybridlm.training.objective import global_batch, language_model
 from hybridlm_kernels import CuSeqlens
+from tests.support.engine_configs import engine_config
 
 LENGTH = 16
 
@@ -29,16 +29,17 @@ def steps(system, kind, dtype):
     """The loss and gradient norm of two steps, and the model's weights, as they are saved, before and after."""
     config = load_config("train", [f"model={system}", "model.num_layers=2", "model.hidden_size=32",
                                    "model.vocab_size=257", "data.tokenizer=bytes"])
-    engine = make_engine(EngineConfig(kind=kind, persistence_threshold=0, timeout=120.0, communication_dtype=dtype),
+    engine = make_engine(engine_config(kind, persistence_threshold=0, timeout=120.0, communication_dtype=dtype),
                          "bf16")
-    model = build_model(config, device=engine.device, divide=engine.divide).train()
+    model = build_model(config, device=engine.device, shard_weights=engine.shard_weights).train()
     engine.prepare(model, build_optimizer(model, config.optimizer), fp32_names(model))
     saved, values = [], []
     for _ in range(2):
-        saved.append({name: w for mine in engine.gather(engine.share(dict(model.named_parameters()), copied=True))
+        owned = engine.owned_tensors(dict(model.named_parameters()), copied=True)
+        saved.append({name: w for mine in engine.gather(owned)
                       for name, w in mine.items()})
         mine = batch(config, engine.rank)
-        found = engine.gradients(language_model(global_batch([mine], engine.total)), [mine])
+        found = engine.compute_gradients(language_model(global_batch([mine], engine.all_sum)), [mine])
         update = engine.update(found, lr=1e-2, clip=0.0)
         values.append((update.values["loss"], update.grad_norm))
     engine.release()

@@ -104,15 +104,15 @@ def check_bytes(counted, parallel, split, x_BTD, seq):
 
 def check_training(folder, *runs):
     """Each run is a JSON object: its engine, options of `tiny_run.config`, and perhaps stages."""
-    from hybridlm.config.schema import EngineConfig
     from hybridlm.training import train
     from tests.support import tiny_run
+    from tests.support.engine_configs import engine_config
 
     for run in map(json.loads, runs):
         recipe = tiny_run.stages(*run["stages"]) if run["stages"] else None
         config = tiny_run.config(folder, recipe=recipe, optimizer={"lr": 1e-3},  # no token changes its experts
                                  **run["training"])
-        config.run_dir, config.engine = str(Path(folder) / run["name"]), EngineConfig(**run["engine"])
+        config.run_dir, config.engine = str(Path(folder) / run["name"]), engine_config(**run["engine"])
         train(config, to_stderr=True)
 
 

@@ -17,7 +17,7 @@ from hybridlm.checkpoint import folder as files
 from hybridlm.checkpoint import saving
 from hybridlm.cli import main
 from hybridlm.config.compose import load_config
-from hybridlm.distributed.memory import rank_memory
+from hybridlm.planning.rank_memory import rank_memory
 from hybridlm.tensor_storage import StoredTensor
 from hybridlm.training.saver import Saver
 from hybridlm.training.trainer import Trainer

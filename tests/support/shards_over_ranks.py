@@ -26,7 +26,8 @@ BORDERS = [0, 1, 17, 18, 30, 36, 45, 48, 72]
 def adjoint(shard_group):
     """<f(x), y> = <x, f'(y)> over all ranks, for each exchange of the protocol."""
     torch.manual_seed(shard_group.rank)
-    for f, shape in ((shard_group.gather, (3, 2)), (shard_group.exchange, (shard_group.size, 3, 2)), (shard_group.from_previous, (3, 2))):
+    for f, shape in ((shard_group.gather, (3, 2)), (shard_group.exchange, (shard_group.size, 3, 2)),
+                     (shard_group.from_previous, (3, 2))):
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         out = f(x)
         y = torch.randn_like(out)

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hybridlm.config.schema import Config, EngineConfig
+from hybridlm.config.schema import Config
 from hybridlm.data.packing import Batch
-from hybridlm.distributed.engine import Contribution, make_engine
-from hybridlm.distributed.memory import rank_memory
+from hybridlm.distributed.engine import Contribution
+from hybridlm.distributed.engines import make_engine
 from hybridlm.distributed.zero.optimizer import FlatOptimizer
 from hybridlm.distributed.zero.partition import Fragment
 from hybridlm.errors import ConfigError
@@ -21,13 +21,16 @@ from hybridlm.model.feed_forward import FeedForward
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, SequenceMixer
 from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.model import build_model
-from hybridlm.optimizers import AdamWConfig, build_optimizer
+from hybridlm.optimizers import AdamWConfig, MuonConfig, build_optimizer
 from hybridlm.optimizers.muon import Muon
+from hybridlm.optimizers.optimizer_set import RULE
+from hybridlm.planning.rank_memory import rank_memory
 from hybridlm.training.objective import global_batch, language_model
 from hybridlm.training.sparse import freeze_idle_indexers, set_attention
 from hybridlm.training.stages import Stage
 from hybridlm_kernels.packing import CuSeqlens
 from tests.support import tiny_run
+from tests.support.engine_configs import engine_config
 
 
 class Part:
@@ -46,15 +49,15 @@ def objective(model, part):
 
 
 def ready(kind, timeout=120.0, precision="fp32"):
-    engine = make_engine(EngineConfig(kind=kind, persistence_threshold=0, timeout=timeout), precision)
-    model = build_model(tiny_run.model(), device=engine.device, divide=engine.divide)
+    engine = make_engine(engine_config(kind, persistence_threshold=0, timeout=timeout), precision)
+    model = build_model(tiny_run.model(), device=engine.device, shard_weights=engine.shard_weights)
     optimizers = build_optimizer(model, AdamWConfig(lr=1e-3))
     return engine, model, optimizers
 
 
 def step(engine, number=0, factor=1.0):
-    engine.seed(0, number)
-    values = engine.gradients(objective, [Part(engine.rank, factor)])
+    engine.begin_step(0, number)
+    values = engine.compute_gradients(objective, [Part(engine.rank, factor)])
     return engine.update(values, lr=1e-3, clip=1.0)
 
 
@@ -97,12 +100,12 @@ def check_gradients_of_one_loss(kind, weights):
     batch = joined(rows)
     language_model(global_batch([batch]))(alone, batch).loss.backward()
     wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
-    engine = make_engine(EngineConfig(kind=kind, persistence_threshold=0, timeout=120.0), "fp32")
-    model = with_losses(build_model(config, device=engine.device, divide=engine.divide), weights)
+    engine = make_engine(engine_config(kind, persistence_threshold=0, timeout=120.0), "fp32")
+    model = with_losses(build_model(config, device=engine.device, shard_weights=engine.shard_weights), weights)
     model = model.to(dtype) if kind == "ddp" else model
     engine.prepare(model, build_optimizer(model, AdamWConfig()))
     mine = rows[2 * engine.rank:2 * engine.rank + 2]
-    values = engine.gradients(language_model(global_batch(mine, engine.total)), mine)
+    values = engine.compute_gradients(language_model(global_batch(mine, engine.all_sum)), mine)
     if kind == "ddp":
         for name, p in model.named_parameters():
             if name in wanted:
@@ -117,15 +120,15 @@ def check_buckets_of_ddp():
     """As they are before the first step, so they stay; no graph is searched for what has no gradient."""
     engine, model, optimizers = ready("ddp")
     engine.prepare(model, optimizers)
-    reducer, trained = engine.model.reducer, [*model.parameters()]
-    assert not engine.model.find_unused_parameters
+    reducer, trained = engine.wrapped.reducer, [*model.parameters()]
+    assert not engine.wrapped.find_unused_parameters
     for number in range(2):
         order = [p for bucket in reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()]
         assert [id(p) for p in order] == [id(p) for p in reversed(trained)]
         assert step(engine, number).applied
     assert not reducer._rebuild_buckets()
-    with pytest.raises(RuntimeError, match=r"'layers\.0\.mixer\.norm\.weight' trains but got no gradient"):
-        engine.gradients(lambda model, part: Contribution(model.module.embed.weight.sum()), [Part(0)])
+    with pytest.raises(RuntimeError, match=r"'layers\.0\.mixer_norm\.weight' trains but got no gradient"):
+        engine.compute_gradients(lambda model, part: Contribution(model.module.embed.weight.sum()), [Part(0)])
     engine.release()
 
 
@@ -149,14 +152,14 @@ class Allocated(TorchDispatchMode):
 def check_build():
     """No rank holds more at once than its share and one part; values are those of one process, before and after."""
     config = tiny_run.model(num_layers=12)
-    engine = make_engine(EngineConfig(kind="zero3", persistence_threshold=0))
+    engine = make_engine(engine_config("zero3", persistence_threshold=0))
     whole = build_model(config, seed=3)
     part = max(sum(p.numel() for p in module.parameters()) for module in whole.modules()
                if isinstance(module, SequenceMixer | FeedForward | torch.nn.Embedding))
     most = 4 * 1.1 * (whole.num_params() / 2 + 2 * part)  # a tenth for what is not weights
     assert most < 4 * 0.8 * whole.num_params()
     with Allocated() as memory:
-        model = build_model(config, seed=3, device=engine.device, divide=engine.divide)
+        model = build_model(config, seed=3, device=engine.device, shard_weights=engine.shard_weights)
     assert 4 * whole.num_params() / 2 < memory.peak < most
     assert_whole(model, whole)
     engine.prepare(model, build_optimizer(model, AdamWConfig()))
@@ -186,11 +189,12 @@ def check_nan_on_one_rank(kind):
     assert not update.applied
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(engine).items() if "load" not in name)
     assert step(engine).applied
-    counts = {float(state["step"]) for state in engine.zero.optimizer.optimizer.state.values()}
+    states = engine.deepspeed_engine.optimizer.optimizer.state.values()
+    counts = {float(state["step"]) for state in states}
     assert counts == {2.0}
     flats = {id(one.flat): one.flat for one in engine.fragments.values()}
     held = sum(flat.numel() for flat in flats.values()) + sum(
-        tensor.numel() for state in engine.zero.optimizer.optimizer.state.values() for tensor in state.values())
+        tensor.numel() for state in states for tensor in state.values())
     config = Config(model=tiny_run.model(), engine=engine.config)
     assert 4 * held == pytest.approx(rank_memory(config, 2).optimizer, rel=0.03)
     decays = {group["weight_decay"] for group in optimizers.members[0].param_groups}
@@ -262,19 +266,20 @@ def check_muon():
 
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
     flat = torch.nn.Parameter(mine(whole))
-    alone, divided = Muon([{"params": whole}], **options), FlatOptimizer([Muon([{"params": [flat]}], **options)])
+    alone = Muon([{"params": whole}], **options)
+    sharded = FlatOptimizer([Muon([{"params": [flat], RULE: "muon"}], **options)], {"muon": MuonConfig()})
     begin = 0
-    for parameter in whole:
+    for number, parameter in enumerate(whole):
         first, last = max(begin, rank * size), min(begin + parameter.numel(), (rank + 1) * size)
-        held = (first - rank * size, first - begin, last - first) if last > first else (0, 0, 0)
-        divided.fragments.append(Fragment(flat, *held, parameter.shape, dist.group.WORLD))
+        local = (first - rank * size, first - begin, last - first) if last > first else (0, 0, 0)
+        sharded.fragments[str(number)] = Fragment(flat, *local, parameter.shape, dist.group.WORLD)
         begin += parameter.numel()
     for factor in (1.0, -0.5, 2.0):
         for parameter, gradient in zip(whole, gradients, strict=True):
             parameter.grad = gradient * factor
         flat.grad = mine([parameter.grad for parameter in whole])
         alone.step()
-        divided.step()
+        sharded.step()
         assert torch.equal(flat.detach()[:-1], mine(whole)[:-1])
 
 
@@ -282,10 +287,10 @@ def hang():
     """The watchdogs end both processes."""
     engine, model, optimizers = ready("zero2", timeout=4.0)
     engine.prepare(model, optimizers)
-    engine.seed(0, 6)
+    engine.begin_step(0, 6)
     if engine.rank == 1:
         time.sleep(60)
-    engine.gradients(objective, [Part(engine.rank)])
+    engine.compute_gradients(objective, [Part(engine.rank)])
 
 
 if __name__ == "__main__":

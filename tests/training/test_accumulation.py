@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from hybridlm.config.schema import EngineConfig
 from hybridlm.data.packing import IGNORE, Batch
-from hybridlm.distributed.engine import Engine
+from hybridlm.distributed.engines.single import SingleConfig, SingleEngine
 from hybridlm.model.config import MTPConfig
 from hybridlm.model.model import build_model
 from hybridlm.training.objective import global_batch, language_model
@@ -33,10 +32,10 @@ def batch(indices):
 
 def gradients(cut, dtype=torch.float64, **options):
     model = build_model(tiny_run.model(mtp=MTPConfig(depth=2), z_loss=0.01, **options), seed=0).to(dtype).train()
-    engine = Engine(EngineConfig(device="cpu"))
+    engine = SingleEngine(SingleConfig(device="cpu"))
     engine.prepare(model, None)
     parts = [batch(indices) for indices in cut]
-    values = engine.gradients(language_model(global_batch(parts)), parts)
+    values = engine.compute_gradients(language_model(global_batch(parts)), parts)
     loads = {name: load.clone() for name, load in model.router_loads().items()}
     return {n: p.grad for n, p in model.named_parameters()}, values, loads
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from hybridlm.config.schema import EngineConfig
-from hybridlm.distributed.engine import Contribution, Engine, check_fp32, pick_precision
+from hybridlm.distributed.engine import Contribution, check_fp32, pick_precision
+from hybridlm.distributed.engines.single import SingleConfig, SingleEngine
 from hybridlm.errors import ConfigError
 from hybridlm.model.model import build_model
 from hybridlm.optimizers import AdamWConfig, build_optimizer
@@ -39,13 +39,13 @@ def objective(model, part):
 @pytest.fixture
 def ready():
     model = Linear()
-    engine = Engine(EngineConfig(device="cpu"))
+    engine = SingleEngine(SingleConfig(device="cpu"))
     engine.prepare(model, build_optimizer(model, AdamWConfig(lr=0.1)))
     return engine, model
 
 
 def step(engine, x, clip=0.0):
-    return engine.update(engine.gradients(objective, [Move(torch.tensor(x))]), lr=0.1, clip=clip)
+    return engine.update(engine.compute_gradients(objective, [Move(torch.tensor(x))]), lr=0.1, clip=clip)
 
 
 def test_norm_and_clip(ready):
@@ -79,7 +79,7 @@ def test_fp32_parameters_are_checked_by_name():
     model = build_model(tiny_run.model(), seed=0)
     names = fp32_names(model)
     assert any(name.endswith("router.weight") for name in names)
-    engine = Engine(EngineConfig(device="cpu"))
+    engine = SingleEngine(SingleConfig(device="cpu"))
     engine.prepare(model, build_optimizer(model, AdamWConfig()), names)
     model.layers[1].feed_forward.router.bfloat16()
     with pytest.raises(RuntimeError, match=r"layers\.1\.feed_forward\.router\.(weight|bias).*must stay float32"):
@@ -88,13 +88,13 @@ def test_fp32_parameters_are_checked_by_name():
 
 def test_bf16_is_autocast_over_fp32_weights_and_release_takes_it_off():
     model = build_model(tiny_run.model(), seed=0)
-    engine = Engine(EngineConfig(device="cpu"), "bf16")
+    engine = SingleEngine(SingleConfig(device="cpu"), "bf16")
     engine.prepare(model, build_optimizer(model, AdamWConfig()), fp32_names(model))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     ids = torch.arange(16).view(1, 16)
     dtypes = []
     handle = model.layers[1].mixer.q_proj.register_forward_hook(lambda m, a, out: dtypes.append(out.dtype))
-    loss = engine.model(ids, labels=ids).loss.detach()
+    loss = engine.wrapped(ids, labels=ids).loss.detach()
     handle.remove()
     assert dtypes == [torch.bfloat16]
     assert loss.dtype == torch.float32
@@ -107,7 +107,7 @@ def test_bf16_is_autocast_over_fp32_weights_and_release_takes_it_off():
 def test_asking_for_a_missing_gpu_or_knowing_the_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"engine\.device.*no GPU"):
-        Engine(EngineConfig(device="cuda"))
+        SingleEngine(SingleConfig(device="cuda"))
     assert pick_precision("auto", torch.device("cpu")) == "fp32"
     assert pick_precision("bf16", torch.device("cpu")) == "bf16"
 
@@ -116,7 +116,7 @@ def test_random_numbers_of_a_step_are_a_function_of_seed_and_step(ready):
     engine, _ = ready
     draws = {}
     for key in [(0, 1), (0, 2), (1, 1), (0, 1)]:
-        engine.seed(*key)
+        engine.begin_step(*key)
         draws.setdefault(key, []).append(torch.rand(3).tolist())
     assert draws[0, 1][0] == draws[0, 1][1]
     assert len({tuple(d[0]) for d in draws.values()}) == 3

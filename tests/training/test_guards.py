@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from hybridlm.config.schema import EngineConfig
-from hybridlm.distributed.engine import Contribution, Engine
+from hybridlm.distributed.engine import Contribution
+from hybridlm.distributed.engines.single import SingleConfig, SingleEngine
 from hybridlm.training.guards import BadStepGuard, first_bad_layer
 
 
@@ -32,7 +32,7 @@ def objective(model, part):
 
 
 def diagnose(net, x=None, objective=objective):
-    engine = Engine(EngineConfig(device="cpu"))
+    engine = SingleEngine(SingleConfig(device="cpu"))
     engine.prepare(net, None)
     return first_bad_layer(engine, objective, [Part(torch.ones(1, 2)), Part(torch.ones(1, 2) if x is None else x)])
 

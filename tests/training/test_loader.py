@@ -3,9 +3,8 @@ import math
 import pytest
 import torch
 
-from hybridlm.config.schema import EngineConfig
 from hybridlm.data import PackedDataset, prepare
-from hybridlm.distributed.engine import Engine
+from hybridlm.distributed.engines.single import SingleConfig, SingleEngine
 from hybridlm.model.model import build_model
 from hybridlm.training.loader import global_batches, parts
 from hybridlm.training.validation import validate
@@ -48,7 +47,7 @@ def test_what_a_sample_raises_reaches_the_trainer(data):
 
 def test_validation_is_a_mean_over_tokens_however_it_is_cut(data):
     model = build_model(tiny_run.model(), seed=0).train()
-    engine = Engine(EngineConfig(device="cpu"))
+    engine = SingleEngine(SingleConfig(device="cpu"))
     engine.prepare(model, None)
     dataset = PackedDataset([data.validation], 32, 1, seed=0)
     one, many = (validate(engine, parts(dataset, range(10), size)) for size in (10, 3))

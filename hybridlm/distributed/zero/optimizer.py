@@ -28,7 +28,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         members: torch optimizers whose groups name their rule.
         rules: the config of each optimizer kind among the groups, by kind.
 
-    `fragments`, by parameter name, say where each parameter's elements are; to be set once DeepSpeed has laid them out.
+    `fragments`, by parameter name, say where each parameter's elements are; set once DeepSpeed has laid them out.
     `matrix_state` is the state of matrix steps by parameter name; all ranks have the names, the owner the tensors.
     """
 
@@ -56,14 +56,14 @@ class FlatOptimizer(torch.optim.Optimizer):
         values = member.combine(grad, self.state[flat], group)
         for number, (name, fragment) in enumerate(self._within(flat)):
             owner = number % dist.get_world_size(fragment.group)
-            matrix = fragment.whole(values, flat.device, owner)
-            weight = fragment.whole(flat, flat.device, owner) if member.needs_weight else None
+            matrix = fragment.gather(values, flat.device, owner)
+            weight = fragment.gather(flat, flat.device, owner) if member.needs_weight else None
             state = self.matrix_state.setdefault(name, {})
             if owner == dist.get_rank(fragment.group):
                 # `broadcast` sends memory in order, so what it sends must be contiguous.
                 matrix = member.matrix_step(matrix, weight, state, group).contiguous()
             dist.broadcast(matrix, group=fragment.group, group_src=owner)
-            fragment.place(values, matrix)
+            fragment.write_back(values, matrix)
         member.apply(flat, values, group)
 
     def _within(self, flat: Tensor) -> list[tuple[str, Fragment]]:

@@ -18,10 +18,11 @@ from hybridlm.tensor_storage import StoredTensor
 
 @dataclass(frozen=True)
 class Fragment:
-    """This rank's elements of one parameter: `numel` from `start`, found in `flat` from `offset`. None are 0 elements.
+    """This rank's elements of one parameter: `numel` of them (perhaps 0), from element `start` of the flattened
+    parameter on, which lie in `flat` from `offset` on.
 
-    `flat` is what the optimizer updates: a rank's fp32 partition of a group of parameters. `group` are the ranks that
-    hold the parameter together.
+    `flat` is what the optimizer updates: this rank's fp32 partition of a group of parameters. `group` are the ranks
+    that hold the parameter together.
     """
 
     flat: Tensor
@@ -31,67 +32,79 @@ class Fragment:
     shape: torch.Size
     group: dist.ProcessGroup
 
-    def whole(self, flat: Tensor, device: torch.device, owner: int | None = None) -> Tensor:
-        """The elements of all ranks, which call it together; `flat`: the weights, or state laid out as they are.
+    def gather(self, flat: Tensor, device: torch.device, owner: int | None = None) -> Tensor:
+        """Put the elements of all ranks together; the ranks of `group` call it together.
 
-        With an `owner`, a rank of the group, only that one has them after.
+        Args:
+            flat: the partition of the weights, or optimizer state laid out as they are.
+            device: where the result is.
+            owner: rank of the group that alone gets the result; None: all do.
+
+        Returns:
+            A tensor of the parameter's shape; on other ranks than `owner` its values mean nothing.
         """
-        whole = torch.zeros(self.shape.numel(), dtype=torch.float32, device=device)
-        whole.narrow(0, self.start, self.numel).copy_(self.elements(flat))
+        complete = torch.zeros(self.shape.numel(), dtype=torch.float32, device=device)
+        complete.narrow(0, self.start, self.numel).copy_(self.local_elements(flat))
         if owner is None:
-            dist.all_reduce(whole, group=self.group)
+            dist.all_reduce(complete, group=self.group)
         else:
-            dist.reduce(whole, group=self.group, group_dst=owner)
-        return whole.view(self.shape)
+            dist.reduce(complete, group=self.group, group_dst=owner)
+        return complete.view(self.shape)
 
-    def elements(self, flat: Tensor) -> Tensor:
-        """This rank's elements within `flat`, a view: [numel]."""
+    def local_elements(self, flat: Tensor) -> Tensor:
+        """Return this rank's elements within `flat`, a view: [numel]."""
         return flat.narrow(0, self.offset, self.numel)
 
-    def place(self, flat: Tensor, whole: Tensor) -> None:
-        """Put this rank's elements of `whole` where they belong in `flat`."""
-        self.elements(flat).copy_(whole.flatten().narrow(0, self.start, self.numel))
+    def write_back(self, flat: Tensor, complete: Tensor) -> None:
+        """Copy this rank's elements of the `complete` tensor to where they belong in `flat`."""
+        self.local_elements(flat).copy_(complete.flatten().narrow(0, self.start, self.numel))
 
 
-def held(weight: Any) -> Tensor:
-    """What this rank holds of a weight between steps: under ZeRO-3 its piece, without the padding; else all of it."""
+def local_elements(weight: Any) -> Tensor:
+    """Return the elements of a weight that this rank keeps between steps: under ZeRO-3 its shard without the padding,
+    [elements]; else the weight itself."""
     if not hasattr(weight, "ds_id"):
         return weight
-    return weight.ds_tensor[:max(0, min(weight.ds_tensor.numel(), weight.ds_numel - _start(weight)))]
+    shard = weight.ds_tensor
+    return shard[:max(0, min(shard.numel(), weight.ds_numel - _first_element(weight)))]
 
 
-def gathered(weight: Any) -> Tensor:
-    """A copy of a weight of ZeRO-3, whole and as the optimizer left it, whatever it travels in during a step. The ranks
-    that hold it call it together."""
+def gather_weight(weight: Any) -> Tensor:
+    """Return a complete copy of a ZeRO-3 weight as the optimizer left it, whatever dtype it travels in during a step.
+
+    The ranks that hold its shards call it together.
+    """
     group, device = weight.ds_process_group, weight.device
-    piece = weight.ds_tensor.to(device)
-    whole = torch.empty(piece.numel() * dist.get_world_size(group), dtype=piece.dtype, device=device)
-    dist.all_gather_into_tensor(whole, piece, group=group)
-    return whole[:weight.ds_numel].view(weight.ds_shape)
+    shard = weight.ds_tensor.to(device)
+    complete = torch.empty(shard.numel() * dist.get_world_size(group), dtype=shard.dtype, device=device)
+    dist.all_gather_into_tensor(complete, shard, group=group)
+    return complete[:weight.ds_numel].view(weight.ds_shape)
 
 
-def fill(weight: Any, stored: StoredTensor) -> None:
-    """Read a weight, or this rank's piece of it."""
+def read_weight(weight: Any, stored: StoredTensor) -> None:
+    """Fill a weight, or this rank's shard of it, from a file."""
     if hasattr(weight, "ds_id"):
-        piece = held(weight)
-        piece.copy_(stored.elements(_start(weight), piece.numel()))
+        shard = local_elements(weight)
+        shard.copy_(stored.elements(_first_element(weight), shard.numel()))
     else:
         weight.copy_(stored.read())
 
 
-def _start(weight: Any) -> int:
-    """The first element of this rank's piece: every rank has an equal one, the last ones padded."""
+def _first_element(weight: Any) -> int:
+    """Index of this rank's first element: every rank has a shard of one size, the last ones padded."""
     return dist.get_rank(weight.ds_process_group) * weight.ds_tensor.numel()
 
 
-def locate(optimizer: Any, parameter: Any, index: int) -> Fragment:
-    """The fragment of a parameter in the group number `index` of a ZeRO optimizer of any stage."""
+def locate_fragment(optimizer: Any, parameter: Any, group_index: int) -> Fragment:
+    """Find this rank's elements of a parameter, which is in group number `group_index` of a ZeRO optimizer."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3
-        part, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        partition, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = min(dist.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
-        return Fragment(optimizer.fp32_partitioned_groups_flat[part], offset, start,
+        return Fragment(optimizer.fp32_partitioned_groups_flat[partition], offset, start,
                         min(size, parameter.ds_numel - start), parameter.ds_shape, parameter.ds_process_group)
-    flat, mapping = optimizer.single_partition_of_fp32_groups[index], parameter._hp_mapping
-    here, there = (0, 0) if mapping is None else (mapping.hp_fragment_address.start, mapping.lp_fragment_address.start)
-    return Fragment(flat, here, there, 0 if mapping is None else mapping.lp_fragment_address.numel, parameter.shape,
+    flat, mapping = optimizer.single_partition_of_fp32_groups[group_index], parameter._hp_mapping
+    if mapping is None:  # all elements lie on other ranks
+        return Fragment(flat, 0, 0, 0, parameter.shape, parameter._dp_group)
+    address = mapping.lp_fragment_address
+    return Fragment(flat, mapping.hp_fragment_address.start, address.start, address.numel, parameter.shape,
                     parameter._dp_group)
