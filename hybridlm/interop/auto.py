@@ -9,7 +9,6 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,20 +66,7 @@ class HybridCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of every tensor in the order of `beam_idx`."""
-        for layer in self.state.layers:
-            _reorder(layer, beam_idx)
-
-
-def _reorder(state: Any, rows: Tensor) -> None:
-    names = [f.name for f in fields(state)] if is_dataclass(state) else list(vars(state))
-    for name in names:
-        value = getattr(state, name)
-        if isinstance(value, Tensor):
-            setattr(state, name, value.index_select(0, rows.to(value.device)))
-        elif isinstance(value, dict):
-            setattr(state, name, {key: t.index_select(0, rows.to(t.device)) for key, t in value.items()})
-        elif hasattr(value, "__dict__"):
-            _reorder(value, rows)
+        self.state.reorder(beam_idx)
 
 
 class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):

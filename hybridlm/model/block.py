@@ -5,11 +5,10 @@ Parameters: `mixer_norm`, `mixer`, `feed_forward_norm`, `feed_forward`, then tho
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.decode_state import LayerState
 from hybridlm.model.feed_forward import build_feed_forward
 from hybridlm.model.mixers.contract import Aux, build_mixer
 from hybridlm.model.norm import RMSNorm
@@ -34,15 +33,27 @@ class Block(nn.Module):
         self.feed_forward_residual = build_residual_branch(
             config.residual, feed_forward.residual or mixer.residual, context, "feed_forward")
 
-    def forward(self, stream: Stream, seq: SequenceInfo, state: Any | None = None) -> tuple[Stream, dict[str, Aux]]:
-        """The stream after this layer, and the aux of both branches by name."""
+    def forward(self, stream: Stream, seq: SequenceInfo,
+                state: LayerState | None = None) -> tuple[Stream, dict[str, Aux]]:
+        """The stream after this layer, and the aux of both branches by name.
+
+        Args:
+            stream: the stream before this layer, in the form of the model's residual.
+            seq: positions and documents of the tokens.
+            state: from `new_state`, updated in place; None when training.
+        """
+        mixer_state, feed_forward_state = (None, None) if state is None else (state.mixer, state.feed_forward)
         x_BTD, kept = self.mixer_residual.read(stream, self.mixer_norm)
-        y_BTD, mixer_aux = self.mixer(x_BTD, seq, state)
+        y_BTD, mixer_aux = self.mixer(x_BTD, seq, mixer_state)
         stream = self.mixer_residual.write(kept, y_BTD, self.mixer_norm)
         x_BTD, kept = self.feed_forward_residual.read(stream, self.feed_forward_norm)
-        y_BTD, feed_forward_aux = self.feed_forward(x_BTD, seq)
+        y_BTD, feed_forward_aux = self.feed_forward(x_BTD, seq, feed_forward_state)
         stream = self.feed_forward_residual.write(kept, y_BTD, self.feed_forward_norm)
         return stream, {"mixer": mixer_aux, "feed_forward": feed_forward_aux}
+
+    def new_state(self, batch: int, max_length: int) -> LayerState:
+        """Empty decode state for `batch` rows of at most `max_length` tokens."""
+        return LayerState(self.mixer.new_state(batch, max_length), self.feed_forward.new_state(batch, max_length))
 
     def record(self, aux: dict[str, Aux]) -> None:
         """Hand the feed-forward its aux, once per training forward, whatever was computed again since."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hybridlm.errors import did_you_mean, require
+from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.contract import MixerConfig
@@ -104,6 +104,7 @@ class ModelConfig:
         for name in dict.fromkeys([*layers, self.mtp.mixer or layers[-1]]):
             self.residual.check_branch(self.mixers[name].residual)
             self.residual.check_branch(self.feed_forward.residual or self.mixers[name].residual)
+        self._check_sharing()
 
     def layers(self) -> list[str]:
         """The mixer name of each layer, in order: what is printed, saved and compared."""
@@ -112,5 +113,22 @@ class ModelConfig:
         return expand(self.schedule, self.num_layers)
 
     def layer_context(self, layer_index: int) -> LayerContext:
+        """What the mixer and feed-forward of a layer are told of the model."""
+        layers = self.layers()
+        mtp_mixer = (self.mtp.mixer or layers[-1]) if self.mtp.depth else None
         return LayerContext(hidden_size=self.hidden_size, layer_index=layer_index, num_layers=self.num_layers,
-                            norm=self.norm, max_position=self.max_position)
+                            norm=self.norm, max_position=self.max_position, layers=layers, mixers=self.mixers,
+                            mtp_mixer=mtp_mixer)
+
+    def _check_sharing(self) -> None:
+        """Refuse a layer that reads from another one which leaves nothing of the kind."""
+        blocks = [*enumerate(self.layers())]
+        if self.mtp.depth:
+            blocks.append((self.num_layers - 1, self.mtp.mixer or blocks[-1][1]))
+        for index, name in blocks:
+            context = self.layer_context(index)
+            for read in self.mixers[name].reads(context):
+                try:
+                    context.source_of(read)
+                except ConfigError as error:
+                    raise error.within(f"mixers.{name}") from None

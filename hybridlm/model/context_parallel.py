@@ -1,16 +1,16 @@
-"""Long rows, cut into contiguous shards that several processes hold: what a layer does with the tokens it lacks.
+"""Context parallelism: long rows divided into contiguous shards, one per process, and what a layer may ask of the others.
 
-Every process holds one shard of all rows of a batch, and all weights. What it must know of the others' tokens it asks
-its `ShardGroup` for; what follows from the answers is computed here, on one device. `SequenceInfo.shard` is None where rows
-are whole. A mixer asks for one of:
+Every process holds one shard of all rows of a batch, and all weights. Its `ShardGroup` brings tensors of the other
+processes; everything else here is computed on one device. `SequenceInfo.shard` is None where rows are not divided.
+A mixer or feed-forward asks for one of:
 
-    by_heads        all tokens of the rows for a share of the heads (softmax attention)
+    by_heads        all tokens of the rows for some of the heads (softmax attention)
     history         a small tensor of all tokens up to the end of the shard (keys of sparse attention)
-    tail            the inputs of the last few tokens before the shard (convolution)
-    incoming        the state at the start of the shard, where the mixer is linear in its state (recurrences)
+    tail            the inputs of the last few tokens before the shard (convolution, token shift)
+    incoming        the state at the start of the shard, for mixers that are linear in their state (recurrences)
 
-B rows, T tokens a row, P shards, L = T / P tokens of a shard, S tokens up to the end of this shard, N documents of
-this shard, H heads, G value heads, K/V key/value dim of a state.
+B rows, T tokens per row, P shards, L = T / P tokens per shard, S tokens up to the end of this shard, N documents of
+this shard, H heads, HV value heads, K/V key/value dim of a state.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class RowShard:
         own = None if borders is None else _cut(borders, length, begin, begin + each)
         return cls(group, each, positions_BT[:, begin : begin + each], borders, own)
 
-    def own(self, x_BT: Tensor) -> Tensor:
-        """The shard of rows that are known whole."""
+    def local_tokens(self, x_BT: Tensor) -> Tensor:
+        """The tokens held here, from all tokens of the rows [B, T, ...]."""
         return x_BT.unflatten(1, (self.group.size, self.length))[:, self.group.rank]
 
     @cached_property
@@ -94,9 +94,9 @@ class RowShard:
             batch = self.positions_BL.shape[0]
             return torch.arange(batch, device=self.positions_BL.device).repeat_interleave(self.length), batch
         ids_BT = self.borders.document_ids().view(self.positions_BL.shape[0], -1)
-        return self.own(ids_BT).flatten(), self.borders.num_documents
+        return self.local_tokens(ids_BT).flatten(), self.borders.num_documents
 
-    def weighed(self, mean: Tensor, count: Tensor) -> Tensor:
+    def weighted_mean(self, mean: Tensor, count: Tensor) -> Tensor:
         """The mean over `count` things of this shard, weighed so that the average over shards is that over all things;
         as it is where there are none anywhere."""
         total = self.group.all_sum(count)
@@ -117,19 +117,19 @@ class RowShard:
         sent_PBLHK = x_BTHK.unflatten(1, (self.group.size, self.length)).movedim(1, 0)
         return self.group.exchange(sent_PBLHK).movedim(0, 2).flatten(2, 3)
 
-    def share(self, x_H: Tensor) -> Tensor:
+    def local_heads(self, x_H: Tensor) -> Tensor:
         """[H / P]: the heads that `by_heads` brings here, of what every process has for all of them."""
         return x_H.unflatten(0, (self.group.size, -1))[self.group.rank]
 
     # Small tensors of all tokens before
 
-    def whole(self, x_BL: Tensor) -> Tensor:
-        """[B, T, ...]: everyone's tokens."""
+    def all_tokens(self, x_BL: Tensor) -> Tensor:
+        """All tokens of the rows [B, T, ...], those of the other shards included."""
         return self.group.gather(x_BL).movedim(0, 1).flatten(1, 2)
 
     def history(self, x_BL: Tensor) -> Tensor:
         """[B, S, ...]: the tokens up to the end of this shard."""
-        return self.whole(x_BL)[:, : self.history_length]
+        return self.all_tokens(x_BL)[:, : self.history_length]
 
     @property
     def history_length(self) -> int:

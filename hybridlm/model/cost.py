@@ -145,8 +145,12 @@ def training_flops(config: ModelConfig, context_length: int, *, only_indexers: b
 
 def decode_state_bytes(config: ModelConfig, context_length: int, element_bytes: int = 2) -> int:
     """Bytes of decode state of one sequence after `context_length` tokens."""
-    return sum(config.mixers[name].state_bytes(config.layer_context(index), context_length, element_bytes)
-               for index, name in enumerate(config.layers()))
+    total = 0
+    for index, name in enumerate(config.layers()):
+        context = config.layer_context(index)
+        total += config.mixers[name].state_bytes(context, context_length, element_bytes)
+        total += config.feed_forward.state_bytes(context, context_length, element_bytes)
+    return total
 
 
 def _layer_cost(config: ModelConfig, index: int, name: str) -> LayerCost:

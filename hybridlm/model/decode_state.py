@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,41 @@ class PooledCache:
 def index_cache(max_length: int, pool: int | None) -> TokenCache | PooledCache:
     """For the keys of an indexer: one a token, or one a pool of `pool` tokens."""
     return TokenCache(max_length) if pool is None else PooledCache(max_length, pool)
+
+
+@dataclass
+class LayerState:
+    """Decode states of the two branches of a layer; None for a branch that keeps none."""
+
+    mixer: Any
+    feed_forward: Any
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both states."""
+        return sum(state.num_bytes for state in (self.mixer, self.feed_forward) if state is not None)
+
+
+def reorder_rows(state: Any, rows: Tensor) -> Any:
+    """The same state with other rows, as beam search wants it.
+
+    Args:
+        state: a decode state of any kind: None, tensors [B, ...], and lists, tuples, dicts and objects of such; objects
+            are changed in place.
+        rows: int64 [B], the row that each new row continues.
+
+    Returns:
+        The state; the same object where it is one.
+    """
+    if isinstance(state, Tensor):
+        return state.index_select(0, rows.to(state.device))
+    if isinstance(state, list | tuple):
+        return type(state)(reorder_rows(item, rows) for item in state)
+    if isinstance(state, dict):
+        return {key: reorder_rows(item, rows) for key, item in state.items()}
+    for name, value in vars(state).items() if hasattr(state, "__dict__") else ():
+        setattr(state, name, reorder_rows(value, rows))
+    return state
 
 
 @dataclass

@@ -5,10 +5,12 @@ This file stands below all mixers and feed-forwards; it needs no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
-from hybridlm.errors import require
+from hybridlm.errors import ConfigError, require
+from hybridlm.model.sharing import SharedKind, SharedRead
 
 
 @dataclass(kw_only=True)
@@ -22,15 +24,62 @@ class NormConfig:
         require(self.eps > 0, "eps", "must be positive", got=self.eps)
 
 
+class SharingMixer(Protocol):
+    """What a layer may ask of the configs of the other layers' mixers."""
+
+    def leaves(self, context: LayerContext) -> Sequence[SharedKind]: ...
+
+    def reads(self, context: LayerContext) -> Sequence[SharedRead]: ...
+
+
 @dataclass(kw_only=True)
 class LayerContext:
-    """The model around one layer, as its mixer and feed-forward may know it. Not user configuration."""
+    """The model around one layer, as its mixer and feed-forward may know it. Not user configuration.
+
+    `layers` are the mixer names of all layers, `mixers` the configs by name; both are empty for a layer that stands
+    alone. The block of multi-token prediction, whose mixer is `mtp_mixer` (None without one), stands in the place of
+    the last layer: it has its index, and reads from the layers before that one.
+    """
 
     hidden_size: int
     layer_index: int
     num_layers: int
     norm: NormConfig
     max_position: int
+    layers: Sequence[str] = ()
+    mixers: Mapping[str, SharingMixer] = field(default_factory=dict)
+    mtp_mixer: str | None = None
+
+    def source_of(self, read: SharedRead) -> int:
+        """The layer that this one reads from.
+
+        Raises:
+            ConfigError: no earlier layer leaves such a value, or not the layer that is asked for.
+        """
+        earlier = range(min(self.layer_index, len(self.layers)))
+        candidates = reversed(earlier) if read.layer is None else [read.layer] if read.layer in earlier else []
+        for index in candidates:
+            if read.kind in self._mixer(index).leaves(replace(self, layer_index=index)):
+                return index
+        wanted = "earlier layer" if read.layer is None else f"layer {read.layer}"
+        raise ConfigError(read.option, f"layer {self.layer_index} reads {read.kind.name}, which no {wanted} leaves",
+                          expected=f"{'an' if read.layer is None else 'the'} {wanted} with a mixer that leaves it")
+
+    def is_read(self, kind: SharedKind) -> bool:
+        """Whether a later layer, or the block of multi-token prediction, reads what this layer leaves of the kind."""
+        for context, mixer in self._later():
+            if any(read.kind == kind and context.source_of(read) == self.layer_index for read in mixer.reads(context)):
+                return True
+        return False
+
+    def _later(self) -> Iterator[tuple[LayerContext, SharingMixer]]:
+        for index in range(self.layer_index + 1, len(self.layers)):
+            yield replace(self, layer_index=index), self._mixer(index)
+        if self.mtp_mixer is not None:
+            yield replace(self, layer_index=self.num_layers - 1), self.mixers[self.mtp_mixer]
+
+    def _mixer(self, index: int) -> SharingMixer:
+        return self.mixers[self.layers[index]]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual import build_residual
 from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedStore
 from hybridlm.model.targets import build_targets, tokens_ahead
 from hybridlm_kernels import CuSeqlens, linear_cross_entropy
 
@@ -106,9 +107,9 @@ class HybridLM(nn.Module):
         if self.shard_group is not None:
             if state is not None:
                 raise ValueError("rows that are split between processes cannot be decoded: set shard_group to None")
-            seq = seq.split(self.shard_group)
+            seq = seq.shard_rows(self.shard_group)
         totals = AuxTotals()
-        stream = self.residual.start(self.embed(seq.own(input_ids)))
+        stream = self.residual.start(self.embed(seq.local_tokens(input_ids)))
         for i, layer in enumerate(self.blocks):
             stream = self._run(layer, str(i), stream, seq, totals, *([] if state is None else [state.layers[i]]))
         x_BTD = self.norm(self.residual.end(stream))
@@ -116,7 +117,8 @@ class HybridLM(nn.Module):
             state.length += input_ids.shape[1]
         output = ModelOutput(state=state)
         if targets is not None:
-            self._losses(output, x_BTD, seq.own(targets), [seq.own(x) for x in following], seq, totals, whole)
+            following = [seq.local_tokens(ids) for ids in following]
+            self._losses(output, x_BTD, seq.local_tokens(targets), following, seq, totals, whole)
         if targets is None or return_logits:
             output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
         output.stats = totals.stats()
@@ -131,8 +133,7 @@ class HybridLM(nn.Module):
     def new_state(self, batch: int, max_length: int | None = None) -> ModelState:
         """Empty decode state for `batch` rows of at most `max_length` tokens (default: the model's max_position)."""
         length = self.config.max_position if max_length is None else max_length
-        layers = [layer.mixer.new_state(batch, length) for layer in self.blocks]  # type: ignore[operator]
-        return ModelState(layers, batch, length)
+        return ModelState([layer.new_state(batch, length) for layer in self.blocks], batch, length)
 
     def init_weights(self, seed: int = 0) -> None:
         """Fresh parameters and buffers; see `hybridlm.model.init`."""
@@ -275,20 +276,20 @@ class HybridLM(nn.Module):
 def _checkpointed(module: nn.Module, stream: Stream, seq: SequenceInfo, *extra: Any) -> tuple[Stream, dict[str, Aux]]:
     """The layer with its inner activations computed again in the backward.
 
-    Each computation starts from the shared notes as they were before this layer: what later layers write there must
-    not reach the second one.
+    Each computation starts from what earlier layers have left before this layer ran: values that later layers leave
+    must not reach the second one.
     """
-    before = dict(seq.shared)
-    notes: list[dict[str, Any]] = []
+    before = seq.shared.copy()
+    after: list[SharedStore] = []
 
     def run(stream: Stream, *extra: Any) -> tuple[Stream, dict[str, Aux]]:
-        local = replace(seq, shared=dict(before))
+        local = replace(seq, shared=before.copy())
         out = module(stream, local, *extra)
-        notes.append(local.shared)
+        after.append(local.shared)
         return out
 
     out = checkpoint(run, stream, *extra, use_reentrant=False, preserve_rng_state=False)
-    seq.shared.update(notes[0])
+    seq.shared = after[0]
     return out
 
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hybridlm.model.decode_state import LayerState, reorder_rows
 from hybridlm.model.mixers.contract import Aux
 
 
 @dataclass
 class ModelState:
-    """What the model keeps of `length` tokens a row while decoding; updated in place."""
+    """The decode state of all layers after `length` tokens of each of `batch` rows; updated in place."""
 
-    layers: list[Any]  # one decode state a layer
+    layers: list[LayerState]
     batch: int
     max_length: int
     length: int = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i continue what was row `rows[i]`; `rows` is int64 [B]."""
+        for layer in self.layers:
+            reorder_rows(layer, rows)
 
 
 @dataclass

@@ -114,18 +114,18 @@ def rope_tables(config: RopeConfig, dim: int, seq: SequenceInfo) -> tuple[Tensor
     """cos and sin, fp32, of the tokens of `seq` for `dim` rotated dims.
 
     [T, R] when all rows have the same positions, else [B, T, R]. Made once a forward: layers that rotate alike share
-    them through `seq.shared`. They are never parameters nor buffers.
+    them through `seq.tables`. They are never parameters nor buffers.
     """
     key = f"rope {config.theta} {dim} {config.scaling}"
-    if key not in seq.shared:
+    if key not in seq.tables:
         positions = seq.positions_BT
         if positions.shape[0] == 1 or positions.stride(0) == 0:
             positions = positions[0]
         angle = positions[..., None].float() * inverse_frequencies(config, dim, positions.device)
         scale = 1.0 if config.scaling is None else config.scaling.table_scale()
         cos, sin = angle.cos(), angle.sin()
-        seq.shared[key] = (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
-    return seq.shared[key]
+        seq.tables[key] = (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+    return seq.tables[key]
 
 
 def rotate(x_BTHD: Tensor, config: RopeConfig, dim: int, seq: SequenceInfo, kind: str | None = None) -> Tensor:

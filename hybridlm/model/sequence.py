@@ -1,7 +1,8 @@
-"""What every layer may know about the tokens of a batch: positions and document borders, made once a forward."""
+"""What every layer may know about the tokens of a batch: positions and document borders, made once per forward."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridlm.model.context_parallel import RowShard, ShardGroup
+from hybridlm.model.sharing import SharedKind, SharedStore
 from hybridlm_kernels.packing import CuSeqlens
 
 
@@ -18,15 +20,18 @@ class SequenceInfo:
 
     `cu_seqlens` counts tokens of the flattened rows (B*T of them); every row start is a border, so documents
     never cross rows. None means that each row is one document.
-    `shared` is a scratch pad for one forward pass: what a layer leaves for later layers (selected indices, ...).
-    `shard`: where several processes hold shards of the rows, what a mixer may ask for of the others' tokens; then all
-    the rest describes the tokens held here.
+    `shard`: where several processes hold shards of the rows, what a mixer may ask for of the others' tokens; then
+    everything else describes the tokens held here.
+    `shared`: what layers leave for later layers in this forward, by `leave` and `read`.
+    `tables`: what layers compute from positions alone and all may use, such as rotary tables; by a name that says what
+    they depend on.
     """
 
     positions_BT: Tensor  # int64, counted from the start of the document (plus what the decode state holds)
     cu_seqlens: CuSeqlens | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
     shard: RowShard | None = None
+    shared: SharedStore = field(default_factory=SharedStore)
+    tables: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def make(cls, batch: int, length: int, device: torch.device, cu_seqlens: CuSeqlens | None = None,
@@ -37,14 +42,36 @@ class SequenceInfo:
             return cls(positions_T.expand(batch, length))
         return cls(cu_seqlens.positions().view(batch, length), cu_seqlens)
 
-    def split(self, shard_group: ShardGroup) -> SequenceInfo:
-        """Of whole rows: this process's shard of them."""
+    def shard_rows(self, shard_group: ShardGroup) -> SequenceInfo:
+        """The description of this process's shard of the rows."""
         shard = RowShard.of(shard_group, self.positions_BT, self.cu_seqlens)
         return SequenceInfo(shard.positions_BL, shard.local_borders, shard=shard)
 
-    def own(self, x_BT: Tensor) -> Tensor:
-        """The tokens held here, of whole rows [B, T, ...]."""
-        return x_BT if self.shard is None else self.shard.own(x_BT)
+    def leave(self, kind: SharedKind, layer: int, value: Any) -> None:
+        """Leave a value of layer `layer` for later layers, as its kind says.
+
+        Args:
+            kind: says whether gradients pass, and what readers get where rows are divided.
+            layer: index of the layer that leaves it.
+            value: a tensor, or plain data or a dataclass of tensors; of a "gathered" kind a tensor [B, T, ...].
+        """
+        if not kind.gradient:
+            value = _detached(value)
+        if kind.context_parallel == "gathered":
+            value = self.history(value)
+        self.shared.leave(kind, layer, value)
+
+    def read(self, kind: SharedKind, layer: int) -> Any:
+        """The value that layer `layer` left in this forward.
+
+        Raises:
+            RuntimeError: it has left none.
+        """
+        return self.shared.read(kind, layer)
+
+    def local_tokens(self, x_BT: Tensor) -> Tensor:
+        """The tokens held here, from all tokens of the rows [B, T, ...]."""
+        return x_BT if self.shard is None else self.shard.local_tokens(x_BT)
 
     def history(self, x_BT: Tensor) -> Tensor:
         """[B, S, ...]: all tokens that those held here may see, of which these are the last."""
@@ -67,3 +94,17 @@ class SequenceInfo:
     def all_sum(self, x: Tensor) -> Tensor:
         """The sum over the shards of the rows. No gradient."""
         return x if self.shard is None else self.shard.group.all_sum(x)
+
+
+def _detached(value: Any) -> Any:
+    """The same value without gradients of its tensors."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple | list):
+        return type(value)(_detached(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{f.name: _detached(getattr(value, f.name))
+                                             for f in dataclasses.fields(value)})
+    return value

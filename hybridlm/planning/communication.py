@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from math import comb
 
 import torch
@@ -167,8 +168,10 @@ def _shards(config: ModelConfig, plan: ParallelPlan) -> Iterator[Traffic]:
     shards, away = plan.engine.context_parallel, 1 - 1 / plan.engine.context_parallel
     payload, layers = dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), 0.0), Counter[str]()
     for index, name in _blocks(config):
-        for one in config.mixers[name].shard_traffic(config.layer_context(index), plan.rows, plan.length // shards,
-                                                     shards, plan.element_bytes):
+        context, length = config.layer_context(index), plan.length // shards
+        of_branches = [branch.shard_traffic(context, plan.rows, length, shards, plan.element_bytes)
+                       for branch in (config.mixers[name], config.feed_forward)]
+        for one in chain(*of_branches):
             forward, backward = plan.forwards * one.forward, plan.micro_batches * one.backward
             if one.kind == "gather":  # whose transpose is a reduce-scatter
                 payload["all_gather"] += shards * forward

@@ -60,6 +60,10 @@ def _check_context_parallel(config: Config) -> None:
             config.model.mixers[name].check_context_parallel(shards, min(lengths.values()) // shards)
         except ConfigError as error:
             raise error.within(f"model.mixers.{name}") from None
+    try:
+        config.model.feed_forward.check_context_parallel(shards, min(lengths.values()) // shards)
+    except ConfigError as error:
+        raise error.within("model.feed_forward") from None
 
 
 def _per_stage(config: Config, option: str) -> dict[str, int]:

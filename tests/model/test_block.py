@@ -12,6 +12,7 @@ from hybridlm.model.mixers import AttentionConfig
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.residual import BranchConfig, SingleResidualConfig, build_residual_branch
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedKind
 from hybridlm_kernels import CuSeqlens
 from tests.support.tiny_lm import BORDERS, VOCABULARY, config, moe, with_mtp
 
@@ -90,16 +91,26 @@ def test_activation_checkpointing_changes_nothing_and_counts_loads_once():
         assert load.sum() == ids.numel() * 2, f"{name}: a token goes to two experts"
 
 
-def test_checkpointed_layers_do_not_see_what_later_layers_note():
-    """A layer computed again in the backward must find the shared notes as they were when it first ran."""
+NOTE = SharedKind("a note", gradient=False)
+
+
+def has_left(seq, layer):
+    try:
+        return seq.read(NOTE, layer) == layer
+    except RuntimeError:
+        return False
+
+
+def test_checkpointed_layers_do_not_see_what_later_layers_leave():
+    """A layer computed again in the backward must find what layers have left as it was when it first ran."""
     model = with_mtp(0)
     seen: dict[int, list] = {i: [] for i in range(len(model.layers))}
 
     def spy(i):
         def hook(module, args):
             seq = args[1]
-            seen[i].append(seq.shared.get("note"))
-            seq.shared["note"] = i
+            seen[i].append([earlier for earlier in range(len(seen)) if has_left(seq, earlier)])
+            seq.leave(NOTE, i, i)
         return hook
 
     for i, layer in enumerate(model.layers):
@@ -107,4 +118,4 @@ def test_checkpointed_layers_do_not_see_what_later_layers_note():
     model.activation_checkpointing = True
     ids = torch.randint(VOCABULARY, (1, 8))
     model.train()(ids, labels=ids).loss.backward()
-    assert seen == {0: [None, None], 1: [0, 0], 2: [1, 1]}
+    assert seen == {0: [[], []], 1: [[0], [0]], 2: [[0, 1], [0, 1]]}

@@ -44,8 +44,8 @@ def test_pieces_are_the_whole(name, shards, packed):
     o, dx, grads, aux = backward(mixer, x, w, whole(packed))
 
     def shard(shard_group):
-        seq = whole(packed).split(shard_group)
-        return backward(copy.deepcopy(mixer), seq.own(x), seq.own(w), seq, 1 / shards)
+        seq = whole(packed).shard_rows(shard_group)
+        return backward(copy.deepcopy(mixer), seq.local_tokens(x), seq.local_tokens(w), seq, 1 / shards)
 
     for p in mixer.parameters():
         p.grad = None
@@ -72,8 +72,8 @@ def test_what_is_measured_of_a_selection(name, mode):
     expected = mixer(x, whole(True))[1]
 
     def shard(shard_group):
-        seq = whole(True).split(shard_group)
-        return mixer(seq.own(x), seq)[1]
+        seq = whole(True).shard_rows(shard_group)
+        return mixer(seq.local_tokens(x), seq)[1]
 
     with torch.no_grad():
         parts = run_on_threads(shard, 2)
@@ -93,7 +93,7 @@ def test_pieces_exchange_what_the_config_says(name):
 
         def shard(shard_group, config=config):
             x = torch.randn(B, T // shards, HIDDEN, dtype=torch.float64)
-            backward(copy.deepcopy(mixer), x, torch.ones_like(x), whole(False).split(shard_group))
+            backward(copy.deepcopy(mixer), x, torch.ones_like(x), whole(False).shard_rows(shard_group))
             return shard_group.handed
 
         found, expected = run_on_threads(shard, shards)[1], collections.Counter()
@@ -119,4 +119,4 @@ def test_a_mixer_that_does_not_say_how_is_refused():
 
 def test_rows_that_do_not_divide():
     with pytest.raises(ValueError, match="rows of 36 tokens cannot be cut into 5 equal shards"):
-        run_on_threads(whole(False).split, 5)
+        run_on_threads(whole(False).shard_rows, 5)

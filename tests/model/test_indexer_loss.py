@@ -125,8 +125,9 @@ def sharing_layers(mode):
     """An indexed layer and one that shares its indexer, in fp64."""
     torch.manual_seed(0)
     options = [IndexerConfig(**INDEXER, rope_kind="none", mode=mode), IndexerConfig(share=True, mode=mode)]
-    layers = [build_mixer(MLAConfig(**MLA_DIMS, rope=NOPE, indexer=option), context_of(layer_index=i)).double()
-              for i, option in enumerate(options)]
+    configs = [MLAConfig(**MLA_DIMS, rope=NOPE, indexer=option) for option in options]
+    layers = [build_mixer(config, context_of(layer_index=i, layers=configs)).double()
+              for i, config in enumerate(configs)]
     for layer in layers:
         layer.init_weights(0.3)
     return layers

@@ -72,9 +72,9 @@ def test_options_that_cannot_be_used_are_refused_by_name(name):
     assert "\n" not in str(error.value)
 
 
-def one_layer(config: MixerConfig, layer_index: int = 1, dtype: torch.dtype = torch.float64):
+def one_layer(config: MixerConfig, layer_index: int = 1, dtype: torch.dtype = torch.float64, layers=()):
     torch.manual_seed(0)
-    mixer = build_mixer(config, context_of(layer_index=layer_index)).to(dtype)
+    mixer = build_mixer(config, context_of(layer_index=layer_index, layers=layers)).to(dtype)
     mixer.init_weights(0.3)
     return mixer
 
@@ -173,8 +173,8 @@ def test_modes_are_checked():
 
 def shared_stack(pattern: str):
     """Layers with (F) and without (S) an indexer of their own."""
-    return [one_layer(MLAConfig(**MLA_DIMS, indexer=IndexerConfig(**INDEXER, share=kind == "S")), layer_index=i)
-            for i, kind in enumerate(pattern)]
+    configs = [MLAConfig(**MLA_DIMS, indexer=IndexerConfig(**INDEXER, share=kind == "S")) for kind in pattern]
+    return [one_layer(config, layer_index=i, layers=configs) for i, config in enumerate(configs)]
 
 
 def selections(layers, x, order=None, seq=None):
@@ -206,8 +206,8 @@ def test_recomputing_layers_backwards_finds_the_same_selections():
 
 
 def test_sharing_without_an_earlier_indexer_is_refused():
-    with pytest.raises(ConfigError, match="layer 0 has no earlier selection"):
-        run(shared_stack("S")[0], inputs(1, 30))
+    with pytest.raises(ConfigError, match=r"indexer\.share: layer 0 reads the keys .* no earlier layer leaves"):
+        shared_stack("S")
 
 
 def test_sharing_decodes_like_the_full_forward():

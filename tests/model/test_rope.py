@@ -38,7 +38,7 @@ def test_layers_that_rotate_alike_share_one_table():
 def test_without_rope_nothing_is_rotated():
     seq, x = SequenceInfo.make(1, 5, CPU), torch.randn(1, 5, 2, 8)
     assert rotate(x, RopeConfig(kind="none"), RopeConfig(kind="none").rotary_dim(8), seq) is x
-    assert not seq.shared
+    assert not seq.tables
 
 
 def test_partial_rotation_leaves_the_last_dims():

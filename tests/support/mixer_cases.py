@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hybridlm.model.layer_context import LayerContext, NormConfig
@@ -68,9 +70,13 @@ CASES: dict[str, MixerConfig] = {
 ZERO_CENTERED = {"qwen3_next_full", "gdn"}
 
 
-def context_of(name: str = "", layer_index: int = 1, hidden_size: int = HIDDEN) -> LayerContext:
+def context_of(name: str = "", layer_index: int = 1, hidden_size: int = HIDDEN,
+               layers: Sequence[MixerConfig] = ()) -> LayerContext:
+    """The context of one layer; `layers` are the mixers of all of them, where they read from one another."""
     norm = NormConfig(eps=1e-5, zero_centered=name in ZERO_CENTERED)
-    return LayerContext(hidden_size=hidden_size, layer_index=layer_index, num_layers=4, norm=norm, max_position=256)
+    return LayerContext(hidden_size=hidden_size, layer_index=layer_index, num_layers=4, norm=norm, max_position=256,
+                        layers=[str(index) for index in range(len(layers))],
+                        mixers={str(index): mixer for index, mixer in enumerate(layers)})
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0):

@@ -59,9 +59,9 @@ def compare(name, shard_group, dtype, tolerance):
     x, w = torch.randn(2, B, T, HIDDEN, dtype=dtype)
     seq = SequenceInfo.make(B, T, torch.device("cpu"), CuSeqlens(BORDERS))
     expected = backward(copy.deepcopy(mixer), x, w, seq, 1.0)
-    seq = seq.split(shard_group)
-    o, dx, grads = backward(mixer, seq.own(x), seq.own(w), seq, 1 / shard_group.size)
-    pairs = [(o, seq.own(expected[0])), (dx, seq.own(expected[1]))]
+    seq = seq.shard_rows(shard_group)
+    o, dx, grads = backward(mixer, seq.local_tokens(x), seq.local_tokens(w), seq, 1 / shard_group.size)
+    pairs = [(o, seq.local_tokens(expected[0])), (dx, seq.local_tokens(expected[1]))]
     if dtype == torch.float64:
         pairs += [(shard_group.all_sum(a), b) for a, b in zip(grads, expected[2], strict=True)]
     else:  # the gradient of a single gate parameter is known to 3e-5 in fp32, with shards or without

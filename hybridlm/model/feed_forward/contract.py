@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
-from hybridlm.model.layer_context import LayerContext
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.branch import BranchConfig
@@ -21,6 +22,7 @@ class FeedForwardConfig:
 
     kind: str
     residual: BranchConfig | None = None
+    keeps_state: ClassVar[bool] = False  # its output depends on earlier tokens, of which it keeps something in decoding
 
     def is_moe(self, layer_index: int) -> bool:
         return False
@@ -33,13 +35,37 @@ class FeedForwardConfig:
         """Those of the parameters that belong to routed experts, which processes may divide among them."""
         return 0
 
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        """Bytes of decode state for one sequence after `context_length` tokens; 0 for a kind that `keeps_state` not."""
+        if self.keeps_state:
+            raise TypeError(f"{type(self).__name__} does not count its state")
+        return 0
+
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        """Refuse rows that are divided into `shards` of `length` tokens (see `hybridlm.model.context_parallel`).
+
+        Raises:
+            ConfigError: the feed-forward cannot work on them; by default only one that keeps state cannot.
+        """
+        if self.keeps_state:
+            raise ConfigError("kind", "cannot work on split rows", got=self.kind, expected="engine.context_parallel=1")
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        """What a training step exchanges where `rows` rows are divided into `shards` of `length` tokens."""
+        return []
+
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
         """Forward FLOPs a token by part."""
         raise TypeError(f"{type(self).__name__} does not count its FLOPs")
 
 
 class FeedForward(nn.Module):
-    """Works on each token alone: x_BTD -> x_BTD.
+    """Works on each token: x [B, T, D] -> y [B, T, D].
+
+    Most kinds look at one token alone. One that also looks at earlier tokens (a token shift) sets `keeps_state` in its
+    config and keeps to the contract of a mixer: documents of `seq` never see each other, decoding with the state of
+    `new_state` gives what the full forward gives, and so do rows that are divided into shards.
 
     A forward changes nothing in the module: what a layer must remember of a batch (expert loads) it returns in its
     aux, and the model hands it back once through `record`. So a forward may be computed again, as activation
@@ -58,8 +84,13 @@ class FeedForward(nn.Module):
         """Weight of each "loss/..." in the aux; a loss not named here is only reported."""
         return {}
 
-    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: Any | None = None) -> tuple[Tensor, Aux]:
+        """`state` is this layer's decode state from `new_state`, updated in place; None when training."""
         raise TypeError(f"{type(self).__name__} has no forward")
+
+    def new_state(self, batch: int, max_length: int) -> Any:
+        """Empty decode state for `batch` sequences of at most `max_length` tokens; None for a kind without state."""
+        return None
 
     def record(self, aux: Aux) -> None:
         """Take from the aux of one training forward what the next optimizer step needs."""

@@ -55,7 +55,7 @@ class SwiGLU(FeedForward):
         self.up_proj = nn.Linear(hidden, width, bias=False)
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: None = None) -> tuple[Tensor, Aux]:
         return self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD), limit=self.limit)), {}
 
     def init_weights(self, std: float) -> None:

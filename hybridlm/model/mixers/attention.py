@@ -11,6 +11,7 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -22,12 +23,13 @@ from hybridlm.model.decode_state import AttentionState
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.cost import visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
-from hybridlm.model.mixers.common.indexed_attention import IndexedMixer
+from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, selections_left, selections_read
 from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedKind, SharedRead
 
 OutputGate = Literal["none", "element", "head"]
 
@@ -100,6 +102,12 @@ class AttentionConfig(MixerConfig):
         width = self.num_heads * self.head_dim
         return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
             context, context.hidden_size, context_length, width)
+
+    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
+        return selections_left(self.indexer)
+
+    def reads(self, context: LayerContext) -> Sequence[SharedRead]:
+        return selections_read(self.indexer)
 
     def check_context_parallel(self, shards: int, length: int) -> None:
         check_heads(self.num_heads, shards)

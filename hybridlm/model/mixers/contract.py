@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedKind, SharedRead
 
 # Of one layer: named losses ("loss/..."), and statistics that are reported over all layers ("stat/...") or also for
 # each ("layer/...").
@@ -45,6 +47,14 @@ class MixerConfig:
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         """Bytes of decode state for one sequence after `context_length` tokens."""
         raise TypeError(f"{type(self).__name__} does not count its state")
+
+    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
+        """Kinds of values that the layer can leave for later layers; see `hybridlm.model.sharing`."""
+        return ()
+
+    def reads(self, context: LayerContext) -> Sequence[SharedRead]:
+        """Values of earlier layers that the layer reads."""
+        return ()
 
     def check_context_parallel(self, shards: int, length: int) -> None:
         """Raise ConfigError unless the mixer can work on rows that are split into `shards` of `length` tokens (see

@@ -14,6 +14,7 @@ L = C + R, Q width of the queries' input, k selected keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -26,12 +27,18 @@ from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.attention import OutputGate, build_output_gate, gate_output
 from hybridlm.model.mixers.common.cost import visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
-from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, Selection
+from hybridlm.model.mixers.common.indexed_attention import (
+    IndexedMixer,
+    Selection,
+    selections_left,
+    selections_read,
+)
 from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedKind, SharedRead
 
 
 @dataclass(kw_only=True)
@@ -104,6 +111,12 @@ class MLAConfig(MixerConfig):
         width = self.num_heads * self.qk_head_dim
         return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
             context, self._widths(context)[0], context_length, width)
+
+    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
+        return selections_left(self.indexer)
+
+    def reads(self, context: LayerContext) -> Sequence[SharedRead]:
+        return selections_read(self.indexer)
 
     def check_context_parallel(self, shards: int, length: int) -> None:
         check_heads(self.num_heads, shards)

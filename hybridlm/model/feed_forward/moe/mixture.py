@@ -51,7 +51,7 @@ class MixtureOfExperts(FeedForward):
     def loss_weights(self) -> dict[str, float]:
         return {"balance": self.config.balance_loss, "router_z": self.config.router_z_loss}
 
-    def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: None = None) -> tuple[Tensor, Aux]:
         ids_NA, weights_NA, aux = self.router(x_BTD, seq)
         y_ND = self.experts(x_BTD.reshape(-1, x_BTD.shape[-1]), ids_NA, weights_NA)
         y_BTD = y_ND.view(x_BTD.shape)

@@ -35,6 +35,6 @@ def dense_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Sequenc
     if copies > 1:
         k_BSGK, v_BSGV = k_BSGK.repeat_interleave(copies, 2), v_BSGV.repeat_interleave(copies, 2)
     q, k, v = shard.by_heads(q_BTHK, k_BSGK, v_BSGV)
-    o = attention(q, k, v, scale=scale, window=window, sinks_H=None if sinks_H is None else shard.share(sinks_H),
+    o = attention(q, k, v, scale=scale, window=window, sinks_H=None if sinks_H is None else shard.local_heads(sinks_H),
                   cu_seqlens=shard.borders)
     return shard.by_tokens(o)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hybridlm.errors import ConfigError, require
+from hybridlm.errors import require
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.common.dense_attention import dense_attention
 from hybridlm.model.mixers.common.indexer import AttentionMode, IndexCache, Indexer, IndexerConfig, IndexTensors
@@ -20,6 +20,7 @@ from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.contract import Aux, SequenceMixer
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedKind, SharedRead
 from hybridlm_kernels import attention_recall, sparse_attention
 from hybridlm_kernels.ops.indexer_kl import Recall
 
@@ -38,36 +39,18 @@ class Selection:
     index: IndexTensors | None = None
 
 
-class Selections:
-    """What indexed layers selected in this forward, for layers that share; kept in `seq.shared`.
+# The loss of an indexer reaches it from every layer that reads its selection, so gradients pass.
+SELECTION = SharedKind("the keys that an indexer selects", gradient=True)
 
-    By layer and not as one "latest" entry, because activation checkpointing runs layers again from the last to the
-    first. An entry that no layer had read when the next one came is dropped.
-    """
 
-    KEY = "indexer.selections"
+def selections_left(indexer: IndexerConfig | None) -> tuple[SharedKind, ...]:
+    """`leaves` of a mixer with this indexer."""
+    return (SELECTION,) if indexer is not None and not indexer.share else ()
 
-    def __init__(self) -> None:
-        self.by_layer: dict[int, Selection] = {}
-        self.read: set[int] = set()
 
-    @classmethod
-    def of(cls, seq: SequenceInfo) -> Selections:
-        return seq.shared.setdefault(cls.KEY, cls())
-
-    def leave(self, layer: int, selection: Selection) -> None:
-        for earlier in [i for i in self.by_layer if i < layer and i not in self.read]:
-            del self.by_layer[earlier]
-        self.by_layer[layer] = selection
-
-    def nearest(self, layer: int) -> Selection:
-        """The selection of the nearest earlier indexed layer."""
-        source = max((i for i in self.by_layer if i < layer), default=None)
-        if source is None:
-            raise ConfigError("indexer.share", f"layer {layer} has no earlier selection to share", got=True,
-                              expected="an indexed layer with share=false before it")
-        self.read.add(source)
-        return self.by_layer[source]
+def selections_read(indexer: IndexerConfig | None) -> tuple[SharedRead, ...]:
+    """`reads` of a mixer with this indexer."""
+    return (SharedRead(SELECTION, option="indexer.share"),) if indexer is not None and indexer.share else ()
 
 
 class IndexedMixer(SequenceMixer):
@@ -86,6 +69,10 @@ class IndexedMixer(SequenceMixer):
         self.kl_weight = 0.0 if config is None else config.loss_weight
         self.measuring = False
         self.indexer: Indexer | None = None
+        self.selection_is_read = context.is_read(SELECTION)
+        self.selection_source = -1  # no layer
+        for read in selections_read(config):
+            self.selection_source = context.source_of(read)
 
     def build_indexer(self, context: LayerContext, query_dim: int, rope: RopeConfig, rope_dim: int) -> None:
         """Add the `indexer` submodule (last, so that a dense mixer's parameters keep their order)."""
@@ -131,7 +118,7 @@ class IndexedMixer(SequenceMixer):
             return Selection()
         dense = self._attention_mode == "dense"
         if self.indexer is None:
-            source = Selections.of(seq).nearest(self.layer_index)
+            source: Selection = seq.read(SELECTION, self.selection_source)
             wanted = source.indexer is not None and (self.measuring or self.learns(source.indexer))
             return replace(source, indices=None if dense else source.indices, index=source.index if wanted else None)
         index = chosen = None
@@ -144,7 +131,8 @@ class IndexedMixer(SequenceMixer):
             with torch.no_grad():
                 chosen = self.indexer(x_BTD, query_input_BTQ, seq, cache)
         selection = Selection(None if dense else chosen, chosen, self.indexer, index)
-        Selections.of(seq).leave(self.layer_index, selection)
+        if self.selection_is_read:
+            seq.leave(SELECTION, self.layer_index, selection)
         return selection
 
     def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: SequenceInfo, selection: Selection, *,
@@ -182,7 +170,7 @@ class IndexedMixer(SequenceMixer):
                "layer/indexer_entropy": result.entropy}
         if recall is not None and chosen is not None and seq.shard is not None:
             chose = (seq.positions_BT + 1 > (chosen >= 0).sum(-1)).sum()  # the queries that recall is a mean over
-            recall = Recall(*(seq.shard.weighed(x, chose) for x in recall))
+            recall = Recall(*(seq.shard.weighted_mean(x, chose) for x in recall))
         if recall is None and chosen is None:  # every key is selected
             recall = Recall(*[torch.ones_like(result.entropy)] * 3)
         if recall is not None:

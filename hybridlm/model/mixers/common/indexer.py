@@ -250,8 +250,8 @@ class Indexer(nn.Module):
         if seq.shard is None:
             return result
         count = (pools.count_BT > 0).sum()  # in an early shard fewer queries see a pool
-        return result._replace(loss=seq.shard.weighed(result.loss, count),
-                               entropy=seq.shard.weighed(result.entropy, count))
+        return result._replace(loss=seq.shard.weighted_mean(result.loss, count),
+                               entropy=seq.shard.weighted_mean(result.entropy, count))
 
 
 def longest_document(keys: int, seq: SequenceInfo) -> int:
