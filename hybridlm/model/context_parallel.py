@@ -1,4 +1,4 @@
-"""Context parallelism: long rows divided into contiguous shards, one per process, and what a layer may ask of the others.
+"""Context parallelism: long rows divided into shards, one per process, and what a layer may ask of the others.
 
 Every process holds one shard of all rows of a batch, and all weights. Its `ShardGroup` brings tensors of the other
 processes; everything else here is computed on one device. `SequenceInfo.shard` is None where rows are not divided.
@@ -178,22 +178,22 @@ class RowShard:
         start_B1 = self.positions_BL[:, :1]
         return (self.positions_BL == start_B1 + step_L) & (start_B1 > 0)
 
-    def incoming(self, local_BGKV: Tensor, through: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The state [B, G, K, V] at the start of the shard, by one gather of what each shard does to a state S:
+    def incoming(self, local_BHvKV: Tensor, through: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The state [B, HV, K, V] at the start of the shard, by one gather of what each shard does to a state S:
 
             S -> apply(through, S) + local
 
-        `local`: the state at the end, from zero at the start. `through` [B, G, ...] is zero where the last document
+        `local`: the state at the end, from zero at the start. `through` [B, HV, ...] is zero where the last document
         of a row does not come from the left.
         """
-        packed_PBX = self.group.gather(torch.cat([local_BGKV.flatten(1), through.flatten(1)], 1))
-        local_PBX, through_PBX = packed_PBX.split([x[0].numel() for x in (local_BGKV, through)], 2)
-        local_PBGKV = local_PBX.unflatten(2, local_BGKV.shape[1:])
+        packed_PBX = self.group.gather(torch.cat([local_BHvKV.flatten(1), through.flatten(1)], 1))
+        local_PBX, through_PBX = packed_PBX.split([x[0].numel() for x in (local_BHvKV, through)], 2)
+        local_PBHvKV = local_PBX.unflatten(2, local_BHvKV.shape[1:])
         through_PB = through_PBX.unflatten(2, through.shape[1:])
-        state = local_PBGKV[:0].sum(0)  # zeros, but the gather's backward waits for everyone
+        state = local_PBHvKV[:0].sum(0)  # zeros, but the gather's backward waits for everyone
         with torch.autocast(state.device.type, enabled=False):
             for earlier in range(self.group.rank):
-                state = apply(through_PB[earlier], state) + local_PBGKV[earlier]
+                state = apply(through_PB[earlier], state) + local_PBHvKV[earlier]
         return torch.where(self.continues_B[:, None, None, None], state, 0.0)
 
 

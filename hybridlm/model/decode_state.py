@@ -1,6 +1,6 @@
 """Decode state: what a layer keeps of the tokens it has seen. Updated in place; no gradient passes through it.
 
-B rows, S tokens kept, H query/key heads, G value heads, K key dim, V value dim, C channels, W taps of a convolution.
+B rows, S tokens kept, H query heads, G key/value heads of attention, HV value heads of recurrences, K key dim, V value dim, C channels, W taps of a convolution.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class LatentState:
 
 @dataclass
 class RecurrentState:
-    """Linear mixers: the state matrix [B, G, K, V] and the last W - 1 inputs of each convolution [B, C, W-1].
+    """Linear mixers: the state matrix [B, HV, K, V] and the last W - 1 inputs of each convolution [B, C, W-1].
 
     None before the first token, which stands for zeros.
     """
