@@ -1,6 +1,7 @@
 """Decode state: what a layer keeps of the tokens it has seen. Updated in place; no gradient passes through it.
 
-B rows, S tokens kept, H query heads, G key/value heads of attention, HV value heads of recurrences, K key dim, V value dim, C channels, W taps of a convolution.
+B rows, S tokens kept, H query heads, G key/value heads of attention, HV value heads of recurrences,
+K key dim, V value dim, C channels, W taps of a convolution.
 """
 
 from __future__ import annotations
