@@ -25,6 +25,7 @@ from yaml import YAMLError
 
 from hybridlm.config.checks import validate
 from hybridlm.config.conversion import converted_model, has_indexer
+from hybridlm.config.legacy import is_saved_config, refuse_renamed, upgrade_config
 from hybridlm.config.paths import search_folders
 from hybridlm.config.schema import Config, RecipeConfig
 from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict, to_yaml, yaml_error
@@ -61,6 +62,7 @@ def load_config(name: str = "train", overrides: Sequence[str] = (),
             _apply(config, override)
         _convert(config, files, values, whole=root.startswith(_FILE))
         data = _resolve(config)
+    refuse_renamed(data)
     result = from_dict(Config, data)
     validate(result)
     return result
@@ -82,7 +84,7 @@ def _stage_root(name: str, folders: list[Path], stage: Path) -> tuple[str, list[
     """
     if name.endswith(_YAML):
         path = _existing(name, "")
-        shutil.copyfile(path, stage / f"{_FILE}root.yaml")
+        _copy(path, stage / f"{_FILE}root.yaml")
         return f"{_FILE}root", []
     chosen: list[str] = []
     if not any((folder / f"{name}.yaml").is_file() for folder in folders):
@@ -178,12 +180,23 @@ def _stage_file(path: Path, group: str, stage: Path) -> str:
     option = _FILE + re.sub(r"[^\w-]", "_", path.stem)
     target = stage / group / f"{option}.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
+    _copy(path, target, group)
+    return option
+
+
+def _copy(path: Path, target: Path, group: str | None = None) -> None:
+    """Copies a user's file, or only its section `group` where it is a whole run; a saved config is upgraded."""
     data = load_yaml(path)
-    if isinstance(data, dict) and isinstance(data.get(group), dict) and "defaults" not in data:
-        target.write_text(to_yaml(data[group]), encoding="utf-8")
+    saved = is_saved_config(data)
+    if saved:
+        data = upgrade_config(data)
+    section = data.get(group) if group is not None and isinstance(data, dict) and "defaults" not in data else None
+    if isinstance(section, dict):
+        target.write_text(to_yaml(section), encoding="utf-8")
+    elif saved:
+        target.write_text(to_yaml(data), encoding="utf-8")
     else:
         shutil.copyfile(path, target)
-    return option
 
 
 def _compose(name: str, overrides: list[str], folders: list[Path]) -> DictConfig:
