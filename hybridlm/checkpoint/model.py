@@ -14,7 +14,8 @@ from torch import nn
 
 from hybridlm.checkpoint.folder import resolve
 from hybridlm.checkpoint.legacy_names import checkpoint_tensors
-from hybridlm.config.serialization import from_dict, load_yaml, to_yaml
+from hybridlm.config.legacy import load_saved_config, upgrade_layers
+from hybridlm.config.serialization import from_dict, to_yaml
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.distributed.zero.partition import read_weight
 from hybridlm.errors import CheckpointError
@@ -24,8 +25,8 @@ from hybridlm.tensor_storage import StoredTensor, full_shape, unique_tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the resolved config of the run that wrote the checkpoint, as plain data."""
-    return load_yaml(folder / "config.yaml")
+    """Read the resolved config of the run that wrote the checkpoint, as plain data in the names of this version."""
+    return load_saved_config(folder / "config.yaml")
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -35,7 +36,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         CheckpointError: the list is not what the config says now.
     """
     config = from_dict(ModelConfig, read_config(folder)["model"], "model")
-    saved = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
+    saved = upgrade_layers(json.loads((folder / "layers.json").read_text(encoding="utf-8")))
     if saved != layer_list(config):
         raise CheckpointError(f"the layer list of {folder} is not what its config gives: "
                               + "; ".join(layer_diff(saved, layer_list(config))))

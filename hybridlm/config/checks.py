@@ -6,10 +6,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hybridlm.config.conversion import has_indexer
+from hybridlm.config.legacy import upgrade_pattern
 from hybridlm.config.schema import Config, StageConfig
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.cost import count_parameters
+from hybridlm.model.model import HybridLM
 from hybridlm_kernels.registry import operations
 
 BYTE_VOCABULARY = 257  # 256 byte values and end of text
@@ -90,14 +94,16 @@ def check_patterns(patterns: list[str], names: list[str], path: str) -> None:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"{path}.{index}", "matches no parameter of the model", got=pattern,
                               expected="a shell pattern over parameter names",
-                              hint=did_you_mean(pattern.replace("*", ""), names))
+                              hint=_renamed(pattern) or did_you_mean(pattern.replace("*", ""), names))
+
+
+def _renamed(pattern: str) -> str:
+    """The hint for a pattern over the parameter names of an earlier version; "" for any other pattern."""
+    now = upgrade_pattern(pattern)
+    return f"parameters were renamed: '{now}'" if now != pattern else ""
 
 
 def parameter_names(config: Config) -> list[str]:
     """Names of the model's parameters; the model is built without memory."""
-    import torch
-
-    from hybridlm.model.model import HybridLM
-
     with torch.device("meta"):
         return [name for name, _ in HybridLM(config.model).named_parameters()]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,10 @@ def upgrade_config(data: Any) -> Any:
             parent, key = _parent(data, path)
             if isinstance(parent[key], str):
                 parent[key] = names.get(parent[key], parent[key])
+    for path in _matches(data, "recipe.stages.*.trainable.*"):
+        parent, key = _parent(data, path)
+        if isinstance(parent[key], str):
+            parent[key] = upgrade_pattern(parent[key])
     for section, fields in EARLIER_FIELDS.items():
         _leave_out_other_kinds(data, section, fields)
     return data
@@ -103,6 +108,17 @@ def upgrade_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kinds = RENAMED_VALUES["model.mixers.*.kind"]
     return [{**layer, "kind": kinds.get(layer["kind"], layer["kind"])} if "kind" in layer else layer
             for layer in layers]
+
+
+def upgrade_pattern(pattern: str) -> str:
+    """A shell pattern over parameter names, in the parameter names of this version.
+
+    Example:
+        >>> upgrade_pattern("layers.*.mixer.f.q_proj.weight"), upgrade_pattern("*.feed_forward.norm.*")
+        ('layers.*.mixer.q_proj.weight', '*.feed_forward_norm.*')
+    """
+    return re.sub(r"(mixer|feed_forward)\.(f|norm)\.", lambda m: f"{m[1]}." if m[2] == "f" else f"{m[1]}_norm.",
+                  pattern)
 
 
 def refuse_renamed(data: Any) -> None:

@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hybridlm.config.legacy import load_saved_config
 from hybridlm.config.schema import Config
-from hybridlm.config.serialization import from_dict, load_yaml
+from hybridlm.config.serialization import from_dict
 from hybridlm.errors import ConfigError, UserError, did_you_mean
 from hybridlm.sweep.collect import read_metrics, read_results
 from hybridlm.sweep.folder import POINT_FILE
@@ -54,7 +55,7 @@ class Run:
             self.fault = "there is no config.yaml"
             return None
         try:
-            return from_dict(Config, load_yaml(file))
+            return from_dict(Config, load_saved_config(file))
         except UserError as error:
             self.fault = f"config.yaml cannot be used: {' '.join(str(error).split())}"
             return None

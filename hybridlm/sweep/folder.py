@@ -19,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hybridlm.config.serialization import load_yaml, to_dict, to_yaml
+from hybridlm.config.legacy import load_saved_config
+from hybridlm.config.serialization import to_dict, to_yaml
 from hybridlm.errors import ConfigError, UserError
 from hybridlm.files import is_locked, try_lock, write_json, write_text
 from hybridlm.sweep.plan import SweepPlan
@@ -115,7 +116,7 @@ def check_owner(plan: SweepPlan) -> None:
         file = folder / "points" / name / POINT_FILE
         if file.exists():
             try:
-                compare(load_yaml(file), point.config, file.parent)
+                compare(load_saved_config(file), point.config, file.parent)
             except UserError as error:
                 what = str(error).split("; got ")[0].split(". Take another")[0]
                 raise ConfigError("sweep.dir", f"holds another sweep, point {name} is not the same: {what}",

@@ -24,8 +24,9 @@ from typing import Any
 from filelock import BaseFileLock
 
 from hybridlm import checkpoint
+from hybridlm.config.legacy import load_saved_config
 from hybridlm.config.schema import Config
-from hybridlm.config.serialization import from_dict, load_yaml, to_dict, to_yaml
+from hybridlm.config.serialization import from_dict, to_dict, to_yaml
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.files import try_lock, write_text
@@ -96,7 +97,7 @@ class RunFolder:
             raise ConfigError("run_dir", "already holds a run", got=str(self.path), expected="an empty folder",
                               hint="training.resume=auto goes on with it")
         if used and self.config_file.exists():
-            compare(load_yaml(self.config_file), config, self.path)
+            compare(load_saved_config(self.config_file), config, self.path)
         checkpoint.remove_drafts(self.checkpoints)
 
     def _check_fresh(self, resume: str) -> None:

@@ -29,6 +29,9 @@ from hybridlm.errors import ConfigError
     (["recipe.stages.0.trainable=[lm_hed.weight]"],
      "recipe.stages.0.trainable.0: matches no parameter of the model; got 'lm_hed.weight'; "
      "expected a shell pattern over parameter names; did you mean 'lm_head.weight'?"),
+    (["recipe.stages.0.trainable=['layers.*.mixer.f.*']"],
+     "recipe.stages.0.trainable.0: matches no parameter of the model; got 'layers.*.mixer.f.*'; "
+     "expected a shell pattern over parameter names; parameters were renamed: 'layers.*.mixer.*'"),
     (["init_from=/nowhere/run"],
      "init_from: no such checkpoint; got '/nowhere/run'; expected a run folder or a checkpoint folder"),
     (["model.feed_forward.dense_layers=[9]", "model.feed_forward.intermediate_size=8"],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm.config import from_dict, load_config, load_model_config, load_yaml, to_dict
+from hybridlm.config import from_dict, load_config, load_yaml, to_dict
 from hybridlm.config.legacy import (
     EARLIER_FIELDS,
     RENAMED_KEYS,
@@ -47,10 +47,12 @@ def test_upgrading_twice_or_a_config_of_today_changes_nothing():
 
 def test_keys_and_values_move_with_their_content():
     data = {"engine": {"sequence_parallel": 4}, "kernels": {"decay_attention": "torch"},
-            "model": {"mixers": {"a": {"kind": "decay"}, "b": {"kind": "mla"}}}}
+            "model": {"mixers": {"a": {"kind": "decay"}, "b": {"kind": "mla"}}},
+            "recipe": {"stages": [{"trainable": ["*.mixer.f.*", "embed.*"]}]}}
     assert upgrade_config(data) == {
         "engine": {"context_parallel": 4}, "kernels": {"linear_attention": "torch"},
-        "model": {"mixers": {"a": {"kind": "linear_attention"}, "b": {"kind": "mla"}}}}
+        "model": {"mixers": {"a": {"kind": "linear_attention"}, "b": {"kind": "mla"}}},
+        "recipe": {"stages": [{"trainable": ["*.mixer.*", "embed.*"]}]}}
     assert upgrade_config(None) is None
     assert upgrade_config({"engine": None, "model": 3}) == {"engine": None, "model": 3}
     layers = [{"layer": 0, "mixer": "a", "kind": "decay"}, {"layer": 1, "mixer": "decay", "kind": "mla"}]
@@ -105,7 +107,8 @@ def test_the_config_of_an_old_checkpoint_runs_again(tmp_path):
     assert is_saved_config(load_yaml(file))
     config = load_config(str(file), ["run_dir=runs/again"])
     assert config.run_dir == "runs/again"
-    assert config.model == load_model_config(file), "its model stands for a model"
+    as_model = load_config("train", [f"model={file}", "training.sequence_length=64"])
+    assert as_model.model == config.model, "its model stands for a model"
     assert config.model.mixers["lightning"].kind == "linear_attention"
     only_model = {"model": to_dict(config.model)}
     assert is_saved_config(only_model), "an imported checkpoint"
