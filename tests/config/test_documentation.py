@@ -12,14 +12,15 @@ from hybridlm.config.paths import config_dir, options
 from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.schema import Config, DataSourceConfig, StageConfig
 from hybridlm.config.serialization import hint_at, known_paths, to_dict
+from hybridlm.kind_registry import registry_of
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig
 
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
 def test_every_key_of_a_run_is_named():
-    inner = {"model", "model.schedule", "model.residual", "model.norm", "model.mtp", "model.published", "data", "optimizer",
-             "optimizer.schedule", "recipe", "training", "engine", "tracking"}
+    inner = {"model", "model.schedule", "model.residual", "model.norm", "model.mtp", "model.published", "data",
+             "optimizer", "optimizer.schedule", "recipe", "training", "engine", "tracking"}
     elsewhere = "model.feed_forward."  # its own table
     paths = [path for path in known_paths(Config) if path not in inner and not path.startswith(elsewhere)]
     assert [path for path in paths if f"`{path}`" not in TEXT] == []
@@ -57,16 +58,21 @@ def rows() -> list[tuple[str, str]]:
 def test_defaults_are_as_written(path, written):
     if written in ("the file's name", "runs/MODEL NAME", "one stage"):
         return
-    cls: type = Config
     *parents, last = path.split(".")
-    for parent in parents:
-        hint = hint_at(cls, parent)
-        cls = next(arg for arg in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(arg))
-    field = next(field for field in dataclasses.fields(cls) if field.name == last)
-    if written == "required" or path.startswith("model.published"):
-        assert field.default is dataclasses.MISSING
-        assert field.default_factory is dataclasses.MISSING
+    section = Config if not parents else hint_at(Config, ".".join(parents))
+    section = next(arg for arg in (get_args(section) or (section,)) if dataclasses.is_dataclass(arg))
+    registry = registry_of(section)
+    if registry is not None and last == registry.key:
+        assert written == registry.default or registry.default is None
         return
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    as_text = {"off": "off"}  # which YAML takes for false
-    assert to_dict(default) == as_text.get(written, yaml.load(written, Loader=Loader))
+    classes = [section] if registry is None else [section, *(config for config, _ in registry.values())]
+    fields = [field for cls in classes for field in dataclasses.fields(cls) if field.name == last]
+    for field in fields:
+        if written == "required" or path.startswith("model.published"):
+            assert field.default is dataclasses.MISSING
+            assert field.default_factory is dataclasses.MISSING
+            continue
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        as_text = {"off": "off"}  # which YAML takes for false
+        assert to_dict(default) == as_text.get(written, yaml.load(written, Loader=Loader))
+    assert fields
