@@ -65,7 +65,11 @@ def test_defaults_are_as_written(path, written):
     if registry is not None and last == registry.key:
         assert written == registry.default or registry.default is None
         return
-    classes = [section] if registry is None else [section, *(config for config, _ in registry.values())]
+    classes = [section]
+    if registry is not None:  # the default is that of the default kind, or of the only kinds that have the option
+        kinds = [registry.default] * (registry.default is not None) + list(registry)
+        with_it = [kind for kind in kinds if last in {field.name for field in dataclasses.fields(registry[kind][0])}]
+        classes = [registry.config_class(kind) for kind in (with_it[:1] if with_it[0] == registry.default else with_it)]
     fields = [field for cls in classes for field in dataclasses.fields(cls) if field.name == last]
     for field in fields:
         if written == "required" or path.startswith("model.published"):
