@@ -1,6 +1,6 @@
-"""The whole language model: embedding, layers by schedule, head, and multi-token prediction.
+"""The language model: embedding, layers by schedule, output head, and multi-token prediction.
 
-B rows, T tokens, D model width, V vocabulary. Single-device code: no trainer, no ranks.
+B rows, T tokens per row, N = B*T tokens, D model width, V vocabulary. Single-device code: no trainer, no ranks.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,19 +34,22 @@ from hybridlm.model.sharing import SharedStore
 from hybridlm.model.targets import build_targets, tokens_ahead
 from hybridlm_kernels import CuSeqlens, linear_cross_entropy
 
-Borders = CuSeqlens | Tensor | Sequence[int]
+DocumentBorders = CuSeqlens | Tensor | Sequence[int]
 
 
 class HybridLM(nn.Module):
-    """A hybrid language model with one mixer and one feed-forward a layer.
+    """A hybrid language model: each layer has one mixer, named by the schedule, and one feed-forward.
 
     Made on a real device it has fresh weights of seed 0. Made under `torch.device("meta")` it allocates nothing;
     `to_empty(device=...)` and `init_weights(seed)` then make it usable.
-    `loss_weights` replaces weights of the config in the loss, by the names of `ModelOutput.losses`: a training stage
-    may leave out what it does not train.
-    `activation_checkpointing` keeps only the layers' inputs in training and computes the rest again in the backward.
-    `shard_group`: processes that share the rows with this one. All are handed the same whole rows; each computes its
-    shard of them, the losses and logits of its own tokens.
+
+    Attributes:
+        activation_checkpointing: whether training keeps only the inputs of layers, and computes everything inside them
+            again in the backward.
+        loss_weights: weights that stand above those of the config, by the names of `ModelOutput.losses`; a training
+            stage leaves out what it does not train.
+        shard_group: the processes that hold the rows of a batch together with this one, or None. All of them get the
+            same rows; each computes its shard, with the losses and logits of its own tokens.
     """
 
     def __init__(self, config: ModelConfig):
@@ -68,22 +71,18 @@ class HybridLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the head's, or the embedding's when they are tied."""
+        """The output matrix [V, D]: the weight of `lm_head`, or of the embedding when they are tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     @property
-    def blocks(self) -> list[Block]:
-        """`layers`, typed."""
-        return list(self.layers)  # type: ignore[arg-type]
-
-    @property
     def device(self) -> torch.device:
+        """The device of the embedding."""
         return self.embed.weight.device
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Borders | None = None,
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: DocumentBorders | None = None,
                 state: ModelState | None = None, targets: Tensor | None = None, *, return_logits: bool = False,
-                logits_to_keep: int | None = None, whole: GlobalBatch | None = None) -> ModelOutput:
-        """Logits, or the loss.
+                logits_to_keep: int | None = None, global_batch: GlobalBatch | None = None) -> ModelOutput:
+        """Compute logits, or the loss where there are labels or targets.
 
         Args:
             input_ids: int64 [B, T].
@@ -92,25 +91,39 @@ class HybridLM(nn.Module):
                 row is one document. A CUDA tensor costs a synchronisation; host numbers do not.
             state: from `new_state`, continued and updated in place; positions go on from what it holds.
             targets: int64 [B, T, 1 + mtp.depth] instead of `labels`: token t + 1 + d, or -100.
-            return_logits: logits beside the loss; otherwise they are never all in memory.
-            logits_to_keep: logits of the last positions only.
-            whole: the batch that this one is a part of; losses then add up over its parts.
+            return_logits: whether to return logits beside the loss; otherwise they are never all in memory.
+            logits_to_keep: number of last positions that get logits; None: all.
+            global_batch: the batch of the optimizer step, of which this forward computes a part; losses then add up
+                over the parts.
+
+        Returns:
+            The logits [B, T, V] or the losses, with statistics of the layers.
 
         Raises:
             ValueError: shapes or borders that do not fit.
+
+        Example:
+            >>> import torch
+            >>> from hybridlm import build_model, load_config
+            >>> model = build_model(load_config("quickstart").model, seed=0)
+            >>> ids = torch.arange(12).view(2, 6)
+            >>> tuple(model(ids).logits.shape)
+            (2, 6, 257)
+            >>> sorted(model(ids, labels=ids, cu_seqlens=[0, 4, 6, 12]).losses)
+            ['lm']
         """
         seq = self._sequence(input_ids, cu_seqlens, state)
         targets = self._targets(input_ids, labels, targets, seq.cu_seqlens)
         if targets is not None and state is not None:
             raise ValueError("a decode state cannot be trained through: pass labels or targets without state")
-        following = self._following(input_ids, targets, seq)
+        following = self._tokens_for_mtp(input_ids, targets, seq)
         if self.shard_group is not None:
             if state is not None:
-                raise ValueError("rows that are split between processes cannot be decoded: set shard_group to None")
+                raise ValueError("rows that are divided between processes cannot be decoded: set shard_group to None")
             seq = seq.shard_rows(self.shard_group)
         totals = AuxTotals()
         stream = self.residual.start(self.embed(seq.local_tokens(input_ids)))
-        for i, layer in enumerate(self.blocks):
+        for i, layer in enumerate(self.layers):
             stream = self._run(layer, str(i), stream, seq, totals, *([] if state is None else [state.layers[i]]))
         x_BTD = self.norm(self.residual.end(stream))
         if state is not None:
@@ -118,7 +131,7 @@ class HybridLM(nn.Module):
         output = ModelOutput(state=state)
         if targets is not None:
             following = [seq.local_tokens(ids) for ids in following]
-            self._losses(output, x_BTD, seq.local_tokens(targets), following, seq, totals, whole)
+            self._losses(output, x_BTD, seq.local_tokens(targets), following, seq, totals, global_batch)
         if targets is None or return_logits:
             output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
         output.stats = totals.stats()
@@ -133,18 +146,19 @@ class HybridLM(nn.Module):
     def new_state(self, batch: int, max_length: int | None = None) -> ModelState:
         """Empty decode state for `batch` rows of at most `max_length` tokens (default: the model's max_position)."""
         length = self.config.max_position if max_length is None else max_length
-        return ModelState([layer.new_state(batch, length) for layer in self.blocks], batch, length)
+        layers = [layer.new_state(batch, length) for layer in self.layers]  # type: ignore[operator]
+        return ModelState(layers, batch, length)
 
     def init_weights(self, seed: int = 0) -> None:
-        """Fresh parameters and buffers; see `hybridlm.model.init`."""
+        """Give every parameter and buffer a fresh value; see `hybridlm.model.init`."""
         init_weights(self, self.config.init_std, seed)
 
     def num_params(self) -> int:
-        """Parameters, each counted once."""
+        """Number of parameters, each counted once."""
         return sum(p.numel() for p in self.parameters())
 
     def fp32_parameter_names(self) -> set[str]:
-        """Parameters and buffers that no engine may cast below fp32."""
+        """Names of the parameters and buffers that no engine may cast below fp32."""
         names = set()
         for prefix, module in self.named_modules():
             suffixes = getattr(module, "fp32_parameters", ())
@@ -179,7 +193,9 @@ class HybridLM(nn.Module):
             if isinstance(module, FeedForward):
                 module.post_optimizer_step(update)
 
-    def _sequence(self, input_ids: Tensor, cu_seqlens: Borders | None, state: ModelState | None) -> SequenceInfo:
+    def _sequence(self, input_ids: Tensor, cu_seqlens: DocumentBorders | None,
+                  state: ModelState | None) -> SequenceInfo:
+        """Check the inputs, and describe positions and documents of their tokens."""
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids must be [batch, time] with at least one token; got {list(input_ids.shape)}")
         if input_ids.device.type == "cpu":  # on a GPU looking costs a synchronisation
@@ -217,20 +233,23 @@ class HybridLM(nn.Module):
                              f"got {list(targets.shape)}")
         return targets
 
-    def _following(self, input_ids: Tensor, targets: Tensor | None, seq: SequenceInfo) -> list[Tensor]:
-        """The tokens that each MTP module is told, [B, T]."""
+    def _tokens_for_mtp(self, input_ids: Tensor, targets: Tensor | None, seq: SequenceInfo) -> list[Tensor]:
+        """The tokens ahead that each module of multi-token prediction gets, [B, T] per module."""
         if targets is None:
             return []
         return [tokens_ahead(input_ids, targets, k, seq.cu_seqlens) for k in range(1, self.config.mtp.depth + 1)]
 
-    def _run(self, module: Block | MTPModule, label: str, stream: Stream, seq: SequenceInfo, totals: AuxTotals,
+    def _run(self, module: nn.Module, label: str, stream: Stream, seq: SequenceInfo, totals: AuxTotals,
              *extra: Any) -> Stream:
-        """One layer, checkpointed if asked; its aux goes to `totals` and its loads to its buffers, once."""
+        """Run one layer, under activation checkpointing if that is on.
+
+        Its aux goes to `totals` and its loads to its buffers, once, however often the layer is computed again.
+        """
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             stream, aux = _checkpointed(module, stream, seq, *extra)
         else:
             stream, aux = module(stream, seq, *extra)
-        block = module.block if isinstance(module, MTPModule) else module
+        block = cast(Block, module.block if isinstance(module, MTPModule) else module)
         totals.add(block.mixer, aux["mixer"], label)
         totals.add(block.feed_forward, aux["feed_forward"], label)
         if self.training:
@@ -238,9 +257,9 @@ class HybridLM(nn.Module):
         return stream
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, targets_BTd: Tensor, following: list[Tensor],
-                seq: SequenceInfo, totals: AuxTotals, whole: GlobalBatch | None) -> None:
+                seq: SequenceInfo, totals: AuxTotals, global_batch: GlobalBatch | None) -> None:
         config, losses, weights = self.config, output.losses, self.loss_weights
-        counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if whole is None else whole.targets
+        counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if global_batch is None else global_batch.targets
         losses["lm"], z, output.num_tokens = self._cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
                                                                  config.z_loss)
         loss = losses["lm"] * weights["lm"] if "lm" in weights else losses["lm"]
@@ -250,19 +269,24 @@ class HybridLM(nn.Module):
         if config.mtp.depth:
             by_depth = []
             for k, (module, ahead_BT) in enumerate(zip(self.mtp, following, strict=True), start=1):
-                x_BTD = self._run(module, f"mtp{k}", x_BTD, seq, totals, self.embed(ahead_BT))  # type: ignore[arg-type]
+                x_BTD = self._run(module, f"mtp{k}", x_BTD, seq, totals, self.embed(ahead_BT))
                 by_depth.append(self._cross_entropy(x_BTD, targets_BTd[..., k], counts[k])[0])
             losses["mtp"] = torch.stack(by_depth).mean()
             loss = loss + weights.get("mtp", config.mtp.loss_weight) * losses["mtp"]
-        output.share = 1.0 if whole is None else targets_BTd[..., 0].numel() / whole.tokens
-        means, weighted = totals.losses(output.share, weights)
+        if global_batch is not None:
+            output.batch_fraction = targets_BTd[..., 0].numel() / global_batch.tokens
+        means, weighted = totals.losses(output.batch_fraction, weights)
         losses.update(means)
         output.loss = sum(weighted, start=loss)
 
     def _cross_entropy(self, x_BTD: Tensor, labels_BT: Tensor, divisor: int | None,
                        z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross entropy and logsumexp^2, summed over the tokens that count and divided by `divisor` (default: how
-        many these are), and their number."""
+        """Cross entropy of next tokens, without ever holding all logits.
+
+        Returns:
+            Cross entropy and logsumexp^2, each summed over the tokens that count and divided by `divisor` (None: their
+            number), and the number of these tokens.
+        """
         x_ND, weight_VD = x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_weight
         if torch.is_autocast_enabled(x_ND.device.type):  # a fused operation does not take part in autocast
             dtype = torch.get_autocast_dtype(x_ND.device.type)
@@ -274,7 +298,7 @@ class HybridLM(nn.Module):
 
 
 def _checkpointed(module: nn.Module, stream: Stream, seq: SequenceInfo, *extra: Any) -> tuple[Stream, dict[str, Aux]]:
-    """The layer with its inner activations computed again in the backward.
+    """Run a layer whose inner activations are computed again in the backward.
 
     Each computation starts from what earlier layers have left before this layer ran: values that later layers leave
     must not reach the second one.
@@ -296,15 +320,23 @@ def _checkpointed(module: nn.Module, stream: Stream, seq: SequenceInfo, *extra: 
 def build_model(config: Any, *, seed: int | None = None, device: torch.device | str = "cpu",
                 shard_experts: Callable[[HybridLM], None] | None = None,
                 shard_weights: Callable[[nn.Module], None] | None = None) -> HybridLM:
-    """A model with fresh weights from a run's config or a ModelConfig.
+    """Build a model with fresh weights from a run's config or a ModelConfig.
 
-    `seed` defaults to the run's `training.seed`, else 0. On the "meta" device nothing is allocated. `shard_experts`
-    drops the experts that other processes hold, before memory is allocated. `shard_weights` gets each mixer,
-    feed-forward, norm and projection when its weights are there, and may leave a shard of them before the next one is
-    allocated.
+    Args:
+        config: what `hybridlm.load_config` returns, or its `model` section.
+        seed: seed of the weights; None takes the run's `training.seed`, or 0 for a ModelConfig.
+        device: where the weights are made; on "meta" nothing is allocated.
+        shard_experts: drops the experts that other processes hold, before memory is allocated.
+        shard_weights: gets each mixer, feed-forward, norm and projection when its weights are there, and may leave a
+            shard of them before the next one is allocated.
 
     Raises:
         ConfigError: a value that cannot be built.
+
+    Example:
+        >>> from hybridlm import build_model, load_config
+        >>> build_model(load_config("quickstart").model, device="meta").num_params() > 100_000
+        True
     """
     model_config = getattr(config, "model", config)
     if not isinstance(model_config, ModelConfig):

@@ -31,12 +31,16 @@ class ModelState:
 class ModelOutput:
     """Result of one forward; attributes are named as in transformers.
 
-    `loss` is what is trained: the weighted sum of `losses`. Those are scalars, not weighted: `lm` and `mtp` nats a
-    token, `z` mean of logsumexp^2, `balance` 1 where experts are balanced. `stats` are scalars without gradient,
-    each the mean over the layers that have it, with the extremes as `<name>_min` and `<name>_max`; some also stand
-    for each layer, as `<name>/<layer>`.
-    `num_tokens` is how many tokens the `lm` loss is a mean over; `share` the part of the whole batch's positions that
-    this forward computed.
+    Attributes:
+        logits: [B, T, V], or of the last positions only.
+        loss: the scalar that is trained, the weighted sum of `losses`.
+        losses: scalars, not weighted: `lm` and `mtp` in nats per token, `z` the mean of logsumexp^2, `balance` (1 where
+            experts are balanced), and others that layers have.
+        stats: scalars without gradient, each the mean over the layers that have it, with the extremes as `<name>_min`
+            and `<name>_max`; some also per layer, as `<name>/<layer>`.
+        state: the decode state that was passed in.
+        num_tokens: number of tokens that the `lm` loss is a mean over.
+        batch_fraction: positions of this forward over those of the global batch; 1 without one.
     """
 
     logits: Tensor | None = None
@@ -45,20 +49,20 @@ class ModelOutput:
     stats: dict[str, Tensor] = field(default_factory=dict)
     state: ModelState | None = None
     num_tokens: Tensor | None = None
-    share: float = 1.0
+    batch_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The batch of an optimizer step, of which a forward sees a part.
+    """The batch of one optimizer step, of which a forward computes a part.
 
-    With it the losses of a forward are its part's share: those of all parts add up to the losses of the whole
-    batch, and so do their gradients, however the batch is cut (accumulation, ranks). Without it losses are means
-    over the forward's own tokens.
+    A forward that is told the global batch divides its sums by the counts of that batch. The losses of all parts then
+    add up to those of the batch, and so do their gradients, however it is divided (accumulation, processes). Without
+    it losses are means over the forward's own tokens.
     """
 
-    targets: tuple[int, ...]  # how many targets count, for each of the 1 + mtp.depth tokens ahead
-    tokens: int  # positions, counted or not
+    targets: tuple[int, ...]  # number of targets that count, per each of the 1 + mtp.depth tokens ahead
+    tokens: int  # number of positions, whether they count or not
 
 
 class AuxTotals:
@@ -69,9 +73,9 @@ class AuxTotals:
         self._stats: dict[str, list[Tensor]] = {}
         self._by_layer: dict[str, Tensor] = {}
 
-    def add(self, f: nn.Module, aux: Aux, layer: str) -> None:
-        """The aux of the mixer or feed-forward `f` of a layer."""
-        weights = getattr(f, "loss_weights", {})
+    def add(self, branch: nn.Module, aux: Aux, layer: str) -> None:
+        """Add the aux of a mixer or feed-forward of the layer that records call `layer`."""
+        weights = getattr(branch, "loss_weights", {})
         for key, value in aux.items():
             group, _, name = key.partition("/")
             if group == "loss":
@@ -81,20 +85,23 @@ class AuxTotals:
                 if group == "layer":
                     self._by_layer[f"{name}/{layer}"] = value.detach()
 
-    def losses(self, share: float = 1.0, weights: Mapping[str, float] | None = None,
+    def losses(self, batch_fraction: float = 1.0, weights: Mapping[str, float] | None = None,
                ) -> tuple[dict[str, Tensor], Iterable[Tensor]]:
-        """Each loss averaged over its layers, and the weighted terms of the model's loss; all times `share`.
+        """Each loss averaged over its layers, and the weighted terms of the model's loss.
+
+        All of them are multiplied by `batch_fraction`.
 
         `weights` replace those of the layers' own configs, by name.
         """
         for name in set(weights or ()) & set(self._losses):
             self._losses[name] = [(weights[name], value) for _, value in self._losses[name]]  # type: ignore[index]
-        means = {name: torch.stack([v for _, v in terms]).mean() * share for name, terms in self._losses.items()}
-        weighted = [weight * share / len(terms) * value
+        means = {name: torch.stack([v for _, v in terms]).mean() * batch_fraction for name, terms in self._losses.items()}
+        weighted = [weight * batch_fraction / len(terms) * value
                     for terms in self._losses.values() for weight, value in terms if weight]
         return means, weighted
 
     def stats(self) -> dict[str, Tensor]:
+        """Each statistic: mean and extremes over its layers, and the values of single layers."""
         out: dict[str, Tensor] = {}
         for name, values in self._stats.items():
             stacked = torch.stack(values)

@@ -47,7 +47,7 @@ def noting_backends(model: HybridLM) -> Iterator[Callable[[], list[Row]]]:
     def leave(*_: object) -> None:
         where.pop()
 
-    named: list[tuple[str, nn.Module]] = [*((str(i), block) for i, block in enumerate(model.blocks)),
+    named: list[tuple[str, nn.Module]] = [*((str(i), block) for i, block in enumerate(model.layers)),
                                           *(("mtp", module) for module in model.mtp)]
     hooks = [hook for place, module in named for hook in (
         module.register_forward_pre_hook(enter(place)), module.register_forward_hook(leave, always_call=True))]

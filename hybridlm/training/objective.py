@@ -23,16 +23,16 @@ def global_batch(parts: Sequence[Any], over_ranks: Callable[[list[int]], list[in
     return GlobalBatch(tuple(targets), tokens)
 
 
-def language_model(whole: GlobalBatch) -> Objective:
+def language_model(batch: GlobalBatch) -> Objective:
     """Next tokens, with what the model adds to them (MTP, balance, z): the loss the model itself composes."""
 
     def contribute(model: nn.Module, part: Any) -> Contribution:
-        output = model(part.input_ids, targets=part.targets, cu_seqlens=part.cu_seqlens, whole=whole)
+        output = model(part.input_ids, targets=part.targets, cu_seqlens=part.cu_seqlens, global_batch=batch)
         values = {f"loss/{name}": value.detach() for name, value in output.losses.items()}
         for name, value in output.stats.items():
             if not name.startswith(FROM_LOADS):
                 group = next((group for start, group in GROUPS.items() if name.startswith(start)), "stat")
-                values[f"{group}/{name}"] = value * output.share
+                values[f"{group}/{name}"] = value * output.batch_fraction
         return Contribution(output.loss, values)
 
     return contribute

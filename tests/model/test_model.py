@@ -79,8 +79,8 @@ def test_losses_of_the_parts_of_a_batch_add_up():
     both.loss.backward()
     gradients = {n: p.grad.clone() for n, p in lm.named_parameters()}
     lm.zero_grad()
-    whole = GlobalBatch(targets=tuple((targets != -100).sum((0, 1)).tolist()), tokens=IDS.numel())
-    parts = [lm(IDS[i : i + 1], targets=targets[i : i + 1], whole=whole) for i in range(2)]
+    batch = GlobalBatch(targets=tuple((targets != -100).sum((0, 1)).tolist()), tokens=IDS.numel())
+    parts = [lm(IDS[i : i + 1], targets=targets[i : i + 1], global_batch=batch) for i in range(2)]
     sum(part.loss for part in parts).backward()
     for name in both.losses:
         torch.testing.assert_close(sum(part.losses[name] for part in parts), both.losses[name])
