@@ -89,13 +89,14 @@ class AuxTotals:
                ) -> tuple[dict[str, Tensor], Iterable[Tensor]]:
         """Each loss averaged over its layers, and the weighted terms of the model's loss.
 
-        All of them are multiplied by `batch_fraction`.
-
-        `weights` replace those of the layers' own configs, by name.
+        Args:
+            batch_fraction: multiplies all of them.
+            weights: weights by name of the loss, which stand above those of the layers' own configs.
         """
         for name in set(weights or ()) & set(self._losses):
             self._losses[name] = [(weights[name], value) for _, value in self._losses[name]]  # type: ignore[index]
-        means = {name: torch.stack([v for _, v in terms]).mean() * batch_fraction for name, terms in self._losses.items()}
+        means = {name: torch.stack([value for _, value in terms]).mean() * batch_fraction
+                 for name, terms in self._losses.items()}
         weighted = [weight * batch_fraction / len(terms) * value
                     for terms in self._losses.values() for weight, value in terms if weight]
         return means, weighted
