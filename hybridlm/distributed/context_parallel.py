@@ -7,20 +7,19 @@ x: any shape; P ranks of a group.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hybridlm.model.shard_group import AdjointShardGroup
 
 # The second names are those before torch 2.13.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class ContextParallelGroup:
-    """A `ShardGroup` over a process group. `gather`, `exchange` and `from_previous` have gradients; `all_gather` and
-    `reduce_scatter` are each other's adjoints, as are `shift` by 1 and by -1; `all_to_all` is its own."""
+class ContextParallelGroup(AdjointShardGroup):
+    """The shard group of the ranks of a process group."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
@@ -33,18 +32,6 @@ class ContextParallelGroup:
         world = dist.get_world_size()
         group, _ = dist.new_subgroups_by_enumeration([[*range(g, g + size)] for g in range(0, world, size)])
         return cls(group)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Return the x of every rank, [P, ...], with gradients."""
-        return _Gather.apply(x, self)
-
-    def exchange(self, x_P: Tensor) -> Tensor:
-        """Send entry j of x_P [P, ...] to rank j, with gradients; return the entries that came, by rank."""
-        return _Exchange.apply(x_P, self)
-
-    def from_previous(self, x: Tensor) -> Tensor:
-        """Return the x of the rank before this one, zeros on the first, with gradients."""
-        return _Shift.apply(x, self)
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Return x summed over the ranks, without gradients."""
@@ -78,36 +65,3 @@ class ContextParallelGroup:
         leaving = x.reshape(-1) if any(sent) else x.new_empty(0)
         dist.all_to_all_single(arrived, leaving, received, sent, group=self.group)
         return arrived.view(x.shape) if any(received) else torch.zeros_like(x)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shard_group: ContextParallelGroup) -> Tensor:
-        ctx.shard_group = shard_group
-        return shard_group.all_gather(x)
-
-    @staticmethod
-    def backward(ctx: Any, d_P: Tensor) -> Any:
-        return ctx.shard_group.reduce_scatter(d_P), None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_P: Tensor, shard_group: ContextParallelGroup) -> Tensor:
-        ctx.shard_group = shard_group
-        return shard_group.all_to_all(x_P)
-
-    @staticmethod
-    def backward(ctx: Any, d_P: Tensor) -> Any:
-        return ctx.shard_group.all_to_all(d_P), None
-
-
-class _Shift(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shard_group: ContextParallelGroup) -> Tensor:
-        ctx.shard_group = shard_group
-        return shard_group.shift(x, 1)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> Any:
-        return ctx.shard_group.shift(d, -1), None

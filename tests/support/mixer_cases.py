@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hybridlm.model.contract_check import Subject
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import (
     AttentionConfig,
@@ -13,7 +14,6 @@ from hybridlm.model.mixers import (
     IndexerConfig,
     LinearAttentionConfig,
     MLAConfig,
-    build_mixer,
 )
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.rope import RopeConfig, YarnConfig
@@ -79,15 +79,14 @@ def context_of(name: str = "", layer_index: int = 1, hidden_size: int = HIDDEN,
                         mixers={str(index): mixer for index, mixer in enumerate(layers)})
 
 
+def subject(name: str) -> Subject:
+    """The mixer of case `name` as the contract checks take it."""
+    return Subject(CASES[name], context_of(name))
+
+
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0):
     """The mixer of case `name` with every parameter away from its neutral value."""
-    torch.manual_seed(seed)
-    mixer = build_mixer(CASES[name], context_of(name))
-    mixer.init_weights(0.3)
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return mixer.to(dtype)
+    return subject(name).build(dtype, seed)
 
 
 def inputs(batch: int, length: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> torch.Tensor:

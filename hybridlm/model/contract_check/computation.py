@@ -1,0 +1,230 @@
+"""What a module computes: causality, packed documents, decoding, gradients, recomputation, half precision.
+
+B rows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hybridlm.model.contract_check.subject import Subject
+from hybridlm.model.contract_check.verdicts import (
+    ContractViolation,
+    largest_difference,
+    require,
+    require_close,
+)
+from hybridlm_kernels.packing import CuSeqlens
+
+CAUSAL_LENGTH = 131  # tokens: two chunks of 64 and a part of a third
+CHANGED_TOKENS = (1, 15, 16, 63, 64, 127, 128)  # the sides of the borders between chunks
+DOCUMENTS = (0, 1, 6, 70, 75, 140, 143, 150)  # borders in two rows of 75 tokens
+DECODED_PARTS = {"token by token": (1,) * 23, "in chunks": (7, 1, 12, 3), "after a prompt": (20, 1, 1, 1)}
+STEP_SIZES = (1e-5, 1e-6, 1e-7)  # of finite differences; a smaller one steps over fewer jumps of a selection
+GRADIENT_RTOL = 1e-5
+HALF_PRECISION_RTOL = 0.03
+
+
+def check_causality(subject: Subject) -> str:
+    """A change of one token leaves every earlier output as it is, bit for bit, and changes that token's own."""
+    module = subject.build(torch.float32)
+    x_BTD = subject.inputs(1, CAUSAL_LENGTH, torch.float32)
+    with torch.no_grad():
+        y_BTD, _ = subject.run(module, x_BTD)
+        require(y_BTD.shape == x_BTD.shape, f"outputs have shape {list(y_BTD.shape)}, inputs {list(x_BTD.shape)}")
+        for t in CHANGED_TOKENS:
+            changed_BTD = x_BTD.clone()
+            changed_BTD[:, t] += 1.0
+            y_changed_BTD, _ = subject.run(module, changed_BTD)
+            if not torch.equal(y_changed_BTD[:, :t], y_BTD[:, :t]):
+                first = int((y_changed_BTD != y_BTD).any(-1).nonzero()[0, 1])
+                difference = largest_difference(y_changed_BTD[:, :t], y_BTD[:, :t])
+                raise ContractViolation(f"a change of token {t} changes the output of token {first}, by up to "
+                                        f"{difference:.1e}: outputs must not depend on later tokens, in rounding "
+                                        "either")
+            require(not torch.equal(y_changed_BTD[:, t], y_BTD[:, t]),
+                    f"the output of token {t} does not depend on token {t}")
+    return f"earlier outputs stay bitwise equal when one of {len(CHANGED_TOKENS)} tokens changes"
+
+
+def check_packed_documents(subject: Subject) -> str:
+    """Several documents in one row give what each gives alone: outputs, and gradients of inputs and parameters."""
+    module = subject.build()
+    x_BTD = subject.inputs(2, 75).requires_grad_()
+    weights = _output_weights(DOCUMENTS[-1], x_BTD.shape[-1])
+    packed = subject.run(module, x_BTD, CuSeqlens(list(DOCUMENTS)))[0].flatten(0, 1)
+    packed_grads = _gradients(module, x_BTD, (packed * weights).sum())
+    rows = x_BTD.flatten(0, 1)
+    alone = torch.cat([subject.run(module, rows[None, start:stop])[0][0]
+                       for start, stop in itertools.pairwise(DOCUMENTS)])
+    grads = _gradients(module, x_BTD, (alone * weights).sum())
+    require_close(packed, alone, "outputs of packed and of separate documents", rtol=1e-9, atol=1e-10)
+    for name, grad in packed_grads.items():
+        require_close(grad, grads[name], f"gradients of {name} with packed and with separate documents",
+                      rtol=1e-8, atol=1e-9)
+    return f"{len(DOCUMENTS) - 1} documents in 2 rows equal the documents alone, gradients too"
+
+
+@torch.no_grad()
+def check_decoding(subject: Subject) -> str:
+    """Tokens that come in parts, with the state handed on, give what they give in one forward."""
+    module = subject.build()
+    x_BTD = subject.inputs(2, 23)
+    y_BTD, _ = subject.run(module, x_BTD)
+    for how, lengths in DECODED_PARTS.items():
+        state, done = subject.new_state(module, *x_BTD.shape[:2]), 0
+        parts = []
+        for length in lengths:
+            parts.append(subject.run(module, x_BTD[:, done : done + length], state=state, offset=done)[0])
+            done += length
+        require_close(torch.cat(parts, 1), y_BTD, f"outputs {how} and of one forward", rtol=1e-8, atol=1e-9)
+    return f"{', '.join(DECODED_PARTS)} as in one forward"
+
+
+def check_gradients(subject: Subject) -> str:
+    """Gradients of inputs and of every parameter agree with finite differences in fp64, along a random direction.
+
+    An error in one entry shows with probability 1, since the direction has no zero.
+    """
+    module = subject.build()
+    x_BTD = subject.inputs(1, 14)
+    weights = _output_weights(*x_BTD.shape[1:])
+
+    def loss() -> Tensor:
+        return (subject.run(module, x_BTD)[0] * weights).sum()
+
+    x_BTD.requires_grad_()
+    grads = _gradients(module, x_BTD, loss())
+    x_BTD.requires_grad_(False)
+    tensors = {"the inputs": x_BTD, **dict(module.named_parameters())}
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in tensors.items():
+        direction = torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)
+        grad = grads.get(name, torch.zeros_like(tensor))
+        by_autograd = float((grad * direction).sum())
+        tolerance = GRADIENT_RTOL * float(grad.norm()) + 1e-7
+        by_differences = [_directional_difference(loss, tensor, direction, step) for step in STEP_SIZES]
+        nearest = min(by_differences, key=lambda value: abs(value - by_autograd))
+        require(abs(nearest - by_autograd) <= tolerance,
+                f"gradient of {name}: autograd gives {by_autograd:.6g} along a random direction, finite differences "
+                f"{nearest:.6g}; {tolerance:.1e} is allowed")
+    return f"autograd agrees with finite differences for the inputs and {len(tensors) - 1} parameters"
+
+
+@torch.no_grad()
+def _directional_difference(loss: Callable[[], Tensor], tensor: Tensor, direction: Tensor, step: float) -> float:
+    before = tensor.clone()
+    tensor.copy_(before + step * direction)
+    above = loss()
+    tensor.copy_(before - step * direction)
+    below = loss()
+    tensor.copy_(before)
+    return float(above - below) / (2 * step)
+
+
+def check_every_parameter_learns(subject: Subject) -> str:
+    """Every parameter gets a gradient that is not zero, from the outputs or from a loss of the module's own."""
+    module = subject.build()
+    y_BTD, aux = subject.run(module, subject.inputs(2, 20))
+    (y_BTD.square().sum() + sum(value for name, value in aux.items() if name.startswith("loss/"))).backward()
+    without = [name for name, p in module.named_parameters() if p.grad is None or not float(p.grad.abs().sum()) > 0]
+    require(not without, f"no gradient reaches {', '.join(without)}")
+    return "a gradient reaches every parameter"
+
+
+def check_training_after_inference(subject: Subject) -> str:
+    """A forward under `torch.inference_mode` leaves nothing behind that a later backward cannot use."""
+    module, x_BTD = subject.build(), subject.inputs(1, 9)
+    with torch.inference_mode():
+        first, _ = subject.run(module, x_BTD)
+    second, _ = subject.run(module, x_BTD.requires_grad_())
+    second.sum().backward()
+    require(torch.equal(first, second.detach()), "outputs in training differ from those of inference")
+    return "a backward runs after inference, and outputs are equal"
+
+
+def check_activation_checkpointing(subject: Subject) -> str:
+    """Activation checkpointing, which computes the forward again in the backward, changes no output and no gradient."""
+    module, results = subject.build(torch.float32), []
+    for recompute in (False, True):
+        x_BTD = subject.inputs(2, 40, torch.float32).requires_grad_()
+        run: Any = (lambda x: checkpoint(lambda y: subject.run(module, y), x, use_reentrant=False)) if recompute else (
+            lambda x: subject.run(module, x))
+        y_BTD, aux = run(x_BTD)
+        loss = y_BTD.square().sum() + sum(value for name, value in aux.items() if name.startswith("loss/"))
+        results.append({"the outputs": y_BTD.detach(), **_gradients(module, x_BTD, loss)})
+    plain, recomputed = results
+    for name, value in plain.items():
+        require(torch.equal(value, recomputed[name]), f"{name} differ with activation checkpointing, by up to "
+                f"{largest_difference(value, recomputed[name]):.1e}")
+    return "outputs and gradients are bitwise the same with it and without"
+
+
+def check_half_precision(subject: Subject) -> str:
+    """Weights in bf16, but those of `fp32_parameters`, and autocast to bf16 both stay near fp32.
+
+    The error is the median over tokens: a rounded score may choose another key or another expert for a few of them.
+    """
+    module, x_BTD = subject.build(torch.float32), subject.inputs(1, 24, torch.float32)
+    y_BTD = subject.run(module, x_BTD)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        x_again = x_BTD.clone().requires_grad_()
+        autocast_BTD = subject.run(module, x_again)[0]
+    grads = _gradients(module, x_again, autocast_BTD.float().square().sum())
+    broken = [name for name, grad in grads.items() if grad.dtype != torch.float32 or not bool(grad.isfinite().all())]
+    require(not broken, f"gradients of {', '.join(broken)} are not finite, or not in fp32, under autocast to bf16")
+    kept = {name: p.detach().clone() for name, p in module.named_parameters() if is_kept_in_fp32(module, name)}
+    module.bfloat16()
+    for name, value in kept.items():
+        module.get_parameter(name).data = value
+    half_BTD = subject.run(module, x_BTD.bfloat16())[0]
+    require(half_BTD.dtype == torch.bfloat16, f"outputs for inputs in bf16 are {half_BTD.dtype}, expected bf16")
+    errors = []
+    for how, found in (("under autocast", autocast_BTD), ("with weights in bf16", half_BTD)):
+        error = float(((found.float() - y_BTD).norm(dim=-1) / y_BTD.norm(dim=-1)).detach().median())
+        require(error < HALF_PRECISION_RTOL, f"outputs {how} are {error:.1%} away from those in fp32, expected below "
+                f"{HALF_PRECISION_RTOL:.0%}: which parameters belong into fp32_parameters?")
+        errors.append(f"{error:.1%} {how}")
+    return f"error against fp32: {', '.join(errors)}"
+
+
+def check_fp32_parameters(subject: Subject) -> str:
+    """`fp32_parameters` holds every vector that is no bias: norms, decays, gates lose too much in bf16."""
+    module = subject.new_module()
+    names = module.fp32_parameters
+    require(isinstance(names, tuple) and all(isinstance(name, str) for name in names),
+            f"fp32_parameters is {names!r}, expected a tuple of names")
+    rounded = [name for name, p in module.named_parameters()
+               if p.ndim < 2 and name.rpartition(".")[2] != "bias" and not is_kept_in_fp32(module, name)]
+    require(not rounded, f"{', '.join(rounded)}: vectors that bf16 would round; name them in fp32_parameters")
+    kept = [name for name, _ in module.named_parameters() if is_kept_in_fp32(module, name)]
+    return f"kept in fp32: {', '.join(kept) or 'nothing, and there is no vector'}"
+
+
+def is_kept_in_fp32(module: Any, name: str) -> bool:
+    """Whether `fp32_parameters` holds the parameter, by its name or the last parts of it."""
+    return any(name == last or name.endswith(f".{last}") for last in module.fp32_parameters)
+
+
+def _output_weights(length: int, width: int) -> Tensor:
+    """Fixed weights [T, D] that make one loss of all outputs."""
+    return torch.randn(length, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def _gradients(module: Any, x_BTD: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients of the inputs and of the parameters that get one, by name; none is left in the module."""
+    module.zero_grad()
+    x_BTD.grad = None
+    loss.backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    require(x_BTD.grad is not None, "the inputs get no gradient")
+    result = {"the inputs": x_BTD.grad, **grads}
+    module.zero_grad()
+    x_BTD.grad = None
+    return result  # type: ignore[return-value]

@@ -1,0 +1,121 @@
+"""Costs: what a config says of its module, beside the module itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridlm.errors import counted
+from hybridlm.model.contract_check.executed_flops import count_executed_flops
+from hybridlm.model.contract_check.subject import Subject
+from hybridlm.model.contract_check.verdicts import NotClaimed, require
+from hybridlm.model.feed_forward.contract import FeedForwardConfig
+from hybridlm.model.mixers.contract import MixerConfig
+
+FLOPS_RTOL = 0.01
+FLOPS_LENGTHS = (64, 256)  # tokens
+ACTIVATION_LENGTH = 256  # tokens
+ACTIVATION_FACTOR = 2.0  # an estimate of memory, at the small sizes of a check
+FP32 = 4  # bytes
+
+
+def check_parameter_count(subject: Subject) -> str:
+    """`num_params` of the config is the number of parameters of the module."""
+    with torch.device("meta"):
+        module = subject.new_module()
+    built = sum(parameter.numel() for parameter in module.parameters())
+    counted = subject.config.num_params(subject.context)
+    require(counted == built, f"num_params says {counted:,}, the module has {built:,}")
+    config = subject.config
+    if isinstance(config, FeedForwardConfig):
+        active, routed = config.num_params(subject.context, active=True), config.routed_params(subject.context)
+        require(0 < active <= built, f"num_params(active=True) says {active:,} of {built:,}")
+        require(built - routed <= active, f"{active:,} parameters are active, fewer than the {built - routed:,} that "
+                "belong to no routed expert")
+    return f"{built:,} parameters"
+
+
+def check_flops(subject: Subject) -> str:
+    """`flops_per_token` of the config fits what a forward executes.
+
+    It lies between the products with weights, which are counted exactly, and everything that is executed: a config
+    counts a recurrence as the paper writes it and causal attention as half a square, a backend does more than that.
+    It grows with the context where the executed FLOPs do, and only there.
+    """
+    module = subject.build(torch.float32)
+    declared, executed = {}, {}
+    for length in FLOPS_LENGTHS:
+        x_BTD = subject.inputs(1, length, torch.float32)
+        executed[length] = count_executed_flops(module, lambda x=x_BTD: subject.run(module, x))
+        declared[length] = sum(_declared(subject, length).values())
+        least, most = executed[length].weights / length, executed[length].total / length
+        require(least * (1 - FLOPS_RTOL) <= declared[length] <= most * (1 + FLOPS_RTOL),
+                f"flops_per_token says {declared[length]:,.0f} at {length} tokens; a forward executes "
+                f"{least:,.0f} with weights and {most:,.0f} in all")
+    short, long = FLOPS_LENGTHS
+    if isinstance(subject.config, MixerConfig):
+        grows = declared[long] > declared[short]
+        if subject.config.is_linear:
+            require(not grows, "is_linear says that a token costs the same at any context, flops_per_token does not")
+        elif executed[long].others / long > 2 * executed[short].others / short:
+            require(grows, f"flops_per_token is the same at {short} and {long} tokens, products of activations are not")
+    found = executed[long]
+    return (f"{declared[long]:,.0f} per token at {long} tokens; executed: {found.weights / long:,.0f} with weights, "
+            f"{found.others / long:,.0f} between activations, {found.elementwise / long:,.0f} elementwise")
+
+
+def _declared(subject: Subject, length: int) -> dict[str, float]:
+    if isinstance(subject.config, MixerConfig):
+        return subject.config.flops_per_token(subject.context, length)
+    return subject.config.flops_per_token(subject.context)
+
+
+def check_parameter_roles(subject: Subject) -> str:
+    """`parameter_roles` says of every parameter what it is, so that optimizers know how to update it."""
+    with torch.device("meta"):
+        module: Any = subject.new_module()
+    roles = module.parameter_roles()
+    shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+    require(roles.keys() == shapes.keys(), "parameter_roles and the module differ in "
+            f"{', '.join(sorted(roles.keys() ^ shapes.keys()))}")
+    for name, role in roles.items():
+        require(not role.kind.endswith("matrix") or (len(shapes[name]) == 2 and shapes[name][0] % role.heads == 0),
+                f"{name} of shape {shapes[name]} cannot be a {role.kind} with {counted(role.heads, 'head')}")
+    kinds = Counter(role.kind for role in roles.values())
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())) or "no parameters"
+
+
+@torch.no_grad()
+def check_state_bytes(subject: Subject) -> str:
+    """`state_bytes` of the config is the size of the decode state, and does not grow for a linear mixer."""
+    module = subject.build(torch.float32)
+    state = subject.new_state(module, 1, 40)
+    if state is None:
+        raise NotClaimed("keeps no state")
+    subject.run(module, subject.inputs(1, 31, torch.float32), state=state)
+    said = subject.config.state_bytes(subject.context, 31, element_bytes=FP32)  # type: ignore[union-attr]
+    require(said == state.num_bytes, f"state_bytes says {said:,} after 31 tokens, the state has {state.num_bytes:,}")
+    near, far = (subject.config.state_bytes(subject.context, n) for n in (50_000, 100_000))  # type: ignore[union-attr]
+    if getattr(subject.config, "is_linear", False):
+        require(near == far, f"is_linear says that the state keeps its size, state_bytes says {near:,} after 50,000 "
+                f"tokens and {far:,} after 100,000")
+    return f"{said:,} bytes after 31 tokens, {far:,} after 100,000 with elements of two bytes"
+
+
+def kept_bytes(module: torch.nn.Module, run: Any) -> int:
+    """Bytes that autograd keeps for the backward of `run()`, each storage once, without the module's own tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = run()
+    assert outputs is not None  # alive until here, and with it what it keeps
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
