@@ -12,8 +12,8 @@
 
 from hybridlm.model.contract_check.subject import Subject as Subject
 from hybridlm.model.contract_check.subject import small_context as small_context
+from hybridlm.model.contract_check.suite import CHECKS as CHECKS
 from hybridlm.model.contract_check.verdicts import ContractViolation as ContractViolation
 from hybridlm.model.contract_check.verdicts import NotClaimed as NotClaimed
 from hybridlm.model.contract_check.verdicts import Verdict as Verdict
 from hybridlm.model.contract_check.verdicts import run_checks as run_checks
-from hybridlm.model.contract_check.suite import CHECKS as CHECKS

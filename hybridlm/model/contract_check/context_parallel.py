@@ -131,4 +131,5 @@ def _backward(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Tensor,
 
 
 def _in_words(handed: Counter[str]) -> str:
-    return ", ".join(f"{number:,} bytes by {method}" for method, number in sorted(handed.items()) if number) or "nothing"
+    words = [f"{number:,} bytes by {method}" for method, number in sorted(handed.items()) if number]
+    return ", ".join(words) or "nothing"
