@@ -47,6 +47,13 @@ def fails(capsys, *argv):
     (["import", "a", "out", "--replace", "gdn=one"], ["--replace", "'one'", "such as 0,1,2"]),
     (["export", "runs/none", "out"], ["no checkpoint at runs/none"]),
     (["verify", "runs/none", "out", "--token-ids", "x"], ["--token-ids"]),
+    (["check", "kdaa"], ["KIND: no such mixer or feed-forward", "did you mean 'kda'"]),
+    (["check", "zzz"], ["expected one of", "attention", "a kind of your own is registered with --import FILE"]),
+    (["check", "kda", "num_head=3"], ["kda.num_head: unknown key", "did you mean 'num_heads'"]),
+    (["check", "kda", "num_heads"], ["num_heads: is not an option", "key=value"]),
+    (["check", "kda", "kind=mla"], ["kind: is named by KIND"]),
+    (["check", "kda", "--only", "causalty"], ["--only: no such check", "did you mean 'causality'"]),
+    (["check", "kda", "--hidden-size", "0"], ["--hidden-size: must be positive"]),
     (["doctor", "now"], ["unrecognized arguments: now"]),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, words):
@@ -183,6 +190,41 @@ def test_inspect_reads_a_run_folder(trained, capsys):
     folder, _ = trained
     assert main(["inspect", str(folder / "run"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"]["total"] > 0
+
+
+def test_configs_lists_groups_options_and_one_file(capsys):
+    assert main(["configs", "--json"]) == 0
+    groups = {row["group"]: row["options"] for row in json.loads(capsys.readouterr().out)["groups"]}
+    assert "kda" in groups["mixer"]
+    assert main(["configs", "mixer"]) == 0
+    assert "Kimi Delta Attention" in capsys.readouterr().out
+    assert main(["configs", "mixer", "kda"]) == 0
+    assert (ROOT / "configs" / "mixer" / "kda.yaml").read_text() in capsys.readouterr().out
+    assert "did you mean 'mixer'" in fails(capsys, "configs", "mixers")
+    assert "did you mean 'kda'" in fails(capsys, "configs", "mixer", "kdaa")
+
+
+@pytest.mark.parametrize(("name", "options", "what"), [
+    ("kda", [], "mixer"), ("attention", ["window=5", "rope.kind=none"], "mixer"), ("dsa", ["num_heads=2"], "mixer"),
+    ("moe_sigmoid", ["num_experts=6"], "feed-forward"), ("dense", [], "feed-forward")])
+def test_check_takes_kinds_and_presets_with_options(capsys, name, options, what):
+    assert main(["check", name, *options, "--json", "--only", "parameter count", "--only", "causality"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["what"], report["ok"]) == (what, True)
+    assert {row["check"]: row["verdict"] for row in report["checks"]} == {"causality": "passed",
+                                                                         "parameter count": "passed"}
+    assert all(str(report["config"][option.split("=")[0]]) == option.split("=")[1]
+               for option in options if "." not in option)
+
+
+def test_check_shows_a_table_and_exits_with_1_when_a_check_fails(capsys, monkeypatch):
+    from hybridlm.model.mixers import AttentionConfig
+
+    monkeypatch.setattr(AttentionConfig, "num_params", lambda self, context: 7)
+    assert main(["check", "attention"]) == 1
+    out = capsys.readouterr().out
+    assert "num_params says 7" in out
+    assert "1 check failed" in out
 
 
 def test_prepare_reports_the_tokens(trained, capsys):

@@ -27,6 +27,8 @@ COMMANDS = {
     "import": "turn a checkpoint of transformers into one of ours",
     "export": "turn a checkpoint of ours into one that transformers loads",
     "verify": "compare the two: logits, tokens, the first layer that differs",
+    "configs": "list what can be chosen, and show one config with its comments",
+    "check": "test a mixer or a feed-forward, ours or yours, against what every one of them must do",
     "doctor": "versions, device, and every kernel against its reference",
     "bench": "every kernel backend timed against what this machine can do",
 }
@@ -44,6 +46,7 @@ examples:
   hybridlm train model=qwen3_next_tiny data.path=texts/ training.steps=500 run_dir=runs/first
   hybridlm inspect model=kimi_linear_48b
   hybridlm generate runs/first --prompt "def main(" --max-new-tokens 100
+  hybridlm check my_mixer --import my_mixer.py
 
 `hybridlm COMMAND --help` says more. `hybridlm --version` prints the version.
 """

@@ -18,8 +18,14 @@ def _attention_flops(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *args: Any,
     return 2 * batch * heads * queries * k_BHSK.shape[2] * (key_dim + v_BHSV.shape[3])
 
 
-# torch counts products and the attention kernels of GPUs; this is the one of the CPU.
-COUNTERS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _grouped_product_flops(x_NK: Tensor, weight_EKM: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Rows sorted by expert, each times the matrix of its expert."""
+    return 2 * x_NK.shape[-2] * x_NK.shape[-1] * weight_EKM.shape[-1]
+
+
+# torch counts matrix products and the attention kernels of GPUs; these are the others that run on a CPU.
+COUNTERS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+            torch.ops.aten._grouped_mm: _grouped_product_flops}
 
 
 class ExecutedFlops(TorchDispatchMode):

@@ -71,4 +71,4 @@ def require_close(found: Tensor, expected: Tensor, what: str, *, rtol: float, at
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
     """The largest |a - b|; nan where one of them is not finite."""
-    return float((a - b).abs().max()) if a.numel() else 0.0
+    return float((a - b).detach().abs().max()) if a.numel() else 0.0

@@ -5,6 +5,7 @@ from hybridlm.model.mixers.attention import AttentionConfig as AttentionConfig
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer as IndexedMixer
 from hybridlm.model.mixers.common.indexer import IndexerConfig as IndexerConfig
 from hybridlm.model.mixers.contract import MIXERS as MIXERS
+from hybridlm.model.mixers.contract import MixerConfig as MixerConfig
 from hybridlm.model.mixers.contract import SequenceMixer as SequenceMixer
 from hybridlm.model.mixers.contract import build_mixer as build_mixer
 from hybridlm.model.mixers.contract import register_mixer as register_mixer

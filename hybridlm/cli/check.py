@@ -1,0 +1,146 @@
+"""`hybridlm check`: the contract of mixers and feed-forwards, run on one of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hybridlm.cli.parser import Parser
+from hybridlm.errors import ConfigError, counted, did_you_mean
+
+HIDDEN_SIZE = 32  # of the layer that is checked, unless asked otherwise
+# Sizes of a small layer for options that a kind or preset leaves open.
+SMALL_SIZES = {"num_heads": 4, "head_dim": 8, "intermediate_size": 48, "kv_lora_rank": 24, "qk_nope_head_dim": 8,
+               "qk_rope_head_dim": 4, "v_head_dim": 8, "topk": 6, "num_experts": 4, "num_experts_per_tok": 2,
+               "moe_intermediate_size": 16}
+STYLES = {"passed": "green", "failed": "red", "skipped": "dim"}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check one mixer or feed-forward and print a verdict per check; returns 1 when one fails."""
+    parser = Parser("check", "Test a mixer or feed-forward, ours or yours, against what every one of them must do:\n"
+                             "causality, packed documents, decoding, gradients, costs, initialisation, context "
+                             "parallelism.\nEverything runs in seconds, on the CPU, at small sizes.", """\
+  hybridlm check kda
+  hybridlm check attention num_heads=4 num_kv_heads=2 head_dim=8 window=9
+  hybridlm check my_mixer --import my_mixer.py
+  hybridlm check my_mixer width=64 --import my_mixer.py --only gradients --json""")
+    parser.add_argument("kind", metavar="KIND",
+                        help="a kind of mixer or feed-forward, or a preset of the config groups mixer and feed_forward")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="options of the kind; small sizes by default")
+    parser.add_argument("--hidden-size", type=int, default=HIDDEN_SIZE, metavar="D",
+                        help=f"width of the residual stream (default {HIDDEN_SIZE})")
+    parser.add_argument("--only", action="append", default=[], metavar="CHECK",
+                        help="run this check alone, for example causality; may be given again")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="a folder of your own presets, searched first")
+    parser.add_json()
+    args = parser.parse_intermixed_args(argv)
+    if args.hidden_size < 1:
+        raise ConfigError("--hidden-size", "must be positive", got=args.hidden_size)
+    from hybridlm.config.serialization import to_dict
+    from hybridlm.model.contract_check import CHECKS, Subject, run_checks, small_context
+
+    for name in args.only:
+        if name not in CHECKS:
+            raise ConfigError("--only", "no such check", got=name, expected=f"one of {', '.join(CHECKS)}",
+                              hint=did_you_mean(name, CHECKS))
+    noun, config = _config(args.kind, args.options, args.config_dir)
+    checks = {name: check for name, check in CHECKS.items() if not args.only or name in args.only}
+    subject = Subject(config, small_context(config, args.hidden_size))
+    verdicts = list(run_checks(subject, checks))
+    ok = all(verdict.verdict != "failed" for verdict in verdicts)
+    report = {"name": args.kind, "what": noun, "kind": config.kind, "hidden_size": args.hidden_size,
+              "config": to_dict(config), "checks": [asdict(verdict) for verdict in verdicts], "ok": ok}
+    print(json.dumps(report)) if args.json else _show(report)
+    return 0 if ok else 1
+
+
+def _config(name: str, options: Sequence[str], config_dir: str | None) -> tuple[str, Any]:
+    """What `name` is ("mixer" or "feed-forward"), and its config: a preset's before that of a kind."""
+    from hybridlm.config.paths import find_option
+    from hybridlm.config.paths import options as option_names
+    from hybridlm.config.serialization import from_dict
+    from hybridlm.kind_registry import registry_of
+    from hybridlm.model.feed_forward.contract import FeedForwardConfig
+    from hybridlm.model.mixers.contract import MixerConfig
+
+    bases = {"mixer": MixerConfig, "feed_forward": FeedForwardConfig}
+    known: list[str] = []
+    for group, base in bases.items():
+        registry = registry_of(base)
+        assert registry is not None
+        preset = find_option(group, name, config_dir)
+        known += [*option_names(group, config_dir), *registry]
+        if preset is None and name not in registry:
+            continue
+        data = {"kind": name} if preset is None else _preset(group, name, config_dir)
+        data = _merge(data, _given(options))
+        return registry.noun, from_dict(base, _with_sizes(registry.config_class(data["kind"]), data), name)
+    names = sorted(set(known))
+    raise ConfigError("KIND", "no such mixer or feed-forward", got=name, expected=f"one of {', '.join(names)}",
+                      hint=did_you_mean(name, names) or "a kind of your own is registered with --import FILE")
+
+
+def _preset(group: str, name: str, config_dir: str | None) -> dict[str, Any]:
+    """The options of a preset, those of the presets that it builds on included."""
+    from hybridlm.config.paths import find_option
+    from hybridlm.config.serialization import load_yaml
+
+    file = find_option(group, name, config_dir)
+    if file is None:
+        raise ConfigError(f"{group}/{name}", "no such preset")
+    data = load_yaml(file)
+    merged: dict[str, Any] = {}
+    for entry in data.pop("defaults", []):
+        if entry != "_self_":
+            merged = _merge(merged, _preset(group, entry, config_dir))
+    return _merge(merged, data)
+
+
+def _given(options: Sequence[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    for option in options:
+        if "=" not in option:
+            raise ConfigError(option, "is not an option", expected="key=value")
+    found = OmegaConf.to_container(OmegaConf.from_dotlist(list(options)))
+    assert isinstance(found, dict)
+    if "kind" in found:
+        raise ConfigError("kind", "is named by KIND", got=found["kind"])
+    return found  # type: ignore[return-value]
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.to_container(OmegaConf.merge(base, changes))
+    assert isinstance(merged, dict)
+    return merged  # type: ignore[return-value]
+
+
+def _with_sizes(config_class: type, data: dict[str, Any]) -> dict[str, Any]:
+    """`data` with small sizes for required fields that it leaves open."""
+    import dataclasses
+
+    from hybridlm.config.serialization import MISSING
+
+    required = [field.name for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+                if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
+    given = {name: value for name, value in data.items() if value != MISSING}
+    return {**{name: SMALL_SIZES[name] for name in required if name in SMALL_SIZES}, **given}
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("check", "verdict", "reason", box=None, pad_edge=False,
+                  title=f"{report['what']} {report['name']}, hidden size {report['hidden_size']}", title_justify="left")
+    for row in report["checks"]:
+        table.add_row(row["check"], row["verdict"], row["reason"], style=STYLES[row["verdict"]])
+    console.print(table, markup=False, highlight=False)
+    failed = sum(row["verdict"] == "failed" for row in report["checks"])
+    console.print(f"{counted(failed, 'check')} failed" if failed else "all that is claimed holds")
