@@ -20,7 +20,8 @@ def test_contract(name, check):
 
 
 def test_every_registered_kind_is_tested():
-    assert {config.kind for config in CASES.values()} == set(MIXERS)
+    ours = {kind for kind, (_, mixer) in MIXERS.items() if mixer.__module__.startswith("hybridlm.")}
+    assert {config.kind for config in CASES.values()} == ours
 
 
 @every_mixer

@@ -85,7 +85,8 @@ def subject(name: str) -> Subject:
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0):
-    """The mixer of case `name` with every parameter away from its neutral value."""
+    """The mixer of case `name` with every parameter away from its neutral value; seeds torch for what follows."""
+    torch.manual_seed(seed)
     return subject(name).build(dtype, seed)
 
 

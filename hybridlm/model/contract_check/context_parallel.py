@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from hybridlm.errors import ConfigError
 from hybridlm.model.contract_check.subject import CPU, Subject
 from hybridlm.model.contract_check.thread_shards import ThreadShardGroup, run_on_threads
 from hybridlm.model.contract_check.verdicts import NotClaimed, require, require_close
-from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.packing import CuSeqlens
 
@@ -48,7 +46,8 @@ def compare_shards(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Te
 
     def run_shard(group: ThreadShardGroup) -> Any:
         seq = uncut_rows(packed).shard_rows(group)
-        return _backward(subject, copy.deepcopy(module), seq.local_tokens(x_BTD), seq.local_tokens(weights_BTD), seq, 1 / size)
+        x_BLD, weights_BLD = seq.local_tokens(x_BTD), seq.local_tokens(weights_BTD)
+        return _backward(subject, copy.deepcopy(module), x_BLD, weights_BLD, seq, 1 / size)
 
     parts = run_on_threads(run_shard, size)
     what = f"with {size} shards{' of packed documents' if packed else ''} and without"
@@ -70,8 +69,6 @@ def compare_shards(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Te
 
 def check_shard_traffic(subject: Subject) -> str:
     """`shard_traffic` of the config is what two shards hand over in a forward and a backward."""
-    if not isinstance(subject.config, MixerConfig):
-        raise NotClaimed("a feed-forward hands nothing over")
     size = _claimed_shards(subject)[0]
     module = subject.build(torch.float32).train()
 
@@ -102,21 +99,16 @@ def _claimed_shards(subject: Subject) -> list[int]:
     Raises:
         NotClaimed: it accepts none.
     """
-    if not isinstance(subject.config, MixerConfig):
-        return list(SHARDS)
-    shards = list(_accepted(subject.config))
-    if not shards:
-        raise NotClaimed("check_context_parallel of the config refuses shards")
-    return shards
-
-
-def _accepted(config: MixerConfig) -> Iterator[int]:
+    accepted = []
     for size in SHARDS:
         try:
-            config.check_context_parallel(size, LENGTH // size)
+            subject.config.check_context_parallel(size, LENGTH // size)
         except ConfigError:
             continue
-        yield size
+        accepted.append(size)
+    if not accepted:
+        raise NotClaimed("check_context_parallel of the config refuses shards")
+    return accepted
 
 
 def _backward(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Tensor, seq: SequenceInfo,

@@ -94,11 +94,12 @@ def check_state_bytes(subject: Subject) -> str:
     module = subject.build(torch.float32)
     state = subject.new_state(module, 1, 40)
     if state is None:
+        require(subject.config.state_bytes(subject.context, 31) == 0, "new_state gives none, state_bytes counts some")
         raise NotClaimed("keeps no state")
     subject.run(module, subject.inputs(1, 31, torch.float32), state=state)
-    said = subject.config.state_bytes(subject.context, 31, element_bytes=FP32)  # type: ignore[union-attr]
+    said = subject.config.state_bytes(subject.context, 31, element_bytes=FP32)
     require(said == state.num_bytes, f"state_bytes says {said:,} after 31 tokens, the state has {state.num_bytes:,}")
-    near, far = (subject.config.state_bytes(subject.context, n) for n in (50_000, 100_000))  # type: ignore[union-attr]
+    near, far = (subject.config.state_bytes(subject.context, n) for n in (50_000, 100_000))
     if getattr(subject.config, "is_linear", False):
         require(near == far, f"is_linear says that the state keeps its size, state_bytes says {near:,} after 50,000 "
                 f"tokens and {far:,} after 100,000")

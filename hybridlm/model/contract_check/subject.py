@@ -72,12 +72,11 @@ class Subject:
 
     def run_on(self, module: Any, x_BTD: Tensor, seq: SequenceInfo, state: Any = None) -> tuple[Tensor, Aux]:
         """As `run`, where the sequence is known already."""
-        return module(x_BTD, seq) if state is None else module(x_BTD, seq, state)
+        return module(x_BTD, seq, state)
 
     def new_state(self, module: Any, batch: int, max_length: int) -> Any:
         """The module's empty decode state; None for a feed-forward that keeps none."""
-        make = getattr(module, "new_state", None)
-        return None if make is None else make(batch, max_length)
+        return module.new_state(batch, max_length)
 
 
 def small_context(config: MixerConfig | FeedForwardConfig, hidden_size: int = 24, layer_index: int = 1,

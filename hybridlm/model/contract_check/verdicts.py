@@ -48,7 +48,8 @@ def run_checks(subject: Subject, checks: Mapping[str, Check]) -> Iterator[Verdic
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = " ".join(str(error).split())
-            verdict, reason = "failed", f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"
+            verdict = "failed"
+            reason = f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"
         yield Verdict(name, verdict, reason, time.perf_counter() - start)
 
 
@@ -63,6 +64,7 @@ def require_close(found: Tensor, expected: Tensor, what: str, *, rtol: float, at
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise ContractViolation(f"{what}: got {found.dtype} {list(found.shape)}, "
                                 f"expected {expected.dtype} {list(expected.shape)}")
+    found, expected = found.detach(), expected.detach()
     if not torch.allclose(found, expected, rtol=rtol, atol=atol, equal_nan=False):
         raise ContractViolation(f"{what}: differ by up to {largest_difference(found, expected):.1e}, where values "
                                 f"reach {expected.abs().max():.1e} and {atol + rtol * float(expected.abs().max()):.0e} "
@@ -71,4 +73,4 @@ def require_close(found: Tensor, expected: Tensor, what: str, *, rtol: float, at
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
     """The largest |a - b|; nan where one of them is not finite."""
-    return float((a - b).detach().abs().max()) if a.numel() else 0.0
+    return float((a - b).abs().max()) if a.numel() else 0.0
