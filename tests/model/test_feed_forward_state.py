@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
+from hybridlm.model.contract_check.thread_shards import run_on_threads
 from hybridlm.model.cost import count_parameters, decode_state_bytes
 from hybridlm.model.decode_state import LayerState, reorder_rows
 from hybridlm.model.feed_forward import DenseConfig, build_feed_forward
@@ -15,7 +16,6 @@ from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
 from tests.support import sharing_kinds
 from tests.support.mixer_cases import HIDDEN, context_of
-from tests.support.shard_threads import run_on_threads
 from tests.support.sharing_kinds import LastToken, TokenShiftConfig
 from tests.support.tiny_lm import BORDERS, VOCABULARY, model
 

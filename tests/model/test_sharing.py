@@ -7,13 +7,13 @@ import torch
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import MTPConfig, ScheduleConfig
+from hybridlm.model.contract_check.thread_shards import run_on_threads
 from hybridlm.model.cost import decode_state_bytes
 from hybridlm.model.mixers import AttentionConfig, IndexerConfig, build_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
 from tests.support import sharing_kinds
 from tests.support.mixer_cases import HIDDEN, context_of
-from tests.support.shard_threads import run_on_threads
 from tests.support.sharing_kinds import FIXED, ReaderConfig, SourceConfig
 from tests.support.tiny_lm import BORDERS, VOCABULARY, config, model
 
