@@ -4,19 +4,19 @@ import pytest
 import torch
 
 from hybridlm_kernels import CuSeqlens
-from hybridlm_kernels.recurrence.chunk_layout import SEGMENT_NUMBERS, Layout, layout_of
+from hybridlm_kernels.recurrence.chunk_layout import STEP_GROUP_MAX_ELEMENTS, ChunkLayout, get_chunk_layout
 from hybridlm_kernels.recurrence.triangular_solve import block_inverses, solve, solve_transposed
 
 CPU = torch.device("cpu")
 
 
 def test_documents_alive_at_a_step_are_a_prefix():
-    layout = Layout(1, 70, 16, [3, 40, 16, 11], True, CPU)
+    layout = ChunkLayout(1, 70, 16, [3, 40, 16, 11], True, CPU)
     assert layout.counts == [4, 1, 1]  # 40 tokens need three chunks, the others one
     assert layout.starts == [0, 4, 5, 6]
     tokens = torch.arange(70.0).view(1, 70, 1, 1)
-    (segment,) = layout.segments(1)
-    chunks = segment.gather(tokens, torch.float32)[:, 0, :, 0]
+    (group,) = layout.step_groups(1)
+    chunks = group.gather(tokens, torch.float32)[:, 0, :, 0]
     assert chunks[0].tolist() == list(range(3, 19))  # the longest document first
     assert chunks[4].tolist() == list(range(19, 35))
     assert chunks[5].tolist() == [*range(35, 43), *[0] * 8]
@@ -26,31 +26,31 @@ def test_documents_alive_at_a_step_are_a_prefix():
 @pytest.mark.parametrize("borders", [None, [0, 5, 30, 31, 60]])
 @pytest.mark.parametrize("numbers", [1, 10**9])
 def test_scatter_undoes_gather(borders, numbers, monkeypatch):
-    monkeypatch.setitem(SEGMENT_NUMBERS, "cpu", numbers)
+    monkeypatch.setitem(STEP_GROUP_MAX_ELEMENTS, "cpu", numbers)
     cu_seqlens = None if borders is None else CuSeqlens(borders)
-    layout = (Layout(2, 30, 16, [30, 30], False, CPU) if borders is None
-              else layout_of(2, 30, 16, cu_seqlens, CPU))
+    layout = (ChunkLayout(2, 30, 16, [30, 30], False, CPU) if borders is None
+              else get_chunk_layout(2, 30, 16, cu_seqlens, CPU))
     x = torch.randn(2, 30, 3, 4)
-    room = layout.new_output(x.shape, x.dtype)
-    segments = layout.segments(4)
-    assert len(segments) == (2 if numbers == 1 else 1)
-    for segment in segments:
-        segment.scatter(segment.gather(x, x.dtype), room)
-    assert torch.equal(layout.finish(room, x.shape), x)
+    buffer = layout.allocate_output(x.shape, x.dtype)
+    step_groups = layout.step_groups(4)
+    assert len(step_groups) == (2 if numbers == 1 else 1)
+    for group in step_groups:
+        group.scatter(group.gather(x, x.dtype), buffer)
+    assert torch.equal(layout.finish_output(buffer, x.shape), x)
 
 
 def test_layouts_are_kept_with_their_borders():
     borders = CuSeqlens([0, 5, 40])
-    assert layout_of(1, 40, 16, borders, CPU) is layout_of(1, 40, 16, borders, CPU)
-    assert layout_of(1, 40, 32, borders, CPU) is not layout_of(1, 40, 16, borders, CPU)
+    assert get_chunk_layout(1, 40, 16, borders, CPU) is get_chunk_layout(1, 40, 16, borders, CPU)
+    assert get_chunk_layout(1, 40, 32, borders, CPU) is not get_chunk_layout(1, 40, 16, borders, CPU)
 
 
 def test_states_go_to_the_order_of_lengths_and_back():
-    layout = Layout(1, 70, 16, [3, 40, 16, 11], True, CPU)
+    layout = ChunkLayout(1, 70, 16, [3, 40, 16, 11], True, CPU)
     states = torch.arange(4.0).view(4, 1, 1, 1)
-    ordered = layout.new_states(states, (1, 1, 1), torch.float32)
+    ordered = layout.copy_states(states, (1, 1, 1), torch.float32)
     assert ordered.flatten().tolist() == [1, 2, 3, 0]
-    assert torch.equal(layout.unsort(ordered), states)
+    assert torch.equal(layout.unsort_documents(ordered), states)
 
 
 @pytest.mark.parametrize("C", [16, 32, 64])

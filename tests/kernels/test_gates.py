@@ -9,7 +9,7 @@ import hybridlm_kernels as ops
 from hybridlm_kernels import Gate
 from tests.support.kernel_compare import error, tensors
 
-B, T, H, G, K, V = 1, 20, 1, 2, 3, 4
+B, T, H, HV, K, V = 1, 20, 1, 2, 3, 4
 FORMS = {  # the logarithm of the decay, in plain numbers
     "softplus": lambda u, A: -math.exp(A) * math.log1p(math.exp(u)),
     "lower_bounded": lambda u, A: -5.0 / (1 + math.exp(-math.exp(A) * u)),
@@ -23,9 +23,9 @@ def make_gate(kind, A_log, dt_bias):
 
 
 @kinds
-@pytest.mark.parametrize("shape", [(B, T, G), (B, T, G, K)])
+@pytest.mark.parametrize("shape", [(B, T, HV), (B, T, HV, K)])
 def test_forms(kind, shape):
-    u, A_log, dt_bias = (x.detach() for x in tensors(shape, (G,), shape[2:]))
+    u, A_log, dt_bias = (x.detach() for x in tensors(shape, (HV,), shape[2:]))
     g = make_gate(kind, A_log, dt_bias).log_decay(u)
     for at in ((0, 0, 0), (0, 7, 1)):
         at = at + (2,) * (len(shape) - 3)
@@ -35,12 +35,12 @@ def test_forms(kind, shape):
 
 
 @kinds
-@pytest.mark.parametrize("shape", [(B, T, G), (B, T, G, K)])
+@pytest.mark.parametrize("shape", [(B, T, HV), (B, T, HV, K)])
 @pytest.mark.parametrize("operation", ["delta_rule", "linear_attention"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_inside_equals_in_front(kind, shape, operation, backend):
     q, k, v, u, A_log, dt_bias, beta = leaves = tensors(
-        (B, T, H, K), (B, T, H, K), (B, T, G, V), shape, (G,), shape[2:], (B, T, G))
+        (B, T, H, K), (B, T, H, K), (B, T, HV, V), shape, (HV,), shape[2:], (B, T, HV))
     gate, run = make_gate(kind, A_log, dt_bias), getattr(ops, operation)
     inside = {"g": u, "gate": gate}
     in_front = {"g": gate.log_decay(u)}
@@ -76,8 +76,8 @@ def test_gradcheck(kind):
 @pytest.mark.parametrize(("arguments", "message"), [
     (("tanh",), "kind must be softplus, lower_bounded or logsigmoid; got 'tanh'"),
     (("softplus",), "softplus needs A_log"),
-    (("logsigmoid", torch.zeros(G)), "logsigmoid has no A_log"),
-    (("lower_bounded", torch.zeros(G), None, 1.0), "lower_bound must be below 0"),
+    (("logsigmoid", torch.zeros(HV)), "logsigmoid has no A_log"),
+    (("lower_bounded", torch.zeros(HV), None, 1.0), "lower_bound must be below 0"),
 ])
 def test_gates_that_make_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -86,11 +86,11 @@ def test_gates_that_make_no_sense(arguments, message):
 
 @pytest.mark.parametrize(("g", "gate", "message"), [
     (None, Gate("logsigmoid"), "a gate needs g"),
-    (torch.zeros(G), Gate("logsigmoid"), "a gate needs g for every token"),
-    (torch.zeros(B, T, G), Gate("softplus", torch.zeros(3)), r"A_log must be \[2\]; got \[3\]"),
-    (torch.zeros(B, T, G, K), Gate("logsigmoid", dt_bias=torch.zeros(G)), r"dt_bias must be \[2, 3\]; got \[2\]"),
+    (torch.zeros(HV), Gate("logsigmoid"), "a gate needs g for every token"),
+    (torch.zeros(B, T, HV), Gate("softplus", torch.zeros(3)), r"A_log must be \[2\]; got \[3\]"),
+    (torch.zeros(B, T, HV, K), Gate("logsigmoid", dt_bias=torch.zeros(HV)), r"dt_bias must be \[2, 3\]; got \[2\]"),
 ])
 def test_gates_that_do_not_fit(g, gate, message):
-    q, v = torch.zeros(B, T, H, K), torch.zeros(B, T, G, V)
+    q, v = torch.zeros(B, T, H, K), torch.zeros(B, T, HV, V)
     with pytest.raises(ValueError, match=message):
         ops.linear_attention(q, q, v, g=g, gate=gate)

@@ -1,5 +1,5 @@
 """The chunked delta rule and decay attention: equal to the recurrence in values and gradients, whatever the
-length, the gate, the packing or the segments; causal to the last bit; states that carry over."""
+length, the gate, the packing or the step_groups; causal to the last bit; states that carry over."""
 
 import importlib
 from itertools import pairwise
@@ -18,9 +18,9 @@ KINDS = [("delta_rule", "none"), ("delta_rule", "scalar"), ("delta_rule", "chann
 kinds = pytest.mark.parametrize(("operation", "decay"), KINDS)
 
 
-def make_inputs(operation, decay, *, B=1, T=65, H=2, G=2, K=6, V=5, N=None, strength=1.0, dtype=torch.float64):
+def make_inputs(operation, decay, *, B=1, T=65, H=2, HV=2, K=6, V=5, N=None, strength=1.0, dtype=torch.float64):
     """Random inputs by name; gates are uniform in [-strength, 0]; keys are of length one."""
-    generator = torch.Generator().manual_seed(T + 7 * G)
+    generator = torch.Generator().manual_seed(T + 7 * HV)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -29,12 +29,12 @@ def make_inputs(operation, decay, *, B=1, T=65, H=2, G=2, K=6, V=5, N=None, stre
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     inputs = {"q": randn(B, T, H, K), "k": torch.nn.functional.normalize(randn(B, T, H, K), dim=-1),
-              "v": randn(B, T, G, V), "initial_state": randn(N or B, G, K, V)}
-    gates = {"constant": (G,), "scalar": (B, T, G), "channel": (B, T, G, K)}
+              "v": randn(B, T, HV, V), "initial_state": randn(N or B, HV, K, V)}
+    gates = {"constant": (HV,), "scalar": (B, T, HV), "channel": (B, T, HV, K)}
     if decay in gates:
         inputs["g"] = -strength * rand(*gates[decay])
     if operation == "delta_rule":
-        inputs["beta"] = rand(B, T, G)
+        inputs["beta"] = rand(B, T, HV)
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
@@ -60,13 +60,13 @@ def assert_close(got, expected, tolerance):
 
 
 def small_chunks(monkeypatch, chunk=16, numbers=None):
-    """Chunks of 16 tokens, so that few tokens make many; `numbers` limits a segment."""
+    """Chunks of 16 tokens, so that few tokens make many; `numbers` limits a group."""
     for operation in ("delta_rule", "linear_attention"):
         backend = importlib.import_module(f"hybridlm_kernels.ops.{operation}.torch_backend")
         monkeypatch.setattr(backend, "chunk_size", lambda *_: chunk)
     if numbers is not None:
-        monkeypatch.setitem(chunks.SEGMENT_NUMBERS, "cpu", numbers)
-        chunks._plain_layout.cache_clear()
+        monkeypatch.setitem(chunks.STEP_GROUP_MAX_ELEMENTS, "cpu", numbers)
+        chunks._layout_of_plain_rows.cache_clear()
 
 
 @kinds
@@ -83,7 +83,7 @@ def test_equals_the_recurrence(operation, decay, T):
 @pytest.mark.parametrize("chunk", [32, 64])
 def test_grouped_value_heads(operation, decay, chunk, monkeypatch):
     small_chunks(monkeypatch, chunk)
-    inputs = make_inputs(operation, decay, T=70, H=2, G=6)
+    inputs = make_inputs(operation, decay, T=70, H=2, HV=6)
     expected = with_gradients(operation, inputs, backend="reference")
     assert_close(with_gradients(operation, inputs, backend="torch"), expected, 1e-12)
 
@@ -115,7 +115,7 @@ def test_any_gate(operation, decay, gate):
 @pytest.mark.parametrize("l2norm", [False, True])
 @pytest.mark.parametrize("left_out", [(), ("beta",), ("initial_state",), ("beta", "initial_state")])
 def test_options_of_the_delta_rule(decay, l2norm, left_out):
-    inputs = make_inputs("delta_rule", decay, T=40, G=4)
+    inputs = make_inputs("delta_rule", decay, T=40, HV=4)
     inputs["k"] = inputs["k"] * (3.0 if l2norm else 1.0)
     inputs = {name: x for name, x in inputs.items() if name not in left_out}
     options = {"qk_l2norm": l2norm, "scale": 0.3}
@@ -126,7 +126,7 @@ def test_options_of_the_delta_rule(decay, l2norm, left_out):
 @kinds
 def test_gradcheck(operation, decay, monkeypatch):
     small_chunks(monkeypatch)
-    inputs = make_inputs(operation, decay, B=2, T=18, H=1, G=2, K=2, V=2, N=4)
+    inputs = make_inputs(operation, decay, B=2, T=18, H=1, HV=2, K=2, V=2, N=4)
     names = list(inputs)
 
     def run(*values):
@@ -144,7 +144,7 @@ def test_packed_documents_equal_documents_alone(operation, decay, numbers, monke
     borders = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
     T = borders[-1] // 2
     borders = sorted({*borders, T})
-    inputs = make_inputs(operation, decay, B=2, T=T, G=4, N=len(borders) - 1)
+    inputs = make_inputs(operation, decay, B=2, T=T, HV=4, N=len(borders) - 1)
     packed = with_gradients(operation, inputs, cu_seqlens=borders, backend="torch")
     expected = with_gradients(operation, inputs, cu_seqlens=borders, backend="reference")
     assert_close(packed, expected, 1e-12)
@@ -226,9 +226,9 @@ def test_segments_change_nothing(operation, decay, monkeypatch):
     small_chunks(monkeypatch)
     whole = with_gradients(operation, inputs, backend="torch")
     small_chunks(monkeypatch, numbers=1)
-    assert len(chunks.layout_of(2, 90, 16, None, torch.device("cpu")).segments(4)) == 6
+    assert len(chunks.get_chunk_layout(2, 90, 16, None, torch.device("cpu")).step_groups(4)) == 6
     assert_close(with_gradients(operation, inputs, backend="torch"), whole, 1e-14)
-    chunks._plain_layout.cache_clear()
+    chunks._layout_of_plain_rows.cache_clear()
 
 
 @kinds

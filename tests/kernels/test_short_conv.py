@@ -69,7 +69,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("numbers", [1, 2**20])
 def test_packed_documents_equal_documents_alone(numbers, monkeypatch):
     module = importlib.import_module("hybridlm_kernels.ops.short_conv.torch_backend")
-    monkeypatch.setitem(module.BLOCK_NUMBERS, "cpu", numbers)
+    monkeypatch.setitem(module.BLOCK_MAX_ELEMENTS, "cpu", numbers)
     borders = [0, 1, 20, 40, 41, 43, 80]
     x, weight, bias, state = make(T=40, N=6)
     y, final = short_conv(x, weight, bias, activation="silu", initial_state=state, cu_seqlens=borders)

@@ -70,20 +70,20 @@ LINEAR = [(delta_rule, decay) for decay in ("none", "scalar", "channel")] + [
 linear = pytest.mark.parametrize(("operation", "decay"), LINEAR)
 
 
-def call(operation, decay, T, *, G=2, gate=None, trained=True, optional=True, **options):
+def call(operation, decay, T, *, HV=2, gate=None, trained=True, optional=True, **options):
     """Forward and, if `trained`, backward, in bfloat16; with the tensors that may be left out, or without."""
     def tensor(*shape):
         return torch.randn(shape).bfloat16().requires_grad_(trained)
 
-    shape = {"constant": (G,), "scalar": (1, T, G), "channel": (1, T, G, 16)}.get(decay)
-    q, k, v = tensor(1, T, 1, 16), tensor(1, T, 1, 16), tensor(1, T, G, 16)
+    shape = {"constant": (HV,), "scalar": (1, T, HV), "channel": (1, T, HV, 16)}.get(decay)
+    q, k, v = tensor(1, T, 1, 16), tensor(1, T, 1, 16), tensor(1, T, HV, 16)
     options["g"] = tensor(*shape) if shape else None
     if optional:
-        options["initial_state"] = tensor(len(options.get("cu_seqlens", (0, T))) - 1, G, 16, 16)
+        options["initial_state"] = tensor(len(options.get("cu_seqlens", (0, T))) - 1, HV, 16, 16)
     if operation is delta_rule and optional:
-        options["beta"] = tensor(1, T, G)
+        options["beta"] = tensor(1, T, HV)
     if gate:
-        options["gate"] = Gate(gate, None if gate == "logsigmoid" else tensor(G),
+        options["gate"] = Gate(gate, None if gate == "logsigmoid" else tensor(HV),
                                tensor(*shape[2:]) if optional else None)
     o, state = operation(q, k, v, backend="triton", **options)
     if trained:
@@ -93,9 +93,9 @@ def call(operation, decay, T, *, G=2, gate=None, trained=True, optional=True, **
 @linear
 def test_one_token_and_one_head(operation, decay, device):
     """Numbers of tokens, heads and documents are 1, which makes them constants of the code."""
-    call(operation, decay, 1, G=1, optional=False)
+    call(operation, decay, 1, HV=1, optional=False)
     assert len(device) > 2
-    call(operation, decay, 1, G=1, optional=False, trained=False)
+    call(operation, decay, 1, HV=1, optional=False, trained=False)
     assert device[-1] == "decode_kernel"
 
 
@@ -113,13 +113,13 @@ def test_gates(operation, decay, gate, device):
 def test_documents_in_pieces_and_in_one_launch(operation, decay, filled, device, monkeypatch):
     backend = sys.modules[f"hybridlm_kernels.ops.{operation.__name__}.triton_backend"]
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 2 if filled else 18)
-    monkeypatch.setattr(triton_chunks, "FEWEST_CHUNKS", 1)
+    monkeypatch.setattr(triton_chunks, "MIN_CHUNKS_PER_SEGMENT", 1)
     if operation is delta_rule:
-        monkeypatch.setattr(backend, "FEW_CHUNKS", 0)
-        monkeypatch.setattr(backend, "FEWEST_PIECES", 2)
+        monkeypatch.setattr(backend, "ONE_LAUNCH_MAX_CHUNKS", 0)
+        monkeypatch.setattr(backend, "MIN_SEGMENTS_PER_DOCUMENT", 2)
     call(operation, decay, 200)
     assert ("join_kernel" in device) != filled
-    call(operation, decay, 200, G=1, optional=False)
+    call(operation, decay, 200, HV=1, optional=False)
 
 
 def half(*shape):

@@ -11,7 +11,7 @@ from tests.support.integer_ranges import Ranges
 
 pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
 
-HEADS = dict.fromkeys(("H", "G", "XY_SHARE"), (1, 2**10)) | {"J": (1, 2**8)}
+HEADS = dict.fromkeys(("H", "G", "HV", "XY_GROUP"), (1, 2**10)) | {"J": (1, 2**8)}
 PROGRAMS = (2**24, 65535, 65535)  # in each direction of a grid; of blocks of 64 tokens, 2^30 tokens
 # The indexer's loss runs over blocks of one row's keys and queries: rows of up to 2^20 tokens.
 OF_A_ROW = dict.fromkeys(("T", "S", "Q", "start", "low"), (0, 2**20))

@@ -15,7 +15,7 @@ from tests.support.kernel_compare import error
 
 BACKEND = "torch" if INTERPRETED else "triton"
 DIMS = (32,) if INTERPRETED else (128, 64, 256, 32)
-ROWS, LENGTH, H, G = 2, 160, 1, 2
+ROWS, LENGTH, H, HV = 2, 160, 1, 2
 BORDERS = [0, 1, 65, 160, 224, 320]
 BOUND = 0.008  # of gradients of inputs that are not named elsewhere
 LINEAR = [(delta_rule, "none", None), (delta_rule, "scalar", "softplus"), (delta_rule, "channel", "softplus"),
@@ -30,17 +30,17 @@ def randn(*shape):
 
 def linear_case(operation, decay, gate, D, borders, T=LENGTH):
     """A call with initial states and all that is computed inside: gates, sigmoid, norms."""
-    shape = {"constant": (G,), "scalar": (ROWS, T, G), "channel": (ROWS, T, G, D)}.get(decay)
-    A_log, dt_bias = torch.tensor([0.3, -0.2]), torch.linspace(-1, 1, G * D).view(G, D)
-    A_log, dt_bias = A_log[:G], dt_bias if decay == "channel" else dt_bias[:, 0].contiguous()
+    shape = {"constant": (HV,), "scalar": (ROWS, T, HV), "channel": (ROWS, T, HV, D)}.get(decay)
+    A_log, dt_bias = torch.tensor([0.3, -0.2]), torch.linspace(-1, 1, HV * D).view(HV, D)
+    A_log, dt_bias = A_log[:HV], dt_bias if decay == "channel" else dt_bias[:, 0].contiguous()
 
     def inputs():
-        made = {"q": randn(ROWS, T, H, D), "k": randn(ROWS, T, H, D), "v": randn(ROWS, T, G, D),
-                "initial_state": randn(len(borders) - 1 if borders else ROWS, G, D, D)}
+        made = {"q": randn(ROWS, T, H, D), "k": randn(ROWS, T, H, D), "v": randn(ROWS, T, HV, D),
+                "initial_state": randn(len(borders) - 1 if borders else ROWS, HV, D, D)}
         if operation is linear_attention:
             made["k"] = torch.nn.functional.normalize(made["k"], dim=-1)
         else:
-            made["beta"] = randn(ROWS, T, G)
+            made["beta"] = randn(ROWS, T, HV)
         if shape:
             made["g"] = -torch.rand(shape, dtype=torch.float64) if gate is None else randn(*shape)
         return made

@@ -18,21 +18,21 @@ decays = pytest.mark.parametrize("decay", DECAYS)
 GATES = {"scalar": "softplus", "channel": "lower_bounded"}
 
 
-def make_inputs(decay, *, T=65, B=1, H=1, G=1, K=20, V=12, N=None, gate=None, strength=1.0):
-    generator = torch.Generator().manual_seed(T + 7 * G)
+def make_inputs(decay, *, T=65, B=1, H=1, HV=1, K=20, V=12, N=None, gate=None, strength=1.0):
+    generator = torch.Generator().manual_seed(T + 7 * HV)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     inputs = {"q": randn(B, T, H, K), "k": torch.nn.functional.normalize(randn(B, T, H, K), dim=-1),
-              "v": randn(B, T, G, V), "initial_state": randn(N or B, G, K, V)}
-    shape = {"constant": (G,), "scalar": (B, T, G), "channel": (B, T, G, K)}.get(decay)
+              "v": randn(B, T, HV, V), "initial_state": randn(N or B, HV, K, V)}
+    shape = {"constant": (HV,), "scalar": (B, T, HV), "channel": (B, T, HV, K)}.get(decay)
     if shape and gate is None:
         inputs["g"] = -strength * torch.rand(shape, generator=generator, dtype=torch.float64)
     elif shape:
         inputs |= {"g": randn(*shape), "dt_bias": randn(*shape[2:])}
         if gate != "logsigmoid":
-            inputs["A_log"] = 0.3 * randn(G)
+            inputs["A_log"] = 0.3 * randn(HV)
     return inputs
 
 
@@ -66,7 +66,7 @@ def compare(inputs, device, fixed=(), tolerances=None, **options):
 
 @pytest.fixture(autouse=True)
 def whole_documents(monkeypatch):
-    """No document is cut into pieces, unless a test says so."""
+    """No document is cut into segments, unless a test says so."""
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 0)
 
 
@@ -80,7 +80,7 @@ def test_equals_the_recurrence(decay, T, device):
                                              ("channel", "softplus"), ("channel", "lower_bounded"),
                                              ("channel", "logsigmoid")])
 def test_gates_inside_and_grouped_heads(decay, gate, device):
-    compare(make_inputs(decay, T=40, G=2, K=16, V=24, gate=gate), device, gate=gate, scale=0.7)
+    compare(make_inputs(decay, T=40, HV=2, K=16, V=24, gate=gate), device, gate=gate, scale=0.7)
 
 
 def test_gates_that_do_not_learn(device):
@@ -127,7 +127,7 @@ def test_packed(decay, device):
 @decays
 def test_pieces_change_nothing(decay, device, monkeypatch):
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 2)
-    monkeypatch.setattr(triton_chunks, "FEWEST_CHUNKS", 1)
+    monkeypatch.setattr(triton_chunks, "MIN_CHUNKS_PER_SEGMENT", 1)
     launches = counted(monkeypatch, backend, "join_kernel")
     compare(make_inputs(decay, T=130, K=16, V=16), device, fixed=("g",) if decay == "constant" else ())
     assert len(launches) == {"channel": 3}.get(decay, 4)
@@ -150,7 +150,7 @@ def test_causal_to_the_last_bit(decay, device):
 @decays
 def test_decoding_equals_the_whole(decay, device):
     gate = GATES.get(decay)
-    inputs = {n: x.float().to(device) for n, x in make_inputs(decay, T=20, B=2, G=2, gate=gate).items()}
+    inputs = {n: x.float().to(device) for n, x in make_inputs(decay, T=20, B=2, HV=2, gate=gate).items()}
     whole, last = call(inputs, gate=gate, backend="triton")
     state, outputs = inputs.pop("initial_state"), []
     for tokens in (slice(0, 3), slice(3, 4), slice(4, 20)):
@@ -164,13 +164,13 @@ def test_decoding_equals_the_whole(decay, device):
 @pytest.mark.skipif(not INTERPRETED, reason="float32 is refused beyond 128")
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 def test_heads_of_256(decay, device, monkeypatch):
-    monkeypatch.setattr(recurrence, "LARGEST_HEAD_FP32", 256)
+    monkeypatch.setattr(recurrence, "MAX_HEAD_DIM_FP32", 256)
     compare(make_inputs(decay, T=18, K=256, V=256), device)
 
 
 def test_offsets_beyond_32_bits():
     """Offsets of the last head of a batch of 2^25 tokens with 96 heads of 128."""
-    tables = backend.chunk_tables(1, 2**25, None, torch.device("cpu"))
+    tables = backend.get_chunk_tables(1, 2**25, None, torch.device("cpu"))
     first = tables.chunks[-1, 0]
     assert first.dtype == torch.int64
     assert (first * 96 + 95) * 128 > 2**31

@@ -15,17 +15,17 @@ from tests.support.kernel_compare import error
 TOLERANCE = 1e-5
 
 
-def make_inputs(decay, *, B=1, T=65, H=1, G=1, K=12, V=16, N=None, raw=False):
+def make_inputs(decay, *, B=1, T=65, H=1, HV=1, K=12, V=16, N=None, raw=False):
     """Random inputs by name; gates lie in [-1, 0] and keys are of length one, unless `raw`."""
-    generator = torch.Generator().manual_seed(T + 7 * G)
+    generator = torch.Generator().manual_seed(T + 7 * HV)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    inputs = {"q": randn(B, T, H, K), "k": randn(B, T, H, K), "v": randn(B, T, G, V), "beta": randn(B, T, G),
-              "initial_state": randn(N or B, G, K, V)}
+    inputs = {"q": randn(B, T, H, K), "k": randn(B, T, H, K), "v": randn(B, T, HV, V), "beta": randn(B, T, HV),
+              "initial_state": randn(N or B, HV, K, V)}
     if decay != "none":
-        inputs["g"] = randn(B, T, G, K) if decay == "channel" else randn(B, T, G)
+        inputs["g"] = randn(B, T, HV, K) if decay == "channel" else randn(B, T, HV)
     if not raw:
         inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
         inputs["beta"] = inputs["beta"].sigmoid()
@@ -59,14 +59,14 @@ def assert_equals_the_recurrence(inputs, device, **options):
 
 @pytest.fixture(autouse=True)
 def whole_documents(monkeypatch):
-    """No document is cut into pieces, unless a test says so."""
+    """No document is cut into segments, unless a test says so."""
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 0)
 
 
 @pytest.fixture
 def two_launches(monkeypatch):
     """Chunks and their scan apart, however short the documents."""
-    monkeypatch.setattr(backend, "FEW_CHUNKS", 0)
+    monkeypatch.setattr(backend, "ONE_LAUNCH_MAX_CHUNKS", 0)
 
 
 @pytest.fixture
@@ -76,11 +76,11 @@ def full_device(monkeypatch, two_launches):
 
 
 @pytest.fixture
-def pieces(monkeypatch, two_launches):
-    """Documents of more than one chunk are cut into two pieces or three."""
+def segments(monkeypatch, two_launches):
+    """Documents of more than one chunk are cut into two segments or three."""
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 6)
-    monkeypatch.setattr(backend, "FEWEST_PIECES", 2)
-    monkeypatch.setattr(triton_chunks, "FEWEST_CHUNKS", 1)
+    monkeypatch.setattr(backend, "MIN_SEGMENTS_PER_DOCUMENT", 2)
+    monkeypatch.setattr(triton_chunks, "MIN_CHUNKS_PER_SEGMENT", 1)
 
 
 @pytest.mark.parametrize(("decay", "T"), [("none", 65), ("scalar", 1), ("scalar", 100), ("channel", 15),
@@ -118,22 +118,22 @@ def test_when_one_launch_is_enough(decay, parallel, longest, one_launch, device,
     """Five chunks, at most three of them in a row: 1.7 rounds of one program, 0.8 of two, 0.4 of four. With a decay a
     channel the memory of three programs is more than that of two launches."""
     monkeypatch.setattr(backend, "parallel_programs", lambda device: parallel)
-    monkeypatch.setattr(backend, "MOST_FUSED_CHUNKS", longest)
+    monkeypatch.setattr(backend, "FULL_DEVICE_ONE_LAUNCH_MAX_CHUNKS", longest)
     x = {name: x.to(device, torch.float32) for name, x in make_inputs(decay, T=132, N=3).items()}
-    inputs = backend._Inputs(x["q"], x["k"], x["v"], x.get("g"), x["beta"], None, None, x["initial_state"])
-    options = backend._Options(1.0, CuSeqlens([0, 1, 131, 132], device), False, None, None)
-    assert backend._Launches(inputs, options).in_one_launch() == one_launch
+    inputs = backend._DeltaRuleInputs(x["q"], x["k"], x["v"], x.get("g"), x["beta"], None, None, x["initial_state"])
+    options = backend._DeltaRuleOptions(1.0, CuSeqlens([0, 1, 131, 132], device), False, None, None)
+    assert backend._DeltaRuleLaunches(inputs, options).in_one_launch() == one_launch
 
 
 @pytest.mark.parametrize("decay", ["none", "scalar", "channel"])
-def test_pieces_of_a_document(decay, device, monkeypatch, pieces):
+def test_pieces_of_a_document(decay, device, monkeypatch, segments):
     joins = counted(monkeypatch, backend, "join_kernel")
     inputs = make_inputs(decay, T=130, K=20, V=12)
     assert_equals_the_recurrence(inputs, device)
     assert len(joins) == 2
 
 
-def test_pieces_of_packed_documents(device, monkeypatch, pieces):
+def test_pieces_of_packed_documents(device, monkeypatch, segments):
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 18)
     assert_equals_the_recurrence(make_inputs("scalar", T=132, N=3), device,
                                  cu_seqlens=CuSeqlens([0, 1, 131, 132], device))
@@ -141,7 +141,7 @@ def test_pieces_of_packed_documents(device, monkeypatch, pieces):
 
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 def test_grouped_value_heads_and_more_channels_than_a_block(decay, device):
-    assert_equals_the_recurrence(make_inputs(decay, T=18, G=2, K=20, V=20), device)
+    assert_equals_the_recurrence(make_inputs(decay, T=18, HV=2, K=20, V=20), device)
 
 
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
@@ -162,7 +162,7 @@ def test_decays_at_the_extremes(decay, gate, device):
 @pytest.mark.parametrize(("decay", "gate"), [("scalar", "softplus"), ("scalar", "logsigmoid"), ("channel", "softplus"),
                                              ("channel", "lower_bounded")])
 def test_gates_and_norms_inside(decay, gate, device):
-    inputs = make_inputs(decay, T=36, G=2, raw=True)
+    inputs = make_inputs(decay, T=36, HV=2, raw=True)
     generator = torch.Generator().manual_seed(3)
     inputs["dt_bias"] = torch.randn(inputs["g"].shape[2:], generator=generator, dtype=torch.float64)
     if gate != "logsigmoid":
@@ -175,7 +175,7 @@ def test_levels_that_meet_in_one_product(bound, levels):
     gate = Gate("lower_bounded", torch.zeros(1), lower_bound=bound)
     assert [backend.merged_levels(gate, dtype) for dtype in (torch.bfloat16, torch.float16)] == [levels, 0]
     if levels:  # the exponent that a token at the end of its block may have
-        assert -bound * 1.4427 * 2**(levels - 1) <= backend.LARGEST_EXPONENT < 127
+        assert -bound * 1.4427 * 2**(levels - 1) <= backend.MAX_LOG2_EXPONENT < 127
 
 
 @pytest.mark.parametrize("gate", [None, Gate("softplus", torch.zeros(1)), Gate("logsigmoid")])
@@ -230,7 +230,7 @@ def forward(inputs, device, backend="triton", **options):
 
 
 @pytest.mark.parametrize(("decay", "path"), [("scalar", None), ("channel", None), ("scalar", "two_launches"),
-                                             ("channel", "full_device"), ("channel", "pieces")])
+                                             ("channel", "full_device"), ("channel", "segments")])
 def test_causal_to_the_last_bit(decay, path, device, request):
     if path:
         request.getfixturevalue(path)
@@ -247,7 +247,7 @@ def test_causal_to_the_last_bit(decay, path, device, request):
 
 @pytest.mark.parametrize(("decay", "gate"), [("none", None), ("scalar", "softplus"), ("channel", "lower_bounded")])
 def test_token_by_token_equals_the_whole(decay, gate, device):
-    inputs = make_inputs(decay, T=20, G=2, raw=True)
+    inputs = make_inputs(decay, T=20, HV=2, raw=True)
     options = {"qk_l2norm": True, "beta_sigmoid": 1.0}
     if gate:
         bias = torch.linspace(-1, 1, inputs["g"][0, 0].numel(), device=device).view(inputs["g"].shape[2:])
@@ -265,7 +265,7 @@ def test_token_by_token_equals_the_whole(decay, gate, device):
 @pytest.mark.skipif(not INTERPRETED, reason="float32 is refused beyond 128")
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 def test_heads_of_256(decay, device, monkeypatch):
-    monkeypatch.setattr(recurrence, "LARGEST_HEAD_FP32", 256)
+    monkeypatch.setattr(recurrence, "MAX_HEAD_DIM_FP32", 256)
     assert_equals_the_recurrence(make_inputs(decay, T=18, K=256, V=256), device)
 
 

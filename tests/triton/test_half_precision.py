@@ -26,7 +26,7 @@ def test_errors_of_the_delta_rule(decay, gate, device, monkeypatch):
     expected = test_delta_rule.run(inputs, "reference", **options)
     emulation = Emulation()
     emulation.install(monkeypatch)
-    launches_in_half(monkeypatch, delta_rule._Launches, emulation, lambda this: this.flags.update(EXACT=False))
+    launches_in_half(monkeypatch, delta_rule._DeltaRuleLaunches, emulation, lambda this: this.flags.update(EXACT=False))
     for module in (triton_tiles, triton_chunk, triton_gradients):
         monkeypatch.setattr(module, "sum_over", sum_over(emulation))
     monkeypatch.setattr(triton_chunk, "_solve", emulation.with_bits(triton_chunk._solve, 11))

@@ -1,6 +1,6 @@
-"""What the recurrent operations (delta_rule, linear_attention) share around their backends: checks and dtypes.
+"""Checks of arguments and choices of dtypes that delta_rule and linear_attention (short_conv in part) share.
 
-Legend: B rows, T tokens a row, H query/key heads, G value heads, K/V key/value head dim, N documents.
+Legend: B rows, T tokens per row, H query/key heads, HV value heads, K/V key/value head dim, N documents.
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ from hybridlm_kernels.recurrence.gates import Gate
 from hybridlm_kernels.registry import Call
 
 Borders = CuSeqlens | Tensor | Sequence[int] | None
-LARGEST_HEAD, LARGEST_HEAD_FP32 = 256, 128  # of the Triton kernels: a program holds columns of a state in registers
+# Largest head dims of the Triton kernels, in channels: a program keeps columns of a state in registers.
+MAX_HEAD_DIM = 256
+MAX_HEAD_DIM_FP32 = 128
 
 
 def borders_of(cu_seqlens: Borders, batch: int, length: int, device: torch.device) -> CuSeqlens | None:
     """The checked borders of packed documents, or None when every row is one document.
 
+    Args:
+        cu_seqlens: cumulative lengths over the flattened batch x length tokens, in any of the accepted forms.
+        batch: number of rows.
+        length: tokens per row.
+        device: where tables made from the borders will be needed.
+
     Raises:
-        ValueError: borders that do not cover the tokens, or documents that cross a row.
+        ValueError: the borders do not cover the tokens, or a document crosses the end of a row.
     """
     if cu_seqlens is None:
         return None
@@ -31,10 +39,10 @@ def borders_of(cu_seqlens: Borders, batch: int, length: int, device: torch.devic
     return borders
 
 
-def check_shapes(name: str, q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, state_NGKV: Tensor | None,
+def check_shapes(name: str, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, state_NHvKV: Tensor | None,
                  borders: CuSeqlens | None) -> None:
     """Raise ValueError unless queries, keys, values and state fit together."""
-    for label, x in (("q", q_BTHK), ("k", k_BTHK), ("v", v_BTGV)):
+    for label, x in (("q", q_BTHK), ("k", k_BTHK), ("v", v_BTHvV)):
         if x.dim() != 4:
             raise ValueError(f"{name}: {label} must be [batch, time, heads, dim]; got shape {list(x.shape)}")
         if not x.is_floating_point():
@@ -43,25 +51,25 @@ def check_shapes(name: str, q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, stat
         raise ValueError(f"{name}: q and k must have the same shape; "
                          f"got {list(q_BTHK.shape)} and {list(k_BTHK.shape)}")
     B, T, H, K = k_BTHK.shape
-    G, V = v_BTGV.shape[2:]
-    if v_BTGV.shape[:2] != (B, T):
-        raise ValueError(f"{name}: v has batch and time {list(v_BTGV.shape[:2])}, q and k have {[B, T]}")
-    if 0 in (B, T, H, K, G, V):
-        raise ValueError(f"{name}: no dimension may be 0; got q {list(q_BTHK.shape)}, v {list(v_BTGV.shape)}")
-    if G % H:
-        raise ValueError(f"{name}: the {G} value heads must be a multiple of the {H} key heads")
+    HV, V = v_BTHvV.shape[2:]
+    if v_BTHvV.shape[:2] != (B, T):
+        raise ValueError(f"{name}: v has batch and time {list(v_BTHvV.shape[:2])}, q and k have {[B, T]}")
+    if 0 in (B, T, H, K, HV, V):
+        raise ValueError(f"{name}: no dimension may be 0; got q {list(q_BTHK.shape)}, v {list(v_BTHvV.shape)}")
+    if HV % H:
+        raise ValueError(f"{name}: the {HV} value heads must be a multiple of the {H} key heads")
     N = B if borders is None else borders.num_documents
-    if state_NGKV is not None and state_NGKV.shape != (N, G, K, V):
+    if state_NHvKV is not None and state_NHvKV.shape != (N, HV, K, V):
         kind = "rows" if borders is None else "documents"
         raise ValueError(f"{name}: initial_state must be [{kind}, value heads, key dim, value dim] = "
-                         f"{[N, G, K, V]}; got {list(state_NGKV.shape)}")
+                         f"{[N, HV, K, V]}; got {list(state_NHvKV.shape)}")
 
 
 def check_decay(name: str, g: Tensor | None, gate: Gate | None, allowed: dict[str, tuple[int, ...]]) -> str:
-    """The kind of decay: none, or that of g among the allowed shapes.
+    """The kind of decay that g stands for: "none" without g, else the name of its shape in `allowed`.
 
     Raises:
-        ValueError: g has none of them, or does not fit its gate.
+        ValueError: g has none of the allowed shapes, or does not fit its gate.
     """
     if g is None:
         if gate is not None:
@@ -74,10 +82,10 @@ def check_decay(name: str, g: Tensor | None, gate: Gate | None, allowed: dict[st
 
 
 def check_per_token(name: str, label: str, x: Tensor, allowed: dict[str, tuple[int, ...]]) -> str:
-    """The kind of `x` among the allowed shapes.
+    """The name of the shape of `x` in `allowed`.
 
     Raises:
-        ValueError: `x` has none of them.
+        ValueError: `x` has none of the allowed shapes.
     """
     for kind, shape in allowed.items():
         if tuple(x.shape) == shape:
@@ -87,35 +95,42 @@ def check_per_token(name: str, label: str, x: Tensor, allowed: dict[str, tuple[i
 
 
 def fits_triton(call: Call) -> tuple[bool, str]:
-    """Whether the Triton kernels have tiles for the call's head dims, and why not."""
+    """Whether the Triton kernels accept the head dims of the call, and if not, the reason."""
     largest = max(call.get("key_dim"), call.get("value_dim"))
-    if largest > LARGEST_HEAD:
-        return False, f"has head dims up to {LARGEST_HEAD}; got {largest}"
-    if largest > LARGEST_HEAD_FP32 and call.dtype == torch.float32:
-        return False, (f"in float32 has head dims up to {LARGEST_HEAD_FP32}, beyond which registers do not suffice; "
+    if largest > MAX_HEAD_DIM:
+        return False, f"has head dims up to {MAX_HEAD_DIM}; got {largest}"
+    if largest > MAX_HEAD_DIM_FP32 and call.dtype == torch.float32:
+        return False, (f"in float32 has head dims up to {MAX_HEAD_DIM_FP32}, beyond which registers do not suffice; "
                        f"got {largest}; use bfloat16")
     return True, ""
 
 
 def math_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 tensors, else float32: states and sums of decays are never kept in less."""
+    """The dtype of states and sums of decays: float64 for float64 tensors, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def each_document(run: Callable[..., tuple[Tensor, Tensor]], borders: CuSeqlens | None,
-                  tokens: Sequence[Tensor | None], state_NGKV: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Apply `run(*tokens, state) -> (o, final_state)` to each packed document by itself, or to all rows.
+                  tokens: Sequence[Tensor | None], state_NHvKV: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Apply `run(*tokens, state) -> (o, final_state)` to each packed document by itself, or to all rows at once.
 
-    `tokens` are tensors [B, T, ...] or None. The outputs are put together: o [B, T, ...], states [N, ...].
+    Args:
+        run: the operation on rows that are one document each.
+        borders: borders of packed documents, None where every row is a document.
+        tokens: tensors [B, T, ...]; None entries are passed on.
+        state_NHvKV: initial states [N, ...], or None.
+
+    Returns:
+        The outputs put together, [B, T, ...], and the final states [N, ...].
     """
     if borders is None:
-        return run(*tokens, state_NGKV)
+        return run(*tokens, state_NHvKV)
     B, T = next(x.shape[:2] for x in tokens if x is not None)
     flat = [None if x is None else x.reshape(1, B * T, *x.shape[2:]) for x in tokens]
     outputs, states = [], []
     for n, (start, end) in enumerate(zip(borders.host, borders.host[1:], strict=False)):
         document = [None if x is None else x[:, start:end] for x in flat]
-        o, state = run(*document, None if state_NGKV is None else state_NGKV[n : n + 1])
+        o, state = run(*document, None if state_NHvKV is None else state_NHvKV[n : n + 1])
         outputs.append(o)
         states.append(state)
     o = torch.cat(outputs, dim=1)

@@ -1,4 +1,4 @@
-"""The way to flash-linear-attention's kernels: what the adapters of delta_rule and linear_attention share."""
+"""Calls of flash-linear-attention's kernels, for the adapters of delta_rule and linear_attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGE = ("flash-linear-attention", "0.6")
 
 
 def accepts(call: Call, entry: tuple[str, str]) -> tuple[bool, str]:
-    """Whether the function `entry` (module, name) is there and takes such tensors."""
+    """Whether the function `entry` (module, name) is installed and accepts the call, and if not, the reason."""
     if call.dtype == torch.float64:
         return False, "computes in float32 and below; the tensors are float64"
     if call.get("key_dim") > 256:
@@ -25,27 +25,30 @@ def accepts(call: Call, entry: tuple[str, str]) -> tuple[bool, str]:
     return found is not None, why
 
 
-def call(entry: tuple[str, str], tokens: Mapping[str, Tensor | None], scale: float, state_NGKV: Tensor | None,
+def call(entry: tuple[str, str], tokens: Mapping[str, Tensor | None], scale: float, state_NHvKV: Tensor | None,
          borders: CuSeqlens | None, **options: Any) -> tuple[Tensor, Tensor]:
-    """Run `entry` on tensors [B, T, ...] by name; outputs like `tokens["v"]`, and the final states.
+    """Run `entry` on tensors [B, T, ...] by name.
 
-    Packed documents go in as one row, which is how the package wants them.
+    Packed documents are passed as one row, the form that the package expects.
+
+    Returns:
+        The outputs in the shape and dtype of `tokens["v"]`, and the final states.
     """
-    v_BTGV = tokens["v"]
-    assert v_BTGV is not None
+    v_BTHvV = tokens["v"]
+    assert v_BTHvV is not None
     present = {name: x for name, x in tokens.items() if x is not None}
     if borders is not None:
         present = {name: x.reshape(1, -1, *x.shape[2:]) for name, x in present.items()}
         options |= {"cu_seqlens": borders.tensor().long(), "cu_seqlens_cpu": torch.tensor(borders.host)}
     run, why = find(*entry, *PACKAGE)
     assert run is not None, why
-    o, state = run(**present, scale=scale, initial_state=state_NGKV, output_final_state=True, **options)
-    return o.reshape(v_BTGV.shape).to(v_BTGV.dtype), state
+    o, state = run(**present, scale=scale, initial_state=state_NHvKV, output_final_state=True, **options)
+    return o.reshape(v_BTHvV.shape).to(v_BTHvV.dtype), state
 
 
 def equal_heads(tokens: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """For functions that know no grouped heads: each key head as often as it serves a value head."""
-    v_BTGV = tokens["v"]
-    assert v_BTGV is not None
-    return {name: x.repeat_interleave(v_BTGV.shape[2] // x.shape[2], 2) if x is not None and name in "qk" else x
+    """Queries and keys repeated for the value heads they serve, for functions without grouped heads."""
+    v_BTHvV = tokens["v"]
+    assert v_BTHvV is not None
+    return {name: x.repeat_interleave(v_BTHvV.shape[2] // x.shape[2], 2) if x is not None and name in "qk" else x
             for name, x in tokens.items()}

@@ -1,4 +1,4 @@
-"""Forget gates: the logarithm of the decay from the raw output of a projection, and sigmoid write strengths.
+"""Forget gates, from the raw output of a projection to the logarithm of the decay, and sigmoid write strengths.
 
     softplus       g = -e^{A_log} softplus(u + dt_bias)                    (Mamba-2, Gated DeltaNet, KDA)
     lower_bounded  g = lower_bound * sigmoid(e^{A_log} (u + dt_bias))      (GLM-5.3, Ling 3.0)
@@ -6,7 +6,7 @@
 
 The operations take u and a `Gate`, so that a kernel can compute g where it is used and never store it.
 
-Legend: B rows, T tokens a row, G value heads, K key head dim.
+Legend: B rows, T tokens per row, HV value heads, K key head dim.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ class Gate:
     """A forget gate with its parameters.
 
     Args:
-        kind: the form, as above.
-        A_log: [G], of softplus and lower_bounded.
-        dt_bias: [G] where the decay is one a head, [G, K] where it is one a channel; None is zero.
-        lower_bound: of lower_bounded, the smallest g there can be, below 0.
-        normalizer: of logsigmoid, above 0.
+        kind: the form of the gate, as above.
+        A_log: [HV], logarithm of the rate, for softplus and lower_bounded; None for logsigmoid.
+        dt_bias: added to the raw gate, [HV] for a scalar decay, [HV, K] for a decay per channel; None is zero.
+        lower_bound: smallest g of lower_bounded, below 0.
+        normalizer: divisor of logsigmoid, above 0.
 
     Raises:
-        ValueError: an unknown kind, A_log missing or not wanted, a bound or normalizer out of range.
+        ValueError: the kind is unknown, A_log is missing or has no place in it, or a bound or normalizer is out of
+            range.
+
+    >>> import torch
+    >>> Gate("logsigmoid").log_decay(torch.zeros(1, 1, 1)).exp()  # half of the state is kept
+    tensor([[[0.5000]]])
     """
 
     kind: Literal["softplus", "lower_bounded", "logsigmoid"]
@@ -52,7 +57,7 @@ class Gate:
                              f"got {self.lower_bound} and {self.normalizer}")
 
     def check(self, name: str, u: Tensor) -> None:
-        """Raise ValueError unless the parameters fit u, [B, T, G] or [B, T, G, K]."""
+        """Raise ValueError unless the parameters fit u, [B, T, HV] or [B, T, HV, K]."""
         if u.dim() < 3:
             raise ValueError(f"{name}: a gate needs g for every token; got shape {list(u.shape)}")
         for label, x, shape in (("A_log", self.A_log, u.shape[2:3]), ("dt_bias", self.dt_bias, u.shape[2:])):
@@ -60,12 +65,12 @@ class Gate:
                 raise ValueError(f"{name}: the gate's {label} must be {list(shape)}; got {list(x.shape)}")
 
     def step(self, u: Tensor) -> Tensor:
-        """u + dt_bias in float32 at least."""
+        """The biased gate u + dt_bias, in float32 at least."""
         u = wide(u)
         return u if self.dt_bias is None else u + self.dt_bias.to(u.dtype)
 
     def log_decay(self, u: Tensor) -> Tensor:
-        """g of u, [B, T, G] or [B, T, G, K], in float32 at least."""
+        """The logarithm of the decay, in the shape of the raw gate u and in float32 at least."""
         u = self.step(u)
         if self.A_log is None:
             return F.logsigmoid(u) / self.normalizer
@@ -77,17 +82,20 @@ class Gate:
 
 
 def parameters_of(gate: Gate | None) -> tuple[Tensor | None, Tensor | None]:
-    """A_log and dt_bias, None where there is none."""
+    """A_log and dt_bias of the gate, None where there is none."""
     return (None, None) if gate is None else (gate.A_log, gate.dt_bias)
 
 
 def log_decay(g: Tensor | None, gate: Gate | None) -> Tensor | None:
-    """What an operation's `g` and `gate` mean: the logarithm of the decay, differentiable."""
+    """The logarithm of the decay that an operation's `g` and `gate` stand for, differentiable."""
     return g if g is None or gate is None else gate.log_decay(g)
 
 
 def write_strength(beta: Tensor | None, sigmoid_scale: float | None) -> Tensor | None:
-    """What an operation's `beta` and `beta_sigmoid` mean: scale * sigmoid(beta) in float32 at least, differentiable."""
+    """The write strength that an operation's `beta` and `beta_sigmoid` stand for, differentiable.
+
+    With a `sigmoid_scale` it is sigmoid_scale * sigmoid(beta), in float32 at least.
+    """
     if beta is None or sigmoid_scale is None:
         return beta
     strength = torch.sigmoid(wide(beta))

@@ -1,6 +1,6 @@
-"""Unit lower triangular systems (I + L diag(beta)) Z = R by blocks: products of small matrices instead of LAPACK.
+"""Block solver of unit lower triangular systems (I + L diag(beta)) Z = R: small matrix products instead of LAPACK.
 
-Legend: X systems, C unknowns, W right hand sides, c unknowns a block, n = C / c blocks.
+Legend: X systems, C unknowns, W right hand sides, c unknowns per block, n = C / c blocks.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-BLOCK = 16
+BLOCK_UNKNOWNS = 16
 
 
 @lru_cache(maxsize=32)
 def _level_masks(c: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """For b = 1, 2, 4, ... the entries that join the two halves of every diagonal block of size 2b."""
+    """Masks, for b = 1, 2, 4, ..., of the entries that join the two halves of every diagonal block of size 2b."""
     i = torch.arange(c, device=device)
     row, column = i[:, None], i[None]
     sizes = [2**e for e in range(c.bit_length() - 1)]
@@ -24,13 +24,14 @@ def _level_masks(c: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
 
 
 def block_inverses(L_XCC: Tensor, beta_XC1: Tensor | None) -> Tensor:
-    """[X, n, c, c]: inverses of the diagonal blocks of I + L diag(beta). Only L's strictly lower part is read.
+    """Inverses [X, n, c, c] of the diagonal blocks of I + L diag(beta). Only L's strictly lower part is read.
 
-    Doubling: with T the inverse at block size b, that at 2b is T - T L_b T, L_b the entries joining the halves.
-    No power of L is formed, so nothing grows that the inverse itself does not hold.
+    Blocks are doubled: with T the inverse at block size b, the inverse at 2b is T - T L_b T, where L_b holds the
+    entries that join the halves. No power of L is formed: its entries would grow beyond those of the inverse and lose
+    digits.
     """
     X, C, _ = L_XCC.shape
-    c = min(BLOCK, C)
+    c = min(BLOCK_UNKNOWNS, C)
     n = C // c
     s_X, s_row, s_col = L_XCC.stride()
     D = L_XCC.as_strided((X, n, c, c), (s_X, c * (s_row + s_col), s_row, s_col), L_XCC.storage_offset())
@@ -45,32 +46,34 @@ def block_inverses(L_XCC: Tensor, beta_XC1: Tensor | None) -> Tensor:
 
 def solve(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tensor, R_XCW: Tensor,
           widths: tuple[int, ...]) -> list[Tensor]:
-    """Z [X, C, W] of (I + L diag(beta)) Z = R, L strictly lower, cut into parts [X, C, w] of the `widths`."""
+    """Solve (I + L diag(beta)) Z = R for Z [X, C, W], L strictly lower; returns Z as tensors [X, C, w] of `widths`."""
     n, c = inverse_Xncc.shape[1:3]
-    rest, Z = R_XCW, []
+    remaining = R_XCW
+    solved = []
     for i in range(n):
         a, b = i * c, (i + 1) * c
-        z = torch.bmm(inverse_Xncc[:, i], rest[:, :c])
-        Z.append(z.split(widths, dim=-1))
+        z = torch.bmm(inverse_Xncc[:, i], remaining[:, :c])
+        solved.append(z.split(widths, dim=-1))
         if b < n * c:
             written = z if beta_XC1 is None else z * beta_XC1[:, a:b]
-            rest = torch.baddbmm(rest[:, c:], L_XCC[:, b:, a:b], written, alpha=-1)
-    return [torch.cat(parts, dim=1) for parts in zip(*Z, strict=True)]
+            remaining = torch.baddbmm(remaining[:, c:], L_XCC[:, b:, a:b], written, alpha=-1)
+    return [torch.cat(blocks, dim=1) for blocks in zip(*solved, strict=True)]
 
 
 def solve_transposed(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tensor,
                      R_XCW: Tensor) -> tuple[Tensor, Tensor]:
-    """Y of (I + L diag(beta))^T Y = beta R, and R - L^T Y (so that Y = beta (R - L^T Y)); L strictly lower."""
+    """Solve (I + L diag(beta))^T Y = beta R, L strictly lower; returns Y and R - L^T Y, so Y = beta (R - L^T Y)."""
     n, c = inverse_Xncc.shape[1:3]
-    rest, Y, residual = R_XCW, [], []
+    remaining = R_XCW
+    Y, residual = [], []
     for i in reversed(range(n)):
         a, b = i * c, (i + 1) * c
-        r = rest[:, a:b]
+        r = remaining[:, a:b]
         y = torch.bmm(inverse_Xncc[:, i].mT, r if beta_XC1 is None else r * beta_XC1[:, a:b])
         Y.append(y)
         if beta_XC1 is not None:
             residual.append(torch.baddbmm(r, L_XCC[:, a:b, a:b].mT, y, alpha=-1))
         if i > 0:
-            rest = torch.baddbmm(rest[:, :a], L_XCC[:, a:b, :a].mT, y, alpha=-1)
+            remaining = torch.baddbmm(remaining[:, :a], L_XCC[:, a:b, :a].mT, y, alpha=-1)
     Y_XCW = torch.cat(Y[::-1], dim=1)
     return Y_XCW, Y_XCW if beta_XC1 is None else torch.cat(residual[::-1], dim=1)

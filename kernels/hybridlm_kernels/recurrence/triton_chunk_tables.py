@@ -1,9 +1,9 @@
-"""Where the chunks of documents stand, as tables that Triton kernels read: one form for packed and plain batches.
+"""Tables of the chunks of documents, which Triton kernels read: one form for packed and plain batches.
 
-Tokens are counted over the flattened batch times time. Tables come from lengths on the host; nothing waits for the
+Tokens are counted over the flattened batch times time. Tables come from lengths on the host, so nothing waits for the
 device, and they are kept with the borders they were made from.
 
-Legend: B rows, T tokens a row, N documents, C tokens a chunk, P chunks, U pieces of documents.
+Legend: B rows, T tokens per row, N documents, C tokens per chunk, P chunks, U segments of documents.
 """
 
 from __future__ import annotations
@@ -18,51 +18,67 @@ from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
 
-CHUNK = 64
-FEWEST_CHUNKS = 8  # of a piece: below that the states of pieces are too much traffic
+CHUNK_TOKENS = 64
+MIN_CHUNKS_PER_SEGMENT = 8  # in shorter segments the states between them are too much traffic
 
 
 class ChunkTables:
     """Chunks of documents that lie end to end at `borders` [N+1]. Chunks are in the order of their tokens."""
 
-    def __init__(self, borders: Sequence[int], device: torch.device, chunk: int = CHUNK):
-        self.borders, self.device, self.chunk = np.asarray(borders, dtype=np.int64), device, chunk
+    def __init__(self, borders: Sequence[int], device: torch.device, chunk: int = CHUNK_TOKENS):
+        self.borders = np.asarray(borders, dtype=np.int64)
+        self.device = device
+        self.chunk = chunk
         self.lengths = np.diff(self.borders)
         counts = -(-self.lengths // chunk)
         self.first_chunks = np.concatenate([[0], np.cumsum(counts)])
-        self.num_chunks, self.most_chunks = int(self.first_chunks[-1]), int(counts.max())
+        self.num_chunks = int(self.first_chunks[-1])
+        self.max_chunks = int(counts.max())  # of the longest document
         document = np.repeat(np.arange(len(counts)), counts)
         first = self.borders[document] + (np.arange(self.num_chunks) - self.first_chunks[document]) * chunk
-        self.chunks = self._tensor(np.stack([first, np.minimum(chunk, self.borders[document + 1] - first)], axis=1))
-        self._pieces: dict[int, tuple[Tensor, Tensor]] = {}
+        # int64 [P, 2]: first token of every chunk, and its tokens.
+        self.chunks = self._to_device(np.stack([first, np.minimum(chunk, self.borders[document + 1] - first)], axis=1))
+        self._segments: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
+    def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device, non_blocking=True)
 
     @property
     def documents(self) -> Tensor:
-        """int64 [N, 4]: document, first token, end, first chunk; the longest document first."""
-        return self.pieces(self.most_chunks)[0]
+        """Document, first token, end and first chunk of every document, int64 [N, 4]; the longest document first."""
+        return self.segments(self.max_chunks)[0]
 
-    def piece_length(self, programs: int, parallel: int, fewest: int) -> int:
-        """Chunks of a piece, of as many pieces as keep a device busy that runs `parallel` programs, where whole
-        documents are `programs` of them; `most_chunks` where that is less than `fewest` pieces a document."""
-        pieces = min(parallel // programs, self.most_chunks // FEWEST_CHUNKS)
-        return self.most_chunks if pieces < fewest else -(-self.most_chunks // pieces)
+    def chunks_per_segment(self, programs: int, parallel: int, min_segments: int) -> int:
+        """Chunks per segment, for as many segments as keep the device busy.
 
-    def filling(self, heads: int, parallel: int) -> float:
-        """How much of a device that runs `parallel` programs side by side is busy, while each of them takes the chunks
-        of a document and head one after another. 0 where there is no device."""
-        rounds = self.num_chunks * heads / (max(parallel, 1) * self.most_chunks)
+        Args:
+            programs: programs of a scan over uncut documents.
+            parallel: programs that the device runs side by side.
+            min_segments: fewest segments per document that are worth a second scan.
+
+        Returns:
+            `max_chunks`, which leaves every document uncut, where fewer than `min_segments` would be made of one.
+        """
+        segments = min(parallel // programs, self.max_chunks // MIN_CHUNKS_PER_SEGMENT)
+        return self.max_chunks if segments < min_segments else -(-self.max_chunks // segments)
+
+    def occupancy(self, heads: int, parallel: int) -> float:
+        """Busy share of a device that runs `parallel` programs side by side, one program per document and head.
+
+        Each program takes the chunks of its document one after another. 0 where there is no device.
+        """
+        rounds = self.num_chunks * heads / (max(parallel, 1) * self.max_chunks)
         return rounds / math.ceil(rounds) if parallel else 0.0
 
-    def pieces(self, chunks: int) -> tuple[Tensor, Tensor]:
-        """Documents cut into pieces of so many chunks, for scans that are split.
+    def segments(self, chunks: int) -> tuple[Tensor, Tensor]:
+        """Documents cut into segments of `chunks` chunks, to be scanned side by side.
 
-        int64 [U, 4]: piece, first token, end, first chunk; the longest first. int64 [N, 2]: every document's first
-        piece, and the piece behind its last. Pieces are numbered in the order of their tokens.
+        Returns:
+            int64 [U, 4]: segment, first token, end and first chunk of every segment; the longest first.
+            int64 [N, 2]: every document's first segment, and the segment behind its last. Segments are numbered in the
+            order of their tokens.
         """
-        if chunks not in self._pieces:
+        if chunks not in self._segments:
             counts = -(-self.lengths // (chunks * self.chunk))
             ends = np.cumsum(counts)
             document = np.repeat(np.arange(len(counts)), counts)
@@ -71,15 +87,16 @@ class ChunkTables:
             end = np.minimum(first + chunks * self.chunk, self.borders[document + 1])
             table = np.stack([np.arange(ends[-1]), first, end, self.first_chunks[document] + within], axis=1)
             table = table[np.argsort(first - end, kind="stable")]
-            self._pieces[chunks] = self._tensor(table), self._tensor(np.stack([ends - counts, ends], axis=1))
-        return self._pieces[chunks]
+            of_documents = np.stack([ends - counts, ends], axis=1)
+            self._segments[chunks] = self._to_device(table), self._to_device(of_documents)
+        return self._segments[chunks]
 
 
-def chunk_tables(batch: int, length: int, borders: CuSeqlens | None, device: torch.device,
-                 chunk: int = CHUNK) -> ChunkTables:
-    """The tables of a batch; packed ones are kept with their borders, plain ones by their size."""
+def get_chunk_tables(batch: int, length: int, borders: CuSeqlens | None, device: torch.device,
+                     chunk: int = CHUNK_TOKENS) -> ChunkTables:
+    """The tables of a batch; those of packed batches are kept with their borders, plain ones by their size."""
     if borders is None:
-        return _plain_tables(batch, length, device, chunk)
+        return _tables_of_plain_rows(batch, length, device, chunk)
     key = ("chunk_tables", device, chunk)
     if key not in borders.cache:
         borders.cache[key] = ChunkTables(borders.host, device, chunk)
@@ -87,5 +104,5 @@ def chunk_tables(batch: int, length: int, borders: CuSeqlens | None, device: tor
 
 
 @lru_cache(maxsize=64)
-def _plain_tables(batch: int, length: int, device: torch.device, chunk: int) -> ChunkTables:
+def _tables_of_plain_rows(batch: int, length: int, device: torch.device, chunk: int) -> ChunkTables:
     return ChunkTables(range(0, batch * length + 1, length), device, chunk)

@@ -1,13 +1,14 @@
-"""What the Triton kernels of the recurrences share: tiles of heads, gates, sums of decays, pairs of tokens.
+"""Building blocks of the recurrences' Triton kernels: tiles of heads, gates, sums of decays, pairs of tokens.
 
-Decays are in log2 units and are only ever added, never subtracted: a sum of numbers at most 0 stays finite or goes to
--inf, and exp2 of it lies in [0, 1], whatever the gate. (Gates with a bound may do otherwise: `delta_rule`.)
+Decays are in log2 units and are only added, never subtracted: a sum of numbers at most 0 stays finite or goes to -inf,
+and exp2 of it lies in [0, 1], whatever the gate. (The exception are gates with a bound, see `_channel_scores` of
+delta_rule.)
 
-With a decay a channel, pairs of tokens i > j of a chunk are taken by levels b = 1, 2, 4, ..., C/2. Blocks of 2b tokens
-have a border between their halves; i in the second half and j in the first meet there:
+With a decay per channel, pairs of tokens i > j of a chunk are taken by levels b = 1, 2, 4, ..., C/2. Blocks of 2b
+tokens have a border between their halves; i in the second half and j in the first meet there:
     a_{j+1} ... a_i = 2^{E_i} 2^{E_j},  E_i = sum of g from the border to i,  E_j = sum from behind j to the border.
 
-Legend: C = 64 tokens a chunk, K key head dim, i, j, t tokens of a chunk.
+Legend: C = 64 tokens per chunk, K key head dim, i, j, t tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ import triton.language as tl
 C = tl.constexpr(64)
 LEVELS = tl.constexpr(6)  # b = 1, 2, ..., C/2
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-200.0)  # of log2 decays that are summed by products: 2^-200 is 0, and 0 * -inf would be NaN
+# Lower limit of log2 decays that are summed by matrix products: 2^-200 is 0 in fp32, and 0 * -inf would be NaN.
+MIN_LOG2_DECAY = tl.constexpr(-200.0)
 
 
 @triton.jit
 def load_tile(ptr, rows, stride, columns, WIDTH: tl.constexpr, inside):
-    """[rows, columns] of a head that `ptr` points to, zero outside."""
+    """Load the tile [rows, columns] of the head that `ptr` points to, zero outside."""
     at = rows[:, None] * stride + columns[None, :]
     return tl.load(ptr + at, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, rows, stride, columns, WIDTH: tl.constexpr, inside, x):
-    """The inverse of `load_tile`, in the type of the memory."""
+    """Store a tile where `load_tile` loads it, in the dtype of the memory."""
     at = rows[:, None] * stride + columns[None, :]
     tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x): x above 20, and without loss where e^x vanishes beside 1."""
+    """The softplus log(1 + e^x): x itself above 20, and without loss of digits where e^x vanishes beside 1."""
     e = tl.exp(tl.minimum(x, 20.0))
     return tl.where(x > 20.0, x, tl.where(x < -9.0, e - 0.5 * e * e, tl.log(1.0 + e)))
 
@@ -49,7 +51,7 @@ def sigmoid(x):
 
 @triton.jit
 def gate_value(u, rate, bias, constant, GATE: tl.constexpr):
-    """g of the raw gate u (`gates.py`); `rate` is e^A_log, `constant` the lower bound or the normalizer."""
+    """The log decay of the raw gate u (`gates.py`); `rate` is e^A_log, `constant` the lower bound or the normalizer."""
     g = u.to(tl.float32)
     if GATE == "softplus":
         g = -rate * softplus(g + bias)
@@ -62,7 +64,7 @@ def gate_value(u, rate, bias, constant, GATE: tl.constexpr):
 
 @triton.jit
 def gate_rate(A_log_ptr, head):
-    """e^A_log of a head, 1 where there is none."""
+    """The rate e^A_log of a head, 1 without A_log."""
     rate = 1.0
     if A_log_ptr is not None:
         rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
@@ -71,7 +73,7 @@ def gate_rate(A_log_ptr, head):
 
 @triton.jit
 def gate_bias(bias_ptr, head):
-    """dt_bias of a head whose decay is one number, 0 where there is none."""
+    """The dt_bias of a head with a scalar decay, 0 without a bias."""
     bias = 0.0
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + head).to(tl.float32)
@@ -80,7 +82,7 @@ def gate_bias(bias_ptr, head):
 
 @triton.jit
 def load_gates(g_ptr, bias_ptr, rows, stride, columns, WIDTH: tl.constexpr, inside):
-    """The raw gates of some channels [C, columns] and their biases [1, columns] in fp32, 0 where there are none."""
+    """Load the raw gates [C, columns] of some channels and their biases [1, columns] in fp32, 0 without a bias."""
     bias = tl.zeros([1, columns.shape[0]], tl.float32)
     if bias_ptr is not None:
         bias += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
@@ -89,14 +91,14 @@ def load_gates(g_ptr, bias_ptr, rows, stride, columns, WIDTH: tl.constexpr, insi
 
 @triton.jit
 def log2_decay(u, rate, bias, constant, inside, GATE: tl.constexpr):
-    """g of a decay a channel in log2 units, never below LOWEST; 0 outside."""
+    """The log2 decays of a decay per channel, never below MIN_LOG2_DECAY; 0 outside."""
     g = gate_value(u, rate, bias, constant, GATE) * LOG2_E
-    return tl.where(inside[:, None], tl.where(g < LOWEST, LOWEST, g), 0.0)
+    return tl.where(inside[:, None], tl.where(g < MIN_LOG2_DECAY, MIN_LOG2_DECAY, g), 0.0)
 
 
 @triton.jit
 def gate_gradients(u, dg, rate, bias, constant, GATE: tl.constexpr):
-    """The gradients of u and of A_log, one an entry, from that of g."""
+    """The gradients of u and of A_log, both per entry of g, from the gradient of g."""
     x = u.to(tl.float32) + bias
     du, dA = dg, dg
     if GATE == "softplus":
@@ -121,17 +123,18 @@ def second_half(i, b):
 @triton.jit
 def meet(i, j, b):
     """Whether the tokens i and j, in either order, meet at level b; i and j broadcast."""
-    return ((i & -b) ^ (j & -b)) == b  # cut first: then nothing is the same at every level, to be kept in registers
+    # Cut first: i ^ j would be the same at every level, and the compiler would keep it in registers.
+    return ((i & -b) ^ (j & -b)) == b
 
 
 @triton.jit
 def pairs_of(i, j, b):
-    """Whether the tokens i (of the second half) and j meet at level b; i and j broadcast."""
+    """Whether the tokens i, in the second half, and j meet at level b; i and j broadcast."""
     return meet(i, j, b) & second_half(i, b)
 
 
 @triton.jit
-def span(i, t, b):
+def lies_between(i, t, b):
     """Whether token t lies between token i and the border that i meets at level b; i and t broadcast."""
     start, second = i & -b, second_half(i, b)
     return (t >= tl.where(second, start, i + 1)) & (t <= tl.where(second, i, start + b - 1))
@@ -139,7 +142,7 @@ def span(i, t, b):
 
 @triton.jit
 def sum_over(members, x, EXACT: tl.constexpr):
-    """[C, K]: the rows of x summed over the members [C, C], to 24 bits (EXACT) or 16."""
+    """Sums [C, K] of the rows of x over the members [C, C], to 24 bits (EXACT) or 16."""
     if EXACT:
         return tl.dot(members.to(tl.float32), x, input_precision="ieee")
     ones = members.to(tl.bfloat16)
@@ -150,10 +153,10 @@ def sum_over(members, x, EXACT: tl.constexpr):
 
 @triton.jit
 def decay_between(g, j, EXACT: tl.constexpr):
-    """a_{j+1} ... a_i of one decay a head for all tokens i and some j [1, columns]; 1 where i <= j.
+    """The products a_{j+1} ... a_i of a scalar decay for all tokens i and some j [1, columns]; 1 where i <= j.
 
     g [C] is in log2 units.
     """
     i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    g = tl.where(g < LOWEST, LOWEST, g)
+    g = tl.where(g < MIN_LOG2_DECAY, MIN_LOG2_DECAY, g)
     return tl.exp2(sum_over(t <= i, tl.where(i > j, g[:, None], 0.0), EXACT))

@@ -1,6 +1,6 @@
 """The (gated) delta rule: DeltaNet, Gated DeltaNet (scalar decay) and KDA (decay per channel).
 
-Legend: B rows, T tokens a row, H query/key heads, G value heads, K/V key/value head dim, N documents.
+Legend: B rows, T tokens per row, H query/key heads, HV value heads, K/V key/value head dim, N documents.
 """
 
 from __future__ import annotations
@@ -28,46 +28,61 @@ OPERATION = register(Operation("delta_rule", (
 )))
 
 
-def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, *, g: Tensor | None = None,
+def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | None = None,
                beta: Tensor | None = None, gate: Gate | None = None, beta_sigmoid: float | None = None,
                scale: float | None = None, initial_state: Tensor | None = None, cu_seqlens: Borders = None,
                qk_l2norm: bool = False, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """S_t = Diag(e^g_t) S_{t-1};  S_t += beta_t k_t (v_t - S_t^T k_t)^T;  o_t = scale * S_t^T q_t.
+    """The gated delta rule: a state [K, V] per value head decays, is corrected towards v at the key k, and q reads it.
+
+        S_t = Diag(e^{g_t}) S_{t-1}
+        S_t = S_t + beta_t k_t (v_t - S_t^T k_t)^T
+        o_t = scale * S_t^T q_t
 
     Args:
-        q_BTHK, k_BTHK: queries and keys. Key head j serves value heads j*r .. j*r+r-1, r = G / H.
-        v_BTGV: values; G is a multiple of H.
-        g: natural logarithm of the decay, at most 0 (-inf forgets everything): None (no decay), [B, T, G]
-            (one a head) or [B, T, G, K] (one a channel).
-        beta: write strength [B, T, G]; None is 1.
-        gate: makes the logarithm of the decay from g, which is then the raw output of a projection.
-        beta_sigmoid: with a number, the write strength is that number times sigmoid(beta).
+        q_BTHK: queries, activated (after convolution and activation); not yet normalized if `qk_l2norm` is set.
+        k_BTHK: keys, activated like the queries. Key head j serves value heads j r ... j r + r - 1, r = HV / H.
+        v_BTHvV: values, activated; HV is a multiple of H.
+        g: decay, None (no decay), [B, T, HV] (scalar: one per head) or [B, T, HV, K] (one per channel). Without `gate`
+            it is activated: a natural logarithm, at most 0, and -inf forgets everything. With `gate` it is raw: the
+            output of a projection.
+        beta: write strength [B, T, HV], None for 1. Without `beta_sigmoid` it is activated, with it raw.
+        gate: the gate that turns the raw g into the logarithm of the decay.
+        beta_sigmoid: a factor c; the write strength is then c * sigmoid(beta).
         scale: factor on the queries, K ** -0.5 by default.
-        initial_state: [N, G, K, V]; None is zero.
-        cu_seqlens: borders of packed documents over the flattened B*T tokens, row starts included. N is the
-            number of documents, or B without borders. State never crosses a border.
+        initial_state: state before the first token of every document, [N, HV, K, V]; None is zero.
+        cu_seqlens: cumulative lengths of packed documents over the flattened B T tokens, with the start of every row
+            among them. N is the number of documents, or B without borders. No state crosses a border.
         qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) first.
-        backend: name one backend instead of the registry's choice.
+        backend: name of one backend, in place of the registry's choice.
 
     Returns:
-        o [B, T, G, V] in v's dtype, and the state after the last token of every document [N, G, K, V] in
-        float32 (float64 for float64 values). Half precision inputs are computed in float32.
+        o [B, T, HV, V] in v's dtype, and the state after the last token of every document, [N, HV, K, V] in float32
+        (float64 for float64 values). The torch backend computes half precision inputs in float32; the Triton backend
+        multiplies in their dtype and sums in float32.
 
     Raises:
-        ValueError: shapes that do not fit. KernelUnavailable: no backend can run it.
+        ValueError: the shapes do not fit one another, or the borders do not cover the tokens.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
 
-    Sources: Yang et al. 2024 (Gated Delta Networks), Kimi Linear 2025 (KDA).
+    Sources: Yang et al. 2024, Gated Delta Networks, eq. 10; Kimi Linear, 2025, eq. 1 (KDA, decay per channel).
+
+    >>> import torch
+    >>> q = k = torch.tensor([1.0, 0.0]).expand(1, 3, 1, 2)
+    >>> v = torch.arange(3.0).view(1, 3, 1, 1)
+    >>> o, state = delta_rule(q, k, v, scale=1.0)  # every write replaces the value at the key
+    >>> o.flatten(), state.flatten()
+    (tensor([0., 1., 2.]), tensor([2., 0.]))
     """
     B, T, _, K = k_BTHK.shape if k_BTHK.dim() == 4 else (0, 0, 0, 0)
     borders = borders_of(cu_seqlens, B, T, q_BTHK.device)
-    check_shapes("delta_rule", q_BTHK, k_BTHK, v_BTGV, initial_state, borders)
-    G = v_BTGV.shape[2]
-    decay = check_decay("delta_rule", g, gate, {"scalar": (B, T, G), "channel": (B, T, G, K)})
+    check_shapes("delta_rule", q_BTHK, k_BTHK, v_BTHvV, initial_state, borders)
+    HV = v_BTHvV.shape[2]
+    decay = check_decay("delta_rule", g, gate, {"scalar": (B, T, HV), "channel": (B, T, HV, K)})
     if beta is not None:
-        check_per_token("delta_rule", "beta", beta, {"scalar": (B, T, G)})
-    call = Call.of(v_BTGV, q_BTHK, k_BTHK, g, beta, initial_state, *parameters_of(gate), decay=decay, key_dim=K,
-                   value_dim=v_BTGV.shape[3], packed=borders is not None)
+        check_per_token("delta_rule", "beta", beta, {"scalar": (B, T, HV)})
+    call = Call.of(v_BTHvV, q_BTHK, k_BTHK, g, beta, initial_state, *parameters_of(gate), decay=decay, key_dim=K,
+                   value_dim=v_BTHvV.shape[3], packed=borders is not None)
     with autocast(q_BTHK.device.type, enabled=False):
         return choose(OPERATION, call, backend).run(
-            q_BTHK, k_BTHK, v_BTGV, g, beta, K**-0.5 if scale is None else scale, initial_state, borders,
+            q_BTHK, k_BTHK, v_BTHvV, g, beta, K**-0.5 if scale is None else scale, initial_state, borders,
             qk_l2norm, gate, beta_sigmoid)

@@ -1,6 +1,6 @@
-"""The delta rule on flash-linear-attention's kernels, for comparison and for who has it installed.
+"""The delta rule on flash-linear-attention's kernels, where that package is installed.
 
-Legend: B rows, T tokens, H query/key heads, G value heads, K/V key/value head dim, N documents.
+Legend: B rows, T tokens, H query/key heads, HV value heads, K/V key/value head dim, N documents.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ ENTRY = {"none": ("fla.ops.delta_rule", "chunk_delta_rule"),
 
 
 def supports(call: Call) -> tuple[bool, str]:
-    """Where the package has the kernel, and it takes such tensors."""
+    """Whether the package is installed and its kernel accepts the call, and if not, the reason."""
     return fla_call.accepts(call, ENTRY[call.get("decay")])
 
 
-def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None, beta_BTG: Tensor | None,
-               scale: float, state_NGKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
+def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
+               scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
                gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:
-    """Arguments as in the public function, already checked."""
-    g, beta_BTG = log_decay(g, gate), write_strength(beta_BTG, beta_sigmoid)
-    if beta_BTG is None:
-        beta_BTG = v_BTGV.new_ones(v_BTGV.shape[:3])
-    tokens = {"q": q_BTHK, "k": k_BTHK, "v": v_BTGV, "g": g, "beta": beta_BTG}
-    decay = "none" if g is None else "scalar" if g.dim() == 3 else "channel"
-    return fla_call.call(ENTRY[decay], fla_call.equal_heads(tokens) if decay == "none" else tokens, scale, state_NGKV, borders,
-                    use_qk_l2norm_in_kernel=qk_l2norm)
+    """The flash-linear-attention backend; arguments as in the public function, already checked."""
+    g, beta_BTHv = log_decay(g, gate), write_strength(beta_BTHv, beta_sigmoid)
+    if beta_BTHv is None:
+        beta_BTHv = v_BTHvV.new_ones(v_BTHvV.shape[:3])
+    tokens = {"q": q_BTHK, "k": k_BTHK, "v": v_BTHvV, "g": g, "beta": beta_BTHv}
+    if g is None:
+        decay = "none"
+        tokens = fla_call.equal_heads(tokens)
+    else:
+        decay = "scalar" if g.dim() == 3 else "channel"
+    return fla_call.call(ENTRY[decay], tokens, scale, state_NHvKV, borders, use_qk_l2norm_in_kernel=qk_l2norm)

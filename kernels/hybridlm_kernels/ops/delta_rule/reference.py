@@ -1,9 +1,9 @@
-"""The delta rule token by token: the definition that every other backend is held against.
+"""The delta rule token by token: the definition that every other backend is compared with.
 
 S_t = Diag(exp(g_t)) S_{t-1};  S_t += beta_t k_t (v_t - S_t^T k_t)^T;  o_t = scale * S_t^T q_t
 (Gated DeltaNet: Yang et al. 2024, eq. 10; per-channel decay: Kimi Linear, 2025, eq. 1.)
 
-Legend: B rows, T tokens, H query/key heads, G value heads, K/V key/value head dim, N documents.
+Legend: B rows, T tokens, H query/key heads, HV value heads, K/V key/value head dim, N documents.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hybridlm_kernels.recurrence.arguments import each_document, math_dtype
 from hybridlm_kernels.recurrence.gates import Gate, log_decay, write_strength
 
 
-def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None, beta_BTG: Tensor | None,
-               scale: float, state_NGKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
+def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
+               scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
                gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:
-    """Arguments as in the public function, already checked."""
-    g, beta_BTG = log_decay(g, gate), write_strength(beta_BTG, beta_sigmoid)
+    """The reference backend; arguments as in the public function, already checked."""
+    g, beta_BTHv = log_decay(g, gate), write_strength(beta_BTHv, beta_sigmoid)
 
     def steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
               S: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -29,12 +29,12 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None,
         if qk_l2norm:
             q = q * torch.rsqrt((q * q).sum(-1, keepdim=True) + 1e-6)
             k = k * torch.rsqrt((k * k).sum(-1, keepdim=True) + 1e-6)
-        (B, T, H, K), (G, V) = k.shape, v.shape[2:]
-        q, k = (x.repeat_interleave(G // H, dim=2)[..., None, :] for x in (q * scale, k))  # B T G 1 K
-        v = v[..., None, :]  # B T G 1 V
-        decay = None if g is None else g.to(dtype).reshape(B, T, G, -1, 1).exp()  # B T G 1|K 1
-        beta = None if beta is None else beta.to(dtype)[..., None, None]  # B T G 1 1
-        S = v.new_zeros(B, G, K, V) if S is None else S.to(dtype)
+        (B, T, H, K), (HV, V) = k.shape, v.shape[2:]
+        q, k = (x.repeat_interleave(HV // H, dim=2)[..., None, :] for x in (q * scale, k))  # B T HV 1 K
+        v = v[..., None, :]  # B T HV 1 V
+        decay = None if g is None else g.to(dtype).reshape(B, T, HV, -1, 1).exp()  # B T HV 1|K 1
+        beta = None if beta is None else beta.to(dtype)[..., None, None]  # B T HV 1 1
+        S = v.new_zeros(B, HV, K, V) if S is None else S.to(dtype)
         o = []
         for t in range(T):
             S = S if decay is None else decay[:, t] * S
@@ -43,5 +43,5 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None,
             o.append(q[:, t] @ S)
         return torch.stack(o, dim=1)[..., 0, :], S
 
-    o, state = each_document(steps, borders, (q_BTHK, k_BTHK, v_BTGV, g, beta_BTG), state_NGKV)
-    return o.to(v_BTGV.dtype), state
+    o, state = each_document(steps, borders, (q_BTHK, k_BTHK, v_BTHvV, g, beta_BTHv), state_NHvKV)
+    return o.to(v_BTHvV.dtype), state

@@ -1,12 +1,13 @@
-"""Everything in a chunk that does not depend on the state, for every chunk and value head.
+"""The quantities of a chunk that do not depend on the state, for every chunk and value head.
 
 With a_t = e^g_t, B = diag(beta), and q, k scaled and normalized:
     A_ij = q_i . (a_{j+1} ... a_i) k_j   for i >= j
     L_ij = k_i . (a_{j+1} ... a_i) k_j   for i > j
     X    = L (I + B L)^-1                solves Y = R - L B Y as Y = R - X B R
-X rather than the inverse: its product alone is rounded, not the identity's, and beta = 0 needs no care.
+X is kept rather than the inverse (I + B L)^-1, so that rounding touches its product alone and not the identity, and
+beta = 0 needs no special case.
 
-Legend: B rows, T tokens a row, H key heads, G value heads, K key head dim, C = 64 tokens a chunk, P chunks.
+Legend: B rows, T tokens per row, H key heads, HV value heads, K key head dim, C = 64 tokens per chunk, P chunks.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     gate_bias,
     gate_rate,
     gate_value,
+    lies_between,
     load_gates,
     load_tile,
     log2_decay,
     pairs_of,
     sigmoid,
-    span,
     store_tile,
     sum_over,
 )
 from hybridlm_kernels.triton_support import tuned
 
-# Rows of `factors` [G, 7, tokens], fp32.
+# Rows of `factors` [HV, 7, tokens], fp32.
 BETA = tl.constexpr(0)
-QUERY = tl.constexpr(1)  # scale / |q|, decayed from the start of the chunk to the token (unless a decay a channel)
-KEY = tl.constexpr(2)  # 1 / |k|, decayed likewise
-WRITE = tl.constexpr(3)  # 1 / |k|, decayed from the token to the end of the chunk
+QUERY = tl.constexpr(1)  # scale / |q|, with a scalar decay multiplied from the start of the chunk to the token
+KEY = tl.constexpr(2)  # 1 / |k|, likewise
+WRITE = tl.constexpr(3)  # 1 / |k|, with a scalar decay multiplied from the token to the end of the chunk
 QUERY_NORM = tl.constexpr(4)  # scale / |q|
 KEY_NORM = tl.constexpr(5)  # 1 / |k|
-DECAY_LOG2 = tl.constexpr(6)  # g in log2 units, where it is one a head
-FACTORS = tl.constexpr(7)
+DECAY_LOG2 = tl.constexpr(6)  # g in log2 units, of a scalar decay
+NUM_FACTORS = tl.constexpr(7)
 
 
 @triton.jit
-def _solve(L, beta_ptr, filled, MERGE: tl.constexpr):
-    """X = L (I + B L)^-1, [C, C]: rows one after another in blocks of 16, then the blocks joined."""
+def _solve(L, beta_ptr, filled, PRECISION: tl.constexpr):
+    """Solve for X = L (I + B L)^-1 [C, C]: row after row in diagonal blocks of 16, then the blocks are joined."""
     N: tl.constexpr = C // 16
     n, r = tl.arange(0, N), tl.arange(0, 16)
     at = n[:, None] * 16 + r[None, :]
@@ -64,15 +65,16 @@ def _solve(L, beta_ptr, filled, MERGE: tl.constexpr):
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     for e in tl.static_range(4, LEVELS):
         corner = tl.where(pairs_of(row, column, 1 << e), L, 0.0)
-        corner -= tl.dot(corner * beta[None, :], X, input_precision=MERGE)
-        X += corner - tl.dot(X * beta[None, :], corner, input_precision=MERGE)
+        corner -= tl.dot(corner * beta[None, :], X, input_precision=PRECISION)
+        X += corner - tl.dot(X * beta[None, :], corner, input_precision=PRECISION)
     return X
 
 
 @triton.jit
 def write_strength(beta_ptr, at, inside, beta_scale, SIGMOID: tl.constexpr):
+    """Load beta, through its sigmoid with SIGMOID; 1 without beta, 0 outside."""
     beta = tl.where(inside, 1.0, 0.0)
-    if beta_ptr is not None:  # and no return before: the compiler does not leave out what comes behind it
+    if beta_ptr is not None:  # not an early return, behind which the compiler would still build the rest
         beta = tl.load(beta_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if SIGMOID:
             beta = tl.where(inside, beta_scale * sigmoid(beta), 0.0)
@@ -81,51 +83,54 @@ def write_strength(beta_ptr, at, inside, beta_scale, SIGMOID: tl.constexpr):
 
 @triton.jit
 def _channel_scores(x, k, g, scores, MERGED: tl.constexpr, EXACT: tl.constexpr):
-    """Adds x_i . (a_{j+1} ... a_i) k_j of some channels to the scores, for all pairs i > j.
+    """Add x_i . (a_{j+1} ... a_i) k_j of some channels to the scores, for all pairs i > j.
 
     Pairs within blocks of 2^MERGED tokens meet in one product: a_{j+1} ... a_i = 2^{E_i} 2^{-E_j}, with E the sum of g
     from the block's middle to a token, below 0 behind it and above 0 before. Where MERGED is 0 no exponent is positive.
     """
-    P: tl.constexpr = "ieee" if EXACT else "tf32"
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     if MERGED > 0:
         middle = (i & -(1 << MERGED)) + (1 << MERGED) // 2
         behind, before = (j >= middle) & (j <= i), (j > i) & (j < middle)
         E = sum_over(behind.to(tl.int8) - before.to(tl.int8), g, EXACT)
-        product = tl.dot((x * tl.exp2(E)).to(x.dtype), tl.trans((k * tl.exp2(-E)).to(k.dtype)), input_precision=P)
+        product = tl.dot((x * tl.exp2(E)).to(x.dtype), tl.trans((k * tl.exp2(-E)).to(k.dtype)),
+                         input_precision=PRECISION)
         scores = tl.where((i > j) & ((i ^ j) < (1 << MERGED)), scores + product, scores)
     for e in tl.range(MERGED, LEVELS, num_stages=1, disable_licm=True):
         b = 1 << e
-        factor = tl.exp2(sum_over(span(i, j, b), g, EXACT))
-        product = tl.dot((x * factor).to(x.dtype), tl.trans((k * factor).to(k.dtype)), input_precision=P)
+        factor = tl.exp2(sum_over(lies_between(i, j, b), g, EXACT))
+        product = tl.dot((x * factor).to(x.dtype), tl.trans((k * factor).to(k.dtype)), input_precision=PRECISION)
         scores = tl.where(pairs_of(i, j, b), scores + product, scores)
     return scores
 
 
 @triton.jit
 def prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, queries_ptr,
-            keys_ptr, writes_ptr, to_stride, scale, gate_constant, beta_scale, tokens, H, G, chunk, head,
+            keys_ptr, writes_ptr, to_stride, scale, gate_constant, beta_scale, tokens, H, HV, chunk, head,
             first, filled, of_keys, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
             L2NORM: tl.constexpr, SIGMOID: tl.constexpr, SCORES: tl.constexpr, MERGED: tl.constexpr,
             EXACT: tl.constexpr):
-    """What `chunk_kernel` writes of one chunk and head, for the keys (`of_keys`) or the queries. The pointers of the
-    decayed queries, keys and writes are those of the head and of the chunk's first token."""
-    P: tl.constexpr = "ieee" if EXACT else "tf32"
+    """Write what `chunk_kernel` writes for one chunk and head, the part of the keys (`of_keys`) or of the queries.
+
+    The pointers of the decayed queries, keys and writes are those of the head and of the chunk's first token.
+    """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     i = tl.arange(0, C)
     inside = i < filled
-    of_head, of_key_head = first * G + head, (first * H + head // (G // H)) * K
+    of_head, of_key_head = first * HV + head, (first * H + head // (HV // H)) * K
     k_ptr += of_key_head  # from here on tokens are counted from the chunk's first, in 32 bits
     x_ptr = k_ptr if of_keys else q_ptr + of_key_head
-    factors_ptr += head * FACTORS * tokens + first
+    factors_ptr += head * NUM_FACTORS * tokens + first
     lower, strict = i[:, None] >= i[None, :], i[:, None] > i[None, :]
     rate = gate_rate(A_log_ptr, head)
     if SCORES:
-        # Through memory, so that no thread works out gates again for every layout in which they are wanted. Both
-        # programs write the same numbers.
-        beta = write_strength(beta_ptr, of_head + i * G, inside, beta_scale, SIGMOID)
+        # Gates go through memory, so that threads do not compute them again for every register layout in which they
+        # are needed. Both programs write the same numbers.
+        beta = write_strength(beta_ptr, of_head + i * HV, inside, beta_scale, SIGMOID)
         tl.store(factors_ptr + BETA * tokens + i, beta, mask=inside)
-        if DECAY == "head":
-            u = tl.load(g_ptr + of_head + i * G, mask=inside, other=0.0)
+        if DECAY == "scalar":
+            u = tl.load(g_ptr + of_head + i * HV, mask=inside, other=0.0)
             g = gate_value(u, rate, gate_bias(bias_ptr, head), gate_constant, GATE) * LOG2_E
             tl.store(factors_ptr + DECAY_LOG2 * tokens + i, g, mask=inside)
         tl.debug_barrier()
@@ -146,7 +151,7 @@ def prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, fa
         x = load_tile(x_ptr, i, H * K, columns, K, inside)
         k = load_tile(k_ptr, i, H * K, columns, K, inside)
         if DECAY == "channel":
-            u, bias = load_gates(g_ptr + of_head * K, None if bias_ptr is None else bias_ptr + head * K, i, G * K,
+            u, bias = load_gates(g_ptr + of_head * K, None if bias_ptr is None else bias_ptr + head * K, i, HV * K,
                                  columns, K, inside)
             g = log2_decay(u, rate, bias, gate_constant, inside, GATE)
             decayed = x * (tl.exp2(sum_over(lower, g, EXACT)) * x_norm[:, None])
@@ -157,11 +162,11 @@ def prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, fa
             if SCORES:
                 if of_keys:
                     total = tl.exp2(tl.sum(g, axis=0))
-                    tl.store(total_ptr + (chunk * G + head) * K + columns, total, mask=columns < K)
+                    tl.store(total_ptr + (chunk * HV + head) * K + columns, total, mask=columns < K)
                 same += tl.sum(x.to(tl.float32) * k.to(tl.float32), axis=1)
                 scores = _channel_scores(x, k, g, scores, MERGED, EXACT)
         else:
-            scores = tl.dot(x, tl.trans(k), scores, input_precision=P)
+            scores = tl.dot(x, tl.trans(k), scores, input_precision=PRECISION)
     if SCORES:
         scores *= x_norm[:, None] * k_norm[None, :]
         tl.store(factors_ptr + tl.where(of_keys, KEY_NORM, QUERY_NORM) * tokens + i, x_norm, mask=inside)
@@ -170,7 +175,7 @@ def prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, fa
         else:
             prefix, suffix = tl.zeros([C], tl.float32) + 1.0, tl.zeros([C], tl.float32) + 1.0
             total = 1.0
-            if DECAY == "head":
+            if DECAY == "scalar":
                 at_g = factors_ptr + DECAY_LOG2 * tokens + i
                 g, g_next = tl.load(at_g, mask=inside, other=0.0), tl.load(at_g + 1, mask=i + 1 < filled, other=0.0)
                 scores *= decay_between(g, i[None, :], EXACT)
@@ -178,13 +183,13 @@ def prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, fa
                 total = tl.exp2(tl.sum(g, axis=0))
             tl.store(factors_ptr + tl.where(of_keys, KEY, QUERY) * tokens + i, x_norm * prefix, mask=inside)
             if of_keys:
-                tl.store(total_ptr + chunk * G + head, total)
+                tl.store(total_ptr + chunk * HV + head, total)
                 tl.store(factors_ptr + WRITE * tokens + i, x_norm * suffix, mask=inside)
         if of_keys:
-            X = _solve(tl.where(strict, scores, 0.0), factors_ptr + BETA * tokens, filled, P)
-            store_tile(X_ptr + of_head * C, i, G * C, i, C, inside, X)
+            X = _solve(tl.where(strict, scores, 0.0), factors_ptr + BETA * tokens, filled, PRECISION)
+            store_tile(X_ptr + of_head * C, i, HV * C, i, C, inside, X)
         else:
-            store_tile(A_ptr + of_head * C, i, G * C, i, C, inside, tl.where(lower, scores, 0.0))
+            store_tile(A_ptr + of_head * C, i, HV * C, i, C, inside, tl.where(lower, scores, 0.0))
 
 
 CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
@@ -194,18 +199,20 @@ CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
 @tuned(CONFIGS, ["K", "DECAY", "SCORES", "MERGED", "EXACT"])
 @triton.jit
 def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr, A_ptr, X_ptr, factors_ptr, total_ptr,
-                 queries_ptr, keys_ptr, writes_ptr, scale, gate_constant, beta_scale, tokens, H, G, K: tl.constexpr,
+                 queries_ptr, keys_ptr, writes_ptr, scale, gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr,
                  BK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,
                  SIGMOID: tl.constexpr, SCORES: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
-    """A, X [tokens, G, C], factors [G, 7, tokens] and total [P, G(, K)]; with a decay a channel also the decayed
-    queries, keys and writes [tokens, G, K]. Without SCORES only these last three. Two programs a chunk and head: one
-    works for the queries, the other for the keys."""
+    """Write A, X [tokens, HV, C], factors [HV, 7, tokens] and total [P, HV(, K)]; with a decay per channel also the
+    decayed queries, keys and writes [tokens, HV, K]. Without SCORES write only these last three.
+
+    Two programs per chunk and head: one for the queries, one for the keys.
+    """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1)
     if DECAY == "channel":
-        queries_ptr += (first * G + head) * K
-        keys_ptr += (first * G + head) * K
-        writes_ptr += (first * G + head) * K
+        queries_ptr += (first * HV + head) * K
+        keys_ptr += (first * HV + head) * K
+        writes_ptr += (first * HV + head) * K
     prepare(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, queries_ptr,
-            keys_ptr, writes_ptr, G * K, scale, gate_constant, beta_scale, tokens, H, G, chunk,
+            keys_ptr, writes_ptr, HV * K, scale, gate_constant, beta_scale, tokens, H, HV, chunk,
             head, first, filled, tl.program_id(2) == 1, K, BK, DECAY, GATE, L2NORM, SIGMOID, SCORES, MERGED, EXACT)

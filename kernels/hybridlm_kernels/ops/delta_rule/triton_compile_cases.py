@@ -15,47 +15,61 @@ from hybridlm_kernels.recurrence.triton_join import compile_case as join_compile
 from hybridlm_kernels.triton_support import CompileCase
 
 HEAD_DIMS = (32, 64, 128, 256)
-HALF = "q k g beta queries keys writes w v A X o states y do d_states z dq dk dv dg d_beta S dS scratch"
-SINGLE = "A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
-TYPES = ({f"{name}_ptr": "*bf16" for name in HALF.split()} | {f"{name}_ptr": "*fp32" for name in SINGLE.split()}
-         | {"chunks_ptr": "*i64", "documents_ptr": "*i64", "tokens": "i32", "H": "i32", "G": "i32"}
+BF16_TENSORS = "q k g beta queries keys writes w v A X o states y do d_states z dq dk dv dg d_beta S dS scratch"
+FP32_TENSORS = "A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
+TYPES = ({f"{name}_ptr": "*bf16" for name in BF16_TENSORS.split()}
+         | {f"{name}_ptr": "*fp32" for name in FP32_TENSORS.split()}
+         | dict.fromkeys(("chunks_ptr", "documents_ptr", "segments_ptr"), "*i64")
+         | dict.fromkeys(("tokens", "H", "HV"), "i32")
          | dict.fromkeys(("scale", "inverse_scale", "gate_constant", "beta_scale"), "fp32"))
 
 
-def _specimen(label: str, kernel: Any, constants: dict[str, Any], without: str = "") -> CompileCase:
-    """`without` names pointers that are None."""
+def _compile_case(label: str, kernel: Any, constants: dict[str, Any], absent: str = "") -> CompileCase:
+    """One case; `absent` names the pointers that are None."""
     inner = kernel
     while not hasattr(inner, "arg_names") or hasattr(inner, "configs"):
         inner = inner.fn
-    absent = {f"{name}_ptr": None for name in without.split()}
-    types = {name: TYPES[name] for name in inner.arg_names if name in TYPES and name not in absent}
-    return CompileCase(label, kernel, types, constants | absent, head_dim=constants["K"])
+    none = {f"{name}_ptr": None for name in absent.split()}
+    types = {name: TYPES[name] for name in inner.arg_names if name in TYPES and name not in none}
+    return CompileCase(label, kernel, types, constants | none, head_dim=constants["K"])
 
 
-def _all() -> Iterator[CompileCase]:
+def _chunk_cases(D: int, decay: str) -> Iterator[CompileCase]:
+    sizes = {"K": D, "V": D}
+    flags = {"DECAY": decay, "GATE": "softplus", "L2NORM": True, "SIGMOID": True, "EXACT": False}
+    label = f"{decay} decay, D={D}"
+    yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes)
+    if decay == "scalar":
+        flags |= {"MERGED": 0}
+        yield _compile_case(f"chunk, {label}", chunk_kernel, flags | {"K": D, "SCORES": True}, "queries keys writes")
+        yield _compile_case(f"fused, {label}", fused_kernel, flags | sizes | {"PADDED_K": D}, "scratch")
+        return
+    for bound, gate in (("", {"GATE": "softplus", "MERGED": 0}), (", bounded", {"GATE": "lower_bounded", "MERGED": 4})):
+        constants = flags | gate
+        yield _compile_case(f"chunk, {label}{bound}", chunk_kernel, constants | {"K": D, "SCORES": True})
+        yield _compile_case(f"fused, {label}{bound}", fused_channel_kernel, constants | sizes | {"PADDED_K": D})
+
+
+def _scan_cases(D: int, channel: bool) -> Iterator[CompileCase]:
+    sizes = {"K": D, "V": D, "BK": D, "CHANNEL": channel, "EXACT": False}
+    label = f"{'channel' if channel else 'scalar'} decay, D={D}"
+    yield _compile_case(f"scan, {label}", scan_kernel, sizes | {"MODE": "outputs"}, "transitions states y")
+    yield _compile_case(f"states, {label}", scan_kernel, sizes | {"MODE": "states"}, "o last transitions")
+    yield _compile_case(f"segments, {label}", scan_kernel, sizes | {"MODE": "segments"}, "state o states y")
+    yield _compile_case(f"scan back, {label}", scan_back_kernel, sizes | {"FIRST_STATES_ONLY": False})
+    yield _compile_case(f"segments back, {label}", scan_back_kernel, sizes | {"FIRST_STATES_ONLY": True},
+                        "d_last d_states z")
+
+
+def _cases() -> Iterator[CompileCase]:
     for D in HEAD_DIMS:
-        sizes = {"K": D, "V": D}
-        for decay in ("head", "channel"):
-            flags = {"DECAY": decay, "GATE": "softplus", "L2NORM": True, "SIGMOID": True, "EXACT": False}
-            label, channel = f"{decay} decay, D={D}", decay == "channel"
-            yield _specimen(f"gradients, {label}", gradients_kernel, flags | sizes)
-            for bound, merged in (("", 0), (", bounded", 4))[:2 if channel else 1]:
-                also = flags | {"MERGED": merged} | ({"GATE": "lower_bounded"} if merged else {})
-                yield _specimen(f"chunk, {label}{bound}", chunk_kernel, also | {"K": D, "SCORES": True},
-                                "" if channel else "queries keys writes")
-                yield _specimen(f"fused, {label}{bound}", fused_channel_kernel if channel else fused_kernel,
-                                also | sizes | {"PADDED": D}, "" if channel else "scratch")
+        for decay in ("scalar", "channel"):
+            yield from _chunk_cases(D, decay)
         yield join_compile_case(D, "matrix")
-        yield _specimen(f"decode, channel decay, D={D}", decode_kernel, sizes | {
-            "BK": D, "BV": 32, "DECAY": "channel", "GATE": "softplus", "L2NORM": True, "SIGMOID": True})
+        yield _compile_case(f"decode, channel decay, D={D}", decode_kernel, {
+            "K": D, "V": D, "BK": D, "BV": 32, "DECAY": "channel", "GATE": "softplus", "L2NORM": True, "SIGMOID": True})
     for D, channel in product(HEAD_DIMS, (False, True)):
-        sizes = {"K": D, "V": D, "BK": D, "CHANNEL": channel, "EXACT": False}
-        label = f"{'channel' if channel else 'head'} decay, D={D}"
-        yield _specimen(f"scan, {label}", scan_kernel, sizes | {"MODE": "outputs"}, "transitions states y")
-        yield _specimen(f"states, {label}", scan_kernel, sizes | {"MODE": "states"}, "o last transitions")
-        yield _specimen(f"pieces, {label}", scan_kernel, sizes | {"MODE": "pieces"}, "state o states y")
-        yield _specimen(f"scan back, {label}", scan_back_kernel, sizes | {"PIECES": False})
-        yield _specimen(f"pieces back, {label}", scan_back_kernel, sizes | {"PIECES": True}, "d_last d_states z")
+        yield from _scan_cases(D, channel)
 
 
-COMPILE_CASES = list(_all())
+COMPILE_CASES = list(_cases())

@@ -1,6 +1,6 @@
-"""The recurrence itself, token by token, for decoding: the state of some columns of the values stays in registers.
+"""The recurrence itself, token by token, for decoding: registers hold the state of some columns of the values.
 
-Legend: N documents, H key heads, G value heads, K/V key/value head dim.
+Legend: N documents, H key heads, HV value heads, K/V key/value head dim.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import write_strength
-from hybridlm_kernels.ops.delta_rule.triton_scan import place
+from hybridlm_kernels.ops.delta_rule.triton_scan import locate_program
 from hybridlm_kernels.recurrence.triton_tiles import gate_rate, gate_value, load_tile, store_tile
 
 
@@ -20,16 +20,16 @@ def _load_row(ptr, columns, WIDTH: tl.constexpr):
 
 @triton.jit
 def decode_kernel(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, state_ptr, documents_ptr, o_ptr, last_ptr,
-                  scale, gate_constant, beta_scale, H, G, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                  scale, gate_constant, beta_scale, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
                   BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,
                   SIGMOID: tl.constexpr):
-    """o [tokens, G, V] and the last states [N, G, K, V]."""
-    document, first, end, _, head, v_block = place(documents_ptr, G, (V + BV - 1) // BV)
+    """Write o [tokens, HV, V] and the last states [N, HV, K, V]; one program per document, head and block of values."""
+    document, first, end, _, head, v_block = locate_program(documents_ptr, HV, (V + BV - 1) // BV)
     channels, columns = tl.arange(0, BK), v_block * BV + tl.arange(0, BV)
-    key_head = head // (G // H)
-    width: tl.constexpr = K if DECAY == "channel" else 1  # gates a head
+    key_head = head // (HV // H)
+    width: tl.constexpr = K if DECAY == "channel" else 1  # gates per token and head
     offset = channels if DECAY == "channel" else tl.zeros([1], tl.int32)
-    at_state = (document * G + head) * K * V
+    at_state = (document * HV + head) * K * V
     S = tl.zeros([BK, BV], tl.float32)
     if state_ptr is not None:
         S += load_tile(state_ptr + at_state, channels, V, columns, V, channels < K).to(tl.float32)
@@ -39,16 +39,16 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, sta
     for t in range(first, end):
         q = _load_row(q_ptr + (t * H + key_head) * K, channels, K)
         k = _load_row(k_ptr + (t * H + key_head) * K, channels, K)
-        v = _load_row(v_ptr + (t * G + head) * V, columns, V)
+        v = _load_row(v_ptr + (t * HV + head) * V, columns, V)
         if L2NORM:
             q *= tl.rsqrt(tl.sum(q * q) + 1e-6)
             k *= tl.rsqrt(tl.sum(k * k) + 1e-6)
         if DECAY != "none":
-            u = _load_row(g_ptr + (t * G + head) * width, offset, width)
+            u = _load_row(g_ptr + (t * HV + head) * width, offset, width)
             S *= tl.exp(gate_value(u, rate, bias, gate_constant, GATE))[:, None]
-        beta = write_strength(beta_ptr, t * G + head, t < end, beta_scale, SIGMOID)
+        beta = write_strength(beta_ptr, t * HV + head, t < end, beta_scale, SIGMOID)
         written = beta * (v - tl.sum(S * k[:, None], axis=0))
         S += k[:, None] * written[None, :]
         o = scale * tl.sum(S * q[:, None], axis=0)
-        tl.store(o_ptr + (t * G + head) * V + columns, o.to(o_ptr.dtype.element_ty), mask=columns < V)
+        tl.store(o_ptr + (t * HV + head) * V + columns, o.to(o_ptr.dtype.element_ty), mask=columns < V)
     store_tile(last_ptr + at_state, channels, V, columns, V, channels < K, S)

@@ -1,16 +1,17 @@
-"""The scans over chunks: states and outputs from first to last, and their gradients from last to first.
+"""Scans over chunks: states and outputs from first to last, and their gradients from last to first.
 
 A chunk takes the state S before it to M S + N, with M = diag(total) - W^T B (I - X B) K; the gradient of a state goes
-back by the transposed M. So a document can be cut into pieces that are scanned side by side, each from zero, when the
-product of its M is found as well, and scanned again from the right states (`triton_join.py`).
+back by the transposed M. So a document can be cut into segments that are scanned side by side from a state of zero,
+together with the product of their M. `triton_join.py` finds the state before each segment, and a second scan starts
+from it. A document that is not cut is one segment.
 
 With S the state at the start of a chunk, Q, K, W its decayed queries, keys and writes, B = diag(beta):
     R = V - K S,  Y = R - X B R,  O = Q S + A B Y,  S' = diag(total) S + W^T B Y
 and backward, D the gradient of B Y, Z = dY / B:
     D = A^T dO + W dS',  Z = D - X^T B D,  dS = diag(total) dS' + Q^T dO - K^T B Z
-A program takes some columns of the values of one head of one document or piece; the longest come first.
+A program takes some columns of the values of one head of one segment; the longest segments come first.
 
-Legend: N documents, U pieces of them, H key heads, G value heads, K/V key/value head dim, C tokens a chunk, P chunks.
+Legend: N documents, U segments, H key heads, HV value heads, K/V key/value head dim, C tokens per chunk, P chunks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridlm_kernels.ops.delta_rule.triton_chunk import BETA, FACTORS, KEY, QUERY, WRITE
+from hybridlm_kernels.ops.delta_rule.triton_chunk import BETA, KEY, NUM_FACTORS, QUERY, WRITE
 from hybridlm_kernels.recurrence.triton_tiles import C, load_tile, store_tile
 from hybridlm_kernels.triton_support import tuned
 
@@ -27,148 +28,156 @@ CONFIGS = [triton.Config({"BV": values}, num_warps=warps, num_stages=stages)
 
 
 @triton.jit
-def place(documents_ptr, G, BLOCKS: tl.constexpr):
-    """(document or piece, first token, end, first chunk, head, block of columns) of the program."""
+def locate_program(segments_ptr, HV, BLOCKS: tl.constexpr):
+    """Find the program's segment, its first token, end and first chunk, the head, and the block of columns."""
     program = tl.program_id(0).to(tl.int64)
-    row = documents_ptr + program // BLOCKS // G * 4
-    return (tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), program // BLOCKS % G, program % BLOCKS)
+    row = segments_ptr + program // BLOCKS // HV * 4
+    segment, first, end, first_chunk = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return segment, first, end, first_chunk, program // BLOCKS % HV, program % BLOCKS
 
 
 @triton.jit
 def scan_step(S, q_ptr, k_ptr, w_ptr, key_stride, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, o_ptr, y_ptr, tokens,
-              inside, of_values, channels, columns, G, K: tl.constexpr, V: tl.constexpr,
+              inside, of_values, channels, columns, HV, K: tl.constexpr, V: tl.constexpr,
               CHANNEL: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
-    """The state behind a chunk from S, the one before it; writes o ("outputs") or Y ("states"). Pointers are those of
-    the head and of the chunk's first token; values count where `of_values` says so."""
-    P: tl.constexpr = "ieee" if EXACT else "tf32"
+    """The state after a chunk from S, the state before it; writes o (MODE "outputs") or Y (MODE "states").
+
+    Pointers are those of the head and of the chunk's first token. Values are read where `of_values` is true.
+    """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     i = tl.arange(0, C)
     k = load_tile(k_ptr, i, key_stride, channels, K, inside)
-    v = load_tile(v_ptr, i, G * V, columns, V, of_values).to(tl.float32)
-    X = load_tile(X_ptr, i, G * C, i, C, inside)
+    v = load_tile(v_ptr, i, HV * V, columns, V, of_values).to(tl.float32)
+    X = load_tile(X_ptr, i, HV * C, i, C, inside)
     beta = tl.load(factors_ptr + BETA * tokens + i, mask=inside, other=0.0)[:, None]
     S_half = S.to(k.dtype)
-    seen = tl.dot(k, S_half, input_precision=P)
+    seen = tl.dot(k, S_half, input_precision=PRECISION)
     if not CHANNEL:
         seen *= tl.load(factors_ptr + KEY * tokens + i, mask=inside, other=0.0)[:, None]
     R = v - seen
-    Y = R - tl.dot(X, (beta * R).to(k.dtype), input_precision=P)
+    Y = R - tl.dot(X, (beta * R).to(k.dtype), input_precision=PRECISION)
     if MODE == "outputs":
         q = load_tile(q_ptr, i, key_stride, channels, K, inside)
-        A = load_tile(A_ptr, i, G * C, i, C, inside)
-        o = tl.dot(q, S_half, input_precision=P)
+        A = load_tile(A_ptr, i, HV * C, i, C, inside)
+        o = tl.dot(q, S_half, input_precision=PRECISION)
         if not CHANNEL:
             o *= tl.load(factors_ptr + QUERY * tokens + i, mask=inside, other=0.0)[:, None]
-        o = tl.dot(A, (beta * Y).to(k.dtype), o, input_precision=P)
-        store_tile(o_ptr, i, G * V, columns, V, inside, o)
+        o = tl.dot(A, (beta * Y).to(k.dtype), o, input_precision=PRECISION)
+        store_tile(o_ptr, i, HV * V, columns, V, inside, o)
     if MODE == "states":
-        store_tile(y_ptr, i, G * V, columns, V, inside, Y)
+        store_tile(y_ptr, i, HV * V, columns, V, inside, Y)
     written = beta * Y
     if CHANNEL:
         w = load_tile(w_ptr, i, key_stride, channels, K, inside)
         S *= tl.load(total_ptr + channels, mask=channels < K, other=0.0)[:, None]
-        return tl.dot(tl.trans(w), written.to(w.dtype), S, input_precision=P)
+        return tl.dot(tl.trans(w), written.to(w.dtype), S, input_precision=PRECISION)
     else:
         written *= tl.load(factors_ptr + WRITE * tokens + i, mask=inside, other=0.0)[:, None]
         S *= tl.load(total_ptr)
-        return tl.dot(tl.trans(k), written.to(k.dtype), S, input_precision=P)
+        return tl.dot(tl.trans(k), written.to(k.dtype), S, input_precision=PRECISION)
 
 
 @tuned(CONFIGS, ["K", "V", "CHANNEL", "MODE", "EXACT"])
 @triton.jit
-def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, state_ptr, documents_ptr, o_ptr,
-                last_ptr, transitions_ptr, states_ptr, y_ptr, tokens, H, G, K: tl.constexpr, V: tl.constexpr,
+def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, state_ptr, segments_ptr, o_ptr,
+                last_ptr, transitions_ptr, states_ptr, y_ptr, tokens, H, HV, K: tl.constexpr, V: tl.constexpr,
                 BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
-    """MODE "outputs": o [tokens, G, V] and, unless None, the last states [N, G, K, V].
-    "states", what the backward pass needs: the states at the start of every chunk [P, G, K, V] and Y [tokens, G, V].
-    "pieces": what pieces of documents do by themselves, the last states [U, G, K, V] from a state of zero and the
-    product of the transitions [U, G, K, K], its columns found as those of a state that starts from the identity and has
-    no values."""
+    """Scan segments from the states before them [U, HV, K, V], zero for None.
+
+    MODE "outputs" writes o [tokens, HV, V] and, unless None, the last states [U, HV, K, V].
+    MODE "states", for the backward pass, writes the states before every chunk [P, HV, K, V] and Y [tokens, HV, V].
+    MODE "segments", from a state of zero, writes the last states [U, HV, K, V] and the products of the transitions
+    [U, HV, K, K], whose columns are those of a state that starts from the identity and has no values.
+    """
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    BLOCKS: tl.constexpr = V_BLOCKS + (K + BV - 1) // BV if MODE == "pieces" else V_BLOCKS
-    document, first, end, chunk, head, block = place(documents_ptr, G, BLOCKS)
-    key_head = head if CHANNEL else head // (G // H)
-    heads = G if CHANNEL else H
+    BLOCKS: tl.constexpr = V_BLOCKS + (K + BV - 1) // BV if MODE == "segments" else V_BLOCKS
+    segment, first, end, chunk, head, block = locate_program(segments_ptr, HV, BLOCKS)
+    key_head = head if CHANNEL else head // (HV // H)
+    heads = HV if CHANNEL else H
     t, channels = tl.arange(0, C), tl.arange(0, BK)
     real = channels < K
     has_values = block < V_BLOCKS
     columns = tl.where(has_values, block, block - V_BLOCKS) * BV + tl.arange(0, BV)
     S = tl.zeros([BK, BV], tl.float32)
-    if MODE == "pieces":
+    if MODE == "segments":
         S += tl.where(channels[:, None] == tl.where(has_values, -1, columns)[None, :], 1.0, 0.0)
     if state_ptr is not None:
-        S += load_tile(state_ptr + (document * G + head) * K * V, channels, V, columns, V, real).to(tl.float32)
+        S += load_tile(state_ptr + (segment * HV + head) * K * V, channels, V, columns, V, real).to(tl.float32)
     for start in range(first, end, C):
         inside = t < end - start
-        of_values = t < tl.where(has_values, end - start, 0) if MODE == "pieces" else inside
+        of_values = t < tl.where(has_values, end - start, 0) if MODE == "segments" else inside
         if MODE == "states":
-            store_tile(states_ptr + (chunk * G + head) * K * V, channels, V, columns, V, real, S)
-        at_keys, at_values = (start * heads + key_head) * K, (start * G + head) * V
-        at_scores = (start * G + head) * C
+            store_tile(states_ptr + (chunk * HV + head) * K * V, channels, V, columns, V, real, S)
+        at_keys, at_values = (start * heads + key_head) * K, (start * HV + head) * V
+        at_scores = (start * HV + head) * C
         S = scan_step(S, q_ptr + at_keys, k_ptr + at_keys, w_ptr + at_keys, heads * K, v_ptr + at_values,
-                      A_ptr + at_scores, X_ptr + at_scores, factors_ptr + head * FACTORS * tokens + start,
-                      total_ptr + (chunk * G + head) * (K if CHANNEL else 1),
+                      A_ptr + at_scores, X_ptr + at_scores, factors_ptr + head * NUM_FACTORS * tokens + start,
+                      total_ptr + (chunk * HV + head) * (K if CHANNEL else 1),
                       None if o_ptr is None else o_ptr + at_values, None if y_ptr is None else y_ptr + at_values,
-                      tokens, inside, of_values, channels, columns, G, K, V, CHANNEL, MODE, EXACT)
+                      tokens, inside, of_values, channels, columns, HV, K, V, CHANNEL, MODE, EXACT)
         chunk += 1
     if last_ptr is not None and has_values:
-        store_tile(last_ptr + (document * G + head) * K * V, channels, V, columns, V, real, S)
+        store_tile(last_ptr + (segment * HV + head) * K * V, channels, V, columns, V, real, S)
     if transitions_ptr is not None and has_values == 0:
-        store_tile(transitions_ptr + (document * G + head) * K * K, channels, K, columns, K, real, S)
+        store_tile(transitions_ptr + (segment * HV + head) * K * K, channels, K, columns, K, real, S)
 
 
-@tuned(CONFIGS, ["K", "V", "CHANNEL", "PIECES", "EXACT"])
+@tuned(CONFIGS, ["K", "V", "CHANNEL", "FIRST_STATES_ONLY", "EXACT"])
 @triton.jit
-def scan_back_kernel(q_ptr, k_ptr, w_ptr, do_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, d_last_ptr, documents_ptr,
-                     d_states_ptr, z_ptr, d_state_ptr, tokens, H, G, K: tl.constexpr, V: tl.constexpr,
-                     BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, PIECES: tl.constexpr,
+def scan_back_kernel(q_ptr, k_ptr, w_ptr, do_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, d_last_ptr, segments_ptr,
+                     d_states_ptr, z_ptr, d_state_ptr, tokens, H, HV, K: tl.constexpr, V: tl.constexpr,
+                     BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, FIRST_STATES_ONLY: tl.constexpr,
                      EXACT: tl.constexpr):
-    """The gradients of the states after every chunk [P, G, K, V], Z [tokens, G, V] and, unless None, those of the
-    initial states [N, G, K, V]. PIECES: only the last, from a gradient of zero behind each piece."""
-    P: tl.constexpr = "ieee" if EXACT else "tf32"
-    document, first, end, chunk, head, v_block = place(documents_ptr, G, (V + BV - 1) // BV)
-    key_head = head if CHANNEL else head // (G // H)
-    heads = G if CHANNEL else H
+    """Write the gradients of the states after every chunk [P, HV, K, V], Z [tokens, HV, V] and, unless None, the
+    gradients of the states before segments [U, HV, K, V].
+
+    FIRST_STATES_ONLY writes these last alone; with d_last None the gradient after every segment is zero.
+    """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    segment, first, end, chunk, head, v_block = locate_program(segments_ptr, HV, (V + BV - 1) // BV)
+    key_head = head if CHANNEL else head // (HV // H)
+    heads = HV if CHANNEL else H
     q_ptr += key_head * K
     k_ptr += key_head * K
     w_ptr += key_head * K
-    factors_ptr += head * FACTORS * tokens
+    factors_ptr += head * NUM_FACTORS * tokens
     i, channels, columns = tl.arange(0, C), tl.arange(0, BK), v_block * BV + tl.arange(0, BV)
     real = channels < K
     dS = tl.zeros([BK, BV], tl.float32)
     if d_last_ptr is not None:
-        dS += load_tile(d_last_ptr + (document * G + head) * K * V, channels, V, columns, V, real).to(tl.float32)
+        dS += load_tile(d_last_ptr + (segment * HV + head) * K * V, channels, V, columns, V, real).to(tl.float32)
     chunks = (end - first + C - 1) // C
     for step in range(chunks):
         number = chunks - 1 - step
-        here = (chunk + number) * G + head
+        here = (chunk + number) * HV + head
         rows = first + number * C + i
         inside = rows < end
-        if not PIECES:
+        if not FIRST_STATES_ONLY:
             store_tile(d_states_ptr + here * K * V, channels, V, columns, V, real, dS)
-        do = load_tile(do_ptr + head * V, rows, G * V, columns, V, inside)
-        A = load_tile(A_ptr + head * C, rows, G * C, i, C, inside)
-        X = load_tile(X_ptr + head * C, rows, G * C, i, C, inside)
+        do = load_tile(do_ptr + head * V, rows, HV * V, columns, V, inside)
+        A = load_tile(A_ptr + head * C, rows, HV * C, i, C, inside)
+        X = load_tile(X_ptr + head * C, rows, HV * C, i, C, inside)
         w = load_tile(w_ptr, rows, heads * K, channels, K, inside)
         q = load_tile(q_ptr, rows, heads * K, channels, K, inside)
         beta = tl.load(factors_ptr + BETA * tokens + rows, mask=inside, other=0.0)[:, None]
-        D = tl.dot(w, dS.to(w.dtype), input_precision=P)
+        D = tl.dot(w, dS.to(w.dtype), input_precision=PRECISION)
         if not CHANNEL:
             D *= tl.load(factors_ptr + WRITE * tokens + rows, mask=inside, other=0.0)[:, None]
-        D = tl.dot(tl.trans(A), do, D, input_precision=P)
-        Z = D - tl.dot(tl.trans(X), (beta * D).to(w.dtype), input_precision=P)
-        if not PIECES:
-            store_tile(z_ptr + head * V, rows, G * V, columns, V, inside, Z)
+        D = tl.dot(tl.trans(A), do, D, input_precision=PRECISION)
+        Z = D - tl.dot(tl.trans(X), (beta * D).to(w.dtype), input_precision=PRECISION)
+        if not FIRST_STATES_ONLY:
+            store_tile(z_ptr + head * V, rows, HV * V, columns, V, inside, Z)
         minus_dR = -beta * Z
         if CHANNEL:
             k = load_tile(k_ptr, rows, heads * K, channels, K, inside)
             dS *= tl.load(total_ptr + here * K + channels, mask=real, other=0.0)[:, None]
-            dS = tl.dot(tl.trans(q), do, dS, input_precision=P)
-            dS = tl.dot(tl.trans(k), minus_dR.to(k.dtype), dS, input_precision=P)
+            dS = tl.dot(tl.trans(q), do, dS, input_precision=PRECISION)
+            dS = tl.dot(tl.trans(k), minus_dR.to(k.dtype), dS, input_precision=PRECISION)
         else:
             minus_dR *= tl.load(factors_ptr + KEY * tokens + rows, mask=inside, other=0.0)[:, None]
             read = do * tl.load(factors_ptr + QUERY * tokens + rows, mask=inside, other=0.0)[:, None]
             dS *= tl.load(total_ptr + here)
-            dS = tl.dot(tl.trans(q), read.to(q.dtype), dS, input_precision=P)
-            dS = tl.dot(tl.trans(w), minus_dR.to(w.dtype), dS, input_precision=P)
+            dS = tl.dot(tl.trans(q), read.to(q.dtype), dS, input_precision=PRECISION)
+            dS = tl.dot(tl.trans(w), minus_dR.to(w.dtype), dS, input_precision=PRECISION)
     if d_state_ptr is not None:
-        store_tile(d_state_ptr + (document * G + head) * K * V, channels, V, columns, V, real, dS)
+        store_tile(d_state_ptr + (segment * HV + head) * K * V, channels, V, columns, V, real, dS)

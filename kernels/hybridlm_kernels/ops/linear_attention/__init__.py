@@ -1,6 +1,6 @@
-"""Linear attention with decay: RetNet and Lightning (constant), Mamba-2 (scalar), GLA (decay per channel).
+"""Linear attention with decay: RetNet and Lightning (constant), Mamba-2 (scalar), GLA (per channel).
 
-Legend: B rows, T tokens a row, H query/key heads, G value heads, K/V key/value head dim, N documents.
+Legend: B rows, T tokens per row, H query/key heads, HV value heads, K/V key/value head dim, N documents.
 """
 
 from __future__ import annotations
@@ -28,42 +28,56 @@ OPERATION = register(Operation("linear_attention", (
 )))
 
 
-def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, *, g: Tensor | None = None,
+def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | None = None,
                     gate: Gate | None = None, scale: float | None = None,
                     initial_state: Tensor | None = None, cu_seqlens: Borders = None,
                     backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """S_t = Diag(e^g_t) S_{t-1} + k_t v_t^T;  o_t = scale * S_t^T q_t.
+    """Linear attention with decay: a state S [K, V] per value head is decayed, k v^T is added to it, and q reads it.
+
+        S_t = Diag(e^{g_t}) S_{t-1} + k_t v_t^T
+        o_t = scale * S_t^T q_t
 
     Args:
-        q_BTHK, k_BTHK: queries and keys. Key head j serves value heads j*r .. j*r+r-1, r = G / H.
-        v_BTGV: values; G is a multiple of H.
-        g: natural logarithm of the decay, at most 0 (-inf forgets everything): None (no decay), [G] (one
-            constant a head), [B, T, G] (one a head and token) or [B, T, G, K] (one a channel).
-        gate: makes the logarithm of the decay from g, [B, T, G] or [B, T, G, K], which is then the raw output
-            of a projection.
+        q_BTHK: queries, activated (after the feature map or activation).
+        k_BTHK: keys, activated like the queries. Key head j serves value heads j r ... j r + r - 1, r = HV / H.
+        v_BTHvV: values, activated; HV is a multiple of H.
+        g: decay, None (no decay), [HV] (constant: one per head), [B, T, HV] (scalar: one per head and token) or
+            [B, T, HV, K] (one per channel and token). Without `gate` it is activated: a natural logarithm, at most 0,
+            and -inf forgets everything. With `gate` it is raw: the output of a projection, [B, T, HV] or [B, T, HV, K].
+        gate: the gate that turns the raw g into the logarithm of the decay.
         scale: factor on the queries, K ** -0.5 by default.
-        initial_state: [N, G, K, V]; None is zero.
-        cu_seqlens: borders of packed documents over the flattened B*T tokens, row starts included. N is the
-            number of documents, or B without borders. State never crosses a border.
-        backend: name one backend instead of the registry's choice.
+        initial_state: state before the first token of every document, [N, HV, K, V]; None is zero.
+        cu_seqlens: cumulative lengths of packed documents over the flattened B T tokens, with the start of every row
+            among them. N is the number of documents, or B without borders. No state crosses a border.
+        backend: name of one backend, in place of the registry's choice.
 
     Returns:
-        o [B, T, G, V] in v's dtype, and the state after the last token of every document [N, G, K, V] in
-        float32 (float64 for float64 values). Half precision inputs are computed in float32.
+        o [B, T, HV, V] in v's dtype, and the state after the last token of every document, [N, HV, K, V] in float32
+        (float64 for float64 values). The torch backend computes half precision inputs in float32; the Triton backend
+        multiplies in their dtype and sums in float32.
 
     Raises:
-        ValueError: shapes that do not fit. KernelUnavailable: no backend can run it.
+        ValueError: the shapes do not fit one another, or the borders do not cover the tokens.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
 
-    Sources: Sun et al. 2023 (RetNet), Yang et al. 2023 (GLA), MiniMax-01 2025 (Lightning attention).
+    Sources: Sun et al. 2023, RetNet, eq. 6; Yang et al. 2023, Gated Linear Attention, eq. 3; MiniMax-01, 2025
+    (Lightning attention).
+
+    >>> import torch
+    >>> ones = torch.ones(1, 3, 1, 1)
+    >>> half = torch.tensor([0.5]).log()
+    >>> o, state = linear_attention(ones, ones, ones, g=half)  # the state halves before every token
+    >>> o.flatten(), state.flatten()
+    (tensor([1.0000, 1.5000, 1.7500]), tensor([1.7500]))
     """
     B, T, _, K = k_BTHK.shape if k_BTHK.dim() == 4 else (0, 0, 0, 0)
     borders = borders_of(cu_seqlens, B, T, q_BTHK.device)
-    check_shapes("linear_attention", q_BTHK, k_BTHK, v_BTGV, initial_state, borders)
-    G = v_BTGV.shape[2]
+    check_shapes("linear_attention", q_BTHK, k_BTHK, v_BTHvV, initial_state, borders)
+    HV = v_BTHvV.shape[2]
     decay = check_decay("linear_attention", g, gate,
-                        {"constant": (G,), "scalar": (B, T, G), "channel": (B, T, G, K)})
-    call = Call.of(v_BTGV, q_BTHK, k_BTHK, g, initial_state, *parameters_of(gate), decay=decay,
-                   key_dim=K, value_dim=v_BTGV.shape[3], packed=borders is not None)
+                        {"constant": (HV,), "scalar": (B, T, HV), "channel": (B, T, HV, K)})
+    call = Call.of(v_BTHvV, q_BTHK, k_BTHK, g, initial_state, *parameters_of(gate), decay=decay,
+                   key_dim=K, value_dim=v_BTHvV.shape[3], packed=borders is not None)
     with autocast(q_BTHK.device.type, enabled=False):
         return choose(OPERATION, call, backend).run(
-            q_BTHK, k_BTHK, v_BTGV, g, K**-0.5 if scale is None else scale, initial_state, borders, gate)
+            q_BTHK, k_BTHK, v_BTHvV, g, K**-0.5 if scale is None else scale, initial_state, borders, gate)

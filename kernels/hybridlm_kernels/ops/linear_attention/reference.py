@@ -1,9 +1,9 @@
-"""Linear attention with decay, token by token: the definition that every other backend is held against.
+"""Linear attention with decay, token by token: the definition that every other backend is compared with.
 
 S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T;  o_t = scale * S_t^T q_t
 (RetNet: Sun et al. 2023, eq. 6; Lightning attention: MiniMax-01, 2025; GLA: Yang et al. 2023, eq. 3.)
 
-Legend: B rows, T tokens, H query/key heads, G value heads, K/V key/value head dim, N documents.
+Legend: B rows, T tokens, H query/key heads, HV value heads, K/V key/value head dim, N documents.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from hybridlm_kernels.recurrence.arguments import each_document, math_dtype
 from hybridlm_kernels.recurrence.gates import Gate, log_decay
 
 
-def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None, scale: float,
-                    state_NGKV: Tensor | None, borders: CuSeqlens | None,
+def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, scale: float,
+                    state_NHvKV: Tensor | None, borders: CuSeqlens | None,
                     gate: Gate | None = None) -> tuple[Tensor, Tensor]:
-    """Arguments as in the public function, already checked."""
+    """The reference backend; arguments as in the public function, already checked."""
     g = log_decay(g, gate)
 
     def steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor | None) -> tuple[Tensor, Tensor]:
         dtype = math_dtype(v)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        (B, T, H, K), (G, V) = k.shape, v.shape[2:]
-        q, k = (x.repeat_interleave(G // H, dim=2)[..., None, :] for x in (q * scale, k))  # B T G 1 K
-        v = v[..., None, :]  # B T G 1 V
-        decay = None if g is None else g.to(dtype).reshape(B, T, G, -1, 1).exp()  # B T G 1|K 1
-        S = v.new_zeros(B, G, K, V) if S is None else S.to(dtype)
+        (B, T, H, K), (HV, V) = k.shape, v.shape[2:]
+        q, k = (x.repeat_interleave(HV // H, dim=2)[..., None, :] for x in (q * scale, k))  # B T HV 1 K
+        v = v[..., None, :]  # B T HV 1 V
+        decay = None if g is None else g.to(dtype).reshape(B, T, HV, -1, 1).exp()  # B T HV 1|K 1
+        S = v.new_zeros(B, HV, K, V) if S is None else S.to(dtype)
         o = []
         for t in range(T):
             S = S if decay is None else decay[:, t] * S
@@ -37,7 +37,7 @@ def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor |
             o.append(q[:, t] @ S)
         return torch.stack(o, dim=1)[..., 0, :], S
 
-    if g is not None and g.dim() == 1:  # constant: one number a head
-        g = g.expand(*v_BTGV.shape[:3])
-    o, state = each_document(steps, borders, (q_BTHK, k_BTHK, v_BTGV, g), state_NGKV)
-    return o.to(v_BTGV.dtype), state
+    if g is not None and g.dim() == 1:  # constant: one number per head
+        g = g.expand(*v_BTHvV.shape[:3])
+    o, state = each_document(steps, borders, (q_BTHK, k_BTHK, v_BTHvV, g), state_NHvKV)
+    return o.to(v_BTHvV.dtype), state

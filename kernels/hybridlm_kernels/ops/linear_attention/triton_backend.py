@@ -1,12 +1,12 @@
 """Linear attention with decay as Triton kernels: forward and backward by chunks, and the recurrence for decoding.
 
-With no decay, a constant one or one a head, o, dq, dk and dv are the same sum with names exchanged: one launch of
-`scan_kernel` each. Where gates learn, the states of chunks and the scores of pairs are stored as well. With a decay a
-channel, `chunk_kernel` goes before the scans and `gradients_kernel` behind them. Where heads are few, documents are cut
-into pieces that are scanned side by side.
+With no decay, a constant or a scalar one, o, dq, dk and dv are the same sum with names exchanged: one launch of
+`scan_kernel` each. Where gates learn, the states of chunks and the scores of pairs are stored as well. With a decay per
+channel, `chunk_kernel` goes before the scans and `gradients_kernel` after them. Where heads are few, documents are cut
+into segments that are scanned side by side.
 
-Legend: B rows, T tokens a row, H key heads, G value heads, K/V key/value head dim, N documents, U pieces of
-documents, C tokens a chunk, P chunks.
+Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
+documents, C tokens per chunk, P chunks.
 """
 
 from __future__ import annotations
@@ -24,49 +24,54 @@ from hybridlm_kernels.ops.linear_attention.triton_scan import gate_gradient_kern
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
-from hybridlm_kernels.recurrence.triton_chunk_tables import CHUNK, chunk_tables
+from hybridlm_kernels.recurrence.triton_chunk_tables import CHUNK_TOKENS, get_chunk_tables
 from hybridlm_kernels.recurrence.triton_join import join_kernel
 from hybridlm_kernels.triton_support import parallel_programs
 
-FEW_TOKENS = 16  # up to here, without gradients, the recurrence itself is faster than chunks
-CHANNELS, CHANNELS_LEARNT = 32, 16  # at a time, in the kernels of a decay a channel: what their registers hold
+# Up to so many tokens, and without gradients, the recurrence itself is faster than chunks.
+RECURRENT_MAX_TOKENS = 16
+# Channels that the kernels of a decay per channel take at a time: what fits their registers.
+CHUNK_KERNEL_CHANNELS = 32
+GRADIENTS_KERNEL_CHANNELS = 16
+# Segments per document from which two scans side by side are faster than one.
+MIN_SEGMENTS_PER_DOCUMENT = 2
 
 
 @torch.compiler.disable
-def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTGV: Tensor, g: Tensor | None, scale: float,
-                    state_NGKV: Tensor | None, borders: CuSeqlens | None,
-                    gate: Gate | None = None) -> tuple[Tensor, Tensor]:
-    """Arguments as in the public function, already checked."""
-    if g is not None and g.dim() == 1 and g.requires_grad:  # rare: its gradient is that of one a token, summed
-        g = g.expand(v_BTGV.shape[:3])
-    tensors = (q_BTHK.to(v_BTGV.dtype), k_BTHK.to(v_BTGV.dtype), v_BTGV, g, *parameters_of(gate), state_NGKV)
+def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, scale: float,
+                     state_NHvKV: Tensor | None, borders: CuSeqlens | None,
+                     gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+    """The Triton backend; arguments as in the public function, already checked."""
+    if g is not None and g.dim() == 1 and g.requires_grad:  # rare: its gradient is that of a decay per token, summed
+        g = g.expand(v_BTHvV.shape[:3])
+    tensors = (q_BTHK.to(v_BTHvV.dtype), k_BTHK.to(v_BTHvV.dtype), v_BTHvV, g, *parameters_of(gate), state_NHvKV)
     inputs: list[Any] = [None if x is None else x.contiguous() for x in tensors]
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if borders is None and q_BTHK.shape[1] <= FEW_TOKENS and not learns:
-        return _Launches(_Inputs(*inputs), scale, None, gate).decode()
-    return _LinearAttention.apply(*inputs, scale, borders, gate)
+    if borders is None and q_BTHK.shape[1] <= RECURRENT_MAX_TOKENS and not learns:
+        return _LinearAttentionLaunches(_LinearAttentionInputs(*inputs), scale, None, gate).decode()
+    return _TritonLinearAttention.apply(*inputs, scale, borders, gate)
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _LinearAttentionInputs:
     """The tensors of a call, contiguous."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
-    v: Tensor  # [B, T, G, V]
-    g: Tensor | None  # [G], [B, T, G] or [B, T, G, K]
-    A_log: Tensor | None  # [G]
-    dt_bias: Tensor | None  # [G(, K)]
-    state: Tensor | None  # [N, G, K, V]
+    v: Tensor  # [B, T, HV, V]
+    g: Tensor | None  # [HV], [B, T, HV] or [B, T, HV, K]
+    A_log: Tensor | None  # [HV]
+    dt_bias: Tensor | None  # [HV(, K)]
+    state: Tensor | None  # [N, HV, K, V]
 
 
-class _LinearAttention(torch.autograd.Function):
+class _TritonLinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, A_log: Tensor | None,
                 dt_bias: Tensor | None, state: Tensor | None, scale: float, borders: CuSeqlens | None,
                 gate: Gate | None) -> Any:
-        inputs = _Inputs(q, k, v, g, A_log, dt_bias, state)
-        launches = _Launches(inputs, scale, borders, gate)
+        inputs = _LinearAttentionInputs(q, k, v, g, A_log, dt_bias, state)
+        launches = _LinearAttentionLaunches(inputs, scale, borders, gate)
         if launches.decay == "channel":
             queries, writes, A, total = launches.chunk()
             o, last = launches.scan(queries, writes, v, state, A, total)
@@ -82,175 +87,195 @@ class _LinearAttention(torch.autograd.Function):
     @plain_backward
     def backward(ctx: Any, do: Tensor, d_last: Tensor) -> Any:
         *inputs, A, total = ctx.saved_tensors  # read once: a checkpointed layer unpacks each saved tensor a single time
-        launches = _Launches(_Inputs(*inputs), *ctx.options)
+        launches = _LinearAttentionLaunches(_LinearAttentionInputs(*inputs), *ctx.options)
         do, d_last = do.contiguous(), d_last.contiguous()
         if launches.decay == "channel":
-            gradients = launches.backward_of_channels(do, d_last, A, total, ctx.needs_input_grad)
+            gradients = launches.channel_backward(do, d_last, A, total, ctx.needs_input_grad)
         else:
-            gradients = launches.backward_of_heads(do, d_last, A, ctx.needs_input_grad)
+            gradients = launches.scalar_backward(do, d_last, A, ctx.needs_input_grad)
         return *gradients, None, None, None
 
 
-class _Launches:
-    """One call's sizes and flags, and the launches of its kernels."""
+class _LinearAttentionLaunches:
+    """The sizes and flags of one call, and the launches of its kernels."""
 
-    def __init__(self, x: _Inputs, scale: float, borders: CuSeqlens | None, gate: Gate | None):
+    def __init__(self, x: _LinearAttentionInputs, scale: float, borders: CuSeqlens | None, gate: Gate | None):
         self.x, self.scale = x, float(scale)
-        (self.B, self.T, self.H, self.K), (self.G, self.V) = x.k.shape, x.v.shape[2:]
+        (self.B, self.T, self.H, self.K), (self.HV, self.V) = x.k.shape, x.v.shape[2:]
         self.tokens, self.dtype, self.device = self.B * self.T, x.v.dtype, x.v.device
-        self.tables = chunk_tables(self.B, self.T, borders, self.device)
+        self.tables = get_chunk_tables(self.B, self.T, borders, self.device)
         self.documents = self.B if borders is None else borders.num_documents
-        self.decay = "none" if x.g is None else ("constant", "head", "channel")[max(0, x.g.dim() - 2)]
-        constant = 1.0 if gate is None else gate.normalizer if gate.kind == "logsigmoid" else gate.lower_bound
-        self.gate_inputs = (x.g, x.A_log, x.dt_bias, float(constant))
-        self.gate = "none" if gate is None else gate.kind
+        self.decay = "none" if x.g is None else ("constant", "scalar", "channel")[max(0, x.g.dim() - 2)]
+        constant = 1.0
+        if gate is not None:
+            constant = gate.normalizer if gate.kind == "logsigmoid" else gate.lower_bound
+        self.gate_arguments = {
+            "g_ptr": x.g, "A_log_ptr": x.A_log, "bias_ptr": x.dt_bias, "gate_constant": float(constant),
+            "GATE": "none" if gate is None else gate.kind}
         self.exact = self.dtype == torch.float32
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor, by default in the dtype of the values."""
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
 
     def wide(self, *shape: int) -> Tensor:
+        """A new tensor in float32."""
         return self.empty(*shape, dtype=torch.float32)
 
     def decode(self) -> tuple[Tensor, Tensor]:
-        """(o, last states) by the recurrence."""
-        o, last = torch.empty_like(self.x.v), self.wide(self.B, self.G, self.K, self.V)
+        """The outputs and last states by the recurrence."""
+        x = self.x
+        o, last = torch.empty_like(x.v), self.wide(self.B, self.HV, self.K, self.V)
         columns = min(_padded(self.V), max(16, 4096 // _padded(self.K)))
-        decode_kernel[(self.B * self.G * triton.cdiv(self.V, columns),)](
-            self.x.q, self.x.k, self.x.v, *self.gate_inputs, self.x.state, o, last, self.scale, self.T, self.H, self.G,
-            K=self.K, V=self.V, BK=_padded(self.K), BV=columns, DECAY=self.decay, GATE=self.gate)
+        decode_kernel[(self.B * self.HV * triton.cdiv(self.V, columns),)](
+            q_ptr=x.q, k_ptr=x.k, v_ptr=x.v, state_ptr=x.state, o_ptr=o, last_ptr=last, scale=self.scale, T=self.T,
+            H=self.H, HV=self.HV, K=self.K, V=self.V, BK=_padded(self.K), BV=columns, DECAY=self.decay,
+            **self.gate_arguments)
         return o, last
 
     def chunk(self, scores: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Queries and writes [B, T, G, K]; with scores A [B, T, G, C] and the decay of chunks [P, G, K]."""
+        """Queries and writes [B, T, HV, K]; with `scores` also A [B, T, HV, C] and the decay of chunks [P, HV, K]."""
         x, P = self.x, self.tables.num_chunks
-        queries, writes = (self.empty(self.B, self.T, self.G, self.K) for _ in range(2))
+        queries, writes = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(2))
         A = self.scores() if scores else None
-        total = self.wide(P, self.G, self.K) if scores else None
-        chunk_kernel[(P, self.G)](
-            x.q, x.k, *self.gate_inputs, self.tables.chunks, A, total, queries, writes, self.scale, self.H, self.G,
-            K=self.K, BK=min(CHANNELS, _padded(self.K)), GATE=self.gate, SCORES=scores,
-            EXACT=self.exact)
+        total = self.wide(P, self.HV, self.K) if scores else None
+        chunk_kernel[(P, self.HV)](
+            q_ptr=x.q, k_ptr=x.k, chunks_ptr=self.tables.chunks, A_ptr=A, total_ptr=total, queries_ptr=queries,
+            writes_ptr=writes, scale=self.scale, H=self.H, HV=self.HV, K=self.K,
+            BK=min(CHUNK_KERNEL_CHANNELS, _padded(self.K)), SCORES=scores, EXACT=self.exact, **self.gate_arguments)
         return queries, writes, A, total
 
     def scores(self) -> Tensor:
-        return self.empty(self.B, self.T, self.G, CHUNK)
+        """A new tensor for the scores of pairs, [B, T, HV, C]."""
+        return self.empty(self.B, self.T, self.HV, CHUNK_TOKENS)
 
     def pairs(self, x: Tensor, y: Tensor, other: Tensor, dots: Tensor) -> Tensor:
-        """The scores A [B, T, G, C] of x against y; as `pairs_kernel` says."""
+        """The scores A [B, T, HV, C] of x against y; as `pairs_kernel` says."""
         A, Y = self.scores(), y.shape[3]
-        pairs_kernel[(self.tables.num_chunks, self.G)](
-            x, y, *self.gate_inputs, self.tables.chunks, A, other, dots, self.scale, self.G, self.G // y.shape[2], Y=Y,
-            BY=min(64, _padded(Y)), GATE=self.gate, EXACT=self.exact)
+        pairs_kernel[(self.tables.num_chunks, self.HV)](
+            x_ptr=x, y_ptr=y, chunks_ptr=self.tables.chunks, A_ptr=A, other_ptr=other, dots_ptr=dots, scale=self.scale,
+            HV=self.HV, XY_GROUP=self.HV // y.shape[2], Y=Y, BY=min(64, _padded(Y)), EXACT=self.exact,
+            **self.gate_arguments)
         return A
 
     def scan(self, x: Tensor, y: Tensor, z: Tensor, start: Tensor | None, A: Tensor | None,
              total: Tensor | None = None, *, reverse: bool = False, output: bool = True, pairs: bool = False,
              states: Tensor | None = None, w: Tensor | None = None, dots: Tensor | None = None,
              carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """out [B, T, G, Z] and the states [N, G, Y, Z] after the scan; as `scan_kernel` says.
+        """The sums out [B, T, HV, Z] and the states [N, HV, Y, Z] after the scan; as `scan_kernel` says.
 
         Writes `states`, unless `carry` is given, for which it reads them.
         """
         Y, Z = y.shape[3], z.shape[3]
         sizes = {"Y": Y, "Z": Z, "BY": _padded(Y), "BZ": self.columns(Y, Z)}
         blocks = triton.cdiv(Z, sizes["BZ"])
-        out = self.empty(self.B, self.T, self.G, Z) if output else None
-        last = self.wide(self.documents, self.G, Y, Z)
+        out = self.empty(self.B, self.T, self.HV, Z) if output else None
+        last = self.wide(self.documents, self.HV, Y, Z)
 
-        def launch(pieces: Tensor, start: Tensor | None, last: Tensor | None, total_of_pieces: Tensor | None,
+        def launch(segments: Tensor, start: Tensor | None, last: Tensor | None, total_of_segments: Tensor | None,
                    output: bool, learn: bool) -> None:
-            scan_kernel[(len(pieces) * self.G * blocks,)](
-                x, y, z, w, A, *self.gate_inputs, total, start, pieces, out if output else None, last, total_of_pieces,
-                states if learn else None, dots if learn else None, carry if learn else None, self.scale, self.tokens,
-                self.tables.num_chunks, self.G, self.G // y.shape[2], self.G // z.shape[2], **sizes, DECAY=self.decay,
-                GATE=self.gate, REVERSE=reverse, OUTPUT=output, PAIRS=output and pairs,
-                STATES=learn and states is not None and carry is None, DOTS=learn and dots is not None,
-                EXACT=self.exact)
+            scan_kernel[(len(segments) * self.HV * blocks,)](
+                x_ptr=x, y_ptr=y, z_ptr=z, w_ptr=w, A_ptr=A, chunk_total_ptr=total, start_ptr=start,
+                segments_ptr=segments, out_ptr=out if output else None, last_ptr=last, total_ptr=total_of_segments,
+                states_ptr=states if learn else None, dots_ptr=dots if learn else None,
+                carry_ptr=carry if learn else None, scale=self.scale, tokens=self.tokens,
+                chunks=self.tables.num_chunks, HV=self.HV, XY_GROUP=self.HV // y.shape[2],
+                Z_GROUP=self.HV // z.shape[2], DECAY=self.decay, REVERSE=reverse, OUTPUT=output,
+                PAIRS=output and pairs, STATES=learn and states is not None and carry is None,
+                DOTS=learn and dots is not None, EXACT=self.exact, **sizes, **self.gate_arguments)
 
-        chunks = self.tables.piece_length(self.documents * self.G * blocks, parallel_programs(self.device), 2)
-        if chunks >= self.tables.most_chunks:
+        chunks = self.tables.chunks_per_segment(self.documents * self.HV * blocks, parallel_programs(self.device),
+                                                MIN_SEGMENTS_PER_DOCUMENT)
+        if chunks >= self.tables.max_chunks:
             launch(self.tables.documents, start, last, None, output, True)
             return out, last  # type: ignore[return-value]
-        pieces, of_documents = self.tables.pieces(chunks)
-        alone = self.wide(len(pieces), self.G, Y, Z)
+        segments, segments_of_documents = self.tables.segments(chunks)
         channel = self.decay == "channel"
-        total_of_pieces = self.wide(len(pieces), self.G, Y) if channel else self.wide(len(pieces), self.G)
-        launch(pieces, None, alone, total_of_pieces, False, False)
-        join_kernel[(self.documents * self.G * blocks,)](alone, total_of_pieces, start, of_documents, last, self.G,
-                                                         **sizes, TRANSITION="channel" if channel else "head",
-                                                         REVERSE=reverse, EXACT=self.exact)
+        starts = self.wide(len(segments), self.HV, Y, Z)
+        total_of_segments = self.wide(len(segments), self.HV, *([Y] if channel else []))
+        launch(segments, None, starts, total_of_segments, False, False)
+        join_kernel[(self.documents * self.HV * blocks,)](
+            states_ptr=starts, transitions_ptr=total_of_segments, start_ptr=start,
+            segments_of_documents_ptr=segments_of_documents, last_ptr=last, HV=self.HV, **sizes,
+            TRANSITION="channel" if channel else "scalar", REVERSE=reverse, EXACT=self.exact)
         if output or states is not None:
-            launch(pieces, alone, None, None, output, True)
+            launch(segments, starts, None, None, output, True)
         return out, last  # type: ignore[return-value]
 
     def columns(self, Y: int, Z: int) -> int:
-        """Columns of z a program: fewer where the state would not fit its registers."""
+        """Columns of z per program: fewer where the state would not fit its registers."""
         return min(_padded(Z), 32 if Y > 128 or self.exact else 64)
 
-    def backward_of_heads(self, do: Tensor, d_last: Tensor, A: Tensor | None,
-                          needed: tuple[bool, ...]) -> list[Tensor | None]:
-        """Gradients of q, k, v, g, A_log, dt_bias and state, where the decay is not one a channel."""
+    def scalar_backward(self, do: Tensor, d_last: Tensor, A: Tensor | None,
+                        needed: tuple[bool, ...]) -> list[Tensor | None]:
+        """Gradients of q, k, v, g, A_log, dt_bias and state, where the decay is not one per channel."""
         x = self.x
         P, blocks = self.tables.num_chunks, triton.cdiv(self.K, self.columns(self.V, self.K))
         M = states = pairs = dots = reverse_dots = carry = None
         if A is not None:
-            states, pairs = self.empty(P, self.G, self.V, self.K), self.wide(self.tokens, self.G)
-            dots, reverse_dots = (self.wide(blocks, self.tokens, self.G) for _ in range(2))
-            carry = self.wide(blocks, P, self.G)
+            states, pairs = self.empty(P, self.HV, self.V, self.K), self.wide(self.tokens, self.HV)
+            dots, reverse_dots = (self.wide(blocks, self.tokens, self.HV) for _ in range(2))
+            carry = self.wide(blocks, P, self.HV)
             M = self.pairs(do, x.v, A, pairs)
         start = None if x.state is None else x.state.mT.contiguous()
-        here = M is None  # scores are found on the way
-        dq, _ = self.scan(do, x.v, x.k, start, M, pairs=here, states=states, w=x.q, dots=dots)
-        dk, _ = self.scan(x.v, do, x.q, d_last.mT.contiguous(), M, reverse=True, pairs=here, states=states, w=x.k,
-                          dots=reverse_dots, carry=carry)
-        dv, d_state = self.scan(x.k, x.q, do, d_last, A, reverse=True, pairs=here)
+        pairs_in_scan = M is None
+        dq, _ = self.scan(do, x.v, x.k, start, M, pairs=pairs_in_scan, states=states, w=x.q, dots=dots)
+        dk, _ = self.scan(x.v, do, x.q, d_last.mT.contiguous(), M, reverse=True, pairs=pairs_in_scan, states=states,
+                          w=x.k, dots=reverse_dots, carry=carry)
+        dv, d_state = self.scan(x.k, x.q, do, d_last, A, reverse=True, pairs=pairs_in_scan)
         gates: list[Tensor | None] = [None, None, None]
         if A is not None:
-            gates = self._gate_gradients((pairs, dots, reverse_dots, carry), needed)
-        return [self._of_heads(dq), self._of_heads(dk), dv, *gates, self._of_state(d_state, needed)]
+            gates = self._gate_gradients(pairs, dots, reverse_dots, carry, needed)
+        return [self._sum_value_heads(dq), self._sum_value_heads(dk), dv, *gates, self._d_state(d_state, needed)]
 
-    def _gate_gradients(self, dots: tuple[Any, ...], needed: tuple[bool, ...]) -> list[Tensor | None]:
+    def _gate_gradients(self, pairs: Tensor | None, dots: Tensor | None, reverse_dots: Tensor | None,
+                        carry: Tensor | None, needed: tuple[bool, ...]) -> list[Tensor | None]:
         x, P = self.x, self.tables.num_chunks
-        dg = torch.empty_like(x.g)  # type: ignore[arg-type]
-        d_A_log = self.wide(P, self.G) if needed[4] else None
-        d_bias = self.wide(P, self.G) if needed[5] else None
-        gate_gradient_kernel[(P, self.G)](
-            *dots, *self.gate_inputs, self.tables.chunks, dg, d_A_log, d_bias, self.tokens, P, self.G,
-            BLOCKS=dots[1].shape[0], GATE=self.gate)
-        return [dg if needed[3] else None, _of_chunks(d_A_log, x.A_log), _of_chunks(d_bias, x.dt_bias)]
+        assert x.g is not None
+        assert dots is not None
+        dg = torch.empty_like(x.g)
+        d_A_log = self.wide(P, self.HV) if needed[4] else None
+        d_bias = self.wide(P, self.HV) if needed[5] else None
+        gate_gradient_kernel[(P, self.HV)](
+            pairs_ptr=pairs, dots_ptr=dots, reverse_dots_ptr=reverse_dots, carry_ptr=carry,
+            chunks_ptr=self.tables.chunks, dg_ptr=dg, d_A_log_ptr=d_A_log, d_bias_ptr=d_bias, tokens=self.tokens,
+            chunks=P, HV=self.HV, BLOCKS=dots.shape[0], **self.gate_arguments)
+        return [dg if needed[3] else None, _sum_chunks(d_A_log, x.A_log), _sum_chunks(d_bias, x.dt_bias)]
 
-    def backward_of_channels(self, do: Tensor, d_last: Tensor, A: Tensor, total: Tensor,
-                             needed: tuple[bool, ...]) -> list[Tensor | None]:
-        """As `backward_of_heads`, with a decay a channel."""
+    def channel_backward(self, do: Tensor, d_last: Tensor, A: Tensor, total: Tensor,
+                         needed: tuple[bool, ...]) -> list[Tensor | None]:
+        """Gradients of q, k, v, g, A_log, dt_bias and state, with a decay per channel."""
         x, P = self.x, self.tables.num_chunks
         queries, writes, _, _ = self.chunk(scores=False)
-        states, d_states = (self.empty(P, self.G, self.K, self.V) for _ in range(2))
+        states, d_states = (self.empty(P, self.HV, self.K, self.V) for _ in range(2))
         self.scan(writes, writes, x.v, x.state, A, total, output=False, states=states)
         dv, d_state = self.scan(writes, queries, do, d_last, A, total, reverse=True, states=d_states)
-        dq, dk = (self.empty(self.B, self.T, self.G, self.K) for _ in range(2))
-        channels = min(CHANNELS_LEARNT, _padded(self.K))
+        dq, dk = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(2))
+        channels = min(GRADIENTS_KERNEL_CHANNELS, _padded(self.K))
         blocks = triton.cdiv(self.K, channels)
         learns = any(needed[3:6])
         dg = torch.empty_like(x.g) if learns else None  # type: ignore[arg-type]
-        sums = self.wide(self.tokens, self.G, self.K) if learns else None
-        d_A_log = self.wide(P, self.G, blocks) if needed[4] else None
-        d_bias = self.wide(P, self.G, self.K) if needed[5] else None
-        for keys, tensors, pair, out in ((False, (x.q, x.k, do, x.v), (states, d_states), dq),
-                                         (True, (x.k, x.q, x.v, do), (d_states, states), dk)):
-            gradients_kernel[(P, self.G * blocks)](
-                *tensors, *self.gate_inputs, *pair, total, self.tables.chunks, out, sums, dg, d_A_log, d_bias,
-                self.scale, self.H, self.G, K=self.K, V=self.V, BK=channels, BV=min(32, _padded(self.V)),
-                GATE=self.gate, KEYS=keys, EXACT=self.exact)
+        sums = self.wide(self.tokens, self.HV, self.K) if learns else None
+        d_A_log = self.wide(P, self.HV, blocks) if needed[4] else None
+        d_bias = self.wide(P, self.HV, self.K) if needed[5] else None
+        for_queries = {"x_ptr": x.q, "y_ptr": x.k, "left_ptr": do, "right_ptr": x.v, "S_ptr": states,
+                       "other_S_ptr": d_states, "dx_ptr": dq, "KEYS": False}
+        for_keys = {"x_ptr": x.k, "y_ptr": x.q, "left_ptr": x.v, "right_ptr": do, "S_ptr": d_states,
+                    "other_S_ptr": states, "dx_ptr": dk, "KEYS": True}
+        for tensors in (for_queries, for_keys):
+            gradients_kernel[(P, self.HV * blocks)](
+                total_ptr=total, chunks_ptr=self.tables.chunks, sum_ptr=sums, dg_ptr=dg, d_A_log_ptr=d_A_log,
+                d_bias_ptr=d_bias, scale=self.scale, H=self.H, HV=self.HV, K=self.K, V=self.V, BK=channels,
+                BV=min(32, _padded(self.V)), EXACT=self.exact, **tensors, **self.gate_arguments)
         if d_A_log is not None:
             d_A_log = d_A_log.sum(2)
-        return [self._of_heads(dq), self._of_heads(dk), dv, dg if needed[3] else None, _of_chunks(d_A_log, x.A_log),
-                _of_chunks(d_bias, x.dt_bias), self._of_state(d_state, needed)]
+        return [self._sum_value_heads(dq), self._sum_value_heads(dk), dv, dg if needed[3] else None,
+                _sum_chunks(d_A_log, x.A_log), _sum_chunks(d_bias, x.dt_bias), self._d_state(d_state, needed)]
 
-    def _of_heads(self, d_BTGK: Tensor) -> Tensor:
-        return d_BTGK if self.H == self.G else d_BTGK.unflatten(2, (self.H, -1)).sum(3)
+    def _sum_value_heads(self, d_BTHvK: Tensor) -> Tensor:
+        return d_BTHvK if self.H == self.HV else d_BTHvK.unflatten(2, (self.H, -1)).sum(3)
 
-    def _of_state(self, d_state: Tensor, needed: tuple[bool, ...]) -> Tensor | None:
+    def _d_state(self, d_state: Tensor, needed: tuple[bool, ...]) -> Tensor | None:
         return d_state.to(self.x.state.dtype) if needed[6] and self.x.state is not None else None
 
 
@@ -258,5 +283,5 @@ def _padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _of_chunks(d: Tensor | None, like: Tensor | None) -> Tensor | None:
+def _sum_chunks(d: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if d is None or like is None else d.sum(0).to(like.dtype)

@@ -1,7 +1,8 @@
-"""The kernels of linear_attention as the compile check builds them: bf16, K = V = D."""
+"""Every kernel of linear attention in bfloat16 with K = V = D, for the compile check."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from hybridlm_kernels.ops.linear_attention.triton_channel import chunk_kernel, gradients_kernel
@@ -14,7 +15,7 @@ GATE = {"g_ptr": "*bf16", "A_log_ptr": "*fp32", "bias_ptr": "*fp32", "gate_const
 NO_GATE = {"g_ptr": "*fp32", "gate_constant": "fp32"}
 NO_GATE_CONSTANTS = {"A_log_ptr": None, "bias_ptr": None, "GATE": "none"}
 HEAD_DIMS = (32, 64, 128, 256)
-HALF, SINGLE, TABLE = "*bf16", "*fp32", "*i64"
+BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
 
 
 def _pointers(kind: str, *names: str) -> dict[str, str]:
@@ -23,9 +24,9 @@ def _pointers(kind: str, *names: str) -> dict[str, str]:
 
 def _scan(label: str, D: int, decay: str, **flags: bool) -> CompileCase:
     flags = {"REVERSE": False, "OUTPUT": True, "PAIRS": False, "STATES": False, "DOTS": False} | flags
-    gate = GATE if decay == "head" else NO_GATE
-    types = (_pointers(HALF, "x", "y", "z", "w", "A", "out", "states") | gate | _pointers(TABLE, "pieces")
-             | _pointers(SINGLE, "chunk_total", "start", "last", "total", "dots", "carry")
+    gate = GATE if decay == "scalar" else NO_GATE
+    types = (_pointers(BF16, "x", "y", "z", "w", "A", "out", "states") | gate | _pointers(INT64, "segments")
+             | _pointers(FP32, "chunk_total", "start", "last", "total", "dots", "carry")
              | {"scale": "fp32"} | dict.fromkeys(("tokens", "chunks"), "i32"))
     absent = {"total_ptr"} | ({"w_ptr", "dots_ptr", "carry_ptr", "states_ptr"} if not flags["DOTS"] else set())
     if decay != "channel":
@@ -37,56 +38,66 @@ def _scan(label: str, D: int, decay: str, **flags: bool) -> CompileCase:
     if flags["STATES"]:
         absent -= {"states_ptr"}
     constants: dict[str, Any] = dict.fromkeys(absent) | flags | {
-        "G": 16, "XY_SHARE": 1, "Z_SHARE": 1, "Y": D, "Z": D, "BY": D, "BZ": 32 if D > 128 else min(D, 64),
+        "HV": 16, "XY_GROUP": 1, "Z_GROUP": 1, "Y": D, "Z": D, "BY": D, "BZ": 32 if D > 128 else min(D, 64),
         "DECAY": decay, "EXACT": False,
-        **({"GATE": "softplus"} if decay == "head" else NO_GATE_CONSTANTS)}
-    return CompileCase(f"scan {label} {decay} D={D}", scan_kernel,
-                    {name: kind for name, kind in types.items() if name not in constants}, constants, head_dim=D)
+        **({"GATE": "softplus"} if decay == "scalar" else NO_GATE_CONSTANTS)}
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    return CompileCase(f"scan {label} {decay} D={D}", scan_kernel, types, constants, head_dim=D)
 
 
-def _channel(D: int) -> list[CompileCase]:
-    sizes = {"K": D, "GATE": "softplus", "EXACT": False}
-    rest = {"scale": "fp32", "H": "i32", "G": "i32"} | _pointers(TABLE, "chunks")
-    return [
-        CompileCase(f"chunks D={D}", chunk_kernel,
-                 _pointers(HALF, "q", "k", "A", "queries", "writes") | GATE | _pointers(SINGLE, "total") | rest,
-                 sizes | {"BK": 32, "SCORES": True}, head_dim=D),
-        *(CompileCase(f"gradients, {'keys' if keys else 'queries'} D={D}", gradients_kernel,
-                   _pointers(HALF, "x", "y", "left", "right", "S", "other_S", "dx", "dg") | GATE
-                   | _pointers(SINGLE, "total", "sum", "d_A_log", "d_bias") | rest,
-                   sizes | {"V": D, "BK": 16, "BV": 32, "KEYS": keys}, head_dim=D) for keys in (False, True))]
+def _channel_chunks(D: int) -> CompileCase:
+    types = (_pointers(BF16, "q", "k", "A", "queries", "writes") | GATE | _pointers(FP32, "total")
+             | _pointers(INT64, "chunks") | {"scale": "fp32", "H": "i32", "HV": "i32"})
+    constants = {"K": D, "BK": 32, "GATE": "softplus", "SCORES": True, "EXACT": False}
+    return CompileCase(f"chunks D={D}", chunk_kernel, types, constants, head_dim=D)
+
+
+def _channel_gradients(D: int, keys: bool) -> CompileCase:
+    types = (_pointers(BF16, "x", "y", "left", "right", "S", "other_S", "dx", "dg") | GATE
+             | _pointers(FP32, "total", "sum", "d_A_log", "d_bias") | _pointers(INT64, "chunks")
+             | {"scale": "fp32", "H": "i32", "HV": "i32"})
+    constants = {"K": D, "V": D, "BK": 16, "BV": 32, "GATE": "softplus", "KEYS": keys, "EXACT": False}
+    label = f"gradients, {'keys' if keys else 'queries'} D={D}"
+    return CompileCase(label, gradients_kernel, types, constants, head_dim=D)
 
 
 def _pairs(D: int) -> CompileCase:
-    return CompileCase(f"pairs D={D}", pairs_kernel,
-                    _pointers(HALF, "x", "y", "A", "other") | _pointers(SINGLE, "dots") | GATE
-                    | _pointers(TABLE, "chunks") | {"scale": "fp32", "G": "i32", "XY_SHARE": "i32"},
-                    {"Y": D, "BY": min(D, 64), "GATE": "softplus", "EXACT": False}, head_dim=D)
+    types = (_pointers(BF16, "x", "y", "A", "other") | _pointers(FP32, "dots") | GATE | _pointers(INT64, "chunks")
+             | {"scale": "fp32", "HV": "i32", "XY_GROUP": "i32"})
+    constants = {"Y": D, "BY": min(D, 64), "GATE": "softplus", "EXACT": False}
+    return CompileCase(f"pairs D={D}", pairs_kernel, types, constants, head_dim=D)
 
 
-def _others(D: int) -> list[CompileCase]:
-    decode = (_pointers(HALF, "q", "k", "v", "o") | GATE | _pointers(SINGLE, "state", "last") | {"scale": "fp32"}
-              | dict.fromkeys(("T", "H", "G"), "i32"))
-    sizes = {"K": D, "V": D, "BK": D, "BV": min(D, max(16, 4096 // D))}
-    return [join_compile_case(D, "channel"),
-            CompileCase(f"decode D={D}", decode_kernel, decode, sizes | {"DECAY": "channel", "GATE": "softplus"},
-                     head_dim=D)]
+def _decode(D: int) -> CompileCase:
+    types = (_pointers(BF16, "q", "k", "v", "o") | GATE | _pointers(FP32, "state", "last") | {"scale": "fp32"}
+             | dict.fromkeys(("T", "H", "HV"), "i32"))
+    constants = {"K": D, "V": D, "BK": D, "BV": min(D, max(16, 4096 // D)), "DECAY": "channel", "GATE": "softplus"}
+    return CompileCase(f"decode D={D}", decode_kernel, types, constants, head_dim=D)
 
 
-COMPILE_CASES = [
-    *(_scan("forward", D, decay, PAIRS=decay != "channel") for D in HEAD_DIMS
-      for decay in ("constant", "head", "channel")),
-    *(_scan("backward", D, decay, REVERSE=True, PAIRS=decay == "constant") for D in HEAD_DIMS
-      for decay in ("constant", "head")),
-    *(_scan("states", D, "channel", OUTPUT=False, STATES=True) for D in HEAD_DIMS),
-    *(_scan("backward, states", D, "channel", REVERSE=True, STATES=True) for D in HEAD_DIMS),
-    *(_scan("dq, states, dots", D, "head", STATES=True, DOTS=True) for D in HEAD_DIMS),
-    *(_scan("dk, dots", D, "head", REVERSE=True, DOTS=True) for D in HEAD_DIMS),
-    *(_pairs(D) for D in HEAD_DIMS),
-    *(compile_case for D in HEAD_DIMS for compile_case in _channel(D)),
-    *(compile_case for D in HEAD_DIMS for compile_case in _others(D)),
-    CompileCase("gate gradient", gate_gradient_kernel,
-             _pointers(SINGLE, "pairs", "dots", "reverse_dots", "carry", "d_A_log", "d_bias") | GATE
-             | _pointers(TABLE, "chunks") | _pointers(HALF, "dg") | dict.fromkeys(("tokens", "chunks", "G"), "i32"),
-             {"BLOCKS": 2, "GATE": "softplus"}),
-]
+def _gate_gradient() -> CompileCase:
+    types = (_pointers(FP32, "pairs", "dots", "reverse_dots", "carry", "d_A_log", "d_bias") | GATE
+             | _pointers(INT64, "chunks") | _pointers(BF16, "dg") | dict.fromkeys(("tokens", "chunks", "HV"), "i32"))
+    return CompileCase("gate gradient", gate_gradient_kernel, types, {"BLOCKS": 2, "GATE": "softplus"})
+
+
+def _cases() -> Iterator[CompileCase]:
+    for D in HEAD_DIMS:
+        for decay in ("constant", "scalar", "channel"):
+            yield _scan("forward", D, decay, PAIRS=decay != "channel")
+        for decay in ("constant", "scalar"):
+            yield _scan("backward", D, decay, REVERSE=True, PAIRS=decay == "constant")
+        yield _scan("states", D, "channel", OUTPUT=False, STATES=True)
+        yield _scan("backward, states", D, "channel", REVERSE=True, STATES=True)
+        yield _scan("dq, states, dots", D, "scalar", STATES=True, DOTS=True)
+        yield _scan("dk, dots", D, "scalar", REVERSE=True, DOTS=True)
+        yield _pairs(D)
+        yield _channel_chunks(D)
+        yield _channel_gradients(D, keys=False)
+        yield _channel_gradients(D, keys=True)
+        yield join_compile_case(D, "channel")
+        yield _decode(D)
+    yield _gate_gradient()
+
+
+COMPILE_CASES = list(_cases())

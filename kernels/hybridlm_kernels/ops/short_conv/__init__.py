@@ -1,6 +1,6 @@
 """Short depthwise causal convolution along time, the token mixer in front of linear attention layers.
 
-Legend: B rows, T tokens a row, C channels, W taps, N documents.
+Legend: B rows, T tokens per row, C channels, W taps, N documents.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from hybridlm_kernels.recurrence.arguments import Borders, borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
-MOST_TAPS = 8  # of the Triton kernels, which unroll them
+MAX_TAPS = 8  # taps that the Triton kernels unroll
 
 
 def _fits(call: Call) -> tuple[bool, str]:
     taps = call.get("taps")
-    return (True, "") if 2 <= taps <= MOST_TAPS else (False, f"has 2 to {MOST_TAPS} taps; got {taps}")
+    return (True, "") if 2 <= taps <= MAX_TAPS else (False, f"has 2 to {MAX_TAPS} taps; got {taps}")
 
 
 OPERATION = register(Operation("short_conv", (
@@ -32,22 +32,39 @@ OPERATION = register(Operation("short_conv", (
 def short_conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, *,
                activation: Literal["silu"] | None = None, initial_state: Tensor | None = None,
                cu_seqlens: Borders = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """y_t = act(bias + sum_w weight_w * x_{t-W+1+w}): tap W-1 is the current token.
+    """Short depthwise causal convolution along time, with one filter of W taps per channel.
+
+        y_t = act(bias + sum_w weight_w * x_{t-W+1+w})
+
+    The last tap multiplies the current token.
 
     Args:
-        x_BTC: inputs. weight_CW: one filter a channel. bias_C: optional.
-        activation: "silu" or None.
-        initial_state: [N, C, W-1], the last inputs before the first token, oldest first; None is zero.
-        cu_seqlens: borders of packed documents over the flattened B*T tokens, row starts included. N is the
-            number of documents, or B without borders. Taps never reach over a border.
-        backend: name one backend instead of the registry's choice.
+        x_BTC: inputs, raw (the outputs of a projection).
+        weight_CW: one filter of W taps per channel.
+        bias_C: added before the activation; None is zero.
+        activation: "silu" or None, applied to the sum.
+        initial_state: the last W - 1 inputs before the first token of every document, oldest first, [N, C, W-1];
+            None is zero.
+        cu_seqlens: cumulative lengths of packed documents over the flattened B T tokens, with the start of every row
+            among them. N is the number of documents, or B without borders. No tap reaches over a border.
+        backend: name of one backend, in place of the registry's choice.
 
     Returns:
-        y [B, T, C] in x's dtype (computed in float32 at least), and the last W-1 inputs of every document,
-        [N, C, W-1] in x's dtype; a document shorter than that keeps the end of its initial state.
+        y [B, T, C] in x's dtype, computed in float32 at least, and the last W - 1 inputs of every document,
+        [N, C, W-1] in x's dtype. A document of fewer tokens keeps the end of its initial state.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown activation. KernelUnavailable: no backend can run.
+        ValueError: the shapes do not fit one another, the borders do not cover the tokens, or the activation is
+            unknown.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Sources: Fu et al. 2023, H3 (shift of the keys along time); Gu and Dao 2023, Mamba (as a depthwise convolution).
+
+    >>> import torch
+    >>> x = torch.arange(1.0, 5.0).view(1, 4, 1)
+    >>> y, state = short_conv(x, weight_CW=torch.tensor([[10.0, 1.0]]))  # ten times the token before, and itself
+    >>> y.flatten(), state.flatten()
+    (tensor([ 1., 12., 23., 34.]), tensor([4.]))
     """
     if x_BTC.dim() != 3 or 0 in x_BTC.shape:
         raise ValueError("short_conv: x must be [batch, time, channels], none of them 0; "

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution tap by tap: the definition that every other backend is held against.
+"""Depthwise causal convolution tap by tap: the definition that every other backend is compared with.
 
 y_t = act(bias + sum_w weight_w x_{t-W+1+w}), with x before the first token taken from the state (or zero).
 
@@ -16,7 +16,7 @@ from hybridlm_kernels.recurrence.arguments import each_document, math_dtype
 
 def short_conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation: str | None,
                state_NCW: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
-    """Arguments as in the public function, already checked. `state_NCW` holds W - 1 inputs."""
+    """The reference backend; arguments as in the public function, already checked. `state_NCW` holds W - 1 inputs."""
     dtype = math_dtype(x_BTC)
     weight, W = weight_CW.to(dtype), weight_CW.shape[1]
 

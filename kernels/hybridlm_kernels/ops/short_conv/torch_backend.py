@@ -1,7 +1,7 @@
 """Short causal convolution as a sum of shifted products, with its own backward pass.
 
-Documents are laid out one after another, each with W - 1 rows in front of it for what came before (its state, or
-zeros). On these rows no tap needs a mask; the outputs at the rows in front are meaningless and left out.
+Documents are laid out one after another, each with W - 1 rows in front of it that hold its state, or zeros. On these
+rows no tap needs a mask; the outputs at the rows in front are meaningless and dropped.
 
 Legend: B rows, T tokens, C channels, W taps, N documents, E = B T + N (W - 1) rows laid out.
 """
@@ -19,22 +19,22 @@ from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.arguments import math_dtype
 
-# Numbers of one tensor worked on at a time: several of that size stay in the second-level cache of a CPU.
-BLOCK_NUMBERS = {"cpu": 2**18, "cuda": 2**40}
+# Elements of one tensor processed at a time: several tensors of that size stay in the second-level cache of a CPU.
+BLOCK_MAX_ELEMENTS = {"cpu": 2**18, "cuda": 2**40}
 
 
 @torch.compiler.disable
 def short_conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation: str | None,
                state_NCW: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
-    """Arguments as in the public function, already checked. `state_NCW` holds W - 1 inputs."""
-    return _ShortConv.apply(x_BTC, weight_CW, bias_C, state_NCW, activation == "silu", borders)
+    """The torch backend; arguments as in the public function, already checked. `state_NCW` holds W - 1 inputs."""
+    return _TorchShortConv.apply(x_BTC, weight_CW, bias_C, state_NCW, activation == "silu", borders)
 
 
-class _ShortConv(torch.autograd.Function):
+class _TorchShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool,
                 borders: CuSeqlens | None) -> Any:
-        rows = _Rows(x.shape, weight.shape[1], borders, x.device)
+        rows = _PaddedRows(x.shape, weight.shape[1], borders, x.device)
         dtype = math_dtype(x)
         x_EC = rows.spread(x, state, dtype)
         taps_WC = weight.to(dtype).t().contiguous()
@@ -59,7 +59,7 @@ class _ShortConv(torch.autograd.Function):
     @plain_backward
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> Any:
         x_EC, taps_WC, z_EC = ctx.saved_tensors
-        rows: _Rows = ctx.rows
+        rows: _PaddedRows = ctx.rows
         dy_EC = rows.spread(dy, None, x_EC.dtype)
         dx_EC = torch.zeros_like(x_EC)
         d_taps, d_bias = torch.zeros_like(taps_WC), taps_WC.new_zeros(taps_WC.shape[1])
@@ -78,8 +78,8 @@ class _ShortConv(torch.autograd.Function):
                  for grad, dtype in zip(grads, ctx.dtypes, strict=True)), None, None
 
 
-class _Rows:
-    """Where tokens and states stand among the E rows."""
+class _PaddedRows:
+    """The E rows of a batch whose documents have their states in front, and the way between them and tokens."""
 
     def __init__(self, shape: torch.Size, taps: int, borders: CuSeqlens | None, device: torch.device):
         self.batch, self.length, self.channels = shape
@@ -104,18 +104,18 @@ class _Rows:
                      for x in (row_of_token, token_of_row, first, last))
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of output rows, without the first W - 1, which have no full window."""
-        numbers = BLOCK_NUMBERS.get(self.device.type, BLOCK_NUMBERS["cuda"])
+        """Ranges of output rows in blocks; the first W - 1 rows have no full window and are left out."""
+        numbers = BLOCK_MAX_ELEMENTS.get(self.device.type, BLOCK_MAX_ELEMENTS["cuda"])
         size = max(16, numbers // self.channels)
         for a in range(self.before, self.rows, size):
             yield a, min(a + size, self.rows)
 
     def shifted(self, x_EC: Tensor, a: int, b: int, tap: int) -> Tensor:
-        """What tap `tap` sees from output rows a to b."""
+        """The inputs that tap `tap` multiplies for the output rows a to b."""
         return x_EC[a - self.before + tap : b - self.before + tap]
 
     def spread(self, x_BTC: Tensor, state_NCW: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[E, C]: the tokens with their states in front, zeros for None."""
+        """The tokens with their states in front, zeros for None: [E, C]."""
         before = 0 if state_NCW is None else state_NCW.to(dtype).mT
         if self.packed:
             x_EC = x_BTC.reshape(-1, self.channels).index_select(0, self.token_of_row).to(dtype)
@@ -127,17 +127,17 @@ class _Rows:
         return x_BEC.view(-1, self.channels)
 
     def collect(self, y_EC: Tensor) -> Tensor:
-        """[B, T, C]: the rows of the tokens."""
+        """The rows of the tokens: [B, T, C]."""
         if self.packed:
             return y_EC.index_select(0, self.row_of_token).view(self.batch, self.length, -1)
         return y_EC.view(self.batch, -1, self.channels)[:, self.before :]
 
     def starts(self, x_EC: Tensor) -> Tensor:
-        """[N, C, W-1]: the rows in front of every document."""
+        """The rows in front of every document: [N, C, W-1]."""
         return self._pick(x_EC, 0)
 
     def ends(self, x_EC: Tensor) -> Tensor:
-        """[N, C, W-1]: the last rows of every document."""
+        """The last rows of every document: [N, C, W-1]."""
         return self._pick(x_EC, 1)
 
     def _pick(self, x_EC: Tensor, end: int) -> Tensor:
@@ -150,7 +150,7 @@ class _Rows:
         return rows.mT.contiguous()
 
     def add_to_ends(self, dx_EC: Tensor, d_final: Tensor) -> None:
-        """The gradient of `ends`."""
+        """Add the gradient of `ends` to the gradient of the rows."""
         d_NWC = d_final.to(dx_EC.dtype).mT
         if self.packed:
             dx_EC.index_add_(0, self.end_rows, d_NWC.reshape(-1, self.channels))

@@ -1,15 +1,17 @@
-"""Short causal convolution as Triton kernels: one launch forward (decoding too), one backward.
+"""Short causal convolution as Triton kernels: one launch forward, also for decoding, and one backward.
 
 A program takes some positions of a document and some channels. Positions count from the start of the document; those
 below 0 are the state, so a document of L tokens has L + W - 1 of them and no tap needs a special case. The backward
-pass computes again what is in front of the activation. Gradients of the weights are summed by block, then over blocks:
-no atomics, the same bits every time.
+pass computes the values before the activation again. Gradients of the weights are summed by block, then over blocks:
+no atomics, and the same bits every time.
 
-Legend: B rows, T tokens, C channels, W taps, N documents, R positions and BC channels a program, P blocks of positions.
+Legend: B rows, T tokens, C channels, W taps, N documents, R positions and BC channels per program, P blocks of
+positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -23,12 +25,12 @@ from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase
 
-POSITIONS = 32  # a block
+BLOCK_POSITIONS = 32  # positions per program
 
 
 @triton.jit
 def _input_at(x_ptr, state_ptr, document, first, length, position, channels, C, W: tl.constexpr):
-    """[R, BC] in fp32: the inputs at some positions, 0 where there are none."""
+    """Load the inputs [R, BC] at some positions in fp32, 0 where there are none."""
     real = (channels < C)[None, :]
     at = (first + position)[:, None] * C + channels[None, :]
     x = tl.load(x_ptr + at, mask=((position >= 0) & (position < length))[:, None] & real, other=0.0).to(tl.float32)
@@ -41,6 +43,7 @@ def _input_at(x_ptr, state_ptr, document, first, length, position, channels, C, 
 @triton.jit
 def _before_activation(x_ptr, state_ptr, weight_ptr, bias_ptr, document, first, length, position, channels, C,
                        W: tl.constexpr):
+    """The values [R, BC] before the activation at some positions."""
     z = tl.zeros([position.shape[0], channels.shape[0]], tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
@@ -54,7 +57,7 @@ def _before_activation(x_ptr, state_ptr, weight_ptr, bias_ptr, document, first, 
 @triton.jit
 def forward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, blocks_ptr, y_ptr, last_ptr, C, W: tl.constexpr,
                    R: tl.constexpr, BC: tl.constexpr, SILU: tl.constexpr, KEPT: tl.constexpr):
-    """y [tokens, C] and, by the block that holds a document's last token, the last inputs [N, C, W-1]."""
+    """Write y [tokens, C] and, in the block that holds a document's last token, the last inputs [N, C, W-1]."""
     row = blocks_ptr + tl.program_id(0).to(tl.int64) * 4
     document, first, length, start = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     position, channels = start + tl.arange(0, R), tl.program_id(1) * BC + tl.arange(0, BC)
@@ -73,6 +76,7 @@ def forward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, blocks_ptr, y_ptr, la
 @triton.jit
 def _dz_at(x_ptr, state_ptr, weight_ptr, bias_ptr, dy_ptr, document, first, length, position, channels, C,
            W: tl.constexpr, SILU: tl.constexpr):
+    """The gradient [R, BC] of the values before the activation at some positions."""
     inside = ((position >= 0) & (position < length))[:, None] & (channels < C)[None, :]
     at = (first + position)[:, None] * C + channels[None, :]
     dz = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -88,7 +92,7 @@ def _dz_at(x_ptr, state_ptr, weight_ptr, bias_ptr, dy_ptr, document, first, leng
 def backward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, dy_ptr, d_last_ptr, blocks_ptr, dx_ptr, d_state_ptr,
                     d_weight_ptr, d_bias_ptr, C, W: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
                     SILU: tl.constexpr):
-    """dx [tokens, C], d_state [N, C, W-1], and by block d_weight [P, W, C] and d_bias [P, C]."""
+    """Write dx [tokens, C], d_state [N, C, W-1], and per block d_weight [P, W, C] and d_bias [P, C]."""
     block = tl.program_id(0).to(tl.int64)
     row = blocks_ptr + block * 4
     document, first, length, start = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
@@ -105,7 +109,7 @@ def backward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, dy_ptr, d_last_ptr, 
         weight = tl.load(weight_ptr + channels * W + W - 1 - ahead, mask=real, other=0.0).to(tl.float32)
         dx += weight[None, :] * _dz_at(x_ptr, state_ptr, weight_ptr, bias_ptr, dy_ptr, document, first, length,
                                        position + ahead, channels, C, W, SILU)
-    kept = position - (length - (W - 1))  # which of the last inputs the position is
+    kept = position - (length - (W - 1))  # index among the last inputs
     at = (document * C + channels)[None, :] * (W - 1) + kept[:, None]
     dx += tl.load(d_last_ptr + at, mask=((kept >= 0) & (kept < W - 1))[:, None] & real[None, :], other=0.0)
     inside = ((position >= 0) & (position < length))[:, None] & real[None, :]
@@ -118,12 +122,12 @@ def backward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, dy_ptr, d_last_ptr, 
 @torch.compiler.disable
 def short_conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation: str | None,
                state_NCW: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
-    """Arguments as in the public function, already checked. `state_NCW` holds W - 1 inputs."""
+    """The Triton backend; arguments as in the public function, already checked. `state_NCW` holds W - 1 inputs."""
     tensors = (None if t is None else t.contiguous() for t in (x_BTC, weight_CW, bias_C, state_NCW))
-    return _ShortConv.apply(*tensors, activation == "silu", borders)
+    return _TritonShortConv.apply(*tensors, activation == "silu", borders)
 
 
-class _ShortConv(torch.autograd.Function):
+class _TritonShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool,
                 borders: CuSeqlens | None) -> Any:
@@ -133,8 +137,8 @@ class _ShortConv(torch.autograd.Function):
         last = x.new_empty(B if borders is None else borders.num_documents, C, W - 1)
         channels = _channels(C)
         forward_kernel[(len(blocks), triton.cdiv(C, channels))](
-            x, weight, bias, state, blocks, y, last, C, W=W, R=POSITIONS, BC=channels, SILU=silu,
-            KEPT=triton.next_power_of_2(W - 1) if W > 1 else 0)
+            x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, blocks_ptr=blocks, y_ptr=y, last_ptr=last, C=C,
+            W=W, R=BLOCK_POSITIONS, BC=channels, SILU=silu, KEPT=triton.next_power_of_2(W - 1) if W > 1 else 0)
         ctx.save_for_backward(x, weight, bias, state)
         ctx.silu, ctx.borders = silu, borders
         return y, last
@@ -150,8 +154,9 @@ class _ShortConv(torch.autograd.Function):
         d_bias = None if bias is None else torch.empty(len(blocks), C, dtype=torch.float32, device=x.device)
         channels = _channels(C)
         backward_kernel[(len(blocks), triton.cdiv(C, channels))](
-            x, weight, bias, state, dy.contiguous(), d_last.contiguous(), blocks, dx, d_state, d_weight, d_bias, C, W=W,
-            R=POSITIONS, BC=channels, SILU=ctx.silu)
+            x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, dy_ptr=dy.contiguous(),
+            d_last_ptr=d_last.contiguous(), blocks_ptr=blocks, dx_ptr=dx, d_state_ptr=d_state, d_weight_ptr=d_weight,
+            d_bias_ptr=d_bias, C=C, W=W, R=BLOCK_POSITIONS, BC=channels, SILU=ctx.silu)
         return (dx, d_weight.sum(0).t().to(weight.dtype),
                 None if d_bias is None or bias is None else d_bias.sum(0).to(bias.dtype), d_state, None, None)
 
@@ -161,7 +166,10 @@ def _channels(C: int) -> int:
 
 
 def _blocks(batch: int, length: int, taps: int, borders: CuSeqlens | None, device: torch.device) -> Tensor:
-    """int64 [P, 4]: document, its first token, its length, first position. Kept with the borders, or by size."""
+    """Document, its first token, its length and the first position of every block, int64 [P, 4].
+
+    Tables of packed batches are kept with their borders, plain ones by their size.
+    """
     if borders is None:
         return _plain_blocks(batch, length, taps, device)
     key = ("short_conv_blocks", taps, device)
@@ -176,19 +184,27 @@ def _plain_blocks(batch: int, length: int, taps: int, device: torch.device) -> T
 
 
 def _table(firsts: Any, lengths: list[int], taps: int, device: torch.device) -> Tensor:
-    counts = -(-(np.asarray(lengths) + taps - 1) // POSITIONS)
+    counts = -(-(np.asarray(lengths) + taps - 1) // BLOCK_POSITIONS)
     document = np.repeat(np.arange(len(counts)), counts)
     within = np.arange(len(document)) - (np.cumsum(counts) - counts)[document]
     table = np.stack([document, np.asarray(firsts)[document], np.asarray(lengths)[document],
-                      within * POSITIONS - (taps - 1)], axis=1)
+                      within * BLOCK_POSITIONS - (taps - 1)], axis=1)
     return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int64)).to(device)
 
 
 _TYPES = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "state_ptr": "*bf16", "blocks_ptr": "*i64",
           "C": "i32"}
-COMPILE_CASES = [compile_case for W in (3, 4) for compile_case in (
-    CompileCase(f"forward W={W}", forward_kernel, _TYPES | {"y_ptr": "*bf16", "last_ptr": "*bf16"},
-             {"W": W, "R": POSITIONS, "BC": 32, "SILU": True, "KEPT": triton.next_power_of_2(W - 1)}, ("C",)),
-    CompileCase(f"backward W={W}", backward_kernel, _TYPES | {
-        "dy_ptr": "*bf16", "d_last_ptr": "*bf16", "dx_ptr": "*bf16", "d_state_ptr": "*bf16", "d_weight_ptr": "*fp32",
-        "d_bias_ptr": "*fp32"}, {"W": W, "R": POSITIONS, "BC": 32, "SILU": True}, ("C",)))]
+_FORWARD_TYPES = _TYPES | {"y_ptr": "*bf16", "last_ptr": "*bf16"}
+_BACKWARD_TYPES = _TYPES | {"dy_ptr": "*bf16", "d_last_ptr": "*bf16", "dx_ptr": "*bf16", "d_state_ptr": "*bf16",
+                            "d_weight_ptr": "*fp32", "d_bias_ptr": "*fp32"}
+
+
+def _compile_cases() -> Iterator[CompileCase]:
+    for W in (3, 4):
+        constants = {"W": W, "R": BLOCK_POSITIONS, "BC": 32, "SILU": True}
+        yield CompileCase(f"forward W={W}", forward_kernel, _FORWARD_TYPES,
+                          constants | {"KEPT": triton.next_power_of_2(W - 1)}, ("C",))
+        yield CompileCase(f"backward W={W}", backward_kernel, _BACKWARD_TYPES, constants, ("C",))
+
+
+COMPILE_CASES = list(_compile_cases())
