@@ -12,7 +12,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybridlm.errors import UserError
+
 _REGISTRIES: dict[type, KindRegistry] = {}  # base class of the configs -> its registry
+
+
+class KindError(UserError):
+    """A kind that cannot be registered: its name is taken, or its classes do not fulfil the contract."""
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class KindRegistry(dict[str, tuple[type, Any]]):
@@ -44,13 +54,25 @@ class KindRegistry(dict[str, tuple[type, Any]]):
         _REGISTRIES[base] = self
 
     def register(self, kind: str, config: type, implementation: Any) -> None:
-        """Adds a kind; a later registration of the same name replaces the earlier one.
+        """Add a kind.
+
+        Registering the same config class again, as a reload of its file does, replaces the earlier registration.
 
         Raises:
-            TypeError: `config` does not derive from the registry's base class.
+            KindError: the name is taken by another kind, `config` does not derive from the registry's base class, or
+                one of the two classes lacks a method of the contract.
         """
         if not issubclass(config, self.base):
-            raise TypeError(f"{self.noun} kind '{kind}': {config.__name__} does not derive from {self.base.__name__}")
+            raise KindError(f"{self.noun} kind '{kind}': {config.__name__} does not derive from {self.base.__name__}")
+        taken = self.get(kind)
+        if taken is not None and _qualified_name(taken[0]) != _qualified_name(config):
+            raise KindError(f"{self.noun} kind '{kind}' is taken by {_qualified_name(taken[0])}; give "
+                            f"{config.__name__} another name")
+        for cls in (config, implementation):
+            lacking = sorted(getattr(cls, "__abstractmethods__", ()))
+            if lacking:
+                raise KindError(f"{self.noun} kind '{kind}': {cls.__name__} lacks {' and '.join(lacking)}; see the "
+                                f"docstrings in {cls.__mro__[1].__module__} for what is expected")
         self[kind] = (config, implementation)
 
     def config_class(self, kind: str) -> type:

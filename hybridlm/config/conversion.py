@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hybridlm.config.schema import RecipeConfig
+from hybridlm.config.serialization import from_dict
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import ModelConfig
 
@@ -24,6 +26,7 @@ def converted_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
     """
     from hybridlm import checkpoint
     from hybridlm.model.edit import add_indexer
+    from hybridlm.model.mixers import IndexerConfig
     from hybridlm.model.model import build_model
 
     if init_from is None:
@@ -41,16 +44,17 @@ def converted_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
                           got=first.attention_mode, expected="a dense stage first (indexer_warmup)",
                           hint="or init_from a checkpoint that went through one")
     names = config.layers()
-    nope = any(config.mixers[names[i]].rope.kind == "none" for i in layers)  # type: ignore[attr-defined]
-    options: dict[str, Any] = {"rope_kind": "none" if nope else "half"} | (recipe.indexer or {})
+    all_rotate = all(config.mixers[names[i]].rotates() for i in layers)
+    options: dict[str, Any] = {"mode": "dense", "rope_kind": "half" if all_rotate else "none"} | (recipe.indexer or {})
     share = options.pop("share", 1)
     if not isinstance(share, int) or isinstance(share, bool) or share < 1:
         raise ConfigError("recipe.indexer.share", "is how many converted layers read one indexer's selection",
                           got=share, expected="1 (each has its own), 2, 3, ...")
     try:
-        model = add_indexer(build_model(config, device="meta"), options, layers[::share])[0]
-        if readers := [layer for place, layer in enumerate(layers) if place % share]:
-            model = add_indexer(model, options | {"share": True}, readers)[0]
+        indexer = from_dict(IndexerConfig, options, "indexer")
+        model = add_indexer(build_model(config, device="meta"), indexer, layers[::share])[0]
+        if readers := [layer for position, layer in enumerate(layers) if position % share]:
+            model = add_indexer(model, dataclasses.replace(indexer, share=True), readers)[0]
         changed = model.config
     except ConfigError as error:
         inside = error.key.partition("indexer.")[2]
@@ -67,16 +71,15 @@ def layers_to_convert(config: ModelConfig, wanted: Sequence[int] | None) -> list
     Raises:
         ConfigError: there is no such layer, or a wanted one cannot take an indexer.
     """
-    from hybridlm.model.mixers import AttentionConfig, MLAConfig
-
     full: list[int] = []
     indexed: list[int] = []
     names = config.layers()
     for index, name in enumerate(names):
         mixer = config.mixers[name]
-        if isinstance(mixer, MLAConfig) or (isinstance(mixer, AttentionConfig) and mixer.window is None
-                                            and not mixer.sinks):
-            (full if mixer.indexer is None else indexed).append(index)
+        if mixer.has_indexer():
+            indexed.append(index)
+        elif mixer.can_take_indexer():
+            full.append(index)
     if wanted is None:
         if not full and not indexed:
             kinds = sorted({f"{name} ({config.mixers[name].kind})" for name in names})
@@ -99,4 +102,4 @@ def layers_to_convert(config: ModelConfig, wanted: Sequence[int] | None) -> list
 def has_indexer(config: ModelConfig) -> bool:
     """Whether any layer of the model is sparse attention."""
     used = {*config.layers(), config.mtp.mixer}
-    return any(getattr(mixer, "indexer", None) is not None for name, mixer in config.mixers.items() if name in used)
+    return any(mixer.has_indexer() for name, mixer in config.mixers.items() if name in used)

@@ -24,6 +24,7 @@ from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.kind_registry import registry_of, registry_with
 from hybridlm.model import feed_forward as feed_forward  # registers its kinds, as the next line does
 from hybridlm.model import mixers as mixers
+from hybridlm.plain_data import to_dict as to_dict
 
 T = TypeVar("T")
 MISSING = "???"  # OmegaConf's mark for a value that must be given
@@ -41,17 +42,6 @@ def from_dict(cls: type[T], data: Any, path: str = "", *, root: type | None = No
     """
     _refuse_targets(data, path)
     return _Reader(root or cls).config(cls, data, path)
-
-
-def to_dict(config: Any) -> Any:
-    """Plain data from a config: the inverse of `from_dict`, with every default written out."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, dict):
-        return {key: to_dict(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_dict(value) for value in config]
-    return config
 
 
 def to_yaml(config: Any) -> str:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridlm.model.feed_forward.moe import Compute, Experts
+from hybridlm.model.feed_forward.contract import Compute, ExpertStack, FeedForward
 from hybridlm.tensor_storage import StoredTensor
 
 
@@ -44,7 +44,7 @@ class ExpertParallel:
         """Drop the experts of other ranks from every layer, before weights are allocated and optimizers are made."""
         for experts in expert_modules(model).values():
             each, rank = experts.num_experts // dist.get_world_size(self.group), dist.get_rank(self.group)
-            experts.hold(range(rank * each, (rank + 1) * each), partial(self.dispatch, experts.num_experts))
+            experts.keep_only(range(rank * each, (rank + 1) * each), partial(self.dispatch, experts.num_experts))
 
     def dispatch(self, num_experts: int, compute: Compute, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
         """Call `compute` for every (token, expert) pair on the rank that holds the expert.
@@ -53,7 +53,7 @@ class ExpertParallel:
 
         Args:
             num_experts: E, of all ranks.
-            compute: the experts of this rank, `Experts._compute`.
+            compute: the experts of this rank, the method of its `ExpertStack`.
             x_ND: tokens of this rank.
             ids_NA: experts of each token.
             weights_NA: their weights.
@@ -141,9 +141,10 @@ def _is_sharded(name: str, tensor: Tensor | StoredTensor) -> bool:
     return ".experts." in name and tensor.dim() > 0
 
 
-def expert_modules(model: nn.Module) -> dict[str, Experts]:
+def expert_modules(model: nn.Module) -> dict[str, ExpertStack]:
     """Return the routed experts of every layer, by the module's name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    return {f"{name}.{own_name}": experts for name, module in model.named_modules()
+            if isinstance(module, FeedForward) for own_name, experts in module.expert_stacks().items()}
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -17,20 +17,24 @@ if TYPE_CHECKING:
     from hybridlm.interop.import_export import import_hf as import_hf
     from hybridlm.interop.import_export import to_hf_config as to_hf_config
     from hybridlm.interop.import_export import to_hf_model as to_hf_model
+    from hybridlm.interop.surgery import add_indexer as add_indexer
+    from hybridlm.interop.surgery import replace_mixers as replace_mixers
 
 _HOMES = {
+    "add_indexer": "surgery",
     "export_checkpoint": "folders",
     "export_hf": "folders",
     "import_checkpoint": "folders",
     "import_hf": "import_export",
+    "replace_mixers": "surgery",
     "save_checkpoint": "folders",
     "to_hf_config": "import_export",
     "to_hf_model": "import_export",
     "verify": "compare",
 }
 
-__all__ = ["export_checkpoint", "export_hf", "import_checkpoint", "import_hf", "save_checkpoint", "to_hf_config",
-           "to_hf_model", "verify"]
+__all__ = ["add_indexer", "export_checkpoint", "export_hf", "import_checkpoint", "import_hf", "replace_mixers",
+           "save_checkpoint", "to_hf_config", "to_hf_model", "verify"]
 
 
 def __getattr__(name: str) -> Any:

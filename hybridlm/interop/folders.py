@@ -18,9 +18,9 @@ from hybridlm.errors import CheckpointError, ConfigError, DataError, counted
 from hybridlm.interop.family_registry import read_raw
 from hybridlm.interop.import_export import Export, Import
 from hybridlm.interop.reader import SafetensorsFolder, StateDict
+from hybridlm.interop.surgery import add_indexer, replace_mixers
 from hybridlm.interop.writer import SHARD_BYTES, ShardWriter, draft
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.edit import add_indexer, replace_mixers
 from hybridlm.model.model import HybridLM
 
 log = logging.getLogger("hybridlm")

@@ -67,7 +67,7 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters a token meets, without embedding and head: how most published counts are made."""
+        """Parameters that one token meets, without embedding and head, as most published counts are made."""
         return sum(layer.active for layer in self.layers) + self.norm
 
     @property
@@ -77,7 +77,7 @@ class ParameterCount:
 
     @property
     def active_with_embeddings(self) -> int:
-        """Parameters a token meets, embedding and head included."""
+        """Parameters that one token meets, embedding and head included."""
         return self.active + self.embedding + self.head
 
 
@@ -104,7 +104,7 @@ def mtp_block(config: ModelConfig) -> tuple[int, str]:
 
 
 def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True) -> dict[str, float]:
-    """Forward FLOPs a token by part, the mean over a causal sequence of `context_length` tokens.
+    """Forward FLOPs per token, by part of the model, the mean over a causal sequence of `context_length` tokens.
 
     Keys: "NAME.PART" for mixers (by their name in the schedule), "feed_forward.PART", "head", and "mtp" for all
     of multi-token prediction. Norms, activations and the embedding's look-up are left out.
@@ -122,18 +122,18 @@ def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True)
 
 
 def training_parts(config: ModelConfig, context_length: int) -> dict[str, float]:
-    """FLOPs a token of one training step: `forward`, `backward`, and `indexer_kl`, the loss of the indexers of sparse
+    """FLOPs per token of one training step: `forward`, `backward`, and `indexer_kl`, the loss of the indexers of sparse
     attention, forward and backward. What checkpointing computes again is left out.
 
     The selection of keys has no backward: an indexer learns from its own loss.
     """
     forward = sum(forward_flops(config, context_length).values())
     blocks = [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
-    selection = sum(flops for index, name in blocks for part, flops in _layer_flops(config, index, name, context_length)
-                    if part == f"{name}.indexer")
+    forward_only = sum(config.mixers[name].forward_only_flops_per_token(config.layer_context(index), context_length)
+                       for index, name in blocks)
     loss = sum(config.mixers[name].loss_flops_per_token(config.layer_context(index), context_length)
                for index, name in blocks)
-    return {"forward": forward, "backward": BACKWARD * (forward - selection), "indexer_kl": loss}
+    return {"forward": forward, "backward": BACKWARD * (forward - forward_only), "indexer_kl": loss}
 
 
 def training_flops(config: ModelConfig, context_length: int, *, only_indexers: bool = False) -> float:
@@ -157,17 +157,12 @@ def _layer_cost(config: ModelConfig, index: int, name: str) -> LayerCost:
     mixer, feed_forward, context = config.mixers[name], config.feed_forward, config.layer_context(index)
     try:
         return LayerCost(
-            index=index, mixer=name, kind=mixer.kind, feed_forward=_feed_forward_kind(config, index),
+            index=index, mixer=name, kind=mixer.kind, feed_forward=feed_forward.layer_kind(index),
             mixer_params=mixer.num_params(context), feed_forward_params=feed_forward.num_params(context),
             feed_forward_active=feed_forward.num_params(context, active=True),
             routed_params=feed_forward.routed_params(context), norm_params=2 * config.hidden_size)
     except ConfigError as error:
         raise error.within("model") from None
-
-
-def _feed_forward_kind(config: ModelConfig, index: int) -> str:
-    feed_forward = config.feed_forward
-    return feed_forward.kind if feed_forward.is_moe(index) or feed_forward.kind != "moe" else "dense"
 
 
 def _layer_flops(config: ModelConfig, index: int, name: str, context_length: int) -> Iterator[tuple[str, float]]:

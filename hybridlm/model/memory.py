@@ -1,8 +1,9 @@
 """Training memory of a model on one device, estimated from its config.
 
 Weights, gradients and optimizer state are exact for fp32 master weights. Activations are an estimate: the widths of the
-tensors that each part keeps for its backward pass (no [T, T] scores, no logits), as counted in the torch backends.
-D model width; H, G heads; K, V head dims; E experts; A experts a token; I expert width.
+tensors that each part keeps for its backward pass (no [T, T] scores, no logits), as counted in the torch backends. Each
+mixer and feed-forward states its own (`activation_bytes`); this file adds what belongs to the model.
+D hidden size.
 """
 
 from __future__ import annotations
@@ -12,14 +13,8 @@ from typing import Literal
 
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
-from hybridlm.model.feed_forward import MoEConfig
-from hybridlm.model.layer_context import LayerContext
-from hybridlm.model.mixers import AttentionConfig, MLAConfig
-from hybridlm.model.mixers.common.recurrent import RecurrentConfig
-from hybridlm.model.mixers.contract import MixerConfig
 
-FP32 = 4
-CHUNK = 32  # tokens a chunk of the linear mixers
+FP32 = 4  # bytes per number
 Precision = Literal["fp32", "bf16"]
 
 
@@ -55,7 +50,7 @@ def training_memory(config: ModelConfig, *, batch_size: int, sequence_length: in
 
 
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpointing: bool = False) -> float:
-    """Bytes kept a token for the backward pass. With checkpointing: the layers' inputs, and all of one layer."""
+    """Bytes per token kept for the backward pass; with checkpointing the layers' inputs, and all of one layer."""
     D, layers = config.hidden_size, config.layers()
     each = [_layer_bytes(config, index, name, element_bytes) for index, name in enumerate(layers)]
     # Final norm and head: the stream, its norm, and the gradient that the fused loss computes in the forward.
@@ -70,41 +65,5 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpoi
 def _layer_bytes(config: ModelConfig, index: int, name: str, element: int) -> float:
     context, D = config.layer_context(index), config.hidden_size
     streams = 2 * D * (FP32 + element)  # of each branch: the residual stream and its norm
-    return streams + _mixer_bytes(config.mixers[name], context, element) + _feed_forward_bytes(config, context, element)
-
-
-def _mixer_bytes(mixer: MixerConfig, context: LayerContext, element: int) -> float:
-    if isinstance(mixer, RecurrentConfig):
-        return _recurrent_bytes(mixer)
-    if isinstance(mixer, MLAConfig):
-        queries, values = mixer.num_heads * mixer.qk_head_dim, mixer.num_heads * mixer.v_head_dim
-        latents = 2 * (mixer.kv_lora_rank + (mixer.q_lora_rank or 0)) + mixer.qk_rope_head_dim
-        kv = mixer.num_heads * (mixer.qk_nope_head_dim + mixer.v_head_dim)
-        selected = FP32 * mixer.indexer.topk if mixer.indexer is not None and mixer.indexer.mode == "sparse" else 0
-        return element * (latents + kv + 2 * queries + values) + selected
-    if isinstance(mixer, AttentionConfig):
-        queries, keys = mixer.num_heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-        copies = 1 + (mixer.qk_norm != "none")  # what the norm reads, and what attention reads
-        gate = 2 * queries if mixer.output_gate == "element" else 0
-        return element * (copies * (queries + keys) + keys + queries + gate)
-    # A kind without a formula of its own: three tensors for each of its projections' outputs.
-    return 3.0 * element * mixer.num_params(context) / context.hidden_size
-
-
-def _recurrent_bytes(mixer: RecurrentConfig) -> float:
-    """All in fp32, in which the linear mixers work: inputs before and after each convolution, the chunked q, k and
-    v in two forms, the gate, one state and one [CHUNK, CHUNK] matrix a chunk and head, outputs around their norm."""
-    widths, values = sum(mixer.channels.values()), mixer.channels["v"]
-    convolution = (2 if mixer.conv_size else 1) * widths
-    chunk = mixer.value_heads * (mixer.head_dim * mixer.value_dim / CHUNK + 2 * CHUNK)
-    outputs = (2 if mixer.output_gate == "none" else 3) * values
-    return FP32 * (convolution + 2 * widths + 2 * mixer.gate_width + chunk + outputs)
-
-
-def _feed_forward_bytes(config: ModelConfig, context: LayerContext, element: int) -> float:
-    feed_forward, D = config.feed_forward, context.hidden_size
-    if isinstance(feed_forward, MoEConfig) and feed_forward.is_moe(context.layer_index):
-        routed = feed_forward.num_experts_per_tok * 2 * feed_forward.moe_intermediate_size  # gate and up
-        return element * (routed + 3 * feed_forward.shared_width) + 2 * FP32 * feed_forward.num_experts
-    # gate, up and their product: one width each of the three D x I matrices
-    return element * feed_forward.num_params(context) / D
+    return (streams + config.mixers[name].activation_bytes(context, element)
+            + config.feed_forward.activation_bytes(context, element))

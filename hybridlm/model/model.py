@@ -19,8 +19,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.context_parallel import ShardGroup
-from hybridlm.model.feed_forward import FeedForward
-from hybridlm.model.feed_forward.moe import Experts, MixtureOfExperts
+from hybridlm.model.feed_forward.contract import ExpertStack, FeedForward
 from hybridlm.model.init import init_weights
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.mtp import MTPModule
@@ -176,13 +175,14 @@ class HybridLM(nn.Module):
         experts, but for `fp32_parameter_names`."""
         fp32 = self.fp32_parameter_names()
         found = {f"{prefix}.{name}": p for prefix, module in self.named_modules()
-                 if isinstance(module, (nn.Linear, Experts)) for name, p in module.named_parameters(recurse=False)}
+                 if isinstance(module, (nn.Linear, ExpertStack)) for name, p in module.named_parameters(recurse=False)}
         return {name: p for name, p in found.items() if not name.endswith(".bias") and name not in fp32}
 
     def router_loads(self) -> dict[str, Tensor]:
         """Tokens each expert got since the last optimizer step, by MoE layer: int64 [E] buffers, to be summed over
         ranks in place before `post_optimizer_step`."""
-        return {name: m.router.load for name, m in self.named_modules() if isinstance(m, MixtureOfExperts)}
+        loads = {name: m.router_load() for name, m in self.named_modules() if isinstance(m, FeedForward)}
+        return {name: load for name, load in loads.items() if load is not None}
 
     def post_optimizer_step(self, update: bool = True) -> None:
         """After every optimizer step: move the routers' biases by the loads since the last one, and forget these.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hybridlm.errors import require
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.plain_data import to_dict
 from hybridlm_kernels import rotary
 
 
@@ -91,6 +92,21 @@ class RopeConfig:
     def rotary_dim(self, head_dim: int) -> int:
         """How many dims of a head are rotated."""
         return 0 if self.kind == "none" else int(head_dim * self.partial_rotary_factor)
+
+    def canonical(self, *, uses_mscale: bool) -> dict[str, Any]:
+        """The options that rotations depend on, as plain data.
+
+        Args:
+            uses_mscale: whether the mixer scales its softmax by `scaling.mscale_all_dim`, as MLA does. Elsewhere an
+                explicit `attention_factor` makes both mscales void.
+        """
+        if self.kind == "none":
+            return {"kind": "none"}
+        data = to_dict(self)
+        yarn = data["scaling"]
+        if yarn is not None and yarn["attention_factor"] is not None and not uses_mscale:
+            yarn["mscale"] = yarn["mscale_all_dim"] = None
+        return data
 
     def check(self, head_dim: int, key: str = "rope") -> None:
         """Raise ConfigError unless the rotated dims of a head of `head_dim` come in pairs."""

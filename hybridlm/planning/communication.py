@@ -20,7 +20,7 @@ from hybridlm.distributed.engine_config import FP32_BYTES, EngineConfig
 from hybridlm.distributed.engines.ddp import DDPConfig
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
-from hybridlm.model.feed_forward import MoEConfig
+from hybridlm.model.feed_forward import RoutedExperts
 from hybridlm.model.model import HybridLM
 
 INT32_BYTES = 4
@@ -106,8 +106,9 @@ def step_traffic(config: ModelConfig, plan: ParallelPlan, matrices: int | None =
         local = sharded / plan.engine.expert_parallel
         found += _parameter_traffic(plan, "expert ", local, local, plan.expert_copies, moe_layers)
         found += _expert_rows(config, plan, moe_layers)
-    if isinstance(config.feed_forward, MoEConfig):
-        loads = moe_layers * INT64_BYTES * config.feed_forward.num_experts
+    routed = config.feed_forward.routed_experts()
+    if routed is not None:
+        loads = moe_layers * INT64_BYTES * routed.total
         found.append(Traffic("router loads", "all_reduce", plan.ranks, loads, moe_layers))
     if plan.engine.context_parallel > 1:
         found += _shards(config, plan)
@@ -139,27 +140,27 @@ def _expert_rows(config: ModelConfig, plan: ParallelPlan, layers: int) -> Iterat
     A forward sends a token's row once to each rank that has experts of it, a weight and a number for each expert, and
     a result back; a backward sends the gradients of rows, weights and results.
     """
-    moe, ranks = config.feed_forward, plan.engine.expert_parallel
-    assert isinstance(moe, MoEConfig)
-    rows = plan.tokens * (ranks - 1) * visit_probability(moe, ranks) * config.hidden_size * plan.element_bytes
-    pairs = plan.tokens * moe.num_experts_per_tok * (1 - 1 / ranks)
+    routed, ranks = config.feed_forward.routed_experts(), plan.engine.expert_parallel
+    assert routed is not None
+    rows = plan.tokens * (ranks - 1) * visit_probability(routed, ranks) * config.hidden_size * plan.element_bytes
+    pairs = plan.tokens * routed.per_token * (1 - 1 / ranks)
     forward = 2 * rows + pairs * (FP32_BYTES + INT32_BYTES) + (ranks - 1) * 2 * INT32_BYTES
     backward = 2 * rows + pairs * FP32_BYTES
     step = plan.forwards * forward + plan.micro_batches * backward
     yield Traffic("expert rows", "all_to_all", ranks, layers * step, layers)
 
 
-def visit_probability(moe: MoEConfig, ranks: int) -> float:
+def visit_probability(experts: RoutedExperts, ranks: int) -> float:
     """Probability that one of `ranks` ranks holds an expert of a token, if all choices that the router's groups leave
     are equally likely. A rank has whole groups of experts or a part of one."""
-    groups, chosen, size = moe.num_groups, moe.topk_groups, moe.num_experts // moe.num_groups
-    held = moe.num_experts // ranks
+    groups, chosen, size = experts.num_groups, experts.topk_groups, experts.total // experts.num_groups
+    held = experts.total // ranks
     spans, each = max(1, held // size), min(held, size)  # groups that a rank has experts of, and how many of each
     absent = 0.0
     for among in range(max(0, chosen - groups + spans), min(spans, chosen) + 1):
         likely = comb(spans, among) * comb(groups - spans, chosen - among) / comb(groups, chosen)
-        absent += likely * comb(chosen * size - among * each, moe.num_experts_per_tok) / comb(
-            chosen * size, moe.num_experts_per_tok)
+        absent += likely * comb(chosen * size - among * each, experts.per_token) / comb(
+            chosen * size, experts.per_token)
     return 1 - absent
 
 

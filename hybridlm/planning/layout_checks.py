@@ -37,7 +37,8 @@ def check_batch_sizes(config: Config, size: int) -> None:
 
 
 def _check_experts(config: Config, size: int) -> None:
-    ranks, experts = config.engine.expert_parallel, getattr(config.model.feed_forward, "num_experts", 1)
+    routed = config.model.feed_forward.routed_experts()
+    ranks, experts = config.engine.expert_parallel, 1 if routed is None else routed.total
     fitting = [n for n in range(1, size + 1) if size % n == 0 and experts % n == 0]
     if ranks not in fitting:
         raise ConfigError("engine.expert_parallel", f"must divide the {counted(experts, 'expert')} of a layer and the "

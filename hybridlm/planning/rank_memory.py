@@ -11,7 +11,6 @@ from typing import Any
 from hybridlm.config.schema import Config
 from hybridlm.distributed.engine_config import FP32_BYTES, RankMemory, StepMemory
 from hybridlm.model.cost import count_parameters
-from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.model.memory import Precision, TrainingMemory, training_memory
 from hybridlm.optimizers.memory import optimizer_state_bytes
 
@@ -68,8 +67,9 @@ def _received_rows(config: Config, ranks: int) -> int:
     """Bytes of rows received from other ranks that experts keep for their backward; in one process they read them from
     its own tokens."""
     moe, (rows, length) = config.model.feed_forward, _micro_batch(config, ranks)
-    assert isinstance(moe, MoEConfig)
+    routed = moe.routed_experts()
+    assert routed is not None
     layers = 1 if config.training.activation_checkpointing else sum(
         moe.is_moe(index) for index in range(config.model.num_layers))
     width = config.model.hidden_size * _activation_dtype(config)[1]
-    return layers * rows * length * moe.num_experts_per_tok * width
+    return layers * rows * length * routed.per_token * width

@@ -17,10 +17,6 @@ from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
-from hybridlm.model.feed_forward.contract import FeedForwardConfig
-from hybridlm.model.mixers.attention import AttentionConfig
-from hybridlm.model.mixers.common.recurrent import RecurrentConfig
-from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.sweep.point import Point, find_point
 from hybridlm.sweep.request import Budget, SweepConfig
 from hybridlm.training.run_folder import flatten
@@ -153,10 +149,12 @@ def _width_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resi
     """
     feed_forward = model.feed_forward
     hidden = model.hidden_size
-    width_now = int(getattr(feed_forward, _width_key(feed_forward)))
+    width_now = feed_forward.width()
+    if width_now is None:  # the kind has no width to change
+        return
 
     def resize(variant: ModelConfig, size: int) -> ModelConfig:
-        return replace(variant, feed_forward=_widen(feed_forward, size))
+        return replace(variant, feed_forward=feed_forward.with_width(size))
 
     steps = (8,) if hidden >= 256 else (8, 4, 2)  # a wide model has fine enough steps in its feed-forward
     for step in steps:
@@ -176,22 +174,6 @@ def _outward(start: int, step: int, low: int, high: int) -> Iterator[int]:
         yield from (size for size in (start - distance, start + distance) if low <= size <= high)
 
 
-def _width_key(feed_forward: FeedForwardConfig) -> str:
-    return "moe_intermediate_size" if feed_forward.kind == "moe" else "intermediate_size"
-
-
-def _widen(feed_forward: FeedForwardConfig, size: int) -> FeedForwardConfig:
-    """Experts of another width; widths that a config writes out beside them keep their proportion."""
-    key = _width_key(feed_forward)
-    width_now = getattr(feed_forward, key)
-    sizes = {key: size}
-    for other in ("shared_intermediate_size", "intermediate_size"):
-        value = getattr(feed_forward, other, None)
-        if other != key and value is not None:
-            sizes[other] = max(1, round(value * size / width_now))
-    return replace(feed_forward, **sizes)  # type: ignore[arg-type]
-
-
 def _head_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resize]]:
     """Variants of the model by its number of key and value heads, the given one first.
 
@@ -200,8 +182,9 @@ def _head_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resiz
         given model with its number of key and value heads, and a function that changes that.
     """
     used = {name: model.mixers[name] for name in dict.fromkeys(model.layers())}
-    linear = {name: mixer for name, mixer in used.items() if isinstance(mixer, RecurrentConfig)}
-    softmax = {name: mixer for name, mixer in used.items() if isinstance(mixer, AttentionConfig)}
+    heads = {name: count for name, mixer in used.items() if (count := mixer.state_heads()) is not None}
+    linear = {name: count for name, count in heads.items() if used[name].is_linear}
+    softmax = {name: count for name, count in heads.items() if not used[name].is_linear}
 
     def resize_linear(variant: ModelConfig, count: int) -> ModelConfig:
         return _set_heads(variant, linear, count)
@@ -209,11 +192,11 @@ def _head_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resiz
     def resize_softmax(variant: ModelConfig, count: int) -> ModelConfig:
         return _set_heads(variant, softmax, count)
 
-    linear_heads = max((mixer.num_heads for mixer in linear.values()), default=0)
+    linear_heads = max(linear.values(), default=0)
     if linear:
         yield model, linear_heads, resize_linear
     if softmax:
-        kv_heads = max(mixer.kv_heads for mixer in softmax.values())
+        kv_heads = max(softmax.values())
         yield model, kv_heads, resize_softmax
         if linear:
             for count in _outward(kv_heads, 1, 1, 4 * kv_heads):
@@ -222,18 +205,8 @@ def _head_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resiz
 
 def _set_heads(model: ModelConfig, names: Iterable[str], count: int) -> ModelConfig:
     """The model in which the mixers of these names have `count` heads in their state."""
-    changed = {name: _with_heads(model.mixers[name], count) for name in names}
+    changed = {name: model.mixers[name].with_state_heads(count) for name in names}
     return replace(model, mixers={**model.mixers, **changed})
-
-
-def _with_heads(mixer: MixerConfig, count: int) -> MixerConfig:
-    """The mixer with `count` heads in its state; as many heads as before share each of them."""
-    if isinstance(mixer, RecurrentConfig):
-        values = None if mixer.num_value_heads is None else count * (mixer.value_heads // mixer.num_heads)
-        return replace(mixer, num_heads=count, num_value_heads=values)
-    assert isinstance(mixer, AttentionConfig)
-    shared = mixer.num_heads // mixer.kv_heads
-    return replace(mixer, num_heads=count * shared, num_kv_heads=count if mixer.num_kv_heads is not None else None)
 
 
 def _list_changes(before: ModelConfig, after: ModelConfig) -> dict[str, list[Any]]:

@@ -22,7 +22,6 @@ from hybridlm import load_config
 from hybridlm.config.schema import Config
 from hybridlm.distributed.engine_config import ENGINES
 from hybridlm.model.cost import training_flops
-from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.planning.communication import ParallelPlan, matrix_params, step_traffic
 from hybridlm.planning.rank_memory import rank_memory
 
@@ -56,14 +55,14 @@ class Candidate:
 def candidates(config: Config, matrices: int, gpus: int, args: argparse.Namespace) -> Iterator[Candidate]:
     """Yield every layout of one system, whose `matrix_params` are `matrices`: one row of `--length` tokens per micro
     batch, with activation checkpointing."""
-    moe, micro = config.model.feed_forward, args.batch // gpus
-    assert isinstance(moe, MoEConfig)
+    routed, micro = config.model.feed_forward.routed_experts(), args.batch // gpus
+    assert routed is not None
     # A forward more for what checkpointing computes again.
     flops = training_flops(config.model, args.length) * 4 / 3 * micro * args.length
     training = replace(config.training, batch_size=args.batch, micro_batch_size=1, sequence_length=args.length,
                        activation_checkpointing=True, precision="bf16")
     for kind in ("zero1", "zero2", "zero3"):
-        for experts in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if moe.num_experts % n == 0 and gpus % n == 0):
+        for experts in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if routed.total % n == 0 and gpus % n == 0):
             engine = ENGINES.config_class(kind)(expert_parallel=experts, communication_dtype=args.communication_dtype)
             parallel = ParallelPlan(ranks=gpus, engine=engine, length=args.length, micro_batches=micro,
                                     activation_checkpointing=True)

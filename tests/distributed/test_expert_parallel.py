@@ -155,7 +155,7 @@ def test_what_a_step_sends_by_the_formulas():
     assert split["gradients", "all_reduce"] == (64, 2 * 4 * (count.total - count.routed))
     assert split["expert gradients", "all_reduce"] == (4, 2 * 4 * count.routed / 16)
     assert split["expert weights", "all_gather"] == (4, 4 * count.routed / 16)
-    pairs, visits = 4096 * 8 * 15 / 16, 4096 * 15 * visit_probability(config.feed_forward, 16)
+    pairs, visits = 4096 * 8 * 15 / 16, 4096 * 15 * visit_probability(config.feed_forward.routed_experts(), 16)
     # Rows there and back with their gradients, weights and theirs, the numbers of experts, and how many come.
     a_layer = 4 * visits * 2304 * 2 + 3 * pairs * 4 + 15 * 2 * 4
     assert split["expert rows", "all_to_all"] == (16, pytest.approx(26 * 2 * a_layer))
@@ -175,7 +175,7 @@ def test_how_likely_a_rank_has_experts_of_a_token(routing, ranks):
     met = [any(expert < held for expert in experts)
            for groups in combinations(range(moe.num_groups), moe.topk_groups)
            for experts in combinations([e for e in range(8) if e // size in groups], 3)]
-    assert visit_probability(moe, ranks) == pytest.approx(sum(met) / len(met))
+    assert visit_probability(moe.routed_experts(), ranks) == pytest.approx(sum(met) / len(met))
 
 
 def test_memory_of_a_rank_with_a_share_of_the_experts():

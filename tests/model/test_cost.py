@@ -11,7 +11,7 @@ from hybridlm.config.paths import options
 from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops, training_parts
 from hybridlm.model.memory import activation_bytes_per_token, training_memory
 from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
-from hybridlm.model.mixers.common.cost import open_tail, visible_pools
+from hybridlm.model.mixers.common.cost import count_open_tail, count_visible_pools
 from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.ops.indexer_kl import torch_backend as kl_blocks
@@ -166,8 +166,8 @@ def test_mean_numbers_of_pools_and_tail_tokens_by_counting(length):
     complete = [t // 16 for t in range(1, length + 1)]
     for limit in (None, 1, 3):
         counted = sum(min(c, limit or c) for c in complete) / length
-        assert visible_pools(length, 16, limit) == pytest.approx(counted)
-    assert open_tail(length, 16) == pytest.approx(sum(t % 16 for t in range(1, length + 1)) / length)
+        assert count_visible_pools(length, 16, limit) == pytest.approx(counted)
+    assert count_open_tail(length, 16) == pytest.approx(sum(t % 16 for t in range(1, length + 1)) / length)
 
 
 def test_only_attention_grows_with_the_context():

@@ -17,7 +17,7 @@ from hybridlm.model.mixers import (
     build_mixer,
 )
 from hybridlm.model.mixers.contract import MixerConfig
-from hybridlm.model.mixers.linear_attention import decay_slopes
+from hybridlm.model.mixers.linear_attention import compute_decay_slopes
 from hybridlm.model.rope import RopeConfig, YarnConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
@@ -229,16 +229,17 @@ def test_sharing_decodes_like_the_full_forward():
 
 
 def test_lightning_slopes_are_as_published():
-    slopes = decay_slopes("lightning", 64, 0, 80)
+    slopes = compute_decay_slopes("lightning", 64, 0, 80)
     assert slopes[0] == pytest.approx(2 ** (-8 / 64) * (1 + 1e-5))
     assert slopes[-1] == pytest.approx(2**-8 * (1 + 1e-5))
-    last = decay_slopes("lightning", 64, 79, 80)
+    last = compute_decay_slopes("lightning", 64, 79, 80)
     assert 0 < last[0] < 1e-4
-    assert decay_slopes("lightning", 64, 80, 80) == last
+    assert compute_decay_slopes("lightning", 64, 80, 80) == last
 
 
 def test_retnet_slopes_are_as_published():
-    assert [math.exp(-s) for s in decay_slopes("retnet", 3, 5, 8)] == pytest.approx([1 - 2**-5, 1 - 2**-6, 1 - 2**-7])
+    slopes = compute_decay_slopes("retnet", 3, 5, 8)
+    assert [math.exp(-s) for s in slopes] == pytest.approx([1 - 2**-5, 1 - 2**-6, 1 - 2**-7])
 
 
 def test_slopes_stay_fp32_whatever_the_model_is_cast_to():
@@ -269,7 +270,7 @@ def test_published_initial_values():
 
 def test_a_lower_bounded_gate_never_passes_its_bound():
     mixer = build("kda_safe", torch.float32)
-    g = mixer.forget_gate().log_decay(mixer.forget_input(100 * inputs(1, 50, torch.float32)))
+    g = mixer.build_forget_gate().log_decay(mixer.project_forget_gate(100 * inputs(1, 50, torch.float32)))
     assert -5 <= g.min() < -4.9
     assert g.max() <= 0
 

@@ -25,7 +25,7 @@ def layer(parallel=None):
     module = build_feed_forward(config, LayerContext(hidden_size=HIDDEN, layer_index=0, num_layers=1,
                                                      norm=NormConfig(), max_position=LENGTH))
     if parallel is not None:
-        parallel.split(module)
+        parallel.shard_experts(module)
     torch.manual_seed(0)
     module.init_weights(0.5)
     return module
@@ -46,7 +46,7 @@ def compare_layer(parallel, rank, world, dtype, tolerance, only):
     if only is not None:
         for module in (whole, split):
             module.router.bias.fill_(-10.0)[:3] = 10.0
-    held = split.experts.held
+    held = split.experts.owned
     assert len(held) == 8 // dist.get_world_size(parallel.group)
     for name, weight in split.experts.named_parameters():
         assert torch.equal(weight, getattr(whole.experts, name)[held.start:held.stop])

@@ -2,7 +2,10 @@
 
 from hybridlm.model.feed_forward.contract import FEED_FORWARDS as FEED_FORWARDS
 from hybridlm.model.feed_forward.contract import FeedForward as FeedForward
+from hybridlm.model.feed_forward.contract import FeedForwardConfig as FeedForwardConfig
+from hybridlm.model.feed_forward.contract import RoutedExperts as RoutedExperts
 from hybridlm.model.feed_forward.contract import build_feed_forward as build_feed_forward
+from hybridlm.model.feed_forward.contract import register_feed_forward as register_feed_forward
 from hybridlm.model.feed_forward.dense import DenseConfig as DenseConfig
 from hybridlm.model.feed_forward.dense import SwiGLU as SwiGLU
 from hybridlm.model.feed_forward.moe import MixtureOfExperts as MixtureOfExperts

@@ -1,9 +1,18 @@
-"""The contract of a feed-forward and the registry of their kinds."""
+"""The contract of a feed-forward: its config with everything asked of it, its module, and the registry of kinds.
+
+A kind is one config class and one module class. Abstract methods have to be written; all others have an answer that
+suits a plain feed-forward without routed experts. Nothing outside the kind's file knows its classes.
+
+B rows, T tokens, N = B * T, D hidden size, E routed experts, A experts per token.
+"""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -14,31 +23,80 @@ from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.plain_data import to_dict
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """Numbers of routed experts of a layer that has them.
+
+    Args:
+        total: experts of the layer.
+        per_token: experts that each token meets.
+        num_groups: groups of equal size that the router divides the experts into.
+        topk_groups: groups that a token's experts may come from.
+    """
+
+    total: int
+    per_token: int
+    num_groups: int = 1
+    topk_groups: int = 1
 
 
 @dataclass(kw_only=True)
-class FeedForwardConfig:
-    """Base of every feed-forward's config. `residual: null` follows the layer's mixer."""
+class FeedForwardConfig(abc.ABC):
+    """Base of every feed-forward's config. `residual: null` follows the layer's mixer.
+
+    Costs are known from the config alone. FLOPs count a multiply-add as 2, forward only.
+    """
 
     kind: str
     residual: BranchConfig | None = None
     keeps_state: ClassVar[bool] = False  # its output depends on earlier tokens, of which it keeps something in decoding
 
-    def is_moe(self, layer_index: int) -> bool:
-        return False
+    # Costs
 
+    @abc.abstractmethod
     def num_params(self, context: LayerContext, *, active: bool = False) -> int:
-        """Parameters of the feed-forward in layer `context.layer_index`; `active`: those one token meets."""
-        raise TypeError(f"{type(self).__name__} does not count its parameters")
+        """Parameters of the feed-forward in layer `context.layer_index`; `active`: those that one token meets."""
+
+    @abc.abstractmethod
+    def flops_per_token(self, context: LayerContext) -> dict[str, float]:
+        """Forward FLOPs per token, by part of the feed-forward."""
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        """Bytes per token that the feed-forward keeps for its backward pass: an estimate from its tensors' widths.
+
+        By default one number per row of each of its matrices, which are taken to read or write the model's width.
+
+        Args:
+            context: the layer.
+            element_bytes: bytes of one number of an activation, 2 under bf16.
+        """
+        return element_bytes * self.num_params(context) / context.hidden_size
+
+    # Routed experts
+
+    def routed_experts(self) -> RoutedExperts | None:
+        """Routed experts of each layer that has some; None where no layer has."""
+        return None
 
     def routed_params(self, context: LayerContext) -> int:
         """Those of the parameters that belong to routed experts, which processes may divide among them."""
         return 0
 
+    def is_moe(self, layer_index: int) -> bool:
+        """Whether the layer has routed experts."""
+        return self.routed_experts() is not None
+
+    def layer_kind(self, layer_index: int) -> str:
+        """What stands in the layer, in the words of reports: the kind, where layers do not differ."""
+        return self.kind
+
+    # Decode state, for a kind that looks at earlier tokens
+
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        """Bytes of decode state for one sequence after `context_length` tokens; 0 for a kind that `keeps_state` not."""
-        if self.keeps_state:
-            raise TypeError(f"{type(self).__name__} does not count its state")
+        """Bytes of decode state for one sequence after `context_length` tokens; a kind that `keeps_state` counts it."""
         return 0
 
     def check_context_parallel(self, shards: int, length: int) -> None:
@@ -52,16 +110,51 @@ class FeedForwardConfig:
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        """What a training step exchanges where `rows` rows are divided into `shards` of `length` tokens."""
+        """Bytes that a training step exchanges where `rows` rows are divided into `shards` of `length` tokens."""
         return []
 
-    def flops_per_token(self, context: LayerContext) -> dict[str, float]:
-        """Forward FLOPs a token by part."""
-        raise TypeError(f"{type(self).__name__} does not count its FLOPs")
+    # Comparison and sizes
+
+    def canonical(self, context: LayerContext) -> dict[str, Any]:
+        """The options that the outputs of the layer depend on, as plain data, without the residual."""
+        data = to_dict(self)
+        data.pop("residual")
+        return data
+
+    def width(self) -> int | None:
+        """The inner width, by which a sweep makes models equally large: of one expert where there are several.
+
+        By default `intermediate_size`; None where a kind has nothing of the sort.
+        """
+        return getattr(self, "intermediate_size", None)
+
+    def with_width(self, width: int) -> Self:
+        """The same feed-forward with another inner width; widths written out beside it keep their proportion."""
+        return dataclasses.replace(self, intermediate_size=width)  # type: ignore[call-arg]
 
 
-class FeedForward(nn.Module):
-    """Works on each token: x [B, T, D] -> y [B, T, D].
+# Computes tokens [N, D] with their expert ids and weights [N, A] by experts that are here: [N, D].
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Brings tokens to the processes that own their experts, computes there, and brings the results back.
+Dispatch = Callable[[Compute, Tensor, Tensor, Tensor], Tensor]
+
+
+class ExpertStack(nn.Module, abc.ABC):
+    """Weights of a layer's routed experts, all parameters [E, ...]: what processes can divide among them.
+
+    `num_experts` counts those of the layer, `owned` says which of them are here.
+    """
+
+    num_experts: int
+    owned: range
+
+    @abc.abstractmethod
+    def keep_only(self, owned: range, dispatch: Dispatch) -> None:
+        """Drop all experts but those of `owned`; `dispatch` then takes tokens to the processes of their experts."""
+
+
+class FeedForward(nn.Module, abc.ABC):
+    """A module that works on each token: x [B, T, D] -> y [B, T, D].
 
     Most kinds look at one token alone. One that also looks at earlier tokens (a token shift) sets `keeps_state` in its
     config and keeps to the contract of a mixer: documents of `seq` never see each other, decoding with the state of
@@ -70,6 +163,8 @@ class FeedForward(nn.Module):
     A forward changes nothing in the module: what a layer must remember of a batch (expert loads) it returns in its
     aux, and the model hands it back once through `record`. So a forward may be computed again, as activation
     checkpointing does, without counting anything twice.
+
+    `fp32_parameters` are names of parameters, or their last parts, that no engine may cast down.
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
@@ -84,9 +179,19 @@ class FeedForward(nn.Module):
         """Weight of each "loss/..." in the aux; a loss not named here is only reported."""
         return {}
 
+    @abc.abstractmethod
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: Any | None = None) -> tuple[Tensor, Aux]:
-        """`state` is this layer's decode state from `new_state`, updated in place; None when training."""
-        raise TypeError(f"{type(self).__name__} has no forward")
+        """The output of every token, and the layer's losses and statistics.
+
+        Args:
+            x_BTD: input of the branch.
+            seq: positions and borders of the documents.
+            state: this layer's decode state from `new_state`, updated in place; None in training.
+        """
+
+    @abc.abstractmethod
+    def init_weights(self, std: float) -> None:
+        """Set every parameter and buffer to its start; plain projections are normal(0, std)."""
 
     def new_state(self, batch: int, max_length: int) -> Any:
         """Empty decode state for `batch` sequences of at most `max_length` tokens; None for a kind without state."""
@@ -96,11 +201,15 @@ class FeedForward(nn.Module):
         """Take from the aux of one training forward what the next optimizer step needs."""
 
     def post_optimizer_step(self, update: bool = True) -> None:
-        """After each optimizer step; `update=False` when that step was skipped."""
+        """Prepare for the next step after an optimizer step; `update=False` when that step was skipped."""
 
-    def init_weights(self, std: float) -> None:
-        """Fresh parameters and buffers; `std` for plain projections."""
-        raise TypeError(f"{type(self).__name__} has no initialisation")
+    def expert_stacks(self) -> dict[str, ExpertStack]:
+        """The routed experts, by the name of their submodule."""
+        return {}
+
+    def router_load(self) -> Tensor | None:
+        """Tokens that each expert got since the last optimizer step: an int64 [E] buffer, or None without experts."""
+        return None
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter of the feed-forward, by its name within the feed-forward.
@@ -115,7 +224,11 @@ FEED_FORWARDS = KindRegistry("feed-forward", FeedForwardConfig)
 
 
 def register_feed_forward(kind: str, config: type[FeedForwardConfig]):
-    """Class decorator: `kind` in a config builds this feed-forward."""
+    """Class decorator that registers a feed-forward: `kind` in a config builds it.
+
+    Raises:
+        KindError: the name is taken, or one of the classes lacks a method of the contract.
+    """
 
     def add(cls: type[FeedForward]) -> type[FeedForward]:
         FEED_FORWARDS.register(kind, config, cls)
@@ -125,4 +238,5 @@ def register_feed_forward(kind: str, config: type[FeedForwardConfig]):
 
 
 def build_feed_forward(config: FeedForwardConfig, context: LayerContext) -> FeedForward:
-    return FEED_FORWARDS[config.kind][1].build(config, context)
+    """The module of a feed-forward's config, in the layer of `context`."""
+    return FEED_FORWARDS.implementation(config.kind).build(config, context)

@@ -1,4 +1,10 @@
-"""Dense SwiGLU feed-forward: down(silu(gate x) * up x). B rows, T tokens, D model width."""
+"""Dense SwiGLU feed-forward.
+
+    y = W_down (silu(W_gate x) * W_up x)
+
+Source: Shazeer 2020 (GLU variants improve transformer).
+B rows, T tokens, D hidden size, I inner width.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +23,13 @@ from hybridlm_kernels import swiglu
 
 @dataclass(kw_only=True)
 class DenseConfig(FeedForwardConfig):
-    """SwiGLU in every layer.
+    """Configuration of one SwiGLU per layer.
 
-    `swiglu_limit` bounds the gate from above and the up projection on both sides before they meet (GLM-5.3).
+    Args:
+        intermediate_size: the inner width I.
+        activation: swiglu, the only one.
+        swiglu_limit: bound of the gate from above, and of the up projection on both sides, before they are multiplied
+            (GLM-5.3); null has none.
     """
 
     kind: str = "dense"
@@ -29,7 +39,7 @@ class DenseConfig(FeedForwardConfig):
 
     def __post_init__(self) -> None:
         require(self.intermediate_size > 0, "intermediate_size", "must be positive", got=self.intermediate_size)
-        check_limit(self.swiglu_limit)
+        check_swiglu_limit(self.swiglu_limit)
 
     def num_params(self, context: LayerContext, *, active: bool = False) -> int:
         return 3 * context.hidden_size * self.intermediate_size
@@ -38,14 +48,19 @@ class DenseConfig(FeedForwardConfig):
         return {"dense": 2.0 * self.num_params(context)}
 
 
-def check_limit(limit: float | None) -> None:
+def check_swiglu_limit(limit: float | None) -> None:
+    """Refuse a bound of the SwiGLU that is not positive.
+
+    Raises:
+        ConfigError: `limit` is zero or negative.
+    """
     require(limit is None or limit > 0, "swiglu_limit", "must be positive", got=limit,
             expected="a bound, or null for none")
 
 
 @register_feed_forward("dense", DenseConfig)
 class SwiGLU(FeedForward):
-    """Parameters gate_proj, up_proj [I, D] and down_proj [D, I]."""
+    """The module of one SwiGLU: parameters gate_proj and up_proj [I, D], down_proj [D, I]."""
 
     def __init__(self, config: DenseConfig, context: LayerContext):
         super().__init__()

@@ -11,31 +11,31 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_state import AttentionState
-from hybridlm.model.layer_context import LayerContext, ShardTraffic
-from hybridlm.model.mixers.common.cost import visible_keys
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
-from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, selections_left, selections_read
+from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig
 from hybridlm.model.mixers.common.indexer import IndexerConfig
-from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
+from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm.model.sharing import SharedKind, SharedRead
 
 OutputGate = Literal["none", "element", "head"]
 
 
 @dataclass(kw_only=True)
-class AttentionConfig(MixerConfig):
+class AttentionConfig(IndexedMixerConfig):
     """Grouped-query attention. `num_kv_heads` null: as many as `num_heads`.
 
     `qk_norm`: `head` norms each head's q and k, `full` norms the whole projected vectors before they are split into
@@ -91,7 +91,7 @@ class AttentionConfig(MixerConfig):
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
         gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
-        keys = (visible_keys(context_length, self.window) if self.indexer is None
+        keys = (count_visible_keys(context_length, self.window) if self.indexer is None
                 else self.indexer.read_keys(context_length))
         parts = {"projections": 2.0 * D * (2 * H * K + 2 * G * K + gate), "attention": 4.0 * H * K * keys}
         if self.indexer is not None:
@@ -102,12 +102,6 @@ class AttentionConfig(MixerConfig):
         width = self.num_heads * self.head_dim
         return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
             context, context.hidden_size, context_length, width)
-
-    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
-        return selections_left(self.indexer)
-
-    def reads(self, context: LayerContext) -> Sequence[SharedRead]:
-        return selections_read(self.indexer)
 
     def check_context_parallel(self, shards: int, length: int) -> None:
         check_heads(self.num_heads, shards)
@@ -126,6 +120,42 @@ class AttentionConfig(MixerConfig):
         kept = context_length if self.window is None else min(context_length, self.window - 1)
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
         return kept * 2 * self.kv_heads * self.head_dim * element_bytes + index
+
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        queries, keys = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
+        copies = 1 + (self.qk_norm != "none")  # inputs of the norm, and inputs of attention
+        gate = 2 * queries if self.output_gate == "element" else 0
+        return element_bytes * (copies * (queries + keys) + keys + queries + gate)
+
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        data["num_kv_heads"] = self.kv_heads
+        data["qk_norm_eps"] = None if self.qk_norm == "none" else self.qk_norm_eps or norm.eps
+        return data
+
+    def head_sizes(self) -> HeadSizes:
+        return HeadSizes(self.num_heads, self.head_dim, self.num_kv_heads)
+
+    @classmethod
+    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        heads = model.heads_for(cls)
+        sizes = {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
+        return sizes if "num_heads" in options else sizes | {"num_kv_heads": heads.num_kv_heads}
+
+    def state_heads(self) -> int:
+        return self.kv_heads
+
+    def with_state_heads(self, count: int) -> Self:
+        per_group = self.num_heads // self.kv_heads
+        return replace(self, num_heads=count * per_group, num_kv_heads=None if self.num_kv_heads is None else count)
+
+    def sees_all_keys(self) -> bool:
+        return self.window is None and not self.sinks
+
+    def projection_heads(self) -> dict[str, tuple[int, int]]:
+        queries, keys = (self.num_heads, self.head_dim), (self.kv_heads, self.head_dim)
+        return {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
 
 
 @register_mixer("attention", AttentionConfig)

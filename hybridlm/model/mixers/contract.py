@@ -1,52 +1,87 @@
-"""The contract of a sequence mixer and the registry of their kinds."""
+"""The contract of a sequence mixer: its config with everything asked of it, its module, and the registry of kinds.
+
+A kind is one config class and one module class in one file. Abstract methods have to be written; all others have an
+answer that suits a plain mixer. Nothing outside the kind's file knows its classes.
+
+B rows, T tokens, D hidden size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
-from hybridlm.model.layer_context import LayerContext, ShardTraffic
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes, fill_missing, missing_fields
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import SharedKind, SharedRead
+from hybridlm.plain_data import to_dict
 
-# Of one layer: named losses ("loss/..."), and statistics that are reported over all layers ("stat/...") or also for
-# each ("layer/...").
+# Results of one layer beside its output: named losses ("loss/NAME"), and statistics that are reported over all layers
+# ("stat/NAME") or also for each ("layer/NAME").
 Aux = dict[str, Tensor]
 
 
 @dataclass(kw_only=True)
-class MixerConfig:
-    """Base of every mixer's config. Subclasses register a `kind` with `@register_mixer`.
+class MixerConfig(abc.ABC):
+    """Base of every mixer's config. A subclass gets its `kind` from `@register_mixer`.
 
-    Costs are known from the config alone. FLOPs count a multiply-add as 2, forward only.
+    Costs are known from the config alone. FLOPs count a multiply-add as 2; where nothing else is said they are those
+    of the forward.
     """
 
     kind: str
     residual: BranchConfig = field(default_factory=BranchConfig)
-    is_linear: ClassVar[bool] = False  # fixed-size decode state: no term that grows with context
+    is_linear: ClassVar[bool] = False  # decode state of fixed size: no cost per token grows with context
 
+    # Costs
+
+    @abc.abstractmethod
     def num_params(self, context: LayerContext) -> int:
         """Parameters of the mixer, without the branch's own norm."""
-        raise TypeError(f"{type(self).__name__} does not count its parameters")
 
+    @abc.abstractmethod
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
-        """Forward FLOPs a token by part, averaged over a causal sequence of `context_length` tokens."""
-        raise TypeError(f"{type(self).__name__} does not count its FLOPs")
+        """Forward FLOPs per token, by part of the mixer, averaged over a causal sequence.
 
-    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
-        """FLOPs a token of a loss that the mixer computes for itself in training, its whole backward included."""
-        return 0.0
+        Args:
+            context: the layer.
+            context_length: tokens of the sequence.
+        """
 
+    @abc.abstractmethod
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         """Bytes of decode state for one sequence after `context_length` tokens."""
-        raise TypeError(f"{type(self).__name__} does not count its state")
+
+    def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        """The part of `flops_per_token` that has no backward, such as a selection of keys."""
+        return 0.0
+
+    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        """FLOPs per token of a loss that the mixer computes for itself in training, its whole backward included."""
+        return 0.0
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        """Bytes per token that the mixer keeps for its backward pass: an estimate from the widths of its tensors.
+
+        A kind without a formula of its own is taken to keep three tensors per output of each projection.
+
+        Args:
+            context: the layer.
+            element_bytes: bytes of one number of an activation, 2 under bf16.
+        """
+        return 3.0 * element_bytes * self.num_params(context) / context.hidden_size
+
+    # Rows that are divided between processes
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
         """Kinds of values that the layer can leave for later layers; see `hybridlm.model.sharing`."""
@@ -57,35 +92,152 @@ class MixerConfig:
         return ()
 
     def check_context_parallel(self, shards: int, length: int) -> None:
-        """Raise ConfigError unless the mixer can work on rows that are split into `shards` of `length` tokens (see
-        `hybridlm.model.context_parallel`)."""
+        """Refuse rows that are divided into `shards` of `length` tokens (see `hybridlm.model.context_parallel`).
+
+        Raises:
+            ConfigError: the mixer cannot work on them; by default none can.
+        """
         raise ConfigError("kind", "cannot work on split rows", got=self.kind, expected="engine.context_parallel=1")
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        """What a training step exchanges where `rows` rows are split into `shards` of `length` tokens."""
-        raise TypeError(f"{type(self).__name__} does not count what shards exchange")
+        """Bytes that a training step exchanges where `rows` rows are divided into `shards` of `length` tokens.
+
+        A kind whose `check_context_parallel` accepts such rows has to count them.
+        """
+        raise ConfigError("kind", "does not count what shards of a row exchange", got=self.kind,
+                          expected="engine.context_parallel=1")
+
+    # Comparison with other configs
+
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        """The options that the outputs depend on, as plain data: configs that agree here are one mixer.
+
+        A kind leaves out what only says how weights start or train, writes out what null stands for, and drops options
+        that another option makes void.
+
+        Args:
+            norm: that of the model, for options that follow it.
+        """
+        return to_dict(self)
+
+    # Sizes
+
+    def head_sizes(self) -> HeadSizes | None:
+        """Heads that other mixers of the model may follow; None where the kind has none."""
+        heads, head_dim = getattr(self, "num_heads", None), getattr(self, "head_dim", None)
+        return HeadSizes(heads, head_dim) if heads and head_dim else None
+
+    @classmethod
+    def missing_sizes(cls, options: Mapping[str, Any]) -> list[str]:
+        """Options without a default that `options` leave open."""
+        return missing_fields(cls, options)
+
+    @classmethod
+    def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """`options` with the sizes they leave open, from the model: how a preset fits into any model.
+
+        Options that have all their sizes come back as they are, defaults included.
+
+        Args:
+            options: plain data of this kind, possibly without heads and dims.
+            model: width and mixers of the model.
+        """
+        required = cls.missing_sizes(options)
+        return fill_missing(options, cls.sizes_from(options, model), required) if required else dict(options)
+
+    @classmethod
+    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """Every size option with a value that suits `model`; by default `num_heads` and `head_dim`, if they exist."""
+        heads = model.heads_for(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        found = {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
+        return {key: value for key, value in found.items() if key in known}
+
+    def state_heads(self) -> int | None:
+        """Heads in the decode state, whose number a sweep may change to match states; None where it has none."""
+        return None
+
+    def with_state_heads(self, count: int) -> Self:
+        """The same mixer with `count` heads in its decode state; heads that share one stay as many as they were.
+
+        Raises:
+            TypeError: the kind has no such heads.
+        """
+        raise TypeError(f"{type(self).__name__} has no heads in its decode state")
+
+    # Changes to a trained model
+
+    def rotates(self) -> bool:
+        """Whether queries and keys are rotated by their position (RoPE)."""
+        return False
+
+    def has_indexer(self) -> bool:
+        """Whether the mixer reads only keys that an indexer selects."""
+        return False
+
+    def can_take_indexer(self) -> bool:
+        """Whether `with_indexer` would make the mixer sparse: it attends to all earlier tokens by softmax."""
+        return False
+
+    def with_indexer(self, indexer: Any) -> Self:
+        """The same mixer reading the keys that an indexer selects.
+
+        Args:
+            indexer: an IndexerConfig.
+
+        Raises:
+            ConfigError: the mixer cannot take it.
+        """
+        raise ConfigError("kind", "cannot take an indexer", got=self.kind, expected="softmax attention over all tokens")
+
+    def projection_heads(self) -> dict[str, tuple[int, int]]:
+        """Shape by heads of the attention projections that another mixer may start from.
+
+        Returns:
+            (heads, dims per head) of `q_proj`, `k_proj`, `v_proj` (rows) and `o_proj` (columns), those that the mixer
+            has as plain matrices.
+        """
+        return {}
+
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights that this mixer takes over from the one it replaces, by parameter name; by default none.
+
+        Args:
+            old: config of the replaced mixer.
+            tensors: its parameters, by name within the mixer.
+        """
+        return {}
 
 
-class SequenceMixer(nn.Module):
-    """Mixes information along the sequence: x_BTD -> x_BTD.
+class SequenceMixer(nn.Module, abc.ABC):
+    """A module that mixes information along the sequence: x [B, T, D] -> y [B, T, D].
 
     `fp32_parameters` are names of parameters, or their last parts, that no engine may cast down.
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @abc.abstractmethod
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: Any | None = None) -> tuple[Tensor, Aux]:
-        """`state` is this layer's decode state from `new_state`, updated in place; None when training."""
-        raise TypeError(f"{type(self).__name__} has no forward")
+        """The output of every token, from itself and the earlier tokens of its document.
 
+        Args:
+            x_BTD: input of the branch.
+            seq: positions and borders of the documents.
+            state: this layer's decode state from `new_state`, updated in place; None in training.
+
+        Returns:
+            y [B, T, D], and the layer's losses and statistics.
+        """
+
+    @abc.abstractmethod
     def new_state(self, batch: int, max_length: int) -> Any:
-        """Empty decode state for `batch` sequences of at most `max_length` tokens."""
-        raise TypeError(f"{type(self).__name__} cannot decode")
+        """Empty decode state for `batch` sequences of at most `max_length` tokens; it has `num_bytes`."""
 
+    @abc.abstractmethod
     def init_weights(self, std: float) -> None:
-        """Published initialisation of everything in the mixer; `std` for plain projections."""
-        raise TypeError(f"{type(self).__name__} has no initialisation")
+        """Set every parameter and buffer to its published start; plain projections are normal(0, std)."""
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter of the mixer, by its name within the mixer.
@@ -104,7 +256,11 @@ MIXERS = KindRegistry("mixer", MixerConfig)
 
 
 def register_mixer(kind: str, config: type[MixerConfig]):
-    """Class decorator: `kind` in a config builds this mixer. Only registered kinds can be built from a config."""
+    """Class decorator that registers a mixer: `kind` in a config builds it. Only registered kinds can be built.
+
+    Raises:
+        KindError: the name is taken, or one of the classes lacks a method of the contract.
+    """
 
     def add(cls: type[SequenceMixer]) -> type[SequenceMixer]:
         MIXERS.register(kind, config, cls)
@@ -114,4 +270,5 @@ def register_mixer(kind: str, config: type[MixerConfig]):
 
 
 def build_mixer(config: MixerConfig, context: LayerContext) -> SequenceMixer:
-    return MIXERS[config.kind][1](config, context)  # type: ignore[call-arg]
+    """The module of a mixer's config, in the layer of `context`."""
+    return MIXERS.implementation(config.kind)(config, context)

@@ -4,15 +4,15 @@
     y_t = W_o (norm(o_t) * act(W_g x_t)),   q, k = l2norm(silu(conv(W x))),   v = silu(conv(W x))
 
 Sources: Yang et al. 2024 (DeltaNet; Gated Delta Networks), Kimi Linear 2025 (KDA), Qwen3-Next, OLMo-Hybrid.
-B rows, T tokens, D hidden size, H key heads, G value heads, K key dim, V value dim.
+B rows, T tokens, D hidden size, H key heads, HV value heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from hybridlm.errors import require
 from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.layer_context import LayerContext
-from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming
+from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming_state
 from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import delta_rule
 from hybridlm_kernels.recurrence.arguments import math_dtype
@@ -56,53 +57,73 @@ class DeltaRuleConfig(RecurrentConfig):
         parts["projections"] += 2.0 * context.hidden_size * self.value_heads
         return parts
 
-    def _updates(self) -> int:
-        return super()._updates() + 2  # S^T k, besides S^T q and the outer product
+    def _flops_per_state_entry(self) -> int:
+        return super()._flops_per_state_entry() + 2  # S^T k, besides S^T q and the outer product
 
-    def _through(self) -> int:
+    def _shard_transition_size(self) -> int:
         return self.value_heads * self.head_dim**2  # the product of Diag(e^g) - beta k k^T
+
+
+    @classmethod
+    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """As for every linear mixer; the gates of KDA have the rank of a head, as published."""
+        sizes = super().sizes_from(options, model)
+        if options.get("decay", "channel") == "channel":
+            rank = options.get("head_dim") or sizes["head_dim"]
+            sizes |= {"gate_rank": rank, "output_gate_rank": rank}
+        return sizes
 
 
 @register_mixer("delta_rule", DeltaRuleConfig)
 class DeltaRule(RecurrentMixer):
-    """Parameters: those of `RecurrentMixer`, b_proj [G], and o_norm over the dims of one head."""
+    """Parameters: those of `RecurrentMixer`, b_proj with HV rows, and o_norm over the dims of one head."""
 
     config: DeltaRuleConfig
 
     def __init__(self, config: DeltaRuleConfig, context: LayerContext):
         super().__init__(config, context)
         self.b_proj = nn.Linear(context.hidden_size, config.value_heads, bias=False)
-        self.o_norm = self.output_norm(config.value_dim, context)
+        self.o_norm = self.build_output_norm(config.value_dim, context)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
-        q_BTC, k_BTC, v_BTC = self.projected(x_BTD, seq, state)
+        q_BTC, k_BTC, v_BTC = self.project_inputs(x_BTD, seq, state)
         q_BTHK, k_BTHK = (x.unflatten(-1, (config.num_heads, config.head_dim)) for x in (q_BTC, k_BTC))
-        v_BTGV = v_BTC.unflatten(-1, (config.value_heads, config.value_dim))
-        g, gate = (None, None) if config.decay == "none" else self.log_decay(self.forget_input(x_BTD), x_BTD.dtype)
+        v_BTHvV = v_BTC.unflatten(-1, (config.value_heads, config.value_dim))
+        g, gate = None, None
+        if config.decay != "none":
+            g, gate = self.prepare_decay(self.project_forget_gate(x_BTD), x_BTD.dtype)
         rule = partial(delta_rule, q_BTHK, k_BTHK, g=g, gate=gate, beta=self.b_proj(x_BTD),
                        beta_sigmoid=config.beta_scale, qk_l2norm=config.qk_l2norm, cu_seqlens=seq.cu_seqlens)
         if seq.shard is not None:
-            o_BTGV = over_shards(rule, v_BTGV, config.head_dim, seq.shard)
+            o_BTHvV = run_over_shards(rule, v_BTHvV, config.head_dim, seq.shard)
         else:
-            o_BTGV, matrix = rule(v_BTGV, initial_state=None if state is None else state.matrix)
+            o_BTHvV, matrix = rule(v_BTHvV, initial_state=None if state is None else state.matrix)
             if state is not None:
                 state.matrix = matrix
-        return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=False), {}
+        return self.project_output(o_BTHvV, x_BTD, self.o_norm, all_heads=False), {}
 
 
-def over_shards(rule: Callable[..., tuple[Tensor, Tensor]], v_BTGV: Tensor, key_dim: int, shard: RowShard) -> Tensor:
-    """o [B, T, G, V] of the delta rule over rows that are split into shards, by one pass over each.
+def run_over_shards(rule: Callable[..., tuple[Tensor, Tensor]], v_BTHvV: Tensor, key_dim: int,
+                    shard: RowShard) -> Tensor:
+    """The outputs [B, T, HV, V] of the delta rule over rows that are divided into shards, by one pass over each.
 
     The columns of a state do not mix, and the rule is linear in them. V columns start at zero and take the values: N.
     K more start as the identity and take none: M, a product of Diag(e^g) - beta k k^T. With the state S that the
     earlier shards leave, the states here are N_t + M_t S, and the outputs those of N_t plus S^T times those of M_t.
+
+    Args:
+        rule: the operation, given values [B, T, HV, V] and `initial_state`.
+        v_BTHvV: values of this shard.
+        key_dim: K.
+        shard: this process's shard of the rows.
     """
-    batch, _, heads, width = v_BTGV.shape
-    eye_BGKK = torch.eye(key_dim, dtype=math_dtype(v_BTGV), device=v_BTGV.device).expand(batch, heads, -1, -1)
-    eye_BGKK = eye_BGKK * shard.continues_B[:, None, None, None]
-    o_BTGX, state_NGKX = rule(F.pad(v_BTGV, (0, key_dim)), initial_state=shard.at_start(F.pad(eye_BGKK, (width, 0))))
-    local_BGKV, through_BGKK = shard.at_end(state_NGKX).split([width, key_dim], -1)
-    incoming_BGKV = shard.incoming(local_BGKV, through_BGKK, torch.matmul)
-    o_BTGV, reach_BTGK = o_BTGX.split([width, key_dim], -1)
-    return o_BTGV + read_incoming(reach_BTGK, incoming_BGKV).to(o_BTGV.dtype)
+    batch, _, heads, width = v_BTHvV.shape
+    eye_BHvKK = torch.eye(key_dim, dtype=math_dtype(v_BTHvV), device=v_BTHvV.device).expand(batch, heads, -1, -1)
+    eye_BHvKK = eye_BHvKK * shard.continues_B[:, None, None, None]
+    start = shard.at_start(F.pad(eye_BHvKK, (width, 0)))
+    o_BTHvX, state_NHvKX = rule(F.pad(v_BTHvV, (0, key_dim)), initial_state=start)
+    local_BHvKV, through_BHvKK = shard.at_end(state_NHvKX).split([width, key_dim], -1)
+    incoming_BHvKV = shard.incoming(local_BHvKV, through_BHvKK, torch.matmul)
+    o_BTHvV, reach_BTHvK = o_BTHvX.split([width, key_dim], -1)
+    return o_BTHvV + read_incoming_state(reach_BTHvK, incoming_BHvKV).to(o_BTHvV.dtype)

@@ -4,14 +4,14 @@
     y_t = W_o (norm(o_t) * act(W_g x_t))
 
 Sources: Katharopoulos et al. 2020, RetNet 2023, MiniMax-01 2025 (Lightning attention), Mamba-2 2024, GLA 2023.
-B rows, T tokens, D hidden size, H key heads, G value heads, K key dim, V value dim.
+B rows, T tokens, D hidden size, H key heads, HV value heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ from torch import Tensor
 from hybridlm.errors import require
 from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
-from hybridlm.model.layer_context import LayerContext
-from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming
+from hybridlm.model.layer_context import LayerContext, NormConfig
+from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming_state
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, linear_attention
@@ -62,8 +62,17 @@ class LinearAttentionConfig(RecurrentConfig):
         norm = {"all": self.value_heads * self.value_dim, "head": self.value_dim, "none": 0}[self.norm]
         return super().num_params(context) + norm
 
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        if self.gate != "logsigmoid" or not self.gate_width:
+            data.pop("gate_normalizer")
+        if self.decay != "constant":
+            data.pop("slopes")
+        return data
 
-def decay_slopes(kind: Literal["lightning", "retnet"], heads: int, layer_index: int, num_layers: int) -> list[float]:
+
+def compute_decay_slopes(kind: Literal["lightning", "retnet"], heads: int, layer_index: int,
+                         num_layers: int) -> list[float]:
     """-g of each head for `decay: constant`. Layers after the last (MTP) take the last one's."""
     if kind == "retnet":
         return [-math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]
@@ -80,45 +89,49 @@ class LinearAttention(RecurrentMixer):
     def __init__(self, config: LinearAttentionConfig, context: LayerContext):
         super().__init__(config, context)
         dims = config.value_dim * (config.value_heads if config.norm == "all" else 1)
-        self.o_norm = None if config.norm == "none" else self.output_norm(dims, context)
-        self._slopes = decay_slopes(config.slopes, config.value_heads, context.layer_index, context.num_layers)
+        self.o_norm = None if config.norm == "none" else self.build_output_norm(dims, context)
+        self._slopes = compute_decay_slopes(config.slopes, config.value_heads, context.layer_index, context.num_layers)
         # Not a buffer: a cast of the model would round it, and `to_empty` after a build on meta would lose it.
         self._constant_g: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
-        q_BTC, k_BTC, v_BTC = self.projected(x_BTD, seq, state)
-        q_BTHK, k_BTHK = (feature(config.feature_map, x).unflatten(-1, (config.num_heads, config.head_dim))
+        q_BTC, k_BTC, v_BTC = self.project_inputs(x_BTD, seq, state)
+        q_BTHK, k_BTHK = (apply_feature_map(config.feature_map, x).unflatten(-1, (config.num_heads, config.head_dim))
                           for x in (q_BTC, k_BTC))
-        v_BTGV = feature(config.value_map, v_BTC).unflatten(-1, (config.value_heads, config.value_dim))
+        v_BTHvV = apply_feature_map(config.value_map, v_BTC).unflatten(-1, (config.value_heads, config.value_dim))
         g, gate = None, None
         if config.decay == "constant":
             g = self._constant_decay(x_BTD)
         elif config.decay != "none":
-            u = self.forget_input(x_BTD)
-            g, gate = self.log_decay(u, x_BTD.dtype)
+            u = self.project_forget_gate(x_BTD)
+            g, gate = self.prepare_decay(u, x_BTD.dtype)
             if config.discretize:
-                v_BTGV = (v_BTGV * F.softplus(self.forget_gate().step(u))[..., None]).to(v_BTGV.dtype)
-        o_BTGV, matrix = linear_attention(q_BTHK, k_BTHK, v_BTGV, g=g, gate=gate, scale=config.scale,
+                v_BTHvV = (v_BTHvV * F.softplus(self.build_forget_gate().step(u))[..., None]).to(v_BTHvV.dtype)
+        o_BTHvV, matrix = linear_attention(q_BTHK, k_BTHK, v_BTHvV, g=g, gate=gate, scale=config.scale,
                                          cu_seqlens=seq.cu_seqlens,
                                          initial_state=None if state is None else state.matrix)
         if state is not None:
             state.matrix = matrix
         if seq.shard is not None:
-            left = decay_from_start(log_decay(g, gate), matrix.dtype, seq.shard)
-            o_BTGV = o_BTGV + self._from_earlier_shards(q_BTHK, left, matrix, seq.shard).to(o_BTGV.dtype)
-        return self.output(o_BTGV, x_BTD, self.o_norm, all_heads=config.norm == "all"), {}
+            left = compute_decay_from_start(log_decay(g, gate), matrix.dtype, seq.shard)
+            o_BTHvV = o_BTHvV + self._from_earlier_shards(q_BTHK, left, matrix, seq.shard).to(o_BTHvV.dtype)
+        return self.project_output(o_BTHvV, x_BTD, self.o_norm, all_heads=config.norm == "all"), {}
 
-    def _from_earlier_shards(self, q_BTHK: Tensor, left_BTGX: Tensor, state_NGKV: Tensor, shard: RowShard) -> Tensor:
-        """[B, T, G, V]: what the tokens of earlier shards add to the outputs. The recurrence is linear in its state S
-        and only decays it: S_t = left_t S + (the state from zero), o_t = scale * (left_t q_t)^T S + (...)."""
-        incoming_BGKV = shard.incoming(shard.at_end(state_NGKV), left_BTGX[:, -1, :, :, None], torch.mul)
-        heads, scale = self.config.value_heads // self.config.num_heads, self.config.scale
-        q_BTGK = q_BTHK.to(incoming_BGKV.dtype).repeat_interleave(heads, 2)
-        return read_incoming(q_BTGK * left_BTGX, incoming_BGKV) * (q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+    def _from_earlier_shards(self, q_BTHK: Tensor, left_BTHvX: Tensor, state_NHvKV: Tensor, shard: RowShard) -> Tensor:
+        """The part [B, T, HV, V] of the outputs that comes from tokens of earlier shards.
 
-    def forget_gate(self) -> Gate:
-        return replace(super().forget_gate(), normalizer=self.config.gate_normalizer)
+        The recurrence is linear in its state S and only decays it: S_t = left_t S + (the state from zero), and
+        o_t = scale * (left_t q_t)^T S + (the output from zero).
+        """
+        incoming_BHvKV = shard.incoming(shard.at_end(state_NHvKV), left_BTHvX[:, -1, :, :, None], torch.mul)
+        value_heads_per_head = self.config.value_heads // self.config.num_heads
+        scale = q_BTHK.shape[-1] ** -0.5 if self.config.scale is None else self.config.scale
+        q_BTHvK = q_BTHK.to(incoming_BHvKV.dtype).repeat_interleave(value_heads_per_head, 2)
+        return read_incoming_state(q_BTHvK * left_BTHvX, incoming_BHvKV) * scale
+
+    def build_forget_gate(self) -> Gate:
+        return replace(super().build_forget_gate(), normalizer=self.config.gate_normalizer)
 
     def _constant_decay(self, x_BTD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
@@ -128,22 +141,29 @@ class LinearAttention(RecurrentMixer):
         return self._constant_g
 
 
-def decay_from_start(g: Tensor | None, dtype: torch.dtype, shard: RowShard) -> Tensor:
-    """[B, T, G, K], or 1 for G or K: what is left at each token of the state at the start of the shard, which is
-    nothing for documents that begin in it. `g`: the logarithm of the decay as the operation takes it."""
+def compute_decay_from_start(g: Tensor | None, dtype: torch.dtype, shard: RowShard) -> Tensor:
+    """The factor [B, T, HV, K] by which the state at the start of the shard has decayed at each token.
+
+    It is 0 for documents that begin in the shard. HV and K are 1 where all heads or channels decay alike.
+
+    Args:
+        g: the logarithm of the decay as the operation takes it; None where nothing decays.
+        dtype: that of the result.
+        shard: this process's shard of the rows.
+    """
     if g is None:
-        log_BTGK = torch.zeros(1, 1, 1, 1, dtype=dtype, device=shard.positions_BL.device)
+        log_BTHvK = torch.zeros(1, 1, 1, 1, dtype=dtype, device=shard.positions_BL.device)
     elif g.dim() == 1:
         steps_T1 = torch.arange(1, shard.length + 1, device=g.device)[:, None]
-        log_BTGK = (g.to(dtype) * steps_T1)[None, :, :, None]
+        log_BTHvK = (g.to(dtype) * steps_T1)[None, :, :, None]
     else:
-        log_BTGK = g.to(dtype).cumsum(1)
-        log_BTGK = log_BTGK if g.dim() == 4 else log_BTGK[..., None]
-    return torch.where(shard.first_document()[:, :, None, None], log_BTGK, -torch.inf).exp()
+        log_BTHvK = g.to(dtype).cumsum(1)
+        log_BTHvK = log_BTHvK if g.dim() == 4 else log_BTHvK[..., None]
+    return torch.where(shard.first_document()[:, :, None, None], log_BTHvK, -torch.inf).exp()
 
 
-def feature(kind: str, x: Tensor) -> Tensor:
-    """The feature map of `kind`, element by element."""
+def apply_feature_map(kind: str, x: Tensor) -> Tensor:
+    """x under the feature map of this kind, element by element."""
     if kind == "silu":
         return F.silu(x)
     if kind == "elu1":

@@ -14,9 +14,9 @@ L = C + R, Q width of the queries' input, k selected keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +25,22 @@ from hybridlm.errors import require
 from hybridlm.model.decode_state import LatentState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.attention import OutputGate, build_output_gate, gate_output
-from hybridlm.model.mixers.common.cost import visible_keys
+from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
-from hybridlm.model.mixers.common.indexed_attention import (
-    IndexedMixer,
-    Selection,
-    selections_left,
-    selections_read,
-)
+from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig, Selection
 from hybridlm.model.mixers.common.indexer import IndexerConfig
-from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
+from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm.model.sharing import SharedKind, SharedRead
+
+INT32_BYTES = 4
+SIZE_OPTIONS = ("num_heads", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 @dataclass(kw_only=True)
-class MLAConfig(MixerConfig):
+class MLAConfig(IndexedMixerConfig):
     """Multi-head latent attention.
 
     `q_lora_rank` null: queries straight from x by `q_proj`. `rope.kind: none` keeps the `qk_rope_head_dim` shared key
@@ -62,6 +60,7 @@ class MLAConfig(MixerConfig):
     bias: bool = False
     output_gate: OutputGate = "none"
     indexer: IndexerConfig | None = None
+    uses_mscale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
@@ -100,7 +99,7 @@ class MLAConfig(MixerConfig):
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         query_dim, weights, _ = self._widths(context)
-        keys = visible_keys(context_length) if self.indexer is None else self.indexer.read_keys(context_length)
+        keys = count_visible_keys(context_length) if self.indexer is None else self.indexer.read_keys(context_length)
         parts = {"projections": 2.0 * weights,
                  "attention": 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * keys}
         if self.indexer is not None:
@@ -111,12 +110,6 @@ class MLAConfig(MixerConfig):
         width = self.num_heads * self.qk_head_dim
         return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
             context, self._widths(context)[0], context_length, width)
-
-    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
-        return selections_left(self.indexer)
-
-    def reads(self, context: LayerContext) -> Sequence[SharedRead]:
-        return selections_read(self.indexer)
 
     def check_context_parallel(self, shards: int, length: int) -> None:
         check_heads(self.num_heads, shards)
@@ -133,6 +126,46 @@ class MLAConfig(MixerConfig):
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
         return context_length * (self.kv_lora_rank + self.qk_rope_head_dim) * element_bytes + index
+
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        queries, values = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
+        latents = 2 * (self.kv_lora_rank + (self.q_lora_rank or 0)) + self.qk_rope_head_dim
+        keys_and_values = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        sparse = self.indexer is not None and self.indexer.mode == "sparse"
+        indices = INT32_BYTES * self.indexer.topk if self.indexer is not None and sparse else 0
+        return element_bytes * (latents + keys_and_values + 2 * queries + values) + indices
+
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
+        return data
+
+    @property
+    def index_rope_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    def head_sizes(self) -> HeadSizes:
+        return HeadSizes(self.num_heads, self.v_head_dim)
+
+    @classmethod
+    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """Sizes of the model's MLA where it has one, else in the proportions of DeepSeek-V3 and Kimi Linear.
+
+        Rotated key dims are half of a head; the latent has 4 heads' dims (512 for heads of 128), in a narrow model a
+        quarter of its width, but at least 2 heads' dims.
+        """
+        other, heads = model.nearest_mixer(cls), model.heads_for(cls)
+        if isinstance(other, cls):
+            return {key: getattr(other, key) for key in SIZE_OPTIONS}
+        dim = heads.head_dim
+        return {"num_heads": heads.num_heads, "v_head_dim": dim, "qk_nope_head_dim": dim,
+                "qk_rope_head_dim": max(2, dim // 4 * 2),
+                "kv_lora_rank": min(4 * dim, max(2 * dim, model.hidden_size // 4))}
+
+    def projection_heads(self) -> dict[str, tuple[int, int]]:
+        queries = {"q_proj": (self.num_heads, self.qk_head_dim)} if self.q_lora_rank is None else {}
+        return queries | {"o_proj": (self.num_heads, self.v_head_dim)}
 
 
 @register_mixer("mla", MLAConfig)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 from hybridlm.errors import require
-from hybridlm.model.feed_forward.contract import FeedForwardConfig
-from hybridlm.model.feed_forward.dense import DenseConfig, check_limit
+from hybridlm.model.feed_forward.contract import FeedForwardConfig, RoutedExperts
+from hybridlm.model.feed_forward.dense import DenseConfig, check_swiglu_limit
 from hybridlm.model.layer_context import LayerContext
+from hybridlm.plain_data import to_dict
+
+FP32_BYTES = 4
 
 
 @dataclass(kw_only=True)
@@ -40,6 +44,7 @@ class MoEConfig(FeedForwardConfig):
     balance_loss: float = 0.0  # coefficient of the sequence-wise balance loss
     router_z_loss: float = 0.0  # coefficient of logsumexp(router logits)^2
     swiglu_limit: float | None = None
+    TRAINING_FIELDS: ClassVar[tuple[str, ...]] = ("bias_update_rate", "balance_loss", "router_z_loss")
 
     def __post_init__(self) -> None:
         for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_groups", "topk_groups"):
@@ -60,7 +65,7 @@ class MoEConfig(FeedForwardConfig):
                 "is needed for the dense layers", got=self.intermediate_size, expected="their width")
         require(all(layer >= 0 for layer in self.dense_layers), "dense_layers", "counts from layer 0",
                 got=self.dense_layers)
-        check_limit(self.swiglu_limit)
+        check_swiglu_limit(self.swiglu_limit)
 
     def _check_groups(self) -> None:
         require(self.num_experts % self.num_groups == 0, "num_groups", "must divide num_experts",
@@ -87,8 +92,14 @@ class MoEConfig(FeedForwardConfig):
     def has_bias(self) -> bool:
         return self.bias_update_rate > 0 if self.correction_bias is None else self.correction_bias
 
+    def routed_experts(self) -> RoutedExperts:
+        return RoutedExperts(self.num_experts, self.num_experts_per_tok, self.num_groups, self.topk_groups)
+
     def is_moe(self, layer_index: int) -> bool:
         return layer_index not in self.dense_layers
+
+    def layer_kind(self, layer_index: int) -> str:
+        return self.kind if self.is_moe(layer_index) else "dense"
 
     def dense_config(self, context: LayerContext) -> DenseConfig | None:
         """The config of this layer where it is a dense one.
@@ -112,6 +123,36 @@ class MoEConfig(FeedForwardConfig):
         gate = hidden if self.shared_gate else 0
         return (hidden * self.num_experts + 3 * hidden * self.moe_intermediate_size * experts
                 + 3 * hidden * self.shared_width + gate)
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        if not self.is_moe(context.layer_index):
+            return super().activation_bytes(context, element_bytes)
+        gate_and_up = self.num_experts_per_tok * 2 * self.moe_intermediate_size
+        scores = 2 * FP32_BYTES * self.num_experts
+        return element_bytes * (gate_and_up + 3 * self.shared_width) + scores
+
+    def canonical(self, context: LayerContext) -> dict[str, Any]:
+        dense = self.dense_config(context)
+        if dense is not None:
+            return dense.canonical(context)
+        data = to_dict(self)
+        for key in (*self.TRAINING_FIELDS, "dense_layers", "intermediate_size", "residual", "num_shared_experts"):
+            data.pop(key)
+        data["correction_bias"], data["shared_intermediate_size"] = self.has_bias, self.shared_width
+        if self.topk_groups == self.num_groups:
+            data["num_groups"] = data["topk_groups"] = 1
+        return data
+
+    def width(self) -> int:
+        return self.moe_intermediate_size
+
+    def with_width(self, width: int) -> Self:
+        sizes = {"moe_intermediate_size": width}
+        for key in ("shared_intermediate_size", "intermediate_size"):
+            value = getattr(self, key)
+            if value is not None:
+                sizes[key] = max(1, round(value * width / self.moe_intermediate_size))
+        return dataclasses.replace(self, **sizes)  # type: ignore[arg-type]
 
     def routed_params(self, context: LayerContext) -> int:
         each = 3 * context.hidden_size * self.moe_intermediate_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.feed_forward.contract import FeedForward, FeedForwardConfig, register_feed_forward
+from hybridlm.model.feed_forward.contract import ExpertStack, FeedForward, FeedForwardConfig, register_feed_forward
 from hybridlm.model.feed_forward.dense import DenseConfig, SwiGLU
 from hybridlm.model.feed_forward.moe.config import MoEConfig
 from hybridlm.model.feed_forward.moe.experts import Experts
@@ -61,6 +61,12 @@ class MixtureOfExperts(FeedForward):
                 shared_BTD = torch.sigmoid(self.shared_gate(x_BTD)) * shared_BTD
             y_BTD = y_BTD + shared_BTD
         return y_BTD, aux
+
+    def expert_stacks(self) -> dict[str, ExpertStack]:
+        return {"experts": self.experts}
+
+    def router_load(self) -> Tensor:
+        return self.router.load
 
     def record(self, aux: Aux) -> None:
         self.router.load += aux["load"]

@@ -1,10 +1,14 @@
-"""Small sums that the cost methods of several mixers share. A multiply-add counts as 2 FLOPs."""
+"""Counts that the cost methods of several mixers share: keys, pools and weights. A multiply-add is 2 FLOPs."""
 
 from __future__ import annotations
 
 
-def visible_keys(context_length: int, limit: int | None = None) -> float:
-    """Mean number of keys a token sees in a causal sequence, at most `limit` (window, top-k) each."""
+def count_visible_keys(context_length: int, limit: int | None = None) -> float:
+    """Mean number of keys that a token sees in a causal sequence, at most `limit` (window, top-k) per token.
+
+    >>> count_visible_keys(4), count_visible_keys(4, limit=2)
+    (2.5, 1.75)
+    """
     length = context_length
     if limit is None or limit >= length:
         return (length + 1) / 2
@@ -12,8 +16,12 @@ def visible_keys(context_length: int, limit: int | None = None) -> float:
     return limit - limit * (limit - 1) / (2 * length)
 
 
-def visible_pools(context_length: int, size: int, limit: int | None = None) -> float:
-    """Mean number of complete pools of `size` tokens that a token of a causal sequence sees, at most `limit` each."""
+def count_visible_pools(context_length: int, size: int, limit: int | None = None) -> float:
+    """Mean number of complete pools of `size` tokens that a token of a causal sequence sees, at most `limit` per token.
+
+    >>> count_visible_pools(4, size=2)
+    1.0
+    """
     pools, rest = divmod(context_length, size)
     most = pools if limit is None else min(limit, pools)
     below = min(pools - 1, most) if pools else 0
@@ -22,7 +30,22 @@ def visible_pools(context_length: int, size: int, limit: int | None = None) -> f
     return (size * inner + (rest + 1) * most) / context_length if pools else 0.0
 
 
-def open_tail(context_length: int, size: int) -> float:
-    """Mean number of tokens behind the last complete pool, the token itself included."""
+def count_open_tail(context_length: int, size: int) -> float:
+    """Mean number of tokens behind the last complete pool of `size` tokens, the token itself included.
+
+    >>> count_open_tail(4, size=2)
+    0.5
+    """
     pools, rest = divmod(context_length, size)
     return (pools * size * (size - 1) / 2 + rest * (rest + 1) / 2) / context_length
+
+
+def count_low_rank_params(inputs: int, outputs: int, rank: int | None) -> int:
+    """Weights of a projection: one matrix, or two through `rank` dims.
+
+    >>> count_low_rank_params(64, 32, None), count_low_rank_params(64, 32, 8)
+    (2048, 768)
+    """
+    if outputs == 0:
+        return 0
+    return inputs * outputs if rank is None else rank * (inputs + outputs)

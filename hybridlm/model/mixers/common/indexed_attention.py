@@ -6,18 +6,23 @@ made from, k selected keys.
 
 from __future__ import annotations
 
+import abc
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from hybridlm.errors import require
-from hybridlm.model.layer_context import LayerContext
+from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.common.dense_attention import dense_attention
 from hybridlm.model.mixers.common.indexer import AttentionMode, IndexCache, Indexer, IndexerConfig, IndexTensors
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.contract import Aux, SequenceMixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer
+from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import SharedKind, SharedRead
@@ -43,14 +48,63 @@ class Selection:
 SELECTION = SharedKind("the keys that an indexer selects", gradient=True)
 
 
-def selections_left(indexer: IndexerConfig | None) -> tuple[SharedKind, ...]:
-    """`leaves` of a mixer with this indexer."""
-    return (SELECTION,) if indexer is not None and not indexer.share else ()
+SHARED_SELECTION = SharedRead(SELECTION, option="indexer.share")
 
 
-def selections_read(indexer: IndexerConfig | None) -> tuple[SharedRead, ...]:
-    """`reads` of a mixer with this indexer."""
-    return (SharedRead(SELECTION, option="indexer.share"),) if indexer is not None and indexer.share else ()
+class IndexedMixerConfig(MixerConfig):
+    """Base of the configs of softmax attention that an indexer may make sparse: `indexer` is an option of each.
+
+    The option itself, and the rotary embedding that the indexer follows, are fields of the kinds.
+    """
+
+    indexer: IndexerConfig | None
+    rope: RopeConfig
+    uses_mscale: ClassVar[bool] = False  # whether YaRN's mscale_all_dim enters the softmax scale
+
+    @property
+    @abc.abstractmethod
+    def index_rope_dim(self) -> int:
+        """Dims of index queries and keys that rotate where the indexer does not say: as many as the mixer rotates."""
+
+    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
+        return (SELECTION,) if self.indexer is not None and not self.indexer.share else ()
+
+    def reads(self, context: LayerContext) -> Sequence[SharedRead]:
+        return (SHARED_SELECTION,) if self.indexer is not None and self.indexer.share else ()
+
+    def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        return self.flops_per_token(context, context_length).get("indexer", 0.0)  # a selection has no gradient
+
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        data["rope"] = self.rope.canonical(uses_mscale=self.uses_mscale)
+        data["indexer"] = None if self.indexer is None else self.indexer.canonical(self.index_rope_dim)
+        return data
+
+    @classmethod
+    def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        filled = super().fill_sizes(options, model)
+        if cls.missing_sizes(options) and filled.get("indexer") is not None:
+            head_dim = filled.get("v_head_dim") or filled["head_dim"]
+            filled["indexer"] = IndexerConfig.fill_sizes(filled["indexer"], filled["num_heads"], head_dim,
+                                                         model.max_position)
+        return filled
+
+    def rotates(self) -> bool:
+        return self.rope.kind != "none"
+
+    def has_indexer(self) -> bool:
+        return self.indexer is not None
+
+    def sees_all_keys(self) -> bool:
+        """Whether a token attends to all earlier tokens of its document, and to nothing else."""
+        return True
+
+    def can_take_indexer(self) -> bool:
+        return self.indexer is None and self.sees_all_keys()
+
+    def with_indexer(self, indexer: IndexerConfig) -> Self:
+        return dataclasses.replace(copy.deepcopy(self), indexer=copy.deepcopy(indexer))  # type: ignore[call-arg]
 
 
 class IndexedMixer(SequenceMixer):
@@ -71,8 +125,8 @@ class IndexedMixer(SequenceMixer):
         self.indexer: Indexer | None = None
         self.selection_is_read = context.is_read(SELECTION)
         self.selection_source = -1  # no layer
-        for read in selections_read(config):
-            self.selection_source = context.source_of(read)
+        if config is not None and config.share:
+            self.selection_source = context.source_of(SHARED_SELECTION)
 
     def build_indexer(self, context: LayerContext, query_dim: int, rope: RopeConfig, rope_dim: int) -> None:
         """Add the `indexer` submodule (last, so that a dense mixer's parameters keep their order)."""

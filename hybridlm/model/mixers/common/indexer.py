@@ -9,6 +9,7 @@ B rows, T tokens, S keys, D hidden size, J index heads (Hi), I index head dim (D
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import PooledCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
-from hybridlm.model.mixers.common.cost import open_tail, visible_keys, visible_pools
+from hybridlm.model.mixers.common.cost import count_open_tail, count_visible_keys, count_visible_pools
 from hybridlm.model.mixers.common.key_pooling import KeyPool
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.plain_data import to_dict
 from hybridlm_kernels import Pools, indexer_kl, indexer_topk, pooled_indexer_kl, pooled_topk
 from hybridlm_kernels.ops.indexer_kl import IndexerKL
 
@@ -80,7 +82,45 @@ class IndexerConfig:
                 expected=f"an even number up to head_dim ({self.head_dim})",
                 hint="rope_kind=none turns the rotation off")
 
+    def canonical(self, mixer_rope_dim: int) -> dict[str, Any]:
+        """The options that the selection depends on, as plain data.
+
+        Args:
+            mixer_rope_dim: dims that the mixer rotates, which `rope_dim: null` follows.
+        """
+        if self.share:
+            return {"share": True, "mode": self.mode}
+        data = to_dict(self)
+        data.pop("loss_weight")  # says only how the indexer is trained
+        if self.rope_kind == "none":
+            data["rope_dim"] = None
+        elif self.rope_dim is None:
+            data["rope_dim"] = mixer_rope_dim
+        return data
+
+    @classmethod
+    def fill_sizes(cls, options: Mapping[str, Any], num_heads: int, head_dim: int, max_position: int) -> dict[str, Any]:
+        """`options` with sizes in the proportions of DeepSeek-V3.2 and GLM-5, as far as they leave them open.
+
+        Half as many index heads as the mixer has, but at least 16, of at most 128 dims; an eighth of the longest
+        context is read, at most 2048 tokens.
+
+        >>> IndexerConfig.fill_sizes({"topk": 64}, num_heads=128, head_dim=192, max_position=4096)
+        {'topk': 64, 'num_heads': 64, 'head_dim': 128}
+        """
+        pool = options.get("pool") or 1
+        topk = max(1, min(2048, max_position // 8) // pool) * pool
+        return dict(options) | {key: value for key, value in {
+            "num_heads": max(16, num_heads // 2), "head_dim": min(128, head_dim), "topk": topk}.items()
+            if key not in options}
+
     def num_params(self, context: LayerContext, query_dim: int) -> int:
+        """Parameters of the indexer.
+
+        Args:
+            context: the layer.
+            query_dim: width that index queries are projected from.
+        """
         if self.share:
             return 0
         return self._projections(context, query_dim) + (2 + (self.pool or 0)) * self.head_dim
@@ -96,17 +136,17 @@ class IndexerConfig:
     def read_keys(self, context_length: int) -> float:
         """Mean number of keys that attention reads."""
         if not self._selects(context_length):
-            return visible_keys(context_length)
+            return count_visible_keys(context_length)
         if self.pool is None:
-            return visible_keys(context_length, self.topk)
-        return self.pool * visible_pools(context_length, self.pool, self.topk // self.pool) + open_tail(
+            return count_visible_keys(context_length, self.topk)
+        return self.pool * count_visible_pools(context_length, self.pool, self.topk // self.pool) + count_open_tail(
             context_length, self.pool)
 
     def _scored(self, context_length: int, limit: int | None = None) -> float:
         """Mean number of index keys, of tokens or pools, at most those of `limit` tokens."""
         if self.pool is None:
-            return visible_keys(context_length, limit)
-        return visible_pools(context_length, self.pool, None if limit is None else limit // self.pool)
+            return count_visible_keys(context_length, limit)
+        return count_visible_pools(context_length, self.pool, None if limit is None else limit // self.pool)
 
     def flops_per_token(self, context: LayerContext, query_dim: int, context_length: int) -> float:
         """Projections and the scores of a selection."""

@@ -1,13 +1,13 @@
 """What linear mixers share: projections, short convolutions, the forget gate, output norm and gate, decode state.
 
-B rows, T tokens, D hidden size, H key heads, G value heads, K key dim, V value dim, W taps of the convolution.
+B rows, T tokens, D hidden size, H key heads, HV value heads, K key dim, V value dim, W taps of the convolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,18 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_state import RecurrentState
-from hybridlm.model.layer_context import LayerContext, ShardTraffic
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.cost import count_low_rank_params
 from hybridlm.model.mixers.common.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
 from hybridlm.model.mixers.contract import MixerConfig, SequenceMixer
+from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import GatedRMSNorm, RMSNorm
 from hybridlm.model.parameter_roles import CONVOLUTION, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, short_conv
+
+FP32_BYTES = 4
+CHUNK_TOKENS = 32  # tokens per chunk of the operations, as the estimate of activations takes it
 
 
 @dataclass(kw_only=True)
@@ -108,35 +113,35 @@ class RecurrentConfig(MixerConfig):
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        """The inputs of the convolution, and in fp32 the state with what a shard does to one."""
+        """Inputs of the convolutions, and in fp32 the state beside the numbers that say how a shard changes one."""
         tail = rows * max(self.conv_size - 1, 0) * context.hidden_size * element_bytes
-        state = rows * 4 * (self.value_heads * self.head_dim * self.value_dim + self._through())
+        state = rows * 4 * (self.value_heads * self.head_dim * self.value_dim + self._shard_transition_size())
         found = [ShardTraffic("from_previous", tail, tail), ShardTraffic("gather", state, state)]
         return found if tail else found[1:]
 
-    def _through(self) -> int:
-        """Numbers that say what a shard does to a state: what is left of it."""
+    def _shard_transition_size(self) -> int:
+        """Numbers that say how a shard of a row changes the state that it is handed."""
         return {"none": 1, "channel": self.value_heads * self.head_dim}.get(self.decay, self.value_heads)
 
-    def _projections(self, context: LayerContext) -> int:
-        """Weights of all projections that every linear mixer has."""
+    def _projection_params(self, context: LayerContext) -> int:
+        """Weights of the projections that every linear mixer has."""
         D, out = context.hidden_size, self.channels["v"]
         count = D * (2 * self.channels["k"] + 2 * out)
-        count += low_rank_params(D, self.gate_width, self.gate_rank)
-        return count + low_rank_params(D, 0 if self.output_gate == "none" else out, self.output_gate_rank)
+        count += count_low_rank_params(D, self.gate_width, self.gate_rank)
+        return count + count_low_rank_params(D, 0 if self.output_gate == "none" else out, self.output_gate_rank)
 
     def num_params(self, context: LayerContext) -> int:
-        count = self._projections(context) + self.conv_size * sum(self.channels.values())
+        count = self._projection_params(context) + self.conv_size * sum(self.channels.values())
         return count + self.gate_width + self.value_heads * self.has_a_log
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         """The recurrence is counted as the paper writes it; chunked kernels do more, but not more useful work."""
-        return {"projections": 2.0 * self._projections(context),
+        return {"projections": 2.0 * self._projection_params(context),
                 "conv": 2.0 * self.conv_size * sum(self.channels.values()),
-                "recurrence": float(self.value_heads * self.head_dim * self.value_dim * self._updates())}
+                "recurrence": float(self.value_heads * self.head_dim * self.value_dim * self._flops_per_state_entry())}
 
-    def _updates(self) -> int:
-        """FLOPs a token for each entry of the state."""
+    def _flops_per_state_entry(self) -> int:
+        """FLOPs per token and number of the state."""
         return 4 + (self.decay != "none")
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
@@ -144,26 +149,79 @@ class RecurrentConfig(MixerConfig):
         taps = max(self.conv_size - 1, 0) * sum(self.channels.values())
         return 4 * (self.value_heads * self.head_dim * self.value_dim + taps)
 
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        """All in fp32, whatever `element_bytes`: inputs before and after each convolution, the chunked q, k and v in
+        two forms, the gate, one state and one [chunk, chunk] matrix per chunk and head, outputs around their norm."""
+        widths, values = sum(self.channels.values()), self.channels["v"]
+        convolution = (2 if self.conv_size else 1) * widths
+        chunk = self.value_heads * (self.head_dim * self.value_dim / CHUNK_TOKENS + 2 * CHUNK_TOKENS)
+        outputs = (2 if self.output_gate == "none" else 3) * values
+        return FP32_BYTES * (convolution + 2 * widths + 2 * self.gate_width + chunk + outputs)
 
-def low_rank_params(inputs: int, outputs: int, rank: int | None) -> int:
-    """Weights of a projection, direct or through `rank` dims."""
-    if outputs == 0:
-        return 0
-    return inputs * outputs if rank is None else rank * (inputs + outputs)
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        for key in ("a_init", "dt_bias_init", "dt_init"):  # they say how weights start
+            data.pop(key)
+        data["num_value_heads"], data["value_head_dim"] = self.value_heads, self.value_dim
+        data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
+        void = [] if self.gate_width else ["gate", "gate_dtype"]
+        if self.gate != "lower_bounded" or not self.gate_width:
+            void.append("lower_bound")
+        return {key: value for key, value in data.items() if key not in void}
+
+    @classmethod
+    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """Heads of the nearest mixer; its value heads and dims too, where it is a linear mixer."""
+        other, heads = model.nearest_mixer(cls), model.heads_for(cls)
+        sizes = {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
+        if isinstance(other, RecurrentConfig) and "num_heads" not in options and "head_dim" not in options:
+            sizes |= {"num_value_heads": other.num_value_heads, "value_head_dim": other.value_head_dim}
+        return sizes
+
+    def state_heads(self) -> int:
+        return self.num_heads
+
+    def with_state_heads(self, count: int) -> Self:
+        per_head = self.value_heads // self.num_heads
+        return replace(self, num_heads=count,
+                       num_value_heads=None if self.num_value_heads is None else count * per_head)
+
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """q, k, v and o of softmax attention, those whose heads fit.
+
+        Grouped keys and values are repeated for the heads that shared them.
+        """
+        wanted = {"q_proj": (self.num_heads, self.head_dim), "k_proj": (self.num_heads, self.head_dim),
+                  "v_proj": (self.value_heads, self.value_dim)}
+        available = old.projection_heads()
+        found = {}
+        for name, (heads, dim) in available.items():
+            new_heads, new_dim = wanted.get(name, (0, 0))
+            if dim == new_dim and new_heads % heads == 0:
+                by_head = tensors[f"{name}.weight"].detach().unflatten(0, (heads, dim))
+                found[f"{name}.weight"] = by_head.repeat_interleave(new_heads // heads, 0).flatten(0, 1)
+        heads, dim = available.get("o_proj", (0, 0))
+        if heads * dim == self.channels["v"]:
+            found["o_proj.weight"] = tensors["o_proj.weight"].detach().clone()
+        return found
 
 
-def read_incoming(reach_BTGK: Tensor, incoming_BGKV: Tensor) -> Tensor:
-    """[B, T, G, V]: what queries find in the state at the start of the shard, `reach` being what is left of them on
-    the way back to there."""
-    with torch.autocast(reach_BTGK.device.type, enabled=False):
-        return torch.einsum("btgk,bgkv->btgv", reach_BTGK.to(incoming_BGKV.dtype), incoming_BGKV)
+def read_incoming_state(reach_BTHvK: Tensor, incoming_BHvKV: Tensor) -> Tensor:
+    """What queries read from the state at the start of their shard, [B, T, HV, V].
+
+    Args:
+        reach_BTHvK: the queries as they act on that state, after all decays and updates between it and them.
+        incoming_BHvKV: the state that the earlier shards leave.
+    """
+    with torch.autocast(reach_BTHvK.device.type, enabled=False):
+        return torch.einsum("bthk,bhkv->bthv", reach_BTHvK.to(incoming_BHvKV.dtype), incoming_BHvKV)
 
 
 class RecurrentMixer(SequenceMixer):
     """Base of linear mixers.
 
     Parameters: q_proj, k_proj, v_proj, o_proj; q_conv, k_conv, v_conv [channels, W]; forget gate a_proj (scalar),
-    f_proj or f_a_proj and f_b_proj (channel), A_log [G], dt_bias [G] or [G * K]; output g_proj or g_a_proj and
+    f_proj or f_a_proj and f_b_proj (channel), A_log [HV], dt_bias [HV] or [HV * K]; output g_proj or g_a_proj and
     g_b_proj; o_norm.
     """
 
@@ -200,7 +258,7 @@ class RecurrentMixer(SequenceMixer):
             return getattr(self, f"{name}_proj")(x_BTD)
         return getattr(self, f"{name}_b_proj")(getattr(self, f"{name}_a_proj")(x_BTD))
 
-    def output_norm(self, dim: int, context: LayerContext) -> RMSNorm | GatedRMSNorm:
+    def build_output_norm(self, dim: int, context: LayerContext) -> RMSNorm | GatedRMSNorm:
         """The norm of the output over `dim` dims, gated as the config says."""
         config = self.config
         eps = context.norm.eps if config.norm_eps is None else config.norm_eps
@@ -208,8 +266,14 @@ class RecurrentMixer(SequenceMixer):
             return RMSNorm(dim, eps)
         return GatedRMSNorm(dim, eps, config.output_gate)
 
-    def projected(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None) -> Iterator[Tensor]:
-        """q, k and v [B, T, channels], after their convolutions."""
+    def project_inputs(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None) -> Iterator[Tensor]:
+        """q, k and v [B, T, channels], projected and convolved, one after the other.
+
+        Args:
+            x_BTD: input of the mixer.
+            seq: borders of documents, at which convolutions start anew.
+            state: decode state, whose convolution inputs are continued and updated.
+        """
         taps = self.config.conv_size
         shard = seq.shard if taps else None
         before_BXD = None if shard is None else shard.tail(x_BTD, taps - 1)
@@ -226,27 +290,42 @@ class RecurrentMixer(SequenceMixer):
                     state.conv[name] = inputs
             yield y_BTC
 
-    def forget_input(self, x_BTD: Tensor) -> Tensor:
-        """f(x), of which the gate makes the decay: [B, T, G] or [B, T, G, K]."""
+    def project_forget_gate(self, x_BTD: Tensor) -> Tensor:
+        """The input f(x) of the forget gate, [B, T, HV] for scalar decay or [B, T, HV, K] for channel decay."""
         config = self.config
         u = self._project("a" if config.decay == "scalar" else "f", x_BTD, config.gate_rank)
         return u if config.decay == "scalar" else u.unflatten(-1, (config.value_heads, config.head_dim))
 
-    def forget_gate(self) -> Gate:
-        """The gate of the config with this layer's parameters."""
+    def build_forget_gate(self) -> Gate:
+        """The forget gate of the config with this layer's parameters."""
         config = self.config
         dt_bias = self.dt_bias if config.decay == "scalar" else self.dt_bias.view(config.value_heads, config.head_dim)
         return Gate(config.gate, self.A_log if config.has_a_log else None, dt_bias, config.lower_bound)
 
-    def log_decay(self, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Gate | None]:
-        """The operation's `g` and `gate` for u = f(x): as they are, or g rounded to `dtype`, that of x."""
-        gate = self.forget_gate()
-        return (gate.log_decay(u).to(dtype), None) if self.config.gate_dtype == "model" else (u, gate)
+    def prepare_decay(self, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Gate | None]:
+        """Arguments `g` and `gate` of the operation, which computes the decay from them in fp32.
 
-    def output(self, o_BTGV: Tensor, x_BTD: Tensor, norm: RMSNorm | GatedRMSNorm | None, all_heads: bool) -> Tensor:
-        """Norm (over each head, or over all heads together), output gate and o_proj: [B, T, D]."""
+        Args:
+            u: f(x) from `project_forget_gate`.
+            dtype: that of x. With `gate_dtype: model` the decay is computed here, rounded to it, and there is no gate.
+        """
+        gate = self.build_forget_gate()
+        if self.config.gate_dtype == "model":
+            return gate.log_decay(u).to(dtype), None
+        return u, gate
+
+    def project_output(self, o_BTHvV: Tensor, x_BTD: Tensor, norm: RMSNorm | GatedRMSNorm | None,
+                       all_heads: bool) -> Tensor:
+        """The output of the mixer [B, T, D]: norm, output gate and o_proj.
+
+        Args:
+            o_BTHvV: outputs of the recurrence.
+            x_BTD: input of the mixer, from which the output gate is projected.
+            norm: None leaves the outputs as they are.
+            all_heads: whether the norm is over all heads together; else over each head.
+        """
         config = self.config
-        o = o_BTGV.flatten(-2) if all_heads else o_BTGV
+        o = o_BTHvV.flatten(-2) if all_heads else o_BTHvV
         if config.output_gate == "none":
             o = o if norm is None else norm(o)
         else:

@@ -7,9 +7,9 @@ from hybridlm import load_checkpoint
 from hybridlm.errors import ConfigError
 from hybridlm.interop import export_hf, import_checkpoint, import_hf, save_checkpoint
 from hybridlm.interop.folders import summary
+from hybridlm.interop.surgery import add_indexer, replace_mixers
 from hybridlm.model import build_model
 from hybridlm.model.config import MTPConfig
-from hybridlm.model.edit import add_indexer, replace_mixers
 from hybridlm.model.mixers import DeltaRuleConfig
 from hybridlm.tensor_storage import unique_tensors
 from tests.support.hf_zoo import build, tokens

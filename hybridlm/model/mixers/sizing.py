@@ -1,0 +1,89 @@
+"""Sizes that a mixer takes from the model around it: how a preset without heads and dims fits into any model.
+
+A preset of `configs/mixer` says what a mixer computes and leaves its sizes open. `fill_sizes` of its config class puts
+in what is missing, from a `ModelSizes`: the width of the model and the mixers that have their sizes already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+COMMON_HEAD_DIMS = (128, 64, 32, 16, 8)
+MIN_HEADS = 4  # a head dim is taken from the list above only where it leaves so many heads
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """Heads of a mixer as other kinds of mixers understand them.
+
+    Args:
+        num_heads: query heads.
+        head_dim: dims of one head.
+        num_kv_heads: key/value heads where groups of query heads share them, else None.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Everything about a model that sizes of a new mixer may follow.
+
+    Args:
+        hidden_size: width of the residual stream.
+        max_position: tokens that the model is meant for.
+        mixers: configs of the model's mixers that have all their sizes, the most telling first.
+    """
+
+    hidden_size: int
+    max_position: int = 4096
+    mixers: Sequence[Any] = ()  # of MixerConfig
+
+    def nearest_mixer(self, config_class: type) -> Any | None:
+        """The mixer whose sizes fit `config_class` best: one of that class, else one as linear as it, else the first.
+
+        Returns:
+            A MixerConfig that states its heads, or None where the model has none.
+        """
+        telling = [mixer for mixer in self.mixers if mixer.head_sizes() is not None]
+        same_class = [mixer for mixer in telling if type(mixer) is config_class]
+        as_linear = [mixer for mixer in telling if mixer.is_linear == config_class.is_linear]  # type: ignore[attr-defined]
+        return next(iter([*same_class, *as_linear, *telling]), None)
+
+    def heads_for(self, config_class: type) -> HeadSizes:
+        """Heads of the nearest mixer, or heads that fill the model's width where no mixer states any.
+
+        >>> ModelSizes(hidden_size=64).heads_for(int)
+        HeadSizes(num_heads=4, head_dim=16, num_kv_heads=None)
+        """
+        mixer = self.nearest_mixer(config_class)
+        if mixer is not None:
+            return mixer.head_sizes()
+        for head_dim in COMMON_HEAD_DIMS:
+            if self.hidden_size % head_dim == 0 and self.hidden_size // head_dim >= MIN_HEADS:
+                return HeadSizes(self.hidden_size // head_dim, head_dim)
+        return HeadSizes(1, self.hidden_size)
+
+
+def missing_fields(config_class: type, options: Mapping[str, Any]) -> list[str]:
+    """Fields of a config dataclass that have no default and no value in `options`; null counts as no value."""
+    return [field.name for field in fields(config_class)
+            if field.default is MISSING and field.default_factory is MISSING and options.get(field.name) is None]
+
+
+def fill_missing(options: Mapping[str, Any], sizes: Mapping[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:
+    """`options` with those of `sizes` that they do not mention; a null stays, but for the `required` ones.
+
+    >>> fill_missing({"gate_rank": None, "num_heads": None}, {"gate_rank": 8, "num_heads": 4}, ["num_heads"])
+    {'gate_rank': None, 'num_heads': 4}
+    """
+    filled = dict(options)
+    for key, value in sizes.items():
+        open_option = key not in filled or (filled[key] is None and key in required)
+        if open_option and value is not None:
+            filled[key] = value
+    return filled
