@@ -36,6 +36,6 @@ def add_weight_options(parser: Parser) -> None:
 
 def print_summary(report: dict[str, Any], as_json: bool) -> None:
     """Print what was converted, as JSON or in words."""
-    from hybridlm.interop.folders import summary
+    from hybridlm.interop.checkpoint_folders import summarize
 
-    print(json.dumps(report) if as_json else summary(report))
+    print(json.dumps(report) if as_json else summarize(report))

@@ -22,9 +22,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_json()
     args = parser.parse_args(argv)
     from hybridlm.interop import verify
-    from hybridlm.interop.compare import render
+    from hybridlm.interop.compare import describe
 
     token_ids = None if args.token_ids is None else read_integers("--token-ids", args.token_ids, "0,1,2")
     result = verify(args.checkpoint, args.hf_dir, text=args.text, token_ids=token_ids)
-    print(json.dumps(result) if args.json else render(result))
+    print(json.dumps(result) if args.json else describe(result))
     return 0

@@ -1,10 +1,10 @@
-"""Every model of ours inside transformers: importing this module registers the model type `hybridlm`.
+"""Models of ours inside transformers: importing this module registers the model type `hybridlm`.
 
     import hybridlm.interop.auto
     model = AutoModelForCausalLM.from_pretrained(folder)     # what `hybridlm export` wrote
     model.generate(...)                                      # with our decode state as its cache
 
-B rows, T tokens, V vocabulary.
+Letters: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hybridlm.model.output import ModelState
 
 
 class HybridLMConfig(PreTrainedConfig):
-    """`model` is the model section of a hybridlm config, as plain data."""
+    """The transformers config of a model of ours; `model` is the model section of a hybridlm config, as plain data."""
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (as transformers declares it)
@@ -51,7 +51,7 @@ class HybridLMConfig(PreTrainedConfig):
 
 
 class HybridCache:
-    """Our decode state in the place of a transformers cache."""
+    """Our decode state behind the interface of a transformers cache."""
 
     is_compileable = False
 
@@ -65,14 +65,14 @@ class HybridCache:
         return self.state.max_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of every tensor in the order of `beam_idx`."""
+        """Put the rows of every tensor into the order of `beam_idx`."""
         self.state.reorder(beam_idx)
 
 
 class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
     """`HybridLM` behind the interface of transformers.
 
-    Rows may be padded on the right, and, with a cache, not at all: linear mixers would take padding for tokens.
+    Rows may be padded on the right, but not with a cache: linear mixers would read padding as tokens.
     """
 
     config_class = HybridLMConfig
@@ -88,7 +88,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """HybridLM has initialised itself; what no file holds is the count of router loads."""
+        """Initialise what no file holds, the counts of router loads; HybridLM has initialised everything else."""
         if isinstance(module, Router):
             module.load.zero_()
 
@@ -105,12 +105,21 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
                 past_key_values: HybridCache | None = None, use_cache: bool | None = None,
                 logits_to_keep: int | Tensor = 0, cu_seqlens: Tensor | None = None,
                 num_items_in_batch: Tensor | int | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], and the loss when there are labels.
+        """The logits [B, T, V], and the loss when there are labels.
 
-        `use_cache` makes a cache when none is given. `logits_to_keep` counts from the end.
+        Args:
+            input_ids: token ids [B, T].
+            attention_mask: [B, T], 0 for padding.
+            labels: [B, T], to compute the loss.
+            past_key_values: the cache, which is updated.
+            use_cache: make a cache when none is given.
+            logits_to_keep: number of last positions to return; 0: all.
+            cu_seqlens: borders of packed documents.
+            num_items_in_batch: tokens of an accumulated batch, over which the loss is averaged.
+            kwargs: other arguments of transformers, which change nothing.
 
         Raises:
-            ValueError: padding on the left, or padding with a cache; a mask of other than two dims.
+            ValueError: padding on the left or with a cache, or a mask that is not two-dimensional.
         """
         if use_cache and past_key_values is None and labels is None:
             past_key_values = HybridCache(self.model.new_state(input_ids.shape[0]))
@@ -136,7 +145,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
             self, input_ids: Tensor, past_key_values: HybridCache | None = None, attention_mask: Tensor | None = None,
             **kwargs: Any) -> dict[str, Any]:
-        """What the cache has not seen yet."""
+        """The arguments of the next forward: the tokens that the cache has not seen."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         return {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values,
                 "attention_mask": attention_mask, "logits_to_keep": kwargs.get("logits_to_keep") or 0}

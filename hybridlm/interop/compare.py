@@ -1,6 +1,6 @@
-"""Does a checkpoint of ours compute what a folder of transformers computes? Logits, distributions, and layer by layer.
+"""Compares a checkpoint of ours with a folder of transformers: logits, distributions, and layer by layer.
 
-B rows, T tokens, V vocabulary, D model width.
+Letters: B rows, T tokens, V vocabulary, D model width.
 """
 
 from __future__ import annotations
@@ -16,18 +16,24 @@ from torch import Tensor, nn
 
 from hybridlm.checkpoint import load_checkpoint
 from hybridlm.errors import CheckpointError
-from hybridlm.interop.family_registry import read_raw
+from hybridlm.interop.family_registry import read_config_json
 from hybridlm.model.model import HybridLM
 from hybridlm.tensor_storage import shard_files
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same tokens, both in fp32.
+    """How far two models differ on the same tokens, both in fp32.
 
-    `kl` is KL(theirs || ours) in nats a token, `top1` the share of tokens with the same likeliest next one,
-    `layers` the RMS of the difference after each layer over the RMS of theirs, and `parts_at` the first layer where
-    that exceeds the threshold (null: none; the layer's mixer is `mixer`).
+    Attributes:
+        tokens: how many tokens were compared.
+        max_logit_diff: largest absolute difference of logits.
+        max_logit: largest absolute logit of theirs.
+        kl: KL(theirs || ours) in nats per token.
+        top1: fraction of tokens for which both find the same next token most likely.
+        layers: after each layer, the RMS of the difference over the RMS of theirs.
+        first_different_layer: the first layer where that exceeds the threshold; None: there is none.
+        mixer: the mixer of that layer.
     """
 
     tokens: int
@@ -36,16 +42,27 @@ class Comparison:
     kl: float
     top1: float
     layers: list[float]
-    parts_at: int | None
+    first_different_layer: int | None
     mixer: str | None
 
 
 def verify(checkpoint: str | os.PathLike[str] | HybridLM, hf_dir: str | os.PathLike[str] | nn.Module, *,
            text: str | None = None, token_ids: Sequence[int] | None = None, rows: int = 2, length: int = 64,
            seed: int = 0, threshold: float = 1e-3) -> dict[str, Any]:
-    """Compare on random tokens [rows, length], and on the given ids or text if there are any.
+    """Compare a checkpoint with a folder of transformers on random tokens, and on given ones if there are any.
 
-    Returns plain data: {"random": {...}, "given": {...}} with the fields of `Comparison`.
+    Args:
+        checkpoint: a checkpoint or run folder of ours, or a model.
+        hf_dir: a folder of transformers, or one of its models.
+        text: text to compare on; needs a tokenizer in the checkpoint.
+        token_ids: ids to compare on.
+        rows: rows of random tokens.
+        length: random tokens per row.
+        seed: seed of the random tokens.
+        threshold: relative difference from which on a layer counts as different.
+
+    Returns:
+        {"random": {...}, "given": {...}} with the fields of `Comparison`.
 
     Raises:
         CheckpointError: either side cannot be loaded, the vocabularies differ, or there is no tokenizer for `text`.
@@ -68,30 +85,30 @@ def verify(checkpoint: str | os.PathLike[str] | HybridLM, hf_dir: str | os.PathL
     return {name: asdict(found) for name, found in result.items()}
 
 
-def render(result: dict[str, Any]) -> str:
-    """What `verify` found, a few lines for each kind of tokens."""
+def describe(result: dict[str, Any]) -> str:
+    """The result of `verify` in words, one line per kind of tokens."""
     lines = []
     for name, found in result.items():
-        parts = "no layer parts" if found["parts_at"] is None else (
-            f"hidden states part at layer {found['parts_at']} ({found['mixer']}), by "
-            f"{found['layers'][found['parts_at']]:.1e} of their size")
+        layer = found["first_different_layer"]
+        layers = "no layer differs" if layer is None else (
+            f"the first layer that differs is {layer} ({found['mixer']}), by {found['layers'][layer]:.1e} of its size")
         lines.append(f"{name} ({found['tokens']} tokens): max logit difference {found['max_logit_diff']:.1e} "
                      f"(largest logit {found['max_logit']:.2f}), KL {found['kl']:.1e} nats, "
-                     f"top-1 agreement {100 * found['top1']:.2f} %; {parts}")
+                     f"top-1 agreement {100 * found['top1']:.2f} %; {layers}")
     return "\n".join(lines)
 
 
 def load_theirs(folder: Path) -> nn.Module:
-    """The model of a transformers folder, fp32, in evaluation mode; nothing is downloaded and no code is run from it.
+    """The model of a transformers folder in fp32 and evaluation mode; nothing is downloaded, no code in it is run.
 
     Raises:
-        CheckpointError: not such a folder, or weights that transformers misses.
+        CheckpointError: it is no such folder, or transformers misses weights in it.
     """
     from transformers import AutoModelForCausalLM
 
     import hybridlm.interop.auto  # noqa: F401  (registers our model type)
 
-    read_raw(folder)
+    read_config_json(folder)
     shard_files(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
@@ -106,17 +123,25 @@ def load_theirs(folder: Path) -> nn.Module:
 
 @torch.no_grad()
 def compare(ours: HybridLM, theirs: nn.Module, ids_BT: Tensor, threshold: float) -> Comparison:
-    """One batch through both."""
+    """Run one batch through both models and compare logits and hidden states.
+
+    Args:
+        ours: our model.
+        theirs: the model of transformers.
+        ids_BT: token ids.
+        threshold: relative difference from which on a layer counts as different.
+    """
     our_logits, our_hidden = _run(ours, ours.layers, ids_BT, {})
     their_logits, their_hidden = _run(theirs, _layers_of(theirs), ids_BT, {"use_cache": False})
-    gaps = [_gap(a, b) for a, b in zip(our_hidden, their_hidden, strict=True)]
-    parts_at = next((i for i, gap in enumerate(gaps) if not gap <= threshold), None)  # NaN parts as well
+    gaps = [_relative_difference(a, b) for a, b in zip(our_hidden, their_hidden, strict=True)]
+    different = [index for index, gap in enumerate(gaps) if not gap <= threshold]  # NaN is different too
+    first = different[0] if different else None
     p, q = (torch.log_softmax(x.double(), -1) for x in (their_logits, our_logits))
     return Comparison(
         tokens=ids_BT.numel(), max_logit_diff=float((our_logits - their_logits).abs().max()),
         max_logit=float(their_logits.abs().max()), kl=float((p.exp() * (p - q)).sum(-1).mean()),
         top1=float((our_logits.argmax(-1) == their_logits.argmax(-1)).double().mean()), layers=gaps,
-        parts_at=parts_at, mixer=None if parts_at is None else ours.config.layers()[parts_at])
+        first_different_layer=first, mixer=None if first is None else ours.config.layers()[first])
 
 
 def _run(model: nn.Module, layers: nn.ModuleList, ids_BT: Tensor,
@@ -139,7 +164,7 @@ def _layers_of(model: nn.Module) -> nn.ModuleList:
     return getattr(inner, "language_model", inner).layers
 
 
-def _gap(ours: Tensor, theirs: Tensor) -> float:
+def _relative_difference(ours: Tensor, theirs: Tensor) -> float:
     scale = theirs.double().square().mean().sqrt().clamp_min(1e-30)
     return float((ours.double() - theirs.double()).square().mean().sqrt() / scale)
 

@@ -1,4 +1,4 @@
-"""What a model family is: a config mapping and a key mapping, each in both directions."""
+"""A model family: how its config and its tensors map to ours, in both directions, and the registry of families."""
 
 from __future__ import annotations
 
@@ -10,119 +10,182 @@ from typing import Any
 from torch import Tensor
 
 from hybridlm.errors import ConfigError
-from hybridlm.interop.mapping import Rule, Spec, rule
+from hybridlm.interop.rearrangements import RepeatedTensor
+from hybridlm.interop.tensor_rules import KeyLayout, TensorRule, TensorSpec, map_tensors
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
-Derived = tuple[str, tuple[int, ...], Callable[[], Tensor]]  # name, shape, value in fp32
-LayerRules = Callable[[ModelConfig, MixerConfig, bool, str, str], Iterator[Rule]]
-
 
 class HFConfig:
-    """A transformers config with the raw config.json it came from. Attributes are the transformers ones.
+    """A transformers config with the raw config.json it came from; attributes are those of the transformers config.
 
-    `keys` are the tensor names of the checkpoint, official spelling; empty when only the config is asked for.
+    Attributes:
+        config: the transformers config, with its defaults filled in.
+        raw: the config.json.
+        keys: the tensor names of the checkpoint in official spelling; empty when only the config is asked for.
     """
 
     def __init__(self, config: Any, raw: Mapping[str, Any], keys: frozenset[str] = frozenset()):
-        self.object, self.raw, self.keys = config, raw, keys
+        self.config = config
+        self.raw = raw
+        self.keys = keys
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return getattr(self.object, name)
+            return getattr(self.config, name)
         except AttributeError:
             raise ConfigError(f"config.json: {name}", "is missing") from None
 
-    def only(self, name: str, *values: Any, why: str = "") -> None:
-        """Raise ConfigError unless the field has one of `values`, or is absent."""
-        got = getattr(self.object, name, values[0])
+    def require_value(self, name: str, *values: Any) -> None:
+        """Check that a field has one of these values, or is absent.
+
+        Raises:
+            ConfigError: it has another value, which asks for something that hybridlm does not have.
+        """
+        got = getattr(self.config, name, values[0])
         if got not in values:
             raise ConfigError(f"config.json: {name}", "asks for what hybridlm does not have", got=got,
-                              expected=" or ".join(repr(value) for value in values), hint=why)
+                              expected=" or ".join(repr(value) for value in values))
+
+
+@dataclass(frozen=True)
+class LayerToMap:
+    """One layer whose tensors a family maps.
+
+    Attributes:
+        mixer: its mixer.
+        is_moe: whether its feed-forward is a mixture of experts.
+        ours: our prefix of its tensors, with the dot: "layers.3.".
+        theirs: their prefix: "model.layers.3.".
+    """
+
+    mixer: MixerConfig
+    is_moe: bool
+    ours: str
+    theirs: str
+
+
+@dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor that follows from the config, and that transformers expects to find in the files.
+
+    Attributes:
+        name: its name in the files.
+        shape: its shape.
+        compute: gives its value in fp32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    compute: Callable[[], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family of released models.
+    """One family of released models, known by its own file in `hybridlm.interop.families` alone.
 
-    `to_model` reads a transformers config, as transformers computes with it, into the plain data of a `ModelConfig`.
-    `to_hf` writes the config.json; it may drop what the format cannot say, for the caller compares what comes back.
-    `layer` yields the rules of one layer: (config, its mixer, is it MoE, our prefix, their prefix).
-    `renames` turn other spellings of keys (transformers' runtime names, older releases) into the official ones,
-    `ignored` match keys that carry nothing to keep. `mtp` is how MTP weights are named: "layers" behind the last
-    layer (DeepSeek), "mtp" under a prefix of their own (Qwen), None nowhere.
-    `derived` are tensors that follow from the config, which transformers expects to find in the files.
-    `limits` says where transformers is known to compute other numbers from the exported checkpoint than we do.
+    Attributes:
+        name: the model type, as in config.json.
+        architecture: the class of transformers that computes it.
+        read_config: plain data of a `ModelConfig` from a transformers config, as transformers computes with it.
+        write_config: the config.json of a model. It may drop what the format cannot express: the caller compares the
+            config that comes back.
+        map_layer: the rules of one layer.
+        preference: of several families that can hold a model, the one it came from takes it, else the one with the
+            highest preference, else the first by the name of its file.
+        aliases: further model types with the same format.
+        multimodal_types: model types whose `text_config` is of this family.
+        embedding_key: their name of the embedding.
+        renamed_keys: (pattern, replacement) that turn other spellings of keys (transformers' names at run time, older
+            releases) into the official ones.
+        ignored_keys: patterns of keys that carry nothing to keep.
+        mtp_keys: where MTP weights stand: "layers" behind the last layer (DeepSeek), "mtp" under a prefix of their own
+            (Qwen), None nowhere.
+        known_differences: sentences that say where transformers computes other numbers from the exported model.
+        derived_tensors: tensors that follow from the config.
     """
 
     name: str
     architecture: str
-    to_model: Callable[[HFConfig], dict[str, Any]]
-    to_hf: Callable[[ModelConfig], dict[str, Any]]
-    layer: LayerRules
+    read_config: Callable[[HFConfig], dict[str, Any]]
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    map_layer: Callable[[ModelConfig, LayerToMap], Iterator[TensorRule]]
+    preference: int = 0
     aliases: tuple[str, ...] = ()
-    text_of: tuple[str, ...] = ()  # model types whose `text_config` this is
-    embed: str = "model.embed_tokens.weight"
-    renames: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()
-    mtp: str | None = None
-    limits: Callable[[ModelConfig], list[str]] = field(default=lambda config: [])
-    derived: Callable[[ModelConfig], Iterator[Derived]] = field(default=lambda config: iter(()))
+    multimodal_types: tuple[str, ...] = ()
+    embedding_key: str = "model.embed_tokens.weight"
+    renamed_keys: tuple[tuple[str, str], ...] = ()
+    ignored_keys: tuple[str, ...] = ()
+    mtp_keys: str | None = None
+    known_differences: Callable[[ModelConfig], list[str]] = field(default=lambda config: [])
+    derived_tensors: Callable[[ModelConfig], Iterator[DerivedTensor]] = field(default=lambda config: iter(()))
 
-    def rules(self, config: ModelConfig) -> list[Rule]:
-        """Every tensor of the model, once."""
-        depth = config.mtp.depth if self.mtp == "layers" else 0
-        base = [f"model.layers.{config.num_layers + d}" for d in range(depth)]
-        rules = [_shared("embed.weight", self.embed, [f"{b}.embed_tokens.weight" for b in base]),
-                 rule("norm.weight", "model.norm.weight")]
+    def rules(self, config: ModelConfig) -> list[TensorRule]:
+        """The rules for a whole model; every tensor of ours stands in exactly one."""
+        depth = config.mtp.depth if self.mtp_keys == "layers" else 0
+        mtp_prefixes = [f"model.layers.{config.num_layers + index}" for index in range(depth)]
+        rules = [_map_repeated("embed.weight", self.embedding_key,
+                               [f"{prefix}.embed_tokens.weight" for prefix in mtp_prefixes]),
+                 map_tensors("norm.weight", "model.norm.weight")]
         if not config.tie_embeddings:
-            rules.append(_shared("lm_head.weight", "lm_head.weight", [f"{b}.shared_head.head.weight" for b in base]))
+            rules.append(_map_repeated("lm_head.weight", "lm_head.weight",
+                                       [f"{prefix}.shared_head.head.weight" for prefix in mtp_prefixes]))
         for index, name in enumerate(config.layers()):
-            rules += self.layer(config, config.mixers[name], config.feed_forward.is_moe(index),
-                                f"layers.{index}.", f"model.layers.{index}.")
-        for d in range(config.mtp.depth):
-            rules += self._mtp_rules(config, d)
+            layer = LayerToMap(config.mixers[name], config.feed_forward.is_moe(index), f"layers.{index}.",
+                               f"model.layers.{index}.")
+            rules += self.map_layer(config, layer)
+        for index in range(config.mtp.depth):
+            rules += self._map_mtp(config, index)
         return rules
 
-    def _mtp_rules(self, config: ModelConfig, d: int) -> Iterator[Rule]:
-        last = config.num_layers - 1
+    def _map_mtp(self, config: ModelConfig, index: int) -> Iterator[TensorRule]:
         mixer = config.mixers[config.mtp.mixer or config.layers()[-1]]
-        if self.mtp == "layers":
-            base = f"model.layers.{config.num_layers + d}."
-            names, block = (f"{base}enorm", f"{base}hnorm", f"{base}eh_proj", f"{base}shared_head.norm"), base
+        if self.mtp_keys == "layers":
+            block = f"model.layers.{config.num_layers + index}."
+            names = (f"{block}enorm", f"{block}hnorm", f"{block}eh_proj", f"{block}shared_head.norm")
         else:
-            names = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
             block = "mtp.layers.0."
+            names = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
         for ours, theirs in zip(("enorm", "hnorm", "eh_proj", "norm"), names, strict=True):
-            yield rule(f"mtp.{d}.{ours}.weight", f"{theirs}.weight")
-        yield from self.layer(config, mixer, config.feed_forward.is_moe(last), f"mtp.{d}.block.", block)
+            yield map_tensors(f"mtp.{index}.{ours}.weight", f"{theirs}.weight")
+        is_moe = config.feed_forward.is_moe(config.num_layers - 1)
+        yield from self.map_layer(config, LayerToMap(mixer, is_moe, f"mtp.{index}.block.", block))
 
-    def is_ignored(self, config: ModelConfig) -> Callable[[str], bool]:
-        """Which keys may be in a checkpoint without being read."""
-        patterns = [*self.ignored, r"\.rotary_emb\.inv_freq$"]
+    def make_ignored_test(self, config: ModelConfig) -> Callable[[str], bool]:
+        """A function that says whether a key may be in a checkpoint without being read."""
+        patterns = [*self.ignored_keys, r"\.rotary_emb\.inv_freq$"]
         if config.tie_embeddings:
             patterns.append(r"^lm_head\.weight$")
-        if self.mtp == "layers":
+        if self.mtp_keys == "layers":
             patterns.append(r"^model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
         pattern = re.compile("|".join(patterns))
         return lambda name: pattern.search(name) is not None
 
-    def spell(self, names: Mapping[str, Spec]) -> tuple[dict[str, Spec], dict[str, str]]:
-        """Specs by official name, and the source's own spelling of each."""
-        specs, spelling = {}, {}
-        for name, spec in names.items():
+    def to_official_names(self, found: Mapping[str, TensorSpec]) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+        """The specs of a source by official name, and the source's own spelling of each official name."""
+        specs = {}
+        spelling = {}
+        for name, spec in found.items():
             official = name
-            for pattern, replacement in self.renames:
+            for pattern, replacement in self.renamed_keys:
                 official = re.sub(pattern, replacement, official)
-            specs[official], spelling[official] = spec, name
+            specs[official] = spec
+            spelling[official] = name
         return specs, spelling
 
 
-def _shared(ours: str, theirs: str, copies: list[str]) -> Rule:
+def _map_repeated(ours: str, theirs: str, copies: list[str]) -> TensorRule:
     """One tensor of ours that MTP layers repeat in released checkpoints; the copies may be absent."""
-    from hybridlm.interop.mapping import Copies, Layout
-
-    alone = Layout((theirs,))
+    single = KeyLayout((theirs,))
     if not copies:
-        return Rule((ours,), (alone,))
-    return Rule((ours,), (Layout((theirs, *copies), Copies(1 + len(copies))), alone))
+        return TensorRule((ours,), (single,))
+    return TensorRule((ours,), (KeyLayout((theirs, *copies), RepeatedTensor(1 + len(copies))), single))
+
+
+FAMILIES: dict[str, Family] = {}  # by model type
+
+
+def register_family(family: Family) -> Family:
+    """Make a family known to import and export; returns it."""
+    FAMILIES[family.name] = family
+    return family

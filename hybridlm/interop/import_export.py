@@ -1,9 +1,10 @@
-"""Import and export: between checkpoint folders, tensor by tensor, and between models in memory."""
+"""Plans of import and export, which are checked as a whole and then give tensors one by one; models in memory."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,15 @@ from torch import Tensor
 
 from hybridlm import checkpoint as ckpt
 from hybridlm.errors import CheckpointError
-from hybridlm.interop.family_registry import build_hf_config, family_of, read_config, read_raw, write_config
-from hybridlm.interop.mapping import Spec, Step, match
-from hybridlm.interop.reader import SafetensorsFolder, StateDict, TensorSource, dequantized
+from hybridlm.interop.family_registry import (
+    build_hf_config,
+    find_family,
+    read_config_json,
+    read_model_config,
+    write_hf_config,
+)
+from hybridlm.interop.tensor_rules import ReadStep, TensorSpec, match_rules
+from hybridlm.interop.tensor_source import SafetensorsSource, StateDictSource, TensorSource, dequantize
 from hybridlm.model.config import ModelConfig, MTPConfig
 from hybridlm.model.model import HybridLM, build_model
 
@@ -27,48 +34,57 @@ if TYPE_CHECKING:
 log = logging.getLogger("hybridlm")
 
 
-def our_specs(config: ModelConfig) -> dict[str, Spec]:
-    """Name, dtype and shape of everything a checkpoint of this model holds; nothing is allocated."""
+def list_our_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor in a checkpoint of this model, by name; nothing is allocated."""
     model = build_model(config, device="meta")
-    return {name: Spec(t.dtype, tuple(t.shape)) for name, t in ckpt.unique_tensors(model).items()}
+    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in ckpt.unique_tensors(model).items()}
 
 
-class Import:
-    """A checkpoint of transformers, checked as a whole, ready to be read tensor by tensor."""
+class ImportPlan:
+    """A checkpoint of transformers, checked as a whole, ready to be read tensor by tensor.
+
+    Args:
+        raw: its config.json.
+        source: its tensors.
+        mtp: read multi-token prediction weights.
+
+    Raises:
+        CheckpointError: an unknown architecture, or tensors that do not fit the config.
+        ConfigError: the config asks for something that hybridlm does not have.
+    """
 
     def __init__(self, raw: Mapping[str, Any], source: TensorSource, *, mtp: bool = True):
-        self.family, text = family_of(raw, source.where)
-        self.source = dequantized(source, raw.get("quantization_config") or text.get("quantization_config"))
-        specs, self.spelling = self.family.spell(self.source.specs)
+        self.family, text = find_family(raw, source.where)
+        self.source = dequantize(source, raw.get("quantization_config") or text.get("quantization_config"))
+        specs, self.spelling = self.family.to_official_names(self.source.specs)
         keys = frozenset(specs) if mtp else frozenset()
-        self.config = read_config(self.family, text, keys)
-        ours = our_specs(self.config)
-        ignored = self.family.is_ignored(self.config)
+        self.config = read_model_config(self.family, text, keys)
+        ours = list_our_tensors(self.config)
+        ignored = self.family.make_ignored_test(self.config)
         if not mtp:
-            ignored = _or(ignored, partial(_is_mtp, self.config))
-        self.steps = match(self.family.rules(self.config), specs, ours, source.where, self.spelling, ignored)
+            ignored = _any_of(ignored, partial(_is_mtp_key, self.config))
+        self.steps = match_rules(self.family.rules(self.config), specs, ours, source.where, self.spelling, ignored)
         _check_complete(self.steps, ours)
 
-    def specs(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Spec]]:
+    def specs(self, dtype: torch.dtype | None) -> Iterator[tuple[str, TensorSpec]]:
         """Our tensors in order, in `dtype` or in the dtype of the source."""
-        shapes = our_specs(self.config)
+        shapes = list_our_tensors(self.config)
         for step in self.steps:
             theirs = self.source.specs[step.source[0]].dtype
             for name in step.ours:
-                yield name, Spec(dtype or theirs, shapes[name].shape)
+                yield name, TensorSpec(dtype or theirs, shapes[name].shape)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Our tensors, one group in memory at a time."""
         for step in self.steps:
             reads = [partial(self.source.read, name) for name in step.source]
             try:
-                ours = step.layout.op.to_ours(reads)
+                ours = step.layout.rearrangement.to_ours(reads)
             except CheckpointError as error:
                 raise CheckpointError(f"{', '.join(step.source[:3])}: {error}") from None
             yield from zip(step.ours, ours, strict=True)
 
-
-    def model(self, dtype: torch.dtype) -> HybridLM:
+    def build_model(self, dtype: torch.dtype) -> HybridLM:
         """The whole model in memory, in evaluation mode."""
         model = build_model(self.config).to(dtype)
         ours = ckpt.unique_tensors(model)
@@ -78,96 +94,124 @@ class Import:
         return model.eval()
 
 
-def _or(*tests: Callable[[str], bool]) -> Callable[[str], bool]:
+def _any_of(*tests: Callable[[str], bool]) -> Callable[[str], bool]:
     return lambda name: any(test(name) for test in tests)
 
 
-def _is_mtp(config: ModelConfig, name: str) -> bool:
-    if name.startswith("mtp."):
-        return True
-    part = name.removeprefix("model.layers.").partition(".")[0]
-    return part.isdecimal() and name.startswith("model.layers.") and int(part) >= config.num_layers
+def _is_mtp_key(config: ModelConfig, name: str) -> bool:
+    """Whether a key of theirs belongs to multi-token prediction."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return name.startswith("mtp.") or (layer is not None and int(layer[1]) >= config.num_layers)
 
 
-def _check_complete(steps: list[Step], ours: Mapping[str, Spec]) -> None:
+def _check_complete(steps: list[ReadStep], ours: Mapping[str, TensorSpec]) -> None:
     covered = {name for step in steps for name in step.ours}
     if covered != set(ours):
-        odd = sorted(covered ^ set(ours))
-        raise RuntimeError(f"the key mapping does not cover the model: {odd[:4]}")
+        wrong = sorted(covered ^ set(ours))
+        raise RuntimeError(f"the key mapping does not cover the model: {wrong[:4]}")
 
 
-class Export:
-    """A model of ours in the format of a family (or as `hybridlm`, which holds any), ready to be read tensor by tensor.
+class ExportPlan:
+    """A model of ours in the format of a family, ready to be read tensor by tensor.
 
-    `family` null takes the first format that says exactly what the model computes.
+    Args:
+        config: the model.
+        source: its tensors by our names.
+        family: the model type to write; None: the first one that computes exactly this model, or else `hybridlm`.
+        mtp: write multi-token prediction weights.
+
+    Raises:
+        CheckpointError: the source lacks tensors.
+        ConfigError: the family cannot hold the model.
     """
 
     def __init__(self, config: ModelConfig, source: TensorSource, *, family: str | None = None, mtp: bool = True):
         if not mtp and config.mtp.depth:
             config = replace(config, mtp=MTPConfig())
-        self.config, self.source = config, source
-        self.family, self.raw = write_config(config, family)
-        self.rules, self.derived = self.family.rules(config), list(self.family.derived(config))
-        missing = sorted(name for r in self.rules for name in r.ours if name not in source.specs)
+        self.config = config
+        self.source = source
+        self.family, self.raw = write_hf_config(config, family)
+        self.rules = self.family.rules(config)
+        self.derived = list(self.family.derived_tensors(config))
+        missing = sorted(name for rule in self.rules for name in rule.ours if name not in source.specs)
         if missing:
             raise CheckpointError(f"{source.where} lacks '{missing[0]}'"
                                   + (f" and {len(missing) - 1} more tensors" if missing[1:] else ""))
 
-    def specs(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Spec]]:
+    def specs(self, dtype: torch.dtype | None) -> Iterator[tuple[str, TensorSpec]]:
         """Their tensors in order, in `dtype` or in the dtype of the source; what must stay fp32 does."""
-        keep = build_model(self.config, device="meta").fp32_parameter_names() if dtype else set()
-        for r in self.rules:
-            for name, spec in r.theirs(self.source.specs, r.layouts[0]):
-                yield name, spec if dtype is None or r.ours[0] in keep else Spec(dtype, spec.shape)
-        for name, shape, _ in self.derived:
-            yield name, Spec(torch.float32, shape)
+        stay_fp32 = build_model(self.config, device="meta").fp32_parameter_names() if dtype else set()
+        for rule in self.rules:
+            cast = dtype is not None and rule.ours[0] not in stay_fp32
+            for name, spec in rule.specs_of_theirs(self.source.specs, rule.layouts[0]):
+                yield name, TensorSpec(dtype, spec.shape) if cast else spec
+        for derived in self.derived:
+            yield derived.name, TensorSpec(torch.float32, derived.shape)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Their tensors, one group of ours in memory at a time."""
-        for r in self.rules:
-            layout = r.layouts[0]
-            reads = [partial(self.source.read, name) for name in r.ours]
-            yield from zip(layout.names, layout.op.to_theirs(reads), strict=True)
-        for name, _, make in self.derived:
-            yield name, make()
+        for rule in self.rules:
+            layout = rule.layouts[0]
+            reads = [partial(self.source.read, name) for name in rule.ours]
+            yield from zip(layout.names, layout.rearrangement.to_theirs(reads), strict=True)
+        for derived in self.derived:
+            yield derived.name, derived.compute()
 
 
 def to_hf_config(config: ModelConfig, family: str | None = None) -> PreTrainedConfig:
-    """The transformers config object of a model.
+    """The transformers config of a model.
 
     Raises:
-        ConfigError: no family of transformers computes this model, or not the one asked for.
+        ConfigError: `family` does not compute this model.
+
+    >>> from hybridlm.config import load_model_config
+    >>> to_hf_config(load_model_config("kimi_linear_tiny")).model_type
+    'kimi_linear'
     """
-    found, raw = write_config(config, family)
+    found, raw = write_hf_config(config, family)
     return build_hf_config(found, raw)
 
 
 def import_hf(source: str | os.PathLike[str] | PreTrainedModel, *, mtp: bool = True,
               dtype: torch.dtype = torch.float32, device: str = "cpu") -> HybridLM:
-    """Our model with the weights of a checkpoint folder of transformers, or of one of its models, in evaluation mode.
+    """Our model with the weights of a checkpoint of transformers, in evaluation mode.
 
-    `mtp=False` leaves multi-token prediction weights out.
+    Args:
+        source: a checkpoint folder, or a model in memory.
+        mtp: read multi-token prediction weights too.
+        dtype: dtype of the weights.
+        device: where the model goes.
 
     Raises:
         CheckpointError: an unknown architecture, or tensors that do not fit it.
-        ConfigError: the config asks for what we do not have.
+        ConfigError: the config asks for something that hybridlm does not have.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    >>> import_hf(LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))).config.layers()
+    ['full', 'full']
     """
     if isinstance(source, str | os.PathLike):
-        plan = Import(read_raw(Path(source)), SafetensorsFolder(Path(source)), mtp=mtp)
+        plan = ImportPlan(read_config_json(Path(source)), SafetensorsSource(Path(source)), mtp=mtp)
     else:
-        plan = Import(source.config.to_dict(), StateDict(source.state_dict(), f"the {type(source).__name__}"), mtp=mtp)
-    return plan.model(dtype).to(device)
+        tensors = StateDictSource(source.state_dict(), f"the {type(source).__name__}")
+        plan = ImportPlan(source.config.to_dict(), tensors, mtp=mtp)
+    return plan.build_model(dtype).to(device)
 
 
 def to_hf_model(model: HybridLM, family: str | None = None) -> PreTrainedModel:
-    """A transformers model with a copy of our weights, in evaluation mode. MTP weights stay behind.
+    """A transformers model with a copy of our weights, but without those of MTP, in evaluation mode.
+
+    Args:
+        model: the model.
+        family: the model type; None: the first one that computes exactly this model.
 
     Raises:
-        ConfigError: no family of transformers computes this model, or not the one asked for.
+        ConfigError: `family` does not compute this model.
     """
     from transformers import AutoModelForCausalLM
 
-    export = Export(model.config, StateDict(ckpt.unique_tensors(model)), family=family, mtp=False)
+    export = ExportPlan(model.config, StateDictSource(ckpt.unique_tensors(model)), family=family, mtp=False)
     config = build_hf_config(export.family, export.raw)
     cls: Any = AutoModelForCausalLM._model_mapping[type(config)]
     tensors = {name: tensor.clone() for name, tensor in export.tensors()}
@@ -177,6 +221,7 @@ def to_hf_model(model: HybridLM, family: str | None = None) -> PreTrainedModel:
 
 
 def _check_loaded(info: Mapping[str, Any], what: str) -> None:
-    odd = {key: sorted(info[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-    if odd:
-        raise CheckpointError(f"{what} did not take the exported weights: {odd}")
+    problems = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    unloaded = {key: sorted(info[key])[:3] for key in problems if info[key]}
+    if unloaded:
+        raise CheckpointError(f"{what} did not take the exported weights: {unloaded}")

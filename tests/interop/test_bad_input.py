@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hybridlm.errors import CheckpointError, ConfigError, UserError
-from hybridlm.interop import export_checkpoint, import_checkpoint, import_hf, save_checkpoint, writer
+from hybridlm.interop import export_checkpoint, import_checkpoint, import_hf, safetensors_writer, save_checkpoint
 from tests.support.hf_zoo import build
 
 E_NORM = "model.layers.1.input_layernorm.weight"
@@ -121,7 +121,7 @@ def test_config_that_is_missing_or_not_json(folder):
 
 
 def test_no_space_is_seen_before_anything_is_written(folder, monkeypatch):
-    monkeypatch.setattr(writer, "HEADROOM", 10**18)
+    monkeypatch.setattr(safetensors_writer, "HEADROOM_BYTES", 10**18)
     refused(folder, "no space .* GB are free")
 
 
@@ -129,7 +129,7 @@ def test_a_disk_that_fills_up_leaves_nothing(folder, monkeypatch):
     def full(descriptor, data, start):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "_write_at", full)
+    monkeypatch.setattr(safetensors_writer, "_write_at", full)
     refused(folder, "disk of .* is full")
 
 
@@ -137,7 +137,7 @@ def test_an_interrupt_leaves_nothing(folder, monkeypatch):
     def stop(self, name, tensor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer.ShardWriter, "write", stop)
+    monkeypatch.setattr(safetensors_writer.SafetensorsWriter, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         import_checkpoint(folder, folder.parent / "dest")
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name]

@@ -6,7 +6,7 @@ import torch
 from hybridlm.data.tokenizer import load_tokenizer
 from hybridlm.errors import CheckpointError
 from hybridlm.interop import import_checkpoint, import_hf, verify
-from hybridlm.interop.compare import render
+from hybridlm.interop.compare import describe
 from tests.support.hf_zoo import build
 
 
@@ -20,7 +20,7 @@ def test_equal_models(case, tmp_path):
         assert result[found]["max_logit_diff"] < 2e-5 < result[found]["max_logit"]
         assert abs(result[found]["kl"]) < 1e-9
         assert result[found]["top1"] == 1
-        assert result[found]["parts_at"] is None
+        assert result[found]["first_different_layer"] is None
         assert len(result[found]["layers"]) == 4
 
 
@@ -30,14 +30,14 @@ def test_the_first_layer_that_differs_is_named():
     with torch.no_grad():
         ours.layers[2].mixer.o_norm.weight.add_(0.5)
     found = verify(ours, theirs)["random"]
-    assert (found["parts_at"], found["mixer"]) == (2, "kda")
+    assert (found["first_different_layer"], found["mixer"]) == (2, "kda")
     assert found["layers"][1] < 1e-5 < 1e-3 < found["layers"][2]
-    assert "part at layer 2 (kda)" in render({"random": found})
+    assert "the first layer that differs is 2 (kda)" in describe({"random": found})
     assert found["kl"] > 1e-6
     assert found["max_logit_diff"] > 1e-3
     with torch.no_grad():
         ours.layers[0].feed_forward.down_proj.weight.fill_(torch.nan)
-    assert verify(ours, theirs)["random"]["parts_at"] == 0
+    assert verify(ours, theirs)["random"]["first_different_layer"] == 0
 
 
 def test_text_needs_a_tokenizer_and_ids_must_be_in_the_vocabulary():

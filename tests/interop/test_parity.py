@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hybridlm.interop.import_export import Export, import_hf, to_hf_model
-from hybridlm.interop.reader import StateDict
+from hybridlm.interop.import_export import ExportPlan, import_hf, to_hf_model
+from hybridlm.interop.tensor_source import StateDictSource
 from hybridlm.model import generate
 from hybridlm.tensor_storage import unique_tensors
 from tests.support.hf_zoo import CASES, build, tokens
@@ -23,7 +23,7 @@ def one_thread():
 def gradients_in_their_names(ours, family):
     """Our gradients as the exporter would write them, by official name."""
     grads = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in unique_tensors(ours).items()}
-    return dict(Export(ours.config, StateDict(grads), family=family).tensors())
+    return dict(ExportPlan(ours.config, StateDictSource(grads), family=family).tensors())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,13 +56,13 @@ def assert_gradients(ours, theirs, family):
 
 
 def import_hf_gradients(theirs):
-    from hybridlm.interop.import_export import Import
+    from hybridlm.interop.import_export import ImportPlan
 
     state = {name: torch.zeros_like(t) if t.grad is None else t.grad
              for name, t in theirs.state_dict(keep_vars=True).items()}
-    plan = Import(theirs.config.to_dict(), StateDict(state))
+    plan = ImportPlan(theirs.config.to_dict(), StateDictSource(state))
     gradients = dict(plan.tensors())
-    return dict(Export(plan.config, StateDict(gradients), family=plan.family.name).tensors())
+    return dict(ExportPlan(plan.config, StateDictSource(gradients), family=plan.family.name).tensors())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from hybridlm.interop.family_registry import family_named, read_config
-from hybridlm.interop.import_export import our_specs
-from hybridlm.interop.writer import ShardWriter
+from hybridlm.interop.family_registry import get_family, read_model_config
+from hybridlm.interop.import_export import list_our_tensors
+from hybridlm.interop.safetensors_writer import SafetensorsWriter
 from tests.support.hf_zoo import CASES
 
 CHILD = """
 import sys, json
 import torch
-from hybridlm.interop.folders import import_checkpoint, export_checkpoint
+from hybridlm.interop.checkpoint_folders import import_checkpoint, export_checkpoint
 torch.set_num_threads(1)
 warm, source, work = sys.argv[1:]
 
@@ -36,16 +36,16 @@ print(json.dumps([first, status("VmHWM") - base]))
 
 def write_random(folder: Path, hidden: int, layers: int, shard_bytes: int) -> tuple[int, int]:
     """A qwen3_moe checkpoint of random numbers; (bytes of all weights, bytes of one layer)."""
-    family = family_named("qwen3_moe")
+    family = get_family("qwen3_moe")
     raw = dict(CASES["qwen3_moe"][1].items()) | {
         "hidden_size": hidden, "num_hidden_layers": layers, "num_experts": 16, "moe_intermediate_size": 2 * hidden,
         "model_type": "qwen3_moe"}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw))
-    config = read_config(family, raw)
-    ours = our_specs(config)
-    specs = [pair for r in family.rules(config) for pair in r.theirs(ours, r.layouts[0])]
-    writer = ShardWriter(folder, specs, shard_bytes=shard_bytes)
+    config = read_model_config(family, raw)
+    ours = list_our_tensors(config)
+    specs = [pair for r in family.rules(config) for pair in r.specs_of_theirs(ours, r.layouts[0])]
+    writer = SafetensorsWriter(folder, specs, shard_bytes=shard_bytes)
     for name, spec in specs:
         writer.write(name, torch.randn(spec.shape))
     writer.finish()

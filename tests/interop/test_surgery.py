@@ -6,7 +6,7 @@ import torch
 from hybridlm import load_checkpoint
 from hybridlm.errors import ConfigError
 from hybridlm.interop import export_hf, import_checkpoint, import_hf, save_checkpoint
-from hybridlm.interop.folders import summary
+from hybridlm.interop.checkpoint_folders import summarize
 from hybridlm.interop.surgery import add_indexer, replace_mixers
 from hybridlm.model import build_model
 from hybridlm.model.config import MTPConfig
@@ -84,8 +84,8 @@ def test_import_with_surgery(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     done = import_checkpoint(tmp_path / "theirs", tmp_path / "ours", indexer=INDEXER, replace={"gdn": [0, 1]})
     assert done["layers"] == ["gdn", "gdn", "full", "full"]
-    assert "2 gdn, 2 full" in summary(done)
-    assert "start fresh" in summary(done)
+    assert "2 gdn, 2 full" in summarize(done)
+    assert "start fresh" in summarize(done)
     assert "layers.0.mixer.q_proj.weight" in done["kept"]
     assert "layers.0.mixer.A_log" in done["fresh"]
     assert "layers.2.mixer.indexer.q_proj.weight" in done["fresh"]

@@ -5,62 +5,80 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import config_fields, key_rules
-from hybridlm.interop.families.qwen3_next import sparse_step_dense_layers
-from hybridlm.interop.family import Family, HFConfig
-from hybridlm.interop.mapping import Rule
-from hybridlm.model.config import MixerConfig, ModelConfig
+from hybridlm.interop.families.common.config_fields import (
+    read_attention,
+    read_base,
+    read_rope,
+    require_dense,
+    require_mixer,
+    require_moe,
+    write_attention,
+    write_base,
+    write_rope,
+)
+from hybridlm.interop.families.common.key_rules import map_attention, map_feed_forward, map_norms, require_kind
+from hybridlm.interop.families.qwen3_next import list_dense_layers
+from hybridlm.interop.family import Family, HFConfig, LayerToMap, register_family
+from hybridlm.interop.tensor_rules import TensorRule
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers import AttentionConfig
 
 
-def _full(hf: HFConfig, qk_norm: str) -> dict[str, Any]:
+def _read_full_attention(hf: HFConfig, qk_norm: str) -> dict[str, Any]:
     bias = bool(hf.attention_bias)
-    return config_fields.attention_model(hf, config_fields.rope_model(hf), qk_norm=qk_norm, qkv_bias=bias, o_bias=bias)
+    return read_attention(hf, read_rope(hf), qk_norm=qk_norm, qkv_bias=bias, o_bias=bias)
 
 
-def _dense_model(hf: HFConfig, qk_norm: str) -> dict[str, Any]:
+def _read_dense_model(hf: HFConfig, qk_norm: str) -> dict[str, Any]:
     dense = {"kind": "dense", "intermediate_size": hf.intermediate_size}
-    return config_fields.base_model(hf, ["full"] * hf.num_hidden_layers, {"full": _full(hf, qk_norm)}, dense)
+    return read_base(hf, ["full"] * hf.num_hidden_layers, {"full": _read_full_attention(hf, qk_norm)}, dense)
 
 
-def llama_to_model(hf: HFConfig) -> dict[str, Any]:
-    hf.only("mlp_bias", False)
-    return _dense_model(hf, "none")
+def read_llama(hf: HFConfig) -> dict[str, Any]:
+    """Plain data of our config from that of Llama."""
+    hf.require_value("mlp_bias", False)
+    return _read_dense_model(hf, "none")
 
 
-def qwen3_to_model(hf: HFConfig) -> dict[str, Any]:
-    hf.only("use_sliding_window", False)
-    return _dense_model(hf, "head")
+def read_qwen3(hf: HFConfig) -> dict[str, Any]:
+    """Plain data of our config from that of Qwen3."""
+    hf.require_value("use_sliding_window", False)
+    return _read_dense_model(hf, "head")
 
 
-def qwen3_moe_to_model(hf: HFConfig) -> dict[str, Any]:
-    hf.only("use_sliding_window", False)
+def read_qwen3_moe(hf: HFConfig) -> dict[str, Any]:
+    """Plain data of our config from that of Qwen3-MoE."""
+    hf.require_value("use_sliding_window", False)
     moe = {"kind": "moe", "router": "softmax", "num_experts": hf.num_experts,
            "num_experts_per_tok": hf.num_experts_per_tok, "moe_intermediate_size": hf.moe_intermediate_size,
-           "norm_topk_prob": bool(hf.norm_topk_prob), "dense_layers": sparse_step_dense_layers(hf),
+           "norm_topk_prob": bool(hf.norm_topk_prob), "dense_layers": list_dense_layers(hf),
            "intermediate_size": hf.intermediate_size}
-    return config_fields.base_model(hf, ["full"] * hf.num_hidden_layers, {"full": _full(hf, "head")}, moe)
+    return read_base(hf, ["full"] * hf.num_hidden_layers, {"full": _read_full_attention(hf, "head")}, moe)
 
 
-def _attention_hf(config: ModelConfig) -> dict[str, Any]:
-    full = config_fields.the(config, AttentionConfig)
-    return config_fields.base_hf(config) | config_fields.attention_hf(full) | {
-        "rope_parameters": config_fields.rope_hf(full.rope), "rope_theta": full.rope.theta,
+def _write_attention_model(config: ModelConfig) -> dict[str, Any]:
+    full = require_mixer(config, AttentionConfig)
+    return write_base(config) | write_attention(full) | {
+        "rope_parameters": write_rope(full.rope), "rope_theta": full.rope.theta,
         "attention_bias": full.qkv_bias}
 
 
-def llama_to_hf(config: ModelConfig) -> dict[str, Any]:
-    return _attention_hf(config) | {"model_type": "llama", "mlp_bias": False,
-                                    "intermediate_size": config_fields.dense_of(config).intermediate_size}
+def write_llama(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model in the format of Llama."""
+    dense = require_dense(config)
+    return _write_attention_model(config) | {"model_type": "llama", "mlp_bias": False,
+                                             "intermediate_size": dense.intermediate_size}
 
 
-def qwen3_to_hf(config: ModelConfig) -> dict[str, Any]:
-    return llama_to_hf(config) | {"model_type": "qwen3", "use_sliding_window": False, "sliding_window": None}
+def write_qwen3(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model in the format of Qwen3."""
+    return write_llama(config) | {"model_type": "qwen3", "use_sliding_window": False, "sliding_window": None}
 
 
-def qwen3_moe_to_hf(config: ModelConfig) -> dict[str, Any]:
-    moe = config_fields.moe_of(config)
-    return _attention_hf(config) | {
+def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model in the format of Qwen3-MoE."""
+    moe = require_moe(config)
+    return _write_attention_model(config) | {
         "model_type": "qwen3_moe", "use_sliding_window": False, "sliding_window": None,
         "num_experts": moe.num_experts, "num_experts_per_tok": moe.num_experts_per_tok,
         "moe_intermediate_size": moe.moe_intermediate_size, "norm_topk_prob": moe.norm_topk_prob,
@@ -69,13 +87,23 @@ def qwen3_moe_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from key_rules.norms(o, t)
-    yield from key_rules.attention_rules(key_rules.mixer_of(mixer, AttentionConfig), f"{o}mixer.", f"{t}self_attn.")
-    yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t)
+def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
+    """The rules of one layer."""
+    yield from map_norms(layer)
+    attention = require_kind(layer.mixer, AttentionConfig)
+    yield from map_attention(attention, f"{layer.ours}mixer.", f"{layer.theirs}self_attn.")
+    yield from map_feed_forward(config, layer)
 
 
-LLAMA = Family(name="llama", architecture="LlamaForCausalLM", to_model=llama_to_model, to_hf=llama_to_hf, layer=layer)
-QWEN3 = Family(name="qwen3", architecture="Qwen3ForCausalLM", to_model=qwen3_to_model, to_hf=qwen3_to_hf, layer=layer)
-QWEN3_MOE = Family(name="qwen3_moe", architecture="Qwen3MoeForCausalLM", to_model=qwen3_moe_to_model,
-                   to_hf=qwen3_moe_to_hf, layer=layer)
+LLAMA = register_family(Family(
+    name="llama", architecture="LlamaForCausalLM", read_config=read_llama, write_config=write_llama,
+    map_layer=map_layer,
+))
+QWEN3 = register_family(Family(
+    name="qwen3", architecture="Qwen3ForCausalLM", read_config=read_qwen3, write_config=write_qwen3,
+    map_layer=map_layer,
+))
+QWEN3_MOE = register_family(Family(
+    name="qwen3_moe", architecture="Qwen3MoeForCausalLM", read_config=read_qwen3_moe, write_config=write_qwen3_moe,
+    map_layer=map_layer,
+))

@@ -5,25 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import config_fields, key_rules
-from hybridlm.interop.family import Family, HFConfig
-from hybridlm.interop.mapping import Rule
+from hybridlm.interop.families.common.config_fields import (
+    read_attention,
+    read_base,
+    read_rope,
+    require_mixer,
+    require_moe,
+    write_attention,
+    write_base,
+    write_rope,
+)
+from hybridlm.interop.families.common.key_rules import map_attention, map_feed_forward, map_norms, require_kind
+from hybridlm.interop.family import Family, HFConfig, LayerToMap, register_family
+from hybridlm.interop.tensor_rules import TensorRule
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers import AttentionConfig
-from hybridlm.model.mixers.contract import MixerConfig
 
 
-def to_model(hf: HFConfig) -> dict[str, Any]:
-    full = config_fields.attention_model(hf, config_fields.rope_model(hf, partial=True), qk_norm="full")
+def read_config(hf: HFConfig) -> dict[str, Any]:
+    """Plain data of our config from theirs."""
+    full = read_attention(hf, read_rope(hf, partial=True), qk_norm="full")
     moe = {"kind": "moe", "router": "sigmoid", "correction_bias": True, "num_experts": hf.num_local_experts,
            "num_experts_per_tok": hf.num_experts_per_tok, "moe_intermediate_size": hf.intermediate_size}
-    return config_fields.base_model(hf, ["full"] * hf.num_hidden_layers, {"full": full}, moe)
+    return read_base(hf, ["full"] * hf.num_hidden_layers, {"full": full}, moe)
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    full, moe = config_fields.the(config, AttentionConfig), config_fields.moe_of(config)
-    return config_fields.base_hf(config) | config_fields.attention_hf(full) | {
-        "model_type": "minimax_m2", "rope_parameters": config_fields.rope_hf(full.rope, partial=True),
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model of ours."""
+    full = require_mixer(config, AttentionConfig)
+    moe = require_moe(config)
+    return write_base(config) | write_attention(full) | {
+        "model_type": "minimax_m2", "rope_parameters": write_rope(full.rope, partial=True),
         "rope_theta": full.rope.theta, "rotary_dim": full.rope.rotary_dim(full.head_dim), "use_qk_norm": True,
         "qk_norm_type": "per_layer", "intermediate_size": moe.moe_intermediate_size,
         "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.num_experts_per_tok,
@@ -32,14 +44,17 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from key_rules.norms(o, t)
-    yield from key_rules.attention_rules(key_rules.mixer_of(mixer, AttentionConfig), f"{o}mixer.", f"{t}self_attn.")
-    yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t, moe_name="block_sparse_moe",
-                                        experts=("w1", "w3", "w2"), bias="e_score_correction_bias")
+def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
+    """The rules of one layer."""
+    yield from map_norms(layer)
+    attention = require_kind(layer.mixer, AttentionConfig)
+    yield from map_attention(attention, f"{layer.ours}mixer.", f"{layer.theirs}self_attn.")
+    yield from map_feed_forward(config, layer, moe_name="block_sparse_moe",
+                                expert_names=("w1", "w3", "w2"), bias_name="e_score_correction_bias")
 
 
-FAMILY = Family(
-    name="minimax_m2", architecture="MiniMaxM2ForCausalLM", to_model=to_model, to_hf=to_hf, layer=layer,
-    renames=((r"\.mlp\.(gate\.|experts\.|e_score_correction_bias)", r".block_sparse_moe.\1"),),
-)
+FAMILY = register_family(Family(
+    name="minimax_m2", architecture="MiniMaxM2ForCausalLM", read_config=read_config, write_config=write_config,
+    map_layer=map_layer,
+    renamed_keys=((r"\.mlp\.(gate\.|experts\.|e_score_correction_bias)", r".block_sparse_moe.\1"),),
+))

@@ -1,4 +1,4 @@
-"""The model type `hybridlm`: our own names and config inside the files of transformers. It holds every model.
+"""The model type `hybridlm`: our own names and config inside the files of transformers, for any model.
 
 Loading it in transformers needs `import hybridlm.interop.auto` first; no code comes from the checkpoint.
 """
@@ -9,25 +9,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hybridlm.checkpoint.legacy_names import are_legacy, current_name
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError
-from hybridlm.interop.family import Family, HFConfig
-from hybridlm.interop.mapping import Rule, Spec, rule
+from hybridlm.interop.family import Family, HFConfig, LayerToMap, register_family
+from hybridlm.interop.tensor_rules import TensorRule, TensorSpec, map_tensors
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.model.model import build_model
+from hybridlm.tensor_storage import unique_tensors
 
 MODEL_TYPE = "hybridlm"
-PREFIX = "model."  # our parameter names stand under this one
+PREFIX = "model."  # before our parameter names
 
 
-def to_model(hf: HFConfig) -> dict[str, Any]:
+def read_config(hf: HFConfig) -> dict[str, Any]:
+    """Plain data of our config from theirs."""
     data = hf.raw.get("model")
     if not isinstance(data, dict):
         raise ConfigError("config.json: model", "is missing", expected="the model section of a hybridlm config")
     return dict(data)
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> dict[str, Any]:
     """The model section as it is, and the fields that tools look for in any config."""
     heads = next((m.num_heads for name in config.layers() if hasattr(m := config.mixers[name], "num_heads")), 1)
     return {
@@ -38,26 +41,27 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
+def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
+    """No rules: `NativeFamily.rules` maps the whole model."""
     return iter(())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Native(Family):
-    """Every tensor under its own name."""
+class NativeFamily(Family):
+    """The family that keeps every tensor under its own name."""
 
-    def rules(self, config: ModelConfig) -> list[Rule]:
-        from hybridlm.model.model import build_model
-        from hybridlm.tensor_storage import unique_tensors
+    def rules(self, config: ModelConfig) -> list[TensorRule]:
+        """One rule per tensor of the model."""
+        return [map_tensors(name, PREFIX + name) for name in unique_tensors(build_model(config, device="meta"))]
 
-        return [rule(name, PREFIX + name) for name in unique_tensors(build_model(config, device="meta"))]
-
-    def spell(self, names: Mapping[str, Spec]) -> tuple[dict[str, Spec], dict[str, str]]:
-        """Exports of earlier versions hold their parameter names."""
-        from hybridlm.checkpoint.legacy_names import are_legacy, current_name
-
-        spelling = {current_name(name) if are_legacy(names) else name: name for name in names}
-        return {name: names[old] for name, old in spelling.items()}, spelling
+    def to_official_names(self, found: Mapping[str, TensorSpec]) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+        """The specs by the parameter names of this version; exports of earlier versions have others."""
+        legacy = are_legacy(found)
+        spelling = {current_name(name) if legacy else name: name for name in found}
+        return {official: found[name] for official, name in spelling.items()}, spelling
 
 
-FAMILY = Native(name=MODEL_TYPE, architecture="HybridLMForCausalLM", to_model=to_model, to_hf=to_hf, layer=layer)
+FAMILY = register_family(NativeFamily(
+    name=MODEL_TYPE, architecture="HybridLMForCausalLM", read_config=read_config, write_config=write_config,
+    map_layer=map_layer, preference=-2,
+))

@@ -10,16 +10,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import config_fields, key_rules
-from hybridlm.interop.family import Family, HFConfig
-from hybridlm.interop.mapping import Chain, Each, Layout, Reshape, Rows, Rule
-from hybridlm.model.config import MixerConfig, ModelConfig
+from hybridlm.interop.families.common.config_fields import (
+    list_layer_types,
+    read_attention,
+    read_base,
+    read_rope,
+    require_dense,
+    require_mixer,
+    write_attention,
+    write_base,
+    write_rope,
+)
+from hybridlm.interop.families.common.key_rules import (
+    map_attention,
+    map_convolutions,
+    map_feed_forward,
+    rename_tensors,
+    require_kind,
+)
+from hybridlm.interop.family import Family, HFConfig, LayerToMap, register_family
+from hybridlm.interop.rearrangements import Chain, PerTensor, RecutRows, Reshape
+from hybridlm.interop.tensor_rules import KeyLayout, TensorRule
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
 
-NAMES = {"linear_attention": "gdn", "full_attention": "full"}
+MIXER_NAMES = {"linear_attention": "gdn", "full_attention": "full"}
 
 
-def to_model(hf: HFConfig) -> dict[str, Any]:
+def read_config(hf: HFConfig) -> dict[str, Any]:
+    """Plain data of our config from theirs."""
     gdn = {"kind": "delta_rule", "decay": "scalar", "gate": "softplus", "output_gate": "silu", "norm_eps": 1e-5,
            "num_heads": hf.linear_num_key_heads, "num_value_heads": hf.linear_num_value_heads,
            "head_dim": hf.linear_key_head_dim, "value_head_dim": hf.linear_value_head_dim,
@@ -28,20 +47,22 @@ def to_model(hf: HFConfig) -> dict[str, Any]:
            "dt_init": [hf.linear_dt_min, hf.linear_dt_max], "residual": {"form": "pre"}}
     rotated = (hf.rope_parameters or {}).get("rope_theta") is not None
     bias = bool(hf.attention_bias)
-    rope = config_fields.rope_model(hf) if rotated else {"kind": "none"}
-    full = config_fields.attention_model(hf, rope, qk_norm="full", qkv_bias=bias, o_bias=bias,
-                                         residual={"form": "post"})
+    rope = read_rope(hf) if rotated else {"kind": "none"}
+    full = read_attention(hf, rope, qk_norm="full", qkv_bias=bias, o_bias=bias, residual={"form": "post"})
     dense = {"kind": "dense", "intermediate_size": hf.intermediate_size}
-    return config_fields.base_model(hf, [NAMES[kind] for kind in hf.layer_types], {"gdn": gdn, "full": full}, dense)
+    layers = [MIXER_NAMES[kind] for kind in hf.layer_types]
+    return read_base(hf, layers, {"gdn": gdn, "full": full}, dense)
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    gdn, full = config_fields.the(config, DeltaRuleConfig), config_fields.the(config, AttentionConfig)
-    nope = full.rope.kind == "none"
-    return config_fields.base_hf(config) | config_fields.attention_hf(full) | {
-        "model_type": "olmo_hybrid", "intermediate_size": config_fields.dense_of(config).intermediate_size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": None} if nope else config_fields.rope_hf(full.rope),
-        "attention_bias": full.qkv_bias, "layer_types": config_fields.layer_types(config),
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model of ours."""
+    gdn = require_mixer(config, DeltaRuleConfig)
+    full = require_mixer(config, AttentionConfig)
+    without_rope = {"rope_type": "default", "rope_theta": None}
+    return write_base(config) | write_attention(full) | {
+        "model_type": "olmo_hybrid", "intermediate_size": require_dense(config).intermediate_size,
+        "rope_parameters": without_rope if full.rope.kind == "none" else write_rope(full.rope),
+        "attention_bias": full.qkv_bias, "layer_types": list_layer_types(config),
         "linear_num_key_heads": gdn.num_heads, "linear_num_value_heads": gdn.value_heads,
         "linear_key_head_dim": gdn.head_dim, "linear_value_head_dim": gdn.value_dim,
         "linear_conv_kernel_dim": gdn.conv_size, "linear_allow_neg_eigval": gdn.beta_scale == 2.0,
@@ -49,34 +70,41 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    ours = f"{o}mixer."
-    if isinstance(mixer, AttentionConfig):
-        yield _norm(f"{o}mixer", t, "post_attention_layernorm", "feedforward_layer_norm")
-        yield _norm(f"{o}feed_forward", t, "post_feedforward_layernorm")
-        yield from key_rules.attention_rules(mixer, ours, f"{t}self_attn.")
+def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
+    """The rules of one layer."""
+    ours = f"{layer.ours}mixer."
+    if isinstance(layer.mixer, AttentionConfig):
+        yield _map_norm(layer, "mixer", "post_attention_layernorm", "feedforward_layer_norm")
+        yield _map_norm(layer, "feed_forward", "post_feedforward_layernorm")
+        yield from map_attention(layer.mixer, ours, f"{layer.theirs}self_attn.")
     else:
-        gdn, theirs = key_rules.mixer_of(mixer, DeltaRuleConfig), f"{t}linear_attn."
-        yield _norm(f"{o}mixer", t, "attention_layer_norm", "input_layernorm")
-        yield _norm(f"{o}feed_forward", t, "feedforward_layer_norm", "post_attention_layernorm")
-        yield from key_rules.same(ours, theirs, *(f"{name}_proj.weight" for name in "qkvabgo"), "A_log", "dt_bias",
-                              "o_norm.weight")
-        yield from _conv_rules(gdn, ours, theirs)
-    yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t)
+        gdn = require_kind(layer.mixer, DeltaRuleConfig)
+        theirs = f"{layer.theirs}linear_attn."
+        yield _map_norm(layer, "mixer", "attention_layer_norm", "input_layernorm")
+        yield _map_norm(layer, "feed_forward", "feedforward_layer_norm", "post_attention_layernorm")
+        yield from rename_tensors(ours, theirs, *(f"{name}_proj.weight" for name in "qkvabgo"), "A_log", "dt_bias",
+                                  "o_norm.weight")
+        yield from _map_convolutions(gdn, ours, theirs)
+    yield from map_feed_forward(config, layer)
 
 
-def _norm(branch: str, t: str, *names: str) -> Rule:
-    """The norm of a branch under its released name, or as transformers calls it at run time or when it saves."""
-    return Rule((f"{branch}_norm.weight",), tuple(Layout((f"{t}{name}.weight",)) for name in names))
+def _map_norm(layer: LayerToMap, branch: str, *names: str) -> TensorRule:
+    """The rule for the norm of a branch: its released name first, then those of transformers at run time or on disk."""
+    layouts = tuple(KeyLayout((f"{layer.theirs}{name}.weight",)) for name in names)
+    return TensorRule((f"{layer.ours}{branch}_norm.weight",), layouts)
 
 
-def _conv_rules(gdn: DeltaRuleConfig, o: str, t: str) -> Iterator[Rule]:
-    widths, taps = tuple(gdn.channels.values()), gdn.conv_size
-    for found in key_rules.conv_rules(gdn, o, t):
-        shapes = Each(tuple(Reshape((width, taps), (width, 1, taps)) for width in widths))
-        third = -(-sum(widths) // 3)  # as torch.chunk cuts
-        thirds = Chain(Rows(widths, (third, third, sum(widths) - 2 * third)), shapes)
-        yield Rule(found.ours, (*found.layouts, Layout(found.layouts[0].names, thirds)))
+def _map_convolutions(gdn: DeltaRuleConfig, ours: str, theirs: str) -> Iterator[TensorRule]:
+    """Rules for the convolutions, which may also come cut into thirds."""
+    widths = tuple(gdn.channels.values())
+    reshapes = PerTensor(tuple(Reshape((width, gdn.conv_size), (width, 1, gdn.conv_size)) for width in widths))
+    third = -(-sum(widths) // 3)  # torch.chunk rounds up
+    thirds = Chain(RecutRows(widths, (third, third, sum(widths) - 2 * third)), reshapes)
+    for rule in map_convolutions(gdn, ours, theirs):
+        yield TensorRule(rule.ours, (*rule.layouts, KeyLayout(rule.layouts[0].names, thirds)))
 
 
-FAMILY = Family(name="olmo_hybrid", architecture="OlmoHybridForCausalLM", to_model=to_model, to_hf=to_hf, layer=layer)
+FAMILY = register_family(Family(
+    name="olmo_hybrid", architecture="OlmoHybridForCausalLM", read_config=read_config, write_config=write_config,
+    map_layer=map_layer,
+))

@@ -9,37 +9,51 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import key_rules
 from hybridlm.interop.families import qwen3_next
-from hybridlm.interop.family import Family, HFConfig
-from hybridlm.interop.mapping import Rule, Split, rule
-from hybridlm.model.config import MixerConfig, ModelConfig
+from hybridlm.interop.families.common.key_rules import (
+    map_attention,
+    map_feed_forward,
+    map_norms,
+    rename_tensors,
+    require_kind,
+)
+from hybridlm.interop.family import Family, HFConfig, LayerToMap, register_family
+from hybridlm.interop.rearrangements import PackedRows
+from hybridlm.interop.tensor_rules import TensorRule, map_tensors
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
 
 
-def to_model(hf: HFConfig) -> dict[str, Any]:
-    return qwen3_next.qwen_model(hf, [], norm_topk_prob=True)
+def read_config(hf: HFConfig) -> dict[str, Any]:
+    """Plain data of our config from theirs."""
+    return qwen3_next.read_qwen(hf, [], norm_topk_prob=True)
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    return qwen3_next.qwen_hf(config) | {"model_type": "qwen3_5_moe_text"}
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model of ours."""
+    return qwen3_next.write_qwen(config) | {"model_type": "qwen3_5_moe_text"}
 
 
-def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from key_rules.norms(o, t)
-    if isinstance(mixer, AttentionConfig):
-        yield from key_rules.attention_rules(mixer, f"{o}mixer.", f"{t}self_attn.", gate_in_q=True)
+def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
+    """The rules of one layer."""
+    yield from map_norms(layer)
+    if isinstance(layer.mixer, AttentionConfig):
+        yield from map_attention(layer.mixer, f"{layer.ours}mixer.", f"{layer.theirs}self_attn.", gate_in_q=True)
     else:
-        gdn = key_rules.mixer_of(mixer, DeltaRuleConfig)
-        ours, theirs = f"{o}mixer.", f"{t}linear_attn."
-        yield rule(tuple(f"{ours}{name}_proj.weight" for name in "qkv"), f"{theirs}in_proj_qkv.weight",
-                   Split(tuple(gdn.channels.values())))
-        yield from key_rules.same(ours, theirs, ("g_proj.weight", "in_proj_z.weight"),
+        gdn = require_kind(layer.mixer, DeltaRuleConfig)
+        ours = f"{layer.ours}mixer."
+        theirs = f"{layer.theirs}linear_attn."
+        yield map_tensors(tuple(f"{ours}{name}_proj.weight" for name in "qkv"), f"{theirs}in_proj_qkv.weight",
+                          PackedRows(tuple(gdn.channels.values())))
+        yield from rename_tensors(ours, theirs, ("g_proj.weight", "in_proj_z.weight"),
                                   ("b_proj.weight", "in_proj_b.weight"), ("a_proj.weight", "in_proj_a.weight"))
-        yield from qwen3_next.gdn_rules(gdn, ours, theirs)
-    yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t, shared="shared_expert")
+        yield from qwen3_next.map_gdn(gdn, ours, theirs)
+    yield from map_feed_forward(config, layer, shared_name="shared_expert")
 
 
-FAMILY = Family(name="qwen3_5_moe_text", architecture="Qwen3_5MoeForCausalLM", to_model=to_model, to_hf=to_hf,
-                layer=layer, text_of=("qwen3_5_moe",), mtp="mtp",
-                renames=((r"^model\.language_model\.", "model."),), ignored=(r"^(model\.)?visual\.",))
+FAMILY = register_family(Family(
+    name="qwen3_5_moe_text", architecture="Qwen3_5MoeForCausalLM", read_config=read_config, write_config=write_config,
+    map_layer=map_layer, preference=-1,  # qwen3_next holds these models too
+    multimodal_types=("qwen3_5_moe",), mtp_keys="mtp", renamed_keys=((r"^model\.language_model\.", "model."),),
+    ignored_keys=(r"^(model\.)?visual\.",),
+))

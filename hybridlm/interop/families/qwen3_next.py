@@ -9,45 +9,73 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm.interop import config_fields, key_rules
-from hybridlm.interop.family import Family, HFConfig
-from hybridlm.interop.mapping import Rule, Split, rule
-from hybridlm.model.config import MixerConfig, ModelConfig
+from hybridlm.interop.families.common.config_fields import (
+    list_layer_types,
+    read_attention,
+    read_base,
+    read_rope,
+    require_mixer,
+    require_moe,
+    write_attention,
+    write_base,
+    write_rope,
+)
+from hybridlm.interop.families.common.key_rules import (
+    map_attention,
+    map_convolutions,
+    map_feed_forward,
+    map_norms,
+    rename_tensors,
+    require_kind,
+)
+from hybridlm.interop.family import Family, HFConfig, LayerToMap, register_family
+from hybridlm.interop.rearrangements import PackedRows
+from hybridlm.interop.tensor_rules import TensorRule, map_tensors
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
 
-NAMES = {"linear_attention": "gdn", "full_attention": "full"}
+MIXER_NAMES = {"linear_attention": "gdn", "full_attention": "full"}
 
 
-def gdn_model(hf: HFConfig) -> dict[str, Any]:
+def read_gdn(hf: HFConfig) -> dict[str, Any]:
+    """Plain data of the Gated DeltaNet of Qwen."""
     return {"kind": "delta_rule", "decay": "scalar", "gate": "softplus", "output_gate": "silu",
             "num_heads": hf.linear_num_key_heads, "num_value_heads": hf.linear_num_value_heads,
             "head_dim": hf.linear_key_head_dim, "value_head_dim": hf.linear_value_head_dim,
             "conv_size": hf.linear_conv_kernel_dim, "a_init": [0.01, 16.0], "dt_bias_init": "ones"}
 
 
-def qwen_model(hf: HFConfig, dense_layers: list[int], norm_topk_prob: bool) -> dict[str, Any]:
-    """What Qwen3-Next and Qwen3.5 have in common."""
+def read_qwen(hf: HFConfig, dense_layers: list[int], norm_topk_prob: bool) -> dict[str, Any]:
+    """Plain data of our config from that of Qwen3-Next or Qwen3.5.
+
+    Args:
+        hf: their config.
+        dense_layers: layers without experts.
+        norm_topk_prob: whether the weights of the chosen experts are normalised.
+    """
     bias = bool(hf.attention_bias)
-    rope = config_fields.rope_model(hf, partial=True)
-    full = config_fields.attention_model(hf, rope, qk_norm="head", output_gate="element", qkv_bias=bias, o_bias=bias)
+    rope = read_rope(hf, partial=True)
+    full = read_attention(hf, rope, qk_norm="head", output_gate="element", qkv_bias=bias, o_bias=bias)
     shared = hf.shared_expert_intermediate_size
     moe = {"kind": "moe", "router": "softmax", "num_experts": hf.num_experts,
            "num_experts_per_tok": hf.num_experts_per_tok, "moe_intermediate_size": hf.moe_intermediate_size,
            "num_shared_experts": 1, "shared_intermediate_size": shared, "shared_gate": True,
            "norm_topk_prob": norm_topk_prob, "dense_layers": dense_layers,
-           "intermediate_size": getattr(hf.object, "intermediate_size", None)}
+           "intermediate_size": getattr(hf.config, "intermediate_size", None)}
     mtp = {"depth": 1, "mixer": "full"} if "mtp.fc.weight" in hf.keys else {}
-    layers, mixers = [NAMES[kind] for kind in hf.layer_types], {"gdn": gdn_model(hf), "full": full}
-    return config_fields.base_model(hf, layers, mixers, moe,
-                                    norm={"eps": hf.rms_norm_eps, "zero_centered": True}, mtp=mtp)
+    layers = [MIXER_NAMES[kind] for kind in hf.layer_types]
+    return read_base(hf, layers, {"gdn": read_gdn(hf), "full": full}, moe,
+                     norm={"eps": hf.rms_norm_eps, "zero_centered": True}, mtp=mtp)
 
 
-def qwen_hf(config: ModelConfig) -> dict[str, Any]:
-    gdn, full = config_fields.the(config, DeltaRuleConfig), config_fields.the(config, AttentionConfig)
-    moe = config_fields.moe_of(config)
-    return config_fields.base_hf(config) | config_fields.attention_hf(full) | {
-        "rope_parameters": config_fields.rope_hf(full.rope, partial=True), "attention_bias": full.qkv_bias,
-        "partial_rotary_factor": full.rope.partial_rotary_factor, "layer_types": config_fields.layer_types(config),
+def write_qwen(config: ModelConfig) -> dict[str, Any]:
+    """The fields that Qwen3-Next and Qwen3.5 have in common."""
+    gdn = require_mixer(config, DeltaRuleConfig)
+    full = require_mixer(config, AttentionConfig)
+    moe = require_moe(config)
+    return write_base(config) | write_attention(full) | {
+        "rope_parameters": write_rope(full.rope, partial=True), "attention_bias": full.qkv_bias,
+        "partial_rotary_factor": full.rope.partial_rotary_factor, "layer_types": list_layer_types(config),
         "linear_num_key_heads": gdn.num_heads, "linear_num_value_heads": gdn.value_heads,
         "linear_key_head_dim": gdn.head_dim, "linear_value_head_dim": gdn.value_dim,
         "linear_conv_kernel_dim": gdn.conv_size, "num_experts": moe.num_experts,
@@ -57,46 +85,54 @@ def qwen_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def to_model(hf: HFConfig) -> dict[str, Any]:
-    return qwen_model(hf, sparse_step_dense_layers(hf), bool(hf.norm_topk_prob))
+def read_config(hf: HFConfig) -> dict[str, Any]:
+    """Plain data of our config from theirs."""
+    return read_qwen(hf, list_dense_layers(hf), bool(hf.norm_topk_prob))
 
 
-def sparse_step_dense_layers(hf: HFConfig) -> list[int]:
-    """Dense layers of the Qwen MoE convention: a list, and all but every n-th layer."""
-    return [i for i in range(hf.num_hidden_layers)
-            if i in hf.mlp_only_layers or hf.num_experts == 0 or (i + 1) % hf.decoder_sparse_step]
+def list_dense_layers(hf: HFConfig) -> list[int]:
+    """The layers without experts in the convention of Qwen: those listed, and all but every n-th layer."""
+    return [index for index in range(hf.num_hidden_layers)
+            if index in hf.mlp_only_layers or hf.num_experts == 0 or (index + 1) % hf.decoder_sparse_step]
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    moe = config_fields.moe_of(config)
-    return qwen_hf(config) | {
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model of ours."""
+    moe = require_moe(config)
+    return write_qwen(config) | {
         "model_type": "qwen3_next", "norm_topk_prob": moe.norm_topk_prob, "decoder_sparse_step": 1,
         "mlp_only_layers": list(moe.dense_layers),
         "intermediate_size": moe.intermediate_size or moe.moe_intermediate_size,
     }
 
 
-def layer(config: ModelConfig, mixer: MixerConfig, moe: bool, o: str, t: str) -> Iterator[Rule]:
-    yield from key_rules.norms(o, t)
-    if isinstance(mixer, AttentionConfig):
-        yield from key_rules.attention_rules(mixer, f"{o}mixer.", f"{t}self_attn.", gate_in_q=True)
+def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
+    """The rules of one layer."""
+    yield from map_norms(layer)
+    if isinstance(layer.mixer, AttentionConfig):
+        yield from map_attention(layer.mixer, f"{layer.ours}mixer.", f"{layer.theirs}self_attn.", gate_in_q=True)
     else:
-        gdn = key_rules.mixer_of(mixer, DeltaRuleConfig)
-        ours, theirs, ratio = f"{o}mixer.", f"{t}linear_attn.", gdn.value_heads // gdn.num_heads
+        gdn = require_kind(layer.mixer, DeltaRuleConfig)
+        ours = f"{layer.ours}mixer."
+        theirs = f"{layer.theirs}linear_attn."
+        ratio = gdn.value_heads // gdn.num_heads
         sizes = (gdn.head_dim, gdn.head_dim, ratio * gdn.value_dim, ratio * gdn.value_dim)
-        yield rule(tuple(f"{ours}{name}_proj.weight" for name in "qkvg"), f"{theirs}in_proj_qkvz.weight",
-                   Split(sizes, gdn.num_heads))
-        yield rule((f"{ours}b_proj.weight", f"{ours}a_proj.weight"), f"{theirs}in_proj_ba.weight",
-                   Split((ratio, ratio), gdn.num_heads))
-        yield from gdn_rules(gdn, ours, theirs)
-    yield from key_rules.feed_forward_rules(config.feed_forward, moe, o, t, shared="shared_expert")
+        yield map_tensors(tuple(f"{ours}{name}_proj.weight" for name in "qkvg"), f"{theirs}in_proj_qkvz.weight",
+                          PackedRows(sizes, gdn.num_heads))
+        yield map_tensors((f"{ours}b_proj.weight", f"{ours}a_proj.weight"), f"{theirs}in_proj_ba.weight",
+                          PackedRows((ratio, ratio), gdn.num_heads))
+        yield from map_gdn(gdn, ours, theirs)
+    yield from map_feed_forward(config, layer, shared_name="shared_expert")
 
 
-def gdn_rules(gdn: DeltaRuleConfig, o: str, t: str) -> Iterator[Rule]:
-    yield from key_rules.same(o, t, "A_log", "dt_bias", ("o_norm.weight", "norm.weight"),
-                         ("o_proj.weight", "out_proj.weight"))
-    yield from key_rules.conv_rules(gdn, o, t, packed=True)
+def map_gdn(gdn: DeltaRuleConfig, ours: str, theirs: str) -> Iterator[TensorRule]:
+    """Rules for the tensors of Gated DeltaNet that Qwen3-Next and Qwen3.5 store alike."""
+    yield from rename_tensors(ours, theirs, "A_log", "dt_bias", ("o_norm.weight", "norm.weight"),
+                              ("o_proj.weight", "out_proj.weight"))
+    yield from map_convolutions(gdn, ours, theirs, packed=True)
 
 
-FAMILY = Family(name="qwen3_next", architecture="Qwen3NextForCausalLM", to_model=to_model, to_hf=to_hf, layer=layer,
-                mtp="mtp")
+FAMILY = register_family(Family(
+    name="qwen3_next", architecture="Qwen3NextForCausalLM", read_config=read_config, write_config=write_config,
+    map_layer=map_layer, mtp_keys="mtp",
+))

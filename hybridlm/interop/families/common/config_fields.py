@@ -1,9 +1,12 @@
-"""Pieces of config mapping that several families share: `*_model` reads a config.json, `*_hf` writes one."""
+"""Fields of config.json that several families have: `read_*` gives plain data of our config, `write_*` the reverse.
+
+`require_*` and `list_*` ask a config of ours for what such a format needs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from hybridlm.errors import ConfigError
 from hybridlm.interop.family import HFConfig
@@ -11,34 +14,49 @@ from hybridlm.model.config import ModelConfig
 from hybridlm.model.feed_forward.dense import DenseConfig
 from hybridlm.model.feed_forward.moe import MoEConfig
 from hybridlm.model.mixers import AttentionConfig, MLAConfig
-from hybridlm.model.mixers.common.recurrent import RecurrentConfig
+from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.rope import RopeConfig, YarnConfig
 
+Kind = TypeVar("Kind", bound=MixerConfig)
 
-def schedule(names: Sequence[str]) -> dict[str, Any]:
-    """The shortest pattern that gives these layers."""
+
+def shortest_schedule(names: Sequence[str]) -> dict[str, Any]:
+    """The schedule with the shortest pattern that gives these layers.
+
+    >>> shortest_schedule(["kda", "full", "kda", "full", "kda"])
+    {'pattern': ['kda', 'full']}
+    """
     for period in range(1, len(names) + 1):
         if all(name == names[i % period] for i, name in enumerate(names)):
             return {"pattern": list(names[:period])}
     return {"pattern": list(names)}
 
 
-def base_model(hf: HFConfig, layers: Sequence[str], mixers: dict[str, dict], feed_forward: dict,
-               **more: Any) -> dict[str, Any]:
-    """A whole model config from what every family has. Mixers that no layer uses are left out."""
-    hf.only("hidden_act", "silu")
+def read_base(hf: HFConfig, layers: Sequence[str], mixers: dict[str, dict], feed_forward: dict,
+              **more: Any) -> dict[str, Any]:
+    """Plain data of a whole model config from the fields that every family has.
+
+    Args:
+        hf: their config.
+        layers: the mixer of each layer.
+        mixers: plain data of mixers by name; those that no layer uses are left out.
+        feed_forward: plain data of the feed-forward.
+        more: further fields of `ModelConfig`.
+    """
+    hf.require_value("hidden_act", "silu")
     used = {*layers, (more.get("mtp") or {}).get("mixer")}
     return {
         "vocab_size": hf.vocab_size, "hidden_size": hf.hidden_size, "num_layers": hf.num_hidden_layers,
-        "schedule": schedule(layers), "mixers": {name: m for name, m in mixers.items() if name in used},
+        "schedule": shortest_schedule(layers),
+        "mixers": {name: mixer for name, mixer in mixers.items() if name in used},
         "feed_forward": feed_forward, "norm": {"eps": hf.rms_norm_eps},
         "max_position": hf.max_position_embeddings, "tie_embeddings": bool(hf.tie_word_embeddings),
         "init_std": hf.initializer_range, "name": hf.model_type,
     } | more
 
 
-def base_hf(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json that every family has. Token ids are null: a default may lie outside the vocabulary."""
+def write_base(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that every family has; token ids are null: defaults may exceed the vocabulary."""
     return {
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
         "hidden_act": "silu", "rms_norm_eps": config.norm.eps, "max_position_embeddings": config.max_position,
@@ -47,37 +65,46 @@ def base_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def the(config: ModelConfig, cls: type, **values: Any) -> Any:
-    """The first mixer in the schedule that is a `cls` with these values.
+def require_mixer(config: ModelConfig, kind: type[Kind]) -> Kind:
+    """The first mixer in the schedule with this config class.
 
     Raises:
         ConfigError: no layer has such a mixer.
     """
     for name in config.layers():
         mixer = config.mixers[name]
-        if isinstance(mixer, cls) and all(getattr(mixer, key) == value for key, value in values.items()):
+        if isinstance(mixer, kind):
             return mixer
-    wanted = ", ".join([f"kind={cls.kind}", *(f"{key}={value}" for key, value in values.items())])  # type: ignore[attr-defined]
-    raise ConfigError("schedule", "has no layer that the format needs", expected=f"a mixer with {wanted}")
+    raise ConfigError("schedule", "has no layer that the format needs", expected=f"a mixer with kind={kind.kind}")
 
 
-def layer_types(config: ModelConfig, linear: type = RecurrentConfig) -> list[str]:
-    """transformers' `layer_types` of a hybrid."""
-    return ["linear_attention" if isinstance(config.mixers[name], linear) else "full_attention"
-            for name in config.layers()]
+def list_layer_types(config: ModelConfig) -> list[str]:
+    """The `layer_types` of a hybrid: linear or full attention per layer."""
+    return ["linear_attention" if config.mixers[name].is_linear else "full_attention" for name in config.layers()]
 
 
-def mlp_layer_types(config: ModelConfig) -> list[str]:
-    return ["sparse" if config.feed_forward.is_moe(i) else "dense" for i in range(config.num_layers)]
+def list_mlp_layer_types(config: ModelConfig) -> list[str]:
+    """The `mlp_layer_types`: dense or sparse per layer."""
+    return ["sparse" if config.feed_forward.is_moe(index) else "dense" for index in range(config.num_layers)]
 
 
-def leading_dense(config: ModelConfig) -> int:
-    """How many layers before the first MoE one."""
-    return next((i for i in range(config.num_layers) if config.feed_forward.is_moe(i)), config.num_layers)
+def count_leading_dense(config: ModelConfig) -> int:
+    """The number of layers before the first one with a mixture of experts."""
+    moe_layers = [index for index in range(config.num_layers) if config.feed_forward.is_moe(index)]
+    return moe_layers[0] if moe_layers else config.num_layers
 
 
-def rope_model(hf: HFConfig, kind: str = "half", partial: bool = False) -> dict[str, Any]:
-    """Our `rope` from `rope_parameters`; `partial`: transformers honours partial_rotary_factor in this family."""
+def read_rope(hf: HFConfig, kind: str = "half", *, partial: bool = False) -> dict[str, Any]:
+    """Our `rope` from `rope_parameters`.
+
+    Args:
+        hf: their config.
+        kind: how dimensions are paired, half or interleaved.
+        partial: transformers applies partial_rotary_factor in this family.
+
+    Raises:
+        ConfigError: a scaling other than YaRN.
+    """
     params = dict(hf.rope_parameters or {})
     rope_type = params.get("rope_type", "default")
     rope = {"kind": kind, "theta": float(params["rope_theta"])}
@@ -97,34 +124,36 @@ def rope_model(hf: HFConfig, kind: str = "half", partial: bool = False) -> dict[
     return rope
 
 
-def rope_hf(rope: RopeConfig, partial: bool = False) -> dict[str, Any]:
-    """`rope_parameters` from ours."""
+def write_rope(rope: RopeConfig, *, partial: bool = False) -> dict[str, Any]:
+    """The `rope_parameters` of our `rope`; `partial`: with partial_rotary_factor."""
     params: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
     if partial:
         params["partial_rotary_factor"] = rope.partial_rotary_factor
     if rope.scaling is not None:
-        params |= yarn_hf(rope.scaling)
+        params |= write_yarn(rope.scaling)
     return params
 
 
-def yarn_hf(yarn: YarnConfig) -> dict[str, Any]:
+def write_yarn(yarn: YarnConfig) -> dict[str, Any]:
+    """The fields of `rope_parameters` for YaRN."""
     optional = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim, "attention_factor": yarn.attention_factor}
     return {"rope_type": "yarn", "factor": yarn.factor, "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow,
             "original_max_position_embeddings": yarn.original_max_position, "truncate": yarn.truncate,
             **{key: value for key, value in optional.items() if value is not None}}
 
 
-def mla_model(hf: HFConfig, rope: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """MLA as in DeepSeek-V3: the norms of the latents have eps 1e-6 whatever `rms_norm_eps` says."""
+def read_mla(hf: HFConfig, rope: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Plain data of MLA as in DeepSeek-V3: the norms of the latents have eps 1e-6 whatever `rms_norm_eps` says."""
     return {
         "kind": "mla", "num_heads": hf.num_attention_heads, "kv_lora_rank": hf.kv_lora_rank,
-        "q_lora_rank": getattr(hf.object, "q_lora_rank", None), "qk_nope_head_dim": hf.qk_nope_head_dim,
+        "q_lora_rank": getattr(hf.config, "q_lora_rank", None), "qk_nope_head_dim": hf.qk_nope_head_dim,
         "qk_rope_head_dim": hf.qk_rope_head_dim, "v_head_dim": hf.v_head_dim, "rope": rope, "norm_eps": 1e-6,
         "bias": bool(hf.attention_bias),
     } | more
 
 
-def mla_hf(mla: MLAConfig) -> dict[str, Any]:
+def write_mla(mla: MLAConfig) -> dict[str, Any]:
+    """The fields of MLA."""
     return {
         "num_attention_heads": mla.num_heads, "num_key_value_heads": mla.num_heads, "q_lora_rank": mla.q_lora_rank,
         "kv_lora_rank": mla.kv_lora_rank, "qk_nope_head_dim": mla.qk_nope_head_dim,
@@ -133,19 +162,26 @@ def mla_hf(mla: MLAConfig) -> dict[str, Any]:
     }
 
 
-def attention_model(hf: HFConfig, rope: dict[str, Any], **more: Any) -> dict[str, Any]:
+def read_attention(hf: HFConfig, rope: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Plain data of softmax attention; `more` are further fields."""
     heads = hf.num_attention_heads
     return {"kind": "attention", "num_heads": heads, "num_kv_heads": hf.num_key_value_heads,
-            "head_dim": getattr(hf.object, "head_dim", None) or hf.hidden_size // heads, "rope": rope} | more
+            "head_dim": getattr(hf.config, "head_dim", None) or hf.hidden_size // heads, "rope": rope} | more
 
 
-def attention_hf(attention: AttentionConfig) -> dict[str, Any]:
+def write_attention(attention: AttentionConfig) -> dict[str, Any]:
+    """The fields of softmax attention."""
     return {"num_attention_heads": attention.num_heads, "num_key_value_heads": attention.kv_heads,
             "head_dim": attention.head_dim, "attention_dropout": 0.0}
 
 
-def deepseek_moe_model(hf: HFConfig, types: Sequence[str]) -> dict[str, Any]:
-    """Mixture of experts of DeepSeek-V3 and all that follow it; the correction bias stays as it was trained."""
+def read_deepseek_moe(hf: HFConfig, types: Sequence[str]) -> dict[str, Any]:
+    """Plain data of the mixture of experts of DeepSeek-V3; the correction bias stays as it was trained.
+
+    Args:
+        hf: their config.
+        types: `mlp_layer_types`.
+    """
     return {
         "kind": "moe", "router": "sigmoid", "correction_bias": True, "num_experts": hf.num_local_experts,
         "num_experts_per_tok": hf.num_experts_per_tok, "moe_intermediate_size": hf.moe_intermediate_size,
@@ -156,26 +192,31 @@ def deepseek_moe_model(hf: HFConfig, types: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def moe_of(config: ModelConfig) -> MoEConfig:
-    """The model's mixture of experts.
+def require_moe(config: ModelConfig) -> MoEConfig:
+    """The mixture of experts of a model.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the model has none.
     """
     if not isinstance(config.feed_forward, MoEConfig):
         raise ConfigError("feed_forward.kind", "does not fit the format", got=config.feed_forward.kind, expected="moe")
     return config.feed_forward
 
 
-def dense_of(config: ModelConfig) -> DenseConfig:
+def require_dense(config: ModelConfig) -> DenseConfig:
+    """The dense feed-forward of a model.
+
+    Raises:
+        ConfigError: the model has another.
+    """
     if not isinstance(config.feed_forward, DenseConfig):
         raise ConfigError("feed_forward.kind", "does not fit the format", got=config.feed_forward.kind,
                           expected="dense")
     return config.feed_forward
 
 
-def deepseek_moe_hf(moe: MoEConfig) -> dict[str, Any]:
-    """Fields as DeepSeek names them."""
+def write_deepseek_moe(moe: MoEConfig) -> dict[str, Any]:
+    """The fields of a mixture of experts, as DeepSeek names them."""
     return {
         "n_routed_experts": moe.num_experts, "num_experts_per_tok": moe.num_experts_per_tok,
         "moe_intermediate_size": moe.moe_intermediate_size, "n_shared_experts": moe.num_shared_experts,
