@@ -52,10 +52,10 @@ def _show_plan(config: Config, as_json: bool) -> int:
     from hybridlm.data import check_sources
     from hybridlm.inspect import inspect
     from hybridlm.planning.rank_memory import rank_report
-    from hybridlm.training.stages import plan
+    from hybridlm.training.stages import plan_stages
 
     training = config.training
-    stages = plan(config)
+    stages = plan_stages(config)
     processes = processes_to_start(config)
     check_sources(config.data)
     report = inspect(config.model, batch_size=training.micro_batch_size or training.batch_size,

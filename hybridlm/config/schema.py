@@ -10,6 +10,7 @@ from hybridlm.distributed.engine_config import EngineConfig
 from hybridlm.distributed.engines.single import SingleConfig
 from hybridlm.errors import require
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.loss_names import known_losses
 from hybridlm.optimizers import AdamWConfig, OptimizerConfig
 
 
@@ -60,9 +61,6 @@ class DataConfig(DataSourceConfig):
             require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
 
 
-LOSSES = ("lm", "mtp", "z", "balance", "router_z", "indexer_kl")
-
-
 @dataclass(kw_only=True)
 class StageConfig:
     """One stage of a recipe. null takes the value of `training` (or `optimizer.lr`), or of the model's indexers.
@@ -94,7 +92,8 @@ class StageConfig:
         require(len(self.trainable) > 0, "trainable", "names no parameter", got=self.trainable,
                 expected="patterns over parameter names; ['*'] is all of them")
         for name, weight in self.loss_weights.items():
-            require(name in LOSSES, f"loss_weights.{name}", "is not a loss", expected=f"one of {', '.join(LOSSES)}")
+            losses = known_losses()
+            require(name in losses, f"loss_weights.{name}", "is not a loss", expected=f"one of {', '.join(losses)}")
             require(weight >= 0, f"loss_weights.{name}", "must not be negative", got=weight)
 
 

@@ -55,7 +55,7 @@ class Update:
     applied: bool
 
 
-Objective = Callable[[nn.Module, Any], Contribution]  # model and micro batch -> its contribution
+LossFunction = Callable[[nn.Module, Any], Contribution]  # from the model and a micro batch
 
 
 def pick_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
@@ -298,7 +298,7 @@ class Engine(Communicator, ABC):
         """Return the batch on the engine's device."""
         return batch.to(self.device, non_blocking=True)
 
-    def compute_gradients(self, objective: Objective, micro_batches: Sequence[BatchLike]) -> dict[str, Tensor]:
+    def compute_gradients(self, compute_loss: LossFunction, micro_batches: Sequence[BatchLike]) -> dict[str, Tensor]:
         """Run forward and backward over this rank's micro batches of a global batch.
 
         Returns:
@@ -310,7 +310,7 @@ class Engine(Communicator, ABC):
                 self.watchdog.beat()
             last = index == len(micro_batches) - 1
             with self._accumulating(last):
-                contribution = objective(self.wrapped, self.move(micro_batch))
+                contribution = compute_loss(self.wrapped, self.move(micro_batch))
                 # The mean over ranks that DistributedDataParallel and DeepSpeed take becomes a sum.
                 self.backward(contribution.loss * self.world_size)
             values = {"loss": contribution.loss.detach(), **contribution.values}

@@ -15,7 +15,7 @@ from hybridlm.data import PackedDataset, check_vocab, prepare
 from hybridlm.errors import DataError, require
 from hybridlm.evaluation.decode_speed import decode_speed
 from hybridlm.evaluation.perplexity import perplexity_by_position
-from hybridlm.training.stages import plan
+from hybridlm.training.stages import plan_stages
 
 PARTS = ("perplexity", "decode")
 CONTEXTS = (128, 512, 2048)
@@ -49,7 +49,7 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, part
                               "device": str(model.device)}
     if "perplexity" in parts:
         config = run_config(folder, overrides, config_dir)
-        stage = plan(config)[-1]
+        stage = plan_stages(config)[-1]
         length = sequence_length or stage.sequence_length
         dataset, source = evaluation_data(config, overrides, length)
         default = config.training.eval_batches * stage.batch_size

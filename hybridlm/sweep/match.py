@@ -20,7 +20,7 @@ from hybridlm.model.cost import count_parameters, decode_state_bytes, training_f
 from hybridlm.sweep.point import Point, find_point
 from hybridlm.sweep.request import Budget, SweepConfig
 from hybridlm.training.run_folder import flatten
-from hybridlm.training.stages import plan as stages_of
+from hybridlm.training.stages import plan_stages
 
 TOLERANCE = 0.01  # of the target
 PREFERRED_DIVISORS = (64, 32, 16, 8, 4, 2, 1)  # of widths, tried in this order: kernels are faster at rounder ones
@@ -54,7 +54,7 @@ def match_points(points: list[Point], sweep: SweepConfig) -> list[str]:
     failed: list[tuple[Point, float]] = []
     for point in points:
         before = point.config.model
-        key = repr((before, stages_of(point.config)[0].sequence_length))
+        key = repr((before, plan_stages(point.config)[0].sequence_length))
         if key not in matched:
             matched[key] = match_model(before, make_cost(point, sweep), target, sweep.match)
         result = matched[key]
@@ -77,7 +77,7 @@ def match_points(points: list[Point], sweep: SweepConfig) -> list[str]:
 
 def make_cost(point: Point, sweep: SweepConfig) -> Cost:
     """The function of a model that `sweep.match` makes equal."""
-    length = stages_of(point.config)[0].sequence_length
+    length = plan_stages(point.config)[0].sequence_length
     if sweep.match == "params":
         return lambda model: count_parameters(model).total_with_mtp
     if sweep.match == "flops":

@@ -19,7 +19,7 @@ from hybridlm.sweep.match import match_points
 from hybridlm.sweep.point import SEED_KEY, Point, identify_run, shorten_keys
 from hybridlm.sweep.probe_tasks import PointWork
 from hybridlm.sweep.request import Request, SweepConfig, read_request, to_table_value
-from hybridlm.training.stages import plan as stages_of
+from hybridlm.training.stages import plan_stages
 
 NAME_MAX_CHARS = 100  # of a point's folder; longer names are cut and end in a hash
 FIXED_KEYS = ("run_dir", "model.name", "tracking.run_name")  # every point has its own already
@@ -135,7 +135,7 @@ def _describe_data(points: list[Point]) -> str:
     for point in points:
         config = point.config
         data = {key: value for key, value in to_dict(config.data).items() if key != "cache_dir"}
-        windows = [(stage.sequence_length, stage.batch_size) for stage in stages_of(config)]
+        windows = [(stage.sequence_length, stage.batch_size) for stage in plan_stages(config)]
         orders.add(json.dumps([data, windows, config.model.mtp.depth], sort_keys=True))
     if len(orders) > 1:
         return ("the points do not read the same data in the same order: their data, sequence lengths, batch sizes or "

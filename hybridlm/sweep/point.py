@@ -12,8 +12,7 @@ from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.model.cost import mtp_block
 from hybridlm.sweep.probe_tasks import PointWork
-from hybridlm.training.stages import Stage
-from hybridlm.training.stages import plan as stages_of
+from hybridlm.training.stages import Stage, plan_stages
 
 SEED_KEY = "training.seed"
 
@@ -46,7 +45,7 @@ class Point:
     @property
     def stages(self) -> list[Stage]:
         """The stages of its training on text; none where it is trained on probes alone."""
-        return stages_of(self.config) if self.work.language_model else []
+        return plan_stages(self.config) if self.work.language_model else []
 
     @property
     def steps(self) -> int:

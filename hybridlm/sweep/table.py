@@ -16,7 +16,7 @@ from hybridlm.model.cost import count_parameters, decode_state_bytes, training_f
 from hybridlm.sweep.plan import SweepPlan
 from hybridlm.sweep.point import SEED_KEY, Point, shorten_keys
 from hybridlm.training.display import duration
-from hybridlm.training.stages import plan as stages_of
+from hybridlm.training.stages import plan_stages
 
 STATE_CONTEXTS = {"32K": 1 << 15, "1M": 1 << 20}  # tokens of context at which decode state is shown
 HEADLINE_METRICS = ("validation_loss", "validation_bits_per_byte", "tokens_per_second")
@@ -28,7 +28,7 @@ def cost_row(point: Point) -> dict[str, Any]:
     """The layers and costs of a point as plain data; FLOPs are those of training, at the length of its first stage."""
     model = point.config.model
     count = count_parameters(model)
-    length = stages_of(point.config)[0].sequence_length
+    length = plan_stages(point.config)[0].sequence_length
     return {"point": point.name, "settings": point.settings, "same_as": point.same_as, "changed": point.changed,
             "run_dir": point.config.run_dir, "layers": model.layers(), "parameters": count.total_with_mtp,
             "active_parameters": count.active_with_head, "sequence_length": length,

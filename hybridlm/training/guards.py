@@ -1,4 +1,4 @@
-"""What happens when a loss or gradient is not finite: the step is skipped, and in the end the culprit is named."""
+"""Guards against losses and gradients that are not finite: count the skipped steps, then name the first bad layer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridlm.distributed.engine import Engine, Objective
+from hybridlm.distributed.engine import Engine, LossFunction
 
 
 class TrainingStopped(Exception):
-    """The run cannot go on, through no mistake in its config that could be seen before. One line for the user."""
+    """Raised when a run cannot go on for a reason that its config did not show. Its text is one line for the user."""
 
     exit_code = 1
 
@@ -28,26 +28,26 @@ class BadStepGuard:
         self.limit = limit
         self.in_a_row = 0
 
-    def see(self, good: bool) -> bool:
-        """Count one step; True when the run must stop."""
+    def count_step(self, good: bool) -> bool:
+        """Count one step and return whether the run must stop."""
         self.in_a_row = 0 if good else self.in_a_row + 1
         return self.in_a_row >= self.limit
 
 
-def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) -> str:
-    """Run the parts of a step again and name what first turns not finite.
+def first_bad_layer(engine: Engine, compute_loss: LossFunction, micro_batches: Sequence[Any]) -> str:
+    """Run the micro batches of a step again and name what first turns not finite.
 
-    Looked for in this order: a weight, an output in the forward (innermost module first), a gradient in the
-    backward (the module whose output first receives one). Communicator whose layers exchange with others go on together
+    The search has this order: a weight, an output in the forward (innermost module first), a gradient in the
+    backward (the module whose output first receives one). Ranks whose layers exchange with others go on together
     until one of them has found something.
     """
     weight = bad_weight(engine)
     found = [] if weight is None else [f"weight '{weight}' itself is not finite"]
-    for part in parts:
+    for micro_batch in micro_batches:
         if engine.all_max([len(found)])[0]:
             break
         with _watching(engine.model) as found:
-            contribution = objective(engine.wrapped, engine.move(part))
+            contribution = compute_loss(engine.wrapped, engine.move(micro_batch))
             if not found and not _finite(contribution.loss):
                 found.append("the loss, computed from finite layers")
             if not engine.all_max([len(found)])[0]:
@@ -57,7 +57,7 @@ def first_bad_layer(engine: Engine, objective: Objective, parts: Sequence[Any]) 
 
 
 def bad_weight(engine: Engine) -> str | None:
-    """The name of a weight or buffer of this rank that is not finite."""
+    """Name a weight or buffer of this rank that is not finite; None where there is none."""
     return next((name for name, tensor in engine.local_weights() if not _finite(tensor)), None)
 
 

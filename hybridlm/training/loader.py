@@ -1,4 +1,4 @@
-"""Global batches, cut into the parts that go through the model at once, and made one step ahead."""
+"""Global batches, cut into the micro batches that go through the model at once, and made one step ahead."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from itertools import count
 from hybridlm.data.packing import Batch, PackedDataset
 
 
-def parts(dataset: PackedDataset, indices: Sequence[int], micro_batch_size: int | None) -> Iterator[Batch]:
-    """Batches of at most `micro_batch_size` of the samples."""
-    size = micro_batch_size or len(indices)
+def micro_batches(dataset: PackedDataset, indices: Sequence[int], size: int | None) -> Iterator[Batch]:
+    """Batches of at most `size` of the samples with these indices; None: one of all."""
+    size = size or len(indices)
     for start in range(0, len(indices), size):
         yield dataset.batch(indices[start:start + size])
 
 
 def global_batches(dataset: PackedDataset, *, first_sample: int, batch_size: int, rows: range,
                    micro_batch_size: int | None, pin: bool = False) -> Generator[list[Batch], None, None]:
-    """The parts of this rank's `rows` of every global batch, from the one that starts with `first_sample` on.
+    """Make the micro batches of this rank's `rows` of every global batch, from the one that starts with `first_sample`.
 
-    While a step computes, a thread makes the next one's parts. The batch that starts with sample n is the same
+    While a step computes, a thread makes the micro batches of the next. The batch that starts with sample n is the same
     whenever it is asked for, so nothing here is saved. Close the iterator to end its thread.
     """
 
     def make(first: int) -> list[Batch]:
-        batches = parts(dataset, [first + row for row in rows], micro_batch_size)
+        batches = micro_batches(dataset, [first + row for row in rows], micro_batch_size)
         return [batch.pin_memory() if pin else batch for batch in batches]
 
     with ThreadPoolExecutor(1, "loader") as pool:

@@ -33,7 +33,7 @@ from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import peak_flops
 from hybridlm.training.run_folder import RunFolder, flatten, versions
 from hybridlm.training.sparse import INDEXER
-from hybridlm.training.stages import plan
+from hybridlm.training.stages import plan_stages
 from hybridlm.training.tracking import Tracker, check_tracking, make_tracker
 from hybridlm.training.trainer import Trainer
 from hybridlm_kernels import registry
@@ -68,7 +68,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         UserError: a config, data source or checkpoint that cannot be used.
         TrainingStopped: the run could not go on.
     """
-    stages = plan(config)
+    stages = plan_stages(config)
     world = RankEnvironment.from_launcher()
     check_process_count(config, world.size)
     check_tracking(config.tracking)

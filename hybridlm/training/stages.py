@@ -1,11 +1,11 @@
-"""From a recipe to stages with every number settled, and what a stage trains."""
+"""The stages of a run with every number settled, what a stage trains, and how far a run has come."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -15,49 +15,44 @@ from hybridlm.optimizers import OptimizerSet
 from hybridlm.optimizers.lr_schedule import check_schedule
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a run. `first_step` counts from the start of the run."""
+@dataclass(kw_only=True)
+class Stage(StageConfig):
+    """A stage of a run: its config with every number settled, and its place among the stages."""
 
     index: int
-    name: str
     steps: int
-    first_step: int
     sequence_length: int
     batch_size: int
     lr: float
-    trainable: tuple[str, ...]
-    attention_mode: Literal["dense", "sparse"] | None = None  # null: as in the model's config; topk likewise
-    topk: int | None = None
-    loss_weights: dict[str, float] = field(default_factory=dict)
-    eval_recall: bool = False
-    recall_every: int | None = None
-
-    @property
-    def last_step(self) -> int:
-        """The run's step after which the stage is done."""
-        return self.first_step + self.steps
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
         return self.batch_size * self.sequence_length
 
 
-def plan(config: Config) -> list[Stage]:
-    """The stages of a run, every null filled from `training` and `optimizer`.
+def plan_stages(config: Config) -> list[Stage]:
+    """List the stages of a run, every null filled from `training` and `optimizer`.
 
     Raises:
         ConfigError: a schedule whose warm-up and decay do not fit into a stage.
+
+    Example:
+        >>> from hybridlm import load_config
+        >>> config = load_config("train", ["recipe=dsa_tiny", "init_from=null", "recipe.indexer=null"])
+        >>> [stage.name for stage in plan_stages(config)]
+        ['indexer_warmup', 'sparse']
     """
     stages: list[Stage] = []
     for index, stage in enumerate(config.recipe.stages):
         length = stage.sequence_length or config.training.sequence_length
-        batch = stage.batch_size or config.training.batch_size
-        steps = _steps(stage, config, length * batch)
+        batch_size = stage.batch_size or config.training.batch_size
+        steps = _steps(stage, config, length * batch_size)
         check_schedule(config.optimizer.schedule, steps)
-        stages.append(Stage(index, stage.name, steps, stages[-1].last_step if stages else 0, length, batch,
-                            stage.lr or config.optimizer.lr, tuple(stage.trainable), stage.attention_mode, stage.topk,
-                            dict(stage.loss_weights), stage.eval_recall, stage.recall_every))
+        options = {field.name: getattr(stage, field.name) for field in fields(StageConfig)}
+        stages.append(Stage(**options | {
+            "index": index, "steps": steps, "tokens": None, "sequence_length": length, "batch_size": batch_size,
+            "lr": stage.lr or config.optimizer.lr}))
     return stages
 
 
@@ -69,13 +64,13 @@ def _steps(stage: StageConfig, config: Config, tokens_per_step: int) -> int:
 
 
 def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
-    """Freeze all parameters but those that match the stage's patterns; the names of the trained ones.
+    """Freeze all parameters but those that match the stage's patterns, and return the names of the trained ones.
 
     Raises:
         ConfigError: a pattern that names nothing.
     """
     names = [name for name, _ in model.named_parameters()]
-    check_patterns(list(stage.trainable), names, f"recipe.stages.{stage.index}.trainable")
+    check_patterns(stage.trainable, names, f"recipe.stages.{stage.index}.trainable")
     trained = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in stage.trainable))
@@ -84,16 +79,16 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
     return trained
 
 
-def audit(model: nn.Module, trained: list[str], optimizers: OptimizerSet) -> None:
-    """What requires a gradient and what the optimizer holds are the trained parameters, and nothing else.
+def check_trained(model: nn.Module, trained: list[str], optimizers: OptimizerSet) -> None:
+    """Check that what requires a gradient and what the optimizer updates are the trained parameters and no others.
 
     Raises:
         RuntimeError: they differ; the text names a parameter.
     """
     wanted = set(trained)
-    held = {optimizers.names[id(parameter)] for parameter in optimizers.parameters()}
+    updated = {optimizers.names[id(parameter)] for parameter in optimizers.parameters()}
     for what, names in (("require a gradient", {n for n, p in model.named_parameters() if p.requires_grad}),
-                        ("are in the optimizer", held)):
+                        ("are in the optimizer", updated)):
         if wrong := sorted(names ^ wanted):
             raise RuntimeError(f"the parameters that {what} are not those of the stage: '{wrong[0]}' "
                                f"{'should not be' if wrong[0] in names else 'is not'} among them")
@@ -101,7 +96,7 @@ def audit(model: nn.Module, trained: list[str], optimizers: OptimizerSet) -> Non
 
 @dataclass
 class Progress:
-    """Where a run stands: all that is not a weight or an optimizer's memory. Saved in each checkpoint.
+    """How far a run has come: everything a checkpoint keeps beside weights and optimizer state.
 
     `samples` is the data cursor: the next global batch starts with that sample, whatever the number of ranks.
     """
@@ -115,16 +110,17 @@ class Progress:
     seconds: float = 0.0  # of training, over all sessions
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint."""
         return asdict(self)
 
     def advance(self, stage: Stage) -> None:
-        """One step of `stage` is done."""
+        """Count one step of `stage`."""
         self.step += 1
         self.step_in_stage += 1
         self.samples += stage.batch_size
         self.tokens += stage.tokens_per_step
 
     def enter(self, stage: Stage) -> None:
-        """`stage` begins, unless the run is already in it."""
+        """Begin `stage`, unless the run is already in it."""
         if self.stage != stage.index:
             self.stage, self.step_in_stage = stage.index, 0

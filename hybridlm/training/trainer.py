@@ -17,7 +17,7 @@ from torch import Tensor
 from hybridlm import checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.data import PackedDataset, PreparedData
-from hybridlm.distributed.engine import Engine, Objective, Update
+from hybridlm.distributed.engine import Engine, LossFunction, Update
 from hybridlm.errors import CheckpointError
 from hybridlm.model.cost import training_flops
 from hybridlm.model.model import HybridLM
@@ -28,13 +28,13 @@ from hybridlm.training import backends
 from hybridlm.training.display import Display
 from hybridlm.training.guards import NOTHING_BAD, BadStepGuard, TrainingStopped, bad_weight, first_bad_layer
 from hybridlm.training.interrupt import SIGNALS, StopSignal
-from hybridlm.training.loader import global_batches, parts
+from hybridlm.training.loader import global_batches, micro_batches
+from hybridlm.training.losses import step_loss
 from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, perplexity, router_panel
-from hybridlm.training.objective import global_batch, language_model
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.training.saver import Saver
 from hybridlm.training.sparse import freeze_idle_indexers, measuring, set_attention, stage_model, warn_of_selection
-from hybridlm.training.stages import Progress, Stage, audit, set_trainable
+from hybridlm.training.stages import Progress, Stage, check_trained, set_trainable
 from hybridlm.training.tracking import Tracker
 from hybridlm.training.validation import validate
 
@@ -156,7 +156,7 @@ class Trainer:
         self.only_indexers = all(".indexer." in name for name in trained)
         self.balance = any(name.endswith("router.weight") for name in trained)
         self.optimizers = build_optimizer(self.model, self.config.optimizer, lr=stage.lr)
-        audit(self.model, trained, self.optimizers)
+        check_trained(self.model, trained, self.optimizers)
         # At the start of a stage the run stands where it was saved last, in this session or another one.
         newest = self.saver.newest
         stored = {} if newest is None else checkpoint.checkpoint_tensors(newest, "optimizer")
@@ -173,10 +173,10 @@ class Trainer:
 
     def _step(self, stage: Stage, batch: Sequence[Any], start: float) -> None:
         self.engine.begin_step(self.config.training.seed, self.progress.step)
-        objective = language_model(global_batch(batch, self.engine.all_sum))
+        compute_loss = step_loss(batch, self.engine.all_sum)
         due = stage.recall_every is not None and (self.progress.step_in_stage + 1) % stage.recall_every == 0
         with measuring(self.model, due):
-            values = self._gradients(objective, batch)
+            values = self._gradients(compute_loss, batch)
         loads = layer_loads(self.model.router_loads())
         values |= router_panel(loads)
         lr = stage.lr * lr_factor(self.config.optimizer.schedule, self.progress.step_in_stage, stage.steps)
@@ -194,18 +194,18 @@ class Trainer:
         if self.engine.is_main:
             self.metrics.write(self.record)
         if self.config.training.record_samples:
-            self.samples.write({"step": self.progress.step, "samples": [i for part in batch for i in part.sample_ids]})
+            self.samples.write({"step": self.progress.step, "samples": [sample for micro_batch in batch for sample in micro_batch.sample_ids]})
         self.tracker.log(self.record, self.progress.step)
         self.display.step(self.record, final=last)
-        if self.guard.see(update.applied):
-            self._give_up(objective, batch)
+        if self.guard.count_step(update.applied):
+            self._give_up(compute_loss, batch)
 
-    def _gradients(self, objective: Objective, batch: Sequence[Any]) -> dict[str, Tensor]:
+    def _gradients(self, compute_loss: LossFunction, batch: Sequence[Any]) -> dict[str, Tensor]:
         """The engine's; the first time with a word on the backends that ran."""
         if self.backends_noted:
-            return self.engine.compute_gradients(objective, batch)
+            return self.engine.compute_gradients(compute_loss, batch)
         with backends.noting_backends(self.model) as rows:
-            values = self.engine.compute_gradients(objective, batch)
+            values = self.engine.compute_gradients(compute_loss, batch)
         if self.engine.is_main:
             backends.report(rows(), self.run.path)
         self.backends_noted = True
@@ -217,8 +217,8 @@ class Trainer:
         values = dict(update.values)
         total = values.pop("loss")
         loss = values.get("loss/lm", total)
-        tokens, num_bytes = self.engine.all_sum([sum(part.num_tokens for part in batch),
-                                               sum(part.num_bytes for part in batch)])
+        tokens, num_bytes = self.engine.all_sum([sum(micro_batch.num_tokens for micro_batch in batch),
+                                               sum(micro_batch.num_bytes for micro_batch in batch)])
         speed = stage.tokens_per_step / seconds
         flops = speed * training_flops(self.stage_config.model, stage.sequence_length,
                                        only_indexers=self.only_indexers)
@@ -237,16 +237,17 @@ class Trainer:
         dataset = self._dataset(stage, train=False)
         windows = min(self.config.training.eval_batches * stage.batch_size, len(dataset))
         if windows:
-            micro = self.config.training.micro_batch_size or stage.batch_size
-            mine, most = (range(replica, windows, self.engine.dp_size) for replica in (self.engine.dp_rank, 0))
-            missing = math.ceil(len(most) / micro) - math.ceil(len(mine) / micro)
+            size = self.config.training.micro_batch_size or stage.batch_size
+            own, most = (range(rank, windows, self.engine.dp_size) for rank in (self.engine.dp_rank, 0))
+            missing = math.ceil(len(most) / size) - math.ceil(len(own) / size)
             with measuring(self.model, stage.eval_recall):
-                self.validation = validate(self.engine, parts(dataset, mine, micro), parts(dataset, [0] * missing, 1))
+                self.validation = validate(self.engine, micro_batches(dataset, own, size),
+                                           micro_batches(dataset, [0] * missing, 1))
         self.validated_at = self.progress.step
         return self.validation
 
-    def _give_up(self, objective: Objective, batch: Sequence[Any]) -> None:
-        found = self.engine.gather(first_bad_layer(self.engine, objective, batch))
+    def _give_up(self, compute_loss: LossFunction, batch: Sequence[Any]) -> None:
+        found = self.engine.gather(first_bad_layer(self.engine, compute_loss, batch))
         where = next((place for place in found if place != NOTHING_BAD), NOTHING_BAD)
         self.saver.finish()
         raise TrainingStopped(f"{self.guard.in_a_row} steps in a row were not finite (the last is step "

@@ -9,31 +9,41 @@ from itertools import chain, repeat
 from typing import Any
 
 from hybridlm.distributed.engine import Engine
+from hybridlm.training.losses import language_model_loss, measure_global_batch
 from hybridlm.training.metrics import bits_per_byte, perplexity
-from hybridlm.training.objective import global_batch, language_model
 
-NATS, TARGETS, BYTES, TOKENS = "nats", "targets", "bytes", "tokens"  # what is summed beside the other losses
+NATS, TARGETS, BYTES, TOKENS = "nats", "targets", "bytes", "tokens"  # keys of the sums beside those of other losses
+REPORTED_GROUPS = ("loss/", "dsa/", "stat/")  # of values by name; how experts are used is reported per step alone
 
 
-def validate(engine: Engine, parts: Iterable[Any], uncounted: Iterable[Any] = ()) -> dict[str, float | int | None]:
-    """Mean loss a token over the `parts` of all ranks, with its perplexity and bits a byte.
+def validate(engine: Engine, micro_batches: Iterable[Any],
+             uncounted: Iterable[Any] = ()) -> dict[str, float | int | None]:
+    """Compute the mean loss per token over the micro batches of all ranks, with its perplexity and bits per byte.
 
-    The loss is that of the next token alone; what else the model was trained on is reported beside it, and with
-    `measuring` what sparse attention selects. Where layers exchange with other ranks all must make equally many
-    forwards: a rank with fewer parts makes the rest of them on `uncounted` ones.
+    The loss is that of the next token alone; other losses of the model are reported beside it, and with `measuring`
+    what sparse attention selects. Where layers exchange with other ranks all must make equally many forwards.
+
+    Args:
+        engine: the engine that has prepared the model.
+        micro_batches: those of this rank.
+        uncounted: micro batches whose forwards are only made for the ranks that have more to compute.
+
+    Returns:
+        `validation_loss` in nats per token, `validation_perplexity`, `validation_bits_per_byte`, `validation_tokens`
+        that count, and `validation_NAME` for the other losses and statistics.
     """
     sums: Counter[str] = Counter({NATS: 0, TARGETS: 0, BYTES: 0, TOKENS: 0})
     with engine.evaluating() as model:
-        for part, counts in chain(zip(parts, repeat(True)), zip(uncounted, repeat(False))):
-            whole = global_batch([part])
-            values = language_model(whole)(model, engine.move(part)).values
+        for micro_batch, counts in chain(zip(micro_batches, repeat(True)), zip(uncounted, repeat(False))):
+            size = measure_global_batch([micro_batch])
+            values = language_model_loss(model, engine.move(micro_batch), size).values
             if not counts:
                 continue
-            sums.update({NATS: float(values.pop("loss/lm")) * whole.targets[0], TARGETS: whole.targets[0],
-                         BYTES: part.num_bytes, TOKENS: whole.tokens})
-            sums.update({name: float(value) * whole.tokens for name, value in values.items()
-                         if name.startswith(("loss/", "dsa/"))})
-    sums = functools.reduce(_added, engine.gather(sums))
+            sums.update({NATS: float(values.pop("loss/lm")) * size.targets[0], TARGETS: size.targets[0],
+                         BYTES: micro_batch.num_bytes, TOKENS: size.tokens})
+            sums.update({name: float(value) * size.tokens for name, value in values.items()
+                         if name.startswith(REPORTED_GROUPS)})
+    sums = functools.reduce(_add_counters, engine.gather(sums))
     nats = sums.pop(NATS, 0)
     targets, num_bytes, tokens = (sums.pop(name, 0) // engine.context_parallel_size
                                   for name in (TARGETS, BYTES, TOKENS))
@@ -43,7 +53,7 @@ def validate(engine: Engine, parts: Iterable[Any], uncounted: Iterable[Any] = ()
             **{f"validation_{name}": value / tokens for name, value in sums.items()}}
 
 
-def _added(a: Counter[str], b: Counter[str]) -> Counter[str]:
-    """The sum, name by name; Counter's own drops what is not positive."""
+def _add_counters(a: Counter[str], b: Counter[str]) -> Counter[str]:
+    """Add by name; the operator of Counter drops sums that are not positive."""
     a.update(b)
     return a

@@ -28,7 +28,7 @@ from hybridlm.distributed.engines import make_engine
 from hybridlm.model.model import build_model
 from hybridlm.optimizers import build_optimizer
 from hybridlm.optimizers.roles import fp32_names
-from hybridlm.training.objective import global_batch, language_model
+from hybridlm.training.losses import step_loss
 from hybridlm.training.saver import Saver
 from hybridlm_kernels import CuSeqlens
 
@@ -66,7 +66,7 @@ def measure(config: Config, saves: int, disk: Path | None) -> dict[str, Any]:
 
     def step() -> None:
         parts = [batch(config)]
-        values = engine.compute_gradients(language_model(global_batch(parts, engine.all_sum)), parts)
+        values = engine.compute_gradients(step_loss(parts, engine.all_sum), parts)
         engine.update(values, lr=1e-4, clip=1.0)
 
     def begin(saver: Saver, number: int, in_background: bool) -> None:

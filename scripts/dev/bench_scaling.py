@@ -33,7 +33,7 @@ from hybridlm.model.model import build_model
 from hybridlm.optimizers import build_optimizer
 from hybridlm.optimizers.roles import fp32_names
 from hybridlm.planning.communication import ParallelPlan, step_traffic
-from hybridlm.training.objective import global_batch, language_model
+from hybridlm.training.losses import step_loss
 from hybridlm_kernels import CuSeqlens
 
 LENGTH, MICRO_BATCHES = 64, 2
@@ -73,7 +73,7 @@ def step(config: Config, dtype: str) -> tuple[Any, CountCollectives]:
     for _ in range(2):
         with CountCollectives() as counted:
             parts = batch(config, engine)
-            values = engine.compute_gradients(language_model(global_batch(parts, engine.all_sum)), parts)
+            values = engine.compute_gradients(step_loss(parts, engine.all_sum), parts)
             engine.update(values, lr=1e-3, clip=1.0)
     engine.release()
     return engine, counted

@@ -103,9 +103,9 @@ def test_sessions_of_other_engines_and_ranks(words):
 
 @pytest.mark.slow
 def test_engines_on_two_ranks(tmp_path):
-    """NaN on one rank, gradients of each loss, types, starved experts and Muon; then one rank hangs, and each says
-    where it is."""
-    codes, errors = start(2, zero_checks.__file__, folder=tmp_path)
+    """NaN on one rank, gradients of each loss, types, starved experts and every optimizer; then one rank hangs, and
+    each says where it is."""
+    codes, errors = start(2, zero_checks.__file__, tmp_path, folder=tmp_path)
     assert all("checked" in error for error in errors), "\n".join(errors)
     assert codes == [1, 1]
     for rank, error in enumerate(errors):

@@ -52,9 +52,9 @@ def ranks(base, words, harms=(None, None), own=((), ()), which=(0, 1), port=None
 
 def poison_step(step):
     """The loss of this rank's part of a step is not a number."""
-    original, calls = trainer.language_model, []
+    original, calls = trainer.step_loss, []
 
-    def objective(*args):
+    def loss_function(*args):
         calls.append(1)
         found = original(*args)
         if len(calls) != step:
@@ -66,7 +66,7 @@ def poison_step(step):
 
         return poisoned
 
-    trainer.language_model = objective
+    trainer.step_loss = loss_function
 
 
 def refuse_disk(step):

@@ -3,10 +3,12 @@
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,11 +23,19 @@ from hybridlm.model.feed_forward import FeedForward
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, SequenceMixer
 from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.model import build_model
-from hybridlm.optimizers import AdamWConfig, MuonConfig, build_optimizer
+from hybridlm.optimizers import (
+    AdafactorConfig,
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    PerMatrixOptimizer,
+    build_optimizer,
+)
 from hybridlm.optimizers.muon import Muon
 from hybridlm.optimizers.optimizer_set import RULE
 from hybridlm.planning.rank_memory import rank_memory
-from hybridlm.training.objective import global_batch, language_model
+from hybridlm.tensor_storage import stored_tensors, unique_tensors
+from hybridlm.training.losses import step_loss
 from hybridlm.training.sparse import freeze_idle_indexers, set_attention
 from hybridlm.training.stages import Stage
 from hybridlm_kernels.packing import CuSeqlens
@@ -87,7 +97,7 @@ def joined(rows):
 
 
 def with_losses(model, weights):
-    set_attention(model, Stage(0, "", 1, 0, 16, 4, 0.0, ("*",), loss_weights=weights))
+    set_attention(model, Stage(index=0, name="", steps=1, sequence_length=16, batch_size=4, lr=0.0, loss_weights=weights))
     freeze_idle_indexers(model)
     return model
 
@@ -98,14 +108,14 @@ def check_gradients_of_one_loss(kind, weights):
     dtype = torch.float64 if kind == "ddp" else torch.float32
     alone = with_losses(build_model(config), weights).to(dtype).train()
     batch = joined(rows)
-    language_model(global_batch([batch]))(alone, batch).loss.backward()
+    step_loss([batch])(alone, batch).loss.backward()
     wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
     engine = make_engine(engine_config(kind, persistence_threshold=0, timeout=120.0), "fp32")
     model = with_losses(build_model(config, device=engine.device, shard_weights=engine.shard_weights), weights)
     model = model.to(dtype) if kind == "ddp" else model
     engine.prepare(model, build_optimizer(model, AdamWConfig()))
     mine = rows[2 * engine.rank:2 * engine.rank + 2]
-    values = engine.compute_gradients(language_model(global_batch(mine, engine.all_sum)), mine)
+    values = engine.compute_gradients(step_loss(mine, engine.all_sum), mine)
     if kind == "ddp":
         for name, p in model.named_parameters():
             if name in wanted:
@@ -252,8 +262,8 @@ def check_starved_experts():
     engine.release()
 
 
-def check_muon():
-    """Matrices that are cut anywhere between ranks move as they do on one."""
+def check_matrix_steps(make):
+    """Matrices that are cut anywhere between ranks move as they do on one. `make`: a MatrixOptimizer over groups."""
     rank, shapes = dist.get_rank(), [(8, 24), (32, 16), (24, 8), (3, 12, 8)]
     torch.manual_seed(0)
     whole = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -264,10 +274,9 @@ def check_muon():
         flat = torch.cat([*(t.detach().flatten() for t in tensors), torch.zeros(1)])
         return flat[rank * size:(rank + 1) * size].clone()
 
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
     flat = torch.nn.Parameter(mine(whole))
-    alone = Muon([{"params": whole}], **options)
-    sharded = FlatOptimizer([Muon([{"params": [flat], RULE: "muon"}], **options)], {"muon": MuonConfig()})
+    alone = make([{"params": whole}])
+    sharded = FlatOptimizer([make([{"params": [flat], RULE: "matrices"}])], {})
     begin = 0
     for number, parameter in enumerate(whole):
         first, last = max(begin, rank * size), min(begin + parameter.numel(), (rank + 1) * size)
@@ -281,6 +290,46 @@ def check_muon():
         alone.step()
         sharded.step()
         assert torch.equal(flat.detach()[:-1], mine(whole)[:-1])
+
+
+def check_step_of_every_engine(config, folder):
+    """A step under each engine, from weights and state that one process has saved, is that of one process.
+
+    Sums over two ranks do not depend on their order, and nothing is clipped: what differs is how libraries round where
+    memory begins elsewhere.
+    """
+    whole = build_model(tiny_run.model())
+    alone = build_optimizer(whole, config)
+    for number, kind in enumerate(("zero1", "zero2", "zero3", "ddp")):
+        saved = folder / f"{config.kind}-{number}-{dist.get_rank()}"
+        saved.mkdir()
+        save_file(alone.state_tensors(), saved / "optimizer.safetensors")
+        engine = make_engine(engine_config(kind, persistence_threshold=0, timeout=120.0), "fp32")
+        model = build_model(tiny_run.model())
+        model.load_state_dict(whole.state_dict())
+        engine.prepare(model, build_optimizer(model, config), state=stored_tensors(saved, "optimizer"))
+        engine.begin_step(0, number)
+        values = engine.compute_gradients(objective, [Part(engine.rank)])
+        assert engine.update(values, lr=1e-3, clip=0.0, balance=False).applied
+        weights = join_ranks(engine, engine.owned_tensors(unique_tensors(engine.model)))
+        state = join_ranks(engine, engine.owned_optimizer_state())
+        engine.release()
+        for rank in range(2):
+            objective(whole, Part(rank)).loss.backward()
+        alone.set_lr(1e-3)
+        alone.step()
+        alone.zero_grad()
+        assert state.keys() == alone.state_tensors().keys()
+        for name, wanted in {**dict(whole.named_parameters()), **alone.state_tensors()}.items():
+            found, size = {**weights, **state}[name], float(wanted.detach().abs().max())
+            torch.testing.assert_close(found, wanted.detach(), rtol=1e-5, atol=1e-5 * size,
+                                       msg=lambda text, where=f"{config.kind}, {kind}, {name}": f"{where}: {text}")
+
+
+def join_ranks(engine, owned):
+    """The tensors that all ranks own, on each."""
+    plain = {name: tensor.detach().clone() for name, tensor in owned.items()}  # without what DeepSpeed has put on them
+    return {name: tensor for of_rank in engine.gather(plain) for name, tensor in of_rank.items()}
 
 
 def hang():
@@ -306,6 +355,9 @@ if __name__ == "__main__":
     check_bf16()
     check_deepspeed_is_on()
     check_starved_experts()
-    check_muon()
+    check_matrix_steps(lambda groups: Muon(groups, lr=0.1, momentum=0.9, weight_decay=0.1))
+    check_matrix_steps(lambda groups: PerMatrixOptimizer(torch.optim.Adafactor, groups, lr=0.1, d=2.0))
+    for config in (LionConfig(), AdafactorConfig(), MuonConfig()):
+        check_step_of_every_engine(config, Path(sys.argv[1]))
     print("checked", file=sys.stderr, flush=True)
     hang()

@@ -7,7 +7,7 @@ from hybridlm.data.packing import IGNORE, Batch
 from hybridlm.distributed.engines.single import SingleConfig, SingleEngine
 from hybridlm.model.config import MTPConfig
 from hybridlm.model.model import build_model
-from hybridlm.training.objective import global_batch, language_model
+from hybridlm.training.losses import step_loss
 from hybridlm_kernels.packing import CuSeqlens
 from tests.support import tiny_run
 
@@ -35,7 +35,7 @@ def gradients(cut, dtype=torch.float64, **options):
     engine = SingleEngine(SingleConfig(device="cpu"))
     engine.prepare(model, None)
     parts = [batch(indices) for indices in cut]
-    values = engine.compute_gradients(language_model(global_batch(parts)), parts)
+    values = engine.compute_gradients(step_loss(parts), parts)
     loads = {name: load.clone() for name, load in model.router_loads().items()}
     return {n: p.grad for n, p in model.named_parameters()}, values, loads
 

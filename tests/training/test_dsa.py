@@ -18,7 +18,7 @@ from hybridlm.model.model import build_model
 from hybridlm.optimizers import build_optimizer
 from hybridlm.training import train
 from hybridlm.training import trainer as trainer_module
-from hybridlm.training.stages import audit
+from hybridlm.training.stages import check_trained
 from tests.support import tiny_run
 
 STEPS = (3, 4)  # of the two stages
@@ -214,12 +214,12 @@ def test_the_audit_names_what_should_not_train():
     model = build_model(tiny_run.model())
     names = [name for name, _ in model.named_parameters()]
     optimizers = build_optimizer(model, load_config("train").optimizer)
-    audit(model, names, optimizers)
+    check_trained(model, names, optimizers)
     with pytest.raises(RuntimeError, match=r"'embed.weight' should not be among them"):
-        audit(model, [name for name in names if name != "embed.weight"], optimizers)
+        check_trained(model, [name for name in names if name != "embed.weight"], optimizers)
     model.embed.weight.requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"'embed.weight' is not among them"):
-        audit(model, names, optimizers)
+        check_trained(model, names, optimizers)
 
 
 def test_sparse_attention_from_scratch(dense, tmp_path):

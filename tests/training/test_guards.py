@@ -80,10 +80,10 @@ def test_hooks_are_gone_afterwards():
 
 def test_guard_counts_steps_in_a_row():
     guard = BadStepGuard(2)
-    assert [guard.see(good) for good in (False, True, False, False)] == [False, False, False, True]
+    assert [guard.count_step(good) for good in (False, True, False, False)] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_limit(limit):
     guard = BadStepGuard(limit)
-    assert [guard.see(False) for _ in range(limit)] == [False] * (limit - 1) + [True]
+    assert [guard.count_step(False) for _ in range(limit)] == [False] * (limit - 1) + [True]

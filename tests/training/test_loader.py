@@ -6,7 +6,7 @@ import torch
 from hybridlm.data import PackedDataset, prepare
 from hybridlm.distributed.engines.single import SingleConfig, SingleEngine
 from hybridlm.model.model import build_model
-from hybridlm.training.loader import global_batches, parts
+from hybridlm.training.loader import global_batches, micro_batches
 from hybridlm.training.validation import validate
 from tests.support import tiny_run
 
@@ -19,15 +19,15 @@ def data(tmp_path_factory):
 def samples(batches, count):
     taken = [next(batches) for _ in range(count)]
     batches.close()
-    return [[part.sample_ids for part in batch] for batch in taken]
+    return [[micro_batch.sample_ids for micro_batch in batch] for batch in taken]
 
 
 def test_batches_follow_the_cursor(data):
     dataset = PackedDataset(data.train, 32, 1, seed=0)
     options = {"batch_size": 4, "rows": range(4), "micro_batch_size": 2}
-    whole = samples(global_batches(dataset, first_sample=0, **options), 3)
-    assert whole == [[(0, 1), (2, 3)], [(4, 5), (6, 7)], [(8, 9), (10, 11)]]
-    assert samples(global_batches(dataset, first_sample=8, **options), 1) == whole[2:]
+    expected = samples(global_batches(dataset, first_sample=0, **options), 3)
+    assert expected == [[(0, 1), (2, 3)], [(4, 5), (6, 7)], [(8, 9), (10, 11)]]
+    assert samples(global_batches(dataset, first_sample=8, **options), 1) == expected[2:]
     assert samples(global_batches(dataset, first_sample=0, batch_size=4, rows=range(2, 4), micro_batch_size=None),
                    2) == [[(2, 3)], [(6, 7)]]
 
@@ -50,7 +50,7 @@ def test_validation_is_a_mean_over_tokens_however_it_is_cut(data):
     engine = SingleEngine(SingleConfig(device="cpu"))
     engine.prepare(model, None)
     dataset = PackedDataset([data.validation], 32, 1, seed=0)
-    one, many = (validate(engine, parts(dataset, range(10), size)) for size in (10, 3))
+    one, many = (validate(engine, micro_batches(dataset, range(10), size)) for size in (10, 3))
     assert one.keys() == many.keys()
     assert one["validation_loss"] == pytest.approx(many["validation_loss"], rel=1e-6)
     assert one["validation_loss/mtp"] == pytest.approx(many["validation_loss/mtp"], rel=1e-2)

@@ -5,21 +5,21 @@ from hybridlm import load_config
 from hybridlm.errors import ConfigError
 from hybridlm.model.model import build_model
 from hybridlm.training.sparse import freeze_idle_indexers, set_attention
-from hybridlm.training.stages import Progress, plan, set_trainable
+from hybridlm.training.stages import Progress, plan_stages, set_trainable
 from tests.support import tiny_run
 
 
 def test_nulls_are_filled_from_training_and_optimizer(tmp_path):
     recipe = tiny_run.stages({"name": "a"}, {"name": "b", "tokens": 1000, "sequence_length": 16, "batch_size": 3,
                                              "lr": 5e-4, "trainable": ["embed.*"]})
-    a, b = plan(tiny_run.config(tmp_path, recipe=recipe))
+    a, b = plan_stages(tiny_run.config(tmp_path, recipe=recipe))
     assert (a.steps, a.sequence_length, a.batch_size, a.lr, a.first_step) == (8, 32, 4, 1e-2, 0)
     assert (b.steps, b.first_step, b.last_step, b.tokens_per_step) == (21, 8, 29, 48)  # 1000 / 48, rounded up
     assert (b.lr, b.trainable) == (5e-4, ("embed.*",))
 
 
 def test_tokens_take_the_place_of_steps(tmp_path):
-    (stage,) = plan(tiny_run.config(tmp_path, tokens=129))
+    (stage,) = plan_stages(tiny_run.config(tmp_path, tokens=129))
     assert stage.steps == 2
 
 
@@ -27,7 +27,7 @@ def test_trainable_patterns_freeze_the_rest_and_must_name_something(tmp_path):
     config = tiny_run.config(tmp_path, recipe=tiny_run.stages(
         {"name": "a", "trainable": ["*.router.weight", "lm_head.*"]}, {"name": "b", "trainable": ["layer.0.*"]}))
     model = build_model(config)
-    a, b = plan(config)
+    a, b = plan_stages(config)
     trained = set_trainable(model, a)
     assert trained == [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained == ["layers.1.feed_forward.router.weight", "lm_head.weight",
@@ -38,7 +38,7 @@ def test_trainable_patterns_freeze_the_rest_and_must_name_something(tmp_path):
 
 def test_progress_counts_samples_over_stages(tmp_path):
     recipe = tiny_run.stages({"name": "a", "steps": 1}, {"name": "b", "steps": 2, "batch_size": 2})
-    a, b = plan(tiny_run.config(tmp_path, recipe=recipe))
+    a, b = plan_stages(tiny_run.config(tmp_path, recipe=recipe))
     progress = Progress()
     progress.enter(a)
     progress.advance(a)
@@ -64,7 +64,7 @@ def test_all_that_trains_gets_a_gradient(system):
         config = load_config("train", [*words, *recipe])
         model = build_model(config).train()
         ids_BT = torch.arange(48).view(2, 24)
-        for stage in plan(config):
+        for stage in plan_stages(config):
             set_trainable(model, stage)
             set_attention(model, stage)
             freeze_idle_indexers(model)

@@ -140,8 +140,9 @@ class ZeroEngine(Engine):
             if matrix_shapes:
                 optimizer.load_matrix_state(name, saved, self.rules[name])
         state = optimizer.state[fragment.flat]
-        for key in saved.keys() - matrix_shapes.keys():
-            value = saved[key]
+        for key, value in saved.items():  # in this order on all ranks: `owned_optimizer_state` gathers in it
+            if key in matrix_shapes:
+                continue
             if value.dim() == 0:  # the count of steps
                 state[key] = value.read().to(fragment.flat.device, torch.float32)
             else:

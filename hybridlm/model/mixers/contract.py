@@ -42,6 +42,7 @@ class MixerConfig(abc.ABC):
     kind: str
     residual: BranchConfig = field(default_factory=BranchConfig)
     is_linear: ClassVar[bool] = False  # decode state of fixed size: no cost per token grows with context
+    loss_names: ClassVar[tuple[str, ...]] = ()  # of the losses in its layers' aux, without "loss/"
 
     # Costs
 

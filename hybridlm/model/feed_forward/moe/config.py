@@ -45,6 +45,7 @@ class MoEConfig(FeedForwardConfig):
     router_z_loss: float = 0.0  # coefficient of logsumexp(router logits)^2
     swiglu_limit: float | None = None
     TRAINING_FIELDS: ClassVar[tuple[str, ...]] = ("bias_update_rate", "balance_loss", "router_z_loss")
+    loss_names: ClassVar[tuple[str, ...]] = ("balance", "router_z")
 
     def __post_init__(self) -> None:
         for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_groups", "topk_groups"):

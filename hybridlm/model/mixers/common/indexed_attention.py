@@ -59,6 +59,7 @@ class IndexedMixerConfig(MixerConfig):
 
     indexer: IndexerConfig | None
     rope: RopeConfig
+    loss_names: ClassVar[tuple[str, ...]] = ("indexer_kl",)
     uses_mscale: ClassVar[bool] = False  # whether YaRN's mscale_all_dim enters the softmax scale
 
     @property

@@ -1,0 +1,24 @@
+"""Names of the losses that a model may have, from the model itself and from every registered kind of layer."""
+
+from __future__ import annotations
+
+from hybridlm.model.feed_forward import FEED_FORWARDS
+from hybridlm.model.mixers import MIXERS
+
+# Cross-entropy of the next token, of the tokens after it (multi-token prediction), and the mean of logsumexp^2.
+MODEL_LOSSES = ("lm", "mtp", "z")
+
+
+def known_losses() -> tuple[str, ...]:
+    """Names that `ModelOutput.losses` may have and `loss_weights` of a training stage may set.
+
+    A mixer or feed-forward declares the losses of its layers in `loss_names` of its config class; kinds of a user's own
+    count as soon as they are registered.
+
+    Example:
+        >>> [name for name in known_losses() if name in ("lm", "balance", "indexer_kl")]
+        ['lm', 'indexer_kl', 'balance']
+    """
+    of_kinds = [name for registry in (MIXERS, FEED_FORWARDS) for config, _ in registry.values()
+                for name in config.loss_names]
+    return tuple(dict.fromkeys([*MODEL_LOSSES, *of_kinds]))
