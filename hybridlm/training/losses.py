@@ -45,11 +45,11 @@ def language_model_loss(model: nn.Module, micro_batch: Any, global_batch: Global
         statistics in their groups (`record_name`).
     """
     output = model(micro_batch.input_ids, targets=micro_batch.targets, cu_seqlens=micro_batch.cu_seqlens,
-                   whole=global_batch)
+                   global_batch=global_batch)
     values = {f"loss/{name}": value.detach() for name, value in output.losses.items()}
     for name, value in output.stats.items():
         if not name.startswith(COMPUTED_FROM_LOADS):
-            values[record_name(name)] = value * output.share
+            values[record_name(name)] = value * output.batch_fraction
     return Contribution(output.loss, values)
 
 

@@ -194,7 +194,8 @@ class Trainer:
         if self.engine.is_main:
             self.metrics.write(self.record)
         if self.config.training.record_samples:
-            self.samples.write({"step": self.progress.step, "samples": [sample for micro_batch in batch for sample in micro_batch.sample_ids]})
+            samples = [sample for micro_batch in batch for sample in micro_batch.sample_ids]
+            self.samples.write({"step": self.progress.step, "samples": samples})
         self.tracker.log(self.record, self.progress.step)
         self.display.step(self.record, final=last)
         if self.guard.count_step(update.applied):

@@ -13,9 +13,9 @@ def test_nulls_are_filled_from_training_and_optimizer(tmp_path):
     recipe = tiny_run.stages({"name": "a"}, {"name": "b", "tokens": 1000, "sequence_length": 16, "batch_size": 3,
                                              "lr": 5e-4, "trainable": ["embed.*"]})
     a, b = plan_stages(tiny_run.config(tmp_path, recipe=recipe))
-    assert (a.steps, a.sequence_length, a.batch_size, a.lr, a.first_step) == (8, 32, 4, 1e-2, 0)
-    assert (b.steps, b.first_step, b.last_step, b.tokens_per_step) == (21, 8, 29, 48)  # 1000 / 48, rounded up
-    assert (b.lr, b.trainable) == (5e-4, ("embed.*",))
+    assert (a.steps, a.sequence_length, a.batch_size, a.lr, a.index) == (8, 32, 4, 1e-2, 0)
+    assert (b.steps, b.index, b.tokens_per_step) == (21, 1, 48)  # 1000 / 48, rounded up
+    assert (b.lr, b.trainable) == (5e-4, ["embed.*"])
 
 
 def test_tokens_take_the_place_of_steps(tmp_path):
