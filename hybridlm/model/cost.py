@@ -1,7 +1,7 @@
 """What a model costs, from its config alone: parameters, FLOPs, decode state. Nothing is built, no tensor is made.
 
-The numbers come from the cost methods of the mixers and feed-forwards; this file adds what belongs to the model:
-norms, embedding, head, multi-token prediction. FLOPs count a multiply-add as 2.
+The numbers come from the cost methods of the mixers, the feed-forwards and the residual; this file adds what belongs to
+the model: norms, embedding, head, multi-token prediction. FLOPs count a multiply-add as 2.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ class LayerCost:
     feed_forward_active: int
     routed_params: int
     norm_params: int
+    residual_params: int
 
     @property
     def params(self) -> int:
-        return self.mixer_params + self.feed_forward_params + self.norm_params
+        return self.mixer_params + self.feed_forward_params + self.norm_params + self.residual_params
 
     @property
     def active(self) -> int:
-        return self.mixer_params + self.feed_forward_active + self.norm_params
+        return self.mixer_params + self.feed_forward_active + self.norm_params + self.residual_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class ParameterCount:
     embedding: int
     head: int
     norm: int
+    residual: int  # outside the layers
     mtp: int
     mtp_active: int
     mtp_routed: int
@@ -58,7 +60,7 @@ class ParameterCount:
     @property
     def total(self) -> int:
         """All parameters but those of multi-token prediction, which published totals leave out."""
-        return sum(layer.params for layer in self.layers) + self.norm + self.embedding + self.head
+        return sum(layer.params for layer in self.layers) + self.norm + self.residual + self.embedding + self.head
 
     @property
     def total_with_mtp(self) -> int:
@@ -68,7 +70,7 @@ class ParameterCount:
     @property
     def active(self) -> int:
         """Parameters that one token meets, without embedding and head, as most published counts are made."""
-        return sum(layer.active for layer in self.layers) + self.norm
+        return sum(layer.active for layer in self.layers) + self.norm + self.residual
 
     @property
     def active_with_head(self) -> int:
@@ -90,10 +92,11 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     layers = [_layer_cost(config, index, name) for index, name in enumerate(config.layers())]
     table = config.vocab_size * config.hidden_size
     block = _layer_cost(config, *mtp_block(config))
-    # Two norms and a projection in, one norm out; embedding and head are the model's.
-    around = 2 * config.hidden_size**2 + 3 * config.hidden_size
+    residual = config.residual.num_params(config.layer_context(0))
+    # Two norms and a projection in, one norm out, and a residual; embedding and head are the model's.
+    around = 2 * config.hidden_size**2 + 3 * config.hidden_size + residual
     return ParameterCount(layers=layers, embedding=table, head=0 if config.tie_embeddings else table,
-                          norm=config.hidden_size, mtp=config.mtp.depth * (around + block.params),
+                          norm=config.hidden_size, residual=residual, mtp=config.mtp.depth * (around + block.params),
                           mtp_active=config.mtp.depth * (around + block.active),
                           mtp_routed=config.mtp.depth * block.routed_params)
 
@@ -106,8 +109,9 @@ def mtp_block(config: ModelConfig) -> tuple[int, str]:
 def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True) -> dict[str, float]:
     """Forward FLOPs per token, by part of the model, the mean over a causal sequence of `context_length` tokens.
 
-    Keys: "NAME.PART" for mixers (by their name in the schedule), "feed_forward.PART", "head", and "mtp" for all
-    of multi-token prediction. Norms, activations and the embedding's look-up are left out.
+    Keys: "NAME.PART" for mixers (by their name in the schedule), "feed_forward.PART", "residual" where it multiplies
+    matrices, "head", and "mtp" for all of multi-token prediction. Norms, activations and the embedding's look-up are
+    left out.
     """
     parts: dict[str, float] = {}
     for index, name in enumerate(config.layers()):
@@ -160,7 +164,8 @@ def _layer_cost(config: ModelConfig, index: int, name: str) -> LayerCost:
             index=index, mixer=name, kind=mixer.kind, feed_forward=feed_forward.layer_kind(index),
             mixer_params=mixer.num_params(context), feed_forward_params=feed_forward.num_params(context),
             feed_forward_active=feed_forward.num_params(context, active=True),
-            routed_params=feed_forward.routed_params(context), norm_params=2 * config.hidden_size)
+            routed_params=feed_forward.routed_params(context), norm_params=2 * config.hidden_size,
+            residual_params=2 * config.residual.branch_params(context))
     except ConfigError as error:
         raise error.within("model") from None
 
@@ -171,3 +176,5 @@ def _layer_flops(config: ModelConfig, index: int, name: str, context_length: int
         yield f"{name}.{part}", flops
     for part, flops in config.feed_forward.flops_per_token(context).items():
         yield f"feed_forward.{part}", flops
+    if residual := 2 * config.residual.flops_per_token(context):
+        yield "residual", residual

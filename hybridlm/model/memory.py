@@ -52,10 +52,11 @@ def training_memory(config: ModelConfig, *, batch_size: int, sequence_length: in
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpointing: bool = False) -> float:
     """Bytes per token kept for the backward pass; with checkpointing the layers' inputs, and all of one layer."""
     D, layers = config.hidden_size, config.layers()
+    stream = config.residual.stream_bytes(config.layer_context(0))
     each = [_layer_bytes(config, index, name, element_bytes) for index, name in enumerate(layers)]
     # Final norm and head: the stream, its norm, and the gradient that the fused loss computes in the forward.
     head = D * (2 * FP32 + element_bytes)
-    kept = max(each) + len(each) * D * FP32 if checkpointing else sum(each)
+    kept = max(each) + len(each) * stream if checkpointing else sum(each)
     if config.mtp.depth:
         block = _layer_bytes(config, *mtp_block(config), element_bytes)
         kept += config.mtp.depth * (block + 4 * D * element_bytes + head)
@@ -63,7 +64,7 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpoi
 
 
 def _layer_bytes(config: ModelConfig, index: int, name: str, element: int) -> float:
-    context, D = config.layer_context(index), config.hidden_size
-    streams = 2 * D * (FP32 + element)  # of each branch: the residual stream and its norm
-    return (streams + config.mixers[name].activation_bytes(context, element)
+    context = config.layer_context(index)
+    return (2 * config.residual.activation_bytes(context, element)
+            + config.mixers[name].activation_bytes(context, element)
             + config.feed_forward.activation_bytes(context, element))
