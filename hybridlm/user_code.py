@@ -65,30 +65,31 @@ def _import_file(path: Path, name: str, source: str) -> None:
     if not path.is_file() or path.suffix != ".py":
         raise ConfigError(source, "is no Python file", got=name, expected="FILE.py or a dotted module")
     path = path.resolve()
-    if str(path) in _imported:
-        return
-    # A name of its own, so that my_mixer.py of two folders do not meet, and nothing installed is hidden.
-    module_name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    _search(path.parent)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise _broken(error, source, name, path) from error
+    if not _is_loaded(path):
+        # A name of its own, so that my_mixer.py of two folders do not meet, and nothing installed is hidden.
+        module_name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        _search(path.parent)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            del sys.modules[module_name]
+            raise _broken(error, source, name, path) from error
     _imported[str(path)] = None
 
 
 def _import_module(name: str, source: str) -> None:
-    if name in _imported:
-        return
     _search(Path.cwd())
     try:
-        importlib.import_module(name)
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(name=name)
+        if spec.origin is None or not _is_loaded(Path(spec.origin).resolve()):
+            importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ConfigError(source, "no such module", got=name, expected="FILE.py or a dotted module") from None
@@ -96,6 +97,15 @@ def _import_module(name: str, source: str) -> None:
     except (Exception, SystemExit) as error:
         raise _broken(error, source, name, None) from error
     _imported[name] = None
+
+
+def _is_loaded(path: Path) -> bool:
+    """Whether the file runs in this process already, under whatever name it was imported."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file is not None and os.path.basename(file) == path.name and Path(file).resolve() == path:
+            return True
+    return False
 
 
 def _import_installed() -> None:
