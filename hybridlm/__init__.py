@@ -16,14 +16,14 @@ from hybridlm.version import __version__
 
 if TYPE_CHECKING:
     from hybridlm.checkpoint import load_checkpoint as load_checkpoint
-    from hybridlm.config.compose import load_config as load_config
     from hybridlm.model.model import build_model as build_model
+    from hybridlm.run_config import load_config as load_config
     from hybridlm.training import train as train
 
 _HOMES = {
     "build_model": "hybridlm.model.model",
     "load_checkpoint": "hybridlm.checkpoint",
-    "load_config": "hybridlm.config.compose",
+    "load_config": "hybridlm.run_config",
     "train": "hybridlm.training",
 }
 

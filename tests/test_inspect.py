@@ -6,10 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
-from hybridlm.config import load_model_config
 from hybridlm.inspect import inspect, render
 from hybridlm.model.cost import count_parameters, training_flops
 from hybridlm.optimizers import MuonConfig
+from hybridlm.run_config import load_model_config
 
 
 def printed(report: dict) -> str:

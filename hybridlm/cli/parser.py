@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 
 def load_run_config(args: argparse.Namespace) -> Config:
     """The config of a run that the positional arguments name: [config] key=value ..."""
-    from hybridlm.config.compose import load_config
+    from hybridlm.run_config import load_config
 
     words = list(args.overrides)
     name = "train"

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from hybridlm.config.conversion import has_indexer
 from hybridlm.config.legacy import upgrade_pattern
 from hybridlm.config.schema import Config, StageConfig
 from hybridlm.errors import ConfigError, did_you_mean, require
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.model import HybridLM
 from hybridlm_kernels.registry import operations
@@ -73,7 +73,7 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
             "does not divide into micro batches", got=batch,
             expected=f"a multiple of training.micro_batch_size={micro}")
     wants = next((key for key in ("attention_mode", "topk") if getattr(stage, key) is not None), None)
-    require(wants is None or has_indexer(config.model), f"{path}.{wants}", "needs a model with sparse attention",
+    require(wants is None or model_has_indexer(config.model), f"{path}.{wants}", "needs a model with sparse attention",
             got=None if wants is None else getattr(stage, wants),
             hint="convert a checkpoint with recipe=dsa_tiny init_from=..., or take a model such as kda_dsa_tiny")
     for name in dict.fromkeys(config.model.layers()) if stage.topk else ():
@@ -82,6 +82,12 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
                 got=stage.topk, expected=f"a multiple of {pool}")
     if stage.trainable != ["*"]:
         check_patterns(stage.trainable, parameter_names(config), f"{path}.trainable")
+
+
+def model_has_indexer(config: ModelConfig) -> bool:
+    """Whether any layer or block of multi-token prediction reads only keys that an indexer selects."""
+    used = {*config.layers(), config.mtp.mixer}
+    return any(mixer.has_indexer() for name, mixer in config.mixers.items() if name in used)
 
 
 def check_patterns(patterns: list[str], names: list[str], path: str) -> None:

@@ -1,4 +1,4 @@
-"""From a name and a list of overrides to a checked config: Hydra composes the files, the schema checks the result.
+"""A run from a name and a list of overrides: Hydra composes the files, the schema checks the result.
 
 Hydra only picks files (`model=...`, `experiment=...`). Values (`training.steps=100`) are set afterwards, here, so
 that any key of the schema can be set whether or not a YAML file mentions it, and an unknown one is always refused.
@@ -6,13 +6,16 @@ that any key of the schema can be set whether or not a YAML file mentions it, an
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -24,13 +27,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hybridlm.config.checks import validate
-from hybridlm.config.conversion import converted_model, has_indexer
 from hybridlm.config.legacy import is_saved_config, refuse_renamed, upgrade_config
-from hybridlm.config.paths import search_folders
-from hybridlm.config.schema import Config, RecipeConfig
-from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict, to_yaml, yaml_error
+from hybridlm.config.paths import options, search_folders
+from hybridlm.config.presets import PRESET_GROUP, add_named_presets
+from hybridlm.config.schema import Config
+from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_yaml, yaml_error
 from hybridlm.errors import ConfigError, did_you_mean
-from hybridlm.model.config import ModelConfig
+from hybridlm.kind_registry import registry_of
 
 _HYDRA = threading.RLock()  # Hydra keeps its state in a global
 _ROOT_GROUPS = ("model", "data", "optimizer", "recipe", "engine", "experiment")
@@ -38,43 +41,102 @@ _YAML = (".yaml", ".yml")
 _FILE = "file_"  # how a user's file is called where Hydra finds it
 
 
-def load_config(name: str = "train", overrides: Sequence[str] = (),
-                config_dir: str | Path | None = None) -> Config:
-    """A whole run, composed and checked.
+@dataclass
+class Composition:
+    """A run as files and overrides give it, before it is checked.
 
-    `name` is a root config (train), an experiment or model of the built-in ones, or a YAML file such as the
-    config.yaml of a checkpoint. `overrides` are those of the command line: `model=qwen3_next_tiny`,
-    `training.steps=100`, `model=path/to/mine.yaml`. `config_dir` is a folder of your own, laid out as the
-    built-in one and searched before it.
+    Args:
+        config: the composed run, overrides applied.
+        values: the overrides that set values.
+        from_file: it was read from one YAML file, such as the config.yaml of a checkpoint.
+        model_choice: the name or file of an override `model=...`; None where there is none.
+        config_dir: the user's own folder of configs.
+    """
+
+    config: DictConfig
+    values: list[Override]
+    from_file: bool
+    model_choice: str | None
+    config_dir: str | Path | None
+
+    def has(self, key: str) -> bool:
+        """Whether the key at this dotted path is set to something other than null."""
+        return OmegaConf.select(self.config, key) is not None
+
+    def section(self, key: str) -> Any:
+        """Plain data of a section or value of the run, every interpolation replaced."""
+        return _resolve(self.config).get(key)
+
+    def replace_model(self, model: dict[str, Any]) -> None:
+        """Take another model, and then what the overrides say of it."""
+        self.config.model = OmegaConf.create(model)
+        for override in self.values:
+            if override.key_or_group.startswith("model."):
+                _apply(self.config, override)
+
+    def finish(self) -> Config:
+        """The typed config of the run, checked.
+
+        Raises:
+            ConfigError: an unknown key, a wrong value, or sections that do not fit together.
+        """
+        data = _resolve(self.config)
+        refuse_renamed(data)
+        presets = options(PRESET_GROUP, self.config_dir)
+        data["model"] = add_named_presets(data.get("model"), presets, self._read_preset)
+        result = from_dict(Config, data)
+        validate(result)
+        return result
+
+    def _read_preset(self, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        return compose_option(PRESET_GROUP, name, own, self.config_dir)
+
+
+def compose_run(name: str = "train", overrides: Sequence[str] = (),
+                config_dir: str | Path | None = None) -> Composition:
+    """Compose a run from files and overrides, as `hybridlm.run_config.load_config` takes them.
 
     Raises:
-        ConfigError: anything wrong with a name, a key or a value.
+        ConfigError: a name that is not there, an override that cannot be read or set.
     """
     folders = search_folders(config_dir)
     overrides = [str(override) for override in overrides]
     with tempfile.TemporaryDirectory(prefix="hybridlm-config-") as staging:
         stage = Path(staging)
         root, chosen = _stage_root(name, folders, stage)
-        files, values = _split(_parse([*chosen, *overrides]), folders, stage)
+        files, values = _separate(_parse([*chosen, *overrides]), folders, stage)
         config = _compose(root, files, [stage, *folders])
-        _use_one_schedule_form(config, values)
-        for override in values:
-            _apply(config, override)
-        _convert(config, files, values, whole=root.startswith(_FILE))
-        data = _resolve(config)
-    refuse_renamed(data)
-    result = from_dict(Config, data)
-    validate(result)
-    return result
+    _use_one_schedule_form(config, values)
+    _change_kinds(config, values)
+    for override in values:
+        _apply(config, override)
+    models = [text.partition("=")[2] for text in files if re.match(r"\+*model=", text)]
+    return Composition(config, values, from_file=root.startswith(_FILE), model_choice=models[0] if models else None,
+                       config_dir=config_dir)
 
 
-def load_model_config(model: str | Path, overrides: Sequence[str] = (),
-                      config_dir: str | Path | None = None) -> ModelConfig:
-    """The model part of `load_config`: `model` is a built-in name or a YAML file.
+def compose_option(group: str, name: str, own: Mapping[str, Any] | None = None,
+                   config_dir: str | Path | None = None) -> dict[str, Any]:
+    """Plain data of one option of a group, with the files that it builds on.
 
-    Overrides are those of the command line and start with `model.`.
+    Args:
+        group: such as "mixer".
+        name: one of `options(group)`.
+        own: keys and values that go on top.
+        config_dir: the user's own folder of configs.
+
+    Raises:
+        ConfigError: no such option, or a file that cannot be read.
+
+    Example:
+        >>> compose_option("mixer", "deltanet", {"num_heads": 2})
+        {'kind': 'delta_rule', 'decay': 'none', 'conv_size': 4, 'output_gate': 'none', 'num_heads': 2}
     """
-    return load_config("train", [f"model={_quoted(str(model))}", *overrides], config_dir).model
+    with tempfile.TemporaryDirectory(prefix="hybridlm-config-") as staging:
+        stage = Path(staging)
+        (stage / f"{_FILE}option.yaml").write_text(f"defaults:\n  - /{group}@_here_: {name}\n", encoding="utf-8")
+        config = _compose(f"{_FILE}option", [], [stage, *search_folders(config_dir)])
+    return _resolve(OmegaConf.merge(config, OmegaConf.create(dict(own or {}))))  # type: ignore[arg-type]
 
 
 def _stage_root(name: str, folders: list[Path], stage: Path) -> tuple[str, list[str]]:
@@ -134,10 +196,10 @@ def _parse_one(text: str) -> Override:
             reason = reasons[0].split(":")[0] if reasons else "a special character"
             raise ConfigError("", f"cannot read the override {text!r}: {reason}", expected="key=value",
                               hint="quote a value with special characters: 'key=\"value\"'") from None
-    return OverridesParser.create().parse_overrides([f"{key}={_quoted(value)}"])[0]
+    return OverridesParser.create().parse_overrides([f"{key}={quote(value)}"])[0]
 
 
-def _split(overrides: list[Override], folders: list[Path], stage: Path) -> tuple[list[str], list[Override]]:
+def _separate(overrides: list[Override], folders: list[Path], stage: Path) -> tuple[list[str], list[Override]]:
     """Overrides that pick files, for Hydra, and those that set values. A path to a YAML file is staged."""
     groups = {str(path.parent.relative_to(folder)) for folder in folders for path in folder.rglob("*.yaml")} - {"."}
     files, values = [], []
@@ -201,7 +263,7 @@ def _copy(path: Path, target: Path, group: str | None = None) -> None:
 
 def _compose(name: str, overrides: list[str], folders: list[Path]) -> DictConfig:
     """Runs Hydra over `folders`, the first of which wins; leaves a Hydra that is already at work as it was."""
-    others = ",".join(_quoted(f"file://{folder}") for folder in folders[1:])
+    others = ",".join(quote(f"file://{folder}") for folder in folders[1:])
     with _HYDRA, _own_hydra():
         try:
             with initialize_config_dir(str(folders[0]), job_name="hybridlm", version_base="1.3"):
@@ -269,25 +331,19 @@ def _apply(config: DictConfig, override: Override) -> None:
         raise ConfigError(key, f"cannot be set: {_one_line(error)}") from None
 
 
-def _convert(config: DictConfig, files: list[str], values: list[Override], *, whole: bool) -> None:
-    """A recipe with an indexer takes the model from the checkpoint, and then what the overrides say of it.
-
-    `whole`: the config was read from one file, a run's own; its model is converted already.
-    """
-    if OmegaConf.select(config, "recipe.indexer") is None:
-        return
-    recipe = from_dict(RecipeConfig, _resolve(config)["recipe"], "recipe", root=Config)
-    if whole and has_indexer(from_dict(ModelConfig, _resolve(config)["model"], "model")):
-        return
-    chosen = [text for text in files if re.match(r"\+*model=", text)]
-    if chosen:
-        raise ConfigError("model", f"comes from the checkpoint with recipe={recipe.name}", got=chosen[0].split("=")[1],
-                          hint="leave model=... out; init_from says which checkpoint is converted")
-    init_from = OmegaConf.select(config, "init_from")
-    config.model = OmegaConf.create(to_dict(converted_model(recipe, None if init_from is None else str(init_from))))
+def _change_kinds(config: DictConfig, values: list[Override]) -> None:
+    """Where an override changes the kind of a section such as `optimizer`, options of the old kind alone go."""
     for override in values:
-        if override.key_or_group.startswith("model."):
-            _apply(config, override)
+        section, _, key = override.key_or_group.rpartition(".")
+        registry = registry_of(hint_at(Config, section)) if section and "." not in section else None
+        node = OmegaConf.select(config, section) if registry is not None else None
+        if registry is None or key != registry.key or override.is_delete() or not isinstance(node, DictConfig):
+            continue
+        old, new = node.get(key, registry.default), override.value()
+        if old in registry and new in registry and old != new:
+            kept = {field.name for field in dataclasses.fields(registry.config_class(new))}
+            for name in {field.name for field in dataclasses.fields(registry.config_class(old))} - kept:
+                node.pop(name, None)
 
 
 def _delete(config: DictConfig, key: str) -> None:
@@ -320,7 +376,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(useful[:2])
 
 
-def _quoted(text: str) -> str:
+def quote(text: str) -> str:
     """A value in the quotes of Hydra's grammar, where backslashes count only before a quote."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), text)
     return f"'{escaped}'"

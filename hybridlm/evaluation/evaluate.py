@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridlm import checkpoint as ckpt
-from hybridlm.config.compose import load_config
 from hybridlm.config.schema import Config
 from hybridlm.data import PackedDataset, check_vocab, prepare
 from hybridlm.errors import DataError, require
 from hybridlm.evaluation.decode_speed import decode_speed
 from hybridlm.evaluation.perplexity import perplexity_by_position
+from hybridlm.run_config import load_config
 from hybridlm.training.stages import plan_stages
 
 PARTS = ("perplexity", "decode")

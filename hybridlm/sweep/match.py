@@ -97,7 +97,7 @@ def match_model(model: ModelConfig, cost: Cost, target: float, match: Budget) ->
     Returns:
         The changed config, or the nearest cost that was reached where no size reaches the target.
 
-    >>> from hybridlm.config import load_model_config
+    >>> from hybridlm.run_config import load_model_config
     >>> model = load_model_config("hybrid_tiny")
     >>> larger = match_model(model, lambda model: count_parameters(model).total, 300_000, "params")
     >>> abs(count_parameters(larger).total / 300_000 - 1) < 0.01

@@ -12,9 +12,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hybridlm.config.compose import load_config
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError
+from hybridlm.run_config import load_config
 from hybridlm.sweep.match import match_points
 from hybridlm.sweep.point import SEED_KEY, Point, identify_run, shorten_keys
 from hybridlm.sweep.probe_tasks import PointWork

@@ -14,12 +14,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from hybridlm.config.compose import load_config
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, load_yaml
 from hybridlm.distributed.engine import pick_device
 from hybridlm.errors import UserError
 from hybridlm.evaluation.probe_training import train_on_probe
+from hybridlm.run_config import load_config
 from hybridlm.sweep.folder import POINT_FILE
 from hybridlm.sweep.probe_tasks import WORK_FILE, PointWork, ProbeTask, read_probe_result, write_probe_result
 from hybridlm.training.run_folder import RunFolder

@@ -58,8 +58,8 @@ def build(system: str, size: str, threads: int) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hybridlm.config import load_model_config
     from hybridlm.interop import import_hf, to_hf_config
+    from hybridlm.run_config import load_model_config
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -158,9 +158,9 @@ def time_growth(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time a token of one linear layer each, at 4096 tokens over 1024: linear mixers must stay near 1."""
     import torch
 
-    from hybridlm.config import load_model_config
     from hybridlm.model.mixers import build_mixer
     from hybridlm.model.sequence import SequenceInfo
+    from hybridlm.run_config import load_model_config
 
     rows = []
     for size in args.sizes:

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from hybridlm.checkpoint import load_checkpoint, resolve, step_folders
-from hybridlm.config import load_config
 from hybridlm.config.schema import Config
 from hybridlm.data import PackedDataset, prepare
 from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.run_config import load_config
 from hybridlm.training import train
 from hybridlm.training.sparse import indexed_mixers, measuring
 

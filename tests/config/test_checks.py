@@ -2,9 +2,9 @@
 
 import pytest
 
-from hybridlm.config import load_config
 from hybridlm.config.checks import check_patterns, parameter_names
 from hybridlm.errors import ConfigError
+from hybridlm.run_config import load_config
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

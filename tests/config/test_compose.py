@@ -9,10 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from hybridlm.config import config_dir, from_dict, load_config, load_model_config, to_yaml
+from hybridlm.config import config_dir, from_dict, to_yaml
 from hybridlm.config.paths import options
 from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError
+from hybridlm.run_config import load_config, load_model_config
 
 MODELS = ("deepseek_v32_671b, deepseek_v32_tiny, hybrid_1b, hybrid_probes, hybrid_tiny, kda_dsa_1b, kda_dsa_tiny, "
           "kimi_linear_48b, kimi_linear_tiny, "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm.config import from_dict, load_config, load_yaml, to_dict
+from hybridlm.config import from_dict, load_yaml, to_dict
 from hybridlm.config.legacy import (
     EARLIER_FIELDS,
     RENAMED_KEYS,
@@ -20,6 +20,7 @@ from hybridlm.config.legacy import (
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import hint_at
 from hybridlm.errors import ConfigError
+from hybridlm.run_config import load_config
 
 OLD = Path(__file__).parent / "saved" / "version_0_1.yaml"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hybridlm.config import load_model_config
 from hybridlm.model.config import ModelConfig
+from hybridlm.run_config import load_model_config
 
 FULL = {"kimi_linear": "kimi_linear_48b", "minimax_01": "minimax_01_456b", "qwen3_next": "qwen3_next_80b",
         "deepseek_v32": "deepseek_v32_671b"}

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from hybridlm.checkpoint import load_checkpoint, resolve
 from hybridlm.cli import main
 from hybridlm.cli.eval import _parser
-from hybridlm.config.compose import load_config
 from hybridlm.data import PackedDataset, prepare
 from hybridlm.evaluation.decode_speed import decode_speed
 from hybridlm.evaluation.evaluate import run_config
 from hybridlm.evaluation.perplexity import buckets, perplexity_by_position, token_losses
 from hybridlm.evaluation.probes import PROBES
 from hybridlm.model.cost import decode_state_bytes
+from hybridlm.run_config import load_config
 
 SMALL = ["model=hybrid_tiny", "model.num_layers=2", "model.hidden_size=32", "model.schedule.ratio=1",
          "model.feed_forward={kind: dense, intermediate_size: 64}"]

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from hybridlm.config.compose import load_config
 from hybridlm.data.tokenizer import Tokenizer, byte_tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.evaluation.probe_training import model_for_probe, score_on_probe, train_on_probe
 from hybridlm.evaluation.probes import PROBES, make_probe
 from hybridlm.evaluation.probes.pretrained import check_zero_shot, draw_tokens, model_with_own_weights
 from hybridlm.model.model import build_model
+from hybridlm.run_config import load_config
 
 SMALL = {"num_pairs": 2, "key_vocab": 4, "value_vocab": 4}
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybridlm.config.compose import load_config
 from hybridlm.errors import ConfigError
 from hybridlm.evaluation.probe_training import model_for_probe, score_on_probe, train_on_probe
 from hybridlm.evaluation.probes import make_probe
 from hybridlm.model.model import build_model
+from hybridlm.run_config import load_config
 
 
 @pytest.fixture(scope="module")

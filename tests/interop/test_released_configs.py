@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 
-from hybridlm.config import load_model_config
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.interop.family_registry import families, find_family, read_model_config, write_hf_config
 from hybridlm.interop.import_export import ImportPlan, import_hf, list_our_tensors, to_hf_config
 from hybridlm.interop.tensor_source import StateDictSource
 from hybridlm.model.canonical import canonical, differences
+from hybridlm.run_config import load_model_config
 from tests.support.hf_zoo import build
 
 FULL = [4, 8, 12, 16, 20, 24, 27]

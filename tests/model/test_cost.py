@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridlm.config import load_model_config
 from hybridlm.config.paths import options
 from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops, training_parts
 from hybridlm.model.memory import activation_bytes_per_token, training_memory
@@ -14,6 +13,7 @@ from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
 from hybridlm.model.mixers.common.cost import count_open_tail, count_visible_pools
 from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.run_config import load_model_config
 from hybridlm_kernels.ops.indexer_kl import torch_backend as kl_blocks
 from hybridlm_kernels.ops.sparse_attention import torch_backend as sparse_blocks
 

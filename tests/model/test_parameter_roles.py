@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from hybridlm.config.compose import load_config
 from hybridlm.model.mixers import build_mixer
 from hybridlm.model.model import HybridLM
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
+from hybridlm.run_config import load_config
 from tests.support.mixer_cases import CASES, context_of
 
 

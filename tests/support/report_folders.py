@@ -7,9 +7,9 @@ import json
 import math
 from functools import cache
 
-from hybridlm.config.compose import load_config
 from hybridlm.config.serialization import to_dict, to_yaml
 from hybridlm.files import write_json
+from hybridlm.run_config import load_config
 from hybridlm.sweep.plan import SweepPlan, merge_same_runs
 from hybridlm.sweep.point import Point
 from hybridlm.sweep.probe_tasks import read_tasks

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from hybridlm.checkpoint import folder as files
 from hybridlm.checkpoint import saving
 from hybridlm.cli import main
-from hybridlm.config.compose import load_config
 from hybridlm.planning.rank_memory import rank_memory
+from hybridlm.run_config import load_config
 from hybridlm.tensor_storage import StoredTensor
 from hybridlm.training.saver import Saver
 from hybridlm.training.trainer import Trainer

@@ -3,8 +3,8 @@
 import pytest
 
 from hybridlm.cli import main
-from hybridlm.config import load_model_config
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
+from hybridlm.run_config import load_model_config
 from hybridlm.sweep.match import match_model
 from hybridlm.sweep.plan import make_plan
 

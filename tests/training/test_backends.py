@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from hybridlm.config import load_config
 from hybridlm.model.model import build_model
+from hybridlm.run_config import load_config
 from hybridlm.training.backends import FILE, Row, noting_backends, ranges, report
 from hybridlm_kernels import registry
 from hybridlm_kernels.registry import Backend, Call, Operation

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from hybridlm import checkpoint
-from hybridlm.config import load_config
 from hybridlm.config.serialization import to_yaml
 from hybridlm.errors import ConfigError
 from hybridlm.model import generate
 from hybridlm.model.config import ScheduleConfig
 from hybridlm.model.model import build_model
 from hybridlm.optimizers import build_optimizer
+from hybridlm.run_config import load_config
 from hybridlm.training import train
 from hybridlm.training import trainer as trainer_module
 from hybridlm.training.stages import check_trained

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hybridlm import checkpoint
-from hybridlm.config import load_config, load_model_config
 from hybridlm.interop import save_checkpoint
 from hybridlm.model.model import build_model
+from hybridlm.run_config import load_config, load_model_config
 from hybridlm.training import train
 from tests.support import tiny_run
 

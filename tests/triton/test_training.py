@@ -4,7 +4,7 @@
 import pytest
 
 pytest.importorskip("hydra", reason="a run is composed by hydra, which a machine with the kernels alone need not have")
-from hybridlm.config import load_config
+from hybridlm.run_config import load_config
 from hybridlm.training import train
 from hybridlm_kernels import registry
 from tests.support import tiny_run

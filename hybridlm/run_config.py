@@ -1,0 +1,169 @@
+"""The config of a run from a name and overrides: composing, and what a recipe takes from a checkpoint.
+
+    config = load_config("train", ["model=kimi_linear_tiny", "training.steps=100"])
+    config = load_config("train", ["recipe=dsa_tiny", "init_from=runs/first"])
+
+`hybridlm.config` composes and checks, and knows no checkpoint. A recipe with an indexer converts one: its model is that
+of `init_from`, with the indexer in its softmax layers. So loading a config stands above both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridlm import checkpoint
+from hybridlm.config.checks import model_has_indexer
+from hybridlm.config.compose import compose_run, quote
+from hybridlm.config.schema import Config, RecipeConfig
+from hybridlm.config.serialization import from_dict, to_dict
+from hybridlm.errors import ConfigError
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.edit import add_indexer
+from hybridlm.model.mixers import IndexerConfig
+from hybridlm.model.model import build_model
+
+
+def load_config(name: str = "train", overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
+    """Compose and check the config of a whole run.
+
+    Args:
+        name: a root config ("train"), an experiment or a model of the built-in ones, or a YAML file such as the
+            config.yaml of a checkpoint.
+        overrides: those of the command line: "model=qwen3_next_tiny", "training.steps=100", "model=path/to/mine.yaml".
+        config_dir: a folder of your own configs, laid out as the built-in one and searched before it.
+
+    Raises:
+        ConfigError: anything wrong with a name, a key or a value.
+        CheckpointError: the checkpoint that the recipe converts cannot be used.
+
+    Example:
+        >>> config = load_config("train", ["model=kimi_linear_tiny", "optimizer.lr=2e-3"])
+        >>> config.model.layers(), config.optimizer.lr
+        (['kda', 'kda', 'kda', 'full', 'kda', 'kda', 'full'], 0.002)
+    """
+    composed = compose_run(name, overrides, config_dir)
+    if composed.has("recipe.indexer"):
+        recipe = from_dict(RecipeConfig, composed.section("recipe"), "recipe", root=Config)
+        # The config.yaml of a run that converted a checkpoint holds the converted model already.
+        converted = composed.from_file and model_has_indexer(
+            from_dict(ModelConfig, composed.section("model"), "model"))
+        if not converted:
+            if composed.model_choice is not None:
+                raise ConfigError("model", f"comes from the checkpoint with recipe={recipe.name}",
+                                  got=composed.model_choice,
+                                  hint="leave model=... out; init_from says which checkpoint is converted")
+            init_from = composed.section("init_from")
+            model = convert_model(recipe, None if init_from is None else str(init_from))
+            composed.replace_model(to_dict(model))
+    return composed.finish()
+
+
+def load_model_config(model: str | Path, overrides: Sequence[str] = (),
+                      config_dir: str | Path | None = None) -> ModelConfig:
+    """Compose and check the config of a model alone.
+
+    Args:
+        model: a built-in name or a YAML file.
+        overrides: those of the command line; they start with "model.".
+        config_dir: a folder of your own configs, searched before the built-in one.
+
+    Raises:
+        ConfigError: anything wrong with a name, a key or a value.
+
+    Example:
+        >>> load_model_config("hybrid_tiny", ["model.schedule.ratio=1"]).layers()
+        ['kda', 'full', 'kda', 'full']
+    """
+    return load_config("train", [f"model={quote(str(model))}", *overrides], config_dir).model
+
+
+def convert_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
+    """The checkpoint's model with the indexer of `recipe.indexer` in `recipe.layers`; nothing is allocated.
+
+    Layers that have an indexer keep it, with its own options. Index queries and keys rotate where the layer's own do.
+    With `share: n` in the indexer's options, every n-th converted layer gets an indexer, and those between read its
+    selection.
+
+    Args:
+        recipe: one with an indexer.
+        init_from: the run or checkpoint folder that the run starts from; None where none is named.
+
+    Raises:
+        ConfigError: no checkpoint is named, it has no layer to convert, or a stage would select keys by an indexer
+            that nothing has trained.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    if init_from is None:
+        raise ConfigError("init_from", "is missing", expected=f"the checkpoint that recipe={recipe.name} converts")
+    if not Path(init_from).expanduser().exists():
+        raise ConfigError("init_from", "no such checkpoint", got=init_from,
+                          expected="a run folder or a checkpoint folder")
+    config = checkpoint.read_model_config(checkpoint.resolve(init_from, hashes=False))
+    layers = layers_to_convert(config, recipe.layers)
+    if not layers:
+        return config
+    first = recipe.stages[0]
+    if first.attention_mode != "dense":
+        raise ConfigError("recipe.stages.0.attention_mode", "would select keys by an indexer that nothing has trained",
+                          got=first.attention_mode, expected="a dense stage first (indexer_warmup)",
+                          hint="or init_from a checkpoint that went through one")
+    names = config.layers()
+    all_rotate = all(config.mixers[names[i]].rotates() for i in layers)
+    options: dict[str, Any] = {"mode": "dense", "rope_kind": "half" if all_rotate else "none"} | (recipe.indexer or {})
+    share = options.pop("share", 1)
+    if not isinstance(share, int) or isinstance(share, bool) or share < 1:
+        raise ConfigError("recipe.indexer.share", "is how many converted layers read one indexer's selection",
+                          got=share, expected="1 (each has its own), 2, 3, ...")
+    readers = [layer for position, layer in enumerate(layers) if position % share]
+    try:
+        indexer = from_dict(IndexerConfig, options, "indexer")
+        model = add_indexer(build_model(config, device="meta"), indexer, layers[::share])[0]
+        if readers:
+            model = add_indexer(model, dataclasses.replace(indexer, share=True), readers)[0]
+    except ConfigError as error:
+        inside = error.key.partition("indexer.")[2]
+        raise ConfigError(f"recipe.indexer.{inside}" if inside else f"recipe.layers: {error.key}", error.what,
+                          got=error.got, expected=error.expected, hint=error.hint) from None
+    model.config.name = f"{config.name or 'model'}_dsa"
+    return model.config
+
+
+def layers_to_convert(config: ModelConfig, wanted: Sequence[int] | None) -> list[int]:
+    """Indices of the layers that are to get an indexer; those that have one are left out.
+
+    Args:
+        config: the model of the checkpoint.
+        wanted: the layers to convert, negative ones from the end; None for all softmax layers that see every token.
+
+    Raises:
+        ConfigError: there is no such layer, or a wanted one cannot take an indexer.
+    """
+    convertible: list[int] = []
+    indexed: list[int] = []
+    names = config.layers()
+    for index, name in enumerate(names):
+        mixer = config.mixers[name]
+        if mixer.has_indexer():
+            indexed.append(index)
+        elif mixer.can_take_indexer():
+            convertible.append(index)
+    if wanted is None:
+        if not convertible and not indexed:
+            kinds = sorted({f"{name} ({config.mixers[name].kind})" for name in names})
+            raise ConfigError("init_from", "holds a model without full attention: there is nothing to convert",
+                              got=", ".join(kinds), expected="layers of kind attention (without a window) or mla")
+        return convertible
+    for index in wanted:
+        if not -len(names) <= index < len(names):
+            raise ConfigError("recipe.layers", "names a layer the model does not have", got=index,
+                              expected=f"0 to {len(names) - 1}")
+    chosen = sorted({index % len(names) for index in wanted})
+    wrong = [index for index in chosen if index not in convertible and index not in indexed]
+    if wrong or not chosen:
+        raise ConfigError("recipe.layers", "names a layer that is not full attention" if wrong else "names no layer",
+                          got=f"{wrong[0]} ({names[wrong[0]]})" if wrong else list(wanted),
+                          expected=f"some of {sorted([*convertible, *indexed])}")
+    return [index for index in chosen if index in convertible]
