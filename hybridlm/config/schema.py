@@ -1,4 +1,8 @@
-"""Typed configuration of a run, all but the model (`hybridlm.model.config`)."""
+"""The typed config of a run, section by section.
+
+The model's stands in `hybridlm.model.config`, those of kinds (mixers, feed-forwards, residuals, optimizers, engines) in
+the files of the kinds. docs/configuration.md lists all keys.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,25 @@ from hybridlm.optimizers import AdamWConfig, OptimizerConfig
 
 @dataclass(kw_only=True)
 class DataSourceConfig:
-    """One source of documents.
-
-    `path`: `stdlib` (the Python standard library's own sources), a file, folder or glob pattern (.txt .md .py
-    .jsonl .jsonl.gz .parquet), or a `datasets` dataset by name (owner/name) or saved folder.
-    """
+    """One source of documents."""
 
     path: str = "stdlib"
+    """`stdlib` (the Python standard library's own sources), a file, folder or glob pattern (.txt .md .py .jsonl
+    .jsonl.gz .parquet), or a `datasets` dataset by name (owner/name) or saved folder."""
     format: Literal["auto", "stdlib", "text", "jsonl", "parquet", "dataset"] = "auto"
+    """What `path` is; `auto` tells by the name and by what is there."""
     text_field: str = "text"
+    """The field that holds the text, of JSON lines, parquet files and datasets."""
     split: str = "train"
-    name: str | None = None  # configuration name of a `datasets` dataset
-    document_separator: str | None = None  # text files: cut each file into documents here
-    weight: float = 1.0  # share of the samples in a mixture, relative to the other sources
+    """Split of a `datasets` dataset."""
+    name: str | None = None
+    """Configuration name of a `datasets` dataset."""
+    document_separator: str | None = None
+    """Text files are cut into documents at this text; null: each file is one document."""
+    weight: float = 1.0
+    """Proportion of the samples in a mixture, relative to the weights of the other sources."""
     invalid_utf8: Literal["error", "replace"] = "error"
+    """What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place."""
 
     def __post_init__(self) -> None:
         require(0 < self.weight < math.inf, "weight", "must be positive and finite", got=self.weight)
@@ -39,21 +48,30 @@ class DataSourceConfig:
 
 @dataclass(kw_only=True)
 class DataConfig(DataSourceConfig):
-    """Where tokens come from. `mixture` replaces `path` by several weighted sources."""
+    """The source of a run's tokens, its tokenizer and its validation documents."""
 
     mixture: list[DataSourceConfig] = field(default_factory=list)
-    tokenizer: str = "bytes"  # bytes | bpe (trained on the corpus) | a tokenizer.json, folder or name
-    tokenizer_vocab_size: int = 4096  # for bpe
-    tokenizer_eos: str | None = None  # the end-of-text token, where the tokenizer's files do not name it
-    validation_fraction: float = 0.02  # of the documents, chosen by a hash of their content
-    validation_path: str | None = None  # another source for validation; then the fraction is unused
-    validation_split: str | None = None  # split of a `datasets` dataset to validate on; then likewise
-    cache_dir: str | None = None  # prepared shards; default: a folder in the user's cache
+    """Several weighted sources, in place of `path`."""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe` (trained on the corpus), or a tokenizer.json, a folder with one or a name on the hub."""
+    tokenizer_vocab_size: int = 4096
+    """Tokens of a `bpe` tokenizer."""
+    tokenizer_eos: str | None = None
+    """The end-of-text token, where the tokenizer's files do not name it."""
+    validation_fraction: float = 0.02
+    """Fraction of the documents that is kept for validation, chosen by a hash of their content."""
+    validation_path: str | None = None
+    """Another source for validation, in place of the fraction."""
+    validation_split: str | None = None
+    """Split of a `datasets` dataset for validation, in place of the fraction."""
+    cache_dir: str | None = None
+    """Folder for prepared token shards; null: one in the user's cache."""
     shard_tokens: int = 50_000_000
+    """Tokens per shard file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.validation_fraction < 1, "validation_fraction", "must be a share of the documents",
+        require(0 <= self.validation_fraction < 1, "validation_fraction", "must be a fraction of the documents",
                 got=self.validation_fraction, expected="at least 0 and below 1")
         require(not (self.mixture and self.validation_split and not self.validation_path), "validation_split",
                 "needs validation_path beside a mixture", got=self.validation_split)
@@ -63,25 +81,32 @@ class DataConfig(DataSourceConfig):
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """One stage of a recipe. null takes the value of `training` (or `optimizer.lr`), or of the model's indexers.
-
-    `attention_mode` and `topk` are those of layers with an indexer. `loss_weights` replaces the weights of losses by
-    name. `eval_recall`: validation also measures the selections against the dense attention, at its cost.
-    `recall_every`: so does one training step in so many; null: none.
-    """
+    """One stage of a recipe. Options that are null take their value from `training`, `optimizer` or the model."""
 
     name: str
+    """Name in logs and metrics; no two stages share one."""
     steps: int | None = None
+    """Optimizer steps; null with `tokens` null: those that `training` says."""
     tokens: int | None = None
+    """Tokens in place of steps, rounded up to whole steps."""
     sequence_length: int | None = None
+    """Tokens per sequence; null: `training.sequence_length`."""
     batch_size: int | None = None
+    """Sequences per step over all processes; null: `training.batch_size`."""
     lr: float | None = None
-    trainable: list[str] = field(default_factory=lambda: ["*"])  # shell patterns over parameter names
+    """Peak learning rate; null: `optimizer.lr`."""
+    trainable: list[str] = field(default_factory=lambda: ["*"])
+    """Shell patterns over parameter names; all other parameters are frozen."""
     attention_mode: Literal["dense", "sparse"] | None = None
+    """What layers with an indexer attend to: all keys, or those that the indexer selects; null: the model's own."""
     topk: int | None = None
+    """Keys that an indexer selects per query; null: the model's own."""
     loss_weights: dict[str, float] = field(default_factory=dict)
+    """Weights of losses by name (lm, mtp, z, balance, router_z, indexer_kl), in place of the model's own."""
     eval_recall: bool = False
+    """Validation also compares the selections of indexers with dense attention, which costs as much as that."""
     recall_every: int | None = None
+    """Training steps from one such comparison to the next; null: none in training."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "tokens", "sequence_length", "batch_size", "lr", "topk", "recall_every"):
@@ -99,16 +124,17 @@ class StageConfig:
 
 @dataclass(kw_only=True)
 class RecipeConfig:
-    """A run is a list of stages, one after the other.
-
-    With `indexer` (options of an IndexerConfig) the run converts the checkpoint `init_from` into sparse attention: the
-    model is the checkpoint's, with that indexer in `layers` (null: every full attention layer).
-    """
+    """The stages of a run, one after the other, and what the run converts before the first."""
 
     name: str = "pretrain"
+    """Name of the recipe, in error messages."""
     stages: list[StageConfig] = field(default_factory=lambda: [StageConfig(name="pretrain")])
+    """At least one stage; each goes on with the weights of the one before."""
     indexer: dict[str, Any] | None = None
+    """Options of an IndexerConfig: the model is that of `init_from`, with this indexer in `layers`. null: no
+    conversion."""
     layers: list[int] | None = None
+    """Layers that get the indexer, negative ones from the end; null: every full attention layer."""
 
     def __post_init__(self) -> None:
         require(len(self.stages) > 0, "stages", "is empty", expected="at least one stage")
@@ -120,26 +146,44 @@ class RecipeConfig:
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """One training run. Batch size is global, in sequences."""
+    """Length, batches and bookkeeping of a training run. A step is one update of the optimizer."""
 
     steps: int = 1000
-    tokens: int | None = None  # instead of steps: rounded up to whole steps
+    """Optimizer steps."""
+    tokens: int | None = None
+    """Tokens in place of steps, rounded up to whole steps."""
     sequence_length: int = 512
+    """Tokens per sequence."""
     batch_size: int = 8
-    micro_batch_size: int | None = None  # sequences a forward; the rest is gradient accumulation
+    """Sequences per step, over all processes."""
+    micro_batch_size: int | None = None
+    """Sequences per forward; gradients accumulate until the batch is complete. null: the whole batch at once."""
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    """Seed of the first weights and of the data order."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast over fp32 weights; auto takes it on a GPU that has it."""
     grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
     activation_checkpointing: bool = False
-    log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
-    eval_every: int = 100  # 0: only at the end
+    """Keep only the input of each layer for the backward pass and compute everything else again."""
+    log_every: int = 10
+    """Steps between printed lines; metrics.jsonl has every step."""
+    eval_every: int = 100
+    """Steps between validations; 0: only at the end."""
     eval_batches: int = 16
+    """Batches of one validation."""
     checkpoint_every: int = 100
+    """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    async_checkpoint: bool = True  # written while training goes on, from a copy on the host; false: training waits
+    """Newest checkpoints that stay; older ones are deleted."""
+    async_checkpoint: bool = True
+    """A thread writes a copy of the state while training goes on; false: training waits."""
     resume: Literal["auto", "never", "require"] = "auto"
-    max_bad_steps: int = 10  # non-finite steps in a row before the run stops
-    record_samples: bool = False  # which samples each process computed in each step, in samples-RANK.jsonl
+    """auto goes on where `run_dir` stopped, if it holds a run; `never` refuses such a folder, `require` any other."""
+    max_bad_steps: int = 10
+    """Steps in a row with a gradient that is not finite before the run stops."""
+    record_samples: bool = False
+    """Write down which samples each process computed in each step, in samples-RANK.jsonl."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "sequence_length", "batch_size", "log_every", "checkpoint_every",
@@ -155,9 +199,14 @@ class TrainingConfig:
 
 @dataclass(kw_only=True)
 class TrackingConfig:
+    """Tracking of metrics beside the run folder, by Weights & Biases."""
+
     wandb: Literal["off", "offline", "online"] = "off"
+    """`offline` writes to the run folder, for `wandb sync`; `online` sends at once."""
     project: str = "hybridlm"
+    """Project to which the run belongs."""
     run_name: str | None = None
+    """Name of the run; null: the name of its folder."""
 
 
 @dataclass(kw_only=True)
@@ -171,9 +220,13 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     engine: EngineConfig = field(default_factory=SingleConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    kernels: dict[str, Any] = field(default_factory=dict)  # operation -> backend, and strict
+    kernels: dict[str, Any] = field(default_factory=dict)
+    """Operation -> the backend it must use; and `strict`: whether falling back from the best backend is an error (null: on
+    a GPU)."""
     run_dir: str = "runs/default"
+    """Folder of everything that the run writes."""
     init_from: str | None = None
+    """Run or checkpoint folder whose weights the run starts from; null: fresh weights."""
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir.strip()), "run_dir", "is empty", expected="a folder; run_dir=. is this one")

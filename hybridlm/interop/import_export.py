@@ -164,7 +164,7 @@ def to_hf_config(config: ModelConfig, family: str | None = None) -> PreTrainedCo
     Raises:
         ConfigError: `family` does not compute this model.
 
-    >>> from hybridlm.config import load_model_config
+    >>> from hybridlm.run_config import load_model_config
     >>> to_hf_config(load_model_config("kimi_linear_tiny")).model_type
     'kimi_linear'
     """
