@@ -8,7 +8,9 @@ config like any other mixer.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hybridlm.config.serialization import from_dict, to_dict
@@ -22,6 +24,16 @@ from hybridlm.model.schedule import expand
 PRESET_GROUP = "mixer"  # the config group whose options a schedule may name
 
 
+@dataclass(kw_only=True)
+class _ModelOutline:
+    """The part of a model's config by which presets are chosen and sized."""
+
+    hidden_size: int
+    num_layers: int
+    schedule: ScheduleConfig
+    max_position: int = ModelSizes.max_position
+
+
 def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str, Mapping[str, Any]], dict]) -> Any:
     """A model's config with the presets that its schedule names and its `mixers` do not define.
 
@@ -33,21 +45,24 @@ def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str
         read_preset: gives the options of a preset, with the given options on top.
 
     Returns:
-        The model with the presets added, or `model` itself where none is needed or the model cannot be read (then the
-        check of the whole config says what is wrong).
+        The model with the presets added, or `model` itself where none is needed.
 
     Raises:
-        ConfigError: the schedule names a mixer that the model does not define and that is no preset.
+        ConfigError: the schedule names a mixer that the model does not define and that is no preset, or the model's
+            sizes or schedule cannot be read.
     """
-    if not isinstance(model, dict) or not isinstance(model.get("mixers"), dict):
-        return model
-    mixers = model["mixers"]
+    mixers = model.get("mixers") if isinstance(model, dict) else None
+    if not isinstance(mixers, dict):
+        return model  # the check of the whole config says what is wrong
+    keys = [field.name for field in dataclasses.fields(_ModelOutline)]
+    outline = from_dict(_ModelOutline, {key: model[key] for key in keys if key in model}, "model")
+    needed = _named_mixers(outline, model.get("mtp"))
     defined = {name: options for name, options in mixers.items() if isinstance(options, dict) and "kind" in options}
-    needed = _named_mixers(model)
     added = {}
     for name, (key, place) in needed.items():
-        if name in presets and name not in defined:
-            added[name] = _fit(read_preset(name, mixers.get(name) or {}), model, [*needed, *defined], defined)
+        own = mixers.get(name, {})
+        if name in presets and name not in defined and isinstance(own, dict | None):
+            added[name] = _fit(read_preset(name, own or {}), outline, [*needed, *defined], defined)
         elif name not in mixers:
             raise ConfigError(key, f"{place}names an unknown mixer", got=name,
                               expected=f"one of {', '.join(sorted(defined))} of the model, or a preset: "
@@ -56,43 +71,40 @@ def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str
     return {**model, "mixers": {**mixers, **added}} if added else model
 
 
-def _named_mixers(model: dict[str, Any]) -> dict[str, tuple[str, str]]:
+def _named_mixers(model: _ModelOutline, mtp: Any) -> dict[str, tuple[str, str]]:
     """The mixers that the schedule and multi-token prediction name: name -> (key, words for where it stands)."""
     try:
-        layers = expand(from_dict(ScheduleConfig, model.get("schedule"), "model.schedule"), model["num_layers"])
-    except (ConfigError, KeyError, TypeError):
-        return {}  # the check of the whole config says what is wrong
+        layers = expand(model.schedule, model.num_layers)
+    except ConfigError as error:
+        raise error.within("model") from None
     named: dict[str, tuple[str, str]] = {}
     for index, name in enumerate(layers):
         named.setdefault(name, ("model.schedule", f"layer {index} "))
-    mtp = model.get("mtp")
     if isinstance(mtp, dict) and isinstance(mtp.get("mixer"), str):
         named.setdefault(mtp["mixer"], ("model.mtp.mixer", ""))
     return named
 
 
-def _fit(options: dict[str, Any], model: dict[str, Any], order: list[str], defined: dict[str, Any]) -> dict[str, Any]:
+def _fit(options: dict[str, Any], model: _ModelOutline, order: list[str], defined: dict[str, Any]) -> dict[str, Any]:
     """The preset with what it leaves open taken from the model's mixers.
 
     Args:
         options: of the preset, with a person's own on top.
-        model: plain data of the model's config.
+        model: the model's sizes.
         order: names of the mixers to follow, those of the schedule first.
         defined: options of the mixers that the model defines, by name.
     """
     registry = registry_of(MixerConfig)
-    kind, width = options.get("kind"), model.get("hidden_size")
-    if registry is None or kind not in registry or not isinstance(width, int):
-        return options
+    if registry is None or options.get("kind") not in registry:
+        return options  # the check of the whole config says what is wrong
     followed = []
     for name in dict.fromkeys(order):
         try:
             followed.append(from_dict(MixerConfig, defined.get(name)))
         except ConfigError:
             continue  # not defined, or wrong: the check of the whole config says so
-    sizes = ModelSizes(hidden_size=width, max_position=model.get("max_position", ModelSizes.max_position),
-                       mixers=followed)
-    config_class: Any = registry.config_class(kind)
+    sizes = ModelSizes(hidden_size=model.hidden_size, max_position=model.max_position, mixers=followed)
+    config_class: Any = registry.config_class(options["kind"])
     fitted = config_class.fill_sizes(options, sizes)
     nearest = sizes.nearest_mixer(config_class)
     if "residual" not in options and nearest is not None:

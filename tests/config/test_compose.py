@@ -85,6 +85,18 @@ def test_a_mapping_with_a_kind_replaces_the_old_one():
     assert (merged.model.feed_forward.kind, merged.model.feed_forward.num_experts) == ("moe", 4)
 
 
+def test_another_kind_leaves_the_options_of_the_old_one_behind():
+    config = load_config("train", ["experiment=hybrid_1b", "optimizer.kind=adamw", "data.path=stdlib"])
+    assert (config.optimizer.kind, config.optimizer.lr) == ("adamw", 6e-4)
+    config = load_config("train", ["engine=zero3", "engine.kind=ddp", "engine.timeout=5"])
+    assert (config.engine.kind, config.engine.timeout) == ("ddp", 5)
+    assert error("optimizer=adamw", "optimizer.muon_lr=1") == (
+        "optimizer.muon_lr: unknown key; it is an option of kind 'muon'")
+    assert error("optimizer=muon", "optimizer.kind=adamw", "optimizer.muon_lr=1") == (
+        "optimizer.muon_lr: unknown key; it is an option of kind 'muon'")
+    assert error("engine=ddp", "engine.overlap=true").startswith("engine.overlap: unknown key; it is an option of kind")
+
+
 def test_deleting_a_key_gives_its_default_back():
     assert load_config("train", ["~training.steps"]).training.steps == 1000
     config = load_config("train", ["optimizer.schedule.kind=wsd", "~optimizer.schedule"])
@@ -183,8 +195,11 @@ def test_text_in_quotes_null_and_references():
     (["tracking.wandb=ofline"],
      "tracking.wandb: unknown value; got 'ofline'; expected one of off, offline, online; did you mean 'offline'?"),
     (["model.schedule.pattern=[kdda, full]"],
-     "model.schedule: layer 0 names an unknown mixer; got 'kdda'; expected one of ['full', 'kda']; "
-     "did you mean 'kda'?"),
+     "model.schedule: layer 0 names an unknown mixer; got 'kdda'; expected one of full, kda of the model, or a preset: "
+     f"{', '.join(options('mixer'))}; did you mean 'kda'?"),
+    (["model.mtp={depth: 1, mixer: fulll}"],
+     "model.mtp.mixer: names an unknown mixer; got 'fulll'; expected one of full, kda of the model, or a preset: "
+     f"{', '.join(options('mixer'))}; did you mean 'full'?"),
     (["model.schedule.pattern=[]"],
      "model.schedule.pattern: names no mixer; got []; expected a list of mixer names such as [kda, kda, kda, full]"),
     (["model.schedule.override={40: full}"],

@@ -9,7 +9,7 @@ import pytest
 from hybridlm.config.schema import Config, DataConfig, StageConfig, TrackingConfig, TrainingConfig
 from hybridlm.config.serialization import describe, from_dict, hint_at, known_paths, load_yaml, to_dict, to_yaml
 from hybridlm.errors import ConfigError
-from hybridlm.kind_registry import KindRegistry, registry_of, registry_with
+from hybridlm.kind_registry import KindError, KindRegistry, registry_of, registry_with
 from hybridlm.model.config import ModelConfig, ScheduleConfig
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
@@ -217,7 +217,7 @@ def test_a_registry_reads_any_section_by_its_kind(shapes):
     assert error(Drawing, {"radius": 1}) == "radius: unknown key; did you mean 'shape.radius'?"
     assert hint_at(Drawing, "shapes.a.width") is int
     assert hint_at(Drawing, "shape.points") is Any, "kinds differ"
-    with pytest.raises(TypeError, match="shape kind 'inner': Inner does not derive from ShapeConfig"):
+    with pytest.raises(KindError, match="shape kind 'inner': Inner does not derive from ShapeConfig"):
         shapes.register("inner", Inner, None)
 
 

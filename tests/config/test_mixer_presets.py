@@ -1,0 +1,95 @@
+"""Every preset of configs/mixer stands in any model by its name alone; sizes follow the model's."""
+
+import pytest
+
+from hybridlm.config import from_dict, load_yaml, to_yaml
+from hybridlm.config.paths import options
+from hybridlm.config.schema import Config
+from hybridlm.errors import ConfigError
+from hybridlm.model.cost import count_parameters
+from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.run_config import load_config
+
+
+def mixers(*overrides: str, folder=None) -> dict[str, MixerConfig]:
+    return load_config("train", overrides, folder).model.mixers
+
+
+@pytest.mark.parametrize("name", options("mixer"))
+def test_every_preset_is_named_in_a_model_that_lacks_it(name):
+    config = load_config("train", ["model=kimi_linear_tiny", f"model.schedule.pattern=[{name}, full]"])
+    assert config.model.layers()[:2] == [name, "full"]
+    assert count_parameters(config.model).total > 0
+    heads = config.model.mixers[name].head_sizes()
+    assert (heads.num_heads, heads.head_dim) == (4, 16), "those of kda and full"
+
+
+def test_the_added_mixer_is_written_out_and_runs_again(tmp_path):
+    config = load_config("train", ["model=kimi_linear_tiny", "model.schedule.linear=gdn"])
+    assert config.model.layers() == ["gdn", "gdn", "gdn", "full", "gdn", "gdn", "full"]
+    assert set(config.model.mixers) == {"kda", "full", "gdn"}
+    gdn = config.model.mixers["gdn"]
+    assert (gdn.kind, gdn.decay, gdn.num_heads, gdn.head_dim, gdn.conv_size) == ("delta_rule", "scalar", 4, 16, 4)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert load_yaml(file)["model"]["mixers"]["gdn"]["num_heads"] == 4
+    assert from_dict(Config, load_yaml(file)) == config == load_config(str(file))
+
+
+def test_own_options_win_over_the_preset_and_over_the_model_s_sizes(tmp_path):
+    gdn = mixers("model=kimi_linear_tiny", "model.schedule.linear=gdn", "model.mixers.gdn.num_heads=2",
+                 "model.mixers.gdn.conv_size=0")["gdn"]
+    assert (gdn.num_heads, gdn.head_dim, gdn.conv_size, gdn.a_init) == (2, 16, 0, (0.01, 16.0))
+    dsa = mixers("model.schedule.full=dsa", "model.mixers.dsa.indexer.topk=16")["dsa"]
+    assert (dsa.kind, dsa.indexer.topk, dsa.indexer.norm_eps) == ("mla", 16, 1e-6)
+    file = tmp_path / "mine.yaml"
+    file.write_text("defaults:\n  - quickstart\n  - _self_\nmixers: {gla: {head_dim: 8}}\nschedule: {linear: gla}\n")
+    gla = mixers(f"model={file}")["gla"]
+    assert (gla.kind, gla.num_heads, gla.head_dim) == ("linear_attention", 4, 8)
+
+
+def test_pattern_override_and_multi_token_prediction_name_presets_too():
+    found = mixers("model.schedule.pattern=[retnet, full]", "model.schedule.override={0: swa}",
+                   "model.mtp={depth: 1, mixer: mamba2}")
+    assert set(found) == {"kda", "full", "swa", "retnet", "mamba2"}
+    assert set(mixers("model.schedule.ratio=0", "model.schedule.linear=gdn")) == {"kda", "full"}, "in no layer"
+
+
+def test_a_mixer_that_the_model_defines_stays_its_own():
+    assert mixers("model=minimax_01_tiny")["full"] == mixers("model=minimax_01_tiny", "model.schedule.ratio=0")["full"]
+    assert mixers("model=minimax_01_tiny")["full"].rope.partial_rotary_factor == 0.5
+
+
+def test_an_added_mixer_joins_the_residual_as_the_model_s_do():
+    found = mixers("model=minimax_01_tiny", "model.schedule.linear=gdn")
+    assert found["gdn"].residual == found["lightning"].residual
+    assert found["gdn"].residual.form == "normed"
+
+
+def test_a_preset_of_ones_own_folder(tmp_path):
+    (tmp_path / "mixer").mkdir()
+    (tmp_path / "mixer" / "mine.yaml").write_text("defaults: [kda, _self_]\nconv_size: 2\n")
+    mine = mixers("model.schedule.linear=mine", folder=tmp_path)["mine"]
+    assert (mine.decay, mine.conv_size, mine.num_heads) == ("channel", 2, 4)
+    with pytest.raises(ConfigError, match=r"names an unknown mixer; got 'mine'; expected one of full, kda of the model"):
+        load_config("train", ["model.schedule.linear=mine"])
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["model.schedule.linear=gdn", "model.mixers.gdn.num_head=2"],
+     "model.mixers.gdn.num_head: unknown key; did you mean 'num_heads'?"),
+    (["model.schedule.linear=gdn", "model.mixers.gdn.head_dim=x"],
+     "model.mixers.gdn.head_dim: has the wrong type; got 'x'; expected a whole number"),
+    (["model.schedule.linear=gdn", "model.hidden_size=abc"],
+     "model.hidden_size: has the wrong type; got 'abc'; expected a whole number"),
+    (["model.schedule.linear=gdn", "model.num_layers=abc"],
+     "model.num_layers: has the wrong type; got 'abc'; expected a whole number"),
+    (["model.schedule.linear=gdn", "model.mixers=3"], "model.mixers: has the wrong type; got 3; expected a mapping "
+     "of text to a mapping"),
+    (["model.schedule.linear=gdn", "model.mixers.gdn=3"], "model.mixers.gdn: has the wrong type; got 3; expected a "
+     "mapping with keys among kind, residual"),
+])
+def test_a_mistake_beside_a_preset_is_one_line(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config("train", overrides)
+    assert str(caught.value) == message
