@@ -221,8 +221,8 @@ class Config:
     engine: EngineConfig = field(default_factory=SingleConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     kernels: dict[str, Any] = field(default_factory=dict)
-    """Operation -> the backend it must use; and `strict`: whether falling back from the best backend is an error (null: on
-    a GPU)."""
+    """Operation -> the backend it must use; and `strict`: whether falling back from the best backend is an error
+    (null: on a GPU)."""
     run_dir: str = "runs/default"
     """Folder of everything that the run writes."""
     init_from: str | None = None

@@ -71,7 +71,7 @@ def test_a_preset_of_ones_own_folder(tmp_path):
     (tmp_path / "mixer" / "mine.yaml").write_text("defaults: [kda, _self_]\nconv_size: 2\n")
     mine = mixers("model.schedule.linear=mine", folder=tmp_path)["mine"]
     assert (mine.decay, mine.conv_size, mine.num_heads) == ("channel", 2, 4)
-    with pytest.raises(ConfigError, match=r"names an unknown mixer; got 'mine'; expected one of full, kda of the model"):
+    with pytest.raises(ConfigError, match=r"unknown mixer; got 'mine'; expected one of full, kda of the model"):
         load_config("train", ["model.schedule.linear=mine"])
 
 
