@@ -1,6 +1,6 @@
 """The model: single-device code without trainer or ranks.
 
-Names load when first used, so that reading a config needs no torch.
+Names load when first used, so that `import hybridlm` takes no time.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -6,7 +6,6 @@ model has.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from hybridlm.errors import ConfigError, did_you_mean, require
@@ -14,43 +13,13 @@ from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.residual import ResidualConfig, SingleResidualConfig
-
-
-@dataclass(kw_only=True)
-class ScheduleConfig:
-    """Which mixer stands in which layer; `hybridlm.model.schedule.expand` turns it into one name a layer.
-
-    Either `pattern` (tiled over depth) with `override` ({layer: name}, negative layers count from the end), or the
-    short form: `ratio` layers of `linear`, then one of `full`, repeated; ratio 0 is all full, inf all linear.
-    """
-
-    pattern: list[str] | None = None
-    override: dict[int, str] = field(default_factory=dict)
-    linear: str | None = None
-    full: str | None = None
-    ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        short = [k for k in ("linear", "full", "ratio") if getattr(self, k) is not None]
-        if self.pattern is not None:
-            require(not short, short[0] if short else "", "cannot stand beside 'pattern'", got=self.pattern,
-                    expected="either 'pattern' or the short form (linear, full, ratio)",
-                    hint="set pattern=null to use the short form")
-            require(len(self.pattern) > 0, "pattern", "names no mixer", got=self.pattern,
-                    expected="a list of mixer names such as [kda, kda, kda, full]")
-        else:
-            require(self.ratio is not None, "ratio", "is missing", expected="'pattern', or linear, full and ratio")
-            assert self.ratio is not None
-            require(self.ratio >= 0 and (math.isinf(self.ratio) or self.ratio == int(self.ratio)), "ratio",
-                    "must be a whole number of linear layers for each full one", got=self.ratio,
-                    expected="0, 1, 2, ... or inf")
-            require(self.ratio == 0 or self.linear is not None, "linear", "is missing", expected="a mixer name")
-            require(math.isinf(self.ratio) or self.full is not None, "full", "is missing", expected="a mixer name")
+from hybridlm.model.schedule import ScheduleConfig as ScheduleConfig
+from hybridlm.model.schedule import expand
 
 
 @dataclass(kw_only=True)
 class MTPConfig:
-    """Multi-token prediction, DeepSeek-V3 form (section 2.2): `depth` extra tokens; 0 turns it off.
+    """Multi-token prediction, DeepSeek-V3 form (section 2.2): `depth` extra tokens; depth 0 turns it off.
 
     `mixer` names the mixer of the MTP blocks; null takes that of the last layer.
     """
@@ -108,12 +77,10 @@ class ModelConfig:
 
     def layers(self) -> list[str]:
         """The mixer name of each layer, in order: what is printed, saved and compared."""
-        from hybridlm.model.schedule import expand
-
         return expand(self.schedule, self.num_layers)
 
     def layer_context(self, layer_index: int) -> LayerContext:
-        """What the mixer and feed-forward of a layer are told of the model."""
+        """The facts about the model that the mixer and feed-forward of a layer are told."""
         layers = self.layers()
         mtp_mixer = (self.mtp.mixer or layers[-1]) if self.mtp.depth else None
         return LayerContext(hidden_size=self.hidden_size, layer_index=layer_index, num_layers=self.num_layers,

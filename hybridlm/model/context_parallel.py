@@ -30,54 +30,55 @@ from hybridlm_kernels.packing import CuSeqlens
 class ShardGroup(Protocol):
     """The processes that hold the shards of the same rows.
 
-    All of them make the same calls in the same order, forward and, since gradients travel back, backward: whatever
-    `gather`, `exchange` and `from_previous` return must enter the loss everywhere, if only as zeros.
+    All of them make the same calls in the same order. Gradients travel back the same ways, so the results of `gather`,
+    `exchange` and `from_previous` must enter the loss in every process, if only as zeros.
     """
 
-    rank: int  # which shard is here
+    rank: int  # index of the shard that is held here
     size: int
 
     def gather(self, x: Tensor) -> Tensor:
-        """[P, ...]: everyone's x, in order."""
+        """The x of all processes [P, ...], in the order of their shards."""
 
     def exchange(self, x_P: Tensor) -> Tensor:
-        """[P, ...]: entry j goes to shard j, entry i of the result comes from shard i."""
+        """Send entry j of x to shard j; entry i of the result [P, ...] comes from shard i."""
 
     def from_previous(self, x: Tensor) -> Tensor:
-        """The x of the shard before; zeros in the first."""
+        """The x of the shard before this one; zeros in the first."""
 
     def all_sum(self, x: Tensor) -> Tensor:
-        """The sum of everyone's x. No gradient."""
+        """The sum of x over all processes, without gradient."""
 
 
 @dataclass(eq=False)
 class RowShard:
-    """Tokens rank*L .. rank*L + L - 1 of each of B rows.
-
-    `borders`: of the documents of the whole rows, or None where each row is one document. `local_borders`: of what is
-    here of them. `positions_BL`: places in the documents, which may have begun in earlier shards.
-    """
+    """The tokens rank*L .. rank*L + L - 1 of each of B rows, and ways to the others."""
 
     group: ShardGroup
-    length: int  # L
-    positions_BL: Tensor
-    borders: CuSeqlens | None
-    local_borders: CuSeqlens | None
+    length: int  # L, tokens per row held here
+    positions_BL: Tensor  # int64, counted from the start of the document, which may lie in an earlier shard
+    borders: CuSeqlens | None  # of the documents of the undivided rows; None where each row is one document
+    local_borders: CuSeqlens | None  # of the parts of these documents that are held here
 
     @classmethod
     def of(cls, group: ShardGroup, positions_BT: Tensor, borders: CuSeqlens | None) -> RowShard:
-        """This process's shard of rows with these documents.
+        """The shard of this process.
+
+        Args:
+            group: the processes that hold the other shards.
+            positions_BT: positions of all tokens of the rows.
+            borders: of the documents of the rows, or None where each row is one document.
 
         Raises:
-            ValueError: rows that do not divide into shards.
+            ValueError: rows whose length is no multiple of the number of shards.
         """
         length = positions_BT.shape[1]
         if length % group.size:
-            raise ValueError(f"rows of {length} tokens cannot be cut into {group.size} equal shards")
+            raise ValueError(f"rows of {length} tokens cannot be divided into {group.size} equal shards")
         each = length // group.size
         begin = group.rank * each
-        own = None if borders is None else _cut(borders, length, begin, begin + each)
-        return cls(group, each, positions_BT[:, begin : begin + each], borders, own)
+        local_borders = None if borders is None else _borders_between(borders, length, begin, begin + each)
+        return cls(group, each, positions_BT[:, begin : begin + each], borders, local_borders)
 
     def local_tokens(self, x_BT: Tensor) -> Tensor:
         """The tokens held here, from all tokens of the rows [B, T, ...]."""
@@ -85,11 +86,11 @@ class RowShard:
 
     @cached_property
     def longest_document(self) -> int:
-        """Of the whole rows: all shards decide alike what depends on it."""
+        """Tokens of the longest document of the undivided rows: the same number in all shards, which decide by it."""
         return self.group.size * self.length if self.borders is None else max(self.borders.lengths)
 
     def documents(self) -> tuple[Tensor, int]:
-        """Which document of the whole rows each token here is of, int64 [B * L], and how many there are."""
+        """The document of each token held here, int64 [B * L], and the number of documents of the undivided rows."""
         if self.borders is None:
             batch = self.positions_BL.shape[0]
             return torch.arange(batch, device=self.positions_BL.device).repeat_interleave(self.length), batch
@@ -97,28 +98,39 @@ class RowShard:
         return self.local_tokens(ids_BT).flatten(), self.borders.num_documents
 
     def weighted_mean(self, mean: Tensor, count: Tensor) -> Tensor:
-        """The mean over `count` things of this shard, weighed so that the average over shards is that over all things;
-        as it is where there are none anywhere."""
+        """A mean over this shard, weighted so that the average over shards is the mean over all of them together.
+
+        Args:
+            mean: mean over `count` values of this shard.
+            count: int64 scalar; where it is 0 in all shards the mean comes back as it is.
+        """
         total = self.group.all_sum(count)
         return torch.where(total > 0, mean * count.to(mean.dtype) * self.group.size / total.clamp(min=1), mean)
 
-    # All tokens, a share of the heads
+    # All tokens for some of the heads
 
     def by_heads(self, *xs_BLHK: Tensor) -> list[Tensor]:
-        """[B, T, H / P, K] of each tensor [B, L, H, K]: one exchange for all of them. P divides H."""
+        """All tokens for the heads of this process, by one exchange for all tensors.
+
+        Args:
+            xs_BLHK: tensors [B, L, H, K] of the tokens held here; P divides H, which may differ between them.
+
+        Returns:
+            A tensor [B, T, H / P, K] for each.
+        """
         size, shapes = self.group.size, [(x.shape[0], self.length, x.shape[2] // self.group.size, x.shape[3])
                                          for x in xs_BLHK]
         sent_PX = torch.cat([x.unflatten(2, (size, -1)).movedim(2, 0).flatten(1) for x in xs_BLHK], 1)
-        parts = self.group.exchange(sent_PX).split([math.prod(shape) for shape in shapes], 1)
-        return [part.unflatten(1, shape).movedim(0, 1).flatten(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+        received = self.group.exchange(sent_PX).split([math.prod(shape) for shape in shapes], 1)
+        return [x.unflatten(1, shape).movedim(0, 1).flatten(1, 2) for x, shape in zip(received, shapes, strict=True)]
 
     def by_tokens(self, x_BTHK: Tensor) -> Tensor:
-        """Back: [B, L, H, K] of [B, T, H / P, K]."""
+        """The way back from `by_heads`: all heads [B, L, H, K] of the tokens held here, from x [B, T, H / P, K]."""
         sent_PBLHK = x_BTHK.unflatten(1, (self.group.size, self.length)).movedim(1, 0)
         return self.group.exchange(sent_PBLHK).movedim(0, 2).flatten(2, 3)
 
     def local_heads(self, x_H: Tensor) -> Tensor:
-        """[H / P]: the heads that `by_heads` brings here, of what every process has for all of them."""
+        """The entries [H / P] of the heads that `by_heads` brings here, from those of all heads."""
         return x_H.unflatten(0, (self.group.size, -1))[self.group.rank]
 
     # Small tensors of all tokens before
@@ -128,63 +140,66 @@ class RowShard:
         return self.group.gather(x_BL).movedim(0, 1).flatten(1, 2)
 
     def history(self, x_BL: Tensor) -> Tensor:
-        """[B, S, ...]: the tokens up to the end of this shard."""
+        """The tokens up to the end of this shard [B, S, ...], from those held here."""
         return self.all_tokens(x_BL)[:, : self.history_length]
 
     @property
     def history_length(self) -> int:
-        """S."""
+        """S, the number of tokens per row up to the end of this shard."""
         return (self.group.rank + 1) * self.length
 
     @cached_property
     def history_borders(self) -> CuSeqlens | None:
-        """Of the documents, as far as `history` holds them."""
+        """Borders of the documents, as far as `history` holds them."""
         if self.borders is None:
             return None
-        return _cut(self.borders, self.group.size * self.length, 0, self.history_length)
+        return _borders_between(self.borders, self.group.size * self.length, 0, self.history_length)
 
-    # What crosses the border from the left
+    # From the shards before
 
     def tail(self, x_BLD: Tensor, tokens: int) -> Tensor:
-        """[B, tokens, D]: those just before the shard; zero where they are of another document."""
+        """The `tokens` tokens just before the shard [B, tokens, D]; zero where they are of another document."""
         tail_BWD = self.group.from_previous(x_BLD[:, self.length - tokens :])
         distance_W = torch.arange(tokens, 0, -1, device=x_BLD.device)
         return torch.where((distance_W <= self.positions_BL[:, :1])[..., None], tail_BWD, 0.0)
 
     @property
     def continues_B(self) -> Tensor:
-        """bool: whether the first document of each row has begun in an earlier shard."""
+        """Whether the first document of each row has begun in an earlier shard: bool [B]."""
         return self.positions_BL[:, 0] > 0
 
     def at_start(self, x_B: Tensor) -> Tensor:
-        """[N, ...]: x for the first document of each row, zeros for those that begin here."""
+        """Values per document [N, ...]: x for the first document of each row, zeros for those that begin here."""
         if self.local_borders is None:
             return x_B
         room = x_B.new_zeros(self.local_borders.num_documents, *x_B.shape[1:])
         return room.index_copy(0, self._document_at(0), x_B)
 
     def at_end(self, x_N: Tensor) -> Tensor:
-        """[B, ...]: x of the last document of each row."""
+        """The values x [B, ...] of the last document of each row."""
         return x_N if self.local_borders is None else x_N.index_select(0, self._document_at(self.length - 1))
 
-    def _document_at(self, place: int) -> Tensor:
-        """int64 [B]: the document of that token of each row."""
+    def _document_at(self, column: int) -> Tensor:
+        """The document of token `column` of each row: int64 [B]."""
         assert self.local_borders is not None
-        return self.local_borders.document_ids().view(-1, self.length)[:, place]
+        return self.local_borders.document_ids().view(-1, self.length)[:, column]
 
     def first_document(self) -> Tensor:
-        """bool [B, L]: the tokens of documents that have begun in an earlier shard."""
+        """Whether each token is of a document that has begun in an earlier shard: bool [B, L]."""
         step_L = torch.arange(self.length, device=self.positions_BL.device)
         start_B1 = self.positions_BL[:, :1]
         return (self.positions_BL == start_B1 + step_L) & (start_B1 > 0)
 
     def incoming(self, local_BHvKV: Tensor, through: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The state [B, HV, K, V] at the start of the shard, by one gather of what each shard does to a state S:
+        """The recurrent state [B, HV, K, V] at the start of the shard, by one gather.
 
-            S -> apply(through, S) + local
+        Each shard maps the state S at its start to the state at its end: S -> apply(through, S) + local.
 
-        `local`: the state at the end, from zero at the start. `through` [B, HV, ...] is zero where the last document
-        of a row does not come from the left.
+        Args:
+            local_BHvKV: the state at the end of this shard, if it were zero at the start.
+            through: numbers [B, HV, ...] by which `apply` maps a state; zero where the last document of a row has
+                begun in this shard.
+            apply: (through, S) -> S.
         """
         packed_PBX = self.group.gather(torch.cat([local_BHvKV.flatten(1), through.flatten(1)], 1))
         local_PBX, through_PBX = packed_PBX.split([x[0].numel() for x in (local_BHvKV, through)], 2)
@@ -197,7 +212,7 @@ class RowShard:
         return torch.where(self.continues_B[:, None, None, None], state, 0.0)
 
 
-def _cut(borders: CuSeqlens, length: int, begin: int, end: int) -> CuSeqlens:
+def _borders_between(borders: CuSeqlens, length: int, begin: int, end: int) -> CuSeqlens:
     """The borders inside columns begin .. end - 1 of rows of `length` tokens, counted over these columns alone."""
     inside = [0]
     for start, stop in zip(borders.host, borders.host[1:], strict=False):

@@ -1,4 +1,4 @@
-"""What a model costs, from its config alone: parameters, FLOPs, decode state. Nothing is built, no tensor is made.
+"""Costs of a model from its config alone: parameters, FLOPs, decode state. Nothing is built, no tensor is made.
 
 The numbers come from the cost methods of the mixers, the feed-forwards and the residual; this file adds what belongs to
 the model: norms, embedding, head, multi-token prediction. FLOPs count a multiply-add as 2.

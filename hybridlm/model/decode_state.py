@@ -1,4 +1,4 @@
-"""Decode state: what a layer keeps of the tokens it has seen. Updated in place; no gradient passes through it.
+"""Decode states: tensors that a layer keeps of the tokens it has seen. Updated in place, without gradients.
 
 B rows, S tokens kept, H query heads, G key/value heads of attention, HV value heads of recurrences,
 K key dim, V value dim, C channels, W taps of a convolution.
@@ -17,7 +17,7 @@ from hybridlm.errors import ConfigError
 
 
 class TokenCache:
-    """One tensor a token, for all past tokens: [B, S, ...].
+    """One tensor per past token: [B, S, ...].
 
     The buffer takes dtype and device from the first tokens and doubles up to `max_length`. With `window`, only the
     `window - 1` newest tokens stay: those that the next token can still see.
@@ -88,7 +88,7 @@ class PooledCache:
 
 
 def index_cache(max_length: int, pool: int | None) -> TokenCache | PooledCache:
-    """For the keys of an indexer: one a token, or one a pool of `pool` tokens."""
+    """A cache for the keys of an indexer: one key per token, or one per pool of `pool` tokens."""
     return TokenCache(max_length) if pool is None else PooledCache(max_length, pool)
 
 

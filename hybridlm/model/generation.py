@@ -67,7 +67,14 @@ def _steps(model: HybridLM, prompt_BT: Tensor, max_new_tokens: int, temperature:
 
 
 def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token a row, int64 [B]."""
+    """Draw one token per row, int64 [B].
+
+    Args:
+        logits_BV: logits of the next token.
+        temperature: 0 takes the likeliest token.
+        top_p: sample among the fewest tokens that together have this probability.
+        generator: of the device of the logits.
+    """
     if temperature == 0:
         return logits_BV.argmax(-1)
     p_BV = torch.softmax(logits_BV.float() / temperature, dim=-1)

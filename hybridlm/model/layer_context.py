@@ -25,7 +25,7 @@ class NormConfig:
 
 
 class SharingMixer(Protocol):
-    """What a layer may ask of the configs of the other layers' mixers."""
+    """The questions that a layer may ask the configs of other layers' mixers."""
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]: ...
 

@@ -107,7 +107,7 @@ class HybridLM(nn.Module):
             >>> model = build_model(load_config("quickstart").model, seed=0)
             >>> ids = torch.arange(12).view(2, 6)
             >>> tuple(model(ids).logits.shape)
-            (2, 6, 257)
+            (2, 6, 512)
             >>> sorted(model(ids, labels=ids, cu_seqlens=[0, 4, 6, 12]).losses)
             ['lm']
         """

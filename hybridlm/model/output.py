@@ -1,4 +1,4 @@
-"""What a forward returns, and how the layers' losses and statistics become the model's."""
+"""The result of a forward, and how the losses and statistics of layers become those of the model."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class RopeConfig:
                 got=self.partial_rotary_factor, expected="above 0, at most 1", hint="kind=none turns RoPE off")
 
     def rotary_dim(self, head_dim: int) -> int:
-        """How many dims of a head are rotated."""
+        """Number of dims of a head that are rotated."""
         return 0 if self.kind == "none" else int(head_dim * self.partial_rotary_factor)
 
     def canonical(self, *, uses_mscale: bool) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class RopeConfig:
 
 
 def inverse_frequencies(config: RopeConfig, dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """fp32 [dim / 2]: radians a token of each pair."""
+    """fp32 [dim / 2]: radians per token for each pair."""
     powers_R = config.theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     yarn = config.scaling
     if yarn is None:

@@ -1,4 +1,4 @@
-"""What every layer may know about the tokens of a batch: positions and document borders, made once per forward."""
+"""Facts about the tokens of a batch that every layer may know: positions and documents, made once per forward."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from hybridlm_kernels.packing import CuSeqlens
 
 @dataclass
 class SequenceInfo:
-    """Shapes: B rows, T tokens a row (here of a shard, where rows are split), S tokens that they may see.
+    """Positions and documents of the tokens of one forward.
+
+    B rows, T tokens per row (of the shard held here, where rows are divided), S tokens that these may see.
 
     `cu_seqlens` counts tokens of the flattened rows (B*T of them); every row start is a border, so documents
     never cross rows. None means that each row is one document.
-    `shard`: where several processes hold shards of the rows, what a mixer may ask for of the others' tokens; then
-    everything else describes the tokens held here.
-    `shared`: what layers leave for later layers in this forward, by `leave` and `read`.
-    `tables`: what layers compute from positions alone and all may use, such as rotary tables; by a name that says what
-    they depend on.
+    `shard` leads to the tokens of other processes, where these hold shards of the same rows; all other fields then
+    describe the tokens held here.
+    `shared` holds what layers have left for later layers in this forward; see `leave` and `read`.
+    `tables` holds what any layer has computed from positions alone, such as rotary tables, under a name that says
+    everything it depends on.
     """
 
     positions_BT: Tensor  # int64, counted from the start of the document (plus what the decode state holds)
@@ -36,7 +38,19 @@ class SequenceInfo:
     @classmethod
     def make(cls, batch: int, length: int, device: torch.device, cu_seqlens: CuSeqlens | None = None,
              offset: int = 0) -> SequenceInfo:
-        """Positions from borders. `offset` tokens are already in the decode state (not with `cu_seqlens`)."""
+        """Describe rows of `length` tokens.
+
+        Args:
+            batch: number of rows.
+            length: tokens per row.
+            device: where the positions are made.
+            cu_seqlens: borders of packed documents over the flattened rows; None: each row is one document.
+            offset: tokens per row that are in the decode state already; not with `cu_seqlens`.
+
+        Example:
+            >>> SequenceInfo.make(1, 5, torch.device("cpu"), CuSeqlens([0, 2, 5])).positions_BT.tolist()
+            [[0, 1, 0, 1, 2]]
+        """
         if cu_seqlens is None:
             positions_T = torch.arange(offset, offset + length, device=device)
             return cls(positions_T.expand(batch, length))
@@ -74,7 +88,7 @@ class SequenceInfo:
         return x_BT if self.shard is None else self.shard.local_tokens(x_BT)
 
     def history(self, x_BT: Tensor) -> Tensor:
-        """[B, S, ...]: all tokens that those held here may see, of which these are the last."""
+        """All tokens that those held here may see, of which these are the last: [B, S, ...]."""
         return x_BT if self.shard is None else self.shard.history(x_BT)
 
     @property
@@ -83,7 +97,7 @@ class SequenceInfo:
         return self.cu_seqlens if self.shard is None else self.shard.history_borders
 
     def documents(self) -> tuple[Tensor, int]:
-        """int64 [B * T], the document of each token, and their number, those of other shards included."""
+        """The document of each token, int64 [B * T], and the number of documents, those of other shards included."""
         if self.shard is not None:
             return self.shard.documents()
         if self.cu_seqlens is not None:
@@ -92,7 +106,7 @@ class SequenceInfo:
         return torch.arange(batch, device=self.positions_BT.device).repeat_interleave(length), batch
 
     def all_sum(self, x: Tensor) -> Tensor:
-        """The sum over the shards of the rows. No gradient."""
+        """The sum of x over the shards of the rows, without gradient."""
         return x if self.shard is None else self.shard.group.all_sum(x)
 
 

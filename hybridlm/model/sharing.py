@@ -1,4 +1,4 @@
-"""What a layer leaves for later layers within one forward pass: a typed store, and who reads what.
+"""Values that layers leave for later layers within one forward pass: a typed store, and who reads what.
 
 A mixer's config says which kinds it leaves and reads (`leaves`, `reads`), so that a model in which a reader has no
 source is refused when its config is made. In the forward the source calls `seq.leave`, a reader `seq.read`; both know

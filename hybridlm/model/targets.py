@@ -1,6 +1,6 @@
-"""What each position predicts, and the tokens it is told when it predicts further ahead.
+"""Targets: the tokens that each position predicts, and those it is told when it predicts further ahead.
 
-B rows, T tokens a row. A document is a row, or what `cu_seqlens` says; nothing here looks past its end.
+B rows, T tokens per row. A document is a row, or what `cu_seqlens` says; nothing here looks past its end.
 """
 
 from __future__ import annotations

@@ -55,5 +55,5 @@ def test_a_mixer_that_does_not_say_how_is_refused():
 
 
 def test_rows_that_do_not_divide():
-    with pytest.raises(ValueError, match="rows of 36 tokens cannot be cut into 5 equal shards"):
+    with pytest.raises(ValueError, match="rows of 36 tokens cannot be divided into 5 equal shards"):
         run_on_threads(uncut_rows(False).shard_rows, 5)

@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class BranchConfig:
-    """How a branch f (mixer or feed-forward) stands to its norm and to the residual h that it is added to.
+    """The place of a branch f (mixer or feed-forward) between its norm and the residual h that it is added to.
 
     pre:    h + f(norm(h))                              (most models)
     post:   h + norm(f(h))                              (OLMo 2/3, full layers of OLMo-Hybrid)
