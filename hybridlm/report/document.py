@@ -19,7 +19,7 @@ from hybridlm.report.sweep_axes import Axes
 from hybridlm.report.sweep_figures import sweep_figures
 from hybridlm.sweep.point import shorten_keys
 from hybridlm.sweep.table import STATE_CONTEXTS, format_changes, format_layers
-from hybridlm.training.display import duration
+from hybridlm.training.display import format_duration
 
 REACHED = ("validation_loss", "validation_bits_per_byte", "tokens_per_second", "peak_memory_bytes")
 COUNTS = ("", " K", " M", " G", " T", " P")
@@ -75,7 +75,7 @@ def _run_facts(run: Run) -> list[tuple[str, str]]:
             facts.append(("model", str(error)))
     facts.append(("steps", f"{run.steps:,}" + (f", {_count(tokens)} tokens" if (tokens := run.last("tokens")) else "")))
     if (seconds := run.last("seconds")) is not None:
-        facts.append(("training time", duration(seconds)))
+        facts.append(("training time", format_duration(seconds)))
     for metric, title in (("validation_loss", "validation loss"), ("validation_perplexity", "perplexity"),
                           ("validation_bits_per_byte", "bits per byte"), ("skipped_steps", "skipped steps")):
         value = run.last(metric)

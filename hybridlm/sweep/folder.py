@@ -26,7 +26,7 @@ from hybridlm.files import is_locked, try_lock, write_json, write_text
 from hybridlm.sweep.plan import SweepPlan
 from hybridlm.sweep.point import Point
 from hybridlm.sweep.probe_tasks import WORK_FILE, ProbeTask, read_probe_result
-from hybridlm.training.run_folder import LOCK_FILE, compare
+from hybridlm.training.run_folder import LOCK_FILE, check_same_run
 
 POINT_FILE = "point.yaml"
 OUTCOME_FILE = "outcome.json"
@@ -116,7 +116,7 @@ def check_owner(plan: SweepPlan) -> None:
         file = folder / "points" / name / POINT_FILE
         if file.exists():
             try:
-                compare(load_saved_config(file), point.config, file.parent)
+                check_same_run(load_saved_config(file), point.config, file.parent)
             except UserError as error:
                 what = str(error).split("; got ")[0].split(". Take another")[0]
                 raise ConfigError("sweep.dir", f"holds another sweep, point {name} is not the same: {what}",

@@ -23,7 +23,7 @@ from hybridlm.config.serialization import load_yaml, to_dict
 from hybridlm.files import write_json
 from hybridlm.sweep.folder import OUTCOME_FILE, OUTPUT_FILE, POINT_FILE
 from hybridlm.sweep.probe_tasks import WORK_FILE, PointWork
-from hybridlm.training.display import duration
+from hybridlm.training.display import format_duration
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 RESULT_KEYS = ("status", "step", "validation", "bigram_bits_per_byte", "checkpoint")  # that `train --json` prints
@@ -162,7 +162,7 @@ def describe_outcome(result: dict[str, Any]) -> str:
     >>> describe_outcome({"status": "failed", "seconds": 61, "reason": "the disk is full"})
     'failed after 0:01:01: the disk is full'
     """
-    took = f" after {duration(result['seconds'])}" if "seconds" in result else ""
+    took = f" after {format_duration(result['seconds'])}" if "seconds" in result else ""
     if result["status"] == "failed":
         return f"failed{took}: {result['reason']}"
     if result["status"] == "interrupted":

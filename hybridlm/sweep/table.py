@@ -15,7 +15,7 @@ from hybridlm.inspect import scaled
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
 from hybridlm.sweep.plan import SweepPlan
 from hybridlm.sweep.point import SEED_KEY, Point, shorten_keys
-from hybridlm.training.display import duration
+from hybridlm.training.display import format_duration
 from hybridlm.training.stages import plan_stages
 
 STATE_CONTEXTS = {"32K": 1 << 15, "1M": 1 << 20}  # tokens of context at which decode state is shown
@@ -132,7 +132,7 @@ def format_changes(changed: dict[str, list[Any]]) -> str:
 
 
 def _format_time(seconds: float) -> str:
-    return duration(seconds) if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
+    return format_duration(seconds) if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
 def _format_state(size: int) -> Callable[[list[dict[str, Any]]], str]:

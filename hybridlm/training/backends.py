@@ -1,4 +1,4 @@
-"""Which backend ran each operation in each layer, and why: taken down during the first step of a run."""
+"""Records which backend ran each operation in each layer, and why, during the first step of a run."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from hybridlm.model.model import HybridLM
 from hybridlm_kernels import registry
 
 log = logging.getLogger("hybridlm")
-FILE = "backends.json"  # in the run folder
+BACKENDS_FILE = "backends.json"  # in the run folder
 
 
 @dataclass(frozen=True)
-class Row:
-    """`layers`: ranges of layer numbers, "mtp", or "model" for what stands outside of layers (last norm, loss)."""
+class BackendUse:
+    """One backend of one operation, and the layers it ran in.
+
+    `layers` are ranges of layer numbers, "mtp", or "model" for what stands outside of layers (last norm, loss);
+    `rejected` are the backends of higher priority, each with the reason why it did not run.
+    """
 
     layers: str
     operation: str
     backend: str
     why: str
-    rejected: tuple[str, ...]  # the backends before it, each with its reason
+    rejected: tuple[str, ...]
 
 
 @contextmanager
-def noting_backends(model: HybridLM) -> Iterator[Callable[[], list[Row]]]:
-    """Within it, every call of an operation is noted under the layer it was made in; yields what gives the rows."""
+def recording_backends(model: HybridLM) -> Iterator[Callable[[], list[BackendUse]]]:
+    """Record every call of an operation under the layer that makes it; yields a function that returns the record."""
     where: list[str] = []
     seen: dict[registry.Choice, list[str]] = {}
 
@@ -53,15 +57,21 @@ def noting_backends(model: HybridLM) -> Iterator[Callable[[], list[Row]]]:
         module.register_forward_pre_hook(enter(place)), module.register_forward_hook(leave, always_call=True))]
     try:
         with registry.watching(note):
-            yield lambda: [Row(ranges(places), choice.operation, choice.backend, choice.why, choice.rejected)
-                           for choice, places in seen.items()]
+            yield lambda: [
+                BackendUse(format_layer_ranges(places), choice.operation, choice.backend, choice.why, choice.rejected)
+                for choice, places in seen.items()]
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def ranges(places: Sequence[str]) -> str:
-    """["0", "1", "2", "4", "mtp"] as "0-2, 4, mtp"."""
+def format_layer_ranges(places: Sequence[str]) -> str:
+    """Join layer names, with runs of numbers as ranges.
+
+    Example:
+        >>> format_layer_ranges(["0", "1", "2", "4", "mtp"])
+        '0-2, 4, mtp'
+    """
     runs: list[list[str]] = []
     for place in places:
         follows = runs and place.isdigit() and runs[-1][-1].isdigit() and int(place) == int(runs[-1][-1]) + 1
@@ -72,11 +82,11 @@ def ranges(places: Sequence[str]) -> str:
     return ", ".join("-".join(run) for run in runs)
 
 
-def report(rows: Sequence[Row], folder: Path) -> None:
-    """Say the table, with what was rejected where that is a fall-back, and keep all of it in the run folder."""
+def report_backends(rows: Sequence[BackendUse], folder: Path) -> None:
+    """Log the table, with what was rejected where that is a fall-back, and keep all of it in the run folder."""
     widths = [max((len(getattr(row, key)) for row in rows), default=0) for key in ("layers", "operation", "backend")]
     for row in rows:
         why = row.why if row.why == registry.PREFERRED else "; ".join((row.why, *row.rejected))
         log.info("kernels: %-*s  %-*s  %-*s  %s", widths[0], row.layers, widths[1], row.operation, widths[2],
                  row.backend, why)
-    (folder / FILE).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    (folder / BACKENDS_FILE).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")

@@ -70,8 +70,8 @@ class Display:
         """Show one step's record."""
         step = record["step"]
         self.pace.tick()
-        left = self.pace.seconds_a_step() * (self.total - step)
-        text = describe(record) + f"  {duration(left)} left"
+        left = self.pace.seconds_per_step() * (self.total - step)
+        text = format_record(record) + f"  {format_duration(left)} left"
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=step, text=text)
         if final or step - self._last_line >= self.log_every:
@@ -133,15 +133,15 @@ class Pace:
         self._ticks += 1
         self._mean = took if self._ticks <= 2 else 0.95 * self._mean + 0.05 * took
 
-    def seconds_a_step(self) -> float:
+    def seconds_per_step(self) -> float:
         return self._mean
 
 
-def describe(record: dict[str, Any]) -> str:
+def format_record(record: dict[str, Any]) -> str:
     """The few numbers of a record that a person watches."""
     if record.get("skipped"):
         return "not finite: step skipped"
-    text = f"loss {record['loss']:.4f}  {short(record['tokens_per_second'])} tokens/s"
+    text = f"loss {record['loss']:.4f}  {format_count(record['tokens_per_second'])} tokens/s"
     if record.get("bits_per_byte") is not None:
         text = text.replace("  ", f"  {record['bits_per_byte']:.3f} bits/byte  ", 1)
     if record.get("loss/indexer_kl") is not None:
@@ -153,7 +153,7 @@ def describe(record: dict[str, Any]) -> str:
     return text
 
 
-def short(number: float) -> str:
+def format_count(number: float) -> str:
     """1234567 -> 1.23M."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
@@ -161,7 +161,7 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """h:mm:ss, with days where there are any."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -27,19 +27,19 @@ from hybridlm.model.cost import count_parameters
 from hybridlm.model.model import HybridLM, build_model
 from hybridlm.planning.process_count import check_process_count
 from hybridlm.planning.rank_memory import rank_memory
-from hybridlm.training.display import Display, duration, short
+from hybridlm.training.display import Display, format_count, format_duration
 from hybridlm.training.guards import TrainingStopped
 from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import peak_flops
 from hybridlm.training.run_folder import RunFolder, flatten, versions
-from hybridlm.training.sparse import INDEXER
+from hybridlm.training.sparse_attention import INDEXER_PARAMETERS
 from hybridlm.training.stages import plan_stages
 from hybridlm.training.tracking import Tracker, check_tracking, make_tracker
 from hybridlm.training.trainer import Trainer
 from hybridlm_kernels import registry
 
 log = logging.getLogger("hybridlm")
-ENTROPY_TOKENS = 8_000_000  # of the validation text, for its bigram entropy
+BIGRAM_ENTROPY_MAX_TOKENS = 8_000_000  # of the validation text, for its bigram entropy
 
 
 @dataclass
@@ -85,10 +85,10 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
                 data = prepare(config.data, progress=main)
             check_same(engine, "data", {"fingerprint": data.fingerprint}, "let all machines read the same files")
             if world.size > 1:
-                log.info("memory of each process, an estimate: %s", _memory(config, world.size))
-            model = _model(config, engine, data, start)
+                log.info("memory of each process, an estimate: %s", _memory_text(config, world.size))
+            model = _build_model(config, engine, data, start)
             peak, peak_source = engine.on_main(lambda: peak_flops(engine.device, engine.precision))
-            facts = _facts(config, engine, resume, peak, peak_source)
+            facts = _session_facts(config, engine, resume, peak, peak_source)
             sessions = run.sessions()
             if main:
                 run.begin_session(config, facts, engine.settings)
@@ -135,7 +135,7 @@ def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:
     return shlex.join(["hybridlm", "train", *words])
 
 
-def _model(config: Config, engine: Engine, data: PreparedData, start: Path | None) -> HybridLM:
+def _build_model(config: Config, engine: Engine, data: PreparedData, start: Path | None) -> HybridLM:
     check_vocab(data.tokenizer, config.model.vocab_size)
     model = build_model(config, device=engine.device, shard_experts=engine.shard_experts,
                         shard_weights=engine.shard_weights)
@@ -161,7 +161,7 @@ def _model(config: Config, engine: Engine, data: PreparedData, start: Path | Non
 
 def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engine) -> None:
     """All weights but those of indexers that the checkpoint does not have yet."""
-    fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER, local_shard=engine.local_shard)
+    fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER_PARAMETERS, local_shard=engine.local_shard)
     if fresh:
         layers = list(dict.fromkeys(name.split(".indexer.")[0].removesuffix(".mixer") for name in fresh))
         log.info("fresh indexers in %s", ", ".join(layers))
@@ -170,7 +170,7 @@ def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engi
                     "changes nothing", folder)
 
 
-def _facts(config: Config, engine: Engine, resume: str, peak: float, source: str) -> dict[str, Any]:
+def _session_facts(config: Config, engine: Engine, resume: str, peak: float, source: str) -> dict[str, Any]:
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
     counts = count_parameters(config.model)
     return {"command": resume, "argv": sys.argv, "versions": versions(), "device": device,
@@ -179,7 +179,7 @@ def _facts(config: Config, engine: Engine, resume: str, peak: float, source: str
             "active_parameters": counts.active_with_head, "peak_flops": peak, "peak_flops_source": source}
 
 
-def _memory(config: Config, world: int) -> str:
+def _memory_text(config: Config, world: int) -> str:
     parts = {name: f"{value / 2**30:.2f}" for name, value in rank_memory(config, world).to_dict().items() if value}
     total, host, snapshot = (parts.pop(name, None) for name in ("total", "host", "snapshot"))
     return (f"{total} GiB ({', '.join(f'{name} {value}' for name, value in parts.items())})"
@@ -197,11 +197,12 @@ def _wandb_id(run: RunFolder, sessions: list[dict[str, Any]]) -> str | None:
 
 def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[str, Any]) -> None:
     model, data = config.model, trainer.data
-    log.info("model %s: %s parameters, %s active; layers %s", model.name or "(unnamed)", short(facts["parameters"]),
-             short(facts["active_parameters"]), _runs(model.layers()))
+    log.info("model %s: %s parameters, %s active; layers %s", model.name or "(unnamed)",
+             format_count(facts["parameters"]), format_count(facts["active_parameters"]),
+             _format_layers(model.layers()))
     held_out = data.validation.num_tokens if data.validation is not None else 0
     log.info("data: %s training tokens, %s held out, tokenizer %s",
-             short(sum(store.num_tokens for store in data.train)), short(held_out), data.tokenizer.name)
+             format_count(sum(store.num_tokens for store in data.train)), format_count(held_out), data.tokenizer.name)
     ranks = f"{facts['processes']} x " if facts["processes"] > 1 else ""
     log.info("run: %s, %s%s, %s; %s", trainer.run.path, ranks, facts["device"], facts["precision"],
              counted(sum(stage.steps for stage in trainer.stages), "step"))
@@ -209,7 +210,7 @@ def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[
         log.info("going on from %s", start)
 
 
-def _runs(layers: list[str]) -> str:
+def _format_layers(layers: list[str]) -> str:
     """3 x kda, full, 3 x kda, full -> '2 x (3 x kda, full)' would be shorter still; equal neighbours suffice."""
     runs: list[list[Any]] = []
     for name in layers:
@@ -229,8 +230,8 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
         where = f"saved {trainer.saver.newest}" if trainer.saver.newest else "nothing to save"
         log.info("%s: stopped after step %d, %s. Go on with: %s", stopped, progress.step, where, resume)
         return result
-    log.info("finished: %s, %s tokens, %s", counted(progress.step, "step"), short(progress.tokens),
-             duration(progress.seconds))
+    log.info("finished: %s, %s tokens, %s", counted(progress.step, "step"), format_count(progress.tokens),
+             format_duration(progress.seconds))
     if progress.skipped_steps:
         log.warning("%s skipped, not finite", counted(progress.skipped_steps, "step"))
     if trainer.validation and not math.isfinite(trainer.validation["validation_loss"]):
@@ -257,7 +258,7 @@ def _report_validation(validation: dict[str, Any], bigram: float | None) -> None
 
 def _bigram_entropy(data: PreparedData) -> float | None:
     assert data.validation is not None
-    documents = data.validation.documents(ENTROPY_TOKENS)
+    documents = data.validation.documents(BIGRAM_ENTROPY_MAX_TOKENS)
     try:
         return bigram_entropy(data.tokenizer.decode_bytes(ids) for ids in documents)
     except ValueError:  # a text without two bytes in a row

@@ -33,15 +33,16 @@ from hybridlm.files import try_lock, write_text
 from hybridlm.model.config import ModelConfig
 from hybridlm.version import __version__
 
-# What may change when a run goes on: how long, how it is run and watched; not what is trained on what.
-FREE = ("run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
-        "training.tokens", "training.precision", "training.micro_batch_size",
-        "training.activation_checkpointing", "training.log_every", "training.eval_every", "training.eval_batches",
-        "training.checkpoint_every", "training.keep_checkpoints", "training.async_checkpoint", "training.resume",
-        "training.max_bad_steps", "training.record_samples")
-MOST_DIFFERENCES = 4  # that a refusal names
+# Keys that may change when a run goes on: how long it is, how it is run and watched; not what is trained on what.
+CHANGEABLE_KEYS = (
+    "run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
+    "training.tokens", "training.precision", "training.micro_batch_size", "training.activation_checkpointing",
+    "training.log_every", "training.eval_every", "training.eval_batches", "training.checkpoint_every",
+    "training.keep_checkpoints", "training.async_checkpoint", "training.resume", "training.max_bad_steps",
+    "training.record_samples")
+MAX_NAMED_DIFFERENCES = 4  # in one refusal
 LOCK_FILE = ".lock"
-FREE_IN_STAGES = ("steps", "tokens", "eval_recall")
+CHANGEABLE_STAGE_KEYS = ("steps", "tokens", "eval_recall")
 
 
 class RunFolder:
@@ -97,7 +98,7 @@ class RunFolder:
             raise ConfigError("run_dir", "already holds a run", got=str(self.path), expected="an empty folder",
                               hint="training.resume=auto goes on with it")
         if used and self.config_file.exists():
-            compare(load_saved_config(self.config_file), config, self.path)
+            check_same_run(load_saved_config(self.config_file), config, self.path)
         checkpoint.remove_drafts(self.checkpoints)
 
     def _check_fresh(self, resume: str) -> None:
@@ -149,7 +150,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def compare(saved: Any, config: Config, where: Path) -> None:
+def check_same_run(saved: Any, config: Config, where: Path) -> None:
     """May a run with the saved config go on with this one?
 
     Raises:
@@ -159,21 +160,21 @@ def compare(saved: Any, config: Config, where: Path) -> None:
     with contextlib.suppress(ConfigError):  # keys that came into the schema since then have their defaults
         saved = to_dict(from_dict(Config, saved))
     old, new = flatten(saved), flatten(to_dict(config))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _free(key))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _may_change(key))
     if any(key.startswith("model.") for key in changed):
         differ = _layer_changes(saved, config) or [
-            _change(key, old, new) for key in changed if key.startswith("model.")]
-        raise CheckpointError(f"the model of the run in {where} has changed: {_few(differ)}. Take another run_dir, or "
-                              "the model that the run began with")
+            _describe_change(key, old, new) for key in changed if key.startswith("model.")]
+        raise CheckpointError(f"the model of the run in {where} has changed: {_join_differences(differ)}. Take another "
+                              "run_dir, or the model that the run began with")
     if changed := [key for key in changed if not key.startswith("model.")]:
-        differ = [_change(key, old, new) for key in changed]
-        raise ConfigError("run_dir", f"holds a different run: {_few(differ)}", got=str(where),
+        differ = [_describe_change(key, old, new) for key in changed]
+        raise ConfigError("run_dir", f"holds a different run: {_join_differences(differ)}", got=str(where),
                           hint="take another run_dir, or the config that the run began with")
 
 
-def _few(differences: list[str]) -> str:
-    more = len(differences) - MOST_DIFFERENCES
-    return "; ".join(differences[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+def _join_differences(differences: list[str]) -> str:
+    more = len(differences) - MAX_NAMED_DIFFERENCES
+    return "; ".join(differences[:MAX_NAMED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _layer_changes(saved: Any, config: Config) -> list[str]:
@@ -184,14 +185,14 @@ def _layer_changes(saved: Any, config: Config) -> list[str]:
     return checkpoint.layer_diff(before, checkpoint.layer_list(config.model))
 
 
-def _change(key: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+def _describe_change(key: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     return f"{key} {old.get(key, 'not set')!r} -> {new.get(key, 'not set')!r}"
 
 
-def _free(key: str) -> bool:
+def _may_change(key: str) -> bool:
     if key.startswith("recipe.stages."):
-        return key.rsplit(".", 1)[-1] in FREE_IN_STAGES
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+        return key.rsplit(".", 1)[-1] in CHANGEABLE_STAGE_KEYS
+    return any(key == changeable or key.startswith(f"{changeable}.") for changeable in CHANGEABLE_KEYS)
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:

@@ -29,40 +29,40 @@ class Saver:
         self.root, self.keep, self.engine, self.flush = root, keep, engine, flush
         self.newest: Path | None = None
         self.failed = 0
-        self.under_way: checkpoint.Save | None = None
+        self.current_save: checkpoint.Save | None = None
 
     @property
     def writing(self) -> bool:
-        return self.under_way is not None and not self.under_way.written
+        return self.current_save is not None and not self.current_save.written
 
     def saved(self, step: int) -> bool:
         """Whether the newest checkpoint is that of `step`."""
         return self.newest is not None and self.newest.name == f"step-{step}"
 
     @property
-    def kept(self) -> str:
+    def newest_text(self) -> str:
         """What is left if the run ends now."""
         return f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint"
 
-    def begin(self, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]], *, must: bool) -> None:
+    def begin(self, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]], *, required: bool) -> None:
         """Start to write; `tensors` must not change before the save is finished, and none may be under way.
 
         Raises:
             TrainingStopped: as `finish`.
         """
-        assert self.under_way is None
+        assert self.current_save is None
         try:
-            self.under_way = checkpoint.Save(self.root, step, texts, tensors, self.engine)
+            self.current_save = checkpoint.Save(self.root, step, texts, tensors, self.engine)
         except OSError as error:
-            self._refused(f"step-{step}", error, must)
+            self._count_failure(f"step-{step}", error, required)
 
-    def finish(self, *, must: bool = False) -> None:
+    def finish(self, *, required: bool = False) -> None:
         """Wait for the save that is under way, make it visible and drop the oldest checkpoints.
 
         Raises:
-            TrainingStopped: the disk refused, and it did so too often or the save `must` be.
+            TrainingStopped: the disk refused too often, or refused a save that is `required`.
         """
-        save, self.under_way = self.under_way, None
+        save, self.current_save = self.current_save, None
         if save is None:
             return
         try:
@@ -71,18 +71,18 @@ class Saver:
             self.engine.on_main(lambda: checkpoint.prune(self.root, self.keep))
             self.failed = 0
         except OSError as error:
-            self._refused(save.target.name, error, must)
+            self._count_failure(save.target.name, error, required)
 
-    def leave(self) -> None:
+    def abandon(self) -> None:
         """After an error that other ranks may not have met: one process ends its save, several leave theirs a draft."""
         if self.engine.world_size == 1:
             with contextlib.suppress(TrainingStopped):
                 self.finish()
 
-    def _refused(self, what: str, error: OSError, must: bool) -> None:
+    def _count_failure(self, what: str, error: OSError, required: bool) -> None:
         self.failed += 1
-        if must or self.failed >= MAX_FAILED_SAVES:
+        if required or self.failed >= MAX_FAILED_SAVES:
             times = f" {self.failed} times in a row" if self.failed > 1 else ""
-            raise TrainingStopped(f"{what} could not be saved{times}: {error}; {self.kept}; make room on the disk "
-                                  "and start again with the same command") from error
-        log.warning("%s could not be saved (%s); going on, %s", what, error, self.kept)
+            raise TrainingStopped(f"{what} could not be saved{times}: {error}; {self.newest_text}; make room on the "
+                                  "disk and start again with the same command") from error
+        log.warning("%s could not be saved (%s); going on, %s", what, error, self.newest_text)

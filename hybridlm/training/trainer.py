@@ -33,7 +33,13 @@ from hybridlm.training.losses import step_loss
 from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, perplexity, router_panel
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.training.saver import Saver
-from hybridlm.training.sparse import freeze_idle_indexers, measuring, set_attention, stage_model, warn_of_selection
+from hybridlm.training.sparse_attention import (
+    freeze_idle_indexers,
+    measuring_recall,
+    set_attention,
+    stage_model,
+    warn_of_selection,
+)
 from hybridlm.training.stages import Progress, Stage, check_trained, set_trainable
 from hybridlm.training.tracking import Tracker
 from hybridlm.training.validation import validate
@@ -66,7 +72,7 @@ class Trainer:
         self.record: dict[str, Any] = {}  # of the last step
         self.validation: dict[str, Any] = {}  # the last one, and
         self.validated_at: int | None = None  # after which step
-        self.backends_noted = False
+        self.backends_reported = False
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint of this run.
@@ -97,10 +103,10 @@ class Trainer:
                 if self.progress.step_in_stage < stage.steps and not self._run_stage(stage):
                     return self.stop.requested
         except BaseException:
-            self.saver.leave()
+            self.saver.abandon()
             raise
         if self.validated_at != self.progress.step:  # a finished run that was started again
-            self._set_up(self.stages[-1])
+            self._begin_stage(self.stages[-1])
             self._validate(self.stages[-1])
         return None
 
@@ -111,7 +117,7 @@ class Trainer:
 
     def _run_stage(self, stage: Stage) -> bool:
         """The steps left of a stage; False when asked to stop between two of them."""
-        self._set_up(stage)
+        self._begin_stage(stage)
         training = self.config.training
         dataset = self._dataset(stage, train=True)
         batches = global_batches(dataset, first_sample=self.progress.samples, batch_size=stage.batch_size,
@@ -120,13 +126,13 @@ class Trainer:
         with closing(batches):
             while self.progress.step_in_stage < stage.steps:
                 if self._between_steps():
-                    self.save(must=True)
+                    self.save(required=True)
                     return False
                 start = time.perf_counter()
                 self._step(stage, next(batches), start)
                 if self.progress.step % training.checkpoint_every == 0 and not self.guard.in_a_row:
                     self.save()
-        self.save(must=True)
+        self.save(required=True)
         self.state_stage = stage.index
         return True
 
@@ -140,7 +146,7 @@ class Trainer:
             self.stop.requested = SIGNALS[asked - 1]
         return bool(asked)
 
-    def _set_up(self, stage: Stage) -> None:
+    def _begin_stage(self, stage: Stage) -> None:
         self.engine.release()
         trained = set_trainable(self.model, stage)
         total = sum(1 for _ in self.model.parameters())
@@ -175,7 +181,7 @@ class Trainer:
         self.engine.begin_step(self.config.training.seed, self.progress.step)
         compute_loss = step_loss(batch, self.engine.all_sum)
         due = stage.recall_every is not None and (self.progress.step_in_stage + 1) % stage.recall_every == 0
-        with measuring(self.model, due):
+        with measuring_recall(self.model, due):
             values = self._gradients(compute_loss, batch)
         loads = layer_loads(self.model.router_loads())
         values |= router_panel(loads)
@@ -199,17 +205,17 @@ class Trainer:
         self.tracker.log(self.record, self.progress.step)
         self.display.step(self.record, final=last)
         if self.guard.count_step(update.applied):
-            self._give_up(compute_loss, batch)
+            self._raise_diverged(compute_loss, batch)
 
     def _gradients(self, compute_loss: LossFunction, batch: Sequence[Any]) -> dict[str, Tensor]:
         """The engine's; the first time with a word on the backends that ran."""
-        if self.backends_noted:
+        if self.backends_reported:
             return self.engine.compute_gradients(compute_loss, batch)
-        with backends.noting_backends(self.model) as rows:
+        with backends.recording_backends(self.model) as rows:
             values = self.engine.compute_gradients(compute_loss, batch)
         if self.engine.is_main:
-            backends.report(rows(), self.run.path)
-        self.backends_noted = True
+            backends.report_backends(rows(), self.run.path)
+        self.backends_reported = True
         return values
 
     def _describe(self, stage: Stage, batch: Sequence[Any], update: Update, lr: float,
@@ -241,40 +247,40 @@ class Trainer:
             size = self.config.training.micro_batch_size or stage.batch_size
             own, most = (range(rank, windows, self.engine.dp_size) for rank in (self.engine.dp_rank, 0))
             missing = math.ceil(len(most) / size) - math.ceil(len(own) / size)
-            with measuring(self.model, stage.eval_recall):
+            with measuring_recall(self.model, stage.eval_recall):
                 self.validation = validate(self.engine, micro_batches(dataset, own, size),
                                            micro_batches(dataset, [0] * missing, 1))
         self.validated_at = self.progress.step
         return self.validation
 
-    def _give_up(self, compute_loss: LossFunction, batch: Sequence[Any]) -> None:
+    def _raise_diverged(self, compute_loss: LossFunction, batch: Sequence[Any]) -> None:
         found = self.engine.gather(first_bad_layer(self.engine, compute_loss, batch))
         where = next((place for place in found if place != NOTHING_BAD), NOTHING_BAD)
         self.saver.finish()
         raise TrainingStopped(f"{self.guard.in_a_row} steps in a row were not finite (the last is step "
-                              f"{self.progress.step}); first bad: {where}; {self.saver.kept}; try a lower "
+                              f"{self.progress.step}); first bad: {where}; {self.saver.newest_text}; try a lower "
                               "optimizer.lr, or another training.seed to pass these samples")
 
-    def save(self, *, must: bool = False) -> None:
-        """A checkpoint of this step, unless there is one. `must`: wait for it, and end the run if it fails.
+    def save(self, *, required: bool = False) -> None:
+        """A checkpoint of this step, unless there is one. `required`: wait for it, and end the run if it fails.
 
         Raises:
             TrainingStopped: the disk refused too often, or a weight is not finite.
         """
         self.saver.finish()
-        step, in_background = self.progress.step, self.config.training.async_checkpoint and not must
+        step, in_background = self.progress.step, self.config.training.async_checkpoint and not required
         if step == 0 or self.saver.saved(step):
             return
         # Found after a step of finite gradients: far too large a learning rate.
         weight = next(filter(None, self.engine.gather(bad_weight(self.engine))), None)
         if weight is not None:
             raise TrainingStopped(f"weight '{weight}' is not finite after step {step}, which is not saved; "
-                                  f"{self.saver.kept}; try a lower optimizer.lr")
+                                  f"{self.saver.newest_text}; try a lower optimizer.lr")
         state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint}
         texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)
         texts["trainer.json"] = json.dumps(state, indent=1)
         tensors = {"model": self.engine.owned_tensors(checkpoint.unique_tensors(self.model), copied=in_background),
                    "optimizer": self.engine.owned_optimizer_state(copied=in_background)}
-        self.saver.begin(step, texts, tensors, must=must)
+        self.saver.begin(step, texts, tensors, required=required)
         if not in_background:
-            self.saver.finish(must=must)
+            self.saver.finish(required=required)

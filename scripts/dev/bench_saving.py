@@ -72,7 +72,7 @@ def measure(config: Config, saves: int, disk: Path | None) -> dict[str, Any]:
     def begin(saver: Saver, number: int, in_background: bool) -> None:
         tensors = {"model": engine.owned_tensors(checkpoint.unique_tensors(model), copied=in_background),
                    "optimizer": engine.owned_optimizer_state(copied=in_background)}
-        saver.begin(number, {}, tensors, must=True)
+        saver.begin(number, {}, tensors, required=True)
 
     def save(saver: Saver, number: int) -> None:
         begin(saver, number, False)

@@ -34,7 +34,7 @@ from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.run_config import load_config
 from hybridlm.training import train
-from hybridlm.training.sparse import indexed_mixers, measuring
+from hybridlm.training.sparse_attention import indexed_mixers, measuring_recall
 
 SHARE = 8  # top-k is the length over this
 COLUMNS = ("indexer_recall", "task_indexer_recall", "indexer_attainable", "task_indexer_attainable")
@@ -149,7 +149,7 @@ def evaluate(model: HybridLM, config: Config, args: argparse.Namespace, *, recal
     dataset = PackedDataset([store], args.length, 0, seed=0)  # type: ignore[list-item]
     windows = min(args.eval_batches * args.batch, len(dataset))
     totals: dict[str, float] = {}
-    with measuring(model, recall):
+    with measuring_recall(model, recall):
         for start in range(0, windows, args.batch):
             part = dataset.batch(range(start, min(start + args.batch, windows)))
             output = model(part.input_ids, targets=part.targets, cu_seqlens=part.cu_seqlens)

@@ -36,7 +36,7 @@ from hybridlm.optimizers.optimizer_set import RULE
 from hybridlm.planning.rank_memory import rank_memory
 from hybridlm.tensor_storage import stored_tensors, unique_tensors
 from hybridlm.training.losses import step_loss
-from hybridlm.training.sparse import freeze_idle_indexers, set_attention
+from hybridlm.training.sparse_attention import freeze_idle_indexers, set_attention
 from hybridlm.training.stages import Stage
 from hybridlm_kernels.packing import CuSeqlens
 from tests.support import tiny_run

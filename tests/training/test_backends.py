@@ -6,13 +6,19 @@ import torch
 
 from hybridlm.model.model import build_model
 from hybridlm.run_config import load_config
-from hybridlm.training.backends import FILE, Row, noting_backends, ranges, report
+from hybridlm.training.backends import (
+    BACKENDS_FILE,
+    BackendUse,
+    format_layer_ranges,
+    recording_backends,
+    report_backends,
+)
 from hybridlm_kernels import registry
 from hybridlm_kernels.registry import Backend, Call, Operation
 
 
 def test_ranges():
-    assert ranges(["0", "1", "2", "4", "10", "11", "mtp", "model"]) == "0-2, 4, 10-11, mtp, model"
+    assert format_layer_ranges(["0", "1", "2", "4", "10", "11", "mtp", "model"]) == "0-2, 4, 10-11, mtp, model"
 
 
 def test_each_operation_is_noted_under_its_layers(tmp_path, caplog):
@@ -20,7 +26,7 @@ def test_each_operation_is_noted_under_its_layers(tmp_path, caplog):
                                    "model.schedule.ratio=1", "model.mtp.depth=1"])
     model = build_model(config.model).train()
     ids = torch.arange(24)[None] % 7
-    with noting_backends(model) as rows:
+    with recording_backends(model) as rows:
         model(ids, labels=ids).loss.backward()
         table = {(row.operation, row.layers): row for row in rows()}
     assert ("delta_rule", "0, 2") in table
@@ -31,9 +37,9 @@ def test_each_operation_is_noted_under_its_layers(tmp_path, caplog):
     model(ids)
     assert len(rows()) == len(table)  # nothing is noted any more
     with caplog.at_level("INFO", logger="hybridlm"):
-        report(rows(), tmp_path)
-    assert [Row(**row | {"rejected": tuple(row["rejected"])})
-            for row in json.loads((tmp_path / FILE).read_text())] == rows()
+        report_backends(rows(), tmp_path)
+    assert [BackendUse(**row | {"rejected": tuple(row["rejected"])})
+            for row in json.loads((tmp_path / BACKENDS_FILE).read_text())] == rows()
     assert any("delta_rule" in line and "0, 2" in line for line in caplog.messages)
 
 
@@ -46,6 +52,6 @@ def test_a_fall_back_says_what_was_rejected_and_why(tmp_path, caplog):
     choice, = seen
     assert choice.why == "first that accepts the call"
     with caplog.at_level("INFO", logger="hybridlm"):
-        report([Row("0", "noted", choice.backend, choice.why, choice.rejected)], tmp_path)
+        report_backends([BackendUse("0", "noted", choice.backend, choice.why, choice.rejected)], tmp_path)
     assert caplog.messages[-1].endswith("first that accepts the call; fast: head dim 999; other: made for cuda, the "
                                         "tensors are on cpu")

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from hybridlm.training.display import Display, Pace, describe, duration, short
+from hybridlm.training.display import Display, Pace, format_count, format_duration, format_record
 
 RECORD = {"step": 4, "loss": 2.0, "bits_per_byte": 2.885, "tokens_per_second": 12345.0, "skipped": False}
 
@@ -83,7 +83,7 @@ def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path):
 
 
 def test_skipped_steps_say_so():
-    assert describe({"step": 1, "skipped": True, "loss": None}) == "not finite: step skipped"
+    assert format_record({"step": 1, "skipped": True, "loss": None}) == "not finite: step skipped"
 
 
 def test_pace_forgets_the_first_step(monkeypatch):
@@ -93,10 +93,10 @@ def test_pace_forgets_the_first_step(monkeypatch):
     seen = []
     for _ in range(3):
         pace.tick()
-        seen.append(pace.seconds_a_step())
+        seen.append(pace.seconds_per_step())
     assert seen == [30.0, 1.0, pytest.approx(1.0)]
 
 
 def test_numbers_for_people():
-    assert [short(n) for n in (12, 1234, 5.6e6, 48e9)] == ["12", "1.23k", "5.6M", "48G"]
-    assert [duration(n) for n in (5, 3661, 90061)] == ["0:00:05", "1:01:01", "1d 1:01:01"]
+    assert [format_count(n) for n in (12, 1234, 5.6e6, 48e9)] == ["12", "1.23k", "5.6M", "48G"]
+    assert [format_duration(n) for n in (5, 3661, 90061)] == ["0:00:05", "1:01:01", "1d 1:01:01"]

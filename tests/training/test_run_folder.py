@@ -5,7 +5,7 @@ import pytest
 
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import CheckpointError, ConfigError
-from hybridlm.training.run_folder import RunFolder, compare, flatten
+from hybridlm.training.run_folder import RunFolder, check_same_run, flatten
 from tests.support import tiny_run
 
 HERE = Path("run")
@@ -21,7 +21,7 @@ def saved(folder, **options):
 ])
 def test_length_and_watching_may_change(tmp_path, options):
     before = saved(tmp_path, recipe=tiny_run.stages({"name": "pretrain", "steps": 5}) if "recipe" in options else None)
-    compare(before, tiny_run.config(tmp_path, **options), HERE)
+    check_same_run(before, tiny_run.config(tmp_path, **options), HERE)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -32,21 +32,21 @@ def test_length_and_watching_may_change(tmp_path, options):
 ])
 def test_what_is_trained_on_what_may_not(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
-        compare(saved(tmp_path), tiny_run.config(tmp_path, **options), HERE)
+        check_same_run(saved(tmp_path), tiny_run.config(tmp_path, **options), HERE)
 
 
 def test_keys_of_a_later_version_have_their_defaults(tmp_path):
     before = saved(tmp_path)
     del before["optimizer"]["eps"]
-    compare(before, tiny_run.config(tmp_path), HERE)
+    check_same_run(before, tiny_run.config(tmp_path), HERE)
     with pytest.raises(ConfigError, match=r"optimizer\.eps"):
-        compare(before, tiny_run.config(tmp_path, optimizer={"eps": 1e-3}), HERE)
+        check_same_run(before, tiny_run.config(tmp_path, optimizer={"eps": 1e-3}), HERE)
 
 
 def test_model_options_are_part_of_the_architecture(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.init_std 0\.02 -> 0\.5"):
-        compare(saved(tmp_path), tiny_run.config(tmp_path, model_options={"init_std": 0.5}), HERE)
-    compare(saved(tmp_path), tiny_run.config(tmp_path, model_options={"name": "another"}), HERE)
+        check_same_run(saved(tmp_path), tiny_run.config(tmp_path, model_options={"init_std": 0.5}), HERE)
+    check_same_run(saved(tmp_path), tiny_run.config(tmp_path, model_options={"name": "another"}), HERE)
 
 
 def test_sessions_add_up(tmp_path):

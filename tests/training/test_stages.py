@@ -4,7 +4,7 @@ import torch
 from hybridlm import load_config
 from hybridlm.errors import ConfigError
 from hybridlm.model.model import build_model
-from hybridlm.training.sparse import freeze_idle_indexers, set_attention
+from hybridlm.training.sparse_attention import freeze_idle_indexers, set_attention
 from hybridlm.training.stages import Progress, plan_stages, set_trainable
 from tests.support import tiny_run
 

@@ -15,7 +15,7 @@ from hybridlm.model.model import HybridLM
 from hybridlm.training.stages import Stage
 
 log = logging.getLogger("hybridlm")
-INDEXER = "*.indexer.*"  # the parameters of an indexer
+INDEXER_PARAMETERS = "*.indexer.*"  # the parameters of an indexer
 
 
 def indexed_mixers(model: nn.Module) -> list[IndexedMixer]:
@@ -70,7 +70,7 @@ def warn_of_selection(model: HybridLM, stage: Stage) -> None:
 
 
 @contextmanager
-def measuring(model: nn.Module, on: bool = True) -> Iterator[None]:
+def measuring_recall(model: nn.Module, on: bool = True) -> Iterator[None]:
     """Within it, evaluation reports the loss of each indexer and its recall against the dense attention."""
     mixers = indexed_mixers(model) if on else []
     for mixer in mixers:
