@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hybridlm.config.serialization import from_dict
 from hybridlm.interop.families.native import MODEL_TYPE
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.feed_forward.moe.router import Router
+from hybridlm.model.feed_forward.contract import FeedForward
 from hybridlm.model.model import HybridLM
 from hybridlm.model.output import ModelState
 
@@ -89,8 +89,9 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what no file holds, the counts of router loads; HybridLM has initialised everything else."""
-        if isinstance(module, Router):
-            module.load.zero_()
+        load = module.router_load() if isinstance(module, FeedForward) else None
+        if load is not None:
+            load.zero_()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed

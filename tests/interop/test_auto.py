@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -112,20 +110,3 @@ def test_saved_again_by_transformers_and_in_bf16(tmp_path):
     assert half(ids).logits.isfinite().all()
     fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "again"))
     assert fresh(ids).logits.isfinite().all()
-
-
-def test_a_fresh_process_needs_the_one_import(tmp_path):
-    export_hf(build("kda with lightning"), tmp_path / "out", family="hybridlm")
-    code = """
-import sys
-from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except ValueError as error:
-    print("hybridlm" in str(error))
-import hybridlm.interop.auto
-print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
-"""
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
-                         check=True)
-    assert run.stdout.split() == ["True", "HybridLMForCausalLM"]

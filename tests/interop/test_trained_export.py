@@ -1,4 +1,4 @@
-"""A trained model leaves for transformers alone: nothing of ours is imported there, and the greedy text is the same."""
+"""Exported models in a fresh process: transformers alone for its own classes, one import for the type `hybridlm`."""
 
 import json
 import subprocess
@@ -6,21 +6,32 @@ import sys
 
 import pytest
 
-from hybridlm import load_checkpoint
+from hybridlm import build_model, load_checkpoint
 from hybridlm.cli import main
+from hybridlm.config import load_model_config
+from hybridlm.interop import export_hf
 from hybridlm.model.generation import generate
 
 PROMPT = "def main("
-SINGLE_PROCESS = """
+FRESH_PROCESS = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-ids = tokenizer(sys.argv[2], return_tensors="pt").input_ids
+own_class, hybridlm_type, prompt = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(own_class)
+model, info = AutoModelForCausalLM.from_pretrained(own_class, output_loading_info=True)
+ids = tokenizer(prompt, return_tensors="pt").input_ids
 out = model.generate(ids, max_new_tokens=24, do_sample=False)
-assert not any(name.startswith("hybridlm") for name in sys.modules)
-print(json.dumps({"ids": out[0, ids.shape[1]:].tolist(), "class": type(model).__name__,
-                  "missing": list(info["missing_keys"]), "unexpected": list(info["unexpected_keys"])}))
+try:
+    AutoModelForCausalLM.from_pretrained(hybridlm_type)
+    refused = ""
+except ValueError as error:
+    refused = str(error)
+imported = [name for name in sys.modules if name.startswith("hybridlm")]
+import hybridlm.interop.auto
+loaded = AutoModelForCausalLM.from_pretrained(hybridlm_type)
+print(json.dumps({"ids": out[0, ids.shape[1]:].tolist(), "class": type(model).__name__, "imported": imported,
+                  "missing": list(info["missing_keys"]), "unexpected": list(info["unexpected_keys"]),
+                  "refused": refused, "loaded": type(loaded).__name__}))
 """
 
 
@@ -35,11 +46,14 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def test_the_quickstart_model_speaks_the_same_in_transformers_alone(run, tmp_path, capsys):
-    out = tmp_path / "exported"
-    assert main(["export", str(run), str(out), "--json"]) == 0
+def test_transformers_loads_the_quickstart_alone_and_the_type_hybridlm_after_one_import(run, tmp_path, capsys):
+    quickstart = tmp_path / "quickstart"
+    assert main(["export", str(run), str(quickstart), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["family"] == "kimi_linear"
-    done = subprocess.run([sys.executable, "-c", SINGLE_PROCESS, str(out), PROMPT], capture_output=True, text=True)
+    mixed = build_model(load_model_config("hybrid_tiny", ["model.schedule.pattern=[kda, lightning, full]"]))
+    assert export_hf(mixed, tmp_path / "mixed")["family"] == "hybridlm"
+    done = subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(quickstart), str(tmp_path / "mixed"), PROMPT],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
     assert (theirs["class"], theirs["missing"], theirs["unexpected"]) == ("KimiLinearForCausalLM", [], [])
@@ -47,7 +61,10 @@ def test_the_quickstart_model_speaks_the_same_in_transformers_alone(run, tmp_pat
     ids = model.tokenizer.encode(PROMPT)
     ours = [int(token[0]) for token in generate(model, ids, 24, temperature=0)]
     assert ours == theirs["ids"]
-    assert len(set(ours)) > 1  # it has learnt to say something
+    assert len(set(ours)) > 1  # the model has learnt something
+    assert theirs["imported"] == []
+    assert "hybridlm" in theirs["refused"]
+    assert theirs["loaded"] == "HybridLMForCausalLM"
 
 
 def test_verify_finds_no_difference(run, tmp_path, capsys):
