@@ -8,9 +8,9 @@ import pytest
 
 from hybridlm import build_model, load_checkpoint
 from hybridlm.cli import main
-from hybridlm.config import load_model_config
 from hybridlm.interop import export_hf
 from hybridlm.model.generation import generate
+from hybridlm.run_config import load_model_config
 
 PROMPT = "def main("
 FRESH_PROCESS = """
