@@ -1,8 +1,6 @@
-"""Two and four ranks train as one: every tiny system under every engine, each loss and the gradient norm."""
+"""Two and four ranks train as one: each tiny system and each engine, every loss and the gradient norm."""
 
 import contextlib
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from hybridlm.cli import main
 from hybridlm.model.feed_forward.moe.router import Router
-from tests.support import train_over_ranks
-from tests.support.over_ranks import assert_same_run, on_ranks
+from tests.support.rank_pool import TRAIN
+from tests.support.run_records import assert_same_run
 
 pytest.importorskip("deepspeed")
 
@@ -20,7 +18,7 @@ pytest.importorskip("deepspeed")
 # fourth step whose second and third expert have one score, and norms differ by up to 3e-3 from there. Larger weights
 # spread the scores; much larger ones (above 0.1) let the gradients themselves amplify rounding.
 TINY = ["model.hidden_size=32", "model.num_layers=2", "model.vocab_size=257", "model.init_std=0.06",
-        "data.tokenizer=bytes", "optimizer.schedule.kind=constant", "optimizer.schedule.warmup=4", "training.steps=20",
+        "data.tokenizer=bytes", "optimizer.schedule.kind=constant", "optimizer.schedule.warmup=4", "training.steps=8",
         "training.batch_size=4", "training.micro_batch_size=1", "training.sequence_length=8", "training.eval_every=0",
         "training.eval_batches=1", "training.log_every=1000", "training.seed=2"]
 HYBRID = ["model.schedule.ratio=1"]
@@ -28,24 +26,31 @@ HYBRID = ["model.schedule.ratio=1"]
 SPARSE = ["model.mixers.dsa.indexer.topk=4", "model.init_std=0.09"]
 SYSTEMS = {"kimi_linear_tiny": HYBRID, "qwen3_next_tiny": HYBRID, "minimax_01_tiny": HYBRID, "hybrid_tiny": HYBRID,
            "kda_dsa_tiny": HYBRID + SPARSE, "deepseek_v32_tiny": SPARSE}
-ENGINES = {"ddp": [], "zero1": [], "zero2": [],
-           # Vectors stay whole on every rank, matrices are divided; by default all of these would stay whole.
-           "zero3": ["engine.persistence_threshold=64", "training.activation_checkpointing=true"]}
-SPLIT = ["engine.expert_parallel=2", "engine.context_parallel=2"]
+# Vectors stay complete on every rank, matrices are sharded; by default all of these would stay complete.
+ZERO3 = ["engine=zero3", "engine.persistence_threshold=64", "training.activation_checkpointing=true"]
+ENGINES = {"ddp": ["engine=ddp"], "zero1": ["engine=zero1"], "zero2": ["engine=zero2"], "zero3": ZERO3}
+# Ranks, system, engine: every engine on several systems, every system under an engine that sums whole gradients and one
+# that shards. 2 ranks accumulate two micro batches, 4 ranks have one each.
+PAIRS = [(2, "kimi_linear_tiny", "ddp"), (2, "kimi_linear_tiny", "zero3"), (2, "qwen3_next_tiny", "zero1"),
+         (2, "qwen3_next_tiny", "zero3"), (2, "minimax_01_tiny", "ddp"), (2, "minimax_01_tiny", "zero2"),
+         (2, "hybrid_tiny", "zero1"), (2, "hybrid_tiny", "zero2"), (2, "kda_dsa_tiny", "ddp"),
+         (2, "kda_dsa_tiny", "zero3"), (2, "deepseek_v32_tiny", "zero2"), (4, "kimi_linear_tiny", "zero2"),
+         (4, "qwen3_next_tiny", "ddp"), (4, "kda_dsa_tiny", "zero1"), (4, "deepseek_v32_tiny", "zero3")]
+BOTH_PARALLEL = ["engine.expert_parallel=2", "engine.context_parallel=2"]
 # Few steps of more tokens: what makes updates orthogonal lifts singular values that are nothing but rounding.
 MUON = ["optimizer=muon", "training.steps=2", "optimizer.schedule.warmup=2", "training.sequence_length=32"]
-# On two ranks, what engines go together with. By name: the run of one process, and the words of the other.
-TOGETHER = {
-    "split-zero1": (("deepseek_v32_tiny", "one"), ["engine=zero1", "engine.overlap=false", *SPLIT]),
-    "split-zero3-host": (("deepseek_v32_tiny", "one"), [
-        "engine=zero3", *ENGINES["zero3"], "engine.offload_optimizer=true", "engine.offload_parameters=true", *SPLIT]),
+# On two ranks, options of engines together. By name: the run of one process, and the words of the other.
+COMBINATIONS = {
+    "parallel-zero1": (("deepseek_v32_tiny", "one"), ["engine=zero1", "engine.overlap=false", *BOTH_PARALLEL]),
+    "parallel-zero3-offloaded": (("deepseek_v32_tiny", "one"), [
+        *ZERO3, "engine.offload_optimizer=true", "engine.offload_parameters=true", *BOTH_PARALLEL]),
     "muon-ddp": (("kimi_linear_tiny", "muon"), ["engine=ddp", *MUON]),
     "muon-zero1": (("kimi_linear_tiny", "muon"), ["engine=zero1", *MUON]),
-    "muon-zero3": (("kimi_linear_tiny", "muon"), ["engine=zero3", *ENGINES["zero3"], SPLIT[0], *MUON])}
-MARGIN = 1e-6  # of scores near 0.5, whose unit of rounding is 6e-8
+    "muon-zero3": (("kimi_linear_tiny", "muon"), [*ZERO3, "engine.expert_parallel=2", *MUON])}
+TIE_MARGIN = 1e-6  # of scores near 0.5, whose unit of rounding is 6e-8
 
 
-class Margin(TorchFunctionMode):
+class TopkMargin(TorchFunctionMode):
     """The least distance between the worst score that a top-k took and the best that it left."""
 
     least = float("inf")
@@ -58,8 +63,8 @@ class Margin(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def routers_margin():
-    margin, select = Margin(), Router.select
+def router_margin():
+    margin, select = TopkMargin(), Router.select
 
     def watched(router, s_NE):
         with margin:
@@ -71,51 +76,46 @@ def routers_margin():
 
 
 @pytest.fixture(scope="module")
-def run_words(tmp_path_factory):
+def run_words(tmp_path_factory, data_words):
     root = tmp_path_factory.mktemp("equality")
-    text = root / "text.py"
-    text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
 
     def words(system, name, *more):
-        return [f"model={system}", *TINY, *SYSTEMS[system], f"data.path={text}", f"data.cache_dir={root / 'cache'}",
-                f"run_dir={root / system / name}", *more]
+        return [f"model={system}", *TINY, *SYSTEMS[system], *data_words, f"run_dir={root / system / name}", *more]
 
     words.root = root
     return words
 
 
 @pytest.fixture(scope="module")
-def one_rank(run_words):
+def one_process(run_words):
     """Runs of one process, in the micro batches of one row that ranks compute, and how near to a tie each came."""
     margins = {}
     for system in SYSTEMS:
-        with routers_margin() as margin:
+        with router_margin() as margin:
             assert main(["train", *run_words(system, "one")]) == 0
         margins[system] = margin.least
+    assert main(["train", *run_words("kimi_linear_tiny", "muon", *MUON)]) == 0
     return margins
 
 
 @pytest.mark.slow
-def test_no_token_is_near_a_tie(one_rank):
-    """What equality rests on: where this fails, another training.seed is due, and no engine is to blame."""
-    assert {system: margin for system, margin in one_rank.items() if margin < MARGIN} == {}
+def test_no_token_is_near_a_tie(one_process):
+    """Equality rests on it: where this fails, another training.seed is due, and no engine is to blame."""
+    assert {system: margin for system, margin in one_process.items() if margin < TIE_MARGIN} == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_train_as_one(run_words, one_rank, ranks):
-    """2 ranks accumulate two micro batches, 4 ranks have one each."""
-    runs = [run_words(system, f"{engine}-{ranks}", f"engine={engine}", *options)
-            for system in SYSTEMS for engine, options in ENGINES.items()]
-    together = TOGETHER if ranks == 2 else {}
-    if together:
-        assert main(["train", *run_words("kimi_linear_tiny", "muon", *MUON)]) == 0
-    runs += [run_words(system, name, *words) for name, ((system, _), words) in together.items()]
-    listed = run_words.root / "runs.json"
-    listed.write_text(json.dumps(runs))
-    on_ranks(ranks, train_over_ranks.__file__, listed, folder=run_words.root)
-    for system in SYSTEMS:
-        for engine in ENGINES:
-            assert_same_run(run_words.root / system / f"{engine}-{ranks}", run_words.root / system / "one")
-    for name, ((system, wanted), _) in together.items():
-        assert_same_run(run_words.root / system / name, run_words.root / system / wanted)
+@pytest.mark.parametrize(("ranks", "system", "engine"), PAIRS)
+def test_ranks_train_as_one(run_words, one_process, request, ranks, system, engine):
+    pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])
+    name = f"{engine}-{ranks}"
+    pool.run(TRAIN, *run_words(system, name, *ENGINES[engine]))
+    assert_same_run(run_words.root / system / name, run_words.root / system / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_options_of_engines_together(run_words, one_process, two_ranks, name):
+    (system, wanted), words = COMBINATIONS[name]
+    two_ranks.run(TRAIN, *run_words(system, name, *words))
+    assert_same_run(run_words.root / system / name, run_words.root / system / wanted)

@@ -23,51 +23,48 @@ from hybridlm.planning.process_count import check_process_count
 from hybridlm.planning.rank_memory import rank_memory
 from tests.support import experts_over_ranks
 from tests.support.engine_configs import engine_config
-from tests.support.over_ranks import ROOT, assert_same_run, on_ranks, start
+from tests.support.rank_pool import ROOT
+from tests.support.run_records import assert_same_run
 
-TRAINING = {"steps": 20, "batch_size": 4, "micro_batch_size": 1, "sequence_length": 16, "eval_every": 0,
-            "checkpoint_every": 10, "keep_checkpoints": 9}
-
+STEPS = 8
+TRAINING = {"steps": STEPS, "batch_size": 4, "micro_batch_size": 1, "sequence_length": 16, "eval_every": 0,
+            "checkpoint_every": STEPS // 2, "keep_checkpoints": 9}
+TRAINED = "tests.support.experts_over_ranks:check_training"
 
 STAGES = [{"name": "frozen", "steps": 2, "trainable": ["*.mixer.*"]},
           {"name": "alone", "steps": 2, "trainable": ["*.experts.*"]}, {"name": "all", "steps": 2}]
 
 
-def run(name, kind, experts=1, pieces=1, stages=()):
-    engine = {"kind": kind, "expert_parallel": experts, "context_parallel": pieces}
+def run(name, kind, experts=1, shards=1, stages=()):
+    engine = {"kind": kind, "expert_parallel": experts, "context_parallel": shards}
     return json.dumps({"name": name, "engine": engine, "training": TRAINING, "stages": stages})
 
 
 def half_done(run, name):
-    """A copy of a finished run as it stood after its tenth step."""
+    """A copy of a finished run as it stood in the middle."""
     copy = run.with_name(name)
     shutil.copytree(run, copy)
-    shutil.rmtree(copy / "checkpoints" / "step-20")
+    shutil.rmtree(copy / "checkpoints" / f"step-{STEPS}")
     return name
-
-
-def train_on(number, folder, *runs):
-    on_ranks(number, experts_over_ranks.__file__, "train", folder, *runs, folder=folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With the run of one process: 20 steps in micro batches of one row, MTP, balance loss and router bias."""
+    """With the run of one process: micro batches of one row, MTP, balance loss and router bias."""
     folder = tmp_path_factory.mktemp("experts")
     experts_over_ranks.check_training(folder, run("one", "single"))
     return folder
 
 
 @pytest.mark.slow
-def test_a_layer_over_four_ranks_is_the_layer_alone(tmp_path):
-    codes, errors = start(4, experts_over_ranks.__file__, "layer", folder=tmp_path)
-    assert codes == [0] * 4, "\n".join(errors)
+def test_a_layer_over_four_ranks_is_the_layer_alone(four_ranks):
+    four_ranks.run("tests.support.experts_over_ranks:check_layer")
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_and_go_on_from_one(folder):
-    train_on(2, folder, run("ddp", "ddp", 2), run("zero1", "zero1", 2),
-             run(half_done(folder / "one", "to_two"), "zero3", 2))
+def test_two_ranks_train_as_one_and_go_on_from_one(folder, two_ranks):
+    two_ranks.run(TRAINED, str(folder), run("ddp", "ddp", 2), run("zero1", "zero1", 2),
+                  run(half_done(folder / "one", "to_two"), "zero3", 2))
     for name in ("ddp", "zero1", "to_two"):
         assert_same_run(folder / name, folder / "one")
     experts_over_ranks.check_training(folder, run(half_done(folder / "zero1", "to_one"), "single"))
@@ -75,19 +72,20 @@ def test_two_ranks_train_as_one_and_go_on_from_one(folder):
 
 
 @pytest.mark.slow
-def test_stages_that_freeze_experts_or_train_nothing_else(folder):
+def test_stages_that_freeze_experts_or_train_nothing_else(folder, two_ranks):
     experts_over_ranks.check_training(folder, run("stages", "single", stages=STAGES))
-    train_on(2, folder, run("stages_ddp", "ddp", 2, stages=STAGES),
-             run("stages_zero3", "zero3", 2, stages=STAGES))
+    two_ranks.run(TRAINED, str(folder), run("stages_ddp", "ddp", 2, stages=STAGES),
+                  run("stages_zero3", "zero3", 2, stages=STAGES))
     for name in ("stages_ddp", "stages_zero3"):
         assert_same_run(folder / name, folder / "stages")
 
 
 @pytest.mark.slow
-def test_four_ranks_hold_each_expert_twice(folder):
-    """With rows in two pieces too."""
-    train_on(4, folder, run("pieces", "zero2", 2, 2), run(half_done(folder / "one", "to_four"), "zero3", 2))
-    for name in ("pieces", "to_four"):
+def test_four_ranks_hold_each_expert_twice(folder, four_ranks):
+    """With rows in two shards too."""
+    four_ranks.run(TRAINED, str(folder), run("rows_too", "zero2", 2, 2),
+                   run(half_done(folder / "one", "to_four"), "zero3", 2))
+    for name in ("rows_too", "to_four"):
         assert_same_run(folder / name, folder / "one")
 
 
@@ -96,13 +94,13 @@ def preset(name, **engine):
     return replace(config, engine=engine_config(**engine))
 
 
-@pytest.mark.parametrize(("experts", "world"), [(3, 6), (4, 2), (16, 16), (0, 2)])
-def test_a_number_of_ranks_that_does_not_fit_is_refused(experts, world):
+@pytest.mark.parametrize(("experts", "ranks"), [(3, 6), (16, 16), (0, 2)])
+def test_a_number_of_ranks_that_does_not_fit_is_refused(experts, ranks):
     with pytest.raises(ConfigError, match=r"engine\.expert_parallel: must divide the 8 experts of a layer"):
-        check_process_count(preset("kimi_linear_tiny", kind="ddp", expert_parallel=experts), world)
+        check_process_count(preset("kimi_linear_tiny", kind="ddp", expert_parallel=experts), ranks)
 
 
-def test_the_names_of_deepspeed_that_split_experts_need(monkeypatch):
+def test_the_names_of_deepspeed_that_sharded_experts_need(monkeypatch):
     """DeepSpeed is pinned; where a new version moves one of these, this fails before a run does."""
     pytest.importorskip("deepspeed")
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
@@ -168,7 +166,7 @@ def test_what_a_step_sends_by_the_formulas():
 @pytest.mark.parametrize(("routing", "ranks"), [
     ({}, 2), ({}, 8), ({"num_groups": 4, "topk_groups": 2}, 2), ({"num_groups": 4, "topk_groups": 2}, 8),
     ({"num_groups": 4, "topk_groups": 3}, 4), ({"num_groups": 2, "topk_groups": 1}, 1)])
-def test_how_likely_a_rank_has_experts_of_a_token(routing, ranks):
+def test_the_probability_that_a_rank_has_experts_of_a_token(routing, ranks):
     """By listing every choice of three experts of eight that the groups allow."""
     moe = MoEConfig(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, **routing)
     size, held = 8 // moe.num_groups, 8 // ranks
@@ -178,7 +176,7 @@ def test_how_likely_a_rank_has_experts_of_a_token(routing, ranks):
     assert visit_probability(moe.routed_experts(), ranks) == pytest.approx(sum(met) / len(met))
 
 
-def test_memory_of_a_rank_with_a_share_of_the_experts():
+def test_memory_of_a_rank_with_some_of_the_experts():
     whole, split = (rank_memory(preset("kimi_linear_48b", kind="zero1", expert_parallel=n), 64) for n in (1, 16))
     count = count_parameters(preset("kimi_linear_48b").model)
     assert whole.weights - split.weights == pytest.approx(6 * count.routed * 15 / 16)  # fp32, and the copies in bf16

@@ -20,12 +20,11 @@ LAUNCHERS = ["torchrun", "accelerate", "deepspeed"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes(launcher, tmp_path):
-    text = tmp_path / "text.py"
-    text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
+def test_two_processes(launcher, data_words, tmp_path):
+    engine = "ddp" if launcher == "torchrun" else "zero1"
     done = subprocess.run(
-        [ROOT / "scripts" / "launch" / f"{launcher}.sh", "model=minimax_01_tiny", "model.num_layers=2", "engine=zero1",
-         "data.tokenizer=bytes", f"data.path={text}", f"data.cache_dir={tmp_path / 'cache'}", "training.steps=2",
+        [ROOT / "scripts" / "launch" / f"{launcher}.sh", "model=minimax_01_tiny", "model.num_layers=2",
+         f"engine={engine}", "data.tokenizer=bytes", *data_words, "training.steps=2",
          "training.batch_size=2", "training.sequence_length=32", "training.eval_batches=1",
          f"run_dir={tmp_path / 'run'}"],
         capture_output=True, text=True, timeout=300,

@@ -2,13 +2,11 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from hybridlm import checkpoint
-from tests.support import saves_over_ranks
-from tests.support.over_ranks import on_ranks, records
+from tests.support.run_records import records
 
 pytest.importorskip("deepspeed")
 MEASURED = {"tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes", "seconds"}
@@ -16,14 +14,12 @@ MEASURED = {"tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes",
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saves")
-    on_ranks(2, saves_over_ranks.__file__, folder, Path(json.__file__), folder=folder)
-    return folder
+    return tmp_path_factory.mktemp("saves")
 
 
 @pytest.fixture(scope="module")
-def ranks(base):
-    return [json.loads((base / f"rank-{rank}.json").read_text()) for rank in range(2)]
+def ranks(base, two_ranks):
+    return two_ranks.run("tests.support.saves_over_ranks:save_and_resume", str(base), json.__file__)
 
 
 @pytest.mark.slow

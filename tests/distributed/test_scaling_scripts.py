@@ -1,4 +1,4 @@
-"""What ranks send, counted against the formulas; layouts for many GPUs, from the same formulas."""
+"""Bytes that ranks send, counted against the formulas; layouts for many GPUs, from the same formulas."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FEW = 4096  # bytes of losses, norms, counts and the like, which the formulas leave out
+LEFT_OUT_BYTES = 4096  # losses, norms, counts and the like, which the formulas leave out
 
 
 def script(name, *arguments):
@@ -29,7 +29,7 @@ def test_collective_operations_carry_what_the_formulas_say():
     for row in rows:
         # Experts are not quite evenly loaded; all else is exact.
         loose = 0.1 * row["formula"] if row["operation"] == "all_to_all" and row["expert_parallel"] > 1 else 0
-        assert abs(row["measured"] - row["formula"]) <= FEW + loose, row
+        assert abs(row["measured"] - row["formula"]) <= LEFT_OUT_BYTES + loose, row
 
 
 def test_layouts_fit_and_a_larger_gpu_is_not_slower():

@@ -1,55 +1,43 @@
-"""ZeRO: checkpoints that do not know what is divided over how many ranks, bad steps, hangs, and what is refused.
+"""ZeRO: checkpoints that do not know how many ranks wrote them, bad steps, hangs, and what is refused.
 
 That the losses are those of one process: test_equality.py.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 
 from hybridlm import load_config
 from hybridlm.cli import main
 from hybridlm.planning.rank_memory import rank_memory
-from tests.support import train_over_ranks, zero_checks
-from tests.support.over_ranks import on_ranks, records, start
+from tests.support.rank_pool import TRAIN
+from tests.support.run_records import records
 
 pytest.importorskip("deepspeed")
 
 TINY = ["model.hidden_size=32", "model.vocab_size=257", "data.tokenizer=bytes", "training.batch_size=4",
         "training.sequence_length=32", "training.eval_every=0", "training.eval_batches=1", "training.log_every=1000",
-        "optimizer.schedule.kind=constant", "optimizer.schedule.warmup=4", "training.keep_checkpoints=9"]
-SYSTEMS = {"kimi": ["model=kimi_linear_tiny", "model.num_layers=4"],
+        "optimizer.schedule.kind=constant", "optimizer.schedule.warmup=2", "training.keep_checkpoints=9"]
+SYSTEMS = {"kimi": ["model=kimi_linear_tiny", "model.num_layers=2", "model.schedule.ratio=1"],
            "deepseek": ["model=deepseek_v32_tiny", "model.num_layers=2", "training.sequence_length=96"]}  # top-k 64
 ZERO3 = ["engine=zero3", "engine.persistence_threshold=0"]  # tiny weights would all stay whole
 ACCUMULATED = ["training.micro_batch_size=1"]
 # The indexer alone, then everything: parameters that began to train at different steps.
-TWO_STAGES = ["recipe=dsa_scratch", "recipe.stages.0.steps=4", "recipe.stages.1.steps=4",
+TWO_STAGES = ["recipe=dsa_scratch", "recipe.stages.0.steps=2", "recipe.stages.1.steps=2",
               "recipe.stages.0.trainable=['*.indexer.*']", "recipe.stages.1.eval_recall=false"]
-STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
+def words(tmp_path_factory, data_words):
     """Words of a run of `system` in a folder of that name."""
     root = tmp_path_factory.mktemp("zero")
-    text = root / "text.py"
-    text.write_text(Path(json.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
 
-    def make(name, system, *more, steps=STEPS):
+    def make(name, system, *more):
         model, *rest = SYSTEMS[system]
-        return [model, *TINY, *rest, f"data.path={text}", f"data.cache_dir={root / 'cache'}", f"training.steps={steps}",
-                f"run_dir={root / name}", *more]
+        return [model, *TINY, *rest, *data_words, f"run_dir={root / name}", *more]
 
     make.root = root
     return make
-
-
-def train_on(number, folder, *runs):
-    """The runs in that many processes, one after the other, all of which must succeed."""
-    listed = folder / "runs.json"
-    listed.write_text(json.dumps(runs))
-    on_ranks(number, train_over_ranks.__file__, listed, folder=folder)
 
 
 def assert_same(found, wanted, rel=1e-5):
@@ -76,25 +64,31 @@ def samples(folder):
 
 
 @pytest.mark.slow
-def test_sessions_of_other_engines_and_ranks(words):
-    """ZeRO-2 on four ranks, ZeRO-3 on two with all on the host, ddp on two, one process; and a recipe of two stages.
+def test_sessions_of_other_engines_and_ranks(words, two_ranks, four_ranks):
+    """ZeRO-2 on four ranks, ZeRO-3 on two with all on the host, ddp on two, one process.
 
     Each token meets every expert here: where it chooses, one near a tie may choose otherwise on other sums.
     """
     root = words.root
     every = ["model.feed_forward.num_experts_per_tok=8", "training.record_samples=true", *ACCUMULATED]
-    assert main(["train", *words("whole", "kimi", *every, steps=12)]) == 0
-    assert main(["train", *words("stages", "deepseek", *TWO_STAGES)]) == 0
-    train_on(4, root, words("part", "kimi", *every, "engine=zero2", steps=4))
+    assert main(["train", *words("one", "kimi", *every, "training.steps=8")]) == 0
+    four_ranks.run(TRAIN, *words("sessions", "kimi", *every, "engine=zero2", "training.steps=2"))
     on_host = ["engine.offload_optimizer=true", "engine.offload_parameters=true"]
-    train_on(2, root, words("part", "kimi", *every, *ZERO3, *on_host, steps=8),
-             words("part", "kimi", *every, "engine=ddp", steps=10),
-             words("stages-zero3", "deepseek", *TWO_STAGES, *ZERO3))
-    assert main(["train", *words("part", "kimi", *every, steps=12)]) == 0
-    assert_same(root / "part", root / "whole")
-    assert samples(root / "part") == samples(root / "whole") == {
-        step + 1: list(range(4 * step, 4 * step + 4)) for step in range(12)}
-    assert len([*(root / "part").glob("samples-*.jsonl")]) == 4
+    two_ranks.run(TRAIN, *words("sessions", "kimi", *every, *ZERO3, *on_host, "training.steps=4"))
+    two_ranks.run(TRAIN, *words("sessions", "kimi", *every, "engine=ddp", "training.steps=6"))
+    assert main(["train", *words("sessions", "kimi", *every, "training.steps=8")]) == 0
+    assert_same(root / "sessions", root / "one")
+    assert samples(root / "sessions") == samples(root / "one") == {
+        step + 1: list(range(4 * step, 4 * step + 4)) for step in range(8)}
+    assert len([*(root / "sessions").glob("samples-*.jsonl")]) == 4
+
+
+@pytest.mark.slow
+def test_a_recipe_of_two_stages(words, two_ranks):
+    """Parameters that began to train at different steps; DeepSpeed is told its stage and no precision of its own."""
+    root = words.root
+    assert main(["train", *words("stages", "deepseek", *TWO_STAGES)]) == 0
+    two_ranks.run(TRAIN, *words("stages-zero3", "deepseek", *TWO_STAGES, *ZERO3))
     assert_same(root / "stages-zero3", root / "stages")
     told = json.loads((root / "stages-zero3" / "deepspeed.json").read_text())
     assert told["zero_optimization"]["stage"] == 3
@@ -102,15 +96,31 @@ def test_sessions_of_other_engines_and_ranks(words):
 
 
 @pytest.mark.slow
-def test_engines_on_two_ranks(tmp_path):
-    """NaN on one rank, gradients of each loss, types, starved experts and every optimizer; then one rank hangs, and
-    each says where it is."""
-    codes, errors = start(2, zero_checks.__file__, tmp_path, folder=tmp_path)
-    assert all("checked" in error for error in errors), "\n".join(errors)
+@pytest.mark.parametrize(("check", "arguments"), [
+    ("check_nan_on_one_rank", ["zero1"]), ("check_nan_on_one_rank", ["zero2"]), ("check_nan_on_one_rank", ["zero3"]),
+    ("check_buckets_of_ddp", []),
+    ("check_gradients_of_one_loss", ["ddp", "balance"]), ("check_gradients_of_one_loss", ["ddp", "indexer_kl"]),
+    ("check_gradients_of_one_loss", ["zero1", "balance"]), ("check_gradients_of_one_loss", ["zero2", "indexer_kl"]),
+    ("check_gradients_of_one_loss", ["zero3", "balance"]), ("check_gradients_of_one_loss", ["zero3", "indexer_kl"]),
+    ("check_build", []), ("check_dtypes", ["zero2"]), ("check_bf16", []), ("check_deepspeed_is_on", []),
+    ("check_starved_experts", []), ("check_matrix_steps", ["muon"]), ("check_matrix_steps", ["adafactor"])])
+def test_engines_on_two_ranks(two_ranks, check, arguments):
+    two_ranks.run(f"tests.support.zero_checks:{check}", *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["lion", "adafactor", "muon"])
+def test_a_step_of_an_optimizer_under_every_engine(two_ranks, tmp_path, optimizer):
+    two_ranks.run("tests.support.zero_checks:check_step_of_every_engine", optimizer, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_all_and_each_says_where_it_is(two_ranks):
+    codes, errors = two_ranks.run_to_the_end("tests.support.zero_checks:hang")
     assert codes == [1, 1]
     for rank, error in enumerate(errors):
         assert f"rank {rank} of 2: step 7 has stood still for" in error
-    assert "in __main__.hang (line" in errors[1]
+    assert "in tests.support.zero_checks.hang (line" in errors[1]
     assert "hybridlm.distributed" in errors[0]
 
 
@@ -129,7 +139,7 @@ def test_refused_before_anything_starts(words, message, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_memory_of_a_rank_holds_a_layer_whole():
+def test_memory_of_a_rank_includes_a_complete_layer():
     config = load_config("train", ["model=deepseek_v32_671b", "engine=zero3", "training.precision=fp32"])
     experts = 4 * 256 * 3 * 7168 * 2048  # bytes; DeepSpeed gathers a module at a time, however large it is
     assert experts < rank_memory(config, 2048).gathered < 1.1 * experts

@@ -1,9 +1,6 @@
-"""What each of two processes runs for test_communication.py: tiny systems under ZeRO, whose matrices travel in bf16."""
-
-import sys
+"""Checks of what travels in bf16 under ZeRO, which each of two ranks makes (test_communication.py)."""
 
 import torch
-import torch.distributed as dist
 
 from hybridlm import load_config
 from hybridlm.data.packing import Batch
@@ -50,7 +47,7 @@ def rounded(weight):
     return torch.equal(weight, weight.bfloat16().float())
 
 
-def check(system, kind):
+def check_bf16_communication(system, kind):
     wanted, kept = steps(system, kind, "fp32")
     found, saved = steps(system, kind, "bf16")
     # Autocast rounds these weights in any case: the loss is the same in every bit.
@@ -64,10 +61,3 @@ def check(system, kind):
         assert not torch.equal(weight, saved[1][name]), (system, kind, name)
     # What is saved is what the optimizer has, not what has travelled.
     assert not any(rounded(w) for name, w in saved[1].items() if name.endswith("_proj.weight")), (system, kind)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for words in sys.argv[1:]:
-        check(*words.split("/"))
-    dist.destroy_process_group()

@@ -1,10 +1,9 @@
-"""What each of several processes runs for test_expert_parallel.py: `experts_over_ranks.py CHECK [argument ...]`.
+"""Checks of experts over ranks, which each rank of a pool makes (test_expert_parallel.py).
 
-N tokens, D model width, E experts, A experts a token.
+N tokens, D model width, E experts, A experts per token.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -42,14 +41,14 @@ def check_layer():
 
 
 def compare_layer(parallel, rank, world, dtype, tolerance, only):
-    whole, split = layer().to(dtype), layer(parallel).to(dtype)
+    undivided, sharded = layer().to(dtype), layer(parallel).to(dtype)
     if only is not None:
-        for module in (whole, split):
+        for module in (undivided, sharded):
             module.router.bias.fill_(-10.0)[:3] = 10.0
-    held = split.experts.owned
-    assert len(held) == 8 // dist.get_world_size(parallel.group)
-    for name, weight in split.experts.named_parameters():
-        assert torch.equal(weight, getattr(whole.experts, name)[held.start:held.stop])
+    local = sharded.experts.owned
+    assert len(local) == 8 // dist.get_world_size(parallel.group)
+    for name, weight in sharded.experts.named_parameters():
+        assert torch.equal(weight, getattr(undivided.experts, name)[local.start:local.stop])
     torch.manual_seed(1)
     x_RBTD = torch.randn(world, 2, LENGTH, HIDDEN, dtype=dtype)
     dy_RBTD = torch.randn_like(x_RBTD)
@@ -57,14 +56,14 @@ def compare_layer(parallel, rank, world, dtype, tolerance, only):
 
     own = x_RBTD[rank].clone().requires_grad_()
     with CountCollectives() as counted:
-        y_BTD, aux = split(own, seq)
+        y_BTD, aux = sharded(own, seq)
         y_BTD.backward(dy_RBTD[rank])
-    check_bytes(counted, parallel, split, own, seq)
-    parallel.average_gradients(split)
+    check_bytes(counted, parallel, sharded, own, seq)
+    parallel.average_gradients(sharded)
     alone = x_RBTD.clone().requires_grad_()
     expected, loads = torch.zeros_like(x_RBTD), torch.zeros(8, dtype=torch.int64)
     for index in range(world):
-        out_BTD, out_aux = whole(alone[index], seq)
+        out_BTD, out_aux = undivided(alone[index], seq)
         out_BTD.backward(dy_RBTD[index])
         expected[index], loads = out_BTD.detach(), loads + out_aux["load"]
     dist.all_reduce(aux["load"])
@@ -79,20 +78,20 @@ def compare_layer(parallel, rank, world, dtype, tolerance, only):
     close(y_BTD.detach(), expected[rank])
     close(own.grad, alone.grad[rank])
     for name in ("gate_up", "down"):
-        gradient = getattr(whole.experts, name).grad[held.start:held.stop]
-        close(getattr(split.experts, name).grad * world, gradient)
-    router = split.router.weight.grad.clone()
+        gradient = getattr(undivided.experts, name).grad[local.start:local.stop]
+        close(getattr(sharded.experts, name).grad * world, gradient)
+    router = sharded.router.weight.grad.clone()
     dist.all_reduce(router)
-    close(router, whole.router.weight.grad)
-    norm = parallel.total_norm(split.experts.parameters(), split) * world
-    close(norm, torch.nn.utils.get_total_norm([p.grad for p in whole.experts.parameters()]))
+    close(router, undivided.router.weight.grad)
+    norm = parallel.total_norm(sharded.experts.parameters(), sharded) * world
+    close(norm, torch.nn.utils.get_total_norm([p.grad for p in undivided.experts.parameters()]))
 
 
-def check_bytes(counted, parallel, split, x_BTD, seq):
+def check_bytes(counted, parallel, sharded, x_BTD, seq):
     """All ranks together sent the formula's bytes: a row once to each rank that has experts of it, weights and numbers
     of all pairs, results back, and the gradients of rows, weights and results."""
     size, own = dist.get_world_size(parallel.group), dist.get_rank(parallel.group)
-    ids_NA, _, _ = split.router(x_BTD, seq)
+    ids_NA, _, _ = sharded.router(x_BTD, seq)
     rank_NA = ids_NA // (8 // size)
     visits = sum(len(set(ranks) - {own}) for ranks in rank_NA.tolist())
     numbers = torch.tensor([visits, int((rank_NA != own).sum()), counted.payload["all_to_all", size]])
@@ -114,13 +113,3 @@ def check_training(folder, *runs):
                                  **run["training"])
         config.run_dir, config.engine = str(Path(folder) / run["name"]), engine_config(**run["engine"])
         train(config, to_stderr=True)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] == "layer":
-        dist.init_process_group("gloo")
-        check_layer()
-    else:
-        check_training(*sys.argv[2:])
-    dist.destroy_process_group()

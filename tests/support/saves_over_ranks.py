@@ -1,17 +1,10 @@
-"""What each of two processes runs for test_saves.py: `saves_over_ranks.py FOLDER TEXT`; each writes rank-N.json there.
+"""Saves and a resume under ZeRO-1, which each of two ranks makes (test_saves.py)."""
 
-One `hybridlm train` after the other, under ZeRO-1: training waits for its saves; a thread writes them; a third goes on
-from what the first has saved.
-"""
-
-import json
-import sys
 import threading
 from collections import Counter
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+import pytest
 
 from hybridlm.checkpoint import folder as files
 from hybridlm.checkpoint import saving
@@ -33,7 +26,7 @@ def train(*words):
     assert code == 0, (words, code)
 
 
-def hold_back(found):
+def hold_back(patch, found):
     """What is saved after steps 2 and 4 is written when the next step has been made."""
     made, write, step = threading.Condition(), saving._write_tensors, Trainer._step
     done = [0]
@@ -50,10 +43,11 @@ def hold_back(found):
             done[0] = trainer.progress.step
             made.notify_all()
 
-    saving._write_tensors, Trainer._step = late, counted
+    patch.setattr(saving, "_write_tensors", late)
+    patch.setattr(Trainer, "_step", counted)
 
 
-def watch_reads(found):
+def watch_reads(patch, found):
     """Elements of the optimizer's state that this rank reads, by tensor, and the files that it computes hashes of."""
     elements, sha256 = StoredTensor.elements, files._sha256
     found |= {"read": Counter(), "hashed": []}
@@ -66,10 +60,11 @@ def watch_reads(found):
         found["hashed"] += [file.name] if file.parent.name == "step-5" else []
         return sha256(file)
 
-    StoredTensor.elements, files._sha256 = counted, noted
+    patch.setattr(StoredTensor, "elements", counted)
+    patch.setattr(files, "_sha256", noted)
 
 
-def note_snapshots(found, config):
+def note_snapshots(patch, found, config):
     """Bytes of a save that this rank holds, against the estimate."""
     begin = Saver.begin
     found["estimate"] = rank_memory(config, 2).snapshot
@@ -78,20 +73,19 @@ def note_snapshots(found, config):
         found["snapshot"] = sum(tensor.nbytes for group in groups.values() for tensor in group.values())
         return begin(saver, step, texts, groups, **options)
 
-    Saver.begin = noted
+    patch.setattr(Saver, "begin", noted)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    base = Path(sys.argv[1])
-    data = [f"data.path={sys.argv[2]}", f"data.cache_dir={base / 'cache'}"]
+def save_and_resume(folder, text):
+    """One run after the other: training waits for its saves; a thread writes them; a third goes on from the first's."""
+    base = Path(folder)
+    data = [f"data.path={text}", f"data.cache_dir={base / 'cache'}"]
     found = {"held back": True}
     train(*data, f"run_dir={base / 'waiting'}", "training.async_checkpoint=false")
-    rank = dist.get_rank()
-    note_snapshots(found, load_config("train", [*TINY, *data]))
-    hold_back(found)
-    train(*data, f"run_dir={base / 'beside'}")
-    watch_reads(found)
-    train(*data, f"run_dir={base / 'waiting'}", "training.steps=6")
-    (base / f"rank-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        note_snapshots(patch, found, load_config("train", [*TINY, *data]))
+        hold_back(patch, found)
+        train(*data, f"run_dir={base / 'beside'}")
+        watch_reads(patch, found)
+        train(*data, f"run_dir={base / 'waiting'}", "training.steps=6")
+    return found

@@ -1,19 +1,9 @@
-"""What each of four processes runs for test_context_parallel.py: `shards_over_ranks.py FOLDER`.
-
-First every mixer on shards of rows against the same rows whole, with all four ranks or two pairs of them; then the
-training runs of FOLDER/runs.json, a list of the words of one `hybridlm train` after another.
-"""
+"""Checks of mixers on shards of rows, which each of four ranks makes (test_context_parallel.py)."""
 
 import copy
-import json
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from hybridlm.cli import main
 from hybridlm.distributed.context_parallel import ContextParallelGroup
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
@@ -71,9 +61,8 @@ def compare(name, shard_group, dtype, tolerance):
         assert error <= tolerance * float(wanted.norm()) + 1e-12, (name, shard_group.size, dtype, error)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+def check_mixers():
+    """Every mixer on shards of rows against the same rows whole, with all four ranks or two pairs of them."""
     for size in (2, 4):
         shard_group = ContextParallelGroup.make(size)
         adjoint(shard_group)
@@ -83,5 +72,3 @@ if __name__ == "__main__":
                 compare(name, shard_group, torch.float64, 1e-9)
             if size == most:
                 compare(name, shard_group, torch.float32, 1e-5)
-    for words in json.loads((Path(sys.argv[1]) / "runs.json").read_text()):
-        assert main(["train", *words]) == 0, words
