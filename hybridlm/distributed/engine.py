@@ -32,7 +32,7 @@ from hybridlm.tensor_storage import StoredTensor
 
 
 class BatchLike(Protocol):
-    """What the engine must know of a batch: how to move it to a device."""
+    """A batch, of which an engine must know only how to move it to a device."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Any: ...
 

@@ -22,7 +22,7 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
-    """What an engine must know of a training step to estimate the memory of one rank.
+    """Sizes of a training step from which an engine estimates the memory of one rank.
 
     `params`: parameters of the whole model. `local_params`: those that one rank works with, so without the routed
     experts that other ranks of its expert-parallel group have. `layer_params`: those of the largest layer, likewise.

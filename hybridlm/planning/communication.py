@@ -29,7 +29,7 @@ INT64_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan:
-    """How a training step is spread over ranks.
+    """The distribution of a training step over ranks.
 
     Args:
         ranks: processes.

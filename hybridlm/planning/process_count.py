@@ -1,4 +1,4 @@
-"""How many processes a run has: what a launcher started, or what `hybridlm train` starts on this machine."""
+"""The number of processes of a run: started by a launcher, or by `hybridlm train` on this machine."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a checkpoint costs the training thread: written while it waits, and by a thread while it goes on.
+"""Measures what a checkpoint costs the training thread: written while it waits, and by a thread while it goes on.
 
     python scripts/dev/bench_saving.py [--saves 5] [--folder DISK] [--json] [WORDS]
 
@@ -36,14 +36,16 @@ WORDS = ["model=kimi_linear_tiny", "model.num_layers=2", "model.schedule.ratio=1
          "model.vocab_size=32768", "data.tokenizer=bytes"]
 MEASURED = ("waiting_s", "copy_s", "copy_cpu_s", "rename_s", "writing_s", "writing_cpu_s", "quiet_step_s",
             "step_while_writing_s", "slower_s")
-LENGTH, QUIET = 64, 2  # tokens of a step; steps before each save, for comparison
+TOKENS_PER_STEP = 64
+QUIET_STEPS = 2  # before and after each save, for comparison
 
 
 def batch(config: Config) -> Batch:
     depth = config.model.mtp.depth
-    ids = torch.randint(config.model.vocab_size, (1, LENGTH + 1 + depth))
-    targets = torch.stack([ids[:, 1 + d:1 + d + LENGTH] for d in range(1 + depth)], dim=-1)
-    return Batch(ids[:, :LENGTH], targets, CuSeqlens([0, LENGTH]), LENGTH, LENGTH, (0,))
+    ids = torch.randint(config.model.vocab_size, (1, TOKENS_PER_STEP + 1 + depth))
+    targets = torch.stack([ids[:, 1 + d:1 + d + TOKENS_PER_STEP] for d in range(1 + depth)], dim=-1)
+    borders = CuSeqlens([0, TOKENS_PER_STEP])
+    return Batch(ids[:, :TOKENS_PER_STEP], targets, borders, TOKENS_PER_STEP, TOKENS_PER_STEP, (0,))
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -53,12 +55,12 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def cpu_elsewhere() -> float:
-    """Seconds of CPU time that threads other than this one have used."""
+    """Return the seconds of CPU time that threads other than this one have used."""
     return time.process_time() - time.thread_time()
 
 
 def measure(config: Config, saves: int, disk: Path | None) -> dict[str, Any]:
-    """Medians over the saves of either kind: seconds, and bytes of a checkpoint."""
+    """Return medians over the saves of either kind: seconds, and bytes of a checkpoint."""
     engine = make_engine(config.engine, "fp32")
     model = build_model(config, device=engine.device).train()
     optimizers = build_optimizer(model, config.optimizer)
@@ -83,9 +85,9 @@ def measure(config: Config, saves: int, disk: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=disk) as folder:
         saver = Saver(Path(folder), 1, engine, lambda: None)
         for number in range(1, 2 * saves, 2):
-            quiet = [seconds(step) for _ in range(QUIET)]
+            quiet = [seconds(step) for _ in range(QUIET_STEPS)]
             found["waiting_s"].append(seconds(partial(save, saver, number)))
-            quiet += [seconds(step) for _ in range(QUIET)]
+            quiet += [seconds(step) for _ in range(QUIET_STEPS)]
             start, cpu, elsewhere = time.perf_counter(), time.thread_time(), cpu_elsewhere()
             found["copy_s"].append(seconds(partial(begin, saver, number + 1, True)))
             found["copy_cpu_s"].append(time.thread_time() - cpu)
@@ -119,7 +121,7 @@ def main() -> int:
           f"training waits:           {found['waiting_s']:.2f} s\n"
           f"a thread writes:          {found['copy_s'] + found['rename_s']:.2f} s (copy {found['copy_s']:.2f}, rename "
           f"{found['rename_s']:.2f}), and {found['slower_s']:.2f} s by which steps are slower in the "
-          f"{found['writing_s']:.2f} s of writing ({found['quiet_step_s']:.2f} s a step, "
+          f"{found['writing_s']:.2f} s of writing ({found['quiet_step_s']:.2f} s per step, "
           f"{found['step_while_writing_s']:.2f} s meanwhile)\n"
           f"CPU time:                 copy {found['copy_cpu_s']:.2f} s, writing thread {found['writing_cpu_s']:.2f} s")
     return 0

@@ -1,7 +1,7 @@
 """A training run under random faults, and the same run left alone: losses, weights and samples must be the same.
 
-`scripts/dev/chaos.sh` starts this with a small disk of its own. Both runs are `hybridlm train`. The faulty one is killed,
-stopped, starved of disk and handed damaged checkpoints; the same command is given again until it has finished.
+`scripts/dev/chaos.sh` starts this with a small disk of its own. Both runs are `hybridlm train`. The faulty one is
+killed, stopped, starved of disk and handed damaged checkpoints; the same command is given again until it has finished.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # forks and ranks without number: on th
 import torch
 from chaos_run import Broken, Run, adopt_orphans, children, kill, records
 
-BATCH, EVERY, GAP = 4, 3, 6  # samples a step; steps between checkpoints; mean steps between faults
+BATCH_SIZE = 4
+CHECKPOINT_EVERY = 3  # steps
+MEAN_STEPS_BETWEEN_FAULTS = 6
 MODEL = ["model=kimi_linear_tiny", "model.num_layers=2", "model.schedule.ratio=1", "model.hidden_size=32",
          "model.vocab_size=257", "data.tokenizer=bytes"]
-TRAINING = [f"training.batch_size={BATCH}", "training.sequence_length=32", "training.eval_every=25",
-            "training.eval_batches=1", "training.log_every=1000", f"training.checkpoint_every={EVERY}",
+TRAINING = [f"training.batch_size={BATCH_SIZE}", "training.sequence_length=32", "training.eval_every=25",
+            "training.eval_batches=1", "training.log_every=1000", f"training.checkpoint_every={CHECKPOINT_EVERY}",
             "training.keep_checkpoints=3", "training.record_samples=true"]
-MEASURED = {"tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes", "seconds"}  # not computed
+MEASURED_KEYS = {"tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes", "seconds"}  # differ by time
 
 
 @dataclass
-class Row:
-    """One fault: the last step before it, seconds until all processes had ended and until a step began again, the
-    checkpoint the run went on from, and saves that it cut short."""
+class FaultRecord:
+    """A fault and its effect: the last step before it, seconds until all processes had ended and until a step began
+    again, the checkpoint the run went on from, and the number of saves it cut short."""
 
     fault: str
     step: int
@@ -55,34 +57,35 @@ class Row:
     detail: str = ""
 
 
-def all_end(run: Run, pids: list[int], row: Row) -> None:
-    row.stopped_s = run.gone(pids)
+def wait_for_end(run: Run, pids: list[int], row: FaultRecord) -> None:
+    row.stopped_s = run.wait_until_gone(pids)
     row.step = run.step()
     row.drafts = len(list(run.checkpoints.glob(".tmp-step-*")))
 
 
-def kill_rank(run: Run, chance: random.Random, row: Row) -> None:
-    """The launcher ends the others and starts all again by itself."""
+def kill_rank(run: Run, chance: random.Random, row: FaultRecord) -> None:
+    """Kill one rank; the launcher ends the others and starts all again by itself."""
     ranks = run.ranks()
     kill([chance.choice(ranks)])
-    all_end(run, ranks, row)
+    wait_for_end(run, ranks, row)
 
 
-def kill_ranks(run: Run, chance: random.Random, row: Row) -> None:
+def kill_ranks(run: Run, chance: random.Random, row: FaultRecord) -> None:
+    """Kill all ranks at once."""
     ranks = run.ranks()
     kill(ranks)
-    all_end(run, ranks, row)
+    wait_for_end(run, ranks, row)
 
 
-def kill_launcher(run: Run, chance: random.Random, row: Row) -> None:
-    """Nobody is left to end the ranks: they must end by themselves."""
+def kill_launcher(run: Run, chance: random.Random, row: FaultRecord) -> None:
+    """Kill the launcher; the ranks must end by themselves."""
     pids = run.pids()
     kill(pids[-1:])
-    all_end(run, pids, row)
+    wait_for_end(run, pids, row)
 
 
-def kill_while_starting(run: Run, chance: random.Random, row: Row) -> None:
-    """All die, and then a rank at any moment around its start and first steps."""
+def kill_while_starting(run: Run, chance: random.Random, row: FaultRecord) -> None:
+    """Kill all, and after the restart a rank at any moment around its start and first steps."""
     kill_launcher(run, chance, row)
     begin = time.monotonic()
     limit = begin + row.stopped_s + chance.uniform(0.0, 5.0)  # type: ignore[operator]
@@ -90,26 +93,26 @@ def kill_while_starting(run: Run, chance: random.Random, row: Row) -> None:
     run.wait("ranks to start", lambda: len(run.ranks()) > 1)
     run.wait("a moment", lambda: time.monotonic() > limit or run.step() > row.step)
     ranks = run.ranks()
-    run.mark()  # what the session said that dies now is no sign of the next one
+    run.mark()  # output of the session that is killed now must not be taken for that of the next one
     kill([chance.choice(ranks)])
     row.detail = f"{time.monotonic() - begin:.1f} s after the start"
-    run.gone(ranks)
+    run.wait_until_gone(ranks)
 
 
-def stop(run: Run, chance: random.Random, row: Row) -> None:
-    """SIGTERM to any process: all save once and leave with 0."""
+def terminate(run: Run, chance: random.Random, row: FaultRecord) -> None:
+    """Send SIGTERM to any process: all save once and exit with 0."""
     pids = run.pids()
     kill([chance.choice(pids)], signal.SIGTERM)
-    all_end(run, pids, row)
-    said, folder = run.said(), run.checkpoints / f"step-{row.step}"
+    wait_for_end(run, pids, row)
+    said, folder = run.output_since_mark(), run.checkpoints / f"step-{row.step}"
     expected = f"SIGTERM: stopped after step {row.step}, saved {folder}. Go on with: hybridlm train"
     if not run.ended() or run.launcher.returncode != 0 or said.count(expected) != 1:  # type: ignore[union-attr]
         code = run.launcher.returncode  # type: ignore[union-attr]
         raise run.broken(f"SIGTERM after step {row.step}, exit code {code}, and this was said since:\n{said}\nin all")
 
 
-def tear(run: Run, chance: random.Random, row: Row) -> None:
-    """All die, and a file of the newest checkpoint is cut short, altered in one bit, or lost."""
+def damage_checkpoint(run: Run, chance: random.Random, row: FaultRecord) -> None:
+    """Kill all, and cut a file of the newest checkpoint short, alter one bit of it, or delete it."""
     kill_launcher(run, chance, row)
     newest = max(run.checkpoints.glob("step-*"), key=lambda folder: int(folder.name[5:]))
     file = chance.choice(sorted(newest.iterdir()))
@@ -124,16 +127,16 @@ def tear(run: Run, chance: random.Random, row: Row) -> None:
         file.write_bytes(data)
     row.detail = f"{newest.name}/{file.name} {harm}"
     run.start()
-    run.wait("the damage to be named", lambda: f"{newest.name} is damaged (" in run.said())
+    run.wait("the damage to be named", lambda: f"{newest.name} is damaged (" in run.output_since_mark())
 
 
-def fill(run: Run, chance: random.Random, row: Row) -> None:
-    """The disk is full for one save or two, or until the run gives up at the third."""
+def fill_disk(run: Run, chance: random.Random, row: FaultRecord) -> None:
+    """Fill the disk for one save or two, or until the run gives up at the third."""
     times = chance.choice([1, 2, 3])
     with full_disk(run):
-        run.wait("saves to fail", lambda: run.said().count("could not be saved") >= times)
+        run.wait("saves to fail", lambda: run.output_since_mark().count("could not be saved") >= times)
         row.step = run.step()
-    if times == 3 and "could not be saved 3 times in a row" not in run.said():
+    if times == 3 and "could not be saved 3 times in a row" not in run.output_since_mark():
         raise run.broken("three saves failed and the run went on")
     row.detail = f"{times} x not saved"
 
@@ -160,33 +163,34 @@ def limit_files(pid: int, size: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-FAULTS: dict[str, Callable[[Run, random.Random, Row], None]] = {
-    "SIGKILL of one rank": kill_rank, "damaged checkpoint": tear, "full disk": fill, "SIGTERM": stop,
-    "SIGKILL of the launcher": kill_launcher, "SIGKILL while starting": kill_while_starting,
+FAULTS: dict[str, Callable[[Run, random.Random, FaultRecord], None]] = {
+    "SIGKILL of one rank": kill_rank, "damaged checkpoint": damage_checkpoint, "full disk": fill_disk,
+    "SIGTERM": terminate, "SIGKILL of the launcher": kill_launcher, "SIGKILL while starting": kill_while_starting,
     "SIGKILL of all ranks": kill_ranks}
 
 
 def plan(number: int, chance: random.Random) -> list[tuple[str, int]]:
-    """Kinds of faults, each as often as the others, and the steps after which they strike."""
+    """Choose kinds of faults, each as often as the others, and the steps after which they strike."""
     kinds = (list(FAULTS) * (number // len(FAULTS) + 1))[:number]
     chance.shuffle(kinds)
-    steps = [3 * EVERY]  # two checkpoints are there then
+    steps = [3 * CHECKPOINT_EVERY]  # two checkpoints are there then
     while len(steps) < number:
-        steps.append(steps[-1] + chance.randint(GAP // 2, GAP + GAP // 2))
+        steps.append(steps[-1] + chance.randint(MEAN_STEPS_BETWEEN_FAULTS // 2, MEAN_STEPS_BETWEEN_FAULTS * 3 // 2))
     return list(zip(kinds, steps, strict=True))
 
 
-def survive(run: Run, faults: list[tuple[str, int]], chance: random.Random, note: Callable[[Row], None]) -> list[Row]:
-    """Strike whenever the run has come far enough, then let it end."""
-    rows: list[Row] = []
+def run_under_faults(run: Run, faults: list[tuple[str, int]], chance: random.Random,
+                     note: Callable[[FaultRecord], None]) -> list[FaultRecord]:
+    """Cause each fault when the run has come to its step, then let the run end."""
+    rows: list[FaultRecord] = []
     for kind, step in faults:
         run.wait(f"step {step}", lambda step=step: not run.ended() and run.step() >= step,  # type: ignore[misc]
                  restart=True)
         time.sleep(chance.uniform(0.0, 0.3))
-        row, begin = Row(kind, run.step()), time.monotonic()
+        row, begin = FaultRecord(kind, run.step()), time.monotonic()
         run.mark()
         FAULTS[kind](run, chance, row)
-        if row.stopped_s is not None or "3 times in a row" in run.said():
+        if row.stopped_s is not None or "3 times in a row" in run.output_since_mark():
             run.wait("the next step", lambda: run.resumed() is not None, restart=True)
             row.resumed_at, row.back_s = run.resumed(), time.monotonic() - begin
         rows.append(row)
@@ -196,7 +200,7 @@ def survive(run: Run, faults: list[tuple[str, int]], chance: random.Random, note
 
 
 def differences(quiet: Run, faulty: Run, steps: int, ranks: int) -> list[str]:
-    """What the two runs do not share; nothing, if all is well."""
+    """Describe in what the two runs differ; an empty list if all is well."""
     wanted, found = set(range(1, steps + 1)), []
     for run in (quiet, faulty):
         if odd := wanted ^ set(records(run.folder / "metrics.jsonl")):
@@ -204,11 +208,11 @@ def differences(quiet: Run, faulty: Run, steps: int, ranks: int) -> list[str]:
         seen = [records(run.folder / f"samples-{rank}.jsonl") for rank in range(ranks)]
         for step in sorted(wanted):
             samples = sorted(i for rows in seen for i in rows.get(step, {"samples": []})["samples"])
-            if samples != list(range((step - 1) * BATCH, step * BATCH)):
+            if samples != list(range((step - 1) * BATCH_SIZE, step * BATCH_SIZE)):
                 found.append(f"{run.folder.name}: step {step} saw the samples {samples}")
     a, b = (records(run.folder / "metrics.jsonl") for run in (quiet, faulty))
     for step in sorted(set(a) & set(b)):
-        keys = sorted((a[step].keys() | b[step].keys()) - MEASURED)
+        keys = sorted((a[step].keys() | b[step].keys()) - MEASURED_KEYS)
         found += [f"step {step}: {key} is {a[step].get(key)!r} in the quiet run and {b[step].get(key)!r} in the other"
                   for key in keys if a[step].get(key) != b[step].get(key)]
     last = [run.checkpoints / f"step-{steps}" for run in (quiet, faulty)]
@@ -219,8 +223,8 @@ def differences(quiet: Run, faulty: Run, steps: int, ranks: int) -> list[str]:
     return found
 
 
-def table(rows: list[Row]) -> list[dict]:
-    """One line a kind of fault."""
+def table(rows: list[FaultRecord]) -> list[dict]:
+    """Summarise the faults, one line per kind."""
     lines = []
     for kind in FAULTS:
         mine = [row for row in rows if row.fault == kind]
@@ -268,8 +272,8 @@ def main() -> int:
     parser.add_argument("--disk", type=Path, help="a small disk for the checkpoints (chaos.sh makes one)")
     parser.add_argument("--json", action="store_true", help="every fault, as JSON on standard output")
     args = parser.parse_args()
-    if args.faults < 1 or args.ranks < 2 or BATCH % args.ranks:
-        parser.error(f"at least one fault, and 2 or 4 ranks for batches of {BATCH}")
+    if args.faults < 1 or args.ranks < 2 or BATCH_SIZE % args.ranks:
+        parser.error(f"at least one fault, and 2 or 4 ranks for batches of {BATCH_SIZE}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))  # clean up on the way out
     adopt_orphans()
@@ -293,13 +297,13 @@ def main() -> int:
 
 
 def trial(args: argparse.Namespace, folder: Path) -> dict:
-    """The quiet run, the faulty one, and the comparison."""
+    """Make the quiet run and the faulty one, and compare them."""
     if args.engine.startswith("zero"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says on standard output what it has found
         import deepspeed  # noqa: F401  (once, for all forks)
     chance = random.Random(args.seed)
     faults = plan(args.faults, chance)
-    steps = faults[-1][1] + 2 * GAP
+    steps = faults[-1][1] + 2 * MEAN_STEPS_BETWEEN_FAULTS
     words = [*MODEL, *TRAINING, f"engine={args.engine}", f"engine.num_processes={args.ranks}",
              f"training.steps={steps}", f"training.seed={args.seed}", f"data.path={argparse.__file__}",
              f"data.cache_dir={folder / 'cache'}"]
@@ -309,12 +313,12 @@ def trial(args: argparse.Namespace, folder: Path) -> dict:
     quiet.wait("its end", lambda: quiet.launcher.poll() == 0)  # type: ignore[union-attr]
     between = time.monotonic()
 
-    def note(row: Row) -> None:
+    def note(row: FaultRecord) -> None:
         print(f"{time.monotonic() - between:5.0f} s  step {row.step:4}  {row.fault}"
               + (f" ({row.detail})" if row.detail else "")
               + (f", went on from {row.resumed_at}" if row.resumed_at is not None else ""), file=sys.stderr, flush=True)
 
-    rows = survive(faulty, faults, chance, note)
+    rows = run_under_faults(faulty, faults, chance, note)
     wrong = differences(quiet, faulty, steps, args.ranks)
     if left := children(os.getpid()):
         wrong.append(f"processes left: {left}")

@@ -1,7 +1,7 @@
-"""One run of `hybridlm train` as chaos.py sees it: its folder, its processes, what it says.
+"""One run of `hybridlm train` for chaos.py: its folder, its processes and its output.
 
-Every process of it, launcher and ranks, is a fork of this one, which has imported what they need: the command and its
-launcher are the ordinary ones, but a rank starts in a second of CPU time instead of five.
+Launcher and ranks are forks of this process, which has imported what they need: the command and its launcher are the
+ordinary ones, but a rank starts in a second of CPU time instead of five.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from hybridlm.cli import main as hybridlm
 from hybridlm.distributed import launch
 from hybridlm.training import run as _run  # noqa: F401
 
-PATIENCE = 600.0  # seconds that anything may take
-POLL = 0.02
+WAIT_LIMIT_S = 600.0  # for anything to happen
+POLL_INTERVAL_S = 0.02
 PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
 
 
 class Broken(Exception):
-    """What must not happen did."""
+    """The run did what no fault may lead to."""
 
 
 class Forked:
-    """What the launcher needs of subprocess.Popen, by fork alone."""
+    """The part of subprocess.Popen that the launcher uses, by fork alone."""
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str] | None = None, start_new_session: bool = True,
                  preexec_fn: Callable[[], None] | None = None, output: Path | None = None):
@@ -102,15 +102,15 @@ class Run:
         return [*self.ranks(), *([] if self.ended() else [self.launcher.pid])]  # type: ignore[union-attr]
 
     def step(self) -> int:
-        """The last step on record."""
+        """Return the last step on record."""
         return max(records(self.folder / "metrics.jsonl"), default=0)
 
     def mark(self) -> None:
-        """`said` begins here."""
+        """Let `output_since_mark` begin here."""
         self.marked = self.out.stat().st_size if self.out.exists() else 0
 
-    def said(self) -> str:
-        """What was printed after the mark."""
+    def output_since_mark(self) -> str:
+        """Return the output after the mark."""
         return self.printed()[self.marked:].decode(errors="replace")
 
     def printed(self) -> bytes:
@@ -120,8 +120,8 @@ class Run:
         return Broken(f"{what}:\n{self.printed()[-2000:].decode(errors='replace')}")
 
     def wait(self, what: str, condition: Callable[[], bool], restart: bool = False) -> None:
-        """Until `condition` holds. With `restart` the command is given again when it has ended well."""
-        limit = time.monotonic() + PATIENCE
+        """Wait until `condition` holds. With `restart` the command is given again when it has ended well."""
+        limit = time.monotonic() + WAIT_LIMIT_S
         while not condition():
             if self.ended():
                 code = None if self.launcher is None else self.launcher.returncode
@@ -129,43 +129,44 @@ class Run:
                     raise self.broken(f"the run ended (exit code {code}) before {what}")
                 self.start()
             if time.monotonic() > limit:
-                raise self.broken(f"waited {PATIENCE:.0f} s for {what}")
-            time.sleep(POLL)
+                raise self.broken(f"waited {WAIT_LIMIT_S:.0f} s for {what}")
+            time.sleep(POLL_INTERVAL_S)
 
-    def gone(self, pids: list[int]) -> float:
-        """Seconds until none of the processes lives."""
+    def wait_until_gone(self, pids: list[int]) -> float:
+        """Wait until none of the processes lives; returns the seconds it took."""
         begin = time.monotonic()
         while any(alive(pid) for pid in pids):
-            if time.monotonic() - begin > PATIENCE:
+            if time.monotonic() - begin > WAIT_LIMIT_S:
                 raise self.broken(f"processes {pids} live on")
-            time.sleep(POLL)
+            time.sleep(POLL_INTERVAL_S)
         return time.monotonic() - begin
 
     def resumed(self) -> int | None:
-        """The checkpoint that the last session after the mark began from, once it has begun its first step."""
-        *_, last = self.said().rpartition("going on from ")
+        """Return the step of the checkpoint that the last session after the mark began from, once its first step has
+        begun."""
+        *_, last = self.output_since_mark().rpartition("going on from ")
         found = re.match(r"\S*step-(\d+)\n", last)
         return int(found[1]) if found and "\nkernels: " in last else None
 
 
 def adopt_orphans() -> None:
-    """From here on a process that loses its parent becomes a child of this one, and is seen by `children`."""
+    """Make this process the parent of orphans: a descendant that loses its parent is then among its `children`."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def children(parent: int) -> list[int]:
-    """Its living children, oldest first."""
+    """List the living children of a process, oldest first."""
     pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
     return sorted(pid for pid in pids if _state(pid)[1:2] == [str(parent)] and alive(pid))
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs: one that has ended and waits to be noticed does not."""
+    """Tell whether a process runs; a zombie does not."""
     return _state(pid)[:1] not in ([], ["Z"], ["X"])
 
 
 def _state(pid: int) -> list[str]:
-    """Its state and its parent, as the system writes them; empty without such a process."""
+    """Read state and parent of a process from /proc; empty without such a process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
@@ -179,7 +180,7 @@ def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
 
 
 def records(file: Path) -> dict[int, dict]:
-    """Whole lines by step; a step that stands there twice is an error."""
+    """Read the complete lines of a file by step; a step that stands there twice is an error."""
     rows = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     found = [json.loads(line) for line in rows if line.endswith(b"\n")]
     if len({row["step"] for row in found}) != len(found):

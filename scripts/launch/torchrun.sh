@@ -2,7 +2,7 @@
 # `hybridlm train` on one machine, or on each of several, through torchrun:
 #   PROCESSES=8 scripts/launch/torchrun.sh model=hybrid_1b engine=zero3
 #   NODES=2 NODE=0 MASTER_ADDR=first-host scripts/launch/torchrun.sh ...   (and NODE=1 on the other)
-# PROCESSES a machine: its GPUs by default.
+# PROCESSES per machine; default: its GPUs.
 set -euo pipefail
 # shellcheck source=scripts/launch/master_port.sh
 . "$(dirname "${BASH_SOURCE[0]}")/master_port.sh"

@@ -71,4 +71,4 @@ def test_every_kind_of_fault_comes_as_often(chaos):
     assert sorted(kind for kind, _ in faults) == sorted([*chaos.FAULTS] * 2)
     steps = [step for _, step in faults]
     assert steps == sorted(set(steps))
-    assert steps[0] == 3 * chaos.EVERY
+    assert steps[0] == 3 * chaos.CHECKPOINT_EVERY

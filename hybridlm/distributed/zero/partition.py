@@ -1,4 +1,4 @@
-"""Where the elements of a parameter lie among the ranks of DeepSpeed's ZeRO optimizers, which keep them flat.
+"""The elements of a parameter among the ranks of DeepSpeed's ZeRO optimizers, which keep them flat.
 
 It reads private names of DeepSpeed (`_hp_mapping`, `grad_position`), which is therefore pinned: its own public ways
 in and out fail under ZeRO-3 where a size does not divide by the ranks, and cannot set the count of steps.
