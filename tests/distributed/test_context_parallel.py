@@ -56,7 +56,7 @@ def test_losses_are_those_of_one_process(name, four_ranks, data_words, tmp_path)
     (["engine.context_parallel=2", "engine.num_processes=6", "training.batch_size=4"],
      "training.batch_size: must be a multiple of the number of processes over engine.context_parallel (6 / 2)"),
     (["engine.context_parallel=2", "model.mixers.gdn.conv_size=40", "training.sequence_length=64"],
-     "conv_size: reaches over more than one shard of a row; got 40; expected at most 33 taps"),
+     "conv_size: reaches over more than one shard of a split row; got 40; expected at most 33 taps"),
 ])
 def test_refused_before_anything_starts(words, message, tmp_path, capsys):
     base = ["model=qwen3_next_tiny", "engine=ddp", "engine.num_processes=2", "training.sequence_length=64"]

@@ -146,6 +146,6 @@ def test_memory_of_a_rank_includes_a_complete_layer():
 
 
 def test_without_deepspeed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("hybridlm.distributed.rank_environment.find_spec", lambda name: None)
+    monkeypatch.setattr("hybridlm.planning.process_count.find_spec", lambda name: None)
     assert main(["train", *SYSTEMS["kimi"], "engine=zero1", "engine.num_processes=2", f"run_dir={tmp_path}"]) == 2
     assert "pip install 'hybridlm[deepspeed]'" in capsys.readouterr().err

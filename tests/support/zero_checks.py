@@ -90,7 +90,7 @@ def joined(rows):
 
 
 def with_losses(model, weights):
-    stage = Stage(index=0, name="", steps=1, sequence_length=16, batch_size=4, lr=0.0, loss_weights=weights)
+    stage = Stage(index=0, name="", steps=1, sequence_length=16, batch_size=4, lr=1.0, loss_weights=weights)
     set_attention(model, stage)
     freeze_idle_indexers(model)
     return model
