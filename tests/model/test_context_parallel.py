@@ -50,8 +50,8 @@ def test_four_shards_are_claimed_where_four_divides_the_heads(name):
 
 
 def test_a_mixer_that_does_not_say_how_is_refused():
-    with pytest.raises(ConfigError, match="kind: cannot work on split rows; got 'new'"):
-        MixerConfig(kind="new").check_context_parallel(2, 8)
+    with pytest.raises(ConfigError, match="kind: cannot work on split rows; got 'attention'"):
+        MixerConfig.check_context_parallel(CASES["llama"], 2, 8)
 
 
 def test_rows_that_do_not_divide():
