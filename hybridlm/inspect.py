@@ -14,7 +14,7 @@ from rich.table import Table
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import ParameterCount, count_parameters, decode_state_bytes, forward_flops, training_parts
 from hybridlm.model.memory import Precision, training_memory
-from hybridlm.optimizers import AdamWConfig, OptimizerConfig
+from hybridlm.optimizers import OPTIMIZERS, OptimizerConfig
 from hybridlm.optimizers.memory import optimizer_state_bytes
 
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
@@ -35,7 +35,7 @@ def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | 
     length = min(4096, config.max_position) if sequence_length is None else sequence_length
     count = count_parameters(config)
     flops, training = forward_flops(config, length), training_parts(config, length)
-    optimizer = optimizer or AdamWConfig()
+    optimizer = optimizer or OPTIMIZERS.default_config()
     memory = training_memory(config, batch_size=batch_size, sequence_length=length, precision=precision,
                              optimizer_bytes=optimizer_state_bytes(config, optimizer),
                              activation_checkpointing=activation_checkpointing)

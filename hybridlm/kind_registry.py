@@ -75,6 +75,14 @@ class KindRegistry(dict[str, tuple[type, Any]]):
                                 f"docstrings in {cls.__mro__[1].__module__} for what is expected")
         self[kind] = (config, implementation)
 
+    def default_config(self) -> Any:
+        """The config of a section that is left out: the default kind with all its defaults.
+
+        Raises:
+            KeyError: the registry has no default, or its kind is not registered yet.
+        """
+        return self.config_class(self.default or "")()
+
     def config_class(self, kind: str) -> type:
         """The config class of a registered kind."""
         return self[kind][0]
@@ -82,6 +90,11 @@ class KindRegistry(dict[str, tuple[type, Any]]):
     def implementation(self, kind: str) -> Any:
         """What a config of a registered kind builds: a module class or a function."""
         return self[kind][1]
+
+
+def all_registries() -> list[KindRegistry]:
+    """Every registry that has been made so far."""
+    return list(_REGISTRIES.values())
 
 
 def registry_of(base: Any) -> KindRegistry | None:

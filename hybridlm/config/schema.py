@@ -10,12 +10,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hybridlm.distributed.engine_config import EngineConfig
-from hybridlm.distributed.engines.single import SingleConfig
+from hybridlm.distributed.engines import ENGINES, EngineConfig
 from hybridlm.errors import require
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.loss_names import known_losses
-from hybridlm.optimizers import AdamWConfig, OptimizerConfig
+from hybridlm.optimizers import OPTIMIZERS, OptimizerConfig
 
 
 @dataclass(kw_only=True)
@@ -215,10 +214,10 @@ class Config:
 
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
+    optimizer: OptimizerConfig = field(default_factory=OPTIMIZERS.default_config)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    engine: EngineConfig = field(default_factory=SingleConfig)
+    engine: EngineConfig = field(default_factory=ENGINES.default_config)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     kernels: dict[str, Any] = field(default_factory=dict)
     """Operation -> the backend it must use; and `strict`: whether falling back from the best backend is an error

@@ -17,7 +17,7 @@ from hybridlm.errors import require
 from hybridlm.evaluation.probes import Probe, Score, make_probe
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM, build_model
-from hybridlm.optimizers import AdamWConfig, LRScheduleConfig, OptimizerSet, build_optimizer
+from hybridlm.optimizers import OPTIMIZERS, LRScheduleConfig, OptimizerSet, build_optimizer
 from hybridlm.optimizers.lr_schedule import lr_factor
 
 LENGTH = 64
@@ -83,7 +83,7 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
     config = model_for_probe(model_config, probe, max(length, *lengths))
     model = build_model(config, seed=seed, device=device) if start is None else start
     model.train()
-    optimizers = build_optimizer(model, AdamWConfig(lr=lr, schedule=SCHEDULE))
+    optimizers = build_optimizer(model, OPTIMIZERS.config_class("adamw")(lr=lr, schedule=SCHEDULE))
     losses, skipped = [], 0
     for step in range(steps):
         indices = range(step * batch_size, (step + 1) * batch_size)

@@ -12,7 +12,7 @@ from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.contract import MixerConfig
-from hybridlm.model.residual import ResidualConfig, SingleResidualConfig
+from hybridlm.model.residual import RESIDUALS, ResidualConfig
 from hybridlm.model.schedule import ScheduleConfig as ScheduleConfig
 from hybridlm.model.schedule import expand
 
@@ -50,7 +50,7 @@ class ModelConfig:
     schedule: ScheduleConfig
     mixers: dict[str, MixerConfig]
     feed_forward: FeedForwardConfig
-    residual: ResidualConfig = field(default_factory=SingleResidualConfig)
+    residual: ResidualConfig = field(default_factory=RESIDUALS.default_config)
     norm: NormConfig = field(default_factory=NormConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     max_position: int = 4096  # longest position the model is meant for; sizes nothing, guides generation and YaRN

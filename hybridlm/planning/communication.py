@@ -16,8 +16,7 @@ from math import comb
 import torch
 
 from hybridlm.distributed.collective_counter import wire_bytes
-from hybridlm.distributed.engine_config import FP32_BYTES, EngineConfig
-from hybridlm.distributed.engines.ddp import DDPConfig
+from hybridlm.distributed.engine_config import ENGINES, FP32_BYTES, EngineConfig
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
 from hybridlm.model.feed_forward import RoutedExperts
@@ -42,7 +41,7 @@ class ParallelPlan:
     """
 
     ranks: int
-    engine: EngineConfig = field(default_factory=DDPConfig)
+    engine: EngineConfig = field(default_factory=lambda: ENGINES.config_class("ddp")())
     rows: int = 1
     length: int
     micro_batches: int = 1

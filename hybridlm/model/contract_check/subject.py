@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.model.config import ModelConfig, ScheduleConfig
-from hybridlm.model.feed_forward import DenseConfig, build_feed_forward
+from hybridlm.model.feed_forward import FEED_FORWARDS, build_feed_forward
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.layer_context import LayerContext, NormConfig
-from hybridlm.model.mixers import AttentionConfig, build_mixer
+from hybridlm.model.mixers import MIXERS, build_mixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.packing import CuSeqlens
@@ -83,9 +83,9 @@ def small_context(config: MixerConfig | FeedForwardConfig, hidden_size: int = 24
                   zero_centered: bool = False) -> LayerContext:
     """The context of one of four layers, all of which have this mixer or this feed-forward."""
     if isinstance(config, MixerConfig):
-        mixer, feed_forward = config, DenseConfig(intermediate_size=2 * hidden_size)
+        mixer, feed_forward = config, FEED_FORWARDS.config_class("dense")(intermediate_size=2 * hidden_size)
     else:
-        mixer, feed_forward = AttentionConfig(num_heads=2, head_dim=8), config
+        mixer, feed_forward = MIXERS.config_class("attention")(num_heads=2, head_dim=8), config
     model = ModelConfig(vocab_size=64, hidden_size=hidden_size, num_layers=4, max_position=256,
                         schedule=ScheduleConfig(pattern=["mixer"]), mixers={"mixer": mixer}, feed_forward=feed_forward,
                         norm=NormConfig(eps=1e-5, zero_centered=zero_centered))

@@ -39,23 +39,14 @@ class DenseConfig(FeedForwardConfig):
 
     def __post_init__(self) -> None:
         require(self.intermediate_size > 0, "intermediate_size", "must be positive", got=self.intermediate_size)
-        check_swiglu_limit(self.swiglu_limit)
+        require(self.swiglu_limit is None or self.swiglu_limit > 0, "swiglu_limit", "must be positive",
+                got=self.swiglu_limit, expected="a bound, or null for none")
 
     def num_params(self, context: LayerContext, *, active: bool = False) -> int:
         return 3 * context.hidden_size * self.intermediate_size
 
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
         return {"dense": 2.0 * self.num_params(context)}
-
-
-def check_swiglu_limit(limit: float | None) -> None:
-    """Refuse a bound of the SwiGLU that is not positive.
-
-    Raises:
-        ConfigError: `limit` is zero or negative.
-    """
-    require(limit is None or limit > 0, "swiglu_limit", "must be positive", got=limit,
-            expected="a bound, or null for none")
 
 
 @register_feed_forward("dense", DenseConfig)

@@ -25,13 +25,12 @@ from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig
 from hybridlm.model.mixers.common.indexer import IndexerConfig
+from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
-
-OutputGate = Literal["none", "element", "head"]
 
 
 @dataclass(kw_only=True)
@@ -193,7 +192,7 @@ class Attention(IndexedMixer):
             k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
         o_BTHK, aux = self.attend(q_BTHK, k_BSGK, v_BSGK, seq, selection, window=self.config.window,
                                   sinks_H=self.sinks)
-        return self.o_proj(gate_output(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
+        return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:
         if norm is not None and self.config.qk_norm == "full":
@@ -215,16 +214,3 @@ class Attention(IndexedMixer):
         super().init_weights(std)
         if self.sinks is not None:
             nn.init.normal_(self.sinks, std=std)
-
-
-def build_output_gate(kind: OutputGate, hidden_size: int, heads: int, dim: int, *, bias: bool) -> nn.Linear | None:
-    """The projection whose sigmoid scales what attention puts out: each element, or each head of `dim` elements."""
-    return None if kind == "none" else nn.Linear(hidden_size, heads * (dim if kind == "element" else 1), bias=bias)
-
-
-def gate_output(o_BTHV: Tensor, x_BTD: Tensor, g_proj: nn.Linear | None, kind: OutputGate) -> Tensor:
-    """o, gated by sigmoid(g_proj(x)), heads side by side [B, T, H * V]."""
-    if g_proj is None:
-        return o_BTHV.flatten(-2)
-    gate = g_proj(x_BTD).sigmoid()
-    return o_BTHV.flatten(-2) * gate if kind == "element" else (o_BTHV * gate[..., None]).flatten(-2)

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import LatentState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.attention import OutputGate, build_output_gate, gate_output
 from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig, Selection
 from hybridlm.model.mixers.common.indexer import IndexerConfig
+from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
@@ -217,7 +217,7 @@ class MLA(IndexedMixer):
             if latent_BSL is not None:
                 c_BTC, r_BTR = latent_BSL.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
             o_BTHV, aux = self._expanded(q_BTHK, c_BTC, r_BTR, seq, selection)
-        return self.o_proj(gate_output(o_BTHV, x_BTD, self.g_proj, config.output_gate)), aux
+        return self.o_proj(apply_output_gate(o_BTHV, x_BTD, self.g_proj, config.output_gate)), aux
 
     def _absorbs(self, queries: int, indices_BTk: Tensor | None) -> bool:
         """Whether the absorbed form does less work.

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from hybridlm.errors import require
-from hybridlm.model.feed_forward.contract import FeedForwardConfig, RoutedExperts
-from hybridlm.model.feed_forward.dense import DenseConfig, check_swiglu_limit
+from hybridlm.model.feed_forward.contract import FEED_FORWARDS, FeedForwardConfig, RoutedExperts
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.plain_data import to_dict
 
@@ -66,7 +65,7 @@ class MoEConfig(FeedForwardConfig):
                 "is needed for the dense layers", got=self.intermediate_size, expected="their width")
         require(all(layer >= 0 for layer in self.dense_layers), "dense_layers", "counts from layer 0",
                 got=self.dense_layers)
-        check_swiglu_limit(self.swiglu_limit)
+        self.swiglu_config(self.moe_intermediate_size)  # refuses a limit that is not positive
 
     def _check_groups(self) -> None:
         require(self.num_experts % self.num_groups == 0, "num_groups", "must divide num_experts",
@@ -102,8 +101,12 @@ class MoEConfig(FeedForwardConfig):
     def layer_kind(self, layer_index: int) -> str:
         return self.kind if self.is_moe(layer_index) else "dense"
 
-    def dense_config(self, context: LayerContext) -> DenseConfig | None:
-        """The config of this layer where it is a dense one.
+    def swiglu_config(self, width: int) -> FeedForwardConfig:
+        """The config of one SwiGLU of this inner width, as dense layers and shared experts have it."""
+        return FEED_FORWARDS.config_class("dense")(intermediate_size=width, swiglu_limit=self.swiglu_limit)
+
+    def dense_config(self, context: LayerContext) -> FeedForwardConfig | None:
+        """The config of this layer where it is a dense one, else None.
 
         Raises:
             ConfigError: a dense layer that the model does not have.
@@ -114,7 +117,7 @@ class MoEConfig(FeedForwardConfig):
         if self.is_moe(context.layer_index):
             return None
         assert self.intermediate_size is not None
-        return DenseConfig(intermediate_size=self.intermediate_size, swiglu_limit=self.swiglu_limit)
+        return self.swiglu_config(self.intermediate_size)
 
     def num_params(self, context: LayerContext, *, active: bool = False) -> int:
         if (dense := self.dense_config(context)) is not None:

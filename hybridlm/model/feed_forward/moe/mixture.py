@@ -8,8 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.feed_forward.contract import ExpertStack, FeedForward, FeedForwardConfig, register_feed_forward
-from hybridlm.model.feed_forward.dense import DenseConfig, SwiGLU
+from hybridlm.model.feed_forward.contract import (
+    ExpertStack,
+    FeedForward,
+    FeedForwardConfig,
+    build_feed_forward,
+    register_feed_forward,
+)
 from hybridlm.model.feed_forward.moe.config import MoEConfig
 from hybridlm.model.feed_forward.moe.experts import Experts
 from hybridlm.model.feed_forward.moe.router import Router
@@ -32,18 +37,17 @@ class MixtureOfExperts(FeedForward):
     def build(cls, config: FeedForwardConfig, context: LayerContext) -> FeedForward:
         assert isinstance(config, MoEConfig)
         dense = config.dense_config(context)
-        return cls(config, context) if dense is None else SwiGLU(dense, context)
+        return cls(config, context) if dense is None else build_feed_forward(dense, context)
 
     def __init__(self, config: MoEConfig, context: LayerContext):
         super().__init__()
         self.config = config
         self.router = Router(config, context.hidden_size)
         self.experts = Experts(config, context.hidden_size)
-        self.shared: SwiGLU | None = None
+        self.shared: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None
         if config.num_shared_experts:
-            self.shared = SwiGLU(
-                DenseConfig(intermediate_size=config.shared_width, swiglu_limit=config.swiglu_limit), context)
+            self.shared = build_feed_forward(config.swiglu_config(config.shared_width), context)
         if config.shared_gate:
             self.shared_gate = nn.Linear(context.hidden_size, 1, bias=False)
 

@@ -1,0 +1,36 @@
+"""Output gate of softmax attention: a sigmoid of the input scales every element or every head of the output.
+
+Source: Qwen3-Next (per element), Ling 3.0 (per head).
+B rows, T tokens, D hidden size, H heads, V value dim.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+OutputGate = Literal["none", "element", "head"]
+
+
+def build_output_gate(kind: OutputGate, hidden_size: int, heads: int, dim: int, *, bias: bool) -> nn.Linear | None:
+    """The projection that makes the gate from the input; None for the kind `none`.
+
+    Args:
+        kind: whether each element has a gate, or each head.
+        hidden_size: width of the input.
+        heads: heads of the output.
+        dim: dims of one head.
+        bias: whether the projection has one.
+    """
+    if kind == "none":
+        return None
+    return nn.Linear(hidden_size, heads * (dim if kind == "element" else 1), bias=bias)
+
+
+def apply_output_gate(o_BTHV: Tensor, x_BTD: Tensor, g_proj: nn.Linear | None, kind: OutputGate) -> Tensor:
+    """The output of attention times sigmoid(g_proj(x)), heads side by side [B, T, H * V]."""
+    if g_proj is None:
+        return o_BTHV.flatten(-2)
+    gate = g_proj(x_BTD).sigmoid()
+    return o_BTHV.flatten(-2) * gate if kind == "element" else (o_BTHV * gate[..., None]).flatten(-2)
