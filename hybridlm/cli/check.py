@@ -11,10 +11,8 @@ from hybridlm.cli.parser import Parser
 from hybridlm.errors import ConfigError, counted, did_you_mean
 
 HIDDEN_SIZE = 32  # of the layer that is checked, unless asked otherwise
-# Sizes of a small layer for options that a kind or preset leaves open.
-SMALL_SIZES = {"num_heads": 4, "head_dim": 8, "intermediate_size": 48, "kv_lora_rank": 24, "qk_nope_head_dim": 8,
-               "qk_rope_head_dim": 4, "v_head_dim": 8, "topk": 6, "num_experts": 4, "num_experts_per_tok": 2,
-               "moe_intermediate_size": 16}
+# Sizes of a small feed-forward, for options that a kind or preset leaves open; mixers know theirs from the layer.
+FEED_FORWARD_SIZES = {"intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 STYLES = {"passed": "green", "failed": "red", "skipped": "dim"}
 
 
@@ -46,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
         if name not in CHECKS:
             raise ConfigError("--only", "no such check", got=name, expected=f"one of {', '.join(CHECKS)}",
                               hint=did_you_mean(name, CHECKS))
-    noun, config = _config(args.kind, args.options, args.config_dir)
+    noun, config = _config(args.kind, args.options, args.config_dir, args.hidden_size)
     checks = {name: check for name, check in CHECKS.items() if not args.only or name in args.only}
     subject = Subject(config, small_context(config, args.hidden_size))
     verdicts = list(run_checks(subject, checks))
@@ -57,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     return 0 if ok else 1
 
 
-def _config(name: str, options: Sequence[str], config_dir: str | None) -> tuple[str, Any]:
+def _config(name: str, options: Sequence[str], config_dir: str | None, hidden_size: int) -> tuple[str, Any]:
     """What `name` is ("mixer" or "feed-forward"), and its config: a preset's before that of a kind."""
     from hybridlm.config.paths import find_option
     from hybridlm.config.paths import options as option_names
@@ -77,7 +75,7 @@ def _config(name: str, options: Sequence[str], config_dir: str | None) -> tuple[
             continue
         data = {"kind": name} if preset is None else _preset(group, name, config_dir)
         data = _merge(data, _given(options))
-        return registry.noun, from_dict(base, _with_sizes(registry.config_class(data["kind"]), data), name)
+        return registry.noun, from_dict(base, _with_sizes(registry.config_class(data["kind"]), data, hidden_size), name)
     names = sorted(set(known))
     raise ConfigError("KIND", "no such mixer or feed-forward", got=name, expected=f"one of {', '.join(names)}",
                       hint=did_you_mean(name, names) or "a kind of your own is registered with --import FILE")
@@ -120,16 +118,16 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged  # type: ignore[return-value]
 
 
-def _with_sizes(config_class: type, data: dict[str, Any]) -> dict[str, Any]:
-    """`data` with small sizes for required fields that it leaves open."""
-    import dataclasses
-
+def _with_sizes(config_class: Any, data: dict[str, Any], hidden_size: int) -> dict[str, Any]:
+    """`data` with small sizes for the required options that it leaves open."""
     from hybridlm.config.serialization import MISSING
+    from hybridlm.model.mixers.contract import MixerConfig
+    from hybridlm.model.mixers.sizing import ModelSizes, fill_missing, missing_fields
 
-    required = [field.name for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
-                if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
     given = {name: value for name, value in data.items() if value != MISSING}
-    return {**{name: SMALL_SIZES[name] for name in required if name in SMALL_SIZES}, **given}
+    if issubclass(config_class, MixerConfig):
+        return config_class.fill_sizes(given, ModelSizes(hidden_size, max_position=256))
+    return fill_missing(given, {name: FEED_FORWARD_SIZES.get(name) for name in missing_fields(config_class, given)})
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from hybridlm.model.contract_check import CHECKS, Subject, run_checks, small_context
+from hybridlm.model.contract_check import CHECKS, NotClaimed, Subject, run_checks, small_context
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig
 from hybridlm.model.layer_context import ShardTraffic
 from hybridlm.model.mixers import MIXERS
+from tests.support import sharing_kinds
 from tests.support.example_mixer import load_example
+from tests.support.sharing_kinds import TokenShiftConfig
 
 EXAMPLE = load_example()
 Config, Mixer = EXAMPLE.GatedAverageConfig, EXAMPLE.GatedAverage
@@ -126,6 +128,11 @@ class HalfTheState(Config):
         return 2 * self.channels(context)
 
 
+class ForgetsWhatAutogradKeeps(Config):
+    def activation_bytes(self, context, element_bytes):
+        return float(element_bytes * self.channels(context))
+
+
 class SaysItHandsNothingOver(Config):
     def shard_traffic(self, context, rows, length, shards, element_bytes=2):
         return [ShardTraffic("gather", 0, 0)]
@@ -147,6 +154,7 @@ MISTAKES = {
     "flops": [(ForgetsAProjection, Mixer, "a forward executes"),
               (FlopsGrowWithTheContext, Mixer, "is_linear says")],
     "state bytes": [(HalfTheState, Mixer, "state_bytes says 48 after 31 tokens, the state has 96")],
+    "activation bytes": [(ForgetsWhatAutogradKeeps, Mixer, "activation_bytes says 96 per token, autograd keeps")],
     "context parallel": [(Config, IgnoresEarlierShards, "outputs with 2 shards and without")],
     "shard traffic": [(SaysItHandsNothingOver, Mixer, "handed over: 384 bytes by all_gather")],
 }
@@ -194,11 +202,17 @@ def test_what_a_mixer_does_not_claim_is_skipped(monkeypatch):
 
 
 @pytest.mark.parametrize("config", [
-    DenseConfig(intermediate_size=20), DenseConfig(intermediate_size=20, swiglu_limit=1.0),
+    TokenShiftConfig(), DenseConfig(intermediate_size=20), DenseConfig(intermediate_size=20, swiglu_limit=1.0),
     MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="softmax", balance_loss=0.01,
               router_z_loss=0.01),
     MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="sigmoid", num_shared_experts=1),
-], ids=["dense", "dense_limited", "moe_softmax", "moe_sigmoid"])
-@pytest.mark.parametrize("check", [name for name in CHECKS if name != "state bytes"])
+], ids=["token_shift", "dense", "dense_limited", "moe_softmax", "moe_sigmoid"])
+@pytest.mark.parametrize("check", CHECKS)
 def test_feed_forwards_keep_the_contract(check, config):
-    assert CHECKS[check](Subject(config, small_context(config)))
+    with sharing_kinds.registered():
+        subject = Subject(config, small_context(config))
+        if check == "state bytes" and not config.keeps_state:
+            with pytest.raises(NotClaimed, match="keeps no state"):
+                CHECKS[check](subject)
+        else:
+            assert CHECKS[check](subject)

@@ -153,6 +153,8 @@ class LastToken:
 class TokenShift(FeedForward):
     """y_t = W (x_t + mix * x_{t-1}), where the token before is one of the same document."""
 
+    fp32_parameters = ("mix",)
+
     def __init__(self, config, context):
         super().__init__()
         self.mix = nn.Parameter(torch.empty(context.hidden_size))

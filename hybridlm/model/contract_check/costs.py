@@ -18,7 +18,9 @@ from hybridlm.model.mixers.contract import MixerConfig
 FLOPS_RTOL = 0.01
 FLOPS_LENGTHS = (64, 256)  # tokens
 ACTIVATION_LENGTH = 256  # tokens
-ACTIVATION_FACTOR = 2.0  # an estimate of memory, at the small sizes of a check
+# activation_bytes is an estimate from widths. At the small sizes of a check, what a backend keeps besides (scores of a
+# window, indices, states of chunks) weighs more than in a model.
+ACTIVATION_FACTOR = 4.0
 FP32 = 4  # bytes
 
 
@@ -106,9 +108,22 @@ def check_state_bytes(subject: Subject) -> str:
     return f"{said:,} bytes after 31 tokens, {far:,} after 100,000 with elements of two bytes"
 
 
-def kept_bytes(module: torch.nn.Module, run: Any) -> int:
-    """Bytes that autograd keeps for the backward of `run()`, each storage once, without the module's own tensors."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+def check_activation_bytes(subject: Subject) -> str:
+    """`activation_bytes` of the config is near what autograd keeps for a backward."""
+    module = subject.build(torch.float32)
+    x_BTD = subject.inputs(1, ACTIVATION_LENGTH, torch.float32).requires_grad_()
+    kept = kept_bytes(module, x_BTD, lambda: subject.run(module, x_BTD)) / ACTIVATION_LENGTH
+    said = subject.config.activation_bytes(subject.context, FP32)
+    require(kept / ACTIVATION_FACTOR <= said <= kept * ACTIVATION_FACTOR,
+            f"activation_bytes says {said:,.0f} per token, autograd keeps {kept:,.0f} beside the input: a factor of "
+            f"{ACTIVATION_FACTOR:g} is allowed")
+    return f"{said:,.0f} bytes per token in fp32, autograd keeps {kept:,.0f} beside the input"
+
+
+def kept_bytes(module: torch.nn.Module, x_BTD: Tensor, run: Any) -> int:
+    """Bytes that autograd keeps for the backward of `run()`, each storage once, without the module's own tensors and
+    the input, which the residual stream counts."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers(), x_BTD)}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ CHECKS: dict[str, Check] = {
     "parameter roles": costs.check_parameter_roles,
     "flops": costs.check_flops,
     "state bytes": costs.check_state_bytes,
+    "activation bytes": costs.check_activation_bytes,
     "context parallel": context_parallel.check_context_parallel,
     "shard traffic": context_parallel.check_shard_traffic,
 }
