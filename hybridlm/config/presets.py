@@ -3,7 +3,7 @@
 `model.schedule.linear=gdn` on a model that has only `kda` and `full` adds the mixer `gdn` from configs/mixer/gdn.yaml,
 or from the same file in a user's own folder. What the preset leaves open follows the model: heads and dims, and how
 the branch joins the residual, are those of the mixer that is most like it. The result is written out in the run's
-config like any other mixer.
+config like any other mixer. A name that is no preset may be a registered kind, such as one of the user's own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _ModelOutline:
 
 
 def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str, Mapping[str, Any]], dict]) -> Any:
-    """A model's config with the presets that its schedule names and its `mixers` do not define.
+    """A model's config with the presets, or registered kinds, that its schedule names and its `mixers` do not define.
 
     An entry of `mixers` without a `kind` does not define a mixer: its options go on top of the preset's.
 
@@ -58,16 +58,21 @@ def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str
     outline = from_dict(_ModelOutline, {key: model[key] for key in keys if key in model}, "model")
     needed = _named_mixers(outline, model.get("mtp"))
     defined = {name: options for name, options in mixers.items() if isinstance(options, dict) and "kind" in options}
+    kinds = registry_of(MixerConfig) or {}
     added = {}
     for name, (key, place) in needed.items():
         own = mixers.get(name, {})
-        if name in presets and name not in defined and isinstance(own, dict | None):
-            added[name] = _fit(read_preset(name, own or {}), outline, [*needed, *defined], defined)
+        if name in defined or not isinstance(own, dict | None):
+            continue
+        if name in presets or name in kinds:
+            options = read_preset(name, own or {}) if name in presets else {"kind": name, **(own or {})}
+            added[name] = _fit(options, outline, [*needed, *defined], defined)
         elif name not in mixers:
+            known = f"one of {', '.join(sorted(defined))} of the model, or " if defined else ""
             raise ConfigError(key, f"{place}names an unknown mixer", got=name,
-                              expected=f"one of {', '.join(sorted(defined))} of the model, or a preset: "
-                                       + ", ".join(presets),
-                              hint=did_you_mean(name, [*defined, *presets]))
+                              expected=f"{known}a preset: {', '.join(presets)}",
+                              hint=did_you_mean(name, [*defined, *presets])
+                              or "a kind of your own is registered with --import FILE")
     return {**model, "mixers": {**mixers, **added}} if added else model
 
 

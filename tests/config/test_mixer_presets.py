@@ -93,3 +93,15 @@ def test_a_mistake_beside_a_preset_is_one_line(overrides, message):
     with pytest.raises(ConfigError) as caught:
         load_config("train", overrides)
     assert str(caught.value) == message
+
+
+def test_a_registered_kind_without_a_preset_is_named_likewise():
+    named = mixers("model=kimi_linear_tiny", "model.schedule.full=mla", "model.mixers.mla.v_head_dim=8")
+    assert named["mla"].v_head_dim == 8
+    plain = mixers("model=kimi_linear_tiny", "model.schedule.linear=linear_attention")["linear_attention"]
+    assert (plain.kind, plain.num_heads, plain.head_dim) == ("linear_attention", 4, 16)
+
+
+def test_a_name_that_is_nothing_says_how_a_kind_of_one_s_own_is_registered():
+    with pytest.raises(ConfigError, match=r"got 'zzz'; expected .*a preset: .*registered with --import FILE"):
+        mixers("model=kimi_linear_tiny", "model.schedule.linear=zzz")
