@@ -62,9 +62,11 @@ class AdafactorConfig(OptimizerConfig):
 
     @property
     def rest(self) -> OptimizerConfig:
+        """AdamW for vectors."""
         return AdamWConfig(lr=self.adamw_lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
     def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
+        """A count of steps, and the second moment as the means of rows and of columns."""
         *stack, rows, columns = shape
         return {"step": (), "row_var": (*stack, rows, 1), "col_var": (*stack, 1, columns)}
 

@@ -31,6 +31,7 @@ class AdamWConfig(OptimizerConfig):
         require_decay_rates("betas", *self.betas)
 
     def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
+        """A count of steps and two moments."""
         return {"step": (), "exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
 
 

@@ -129,13 +129,13 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     needs_weight: ClassVar[bool] = False  # `matrix_step` reads the weight too
 
     def combine(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """What the matrix step starts from, in memory of its own. `grad` may be any elements of a gradient."""
+        """Compute the input of the matrix step, in memory of its own. `grad` may be any elements of a gradient."""
         return grad.clone()
 
     @abstractmethod
     def matrix_step(self, matrix: Tensor, weight: Tensor | None, state: dict[str, Tensor],
                     group: dict[str, Any]) -> Tensor:
-        """The step of a whole matrix [A, B] or of a stack of matrices [E, A, B], each alone.
+        """Compute the step of a whole matrix [A, B], or of a stack of matrices [E, A, B], each alone.
 
         Args:
             matrix: what `combine` gave.

@@ -31,6 +31,7 @@ class LionConfig(OptimizerConfig):
         require_decay_rates("betas", *self.betas)
 
     def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
+        """One momentum."""
         return {"exp_avg": tuple(shape)}
 
 

@@ -45,13 +45,16 @@ class MuonConfig(AdamWConfig):
 
     @property
     def peak_lr(self) -> float:
+        """Peak learning rate of the hidden matrices."""
         return self.lr if self.muon_lr is None else self.muon_lr
 
     @property
     def rest(self) -> OptimizerConfig:
+        """AdamW for embeddings, head, vectors and routers."""
         return AdamWConfig(lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
     def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
+        """One momentum."""
         return {"momentum_buffer": tuple(shape)}
 
 

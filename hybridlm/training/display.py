@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar on a terminal, plain lines elsewhere, and log.txt with both's text."""
+"""Display of a run: a progress bar on a terminal, plain lines elsewhere, and the text of both in log.txt."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Display:
         log.setLevel(self._level)
 
     def begin(self, done: int, total: int) -> None:
-        """Steps begin; `done` of `total` are behind us."""
+        """Begin to show steps, of which `done` of `total` were made before."""
         self.total, self._last_line = total, done
         if self.console.is_terminal and not self.console.quiet:
             steps = Column(no_wrap=True, min_width=len(f"{total}/{total}"))  # a long text is cut, not the steps
@@ -79,7 +79,7 @@ class Display:
             log.info("step %d/%d  %s", step, self.total, text, extra={"quiet": self.bar is not None})
 
     def stop(self) -> None:
-        """Steps are over: later text stands below the bar."""
+        """End the bar; later text stands below it."""
         if self.bar is not None:
             bar, self.bar = self.bar, None
             try:
@@ -90,7 +90,7 @@ class Display:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Whoever read the output has gone (a closed pipe or terminal). The run goes on; log.txt has it all."""
+        """Go on without output when its reader has gone (a closed pipe or terminal); log.txt has everything."""
         self.quiet = True
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
@@ -113,13 +113,13 @@ class _ConsoleHandler(logging.Handler):
 
 class _FileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk costs lines of the log, not the run."""
+        """Pass over a full disk: it costs lines of the log, not the run."""
 
 
 class Pace:
-    """Seconds a step, smoothed; what stands between steps (validation, saving) counts too.
+    """Smoothed seconds per step; the time between steps (validation, saving) counts too.
 
-    The first step counts only while it is alone: it warms up everything.
+    The first step counts only until there is a second one, because it includes warming up.
     """
 
     def __init__(self) -> None:
@@ -128,17 +128,19 @@ class Pace:
         self._mean = 0.0
 
     def tick(self) -> None:
+        """Count a step that ends now."""
         now = time.perf_counter()
         took, self._last = now - self._last, now
         self._ticks += 1
         self._mean = took if self._ticks <= 2 else 0.95 * self._mean + 0.05 * took
 
     def seconds_per_step(self) -> float:
+        """Return the smoothed mean."""
         return self._mean
 
 
 def format_record(record: dict[str, Any]) -> str:
-    """The few numbers of a record that a person watches."""
+    """Format the few numbers of a record that a person watches."""
     if record.get("skipped"):
         return "not finite: step skipped"
     text = f"loss {record['loss']:.4f}  {format_count(record['tokens_per_second'])} tokens/s"
@@ -154,7 +156,12 @@ def format_record(record: dict[str, Any]) -> str:
 
 
 def format_count(number: float) -> str:
-    """1234567 -> 1.23M."""
+    """Format a large number with three digits and a letter.
+
+    Example:
+        >>> format_count(1234567)
+        '1.23M'
+    """
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
@@ -162,7 +169,12 @@ def format_count(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """h:mm:ss, with days where there are any."""
+    """Format seconds as h:mm:ss, with days where there are any.
+
+    Example:
+        >>> format_duration(90061)
+        '1d 1:01:01'
+    """
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

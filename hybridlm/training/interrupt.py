@@ -41,6 +41,7 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def enter_loop(self) -> None:
+        """From now on a signal sets `requested` and raises nothing."""
         self._in_loop = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What is measured in a step, and metrics.jsonl: one JSON object a step.
+"""Measurements of a training step, and metrics.jsonl with one JSON object per step.
 
 Loads: E experts, L layers with experts.
 """
@@ -56,7 +56,7 @@ class MetricsFile:
             self.lost = True
 
     def sync(self) -> None:
-        """Onto the disk, before a checkpoint that the records belong to."""
+        """Flush the file to disk, before a checkpoint that the records belong to."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -75,15 +75,15 @@ def _plain(value: Any) -> Any:
 
 
 def layer_loads(loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of the loads of a step, by the names that layers have in the records: 3 for `layers.3...`, mtp1 for the
-    first depth of multi-token prediction."""
+    """Copy the loads of a step, by the names that layers have in the records: 3 for `layers.3...`, mtp1 for the first
+    depth of multi-token prediction."""
     parts = {name: name.split(".") for name in loads}
     return {f"mtp{int(parts[name][1]) + 1}" if parts[name][0] == "mtp" else parts[name][1]: load_E.clone()
             for name, load_E in loads.items()}
 
 
 def router_panel(loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How evenly the experts of each layer were used in one step; empty for a model without experts.
+    """Measure how evenly the experts of each layer were used in one step; empty for a model without experts.
 
     `max_violation` is max load / mean load - 1, for each layer, averaged over layers, and the worst layer's;
     `dead_experts` got no token at all, counted over layers.
@@ -99,7 +99,7 @@ def router_panel(loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """FLOP/s that 100 % utilisation stands for, and where the figure comes from.
+    """Return the FLOP/s that 100 % utilisation stands for, and the source of the figure.
 
     For bf16 on a known GPU the maker's dense peak; otherwise the best of a few large matrix products on this
     machine with the threads that training uses, so that 100 % means "as fast as its own matrix products".
@@ -128,12 +128,17 @@ def _wait(device: torch.device) -> None:
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float | None:
-    """Total nats over the text's bytes; None where no byte counts."""
+    """Convert the total nats of a text to bits per byte; None where no byte counts.
+
+    Example:
+        >>> bits_per_byte(math.log(2) * 30, 10)
+        3.0
+    """
     return nats / num_bytes / math.log(2) if num_bytes else None
 
 
 def perplexity(nats_per_token: float) -> float:
-    """e^loss, infinite where that overflows."""
+    """Compute e^loss, infinite where that overflows."""
     try:
         return math.exp(nats_per_token)
     except OverflowError:

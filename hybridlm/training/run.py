@@ -1,4 +1,4 @@
-"""`train(config)`: everything around the loop, from the run folder to what is printed at the end."""
+"""The entry point `train(config)`: everything around the loop, from the run folder to the last printed lines."""
 
 from __future__ import annotations
 
@@ -44,29 +44,49 @@ BIGRAM_ENTROPY_MAX_TOKENS = 8_000_000  # of the validation text, for its bigram 
 
 @dataclass
 class RunResult:
-    """How a run ended. `status`: finished, or interrupted (saved, exit code 0, `resume_command` goes on)."""
+    """Result of a run. `status` is "finished", or "interrupted" (saved; `resume_command` goes on).
+
+    `loss` is that of the last step in nats per token; `validation` the last one's metrics;
+    `bigram_bits_per_byte` the bigram entropy of the validation text, which counting pairs of bytes reaches.
+    """
 
     status: str
     run_dir: Path
     step: int = 0
     loss: float | None = None
     validation: dict[str, Any] = field(default_factory=dict)
-    bigram_bits_per_byte: float | None = None  # of the validation text: what counting pairs of bytes reaches
+    bigram_bits_per_byte: float | None = None
     checkpoint: Path | None = None
     resume_command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data, ready for JSON."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
 
 def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bool = False) -> RunResult:
-    """Run all stages of a config, or what is left of them.
+    """Train all stages of a config, or those that are left when its run folder holds a checkpoint.
 
-    `command` are the words that started the run, for its resume command. `to_stderr` leaves standard output alone.
+    Args:
+        config: the run's config, as `load_config` composes it.
+        command: the words that started the run, for its resume command.
+        to_stderr: print to standard error and leave standard output to a result.
 
     Raises:
         UserError: a config, data source or checkpoint that cannot be used.
         TrainingStopped: the run could not go on.
+
+    Example:
+        >>> import argparse, tempfile
+        >>> from hybridlm import load_config
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = load_config("train", [
+        ...         "model=quickstart", "model.hidden_size=32", f"data.path={argparse.__file__}",
+        ...         f"data.cache_dir={folder}/cache", "training.steps=2", "training.batch_size=2",
+        ...         "training.sequence_length=32", "training.eval_batches=1", f"run_dir={folder}/run"])
+        ...     result = train(config, to_stderr=True)
+        >>> result.status, result.step
+        ('finished', 2)
     """
     stages = plan_stages(config)
     world = RankEnvironment.from_launcher()
@@ -119,16 +139,21 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
 
 
 def _check_ranks(engine: Engine, config: Config) -> None:
-    """Packages and configs must be the same on all machines; where folders are may differ."""
+    """Check that all machines have the same packages and config; their folders may stand elsewhere."""
     packages = {name: found for name, found in versions().items() if name != "platform"}
     check_same(engine, "versions", packages, "install the same packages on every machine")
-    places = ("run_dir", "data.cache_dir")
-    same = {key: value for key, value in flatten(to_dict(config)).items() if key not in places}
+    folders = ("run_dir", "data.cache_dir")
+    same = {key: value for key, value in flatten(to_dict(config)).items() if key not in folders}
     check_same(engine, "a config", same, "give every machine the same command")
 
 
 def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:
-    """What to type to go on: the same command, without what forbids resuming."""
+    """Build the command that goes on with a run: the same words, without those that forbid resuming.
+
+    Example:
+        >>> resume_command(["model=quickstart", "training.resume=never"], Path("runs/a"))
+        'hybridlm train model=quickstart'
+    """
     if command is None:
         return f"hybridlm train {shlex.quote(str(run_dir / 'config.yaml'))} training.resume=auto"
     words = [word for word in command if word.lstrip("+") != "training.resume=never"]
@@ -211,7 +236,12 @@ def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[
 
 
 def _format_layers(layers: list[str]) -> str:
-    """3 x kda, full, 3 x kda, full -> '2 x (3 x kda, full)' would be shorter still; equal neighbours suffice."""
+    """Format a layer list, with a count before equal neighbours.
+
+    Example:
+        >>> _format_layers(["kda", "kda", "kda", "full"])
+        '3 x kda, full'
+    """
     runs: list[list[Any]] = []
     for name in layers:
         if runs and runs[-1][1] == name:
@@ -222,7 +252,7 @@ def _format_layers(layers: list[str]) -> str:
 
 
 def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
-    """The result, and the last lines a person reads."""
+    """Log the last lines of a run and return its result."""
     progress, path = trainer.progress, trainer.run.path
     result = RunResult("finished" if stopped is None else "interrupted", path, progress.step,
                        trainer.record.get("loss"), trainer.validation, None, trainer.saver.newest, resume)
@@ -249,7 +279,7 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
 
 def _report_validation(validation: dict[str, Any], bigram: float | None) -> None:
     bits = validation["validation_bits_per_byte"]
-    log.info("validation  loss %.4f a token, perplexity %.3f%s", validation["validation_loss"],
+    log.info("validation  loss %.4f per token, perplexity %.3f%s", validation["validation_loss"],
              validation["validation_perplexity"], f", {bits:.4f} bits per byte" if bits is not None else "")
     if bigram is not None and bits is not None:
         verdict = "below" if bits < bigram else "not yet below"

@@ -1,10 +1,10 @@
-"""The folder of a run: who may write it, what it holds, and whether a config may go on with it.
+"""The folder of a run: its files, its lock, and the check whether a config may go on with it.
 
     run_dir/
       config.yaml      the resolved config
       deepspeed.json   what DeepSpeed was told, where it runs the step
       run.json         every session: command, versions, device
-      metrics.jsonl    one JSON object a step
+      metrics.jsonl    one JSON object per step
       backends.json    which kernel backend ran each operation in each layer, and why
       log.txt          what was printed, with times
       samples-0.jsonl  which samples rank 0 computed in each step, where it was asked for
@@ -71,16 +71,17 @@ class RunFolder:
                               hint="wait for it, or take another run_dir")
 
     def samples_file(self, rank: int) -> Path:
-        """Where `training.record_samples` writes the samples of a rank."""
+        """Path of the file in which `training.record_samples` writes the samples of a rank."""
         return self.path / f"samples-{rank}.jsonl"
 
     def close(self) -> None:
+        """Release the folder's lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def start_from(self, config: Config, ranks: Communicator = SINGLE_PROCESS) -> Path | None:
-        """The checkpoint to go on from, which all ranks look for together; None for a fresh start.
+        """Find the checkpoint to go on from; None for a fresh start. All ranks call it together.
 
         Raises:
             CheckpointError: a changed architecture, damaged checkpoints alone, or none where one is required.
@@ -126,11 +127,12 @@ class RunFolder:
             raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(self.path)) from None
 
     def sessions(self) -> list[dict[str, Any]]:
+        """Read the sessions of the run, oldest first."""
         return read_sessions(self.path)
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
-    """The sessions of a run, oldest first; none where run.json is missing or cannot be read."""
+    """Read the sessions of a run, oldest first; none where run.json is missing or cannot be read."""
     try:
         return list(json.loads((folder / "run.json").read_text(encoding="utf-8"))["sessions"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -138,7 +140,7 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
+    """Collect the versions of the packages that decide a run's numbers."""
     import accelerate
     import torch
 
@@ -151,7 +153,7 @@ def versions() -> dict[str, str]:
 
 
 def check_same_run(saved: Any, config: Config, where: Path) -> None:
-    """May a run with the saved config go on with this one?
+    """Check that a run with the saved config may go on with this one.
 
     Raises:
         CheckpointError: the architecture has changed; the differences are in the text.

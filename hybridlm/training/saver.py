@@ -1,4 +1,4 @@
-"""The checkpoints of a run: at most one on its way, the newest that is whole, and what a disk that refuses costs."""
+"""Saves the checkpoints of a run, in the background, and counts the saves that the disk refuses."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ log = logging.getLogger("hybridlm")
 
 
 class Saver:
-    """All ranks call its methods together. `flush` puts on the disk what must be there before a checkpoint is.
+    """Writes at most one checkpoint at a time. All ranks call its methods together.
 
-    A save begins with `begin` and is whole after `finish`. Between the two a thread of each rank writes, and the run
-    may go on: `writing` says whether this rank's still does.
+    A save begins with `begin` and is complete after `finish`. In between, a thread of each rank writes, and the run may
+    go on; `writing` says whether this rank's thread is still at work.
+
+    Args:
+        root: the folder of the checkpoints.
+        keep: how many of the newest to keep.
+        engine: the ranks.
+        flush: writes to disk the records that must be there before a checkpoint is.
     """
 
     def __init__(self, root: Path, keep: int, engine: Engine, flush: Callable[[], None]):
@@ -33,6 +39,7 @@ class Saver:
 
     @property
     def writing(self) -> bool:
+        """Whether this rank still writes."""
         return self.current_save is not None and not self.current_save.written
 
     def saved(self, step: int) -> bool:
@@ -41,7 +48,7 @@ class Saver:
 
     @property
     def newest_text(self) -> str:
-        """What is left if the run ends now."""
+        """Words that name the newest checkpoint, for messages about a run that ends."""
         return f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint"
 
     def begin(self, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]], *, required: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a stage says of sparse attention, put into a built model: mode, top-k, weights of the losses, measuring."""
+"""Applies a stage's options of sparse attention to a built model: mode, top-k, weights of losses, recall."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ INDEXER_PARAMETERS = "*.indexer.*"  # the parameters of an indexer
 
 
 def indexed_mixers(model: nn.Module) -> list[IndexedMixer]:
-    """The mixers with an indexer, of their own or shared."""
+    """List the mixers with an indexer, of their own or shared."""
     return [m for m in model.modules() if isinstance(m, IndexedMixer) and m.indexer_config is not None]
 
 
 def set_attention(model: HybridLM, stage: Stage) -> None:
-    """The model as the stage wants it; what the stage leaves open is as in the model's config."""
+    """Set attention mode, top-k and loss weights as the stage says; what it leaves open is as in the model's config."""
     model.loss_weights = dict(stage.loss_weights)
     for mixer in indexed_mixers(model):
         config = mixer.indexer_config
@@ -36,7 +36,7 @@ def set_attention(model: HybridLM, stage: Stage) -> None:
 
 
 def freeze_idle_indexers(model: HybridLM) -> None:
-    """Indexers whose loss has no weight get no gradient, and are not to be decayed either."""
+    """Freeze indexers whose loss has no weight: they get no gradient, and must not be decayed either."""
     last: IndexedMixer | None = None
     learning: dict[IndexedMixer, bool] = {}
     for mixer in indexed_mixers(model):
@@ -49,7 +49,7 @@ def freeze_idle_indexers(model: HybridLM) -> None:
 
 
 def stage_model(config: ModelConfig, stage: Stage) -> ModelConfig:
-    """The config of the model in this stage: what its checkpoints say of themselves, and what its FLOPs follow."""
+    """Return the config of the model in this stage, for its checkpoints and its FLOPs."""
     changed = copy.deepcopy(config)
     for mixer in changed.mixers.values():
         indexer = getattr(mixer, "indexer", None)
@@ -60,7 +60,7 @@ def stage_model(config: ModelConfig, stage: Stage) -> ModelConfig:
 
 
 def warn_of_selection(model: HybridLM, stage: Stage) -> None:
-    """A top-k that leaves nothing out is allowed, and worth a line."""
+    """Warn of a top-k that leaves no key out."""
     topk = max((m.indexer.topk for m in indexed_mixers(model) if m.indexer is not None), default=0)
     sparse = any(m.attention_mode == "sparse" for m in indexed_mixers(model))
     if sparse and topk >= stage.sequence_length:
@@ -71,7 +71,7 @@ def warn_of_selection(model: HybridLM, stage: Stage) -> None:
 
 @contextmanager
 def measuring_recall(model: nn.Module, on: bool = True) -> Iterator[None]:
-    """Within it, evaluation reports the loss of each indexer and its recall against the dense attention."""
+    """Let forwards report each indexer's loss and its recall against dense attention."""
     mixers = indexed_mixers(model) if on else []
     for mixer in mixers:
         mixer.measuring = True

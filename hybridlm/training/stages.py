@@ -39,7 +39,7 @@ def plan_stages(config: Config) -> list[Stage]:
 
     Example:
         >>> from hybridlm import load_config
-        >>> config = load_config("train", ["recipe=dsa_tiny", "init_from=null", "recipe.indexer=null"])
+        >>> config = load_config("train", ["model=kda_dsa_tiny", "recipe=dsa_scratch"])
         >>> [stage.name for stage in plan_stages(config)]
         ['indexer_warmup', 'sparse']
     """
@@ -96,7 +96,7 @@ def check_trained(model: nn.Module, trained: list[str], optimizers: OptimizerSet
 
 @dataclass
 class Progress:
-    """How far a run has come: everything a checkpoint keeps beside weights and optimizer state.
+    """Position of a run: everything a checkpoint keeps beside weights and optimizer state.
 
     `samples` is the data cursor: the next global batch starts with that sample, whatever the number of ranks.
     """

@@ -16,28 +16,30 @@ INIT_TIMEOUT = 10  # seconds; without a network wandb waits about twice as long 
 
 
 class Tracker:
-    """Sends records nowhere: what `tracking.wandb=off` means."""
+    """Sends records nowhere, as with `tracking.wandb=off`."""
 
     def log(self, record: dict[str, Any], step: int) -> None:
-        pass
+        """Send the record of one step."""
 
     def close(self) -> None:
-        pass
+        """End the tracked run."""
 
 
 class WandbTracker(Tracker):
-    """One wandb run a training run; sessions that resume go on with it."""
+    """Sends records to one wandb run per training run; sessions that resume go on with it."""
 
     def __init__(self, run: Any):
         self.run = run
 
     def log(self, record: dict[str, Any], step: int) -> None:
+        """Send the record of one step."""
         try:
             self.run.log({key: value for key, value in record.items() if not isinstance(value, list | None)}, step=step)
         except Exception as error:
             log.warning("wandb refused a record: %s", error)
 
     def close(self) -> None:
+        """End the tracked run."""
         try:
             self.run.finish()
         except Exception as error:
@@ -53,7 +55,7 @@ def check_tracking(config: TrackingConfig) -> None:
 
 def make_tracker(config: TrackingConfig, run_dir: Path, run_config: dict[str, Any],
                  run_id: str | None = None) -> Tracker:
-    """The tracker the config asks for; WANDB_MODE in the environment wins over `online` and `offline`.
+    """Return the tracker the config asks for; WANDB_MODE in the environment wins over `online` and `offline`.
 
     Online without a network becomes offline, with a warning: `wandb sync` sends it later.
     """

@@ -1,4 +1,4 @@
-"""The loop: batches in, steps made, records and checkpoints out."""
+"""The training loop: it makes steps from batches and writes records and checkpoints."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ log = logging.getLogger("hybridlm")
 
 @dataclass
 class Trainer:
-    """One run, in every process that takes part in it. `peak`: FLOP/s that 100 % utilisation of one stands for."""
+    """Trains one run, in every process that takes part in it. `peak`: FLOP/s of one process at 100 % utilisation."""
 
     config: Config
     stages: list[Stage]
@@ -91,7 +91,7 @@ class Trainer:
         self.saver.newest = folder
 
     def fit(self) -> str | None:
-        """All stages that are left. Returns what asked the run to stop before its end, or None."""
+        """Train all stages that are left, and return what asked the run to stop before its end, or None."""
         self.engine.on_main(self._forget_later_records)
         self.state_stage = self.progress.stage
         left = sum(stage.steps for stage in self.stages[self.progress.stage:]) - self.progress.step_in_stage
@@ -111,12 +111,12 @@ class Trainer:
         return None
 
     def _forget_later_records(self) -> None:
-        """Steps that are computed again shall stand in the files once, whatever number of ranks wrote them."""
+        """Drop the records of steps that are computed again, whatever number of ranks wrote them."""
         for file in (self.run.metrics_file, *self.run.path.glob("samples-*.jsonl")):
             MetricsFile(file).truncate(self.progress.step)
 
     def _run_stage(self, stage: Stage) -> bool:
-        """The steps left of a stage; False when asked to stop between two of them."""
+        """Make the steps that are left of a stage; return False when asked to stop between two of them."""
         self._begin_stage(stage)
         training = self.config.training
         dataset = self._dataset(stage, train=True)
@@ -172,7 +172,7 @@ class Trainer:
         self.model.train()
 
     def _dataset(self, stage: Stage, *, train: bool) -> PackedDataset:
-        """Validation always sees the same windows, spread over the held-out text by a fixed order."""
+        """Return the packed samples; validation always sees the same windows, spread over the text in a fixed order."""
         stores = self.data.train if train else [self.data.validation]
         return PackedDataset(stores, stage.sequence_length, self.config.model.mtp.depth,  # type: ignore[arg-type]
                              seed=self.config.training.seed if train else 0)
@@ -208,7 +208,7 @@ class Trainer:
             self._raise_diverged(compute_loss, batch)
 
     def _gradients(self, compute_loss: LossFunction, batch: Sequence[Any]) -> dict[str, Tensor]:
-        """The engine's; the first time with a word on the backends that ran."""
+        """Compute the gradients; the first time, report the kernel backends that ran."""
         if self.backends_reported:
             return self.engine.compute_gradients(compute_loss, batch)
         with backends.recording_backends(self.model) as rows:
@@ -220,7 +220,7 @@ class Trainer:
 
     def _describe(self, stage: Stage, batch: Sequence[Any], update: Update, lr: float,
                   seconds: float) -> dict[str, Any]:
-        """The record of one step. `loss` is that of the next token, `total_loss` what was minimised."""
+        """Build the record of one step. `loss` is that of the next token, `total_loss` what was minimised."""
         values = dict(update.values)
         total = values.pop("loss")
         loss = values.get("loss/lm", total)
@@ -262,7 +262,7 @@ class Trainer:
                               "optimizer.lr, or another training.seed to pass these samples")
 
     def save(self, *, required: bool = False) -> None:
-        """A checkpoint of this step, unless there is one. `required`: wait for it, and end the run if it fails.
+        """Save a checkpoint of this step, unless there is one. `required`: wait for it, and end the run if it fails.
 
         Raises:
             TrainingStopped: the disk refused too often, or a weight is not finite.

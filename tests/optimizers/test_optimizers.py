@@ -1,5 +1,7 @@
 """Optimizers by kind: what each updates, remembers and refuses; their steps against torch's; state by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,6 +24,7 @@ from hybridlm.optimizers.memory import optimizer_state_bytes, state_bytes
 from hybridlm.optimizers.muon import Muon, orthogonalise
 from hybridlm.optimizers.optimizer_set import plan_groups
 from hybridlm.tensor_storage import stored_tensors
+from hybridlm.training import train
 from tests.support import tiny_run
 
 KINDS = sorted(OPTIMIZERS)
@@ -206,3 +209,27 @@ def test_learning_rates_keep_their_ratio(config, rates):
     optimizers = build_optimizer(Toy(), config, lr=2e-3)
     optimizers.set_lr(1e-3)
     assert {m.param_groups[0]["rule"]: m.param_groups[0]["lr"] for m in optimizers.members} == pytest.approx(rates)
+
+
+@pytest.fixture
+def own_kind():
+    """The optimizer that docs/training.md writes."""
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    example = page.split("### An optimizer of your own")[1].split("```python\n")[1].split("```")[0]
+    names = {"__name__": "my_optimizer"}
+    exec(example, names)
+    yield "sgd"
+    del OPTIMIZERS["sgd"]
+
+
+def test_an_optimizer_of_ones_own_trains_and_goes_on(own_kind, tmp_path):
+    schedule = {"kind": "constant", "warmup": 0}  # a longer run has the same rates
+    options = {"optimizer": {"kind": own_kind, "momentum": 0.8, "schedule": schedule}, "eval_every": 0}
+    train(tiny_run.config(tmp_path / "whole", steps=4, **options))
+    for steps in (3, 4):
+        train(tiny_run.config(tmp_path / "resumed", steps=steps, **options))
+    losses = tiny_run.losses(tmp_path / "whole/run")
+    assert tiny_run.losses(tmp_path / "resumed/run")[4][:3] == losses[4][:3]
+    assert losses[1] != losses[4]
+    config = make(own_kind)
+    assert optimizer_state_bytes(tiny_run.model(), config) == 4 * build_model(tiny_run.model()).num_params()
