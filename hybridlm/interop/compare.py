@@ -23,7 +23,7 @@ from hybridlm.tensor_storage import shard_files
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two models differ on the same tokens, both in fp32.
+    """The differences of two models on the same tokens, both in fp32.
 
     Attributes:
         tokens: how many tokens were compared.

@@ -142,9 +142,9 @@ class ExportPlan:
         """Their tensors in order, in `dtype` or in the dtype of the source; what must stay fp32 does."""
         stay_fp32 = build_model(self.config, device="meta").fp32_parameter_names() if dtype else set()
         for rule in self.rules:
-            cast = dtype is not None and rule.ours[0] not in stay_fp32
+            new_dtype = None if rule.ours[0] in stay_fp32 else dtype
             for name, spec in rule.specs_of_theirs(self.source.specs, rule.layouts[0]):
-                yield name, TensorSpec(dtype, spec.shape) if cast else spec
+                yield name, spec if new_dtype is None else TensorSpec(new_dtype, spec.shape)
         for derived in self.derived:
             yield derived.name, TensorSpec(torch.float32, derived.shape)
 

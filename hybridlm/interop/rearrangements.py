@@ -42,7 +42,7 @@ class Rearrangement:
 
 @dataclass(frozen=True)
 class Unchanged(Rearrangement):
-    """As many tensors on both sides, each as it is."""
+    """Equal tensors on both sides, in the same order."""
 
     def to_ours(self, theirs: Sequence[ReadTensor]) -> list[Tensor]:
         return [read() for read in theirs]
@@ -135,7 +135,7 @@ class RepeatedTensor(Rearrangement):
 
 @dataclass(frozen=True)
 class PerTensor(Rearrangement):
-    """As many tensors on both sides; `rearrangements[i]`, which takes and gives one tensor, rearranges the i-th."""
+    """Equally many tensors on both sides; `rearrangements[i]`, which takes and gives one, rearranges the i-th."""
 
     rearrangements: tuple[Rearrangement, ...]
 

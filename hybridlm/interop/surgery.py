@@ -66,8 +66,9 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig | 
             raise ConfigError("layers", "already have a linear mixer: give the new mixer's config in full",
                               got=replaced.kind)
         sizes = ModelSizes(config.hidden_size, config.max_position, [replaced])
-        options = MIXERS.config_class(options["kind"]).fill_sizes(options, sizes)
-        name, mixer = name or mixer, from_dict(MixerConfig, options, f"mixers.{mixer}")
+        options = MIXERS.config_class(options["kind"]).fill_sizes(options, sizes)  # type: ignore[attr-defined]
+        name = name or mixer
+        mixer = from_dict(MixerConfig, options, f"mixers.{mixer}")  # type: ignore[type-abstract]
     return edit.replace_mixers(model, layers, mixer, name, seed=seed)
 
 

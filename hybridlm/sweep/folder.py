@@ -133,7 +133,7 @@ def _check_no_other_files(folder: Path) -> None:
 
 
 def point_outcome(point: Point) -> dict[str, Any]:
-    """How the last start of a point ended; {"status": "waiting"} before the first, and where more is asked for now."""
+    """The outcome of the last start of a point; {"status": "waiting"} before the first, or if it is to do more now."""
     return read_outcome(Path(point.config.run_dir), point.steps, point.work.probes)
 
 

@@ -1,4 +1,4 @@
-"""What every point of a sweep is trained on besides text: probes, each from fresh weights.
+"""Probes of a sweep: every point is trained on each of them besides text, from fresh weights.
 
     points/NAME/
       work.yaml             PointWork: what the process of the point does beside point.yaml
@@ -68,7 +68,7 @@ class ProbeTask:
 
 @dataclass(kw_only=True)
 class PointWork:
-    """What each point of a sweep is trained on, besides what its config says."""
+    """The training of each point of a sweep that its config does not describe."""
 
     language_model: bool = True
     probes: list[ProbeTask] = field(default_factory=list)

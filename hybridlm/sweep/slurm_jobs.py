@@ -42,7 +42,7 @@ class SlurmJob:
 
     @property
     def log(self) -> Path:
-        """What the job printed on standard error."""
+        """The file with the standard error of the job."""
         return self.folder / f"{self.id}_0_log.err"
 
 

@@ -114,7 +114,7 @@ def _group_by_model(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def format_layers(layers: list[str]) -> str:
-    """How many layers have which mixer.
+    """The number of layers per mixer, in words.
 
     >>> format_layers(["kda", "kda", "full", "kda"])
     '3 kda + 1 full'

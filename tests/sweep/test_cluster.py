@@ -45,7 +45,7 @@ def slurm(tmp_path, monkeypatch):
     (home / "patch" / "sitecustomize.py").write_text(
         "import sys\nif 'submitit.core._submit' in sys.orig_argv:\n    import hybridlm.sweep.process as process\n"
         f"    fake = {str(SUPPORT / 'fake_train.py')!r}\n"
-        "    process.point_command = lambda file, imports: [sys.executable, fake, str(file)]\n")
+        "    process.point_command = lambda file, imports: [sys.executable, fake, str(file), *imports]\n")
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
     monkeypatch.setattr(estimate, "peak_flops", lambda *_: (1e9, "made up"))
     monkeypatch.setattr(cluster_runner, "SQUEUE_INTERVAL_S", 0.1)
@@ -61,12 +61,16 @@ def test_a_sweep_goes_through_slurm(slurm, tmp_path, capsys):
     pytest.importorskip("submitit")
     options = ["sweep.slurm.partition=gpu", "sweep.slurm.gpus_per_node=1", "sweep.slurm.timeout_min=90",
                "sweep.slurm.account=lab", 'sweep.slurm.setup=["export READY=1"]']
-    assert main(["sweep", *words(tmp_path / "out", "0,1", *options)]) == 1
+    kinds = tmp_path / "kinds.py"
+    kinds.write_text("")
+    assert main(["sweep", *words(tmp_path / "out", "0,1", *options), "--import", str(kinds)]) == 1
     out = capsys.readouterr().out
     assert "2 of 2 points to slurm" in out
     assert "seed-0: finished" in out
     assert "failed: seed-1: the disk is full; make room" in out
     assert "1 of 2 points are finished" in out
+    command = (tmp_path / "out" / "points" / "seed-0" / "output.txt").read_text().splitlines()[0]
+    assert str(kinds) in command.split()  # what --import names reaches the process of the point
     script = (tmp_path / "out" / "jobs" / "1" / "77_submission.sh").read_text()
     for line in ("#SBATCH --partition=gpu", "#SBATCH --gpus-per-node=1", "#SBATCH --time=90", "#SBATCH --account=lab",
                  "#SBATCH --array=0-1%2", "#SBATCH --job-name=custom", "#SBATCH --nodes=1", "export READY=1"):
@@ -76,7 +80,7 @@ def test_a_sweep_goes_through_slurm(slurm, tmp_path, capsys):
 
 
 def submitted(folder, *names):
-    """What submitting these points leaves in a sweep's folder."""
+    """Write the files that submitting these points leaves in a sweep's folder."""
     launched = folder / "jobs" / "1"
     launched.mkdir(parents=True)
     points = [folder / "points" / name for name in names]

@@ -28,6 +28,17 @@ def test_every_point_has_the_budget_of_the_reference(match):
     assert all(key.startswith(allowed) for key in changed), changed
 
 
+def test_mixers_that_the_model_does_not_define_come_from_their_presets():
+    plan = make_plan(["model=kimi_linear_tiny", "model.schedule.linear=kda,gdn", "model.schedule.ratio=1,3,inf",
+                      "sweep.match=params"])
+    assert [point.name for point in plan.points][3:] == ["linear-gdn_ratio-1", "linear-gdn_ratio-3",
+                                                         "linear-gdn_ratio-inf"]
+    budgets = [BUDGETS["params"](point.config.model) for point in plan.points]
+    assert all(abs(budget / budgets[0] - 1) <= 0.01 for budget in budgets), budgets
+    kda, gdn = (plan.points[index].config.model.mixers[name] for index, name in ((0, "kda"), (3, "gdn")))
+    assert (gdn.num_heads, gdn.head_dim) == (kda.num_heads, kda.head_dim)
+
+
 def test_the_reference_can_be_any_point_and_changes_are_listed():
     plan = make_plan(["model=hybrid_tiny", "model.schedule.ratio=0,3", "sweep.match=params", "sweep.reference=ratio-3"])
     full, hybrid = plan.points

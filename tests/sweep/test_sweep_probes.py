@@ -11,8 +11,9 @@ from hybridlm.errors import ConfigError
 from hybridlm.files import write_json
 from hybridlm.sweep import run_point as point_process
 from hybridlm.sweep.collect import collect
-from hybridlm.sweep.folder import OUTCOME_FILE, check_owner, point_outcome, prepare_point
+from hybridlm.sweep.folder import OUTCOME_FILE, POINT_FILE, check_owner, point_outcome, prepare_point
 from hybridlm.sweep.plan import make_plan
+from hybridlm.sweep.process import point_command
 from hybridlm.sweep.request import read_request
 from hybridlm.sweep.table import cost_row, describe_plan
 from hybridlm.training.run_folder import RunFolder
@@ -29,7 +30,7 @@ def words(folder, *tasks):
 
 
 def run(plan, names=None):
-    """What the sweep does with each point, in this process."""
+    """Run each point in this process, as the sweep does in others."""
     write_json(plan.folder / "sweep.json", describe_plan(plan, [0.0] * len(plan.points), "", ["waiting"] * 2, 1))
     for point in plan.points:
         if names is None or point.name in names:
@@ -97,6 +98,14 @@ def test_a_probe_that_fails_is_named_and_the_next_one_runs(folder, monkeypatch, 
     assert "error: probe recall: out of memory\n" in capsys.readouterr().err
     assert [path.name for path in (folder / "points" / "seed-0" / "probes").iterdir()] == ["parity.json"]
     assert point_outcome(plan.points[0])["status"] == "failed"
+
+
+def test_a_point_imports_the_code_of_the_user(folder):
+    file = prepare_point(make_plan(words(folder, MQAR)).points[0]) / POINT_FILE
+    command = point_command(file, ["kinds.py"])
+    assert command[1:] == ["-m", "hybridlm.sweep.run_point", str(file.parent), "--import", "kinds.py"]
+    (folder / "kinds.py").write_text("raise RuntimeError('imported')")
+    assert point_process.main([str(file.parent), "--import", str(folder / "kinds.py")]) == 1
 
 
 def test_a_point_that_another_process_holds_is_left_to_it(folder):

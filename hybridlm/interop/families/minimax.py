@@ -109,7 +109,7 @@ def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
 
 
 def known_differences(config: ModelConfig) -> list[str]:
-    """Where transformers computes other logits than this model."""
+    """Sentences about what transformers computes differently from this model."""
     attention = [mixer for mixer in config.mixers.values() if isinstance(mixer, AttentionConfig)]
     if all(mixer.rope.partial_rotary_factor == 1 for mixer in attention):
         return []

@@ -75,7 +75,8 @@ def require_mixer(config: ModelConfig, kind: type[Kind]) -> Kind:
         mixer = config.mixers[name]
         if isinstance(mixer, kind):
             return mixer
-    raise ConfigError("schedule", "has no layer that the format needs", expected=f"a mixer with kind={kind.kind}")
+    wanted = kind.kind  # type: ignore[misc]  # every kind has a default
+    raise ConfigError("schedule", "has no layer that the format needs", expected=f"a mixer with kind={wanted}")
 
 
 def list_layer_types(config: ModelConfig) -> list[str]:

@@ -29,7 +29,8 @@ def require_kind(mixer: MixerConfig, config: type[Kind]) -> Kind:
         ConfigError: it is of another kind, which the format does not have.
     """
     if not isinstance(mixer, config):
-        raise ConfigError("mixers", "have a kind that does not fit the format", got=mixer.kind, expected=config.kind)
+        wanted = config.kind  # type: ignore[misc]  # every kind has a default
+        raise ConfigError("mixers", "have a kind that does not fit the format", got=mixer.kind, expected=wanted)
     return mixer
 
 
