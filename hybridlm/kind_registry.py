@@ -88,7 +88,7 @@ class KindRegistry(dict[str, tuple[type, Any]]):
         return self[kind][0]
 
     def implementation(self, kind: str) -> Any:
-        """What a config of a registered kind builds: a module class or a function."""
+        """The module class or function that a config of a registered kind builds."""
         return self[kind][1]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One layer of DeepSeek sparse attention on the CPU: forward and backward, sparse and dense and transformers', in turn.
+r"""One layer of DeepSeek sparse attention on the CPU, forward and backward: sparse, dense, and that of transformers.
 
     OMP_NUM_THREADS=1 python scripts/dev/bench_sparse_layer.py [--heads 16 64] [--length 2048] [--topk 128] \
         [--json FILE]

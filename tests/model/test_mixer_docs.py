@@ -24,7 +24,7 @@ def test_a_page_names_every_option(kind):
     shared = (PAGES / "README.md").read_text(encoding="utf-8") + (PAGES / "delta_rule.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(CONFIGS[kind]):
         if field.name not in ("kind", "residual"):
-            assert f"`{field.name}`" in text or (kind == "decay" and f"`{field.name}`" in shared), field.name
+            assert f"`{field.name}`" in text or (kind == "linear_attention" and f"`{field.name}`" in shared), field.name
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -35,12 +35,21 @@ from hybridlm.model.sequence import SequenceInfo
 
 @dataclass(kw_only=True)
 class AttentionConfig(IndexedMixerConfig):
-    """Grouped-query attention. `num_kv_heads` null: as many as `num_heads`.
+    """Configuration of grouped-query attention.
 
-    `qk_norm`: `head` norms each head's q and k, `full` norms the whole projected vectors before they are split into
-    heads; `qk_norm_eps` null takes the model's. `output_gate`: a sigmoid gate for each element or each head.
-    `window`: number of keys a token sees, itself included. `sinks`: one learned logit a head that takes part in the
-    softmax and carries no value. `indexer` turns the layer into DSA.
+    Args:
+        num_heads: query heads H.
+        head_dim: dims per head K.
+        num_kv_heads: key/value heads G; null is `num_heads`.
+        rope: rotary embedding of queries and keys.
+        qk_norm: `head` normalises q and k per head, `full` over all heads together, before they are split.
+        qk_norm_eps: null takes the model's.
+        output_gate: a sigmoid gate per element or per head of the output.
+        qkv_bias: biases of q_proj, k_proj, v_proj and g_proj.
+        o_bias: bias of o_proj.
+        window: keys that a token sees, its own included; null sees all earlier ones.
+        sinks: one learned logit per head that takes part in the softmax and carries no value.
+        indexer: reads only the keys that it selects (DeepSeek sparse attention).
     """
 
     kind: str = "attention"
@@ -159,7 +168,7 @@ class AttentionConfig(IndexedMixerConfig):
 
 @register_mixer("attention", AttentionConfig)
 class Attention(IndexedMixer):
-    """Parameters: q_proj, k_proj, v_proj, o_proj, and by option g_proj, q_norm, k_norm, sinks [H], indexer."""
+    """The module: q_proj, k_proj, v_proj, o_proj, and by option g_proj, q_norm, k_norm, sinks [H] and indexer."""
 
     fp32_parameters: ClassVar[tuple[str, ...]] = (*IndexedMixer.fp32_parameters, "q_norm.weight", "sinks")
 

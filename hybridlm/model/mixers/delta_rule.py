@@ -32,9 +32,14 @@ from hybridlm_kernels.recurrence.arguments import math_dtype
 
 @dataclass(kw_only=True)
 class DeltaRuleConfig(RecurrentConfig):
-    """`decay`: none (DeltaNet), scalar (one a value head: Gated DeltaNet) or channel (one a key channel: KDA).
+    """Configuration of the delta rule; the options it shares with other linear mixers are those of `RecurrentConfig`.
 
-    beta = beta_scale * sigmoid(W_b x); a scale of 2 allows negative eigenvalues (Grazzi et al. 2024, OLMo-Hybrid).
+    Args:
+        decay: none (DeltaNet), scalar (one per value head: Gated DeltaNet) or channel (one per key channel: KDA).
+        gate: form of the forget gate.
+        conv_size: taps of the convolutions over q, k and v.
+        beta_scale: beta = beta_scale * sigmoid(W_b x); 2 allows negative eigenvalues (Grazzi et al. 2024).
+        qk_l2norm: whether q and k are divided by their length.
     """
 
     kind: str = "delta_rule"
@@ -66,7 +71,7 @@ class DeltaRuleConfig(RecurrentConfig):
 
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        """As for every linear mixer; the gates of KDA have the rank of a head, as published."""
+        """Sizes as for every linear mixer; the gates of KDA have the rank of one head, as published."""
         sizes = super().sizes_from(options, model)
         if options.get("decay", "channel") == "channel":
             rank = options.get("head_dim") or sizes["head_dim"]
@@ -76,7 +81,7 @@ class DeltaRuleConfig(RecurrentConfig):
 
 @register_mixer("delta_rule", DeltaRuleConfig)
 class DeltaRule(RecurrentMixer):
-    """Parameters: those of `RecurrentMixer`, b_proj with HV rows, and o_norm over the dims of one head."""
+    """The module: parameters of `RecurrentMixer`, b_proj with HV rows, and o_norm over the dims of one head."""
 
     config: DeltaRuleConfig
 

@@ -30,13 +30,21 @@ from hybridlm_kernels.recurrence.gates import log_decay
 
 @dataclass(kw_only=True)
 class LinearAttentionConfig(RecurrentConfig):
-    """`decay`: none, constant (`slopes` a head), scalar (Mamba-2) or channel (GLA).
+    """Configuration of linear attention; the options it shares with others are those of `RecurrentConfig`.
 
-    `slopes`: lightning, 2^(-8(h+1)/H) * (1 - layer / (L - 1 + 1e-5) + 1e-5), or retnet, -log(1 - 2^(-5-h)).
-    `feature_map` phi of q and k, `value_map` of v. `scale` null is head_dim^-0.5; Lightning has 1.
-    `gate` has one form more, g = logsigmoid(u) / gate_normalizer (GLA).
-    `norm`: over all heads together, over each head, or none. `discretize` multiplies the value by the step softplus(u)
-    as Mamba-2 does (with decay=scalar and gate=softplus).
+    Args:
+        decay: none, constant (by `slopes`), scalar (Mamba-2) or channel (GLA).
+        gate: form of the forget gate; besides the common ones logsigmoid, g = logsigmoid(u) / gate_normalizer (GLA).
+        gate_normalizer: divisor of that form.
+        slopes: of head h in layer l of L. lightning: 2^(-8 (h+1) / H) * (1 - l / (L - 1 + 1e-5) + 1e-5); retnet:
+            -log(1 - 2^(-5-h)).
+        feature_map: phi of q and k.
+        value_map: psi of v.
+        scale: of the queries; null is head_dim^-0.5, Lightning has 1.
+        norm: RMSNorm of the output over all heads together, over each head, or none.
+        norm_eps: null takes the model's.
+        output_gate: activation of the output gate.
+        discretize: multiply v by the step softplus(u), as Mamba-2 does (with decay=scalar and gate=softplus).
     """
 
     kind: str = "linear_attention"
@@ -73,7 +81,11 @@ class LinearAttentionConfig(RecurrentConfig):
 
 def compute_decay_slopes(kind: Literal["lightning", "retnet"], heads: int, layer_index: int,
                          num_layers: int) -> list[float]:
-    """-g of each head for `decay: constant`. Layers after the last (MTP) take the last one's."""
+    """Slopes -g per head for `decay: constant`; layers after the last one (multi-token prediction) take its slopes.
+
+    >>> compute_decay_slopes("lightning", heads=2, layer_index=0, num_layers=4)
+    [0.062500625, 0.0039062890625]
+    """
     if kind == "retnet":
         return [-math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]
     depth = min(layer_index, num_layers - 1) / (num_layers - 1 + 1e-5)
@@ -82,7 +94,7 @@ def compute_decay_slopes(kind: Literal["lightning", "retnet"], heads: int, layer
 
 @register_mixer("linear_attention", LinearAttentionConfig)
 class LinearAttention(RecurrentMixer):
-    """Parameters: those of `RecurrentMixer`, and o_norm over all heads or over the dims of one."""
+    """The module: parameters are those of `RecurrentMixer`, and o_norm over all heads or over the dims of one."""
 
     config: LinearAttentionConfig
 

@@ -41,11 +41,20 @@ SIZE_OPTIONS = ("num_heads", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", 
 
 @dataclass(kw_only=True)
 class MLAConfig(IndexedMixerConfig):
-    """Multi-head latent attention.
+    """Configuration of multi-head latent attention.
 
-    `q_lora_rank` null: queries straight from x by `q_proj`. `rope.kind: none` keeps the `qk_rope_head_dim` shared key
-    dims and does not rotate them (Kimi Linear). `norm_eps`: of the norms of both latents; null takes the model's.
-    `bias`: of q_a_proj, kv_a_proj and o_proj. `output_gate`: a sigmoid gate for each element or each head.
+    Args:
+        num_heads: H.
+        kv_lora_rank: dims of the latent C.
+        qk_nope_head_dim: unrotated key dims per head N.
+        qk_rope_head_dim: rotated key dims R, which all heads share.
+        v_head_dim: value dims per head V.
+        q_lora_rank: rank of the queries; null projects them straight from x by `q_proj`.
+        rope: its kind `none` keeps the R shared key dims and does not rotate them (Kimi Linear).
+        norm_eps: of the norms of both latents; null takes the model's.
+        bias: biases of q_a_proj, kv_a_proj and o_proj.
+        output_gate: a sigmoid gate per element or per head of the output.
+        indexer: reads only the keys that it selects (DeepSeek sparse attention).
     """
 
     kind: str = "mla"
@@ -170,7 +179,7 @@ class MLAConfig(IndexedMixerConfig):
 
 @register_mixer("mla", MLAConfig)
 class MLA(IndexedMixer):
-    """Parameters: q_proj or q_a_proj, q_a_norm, q_b_proj; kv_a_proj, kv_a_norm, kv_b_proj, o_proj; g_proj, indexer.
+    """The module: q_proj, or q_a_proj, q_a_norm and q_b_proj; kv_a_proj, kv_a_norm, kv_b_proj, o_proj; g_proj, indexer.
 
     Rows of q_proj and q_b_proj: heads of [N unrotated | R rotated]. Rows of kv_a_proj: [C latent | R rotated]. Rows
     of kv_b_proj: heads of [N keys | V values].

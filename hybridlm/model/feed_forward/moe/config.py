@@ -16,12 +16,32 @@ FP32_BYTES = 4
 
 @dataclass(kw_only=True)
 class MoEConfig(FeedForwardConfig):
-    """Routed SwiGLU experts with shared ones; the layers in `dense_layers` are one SwiGLU instead.
+    """Configuration of routed SwiGLU experts with shared ones; layers in `dense_layers` are one SwiGLU instead.
 
     The router scores all experts in fp32 and takes the best `num_experts_per_tok` by score plus correction bias,
-    within the best `topk_groups` of `num_groups` groups; their weights are the scores alone.
-    Defaults are those of a plain softmax router (Qwen3-Next, MiniMax-01). DeepSeek-V3 and Kimi Linear use
-    `router: sigmoid`, a bias and a scaling factor.
+    within the best `topk_groups` of `num_groups` groups; their weights are the scores alone. Defaults are those of a
+    plain softmax router (Qwen3-Next, MiniMax-01); DeepSeek-V3 and Kimi Linear use `router: sigmoid`, a bias and a
+    scaling factor.
+
+    Args:
+        num_experts: routed experts E of each layer.
+        num_experts_per_tok: experts A that each token meets.
+        moe_intermediate_size: inner width of one expert.
+        num_shared_experts: experts that every token meets.
+        shared_intermediate_size: inner width of all shared experts together; null is their number times that of one.
+        shared_gate: whether sigmoid(w x) scales the shared experts' output (Qwen).
+        dense_layers: layers that are one SwiGLU, counted from 0.
+        intermediate_size: inner width of the dense layers.
+        router: how scores are made from logits.
+        norm_topk_prob: whether the weights of a token's experts sum to one.
+        routed_scaling_factor: factor on the routed experts' output.
+        num_groups: groups of equal size that the experts are divided into.
+        topk_groups: groups that a token's experts may come from.
+        bias_update_rate: step u by which the bias balances the loads without a loss.
+        correction_bias: null has a bias where it is updated; true keeps one that does not move.
+        balance_loss: coefficient of the balance loss per document.
+        router_z_loss: coefficient of the mean of logsumexp(router logits)^2.
+        swiglu_limit: bound inside every SwiGLU; null has none.
     """
 
     kind: str = "moe"
@@ -29,19 +49,19 @@ class MoEConfig(FeedForwardConfig):
     num_experts_per_tok: int
     moe_intermediate_size: int
     num_shared_experts: int = 0
-    shared_intermediate_size: int | None = None  # all shared experts together; null: their number x expert width
-    shared_gate: bool = False  # sigmoid(w x) on the shared output (Qwen)
+    shared_intermediate_size: int | None = None
+    shared_gate: bool = False
     dense_layers: list[int] = field(default_factory=list)
-    intermediate_size: int | None = None  # of the dense layers
+    intermediate_size: int | None = None
     router: Literal["softmax", "sigmoid"] = "softmax"
-    norm_topk_prob: bool = True  # weights of a token's experts sum to one
+    norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     num_groups: int = 1
     topk_groups: int = 1
-    bias_update_rate: float = 0.0  # u of the auxiliary-loss-free balancing
-    correction_bias: bool | None = None  # null: present when it is updated; true keeps a frozen one
-    balance_loss: float = 0.0  # coefficient of the sequence-wise balance loss
-    router_z_loss: float = 0.0  # coefficient of logsumexp(router logits)^2
+    bias_update_rate: float = 0.0
+    correction_bias: bool | None = None
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
     swiglu_limit: float | None = None
     TRAINING_FIELDS: ClassVar[tuple[str, ...]] = ("bias_update_rate", "balance_loss", "router_z_loss")
     loss_names: ClassVar[tuple[str, ...]] = ("balance", "router_z")
@@ -86,10 +106,12 @@ class MoEConfig(FeedForwardConfig):
 
     @property
     def shared_width(self) -> int:
+        """Inner width of all shared experts together."""
         return self.shared_intermediate_size or self.moe_intermediate_size * self.num_shared_experts
 
     @property
     def has_bias(self) -> bool:
+        """Whether the router has a correction bias."""
         return self.bias_update_rate > 0 if self.correction_bias is None else self.correction_bias
 
     def routed_experts(self) -> RoutedExperts:

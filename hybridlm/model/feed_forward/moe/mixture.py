@@ -25,10 +25,10 @@ from hybridlm.model.sequence import SequenceInfo
 
 @register_feed_forward("moe", MoEConfig)
 class MixtureOfExperts(FeedForward):
-    """y = sum_a w_a expert_a(x) + gate(x) * shared(x), no token dropped.
+    """The module of a mixture: y = sum_a w_a expert_a(x) + gate(x) * shared(x), no token dropped.
 
-    DeepSeek-V3 section 2.1.2; parameters router.weight, experts.gate_up, experts.down, shared.*, shared_gate.weight,
-    buffers router.bias and router.load.
+    Source: DeepSeek-V3, section 2.1.2. Parameters router.weight, experts.gate_up, experts.down, shared.*,
+    shared_gate.weight; buffers router.bias and router.load.
     """
 
     fp32_parameters = ("router.weight", "router.bias")

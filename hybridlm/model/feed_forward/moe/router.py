@@ -1,6 +1,6 @@
 """The router of a mixture of experts: scores, group-limited selection, balance.
 
-B rows, T tokens, N = B*T, D model width, E experts, A experts a token, G groups of M experts, R documents.
+B rows, T tokens, N = B*T, D model width, E experts, A experts per token, G groups of M experts, R documents.
 s: scores; b: correction bias; the sets and symbols are those of DeepSeek-V3, section 2.1.2.
 """
 
@@ -49,7 +49,11 @@ class Router(nn.Module):
             self.bias.zero_()
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Tensor, Aux]:
-        """Expert ids [N, A], their weights [N, A], and in training the aux."""
+        """Choose the experts of every token.
+
+        Returns:
+            Ids [N, A], their weights [N, A], and in training the losses and statistics of the layer.
+        """
         logits_NE = self.logits(x_BTD)
         if self.config.router == "softmax":
             s_NE = torch.softmax(logits_NE, dim=-1)
@@ -98,7 +102,7 @@ class Router(nn.Module):
         return aux
 
     def balance_loss(self, s_NE: Tensor, p_NE: Tensor, ids_NA: Tensor, seq: SequenceInfo) -> Tensor:
-        """sum_i f_i P_i of each document, averaged over tokens; 1 when balanced (equations 17 to 20).
+        """The balance loss sum_i f_i P_i per document, averaged over tokens; 1 when balanced (equations 17 to 20).
 
         f_i = E/(A T) * tokens whose A best scores hold expert i, T tokens in the document; P_i the mean of the
         normalised scores. The selection here knows neither bias nor groups, as in the paper: the loss pulls on what
@@ -118,7 +122,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def balance(self, update: bool = True) -> None:
-        """b_i += u * sign(mean load - load_i), then forget the loads."""
+        """Move the bias, b_i += u * sign(mean load - load_i), and set the loads to zero.
+
+        Args:
+            update: False after a skipped optimizer step: the bias stays.
+        """
         if update and self.bias is not None and self.config.bias_update_rate:
             total, experts = self.load.sum(), self.load.shape[0]
             self.bias += self.config.bias_update_rate * torch.sign(total - experts * self.load)

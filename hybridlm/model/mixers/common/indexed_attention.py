@@ -142,7 +142,7 @@ class IndexedMixer(SequenceMixer):
 
     @property
     def index_pool(self) -> int | None:
-        """Tokens a pool of the index keys that this layer keeps; null: one key a token."""
+        """Tokens per pool of the index keys that this layer keeps; None: one key per token."""
         return None if self.indexer is None else self.indexer.config.pool
 
     @property

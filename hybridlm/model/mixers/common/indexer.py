@@ -36,16 +36,22 @@ IndexCache = TokenCache | PooledCache
 
 @dataclass(kw_only=True)
 class IndexerConfig:
-    """Indexer of an `attention` or `mla` mixer.
+    """Configuration of an indexer, an option of softmax attention.
 
-    `rope_kind` rotates the first `rope_dim` dims of index queries and keys with theta and scaling of the mixer's own
-    RoPE; `rope_dim` null takes `qk_rope_head_dim` (mla) or the rotated share of `head_dim` (attention).
-    `num_first` tokens of the document and the `num_local` last ones (the token itself included) are always among the
-    `topk`. `pool`: so many consecutive tokens have one key and are selected together (GLM-5.3: 16); those behind the
-    last complete pool are read besides the `topk`.
-    `loss_weight`: of KL(attention || softmax(I)), the loss that trains the indexer; 0 leaves it untrained.
-    `share`: this layer has no indexer of its own and reads the keys that the nearest earlier indexed layer selected.
-    `mode` is what `mixer.attention_mode` starts as: `dense` keeps the parameters and attends to everything (warm-up).
+    Args:
+        num_heads: index heads Hi.
+        head_dim: dims per index head Di.
+        topk: keys that a token reads.
+        num_first: first tokens of the document that are always among the `topk`.
+        num_local: last tokens, the token itself included, that are always among the `topk`.
+        pool: consecutive tokens that have one key and are selected together (GLM-5.3: 16). Tokens behind the last
+            complete pool are read besides the `topk`. Null: one key per token.
+        rope_kind: rotation of index queries and keys, with theta and scaling of the mixer's own RoPE.
+        rope_dim: dims that rotate, the first ones; null takes as many as the mixer rotates.
+        norm_eps: of the keys' LayerNorm.
+        loss_weight: of KL(attention || softmax(I)), the loss that trains the indexer; 0 leaves it untrained.
+        share: this layer has no indexer of its own and reads the selection of the nearest earlier indexed layer.
+        mode: the first value of `mixer.attention_mode`; `dense` keeps the parameters and reads all keys (warm-up).
     """
 
     num_heads: int = 64
@@ -143,22 +149,30 @@ class IndexerConfig:
             context_length, self.pool)
 
     def _scored(self, context_length: int, limit: int | None = None) -> float:
-        """Mean number of index keys, of tokens or pools, at most those of `limit` tokens."""
+        """Mean number of index keys that a token is scored against, at most those of `limit` tokens."""
         if self.pool is None:
             return count_visible_keys(context_length, limit)
         return count_visible_pools(context_length, self.pool, None if limit is None else limit // self.pool)
 
     def flops_per_token(self, context: LayerContext, query_dim: int, context_length: int) -> float:
-        """Projections and the scores of a selection."""
+        """Forward FLOPs per token of the projections and the scores of a selection."""
         if self.share or not self._selects(context_length):
             return 0.0
         scores = self._scored(context_length) * self.num_heads * (self.head_dim + 1)
         return 2.0 * (self._projections(context, query_dim) + scores)
 
     def kl_flops_per_token(self, context: LayerContext, query_dim: int, context_length: int, width: int) -> float:
-        """What the loss adds to a training step besides the selection: the scores of the main attention (`width`: heads
-        times dims of a key), those of the index, forward and backward, and the gradients of the projections. Its
-        inputs are detached, so that nothing goes back further."""
+        """FLOPs per token that the loss adds to a training step besides the selection.
+
+        These are the scores of the main attention, those of the index, forward and backward, and the gradients of the
+        projections. The loss's inputs are detached, so that nothing goes back further.
+
+        Args:
+            context: the layer.
+            query_dim: width that index queries are projected from.
+            context_length: tokens of the sequence.
+            width: heads times key dims of the main attention.
+        """
         if self.loss_weight == 0:
             return 0.0
         selects = self._selects(context_length)
@@ -168,10 +182,14 @@ class IndexerConfig:
         return flops + (2.0 if selects else 4.0) * projections
 
     def shard_traffic(self, tokens: int, context_length: int, dense: int, keys: int, read: int) -> list[ShardTraffic]:
-        """As of a mixer, for `tokens` tokens times bytes of an element.
+        """Bytes that a training step of an indexed layer exchanges between shards of rows.
 
-        `dense`: what dense attention exchanges, which is also what a context of at most `topk` tokens takes. Elements
-        a token: `keys` that the loss of a dense layer looks at, `read` by sparse attention.
+        Args:
+            tokens: tokens of this process times bytes per element.
+            context_length: tokens of a whole row. Up to `topk` of them are attended to densely.
+            dense: bytes that dense attention exchanges.
+            keys: elements per token that the loss of a dense layer reads.
+            read: elements per token that sparse attention reads.
         """
         learns = self.loss_weight > 0
         index = 0 if self.share else tokens * self.head_dim * (1 if self.pool is None else 2)

@@ -3,7 +3,7 @@
     k_p = sum_r softmax_r(W_g x_(p,r) + b_r) * k_(p,r)          r over the tokens of pool p
 
 Source: GLM-5.3.
-B rows, T tokens, P pools, R tokens a pool, D hidden size, I index head dim.
+B rows, T tokens, P pools, R tokens per pool, D hidden size, I index head dim.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class KeyPool(nn.Module):
         return find_roles(self, {"bias": VECTOR})
 
     def entries(self, x_BTD: Tensor, k_BTI: Tensor) -> Tensor:
-        """What a token brings to its pool: key and weight [B, T, 2, I], before the softmax."""
+        """Key and weight of each token for its pool, before the softmax: [B, T, 2, I]."""
         return torch.stack([k_BTI, self.gate(x_BTD).to(k_BTI.dtype)], 2)
 
     def combine(self, entries_BPR2I: Tensor) -> Tensor:

@@ -31,19 +31,29 @@ CHUNK_TOKENS = 32  # tokens per chunk of the operations, as the estimate of acti
 
 @dataclass(kw_only=True)
 class RecurrentConfig(MixerConfig):
-    """Options of every linear mixer.
+    """Configuration that all linear mixers share.
 
-    Heads: `num_heads` query/key heads of `head_dim`; `num_value_heads` (null: as many) of `value_head_dim` (null:
-    head_dim). Key head j serves value heads j*r .. j*r+r-1.
-    Convolutions: `conv_size` taps over q, k and v, then SiLU; 0 has none.
-    Forget gate, for `decay` scalar or channel, from u = f(x) + dt_bias:
+    The forget gate, for `decay` scalar or channel, takes u = f(x) + dt_bias:
         softplus       g = -exp(A_log) softplus(u)                  (Mamba-2, Gated DeltaNet, KDA)
         lower_bounded  g = lower_bound * sigmoid(exp(A_log) u)      (GLM-5.3, Ling 3.0)
-    f is one projection (`gate_rank` null) or two through `gate_rank` dims (channel decay only). `gate_dtype` model
-    rounds g to the dtype of x (Ling 3.0). A_log starts as log U(a_init), dt_bias as `dt_bias_init` says
-    (inverse_softplus: step sizes log-uniform in dt_init).
-    Output: norm, times `output_gate` of g(x), which is one projection (`output_gate_rank` null) or two.
-    `norm_eps` null takes the model's.
+
+    Args:
+        num_heads: query and key heads H.
+        head_dim: their dims K.
+        num_value_heads: value heads HV, a multiple r of H; null is H. Key head j serves value heads j r .. j r + r - 1.
+        value_head_dim: their dims V; null is K.
+        decay: none, constant per head, or from x: scalar (one per value head) or channel (one per key channel).
+        gate: form of the forget gate.
+        gate_rank: rank of f for channel decay; null is one full projection.
+        gate_dtype: `model` rounds g to the dtype of x (Ling 3.0).
+        lower_bound: of the form lower_bounded.
+        a_init: A_log starts as log U(low, high).
+        dt_bias_init: start of dt_bias; inverse_softplus makes step sizes log-uniform in `dt_init`.
+        dt_init: see there.
+        conv_size: taps of the convolutions over q, k and v, which SiLU follows; 0 has none.
+        output_gate: activation of the gate g(x) on the normalised output.
+        output_gate_rank: rank of g; null is one full projection.
+        norm_eps: of the output norm; null takes the model's.
     """
 
     num_heads: int
@@ -72,7 +82,7 @@ class RecurrentConfig(MixerConfig):
         require(self.value_heads % self.num_heads == 0, "num_value_heads", "must be a multiple of num_heads",
                 got=self.num_value_heads, expected=f"a multiple of {self.num_heads}")
         require(self.gate_rank is None or self.decay == "channel", "gate_rank", "needs decay=channel",
-                got=self.gate_rank, expected="null", hint=f"decay={self.decay} has at most one gate a head")
+                got=self.gate_rank, expected="null", hint=f"decay={self.decay} has at most one gate per head")
         require(self.conv_size >= 0 and self.conv_size != 1, "conv_size", "is not a convolution", got=self.conv_size,
                 expected="0 (none), or 2 taps and more")
         require(self.output_gate_rank is None or self.output_gate != "none", "output_gate_rank", "needs an output gate",
