@@ -12,7 +12,7 @@ from hybridlm_kernels import optional_packages as optional
 from hybridlm_kernels.registry import Backend, KernelUnavailable, Operation
 from tests.support.kernel_compare import error, tensors
 
-B, T, H, G, K, V = 2, 12, 2, 4, 16, 8
+B, T, H, HV, K, V = 2, 12, 2, 4, 16, 8
 BORDERS = [0, 5, 12, 13, 24]
 
 
@@ -64,7 +64,7 @@ def recurrence_of(operation):
 
 
 def gates(decay, dtype=torch.float32):
-    shape = {"constant": (G,), "scalar": (B, T, G), "channel": (B, T, G, K)}.get(decay)
+    shape = {"constant": (HV,), "scalar": (B, T, HV), "channel": (B, T, HV, K)}.get(decay)
     return None if shape is None else -torch.rand(shape, dtype=dtype)
 
 
@@ -75,9 +75,9 @@ def gates(decay, dtype=torch.float32):
 def test_delta_rule_through_flash_linear_attention(installed, decay, module, function, borders):
     peer = recurrence_of(delta_rule)
     installed("flash-linear-attention", "0.6.0", {module: {function: peer}})
-    q, k, v, state = tensors((B, T, H, K), (B, T, H, K), (B, T, G, V), (4 if borders else B, G, K, V),
+    q, k, v, state = tensors((B, T, H, K), (B, T, H, K), (B, T, HV, V), (4 if borders else B, HV, K, V),
                              dtype=torch.float32)
-    g, beta = gates(decay), torch.rand(B, T, G)
+    g, beta = gates(decay), torch.rand(B, T, HV)
 
     def run(backend):
         return delta_rule(q, k, v, g=g, beta=beta, initial_state=state, cu_seqlens=borders, qk_l2norm=True, scale=0.3,
@@ -85,17 +85,17 @@ def test_delta_rule_through_flash_linear_attention(installed, decay, module, fun
 
     for ours, expected in zip(run("fla"), run("reference"), strict=True):
         assert error(ours, expected) < 1e-6
-    assert peer.shapes["q"][2] == (G if decay == "none" else H)  # its DeltaNet knows no grouped heads
+    assert peer.shapes["q"][2] == (HV if decay == "none" else H)  # its DeltaNet knows no grouped heads
 
 
 @pytest.mark.parametrize("borders", [None, BORDERS])
 @pytest.mark.parametrize("decay", ["none", "constant", "scalar", "channel"])
-def test_decay_attention_through_flash_linear_attention(installed, decay, borders):
+def test_linear_attention_through_flash_linear_attention(installed, decay, borders):
     peer = recurrence_of(linear_attention)
     module, function = (("fla.ops.gla", "chunk_gla") if decay == "channel" else
                         ("fla.ops.simple_gla", "chunk_simple_gla"))
     installed("flash-linear-attention", "0.6.1", {module: {function: peer}})
-    q, k, v = tensors((B, T, H, K), (B, T, H, K), (B, T, G, V), dtype=torch.float32)
+    q, k, v = tensors((B, T, H, K), (B, T, H, K), (B, T, HV, V), dtype=torch.float32)
     g = gates(decay)
     for ours, expected in zip(*(linear_attention(q, k, v, g=g, cu_seqlens=borders, backend=backend)
                                 for backend in ("fla", "reference")), strict=True):
@@ -120,7 +120,7 @@ def test_attention_through_flash_attention(installed, window, borders):
                          backend="reference")[0]
 
     installed("flash-attn", "2.8.3.post1", {"flash_attn": {"flash_attn_func": rows, "flash_attn_varlen_func": packed}})
-    q, k, v = tensors((B, T, G, K), (B, T, H, K), (B, T, H, K), dtype=torch.bfloat16)
+    q, k, v = tensors((B, T, HV, K), (B, T, H, K), (B, T, H, K), dtype=torch.bfloat16)
     run = {backend: attention(q, k, v, window=window, cu_seqlens=borders, backend=backend)
            for backend in ("flash_attn", "reference")}
     assert torch.equal(run["flash_attn"], run["reference"])
@@ -150,11 +150,11 @@ def test_reasons(installed, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "dtype", "reason"), [
-    ({"sinks_H": torch.zeros(G)}, torch.bfloat16, "knows no sinks"),
+    ({"sinks_H": torch.zeros(HV)}, torch.bfloat16, "knows no sinks"),
     ({}, torch.float32, "computes in float16 and bfloat16"),
 ])
 def test_flash_attention_says_what_it_cannot(installed, options, dtype, reason):
     installed("flash-attn", "2.8.3", {"flash_attn": {"flash_attn_func": print}})
-    q, k, v = tensors((B, T, G, K), (B, T, H, K), (B, T, H, K), dtype=dtype)
+    q, k, v = tensors((B, T, HV, K), (B, T, H, K), (B, T, H, K), dtype=dtype)
     with pytest.raises(KernelUnavailable, match=reason):
         attention(q, k, v, backend="flash_attn", **options)

@@ -1,5 +1,5 @@
-"""The chunked delta rule and decay attention: equal to the recurrence in values and gradients, whatever the
-length, the gate, the packing or the step_groups; causal to the last bit; states that carry over."""
+"""The chunked delta rule and linear attention equal the recurrence in values and gradients, whatever the length, the
+gate, the packing or the groups of steps; they are causal to the last bit, and states carry over."""
 
 import importlib
 from itertools import pairwise
@@ -8,69 +8,39 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import hybridlm_kernels as ops
 from hybridlm_kernels import CuSeqlens
-from hybridlm_kernels.recurrence import chunk_layout as chunks
+from hybridlm_kernels.recurrence import chunk_layout
+from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs, select_tokens
 from tests.support.kernel_compare import error
+from tests.support.recurrences import (
+    KINDS,
+    assert_causal,
+    assert_close,
+    call,
+    document_alone,
+    set_gates,
+    with_gradients,
+)
 
-KINDS = [("delta_rule", "none"), ("delta_rule", "scalar"), ("delta_rule", "channel"), ("linear_attention", "none"),
-         ("linear_attention", "constant"), ("linear_attention", "scalar"), ("linear_attention", "channel")]
 kinds = pytest.mark.parametrize(("operation", "decay"), KINDS)
 
 
-def make_inputs(operation, decay, *, B=1, T=65, H=2, HV=2, K=6, V=5, N=None, strength=1.0, dtype=torch.float64):
-    """Random inputs by name; gates are uniform in [-strength, 0]; keys are of length one."""
-    generator = torch.Generator().manual_seed(T + 7 * HV)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def rand(*shape):
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    inputs = {"q": randn(B, T, H, K), "k": torch.nn.functional.normalize(randn(B, T, H, K), dim=-1),
-              "v": randn(B, T, HV, V), "initial_state": randn(N or B, HV, K, V)}
-    gates = {"constant": (HV,), "scalar": (B, T, HV), "channel": (B, T, HV, K)}
-    if decay in gates:
-        inputs["g"] = -strength * rand(*gates[decay])
-    if operation == "delta_rule":
-        inputs["beta"] = rand(B, T, HV)
-    return {name: x.to(dtype) for name, x in inputs.items()}
+def make_inputs(operation, decay, **sizes):
+    return recurrence_inputs(decay, beta=operation == "delta_rule", **{"H": 2, "HV": 2, "K": 6, "V": 5} | sizes)
 
 
-def call(operation, inputs, **options):
-    rest = {name: x for name, x in inputs.items() if name not in "qkv"}
-    return getattr(ops, operation)(inputs["q"], inputs["k"], inputs["v"], **rest, **options)
-
-
-def with_gradients(operation, inputs, **options):
-    """Outputs, final states and the gradients of all inputs, for one fixed random upstream gradient."""
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    o, state = call(operation, leaves, **options)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (o, state)]
-    grads = torch.autograd.grad([o, state], list(leaves.values()), upstream)
-    return {"o": o.detach(), "state": state.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def assert_close(got, expected, tolerance):
-    for name, x in expected.items():
-        assert got[name].shape == x.shape, name
-        assert error(got[name], x) <= tolerance, (name, error(got[name], x))
-
-
-def small_chunks(monkeypatch, chunk=16, numbers=None):
-    """Chunks of 16 tokens, so that few tokens make many; `numbers` limits a group."""
+def small_chunks(monkeypatch, chunk=16, elements=None):
+    """Chunks of 16 tokens, so that few tokens make many; `elements` limits a group of steps."""
     for operation in ("delta_rule", "linear_attention"):
         backend = importlib.import_module(f"hybridlm_kernels.ops.{operation}.torch_backend")
         monkeypatch.setattr(backend, "chunk_size", lambda *_: chunk)
-    if numbers is not None:
-        monkeypatch.setitem(chunks.STEP_GROUP_MAX_ELEMENTS, "cpu", numbers)
-        chunks._layout_of_plain_rows.cache_clear()
+    if elements is not None:
+        monkeypatch.setitem(chunk_layout.STEP_GROUP_MAX_ELEMENTS, "cpu", elements)
+        chunk_layout._layout_of_plain_rows.cache_clear()
 
 
 @kinds
-@pytest.mark.parametrize("T", [1, 15, 63, 65, 130])
+@pytest.mark.parametrize("T", [1, 15, 33, 65])
 def test_equals_the_recurrence(operation, decay, T):
     inputs = make_inputs(operation, decay, T=T, B=2)
     expected = with_gradients(operation, inputs, backend="reference")
@@ -80,40 +50,27 @@ def test_equals_the_recurrence(operation, decay, T):
 
 
 @kinds
-@pytest.mark.parametrize("chunk", [32, 64])
-def test_grouped_value_heads(operation, decay, chunk, monkeypatch):
-    small_chunks(monkeypatch, chunk)
-    inputs = make_inputs(operation, decay, T=70, H=2, HV=6)
+def test_grouped_value_heads_in_chunks_of_64(operation, decay, monkeypatch):
+    small_chunks(monkeypatch, 64)
+    inputs = make_inputs(operation, decay, T=70, HV=6)
     expected = with_gradients(operation, inputs, backend="reference")
     assert_close(with_gradients(operation, inputs, backend="torch"), expected, 1e-12)
 
 
 @pytest.mark.parametrize(("operation", "decay"), [kind for kind in KINDS if kind[1] != "none"])
-@pytest.mark.parametrize("gate", ["zero", "-12", "-50", "mixed", "-inf"])
-def test_any_gate(operation, decay, gate):
-    inputs = make_inputs(operation, decay, T=100)
-    g = inputs["g"]
-    if gate == "zero":
-        g.zero_()
-    elif gate == "mixed":  # strong at first, then weak: sums over the chunk would lose the weak ones
-        g[..., :1] = -50.0
-        g *= 0.01
-        if g.dim() > 1:
-            g[:, :40] = -50.0
-    elif gate == "-inf":
-        g.view(-1)[::5] = -torch.inf
-    else:
-        g.fill_(float(gate))
+@pytest.mark.parametrize("gates", ["0", "-12", "-50", "mixed", "-inf"])
+def test_any_gate(operation, decay, gates):
+    inputs = make_inputs(operation, decay, T=70)
+    set_gates(inputs["g"], gates)
     expected = with_gradients(operation, inputs, backend="reference")
     got = with_gradients(operation, {name: x.float() for name, x in inputs.items()}, backend="torch")
-    if decay == "constant":  # one number a head: what is left of a hundred tokens' terms of both signs
-        assert error(got.pop("g"), expected.pop("g")) <= 5e-5
-    assert_close(got, expected, 1e-5)
+    # One constant per head: its gradient is what is left of the terms of all tokens, of both signs.
+    assert_close(got, expected, 1e-5, {"g": 5e-5} if decay == "constant" else None)
 
 
 @pytest.mark.parametrize("decay", ["none", "scalar", "channel"])
-@pytest.mark.parametrize("l2norm", [False, True])
-@pytest.mark.parametrize("left_out", [(), ("beta",), ("initial_state",), ("beta", "initial_state")])
+@pytest.mark.parametrize(("l2norm", "left_out"), [(False, ()), (True, ()), (True, ("beta",)), (False, ("beta",)),
+                                                  (True, ("initial_state",)), (False, ("beta", "initial_state"))])
 def test_options_of_the_delta_rule(decay, l2norm, left_out):
     inputs = make_inputs("delta_rule", decay, T=40, HV=4)
     inputs["k"] = inputs["k"] * (3.0 if l2norm else 1.0)
@@ -126,55 +83,41 @@ def test_options_of_the_delta_rule(decay, l2norm, left_out):
 @kinds
 def test_gradcheck(operation, decay, monkeypatch):
     small_chunks(monkeypatch)
-    inputs = make_inputs(operation, decay, B=2, T=18, H=1, HV=2, K=2, V=2, N=4)
+    inputs = make_inputs(operation, decay, B=2, T=18, H=1, K=2, V=2, documents=4)
     names = list(inputs)
 
     def run(*values):
-        return call(operation, dict(zip(names, values, strict=True)), cu_seqlens=[0, 9, 10, 18, 36],
-                    backend="torch")
+        return call(operation, dict(zip(names, values, strict=True)), cu_seqlens=[0, 9, 10, 18, 36], backend="torch")
 
     assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs.values()], fast_mode=True)
 
 
 @kinds
-@pytest.mark.parametrize("numbers", [None, 1])
-def test_packed_documents_equal_documents_alone(operation, decay, numbers, monkeypatch):
-    small_chunks(monkeypatch, numbers=numbers)
-    lengths = [1, 16, 5, 33, 32, 3, 17, 17, 16, 16, 20]
-    borders = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
-    T = borders[-1] // 2
-    borders = sorted({*borders, T})
-    inputs = make_inputs(operation, decay, B=2, T=T, HV=4, N=len(borders) - 1)
+@pytest.mark.parametrize("elements", [None, 1])
+def test_packed_documents_equal_documents_alone(operation, decay, elements, monkeypatch):
+    small_chunks(monkeypatch, elements=elements)
+    borders = [0, 1, 17, 22, 55, 58, 74, 76, 93, 110]
+    inputs = make_inputs(operation, decay, B=2, T=55, HV=4, documents=len(borders) - 1)
     packed = with_gradients(operation, inputs, cu_seqlens=borders, backend="torch")
     expected = with_gradients(operation, inputs, cu_seqlens=borders, backend="reference")
     assert_close(packed, expected, 1e-12)
-    for n, (a, b) in enumerate(pairwise(borders)):
-        alone = {name: x if name == "g" and x.dim() == 1 else x.flatten(0, 1)[None, a:b]
-                 for name, x in inputs.items() if name != "initial_state"}
-        o, state = call(operation, alone, initial_state=inputs["initial_state"][n : n + 1], backend="torch")
-        assert error(packed["o"].flatten(0, 1)[a:b], o[0]) < 1e-12
+    for n, (start, end) in enumerate(pairwise(borders)):
+        o, state = call(operation, document_alone(inputs, n, start, end), backend="torch")
+        assert error(packed["o"].flatten(0, 1)[start:end], o[0]) < 1e-12
         assert error(packed["state"][n], state[0]) < 1e-12
 
 
 @kinds
-@pytest.mark.parametrize("T", [7, 130])
-def test_causal_to_the_last_bit(operation, decay, T):
+@pytest.mark.parametrize(("T", "cuts"), [(7, (0, 5)), (66, (0, 5, 15, 16, 31, 32, 63, 64))])
+def test_causal_to_the_last_bit(operation, decay, T, cuts):
     inputs = make_inputs(operation, decay, T=T, dtype=torch.float32)
-    before, _ = call(operation, inputs, backend="torch")
-    for t in (t for t in (0, 5, 15, 16, 31, 32, 63, 64, 95, 128) if t + 1 < T):
-        changed = {name: x.clone() for name, x in inputs.items()}
-        for name, x in changed.items():
-            if name != "initial_state" and x.dim() > 1:
-                x[:, t + 1 :] = -x[:, t + 1 :] if name != "g" else 3 * x[:, t + 1 :]
-        after, _ = call(operation, changed, backend="torch")
-        assert torch.equal(before[:, : t + 1], after[:, : t + 1])
-        assert not torch.equal(before[:, t + 1], after[:, t + 1])
+    assert_causal(lambda inputs: call(operation, inputs, backend="torch")[0], inputs, cuts)
 
 
 @kinds
 def test_documents_never_see_each_other(operation, decay):
     borders = CuSeqlens([0, 40, 41, 100])
-    inputs = make_inputs(operation, decay, T=100, N=3, dtype=torch.float32)
+    inputs = make_inputs(operation, decay, T=100, documents=3, dtype=torch.float32)
     before, states = call(operation, inputs, cu_seqlens=borders, backend="torch")
     inputs["v"][:, 40] += 1.0
     after, states_after = call(operation, inputs, cu_seqlens=borders, backend="torch")
@@ -187,55 +130,54 @@ def test_documents_never_see_each_other(operation, decay):
 
 @kinds
 @pytest.mark.parametrize("cut", [1, 37, 64])
-def test_two_parts_equal_the_whole(operation, decay, cut):
+def test_two_calls_equal_one(operation, decay, cut):
+    """The state of the first call is handed to the second, gradients included."""
     inputs = make_inputs(operation, decay, T=80)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
 
-    def part(tokens, state):
-        cut_inputs = {name: x if name == "g" and x.dim() == 1 else x[:, tokens]
-                      for name, x in leaves.items() if name != "initial_state"}
-        return call(operation, cut_inputs, initial_state=state, backend="torch")
+    def run(tokens, state):
+        return call(operation, select_tokens(leaves, tokens) | {"initial_state": state}, backend="torch")
 
-    whole, last = call(operation, leaves, backend="torch")
-    first, middle = part(slice(0, cut), leaves["initial_state"])
-    second, end = part(slice(cut, None), middle)
-    assert error(torch.cat([first, second], 1), whole) < 1e-12
+    one_call, last = call(operation, leaves, backend="torch")
+    first, middle = run(slice(0, cut), leaves["initial_state"])
+    second, end = run(slice(cut, None), middle)
+    assert error(torch.cat([first, second], 1), one_call) < 1e-12
     assert error(end, last) < 1e-12
-    grads = torch.autograd.grad(whole.square().sum() + last.sum(), list(leaves.values()))
+    grads = torch.autograd.grad(one_call.square().sum() + last.sum(), list(leaves.values()))
     again = torch.autograd.grad(torch.cat([first, second], 1).square().sum() + end.sum(), list(leaves.values()))
     for a, b in zip(grads, again, strict=True):
         assert error(b, a) < 1e-11
 
 
 @kinds
-def test_token_by_token_equals_the_whole(operation, decay):
+def test_decoding_equals_one_call(operation, decay):
     inputs = make_inputs(operation, decay, T=20, B=2, dtype=torch.float32)
-    whole, last = call(operation, inputs)
-    state, outputs = inputs.pop("initial_state"), []
+    one_call, last = call(operation, inputs)
+    state, outputs = inputs["initial_state"], []
     for t in range(20):
-        token = {name: x if name == "g" and x.dim() == 1 else x[:, t : t + 1] for name, x in inputs.items()}
-        o, state = call(operation, token, initial_state=state)
+        o, state = call(operation, select_tokens(inputs, slice(t, t + 1)) | {"initial_state": state})
         outputs.append(o)
-    assert error(torch.cat(outputs, 1), whole) < 1e-6
+    assert error(torch.cat(outputs, 1), one_call) < 1e-6
     assert error(state, last) < 1e-6
 
 
 @kinds
-def test_segments_change_nothing(operation, decay, monkeypatch):
+def test_groups_of_steps_change_nothing(operation, decay, monkeypatch):
     inputs = make_inputs(operation, decay, T=90, B=2)
     small_chunks(monkeypatch)
-    whole = with_gradients(operation, inputs, backend="torch")
-    small_chunks(monkeypatch, numbers=1)
-    assert len(chunks.get_chunk_layout(2, 90, 16, None, torch.device("cpu")).step_groups(4)) == 6
-    assert_close(with_gradients(operation, inputs, backend="torch"), whole, 1e-14)
-    chunks._layout_of_plain_rows.cache_clear()
+    one_group = with_gradients(operation, inputs, backend="torch")
+    small_chunks(monkeypatch, elements=1)
+    assert len(chunk_layout.get_chunk_layout(2, 90, 16, None, torch.device("cpu")).step_groups(4)) == 6
+    assert_close(with_gradients(operation, inputs, backend="torch"), one_group, 1e-14)
+    chunk_layout._layout_of_plain_rows.cache_clear()
 
 
 @kinds
 @pytest.mark.parametrize("T", [3, 50])
 def test_half_precision(operation, decay, T):
     """Half inputs are computed in float32: the outputs differ from it by their own rounding alone."""
-    inputs = make_inputs(operation, decay, T=T, dtype=torch.bfloat16)
+    inputs = make_inputs(operation, decay, T=T)
+    inputs = {name: x.bfloat16() for name, x in inputs.items()}
     wide = with_gradients(operation, {name: x.float() for name, x in inputs.items()}, backend="torch")
     half = with_gradients(operation, inputs, backend="torch")
     assert half["o"].dtype == torch.bfloat16
@@ -260,7 +202,7 @@ def test_autocast_changes_nothing(operation, decay):
 @kinds
 def test_no_memory_is_read_before_it_is_written(operation, decay):
     """torch.empty gives NaN here."""
-    inputs = make_inputs(operation, decay, T=75, B=2, N=6)
+    inputs = make_inputs(operation, decay, T=75, B=2, documents=6)
     borders = [0, 1, 34, 75, 80, 140, 150]
     torch.use_deterministic_algorithms(True)
     try:

@@ -3,17 +3,19 @@ their values make of them (None and 1 become constants). The interpreter knows n
 kernels with arguments of its own. Nothing is run; what kernels should have written is zero.
 """
 
-import sys
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hybridlm_kernels as ops
-from hybridlm_kernels import Gate, delta_rule, linear_attention, registry
-from hybridlm_kernels.recurrence import triton_chunk_tables as triton_chunks
+from hybridlm_kernels import registry
+from hybridlm_kernels.recurrence import triton_chunk_tables
 from hybridlm_kernels.tools import doctor
+from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
+from tests.support.recurrences import KINDS, call
 
 pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
 LAUNCHED = []  # one list, for kernels are built once and kept
@@ -65,61 +67,52 @@ def test_the_doctor_s_cases(case, dtype, device):
     assert device
 
 
-LINEAR = [(delta_rule, decay) for decay in ("none", "scalar", "channel")] + [
-    (linear_attention, decay) for decay in ("none", "constant", "scalar", "channel")]
-linear = pytest.mark.parametrize(("operation", "decay"), LINEAR)
+kinds = pytest.mark.parametrize(("operation", "decay"), KINDS)
 
 
-def call(operation, decay, T, *, HV=2, gate=None, trained=True, optional=True, **options):
+def launch(operation, decay, T, *, HV=2, gate=None, trained=True, optional=True, borders=None):
     """Forward and, if `trained`, backward, in bfloat16; with the tensors that may be left out, or without."""
-    def tensor(*shape):
-        return torch.randn(shape).bfloat16().requires_grad_(trained)
-
-    shape = {"constant": (HV,), "scalar": (1, T, HV), "channel": (1, T, HV, 16)}.get(decay)
-    q, k, v = tensor(1, T, 1, 16), tensor(1, T, 1, 16), tensor(1, T, HV, 16)
-    options["g"] = tensor(*shape) if shape else None
-    if optional:
-        options["initial_state"] = tensor(len(options.get("cu_seqlens", (0, T))) - 1, HV, 16, 16)
-    if operation is delta_rule and optional:
-        options["beta"] = tensor(1, T, HV)
-    if gate:
-        options["gate"] = Gate(gate, None if gate == "logsigmoid" else tensor(HV),
-                               tensor(*shape[2:]) if optional else None)
-    o, state = operation(q, k, v, backend="triton", **options)
+    documents = len(borders or (0, T)) - 1 if optional else 0
+    inputs = recurrence_inputs(decay, T=T, HV=HV, documents=documents, beta=optional and operation == "delta_rule",
+                               gate=gate, dtype=torch.float32)
+    if not optional:
+        inputs.pop("dt_bias", None)
+    inputs = {name: x.bfloat16().requires_grad_(trained) for name, x in inputs.items()}
+    o, state = call(operation, inputs, gate=gate, cu_seqlens=borders, backend="triton")
     if trained:
         (o.float().sum() + state.sum()).backward()
 
 
-@linear
+@kinds
 def test_one_token_and_one_head(operation, decay, device):
     """Numbers of tokens, heads and documents are 1, which makes them constants of the code."""
-    call(operation, decay, 1, HV=1, optional=False)
+    launch(operation, decay, 1, HV=1, optional=False)
     assert len(device) > 2
-    call(operation, decay, 1, HV=1, optional=False, trained=False)
+    launch(operation, decay, 1, HV=1, optional=False, trained=False)
     assert device[-1] == "decode_kernel"
 
 
 @pytest.mark.parametrize("gate", ["softplus", "lower_bounded", "logsigmoid"])
-@pytest.mark.parametrize(("operation", "decay"), [x for x in LINEAR if x[1] in ("scalar", "channel")])
+@pytest.mark.parametrize(("operation", "decay"), [kind for kind in KINDS if kind[1] in ("scalar", "channel")])
 def test_gates(operation, decay, gate, device):
-    call(operation, decay, 20, gate=gate, cu_seqlens=[0, 1, 20])
-    call(operation, decay, 20, gate=gate, optional=False)
-    call(operation, decay, 2, gate=gate, trained=False)
+    launch(operation, decay, 20, gate=gate, borders=[0, 1, 20])
+    launch(operation, decay, 20, gate=gate, optional=False)
+    launch(operation, decay, 2, gate=gate, trained=False)
     assert device
 
 
-@linear
+@kinds
 @pytest.mark.parametrize("filled", [True, False])
-def test_documents_in_pieces_and_in_one_launch(operation, decay, filled, device, monkeypatch):
-    backend = sys.modules[f"hybridlm_kernels.ops.{operation.__name__}.triton_backend"]
+def test_documents_in_segments_and_in_one_launch(operation, decay, filled, device, monkeypatch):
+    backend = importlib.import_module(f"hybridlm_kernels.ops.{operation}.triton_backend")
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 2 if filled else 18)
-    monkeypatch.setattr(triton_chunks, "MIN_CHUNKS_PER_SEGMENT", 1)
-    if operation is delta_rule:
+    monkeypatch.setattr(triton_chunk_tables, "MIN_CHUNKS_PER_SEGMENT", 1)
+    if operation == "delta_rule":
         monkeypatch.setattr(backend, "ONE_LAUNCH_MAX_CHUNKS", 0)
         monkeypatch.setattr(backend, "MIN_SEGMENTS_PER_DOCUMENT", 2)
-    call(operation, decay, 200)
+    launch(operation, decay, 200)
     assert ("join_kernel" in device) != filled
-    call(operation, decay, 200, HV=1, optional=False)
+    launch(operation, decay, 200, HV=1, optional=False)
 
 
 def half(*shape):

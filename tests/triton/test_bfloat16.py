@@ -7,51 +7,22 @@ the torch backends take their place.
 import pytest
 import torch
 
-from hybridlm_kernels import Gate, delta_rule, linear_attention, registry
+from hybridlm_kernels import registry
 from hybridlm_kernels.tools import doctor
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.emulated_bf16 import BOUND_OF_GATES, BOUNDS
 from tests.support.kernel_compare import error
+from tests.support.recurrences import doctor_case
 
 BACKEND = "torch" if INTERPRETED else "triton"
 DIMS = (32,) if INTERPRETED else (128, 64, 256, 32)
-ROWS, LENGTH, H, HV = 2, 160, 1, 2
+SIZES = {"B": 2, "T": 160, "H": 1, "HV": 2}
 BORDERS = [0, 1, 65, 160, 224, 320]
 BOUND = 0.008  # of gradients of inputs that are not named elsewhere
-LINEAR = [(delta_rule, "none", None), (delta_rule, "scalar", "softplus"), (delta_rule, "channel", "softplus"),
-          (delta_rule, "channel", "lower_bounded"), (linear_attention, "none", None),
-          (linear_attention, "constant", None), (linear_attention, "scalar", "softplus"),
-          (linear_attention, "channel", "lower_bounded")]
-
-
-def randn(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def linear_case(operation, decay, gate, D, borders, T=LENGTH):
-    """A call with initial states and all that is computed inside: gates, sigmoid, norms."""
-    shape = {"constant": (HV,), "scalar": (ROWS, T, HV), "channel": (ROWS, T, HV, D)}.get(decay)
-    A_log, dt_bias = torch.tensor([0.3, -0.2]), torch.linspace(-1, 1, HV * D).view(HV, D)
-    A_log, dt_bias = A_log[:HV], dt_bias if decay == "channel" else dt_bias[:, 0].contiguous()
-
-    def inputs():
-        made = {"q": randn(ROWS, T, H, D), "k": randn(ROWS, T, H, D), "v": randn(ROWS, T, HV, D),
-                "initial_state": randn(len(borders) - 1 if borders else ROWS, HV, D, D)}
-        if operation is linear_attention:
-            made["k"] = torch.nn.functional.normalize(made["k"], dim=-1)
-        else:
-            made["beta"] = randn(ROWS, T, HV)
-        if shape:
-            made["g"] = -torch.rand(shape, dtype=torch.float64) if gate is None else randn(*shape)
-        return made
-
-    def run(q, k, v, initial_state, g=None, beta=None):
-        options = {} if operation is linear_attention else {"beta": beta, "beta_sigmoid": 1.0, "qk_l2norm": True}
-        if gate:
-            options["gate"] = Gate(gate, A_log.to(q.device), dt_bias.to(q.device))
-        return operation(q, k, v, g=g, initial_state=initial_state, cu_seqlens=borders, **options)
-
-    return doctor.Case(operation.__name__, f"{decay}, D={D}", run, inputs, fixed=("g",) if decay == "constant" else ())
+LINEAR = [("delta_rule", "none", None), ("delta_rule", "scalar", "softplus"), ("delta_rule", "channel", "softplus"),
+          ("delta_rule", "channel", "lower_bounded"), ("linear_attention", "none", None),
+          ("linear_attention", "constant", None), ("linear_attention", "scalar", "softplus"),
+          ("linear_attention", "channel", "lower_bounded")]
 
 
 def assert_within_bounds(case, device):
@@ -62,7 +33,7 @@ def assert_within_bounds(case, device):
     found = {f"output {i}": (error(a.cpu(), b), BOUNDS["o"])
              for i, (a, b) in enumerate(zip(outputs, expected_outputs, strict=True))}
     for name, x in expected.items():
-        bound = BOUND_OF_GATES if name in ("g", "beta") else BOUNDS.get(name, BOUND)
+        bound = BOUND_OF_GATES if name in ("g", "beta", "A_log", "dt_bias") else BOUNDS.get(name, BOUND)
         found[f"d{name}"] = error(grads[name].cpu(), x), bound
     assert all(measured <= bound for measured, bound in found.values()), found  # NaN is not
     assert max(measured for measured, _ in found.values()) > 1e-4  # else nothing was rounded
@@ -72,12 +43,13 @@ def assert_within_bounds(case, device):
     (D, *kind) for D in DIMS for kind in LINEAR
     if D in (64, 128) or kind[1:] in (("scalar", "softplus"), ("channel", "lower_bounded"))])
 def test_rows_of_the_linear_family(operation, decay, gate, D, device):
-    assert_within_bounds(linear_case(operation, decay, gate, D, None), device)
+    assert_within_bounds(doctor_case(operation, decay, gate, K=D, V=D, **SIZES), device)
 
 
 @pytest.mark.parametrize(("operation", "decay", "gate"), LINEAR)
 def test_packed_documents_of_the_linear_family(operation, decay, gate, device):
-    assert_within_bounds(linear_case(operation, decay, gate, DIMS[0], BORDERS), device)
+    case = doctor_case(operation, decay, gate, borders=BORDERS, K=DIMS[0], V=DIMS[0], **SIZES)
+    assert_within_bounds(case, device)
 
 
 OTHERS = [case for case in doctor.cases() if case.operation not in ("delta_rule", "linear_attention", "attention",

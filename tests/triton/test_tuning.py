@@ -7,16 +7,18 @@ import triton
 from hybridlm_kernels import indexer_kl, moe_experts, sparse_attention
 from hybridlm_kernels.tools import doctor
 from hybridlm_kernels.triton_support import INTERPRETED
-from tests.triton import test_bfloat16
+from tests.support.recurrences import doctor_case
 from tests.triton.test_moe import case, routing
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a device they are tuned")
 Autotuner = triton.runtime.autotuner.Autotuner
+RECURRENCES = [("delta_rule", "scalar", "softplus"), ("delta_rule", "channel", "softplus"),
+               ("linear_attention", "scalar", "softplus"), ("linear_attention", "channel", "lower_bounded")]
 
 
 def cases():
-    for kind in test_bfloat16.LINEAR[1:3] + test_bfloat16.LINEAR[6:]:
-        yield test_bfloat16.linear_case(*kind, 16, None, T=20)
+    for kind in RECURRENCES:
+        yield doctor_case(*kind, T=18, K=16, V=16)
     x, gate_up, down, weights = (t.detach() for t in case(9, 2, 3, 16, 8))
     yield doctor.Case("moe_experts", "2 of 3", moe_experts, lambda: {
         "x": x, "gate_up": gate_up, "down": down, "expert_ids": routing(9, 2, 3), "weights": weights})

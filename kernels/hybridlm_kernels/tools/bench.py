@@ -1,4 +1,4 @@
-"""Times every backend of every operation side by side: `python -m hybridlm_kernels.tools.bench [operation ...] [--json]`.
+"""Times every backend of every operation side by side: `python -m hybridlm_kernels.tools.bench [operation ...]`.
 
 Forward, and forward with backward, at the shapes of `bench_cases.py`. Bytes are the floor: every input read once and
 every output written once (with the backward, their gradients too); FLOPs are those of the mathematics. Both are given

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hybridlm_kernels as ops
 from hybridlm_kernels.tools.doctor import by_parameter
+from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs
 
 VOCABULARY, LOSS_TOKENS = 32768, 8192
 EXPERTS, TOP_EXPERTS = 16, 2
@@ -114,16 +115,8 @@ Make = Callable[[Shape, torch.dtype, str], Inputs]
 
 
 def _recurrent(decay: str, delta: bool = False) -> Make:
-    def make(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
-        inputs = {name: torch.randn(s.B, s.T, s.H, s.D, dtype=dtype, device=device) for name in "qkv"}
-        shape = {"constant": (s.H,), "scalar": (s.B, s.T, s.H), "channel": (s.B, s.T, s.H, s.D)}.get(decay)
-        if shape:
-            inputs["g"] = -F.softplus(torch.randn(*shape, device=device) - 3)
-        if delta:
-            inputs["beta"] = torch.rand(s.B, s.T, s.H, dtype=dtype, device=device)
-        return inputs
-
-    return make
+    return lambda s, dtype, device: recurrence_inputs(decay, B=s.B, T=s.T, H=s.H, HV=s.H, K=s.D, V=s.D, documents=0,
+                                                      beta=delta, strength=0.1, dtype=dtype, device=device)
 
 
 def _tokens(shapes: Callable[[Shape], dict[str, tuple[int, ...]]]) -> Make:

@@ -43,6 +43,7 @@ TENSOR_COLUMNS = 512  # of Blackwell's tensor memory
 TARGETS = ("sm_90", "sm_100")
 HEAD_DIMS = (0, 64, 128)  # built every time; 0 stands for kernels that have none
 LARGEST_UNSPILLED = 128
+Chosen = tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], bool]  # arguments of `builds`
 
 
 @dataclass(frozen=True)
@@ -201,18 +202,22 @@ def table(rows: Sequence[Compiled]) -> str:
 
 
 @lru_cache(maxsize=1)
-def builds(operations: tuple[str, ...], targets: tuple[str, ...], every: bool) -> list[tuple[str, Configured, str]]:
-    """(operation, kernel, target) of what is to be built; `every` configuration and head dim, or the usual ones."""
+def builds(operations: tuple[str, ...], targets: tuple[str, ...], head_dims: tuple[int, ...],
+           every: bool) -> list[tuple[str, Configured, str]]:
+    """The builds to make: operation, kernel in a configuration, and target.
+
+    With `every` they are all configurations and head dims, else the first configuration for some `head_dims`.
+    """
     return [(operation, configured, target)
-            for operation, compile_case in compile_cases(operations, None if every else HEAD_DIMS)
+            for operation, compile_case in compile_cases(operations, None if every else head_dims)
             for configured in configurations(compile_case)[:None if every else 1] for target in targets]
 
 
-def _build(chosen: tuple[tuple[str, ...], tuple[str, ...], bool], number: int) -> Compiled:
+def _build(chosen: Chosen, number: int) -> Compiled:
     return compile_for(*builds(*chosen)[number])
 
 
-def _build_all(chosen: tuple[tuple[str, ...], tuple[str, ...], bool], jobs: int) -> list[Compiled]:
+def _build_all(chosen: Chosen, jobs: int) -> list[Compiled]:
     """All builds, by so many processes, with progress on a terminal."""
     rows, count = [], len(builds(*chosen))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else nullcontext() as pool:
@@ -231,6 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", help="folders to check; all by default")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(SHARED_KB), metavar="sm_NN")
+    parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), metavar="D",
+                        help="head dims to build for; 0 stands for kernels that have none")
     parser.add_argument("--all", action="store_true", help="every configuration of a kernel, not the default alone")
     parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))),
                         help="processes that compile; one a core by default, 8 at most")
@@ -240,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("compile check: " + ("unset TRITON_INTERPRET: interpreted kernels cannot be compiled" if INTERPRETED
                                    else "triton is not installed (pip install triton)"), file=sys.stderr)
         return 2
-    chosen = tuple(options.operations), tuple(options.targets), options.all
+    chosen = tuple(options.operations), tuple(options.targets), tuple(options.head_dims), options.all
     if not builds(*chosen):
         print(f"compile check: no Triton kernels in {', '.join(options.operations) or 'any operation'}",
               file=sys.stderr)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hybridlm_kernels import registry
+from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs
 from hybridlm_kernels.triton_support import untuned
 
 # RMS(difference) / RMS(reference) a backend may have against the fp64 reference, outputs and gradients.
@@ -63,19 +64,9 @@ def _randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def _linear_inputs(decay: str, delta: bool) -> Callable[[], dict[str, Tensor]]:
-    def make() -> dict[str, Tensor]:
-        B, T, H, K, V = 2, 131, 2, 32, 48
-        inputs = {"q": _randn(B, T, H, K), "k": torch.nn.functional.normalize(_randn(B, T, H, K), dim=-1),
-                  "v": _randn(B, T, H, V)}
-        shape = {"constant": (H,), "scalar": (B, T, H), "channel": (B, T, H, K)}.get(decay)
-        if shape:
-            inputs["g"] = -torch.nn.functional.softplus(_randn(*shape))
-        if delta:
-            inputs["beta"] = torch.sigmoid(_randn(B, T, H))
-        return inputs
-
-    return make
+def _recurrence(decay: str, delta: bool) -> Callable[[], dict[str, Tensor]]:
+    """A maker of inputs without initial states, two rows of two full chunks and three tokens."""
+    return lambda: recurrence_inputs(decay, B=2, T=131, H=2, HV=2, K=32, V=48, documents=0, beta=delta, strength=3.0)
 
 
 def cases() -> Iterator[Case]:
@@ -84,11 +75,11 @@ def cases() -> Iterator[Case]:
 
     borders = [0, 1, 65, 131, 140, 262]
     for decay in ("none", "scalar", "channel"):
-        yield Case("delta_rule", f"{decay} decay", ops.delta_rule, _linear_inputs(decay, True), causal=True)
-    yield Case("delta_rule", "channel decay, packed", ops.delta_rule, _linear_inputs("channel", True),
+        yield Case("delta_rule", f"{decay} decay", ops.delta_rule, _recurrence(decay, True), causal=True)
+    yield Case("delta_rule", "channel decay, packed", ops.delta_rule, _recurrence("channel", True),
                {"cu_seqlens": borders})
     for decay in ("none", "constant", "scalar", "channel"):
-        yield Case("linear_attention", f"{decay} decay", ops.linear_attention, _linear_inputs(decay, False),
+        yield Case("linear_attention", f"{decay} decay", ops.linear_attention, _recurrence(decay, False),
                    fixed=("g",) if decay == "constant" else (), causal=True)
     yield Case("short_conv", "width 4, silu", ops.short_conv,
                lambda: {"x": _randn(2, 131, 24), "weight": _randn(24, 4)}, causal=True)
