@@ -1,4 +1,4 @@
-"""`hybridlm doctor`: is this machine able to train with this framework, and are its kernels right?"""
+"""`hybridlm doctor`: checks of this machine for training: package versions, device, and every kernel backend."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def _version_row(name: str, minimum: str, below: str | None, needed_for: str = "
 
 
 def versions() -> list[dict[str, Any]]:
-    """One row a package: version found, whether it is inside the supported range, and the command that mends it."""
+    """One row per package: the version found, whether it is supported, and the command that mends it."""
     return ([_version_row(name, *bounds) for name, bounds in REQUIRED.items()]
             + [_version_row(name, *bounds) for name, bounds in OPTIONAL.items()])
 
 
 def device() -> dict[str, Any]:
-    """The device training would use."""
+    """The device on which training would run, with its name, memory and abilities."""
     import torch
 
     if torch.cuda.is_available():
@@ -54,7 +54,11 @@ def device() -> dict[str, Any]:
 
 @untuned()
 def run_doctor(as_json: bool = False) -> int:
-    """Check versions, device and every kernel backend; print the findings. Returns the exit code: 0 all well, 1 not."""
+    """Check versions, device and every kernel backend, and print the findings.
+
+    Returns:
+        The exit code: 0 where training can start, 1 where something has to be mended.
+    """
     from hybridlm_kernels import registry
     from hybridlm_kernels.tools import doctor as kernels
 

@@ -1,4 +1,4 @@
-"""What `hybridlm inspect` shows: the layer table and the costs of a model, from its config alone."""
+"""The report of `hybridlm inspect`: the layer table and the costs of a model, from its config alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hybridlm.optimizers import OPTIMIZERS, OptimizerConfig
 from hybridlm.optimizers.memory import optimizer_state_bytes
 
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
-TOLERANCE = 0.03
+TOLERANCE = 0.03  # relative difference within which a count agrees with the published one
 _FLOPS = ("", " K", " M", " G", " T", " P")
 _BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
 
@@ -26,11 +26,19 @@ _BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
 def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | None = None,
             precision: Precision = "bf16", optimizer: OptimizerConfig | None = None,
             activation_checkpointing: bool = False) -> dict[str, Any]:
-    """The report as plain data, ready for JSON. FLOPs and memory are at `sequence_length` (default: 4096, or the
-    model's longest position when that is shorter).
+    """Layers, parameters, FLOPs, training memory and decode state of a model, as plain data ready for JSON.
+
+    Args:
+        config: the model.
+        batch_size: sequences per forward, for the training memory.
+        sequence_length: tokens per sequence, for FLOPs and training memory; None takes 4096, or the model's longest
+            position when that is shorter.
+        precision: of training.
+        optimizer: of training; None takes the default kind.
+        activation_checkpointing: keep only the inputs of layers in training.
 
     Raises:
-        ConfigError: a part that does not fit into its layer.
+        ConfigError: a mixer or feed-forward that does not fit into its layer.
     """
     length = min(4096, config.max_position) if sequence_length is None else sequence_length
     count = count_parameters(config)
@@ -59,7 +67,10 @@ def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | 
 
 
 def _published(config: ModelConfig, count: ParameterCount) -> dict[str, Any] | None:
-    """Published counts beside ours. Authors differ in whether embedding and head are active; the nearest is named."""
+    """The published parameter counts beside ours; None where the model has none.
+
+    Authors differ in whether they count embedding and head as active, so the nearest of the three counts is compared.
+    """
     published = config.published
     if published is None:
         return None
@@ -71,7 +82,10 @@ def _published(config: ModelConfig, count: ParameterCount) -> dict[str, Any] | N
 
 
 def _compare(published: float, counted: int, way: str) -> dict[str, Any]:
-    """`agrees`: within 3 %, or equal once rounded as the published figure is (an "A3B" may be 2.5 to 3.5 billion)."""
+    """One published count, ours, and their difference.
+
+    `rounds_to_published`: ours equals the published figure when it is rounded as that is ("A3B" may be 2.5 to 3.5 B).
+    """
     difference = counted / published - 1
     unit = min(10.0 ** _trailing_zeros(published), 1e9)
     rounds = abs(counted - published) <= unit / 2
@@ -104,7 +118,7 @@ def _layers(report: dict[str, Any]) -> tuple[str, Table]:
 
 
 def _runs(layers: Iterable[dict[str, Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Neighbours that are alike, in one row: a model of 80 layers should fit a screen."""
+    """The layers in rows of equal neighbours, each with its range of indices: 80 layers should fit a screen."""
     for _, group in groupby(layers, key=lambda layer: {k: v for k, v in layer.items() if k != "index"}):
         same = list(group)
         first, last = same[0]["index"], same[-1]["index"]
@@ -179,7 +193,7 @@ def _decode_state(report: dict[str, Any]) -> tuple[str, Table]:
 def _table(*columns: str, left: int = 1) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right")
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index < left)
     return table
 
 
@@ -188,7 +202,11 @@ def _count(value: float) -> str:
 
 
 def scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    """Three digits and a unit."""
+    """`value` with three digits and the largest unit that it reaches; each unit is `base` times the one before.
+
+    >>> scaled(1536, 1024, (" B", " KiB"))
+    '1.50 KiB'
+    """
     power = 0
     while value >= base and power < len(units) - 1:
         value, power = value / base, power + 1

@@ -1,4 +1,4 @@
-"""Checks across the parts of a run's config, which no single part can make."""
+"""Checks of a run's config that concern several sections, so that no section can make them alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hybridlm.model.cost import count_parameters
 from hybridlm.model.model import HybridLM
 from hybridlm_kernels.registry import operations
 
-BYTE_VOCABULARY = 257  # 256 byte values and end of text
+BYTE_VOCABULARY = 257  # tokens of the tokenizer `bytes`: 256 byte values and end of text
 
 
 def validate(config: Config) -> None:
-    """Checks what the parts of `config` say about one another, before anything is built.
+    """Check that the sections of `config` fit together, before anything is built.
 
     Raises:
         ConfigError: the first thing that does not fit.
@@ -48,7 +48,7 @@ def _check_vocabulary(config: Config) -> None:
 
 
 def _check_kernels(kernels: dict[str, Any]) -> None:
-    """`kernels` names a backend for each operation that is not to choose its own, and `strict`."""
+    """Check that `kernels` names known operations with one of their backends each, and `strict`."""
     known = {operation.name: [backend.name for backend in operation.backends] for operation in operations()}
     for name, value in kernels.items():
         path = f"kernels.{name}"
@@ -91,7 +91,7 @@ def model_has_indexer(config: ModelConfig) -> bool:
 
 
 def check_patterns(patterns: list[str], names: list[str], path: str) -> None:
-    """Every shell pattern must match at least one parameter name.
+    """Check that every shell pattern matches at least one parameter name.
 
     Raises:
         ConfigError: the first pattern that matches none, with the nearest name.
@@ -110,6 +110,6 @@ def _renamed(pattern: str) -> str:
 
 
 def parameter_names(config: Config) -> list[str]:
-    """Names of the model's parameters; the model is built without memory."""
+    """Names of the model's parameters. The model is built on the meta device, so nothing is allocated."""
     with torch.device("meta"):
         return [name for name, _ in HybridLM(config.model).named_parameters()]

@@ -35,10 +35,10 @@ from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_yaml
 from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.kind_registry import registry_of
 
-_HYDRA = threading.RLock()  # Hydra keeps its state in a global
+_HYDRA_LOCK = threading.RLock()  # Hydra keeps its state in a global
 _ROOT_GROUPS = ("model", "data", "optimizer", "recipe", "engine", "experiment")
-_YAML = (".yaml", ".yml")
-_FILE = "file_"  # how a user's file is called where Hydra finds it
+_YAML_ENDINGS = (".yaml", ".yml")
+_FILE = "file_"  # prefix of the names that users' files get where Hydra finds them
 
 
 @dataclass
@@ -144,7 +144,7 @@ def _stage_root(name: str, folders: list[Path], stage: Path) -> tuple[str, list[
 
     Hydra finds a root config only in the first folder it searches, and that is `stage`.
     """
-    if name.endswith(_YAML):
+    if name.endswith(_YAML_ENDINGS):
         path = _existing(name, "")
         _copy(path, stage / f"{_FILE}root.yaml")
         return f"{_FILE}root", []
@@ -181,10 +181,13 @@ def _parse(overrides: list[str]) -> list[Override]:
 
 
 def _parse_one(text: str) -> Override:
-    """By Hydra's grammar. Where the schema wants text, whatever that grammar does not read as text is taken as it
-    stands: a path may have brackets, a name may be a number."""
+    """Read one override by Hydra's grammar.
+
+    Where the schema wants text, a value that the grammar does not read as text is taken as it was typed: a path may
+    have brackets, a name may be a number.
+    """
     key, _, value = text.partition("=")
-    wants_text = hint_at(Config, key.lstrip("+")) in (str, str | None) or value.endswith(_YAML)
+    wants_text = hint_at(Config, key.lstrip("+")) in (str, str | None) or value.endswith(_YAML_ENDINGS)
     try:
         override = OverridesParser.create().parse_overrides([text])[0]
         if not wants_text or override.is_delete() or isinstance(override.value(), str | None):
@@ -200,7 +203,10 @@ def _parse_one(text: str) -> Override:
 
 
 def _separate(overrides: list[Override], folders: list[Path], stage: Path) -> tuple[list[str], list[Override]]:
-    """Overrides that pick files, for Hydra, and those that set values. A path to a YAML file is staged."""
+    """Separate the overrides that pick files, as words for Hydra, from those that set values.
+
+    A YAML file of the user's own that is picked by its path is copied into `stage`, where Hydra finds it.
+    """
     groups = {str(path.parent.relative_to(folder)) for folder in folders for path in folder.rglob("*.yaml")} - {"."}
     files, values = [], []
     for override in overrides:
@@ -216,7 +222,7 @@ def _separate(overrides: list[Override], folders: list[Path], stage: Path) -> tu
         if key == "model" if override.is_delete() else not named:
             raise ConfigError(key, "must name a config", got=value if value is not None else "null",
                               expected=f"one of {', '.join(_in_group(key, folders))}")
-        if isinstance(value, str) and value.endswith(_YAML):
+        if isinstance(value, str) and value.endswith(_YAML_ENDINGS):
             option = _stage_file(_existing(value, key), key, stage)
             target = f"{key}@{override.package}" if override.package is not None else key
             line = f"{'+' if override.is_add() else ''}{target}={option}"
@@ -235,7 +241,7 @@ def _existing(text: str, key: str) -> Path:
 
 
 def _stage_file(path: Path, group: str, stage: Path) -> str:
-    """Copies a user's file into the staged group, under a name no built-in option has; returns that name.
+    """Copy a user's file into the staged group, under a name that no built-in option has, and return that name.
 
     The config of a whole run (a checkpoint's config.yaml) stands for its part of that group.
     """
@@ -247,7 +253,7 @@ def _stage_file(path: Path, group: str, stage: Path) -> str:
 
 
 def _copy(path: Path, target: Path, group: str | None = None) -> None:
-    """Copies a user's file, or only its section `group` where it is a whole run; a saved config is upgraded."""
+    """Copy a user's file, or only its section `group` where it is a whole run; a saved config is upgraded."""
     data = load_yaml(path)
     saved = is_saved_config(data)
     if saved:
@@ -262,9 +268,9 @@ def _copy(path: Path, target: Path, group: str | None = None) -> None:
 
 
 def _compose(name: str, overrides: list[str], folders: list[Path]) -> DictConfig:
-    """Runs Hydra over `folders`, the first of which wins; leaves a Hydra that is already at work as it was."""
+    """Run Hydra over `folders`, of which the first wins; a Hydra that is already in use is left as it was."""
     others = ",".join(quote(f"file://{folder}") for folder in folders[1:])
-    with _HYDRA, _own_hydra():
+    with _HYDRA_LOCK, _own_hydra():
         try:
             with initialize_config_dir(str(folders[0]), job_name="hybridlm", version_base="1.3"):
                 config = compose(name, [*overrides, f"hydra.searchpath=[{others}]"], return_hydra_config=True)
@@ -307,7 +313,7 @@ def _missing_option(error: MissingConfigException, folders: list[Path], override
 
 
 def _use_one_schedule_form(config: DictConfig, values: list[Override]) -> None:
-    """A schedule is a pattern or the short form; the one that overrides speak of replaces the other."""
+    """Delete the form of the schedule (pattern, or linear, full and ratio) that the overrides replace by the other."""
     path = "model.schedule"
     named = {override.key_or_group.removeprefix(f"{path}.") for override in values}
     forms = [{"pattern"}, {"linear", "full", "ratio"}]
@@ -319,7 +325,7 @@ def _use_one_schedule_form(config: DictConfig, values: list[Override]) -> None:
 
 
 def _apply(config: DictConfig, override: Override) -> None:
-    """Sets or deletes one value. A mapping is merged into the old one, unless it says which `kind` it is."""
+    """Set or delete one value. A mapping is merged into the old one, unless it names a `kind`."""
     key, value = override.key_or_group, override.value()
     try:
         if override.is_delete():
@@ -332,7 +338,7 @@ def _apply(config: DictConfig, override: Override) -> None:
 
 
 def _change_kinds(config: DictConfig, values: list[Override]) -> None:
-    """Where an override changes the kind of a section such as `optimizer`, options of the old kind alone go."""
+    """Delete the options of the old kind alone where an override changes the kind of a section such as `optimizer`."""
     for override in values:
         section, _, key = override.key_or_group.rpartition(".")
         registry = registry_of(hint_at(Config, section)) if section and "." not in section else None
@@ -370,13 +376,13 @@ def _in_group(group: str, folders: list[Path]) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    """The first two sentences of an error of Hydra's, which come as lines; the rest is advice about Hydra."""
+    """The first two lines of an error of Hydra, as one; the others are advice about Hydra itself."""
     lines = [line.strip() for line in str(error).splitlines()]
     useful = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "To append"))]
     return " ".join(useful[:2])
 
 
 def quote(text: str) -> str:
-    """A value in the quotes of Hydra's grammar, where backslashes count only before a quote."""
+    """Quote a value for Hydra's grammar, in which backslashes count only before a quote."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), text)
     return f"'{escaped}'"

@@ -32,10 +32,13 @@ _SWITCHES = ("off", "on", "yes", "no")  # YAML 1.1 reads these words as booleans
 
 
 def from_dict(cls: type[T], data: Any, path: str = "", *, root: type | None = None) -> T:
-    """The dataclass `cls` from plain data (dicts, lists, scalars).
+    """Build the dataclass `cls` from plain data (dicts, lists, scalars).
 
-    `path` is where `data` stands in the whole config; `root` is the class of the whole config, whose other
-    keys are offered when one stands in the wrong place (default: `cls`).
+    Args:
+        cls: a config class. A base class with a registry of kinds stands for the class of the kind that `data` names.
+        data: keys and values; what is left out takes the default.
+        path: dotted path of `data` in the whole config, for error messages.
+        root: class of the whole config, whose other keys are offered when one stands in the wrong place; None is `cls`.
 
     Raises:
         ConfigError: an unknown or missing key, a value of the wrong type, or one the dataclass refuses.
@@ -45,7 +48,7 @@ def from_dict(cls: type[T], data: Any, path: str = "", *, root: type | None = No
 
 
 def to_yaml(config: Any) -> str:
-    """A resolved config as plain YAML: no tags, no interpolations, every value written out."""
+    """A resolved config as plain YAML, without tags and interpolations, with every value written out."""
     return yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, width=110, allow_unicode=True)
 
 
@@ -72,7 +75,11 @@ def yaml_error(error: yaml.YAMLError | UnicodeDecodeError, path: str) -> ConfigE
 
 
 class _Reader:
-    """Converts values by type hint; `root` is where wrongly placed keys are looked for."""
+    """Converts plain values by type hint.
+
+    Args:
+        root: the config class among whose keys a wrongly placed one is looked for.
+    """
 
     def __init__(self, root: type):
         self.root = root
@@ -213,7 +220,7 @@ def describe(hint: Any) -> str:
 
 
 def _choose_kind(cls: type, data: dict, path: str) -> tuple[type, dict]:
-    """The config class that `data` is for, and `data` with its kind named."""
+    """The config class of the kind that `data` names, and `data` with the kind written out."""
     registry = registry_of(cls)
     if registry is None:
         return cls, data
@@ -273,7 +280,7 @@ def _list(data: Any, hint: Any, path: str) -> list | tuple:
 
 
 def _refuse_targets(data: Any, path: str) -> None:
-    """Hydra's `_target_` names code to call; configs here are data alone, wherever they come from."""
+    """Refuse Hydra's `_target_`, which names code to call: a config is data alone, wherever it comes from."""
     if isinstance(data, dict):
         for key, item in data.items():
             if key == "_target_":
@@ -287,13 +294,13 @@ def _refuse_targets(data: Any, path: str) -> None:
 
 @cache
 def _hints(cls: type) -> dict[str, Any]:
-    """Field name -> type hint, in the order of the dataclass."""
+    """Type hint of every field by name, in the order of the dataclass."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 def _all_hints(cls: type) -> dict[str, Any]:
-    """Field name -> type hint of a class, or of all its kinds together; Any where two kinds differ."""
+    """Type hint of every field by name, of a class and all its kinds together; Any where two kinds differ."""
     registry = registry_of(cls)
     merged = dict(_hints(cls))
     for config, _ in registry.values() if registry is not None else ():
