@@ -25,7 +25,7 @@ def settings(tmp_path_factory):
     (folder / "text").mkdir()
     for name in "ab":
         (folder / "text" / f"{name}.txt").write_text(f"a small text {name}, to learn a little from. " * 150)
-    words = ["model=hybrid_tiny", "model.mixers.my_mixer={kind: my_mixer}", "model.schedule.linear=my_mixer",
+    words = ["model=hybrid_tiny", "model.schedule.linear=my_mixer",
              f"data.path={folder}/text", f"data.cache_dir={folder}/cache", "data.validation_fraction=0.5",
              "training.batch_size=2", "training.sequence_length=32", "training.eval_batches=1", "training.steps=2"]
     return folder, words

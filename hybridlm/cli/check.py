@@ -57,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _config(name: str, options: Sequence[str], config_dir: str | None, hidden_size: int) -> tuple[str, Any]:
     """What `name` is ("mixer" or "feed-forward"), and its config: a preset's before that of a kind."""
+    from hybridlm.config.compose import compose_option
     from hybridlm.config.paths import find_option
     from hybridlm.config.paths import options as option_names
     from hybridlm.config.serialization import from_dict
@@ -73,28 +74,12 @@ def _config(name: str, options: Sequence[str], config_dir: str | None, hidden_si
         known += [*option_names(group, config_dir), *registry]
         if preset is None and name not in registry:
             continue
-        data = {"kind": name} if preset is None else _preset(group, name, config_dir)
+        data = {"kind": name} if preset is None else compose_option(group, name, config_dir=config_dir)
         data = _merge(data, _given(options))
         return registry.noun, from_dict(base, _with_sizes(registry.config_class(data["kind"]), data, hidden_size), name)
     names = sorted(set(known))
     raise ConfigError("KIND", "no such mixer or feed-forward", got=name, expected=f"one of {', '.join(names)}",
                       hint=did_you_mean(name, names) or "a kind of your own is registered with --import FILE")
-
-
-def _preset(group: str, name: str, config_dir: str | None) -> dict[str, Any]:
-    """The options of a preset, those of the presets that it builds on included."""
-    from hybridlm.config.paths import find_option
-    from hybridlm.config.serialization import load_yaml
-
-    file = find_option(group, name, config_dir)
-    if file is None:
-        raise ConfigError(f"{group}/{name}", "no such preset")
-    data = load_yaml(file)
-    merged: dict[str, Any] = {}
-    for entry in data.pop("defaults", []):
-        if entry != "_self_":
-            merged = _merge(merged, _preset(group, entry, config_dir))
-    return _merge(merged, data)
 
 
 def _given(options: Sequence[str]) -> dict[str, Any]:
@@ -133,12 +118,13 @@ def _with_sizes(config_class: Any, data: dict[str, Any], hidden_size: int) -> di
 def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     table = Table("check", "verdict", "reason", box=None, pad_edge=False,
                   title=f"{report['what']} {report['name']}, hidden size {report['hidden_size']}", title_justify="left")
     for row in report["checks"]:
-        table.add_row(row["check"], row["verdict"], row["reason"], style=STYLES[row["verdict"]])
-    console.print(table, markup=False, highlight=False)
+        table.add_row(row["check"], row["verdict"], Text(row["reason"]), style=STYLES[row["verdict"]])
+    console.print(table, highlight=False)
     failed = sum(row["verdict"] == "failed" for row in report["checks"])
     console.print(f"{counted(failed, 'check')} failed" if failed else "all that is claimed holds")
