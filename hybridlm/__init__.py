@@ -5,9 +5,14 @@
     result = hybridlm.train(config)
     model = hybridlm.load_checkpoint(result.checkpoint)
 
-A mixer or feed-forward of your own needs `register_mixer` or `register_feed_forward` and the contracts beside them;
-`examples/my_mixer.py` is one. Names load when they are first used, so that `import hybridlm` and the command line start
-at once.
+A file with a kind of your own imports the decorator that registers it from here or from the room of its kind, and the
+contract from there: `from hybridlm.model.mixers import MixerConfig, SequenceMixer, register_mixer`. An example is
+`examples/my_mixer.py`; `--import FILE` imports such a file into any command. Names load when they are first used, so
+that `import hybridlm` and the command line start at once.
+
+>>> import hybridlm
+>>> hybridlm.load_config("quickstart", ["training.steps=3"]).training.steps
+3
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,18 +21,29 @@ from hybridlm.version import __version__
 
 if TYPE_CHECKING:
     from hybridlm.checkpoint import load_checkpoint as load_checkpoint
+    from hybridlm.model.feed_forward import register_feed_forward as register_feed_forward
+    from hybridlm.model.mixers import register_mixer as register_mixer
     from hybridlm.model.model import build_model as build_model
+    from hybridlm.model.residual import register_residual as register_residual
+    from hybridlm.optimizers import register_optimizer as register_optimizer
     from hybridlm.run_config import load_config as load_config
     from hybridlm.training import train as train
+    from hybridlm.user_code import import_user_code as import_user_code
 
 _HOMES = {
     "build_model": "hybridlm.model.model",
+    "import_user_code": "hybridlm.user_code",
     "load_checkpoint": "hybridlm.checkpoint",
     "load_config": "hybridlm.run_config",
+    "register_feed_forward": "hybridlm.model.feed_forward",
+    "register_mixer": "hybridlm.model.mixers",
+    "register_optimizer": "hybridlm.optimizers",
+    "register_residual": "hybridlm.model.residual",
     "train": "hybridlm.training",
 }
 
-__all__ = ["__version__", "build_model", "load_checkpoint", "load_config", "train"]
+__all__ = ["__version__", "build_model", "import_user_code", "load_checkpoint", "load_config", "register_feed_forward",
+           "register_mixer", "register_optimizer", "register_residual", "train"]
 
 
 def __getattr__(name: str) -> Any:

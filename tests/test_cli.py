@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import hybridlm
 from hybridlm.cli import dispatch, doctor, generate, main, train
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,29 @@ def test_help_loads_neither_torch_nor_hydra():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": path})
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_public_names_are_there_and_listed():
+    assert sorted(set(dir(hybridlm))) == sorted(hybridlm.__all__)
+    for name in hybridlm.__all__:
+        assert getattr(hybridlm, name).__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'pieces'"):
+        _ = hybridlm.pieces
+
+
+def test_import_and_help_take_less_than_three_tenths_of_a_second():
+    """The least of a few tries: the machine may be busy."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    for words in (["-c", "import hybridlm"], ["-m", "hybridlm.cli", "--help"]):
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], check=True, capture_output=True, timeout=60,
+                           env={**os.environ, "PYTHONPATH": path})
+            seconds.append(time.perf_counter() - start)
+            if seconds[-1] < 0.3:
+                break
+        assert min(seconds) < 0.3, words
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from hybridlm.training.sparse_attention import INDEXER_PARAMETERS
 from hybridlm.training.stages import plan_stages
 from hybridlm.training.tracking import Tracker, check_tracking, make_tracker
 from hybridlm.training.trainer import Trainer
+from hybridlm.user_code import import_arguments
 from hybridlm_kernels import registry
 
 log = logging.getLogger("hybridlm")
@@ -273,7 +274,8 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
         _report_validation(trainer.validation, result.bigram_bits_per_byte)
     log.info("checkpoint  %s", trainer.saver.newest)
     log.info("metrics     %s", trainer.run.metrics_file)
-    log.info("try         hybridlm generate %s --prompt \"import \" --max-new-tokens 200", shlex.quote(str(path)))
+    words = ["hybridlm", "generate", str(path), "--prompt", "import ", "--max-new-tokens", "200", *import_arguments()]
+    log.info("try         %s", shlex.join(words))
     return result
 
 

@@ -35,9 +35,9 @@ class ExecutedFlops(TorchDispatchMode):
     `others`: products of two activations, such as scores of attention.
     `elementwise`: one per element of every other operation's output.
 
-    >>> layer = torch.nn.Linear(3, 5, bias=False)
+    >>> layer, x = torch.nn.Linear(3, 5, bias=False), torch.ones(7, 3)
     >>> with ExecutedFlops(layer.parameters()) as flops, torch.no_grad():
-    ...     _ = layer(torch.ones(7, 3)) * 2
+    ...     _ = layer(x) * 2
     >>> flops.weights, flops.others, flops.elementwise
     (210, 0, 35)
     """
