@@ -127,9 +127,9 @@ def _run_tasks(args: argparse.Namespace) -> dict[str, Any]:
 
 def _train_on_probes(args: argparse.Namespace) -> dict[str, Any]:
     from hybridlm.checkpoint import load_checkpoint, read_model_config, resolve
+    from hybridlm.evaluation.pretrained import check_zero_shot, model_with_pretrained_weights
     from hybridlm.evaluation.probe_training import probe_lengths, train_on_probe
     from hybridlm.evaluation.probes import make_probe
-    from hybridlm.evaluation.probes.pretrained import check_zero_shot, model_with_own_weights
 
     asked = []
     for text in args.probe:
@@ -156,7 +156,7 @@ def _train_on_probes(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name, probe in asked:
         length, lengths = probe_lengths(probe, args.length, _lengths("--lengths", args.lengths))
-        start = model and model_with_own_weights(model, probe, max(length, *lengths), options.get("seed", 0))
+        start = model and model_with_pretrained_weights(model, probe, max(length, *lengths), options.get("seed", 0))
         result = train_on_probe(config, probe, device=device, length=length, eval_lengths=lengths, start=start,
                                 **options)
         rows.append({**result.to_dict(), "probe": name})

@@ -65,8 +65,8 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
         length: tokens an example in training; default 64, or what the probe takes at least.
         eval_lengths: where it is scored; default `length`, twice and four times that.
         examples: scored at each length.
-        start: a model that trains on instead, with the probe's vocabulary: `model_with_own_weights`. `steps` may then
-            be 0.
+        start: a model that is trained further instead, with the probe's vocabulary, such as one of
+            `model_with_pretrained_weights`. `steps` may then be 0.
         on_step: called with each step's number, from 1 on, and its loss.
 
     Raises:

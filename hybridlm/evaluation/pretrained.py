@@ -1,4 +1,4 @@
-"""A checkpoint's own weights on a probe: its layers, and the embeddings of tokens drawn for the probe's ids.
+"""Probes on the weights of a checkpoint: its layers, and the embeddings of tokens drawn for the ids of the probe.
 
 The model chooses among the probe's ids only, so chance is what it is for a model trained on the probe alone.
 V vocabulary of the probe.
@@ -16,7 +16,7 @@ from hybridlm.evaluation.probes import PROBES, Probe
 from hybridlm.model.model import HybridLM, build_model
 
 
-def model_with_own_weights(model: HybridLM, probe: Probe, length: int, seed: int = 0) -> HybridLM:
+def model_with_pretrained_weights(model: HybridLM, probe: Probe, length: int, seed: int = 0) -> HybridLM:
     """`model` with the probe's vocabulary, room for `length` tokens and no multi-token prediction.
 
     Raises:

@@ -5,9 +5,9 @@ import torch
 
 from hybridlm.data.tokenizer import Tokenizer, byte_tokenizer
 from hybridlm.errors import ConfigError
+from hybridlm.evaluation.pretrained import check_zero_shot, draw_tokens, model_with_pretrained_weights
 from hybridlm.evaluation.probe_training import model_for_probe, score_on_probe, train_on_probe
 from hybridlm.evaluation.probes import PROBES, make_probe
-from hybridlm.evaluation.probes.pretrained import check_zero_shot, draw_tokens, model_with_own_weights
 from hybridlm.model.model import build_model
 from hybridlm.run_config import load_config
 
@@ -27,7 +27,7 @@ def make(*words):
 @pytest.mark.parametrize("words", [["model.tie_embeddings=true"], ["model.tie_embeddings=false", "model.mtp.depth=1"]])
 def test_the_model_says_of_drawn_tokens_what_it_said_before(words):
     model, probe = make(*words), make_probe("mqar", SMALL)
-    made = model_with_own_weights(model, probe, 64, seed=1)
+    made = model_with_pretrained_weights(model, probe, 64, seed=1)
     ids_V = draw_tokens(model, probe.vocab_size, 1)
     batch = probe.batch(16, range(3))
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_drawn_tokens_are_different_and_stand_for_text():
 
 def test_without_steps_the_score_is_that_of_the_weights_as_they_are():
     model, probe = make(), make_probe("mqar", SMALL)
-    start = model_with_own_weights(model, probe, 64)
+    start = model_with_pretrained_weights(model, probe, 64)
     before = {name: value.clone() for name, value in start.state_dict().items()}
     result = train_on_probe(model.config, probe, 0, length=12, examples=16, start=start)
     assert (result.loss, result.steps, list(result.accuracy)) == (None, 0, [12, 24, 48])
