@@ -183,7 +183,7 @@ class RecurrentConfig(MixerConfig):
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         """Heads of the nearest mixer; its value heads and dims too, where it is a linear mixer."""
         other, heads = model.nearest_mixer(cls), model.heads_for(cls)
-        sizes = {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
+        sizes: dict[str, Any] = {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
         if isinstance(other, RecurrentConfig) and "num_heads" not in options and "head_dim" not in options:
             sizes |= {"num_value_heads": other.num_value_heads, "value_head_dim": other.value_head_dim}
         return sizes
