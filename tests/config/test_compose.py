@@ -142,6 +142,16 @@ def test_a_folder_of_ones_own_is_searched_first(tmp_path):
     assert "special" not in options("model")
 
 
+def test_a_file_that_changes_is_read_again(tmp_path):
+    for seed, text in ((None, ""), (5, "training: {seed: 5}\n"), (6, "training: {seed: 6}\n")):
+        write(tmp_path / "experiment" / "mine.yaml", "# @package _global_\n" + text)
+        config = load_config("train", ["experiment=mine"], tmp_path)
+        assert config.training.seed == (seed or 0)
+        config.training.seed = 100
+    again = load_config("train", ["experiment=mine"], tmp_path)
+    assert again.training.seed == 6, "what one caller changes is not what the next one gets"
+
+
 def test_the_config_of_a_checkpoint_runs_again(tmp_path):
     config = load_config("train", ["model=qwen3_next_tiny", "training.steps=11", "model.schedule.ratio=inf"])
     file = write(tmp_path / "run" / "config.yaml", to_yaml(config))
