@@ -155,6 +155,7 @@ class Engine(Communicator, ABC):
         self.experts = self._make_expert_groups(config.expert_parallel) if config.expert_parallel > 1 else None
         self.model: nn.Module = nn.Module()  # an empty one until `prepare`
         self.wrapped: nn.Module = self.model
+        self._attached = False
         self.optimizers: OptimizerSet | None = None
 
     def _accelerator_options(self, config: EngineConfig) -> dict[str, Any]:
@@ -221,11 +222,16 @@ class Engine(Communicator, ABC):
     def _attach(self, model: nn.Module) -> None:
         """Let go of the model before, and make the new one compute its shards of rows."""
         self.release()
-        self.model = model
+        self.model, self._attached = model, True
         model.shard_group = self.shard_group  # type: ignore[assignment]
 
     def release(self) -> None:
-        """Give the model back as it was before `prepare`: weights complete, or sharded as `shard_weights` left them."""
+        """Give the model back as it was before `prepare`: weights complete, or sharded as `shard_weights` left them.
+
+        Without a model it does nothing; Accelerate would collect garbage, which takes long in a large process.
+        """
+        if not self._attached:
+            return
         if self.watchdog is not None:
             self.watchdog.pause()
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # what Accelerate puts over it
@@ -233,6 +239,7 @@ class Engine(Communicator, ABC):
         self.model.shard_group = None  # type: ignore[assignment]
         self.accelerator.free_memory()
         self.model = self.wrapped = nn.Module()
+        self._attached = False
         self.optimizers = None
 
     # --- what checkpoints hold

@@ -5,6 +5,7 @@ Loads: E experts, L layers with experts.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -111,6 +112,13 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
                 return PUBLISHED_PEAKS[known], f"data sheet of the {known}"
     size = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rate = _matrix_product_flops(size, dtype, device, torch.get_num_threads())
+    return rate, f"measured {size}^3 matrix product"
+
+
+@functools.cache
+def _matrix_product_flops(size: int, dtype: torch.dtype, device: torch.device, threads: int) -> float:
+    """Measure the FLOP/s of the best of a few matrix products, once per process and number of `threads`."""
     a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(5):
@@ -119,7 +127,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
         a @ b
         _wait(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best, f"measured {size}^3 matrix product"
+    return 2 * size**3 / best
 
 
 def _wait(device: torch.device) -> None:

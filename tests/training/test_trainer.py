@@ -248,7 +248,7 @@ def test_stages_hand_over_through_a_checkpoint(tmp_path, monkeypatch):
                                                           ("all", 16), ("all", 18)]
     killed = tiny_run.config(tmp_path / "killed", recipe=recipe, keep_checkpoints=9)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.Trainer, "_set_up", fail_in_stage("all", trainer_module.Trainer._set_up))
+        patch.setattr(trainer_module.Trainer, "_begin_stage", fail_in_stage("all", trainer_module.Trainer._begin_stage))
         with pytest.raises(RuntimeError, match="killed"):
             train(killed)
     train(killed)
