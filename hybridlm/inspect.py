@@ -158,7 +158,7 @@ def _flops(report: dict[str, Any]) -> tuple[str, Table]:
     if loss := flops["training_by_part"]["indexer_kl"]:
         table.add_row("loss of the indexers, in training", scaled(loss, 1000, _FLOPS), "")
     table.add_row("training (forward and backward)", scaled(flops["training"], 1000, _FLOPS), "")
-    return f"FLOPs a token at a context of {flops['context_length']}", table
+    return f"FLOPs per token at a context of {flops['context_length']}", table
 
 
 def _memory(report: dict[str, Any]) -> tuple[str, Table]:
@@ -182,7 +182,7 @@ def _rank_memory(report: dict[str, Any]) -> tuple[str, Table]:
 
 
 def _decode_state(report: dict[str, Any]) -> tuple[str, Table]:
-    table = _table("context", "bytes", "a token")
+    table = _table("context", "bytes", "per token")
     for context, value in report["decode_state_bytes"].items():
         length = int(context)
         label = f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}K"

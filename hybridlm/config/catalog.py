@@ -1,4 +1,4 @@
-"""What can be chosen in a config: the groups, the options of each with one sentence, and one option with its comments.
+"""The catalog of configs: the groups, the options of each with one sentence, and one option with its comments.
 
 `hybridlm configs [GROUP [NAME]]` prints this. The sentence is the first one of the comment that opens an option's file.
 

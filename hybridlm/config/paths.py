@@ -1,4 +1,4 @@
-"""Where config files are: the built-in folder, a user's own folder before it, and the options of a group."""
+"""The folders of config files: the built-in one, a user's own before it, and the options of a group."""
 
 from __future__ import annotations
 

@@ -40,13 +40,13 @@ from hybridlm.run_config import load_config
      "recipe.stages.1.topk: is not a number of whole pools of mixer dsa; got 40; expected a multiple of 16"),
     (["kernels.strict=maybe"], "kernels.strict: has the wrong type; got 'maybe'; expected true, false or null"),
 ])
-def test_what_does_not_fit_together_is_one_line(overrides, message):
+def test_sections_that_do_not_fit_give_one_line(overrides, message):
     with pytest.raises(ConfigError) as caught:
         load_config("train", overrides)
     assert str(caught.value) == message
 
 
-def test_kernel_names():
+def test_unknown_operations_and_backends():
     with pytest.raises(ConfigError) as caught:
         load_config("train", ["kernels.delta_rul=torch"])
     assert str(caught.value).startswith("kernels.delta_rul: unknown operation; expected strict, or one of attention, ")

@@ -103,13 +103,13 @@ def test_deleting_a_key_gives_its_default_back():
     assert config.optimizer.schedule.kind == "cosine"
 
 
-def test_a_plus_changes_nothing():
+def test_a_plus_before_an_override_is_allowed():
     assert load_config("train", ["+training.steps=3"]).training.steps == 3
     assert load_config("train", ["++training.steps=3"]).training.steps == 3
     assert load_config("train", ["+experiment=kimi_linear_tiny"]).model.name == "kimi_linear_tiny"
 
 
-def test_a_name_may_be_an_experiment_or_a_model():
+def test_a_config_is_named_by_experiment_or_model():
     assert load_config("kimi_linear_tiny").training.steps == 60, "an experiment, which sets sizes too"
     assert load_config("qwen3_next_80b").model.hidden_size == 2048
     assert load_config("kimi_linear_tiny", ["training.steps=2"]).training.steps == 2
@@ -122,7 +122,7 @@ def test_a_mixer_from_its_group():
     assert config.model.mixers["gdn"].decay == "scalar"
 
 
-def test_a_file_of_ones_own_stands_for_a_model(tmp_path, monkeypatch):
+def test_a_yaml_file_in_place_of_a_model_name(tmp_path, monkeypatch):
     write(tmp_path / "quickstart.yaml", MINE + "hidden_size: 96\n")
     monkeypatch.chdir(tmp_path)
     config = load_config("train", ["model=quickstart.yaml"])
@@ -132,7 +132,7 @@ def test_a_file_of_ones_own_stands_for_a_model(tmp_path, monkeypatch):
     assert load_model_config(other).name == "it_s__mine_"
 
 
-def test_a_folder_of_ones_own_is_searched_first(tmp_path):
+def test_config_dir_is_searched_before_the_built_in_folder(tmp_path):
     write(tmp_path / "model" / "special.yaml", MINE + "name: special\n")
     write(tmp_path / "mixer" / "kda.yaml", "kind: delta_rule\ndecay: channel\nconv_size: 0\n")
     config = load_config("train", ["model=special"], tmp_path)
@@ -179,7 +179,7 @@ def test_every_mixer_of_the_group_stands_in_a_schedule(name):
 @pytest.mark.parametrize("text", [
     "/tmp/x y/z", "a=b.txt", "~/texts", "/tmp/a[1](2)/b", "a,b", "*.txt", "2024_01_01", "17", "true", "C:\\dir\\",
     "it's", "<|end|>", "{a}", ""])
-def test_text_stands_as_it_is_typed(text):
+def test_text_values_need_no_quotes(text):
     assert load_config("train", [f"data.path={text}"]).data.path == text
     config = load_config("train", ["data.mixture=[{path: a}]", f"data.mixture.0.path={text}"])
     assert config.data.mixture[0].path == text
@@ -271,7 +271,7 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path, text, message):
     assert error("model=mine", folder=tmp_path / "folder") == message
 
 
-def test_a_file_that_is_not_yaml_or_names_nothing(tmp_path):
+def test_broken_yaml_and_unknown_defaults(tmp_path):
     file = write(tmp_path / "mine.yaml", "a: [1,\nb: 2\n")
     where = "line 3, column 1 is not valid YAML: expected ',' or ']', but got '<stream end>'"
     assert error(f"model={file}") == f"{file} {where}"
@@ -283,14 +283,14 @@ def test_a_file_that_is_not_yaml_or_names_nothing(tmp_path):
     assert error(folder=tmp_path / "nowhere").startswith("config_dir: is not a folder; got ")
 
 
-def test_a_name_that_is_nothing(tmp_path):
+def test_unknown_config_names(tmp_path):
     assert error(name="kimi").startswith("no config of this name; got 'kimi'; expected one of deepseek_v32_671b, ")
     assert error(name="trian").endswith("did you mean 'train'?")
     file = write(tmp_path / "mine.yaml", MINE)
     assert error(name=str(file)).endswith("this file should be a whole run; a model's own file goes into model=FILE")
 
 
-def test_composing_leaves_no_traces(tmp_path, monkeypatch, capfd):
+def test_composing_leaves_no_files_handlers_or_hydra_state(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     handlers = list(logging.getLogger().handlers)
     for _ in range(2):
@@ -303,14 +303,14 @@ def test_composing_leaves_no_traces(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_inside_a_hydra_that_is_at_work(tmp_path):
+def test_composing_inside_another_hydra_application(tmp_path):
     write(tmp_path / "mine.yaml", "a: 1\n")
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         assert load_config("train", ["training.steps=2"]).training.steps == 2
         assert compose("mine").a == 1
 
 
-def test_in_threads():
+def test_composing_in_threads():
     results: list[int] = []
 
     def load(steps: int) -> None:
