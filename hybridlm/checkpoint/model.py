@@ -101,8 +101,22 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
 def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> HybridLM:
     """Load the model of a checkpoint, or of a run folder's newest one, in evaluation mode, with `.tokenizer` set.
 
+    Args:
+        path: a checkpoint folder (step-300), or a run folder.
+        device: where its weights are to be.
+
     Raises:
         CheckpointError: nothing there, damaged files, or weights that do not fit.
+
+    >>> import tempfile
+    >>> from hybridlm import checkpoint, load_config
+    >>> config = load_config("train", ["model=hybrid_tiny", "model.hidden_size=32", "model.num_layers=1"])
+    >>> texts = model_texts(config, config.model, tokenizer=None)
+    >>> root = Path(tempfile.mkdtemp())
+    >>> checkpoint.write(root, 300, texts, {"model": unique_tensors(build_model(config))}).name
+    'step-300'
+    >>> load_checkpoint(root).config.num_layers
+    1
     """
     folder = resolve(path)
     model = build_model(read_model_config(folder), device=device)
