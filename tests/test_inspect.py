@@ -31,7 +31,7 @@ def test_the_report_is_json_and_prints(name):
     assert flops["forward"] == sum(flops["forward_by_part"].values())
     assert flops["training"] == sum(flops["training_by_part"].values()) == training_flops(config, 4096)
     text = printed(report)
-    for heading in ("Parameters", "FLOPs a token at a context of 4096", "Training memory", "Decode state", "1M"):
+    for heading in ("Parameters", "FLOPs per token at a context of 4096", "Training memory", "Decode state", "1M"):
         assert heading in text
 
 
