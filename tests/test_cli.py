@@ -55,6 +55,8 @@ def fails(capsys, *argv):
     (["check", "kda", "num_heads"], ["num_heads: is not an option", "key=value"]),
     (["check", "kda", "kind=mla"], ["kind: is named by KIND"]),
     (["check", "kda", "--only", "causalty"], ["--only: no such check", "did you mean 'causality'"]),
+    (["check", "mla", "indexer.share=true"], ["layer 0 reads", "which no earlier layer leaves"]),
+    (["check", "dense", "--source", "dsa"], ["--source: goes with a mixer"]),
     (["check", "kda", "--hidden-size", "0"], ["--hidden-size: must be positive"]),
     (["doctor", "now"], ["unrecognized arguments: now"]),
 ])
@@ -240,6 +242,11 @@ def test_check_takes_kinds_and_presets_with_options(capsys, name, options, what)
                                                                          "parameter count": "passed"}
     assert all(str(report["config"][option.split("=")[0]]) == option.split("=")[1]
                for option in options if "." not in option)
+
+
+def test_check_puts_a_source_before_a_mixer_that_reads_from_another_layer(capsys):
+    assert main(["check", "mla", "indexer.share=true", "--source", "dsa", "--only", "decoding", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checks"][0]["verdict"] == "passed"
 
 
 def test_check_shows_a_table_and_exits_with_1_when_a_check_fails(capsys, monkeypatch):

@@ -30,6 +30,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the kind; small sizes by default")
     parser.add_argument("--hidden-size", type=int, default=HIDDEN_SIZE, metavar="D",
                         help=f"width of the residual stream (default {HIDDEN_SIZE})")
+    parser.add_argument("--source", metavar="KIND",
+                        help="kind or preset of the layer before, for a mixer that reads from another layer")
     parser.add_argument("--only", action="append", default=[], metavar="CHECK",
                         help="run this check alone, for example causality; may be given again")
     parser.add_argument("--config-dir", metavar="FOLDER", help="a folder of your own presets, searched first")
@@ -46,7 +48,14 @@ def run(argv: Sequence[str]) -> int:
                               hint=did_you_mean(name, CHECKS))
     noun, config = _config(args.kind, args.options, args.config_dir, args.hidden_size)
     checks = {name: check for name, check in CHECKS.items() if not args.only or name in args.only}
-    subject = Subject(config, small_context(config, args.hidden_size))
+    source = None
+    if args.source is not None:
+        if noun != "mixer":
+            raise ConfigError("--source", "goes with a mixer", got=args.source)
+        source_noun, source = _config(args.source, [], args.config_dir, args.hidden_size)
+        if source_noun != "mixer":
+            raise ConfigError("--source", "must be a mixer", got=args.source)
+    subject = Subject(config, small_context(config, args.hidden_size, source=source))
     verdicts = list(run_checks(subject, checks))
     ok = all(verdict.verdict != "failed" for verdict in verdicts)
     report = {"name": args.kind, "what": noun, "kind": config.kind, "hidden_size": args.hidden_size,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridlm.model.contract_check import CHECKS
-from hybridlm.model.contract_check.computation import is_kept_in_fp32
-from hybridlm.model.mixers import MIXERS, build_mixer
-from tests.support.mixer_cases import CASES, build, context_of, subject
+from hybridlm.model.contract_check import CHECKS, Subject
+from hybridlm.model.contract_check.subject import is_kept_in_fp32
+from hybridlm.model.mixers import MIXERS, AttentionConfig, IndexerConfig, MLAConfig, build_mixer
+from tests.support import sharing_kinds
+from tests.support.mixer_cases import CASES, INDEXER, MLA_DIMS, build, context_of, subject
 
 every_mixer = pytest.mark.parametrize("name", CASES)
 
@@ -17,6 +18,27 @@ every_mixer = pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("check", CHECKS)
 def test_contract(name, check):
     assert CHECKS[check](subject(name))  # the reason; a check that fails, or that a form does not claim, raises
+
+
+SHARED = IndexerConfig(**INDEXER, share=True)
+READERS = {
+    "shared_selection": (AttentionConfig(num_heads=4, head_dim=8, indexer=SHARED), CASES["deepseek_v32"]),
+    "shared_selection_mla": (MLAConfig(**MLA_DIMS, indexer=SHARED), CASES["deepseek_v32"]),
+    "values_of_a_test": (sharing_kinds.ReaderConfig(), sharing_kinds.SourceConfig()),
+}
+
+
+# The kind of the test counts its projection alone, and exchanges of two layers cannot be told apart.
+UNCOUNTED = {("values_of_a_test", "flops"), ("values_of_a_test", "activation bytes")}
+
+
+@pytest.mark.parametrize(("name", "check"), [(name, check) for name in READERS for check in CHECKS
+                                             if check != "shard traffic" and (name, check) not in UNCOUNTED])
+def test_contract_of_mixers_that_read_from_another_layer(name, check):
+    reader, source = READERS[name]
+    with sharing_kinds.registered():
+        context = context_of(layer_index=1, layers=[source, reader])
+        assert CHECKS[check](Subject(reader, context))
 
 
 def test_every_registered_kind_is_tested():

@@ -169,7 +169,7 @@ class TokenShift(FeedForward):
         before_BTD = torch.where(seq.positions_BT[..., None] > 0, before_BTD, 0.0)
         if state is not None:
             state.x_B1D = x_BTD[:, -1:].detach().clone()
-        return self.proj(x_BTD + self.mix * before_BTD), {}
+        return self.proj(x_BTD + (self.mix * before_BTD).to(x_BTD.dtype)), {}
 
     def new_state(self, batch, max_length):
         return LastToken()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hybridlm.model.contract_check.subject import Subject
+from hybridlm.errors import counted
+from hybridlm.model.contract_check.subject import Subject, is_kept_in_fp32, round_weights
 from hybridlm.model.contract_check.verdicts import (
     ContractViolation,
     largest_difference,
@@ -102,7 +103,9 @@ def check_gradients(subject: Subject) -> str:
     x_BTD.requires_grad_()
     grads = _gradients(module, x_BTD, loss())
     x_BTD.requires_grad_(False)
-    tensors = {"the inputs": x_BTD, **dict(module.named_parameters())}
+    tensors = dict(module.named_parameters())
+    if all(read.kind.gradient for read in subject.reads):  # else the inputs act through values without gradient too
+        tensors["the inputs"] = x_BTD
     generator = torch.Generator().manual_seed(3)
     for name, tensor in tensors.items():
         direction = torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)
@@ -114,7 +117,8 @@ def check_gradients(subject: Subject) -> str:
         require(abs(nearest - by_autograd) <= tolerance,
                 f"gradient of {name}: autograd gives {by_autograd:.6g} along a random direction, finite differences "
                 f"{nearest:.6g}; {tolerance:.1e} is allowed")
-    return f"autograd agrees with finite differences for the inputs and {len(tensors) - 1} parameters"
+    parameters = counted(sum(isinstance(tensor, torch.nn.Parameter) for tensor in tensors.values()), "parameter")
+    return f"autograd agrees with finite differences for {parameters}{' and the inputs' * ('the inputs' in tensors)}"
 
 
 @torch.no_grad()
@@ -179,10 +183,7 @@ def check_half_precision(subject: Subject) -> str:
     grads = _gradients(module, x_again, autocast_BTD.float().square().sum())
     broken = [name for name, grad in grads.items() if grad.dtype != torch.float32 or not bool(grad.isfinite().all())]
     require(not broken, f"gradients of {', '.join(broken)} are not finite, or not in fp32, under autocast to bf16")
-    kept = {name: p.detach().clone() for name, p in module.named_parameters() if is_kept_in_fp32(module, name)}
-    module.bfloat16()
-    for name, value in kept.items():
-        module.get_parameter(name).data = value
+    round_weights(module)
     half_BTD = subject.run(module, x_BTD.bfloat16())[0]
     require(half_BTD.dtype == torch.bfloat16, f"outputs for inputs in bf16 are {half_BTD.dtype}, expected bf16")
     errors = []
@@ -205,11 +206,6 @@ def check_fp32_parameters(subject: Subject) -> str:
     require(not rounded, f"{', '.join(rounded)}: vectors that bf16 would round; name them in fp32_parameters")
     kept = [name for name, _ in module.named_parameters() if is_kept_in_fp32(module, name)]
     return f"kept in fp32: {', '.join(kept) or 'nothing, and there is no vector'}"
-
-
-def is_kept_in_fp32(module: Any, name: str) -> bool:
-    """Whether `fp32_parameters` holds the parameter, by its name or the last parts of it."""
-    return any(name == last or name.endswith(f".{last}") for last in module.fp32_parameters)
 
 
 def _output_weights(length: int, width: int) -> Tensor:

@@ -69,6 +69,8 @@ def compare_shards(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Te
 
 def check_shard_traffic(subject: Subject) -> str:
     """`shard_traffic` of the config is what two shards hand over in a forward and a backward."""
+    if subject.sources:
+        raise NotClaimed("it reads from another layer, whose exchanges would be counted too")
     size = _claimed_shards(subject)[0]
     module = subject.build(torch.float32).train()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from hybridlm.errors import counted
 from hybridlm.model.contract_check.executed_flops import count_executed_flops
-from hybridlm.model.contract_check.subject import Subject
+from hybridlm.model.contract_check.subject import CPU, Subject
 from hybridlm.model.contract_check.verdicts import NotClaimed, require
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.model.sequence import SequenceInfo
 
 FLOPS_RTOL = 0.01
 FLOPS_LENGTHS = (64, 256)  # tokens
@@ -51,7 +53,9 @@ def check_flops(subject: Subject) -> str:
     declared, executed = {}, {}
     for length in FLOPS_LENGTHS:
         x_BTD = subject.inputs(1, length, torch.float32)
-        executed[length] = count_executed_flops(module, lambda x=x_BTD: subject.run(module, x))
+        seq = SequenceInfo.make(1, length, CPU)
+        subject.run_sources(x_BTD, seq)
+        executed[length] = count_executed_flops(module, partial(module, x_BTD, seq))
         declared[length] = sum(_declared(subject, length).values())
         least, most = executed[length].weights / length, executed[length].total / length
         require(least * (1 - FLOPS_RTOL) <= declared[length] <= most * (1 + FLOPS_RTOL),
@@ -112,7 +116,9 @@ def check_activation_bytes(subject: Subject) -> str:
     """`activation_bytes` of the config is near what autograd keeps for a backward."""
     module = subject.build(torch.float32)
     x_BTD = subject.inputs(1, ACTIVATION_LENGTH, torch.float32).requires_grad_()
-    kept = kept_bytes(module, x_BTD, lambda: subject.run(module, x_BTD)) / ACTIVATION_LENGTH
+    seq = SequenceInfo.make(1, ACTIVATION_LENGTH, CPU)
+    subject.run_sources(x_BTD, seq)
+    kept = kept_bytes(module, x_BTD, partial(module, x_BTD, seq)) / ACTIVATION_LENGTH
     said = subject.config.activation_bytes(subject.context, FP32)
     require(kept / ACTIVATION_FACTOR <= said <= kept * ACTIVATION_FACTOR,
             f"activation_bytes says {said:,.0f} per token, autograd keeps {kept:,.0f} beside the input: a factor of "

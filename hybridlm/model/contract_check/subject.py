@@ -5,7 +5,9 @@ B rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,14 +20,15 @@ from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import MIXERS, build_mixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedRead
 from hybridlm_kernels.packing import CuSeqlens
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
-    """A mixer or feed-forward with the layer around it.
+    """A mixer or feed-forward with the layer around it, and the earlier layers that it reads from.
 
     >>> from hybridlm.model.mixers import DeltaRuleConfig
     >>> config = DeltaRuleConfig(num_heads=2, head_dim=8)
@@ -72,21 +75,88 @@ class Subject:
 
     def run_on(self, module: Any, x_BTD: Tensor, seq: SequenceInfo, state: Any = None) -> tuple[Tensor, Aux]:
         """As `run`, where the sequence is known already."""
-        return module(x_BTD, seq, state)
+        self.run_sources(x_BTD, seq, state)
+        return module(x_BTD, seq, state.own if isinstance(state, StateWithSources) else state)
 
     def new_state(self, module: Any, batch: int, max_length: int) -> Any:
-        """The module's empty decode state; None for a feed-forward that keeps none."""
-        return module.new_state(batch, max_length)
+        """The module's empty decode state, with those of the layers it reads from; None where there is none at all."""
+        own = module.new_state(batch, max_length)
+        sources = {index: source.new_state(self._source_module(index, torch.float32), batch, max_length)
+                   for index, source in self.sources.items()}
+        return StateWithSources(own, sources) if sources else own
+
+    @property
+    def reads(self) -> Sequence[SharedRead]:
+        """The values of earlier layers that the mixer reads."""
+        return self.config.reads(self.context) if isinstance(self.config, MixerConfig) else ()
+
+    @cached_property
+    def sources(self) -> dict[int, Subject]:
+        """The layers that the mixer reads from, by their index."""
+        indices = sorted({self.context.source_of(read) for read in self.reads})
+        return {index: Subject(self.context.mixers[self.context.layers[index]],  # type: ignore[arg-type]
+                               replace(self.context, layer_index=index)) for index in indices}
+
+    def run_sources(self, x_BTD: Tensor, seq: SequenceInfo, state: Any = None) -> None:
+        """Let the layers that the mixer reads from leave their values; they get the same inputs."""
+        for index, source in self.sources.items():
+            source_state = state.sources[index] if isinstance(state, StateWithSources) else None
+            source.run_on(self._source_module(index, x_BTD.dtype), x_BTD, seq, source_state)
+
+    def _source_module(self, index: int, dtype: torch.dtype) -> Any:
+        """Layer `index`, with weights that get no gradient: they are no part of what is checked."""
+        key = index, dtype
+        if key not in self._source_modules:
+            half = dtype == torch.bfloat16
+            with torch.inference_mode(False):  # it serves training after the check that starts with inference
+                module = self.sources[index].build(torch.float32 if half else dtype).requires_grad_(False)
+            self._source_modules[key] = round_weights(module) if half else module
+        return self._source_modules[key]
+
+    @cached_property
+    def _source_modules(self) -> dict[tuple[int, torch.dtype], Any]:
+        return {}
+
+
+@dataclass
+class StateWithSources:
+    """The decode state of a mixer, and those of the layers it reads from."""
+
+    own: Any
+    sources: dict[int, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the mixer's own state."""
+        return 0 if self.own is None else self.own.num_bytes
+
+
+def round_weights(module: Any) -> Any:
+    """The module with its weights in bf16, but those of `fp32_parameters`."""
+    kept = {name: p.detach().clone() for name, p in module.named_parameters() if is_kept_in_fp32(module, name)}
+    module.bfloat16()
+    for name, value in kept.items():
+        module.get_parameter(name).data = value
+    return module
+
+
+def is_kept_in_fp32(module: Any, name: str) -> bool:
+    """Whether `fp32_parameters` holds the parameter, by its name or the last parts of it."""
+    return any(name == last or name.endswith(f".{last}") for last in module.fp32_parameters)
 
 
 def small_context(config: MixerConfig | FeedForwardConfig, hidden_size: int = 24, layer_index: int = 1,
-                  zero_centered: bool = False) -> LayerContext:
-    """The context of one of four layers, all of which have this mixer or this feed-forward."""
+                  zero_centered: bool = False, source: MixerConfig | None = None) -> LayerContext:
+    """The context of one of four layers, all of which have this mixer or this feed-forward.
+
+    With `source`, the first layer has that mixer, for a mixer that reads from another layer.
+    """
     if isinstance(config, MixerConfig):
         mixer, feed_forward = config, FEED_FORWARDS.config_class("dense")(intermediate_size=2 * hidden_size)
     else:
         mixer, feed_forward = MIXERS.config_class("attention")(num_heads=2, head_dim=8), config
-    model = ModelConfig(vocab_size=64, hidden_size=hidden_size, num_layers=4, max_position=256,
-                        schedule=ScheduleConfig(pattern=["mixer"]), mixers={"mixer": mixer}, feed_forward=feed_forward,
-                        norm=NormConfig(eps=1e-5, zero_centered=zero_centered))
+    schedule = ScheduleConfig(pattern=["mixer"], override={} if source is None else {0: "source"})
+    model = ModelConfig(vocab_size=64, hidden_size=hidden_size, num_layers=4, max_position=256, schedule=schedule,
+                        mixers={"mixer": mixer, **({} if source is None else {"source": source})},
+                        feed_forward=feed_forward, norm=NormConfig(eps=1e-5, zero_centered=zero_centered))
     return model.layer_context(layer_index)
