@@ -380,7 +380,7 @@ def _change_kinds(config: DictConfig, values: list[Override]) -> None:
         if registry is None or key != registry.key or override.is_delete() or not isinstance(node, DictConfig):
             continue
         old, new = node.get(key, registry.default), override.value()
-        if old in registry and new in registry and old != new:
+        if isinstance(new, str) and old in registry and new in registry and old != new:
             kept = {field.name for field in dataclasses.fields(registry.config_class(new))}
             for name in {field.name for field in dataclasses.fields(registry.config_class(old))} - kept:
                 node.pop(name, None)

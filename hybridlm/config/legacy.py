@@ -64,8 +64,9 @@ def is_saved_config(data: Any) -> bool:
     if not isinstance(data, dict) or "defaults" in data:
         return False
     model = data.get("model")
-    only_model = set(data) == {"model"} and isinstance(model, dict)
-    return set(data) >= _SAVED_RUN or (only_model and set(model) >= _SAVED_MODEL)
+    if set(data) == {"model"} and isinstance(model, dict):
+        return set(model) >= _SAVED_MODEL
+    return set(data) >= _SAVED_RUN
 
 
 def upgrade_config(data: Any) -> Any:

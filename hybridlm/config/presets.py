@@ -58,7 +58,7 @@ def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str
     outline = from_dict(_ModelOutline, {key: model[key] for key in keys if key in model}, "model")
     needed = _named_mixers(outline, model.get("mtp"))
     defined = {name: options for name, options in mixers.items() if isinstance(options, dict) and "kind" in options}
-    kinds = registry_of(MixerConfig) or {}
+    kinds: set[str] = set(registry_of(MixerConfig) or {})
     added = {}
     for name, (key, place) in needed.items():
         own = mixers.get(name, {})
@@ -105,7 +105,7 @@ def _fit(options: dict[str, Any], model: _ModelOutline, order: list[str], define
     followed = []
     for name in dict.fromkeys(order):
         try:
-            followed.append(from_dict(MixerConfig, defined.get(name)))
+            followed.append(from_dict(MixerConfig, defined.get(name)))  # type: ignore[type-abstract]
         except ConfigError:
             continue  # not defined, or wrong: the check of the whole config says so
     sizes = ModelSizes(hidden_size=model.hidden_size, max_position=model.max_position, mixers=followed)
