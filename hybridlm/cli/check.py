@@ -65,7 +65,20 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _config(name: str, options: Sequence[str], config_dir: str | None, hidden_size: int) -> tuple[str, Any]:
-    """What `name` is ("mixer" or "feed-forward"), and its config: a preset's before that of a kind."""
+    """Read the config that is checked.
+
+    Args:
+        name: a preset or a kind; a preset is taken before a kind of the same name.
+        options: key=value words that go on top.
+        config_dir: a folder of the user's own presets, searched first.
+        hidden_size: width of the layer, which decides small sizes of what is left open.
+
+    Returns:
+        "mixer" or "feed-forward", and the config.
+
+    Raises:
+        ConfigError: there is no such preset or kind, or its options cannot be used.
+    """
     from hybridlm.config.compose import compose_option
     from hybridlm.config.paths import find_option
     from hybridlm.config.paths import options as option_names

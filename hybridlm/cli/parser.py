@@ -1,4 +1,4 @@
-"""What the commands share in reading their arguments: one parser, one way of saying what is wrong with a word."""
+"""The parser of every command, with one way of saying what is wrong with a word, and readers of common values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module computes: causality, packed documents, decoding, gradients, recomputation, half precision.
+"""Checks of the computation: causality, packed documents, decoding, gradients, recomputation, half precision.
 
 B rows, T tokens, D hidden size.
 """

@@ -74,7 +74,7 @@ class Subject:
         return self.run_on(module, x_BTD, seq, state)
 
     def run_on(self, module: Any, x_BTD: Tensor, seq: SequenceInfo, state: Any = None) -> tuple[Tensor, Aux]:
-        """As `run`, where the sequence is known already."""
+        """Outputs [B, T, D] and aux for a sequence that is made already; see `run`."""
         self.run_sources(x_BTD, seq, state)
         return module(x_BTD, seq, state.own if isinstance(state, StateWithSources) else state)
 

@@ -61,7 +61,10 @@ class ThreadShardGroup(AdjointShardGroup):
 
 
 def run_on_threads(run: Callable[[ThreadShardGroup], Any], size: int) -> list[Any]:
-    """What `run` returns in each of `size` threads, by rank.
+    """Call `run` with the shard group of each of `size` threads, all at the same time.
+
+    Returns:
+        The results of the calls, by rank.
 
     Raises:
         BaseException: the first error of any thread; the others stop waiting.

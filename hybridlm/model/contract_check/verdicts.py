@@ -1,4 +1,4 @@
-"""What a check may say, and the running of several."""
+"""Verdicts of checks, and the running of several checks."""
 
 from __future__ import annotations
 
