@@ -230,7 +230,7 @@ class ChannelDecay:
         return (self.a,)
 
     def factors(self, q_PHCK: Tensor, k_PHCK: Tensor, keys: Tensor | None = None) -> ChunkFactors:
-        """As `ScalarDecay.factors`."""
+        """The factors of a chunk, like `ScalarDecay.factors`."""
         C, K = q_PHCK.shape[2:]
         if self.chunk_products is None:
             prefix, suffix = self.chunk_products = self.a.clone(), torch.ones_like(self.a)
@@ -243,7 +243,7 @@ class ChannelDecay:
         return ChunkFactors((q_PHCK * prefix).view(-1, C, K), (k_PHCK * suffix).view(-1, C, K), total, keys)
 
     def scores(self, q_PHCK: Tensor, k_PHCK: Tensor, rows_of_k: bool) -> tuple[Tensor, Tensor | None]:
-        """As `ScalarDecay.scores`."""
+        """Scores of q and of k against k, like `ScalarDecay.scores`."""
         C, K = q_PHCK.shape[2:]
         rows = [q_PHCK, k_PHCK] if rows_of_k else [q_PHCK]
         X = self.a.numel() // (C * K)
@@ -272,7 +272,7 @@ class ChannelDecay:
 
     def backward(self, q_PHCK: Tensor, k_PHCK: Tensor, A_XCC: Tensor, L_XCC: Tensor | None, dA_XCC: Tensor,
                  dL_XCC: Tensor | None, d: ChunkFactors, need_g: bool) -> ChunkGradients:
-        """As `ScalarDecay.backward`."""
+        """The gradients of q, k and g, like `ScalarDecay.backward`."""
         C, K = q_PHCK.shape[2:]
         rows, d_scores = [q_PHCK], [dA_XCC]
         if dL_XCC is not None:

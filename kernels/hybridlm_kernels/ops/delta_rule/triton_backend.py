@@ -196,16 +196,15 @@ class _DeltaRuleLaunches:
         x, channel = self.x, self.decay == "channel"
         if not channel and not scores:
             return x.q, x.k, x.k
-        decayed = (x.q, x.k, x.k)
+        queries, keys, writes = x.q, x.k, x.k
         if channel:
-            decayed = tuple(self.empty(self.B, self.T, self.HV, self.K) for _ in range(3))
-        queries, keys, writes = decayed
+            queries, keys, writes = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(3))
         chunk_kernel[(self.tables.num_chunks, self.HV, 2)](
             q_ptr=x.q, k_ptr=x.k, beta_ptr=x.beta, chunks_ptr=self.tables.chunks, A_ptr=results.A, X_ptr=results.X,
             factors_ptr=results.factors, total_ptr=results.total, queries_ptr=queries, keys_ptr=keys,
             writes_ptr=writes, scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, SCORES=scores,
             MERGED=self.merged, **self.gate_arguments, **self.sizes, **self.flags)
-        return decayed
+        return queries, keys, writes
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """The outputs o [B, T, HV, V] and the last states [N, HV, K, V], token by token."""
