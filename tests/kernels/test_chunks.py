@@ -1,4 +1,4 @@
-"""The layout of documents in chunks, and the block solver: small facts the recurrences rest on."""
+"""The layout of documents in chunks, and the block solver."""
 
 import pytest
 import torch
@@ -24,16 +24,16 @@ def test_documents_alive_at_a_step_are_a_prefix():
 
 
 @pytest.mark.parametrize("borders", [None, [0, 5, 30, 31, 60]])
-@pytest.mark.parametrize("numbers", [1, 10**9])
-def test_scatter_undoes_gather(borders, numbers, monkeypatch):
-    monkeypatch.setitem(STEP_GROUP_MAX_ELEMENTS, "cpu", numbers)
+@pytest.mark.parametrize("elements", [1, 10**9])
+def test_scatter_undoes_gather(borders, elements, monkeypatch):
+    monkeypatch.setitem(STEP_GROUP_MAX_ELEMENTS, "cpu", elements)
     cu_seqlens = None if borders is None else CuSeqlens(borders)
     layout = (ChunkLayout(2, 30, 16, [30, 30], False, CPU) if borders is None
               else get_chunk_layout(2, 30, 16, cu_seqlens, CPU))
     x = torch.randn(2, 30, 3, 4)
     buffer = layout.allocate_output(x.shape, x.dtype)
     step_groups = layout.step_groups(4)
-    assert len(step_groups) == (2 if numbers == 1 else 1)
+    assert len(step_groups) == (2 if elements == 1 else 1)
     for group in step_groups:
         group.scatter(group.gather(x, x.dtype), buffer)
     assert torch.equal(layout.finish_output(buffer, x.shape), x)

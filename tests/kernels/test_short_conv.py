@@ -18,7 +18,7 @@ def make(B=2, T=15, C=5, W=4, N=None, dtype=torch.float64):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
 
 
-def with_gradients(x, weight, bias, state, **options):
+def results_and_gradients(x, weight, bias, state, **options):
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, state)]
     y, final = short_conv(*leaves[:3], initial_state=leaves[3], **options)
     generator = torch.Generator().manual_seed(1)
@@ -42,10 +42,10 @@ def test_equals_the_definition(borders, W, activation, extras):
     x, weight, bias, state = make(W=W, N=None if borders is None else 6)
     inputs = (x, weight, bias, state) if extras else (x, weight, None, None)
     options = {"activation": activation, "cu_seqlens": borders}
-    expected = with_gradients(*inputs, **options, backend="reference")
-    assert_close(with_gradients(*inputs, **options, backend="torch"), expected, 1e-13)
+    expected = results_and_gradients(*inputs, **options, backend="reference")
+    assert_close(results_and_gradients(*inputs, **options, backend="torch"), expected, 1e-13)
     single = [None if t is None else t.float() for t in inputs]
-    assert_close(with_gradients(*single, **options, backend="torch"), expected, 1e-5)
+    assert_close(results_and_gradients(*single, **options, backend="torch"), expected, 1e-5)
 
 
 def test_equals_torchs_convolution():
@@ -66,10 +66,10 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, inputs)
 
 
-@pytest.mark.parametrize("numbers", [1, 2**20])
-def test_packed_documents_equal_documents_alone(numbers, monkeypatch):
+@pytest.mark.parametrize("elements", [1, 2**20])
+def test_packed_documents_equal_documents_alone(elements, monkeypatch):
     module = importlib.import_module("hybridlm_kernels.ops.short_conv.torch_backend")
-    monkeypatch.setitem(module.BLOCK_MAX_ELEMENTS, "cpu", numbers)
+    monkeypatch.setitem(module.BLOCK_MAX_ELEMENTS, "cpu", elements)
     borders = [0, 1, 20, 40, 41, 43, 80]
     x, weight, bias, state = make(T=40, N=6)
     y, final = short_conv(x, weight, bias, activation="silu", initial_state=state, cu_seqlens=borders)
@@ -91,14 +91,14 @@ def test_causal_to_the_last_bit():
         assert not torch.equal(before[:, t + 1], after[:, t + 1])
 
 
-def test_token_by_token_equals_the_whole():
+def test_decoding_equals_one_call():
     x, weight, bias, state = make(T=9)
-    whole, last = short_conv(x, weight, bias, initial_state=state)
+    one_call, last = short_conv(x, weight, bias, initial_state=state)
     outputs = []
     for t in range(9):
         y, state = short_conv(x[:, t : t + 1], weight, bias, initial_state=state)
         outputs.append(y)
-    torch.testing.assert_close(torch.cat(outputs, 1), whole)
+    torch.testing.assert_close(torch.cat(outputs, 1), one_call)
     assert torch.equal(state, last)
 
 
