@@ -15,6 +15,8 @@ from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError
 from hybridlm.run_config import load_config, load_model_config
 
+pytestmark = pytest.mark.usefixtures("project_kinds")
+
 MODELS = ("deepseek_v32_671b, deepseek_v32_tiny, hybrid_1b, hybrid_probes, hybrid_tiny, kda_dsa_1b, kda_dsa_tiny, "
           "kimi_linear_48b, kimi_linear_tiny, "
           "minimax_01_456b, minimax_01_tiny, quickstart, qwen3_next_80b, qwen3_next_tiny")

@@ -165,7 +165,7 @@ def test_the_kind_picks_the_class():
     (FeedForwardConfig, {"kind": "moe", "num_experts": 4, "num_experts_per_tok": 5, "moe_intermediate_size": 8},
      "m.num_experts_per_tok: is more than there are experts; got 5; expected at most num_experts = 4"),
 ])
-def test_a_wrong_mixer_or_feed_forward(cls, data, message):
+def test_a_wrong_mixer_or_feed_forward(cls, data, message, project_kinds):
     assert error(cls, data, "m") == message
 
 

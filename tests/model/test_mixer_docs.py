@@ -15,7 +15,8 @@ from hybridlm.model.mixers import MIXERS, IndexerConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
 PAGES = Path(__file__).parents[2] / "docs" / "mixers"
-CONFIGS = {kind: config for kind, (config, _) in MIXERS.items()} | {"indexer": IndexerConfig}
+CONFIGS = {kind: config for kind, (config, _) in MIXERS.items() if config.__module__.startswith("hybridlm.")}
+CONFIGS |= {"indexer": IndexerConfig}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
