@@ -15,6 +15,7 @@ False
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -73,6 +74,18 @@ def try_lock(path: Path) -> filelock.BaseFileLock | None:
         return None
     except NotImplementedError:  # some network file systems
         pass
+    return lock
+
+
+def wait_for_lock(path: Path) -> filelock.BaseFileLock:
+    """Lock the file at `path` for this process, waiting until no other holder has it. See `try_lock`.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    lock = filelock.FileLock(path)
+    with contextlib.suppress(NotImplementedError):  # some network file systems
+        lock.acquire()
     return lock
 
 

@@ -15,6 +15,7 @@ from hybridlm.errors import require
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.loss_names import known_losses
 from hybridlm.optimizers import OPTIMIZERS, OptimizerConfig
+from hybridlm.sources import check_format
 
 
 @dataclass(kw_only=True)
@@ -24,8 +25,9 @@ class DataSourceConfig:
     path: str = "stdlib"
     """`stdlib` (the Python standard library's own sources), a file, folder or glob pattern (.txt .md .py .jsonl
     .jsonl.gz .parquet), or a `datasets` dataset by name (owner/name) or saved folder."""
-    format: Literal["auto", "stdlib", "text", "jsonl", "parquet", "dataset"] = "auto"
-    """What `path` is; `auto` tells by the name and by what is there."""
+    format: str = "auto"
+    """The format of `path`: stdlib, text, jsonl, parquet, dataset, or one of your own; `auto` recognises it by its name
+    and by what is there."""
     text_field: str = "text"
     """The field that holds the text, of JSON lines, parquet files and datasets."""
     split: str = "train"
@@ -40,6 +42,7 @@ class DataSourceConfig:
     """What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place."""
 
     def __post_init__(self) -> None:
+        check_format(self.format)
         require(0 < self.weight < math.inf, "weight", "must be positive and finite", got=self.weight)
         require(self.document_separator != "", "document_separator", "is empty",
                 expected="a text that stands between documents, or null")

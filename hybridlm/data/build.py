@@ -13,18 +13,16 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from hybridlm.data.readers import Document
-from hybridlm.data.shards import FORMAT, MANIFEST, Shard, ShardWriter, check_shard, shard_dict, write_json
-from hybridlm.data.sources import Source
+from hybridlm.data.shards import FORMAT, MANIFEST, Shard, ShardWriter, check_shard
 from hybridlm.data.split import Part, Split
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import DataError
+from hybridlm.files import try_lock, wait_for_lock, write_json
+from hybridlm.sources import Document, Source
 
 BATCH_BYTES = 1 << 22  # text encoded at once
 BATCH_DOCUMENTS = 1024
@@ -36,14 +34,18 @@ Advance = Callable[[float], None]
 
 @contextlib.contextmanager
 def locked(root: Path, key: str) -> Iterator[None]:
-    """Hold `key` among all processes that use this cache; the system frees it when its holder dies."""
-    (root / "locks").mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(root / "locks" / f"{key}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
+    """Let one process at a time prepare the data `key` of a cache; the others wait.
+
+    Args:
+        root: the cache folder.
+        key: name of the data.
+    """
+    file = root / "locks" / f"{key}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(file)
+    if lock is None:
         log.info("another process is preparing the same data: waiting for it")
-        lock.acquire()
+        lock = wait_for_lock(file)
     try:
         yield
     finally:
@@ -65,8 +67,8 @@ class State:
         for part, shard in new.items():
             self.shards[part].append(shard)
         write_json(folder / f"part-{self.commits:05d}.json", {
-            "shards": {part: shard_dict(shard) for part, shard in new.items()},
-            "next": [self.unit, self.next_document], "counts": self.counts})
+            "shards": {part: asdict(shard) for part, shard in new.items()},
+            "next": [self.unit, self.next_document], "counts": self.counts}, flush=True)
         self.commits += 1
 
     @classmethod
@@ -107,7 +109,7 @@ def build(source: Source, tokenizer: Tokenizer, split: Callable[[], Split], targ
             if state.commits:
                 log.info("going on with %s from finished shard %d", source.label, state.commits)
             _write_shards(source, tokenizer, split(), folder, shard_tokens, state, advance)
-            write_json(folder / MANIFEST, _manifest(source, tokenizer, state, description))
+            write_json(folder / MANIFEST, _manifest(source, tokenizer, state, description), flush=True)
         for leftover in (*folder.glob("part-*.json"), *folder.glob("*.tmp*")):
             leftover.unlink()
         os.replace(folder, target)
@@ -178,4 +180,4 @@ def _manifest(source: Source, tokenizer: Tokenizer, state: State, description: d
                           "vocab_size": tokenizer.vocab_size},
             "counts": {"files": len(source.units), "ignored_files": source.ignored,
                        "left_out_files": source.left_out, **state.counts},
-            "shards": {part: [shard_dict(shard) for shard in state.shards[part]] for part in PARTS}}
+            "shards": {part: [asdict(shard) for shard in state.shards[part]] for part in PARTS}}

@@ -20,10 +20,10 @@ from typing import Any
 from hybridlm.config.schema import DataConfig, DataSourceConfig
 from hybridlm.data.build import Advance, build, locked
 from hybridlm.data.shards import FORMAT, TokenStore, read_manifest, shards_of, verify
-from hybridlm.data.sources import Source, is_hub_name, open_source
 from hybridlm.data.split import Part, Split, plan_split
 from hybridlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from hybridlm.errors import DataError
+from hybridlm.sources import Source, is_hub_name, open_source
 
 BPE_BYTES = 1 << 28  # text a trained tokenizer sees, shared among the sources by weight
 

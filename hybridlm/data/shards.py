@@ -12,18 +12,19 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybridlm.errors import DataError
+from hybridlm.files import write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
-CHEAP = 1 << 28  # bytes that are hashed at every start: it takes about half a second
+HASH_AT_START_MAX_BYTES = 1 << 28  # above this, checksums are not computed at every start (half a second)
 END_TYPE = np.dtype("<i8")
 
 
@@ -94,15 +95,6 @@ def _flush(file: Any) -> None:
     file.close()
 
 
-def write_json(file: Path, data: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
-    draft = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as out:
-        json.dump(data, out, indent=1)
-        _flush(out)
-    os.replace(draft, file)
-
-
 def check_shard(folder: Path, shard: Shard, hashes: bool) -> None:
     """Compare a shard's files with the manifest.
 
@@ -157,7 +149,7 @@ def verify(folder: Path, manifest: dict[str, Any], force: bool = False) -> None:
         check_shard(folder, shard, hashes=False)
     now = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns]
            for shard in shards for name in shard.sizes()}
-    force = force or sum(size for size, _ in now.values()) <= CHEAP
+    force = force or sum(size for size, _ in now.values()) <= HASH_AT_START_MAX_BYTES
     known = None
     with contextlib.suppress(OSError, ValueError):
         known = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
@@ -167,10 +159,6 @@ def verify(folder: Path, manifest: dict[str, Any], force: bool = False) -> None:
     if known != now:
         with contextlib.suppress(OSError):  # a cache that cannot be written is verified every time
             write_json(folder / VERIFIED, now)
-
-
-def shard_dict(shard: Shard) -> dict[str, Any]:
-    return asdict(shard)
 
 
 class TokenStore:

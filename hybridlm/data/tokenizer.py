@@ -287,7 +287,7 @@ def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
 def _from_transformers(name: str, eos: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    from hybridlm.data.hub import NotFound, look_up
+    from hybridlm.sources.hub import NotFound, look_up
 
     try:
         loaded = look_up(lambda: AutoTokenizer.from_pretrained(name))

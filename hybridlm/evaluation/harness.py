@@ -20,12 +20,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hybridlm import checkpoint as ckpt
-from hybridlm.data.hub import NotFound, look_up
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError, DataError, did_you_mean, require
 from hybridlm.evaluation.perplexity import CHUNK, normed_states
 from hybridlm.model.generation import generate
 from hybridlm.model.model import HybridLM
+from hybridlm.sources.hub import NotFound, look_up
 from hybridlm_kernels.packing import CuSeqlens
 
 PACK = 8192  # tokens a forward; a longer request has one of its own

@@ -1,5 +1,6 @@
 import json
 import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,11 +13,10 @@ from hybridlm.data.shards import (
     TokenStore,
     check_shard,
     read_manifest,
-    shard_dict,
     verify,
-    write_json,
 )
 from hybridlm.errors import DataError
+from hybridlm.files import write_json
 
 EOS = 99
 
@@ -33,7 +33,7 @@ def make_folder(folder, sizes_by_shard, dtype="<u2"):
             writer.add(ids, EOS, size - 1)
             expected.append([*ids.tolist(), EOS])
         shards.append(writer.finish())
-    write_json(folder / MANIFEST, {"format": FORMAT, "shards": {"train": [shard_dict(s) for s in shards]}})
+    write_json(folder / MANIFEST, {"format": FORMAT, "shards": {"train": [asdict(s) for s in shards]}})
     return shards, expected
 
 
@@ -116,7 +116,7 @@ def test_damage_is_named(tmp_path, kind):
 def test_checksums_of_much_data_are_not_computed_again_unless_asked(tmp_path, monkeypatch):
     import os
 
-    monkeypatch.setattr(shards, "CHEAP", 1)
+    monkeypatch.setattr(shards, "HASH_AT_START_MAX_BYTES", 1)
     make_folder(tmp_path, [[3, 2]])
     manifest = read_manifest(tmp_path)
     verify(tmp_path, manifest)

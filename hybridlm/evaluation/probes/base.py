@@ -1,24 +1,33 @@
-"""What a probe is: a task made on the fly, with answers that are known, that one ability decides.
+"""The contract of probes and their registry.
 
-B examples, T tokens an example. A probe has a vocabulary of its own; `targets[t]` is what the model should say at
-position t, after token t, or -100 where nothing is asked.
+A probe is a task whose examples are made on the fly, whose answers are known, and which one ability decides. It has a
+vocabulary of its own; `targets[t]` is the token that the model should predict at position t, after token t, or -100
+where nothing is asked. B examples, T tokens per example. A new one is a class and its registration, in one file:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Repeat(Probe): ...
+
+    register_probe("repeat_4", Repeat, period=4)
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybridlm.errors import require
+from hybridlm.config.serialization import from_dict
+from hybridlm.errors import ConfigError, did_you_mean, require
+from hybridlm.kind_registry import KindError
 
 IGNORE = -100
-FILL = 0  # in every probe: a token that says nothing
+FILL = 0  # id of the token without meaning, the same in every probe
 Split = Literal["train", "test"]
 _SPLITS = ("train", "test")
 
@@ -36,34 +45,42 @@ class ProbeBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
-    """A task and its difficulty. Length is not part of it: the same task is asked at any length.
+class Probe(ABC):
+    """A task and its difficulty; its fields are the parameters. The same task is asked at any length.
 
     An example is a pure function of (task, length, seed, split, index); the two splits never share their draws.
     Answers of several tokens are teacher-forced: each token is asked with the right ones before it.
     """
 
     task: ClassVar[str] = ""
-    in_context: ClassVar[bool] = False  # the examples themselves show the rule: what stood behind it before comes again
+    in_context: ClassVar[bool] = False  # an example itself shows its rule: what followed a key before follows it again
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
-        """Ids that may occur, as input or answer."""
-        raise TypeError(f"{type(self).__name__} does not say its vocabulary")
+        """Number of ids that may occur, as input or answer: 0 .. vocab_size - 1."""
 
     @property
+    @abstractmethod
     def answer_ids(self) -> range:
         """The ids that answers are drawn from."""
-        raise TypeError(f"{type(self).__name__} does not say its answers")
 
     @property
+    @abstractmethod
     def min_length(self) -> int:
-        """Tokens that the task takes at least."""
-        raise TypeError(f"{type(self).__name__} does not say its least length")
+        """Fewest tokens into which an example fits."""
 
+    @abstractmethod
     def make(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Input ids [T] and targets [T] of one example of exactly `length` tokens."""
-        raise TypeError(f"{type(self).__name__} makes no examples")
+        """Make one example of exactly `length` tokens.
+
+        Args:
+            rng: the only source of randomness.
+            length: tokens, at least `min_length`.
+
+        Returns:
+            Input ids [T] and targets [T], integers; targets are -100 where nothing is asked.
+        """
 
     @property
     def chance(self) -> float:
@@ -76,7 +93,13 @@ class Probe:
                 expected=f"at least {self.min_length}")
 
     def batch(self, length: int, indices: Iterable[int], *, seed: int = 0, split: Split = "train") -> ProbeBatch:
-        """The examples of `indices`.
+        """Make the examples with these indices.
+
+        Args:
+            length: tokens per example.
+            indices: numbers of the examples, from 0 on.
+            seed: the examples of two seeds are independent.
+            split: those of `train` and `test` are independent too.
 
         Raises:
             ConfigError: a length that the task does not fit into; a negative seed.
@@ -90,7 +113,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers. `token`: share of the answered positions; `exact`: share of the examples without an error."""
+    """Counts of right answers, and the two accuracies made of them.
+
+    `correct` of `tokens` asked positions are right, and `perfect` of `examples` have no error.
+
+    >>> score = Score(correct=3, tokens=4, perfect=1, examples=2)
+    >>> score.token, (score + score).exact
+    (0.75, 0.5)
+    """
 
     correct: int = 0
     tokens: int = 0
@@ -99,7 +129,7 @@ class Score:
 
     @classmethod
     def of(cls, predicted_BT: Tensor, targets_BT: Tensor) -> Score:
-        """Compare predictions with targets; examples in which nothing is asked do not count."""
+        """Compare predicted tokens with targets, both [B, T]; examples in which nothing is asked do not count."""
         asked_BT = targets_BT != IGNORE
         right_BT = (predicted_BT == targets_BT) & asked_BT
         asked_B, right_B = asked_BT.sum(1), right_BT.sum(1)
@@ -113,15 +143,74 @@ class Score:
 
     @property
     def token(self) -> float:
+        """Fraction of the asked positions that are right."""
         return self.correct / max(self.tokens, 1)
 
     @property
     def exact(self) -> float:
+        """Fraction of the examples without an error."""
         return self.perfect / max(self.examples, 1)
 
 
-def scatter(rng: np.random.Generator, blocks: Sequence[Sequence[int]], background_T: np.ndarray) -> np.ndarray:
-    """`background_T` with the blocks written over it in their order, without overlap, all placings equally likely."""
+PROBES: dict[str, tuple[type[Probe], dict[str, Any]]] = {}  # name -> its class, and the parameters that make it
+
+
+def register_probe(name: str, probe: type[Probe], **defaults: Any) -> None:
+    """Register a probe under the name by which `--probe` and sweeps choose it.
+
+    One class may stand under several names with different parameters. Registering the same class again, as a reload
+    of its file does, replaces the earlier registration.
+
+    Args:
+        name: the probe's name.
+        probe: its class.
+        defaults: parameters in which this probe differs from the class.
+
+    Raises:
+        KindError: the name is taken by another class, or the class lacks a method of `Probe` or a `task`.
+    """
+    if not issubclass(probe, Probe) or not probe.task:
+        raise KindError(f"probe '{name}': {probe.__name__} needs hybridlm.evaluation.probes.Probe as a base class and "
+                        "the name of its task as `task`")
+    lacking = sorted(probe.__abstractmethods__)
+    if lacking:
+        raise KindError(f"probe '{name}': {probe.__name__} lacks {' and '.join(lacking)}; see the docstrings in "
+                        f"{Probe.__module__} for what is expected")
+    registered = PROBES.get(name)
+    if registered is not None and _qualified_name(registered[0]) != _qualified_name(probe):
+        raise KindError(f"probe '{name}' is taken by {_qualified_name(registered[0])}; give {probe.__name__} another "
+                        "name")
+    PROBES[name] = (probe, defaults)
+
+
+def make_probe(name: str, parameters: Mapping[str, Any] | None = None) -> Probe:
+    """Make the probe of this name.
+
+    Args:
+        name: one that is registered.
+        parameters: values that replace the probe's defaults.
+
+    Raises:
+        ConfigError: no such probe or parameter, or a value that it cannot have.
+
+    >>> from hybridlm.evaluation.probes import make_probe
+    >>> batch = make_probe("parity").batch(length=6, indices=[0, 1], seed=0)
+    >>> batch.input_ids.shape, bool((batch.targets[:, 0] == batch.input_ids[:, 0]).all())
+    (torch.Size([2, 6]), True)
+    """
+    if name not in PROBES:
+        raise ConfigError("probe", "no probe of this name", got=name, expected=f"one of {', '.join(PROBES)}",
+                          hint=did_you_mean(name, PROBES) or "a probe of your own is registered with --import FILE")
+    cls, defaults = PROBES[name]
+    return from_dict(cls, {**defaults, **(parameters or {})}, f"probe.{name}")
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def place_blocks(rng: np.random.Generator, blocks: Sequence[Sequence[int]], background_T: np.ndarray) -> np.ndarray:
+    """Write the blocks over a copy of `background_T` [T], in their order, without overlap, uniformly at random."""
     sizes = np.array([len(block) for block in blocks])
     free = len(background_T) - int(sizes.sum())
     slots = np.sort(rng.choice(free + len(blocks), len(blocks), replace=False))
@@ -132,8 +221,17 @@ def scatter(rng: np.random.Generator, blocks: Sequence[Sequence[int]], backgroun
     return ids_T
 
 
-def ask(head: np.ndarray, questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
-    """`head`, then each (question, answers): all but the last token of an answer stand in the input."""
+def append_questions(head: np.ndarray, questions: Sequence[tuple[Sequence[int], Sequence[int]]]
+                     ) -> tuple[np.ndarray, np.ndarray]:
+    """Append questions and their answers to an example.
+
+    Args:
+        head: ids [T'] in which nothing is asked.
+        questions: (question ids, answer ids); all but the last token of an answer stand in the input.
+
+    Returns:
+        Input ids [T] and targets [T].
+    """
     ids, targets = [head], [np.full(len(head), IGNORE)]
     for question, answers in questions:
         ids.append(np.array([*question, *answers[:-1]]))
@@ -141,13 +239,13 @@ def ask(head: np.ndarray, questions: Sequence[tuple[Sequence[int], Sequence[int]
     return np.concatenate(ids), np.concatenate(targets)
 
 
-def positive(probe: Probe, *names: str) -> None:
-    """Raise ConfigError unless these parameters are at least 1."""
+def require_positive(probe: Probe, *names: str) -> None:
+    """Raise ConfigError unless the parameters of these names are at least 1."""
     for name in names:
         require(getattr(probe, name) >= 1, name, "must be positive", got=getattr(probe, name))
 
 
-def at_most(probe: Probe, name: str, limit: int, why: str) -> None:
-    """Raise ConfigError if a parameter passes `limit`."""
+def require_at_most(probe: Probe, name: str, limit: int, why: str) -> None:
+    """Raise ConfigError if the parameter `name` is above `limit`; `why` completes the message."""
     value = getattr(probe, name)
     require(value <= limit, name, why, got=value, expected=f"at most {limit}")

@@ -7,7 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridlm.evaluation.probes.base import FILL, Probe, ask, positive, scatter
+from hybridlm.evaluation.probes.base import (
+    FILL,
+    Probe,
+    append_questions,
+    place_blocks,
+    register_probe,
+    require_positive,
+)
 
 COPY, FIRST = 1, 2
 
@@ -26,7 +33,7 @@ class Copy(Probe):
     alphabet: int = 32
 
     def __post_init__(self) -> None:
-        positive(self, "alphabet")
+        require_positive(self, "alphabet")
 
     @property
     def vocab_size(self) -> int:
@@ -43,7 +50,7 @@ class Copy(Probe):
     def make(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         string = FIRST + rng.integers(self.alphabet, size=length // 2)
         head = np.concatenate([np.full(length % 2, FILL), string])
-        return ask(head, [((COPY,), list(string))])
+        return append_questions(head, [((COPY,), list(string))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +67,7 @@ class SelectiveCopy(Probe):
     alphabet: int = 16
 
     def __post_init__(self) -> None:
-        positive(self, "num_tokens", "alphabet")
+        require_positive(self, "num_tokens", "alphabet")
 
     @property
     def vocab_size(self) -> int:
@@ -76,5 +83,9 @@ class SelectiveCopy(Probe):
 
     def make(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         string = FIRST + rng.integers(self.alphabet, size=self.num_tokens)
-        head_T = scatter(rng, [(token,) for token in string], np.full(length - self.num_tokens, FILL))
-        return ask(head_T, [((COPY,), list(string))])
+        head_T = place_blocks(rng, [(token,) for token in string], np.full(length - self.num_tokens, FILL))
+        return append_questions(head_T, [((COPY,), list(string))])
+
+
+register_probe("copy", Copy)
+register_probe("selective_copy", SelectiveCopy)

@@ -7,7 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridlm.evaluation.probes.base import Probe, ask, at_most, positive, scatter
+from hybridlm.evaluation.probes.base import (
+    Probe,
+    append_questions,
+    place_blocks,
+    register_probe,
+    require_at_most,
+    require_positive,
+)
 
 NEEDLE, QUERY, FIRST = 1, 2, 3
 
@@ -32,9 +39,9 @@ class Needle(Probe):
     noise_vocab: int = 32
 
     def __post_init__(self) -> None:
-        positive(self, "num_keys", "num_values", "key_vocab", "value_vocab", "noise_vocab")
-        at_most(self, "num_keys", self.key_vocab, "needs as many different keys")
-        at_most(self, "num_values", self.value_vocab // self.num_keys, "needs different values in all needles")
+        require_positive(self, "num_keys", "num_values", "key_vocab", "value_vocab", "noise_vocab")
+        require_at_most(self, "num_keys", self.key_vocab, "needs as many different keys")
+        require_at_most(self, "num_values", self.value_vocab // self.num_keys, "needs different values in all needles")
 
     @property
     def vocab_size(self) -> int:
@@ -54,5 +61,10 @@ class Needle(Probe):
         keys_N = rng.permutation(np.repeat(keys_K, self.num_values))
         values_N = self.answer_ids.start + rng.choice(self.value_vocab, count, replace=False)
         hay_T = self.answer_ids.stop + rng.integers(self.noise_vocab, size=length - 1 - self.num_values)
-        head_T = scatter(rng, [(NEEDLE, k, v) for k, v in zip(keys_N, values_N, strict=True)], hay_T)
-        return ask(head_T, [((QUERY, keys_K[0]), list(values_N[keys_N == keys_K[0]]))])
+        head_T = place_blocks(rng, [(NEEDLE, k, v) for k, v in zip(keys_N, values_N, strict=True)], hay_T)
+        return append_questions(head_T, [((QUERY, keys_K[0]), list(values_N[keys_N == keys_K[0]]))])
+
+
+register_probe("needle_single", Needle)
+register_probe("needle_multi_key", Needle, num_keys=8)
+register_probe("needle_multi_value", Needle, num_keys=2, num_values=4)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from hybridlm.errors import require
-from hybridlm.evaluation.probes.base import IGNORE, Probe, positive
+from hybridlm.evaluation.probes.base import IGNORE, Probe, register_probe, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class InContextNGram(Probe):
 
     def __post_init__(self) -> None:
         require(self.n >= 2, "n", "must be at least 2", got=self.n)
-        positive(self, "alphabet")
+        require_positive(self, "alphabet")
         require(0 <= self.noise < 1, "noise", "must be a probability", got=self.noise, expected="at least 0, below 1")
 
     @property
@@ -70,3 +70,6 @@ def majority(counts: Counter[int]) -> int:
         return IGNORE
     token, count = counts.most_common(1)[0]
     return token if 2 * count > counts.total() else IGNORE
+
+
+register_probe("ngram", InContextNGram)

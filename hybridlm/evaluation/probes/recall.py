@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridlm.evaluation.probes.base import FILL, IGNORE, Probe, at_most, positive
+from hybridlm.evaluation.probes.base import FILL, IGNORE, Probe, register_probe, require_at_most, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class MultiQueryRecall(Probe):
     power: float = 0.1
 
     def __post_init__(self) -> None:
-        positive(self, "num_pairs", "key_vocab", "value_vocab", "queries")
-        at_most(self, "num_pairs", self.key_vocab, "needs as many different keys")
-        at_most(self, "queries", self.num_pairs, "asks each key once")
+        require_positive(self, "num_pairs", "key_vocab", "value_vocab", "queries")
+        require_at_most(self, "num_pairs", self.key_vocab, "needs as many different keys")
+        require_at_most(self, "queries", self.num_pairs, "asks each key once")
 
     @property
     def queries(self) -> int:
@@ -61,3 +61,6 @@ class MultiQueryRecall(Probe):
         asked_Q = rng.choice(self.num_pairs, self.queries, replace=False)
         ids_T[places_Q], targets_T[places_Q] = keys_P[asked_Q], values_P[asked_Q]
         return ids_T, targets_T
+
+
+register_probe("mqar", MultiQueryRecall)

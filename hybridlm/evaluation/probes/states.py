@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from hybridlm.errors import require
-from hybridlm.evaluation.probes.base import FILL, IGNORE, Probe, positive
+from hybridlm.evaluation.probes.base import FILL, IGNORE, Probe, register_probe, require_positive
 
 OPERATORS = "+-*"
 
@@ -99,7 +99,7 @@ class ModularArithmetic(Probe):
 
     def __post_init__(self) -> None:
         require(self.modulus >= 2, "modulus", "must be at least 2", got=self.modulus)
-        positive(self, "num_operators")
+        require_positive(self, "num_operators")
         require(set(self.operators) <= set(OPERATORS), "operators", "knows no such operator", got=self.operators,
                 expected="some of + - *")
 
@@ -135,3 +135,9 @@ class ModularArithmetic(Probe):
     @staticmethod
     def _apply(operator: str, a: int, b: int) -> int:
         return {"+": a + b, "-": a - b, "*": a * b}[operator]
+
+
+register_probe("parity", Parity)
+register_probe("s3", Permutations, degree=3)
+register_probe("s5", Permutations, degree=5)
+register_probe("modular_arithmetic", ModularArithmetic)

@@ -8,7 +8,14 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from hybridlm.errors import require
-from hybridlm.evaluation.probes.base import Probe, ask, at_most, positive, scatter
+from hybridlm.evaluation.probes.base import (
+    Probe,
+    append_questions,
+    place_blocks,
+    register_probe,
+    require_at_most,
+    require_positive,
+)
 
 ASSIGN, QUERY, FIRST = 1, 2, 3
 
@@ -34,10 +41,10 @@ class VariableTracking(Probe):
     noise_vocab: int = 16
 
     def __post_init__(self) -> None:
-        positive(self, "num_chains", "variable_vocab", "value_vocab", "noise_vocab")
+        require_positive(self, "num_chains", "variable_vocab", "value_vocab", "noise_vocab")
         require(self.hops >= 0, "hops", "must not be negative", got=self.hops)
-        at_most(self, "num_chains", min(self.value_vocab, self.variable_vocab // (self.hops + 1)),
-                "needs different variables and values in all chains")
+        require_at_most(self, "num_chains", min(self.value_vocab, self.variable_vocab // (self.hops + 1)),
+                        "needs different variables and values in all chains")
 
     @property
     def vocab_size(self) -> int:
@@ -69,8 +76,11 @@ class VariableTracking(Probe):
             done_C[chain] += 1
         noise_T = FIRST + self.variable_vocab + self.value_vocab + rng.integers(
             self.noise_vocab, size=length - self._question_length)
-        head_T = scatter(rng, statements, noise_T)
+        head_T = place_blocks(rng, statements, noise_T)
         order = rng.permutation(self.num_chains)
         if self.question == "value":
-            return ask(head_T, [((QUERY, variables_CL[c, -1]), [values_C[c]]) for c in order])
-        return ask(head_T, [((QUERY, values_C[c]), list(variables_CL[c])) for c in order])
+            return append_questions(head_T, [((QUERY, variables_CL[c, -1]), [values_C[c]]) for c in order])
+        return append_questions(head_T, [((QUERY, values_C[c]), list(variables_CL[c])) for c in order])
+
+
+register_probe("variable_tracking", VariableTracking)

@@ -8,7 +8,15 @@ from typing import ClassVar
 import numpy as np
 
 from hybridlm.errors import require
-from hybridlm.evaluation.probes.base import FILL, Probe, ask, at_most, positive, scatter
+from hybridlm.evaluation.probes.base import (
+    FILL,
+    Probe,
+    append_questions,
+    place_blocks,
+    register_probe,
+    require_at_most,
+    require_positive,
+)
 
 QUERY, FIRST = 1, 2
 
@@ -31,8 +39,9 @@ class KeyValueUpdates(Probe):
     value_vocab: int = 32
 
     def __post_init__(self) -> None:
-        positive(self, "num_keys", "key_vocab")
-        at_most(self, "num_keys", min(self.key_vocab, self.num_writes), "needs as many different keys and writes")
+        require_positive(self, "num_keys", "key_vocab")
+        require_at_most(self, "num_keys", min(self.key_vocab, self.num_writes),
+                        "needs as many different keys and writes")
         require(self.value_vocab >= 2, "value_vocab", "must be at least 2", got=self.value_vocab)
 
     @property
@@ -58,6 +67,9 @@ class KeyValueUpdates(Probe):
             else:
                 latest[key] = int(rng.integers(self.value_vocab))
             writes.append((key, self.answer_ids.start + latest[key]))
-        head_T = scatter(rng, writes, np.full(length - 2 * self.num_keys, FILL))
-        return ask(head_T, [((QUERY, key), [self.answer_ids.start + latest[key]])
-                            for key in rng.permutation(keys_K).tolist()])
+        head_T = place_blocks(rng, writes, np.full(length - 2 * self.num_keys, FILL))
+        questions = [((QUERY, key), [self.answer_ids.start + latest[key]]) for key in rng.permutation(keys_K).tolist()]
+        return append_questions(head_T, questions)
+
+
+register_probe("key_value_updates", KeyValueUpdates)

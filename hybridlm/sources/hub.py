@@ -1,4 +1,7 @@
-"""Names on the Hugging Face hub, where there may be no network: its clients try again for half a minute and more."""
+"""Names on the Hugging Face hub, looked up so that a missing network is noticed within seconds.
+
+The hub's own clients try again for half a minute and more.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-T = TypeVar("T")
-PATIENCE = 5.0  # seconds for a connection, looking up the name included
+Loaded = TypeVar("Loaded")
+CONNECT_TIMEOUT_S = 5.0  # looking up the address included
 
 
 def is_reachable() -> bool:
-    """Does anything answer where the hub, or the proxy before it, should be?"""
+    """Whether the hub, or the proxy before it, accepts a connection within CONNECT_TIMEOUT_S."""
     from huggingface_hub import constants
 
     url = urlsplit(getproxies().get("https") or constants.ENDPOINT)
@@ -24,26 +27,29 @@ def is_reachable() -> bool:
 
     def connect() -> None:
         try:
-            with closing(socket.create_connection(address, PATIENCE)):
+            with closing(socket.create_connection(address, CONNECT_TIMEOUT_S)):
                 answered.append(True)
         except OSError:
             pass
 
     thread = Thread(target=connect, daemon=True)  # nothing else bounds the time that a name takes to be looked up
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(CONNECT_TIMEOUT_S)
     return bool(answered)
 
 
 class NotFound(Exception):
-    """Neither in the hub's cache nor, where it can be reached, on the hub. The text is one line."""
+    """A name is neither in the hub's cache nor, where it can be reached, on the hub; the text is one line."""
 
 
-def look_up(load: Callable[[], T]) -> T:
-    """What `load` finds in the hub's cache, else on the hub.
+def look_up(load: Callable[[], Loaded]) -> Loaded:
+    """Call `load` with the hub's cache alone, and if that fails with the network.
+
+    Args:
+        load: a call of `datasets`, `transformers` or another client of the hub.
 
     Raises:
-        NotFound: whatever else `load` raises.
+        NotFound: `load` failed both times, or the hub cannot be reached; the text says why.
     """
     from huggingface_hub import constants
 

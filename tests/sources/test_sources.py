@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from hybridlm.config.schema import DataSourceConfig
-from hybridlm.data.sources import open_source
 from hybridlm.errors import DataError
+from hybridlm.sources import open_source
 
 
 def texts(path, **options):

@@ -5,7 +5,7 @@ import time
 import pytest
 from huggingface_hub import constants
 
-from hybridlm.data import hub
+from hybridlm.sources import hub
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_what_is_nowhere_says_where_it_was_looked_for(online, reachable, offline
 
 
 def test_a_hub_that_does_not_answer_is_given_up_soon(online):
-    online.setattr(hub, "PATIENCE", 0.2)
+    online.setattr(hub, "CONNECT_TIMEOUT_S", 0.2)
 
     def connect(address, timeout):
         time.sleep(2)
