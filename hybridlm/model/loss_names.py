@@ -20,5 +20,5 @@ def known_losses() -> tuple[str, ...]:
         ['lm', 'indexer_kl', 'balance']
     """
     of_kinds = [name for registry in (MIXERS, FEED_FORWARDS) for config, _ in registry.values()
-                for name in config.loss_names]
+                for name in config.loss_names]  # type: ignore[attr-defined]
     return tuple(dict.fromkeys([*MODEL_LOSSES, *of_kinds]))
