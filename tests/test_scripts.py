@@ -26,7 +26,7 @@ def load(name, monkeypatch):
 def test_sparse_attention_against_dense_is_measured_at_every_length(monkeypatch):
     bench_dsa = load("bench_dsa", monkeypatch)
     monkeypatch.setattr("hybridlm_kernels.tools.bench.ROUNDS", 1)
-    monkeypatch.setattr("hybridlm_kernels.tools.bench.SECONDS", 0.0)
+    monkeypatch.setattr("hybridlm_kernels.tools.bench.READING_SECONDS", 0.0)
     widths = bench_dsa.Widths().over(16)
     row = bench_dsa.measure(widths, 48, torch.float32, "cpu")
     assert row["topk"] == 48
@@ -55,8 +55,8 @@ def kernels_json(timings):
 
 @pytest.mark.parametrize(("tests", "timings", "code", "verdict"), [
     (0, [TIMED], 0, "all well"), (5, [TIMED], 0, "all well"),
-    (124, [TIMED], 3, "nothing wrong, but 1 parts had no time"),
-    (0, [TIMED, UNTIMED], 3, "nothing wrong, but 1 parts had no time"),
+    (124, [TIMED], 3, "nothing wrong, but 1 checks had no time"),
+    (0, [TIMED, UNTIMED], 3, "nothing wrong, but 1 checks had no time"),
     (1, [TIMED, UNTIMED], 1, "wrong: test_moe"),
     (0, [BROKEN], 1, "wrong: bench: delta_rule, GDN, B1 T8192 H96 D128, triton"),
     (0, [], 1, "wrong: bench: no times, see kernels.txt")])

@@ -1,4 +1,4 @@
-"""Adapters to other people's kernels: imported by name when first asked for, whatever goes wrong then is the reason."""
+"""Imports functions of optional packages by name when they are first asked for; a failure becomes a reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @functools.cache
 def find(module: str, name: str, package: str, at_least: str) -> tuple[Any, str]:
-    """(`module.name`, "") or (None, why not). `package` is what pip calls it, `at_least` its oldest version."""
+    """The function `module.name` and "", or None and the reason; pip knows the package as `package`."""
     wanted = f"pip install '{package}>={at_least}'"
     try:
         version = importlib.metadata.version(package)
@@ -25,7 +25,11 @@ def find(module: str, name: str, package: str, at_least: str) -> tuple[Any, str]
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """(2, 7, 4) of "2.7.4.post1"."""
+    """The numbers at the front of a version.
+
+    >>> version_numbers("2.7.4.post1")
+    (2, 7, 4)
+    """
     numbers = []
     for part in version.split("+")[0].split("."):
         if not part.isdigit():

@@ -16,6 +16,10 @@ class CuSeqlens:
 
     Raises:
         ValueError: borders that do not start at 0 or do not increase.
+
+    >>> borders = CuSeqlens([0, 2, 5])
+    >>> borders.lengths, borders.positions()
+    ([2, 3], tensor([0, 1, 0, 1, 2]))
     """
 
     def __init__(self, borders: Sequence[int], device: torch.device | str = "cpu"):
@@ -24,54 +28,57 @@ class CuSeqlens:
         if len(self.host) < 2 or self.host[0] != 0 or not increasing:
             raise ValueError(f"cu_seqlens must start at 0 and increase; got {list(self.host[:8])}")
         self.device = torch.device(device)
-        self.cache: dict = {}  # layouts derived from the borders, by whoever derives them
+        self.cache: dict = {}  # what operations derive from the borders, by a name of their own
 
     @classmethod
     def of(cls, borders: CuSeqlens | Tensor | Sequence[int], device: torch.device | str) -> CuSeqlens:
-        """From what a caller has. A CUDA tensor costs one synchronisation; pass host numbers to avoid it."""
+        """Borders from a list, a tensor or borders; a CUDA tensor costs one synchronisation, host numbers none."""
         if isinstance(borders, CuSeqlens):
             return borders
         return cls(borders.tolist() if isinstance(borders, Tensor) else borders, device)
 
     @property
     def lengths(self) -> list[int]:
+        """Tokens per document."""
         return [b - a for a, b in zip(self.host, self.host[1:], strict=False)]
 
     @property
     def num_documents(self) -> int:
+        """Number of documents, N."""
         return len(self.host) - 1
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens of all documents."""
         return self.host[-1]
 
     def tensor(self) -> Tensor:
-        """int32 [N+1] on the device."""
+        """The borders as a tensor on the device, int32 [N+1]."""
         if "tensor" not in self.cache:
             self.cache["tensor"] = torch.tensor(self.host, dtype=torch.int32, device=self.device)
         return self.cache["tensor"]
 
     def document_ids(self) -> Tensor:
-        """int64 [tokens]: the document of every token."""
+        """Number of the document of every token, int64 [tokens]."""
         if "document_ids" not in self.cache:
             ids = torch.repeat_interleave(torch.arange(self.num_documents), torch.tensor(self.lengths))
             self.cache["document_ids"] = ids.to(self.device)
         return self.cache["document_ids"]
 
     def positions(self) -> Tensor:
-        """int64 [tokens]: each token's place in its document."""
+        """Position of every token in its document, int64 [tokens]."""
         if "positions" not in self.cache:
             starts = torch.tensor(self.host[:-1], device=self.device)[self.document_ids()]
             self.cache["positions"] = torch.arange(self.num_tokens, device=self.device) - starts
         return self.cache["positions"]
 
     def first_keys(self, batch: int, queries: int) -> Tensor:
-        """int64 [batch, queries]: where in its row the document begins, for the last `queries` tokens of each row."""
+        """First position of the document of each of the last `queries` tokens per row, int64 [batch, queries]."""
         position_BS = self.positions().view(batch, -1)
         return (torch.arange(position_BS.shape[1], device=self.device) - position_BS)[:, -queries:]
 
     def check(self, batch: int, length: int) -> None:
-        """Raise ValueError unless the borders cover `batch` rows of `length` tokens with every row start."""
+        """Raises ValueError unless the borders cover `batch` rows of `length` tokens with every row start."""
         if self.num_tokens != batch * length:
             raise ValueError(f"cu_seqlens ends at {self.num_tokens}, "
                              f"but the tensors hold {batch} x {length} tokens")

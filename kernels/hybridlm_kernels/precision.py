@@ -1,4 +1,4 @@
-"""Which float type an operation works in, with and without autocast."""
+"""Float types in which an operation computes, with and without autocast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 def wide(x: Tensor) -> Tensor:
-    """In fp32, or fp64 if it is fp64."""
+    """Converts x to fp32; fp64 stays fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -23,8 +23,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def plain_backward(backward: Callable[..., Any]) -> Any:
-    """For the backward of an autograd function: no gradient of the gradient, and a caller inside autocast does
-    not lower its products."""
+    """Decorator for the backward of an autograd function: its products keep their precision inside autocast.
+
+    There is no gradient of the gradient.
+    """
 
     @functools.wraps(backward)
     def run(ctx: Any, grad: Tensor, *grads: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Which backend runs an operation, and why: every choice and every rejection can be printed.
+"""Chooses the backend that runs an operation, and keeps the reasons: every choice and every rejection can be printed.
 
 An operation lists its backends in order of preference. The first one made for the device at hand that accepts
 the call runs it. `configure` or a call's own `backend=` names one instead.
@@ -25,7 +25,7 @@ class KernelUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend needs to know to accept a call or not.
+    """The facts about a call by which a backend accepts or refuses it.
 
     `facts` are short values that name the kind of call (head dims, kind of decay, packed or not). No lengths:
     decisions are remembered by their facts, and a choice must not depend on how long a batch happens to be.
@@ -38,23 +38,27 @@ class Call:
 
     @classmethod
     def of(cls, *tensors: Tensor | None, **facts: Any) -> Call:
-        """From the call's tensors, the first of which gives device and dtype (None entries are skipped)."""
+        """A call on these tensors, the first of which gives device and dtype; None entries are skipped."""
         present = [t for t in tensors if t is not None]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in present)
         return cls(present[0].device.type, present[0].dtype, needs_grad, tuple(facts.items()))
 
     def get(self, fact: str, default: Any = None) -> Any:
+        """The value of a fact, or `default`."""
         return next((value for name, value in self.facts if name == fact), default)
 
 
 def always(call: Call) -> tuple[bool, str]:
-    """A backend's `supports` that refuses nothing."""
+    """Accepts every call: the default of a backend's `supports`."""
     return True, ""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`supports(call)` gives (True, "") or (False, reason). `run` takes the operation's checked arguments."""
+    """One way to run an operation.
+
+    `supports(call)` gives (True, "") or (False, reason). `run` takes the operation's checked arguments, by position.
+    """
 
     name: str
     run: Callable[..., Any]
@@ -72,7 +76,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Choice:
-    """One decision: which backend, why, and why the ones before it were passed over."""
+    """One decision: the backend, the reason, and the reasons why the ones before it were passed over."""
 
     operation: str
     backend: str
@@ -88,19 +92,19 @@ _watchers: list[Callable[[Choice], None]] = []
 
 
 def register(operation: Operation) -> Operation:
-    """Make an operation known by its name; returns it."""
+    """Makes an operation known by its name, and returns it."""
     _operations[operation.name] = operation
     _decisions.clear()
     return operation
 
 
 def operations() -> list[Operation]:
-    """All known operations."""
+    """All known operations, in the order in which they were registered."""
     return list(_operations.values())
 
 
 def configure(settings: Mapping[str, Any]) -> None:
-    """Name the backend of operations, `{"delta_rule": "torch"}`, and `strict`; all else stays as it is.
+    """Names the backend of operations, `{"delta_rule": "torch"}`, and `strict`; all else stays as it is.
 
     A backend of None or "auto" gives the choice back to the registry, and so does a `strict` of None. With
     strict (by default on CUDA only) falling back from the best backend for a device to another is an error.
@@ -108,6 +112,13 @@ def configure(settings: Mapping[str, Any]) -> None:
     Raises:
         KernelUnavailable: an unknown operation or backend (with the nearest known name), or a `strict` that
             is neither a bool nor None.
+
+    >>> configure({"swiglu": "reference"})
+    >>> configure({"swiglu": "fast"})
+    Traceback (most recent call last):
+    ...
+    hybridlm_kernels.registry.KernelUnavailable: swiglu has no backend 'fast'; it has triton, torch, reference
+    >>> configure({"swiglu": "auto"})
     """
     global _strict
     checked: dict[str, str | None] = {}
@@ -129,7 +140,7 @@ def configure(settings: Mapping[str, Any]) -> None:
 
 
 def choose(op: Operation, call: Call, override: str | None = None) -> Backend:
-    """The backend that runs `call`.
+    """The backend that runs `call`: the one named by `override` or `configure`, else the first that accepts it.
 
     Raises:
         KernelUnavailable: the named backend is unknown or refuses the call, none accepts it, or (strict) the
@@ -145,13 +156,13 @@ def choose(op: Operation, call: Call, override: str | None = None) -> Backend:
 
 
 def explain() -> list[Choice]:
-    """The distinct decisions made since the last `configure`, one row each, in order."""
+    """The distinct decisions made since the last `configure`, in order."""
     return list(dict.fromkeys(choice for _, choice in _decisions.values()))
 
 
 @contextmanager
 def watching(watcher: Callable[[Choice], None]) -> Iterator[None]:
-    """Within it, `watcher` sees the choice made for every call of an operation, in the order of the calls."""
+    """Context in which `watcher` is called with the choice of every call of an operation, in the order of the calls."""
     _watchers.append(watcher)
     try:
         yield

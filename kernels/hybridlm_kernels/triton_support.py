@@ -1,4 +1,4 @@
-"""What the Triton backends share: when they may run, how a launch is tuned, and what the compile check compiles.
+"""Common code of the Triton backends: conditions under which they run, tuning of launches, cases of the compile check.
 
 Import it, and the module of a Triton backend, only where triton is installed (`lazy_triton_backend` does that).
 """
@@ -34,7 +34,7 @@ HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 def lazy_triton_backend(module: str, function: str, supports: Callable[[Call], tuple[bool, str]] = always) -> Backend:
     """The Triton backend of an operation: `function` of `module`, which is imported at the first call.
 
-    `supports` holds what is particular to the operation (head dims, features). Device, dtype and versions are
+    `supports` checks what is particular to the operation (head dims, features). Device, dtype and versions are
     checked here.
     """
 
@@ -49,7 +49,7 @@ def lazy_triton_backend(module: str, function: str, supports: Callable[[Call], t
 
 
 def _problem(call: Call) -> str:
-    """Why no Triton kernel can run the call here, or nothing."""
+    """The reason why no Triton kernel can run the call here, or an empty text."""
     if not INSTALLED:
         return "triton is not installed (pip install triton)"
     if problem := _problem_of_version():
@@ -69,7 +69,7 @@ def _problem(call: Call) -> str:
 
 @functools.cache
 def _problem_of_version() -> str:
-    """Why the triton that is installed will not do, or nothing."""
+    """The reason why the installed triton cannot be used, or an empty text."""
     fix = f"pip install 'triton>={OLDEST_TRITON}'"
     try:
         version = importlib.import_module("triton").__version__
@@ -81,8 +81,10 @@ def _problem_of_version() -> str:
 
 @contextmanager
 def untuned() -> Iterator[None]:
-    """Kernels first used within it keep their first configuration, unless HYBRIDLM_TUNE says else: for checks, whose
-    sizes nothing else has."""
+    """Context in which kernels first used keep their first configuration, unless HYBRIDLM_TUNE is set.
+
+    For checks, whose sizes occur nowhere else.
+    """
     before = os.environ.get("HYBRIDLM_TUNE")
     os.environ.setdefault("HYBRIDLM_TUNE", "0")
     try:
@@ -93,11 +95,11 @@ def untuned() -> Iterator[None]:
 
 
 def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
-    """Decorator above `@triton.jit`: the fastest of `configs` for each value of the arguments in `key`.
+    """Decorator above `@triton.jit` that times and keeps the fastest of `configs` for each value of `key`.
 
-    The first configuration is the default: the interpreter and the compile check use it, HYBRIDLM_TUNE=0 leaves it at
-    it, and it must be safe at every shape the backend accepts. Of the others those are timed that `worth_timing` keeps
-    on the device at hand. Choices are kept on disk in Triton's cache. `key` holds sizes of heads and flags, never a
+    The first configuration is the default: the interpreter, the compile check and HYBRIDLM_TUNE=0 use it, and it must
+    be safe at every shape the backend accepts. Of the others those are timed that `worth_timing` keeps on the device at
+    hand. Choices are kept on disk in Triton's cache. `key` names arguments that are sizes of heads and flags, never a
     number of tokens: packed batches would tune again and again in the middle of a run.
     """
     import triton
@@ -119,15 +121,18 @@ def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
 
 
 def worth_timing(configs: Sequence[Any], spilled: Sequence[int | None]) -> list[Any]:
-    """The configurations that spill no registers; where all do, those that can be launched; where none can, all of
-    them, so that the launch says why. `spilled` is a thread's share, None where a configuration cannot be launched."""
+    """The configurations that spill no registers; where all do, those that can be launched; else all.
+
+    Where none can be launched all are returned, so that the launch says why. `spilled` is in bytes per thread, None
+    where a configuration cannot be launched.
+    """
     without = [config for config, amount in zip(configs, spilled, strict=True) if amount == 0]
     launching = [config for config, amount in zip(configs, spilled, strict=True) if amount is not None]
     return without or launching or list(configs)
 
 
 def _build(kernel: Any, arguments: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> None:
-    """All calls of the kernel at once, for a build takes seconds. What fails does so again when it is asked for."""
+    """Builds all calls of the kernel side by side, each of which takes seconds; failures recur at the launch."""
     import triton
 
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
@@ -136,8 +141,10 @@ def _build(kernel: Any, arguments: Mapping[str, Any], calls: Sequence[Mapping[st
 
 
 def _spilled(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> int | None:
-    """What the kernel spills a thread, built for the current device; None where it does not compile, or needs more
-    shared memory than the device has."""
+    """Bytes per thread that the kernel spills, built for the current device.
+
+    None where it does not compile, or needs more shared memory than the device has.
+    """
     try:
         built = kernel.warmup(*arguments.values(), **constants)
         built.run  # noqa: B018  loads it, which is when the driver counts
@@ -147,24 +154,24 @@ def _spilled(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, 
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x as [M, D] whose rows may lie apart, `stride(0)`, but are whole: copied only where its strides demand it."""
+    """View of x as [M, D] with contiguous rows, `stride(0)` apart; copied only where its strides demand it."""
     x_MD = x.reshape(-1, x.shape[-1])
     return x_MD if x_MD.stride(1) == 1 else x_MD.contiguous()
 
 
 def programs(device: torch.device) -> int:
-    """How many programs fill the device, for kernels whose programs take many tiles each."""
+    """Number of programs that fill the device, for kernels whose programs compute many tiles each."""
     return 2 if INTERPRETED else 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def parallel_programs(device: torch.device) -> int:
-    """How many programs of a scan the device runs side by side; 0 where there is no device."""
+    """Number of programs of a scan that the device runs side by side; 0 where there is no device."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One kernel with one set of types and constants: what the compile check builds for a GPU that is not there.
+    """One kernel with one set of types and constants, for the compile check to build for a GPU that is not there.
 
     A Triton module lists its own in `COMPILE_CASES`. `types` gives every parameter that is not a constant, pointers as
     "*bf16" (taken to be 16-byte aligned, as torch's are) and numbers as "i32" or "fp32"; names in `divisible` are

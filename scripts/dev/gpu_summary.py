@@ -1,6 +1,9 @@
 #!/usr/bin/env python
-"""What `gpu_check.sh` found in one page, summary.md, and for programs, summary.json: the folder's NAME.code files hold
-the exit codes of checks, NAME.txt what they printed, kernels.json the times. Exit code 0, 1 (wrong) or 3 (no time)."""
+"""Summarises the results of `gpu_check.sh` in one page, summary.md, and for programs in summary.json.
+
+NAME.code files of the folder have the exit codes of checks, NAME.txt their output, kernels.json the times. The exit
+code is 0, 1 (something is wrong) or 3 (time ran out).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,14 @@ from typing import Any
 from hybridlm_kernels.tools.bench import Machine, Timing, table
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "flash-linear-attention", "flash-attn")
-NO_TIME = (124, 130, 137)  # of `timeout`, and of what it interrupts or kills
-OUTCOMES = {0: "passed", 5: "nothing to run here", **dict.fromkeys(NO_TIME, "not finished in time")}  # 5: of pytest
-LEFT_OUT = "left out"  # how the benchmark's problem begins where there was no time
+TIMEOUT_EXIT_CODES = (124, 130, 137)  # of `timeout`, and of a process that it interrupts or kills
+OUTCOMES = {0: "passed", 5: "nothing to run here",  # 5: of pytest
+            **dict.fromkeys(TIMEOUT_EXIT_CODES, "not finished in time")}
+LEFT_OUT_PREFIX = "left out"  # the benchmark's problem starts so where time ran out
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed."""
+    """Versions of Python and of the packages that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -34,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the working tree, and whether files differ from it."""
+    """Commit of the working tree, with a note where files differ from it."""
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -45,7 +49,7 @@ def commit() -> str:
 
 
 def checks(folder: Path) -> list[dict[str, Any]]:
-    """One row a check: its exit code, what that means, and the last line that it printed."""
+    """One row per check: its exit code, the meaning of that, and the last line that it printed."""
     rows = []
     for file in sorted(folder.glob("*.code")):
         code = int(file.read_text())
@@ -56,7 +60,7 @@ def checks(folder: Path) -> list[dict[str, Any]]:
 
 
 def summarise(folder: Path, command: str, seconds: int) -> tuple[dict[str, Any], str, int]:
-    """The findings, the same as Markdown, and the exit code."""
+    """The findings of a folder, the same as Markdown, and the exit code."""
     rows = checks(folder)
     try:
         kernels = json.loads((folder / "kernels.json").read_text())
@@ -67,10 +71,10 @@ def summarise(folder: Path, command: str, seconds: int) -> tuple[dict[str, Any],
         [f"bench: {t.operation}, {t.label}, {t.shape}, {t.backend}" for t in timings if t.failed])
     if not timings:
         wrong.append("bench: no times, see kernels.txt")
-    unfinished = [r["check"] for r in rows if r["code"] in NO_TIME] + (
-        [f"bench: {t.operation}, {t.label}, {t.shape}" for t in timings if t.problem.startswith(LEFT_OUT)])
+    unfinished = [r["check"] for r in rows if r["code"] in TIMEOUT_EXIT_CODES] + (
+        [f"bench: {t.operation}, {t.label}, {t.shape}" for t in timings if t.problem.startswith(LEFT_OUT_PREFIX)])
     verdict = f"wrong: {'; '.join(wrong)}" if wrong else (
-        f"nothing wrong, but {len(unfinished)} parts had no time" if unfinished else "all well")
+        f"nothing wrong, but {len(unfinished)} checks had no time" if unfinished else "all well")
     found = {"commit": commit(), "command": command, "date": datetime.now(UTC).isoformat(timespec="seconds"),
              "seconds": seconds, "versions": versions(), "verdict": verdict, "unfinished": unfinished, "checks": rows,
              **kernels}
@@ -85,6 +89,7 @@ def summarise(folder: Path, command: str, seconds: int) -> tuple[dict[str, Any],
 
 
 def main() -> int:
+    """Writes the summaries; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--command", required=True, help="what was run")

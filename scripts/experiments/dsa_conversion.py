@@ -99,7 +99,7 @@ def configs(out: Path, args: argparse.Namespace) -> dict[str, Callable[[], Confi
 
 
 def random_choice(topk: int) -> Choose:
-    """As many keys as the indexer would take, at random."""
+    """Chooses random keys, as many as the indexer would."""
     generator = torch.Generator().manual_seed(0)
 
     def choose(index: Any, seq: SequenceInfo) -> Tensor:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Which probes tell linear mixers and ratios apart, at a size at which two CPU cores finish?
+"""Trains and scores linear mixers and hybrid ratios on probes, at a size at which two CPU cores finish.
 
     python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio          # goes on where it was stopped
     python scripts/experiments/hybrid_ratio.py --out runs/hybrid_ratio --collect
@@ -73,7 +73,7 @@ def scores(results: dict[str, Any]) -> Iterator[list[Any]]:
 
 
 def facts(every: list[dict[str, Any]]) -> str:
-    """How many trainings, how long they took, and with what."""
+    """The number of trainings, their duration, and the machine and versions."""
     seconds = [value for results in every for point in results["points"] for name, value in point["metrics"].items()
                if name.endswith("/seconds")]
     return (f"{len(seconds)} trainings, {sum(seconds) / 60:.0f} minutes in all, "

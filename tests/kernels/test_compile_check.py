@@ -9,7 +9,7 @@ import torch
 from hybridlm_kernels import triton_support
 from hybridlm_kernels.registry import Call
 from hybridlm_kernels.tools import compile_check
-from hybridlm_kernels.tools.compile_check import Compiled, compile_cases, configurations, judged
+from hybridlm_kernels.tools.compile_check import Compiled, compile_cases, configurations, judge_configurations
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, tuned, worth_timing
 
 pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
@@ -145,14 +145,14 @@ def row(configuration, spilled, problem="", label="scan D=128", head_dim=128, ta
 
 
 def failures(rows):
-    return [(r.label, r.configuration, r.problem) for r in judged(rows) if r.problem and not r.left_out]
+    return [(r.label, r.configuration, r.problem) for r in judge_configurations(rows) if r.problem and not r.left_out]
 
 
 def test_a_configuration_may_be_left_out_of_some_heads():
     rows = [row("A", 0), row("B", 8, "spills"), row("A", 0, label="scan D=64", head_dim=64),
             row("B", 0, label="scan D=64", head_dim=64)]
     assert not failures(rows)
-    assert [r.left_out for r in judged(rows)] == [False, True, False, False]
+    assert [r.left_out for r in judge_configurations(rows)] == [False, True, False, False]
 
 
 def test_a_configuration_that_is_never_chosen_fails():

@@ -18,7 +18,7 @@ SHAPES = [(1, 1, 1, 1, 4, 1, 1, 4), (2, 37, 37, 4, 8, 4, 2, 8), (1, 90, 90, 3, 4
 
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
-    monkeypatch.setattr(eager, "CPU_ELEMENTS", 2000)
+    monkeypatch.setattr(eager, "CPU_BLOCK_ELEMENTS", 2000)
 
 
 def case(batch, queries, keys, heads, dim, main_heads, groups, main_dim, dtype=torch.float64, seed=0):

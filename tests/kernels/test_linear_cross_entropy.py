@@ -14,8 +14,8 @@ OPTIONS = [{}, {"soft_cap": 2.0}, {"z_loss": 1e-2}, {"z_loss": 1e-2, "soft_cap":
 
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "CPU_ELEMENTS", 1)
-    monkeypatch.setattr(chunked, "LEAST_ROWS", 64)
+    monkeypatch.setattr(chunked, "CPU_CHUNK_LOGITS", 1)
+    monkeypatch.setattr(chunked, "MIN_CHUNK_TOKENS", 64)
 
 
 def case(tokens=150, dim=20, vocabulary=57, dtype=torch.float64):
@@ -129,7 +129,7 @@ def test_large_logits_stay_finite():
 
 def test_no_gradient_wanted(monkeypatch):
     x, weight, labels = case()
-    monkeypatch.setattr(eager._Chunks, "product_gradients", None)  # not called
+    monkeypatch.setattr(eager._TorchLossChunks, "product_gradients", None)  # not called
     with torch.no_grad():
         loss, _, _ = linear_cross_entropy(x, weight, labels)
     assert not loss.requires_grad

@@ -17,7 +17,7 @@ SHAPES = [(1, 3, 3, 4), (2, 37, 37, 4), (1, 90, 90, 16), (2, 1, 30, 4), (1, 20, 
 
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "CPU_ELEMENTS", 2000)
+    monkeypatch.setattr(blocks, "CPU_BLOCK_ELEMENTS", 2000)
 
 
 def case(batch, queries, keys, size, cuts=None, dtype=torch.float64):
@@ -155,7 +155,7 @@ def test_attention_that_is_all_on_the_tail_teaches_nothing(form):
 
 @pytest.mark.parametrize("form", ["all", "listed"])
 def test_memory_is_linear_in_the_length(form, monkeypatch):
-    monkeypatch.setattr(blocks, "CPU_ELEMENTS", 2**14)
+    monkeypatch.setattr(blocks, "CPU_BLOCK_ELEMENTS", 2**14)
 
     def largest(length):
         pools, (q, k, w, main_q, main_k) = case(1, length, length, 16, dtype=torch.float32)

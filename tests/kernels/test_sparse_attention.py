@@ -19,14 +19,14 @@ SHAPES = [(1, 1, 1, 1, 1, 4, 4), (2, 37, 37, 4, 2, 8, 8), (1, 120, 120, 4, 1, 12
 
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
-    monkeypatch.setattr(eager, "INDEX_ELEMENTS", 2000)
-    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(eager, "CPU_INDEX_ELEMENTS", 2000)
+    monkeypatch.setattr(eager, "CPU_MASKED_ELEMENTS", 2000)
 
 
 @pytest.fixture(params=["masked", "gathered"])
 def strategy(request, monkeypatch):
     monkeypatch.setattr(eager, "COPY_COST", 1)
-    monkeypatch.setattr(eager, "GATHER_ELEMENTS", 2000)
+    monkeypatch.setattr(eager, "CPU_GATHERED_ELEMENTS", 2000)
     monkeypatch.setattr(eager, "GATHER_COST", -(10**6) if request.param == "gathered" else 10**12)
     return request.param
 
@@ -152,7 +152,7 @@ def test_values_that_are_part_of_the_keys(strategy):
 def test_the_cheaper_way_is_taken():
     def way(queries, keys, heads, groups, selected):
         q, k = torch.empty(1, queries, heads, 4), torch.empty(1, keys, groups, 4)
-        return eager._strategy(q, k, torch.empty(1, queries, selected))[0]
+        return eager._choose_gathered_or_masked(q, k, torch.empty(1, queries, selected))[0]
 
     assert way(1024, 1024, 16, 1, 64) is eager.gathered_forward  # one key head, few keys of many
     assert way(1, 65536, 8, 8, 2048) is eager.gathered_forward  # decoding

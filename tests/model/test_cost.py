@@ -125,8 +125,8 @@ def test_training_costs_three_forwards_and_counts_mtp():
 @pytest.mark.parametrize("core", ["full", "mla"])
 def test_flops_of_the_indexers_loss_against_torchs_counter(core, mode, pool, monkeypatch):
     """Selection, loss and their gradients. Blocks of 8 queries, so that little is computed that no query sees."""
-    monkeypatch.setattr(kl_blocks, "CPU_ELEMENTS", 1)
-    monkeypatch.setattr(sparse_blocks, "INDEX_ELEMENTS", 1)
+    monkeypatch.setattr(kl_blocks, "CPU_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(sparse_blocks, "CPU_INDEX_ELEMENTS", 1)
     length, topk = 256, 64
     config = load_model_config("hybrid_tiny", [f"model.schedule.pattern=[{core}]", "model.num_layers=1"])
     option = IndexerConfig(num_heads=4, head_dim=16, topk=topk, pool=pool, mode=mode, rope_kind="none")

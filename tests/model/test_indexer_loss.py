@@ -326,8 +326,8 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["attention_indexed", "deepseek_v32"])
 def test_a_training_step_holds_nothing_of_length_times_length(name, mode, monkeypatch):
-    for module, budget in ((kl_blocks, "CPU_ELEMENTS"), (sparse_blocks, "BLOCK_ELEMENTS"),
-                           (sparse_blocks, "INDEX_ELEMENTS")):
+    for module, budget in ((kl_blocks, "CPU_BLOCK_ELEMENTS"), (sparse_blocks, "CPU_MASKED_ELEMENTS"),
+                           (sparse_blocks, "CPU_INDEX_ELEMENTS")):
         monkeypatch.setattr(module, budget, 2**12)
     mixer = build(name, torch.float32)
     mixer.attention_mode = mode

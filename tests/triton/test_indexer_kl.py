@@ -16,10 +16,10 @@ SHAPES = [(2, 4, 4, 3, 20, 4, 2, 8), (1, 2, 70, 2, 8, 3, 1, 40)]
 
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
-    monkeypatch.setattr(triton_index, "QUERY_TILE", 3)
+    monkeypatch.setattr(triton_index, "MIN_BLOCK_QUERIES", 3)
     monkeypatch.setattr(triton_index, "STRIP_ELEMENTS", 1)
-    monkeypatch.setattr(triton_inverse, "WORK_BYTES", 1)
-    monkeypatch.setattr(triton_inverse, "FEWEST", 2)
+    monkeypatch.setattr(triton_inverse, "WORK_BUFFER_BYTES", 1)
+    monkeypatch.setattr(triton_inverse, "MIN_BLOCK_QUERIES", 2)
 
 
 def case(batch, queries, keys, heads, dim, main_heads, groups, main_dim):

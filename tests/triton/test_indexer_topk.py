@@ -9,7 +9,7 @@ from hybridlm_kernels.ops.sparse_attention import triton_index
 
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
-    monkeypatch.setattr(triton_index, "QUERY_TILE", 8)
+    monkeypatch.setattr(triton_index, "MIN_BLOCK_QUERIES", 8)
     monkeypatch.setattr(triton_index, "STRIP_ELEMENTS", 200)
 
 

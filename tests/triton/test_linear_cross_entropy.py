@@ -12,8 +12,8 @@ OPTIONS = [{}, {"soft_cap": 2.0}, {"z_loss": 1e-2}, {"z_loss": 1e-2, "soft_cap":
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "CPU_ELEMENTS", 1)
-    monkeypatch.setattr(chunked, "LEAST_ROWS", 16)
+    monkeypatch.setattr(chunked, "CPU_CHUNK_LOGITS", 1)
+    monkeypatch.setattr(chunked, "MIN_CHUNK_TOKENS", 16)
 
 
 def case(tokens, vocabulary, dim=20, ignored=slice(0, None, 7)):

@@ -63,7 +63,7 @@ def test_no_tokens(device):
     (1, 1, 1, 16), (129, 1, 70, 16), (5, 2, 40, 16), (150, 1, 3, 64), (200, 3, 7, 128), (200, 1, 1, 128)])
 def test_every_row_is_in_one_tile_of_its_expert(tokens, chosen, experts, block, device):
     ids = routing(tokens, chosen, experts)
-    routes = triton_routing.routes(ids.to(device), experts)
+    routes = triton_routing.sort_by_expert(ids.to(device), experts)
     assert routes.block_m == block
     order = ids.flatten().sort(stable=True).indices
     assert torch.equal(routes.pair_P.cpu().long(), order)

@@ -12,8 +12,8 @@ from tests.support.kernel_compare import error, tensors
 
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
-    monkeypatch.setattr(triton_inverse, "WORK_BYTES", 1)
-    monkeypatch.setattr(triton_inverse, "FEWEST", 2)
+    monkeypatch.setattr(triton_inverse, "WORK_BUFFER_BYTES", 1)
+    monkeypatch.setattr(triton_inverse, "MIN_BLOCK_QUERIES", 2)
 
 
 def selections(batch, queries, keys, count):

@@ -1,8 +1,8 @@
 """Times every backend of every operation side by side: `python -m hybridlm_kernels.tools.bench [operation ...]`.
 
-Forward, and forward with backward, at the shapes of `bench_cases.py`. Bytes are the floor: every input read once and
+Forward, and forward with backward, at the shapes of `cases.py`. Bytes are the floor: every input read once and
 every output written once (with the backward, their gradients too); FLOPs are those of the mathematics. Both are given
-a second and as shares of what this machine's copy and matrix product reach, measured in the same run.
+per second and as fractions of what this machine's copy and matrix product reach, measured in the same run.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hybridlm_kernels import registry
 from hybridlm_kernels.tools.cases import COMMON, SMALL, Case, Shape, cases
 from hybridlm_kernels.triton_support import INTERPRETED
 
-ROUNDS = 5  # of all backends in turn; the median counts
-SECONDS = 0.05  # of repetitions in one reading
+ROUNDS = 5  # readings per backend, taken in turn; the median counts
+READING_SECONDS = 0.05  # repetitions of a call fill a reading
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`copy`: bytes a second of a copy, read and written; `matmul`: FLOP/s of a matrix product in the dtype."""
+    """A device and its ceilings: `copy`, bytes per second read and written; `matmul`, FLOP/s of a matrix product."""
 
     device: str
     name: str
@@ -46,8 +46,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one backend (None: not run), and its rates against the machine's; `problem`: why not, `failed`
-    where it should have run."""
+    """Milliseconds of one backend (None: not run), and its rates against the machine's.
+
+    `problem`: why it was not run; `failed`: it should have run.
+    """
 
     operation: str
     label: str
@@ -67,7 +69,7 @@ class Timing:
 
 
 def machine(device: str, dtype: torch.dtype) -> Machine:
-    """Measure the two ceilings."""
+    """Measures the two ceilings, copy and matrix product."""
     cuda = device == "cuda"
     size, side = (2**28, 8192) if cuda else (2**24, 1024)
     source = torch.randn(size, device=device)
@@ -85,11 +87,11 @@ def machine(device: str, dtype: torch.dtype) -> Machine:
 
 
 def median_seconds(runs: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
-    """Seconds of one call of each, all in turn, `ROUNDS` times."""
+    """Median seconds of one call of each, all in turn, `ROUNDS` times."""
     repeat = {}
     for name, run in runs.items():
         run()  # compiles and tunes
-        repeat[name] = max(1, min(100, int(SECONDS / max(_seconds(run, 1, device), 1e-6))))
+        repeat[name] = max(1, min(100, int(READING_SECONDS / max(_seconds(run, 1, device), 1e-6))))
     readings: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
@@ -114,7 +116,7 @@ def _seconds(run: Callable[[], Any], repeat: int, device: str) -> float:
 
 
 def bench(case: Case, shape: Shape, here: Machine, only: Sequence[str] = ()) -> list[Timing]:
-    """One row a backend. Backends that refuse the call, run out of memory or fail say so in theirs."""
+    """Times a case at a shape, one row per backend; the row of one that refuses or fails says why."""
     dtype = getattr(torch, here.dtype)
     torch.manual_seed(0)
     inputs = case.make(shape, dtype, here.device)
@@ -149,7 +151,7 @@ def bench(case: Case, shape: Shape, here: Machine, only: Sequence[str] = ()) -> 
 
 
 def _without_time(case: Case, shape: Shape, backend: str, error: Exception) -> Timing:
-    """The row of what could not be timed, and whether that is a failure."""
+    """The row of a call that could not be timed; it says whether that is a failure."""
     expected = isinstance(error, registry.KernelUnavailable | torch.OutOfMemoryError)
     text = (str(error).strip().splitlines() or [""])[0]
     return Timing(case.operation, case.label, str(shape), backend, failed=not expected,
@@ -157,7 +159,7 @@ def _without_time(case: Case, shape: Shape, backend: str, error: Exception) -> T
 
 
 def _peak_mib(run: Callable[[], Any], device: str) -> float | None:
-    """Of a call that has been made before: the first one builds and tunes, which takes memory of its own."""
+    """Peak memory of a call in MiB. The call was made before: the first one builds and tunes, which takes memory."""
     if device != "cuda":
         return None
     before = torch.cuda.memory_allocated()
@@ -167,7 +169,7 @@ def _peak_mib(run: Callable[[], Any], device: str) -> float | None:
 
 
 def _backends(operation: str, device: str, only: Sequence[str]) -> list[str]:
-    """Those made for the device, but the reference, which is not made to be fast, and interpreted kernels."""
+    """Names of the backends made for the device, without the reference, which is slow, and interpreted kernels."""
     found = next(op for op in registry.operations() if op.name == operation)
     names = [b.name for b in found.backends if not b.devices or device in b.devices]
     return [name for name in names if (name in only if only else name != "reference")
@@ -175,7 +177,7 @@ def _backends(operation: str, device: str, only: Sequence[str]) -> list[str]:
 
 
 def _upstream(case: Case, inputs: dict[str, Tensor]) -> Tensor:
-    """A gradient of the output: also what its size is read from."""
+    """A random gradient of the output, from which the size of the output is read, too."""
     with torch.no_grad():
         out = case.run(inputs, None)
     return torch.randn_like(out) if out.is_floating_point() else out
@@ -183,6 +185,8 @@ def _upstream(case: Case, inputs: dict[str, Tensor]) -> Tensor:
 
 def _runs(case: Case, backend: str, inputs: dict[str, Tensor], trained: list[Tensor], upstream: Tensor
           ) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The forward, and the forward with the backward, as functions without arguments."""
+
     def forward() -> Any:
         with torch.no_grad():
             return case.run(inputs, backend)
@@ -218,13 +222,13 @@ def table(rows: Sequence[Timing], here: Machine) -> str:
 
 
 def describe(here: Machine) -> str:
-    """The machine in a line."""
+    """The machine in one line."""
     return (f"{here.name}, {here.dtype}, {here.threads} threads, torch {here.torch}, triton {here.triton}: copy "
             f"{here.copy / 1e9:.1f} GB/s, matrix product {here.matmul / 1e12:.2f} TFLOP/s")
 
 
 def shapes(texts: Sequence[str], device: str) -> list[Shape]:
-    """From "B1 T8192 H96 D128"; the common six by default, and smaller ones on a CPU.
+    """Shapes from texts like "B1 T8192 H96 D128"; the common six by default, and smaller ones on a CPU.
 
     Raises:
         KernelUnavailable: a text that is no shape.
@@ -241,9 +245,10 @@ def shapes(texts: Sequence[str], device: str) -> list[Shape]:
 def run(operations: Sequence[str] = (), *, backends: Sequence[str] = (), shape_texts: Sequence[str] = (),
         dtype: str | None = None, device: str | None = None, seconds: float = float("inf"),
         progress: Callable[[str], None] = lambda _: None) -> tuple[Machine, Iterator[Timing]]:
-    """The machine, and rows as they are measured, every case at a shape before the next shape. bfloat16 on CUDA,
-    float32 elsewhere, unless `dtype` says else. What has not begun after so many `seconds` is left out, and its row
-    says so.
+    """Times cases: the machine, and rows as they are measured, every case at a shape before the next shape.
+
+    The dtype is bfloat16 on CUDA and float32 elsewhere, unless `dtype` names one. A case that has not begun after
+    `seconds` is left out, and its row says so.
 
     Raises:
         KernelUnavailable: an operation, backend or shape that does not exist.
@@ -279,7 +284,7 @@ def run(operations: Sequence[str] = (), *, backends: Sequence[str] = (), shape_t
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hybridlm_kernels.tools.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
@@ -288,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What can be chosen, for this command line and for others around it."""
+    """Adds the arguments of the benchmark to a command line, this one or another around it."""
     parser.add_argument("operations", nargs="*", help="all by default")
     parser.add_argument("--backends", nargs="+", default=[], help="all but the reference by default")
     parser.add_argument("--shapes", nargs="+", default=[], metavar="'B1 T8192 H96 D128'",
@@ -300,10 +305,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def show(chosen: argparse.Namespace) -> int:
-    """Measure and print; returns the exit code, 1 where a backend failed at a call it should run, or was interrupted.
+    """Measures and prints; returns the exit code, 1 where a backend failed at a call it should run, or was interrupted.
 
     Raises:
-        KernelUnavailable: as `run`.
+        KernelUnavailable: no such operation, backend, shape or device.
     """
     tty = sys.stderr.isatty()
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -311,18 +316,18 @@ def show(chosen: argparse.Namespace) -> int:
     here, found = run(chosen.operations, backends=chosen.backends, shape_texts=chosen.shapes, dtype=chosen.dtype,
                       device=chosen.device, seconds=chosen.seconds,
                       progress=lambda text: print(f"\r{text}\033[K", end="", file=sys.stderr) if tty else None)
-    rows, whole = _until_interrupted(found)
+    rows, complete = _until_interrupted(found)
     order = [(case.operation, case.label) for case in cases()]
     rows.sort(key=lambda row: order.index((row.operation, row.label)))
     if tty:
         print("\r\033[K", end="", file=sys.stderr)
     print(json.dumps({"machine": asdict(here), "rows": [asdict(row) for row in rows]}, indent=1) if chosen.json
           else table(rows, here))
-    return int(not whole or any(row.failed for row in rows))
+    return int(not complete or any(row.failed for row in rows))
 
 
 def _until_interrupted(found: Iterator[Timing]) -> tuple[list[Timing], bool]:
-    """The rows, and whether those are all: who stops a measurement of minutes still wants what was measured."""
+    """The rows, and whether those are all: an interrupt after minutes must not lose what was measured."""
     rows: list[Timing] = []
     try:
         for row in found:

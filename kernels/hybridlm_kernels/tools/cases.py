@@ -21,14 +21,14 @@ from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs
 
 VOCABULARY, LOSS_TOKENS = 32768, 8192
 EXPERTS, TOP_EXPERTS = 16, 2
-MODEL_DIM = 4096  # at most: of the operations on whole tokens, which have H * D numbers a token
+MODEL_DIM = 4096  # at most: of the operations on whole tokens, which have H * D numbers per token
 INDEX_HEADS = 16  # at most
 SELECTED = 8  # top-k is the length over this
 
 
 @dataclass(frozen=True)
 class Shape:
-    """B rows, T tokens a row, H heads, D dims a head."""
+    """B rows, T tokens per row, H heads, D dims per head."""
 
     B: int
     T: int
@@ -92,12 +92,12 @@ def cases() -> Iterator[Case]:
     yield Case("short_conv", "width 4, silu",
                _tokens(lambda s: {"x": (s.B, s.T, s.model_dim), "weight": (s.model_dim, 4)}),
                lambda s: 8.0 * s.tokens * s.model_dim, ("x", "weight"), {"activation": "silu"})
-    yield Case("rms_norm", "a token", _tokens(lambda s: {"x": (s.tokens, s.model_dim), "weight": (s.model_dim,)}),
+    yield Case("rms_norm", "per token", _tokens(lambda s: {"x": (s.tokens, s.model_dim), "weight": (s.model_dim,)}),
                lambda s: 4.0 * s.tokens * s.model_dim, ("x", "weight"), {"eps": 1e-6})
-    yield Case("gated_rms_norm", "a head",
+    yield Case("gated_rms_norm", "per head",
                _tokens(lambda s: {"x": (s.tokens, s.H, s.D), "gate": (s.tokens, s.H, s.D), "weight": (s.D,)}),
                lambda s: 8.0 * s.tokens * s.H * s.D, ("x", "gate", "weight"), {"eps": 1e-6})
-    yield Case("swiglu", "a token",
+    yield Case("swiglu", "per token",
                _tokens(lambda s: {"gate": (s.tokens, s.model_dim), "up": (s.tokens, s.model_dim)}),
                lambda s: 5.0 * s.tokens * s.model_dim, ("gate", "up"))
     yield Case("rotary", "whole heads", _rotary, lambda s: 3.0 * s.tokens * s.H * s.D, ("x",))

@@ -39,16 +39,16 @@ from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, CompileCase,
 # Kilobytes of shared memory that a block can have.
 SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227,
              "sm_120": 99}
-TENSOR_COLUMNS = 512  # of Blackwell's tensor memory
+MAX_TENSOR_COLUMNS = 512  # columns of Blackwell's tensor memory
 TARGETS = ("sm_90", "sm_100")
-HEAD_DIMS = (0, 64, 128)  # built every time; 0 stands for kernels that have none
-LARGEST_UNSPILLED = 128
-Chosen = tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], bool]  # arguments of `builds`
+DEFAULT_HEAD_DIMS = (0, 64, 128)  # 0 stands for kernels that have none
+MAX_UNSPILLED_HEAD_DIM = 128  # kernels for larger heads may spill
+BuildArguments = tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], bool]  # arguments of `builds`
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel on one target: registers and spilled bytes a thread, shared bytes a block; `problem` if it failed.
+    """One kernel on one target: registers and spilled bytes per thread, shared bytes per block; `problem` if it failed.
 
     `spilled` is None where the kernel does not compile or cannot be launched.
     """
@@ -69,8 +69,8 @@ class Compiled:
 
 
 def compile_cases(only: Sequence[str] = (),
-                  head_dims: Sequence[int] | None = HEAD_DIMS) -> Iterator[tuple[str, CompileCase]]:
-    """(operation, compile_case) of every Triton module, of some head dims or all."""
+                  head_dims: Sequence[int] | None = DEFAULT_HEAD_DIMS) -> Iterator[tuple[str, CompileCase]]:
+    """Yields (operation, compile_case) of every Triton module, of some head dims or all."""
     for package in pkgutil.iter_modules(ops.__path__):
         if not package.ispkg or (only and package.name not in only):
             continue
@@ -92,7 +92,7 @@ class Configured:
 
     @property
     def source(self) -> Any:
-        """What triton compiles."""
+        """The kernel with its signature and constants, as triton compiles it."""
         from triton.compiler import ASTSource
 
         kernel = _untuned(self.compile_case.kernel)
@@ -110,13 +110,14 @@ class Configured:
 
 
 def _untuned(kernel: Any) -> Any:
+    """The kernel below the decorators that tune it."""
     while not hasattr(kernel, "arg_names") or hasattr(kernel, "configs"):  # autotune and heuristics wrap the kernel
         kernel = kernel.fn
     return kernel
 
 
 def configurations(compile_case: CompileCase) -> list[Configured]:
-    """Those that tuning may choose, the default first."""
+    """The configurations that tuning may choose, the default first."""
     found = getattr(compile_case.kernel, "configs", None)
     if not found:
         return [Configured(compile_case, dict(compile_case.constants),
@@ -126,7 +127,7 @@ def configurations(compile_case: CompileCase) -> list[Configured]:
 
 
 def compile_for(operation: str, configured: Configured, target: str) -> Compiled:
-    """Build one compile_case to a cubin and read what it uses."""
+    """Builds one compile_case to a cubin and reads what it uses."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -141,12 +142,12 @@ def compile_for(operation: str, configured: Configured, target: str) -> Compiled
         tensor_columns = getattr(built.metadata, "tmem_size", None) or 0
         if shared > SHARED_KB[target] * 1024:
             problem = f"needs {shared} bytes of shared memory, {SHARED_KB[target] * 1024} are there"
-        elif tensor_columns > TENSOR_COLUMNS:
-            problem = f"needs {tensor_columns} columns of tensor memory, {TENSOR_COLUMNS} are there"
+        elif tensor_columns > MAX_TENSOR_COLUMNS:
+            problem = f"needs {tensor_columns} columns of tensor memory, {MAX_TENSOR_COLUMNS} are there"
         else:
             spilled = stack
-            if spilled and compile_case.head_dim <= LARGEST_UNSPILLED:
-                problem = f"spills {spilled} bytes a thread"
+            if spilled and compile_case.head_dim <= MAX_UNSPILLED_HEAD_DIM:
+                problem = f"spills {spilled} bytes per thread"
     except Exception as error:  # a compiler can fail in any way; the row says how
         problem = "does not compile: " + (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return Compiled(operation, _untuned(compile_case.kernel).__name__, compile_case.label, compile_case.head_dim,
@@ -154,8 +155,8 @@ def compile_for(operation: str, configured: Configured, target: str) -> Compiled
                     time.perf_counter() - start, problem)
 
 
-def judged(rows: Sequence[Compiled]) -> list[Compiled]:
-    """The rows of all configurations of some kernels, those marked that tuning leaves out and may leave out.
+def judge_configurations(rows: Sequence[Compiled]) -> list[Compiled]:
+    """Marks the rows of configurations that tuning leaves out, and fails those that it must not leave out.
 
     It may not leave out a first configuration, for heads up to 128, nor one configuration everywhere.
     """
@@ -164,7 +165,7 @@ def judged(rows: Sequence[Compiled]) -> list[Compiled]:
         groups[row.operation, row.label, row.target].append(row)
     kept = {row for group in groups.values() for row in worth_timing(group, [row.spilled for row in group])}
     of_use = {(row.operation, row.kernel, row.configuration) for row in kept}
-    first = {group[0] for group in groups.values() if group[0].head_dim <= LARGEST_UNSPILLED}
+    first = {group[0] for group in groups.values() if group[0].head_dim <= MAX_UNSPILLED_HEAD_DIM}
 
     def judge(row: Compiled) -> Compiled:
         if row in kept or row in first:
@@ -177,7 +178,7 @@ def judged(rows: Sequence[Compiled]) -> list[Compiled]:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack (where spilled registers go) a thread."""
+    """Registers and bytes of stack (where spilled registers go) per thread."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -213,11 +214,11 @@ def builds(operations: tuple[str, ...], targets: tuple[str, ...], head_dims: tup
             for configured in configurations(compile_case)[:None if every else 1] for target in targets]
 
 
-def _build(chosen: Chosen, number: int) -> Compiled:
+def _build(chosen: BuildArguments, number: int) -> Compiled:
     return compile_for(*builds(*chosen)[number])
 
 
-def _build_all(chosen: Chosen, jobs: int) -> list[Compiled]:
+def _build_all(chosen: BuildArguments, jobs: int) -> list[Compiled]:
     """All builds, by so many processes, with progress on a terminal."""
     rows, count = [], len(builds(*chosen))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else nullcontext() as pool:
@@ -232,15 +233,16 @@ def _build_all(chosen: Chosen, jobs: int) -> list[Compiled]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hybridlm_kernels.tools.compile_check", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", help="folders to check; all by default")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(SHARED_KB), metavar="sm_NN")
-    parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), metavar="D",
+    parser.add_argument("--head-dims", nargs="+", type=int, default=list(DEFAULT_HEAD_DIMS), metavar="D",
                         help="head dims to build for; 0 stands for kernels that have none")
     parser.add_argument("--all", action="store_true", help="every configuration of a kernel, not the default alone")
     parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))),
-                        help="processes that compile; one a core by default, 8 at most")
+                        help="processes that compile; one per core by default, 8 at most")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if not INSTALLED or INTERPRETED:
@@ -254,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     rows = _build_all(chosen, options.jobs)
     if options.all:
-        rows = judged(rows)
+        rows = judge_configurations(rows)
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows))
     return int(any(row.problem and not row.left_out for row in rows))
 

@@ -1,5 +1,6 @@
-"""Checks of every backend against the reference, on the machine at hand: output, every gradient, causality. Before
-that, which backend each operation uses here.
+"""Checks every backend against the reference, on the machine at hand: output, every gradient, causality.
+
+Before that it says which backend each operation uses here.
 
 Needs torch alone, so that it runs where the rest of the framework is not installed:
 `python -m hybridlm_kernels.tools.doctor [operation ...]`.
@@ -142,7 +143,7 @@ def _first(outputs: Any) -> list[Tensor]:
 
 def _evaluate(case: Case, backend: str | None, inputs: dict[str, Tensor], dtype: torch.dtype, device: str
               ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs and gradients of a fixed random projection of them; no `backend` leaves the choice to the registry."""
+    """Outputs and gradients of a fixed random projection of them; without `backend` the registry chooses."""
     moved = {}
     for name, value in inputs.items():
         if value.is_floating_point():
@@ -192,7 +193,7 @@ def _is_causal(case: Case, backend: str, inputs: dict[str, Tensor], dtype: torch
 
 
 def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> Result:
-    """One case on one backend. Never raises: what goes wrong is the result."""
+    """Checks one case on one backend. Never raises: an error is part of the result."""
     name = str(dtype).removeprefix("torch.")
     try:
         torch.manual_seed(0)
@@ -215,8 +216,10 @@ def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> Result:
 
 
 def chosen(device: str | None = None, operations: Sequence[str] = ()) -> list[registry.Choice]:
-    """What each operation uses on `device` (default: the GPU when there is one) in a step of training, by its first
-    case; an operation that refuses has no backend, and the reason."""
+    """The backend of each operation in a step of training on `device`, by its first case.
+
+    `device` is the GPU by default where there is one. An operation that refuses has no backend, and the reason.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     calls = {case.operation: case for case in reversed(list(cases()))}
     return [_chosen(op, calls.get(op.name), device) for op in registry.operations()
@@ -238,8 +241,10 @@ def _chosen(op: registry.Operation, case: Case | None, device: str) -> registry.
 
 
 def run(device: str | None = None, operations: Sequence[str] = ()) -> Iterator[Result]:
-    """Check every backend that can run on `device` (default: the GPU when there is one) at every case, of some
-    operations or all."""
+    """Checks every backend that can run on `device` at every case, of some operations or all.
+
+    `device` is the GPU by default where there is one.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = [torch.float32] if device == "cpu" else [torch.bfloat16, torch.float32]  # what trains comes first
     matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -257,7 +262,7 @@ def run(device: str | None = None, operations: Sequence[str] = ()) -> Iterator[R
 
 @untuned()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what each operation uses, one line a check and a verdict; exit code 0 when all passed."""
+    """Prints what each operation uses, one line per check and a verdict; exit code 0 when all passed."""
     parser = argparse.ArgumentParser(prog="python -m hybridlm_kernels.tools.doctor", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", metavar="operation", help="all by default",

@@ -21,21 +21,32 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *, scale: float | 
               window: int | None = None, sinks_H: Tensor | None = None,
               cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,
               backend: str | None = None) -> Tensor:
-    """Causal softmax attention; the queries are the last T of S positions.
+    """Causal softmax attention: each query, of the last T of S positions, reads the keys up to its own position.
 
     Args:
-        q_BTHK: [B, T, H, K].
-        k_BSGK, v_BSGV: [B, S, G, K] and [B, S, G, V], S >= T; query head h reads head h // (H/G).
-        scale: of the scores; K**-0.5 by default.
+        q_BTHK: queries [B, T, H, K], activated: rotated and normalized where the model does so.
+        k_BSGK: keys [B, S, G, K], activated like the queries, S >= T. Query head h reads key head h // (H/G).
+        v_BSGV: values [B, S, G, V], activated.
+        scale: factor on the scores, K**-0.5 by default.
         window: number of visible keys, the query's own included; None sees all.
-        sinks_H: [H], one more logit a head in every softmax, with no value (gpt-oss).
-        cu_seqlens: borders of packed documents, counted over the flattened B*T tokens (T == S then).
+        sinks_H: raw logits [H]: one more logit per head in every softmax, with no value (gpt-oss).
+        cu_seqlens: cumulative lengths of packed documents over the flattened B*T tokens, with the start of every row
+            among them; T == S then. No query sees another document.
+        backend: name of one backend, in place of the registry's choice.
 
     Returns:
-        [B, T, H, V] in v.dtype.
+        o [B, T, H, V] in v's dtype. Differentiable in q, k, v and the sinks.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit one another, or the borders do not cover the tokens.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Sources: Vaswani et al. 2017, Attention Is All You Need, section 3.2; gpt-oss model card, 2025 (sinks).
+
+    >>> import torch
+    >>> q = k = torch.zeros(1, 3, 1, 2)  # equal scores: the mean over the visible values
+    >>> attention(q, k, torch.tensor([0.0, 2.0, 4.0]).view(1, 3, 1, 1)).flatten()
+    tensor([0., 1., 2.])
     """
     batch, queries, heads, dim = q_BTHK.shape
     if k_BSGK.dim() != 4 or k_BSGK.shape[:3] != v_BSGV.shape[:3] or k_BSGK.shape[0] != batch:

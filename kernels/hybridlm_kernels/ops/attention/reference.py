@@ -22,7 +22,7 @@ def visible(queries: int, keys: int, window: int | None, device: torch.device) -
 def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float | None = None,
               window: int | None = None, sinks_H: Tensor | None = None,
               cu_seqlens: CuSeqlens | None = None) -> Tensor:
-    """o_t = sum_s p_ts v_s with p = softmax over the visible keys and, when given, one sink logit a head."""
+    """o_t = sum_s p_ts v_s with p = softmax over the visible keys and, when given, one sink logit per head."""
     batch, queries, heads, dim = q_BTHK.shape
     keys, groups = k_BSGK.shape[1:3]
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)

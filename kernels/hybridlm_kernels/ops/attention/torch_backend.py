@@ -1,7 +1,7 @@
 """Causal attention on PyTorch's fused scaled_dot_product_attention, reading only keys that may be visible.
 
 B rows, T queries, S keys, H query heads, G key/value heads, K key dim, V value dim;
-N tokens of all rows, P places in a buffer of padded documents, Q queries of a block.
+N tokens of all rows, P slots in a buffer of padded documents, Q queries of a block.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch import Tensor
 from hybridlm_kernels.ops.attention.reference import visible
 from hybridlm_kernels.packing import CuSeqlens
 
-QUERY_BLOCK = 256  # queries of a block where a mask must be spelled out
+MASKED_BLOCK_QUERIES = 256  # queries per block where the mask is a tensor
 
 
 def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float | None = None,
               window: int | None = None, sinks_H: Tensor | None = None,
               cu_seqlens: CuSeqlens | None = None) -> Tensor:
+    """The torch backend; arguments as in the public function, already checked."""
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens is not None and cu_seqlens.num_documents > q_BTHK.shape[0]:
         return _packed(q_BTHK, k_BSGK, v_BSGV, scale, window, sinks_H, cu_seqlens)
@@ -27,7 +28,7 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float | Non
 
 def _rows(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window: int | None,
           sinks_H: Tensor | None) -> Tensor:
-    """Every row is one document."""
+    """Attention where every row is one document."""
     queries, keys = q_BTHK.shape[1], k_BSGK.shape[1]
     if window is not None and keys > queries + window - 1:  # no query sees the first keys
         k_BSGK, v_BSGV = k_BSGK[:, 1 - queries - window :], v_BSGV[:, 1 - queries - window :]
@@ -41,8 +42,8 @@ def _rows(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window: 
     if queries == 1:
         return _softmax_attention(q_BTHK, k_BSGK, v_BSGV, scale, sinks_H)
     out = []
-    for start in range(0, queries, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, queries)
+    for start in range(0, queries, MASKED_BLOCK_QUERIES):
+        stop = min(start + MASKED_BLOCK_QUERIES, queries)
         last = keys - queries + stop
         first = 0 if window is None else max(0, keys - queries + start - window + 1)
         mask_QS = visible(stop - start, last - first, window, q_BTHK.device)
@@ -53,7 +54,7 @@ def _rows(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window: 
 
 def _softmax_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, sinks_H: Tensor | None,
                        causal: bool = False, mask_QS: Tensor | None = None) -> Tensor:
-    """The fused kernel. `causal` needs T == S."""
+    """Attention by the fused kernel; `causal` needs T == S."""
     v_dim = v_BSGV.shape[-1]
     if sinks_H is not None:
         q_BTHK, k_BSGK, v_BSGV = _add_sink(q_BTHK, k_BSGK, v_BSGV, scale, sinks_H, causal)
@@ -73,7 +74,7 @@ def _softmax_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: fl
 
 def _add_sink(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, sinks_H: Tensor,
               causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A first key whose score is the head's sink logit and whose value is zero.
+    """Adds a first key whose score is the head's sink logit and whose value is zero.
 
     8 more dims (the kernels like multiples of 8) carry the logit in q and a 1 in that key; the logit is split
     in two so that half precision loses none of it. With `causal` a first query keeps the mask square.
@@ -114,17 +115,19 @@ def _banded(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window
         x_BNQGX = x_BSGX.unflatten(1, (blocks + 2, size))
         return torch.cat([x_BNQGX[:, :-2], x_BNQGX[:, 1:-1], x_BNQGX[:, 2:]], 2).flatten(0, 1)
 
-    rest = _softmax_attention(
+    banded = _softmax_attention(
         q_BTHK[:, head:].reshape(batch * blocks, size, *q_BTHK.shape[2:]), with_earlier(k_BSGK),
         with_earlier(v_BSGV), scale, sinks_H, mask_QS=visible(size, 3 * size, window, q_BTHK.device))
-    rest = rest.reshape(batch, blocks * size, *rest.shape[2:])
-    return torch.cat([first, rest[:, : length - head]], 1)
+    banded = banded.reshape(batch, blocks * size, *banded.shape[2:])
+    return torch.cat([first, banded[:, : length - head]], 1)
 
 
 def _packed(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window: int | None,
             sinks_H: Tensor | None, cu_seqlens: CuSeqlens) -> Tensor:
-    """Documents of about one length are the rows of one call: padding at their end needs no mask to keep it out,
-    because it comes after every token that counts."""
+    """Attention of packed documents: those of about one length are the rows of one call.
+
+    Padding at their end needs no mask, because it comes after every token that counts.
+    """
     buckets = _Buckets.of(cu_seqlens)
     q, k, v = (_ToBuckets.apply(x.flatten(0, 1), buckets).split(buckets.sizes) for x in (q_BTHK, k_BSGK, v_BSGV))
     out = []
@@ -146,18 +149,18 @@ class _Buckets:
         self.shapes = [(len(group), max(b - a for a, b in group)) for _, group in sorted(groups.items())]
         self.sizes = [count * length for count, length in self.shapes]
         row_P = torch.zeros(sum(self.sizes), dtype=torch.int64)
-        place_N = torch.empty(cu_seqlens.num_tokens, dtype=torch.int64)
+        slot_N = torch.empty(cu_seqlens.num_tokens, dtype=torch.int64)
         real_P = torch.zeros(len(row_P), dtype=torch.bool)
-        place = 0
+        slot = 0
         for (_, length), (_, group) in zip(self.shapes, sorted(groups.items()), strict=True):
             for start, stop in group:
-                torch.arange(start, stop, out=row_P[place : place + stop - start])
-                torch.arange(place, place + stop - start, out=place_N[start:stop])
-                real_P[place : place + stop - start] = True
-                place += length
-        self.row_P = row_P.to(cu_seqlens.device)  # the token in each place; 0 in padding
-        self.padding = (~real_P).nonzero()[:, 0].to(cu_seqlens.device)  # the places that hold none
-        self.place_N = place_N.to(cu_seqlens.device)  # the place of each token
+                torch.arange(start, stop, out=row_P[slot : slot + stop - start])
+                torch.arange(slot, slot + stop - start, out=slot_N[start:stop])
+                real_P[slot : slot + stop - start] = True
+                slot += length
+        self.row_P = row_P.to(cu_seqlens.device)  # the token in each slot; 0 in padding
+        self.padding = (~real_P).nonzero()[:, 0].to(cu_seqlens.device)  # the slots without a token
+        self.slot_N = slot_N.to(cu_seqlens.device)  # the slot of each token
 
     @classmethod
     def of(cls, cu_seqlens: CuSeqlens) -> _Buckets:
@@ -166,13 +169,13 @@ class _Buckets:
         return cu_seqlens.cache["attention_buckets"]
 
     def fill(self, x_NX: Tensor) -> Tensor:
-        """Tokens in their places, zeros in padding."""
+        """Tokens in their slots, zeros in padding."""
         y_PX = x_NX.index_select(0, self.row_P)
         return y_PX.index_fill_(0, self.padding, 0.0) if len(self.padding) else y_PX
 
 
 class _ToBuckets(torch.autograd.Function):
-    """Its gradient is a gather too: autograd's own would add rows one by one."""
+    """Copies tokens to their slots; the gradient is a gather too, where autograd's own would add rows one by one."""
 
     @staticmethod
     def forward(ctx, x_NX: Tensor, buckets: _Buckets) -> Tensor:
@@ -181,16 +184,16 @@ class _ToBuckets(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_PX):
-        return dy_PX.index_select(0, ctx.buckets.place_N), None
+        return dy_PX.index_select(0, ctx.buckets.slot_N), None
 
 
 class _FromBuckets(torch.autograd.Function):
-    """The way back."""
+    """Copies slots back to their tokens, the reverse of `_ToBuckets`."""
 
     @staticmethod
     def forward(ctx, y_PX: Tensor, buckets: _Buckets) -> Tensor:
         ctx.buckets = buckets
-        return y_PX.index_select(0, buckets.place_N)
+        return y_PX.index_select(0, buckets.slot_N)
 
     @staticmethod
     def backward(ctx, dx_NX):

@@ -1,4 +1,4 @@
-"""The loss that trains a sparse-attention indexer, and what a selection holds of the attention. Costs: README.md."""
+"""The loss that trains a sparse-attention indexer, and the recall of a selection of keys. Costs: README.md."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ ATTENTION_RECALL = register(Operation("attention_recall", (
 
 
 class Recall(NamedTuple):
-    """Scalars in 0..1, means over the queries that see more keys than they list (1 if there is none)."""
+    """Recall of a selection, in 0..1: means over the queries that see more keys than they list (1 if none does)."""
 
-    mass: Tensor  # share of the dense attention, averaged over heads, that lies on the listed keys
-    agreement: Tensor  # share of the listed keys that are among as many keys of most attention
+    mass: Tensor  # fraction of the dense attention, averaged over heads, that lies on the listed keys
+    agreement: Tensor  # fraction of the listed keys that are among as many keys of most attention
     attainable: Tensor  # the mass that as many keys of most attention hold
 
 
 class IndexerKL(NamedTuple):
-    """Scalars, fp32 (fp64 for fp64 inputs). Only `loss` has a gradient."""
+    """Loss and entropy of an indexer: scalars, fp32 (fp64 for fp64 inputs). Only `loss` has a gradient."""
 
     loss: Tensor  # nats, mean over the queries that have a key
     entropy: Tensor  # of softmax(I), nats, mean over the same queries
@@ -51,22 +51,38 @@ class IndexerKL(NamedTuple):
 def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor, *,
                indices_BTN: Tensor | None = None, recall_of_BTN: Tensor | None = None, scale: float | None = None,
                cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None, backend: str | None = None) -> IndexerKL:
-    """KL(p || softmax(I)), with I_ts = sum_j w_tj relu(q_tj . k_s) and p the main attention, summed over heads and
-    normalised over keys (DeepSeek-V3.2, section 2.1).
+    """The indexer's loss KL(p || softmax(I)): I_ts = sum_j w_tj relu(q_tj . k_s), p the main attention.
 
-    Both distributions are over the keys a query sees, or over those listed for it. The gradient goes to q, k and w
-    alone and is exact: softmax(I) - p at the scores.
+    p is averaged over heads. Both distributions are over the keys that a query sees, or over those listed for it. The
+    gradient goes to q, k and w alone and is exact: softmax(I) - p at the scores.
 
     Args:
-        q_BTJI, k_BSI, w_BTJ: index queries, the last T of S positions; keys; head weights, scales included.
-        main_q_BTHK, main_k_BSGK: queries and keys of the attention itself; query head h reads head h // (H/G).
+        q_BTJI: index queries [B, T, J, I], activated, the last T of S positions.
+        k_BSI: index keys [B, S, I], activated.
+        w_BTJ: weights of the index heads [B, T, J], activated, with the scales I**-0.5 and J**-0.5.
+        main_q_BTHK: queries of the main attention [B, T, H, K], activated.
+        main_k_BSGK: keys of the main attention [B, S, G, K], activated; query head h reads key head h // (H/G).
         indices_BTN: integers [B, T, N]: distinct visible positions 0..S-1, or -1 for none. None: all visible keys.
-        recall_of_BTN: another such list, without `indices_BTN`: what `attention_recall` says of it, from the same pass.
-        scale: of the main scores; K**-0.5 by default.
-        cu_seqlens: borders of packed documents over the flattened B*S keys.
+        recall_of_BTN: another such list, without `indices_BTN`: its `attention_recall`, from the same pass.
+        scale: factor on the main scores, K**-0.5 by default.
+        cu_seqlens: cumulative lengths of packed documents over the flattened B*S keys.
+        backend: name of one backend, in place of the registry's choice.
+
+    Returns:
+        Loss and entropy in nats, means over the queries that have a key, and the recall of `recall_of_BTN`.
 
     Raises:
-        ValueError: shapes that do not fit, or both lists.
+        ValueError: the shapes do not fit one another, or both lists are given.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Source: DeepSeek-V3.2, 2025, section 2.1, eq. 3 (all keys) and eq. 4 (selected keys).
+
+    >>> import torch
+    >>> q = w = torch.zeros(1, 2, 1, 1)
+    >>> main_q = main_k = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+    >>> result = indexer_kl(q, torch.zeros(1, 2, 1), w[..., 0], main_q, main_k)
+    >>> f"{result.loss:.4f}", f"{result.entropy:.4f}"  # half of ln 2 - H(p of the second query), half of ln 2
+    ('0.0555', '0.3466')
     """
     batch, queries, heads, dim = q_BTJI.shape
     if k_BSI.dim() != 3 or k_BSI.shape[0] != batch or k_BSI.shape[2] != dim or k_BSI.shape[1] < queries:
@@ -90,10 +106,27 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, *, scale: float | None = None,
                      cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,
                      backend: str | None = None) -> Recall:
-    """How much of the dense attention the listed keys hold. No gradient. Arguments as in `indexer_kl`.
+    """The fraction of the dense attention that lies on the listed keys, beside the best attainable; without gradient.
+
+    Args:
+        main_q_BTHK: queries [B, T, H, K], activated, the last T of S positions.
+        main_k_BSGK: keys [B, S, G, K], activated; query head h reads key head h // (H/G).
+        indices_BTN: integers [B, T, N]: distinct visible positions 0..S-1, or -1 for none.
+        scale: factor on the scores, K**-0.5 by default.
+        cu_seqlens: cumulative lengths of packed documents over the flattened B*S keys.
+        backend: name of one backend, in place of the registry's choice.
+
+    Returns:
+        Mass, agreement and attainable mass, means over the queries that see more keys than they list.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit one another.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    >>> import torch
+    >>> q = k = torch.zeros(1, 2, 1, 4)
+    >>> attention_recall(q, k, torch.tensor([[[0], [1]]])).mass  # one of two keys of equal attention
+    tensor(0.5000)
     """
     batch, queries, keys = *main_q_BTHK.shape[:2], main_k_BSGK.shape[1]
     check_main("attention_recall", main_q_BTHK, main_k_BSGK, indices_BTN, (batch, queries, keys))
@@ -105,7 +138,7 @@ def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tens
 
 def check_main(name: str, q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor | None,
                shape: tuple[int, int, int]) -> None:
-    """Raise ValueError unless queries, keys and list fit (rows, queries, keys)."""
+    """Raises ValueError unless main queries, main keys and list fit `shape`: (rows, queries, keys)."""
     batch, queries, keys = shape
     if q_BTHK.dim() != 4 or q_BTHK.shape[:2] != (batch, queries):
         raise ValueError(f"{name}: main_q must be [{batch}, {queries}, H, K]; got {list(q_BTHK.shape)}")

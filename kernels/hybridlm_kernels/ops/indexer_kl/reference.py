@@ -1,7 +1,7 @@
 """The indexer's loss with all scores in memory, and the recall of a selection.
 
 B rows, T queries (the last T positions), S keys, J index heads, I index dim, H query heads, G key heads, K key dim,
-N listed keys a query.
+N listed keys per query.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hybridlm_kernels.packing import CuSeqlens
 
 def support(queries: int, keys: int, batch: int, indices_BTN: Tensor | None, cu_seqlens: CuSeqlens | None,
             device: torch.device) -> Tensor:
-    """bool [B, T, S]: keys that count: the visible ones, and of these the listed ones if there is a list."""
+    """Mask [B, T, S] of the keys that count: the visible ones, and of these the listed ones if there is a list."""
     mask_BTS = visible(queries, keys, None, device).expand(batch, queries, keys)
     if cu_seqlens is not None:
         document_BS = cu_seqlens.document_ids().view(batch, keys)
@@ -58,6 +58,7 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
 
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, scale: float,
                      cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass, agreement and attainable mass of the listed keys, from all attention weights."""
     batch, queries = main_q_BTHK.shape[:2]
     keys, device = main_k_BSGK.shape[1], main_q_BTHK.device
     seen_BTS = support(queries, keys, batch, None, cu_seqlens, device)

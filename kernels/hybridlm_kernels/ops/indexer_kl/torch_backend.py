@@ -4,7 +4,7 @@ The gradient is known once the distributions of a block are, so it is computed i
 all, and the backward only scales it: the main attention's scores are computed once.
 
 B rows, T queries (the last T positions), S keys, J index heads, I index dim, H query heads, G key heads, R = H/G,
-K key dim, N listed keys a query, Q queries of a block, X keys that a block may see.
+K key dim, N listed keys per query, Q queries of a block, X keys that a block may see.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.precision import wide as to_wide
 
-CPU_ELEMENTS = 2**19  # scores of a block: in or near the cache
-GPU_ELEMENTS = 2**27
+CPU_BLOCK_ELEMENTS = 2**19  # scores per block of queries: in or near the cache
+GPU_BLOCK_ELEMENTS = 2**27
 
 
-def query_blocks(queries: int, elements_a_query: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(start, stop) of blocks whose scores stay within the budget."""
-    budget = CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
-    size = max(8, budget // max(1, elements_a_query) // 8 * 8)
+def query_blocks(queries: int, elements_per_query: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Yields (start, stop) of blocks of queries whose scores stay within the budget."""
+    budget = CPU_BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    size = max(8, budget // max(1, elements_per_query) // 8 * 8)
     for start in range(0, queries, size):
         yield start, min(start + size, queries)
 
@@ -34,21 +34,27 @@ def query_blocks(queries: int, elements_a_query: int, device: torch.device) -> I
 def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor,
                indices_BTN: Tensor | None, recall_of_BTN: Tensor | None, scale: float,
                cu_seqlens: CuSeqlens | None) -> tuple[Tensor, ...]:
+    """The torch backend; arguments as in the public function, already checked."""
     index = (q_BTJI, k_BSI, w_BTJ)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in index)
     with torch.autocast(q_BTJI.device.type, enabled=False):
         if indices_BTN is not None:
-            return BlockwiseKL.apply(*index, Listed, (main_q_BTHK, main_k_BSGK, scale, indices_BTN), learns)
+            return BlockwiseKL.apply(*index, ListedKeysKL, (main_q_BTHK, main_k_BSGK, scale, indices_BTN), learns)
         recall = None if recall_of_BTN is None else RecallSums(recall_of_BTN, k_BSI.device)
         main = MainAttention(main_q_BTHK, main_k_BSGK, scale, cu_seqlens, at_least=q_BTJI.shape[2])
-        loss, entropy = BlockwiseKL.apply(*index, Visible, (main, recall), learns)
+        loss, entropy = BlockwiseKL.apply(*index, VisibleKeysKL, (main, recall), learns)
     return (loss, entropy) if recall is None else (loss, entropy, *recall.means())
 
 
 class BlockwiseKL(torch.autograd.Function):
+    """Loss and entropy summed by blocks of queries; gradients are computed in the forward and scaled in the backward.
+
+    `block_sums` is the subclass of `KLSums` that walks over the blocks, made with `arguments`.
+    """
+
     @staticmethod
-    def forward(ctx, q_BTJI, k_BSI, w_BTJ, form, arguments, learns):
-        sums = form(q_BTJI, k_BSI, w_BTJ, learns, *arguments)
+    def forward(ctx, q_BTJI, k_BSI, w_BTJ, block_sums, arguments, learns):
+        sums = block_sums(q_BTJI, k_BSI, w_BTJ, learns, *arguments)
         loss, entropy = sums.run()
         if learns:
             ctx.save_for_backward(*(g.to(x.dtype) for g, x in zip(sums.grads(), (q_BTJI, k_BSI, w_BTJ), strict=True)))
@@ -61,7 +67,7 @@ class BlockwiseKL(torch.autograd.Function):
         return (*(dloss.to(g.dtype) * g for g in ctx.saved_tensors), None, None, None)
 
 
-class Sums(ABC):
+class KLSums(ABC):
     """Adds up loss, entropy and gradients over blocks of queries."""
 
     def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, learns: bool):
@@ -77,17 +83,19 @@ class Sums(ABC):
 
     @abstractmethod
     def count(self) -> Tensor:
-        """How many queries have a key."""
+        """The number of queries that have a key."""
 
     @abstractmethod
     def add_blocks(self) -> None:
-        """Adds one block after the other."""
+        """Adds the blocks of queries one after the other."""
 
     def run(self) -> tuple[Tensor, Tensor]:
+        """Mean loss and mean entropy over the queries that have a key."""
         self.add_blocks()
         return self.loss / self.count(), self.entropy / self.count()
 
     def grads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the mean loss by q, k and w."""
         count = self.count()
         return self.dq_BTJI.div_(count), self.dk_BSI.div_(count), self.dw_BTJ.div_(count)
 
@@ -121,8 +129,8 @@ class Sums(ABC):
             self.dk_BSI[:, low:high].baddbmm_(ddots.transpose(1, 2), q_BZI)
 
 
-class Visible(Sums):
-    """All visible keys, in place: a block of queries against the keys up to its last."""
+class VisibleKeysKL(KLSums):
+    """The loss over all visible keys, read in place: a block of queries against the keys up to its last."""
 
     def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, learns: bool, main: MainAttention,
                  recall: RecallSums | None):
@@ -140,8 +148,8 @@ class Visible(Sums):
             self.add_visible(rows, low, high, p_BQX, seen_BQX)
 
 
-class Listed(Sums):
-    """The listed keys alone, gathered for each query."""
+class ListedKeysKL(KLSums):
+    """The loss over the listed keys alone, gathered for each query."""
 
     def __init__(self, q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, learns: bool, main_q_BTHK: Tensor,
                  main_k_BSGK: Tensor, scale: float, indices_BTN: Tensor):
@@ -186,6 +194,7 @@ class Listed(Sums):
                 self._add_rows(torch.bmm(ddots_ZJN.transpose(1, 2), q_ZJI).flatten(0, 1), row_BQN.flatten())
 
     def attention(self, rows: slice, row_BQN: Tensor, hidden_ZN: Tensor) -> Tensor:
+        """Main attention [Z, N] of the queries `rows` to the keys in `row_BQN`, averaged over heads."""
         k = to_wide(self.main_k_ZX.index_select(0, row_BQN.flatten())).view(
             -1, row_BQN.shape[2], self.groups, self.main_k_ZX.shape[1] // self.groups).transpose(1, 2)
         q = to_wide(self.main_q_BTHK[:, rows]).flatten(0, 1).unflatten(1, (self.groups, -1)) * self.scale
@@ -216,7 +225,7 @@ class MainAttention:
             self.first = _first_keys(cu_seqlens, self.keys)[-self.queries :]
 
     def blocks(self) -> Iterator[tuple[slice, int, int, Tensor]]:
-        """(queries, first key, last key + 1, which of these keys each query sees [B, Q, X])."""
+        """Yields (queries, first key, last key + 1, mask [B, Q, X] of the keys that each query sees)."""
         for start, stop in query_blocks(self.queries, self.elements, self.device):
             low, high = self.first[start], self.keys - self.queries + stop
             s_X = torch.arange(low, high, device=self.device)
@@ -224,7 +233,7 @@ class MainAttention:
             yield slice(start, stop), low, high, seen.expand(self.batch, -1, -1)
 
     def attention(self, rows: slice, low: int, high: int, seen_BQX: Tensor) -> Tensor:
-        """p [B, Q, X]."""
+        """Attention p [B, Q, X] of the queries `rows` to the keys from `low` up to `high`."""
         size = rows.stop - rows.start
         q = to_wide(self.q_BTHK[:, rows]).transpose(1, 2).reshape(self.batch * self.groups, -1, self.q_BTHK.shape[3])
         score = torch.bmm(q * self.scale, self.k_ZKS[..., low:high])
@@ -233,7 +242,7 @@ class MainAttention:
 
 
 def _first_keys(cu_seqlens: CuSeqlens, length: int) -> list[int]:
-    """For each position of a row, the first key of its document, the least over the rows."""
+    """The first key of the document at each position of a row, the least over the rows."""
     if "indexer_kl" not in cu_seqlens.cache:
         first = [length] * length
         for start, stop in zip(cu_seqlens.host, cu_seqlens.host[1:], strict=False):
@@ -246,6 +255,7 @@ def _first_keys(cu_seqlens: CuSeqlens, length: int) -> list[int]:
 
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, scale: float,
                      cu_seqlens: CuSeqlens | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The torch backend; arguments as in the public function, already checked."""
     with torch.autocast(main_q_BTHK.device.type, enabled=False):
         main = MainAttention(main_q_BTHK, main_k_BSGK, scale, cu_seqlens)
         recall = RecallSums(indices_BTN, main_q_BTHK.device)
@@ -255,7 +265,7 @@ def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tens
 
 
 class RecallSums:
-    """Adds up what listed keys hold of the attention, over blocks of queries."""
+    """Adds up the attention on listed keys over blocks of queries."""
 
     def __init__(self, indices_BTN: Tensor, device: torch.device):
         self.indices_BTN = indices_BTN
@@ -263,6 +273,7 @@ class RecallSums:
         self.mass = self.agreement = self.attainable = self.count = torch.zeros((), device=device)
 
     def add(self, p_BQX: Tensor, seen_BQX: Tensor, rows: slice, low: int) -> None:
+        """Adds the queries `rows`, with their attention p to the keys from `low` on."""
         width = p_BQX.shape[-1]
         place_BQN = self.indices_BTN[:, rows].long() - low
         place_BQN = place_BQN.masked_fill((place_BQN < 0) | (place_BQN >= width), width)
@@ -279,6 +290,7 @@ class RecallSums:
         self.count = self.count + chose_BQ.sum()
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean mass, agreement and attainable mass."""
         some, count = self.count > 0, self.count.clamp(min=1)
         mass, agreement, attainable = (torch.where(some, x / count, 1.0)
                                        for x in (self.mass, self.agreement, self.attainable))

@@ -3,7 +3,7 @@
 As in the torch backend the gradient is computed in the forward, when it is wanted, and scaled in the backward.
 
 B rows, T queries (the last T positions), S keys, J index heads, I index dim, H query heads, G key heads, K key dim,
-N listed keys a query, Q queries of a block, X keys that a block may see.
+N listed keys per query, Q queries of a block, X keys that a block may see.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from torch import Tensor
 
 from hybridlm_kernels.ops.indexer_kl import triton_listed, triton_visible
 from hybridlm_kernels.ops.sparse_attention.triton_index import Strips, index_tensors, select, strip, write_index_scores
-from hybridlm_kernels.ops.sparse_attention.triton_inverse import queries_of_a_block
+from hybridlm_kernels.ops.sparse_attention.triton_inverse import queries_per_block
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase
 
-Index = tuple[Tensor, Tensor, Tensor]
-Sums = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+IndexTensors = tuple[Tensor, Tensor, Tensor]  # q, k, w
+# loss and entropy of each query, gradients of q, k and w, and the recall or nothing
+KLResults = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 @triton.jit
-def _rows(score_ptr, p_ptr, first_ptr, loss_ptr, entropy_ptr, T, S, Q, start, low, stride, N, LISTED: tl.constexpr,
+def _kl_rows(score_ptr, p_ptr, first_ptr, loss_ptr, entropy_ptr, T, S, Q, start, low, stride, N, LISTED: tl.constexpr,
           LEARNS: tl.constexpr, BLOCK: tl.constexpr):
     """Loss and entropy of one query; with LEARNS the gradient softmax(score) - p takes the place of the scores.
 
-    LISTED: N places, of which those with a score of -inf hold no key; else the keys from the first visible one on.
+    LISTED: N entries, of which those with a score of -inf hold no key; else the keys from the first visible one on.
     """
     row, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     line = (b * Q + row) * stride
@@ -70,13 +71,16 @@ def _rows(score_ptr, p_ptr, first_ptr, loss_ptr, entropy_ptr, T, S, Q, start, lo
 def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor,
                indices_BTN: Tensor | None, recall_of_BTN: Tensor | None, scale: float,
                cu_seqlens: CuSeqlens | None) -> tuple[Tensor, ...]:
+    """The Triton backend; arguments as in the public function, already checked."""
     dtype = torch.promote_types(main_q_BTHK.dtype, main_k_BSGK.dtype)
     main = main_q_BTHK.to(dtype).contiguous(), main_k_BSGK.to(dtype).contiguous()
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTJI, k_BSI, w_BTJ))
-    return _IndexerKL.apply(q_BTJI, k_BSI, w_BTJ, main, indices_BTN, recall_of_BTN, scale, cu_seqlens, learns)
+    return _TritonIndexerKL.apply(q_BTJI, k_BSI, w_BTJ, main, indices_BTN, recall_of_BTN, scale, cu_seqlens, learns)
 
 
-class _IndexerKL(torch.autograd.Function):
+class _TritonIndexerKL(torch.autograd.Function):
+    """Loss and entropy; gradients are computed in the forward and scaled in the backward."""
+
     @staticmethod
     def forward(ctx, q_BTJI, k_BSI, w_BTJ, main, indices_BTN, recall_of_BTN, scale, cu_seqlens, learns):
         index = index_tensors(q_BTJI, k_BSI, w_BTJ)
@@ -100,7 +104,7 @@ class _IndexerKL(torch.autograd.Function):
         return (*(dloss.to(g.dtype) * g for g in ctx.saved_tensors), *[None] * 6)
 
 
-def _empty_sums(index: Index) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_sums(index: IndexTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and entropy of each query, dq and dw, all fp32 and still to be written."""
     shape = index[0].shape
     loss, entropy, dq, dw = (torch.empty(s, dtype=torch.float32, device=index[0].device)
@@ -108,21 +112,23 @@ def _empty_sums(index: Index) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss, entropy, dq, dw
 
 
-def _visible(index: Index, main: tuple[Tensor, Tensor], recall_of_BTN: Tensor | None, scale: float,
-             cu_seqlens: CuSeqlens | None, learns: bool) -> Sums:
+def _visible(index: IndexTensors, main: tuple[Tensor, Tensor], recall_of_BTN: Tensor | None, scale: float,
+             cu_seqlens: CuSeqlens | None, learns: bool) -> KLResults:
     (batch, queries), keys, heads = index[0].shape[:2], index[1].shape[1], main[0].shape[2]
     strips = Strips(batch, queries, keys, cu_seqlens, index[0].device)
     loss_BT, entropy_BT, dq, dw = _empty_sums(index)
-    dk_PBSI = torch.zeros(triton_visible.PARTS, *index[1].shape, dtype=torch.float32, device=dq.device)
+    dk_PBSI = torch.zeros(triton_visible.KEY_GRADIENT_PROGRAMS, *index[1].shape, dtype=torch.float32, device=dq.device)
     score_buffer, p_buffer = strips.buffer(), strips.buffer()
-    recall = None if recall_of_BTN is None else _Recall(recall_of_BTN, strips)
+    recall = None if recall_of_BTN is None else _TritonRecallSums(recall_of_BTN, strips)
     for start, size, low, width in strips.blocks():
         score_BQX, p_BQX = (strip(x, batch, size, width) for x in (score_buffer, p_buffer))
         lse_BQH = torch.empty(batch, size, heads, dtype=torch.float32, device=dq.device)
         triton_visible.attention_strip(*main, scale, strips, start, low, lse_BQH, p_BQX)
         write_index_scores(*index, strips, start, low, score_BQX)
-        _rows[(size, batch)](score_BQX, p_BQX, strips.first_BT, loss_BT, entropy_BT, queries, keys, size, start, low,
-                             score_BQX.stride(1), 0, LISTED=False, LEARNS=learns, BLOCK=_block(width))
+        _kl_rows[(size, batch)](
+            score_ptr=score_BQX, p_ptr=p_BQX, first_ptr=strips.first_BT, loss_ptr=loss_BT, entropy_ptr=entropy_BT,
+            T=queries, S=keys, Q=size, start=start, low=low, stride=score_BQX.stride(1), N=0, LISTED=False,
+            LEARNS=learns, BLOCK=_block(width))
         if recall is not None:
             recall.add(p_BQX, start, low)
         if learns:
@@ -130,32 +136,36 @@ def _visible(index: Index, main: tuple[Tensor, Tensor], recall_of_BTN: Tensor | 
     return loss_BT, entropy_BT, (dq, dk_PBSI.sum(0), dw), () if recall is None else recall.means()
 
 
-def _listed(index: Index, main: tuple[Tensor, Tensor], indices_BTN: Tensor, scale: float, learns: bool) -> Sums:
+def _listed(index: IndexTensors, main: tuple[Tensor, Tensor], indices_BTN: Tensor, scale: float,
+            learns: bool) -> KLResults:
     (q, k, _), heads, device = index, main[0].shape[2], index[0].device
     batch, queries, listed = indices_BTN.shape
     loss_BT, entropy_BT, dq, dw = _empty_sums(index)
     dk_BSI = torch.zeros(k.shape, dtype=torch.float32, device=device)
     pair_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    most = queries_of_a_block(queries, k.shape[1], listed * (8 + k.shape[2] * pair_dtype.itemsize) + 4 * heads)
+    most = queries_per_block(queries, k.shape[1], listed * (8 + k.shape[2] * pair_dtype.itemsize) + 4 * heads)
     lse, score, p = (torch.empty(most, n, dtype=torch.float32, device=device) for n in (heads, listed, listed))
     pair_MI = torch.empty(most * listed if learns else 0, k.shape[2], dtype=pair_dtype, device=device)
     for row in range(batch):
         for begin in range(0, queries, most):
             size, start = min(most, queries - begin), row * queries + begin
             triton_listed.distributions(index, main, scale, indices_BTN, start, lse, score[:size], p[:size])
-            _rows[(size, 1)](score, p, indices_BTN, loss_BT, entropy_BT, queries, k.shape[1], size, start, 0, listed,
-                             listed, LISTED=True, LEARNS=learns, BLOCK=_block(listed))
+            _kl_rows[(size, 1)](
+                score_ptr=score, p_ptr=p, first_ptr=indices_BTN, loss_ptr=loss_BT, entropy_ptr=entropy_BT, T=queries,
+                S=k.shape[1], Q=size, start=start, low=0, stride=listed, N=listed, LISTED=True, LEARNS=learns,
+                BLOCK=_block(listed))
             if learns:
                 triton_listed.add_gradients(index, indices_BTN, start, score[:size], dq, dw, pair_MI, dk_BSI[row])
     return loss_BT, entropy_BT, (dq, dk_BSI, dw), ()
 
 
 def _block(width: int) -> int:
+    """Columns that a program of `_kl_rows` reads at a time."""
     return min(1024, max(64, triton.next_power_of_2(width)))
 
 
-class _Recall:
-    """What listed keys hold of the attention, added up over blocks of queries."""
+class _TritonRecallSums:
+    """Adds up the attention on listed keys over blocks of queries."""
 
     def __init__(self, indices_BTN: Tensor, strips: Strips):
         self.indices_BTN, self.strips = indices_BTN, strips
@@ -180,8 +190,8 @@ class _Recall:
         mass_BQ = p_BQX.gather(-1, (listed_BQN - low).masked_fill(~seen_BQN, 0)).where(seen_BQN, 0.0).sum(-1)
         attainable_BQ = p_BQX.gather(-1, place_BQN).where(best_BQN >= 0, 0.0).sum(-1)
         agreement_BQ = hits_BQ / n_BQ.clamp(min=1)
-        parts = (mass_BQ, agreement_BQ, attainable_BQ, torch.ones_like(mass_BQ))
-        self.totals += torch.stack([x.where(chose_BQ, 0.0).sum() for x in parts])
+        summands = (mass_BQ, agreement_BQ, attainable_BQ, torch.ones_like(mass_BQ))
+        self.totals += torch.stack([x.where(chose_BQ, 0.0).sum() for x in summands])
 
     def means(self) -> tuple[Tensor, ...]:
         means = self.totals[:3] / self.totals[3].clamp(min=1)
@@ -189,7 +199,7 @@ class _Recall:
 
 
 COMPILE_CASES = [
-    CompileCase(f"rows of {label}", _rows,
+    CompileCase(f"rows of {label}", _kl_rows,
              dict.fromkeys(("T", "S", "Q", "start", "low", "stride", "N"), "i32") | {"first_ptr": "*i32"}
              | {f"{x}_ptr": "*fp32" for x in ("score", "p", "loss", "entropy")},
              {"LISTED": listed, "LEARNS": True, "BLOCK": 1024}, ("stride",))

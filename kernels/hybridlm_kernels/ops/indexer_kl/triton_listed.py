@@ -1,7 +1,7 @@
 """The indexer's loss over listed keys as Triton kernels, a block of queries at a time.
 
-T queries and S keys a row, J index heads, I index dim, H query heads, G key heads, K key dim (as K0 + K1), N listed
-keys a query. Programs count the queries of a block from its first token, `start`, on.
+T queries and S keys per row, J index heads, I index dim, H query heads, G key heads, K key dim (as K0 + K1), N listed
+keys per query. Programs count the queries of a block from its first token, `start`, on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E, Blocks, heads_of, load_rows
+from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E, TileSizes, heads_of, load_rows
 from hybridlm_kernels.ops.sparse_attention.triton_inverse import InverseLists
 from hybridlm_kernels.triton_support import CompileCase, tuned
 
@@ -157,7 +157,7 @@ def index_sizes(heads: int, dim: int) -> dict[str, int]:
 
 def main_sizes(dtype: torch.dtype, heads: int, groups: int, dim: int) -> dict[str, int]:
     """Compile-time sizes of the kernels of the main attention."""
-    sizes = Blocks.of(dtype, dim, dim, heads // groups).sizes(BLOCK_N=32)
+    sizes = TileSizes.of(dtype, dim, dim, heads // groups).sizes(BLOCK_N=32)
     del sizes["V0"]
     return sizes | {"K": dim}
 
@@ -169,13 +169,16 @@ def distributions(index: tuple[Tensor, Tensor, Tensor], main: tuple[Tensor, Tens
     queries, keys, heads, groups = q.shape[1], k.shape[1], main_q.shape[2], main_k.shape[2]
     size, listed = p_QN.shape
     sizes = main_sizes(main_q.dtype, heads, groups, main_q.shape[3])
-    place = (scale * LOG2_E, start, queries, keys, listed, heads, groups)
+    common = {"scale": scale * LOG2_E, "start": start, "T": queries, "S": keys, "N": listed, "H": heads,
+              "G": groups} | sizes
     tiles = groups * triton.cdiv(heads // groups, sizes["BLOCK_H"])
-    _log_sums[(size, tiles)](main_q, main_k, indices_BTN, lse_QH, *place, **sizes)
+    _log_sums[(size, tiles)](
+        q_ptr=main_q, k_ptr=main_k, index_ptr=indices_BTN, lse_ptr=lse_QH, **common)
     _attention[(triton.cdiv(listed, sizes["BLOCK_N"]), size)](
-        main_q, main_k, indices_BTN, lse_QH, p_QN, *place, **sizes)
+        q_ptr=main_q, k_ptr=main_k, index_ptr=indices_BTN, lse_ptr=lse_QH, p_ptr=p_QN, **common)
     _scores[(triton.cdiv(listed, 64), size)](
-        q, k, w, indices_BTN, score_QN, start, queries, keys, listed, q.shape[2], **index_sizes(*q.shape[2:]))
+        q_ptr=q, k_ptr=k, w_ptr=w, index_ptr=indices_BTN, score_ptr=score_QN, start=start, T=queries, S=keys, N=listed,
+        J=q.shape[2], **index_sizes(*q.shape[2:]))
 
 
 def add_gradients(index: tuple[Tensor, Tensor, Tensor], indices_BTN: Tensor, start: int, d_QN: Tensor,
@@ -185,14 +188,15 @@ def add_gradients(index: tuple[Tensor, Tensor, Tensor], indices_BTN: Tensor, sta
     queries, keys = q.shape[1], k.shape[1]
     size, listed = d_QN.shape
     sizes = index_sizes(*q.shape[2:])
-    place = (start, queries, keys, listed, q.shape[2])
+    common = {"start": start, "T": queries, "S": keys, "N": listed, "J": q.shape[2]} | sizes
     _backward_queries[(size, triton.cdiv(q.shape[2], sizes["BLOCK_J"]))](
-        q, k, w, indices_BTN, d_QN, dq_BTJI, dw_BTJ, *place, **sizes)
-    _backward_pairs[(triton.cdiv(listed, 64), size)](q, k, w, indices_BTN, d_QN, pair_MI, *place, **sizes)
+        q_ptr=q, k_ptr=k, w_ptr=w, index_ptr=indices_BTN, d_ptr=d_QN, dq_ptr=dq_BTJI, dw_ptr=dw_BTJ, **common)
+    _backward_pairs[(triton.cdiv(listed, 64), size)](
+        q_ptr=q, k_ptr=k, w_ptr=w, index_ptr=indices_BTN, d_ptr=d_QN, pair_ptr=pair_MI, **common)
     InverseLists(indices_BTN.flatten(0, 1)[start : start + size], keys).add(pair_MI, dk_SI)
 
 
-def _specimens() -> list[CompileCase]:
+def _compile_cases() -> list[CompileCase]:
     types = dict.fromkeys(("T", "S", "N", "start", "J", "H", "G"), "i32") | {"scale": "fp32", "index_ptr": "*i32"}
     types |= {f"{x}_ptr": "*bf16" for x in ("q", "k", "pair")}
     types |= {f"{x}_ptr": "*fp32" for x in ("w", "d", "p", "lse", "score", "dq", "dw")}
@@ -206,4 +210,4 @@ def _specimens() -> list[CompileCase]:
     return found
 
 
-COMPILE_CASES = _specimens()
+COMPILE_CASES = _compile_cases()

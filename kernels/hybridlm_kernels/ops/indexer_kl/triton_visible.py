@@ -17,7 +17,7 @@ from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E, load_ro
 from hybridlm_kernels.ops.sparse_attention.triton_index import Strips
 from hybridlm_kernels.triton_support import CompileCase, tuned
 
-PARTS = 4  # programs that share the keys' gradient of a tile of keys
+KEY_GRADIENT_PROGRAMS = 4  # programs that add to the gradient of one tile of keys
 _TILES = [triton.Config({"BLOCK_T": 64, "BLOCK_S": 32}, num_warps=8, num_stages=1),
           triton.Config({"BLOCK_T": 64, "BLOCK_S": 64}, num_warps=4, num_stages=3),
           triton.Config({"BLOCK_T": 64, "BLOCK_S": 128}, num_warps=8, num_stages=3),
@@ -148,16 +148,17 @@ def _backward_keys(q_ptr, k_ptr, w_ptr, first_ptr, d_ptr, dk_ptr, B, T, S, Q, st
 
 def attention_strip(q_BTHK: Tensor, k_BSGK: Tensor, scale: float, strips: Strips, start: int, low: int,
                     lse_BQH: Tensor, p_BQX: Tensor) -> None:
-    """The main attention of a block of queries, averaged over heads; what is not visible holds anything."""
+    """The main attention of a block of queries, averaged over heads; other pairs are left undefined."""
     batch, queries, heads, dim = q_BTHK.shape
     keys, groups, size, width = k_BSGK.shape[1], k_BSGK.shape[2], p_BQX.shape[1], p_BQX.shape[2]
     K0, K1 = split_dim(dim)
     sizes = {"K": dim, "K0": K0, "K1": K1}
     _log_sums[lambda meta: (triton.cdiv(size, meta["BLOCK_T"]), heads, batch)](
-        q_BTHK, k_BSGK, strips.first_BT, lse_BQH, scale * LOG2_E, queries, keys, size, start, heads, groups, **sizes)
+        q_ptr=q_BTHK, k_ptr=k_BSGK, first_ptr=strips.first_BT, lse_ptr=lse_BQH, scale=scale * LOG2_E, T=queries, S=keys,
+        Q=size, start=start, H=heads, G=groups, **sizes)
     _attention[lambda meta: (triton.cdiv(width, meta["BLOCK_S"]), triton.cdiv(size, meta["BLOCK_T"]), batch)](
-        q_BTHK, k_BSGK, strips.first_BT, lse_BQH, p_BQX, scale * LOG2_E, queries, keys, size, start, low,
-        p_BQX.stride(1), heads, groups, **sizes)
+        q_ptr=q_BTHK, k_ptr=k_BSGK, first_ptr=strips.first_BT, lse_ptr=lse_BQH, p_ptr=p_BQX, scale=scale * LOG2_E,
+        T=queries, S=keys, Q=size, start=start, low=low, stride=p_BQX.stride(1), H=heads, G=groups, **sizes)
 
 
 def add_gradients(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, strips: Strips, start: int, low: int, d_BQX: Tensor,
@@ -165,22 +166,24 @@ def add_gradients(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, strips: Strips, 
     """Writes dq and dw of a block of queries, adds to dk."""
     batch, queries, heads, dim = q_BTJI.shape
     keys, size, width, block = k_BSI.shape[1], d_BQX.shape[1], d_BQX.shape[2], max(16, triton.next_power_of_2(dim))
-    place = (queries, keys, size, start, low, d_BQX.stride(1), heads)
+    common = {"T": queries, "S": keys, "Q": size, "start": start, "low": low, "stride": d_BQX.stride(1), "J": heads,
+              "I": dim, "BLOCK_I": block}
     _backward_queries[lambda meta: (triton.cdiv(size * heads, meta["BLOCK_R"]), batch)](
-        q_BTJI, k_BSI, w_BTJ, strips.first_BT, d_BQX, dq_BTJI, dw_BTJ, *place, I=dim, BLOCK_I=block)
-    _backward_keys[(triton.cdiv(width, 64), PARTS, batch)](
-        q_BTJI, k_BSI, w_BTJ, strips.first_BT, d_BQX, dk_PBSI, batch, *place, I=dim, PARTS=PARTS, BLOCK_I=block,
-        BLOCK_R=64, BLOCK_S=64, num_warps=4, num_stages=2)
+        q_ptr=q_BTJI, k_ptr=k_BSI, w_ptr=w_BTJ, first_ptr=strips.first_BT, d_ptr=d_BQX, dq_ptr=dq_BTJI, dw_ptr=dw_BTJ,
+        **common)
+    _backward_keys[(triton.cdiv(width, 64), KEY_GRADIENT_PROGRAMS, batch)](
+        q_ptr=q_BTJI, k_ptr=k_BSI, w_ptr=w_BTJ, first_ptr=strips.first_BT, d_ptr=d_BQX, dk_ptr=dk_PBSI, B=batch,
+        PARTS=KEY_GRADIENT_PROGRAMS, BLOCK_R=64, BLOCK_S=64, num_warps=4, num_stages=2, **common)
 
 
-def _specimens() -> list[CompileCase]:
+def _compile_cases() -> list[CompileCase]:
     types = dict.fromkeys(("B", "T", "S", "Q", "start", "low", "stride", "J", "H", "G"), "i32") | {"scale": "fp32"}
     types |= {f"{x}_ptr": "*bf16" for x in ("q", "k")} | {"first_ptr": "*i32"}
     types |= {f"{x}_ptr": "*fp32" for x in ("w", "d", "p", "lse", "dq", "dw", "dk")}
     index = {"I": 128, "BLOCK_I": 128}
     found = [CompileCase("index dq", _backward_queries, types, index, ("stride",)),
-             CompileCase("index dk", _backward_keys, types, index | {"PARTS": PARTS, "BLOCK_R": 64, "BLOCK_S": 64},
-                      ("stride",))]
+             CompileCase("index dk", _backward_keys, types,
+                         index | {"PARTS": KEY_GRADIENT_PROGRAMS, "BLOCK_R": 64, "BLOCK_S": 64}, ("stride",))]
     for label, dim in (("MLA absorbed 512+64", 576), ("MLA 128+64", 192), ("GQA 256", 256), ("GQA 128", 128),
                        ("GQA 64", 64)):
         K0, K1 = split_dim(dim)
@@ -190,4 +193,4 @@ def _specimens() -> list[CompileCase]:
     return found
 
 
-COMPILE_CASES = _specimens()
+COMPILE_CASES = _compile_cases()

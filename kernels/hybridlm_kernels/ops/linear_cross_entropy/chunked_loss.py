@@ -1,7 +1,9 @@
 """Linear layer and cross entropy over chunks of tokens, so that only one chunk's logits exist at a time.
 
-N tokens, C tokens of a chunk, D features, V vocabulary. What is done to a chunk's logits is a backend's own: a subclass
-of `Chunks`. The walk over the tokens, the matrix products and the autograd functions are the same for all.
+Each backend computes loss and gradient of a chunk's logits in a subclass of `LossChunks`. The walk over the tokens, the
+matrix products and the autograd functions are the same for all.
+
+N tokens, C tokens of a chunk, D features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ from torch import Tensor
 
 from hybridlm_kernels.precision import plain_backward, product_dtype
 
-# Logits of a chunk, in elements: on a CPU they should stay in the cache. With too few rows a chunk spends its time on
-# reading and adding to the gradient of the weight.
-CPU_ELEMENTS = 2**18
-LEAST_ROWS = 256
+# Logits per chunk, in elements: on a CPU they should stay in the cache.
+CPU_CHUNK_LOGITS = 2**18
+# Tokens per chunk at least: with fewer, the time goes to reading and adding to the gradient of the weight.
+MIN_CHUNK_TOKENS = 256
 
 
-class Chunks(ABC):
-    """Walks over the tokens, with the chunk's logits in one buffer that all chunks share."""
+class LossChunks(ABC):
+    """Walks over the tokens by chunks, with the chunk's logits in one buffer that all chunks share."""
 
-    gpu_elements = 2**26  # a GPU needs enough rows to be busy
+    gpu_chunk_logits = 2**26  # in elements: a GPU needs enough rows to be busy
 
     def __init__(self, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore_index: int,
                  soft_cap: float | None, dtype: torch.dtype):
@@ -32,9 +34,9 @@ class Chunks(ABC):
         self.ignore_index, self.counted_N = ignore_index, labels_N != ignore_index
         self.wide = torch.promote_types(dtype, torch.float32)
         vocabulary = weight_VD.shape[0]
-        budget = CPU_ELEMENTS if x_ND.device.type == "cpu" else self.gpu_elements
-        self.size = min(max(LEAST_ROWS, budget // vocabulary), max(1, x_ND.shape[0]))
-        aligned = -vocabulary % 16 + vocabulary  # rows that start at a multiple of 16 are loaded in wide pieces
+        budget = CPU_CHUNK_LOGITS if x_ND.device.type == "cpu" else self.gpu_chunk_logits
+        self.size = min(max(MIN_CHUNK_TOKENS, budget // vocabulary), max(1, x_ND.shape[0]))
+        aligned = -vocabulary % 16 + vocabulary  # rows that start at a multiple of 16 are loaded in wide units
         self._logits_CV = x_ND.new_empty(self.size, aligned, dtype=dtype)[:, :vocabulary]
 
     def __iter__(self) -> Iterator[slice]:
@@ -48,14 +50,14 @@ class Chunks(ABC):
 
     @abstractmethod
     def loss(self, rows: slice, logits_CV: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of each token: loss (0 where it does not count), logsumexp, and the gradient of the loss by the logits.
+        """Loss per token (0 where it does not count), logsumexp, and the gradient of the loss by the logits.
 
-        The gradient is that of a token that counts, for all; `product_gradients` sorts it out.
+        The gradient may ignore which tokens count, where `product_gradients` leaves out the others.
         """
 
     @abstractmethod
     def gradient(self, rows: slice, logits_CV: Tensor, lse_C: Tensor, dloss: Tensor, dz: Tensor) -> Tensor:
-        """Of dloss * loss + dz * logsumexp^2 by the logits, with logsumexp known."""
+        """Gradient of dloss * loss + dz * logsumexp^2 by the logits, with logsumexp known."""
 
     def product_gradients(self, rows: slice, x_CD: Tensor, dlogits_CV: Tensor, dx_ND: Tensor,
                           dweight_VD: Tensor) -> None:
@@ -67,23 +69,25 @@ class Chunks(ABC):
             dweight_VD.add_(dlogits_CV.T @ x_CD)
 
 
-def run(kind: type[Chunks], x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float,
-        soft_cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The operation, with what `kind` does to the logits."""
+def chunked_linear_cross_entropy(backend_chunks: type[LossChunks], x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor,
+                                 ignore_index: int, z_loss: float, soft_cap: float | None
+                                 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the operation by chunks; `backend_chunks` computes loss and gradient of each chunk's logits."""
     dtype = product_dtype(x_ND)
     # Gradients are computed in the forward, where the logits are at hand. With a z-loss the weight of its
     # gradient against the other's is known in the backward only, and the logits are computed again there.
-    function = _RecomputedLoss if z_loss else _Loss
+    function = _LossWithZGradient if z_loss else _LossOnly
     with torch.autocast(x_ND.device.type, enabled=False):
-        return function.apply(kind, torch.is_grad_enabled(), x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
+        return function.apply(backend_chunks, torch.is_grad_enabled(), x_ND, weight_VD, labels_N, ignore_index,
+                              soft_cap, dtype)
 
 
-class _Loss(torch.autograd.Function):
+class _LossOnly(torch.autograd.Function):
     """Sums of the loss and of logsumexp^2; gradients of the loss computed on the way and scaled later."""
 
     @staticmethod
-    def forward(ctx, kind, grad_enabled, x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype):
-        chunks = kind(x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
+    def forward(ctx, backend_chunks, grad_enabled, x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype):
+        chunks = backend_chunks(x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
         loss_N, lse_N = (x_ND.new_empty(x_ND.shape[0], dtype=chunks.wide) for _ in range(2))
         ctx.gradients = None
         # needs_input_grad is true for a parameter under no_grad too
@@ -110,17 +114,18 @@ class _Loss(torch.autograd.Function):
         return None, None, dx_ND.mul_(dloss).to(x_dtype), dweight_VD.mul_(dloss).to(weight_dtype), *(None,) * 4
 
 
-class _RecomputedLoss(torch.autograd.Function):
-    """As `_Loss`, with logsumexp^2 differentiable too: one more product of x and the weight."""
+class _LossWithZGradient(torch.autograd.Function):
+    """Sums of the loss and of logsumexp^2, both differentiable, for one more product of x and the weight."""
 
     @staticmethod
-    def forward(ctx, kind, grad_enabled, x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype):
-        chunks = kind(x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
+    def forward(ctx, backend_chunks, grad_enabled, x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype):
+        chunks = backend_chunks(x_ND, weight_VD, labels_N, ignore_index, soft_cap, dtype)
         loss_N, lse_N = (x_ND.new_empty(x_ND.shape[0], dtype=chunks.wide) for _ in range(2))
         for rows in chunks:
             loss_N[rows], lse_N[rows], _ = chunks.loss(rows, chunks.product(rows)[1], False)
         ctx.save_for_backward(x_ND, weight_VD, labels_N, lse_N)
-        ctx.kind, ctx.options = kind, (ignore_index, soft_cap, dtype)
+        ctx.backend_chunks = backend_chunks
+        ctx.options = (ignore_index, soft_cap, dtype)
         count = chunks.counted_N.sum()
         ctx.mark_non_differentiable(count)
         return loss_N.sum(), (lse_N.square() * chunks.counted_N).sum(), count
@@ -129,7 +134,7 @@ class _RecomputedLoss(torch.autograd.Function):
     @plain_backward
     def backward(ctx, dloss, dz, dcount):
         x_ND, weight_VD, labels_N, lse_N = ctx.saved_tensors
-        chunks = ctx.kind(x_ND, weight_VD, labels_N, *ctx.options)
+        chunks = ctx.backend_chunks(x_ND, weight_VD, labels_N, *ctx.options)
         dx_ND = torch.empty(x_ND.shape, dtype=ctx.options[2], device=x_ND.device)
         dweight_VD = torch.zeros(weight_VD.shape, dtype=chunks.wide, device=x_ND.device)
         for rows in chunks:

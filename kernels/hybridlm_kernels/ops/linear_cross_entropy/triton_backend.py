@@ -1,4 +1,4 @@
-"""What is done to a chunk's logits as one Triton kernel: a program reads a row twice and leaves its gradient in place.
+"""Loss and gradient of a chunk's logits in one Triton kernel: a program reads a row twice and overwrites it.
 
 N tokens, C tokens of a chunk, V vocabulary.
 """
@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlm_kernels.ops.linear_cross_entropy import chunked_loss as chunked
+from hybridlm_kernels.ops.linear_cross_entropy.chunked_loss import LossChunks, chunked_linear_cross_entropy
 from hybridlm_kernels.triton_support import CompileCase
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ignore_index: int = -100,
                          z_loss: float = 0.0, soft_cap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    return chunked.run(_Chunks, x_ND, weight_VD, labels_N, ignore_index, z_loss, soft_cap)
+    """The Triton backend; arguments as in the public function, already checked."""
+    return chunked_linear_cross_entropy(_TritonLossChunks, x_ND, weight_VD, labels_N, ignore_index, z_loss, soft_cap)
 
 
 @triton.jit
@@ -75,15 +76,19 @@ def _cross_entropy(logits_ptr, labels_ptr, loss_ptr, lse_ptr, dloss_ptr, dz_ptr,
                 tl.store(logits_ptr + start + columns, d.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-class _Chunks(chunked.Chunks):
-    gpu_elements = 2**28  # one buffer, so a larger chunk than that of several
+class _TritonLossChunks(LossChunks):
+    """Loss and gradient of a chunk's logits by one kernel, in place."""
+
+    gpu_chunk_logits = 2**28  # elements; one buffer, so a larger chunk than with the several of torch
 
     def _launch(self, rows: slice, logits_CV: Tensor, loss_C: Tensor | None, lse_C: Tensor, dloss: Tensor | None,
                 dz: Tensor | None, gradient: bool) -> None:
         C, V = logits_CV.shape
-        _cross_entropy[(C,)](logits_CV, self.labels_N[rows], loss_C, lse_C, dloss, dz, V, logits_CV.stride(0),
-                             self.ignore_index, self.soft_cap or 1.0, self.soft_cap is not None, loss_C is not None,
-                             gradient, min(4096, triton.next_power_of_2(V)), num_warps=8)
+        _cross_entropy[(C,)](
+            logits_ptr=logits_CV, labels_ptr=self.labels_N[rows], loss_ptr=loss_C, lse_ptr=lse_C, dloss_ptr=dloss,
+            dz_ptr=dz, V=V, row_stride=logits_CV.stride(0), ignore_index=self.ignore_index, cap=self.soft_cap or 1.0,
+            CAPPED=self.soft_cap is not None, LOSS=loss_C is not None, GRADIENT=gradient,
+            BLOCK=min(4096, triton.next_power_of_2(V)), num_warps=8)
 
     def loss(self, rows, logits_CV, gradient):
         loss_C, lse_C = (torch.empty(len(logits_CV), device=logits_CV.device) for _ in range(2))
@@ -95,7 +100,7 @@ class _Chunks(chunked.Chunks):
         return logits_CV
 
 
-def _specimen(label: str, **flags: bool) -> CompileCase:
+def _compile_case(label: str, **flags: bool) -> CompileCase:
     types = {"logits_ptr": "*bf16", "labels_ptr": "*i64", "lse_ptr": "*fp32", "V": "i32", "row_stride": "i32",
              "ignore_index": "i32", "cap": "fp32"}
     written, read = ("loss_ptr",), ("dloss_ptr", "dz_ptr")
@@ -104,7 +109,7 @@ def _specimen(label: str, **flags: bool) -> CompileCase:
                     {**flags, **dict.fromkeys(unused), "BLOCK": 4096}, ("V", "row_stride"), 8)
 
 
-COMPILE_CASES = [_specimen("loss", CAPPED=False, LOSS=True, GRADIENT=False),
-             _specimen("loss and gradient", CAPPED=False, LOSS=True, GRADIENT=True),
-             _specimen("loss and gradient, capped", CAPPED=True, LOSS=True, GRADIENT=True),
-             _specimen("gradient, capped", CAPPED=True, LOSS=False, GRADIENT=True)]
+COMPILE_CASES = [_compile_case("loss", CAPPED=False, LOSS=True, GRADIENT=False),
+             _compile_case("loss and gradient", CAPPED=False, LOSS=True, GRADIENT=True),
+             _compile_case("loss and gradient, capped", CAPPED=True, LOSS=True, GRADIENT=True),
+             _compile_case("gradient, capped", CAPPED=True, LOSS=False, GRADIENT=True)]

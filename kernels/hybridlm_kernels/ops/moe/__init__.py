@@ -10,36 +10,50 @@ from hybridlm_kernels.ops.moe import torch_backend as eager
 from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
-MOST_EXPERTS = 1024  # that a Triton program of the tile table looks at
+MAX_TRITON_EXPERTS = 1024  # one program reads the whole table of experts
 
 
-def _few_enough(call: Call) -> tuple[bool, str]:
+def _fits_triton(call: Call) -> tuple[bool, str]:
     experts = call.get("experts")
-    return (True, "") if experts <= MOST_EXPERTS else (False, f"sorts for up to {MOST_EXPERTS} experts; got {experts}")
+    if experts > MAX_TRITON_EXPERTS:
+        return False, f"sorts for up to {MAX_TRITON_EXPERTS} experts; got {experts}"
+    return True, ""
 
 
 MOE_EXPERTS = register(Operation("moe_experts", (
-    triton_support.lazy_triton_backend("hybridlm_kernels.ops.moe.triton_backend", "moe_experts", _few_enough),
+    triton_support.lazy_triton_backend("hybridlm_kernels.ops.moe.triton_backend", "moe_experts", _fits_triton),
     Backend("torch", eager.moe_experts, eager.supports), Backend("reference", reference.moe_experts))))
 
 
 def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor,
                 weights_NA: Tensor, *, limit: float | None = None, backend: str | None = None) -> Tensor:
-    """y_n = sum over a of weights_na * down_e swiglu(gate_e x_n, up_e x_n), e = expert_ids_na. Drops nothing.
+    """Routed SwiGLU experts: every token's chosen experts, summed with the combining weights; no token is dropped.
+
+        y_n = sum over a of weights_na * down_e swiglu(gate_e x_n, up_e x_n),  e = expert_ids_na
 
     Args:
-        x_ND: [N, D] tokens.
-        gate_up_E2ID: [E, 2I, D], the gate rows first.
-        down_EDI: [E, D, I].
-        expert_ids_NA: integers [N, A] in 0..E-1, A experts a token.
-        weights_NA: [N, A] combining weights.
+        x_ND: tokens [N, D], activated: after the norm before the feed-forward.
+        gate_up_E2ID: weights of gate and up [E, 2I, D], the gate rows first.
+        down_EDI: weights of the way down [E, D, I].
+        expert_ids_NA: integers [N, A] in 0..E-1, A experts per token.
+        weights_NA: combining weights [N, A], activated: after softmax or sigmoid, normalisation and scale.
         limit: clamps inside SwiGLU, see `swiglu`.
+        backend: name of one backend, in place of the registry's choice.
 
     Returns:
-        [N, D] in x.dtype. Differentiable in x, gate_up, down and weights.
+        y [N, D] in x's dtype (autocast's inside autocast). Differentiable in x, gate_up, down and weights.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit one another.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Sources: Shazeer et al. 2017, eq. 1; DeepSeekMoE, Dai et al. 2024, eq. 3.
+
+    >>> import torch
+    >>> x, down = torch.tensor([[1.0]]), torch.ones(2, 1, 1)
+    >>> gate_up = torch.tensor([[[100.0], [1.0]], [[100.0], [2.0]]])
+    >>> moe_experts(x, gate_up, down, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]))  # 0.5 * 100 + 0.25 * 200
+    tensor([[100.]])
     """
     experts, two_i, dim = gate_up_E2ID.shape
     if x_ND.dim() != 2 or x_ND.shape[1] != dim:

@@ -1,6 +1,6 @@
 """Routed SwiGLU experts, one expert after the other.
 
-N tokens, A experts a token, E experts, D model width, I expert width.
+N tokens, A experts per token, E experts, D model width, I expert width.
 """
 
 from __future__ import annotations

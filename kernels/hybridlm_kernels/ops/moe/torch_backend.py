@@ -1,6 +1,6 @@
 """Routed SwiGLU experts by grouped matrix products over the tokens sorted by expert.
 
-N tokens, A experts a token, E experts, D model width, I expert width, P rows of the sorted buffer.
+N tokens, A experts per token, E experts, D model width, I expert width, P rows of the sorted buffer.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from hybridlm_kernels.registry import Call
 
 
 def supports(call: Call) -> tuple[bool, str]:
-    """Grouped matrix products exist for 32 and 16 bit floats."""
+    """Accepts 32 and 16 bit floats, for which torch has grouped matrix products."""
     ok = call.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return ok, "" if ok else f"grouped matrix products know no {call.dtype}"
 
 
 def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor,
                 weights_NA: Tensor, limit: float | None = None) -> Tensor:
+    """The torch backend; arguments as in the public function, already checked."""
     dtype = product_dtype(x_ND)  # grouped_mm is not on autocast's list
     x_ND, gate_up_E2ID, down_EDI = x_ND.to(dtype), gate_up_E2ID.to(dtype), down_EDI.to(dtype)
     dim = x_ND.shape[1]
     gate_up_E2ID, down_EDI = _pad_widths(gate_up_E2ID, down_EDI)
     x_ND = F.pad(x_ND, (0, gate_up_E2ID.shape[2] - dim)) if gate_up_E2ID.shape[2] != dim else x_ND
-    slot_NA, token_P, offs_E = _layout(expert_ids_NA, gate_up_E2ID.shape[0])
-    y_ND = _Experts.apply(x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, limit)
+    slot_NA, token_P, offs_E = _sort_by_expert(expert_ids_NA, gate_up_E2ID.shape[0])
+    y_ND = _TorchExperts.apply(x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, limit)
     return y_ND if y_ND.shape[1] == dim else y_ND[:, :dim]
 
 
@@ -43,8 +44,8 @@ def _pad_widths(gate_up_E2ID: Tensor, down_EDI: Tensor) -> tuple[Tensor, Tensor]
     return gate_up_E2ID, down_EDI
 
 
-def _layout(expert_ids_NA: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each (token, expert) pair lies in a buffer sorted by expert, without a host sync on a GPU.
+def _sort_by_expert(expert_ids_NA: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts the (token, expert) pairs by expert; on a GPU the host does not wait for the device.
 
     Returns slot_NA (row of the pair), token_P (token of each row) and int32 offs_E (end of each expert's rows).
     """
@@ -54,11 +55,11 @@ def _layout(expert_ids_NA: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor
     counts_E = torch.bincount(ids_M, minlength=experts) if device.type == "cpu" else _counts(ids_M, experts)
     row_M = torch.arange(pairs, device=device)
     rows = pairs
-    # A CPU matrix product sums in another order when it has fewer than about two rows a thread. Groups padded
+    # A CPU matrix product sums in another order when it has fewer than about two rows per thread. Groups padded
     # above that make a token's result the same, to the bit, whatever tokens share its expert.
-    least = max(16, 2 * torch.get_num_threads())
-    if device.type == "cpu" and bool(((counts_E > 0) & (counts_E < least)).any()):
-        padded_E = counts_E.clamp(min=least) * (counts_E > 0)
+    min_rows = max(16, 2 * torch.get_num_threads())
+    if device.type == "cpu" and bool(((counts_E > 0) & (counts_E < min_rows)).any()):
+        padded_E = counts_E.clamp(min=min_rows) * (counts_E > 0)
         row_M = row_M + ((padded_E - counts_E).cumsum(0) - (padded_E - counts_E))[sorted_M]
         counts_E, rows = padded_E, int(padded_E.sum())
     slot_M = torch.empty_like(row_M).index_copy_(0, order_M, row_M)
@@ -69,19 +70,19 @@ def _layout(expert_ids_NA: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _counts(ids_M: Tensor, experts: int) -> Tensor:
-    """Rows of each expert; bincount would wait for the device to learn the size of its result."""
+    """Number of rows per expert; bincount would wait for the device to learn the size of its result."""
     return torch.zeros(experts, dtype=torch.int64, device=ids_M.device).scatter_add_(
         0, ids_M.long(), torch.ones_like(ids_M, dtype=torch.int64))
 
 
 def _gather_sum(rows_PD: Tensor, slot_NA: Tensor) -> Tensor:
-    """sum_a rows[slot_na], in the order of a: no atomics, so the same bits every time."""
+    """Sums rows[slot_na] over a, in the order of a: no atomics, so the same bits every time."""
     if slot_NA.numel() == 0:
         return rows_PD.new_zeros(slot_NA.shape[0], rows_PD.shape[1])
     return F.embedding_bag(slot_NA, rows_PD, mode="sum")
 
 
-class _Experts(torch.autograd.Function):
+class _TorchExperts(torch.autograd.Function):
     """Keeps the input and the gate and up projections; everything else is computed again in the backward.
 
     The combining weight multiplies the I-wide activation, before `down`: narrower than its output, and its
@@ -92,8 +93,8 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, limit):
         x_PD = x_ND.index_select(0, token_P)
         h_P2I = F.grouped_mm(x_PD, gate_up_E2ID.transpose(1, 2), offs=offs_E)
-        gate_PI, up_PI = _halves(h_P2I, limit)
-        weight_P1 = _spread(weights_NA, slot_NA, len(token_P))
+        gate_PI, up_PI = _bounded_gate_up(h_P2I, limit)
+        weight_P1 = _weight_per_row(weights_NA, slot_NA, len(token_P))
         act_PI = F.silu(gate_PI).mul_(up_PI).mul_(weight_P1)
         y_PD = F.grouped_mm(act_PI, down_EDI.transpose(1, 2), offs=offs_E)
         ctx.save_for_backward(x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, h_P2I)
@@ -104,9 +105,9 @@ class _Experts(torch.autograd.Function):
     @plain_backward
     def backward(ctx, dy_ND):
         x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, h_P2I = ctx.saved_tensors
-        gate_PI, up_PI = _halves(h_P2I, ctx.limit)
+        gate_PI, up_PI = _bounded_gate_up(h_P2I, ctx.limit)
         silu_PI = F.silu(gate_PI)
-        weight_P1 = _spread(weights_NA, slot_NA, len(token_P))
+        weight_P1 = _weight_per_row(weights_NA, slot_NA, len(token_P))
         dy_PD = dy_ND.index_select(0, token_P)
         # of the weighted activation; the weight of a padding row is 0, which keeps it out of all that follows
         dact_PI = F.grouped_mm(dy_PD, down_EDI, offs=offs_E)
@@ -132,12 +133,13 @@ class _Experts(torch.autograd.Function):
         return dx_ND, dgate_up_E2ID, ddown_EDI, dweights_NA, None, None, None, None
 
 
-def _halves(h_P2I: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+def _bounded_gate_up(h_P2I: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+    """Gate and up of every row, clamped where there is a limit."""
     gate_PI, up_PI = h_P2I.chunk(2, -1)
     return bounded(gate_PI, up_PI, limit)
 
 
-def _spread(weights_NA: Tensor, slot_NA: Tensor, rows: int) -> Tensor:
-    """[P, 1]: each row's combining weight, 0 for padding rows."""
+def _weight_per_row(weights_NA: Tensor, slot_NA: Tensor, rows: int) -> Tensor:
+    """Combining weight of each row [P, 1], 0 for padding rows."""
     weight_P = weights_NA.new_zeros(rows) if rows != slot_NA.numel() else weights_NA.new_empty(rows)
     return weight_P.index_copy_(0, slot_NA.flatten(), weights_NA.flatten())[:, None]

@@ -1,6 +1,6 @@
 """Routed SwiGLU experts as Triton kernels: see README.md for the five products and what each is fused with.
 
-N tokens, A experts a token, E experts, D model width, I expert width, P = N A rows in the order by expert.
+N tokens, A experts per token, E experts, D model width, I expert width, P = N A rows in the order by expert.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from hybridlm_kernels.ops.moe import triton_products as products
-from hybridlm_kernels.ops.moe.triton_routing import gather_sum, routes
+from hybridlm_kernels.ops.moe.triton_routing import gather_sum, sort_by_expert
 from hybridlm_kernels.precision import plain_backward, product_dtype
 
 
 def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor,
                 weights_NA: Tensor, limit: float | None = None) -> Tensor:
+    """The Triton backend; arguments as in the public function, already checked."""
     dtype = product_dtype(x_ND)
     inputs = (x_ND.to(dtype), gate_up_E2ID.to(dtype), down_EDI.to(dtype), weights_NA)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return _Experts.apply(*inputs, routes(expert_ids_NA, len(down_EDI)), limit, keep)
+    return _TritonExperts.apply(*inputs, sort_by_expert(expert_ids_NA, len(down_EDI)), limit, keep)
 
 
-class _Experts(torch.autograd.Function):
+class _TritonExperts(torch.autograd.Function):
     """Keeps the input and the gate and up projections; everything else is computed again in the backward."""
 
     @staticmethod

@@ -16,10 +16,11 @@ from hybridlm_kernels.ops.moe.triton_routing import Routes
 from hybridlm_kernels.ops.swiglu.triton_backend import clamped, derivatives
 from hybridlm_kernels.triton_support import CompileCase, tuned
 
-SHARE = 64  # BLOCK_N of PAIRED: columns that one partial sum of a combining weight's gradient covers
+PARTIAL_SUM_COLUMNS = 64  # BLOCK_N of PAIRED: columns that one partial sum of a combining weight's gradient covers
 
-# The first of each fits every GPU that the backend runs on, in fp32 too.
-PAIRED = [triton.Config({"BLOCK_N": SHARE, "BLOCK_K": k}, num_warps=8, num_stages=s)  # two products, or a long epilogue
+# Configurations to tune: of kernels with two products or a long epilogue (PAIRED), of one product, and of the weights'
+# gradients. The first of each fits every GPU that the backend runs on, in fp32 too.
+PAIRED = [triton.Config({"BLOCK_N": PARTIAL_SUM_COLUMNS, "BLOCK_K": k}, num_warps=8, num_stages=s)
           for k, s in ((32, 3), (64, 3), (64, 4))]
 PLAIN = [triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=w, num_stages=s)
          for n, k, w, s in ((64, 32, 4, 3), (128, 64, 8, 3), (128, 64, 4, 4), (256, 64, 8, 3))]
@@ -161,7 +162,7 @@ def _weight_gradient(a_ptr, b_ptr, pair_ptr, end_ptr, dw_ptr, GATHER_A: tl.const
 
 
 def _precision(x: Tensor) -> str:
-    """How products of fp32 are computed, as torch is set to compute them."""
+    """Precision of products of fp32, as torch is set to compute them."""
     return "ieee" if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -176,9 +177,10 @@ def gate_up(x_ND: Tensor, gate_up_E2ID: Tensor, weights_NA: Tensor, routes: Rout
     h_P2I = torch.empty(P, 2 * I, dtype=x_ND.dtype, device=x_ND.device) if keep else None
     act_PI = torch.empty(P, I, dtype=x_ND.dtype, device=x_ND.device)
     _gate_up[_grid(routes, I)](
-        x_ND, gate_up_E2ID, weights_NA, routes.pair_P, routes.tile_expert, routes.tile_row, routes.end_E, h_P2I, act_PI,
-        E, limit or 0.0, CLAMPED=limit is not None, KEEP=keep, PRECISION=_precision(x_ND), A=weights_NA.shape[1], D=D,
-        I=I, BLOCK_M=routes.block_m)
+        x_ptr=x_ND, w_ptr=gate_up_E2ID, weight_ptr=weights_NA, pair_ptr=routes.pair_P,
+        tile_expert_ptr=routes.tile_expert, tile_row_ptr=routes.tile_row, end_ptr=routes.end_E, h_ptr=h_P2I,
+        act_ptr=act_PI, E=E, limit=limit or 0.0, CLAMPED=limit is not None, KEEP=keep, PRECISION=_precision(x_ND),
+        A=weights_NA.shape[1], D=D, I=I, BLOCK_M=routes.block_m)
     return h_P2I, act_PI
 
 
@@ -187,8 +189,9 @@ def rows(a_PK: Tensor, weight: Tensor, routes: Routes, transposed: bool = False)
     (P, K), N = a_PK.shape, weight.shape[2 if transposed else 1]
     y_PN = torch.empty(P, N, dtype=a_PK.dtype, device=a_PK.device)
     _rows[_grid(routes, N)](
-        a_PK, weight, routes.tile_expert, routes.tile_row, routes.end_E, y_PN, weight.shape[0], TRANSPOSED=transposed,
-        PRECISION=_precision(a_PK), K=K, N=N, BLOCK_M=routes.block_m)
+        a_ptr=a_PK, w_ptr=weight, tile_expert_ptr=routes.tile_expert, tile_row_ptr=routes.tile_row,
+        end_ptr=routes.end_E, y_ptr=y_PN, E=weight.shape[0], TRANSPOSED=transposed, PRECISION=_precision(a_PK), K=K,
+        N=N, BLOCK_M=routes.block_m)
     return y_PN
 
 
@@ -197,21 +200,23 @@ def activation_gradient(dy_ND: Tensor, down_EDI: Tensor, h_P2I: Tensor, weights_
     """Gradient of h, the weighted activation [P, I], and the gradient of every row's weight [P] in fp32."""
     (E, D, I), P = down_EDI.shape, len(h_P2I)
     dh_P2I, act_PI = torch.empty_like(h_P2I), torch.empty(P, I, dtype=h_P2I.dtype, device=h_P2I.device)
-    dweight_PS = torch.empty(P, triton.cdiv(I, SHARE), dtype=torch.float32, device=h_P2I.device)
+    dweight_PS = torch.empty(P, triton.cdiv(I, PARTIAL_SUM_COLUMNS), dtype=torch.float32, device=h_P2I.device)
     _activation_gradient[_grid(routes, I)](
-        dy_ND, down_EDI, h_P2I, weights_NA, routes.pair_P, routes.tile_expert, routes.tile_row, routes.end_E, dh_P2I,
-        act_PI, dweight_PS, E, limit or 0.0, CLAMPED=limit is not None, PRECISION=_precision(dy_ND),
-        A=weights_NA.shape[1], D=D, I=I, BLOCK_M=routes.block_m)
+        dy_ptr=dy_ND, w_ptr=down_EDI, h_ptr=h_P2I, weight_ptr=weights_NA, pair_ptr=routes.pair_P,
+        tile_expert_ptr=routes.tile_expert, tile_row_ptr=routes.tile_row, end_ptr=routes.end_E, dh_ptr=dh_P2I,
+        act_ptr=act_PI, dweight_ptr=dweight_PS, E=E, limit=limit or 0.0, CLAMPED=limit is not None,
+        PRECISION=_precision(dy_ND), A=weights_NA.shape[1], D=D, I=I, BLOCK_M=routes.block_m)
     return dh_P2I, act_PI, dweight_PS.sum(1)
 
 
 def weight_gradient(a: Tensor, b: Tensor, routes: Routes, *, tokens: str) -> Tensor:
-    """[E, M, N]: the sum of a_p b_p^T over each expert's rows; what `tokens` names, "a" or "b", has a row a token."""
+    """[E, M, N]: the sum of a_p b_p^T over each expert's rows; the operand that `tokens` names, "a" or "b",
+    has one row per token."""
     E, M, N = routes.end_E.numel(), a.shape[1], b.shape[1]
     dw_EMN = torch.empty(E, M, N, dtype=a.dtype, device=a.device)
     _weight_gradient[lambda meta: (E * triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)](
-        a, b, routes.pair_P, routes.end_E, dw_EMN, GATHER_A=tokens == "a", GATHER_B=tokens == "b",
-        PRECISION=_precision(a), A=routes.slot_NA.shape[1], M=M, N=N)
+        a_ptr=a, b_ptr=b, pair_ptr=routes.pair_P, end_ptr=routes.end_E, dw_ptr=dw_EMN, GATHER_A=tokens == "a",
+        GATHER_B=tokens == "b", PRECISION=_precision(a), A=routes.slot_NA.shape[1], M=M, N=N)
     return dw_EMN
 
 
@@ -221,23 +226,23 @@ _TYPES |= {"weight_ptr": "*fp32", "dweight_ptr": "*fp32", "pair_ptr": "*i32", "t
            "tile_row_ptr": "*i32", "end_ptr": "*i64", "E": "i32", "limit": "fp32"}
 
 
-def _specimens(kernel, label: str, **constants) -> list[CompileCase]:
+def _compile_cases(kernel, label: str, **constants) -> list[CompileCase]:
     """One for every tuned configuration: any of them may be chosen."""
     types = {name: kind for name, kind in _TYPES.items() if name in kernel.fn.arg_names}
     made = []
     for config in kernel.configs:
         blocks = constants | config.kwargs
         size = "x".join(str(blocks[f"BLOCK_{axis}"]) for axis in "MNK")
-        made.append(CompileCase(f"{label} {size}", kernel.fn, types, blocks | {"PRECISION": "ieee"}, (), config.num_warps,
-                             config.num_stages))
+        made.append(CompileCase(f"{label} {size}", kernel.fn, types, blocks | {"PRECISION": "ieee"}, (),
+                                config.num_warps, config.num_stages))
     return made
 
 
 _SIZES = {"A": 8, "D": 2048, "I": 768}
 COMPILE_CASES = [
-    *_specimens(_gate_up, "gate and up", CLAMPED=True, KEEP=True, BLOCK_M=128, **_SIZES),
-    *_specimens(_rows, "down", TRANSPOSED=False, BLOCK_M=128, K=768, N=2048),
-    *_specimens(_rows, "down, few rows", TRANSPOSED=False, BLOCK_M=16, K=768, N=2048)[:1],
-    *_specimens(_rows, "gradient of x", TRANSPOSED=True, BLOCK_M=128, K=1536, N=2048)[1:2],
-    *_specimens(_activation_gradient, "gradient of the activation", CLAMPED=True, BLOCK_M=128, **_SIZES),
-    *_specimens(_weight_gradient, "gradient of down", GATHER_A=True, GATHER_B=False, A=8, M=2048, N=768)]
+    *_compile_cases(_gate_up, "gate and up", CLAMPED=True, KEEP=True, BLOCK_M=128, **_SIZES),
+    *_compile_cases(_rows, "down", TRANSPOSED=False, BLOCK_M=128, K=768, N=2048),
+    *_compile_cases(_rows, "down, few rows", TRANSPOSED=False, BLOCK_M=16, K=768, N=2048)[:1],
+    *_compile_cases(_rows, "gradient of x", TRANSPOSED=True, BLOCK_M=128, K=1536, N=2048)[1:2],
+    *_compile_cases(_activation_gradient, "gradient of the activation", CLAMPED=True, BLOCK_M=128, **_SIZES),
+    *_compile_cases(_weight_gradient, "gradient of down", GATHER_A=True, GATHER_B=False, A=8, M=2048, N=768)]

@@ -1,6 +1,6 @@
 """Sorting (token, expert) pairs by expert and bringing results back, without a wait for the device and without atomics.
 
-N tokens, A experts a token, P = N A pairs, E experts, D model width. A pair's number is n A + a; its row is its place
+N tokens, A experts per token, P = N A pairs, E experts, D model width. A pair's number is n A + a; its row is its place
 in the order by expert, where pairs of one expert keep their order. A tile is up to BLOCK_M rows of one expert.
 """
 
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from hybridlm_kernels.triton_support import CompileCase
 
-PAIRS = 128  # pairs that one program counts and places
+PAIRS_PER_PROGRAM = 128  # pairs that one program counts and places
 
 
 @dataclass(frozen=True)
 class Routes:
-    """Where every pair goes. How many tiles there are depends on the routing and is known to the device alone: as many
-    as there could be are launched, and those that are not there name expert E."""
+    """Row of every pair and the tiles of every expert, on the device.
+
+    The number of tiles depends on the routing and is known to the device alone: as many as there could be are launched,
+    and those that do not exist name expert E.
+    """
 
     slot_NA: Tensor  # int32: row of each pair
     pair_P: Tensor  # int32: pair in each row
@@ -95,24 +98,30 @@ def _gather_sum(rows_ptr, slot_ptr, y_ptr, N, A: tl.constexpr, D: tl.constexpr, 
     tl.store(y_ptr + token[:, None] * D + column[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def routes(expert_ids_NA: Tensor, experts: int) -> Routes:
+def sort_by_expert(expert_ids_NA: Tensor, experts: int) -> Routes:
     """A stable counting sort of the pairs by expert, and the tiles of every expert."""
     ids_NA, device = expert_ids_NA.contiguous(), expert_ids_NA.device
     P, E = ids_NA.numel(), experts
-    blocks = max(1, triton.cdiv(P, PAIRS))
+    blocks = max(1, triton.cdiv(P, PAIRS_PER_PROGRAM))
     count_EB = torch.empty(E, blocks, dtype=torch.int32, device=device)
-    _count[(blocks,)](ids_NA, count_EB, P, blocks, E, PAIRS, min(64, triton.next_power_of_2(E)))
+    _count[(blocks,)](
+        ids_ptr=ids_NA, count_ptr=count_EB, P=P, BLOCKS=blocks, E=E, PAIRS=PAIRS_PER_PROGRAM,
+        BLOCK_E=min(64, triton.next_power_of_2(E)))
     end_EB = count_EB.flatten().cumsum(0).view(E, blocks)
     slot_NA = torch.empty(ids_NA.shape, dtype=torch.int32, device=device)
     pair_P = torch.empty(P, dtype=torch.int32, device=device)
-    _place[(blocks,)](ids_NA, count_EB, end_EB, slot_NA, pair_P, P, blocks, PAIRS)
+    _place[(blocks,)](
+        ids_ptr=ids_NA, count_ptr=count_EB, end_ptr=end_EB, slot_ptr=slot_NA, pair_ptr=pair_P, P=P, BLOCKS=blocks,
+        PAIRS=PAIRS_PER_PROGRAM)
     end_E = end_EB[:, -1].contiguous()
     block_m = 128 if P > 64 * E else 64 if P > 16 * E else 16  # near the mean group, so that few rows are idle
     tiles = P // block_m + min(E, P)
     tile_expert, tile_row = torch.empty(2, tiles, dtype=torch.int32, device=device)
     block_e = triton.next_power_of_2(E)
-    described = max(8, 8192 // block_e)  # tiles a program
-    _tile_table[(triton.cdiv(tiles, described),)](end_E, tile_expert, tile_row, tiles, E, block_m, block_e, described)
+    tiles_per_program = max(8, 8192 // block_e)
+    _tile_table[(triton.cdiv(tiles, tiles_per_program),)](
+        end_ptr=end_E, expert_ptr=tile_expert, row_ptr=tile_row, tiles=tiles, E=E, BLOCK_M=block_m, BLOCK_E=block_e,
+        TILES=tiles_per_program)
     return Routes(slot_NA, pair_P, end_E, tile_expert, tile_row, block_m)
 
 
@@ -122,7 +131,8 @@ def gather_sum(rows_PD: Tensor, slot_NA: Tensor) -> Tensor:
     y_ND = torch.empty(N, D, dtype=rows_PD.dtype, device=rows_PD.device)
     block = min(1024, triton.next_power_of_2(D))
     tokens = 2048 // block
-    _gather_sum[(triton.cdiv(N, tokens), triton.cdiv(D, block))](rows_PD, slot_NA, y_ND, N, A, D, block, tokens)
+    _gather_sum[(triton.cdiv(N, tokens), triton.cdiv(D, block))](
+        rows_ptr=rows_PD, slot_ptr=slot_NA, y_ptr=y_ND, N=N, A=A, D=D, BLOCK_D=block, TOKENS=tokens)
     return y_ND
 
 
@@ -131,11 +141,12 @@ _POINTERS = {"ids_ptr": "*i64", "count_ptr": "*i32", "end_ptr": "*i64", "slot_pt
              "expert_ptr": "*i32", "row_ptr": "*i32", "rows_ptr": "*bf16", "y_ptr": "*bf16"}
 
 
-def _specimen(kernel, **constants: int) -> CompileCase:
+def _compile_case(kernel, **constants: int) -> CompileCase:
     types = {name: kind for name, kind in (_I32 | _POINTERS).items() if name in kernel.arg_names}
     return CompileCase(kernel.__name__.strip("_").replace("_", " "), kernel, types, constants)
 
 
-COMPILE_CASES = [_specimen(_count, PAIRS=PAIRS, BLOCK_E=64), _specimen(_place, PAIRS=PAIRS),
-             _specimen(_tile_table, BLOCK_M=128, BLOCK_E=256, TILES=32),
-             _specimen(_gather_sum, A=8, D=2048, BLOCK_D=1024, TOKENS=2)]
+COMPILE_CASES = [_compile_case(_count, PAIRS=PAIRS_PER_PROGRAM, BLOCK_E=64),
+                 _compile_case(_place, PAIRS=PAIRS_PER_PROGRAM),
+                 _compile_case(_tile_table, BLOCK_M=128, BLOCK_E=256, TILES=32),
+                 _compile_case(_gather_sum, A=8, D=2048, BLOCK_D=1024, TOKENS=2)]

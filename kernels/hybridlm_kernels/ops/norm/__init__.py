@@ -9,12 +9,14 @@ from hybridlm_kernels.ops.norm import reference
 from hybridlm_kernels.ops.norm import torch_backend as eager
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
-WIDEST_ROW = 8192  # that a Triton program holds in its registers
+MAX_TRITON_ROW = 8192  # elements of a row that a program holds in its registers
 
 
 def _row_fits(call: Call) -> tuple[bool, str]:
     dim = call.get("dim")
-    return (True, "") if dim <= WIDEST_ROW else (False, f"holds rows of up to {WIDEST_ROW} in registers; got {dim}")
+    if dim > MAX_TRITON_ROW:
+        return False, f"holds rows of up to {MAX_TRITON_ROW} in registers; got {dim}"
+    return True, ""
 
 
 def _triton(function: str) -> Backend:
@@ -32,14 +34,27 @@ L2_NORM = register(Operation("l2_norm", (
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = False,
              backend: str | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in fp32 inside, returned in x.dtype.
+    """RMS norm over the last dim: y = x / sqrt(mean(x^2) + eps) * weight, computed in fp32.
 
     Args:
-        x: [..., D].
-        weight: [D]; with `zero_centered` (Gemma, Qwen3-Next) the factor is 1 + weight.
+        x: raw input [..., D].
+        weight: factor per channel [D]; with `zero_centered` it is 1 + weight.
+        eps: added to the mean of squares.
+        zero_centered: whether weight is stored as its difference from 1 (Gemma, Qwen3-Next).
+        backend: name of one backend, in place of the registry's choice.
+
+    Returns:
+        y [..., D] in x's dtype. Differentiable in x and weight.
 
     Raises:
         ValueError: weight is not [D].
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, eq. 4.
+
+    >>> import torch
+    >>> rms_norm(torch.tensor([1.0, 7.0]), torch.tensor([1.0, 2.0]), 0.0)  # the root of the mean square is 5
+    tensor([0.2000, 2.8000])
     """
     _check_weight("rms_norm", x, weight)
     return choose(RMS_NORM, Call.of(x, weight, dim=x.shape[-1]), backend).run(x, weight, eps, zero_centered)
@@ -47,15 +62,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = Fal
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, activation: str = "silu",
                    backend: str | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight * act(gate), in fp32 inside, returned in x.dtype.
+    """RMS norm times an activated gate: y = x / sqrt(mean(x^2) + eps) * weight * act(gate), computed in fp32.
 
     Args:
-        x, gate: [..., D].
-        weight: [D].
+        x: raw input [..., D].
+        gate: raw gate [..., D]; the activation is applied here.
+        weight: factor per channel [D].
+        eps: added to the mean of squares.
         activation: "silu" (Gated DeltaNet) or "sigmoid" (KDA).
+        backend: name of one backend, in place of the registry's choice.
+
+    Returns:
+        y [..., D] in x's dtype. Differentiable in x, gate and weight.
 
     Raises:
-        ValueError: shapes that differ, or an unknown activation.
+        ValueError: the shapes differ, or the activation is unknown.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Sources: Yang et al. 2024, Gated Delta Networks, section 3.4; Kimi Linear, 2025, section 4.1.
+
+    >>> import torch
+    >>> gated_rms_norm(torch.tensor([2.0, 2.0]), torch.zeros(2), torch.ones(2), 0.0, activation="sigmoid")
+    tensor([0.5000, 0.5000])
     """
     _check_weight("gated_rms_norm", x, weight)
     if gate.shape != x.shape:
@@ -67,7 +95,23 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, activ
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
-    """x / sqrt(sum(x^2) + eps) over the last dim of x [..., D], in fp32 inside, returned in x.dtype."""
+    """L2 norm over the last dim: y = x / sqrt(sum(x^2) + eps), computed in fp32.
+
+    Args:
+        x: raw input [..., D].
+        eps: added to the sum of squares.
+        backend: name of one backend, in place of the registry's choice.
+
+    Returns:
+        y [..., D] in x's dtype. Differentiable in x.
+
+    Raises:
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    >>> import torch
+    >>> l2_norm(torch.tensor([3.0, 4.0]), 0.0)
+    tensor([0.6000, 0.8000])
+    """
     return choose(L2_NORM, Call.of(x, dim=x.shape[-1]), backend).run(x, eps)
 
 

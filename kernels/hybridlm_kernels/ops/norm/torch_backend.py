@@ -1,4 +1,4 @@
-"""Normalisations that keep their input and one number a row. Shapes: M rows of D, flattened."""
+"""Normalisations that keep their input and one number per row. Shapes: M rows of D, flattened."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def _inverse_rms(x_MD: Tensor, eps: float) -> Tensor:
-    """[M, 1]: 1 / sqrt(mean(x^2) + eps)."""
+    """Inverse root of the mean square of each row, 1 / sqrt(mean(x^2) + eps), [M, 1]."""
     square_M1 = torch.linalg.vector_norm(x_MD, dim=-1, keepdim=True).square_()
     return square_M1.div_(x_MD.shape[-1]).add_(eps).rsqrt_()
 
 
 def _gradients(dn_MD: Tensor, x_MD: Tensor, w_D: Tensor, r_M1: Tensor) -> tuple[Tensor, Tensor]:
-    """dx and dw of n = x * r * w.
+    """Gradients dx and dw of n = x * r * w.
 
     With p = dn * x: dw = sum_m r p and the row's own term of dx needs sum_d p w, so both are products of p with
     a vector; dx = r w dn - x r^3 (p . w) / D.
@@ -45,6 +45,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
+    """The RMS norm n = x r w, with `_gradients`."""
+
     @staticmethod
     def forward(ctx, x, weight, eps, zero_centered):
         x_MD, w_D = _rows(x), wide(weight)
@@ -62,6 +64,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedRmsNorm(torch.autograd.Function):
+    """The gated RMS norm y = x r w act(gate); act(gate) is computed again in the backward."""
+
     @staticmethod
     def forward(ctx, x, gate, weight, eps, activation):
         x_MD, gate_MD, w_D = _rows(x), _rows(gate), wide(weight)
@@ -87,7 +91,7 @@ class _GatedRmsNorm(torch.autograd.Function):
 
 
 class _L2Norm(torch.autograd.Function):
-    """y = x r with r = (sum x^2 + eps)^-1/2, hence dx = r (dy - y (y . dy))."""
+    """The L2 norm y = x r with r = (sum x^2 + eps)^-1/2, hence dx = r (dy - y (y . dy))."""
 
     @staticmethod
     def forward(ctx, x, eps):

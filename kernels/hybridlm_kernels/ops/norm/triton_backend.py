@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlm_kernels.ops.norm import WIDEST_ROW
+from hybridlm_kernels.ops.norm import MAX_TRITON_ROW
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase, as_rows, programs
 
@@ -56,7 +56,7 @@ def _backward(x_ptr, gate_ptr, w_ptr, dy_ptr, dx_ptr, dgate_ptr, dw_ptr, M, step
               scale, shift, ACT: tl.constexpr, WEIGHT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
               ROWS: tl.constexpr):
     rows, columns, exists = _rows(M, D, BLOCK_D, ROWS)
-    jump = tl.num_programs(0).to(tl.int64) * ROWS
+    row_step = tl.num_programs(0).to(tl.int64) * ROWS
     if WEIGHT:
         w = tl.load(w_ptr + columns, mask=exists, other=0.0).to(tl.float32) + shift
     dw = tl.zeros([BLOCK_D], tl.float32)
@@ -80,34 +80,35 @@ def _backward(x_ptr, gate_ptr, w_ptr, dy_ptr, dx_ptr, dgate_ptr, dw_ptr, M, step
             dn *= w
         dx = r * (dn - n * tl.sum(dn * n, axis=1, keep_dims=True) * scale)
         tl.store(dx_ptr + rows * D + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        rows += jump
+        rows += row_step
     if WEIGHT:
         at = tl.arange(0, BLOCK_D)
         tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * D + at, dw, mask=at < D)
 
 
 def _tile(D: int, elements: int) -> dict[str, int]:
-    """BLOCK_D, ROWS and num_warps for about `elements` a program and 16 to 32 a thread."""
+    """BLOCK_D, ROWS and num_warps for about `elements` per program and 16 to 32 per thread."""
     block = triton.next_power_of_2(D)
     rows = max(1, elements // block)
     return {"BLOCK_D": block, "ROWS": rows, "num_warps": min(16, max(4, rows * block // elements * 4))}
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps its inputs alone: r is computed again from the row, which the backward reads anyway."""
+    """Any of the norms; only inputs are kept: r is computed again from the row, which the backward reads anyway."""
 
     @staticmethod
     def forward(ctx, x, gate, weight, eps, scale, shift, act):
         weight = None if weight is None else weight.contiguous()
         ctx.save_for_backward(x, gate, weight)
-        ctx.options = (eps, scale, shift, act, weight is not None, x.shape[-1])
+        ctx.options = {"eps": eps, "scale": scale, "shift": shift, "ACT": act, "WEIGHT": weight is not None,
+                       "D": x.shape[-1]}
         x_MD, gate_MD = as_rows(x), None if gate is None else as_rows(gate)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         M, D = x_MD.shape
         tile = _tile(D, 4096)
         _forward[(triton.cdiv(M, tile["ROWS"]),)](
-            x_MD, gate_MD, weight, y, M, x_MD.stride(0), 0 if gate_MD is None else gate_MD.stride(0), *ctx.options,
-            **tile)
+            x_ptr=x_MD, gate_ptr=gate_MD, w_ptr=weight, y_ptr=y, M=M, x_row=x_MD.stride(0),
+            gate_row=0 if gate_MD is None else gate_MD.stride(0), **ctx.options, **tile)
         return y
 
     @staticmethod
@@ -122,8 +123,9 @@ class _Norm(torch.autograd.Function):
         dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
         dw_PD = None if weight is None else torch.empty(P, D, dtype=torch.float32, device=x.device)
         _backward[(P,)](
-            x_MD, gate_MD, weight, dy_MD, dx, dgate, dw_PD, M, triton.cdiv(M, P * tile["ROWS"]), x_MD.stride(0),
-            0 if gate_MD is None else gate_MD.stride(0), dy_MD.stride(0), *ctx.options, **tile)
+            x_ptr=x_MD, gate_ptr=gate_MD, w_ptr=weight, dy_ptr=dy_MD, dx_ptr=dx, dgate_ptr=dgate, dw_ptr=dw_PD, M=M,
+            steps=triton.cdiv(M, P * tile["ROWS"]), x_row=x_MD.stride(0),
+            gate_row=0 if gate_MD is None else gate_MD.stride(0), dy_row=dy_MD.stride(0), **ctx.options, **tile)
         dw = None if dw_PD is None else dw_PD.sum(0).to(weight.dtype)
         return dx, dgate, dw, None, None, None, None
 
@@ -133,7 +135,7 @@ _TYPES = {"x_ptr": "*bf16", "w_ptr": "*fp32", "y_ptr": "*bf16", "dy_ptr": "*bf16
           "eps": "fp32", "scale": "fp32", "shift": "fp32"}
 
 
-def _specimen(kernel, elements: int, D: int, act: str) -> CompileCase:
+def _compile_case(kernel, elements: int, D: int, act: str) -> CompileCase:
     tile = _tile(D, elements)
     gate = {"gate_ptr": "*bf16", "dgate_ptr": "*bf16"} if act != "none" else {}
     names = kernel.arg_names
@@ -144,5 +146,5 @@ def _specimen(kernel, elements: int, D: int, act: str) -> CompileCase:
                     ("x_row", "gate_row", "dy_row"), tile["num_warps"])
 
 
-COMPILE_CASES = [_specimen(kernel, elements, D, act) for kernel, elements in ((_forward, 4096), (_backward, 2048))
-             for D, act in ((64, "none"), (128, "silu"), (2048, "sigmoid"), (WIDEST_ROW, "silu"))]
+COMPILE_CASES = [_compile_case(kernel, elements, D, act) for kernel, elements in ((_forward, 4096), (_backward, 2048))
+             for D, act in ((64, "none"), (128, "silu"), (2048, "sigmoid"), (MAX_TRITON_ROW, "silu"))]

@@ -21,24 +21,36 @@ POOLED_INDEXER_KL = register(Operation("pooled_indexer_kl", (
 
 def pooled_topk(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, pools: Pools, topk: int, *, num_first: int = 0,
                 num_local: int = 0, backend: str | None = None) -> Tensor:
-    """The tokens each query attends to: those of the `topk` pools of highest score, and its open tail.
+    """Selects for each query the tokens of the `topk` pools of highest score, and its open tail; without gradient.
 
-    Scores are as in `indexer_topk`, one a pool; a query sees the complete pools of its document. Equal scores go to
-    the earlier pool. No gradient.
+    Scores are as in `indexer_topk`, one per pool; a query sees the complete pools of its document. Equal scores go to
+    the earlier pool.
 
     Args:
-        q_BTJI, w_BTJ: [B, T, J, I] and [B, T, J], scales included.
-        k_BPI: [B, P, I], one key a pool.
-        pools: where the P pools lie.
-        topk: how many pools, at least 1.
-        num_first, num_local: the first pools of the document and its last complete ones are always among the `topk`.
+        q_BTJI: index queries [B, T, J, I], activated.
+        k_BPI: index keys [B, P, I], activated, one per pool.
+        w_BTJ: weights of the index heads [B, T, J], activated, with the scales I**-0.5 and J**-0.5.
+        pools: the places of the P pools in the rows, `Pools.of`.
+        topk: number of pools per query, at least 1.
+        num_first: the first so many pools of the document are always among the `topk`.
+        num_local: the last so many complete pools up to the query are, too.
+        backend: name of one backend, in place of the registry's choice.
 
     Returns:
         int32 [B, T, topk * size + size - 1]: positions in the row; -1 where fewer are visible. The pools are
         ascending, absent ones last, then comes the tail.
 
     Raises:
-        ValueError: shapes that do not fit, topk below 1, or more pools always selected than topk.
+        ValueError: the shapes do not fit one another, topk is below 1, or more pools are always selected than topk.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Source: NSA, Yuan et al. 2025, sections 3.3.1 and 3.3.2, with the indexer of DeepSeek-V3.2 in place of its scores.
+
+    >>> import torch
+    >>> pools = Pools.of(1, 5, 5, 2, torch.device("cpu"))  # tokens 0 and 1, 2 and 3; token 4 is an open tail
+    >>> q, w, k = torch.ones(1, 5, 1, 1), torch.ones(1, 5, 1), torch.tensor([[[1.0], [3.0]]])
+    >>> pooled_topk(q, k, w, pools, 1)[0, -1]
+    tensor([2, 3, 4], dtype=torch.int32)
     """
     _check_index("pooled_topk", q_BTJI, k_BPI, w_BTJ, pools)
     if topk < 1 or num_first < 0 or num_local < 0 or num_first + num_local > topk:
@@ -53,20 +65,40 @@ def pooled_indexer_kl(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, main_q_BTHK:
                       pools: Pools, *, indices_BTN: Tensor | None = None, recall_of_BTN: Tensor | None = None,
                       scale: float | None = None, cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,
                       backend: str | None = None) -> IndexerKL:
-    """KL(P || softmax(I)) over pools, with P_tp the share of the main attention of token t on pool p.
+    """The loss KL(P || softmax(I)) of an indexer over pools: P_tp is the main attention of token t on pool p.
 
-    The main attention is over all visible keys, or over the listed ones; summed over heads and over the tokens of a
-    pool, then normalised over the pools that count: all that the query sees, or the selected. The open tail is always
+    The main attention is over all visible keys, or over the listed ones. It is summed over heads and over the tokens of
+    a pool, then normalised over the pools that count: all that the query sees, or the selected. The open tail is always
     read, so it takes no part. The gradient goes to q, k and w alone and is exact.
 
     Args:
-        q_BTJI, k_BPI, w_BTJ, pools: as in `pooled_topk`.
-        main_q_BTHK, main_k_BSGK, scale, cu_seqlens: as in `indexer_kl`.
-        indices_BTN: what `pooled_topk` returned. None: all visible pools.
-        recall_of_BTN: likewise, without `indices_BTN`: what `attention_recall` says of it, from the same pass.
+        q_BTJI: index queries [B, T, J, I], activated.
+        k_BPI: index keys [B, P, I], activated, one per pool.
+        w_BTJ: weights of the index heads [B, T, J], activated, scales included.
+        main_q_BTHK: queries of the main attention [B, T, H, K], activated.
+        main_k_BSGK: keys of the main attention [B, S, G, K], activated; query head h reads key head h // (H/G).
+        pools: the places of the P pools in the rows, `Pools.of`.
+        indices_BTN: a result of `pooled_topk`. None: all visible pools.
+        recall_of_BTN: likewise, without `indices_BTN`: its `attention_recall`, from the same pass.
+        scale: factor on the main scores, K**-0.5 by default.
+        cu_seqlens: cumulative lengths of packed documents over the flattened B*S keys.
+        backend: name of one backend, in place of the registry's choice.
+
+    Returns:
+        Loss and entropy in nats, means over the queries with a pool that counts, and the recall of `recall_of_BTN`.
 
     Raises:
-        ValueError: shapes that do not fit, or both lists.
+        ValueError: the shapes do not fit one another, or both lists are given.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Source: DeepSeek-V3.2, 2025, section 2.1, eq. 3 and 4, with pools in place of keys.
+
+    >>> import torch
+    >>> pools = Pools.of(1, 4, 4, 2, torch.device("cpu"))
+    >>> q, w, k = torch.zeros(1, 4, 1, 1), torch.zeros(1, 4, 1), torch.zeros(1, 2, 1)
+    >>> main_q = main_k = torch.zeros(1, 4, 1, 1)  # equal attention: equal scores are right
+    >>> abs(float(pooled_indexer_kl(q, k, w, main_q, main_k, pools).loss)) < 1e-6
+    True
     """
     name = "pooled_indexer_kl"
     _check_index(name, q_BTJI, k_BPI, w_BTJ, pools)

@@ -1,6 +1,6 @@
-"""Where pools of consecutive tokens lie in a batch, and which of them a query sees.
+"""Pools of consecutive tokens: their places in a batch, and those that a query sees.
 
-B rows, T queries (the last T positions), S tokens a row, P pools a row, M selected pools, N listed tokens.
+B rows, T queries (the last T positions), S tokens per row, P pools per row, M selected pools, N listed tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hybridlm_kernels.packing import CuSeqlens
 
 
 class Pools:
-    """Runs of `size` tokens, counted from the start of each document. What is left at a document's end is no pool.
+    """Runs of `size` tokens, counted from the start of each document; a shorter run at its end is no pool.
 
     A query sees the pools of its document that are complete: those whose last token is not later than the query. The
     tokens behind the last of these, up to the query, are its open tail (none where a pool ends with the query).
@@ -22,6 +22,11 @@ class Pools:
     start_BP: first token of each pool; rows with fewer pools end with 0, which no query counts as its own.
     first_BT, count_BT: the first pool of the query's document, and how many of this document it sees.
     begin_BT: the first token of the document.
+
+    >>> pools = Pools.of(1, 5, 5, 2, torch.device("cpu"))
+    >>> pools.members(), pools.count_BT
+    (tensor([[[0, 1],
+             [2, 3]]]), tensor([[0, 1, 1, 2, 2]]))
     """
 
     def __init__(self, size: int, start_BP: Tensor, first_BT: Tensor, count_BT: Tensor, begin_BT: Tensor, keys: int):
@@ -64,21 +69,22 @@ class Pools:
 
     @property
     def number(self) -> int:
+        """Pools per row, P."""
         return self.start_BP.shape[1]
 
     def members(self) -> Tensor:
-        """int64 [B, P, size]: the tokens of each pool, inside the row also where a pool is missing."""
+        """Tokens of each pool, int64 [B, P, size], inside the row also where a pool is missing."""
         offset = torch.arange(self.size, device=self.start_BP.device)
         return (self.start_BP[..., None] + offset).clamp_(max=self.keys - 1)
 
     def visible(self, rows: slice, stop: int | None = None) -> Tensor:
-        """bool [B, Q, P]: which of the first `stop` pools the queries of `rows` see."""
+        """Mask [B, Q, P] of the pools, among the first `stop`, that the queries `rows` see."""
         pool_P = torch.arange(self.number, device=self.start_BP.device)[:stop]
         first = self.first_BT[:, rows, None]
         return (pool_P >= first) & (pool_P < first + self.count_BT[:, rows, None])
 
     def tokens(self, pools_BTM: Tensor) -> Tensor:
-        """int32 [B, T, M * size + size - 1]: the tokens of each query's pools (-1 for none), then its open tail."""
+        """Tokens of each query's pools (-1 for none), then its open tail, int32 [B, T, M * size + size - 1]."""
         offset = torch.arange(self.size, device=pools_BTM.device)
         start_BTM = self.start_BP.gather(1, pools_BTM.clamp(min=0).flatten(1).long()).view(pools_BTM.shape)
         inside = torch.where(pools_BTM[..., None] < 0, -1, start_BTM[..., None] + offset).flatten(2)
@@ -88,7 +94,7 @@ class Pools:
         return torch.cat([inside, tail.masked_fill(tail > last_T1, -1)], -1).int()
 
     def selected(self, tokens_BTN: Tensor) -> Tensor:
-        """int64 [B, T, M]: the pools of a list that `tokens` made, -1 for none."""
+        """Pools of a list that `tokens` made, -1 for none, int64 [B, T, M]."""
         start_BTM = tokens_BTN[..., : tokens_BTN.shape[-1] - self.size + 1 : self.size].long()
         pool_BTM = self.first_BT[..., None] + (start_BTM - self.begin_BT[..., None]) // self.size
         return pool_BTM.masked_fill(start_BTM < 0, -1)

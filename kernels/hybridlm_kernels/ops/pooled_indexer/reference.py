@@ -15,7 +15,7 @@ from hybridlm_kernels.packing import CuSeqlens
 
 
 def membership(pools: Pools, seen_BTP: Tensor) -> Tensor:
-    """bool [B, T, P, S]: token s is in pool p, which query t sees."""
+    """Mask [B, T, P, S]: token s is in pool p, which query t sees."""
     s_S = torch.arange(pools.keys, device=seen_BTP.device)
     inside_BPS = (s_S >= pools.start_BP[..., None]) & (s_S < pools.start_BP[..., None] + pools.size)
     return seen_BTP[..., None] & inside_BPS[:, None]

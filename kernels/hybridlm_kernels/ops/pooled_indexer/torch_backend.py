@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hybridlm_kernels.ops.indexer_kl.torch_backend import (
     BlockwiseKL,
-    Listed,
+    KLSums,
+    ListedKeysKL,
     MainAttention,
     RecallSums,
-    Sums,
     query_blocks,
 )
 from hybridlm_kernels.ops.pooled_indexer.pools import Pools
@@ -25,6 +25,7 @@ from hybridlm_kernels.precision import wide as to_wide
 
 def pooled_topk(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, pools: Pools, topk: int, num_first: int = 0,
                 num_local: int = 0) -> Tensor:
+    """The torch backend; arguments as in the public function, already checked."""
     batch, queries, heads, _ = q_BTJI.shape
     chosen_BTM = torch.empty(batch, queries, topk, dtype=torch.int64, device=q_BTJI.device)
     with torch.no_grad(), torch.autocast(q_BTJI.device.type, enabled=False):
@@ -47,26 +48,27 @@ def pooled_topk(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, pools: Pools, topk
 def pooled_indexer_kl(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor,
                       pools: Pools, indices_BTN: Tensor | None, recall_of_BTN: Tensor | None, scale: float,
                       cu_seqlens: CuSeqlens | None) -> tuple[Tensor, ...]:
+    """The torch backend; arguments as in the public function, already checked."""
     index = (q_BTJI, k_BPI, w_BTJ)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in index)
     with torch.autocast(q_BTJI.device.type, enabled=False):
         if indices_BTN is not None:
             arguments = (main_q_BTHK, main_k_BSGK, scale, pools, indices_BTN)
-            return BlockwiseKL.apply(*index, _ListedPools, arguments, learns)
+            return BlockwiseKL.apply(*index, _ListedPoolsKL, arguments, learns)
         recall = None if recall_of_BTN is None else RecallSums(recall_of_BTN, k_BPI.device)
         main = MainAttention(main_q_BTHK, main_k_BSGK, scale, cu_seqlens)
-        loss, entropy = BlockwiseKL.apply(*index, _VisiblePools, (main, recall, pools), learns)
+        loss, entropy = BlockwiseKL.apply(*index, _VisiblePoolsKL, (main, recall, pools), learns)
     return (loss, entropy) if recall is None else (loss, entropy, *recall.means())
 
 
-def normalised(p: Tensor) -> tuple[Tensor, Tensor]:
-    """p over its sum, and whether that is more than zero [..., 1]."""
+def normalise(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Divides p by its sum over the last dim; the second result [..., 1] says whether that is more than zero."""
     mass = p.sum(-1, keepdim=True)
     return p / mass.clamp(min=torch.finfo(p.dtype).tiny), mass > 0
 
 
-class _VisiblePools(Sums):
-    """All pools that a query sees: the attention to the keys of a block, added up by pools."""
+class _VisiblePoolsKL(KLSums):
+    """The loss over all pools that a query sees: the attention to the keys of a block, added up by pools."""
 
     def __init__(self, q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, learns: bool, main: MainAttention,
                  recall: RecallSums | None, pools: Pools):
@@ -86,13 +88,13 @@ class _VisiblePools(Sums):
             pools = seen_BQY.shape[-1]
             member_B1E = (self.member_BPR[:, :pools] - low).clamp(0, high - low - 1).flatten(1)[:, None]
             p_BQY = p_BQX.gather(-1, member_B1E.expand(-1, p_BQX.shape[1], -1)).unflatten(-1, (pools, -1)).sum(-1)
-            p_BQY, some_BQ1 = normalised(p_BQY * seen_BQY)
+            p_BQY, some_BQ1 = normalise(p_BQY * seen_BQY)
             self.counted = self.counted + some_BQ1.sum()
             self.add_visible(rows, 0, pools, p_BQY, seen_BQY & some_BQ1)
 
 
-class _ListedPools(Listed):
-    """The selected pools alone, and the attention to their tokens and the open tail."""
+class _ListedPoolsKL(ListedKeysKL):
+    """The loss over the selected pools alone, with the attention to their tokens and the open tail."""
 
     def __init__(self, q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, learns: bool, main_q_BTHK: Tensor,
                  main_k_BSGK: Tensor, scale: float, pools: Pools, indices_BTN: Tensor):
@@ -109,6 +111,6 @@ class _ListedPools(Listed):
         hidden_ZN = ~has_ZN & has_ZN.any(-1, keepdim=True)
         p_ZN = self.attention(rows, self.token_BTN[:, rows], hidden_ZN)
         p_ZM = p_ZN[:, : seen_ZM.shape[1] * self.size].unflatten(-1, (-1, self.size)).sum(-1)
-        p_ZM, some_Z1 = normalised(p_ZM * seen_ZM)
+        p_ZM, some_Z1 = normalise(p_ZM * seen_ZM)
         self.counted = self.counted + some_Z1.sum()
         return p_ZM, seen_ZM & some_Z1

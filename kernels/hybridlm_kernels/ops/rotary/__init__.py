@@ -17,15 +17,30 @@ ROTARY = register(Operation("rotary", (
 
 def rotary(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, *, interleaved: bool = False,
            backend: str | None = None) -> Tensor:
-    """Rotate the first 2R of D dims, pair by pair; the others pass unchanged. In fp32 inside, out in x.dtype.
+    """Rotary position embedding: rotates the first 2R of D dims pair by pair, in fp32; the others pass unchanged.
+
+        (a, b) -> (a cos - b sin, b cos + a sin)
 
     Args:
-        x_BTHD: [B, T, H, D].
-        cos_BTR, sin_BTR: [T, R] or [B, T, R], the same for all heads.
+        x_BTHD: raw queries or keys [B, T, H, D].
+        cos_BTR: cosines of the angles [T, R] or [B, T, R], the same for all heads.
+        sin_BTR: sines of the angles, of the same shape.
         interleaved: pairs are (2i, 2i+1), left interleaved; otherwise (i, i+R).
+        backend: name of one backend, in place of the registry's choice.
+
+    Returns:
+        y [B, T, H, D] in x's dtype. Differentiable in x.
 
     Raises:
-        ValueError: cos and sin that differ or do not fit x.
+        ValueError: cos and sin differ in shape or do not fit x.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Source: Su et al. 2021, RoFormer, eq. 34.
+
+    >>> import torch
+    >>> x = torch.tensor([1.0, 0.0, 5.0]).view(1, 1, 1, 3)  # a quarter turn of the first pair
+    >>> rotary(x, torch.tensor([[0.0]]), torch.tensor([[1.0]])).flatten()
+    tensor([0., 1., 5.])
     """
     batch, length, _, dim = x_BTHD.shape
     pairs = cos_BTR.shape[-1]

@@ -9,10 +9,11 @@ from hybridlm_kernels.precision import plain_backward
 
 
 def rotary(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool = False) -> Tensor:
-    return _Rotary.apply(x_BTHD, cos_BTR, sin_BTR, interleaved)
+    """The torch backend; arguments as in the public function, already checked."""
+    return _TorchRotary.apply(x_BTHD, cos_BTR, sin_BTR, interleaved)
 
 
-class _Rotary(torch.autograd.Function):
+class _TorchRotary(torch.autograd.Function):
     """The gradient of a rotation is the rotation by the opposite angle; only cos and sin are kept."""
 
     @staticmethod
@@ -35,15 +36,15 @@ def _rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool)
     y_BTHD = torch.empty(x_.shape, dtype=wide, device=x_.device)
     if interleaved:  # a pair is a complex number
         y_BTHD[..., 2 * pairs :] = x_[..., 2 * pairs :]
-        turned = x_[..., : 2 * pairs].unflatten(-1, (pairs, 2))
-        if any(stride % 2 for stride in (*turned.stride()[:-1], turned.storage_offset())):
-            turned = turned.contiguous()
-        y_BTHR = torch.view_as_complex(turned) * torch.complex(cos_BT1R, sin_BT1R)
+        pairs_x = x_[..., : 2 * pairs].unflatten(-1, (pairs, 2))
+        if any(stride % 2 for stride in (*pairs_x.stride()[:-1], pairs_x.storage_offset())):
+            pairs_x = pairs_x.contiguous()
+        y_BTHR = torch.view_as_complex(pairs_x) * torch.complex(cos_BT1R, sin_BT1R)
         y_BTHD[..., : 2 * pairs] = torch.view_as_real(y_BTHR).flatten(-2)
     else:  # the cosine of the dims that pass unchanged is 1
         a_BTHR, b_BTHR = x_[..., :pairs], x_[..., pairs : 2 * pairs]
-        rest = cos_BT1R.new_ones(*cos_BT1R.shape[:-1], x_.shape[-1] - 2 * pairs)
-        torch.mul(x_, torch.cat([cos_BT1R, cos_BT1R, rest], -1), out=y_BTHD)
+        unrotated = cos_BT1R.new_ones(*cos_BT1R.shape[:-1], x_.shape[-1] - 2 * pairs)
+        torch.mul(x_, torch.cat([cos_BT1R, cos_BT1R, unrotated], -1), out=y_BTHD)
         y_BTHD[..., :pairs].addcmul_(b_BTHR, sin_BT1R, value=-1)
         y_BTHD[..., pairs : 2 * pairs].addcmul_(a_BTHR, sin_BT1R)
     return y_BTHD.to(x_BTHD.dtype)

@@ -32,25 +32,37 @@ SPARSE_ATTENTION = register(Operation("sparse_attention", (
 def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *, num_first: int = 0, num_local: int = 0,
                  cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,
                  backend: str | None = None) -> Tensor:
-    """The keys each query attends to: the `topk` visible ones of highest score sum_j w_tj relu(q_tj . k_s).
+    """Selects for each query the `topk` visible keys of highest score sum_j w_tj relu(q_tj . k_s); without gradient.
 
-    Scores are fp32; equal scores go to the lowest position. Scales belong in q or w (DeepSeek-V3.2:
-    I**-0.5 and J**-0.5). No gradient.
+    Scores are fp32; equal scores go to the lowest position.
 
     Args:
-        q_BTJI: [B, T, J, I], the last T of S positions.
-        k_BSI: [B, S, I], one head.
-        w_BTJ: [B, T, J].
-        topk: how many keys, at least 1.
-        num_first, num_local: the first keys of the document and the last ones up to the query itself are always
-            among the `topk`.
-        cu_seqlens: borders of packed documents over the flattened B*S keys; a query sees its own document only.
+        q_BTJI: index queries [B, T, J, I], activated, the last T of S positions.
+        k_BSI: index keys [B, S, I], activated, one head.
+        w_BTJ: weights of the index heads [B, T, J], activated. Scales belong in q or w (DeepSeek-V3.2: I**-0.5 and
+            J**-0.5).
+        topk: number of keys per query, at least 1.
+        num_first: the first so many keys of the document are always among the `topk`.
+        num_local: the last so many keys up to the query itself are, too.
+        cu_seqlens: cumulative lengths of packed documents over the flattened B*S keys; a query sees its own document
+            only.
+        backend: name of one backend, in place of the registry's choice.
 
     Returns:
         int32 [B, T, topk]: positions in the row (0..S-1), ascending, then -1 where fewer keys are visible.
 
     Raises:
-        ValueError: shapes that do not fit, topk below 1, or more keys always selected than topk.
+        ValueError: the shapes do not fit one another, topk is below 1, or more keys are always selected than topk.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Source: DeepSeek-V3.2, 2025, section 2.1, eq. 1.
+
+    >>> import torch
+    >>> q, w, k = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1), torch.tensor([[[2.0], [1.0], [3.0]]])
+    >>> indexer_topk(q, k, w, 2)
+    tensor([[[ 0, -1],
+             [ 0,  1],
+             [ 0,  2]]], dtype=torch.int32)
     """
     batch, queries, heads, dim = q_BTJI.shape
     if k_BSI.dim() != 3 or k_BSI.shape[0] != batch or k_BSI.shape[2] != dim or k_BSI.shape[1] < queries:
@@ -73,16 +85,27 @@ def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN
     """Softmax attention of each query over the keys listed for it, and no others.
 
     Args:
-        q_BTHK: [B, T, H, K].
-        k_BSGK, v_BSGV: [B, S, G, K] and [B, S, G, V]; query head h reads head h // (H/G).
+        q_BTHK: queries [B, T, H, K], activated: rotated and normalized where the model does so.
+        k_BSGK: keys [B, S, G, K], activated like the queries; query head h reads key head h // (H/G).
+        v_BSGV: values [B, S, G, V], activated.
         indices_BTN: integers [B, T, N]: distinct positions 0..S-1, or -1 for none. All heads share them.
-        scale: of the scores; K**-0.5 by default.
+        scale: factor on the scores, K**-0.5 by default.
+        backend: name of one backend, in place of the registry's choice.
 
     Returns:
-        [B, T, H, V] in v.dtype; zeros where a query lists no key. Differentiable in q, k and v.
+        o [B, T, H, V] in v's dtype; zeros where a query lists no key. Differentiable in q, k and v.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit one another.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Source: DeepSeek-V3.2, 2025, section 2.1, eq. 2.
+
+    >>> import torch
+    >>> q = k = torch.zeros(1, 3, 1, 2)  # equal scores: the mean over the listed values
+    >>> v = torch.tensor([0.0, 2.0, 4.0]).view(1, 3, 1, 1)
+    >>> sparse_attention(q, k, v, torch.tensor([[[0, -1], [0, 1], [0, 2]]])).flatten()
+    tensor([0., 1., 2.])
     """
     batch, queries, heads, dim = q_BTHK.shape
     if k_BSGK.dim() != 4 or k_BSGK.shape[:3] != v_BSGV.shape[:3] or k_BSGK.shape[0] != batch:

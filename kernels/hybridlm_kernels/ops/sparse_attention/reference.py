@@ -1,7 +1,7 @@
 """Token-level sparse attention (DeepSeek-V3.2) with all scores in memory.
 
 B rows, T queries (the last T positions), S keys, J index heads, I index dim, H query heads,
-G key/value heads, K key dim, V value dim, N selected keys a query.
+G key/value heads, K key dim, V value dim, N selected keys per query.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hybridlm_kernels.packing import CuSeqlens
 
 
 def indexer_scores(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor) -> Tensor:
-    """score_ts = sum_j w_tj relu(q_tj . k_s)."""
+    """Scores of the indexer [B, T, S]: score_ts = sum_j w_tj relu(q_tj . k_s)."""
     wide = torch.promote_types(q_BTJI.dtype, torch.float32)
     dots_BTJS = torch.einsum("btji,bsi->btjs", q_BTJI.to(wide), k_BSI.to(wide))
     return torch.einsum("btj,btjs->bts", w_BTJ.to(wide), dots_BTJS.relu())

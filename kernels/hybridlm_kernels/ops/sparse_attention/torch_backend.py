@@ -1,7 +1,7 @@
 """Token-level sparse attention in blocks of queries; memory grows with S, never with T times S.
 
 B rows, T queries (the last T positions), S keys, J index heads, I index dim, H query heads, G key/value heads,
-R = H/G, K key dim, V value dim, N selected keys a query, Q queries of a block.
+R = H/G, K key dim, V value dim, N selected keys per query, Q queries of a block.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from torch import Tensor
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 
-# Scores of a block, in elements: near the cache on a CPU, and enough for several threads to share
-INDEX_ELEMENTS = 2**20
-BLOCK_ELEMENTS = 2**20
-GATHER_ELEMENTS = 2**19
-GPU_ELEMENTS = 2**27
+# Elements per block of queries: near the cache on a CPU, and enough work for several threads.
+CPU_INDEX_ELEMENTS = 2**20  # scores of the indexer
+CPU_MASKED_ELEMENTS = 2**20  # scores of attention to keys in place
+CPU_GATHERED_ELEMENTS = 2**19  # gathered keys and their scores
+GPU_BLOCK_ELEMENTS = 2**27
 # Measured on a CPU, in units of one query head's work on one key in place:
 GATHER_COST = 16  # to gather one key of one head
 COPY_COST = 16  # to lay out one key of one head for the products in place
 
 
-def query_blocks(queries: int, elements_a_query: int, device: torch.device,
+def query_blocks(queries: int, elements_per_query: int, device: torch.device,
                  cpu_elements: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of blocks whose scores stay within the budget. The sizes follow from shapes alone."""
-    budget = cpu_elements if device.type == "cpu" else GPU_ELEMENTS
-    size = max(8, budget // max(1, elements_a_query) // 8 * 8)
+    """Yields (start, stop) of blocks whose scores stay within the budget. The sizes follow from shapes alone."""
+    budget = cpu_elements if device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    size = max(8, budget // max(1, elements_per_query) // 8 * 8)
     for start in range(0, queries, size):
         yield start, min(start + size, queries)
 
 
 def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seqlens: CuSeqlens | None = None,
                  num_first: int = 0, num_local: int = 0) -> Tensor:
+    """The torch backend; arguments as in the public function, already checked."""
     batch, queries, heads, _ = q_BTJI.shape
     keys, device = k_BSI.shape[1], q_BTJI.device
     wide = torch.promote_types(q_BTJI.dtype, torch.float32)
@@ -48,7 +49,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seq
     out_BTN = torch.empty(batch, queries, topk, dtype=torch.int32, device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         k_BIS = k_BSI.to(wide).transpose(1, 2)
-        for start, stop in query_blocks(queries, batch * heads * keys, device, INDEX_ELEMENTS):
+        for start, stop in query_blocks(queries, batch * heads * keys, device, CPU_INDEX_ELEMENTS):
             low, high = least[start], keys - queries + stop
             first_BQ1 = first_BT[:, start:stop, None]
             if high - low <= topk:  # every visible key is selected
@@ -71,7 +72,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seq
 
 
 def _first_keys(cu_seqlens: CuSeqlens, length: int) -> tuple[list[int], list[int]]:
-    """For each position of a row, the first key of its document: the least and the most over the rows."""
+    """The first key of the document at each position of a row: the least and the most over the rows."""
     if "first_keys" not in cu_seqlens.cache:
         least, most = [length] * length, [0] * length
         for start, stop in zip(cu_seqlens.host, cu_seqlens.host[1:], strict=False):
@@ -83,7 +84,7 @@ def _first_keys(cu_seqlens: CuSeqlens, length: int) -> tuple[list[int], list[int
 
 
 def select_best(score_BQX: Tensor, seen_BQX: Tensor, topk: int, enough: bool) -> Tensor:
-    """[B, Q, topk]: the best keys among those seen, ascending, -1 in what is left over.
+    """The best keys among those seen, ascending, then -1 where fewer are seen, [B, Q, topk].
 
     Score and position make one integer, so that no two are equal: the bits of the score in an order-preserving
     form, then the position, the lower the better. `enough`: every query sees at least topk keys.
@@ -104,17 +105,18 @@ def select_best(score_BQX: Tensor, seen_BQX: Tensor, topk: int, enough: bool) ->
 
 def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
                      scale: float | None = None) -> Tensor:
+    """The torch backend; arguments as in the public function, already checked."""
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if indices_BTN.shape[2] == 0:
         indices_BTN = indices_BTN.new_full((*indices_BTN.shape[:2], 1), -1)
     with torch.autocast(q_BTHK.device.type, enabled=False):
-        return _SparseAttention.apply(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+        return _TorchSparseAttention.apply(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
 
 
-class _SparseAttention(torch.autograd.Function):
-    """Keeps its inputs; the backward computes the probabilities again, block by block.
+class _TorchSparseAttention(torch.autograd.Function):
+    """Attention to listed keys that keeps its inputs; the backward computes the probabilities again, block by block.
 
-    A block either multiplies with all keys in place and masks (few heads a key head, or few keys), or gathers
+    A block either multiplies with all keys in place and masks (few query heads per key head, or few keys), or gathers
     the selected ones: gathered keys serve the R query heads of their key head once and are not read again.
     """
 
@@ -122,17 +124,18 @@ class _SparseAttention(torch.autograd.Function):
     def forward(ctx, q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale):
         ctx.save_for_backward(q_BTHK, k_BSGK, v_BSGV, indices_BTN)
         ctx.scale = scale
-        return _strategy(q_BTHK, k_BSGK, indices_BTN)[0](q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+        return _choose_gathered_or_masked(q_BTHK, k_BSGK, indices_BTN)[0](q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
 
     @staticmethod
     @plain_backward
     def backward(ctx, do_BTHV):
         saved = ctx.saved_tensors
-        grads = _strategy(saved[0], saved[1], saved[3])[1](do_BTHV, *saved, ctx.scale)
+        grads = _choose_gathered_or_masked(saved[0], saved[1], saved[3])[1](do_BTHV, *saved, ctx.scale)
         return (*(g.to(x.dtype) for g, x in zip(grads, saved[:3], strict=True)), None, None)
 
 
-def _strategy(q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor) -> tuple[Callable, Callable]:
+def _choose_gathered_or_masked(q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor) -> tuple[Callable, Callable]:
+    """The forward and the backward that cost less, by GATHER_COST and COPY_COST."""
     queries, heads = q_BTHK.shape[1:3]
     keys, groups = k_BSGK.shape[1:3]
     gathered = (GATHER_COST * groups + heads) * queries * indices_BTN.shape[2]
@@ -140,7 +143,7 @@ def _strategy(q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor) -> tuple[Call
     return (gathered_forward, gathered_backward) if gathered < masked else (masked_forward, masked_backward)
 
 
-class _Masked:
+class _MaskedBlocks:
     """Blocks of queries against all keys up to the last they may need, the unselected ones masked out."""
 
     def __init__(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float):
@@ -151,22 +154,22 @@ class _Masked:
         self.k_XSK, self.v_XSV = self.by_group(k_BSGK), self.by_group(v_BSGV)
 
     def by_group(self, x_BSGD: Tensor) -> Tensor:
-        """[B*G, S, D], contiguous."""
+        """Keys or values by row and key head, [B*G, S, D], contiguous."""
         return x_BSGD.to(self.wide).transpose(1, 2).flatten(0, 1).contiguous()
 
     def by_rows(self, x_BQHD: Tensor) -> Tensor:
-        """[B*G, R*Q, D]: the query heads of a key head one below the other."""
+        """The query heads of a key head one below the other, [B*G, R*Q, D]."""
         return x_BQHD.to(self.wide).transpose(1, 2).reshape(
             self.batch * self.groups, -1, x_BQHD.shape[-1])
 
     def from_rows(self, x: Tensor, size: int) -> Tensor:
-        """Back to [B, Q, H, D]."""
+        """The reverse of `by_rows`, [B, Q, H, D]."""
         return x.view(self.batch, self.heads, size, -1).transpose(1, 2)
 
     def blocks(self) -> Iterator[tuple[slice, int, Tensor, Tensor, Tensor]]:
-        """(queries, keys in reach, scaled q, probabilities, whether a query has any key)."""
+        """Yields (queries, keys in reach, scaled q, probabilities, whether a query has any key)."""
         elements = self.batch * self.heads * self.keys
-        for start, stop in query_blocks(self.queries, elements, self.q_BTHK.device, BLOCK_ELEMENTS):
+        for start, stop in query_blocks(self.queries, elements, self.q_BTHK.device, CPU_MASKED_ELEMENTS):
             rows, size = slice(start, stop), stop - start
             index_BQN = self.indices_BTN[:, rows].long()
             reach = self.keys - self.queries + stop
@@ -185,7 +188,8 @@ class _Masked:
 
 
 def masked_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float) -> Tensor:
-    masked = _Masked(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+    """Attention with all keys in place, the unselected ones masked out."""
+    masked = _MaskedBlocks(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
     o_BTHV = v_BSGV.new_empty(*q_BTHK.shape[:3], v_BSGV.shape[-1])
     for rows, reach, _, p, has_BQ11 in masked.blocks():
         o = masked.from_rows(torch.bmm(p, masked.v_XSV[:, :reach]), rows.stop - rows.start)
@@ -196,7 +200,8 @@ def masked_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: 
 
 def masked_backward(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
                     scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    masked = _Masked(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+    """Gradients of q, k and v by `masked_forward`."""
+    masked = _MaskedBlocks(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
     dq_BTHK = torch.empty(q_BTHK.shape, dtype=masked.wide, device=q_BTHK.device)
     # [B*G, D, S]: the products that add up to them run twice as fast this way round
     dk_XKS, dv_XVS = (x.new_zeros(x.shape[0], x.shape[2], x.shape[1]) for x in (masked.k_XSK, masked.v_XSV))
@@ -212,7 +217,7 @@ def masked_backward(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Ten
     return dq_BTHK, dk, dv
 
 
-class _Gathered:
+class _GatheredBlocks:
     """Blocks of queries against a copy of the keys they selected."""
 
     def __init__(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float):
@@ -227,30 +232,30 @@ class _Gathered:
         # absorbed MLA: the values are the first dims of the keys, and one copy serves both
         self.one_copy = k_BSGK.data_ptr() == v_BSGV.data_ptr() and k_BSGK.stride() == v_BSGV.stride()
 
-    def pick(self, x_MX: Tensor, row_BQN: Tensor) -> Tensor:
-        """[B*Q, G, N, D] of the selected keys or values."""
-        picked = x_MX.index_select(0, row_BQN.flatten()).to(self.wide)
-        return picked.view(-1, row_BQN.shape[2], self.groups, x_MX.shape[1] // self.groups).transpose(1, 2)
+    def gather(self, x_MX: Tensor, row_BQN: Tensor) -> Tensor:
+        """The selected keys or values, [B*Q, G, N, D]."""
+        gathered_MD = x_MX.index_select(0, row_BQN.flatten()).to(self.wide)
+        return gathered_MD.view(-1, row_BQN.shape[2], self.groups, x_MX.shape[1] // self.groups).transpose(1, 2)
 
-    def split(self, x_BQHD: Tensor) -> Tensor:
-        """[B*Q, G, R, D]."""
+    def by_key_head(self, x_BQHD: Tensor) -> Tensor:
+        """Queries or output gradients by key head, [B*Q, G, R, D]."""
         return x_BQHD.to(self.wide).flatten(0, 1).unflatten(1, (self.groups, -1))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """(queries, scaled q, selected k, selected v, probabilities, whether a query has any key)."""
+        """Yields (queries, scaled q, selected k, selected v, probabilities, whether a query has any key)."""
         selected, heads = self.row_BTN.shape[2], self.q_BTHK.shape[2]
         elements = self.batch * selected * (max(self.k_MX.shape[1], self.v_MX.shape[1]) + heads)
-        for start, stop in query_blocks(self.q_BTHK.shape[1], elements, self.q_BTHK.device, GATHER_ELEMENTS):
+        for start, stop in query_blocks(self.q_BTHK.shape[1], elements, self.q_BTHK.device, CPU_GATHERED_ELEMENTS):
             rows = slice(start, stop)
             absent = self.absent_BTN[:, rows].flatten(0, 1)[:, None, None, :]
             has = ~absent.all(-1, keepdim=True)
-            q, k = self.split(self.q_BTHK[:, rows] * self.scale), self.pick(self.k_MX, self.row_BTN[:, rows])
-            v = k[..., : self.v_dim] if self.one_copy else self.pick(self.v_MX, self.row_BTN[:, rows])
+            q, k = self.by_key_head(self.q_BTHK[:, rows] * self.scale), self.gather(self.k_MX, self.row_BTN[:, rows])
+            v = k[..., : self.v_dim] if self.one_copy else self.gather(self.v_MX, self.row_BTN[:, rows])
             score = torch.matmul(q, k.transpose(2, 3)).masked_fill_(absent & has, -torch.inf)
             yield rows, q, k, v, torch.softmax(score, -1) * has, has
 
     def add_up(self, grad: Tensor, rows: slice, total_MX: Tensor) -> None:
-        """total[row] += the gradient of each selection of it, in an order that never changes."""
+        """Adds the gradient of each selected row to total[row], in an order that never changes."""
         grad = grad.transpose(1, 2).reshape(-1, total_MX.shape[1])  # zero where no key is selected
         row = self.row_BTN[:, rows].flatten()
         if total_MX.device.type == "cpu":
@@ -260,7 +265,8 @@ class _Gathered:
 
 
 def gathered_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, scale: float) -> Tensor:
-    gathered = _Gathered(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+    """Attention with a copy of the selected keys."""
+    gathered = _GatheredBlocks(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
     o_BTHV = v_BSGV.new_empty(*q_BTHK.shape[:3], v_BSGV.shape[-1])
     for rows, _, _, v, p, _ in gathered.blocks():
         o_BTHV[:, rows] = torch.matmul(p, v).flatten(1, 2).unflatten(0, (q_BTHK.shape[0], -1))
@@ -269,12 +275,13 @@ def gathered_forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN
 
 def gathered_backward(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
                       scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    gathered = _Gathered(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
+    """Gradients of q, k and v by `gathered_forward`."""
+    gathered = _GatheredBlocks(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
     dq_BTHK = torch.empty(q_BTHK.shape, dtype=gathered.wide, device=q_BTHK.device)
     dk_MX, dv_MX = (torch.zeros_like(x, dtype=gathered.wide, memory_format=torch.contiguous_format)
                     for x in (gathered.k_MX, gathered.v_MX))
     for rows, q, k, v, p, has in gathered.blocks():
-        do = gathered.split(do_BTHV[:, rows]) * has
+        do = gathered.by_key_head(do_BTHV[:, rows]) * has
         ds = torch.ops.aten._softmax_backward_data(torch.matmul(do, v.transpose(2, 3)), p, -1, p.dtype)
         gathered.add_up(torch.matmul(p.transpose(2, 3), do), rows, dv_MX)
         gathered.add_up(torch.matmul(ds.transpose(2, 3), q), rows, dk_MX)

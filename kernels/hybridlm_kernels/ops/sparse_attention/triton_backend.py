@@ -5,8 +5,8 @@ goes by blocks of queries: dq beside the probabilities and their gradients; then
 the sums of these over the queries that chose a key (`triton_inverse`).
 
 M tokens of all rows, B rows of T queries and S keys, H query heads, G key/value heads, R = H/G, K key dim (as K0 + K1,
-powers of two), V value dim, N selected keys a query, L places of a query in work buffers (N rounded up), Q queries of
-a block, W = K + V columns (K alone where the values are the first dims of the keys).
+powers of two), V value dim, N selected keys per query, L list entries per query in work buffers (N rounded up), Q
+queries of a block, W = K + V columns (K alone where the values are the first dims of the keys).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlm_kernels.ops.sparse_attention.triton_inverse import InverseLists, queries_of_a_block
+from hybridlm_kernels.ops.sparse_attention.triton_inverse import InverseLists, queries_per_block
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase, tuned
 
@@ -30,7 +30,7 @@ _tuned = tuned([triton.Config({}, num_warps=8, num_stages=3), triton.Config({}, 
 
 @triton.jit
 def load_rows(ptr, offset, inside, column, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """[rows, columns] at element offsets of rows; zeros outside. `column` counts from FIRST; COLUMNS are there."""
+    """Loads [rows, columns] at element offsets of rows, zeros outside; `column` counts from FIRST up to COLUMNS."""
     if FIRST + column.shape[0] <= COLUMNS:
         mask = inside[:, None]
     else:
@@ -40,7 +40,7 @@ def load_rows(ptr, offset, inside, column, FIRST: tl.constexpr, COLUMNS: tl.cons
 
 @triton.jit
 def store_rows(ptr, offset, inside, column, FIRST: tl.constexpr, COLUMNS: tl.constexpr, value):
-    """The reverse of `load_rows`."""
+    """Stores [rows, columns] at element offsets of rows, the reverse of `load_rows`."""
     if FIRST + column.shape[0] <= COLUMNS:
         mask = inside[:, None]
     else:
@@ -50,7 +50,7 @@ def store_rows(ptr, offset, inside, column, FIRST: tl.constexpr, COLUMNS: tl.con
 
 @triton.jit
 def heads_of(program, H, G, BLOCK_H: tl.constexpr):
-    """(key head, query heads, which of these are there) of a program."""
+    """Key head of a program, its query heads, and a mask of those that exist."""
     tiles = tl.cdiv(H // G, BLOCK_H)
     in_group = program % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     return program // tiles, program // tiles * (H // G) + in_group, in_group < H // G
@@ -209,12 +209,12 @@ def _backward_pairs(q_ptr, do_ptr, p_ptr, ds_ptr, pair_ptr, start, N, L, H, G, K
 
 
 def split_dim(dim: int) -> tuple[int, int]:
-    """Powers of two, or 0, which together hold `dim` columns; products want 16 or more."""
+    """Two powers of two (the second may be 0) that together hold `dim` columns; products need 16 or more."""
     first = max(16, 1 << (dim.bit_length() - 1))
     return first, max(16, triton.next_power_of_2(dim - first)) if dim > first else 0
 
 
-class Blocks(NamedTuple):
+class TileSizes(NamedTuple):
     """Compile-time sizes of head dims and tiles."""
 
     K0: int
@@ -224,17 +224,18 @@ class Blocks(NamedTuple):
     BLOCK_N: int
 
     @classmethod
-    def of(cls, dtype: torch.dtype, key_dim: int, value_dim: int, heads_a_group: int) -> Blocks:
+    def of(cls, dtype: torch.dtype, key_dim: int, value_dim: int, heads_per_group: int) -> TileSizes:
+        """Sizes for a dtype, head dims and the number of query heads per key head."""
         K0, K1 = split_dim(key_dim)
         V0 = max(16, triton.next_power_of_2(value_dim))
-        heads = min(64, max(16, triton.next_power_of_2(heads_a_group)))
+        heads = min(64, max(16, triton.next_power_of_2(heads_per_group)))
         wide = max(K0, V0) > 256
         if dtype == torch.float32:
             return cls(K0, K1, V0, 16, 16 if wide else 32)
         return cls(K0, K1, V0, heads, 64)
 
     def sizes(self, **widest: int) -> dict[str, int]:
-        """As arguments of a kernel; `widest` bounds tiles where head dims are wide."""
+        """The sizes by the names of kernel arguments; `widest` bounds tiles where head dims are above 256."""
         sizes = self._asdict()
         if max(self.K0, self.V0) > 256:
             sizes |= {name: min(size, sizes[name]) for name, size in widest.items()}
@@ -243,13 +244,14 @@ class Blocks(NamedTuple):
 
 def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
                      scale: float | None = None) -> Tensor:
+    """The Triton backend; arguments as in the public function, already checked."""
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     value_dim, out_dtype = v_BSGV.shape[3], v_BSGV.dtype
     dtype = torch.promote_types(torch.promote_types(q_BTHK.dtype, k_BSGK.dtype), out_dtype)
     shared = values_are_keys(k_BSGK, v_BSGV)
     q, k = q_BTHK.to(dtype).contiguous(), k_BSGK.to(dtype).contiguous()
     v = None if shared else v_BSGV.to(dtype).contiguous()
-    return _SparseAttention.apply(q, k, v, indices_BTN.int().contiguous(), scale, value_dim).to(out_dtype)
+    return _TritonSparseAttention.apply(q, k, v, indices_BTN.int().contiguous(), scale, value_dim).to(out_dtype)
 
 
 def values_are_keys(k_BSGK: Tensor, v_BSGV: Tensor) -> bool:
@@ -268,21 +270,21 @@ def values_are_keys(k_BSGK: Tensor, v_BSGV: Tensor) -> bool:
     return source is not None and (source is k_BSGK.grad_fn or getattr(source, "variable", None) is k_BSGK)
 
 
-class _SparseAttention(torch.autograd.Function):
-    """v is None where the values are the first dims of the keys."""
+class _TritonSparseAttention(torch.autograd.Function):
+    """Attention to listed keys; v is None where the values are the first dims of the keys."""
 
     @staticmethod
     def forward(ctx, q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale, value_dim):
         batch, queries, heads, key_dim = q_BTHK.shape
         keys, groups = k_BSGK.shape[1:3]
-        blocks = Blocks.of(q_BTHK.dtype, key_dim, value_dim, heads // groups)
+        tile = TileSizes.of(q_BTHK.dtype, key_dim, value_dim, heads // groups)
         o_BTHV = torch.empty(batch, queries, heads, value_dim, dtype=q_BTHK.dtype, device=q_BTHK.device)
         lse_BTH = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_BTHK.device)
-        tiles = groups * triton.cdiv(heads // groups, blocks.BLOCK_H)
+        tiles = groups * triton.cdiv(heads // groups, tile.BLOCK_H)
         _forward[(batch * queries, tiles)](
-            q_BTHK, k_BSGK, k_BSGK if v_BSGV is None else v_BSGV, indices_BTN, o_BTHV, lse_BTH, scale * LOG2_E, queries,
-            keys, indices_BTN.shape[2], heads, groups, K=key_dim, V=value_dim, SHARED=v_BSGV is None,
-            **blocks.sizes(BLOCK_N=32))
+            q_ptr=q_BTHK, k_ptr=k_BSGK, v_ptr=k_BSGK if v_BSGV is None else v_BSGV, index_ptr=indices_BTN, o_ptr=o_BTHV,
+            lse_ptr=lse_BTH, scale=scale * LOG2_E, T=queries, S=keys, N=indices_BTN.shape[2], H=heads, G=groups,
+            K=key_dim, V=value_dim, SHARED=v_BSGV is None, **tile.sizes(BLOCK_N=32))
         ctx.save_for_backward(q_BTHK, k_BSGK, v_BSGV, indices_BTN, o_BTHV, lse_BTH)
         ctx.scale = scale
         return o_BTHV
@@ -298,11 +300,11 @@ def _gradients(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor |
                o_BTHV: Tensor, lse_BTH: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, queries, heads, key_dim = q_BTHK.shape
     keys, groups, value_dim, listed = k_BSGK.shape[1], k_BSGK.shape[2], o_BTHV.shape[3], indices_BTN.shape[2]
-    blocks = Blocks.of(q_BTHK.dtype, key_dim, value_dim, heads // groups)
+    tile = TileSizes.of(q_BTHK.dtype, key_dim, value_dim, heads // groups)
     dims = {"K": key_dim, "V": value_dim, "SHARED": v_BSGV is None}
     places, width = triton.cdiv(listed, 16) * 16, key_dim + (0 if v_BSGV is None else value_dim)
     pair_dtype = q_BTHK.dtype if q_BTHK.dtype == torch.bfloat16 else torch.float32
-    most = queries_of_a_block(queries, keys, 2 * heads * places * q_BTHK.element_size()
+    most = queries_per_block(queries, keys, 2 * heads * places * q_BTHK.element_size()
                               + listed * groups * width * pair_dtype.itemsize)
 
     def empty(*shape: int, dtype: torch.dtype = q_BTHK.dtype) -> Tensor:
@@ -312,28 +314,29 @@ def _gradients(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor |
     pair_MX = empty(most * listed, groups * width, dtype=pair_dtype)
     dq_BTHK = empty(*q_BTHK.shape)
     total_BSX = torch.zeros(batch, keys, groups * width, dtype=torch.float32, device=q_BTHK.device)
-    tiles = groups * triton.cdiv(heads // groups, blocks.BLOCK_H)
+    tiles = groups * triton.cdiv(heads // groups, tile.BLOCK_H)
     for row in range(batch):
         for begin in range(0, queries, most):
             size, start = min(most, queries - begin), row * queries + begin
             _backward_scores[(size, tiles)](
-                q_BTHK, k_BSGK, k_BSGK if v_BSGV is None else v_BSGV, indices_BTN, o_BTHV, do_BTHV, lse_BTH, p_QHL,
-                ds_QHL, scale, scale * LOG2_E, start, queries, keys, listed, places, heads, groups, **dims,
-                **blocks.sizes(BLOCK_N=32))
+                q_ptr=q_BTHK, k_ptr=k_BSGK, v_ptr=k_BSGK if v_BSGV is None else v_BSGV, index_ptr=indices_BTN,
+                o_ptr=o_BTHV, do_ptr=do_BTHV, lse_ptr=lse_BTH, p_ptr=p_QHL, ds_ptr=ds_QHL, scale=scale,
+                scale2=scale * LOG2_E, start=start, T=queries, S=keys, N=listed, L=places, H=heads, G=groups, **dims,
+                **tile.sizes(BLOCK_N=32))
             _backward_queries[(size, tiles)](
-                k_BSGK, indices_BTN, ds_QHL, dq_BTHK, start, queries, keys, listed, places, heads, groups,
-                K=key_dim, V=value_dim, K0=blocks.K0, K1=blocks.K1, BLOCK_H=blocks.BLOCK_H,
-                BLOCK_N=min(32, blocks.BLOCK_N))
-            _backward_pairs[(triton.cdiv(listed, blocks.BLOCK_N), size, groups)](
-                q_BTHK, do_BTHV, p_QHL, ds_QHL, pair_MX, start, listed, places, heads, groups, **dims,
-                **blocks.sizes(BLOCK_H=32))
+                k_ptr=k_BSGK, index_ptr=indices_BTN, ds_ptr=ds_QHL, dq_ptr=dq_BTHK, start=start, T=queries, S=keys,
+                N=listed, L=places, H=heads, G=groups, K=key_dim, V=value_dim, K0=tile.K0, K1=tile.K1,
+                BLOCK_H=tile.BLOCK_H, BLOCK_N=min(32, tile.BLOCK_N))
+            _backward_pairs[(triton.cdiv(listed, tile.BLOCK_N), size, groups)](
+                q_ptr=q_BTHK, do_ptr=do_BTHV, p_ptr=p_QHL, ds_ptr=ds_QHL, pair_ptr=pair_MX, start=start, N=listed,
+                L=places, H=heads, G=groups, **dims, **tile.sizes(BLOCK_H=32))
             InverseLists(indices_BTN[row, begin : begin + size], keys).add(pair_MX, total_BSX[row])
     total_BSGW = total_BSX.view(batch, keys, groups, width)
     dv_BSGV = None if v_BSGV is None else total_BSGW[..., key_dim:].to(v_BSGV.dtype)
     return dq_BTHK, total_BSGW[..., :key_dim].to(k_BSGK.dtype), dv_BSGV
 
 
-def _specimens() -> list[CompileCase]:
+def _compile_cases() -> list[CompileCase]:
     types = {"scale": "fp32", "scale2": "fp32", "index_ptr": "*i32", "lse_ptr": "*fp32"}
     types |= dict.fromkeys(("start", "T", "S", "N", "L", "H", "G"), "i32")
     types |= {f"{x}_ptr": "*bf16" for x in ("q", "k", "v", "o", "do", "dq", "p", "ds", "pair")}
@@ -341,11 +344,12 @@ def _specimens() -> list[CompileCase]:
     for label, heads, groups, key_dim, value_dim, shared in (
             ("MLA 128 x 512+64", 128, 1, 576, 512, True), ("GQA 16/2 x 256", 16, 2, 256, 256, False),
             ("GQA 32/4 x 128", 32, 4, 128, 128, False), ("GQA 32/4 x 64", 32, 4, 64, 64, False)):
-        blocks, dims = Blocks.of(torch.bfloat16, key_dim, value_dim, heads // groups), {"K": key_dim, "V": value_dim}
-        for name, kernel, sizes in (("forward", _forward, blocks.sizes(BLOCK_N=32)),
-                                    ("scores backward", _backward_scores, blocks.sizes(BLOCK_N=32)),
-                                    ("dq", _backward_queries, blocks.sizes() | {"BLOCK_N": 32}),
-                                    ("dk, dv", _backward_pairs, blocks.sizes(BLOCK_H=32))):
+        tile = TileSizes.of(torch.bfloat16, key_dim, value_dim, heads // groups)
+        dims = {"K": key_dim, "V": value_dim}
+        for name, kernel, sizes in (("forward", _forward, tile.sizes(BLOCK_N=32)),
+                                    ("scores backward", _backward_scores, tile.sizes(BLOCK_N=32)),
+                                    ("dq", _backward_queries, tile.sizes() | {"BLOCK_N": 32}),
+                                    ("dk, dv", _backward_pairs, tile.sizes(BLOCK_H=32))):
             constants = dims | sizes | {"SHARED": shared}
             if name == "dq":
                 del constants["V0"], constants["SHARED"]
@@ -353,4 +357,4 @@ def _specimens() -> list[CompileCase]:
     return found
 
 
-COMPILE_CASES = _specimens()
+COMPILE_CASES = _compile_cases()

@@ -20,8 +20,8 @@ from torch import Tensor
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.triton_support import CompileCase, tuned
 
-STRIP_ELEMENTS = 2**24  # scores of a block of queries, fp32: 64 MiB
-QUERY_TILE = 64  # the fewest queries of a block
+STRIP_ELEMENTS = 2**24  # scores per block of queries, fp32: 64 MiB
+MIN_BLOCK_QUERIES = 64
 
 
 @tuned([triton.Config({"BLOCK_T": 64, "BLOCK_S": 64}, num_warps=4, num_stages=2),
@@ -121,11 +121,11 @@ class Strips:
         self.first_BT = torch.zeros(batch, queries, dtype=torch.int32, device=device)
         if cu_seqlens is not None:
             self.first_BT = cu_seqlens.first_keys(batch, queries).int().contiguous()
-        size = STRIP_ELEMENTS // (batch * keys) // QUERY_TILE * QUERY_TILE
-        self.size = min(max(QUERY_TILE, size), queries)
+        size = STRIP_ELEMENTS // (batch * keys) // MIN_BLOCK_QUERIES * MIN_BLOCK_QUERIES
+        self.size = min(max(MIN_BLOCK_QUERIES, size), queries)
 
     def blocks(self) -> Iterator[tuple[int, int, int, int]]:
-        """(first query, number of queries, first key, number of keys) of each block."""
+        """Yields (first query, number of queries, first key, number of keys) of each block."""
         for start in range(0, self.queries, self.size):
             size = min(self.size, self.queries - start)
             low = self._first_key(start)
@@ -140,13 +140,13 @@ class Strips:
         return min(host[bisect.bisect_right(host, row + place) - 1] - row for row in rows)
 
     def buffer(self) -> Tensor:
-        """fp32, large enough for any block."""
+        """An fp32 work buffer, large enough for any block."""
         stride = _stride(self.keys)
         return torch.empty(self.batch * self.size * stride, dtype=torch.float32, device=self.first_BT.device)
 
 
 def strip(buffer: Tensor, batch: int, size: int, width: int) -> Tensor:
-    """[B, Q, X] in a buffer, rows a multiple of 64 bytes apart."""
+    """A view [B, Q, X] of a buffer, with rows a multiple of 64 bytes apart."""
     stride = _stride(width)
     return buffer[: batch * size * stride].view(batch, size, stride)[..., :width]
 
@@ -157,15 +157,17 @@ def _stride(width: int) -> int:
 
 def write_index_scores(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, strips: Strips, start: int, low: int,
                        out_BQX: Tensor, always: tuple[int, int] | None = None) -> None:
-    """Scores of the visible pairs of a block; what is not visible holds anything.
+    """Scores of the visible pairs of a block; other pairs are left undefined.
 
     `always`: numbers of first and last keys always selected; then the bits are keys for `select`, not numbers.
     """
     batch, queries, heads, dim = q_BTJI.shape
     size, width = out_BQX.shape[1:]
+    num_first, num_local = always or (0, 0)
     index_scores[lambda meta: (triton.cdiv(width, meta["BLOCK_S"]), triton.cdiv(size, meta["BLOCK_T"]), batch)](
-        q_BTJI, k_BSI, w_BTJ, strips.first_BT, out_BQX, queries, k_BSI.shape[1], size, start, low, out_BQX.stride(1),
-        *(always or (0, 0)), heads, KEYS=always is not None, I=dim, BLOCK_I=max(16, triton.next_power_of_2(dim)))
+        q_ptr=q_BTJI, k_ptr=k_BSI, w_ptr=w_BTJ, first_ptr=strips.first_BT, score_ptr=out_BQX, T=queries,
+        S=k_BSI.shape[1], Q=size, start=start, low=low, stride=out_BQX.stride(1), num_first=num_first,
+        num_local=num_local, J=heads, KEYS=always is not None, I=dim, BLOCK_I=max(16, triton.next_power_of_2(dim)))
 
 
 def select(key_BQX: Tensor, strips: Strips, start: int, low: int, out_BTN: Tensor,
@@ -176,19 +178,20 @@ def select(key_BQX: Tensor, strips: Strips, start: int, low: int, out_BTN: Tenso
     """
     batch, size, width = key_BQX.shape
     _select[(size, batch)](
-        key_BQX, strips.first_BT, strips.first_BT if counts_BQ is None else counts_BQ, out_BTN, strips.queries,
-        strips.keys, size, start, low, key_BQX.stride(1), out_BTN.shape[2], COUNTS=counts_BQ is not None,
-        BLOCK=min(1024, max(64, triton.next_power_of_2(width))))
+        key_ptr=key_BQX, first_ptr=strips.first_BT, count_ptr=strips.first_BT if counts_BQ is None else counts_BQ,
+        out_ptr=out_BTN, T=strips.queries, S=strips.keys, Q=size, start=start, low=low, stride=key_BQX.stride(1),
+        N=out_BTN.shape[2], COUNTS=counts_BQ is not None, BLOCK=min(1024, max(64, triton.next_power_of_2(width))))
 
 
 def index_tensors(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As the kernels read them: contiguous, q and k in one dtype."""
+    """Makes q, k and w contiguous, and q and k of one dtype, as the kernels read them."""
     dtype = torch.promote_types(q_BTJI.dtype, k_BSI.dtype)
     return q_BTJI.to(dtype).contiguous(), k_BSI.to(dtype).contiguous(), w_BTJ.contiguous()
 
 
 def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, cu_seqlens: CuSeqlens | None = None,
                  num_first: int = 0, num_local: int = 0) -> Tensor:
+    """The Triton backend; arguments as in the public function, already checked."""
     batch, queries = q_BTJI.shape[:2]
     strips = Strips(batch, queries, k_BSI.shape[1], cu_seqlens, q_BTJI.device)
     out_BTN = torch.full((batch, queries, topk), -1, dtype=torch.int32, device=q_BTJI.device)

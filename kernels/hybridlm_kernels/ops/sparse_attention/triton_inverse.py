@@ -1,4 +1,4 @@
-"""Sums over the queries that chose a key, without atomics: for each key, the list of its places in the selections.
+"""Sums over the queries that chose a key, without atomics: for each key, the list of its entries in the selections.
 
 A block of Q queries lists N keys each; place n of query q is row q * N + n of what is to be added up. A table says
 where a query lists a key, which makes the lists by counting down its columns, always in the order of the queries.
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hybridlm_kernels.triton_support import CompileCase
 
-WORK_BYTES = 2**30  # of a block of queries
-FEWEST = 16  # queries of a block, whatever they need
+WORK_BUFFER_BYTES = 2**30  # per block of queries
+MIN_BLOCK_QUERIES = 16  # whatever memory they need
+
 
 @triton.jit
 def _mark(index_ptr, table_ptr, S, N, BLOCK_N: tl.constexpr):
@@ -74,21 +75,25 @@ class InverseLists:
         table_QS = torch.full((queries, keys), -1, dtype=torch.int32, device=device)
         self.lists_SC = torch.empty(keys, queries, dtype=torch.int32, device=device)
         self.counts_S = torch.empty(keys, dtype=torch.int32, device=device)
-        _mark[(queries, triton.cdiv(listed, 1024))](indices_QN, table_QS, keys, listed, BLOCK_N=1024)
-        _compact[(triton.cdiv(keys, 64),)](table_QS, self.lists_SC, self.counts_S, keys, queries, queries,
-                                           BLOCK_Q=32, BLOCK_S=64)
+        _mark[(queries, triton.cdiv(listed, 1024))](
+            index_ptr=indices_QN, table_ptr=table_QS, S=keys, N=listed, BLOCK_N=1024)
+        _compact[(triton.cdiv(keys, 64),)](
+            table_ptr=table_QS, list_ptr=self.lists_SC, count_ptr=self.counts_S, S=keys, Q=queries, C=queries,
+            BLOCK_Q=32, BLOCK_S=64)
 
     def add(self, rows_MW: Tensor, total_SW: Tensor) -> None:
         """total[s] += the sum of its rows, in a fixed order. Rows that no list names may hold anything."""
         columns = total_SW.shape[1]
         block = min(256, max(16, triton.next_power_of_2(columns)))
         _add_rows[(len(total_SW), triton.cdiv(columns, block))](
-            rows_MW, self.lists_SC, self.counts_S, total_SW, self.most, columns, BLOCK_P=16, BLOCK_W=block)
+            row_ptr=rows_MW, list_ptr=self.lists_SC, count_ptr=self.counts_S, total_ptr=total_SW, C=self.most,
+            W=columns, BLOCK_P=16, BLOCK_W=block)
 
 
-def queries_of_a_block(queries: int, keys: int, bytes_a_query: int) -> int:
-    """How many queries' gradients of places, `bytes_a_query` each, and lists fit into the work buffers."""
-    return min(queries, max(FEWEST, WORK_BYTES // (bytes_a_query + 8 * keys) // FEWEST * FEWEST))
+def queries_per_block(queries: int, keys: int, bytes_per_query: int) -> int:
+    """Queries per block, so that gradients of list entries (`bytes_per_query`) and inverse lists fit the buffers."""
+    affordable = WORK_BUFFER_BYTES // (bytes_per_query + 8 * keys)
+    return min(queries, max(MIN_BLOCK_QUERIES, affordable // MIN_BLOCK_QUERIES * MIN_BLOCK_QUERIES))
 
 
 COMPILE_CASES = [

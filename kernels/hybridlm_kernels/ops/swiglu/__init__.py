@@ -16,14 +16,26 @@ SWIGLU = register(Operation("swiglu", (
 
 
 def swiglu(gate: Tensor, up: Tensor, *, limit: float | None = None, backend: str | None = None) -> Tensor:
-    """silu(gate) * up, in the dtype of gate.
+    """SwiGLU: silu(gate) * up, optionally with both clamped first.
 
     Args:
-        gate, up: one shape, any dims.
-        limit: bounds gate from above and up from both sides before the product (GLM-5.3, gpt-oss).
+        gate: raw gate, any shape; silu is applied here.
+        up: raw up projection, of the same shape.
+        limit: bounds gate from above and up from both sides before the product (GLM-5.3, gpt-oss). None bounds nothing.
+        backend: name of one backend, in place of the registry's choice.
+
+    Returns:
+        y in gate's shape and dtype. Differentiable in gate and up.
 
     Raises:
-        ValueError: shapes that differ, or a limit that is not positive.
+        ValueError: the shapes differ, or limit is not positive.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Source: Shazeer 2020, GLU Variants Improve Transformer, eq. 6.
+
+    >>> import torch
+    >>> swiglu(torch.tensor([0.0, 100.0]), torch.tensor([1.0, 3.0]))
+    tensor([  0., 300.])
     """
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")

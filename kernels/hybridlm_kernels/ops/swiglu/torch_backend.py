@@ -10,14 +10,18 @@ from hybridlm_kernels.precision import plain_backward
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
-    return _SwiGLU.apply(gate, up, limit)
+    """The torch backend; arguments as in the public function, already checked."""
+    return _TorchSwiGLU.apply(gate, up, limit)
 
 
 def bounded(gate: Tensor, up: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+    """Gate clamped from above and up from both sides; unchanged without a limit."""
     return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
 
 
-class _SwiGLU(torch.autograd.Function):
+class _TorchSwiGLU(torch.autograd.Function):
+    """SwiGLU with a backward of its own, which computes silu(gate) again."""
+
     @staticmethod
     def forward(ctx, gate, up, limit):
         ctx.save_for_backward(gate, up)

@@ -15,7 +15,8 @@ from hybridlm_kernels.triton_support import CompileCase, as_rows
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
-    return _SwiGLU.apply(gate, up, limit)
+    """The Triton backend; arguments as in the public function, already checked."""
+    return _TritonSwiGLU.apply(gate, up, limit)
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def derivatives(gate, up, limit, CLAMPED: tl.constexpr):
 
 
 @triton.jit
-def _place(D, BLOCK: tl.constexpr):
+def _row_and_columns(D, BLOCK: tl.constexpr):
     """The program's row and its columns of that row."""
     tiles = tl.cdiv(D, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -51,7 +52,7 @@ def _place(D, BLOCK: tl.constexpr):
 
 @triton.jit
 def _forward(gate_ptr, up_ptr, y_ptr, D, gate_row, up_row, limit, CLAMPED: tl.constexpr, BLOCK: tl.constexpr):
-    row, columns = _place(D, BLOCK)
+    row, columns = _row_and_columns(D, BLOCK)
     inside = columns < D
     gate = tl.load(gate_ptr + row * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row + columns, mask=inside, other=0.0).to(tl.float32)
@@ -64,7 +65,7 @@ def _forward(gate_ptr, up_ptr, y_ptr, D, gate_row, up_row, limit, CLAMPED: tl.co
 @triton.jit
 def _backward(gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, D, gate_row, up_row, dy_row, limit,
               CLAMPED: tl.constexpr, BLOCK: tl.constexpr):
-    row, columns = _place(D, BLOCK)
+    row, columns = _row_and_columns(D, BLOCK)
     inside = columns < D
     gate = tl.load(gate_ptr + row * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row + columns, mask=inside, other=0.0).to(tl.float32)
@@ -74,22 +75,26 @@ def _backward(gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, D, gate_row, up_row,
     tl.store(dup_ptr + row * D + columns, (dy * by_up).to(dup_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], limit: float | None) -> None:
-    joined = all(x.is_contiguous() for x in inputs)
-    rows = [x.reshape(1, -1) if joined else as_rows(x) for x in inputs]
-    M, D = rows[0].shape
+def _launch(kernel, inputs: dict[str, Tensor], outputs: dict[str, Tensor], limit: float | None) -> None:
+    """Launches a kernel on tensors by the names of its arguments."""
+    joined = all(x.is_contiguous() for x in inputs.values())
+    rows = {name: x.reshape(1, -1) if joined else as_rows(x) for name, x in inputs.items()}
+    M, D = rows["gate"].shape
     block = min(triton.next_power_of_2(max(D, 1)), 2048)
-    kernel[(M * triton.cdiv(D, block),)](*rows, *outputs, D, *(x.stride(0) for x in rows), limit or 0.0,
-                                         limit is not None, block)
+    arguments: dict[str, Tensor | int] = {f"{name}_ptr": x for name, x in (rows | outputs).items()}
+    arguments |= {f"{name}_row": x.stride(0) for name, x in rows.items()}
+    kernel[(M * triton.cdiv(D, block),)](**arguments, D=D, limit=limit or 0.0, CLAMPED=limit is not None, BLOCK=block)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _TritonSwiGLU(torch.autograd.Function):
+    """SwiGLU with a backward of its own, which computes silu(gate) again."""
+
     @staticmethod
     def forward(ctx, gate, up, limit):
         ctx.save_for_backward(gate, up)
         ctx.limit = limit
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _launch(_forward, (gate, up), (y,), limit)
+        _launch(_forward, {"gate": gate, "up": up}, {"y": y}, limit)
         return y
 
     @staticmethod
@@ -97,7 +102,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         dgate, dup = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
-        _launch(_backward, (gate, up, dy), (dgate, dup), ctx.limit)
+        _launch(_backward, {"gate": gate, "up": up, "dy": dy}, {"dgate": dgate, "dup": dup}, ctx.limit)
         return dgate, dup, None
 
 
