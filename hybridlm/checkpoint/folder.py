@@ -131,7 +131,8 @@ def _structure_fault(folder: Path) -> tuple[str, dict[str, Any]]:
     """Describe what names and sizes show to be wrong, "" if nothing; and return the manifest's entries if so."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, own_hash = dict(manifest["files"]), manifest["sha256"]
+        files = dict(manifest["files"])
+        own_hash = manifest["sha256"]
     except FileNotFoundError:
         return f"it has no {MANIFEST}", {}
     except (OSError, ValueError, KeyError, TypeError):

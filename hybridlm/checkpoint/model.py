@@ -79,7 +79,8 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
         CheckpointError: another weight is missing, one is left over, or of another shape.
     """
     wanted = unique_tensors(model)
-    problems, left = [], set(wanted)
+    problems = []
+    left = set(wanted)
     with torch.no_grad():
         for name, complete in checkpoint_tensors(folder).items():
             stored = complete if local_shard is None else local_shard(name, complete)

@@ -29,7 +29,9 @@ class Save:
 
     def __init__(self, root: Path, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]],
                  ranks: Communicator = SINGLE_PROCESS):
-        self.step, self.ranks, self.target = step, ranks, root / f"step-{step}"
+        self.step = step
+        self.ranks = ranks
+        self.target = root / f"step-{step}"
         self._draft: Path = ranks.on_main(lambda: _open_draft(root, step))
         files = _files(tensors, ranks)
         thread = ThreadPoolExecutor(1, "checkpoint")

@@ -81,7 +81,8 @@ def import_checkpoint(source: PathLike, dest: PathLike, *, dtype: str | torch.dt
     wanted_dtype = parse_dtype(dtype)
     with create_folder(Path(dest)) as target:
         plan = ImportPlan(raw, SafetensorsSource(folder), mtp=mtp)
-        family, config = plan.family.name, plan.config
+        family = plan.family.name
+        config = plan.config
         changes: dict[str, Any] = {}
         if indexer is None and not replace:
             _write_tensors(target, plan, wanted_dtype, ckpt.SHARD_BYTES, index=False)

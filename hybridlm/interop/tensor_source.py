@@ -107,7 +107,8 @@ def dequantize(source: TensorSource, quantization: Mapping[str, Any] | None) -> 
     """
     if not quantization:
         return source
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    method = quantization.get("quant_method")
+    block = quantization.get("weight_block_size")
     if method != "fp8" or not isinstance(block, list | tuple) or len(block) != 2:
         got = method if method != "fp8" else f"fp8 with weight_block_size={block}"
         raise ConfigError("quantization_config", "this quantisation cannot be read", got=got,

@@ -18,12 +18,19 @@ from hybridlm.model.sequence import SequenceInfo
 
 
 class Block(nn.Module):
-    """The layer with mixer `mixer_name` of the config and the feed-forward of layer `layer_index`."""
+    """One layer of the model: a mixer and a feed-forward, each with its norm, joined to the residual stream.
+
+    Args:
+        config: the config of the model.
+        mixer_name: key of `config.mixers`.
+        layer_index: index of the layer, which decides its feed-forward.
+    """
 
     def __init__(self, config: ModelConfig, mixer_name: str, layer_index: int):
         super().__init__()
         context = config.layer_context(layer_index)
-        mixer, feed_forward = config.mixers[mixer_name], config.feed_forward
+        mixer = config.mixers[mixer_name]
+        feed_forward = config.feed_forward
         self.mixer_name = mixer_name
         self.mixer_norm = RMSNorm.of(context.norm, context.hidden_size)
         self.mixer = build_mixer(mixer, context)
@@ -35,12 +42,15 @@ class Block(nn.Module):
 
     def forward(self, stream: Stream, seq: SequenceInfo,
                 state: LayerState | None = None) -> tuple[Stream, dict[str, Aux]]:
-        """The stream after this layer, and the aux of both branches by name.
+        """Run the mixer, then the feed-forward.
 
         Args:
             stream: the stream before this layer, in the form of the model's residual.
             seq: positions and documents of the tokens.
             state: from `new_state`, updated in place; None when training.
+
+        Returns:
+            The stream after this layer, and the aux of the branches `mixer` and `feed_forward`.
         """
         mixer_state, feed_forward_state = (None, None) if state is None else (state.mixer, state.feed_forward)
         x_BTD, kept = self.mixer_residual.read(stream, self.mixer_norm)
@@ -56,6 +66,6 @@ class Block(nn.Module):
         return LayerState(self.mixer.new_state(batch, max_length), self.feed_forward.new_state(batch, max_length))
 
     def record(self, aux: dict[str, Aux]) -> None:
-        """Hand the feed-forward its aux, once per training forward, whatever was computed again since."""
+        """Pass the feed-forward its aux: once per training forward, also where checkpointing computes it twice."""
         if aux["feed_forward"]:
             self.feed_forward.record(aux["feed_forward"])

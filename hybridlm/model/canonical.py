@@ -42,6 +42,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _describe_layer(config: ModelConfig, index: int, name: str) -> dict[str, Any]:
-    mixer, feed_forward = config.mixers[name], config.feed_forward
+    mixer = config.mixers[name]
+    feed_forward = config.feed_forward
     return {"mixer": mixer.canonical(config.norm), "residual": to_dict(feed_forward.residual or mixer.residual),
             "feed_forward": feed_forward.canonical(config.layer_context(index))}

@@ -1,4 +1,4 @@
-"""Context parallelism: long rows divided into shards, one per process, and what a layer may ask of the others.
+"""Context parallelism: rows are divided into shards, one per process, and layers exchange tensors between them.
 
 Every process holds one shard of all rows of a batch, and all weights. Its `ShardGroup` brings tensors of the other
 processes; everything else here is computed on one device. `SequenceInfo.shard` is None where rows are not divided.
@@ -38,21 +38,21 @@ class ShardGroup(Protocol):
     size: int
 
     def gather(self, x: Tensor) -> Tensor:
-        """The x of all processes [P, ...], in the order of their shards."""
+        """Gather the x of all processes: [P, ...], in the order of their shards."""
 
     def exchange(self, x_P: Tensor) -> Tensor:
         """Send entry j of x to shard j; entry i of the result [P, ...] comes from shard i."""
 
     def from_previous(self, x: Tensor) -> Tensor:
-        """The x of the shard before this one; zeros in the first."""
+        """Receive the x of the shard before this one; zeros in the first."""
 
     def all_sum(self, x: Tensor) -> Tensor:
-        """The sum of x over all processes, without gradient."""
+        """Sum x over all processes, without gradient."""
 
 
 @dataclass(eq=False)
 class RowShard:
-    """The tokens rank*L .. rank*L + L - 1 of each of B rows, and ways to the others."""
+    """The shard of this process: tokens rank*L .. rank*L + L - 1 of each of B rows, and exchanges with other shards."""
 
     group: ShardGroup
     length: int  # L, tokens per row held here
@@ -62,7 +62,7 @@ class RowShard:
 
     @classmethod
     def of(cls, group: ShardGroup, positions_BT: Tensor, borders: CuSeqlens | None) -> RowShard:
-        """The shard of this process.
+        """Make the shard of this process.
 
         Args:
             group: the processes that hold the other shards.
@@ -98,11 +98,11 @@ class RowShard:
         return self.local_tokens(ids_BT).flatten(), self.borders.num_documents
 
     def weighted_mean(self, mean: Tensor, count: Tensor) -> Tensor:
-        """A mean over this shard, weighted so that the average over shards is the mean over all of them together.
+        """Weight the mean over this shard so that the average over shards is the mean over all values.
 
         Args:
             mean: mean over `count` values of this shard.
-            count: int64 scalar; where it is 0 in all shards the mean comes back as it is.
+            count: int64 scalar; where it is 0 in all shards, `mean` is returned unchanged.
         """
         total = self.group.all_sum(count)
         return torch.where(total > 0, mean * count.to(mean.dtype) * self.group.size / total.clamp(min=1), mean)
@@ -110,7 +110,7 @@ class RowShard:
     # All tokens for some of the heads
 
     def by_heads(self, *xs_BLHK: Tensor) -> list[Tensor]:
-        """All tokens for the heads of this process, by one exchange for all tensors.
+        """Exchange tokens for heads: all tokens of the heads of this process, in one all-to-all for all tensors.
 
         Args:
             xs_BLHK: tensors [B, L, H, K] of the tokens held here; P divides H, which may differ between them.
@@ -118,14 +118,14 @@ class RowShard:
         Returns:
             A tensor [B, T, H / P, K] for each.
         """
-        size, shapes = self.group.size, [(x.shape[0], self.length, x.shape[2] // self.group.size, x.shape[3])
-                                         for x in xs_BLHK]
+        size = self.group.size
+        shapes = [(x.shape[0], self.length, x.shape[2] // size, x.shape[3]) for x in xs_BLHK]
         sent_PX = torch.cat([x.unflatten(2, (size, -1)).movedim(2, 0).flatten(1) for x in xs_BLHK], 1)
         received = self.group.exchange(sent_PX).split([math.prod(shape) for shape in shapes], 1)
         return [x.unflatten(1, shape).movedim(0, 1).flatten(1, 2) for x, shape in zip(received, shapes, strict=True)]
 
     def by_tokens(self, x_BTHK: Tensor) -> Tensor:
-        """The way back from `by_heads`: all heads [B, L, H, K] of the tokens held here, from x [B, T, H / P, K]."""
+        """Exchange heads for tokens, the inverse of `by_heads`: [B, T, H / P, K] -> [B, L, H, K]."""
         sent_PBLHK = x_BTHK.unflatten(1, (self.group.size, self.length)).movedim(1, 0)
         return self.group.exchange(sent_PBLHK).movedim(0, 2).flatten(2, 3)
 
@@ -133,7 +133,7 @@ class RowShard:
         """The entries [H / P] of the heads that `by_heads` brings here, from those of all heads."""
         return x_H.unflatten(0, (self.group.size, -1))[self.group.rank]
 
-    # Small tensors of all tokens before
+    # Tensors of earlier tokens
 
     def all_tokens(self, x_BL: Tensor) -> Tensor:
         """All tokens of the rows [B, T, ...], those of the other shards included."""
@@ -155,10 +155,10 @@ class RowShard:
             return None
         return _borders_between(self.borders, self.group.size * self.length, 0, self.history_length)
 
-    # From the shards before
+    # From earlier shards
 
     def tail(self, x_BLD: Tensor, tokens: int) -> Tensor:
-        """The `tokens` tokens just before the shard [B, tokens, D]; zero where they are of another document."""
+        """The last `tokens` tokens before the shard, [B, tokens, D]; zeros where they belong to another document."""
         tail_BWD = self.group.from_previous(x_BLD[:, self.length - tokens :])
         distance_W = torch.arange(tokens, 0, -1, device=x_BLD.device)
         return torch.where((distance_W <= self.positions_BL[:, :1])[..., None], tail_BWD, 0.0)
@@ -184,31 +184,32 @@ class RowShard:
         assert self.local_borders is not None
         return self.local_borders.document_ids().view(-1, self.length)[:, column]
 
-    def first_document(self) -> Tensor:
+    def continued_tokens(self) -> Tensor:
         """Whether each token is of a document that has begun in an earlier shard: bool [B, L]."""
         step_L = torch.arange(self.length, device=self.positions_BL.device)
         start_B1 = self.positions_BL[:, :1]
         return (self.positions_BL == start_B1 + step_L) & (start_B1 > 0)
 
-    def incoming(self, local_BHvKV: Tensor, through: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def incoming(self, local_BHvKV: Tensor, transition: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The recurrent state [B, HV, K, V] at the start of the shard, by one gather.
 
-        Each shard maps the state S at its start to the state at its end: S -> apply(through, S) + local.
+        Each shard maps the state S at its start to the state at its end: S -> apply(transition, S) + local.
 
         Args:
             local_BHvKV: the state at the end of this shard, if it were zero at the start.
-            through: numbers [B, HV, ...] by which `apply` maps a state; zero where the last document of a row has
+            transition: numbers [B, HV, ...] by which `apply` maps a state; zero where the last document of a row has
                 begun in this shard.
-            apply: (through, S) -> S.
+            apply: (transition, S) -> S.
         """
-        packed_PBX = self.group.gather(torch.cat([local_BHvKV.flatten(1), through.flatten(1)], 1))
-        local_PBX, through_PBX = packed_PBX.split([x[0].numel() for x in (local_BHvKV, through)], 2)
+        packed_PBX = self.group.gather(torch.cat([local_BHvKV.flatten(1), transition.flatten(1)], 1))
+        local_PBX, transition_PBX = packed_PBX.split([x[0].numel() for x in (local_BHvKV, transition)], 2)
         local_PBHvKV = local_PBX.unflatten(2, local_BHvKV.shape[1:])
-        through_PB = through_PBX.unflatten(2, through.shape[1:])
-        state = local_PBHvKV[:0].sum(0)  # zeros, but the gather's backward waits for everyone
+        transition_PB = transition_PBX.unflatten(2, transition.shape[1:])
+        # Zeros that depend on the gather, whose backward is a collective that every process must join.
+        state = local_PBHvKV[:0].sum(0)
         with torch.autocast(state.device.type, enabled=False):
             for earlier in range(self.group.rank):
-                state = apply(through_PB[earlier], state) + local_PBHvKV[earlier]
+                state = apply(transition_PB[earlier], state) + local_PBHvKV[earlier]
         return torch.where(self.continues_B[:, None, None, None], state, 0.0)
 
 

@@ -126,10 +126,16 @@ def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True)
 
 
 def training_parts(config: ModelConfig, context_length: int) -> dict[str, float]:
-    """FLOPs per token of one training step: `forward`, `backward`, and `indexer_kl`, the loss of the indexers of sparse
-    attention, forward and backward. What checkpointing computes again is left out.
+    """FLOPs per token of one training step, by phase. What activation checkpointing computes again does not count.
 
     The selection of keys has no backward: an indexer learns from its own loss.
+
+    Args:
+        config: the model.
+        context_length: tokens per sequence.
+
+    Returns:
+        `forward`, `backward`, and `indexer_kl`: the loss of the indexers of sparse attention, forward and backward.
     """
     forward = sum(forward_flops(config, context_length).values())
     blocks = [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
@@ -141,8 +147,16 @@ def training_parts(config: ModelConfig, context_length: int) -> dict[str, float]
 
 
 def training_flops(config: ModelConfig, context_length: int, *, only_indexers: bool = False) -> float:
-    """The sum of `training_parts`, which model FLOPs utilisation divides by the device's peak. `only_indexers`: the
-    rest of the model is frozen, and has no backward."""
+    """FLOPs per token of one training step, the numerator of model FLOPs utilisation (MFU).
+
+    Args:
+        config: the model.
+        context_length: tokens per sequence.
+        only_indexers: all other parameters are frozen, so that the model has no backward.
+
+    Returns:
+        The sum of `training_parts`.
+    """
     parts = training_parts(config, context_length)
     return parts["forward"] + parts["indexer_kl"] + (0.0 if only_indexers else parts["backward"])
 
@@ -158,7 +172,9 @@ def decode_state_bytes(config: ModelConfig, context_length: int, element_bytes: 
 
 
 def _layer_cost(config: ModelConfig, index: int, name: str) -> LayerCost:
-    mixer, feed_forward, context = config.mixers[name], config.feed_forward, config.layer_context(index)
+    mixer = config.mixers[name]
+    feed_forward = config.feed_forward
+    context = config.layer_context(index)
     try:
         return LayerCost(
             index=index, mixer=name, kind=mixer.kind, feed_forward=feed_forward.layer_kind(index),

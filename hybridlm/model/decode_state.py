@@ -24,7 +24,8 @@ class TokenCache:
     """
 
     def __init__(self, max_length: int, window: int | None = None):
-        self.max_length, self.window = max_length, window
+        self.max_length = max_length
+        self.window = window
         self.length = 0  # tokens seen
         self._buffer: Tensor | None = None
 
@@ -34,7 +35,8 @@ class TokenCache:
         Raises:
             ConfigError: more tokens than `max_length`.
         """
-        x, start = x.detach(), self.length
+        x = x.detach()
+        start = self.length
         self.length += x.shape[1]
         if self.length > self.max_length:
             raise ConfigError("max_length", "the decode state is full", got=self.length,
@@ -70,7 +72,8 @@ class PooledCache:
 
     def __init__(self, max_length: int, size: int):
         self.pools = TokenCache(max_length // size)
-        self.size, self.length = size, 0  # tokens seen
+        self.size = size
+        self.length = 0  # tokens seen
         self._open: Tensor | None = None
 
     def append(self, entries: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
@@ -88,7 +91,7 @@ class PooledCache:
 
 
 def index_cache(max_length: int, pool: int | None) -> TokenCache | PooledCache:
-    """A cache for the keys of an indexer: one key per token, or one per pool of `pool` tokens."""
+    """Make a cache for the keys of an indexer: one key per token, or one per pool of `pool` tokens."""
     return TokenCache(max_length) if pool is None else PooledCache(max_length, pool)
 
 
@@ -106,7 +109,7 @@ class LayerState:
 
 
 def reorder_rows(state: Any, rows: Tensor) -> Any:
-    """The same state with other rows, as beam search wants it.
+    """Reorder the rows of a decode state, as beam search needs it.
 
     Args:
         state: a decode state of any kind: None, tensors [B, ...], and lists, tuples, dicts and objects of such; objects
@@ -129,8 +132,10 @@ def reorder_rows(state: Any, rows: Tensor) -> Any:
 
 @dataclass
 class AttentionState:
-    """Keys [B, S, G, K] and values [B, S, G, V] of grouped-query attention, and keys of the indexer [B, S, I], or of
-    its pools."""
+    """Decode state of grouped-query attention: keys [B, S, G, K], values [B, S, G, V], index keys [B, S, I].
+
+    With an indexer over pools the index keys are [B, P, I], one per pool.
+    """
 
     keys: TokenCache
     values: TokenCache
@@ -147,7 +152,7 @@ class AttentionState:
 
 @dataclass
 class LatentState:
-    """MLA: the normed latent with the rotated shared key behind it, [B, S, kv_lora_rank + qk_rope_head_dim]."""
+    """Decode state of MLA: the normed latent, then the rotated shared key, [B, S, kv_lora_rank + qk_rope_head_dim]."""
 
     latent: TokenCache
     index_keys: TokenCache | PooledCache
@@ -163,9 +168,9 @@ class LatentState:
 
 @dataclass
 class RecurrentState:
-    """Linear mixers: the state matrix [B, HV, K, V] and the last W - 1 inputs of each convolution [B, C, W-1].
+    """Decode state of linear mixers: the state matrix [B, HV, K, V], the last inputs of convolutions [B, C, W - 1].
 
-    None before the first token, which stands for zeros.
+    `matrix` is None, and `conv` empty, before the first token: both then count as zeros.
     """
 
     matrix: Tensor | None = None

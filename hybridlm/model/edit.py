@@ -62,7 +62,8 @@ def add_indexer(model: HybridLM, indexer: IndexerConfig, layers: Sequence[int] |
         if not config.mixers[names[index]].can_take_indexer():
             raise ConfigError(f"layer {index}", "cannot take an indexer", got=names[index],
                               expected="softmax attention over all tokens without an indexer")
-    mixers, new_names = dict(config.mixers), list(names)
+    mixers = dict(config.mixers)
+    new_names = list(names)
     for name in sorted({names[i] for i in chosen}):
         users = {i for i, other in enumerate(names) if other == name}
         new_name = name if users <= chosen and config.mtp.mixer != name else f"{name}_dsa"
@@ -132,9 +133,11 @@ def check_layers(config: ModelConfig, layers: Sequence[int]) -> set[int]:
 
 def _find_free_name(name: str, config: ModelConfig, mixer: MixerConfig) -> str:
     """`name`, or with a number behind it where another mixer has it."""
-    found, number = name, 2
+    found = name
+    number = 2
     while found in config.mixers and config.mixers[found] != mixer:
-        found, number = f"{name}_{number}", number + 1
+        found = f"{name}_{number}"
+        number = number + 1
     return found
 
 

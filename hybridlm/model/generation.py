@@ -20,11 +20,17 @@ def generate(model: HybridLM, input_ids: Tensor | Sequence[int], max_new_tokens:
     of `eos` repeats it; the last row to do so ends the generation (`eos` itself is yielded).
 
     Args:
+        model: the model, in evaluation mode.
         input_ids: prompt, [T] or [B, T]; all rows of one length.
-        temperature: 0 takes the likeliest token.
+        max_new_tokens: tokens to generate per row, at most.
+        temperature: of the distribution; 0 chooses the likeliest token.
         top_p: sample among the fewest tokens that together have this probability (Holtzman et al. 2020).
-        seed: of the sampling; None draws a fresh one. The caller's random state is not touched.
+        seed: of the sampling; None draws a fresh one. The caller's random state does not change.
+        eos: id or ids that end a row.
         vocab_size: only ids below it are sampled: for a tokenizer smaller than the model's vocabulary.
+
+    Returns:
+        An iterator over the new tokens, int64 [B] each.
 
     Raises:
         ConfigError: an empty prompt, or a value out of range.
@@ -43,15 +49,17 @@ def generate(model: HybridLM, input_ids: Tensor | Sequence[int], max_new_tokens:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    return _steps(model, prompt_BT, max_new_tokens, temperature, top_p, generator, ends, vocab_size)
+    return _generate_tokens(model, prompt_BT, max_new_tokens, temperature, top_p, generator, ends, vocab_size)
 
 
 @torch.no_grad()
-def _steps(model: HybridLM, prompt_BT: Tensor, max_new_tokens: int, temperature: float, top_p: float,
+def _generate_tokens(model: HybridLM, prompt_BT: Tensor, max_new_tokens: int, temperature: float, top_p: float,
            generator: torch.Generator, ends: Tensor, vocab_size: int | None) -> Iterator[Tensor]:
     was_training = model.training
     state = model.new_state(prompt_BT.shape[0], prompt_BT.shape[1] + max_new_tokens)
-    step_BT, done_B, token_B = prompt_BT, torch.zeros_like(prompt_BT[:, 0], dtype=torch.bool), prompt_BT[:, -1]
+    step_BT = prompt_BT
+    done_B = torch.zeros_like(prompt_BT[:, 0], dtype=torch.bool)
+    token_B = prompt_BT[:, -1]
     try:
         for _ in range(max_new_tokens):
             model.eval()

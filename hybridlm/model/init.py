@@ -1,4 +1,4 @@
-"""Fresh weights, the same for the same parameter whatever stands around it."""
+"""Initial weights as a function of (seed, name): a parameter gets the same values in any model."""
 
 from __future__ import annotations
 

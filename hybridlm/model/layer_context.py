@@ -1,6 +1,6 @@
-"""Facts about the model that a branch of a layer is told, and plain types that every kind's costs are stated in.
+"""The context of a layer (width, index, the mixers of other layers), and types in which kinds state their costs.
 
-This file stands below all mixers and feed-forwards; it needs no torch.
+All mixers and feed-forwards import this file; it imports none of them, and no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class NormConfig:
 
 
 class SharingMixer(Protocol):
-    """The questions that a layer may ask the configs of other layers' mixers."""
+    """Methods of a mixer's config that other layers may call."""
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]: ...
 
@@ -34,11 +34,11 @@ class SharingMixer(Protocol):
 
 @dataclass(kw_only=True)
 class LayerContext:
-    """The model around one layer, as its mixer and feed-forward may know it. Not user configuration.
+    """Facts about the model that the mixer and the feed-forward of one layer may use. Not user configuration.
 
-    `layers` are the mixer names of all layers, `mixers` the configs by name; both are empty for a layer that stands
-    alone. The block of multi-token prediction, whose mixer is `mtp_mixer` (None without one), stands in the place of
-    the last layer: it has its index, and reads from the layers before that one.
+    `layers` are the mixer names of all layers, `mixers` the configs by name; both are empty for a layer without a
+    model around it. The block of multi-token prediction, whose mixer is `mtp_mixer` (None without one), has the index
+    of the last layer and reads from the layers before that one.
     """
 
     hidden_size: int
@@ -51,13 +51,22 @@ class LayerContext:
     mtp_mixer: str | None = None
 
     def source_of(self, read: SharedRead) -> int:
-        """The layer that this one reads from.
+        """Find the layer that this one reads from.
+
+        Args:
+            read: the kind of value, and the layer that is asked for, if any.
+
+        Returns:
+            The index of the layer.
 
         Raises:
             ConfigError: no earlier layer leaves such a value, or not the layer that is asked for.
         """
         earlier = range(min(self.layer_index, len(self.layers)))
-        candidates = reversed(earlier) if read.layer is None else [read.layer] if read.layer in earlier else []
+        if read.layer is None:
+            candidates: Sequence[int] = earlier[::-1]
+        else:
+            candidates = [read.layer] if read.layer in earlier else []
         for index in candidates:
             if read.kind in self._mixer(index).leaves(replace(self, layer_index=index)):
                 return index
@@ -84,7 +93,7 @@ class LayerContext:
 
 @dataclass(frozen=True)
 class ShardTraffic:
-    """Bytes that one process hands to one kind of exchange between shards of rows (`hybridlm.model.context_parallel`).
+    """Bytes that one process sends in one kind of exchange between shards of rows (`hybridlm.model.context_parallel`).
 
     For `exchange` these are the bytes of all shards together; for the backward of `gather` they are the bytes of the
     process's own shard.

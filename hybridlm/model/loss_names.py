@@ -15,10 +15,14 @@ def known_losses() -> tuple[str, ...]:
     A mixer or feed-forward declares the losses of its layers in `loss_names` of its config class; kinds of a user's own
     count as soon as they are registered.
 
+    Returns:
+        The names without repetitions, the model's own first.
+
     Example:
         >>> [name for name in known_losses() if name in ("lm", "balance", "indexer_kl")]
         ['lm', 'indexer_kl', 'balance']
     """
-    of_kinds = [name for registry in (MIXERS, FEED_FORWARDS) for config, _ in registry.values()
-                for name in config.loss_names]  # type: ignore[attr-defined]
-    return tuple(dict.fromkeys([*MODEL_LOSSES, *of_kinds]))
+    names = list(MODEL_LOSSES)
+    for config_class, _ in (*MIXERS.values(), *FEED_FORWARDS.values()):
+        names.extend(config_class.loss_names)  # type: ignore[attr-defined]
+    return tuple(dict.fromkeys(names))

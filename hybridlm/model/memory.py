@@ -51,7 +51,8 @@ def training_memory(config: ModelConfig, *, batch_size: int, sequence_length: in
 
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpointing: bool = False) -> float:
     """Bytes per token kept for the backward pass; with checkpointing the layers' inputs, and all of one layer."""
-    D, layers = config.hidden_size, config.layers()
+    D = config.hidden_size
+    layers = config.layers()
     stream = config.residual.stream_bytes(config.layer_context(0))
     each = [_layer_bytes(config, index, name, element_bytes) for index, name in enumerate(layers)]
     # Final norm and head: the stream, its norm, and the gradient that the fused loss computes in the forward.

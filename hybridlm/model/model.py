@@ -45,8 +45,8 @@ class HybridLM(nn.Module):
     Attributes:
         activation_checkpointing: whether training keeps only the inputs of layers, and computes everything inside them
             again in the backward.
-        loss_weights: weights that stand above those of the config, by the names of `ModelOutput.losses`; a training
-            stage leaves out what it does not train.
+        loss_weights: weights that replace those of the config, by the names of `ModelOutput.losses`; a training stage
+            gives losses that it does not train the weight 0.
         shard_group: the processes that hold the rows of a batch together with this one, or None. All of them get the
             same rows; each computes its shard, with the losses and logits of its own tokens.
     """
@@ -88,8 +88,8 @@ class HybridLM(nn.Module):
             labels: int64 [B, T], aligned with `input_ids` as in transformers (shifted here); -100 does not count.
             cu_seqlens: borders of packed documents over the B*T flattened tokens, row starts included. None: each
                 row is one document. A CUDA tensor costs a synchronisation; host numbers do not.
-            state: from `new_state`, continued and updated in place; positions go on from what it holds.
-            targets: int64 [B, T, 1 + mtp.depth] instead of `labels`: token t + 1 + d, or -100.
+            state: decode state from `new_state`, updated in place; positions count from the tokens it holds.
+            targets: int64 [B, T, 1 + mtp.depth] instead of `labels`: entry d is the token at t + 1 + d, or -100.
             return_logits: whether to return logits beside the loss; otherwise they are never all in memory.
             logits_to_keep: number of last positions that get logits; None: all.
             global_batch: the batch of the optimizer step, of which this forward computes a part; losses then add up
@@ -137,19 +137,34 @@ class HybridLM(nn.Module):
         return output
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V] of normed hidden states."""
+        """Compute logits from the output of the final norm.
+
+        Args:
+            x_BTD: hidden states [B, T, D] after the final norm.
+
+        Returns:
+            Logits [B, T, V], soft-capped if the config says so.
+        """
         logits_BTV = F.linear(x_BTD, self.head_weight)
         cap = self.config.logit_soft_cap
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
     def new_state(self, batch: int, max_length: int | None = None) -> ModelState:
-        """Empty decode state for `batch` rows of at most `max_length` tokens (default: the model's max_position)."""
+        """Make an empty decode state.
+
+        Args:
+            batch: number of rows B.
+            max_length: the most tokens that a row will have, prompt included; None: the model's max_position.
+
+        Returns:
+            The state of all layers, for `forward` and `generate`.
+        """
         length = self.config.max_position if max_length is None else max_length
         layers = [layer.new_state(batch, length) for layer in self.layers]  # type: ignore[operator]
         return ModelState(layers, batch, length)
 
     def init_weights(self, seed: int = 0) -> None:
-        """Give every parameter and buffer a fresh value; see `hybridlm.model.init`."""
+        """Give every parameter and buffer its initial value; see `hybridlm.model.init`."""
         init_weights(self, self.config.init_std, seed)
 
     def num_params(self) -> int:
@@ -171,23 +186,29 @@ class HybridLM(nn.Module):
         return find_roles(self, {"lm_head.weight": ParameterRole("output_head")})
 
     def autocast_parameters(self) -> dict[str, nn.Parameter]:
-        """By name, the weights that autocast rounds wherever they are used: those of linear maps and of routed
-        experts, but for `fp32_parameter_names`."""
+        """Weights that autocast rounds wherever they are used, by name.
+
+        They are those of linear maps and of routed experts, without `fp32_parameter_names`.
+        """
         fp32 = self.fp32_parameter_names()
         found = {f"{prefix}.{name}": p for prefix, module in self.named_modules()
                  if isinstance(module, (nn.Linear, ExpertStack)) for name, p in module.named_parameters(recurse=False)}
         return {name: p for name, p in found.items() if not name.endswith(".bias") and name not in fp32}
 
     def router_loads(self) -> dict[str, Tensor]:
-        """Tokens each expert got since the last optimizer step, by MoE layer: int64 [E] buffers, to be summed over
-        ranks in place before `post_optimizer_step`."""
+        """Number of tokens that each expert got since the last optimizer step, by MoE layer.
+
+        Returns:
+            The buffers, int64 [E], by module name. Sum them over ranks in place before `post_optimizer_step`.
+        """
         loads = {name: m.router_load() for name, m in self.named_modules() if isinstance(m, FeedForward)}
         return {name: load for name, load in loads.items() if load is not None}
 
     def post_optimizer_step(self, update: bool = True) -> None:
-        """After every optimizer step: move the routers' biases by the loads since the last one, and forget these.
+        """Move the routers' biases by the loads since the last optimizer step, and set the loads to zero.
 
-        `update=False` after a skipped step: forget only.
+        Args:
+            update: whether to move the biases; False after a step that was skipped.
         """
         for module in self.modules():
             if isinstance(module, FeedForward):
@@ -258,7 +279,9 @@ class HybridLM(nn.Module):
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, targets_BTd: Tensor, following: list[Tensor],
                 seq: SequenceInfo, totals: AuxTotals, global_batch: GlobalBatch | None) -> None:
-        config, losses, weights = self.config, output.losses, self.loss_weights
+        config = self.config
+        losses = output.losses
+        weights = self.loss_weights
         counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if global_batch is None else global_batch.targets
         losses["lm"], z, output.num_tokens = self._cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
                                                                  config.z_loss)

@@ -14,13 +14,13 @@ from hybridlm.model.sequence import SequenceInfo
 
 
 class MTPModule(nn.Module):
-    """Depth k: from h_i of depth k-1 and token i+k, the hidden state that predicts token i+k+1.
+    """Module of depth k: it makes the hidden state that predicts token i+k+1 from h_i of depth k-1 and token i+k.
 
         h'_i = eh_proj [enorm(emb(t_{i+k})); hnorm(h_i)]        embedding first
         h_i  = norm(block(h'))                                  block: causal over i, inside its document
 
     Names and order are those of the published weights (enorm, hnorm, eh_proj, one block, shared_head.norm = norm);
-    embedding and head are the main model's. As in transformers' `MtpModel`, the h of depth 0 is the main model's
+    embedding and output head are the main model's. As in transformers' `MtpModel`, the h of depth 0 is the main model's
     hidden state after its final norm, and that of depth k is the output of `norm`. The block has the mixer named by
     `mtp.mixer` (by default the last layer's) and the feed-forward of the last layer. Its positions are those of i,
     not of i+k: rotary attention sees differences alone.
@@ -37,7 +37,16 @@ class MTPModule(nn.Module):
         self.residual = build_residual(config.residual, config.layer_context(config.num_layers - 1))
 
     def forward(self, h_BTD: Tensor, seq: SequenceInfo, embedding_BTD: Tensor) -> tuple[Tensor, dict[str, Aux]]:
-        """The normed hidden state of this depth, and the aux of the block."""
+        """Run the block of this depth.
+
+        Args:
+            h_BTD: normed hidden states [B, T, D] of the depth before (depth 0: the main model).
+            seq: positions and documents of the tokens i.
+            embedding_BTD: embeddings [B, T, D] of the tokens i + k.
+
+        Returns:
+            The normed hidden states [B, T, D] of this depth, and the aux of the block's branches.
+        """
         x_BTD = self.eh_proj(torch.cat([self.enorm(embedding_BTD), self.hnorm(h_BTD)], dim=-1))
         stream, aux = self.block(self.residual.start(x_BTD), seq)
         return self.norm(self.residual.end(stream)), aux

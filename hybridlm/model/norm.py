@@ -21,7 +21,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-6, zero_centered: bool = False):
         super().__init__()
-        self.eps, self.zero_centered = eps, zero_centered
+        self.eps = eps
+        self.zero_centered = zero_centered
         self.weight = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
 
@@ -48,7 +49,8 @@ class GatedRMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float, activation: Literal["silu", "sigmoid"]):
         super().__init__()
-        self.eps, self.activation = eps, activation
+        self.eps = eps
+        self.activation = activation
         self.weight = nn.Parameter(torch.ones(dim))
 
     def reset_parameters(self) -> None:

@@ -22,7 +22,11 @@ class ModelState:
     length: int = 0
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i continue what was row `rows[i]`; `rows` is int64 [B]."""
+        """Reorder the rows in place, as beam search does: row i becomes what row `rows[i]` was.
+
+        Args:
+            rows: int64 [B].
+        """
         for layer in self.layers:
             reorder_rows(layer, rows)
 
@@ -54,9 +58,9 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The batch of one optimizer step, of which a forward computes a part.
+    """The batch of one optimizer step, which several forwards compute (micro batches, processes).
 
-    A forward that is told the global batch divides its sums by the counts of that batch. The losses of all parts then
+    A forward that gets the global batch divides its sums by the counts of that batch. The losses of all parts then
     add up to those of the batch, and so do their gradients, however it is divided (accumulation, processes). Without
     it losses are means over the forward's own tokens.
     """
@@ -91,7 +95,7 @@ class AuxTotals:
 
         Args:
             batch_fraction: multiplies all of them.
-            weights: weights by name of the loss, which stand above those of the layers' own configs.
+            weights: weights by name of the loss, which replace those of the layers' own configs.
         """
         for name in set(weights or ()) & set(self._losses):
             self._losses[name] = [(weights[name], value) for _, value in self._losses[name]]  # type: ignore[index]

@@ -18,7 +18,7 @@ RoleKind = Literal["matrix", "head_matrix", "expert_stack", "router", "vector", 
 
 @dataclass(frozen=True)
 class ParameterRole:
-    """The part that one parameter plays in a model.
+    """Role of a parameter in a model, by which optimizers choose how to update it.
 
     matrix        2-D weight of a projection
     head_matrix   the same, its rows being `heads` blocks of equal size, one per head
@@ -63,7 +63,7 @@ def find_roles(module: nn.Module, declared: Mapping[str, ParameterRole] | None =
     """Roles of all parameters of `module`, by the names of `module.named_parameters()`.
 
     Linear weights are matrices, embedding weights embeddings, parameters of one dim vectors. A submodule with a method
-    `parameter_roles` answers for itself. `declared` roles stand above all of these; names that the module does not
+    `parameter_roles` answers for itself. `declared` roles replace all of these; names that the module does not
     have are passed over, so that a kind can declare what only some of its options create.
 
     Args:

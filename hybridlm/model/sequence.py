@@ -1,4 +1,4 @@
-"""Facts about the tokens of a batch that every layer may know: positions and documents, made once per forward."""
+"""Positions and documents of the tokens of a batch, computed once per forward and read by every layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SequenceInfo:
 
     `cu_seqlens` counts tokens of the flattened rows (B*T of them); every row start is a border, so documents
     never cross rows. None means that each row is one document.
-    `shard` leads to the tokens of other processes, where these hold shards of the same rows; all other fields then
+    `shard` exchanges with the processes that hold other shards of the same rows; all other fields then
     describe the tokens held here.
     `shared` holds what layers have left for later layers in this forward; see `leave` and `read`.
     `tables` holds what any layer has computed from positions alone, such as rotary tables, under a name that says
@@ -57,7 +57,17 @@ class SequenceInfo:
         return cls(cu_seqlens.positions().view(batch, length), cu_seqlens)
 
     def shard_rows(self, shard_group: ShardGroup) -> SequenceInfo:
-        """The description of this process's shard of the rows."""
+        """Describe this process's shard of the rows.
+
+        Args:
+            shard_group: the processes that hold the shards.
+
+        Returns:
+            Positions and borders of the tokens held here, with `shard` set.
+
+        Raises:
+            ValueError: rows whose length is no multiple of the number of shards.
+        """
         shard = RowShard.of(shard_group, self.positions_BT, self.cu_seqlens)
         return SequenceInfo(shard.positions_BL, shard.local_borders, shard=shard)
 

@@ -1,4 +1,4 @@
-"""A shard group whose exchanges carry gradients, made of four collectives that know nothing of gradients.
+"""A shard group with differentiable exchanges, built on four collectives without gradients.
 
 x: any shape; P shards of the same rows.
 """
@@ -13,46 +13,48 @@ from torch import Tensor
 
 
 class AdjointShardGroup(ABC):
-    """A `ShardGroup` over collectives: `all_gather` and `reduce_scatter` are each other's adjoints, so are `all_to_all`
-    and itself, and a shift and the shift back."""
+    """A `ShardGroup` built on collectives, whose adjoints are the backward passes of its exchanges.
+
+    `reduce_scatter` is the adjoint of `all_gather`, `all_to_all` its own, and a shift by -1 that of a shift by 1.
+    """
 
     rank: int
     size: int
 
     def gather(self, x: Tensor) -> Tensor:
-        """[P, ...]: everyone's x, in order."""
-        return _Gather.apply(x, self)
+        """Gather the x of all shards, [P, ...], in order; differentiable."""
+        return _DifferentiableGather.apply(x, self)
 
     def exchange(self, x_P: Tensor) -> Tensor:
-        """[P, ...]: entry j goes to shard j, entry i of the result comes from shard i."""
-        return _Exchange.apply(x_P, self)
+        """Send entry j to shard j; entry i of the result [P, ...] comes from shard i; differentiable."""
+        return _DifferentiableExchange.apply(x_P, self)
 
     def from_previous(self, x: Tensor) -> Tensor:
-        """The x of the shard before; zeros in the first."""
-        return _Shift.apply(x, self)
+        """Receive the x of the shard before this one, zeros in the first; differentiable."""
+        return _DifferentiableShift.apply(x, self)
 
     @abstractmethod
     def all_sum(self, x: Tensor) -> Tensor:
-        """The sum of everyone's x. No gradient."""
+        """Sum x over all shards, without gradient."""
 
     @abstractmethod
     def all_gather(self, x: Tensor) -> Tensor:
-        """[P, ...] of [...]: everyone's x, in order."""
+        """Gather x [...] of all shards: [P, ...], in order."""
 
     @abstractmethod
     def reduce_scatter(self, x_P: Tensor) -> Tensor:
-        """[...]: the sum over shards of their entries for this one."""
+        """Sum the entries for this shard over all shards: x [P, ...] -> [...]."""
 
     @abstractmethod
     def all_to_all(self, x_P: Tensor) -> Tensor:
-        """[P, ...]: entry j goes to shard j."""
+        """Send entry j of x [P, ...] to shard j; entry i of the result comes from shard i."""
 
     @abstractmethod
     def shift(self, x: Tensor, step: int) -> Tensor:
-        """The x of the shard `step` before this one; zeros where there is none."""
+        """Receive the x of the shard with index `rank - step`; zeros where there is none."""
 
 
-class _Gather(torch.autograd.Function):
+class _DifferentiableGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: AdjointShardGroup) -> Tensor:
         ctx.group = group
@@ -63,7 +65,7 @@ class _Gather(torch.autograd.Function):
         return ctx.group.reduce_scatter(d_P), None
 
 
-class _Exchange(torch.autograd.Function):
+class _DifferentiableExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_P: Tensor, group: AdjointShardGroup) -> Tensor:
         ctx.group = group
@@ -74,7 +76,7 @@ class _Exchange(torch.autograd.Function):
         return ctx.group.all_to_all(d_P), None
 
 
-class _Shift(torch.autograd.Function):
+class _DifferentiableShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: AdjointShardGroup) -> Tensor:
         ctx.group = group

@@ -36,7 +36,7 @@ class SharedKind:
 
 @dataclass(frozen=True)
 class SharedRead:
-    """A wish of a mixer: a value of `kind`, from layer `layer`, or from the nearest earlier layer that leaves one.
+    """A value that a mixer reads: of `kind`, from layer `layer`, or from the nearest earlier layer that leaves one.
 
     `option` is the option of the mixer that asks for it, for error messages.
     """
@@ -59,7 +59,7 @@ class SharedStore:
         self._values: dict[tuple[SharedKind, int], Any] = {}
 
     def leave(self, kind: SharedKind, layer: int, value: Any) -> None:
-        """Put down the value of layer `layer`."""
+        """Store the value of layer `layer`, which replaces an earlier one."""
         self._values[kind, layer] = value
 
     def read(self, kind: SharedKind, layer: int) -> Any:

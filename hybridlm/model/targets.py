@@ -1,4 +1,4 @@
-"""Targets: the tokens that each position predicts, and those it is told when it predicts further ahead.
+"""Targets: the tokens that each position predicts, and the known tokens that multi-token prediction gets as input.
 
 B rows, T tokens per row. A document is a row, or what `cu_seqlens` says; nothing here looks past its end.
 """
@@ -13,10 +13,17 @@ from hybridlm_kernels.packing import CuSeqlens
 IGNORE = -100
 
 
-def ahead(values_BT: Tensor, steps: int, cu_seqlens: CuSeqlens | None = None) -> tuple[Tensor, Tensor]:
-    """The value `steps` positions later, and whether that position is still in the same document.
+def shift_within_documents(values_BT: Tensor, steps: int, cu_seqlens: CuSeqlens | None = None) -> tuple[Tensor, Tensor]:
+    """Read each position's value from `steps` positions later, within its document.
 
-    Where it is not, the value is that of the document's last position.
+    Args:
+        values_BT: any values [B, T].
+        steps: distance in tokens.
+        cu_seqlens: borders of the documents; None: each row is one.
+
+    Returns:
+        The values [B, T], and whether the later position is in the same document, bool [B, T]. Where it is not, the
+        value is that of the document's last position.
     """
     batch, length = values_BT.shape
     device = values_BT.device
@@ -33,9 +40,17 @@ def ahead(values_BT: Tensor, steps: int, cu_seqlens: CuSeqlens | None = None) ->
 
 def build_targets(labels_BT: Tensor, depth: int = 0,
                   cu_seqlens: CuSeqlens | Tensor | list[int] | None = None) -> Tensor:
-    """Targets [B, T, 1 + depth] from labels aligned with the inputs (the transformers convention).
+    """Make targets from labels aligned with the inputs (the transformers convention).
 
     targets[b, t, d] is labels[b, t + 1 + d], or -100 where that position lies in another document.
+
+    Args:
+        labels_BT: int64 [B, T], -100 where a token does not count.
+        depth: depth of multi-token prediction.
+        cu_seqlens: borders of the documents over the flattened rows; None: each row is one.
+
+    Returns:
+        int64 [B, T, 1 + depth].
 
     Raises:
         ValueError: borders that do not fit the labels.
@@ -45,19 +60,27 @@ def build_targets(labels_BT: Tensor, depth: int = 0,
         cu.check(*labels_BT.shape)
     targets = []
     for d in range(1 + depth):
-        shifted_BT, inside_BT = ahead(labels_BT, 1 + d, cu)
+        shifted_BT, inside_BT = shift_within_documents(labels_BT, 1 + d, cu)
         targets.append(shifted_BT.masked_fill(~inside_BT, IGNORE))
     return torch.stack(targets, dim=-1)
 
 
 def tokens_ahead(input_ids_BT: Tensor, targets_BTd: Tensor, steps: int,
                  cu_seqlens: CuSeqlens | None = None) -> Tensor:
-    """The token `steps` positions later, as far as this batch knows it: what an MTP module is told.
+    """Find the token `steps` positions later, the input of the MTP module of that depth.
 
-    Past the end of a document's part in this batch it comes from the targets (a document longer than the window
-    goes on there); where they do not know it either, the document's last token stands in, and no target of that
-    position counts.
+    A document that is longer than the window continues in the targets: beyond the end of the window the token is read
+    from them. Where they do not have it either, it is the document's last token, and no target of that position counts.
+
+    Args:
+        input_ids_BT: int64 [B, T].
+        targets_BTd: int64 [B, T, 1 + depth], from `build_targets` or the loader.
+        steps: distance in tokens, at least 1.
+        cu_seqlens: borders of the documents; None: each row is one.
+
+    Returns:
+        int64 [B, T].
     """
-    shifted_BT, inside_BT = ahead(input_ids_BT, steps, cu_seqlens)
+    shifted_BT, inside_BT = shift_within_documents(input_ids_BT, steps, cu_seqlens)
     known_BT = targets_BTd[..., steps - 1]
     return torch.where(inside_BT | (known_BT < 0), shifted_BT, known_BT)

@@ -56,12 +56,12 @@ class AdafactorConfig(OptimizerConfig):
                 expected="at least -1 and below 0")
         require(1 <= self.clip < math.inf, "clip", "must be at least 1 and finite", got=self.clip)
 
-    def takes(self, role: ParameterRole, kept_fp32: bool) -> bool:
-        """Whether it is a matrix, a stack of matrices or a table."""
+    def updates_role(self, role: ParameterRole, kept_fp32: bool) -> bool:
+        """Whether the parameter is a matrix, a stack of matrices or a table."""
         return role.kind not in VECTOR_ROLES
 
     @property
-    def rest(self) -> OptimizerConfig:
+    def fallback(self) -> OptimizerConfig:
         """AdamW for vectors."""
         return AdamWConfig(lr=self.adamw_lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
@@ -73,7 +73,7 @@ class AdafactorConfig(OptimizerConfig):
 
 @register_optimizer("adafactor", AdafactorConfig)
 def build_adafactor(config: AdafactorConfig, groups: Groups, lr: float) -> torch.optim.Optimizer:
-    """torch.optim.Adafactor on every matrix of `groups`."""
+    """Build torch.optim.Adafactor over every matrix of parameter groups."""
     options = {"beta2_decay": config.decay_exponent, "eps": (None, config.min_weight_rms), "d": config.clip,
                "foreach": False}
     return PerMatrixOptimizer(torch.optim.Adafactor, groups, lr=lr, **options)

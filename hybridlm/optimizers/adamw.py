@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101): torch's, fused. It also updates what other kinds leave."""
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101): torch's, fused. It is also the fallback of other kinds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hybridlm.optimizers.contract import (
 
 @dataclass(kw_only=True)
 class AdamWConfig(OptimizerConfig):
-    """AdamW. `betas` are the decay rates of the first and second moment, `eps` stands beside the root of the second."""
+    """AdamW. `betas` are the decay rates of the first and second moment, `eps` is added to the root of the second."""
 
     kind: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
@@ -31,12 +31,12 @@ class AdamWConfig(OptimizerConfig):
         require_decay_rates("betas", *self.betas)
 
     def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
-        """A count of steps and two moments."""
+        """A count of steps, and two moments of the shape of the parameter."""
         return {"step": (), "exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
 
 
 @register_optimizer("adamw", AdamWConfig)
 def build_adamw(config: AdamWConfig, groups: Groups, lr: float) -> torch.optim.Optimizer:
-    """torch.optim.AdamW over `groups`, fused where the device has it."""
+    """Build torch.optim.AdamW over parameter groups, fused where the device has it."""
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)

@@ -1,7 +1,7 @@
-"""The contract of an optimizer kind and the registry of the kinds.
+"""The contract of an optimizer: its config, how its torch optimizer is built, and the registry of kinds.
 
-A kind is one file: a config class, which also says what the kind remembers of each parameter, and a function that
-builds the torch optimizer. Everything else (engines, checkpoints, memory estimates) asks these.
+A kind is one file: a config class, which also states the shapes of the optimizer's state, and a function that builds
+the torch optimizer. Engines, checkpoints and memory estimates call only these.
 
     @dataclass(kw_only=True)
     class LionConfig(OptimizerConfig): ...
@@ -29,7 +29,7 @@ from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.parameter_roles import ParameterRole
 from hybridlm.optimizers.lr_schedule import LRScheduleConfig
 
-FP32_BYTES = 4
+FP32_BYTES = 4  # bytes per element
 Shape = tuple[int, ...]
 
 
@@ -45,7 +45,7 @@ class OptimizerConfig(ABC):
     lr: float = 1e-3
     weight_decay: float = 0.1
     schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
-    whole_matrices: ClassVar[bool] = False  # an update needs the whole matrix: its optimizer is a MatrixOptimizer
+    whole_matrices: ClassVar[bool] = False  # an update reads all elements of a matrix: see MatrixOptimizer
 
     def __post_init__(self) -> None:
         require_positive(self, "lr")
@@ -54,14 +54,17 @@ class OptimizerConfig(ABC):
 
     @abstractmethod
     def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
-        """Shapes of what the optimizer remembers of one parameter, by the key it has in checkpoints.
+        """Shapes of the optimizer's state of one parameter.
 
         Args:
             shape: of the parameter: [A, B], or [E, A, B] for a stack of E matrices, or that of a vector.
+
+        Returns:
+            Shapes by the key of the torch optimizer's state, which is also its name in checkpoints; () for a count.
         """
 
-    def takes(self, role: ParameterRole, kept_fp32: bool) -> bool:
-        """Whether this kind updates parameters of this role; the others are left to `rest`.
+    def updates_role(self, role: ParameterRole, kept_fp32: bool) -> bool:
+        """Whether this kind updates parameters of this role; `fallback` updates the others.
 
         Args:
             role: the role of the parameter.
@@ -71,25 +74,30 @@ class OptimizerConfig(ABC):
 
     @property
     def peak_lr(self) -> float:
-        """Peak learning rate of the parameters this kind takes, when the peak of the run is `lr`."""
+        """Peak learning rate of the parameters that this kind updates, when the peak of the run is `lr`."""
         return self.lr
 
     @property
-    def rest(self) -> OptimizerConfig | None:
-        """The optimizer of the parameters this kind does not take; None for a kind that takes all."""
+    def fallback(self) -> OptimizerConfig | None:
+        """The optimizer of the parameters that this kind does not update; None for a kind that updates all."""
         return None
 
     def rule_for(self, role: ParameterRole, kept_fp32: bool) -> OptimizerConfig:
-        """The config of the optimizer that updates a parameter: this one, or its `rest`.
+        """Find the config of the optimizer that updates a parameter: this one, or its `fallback`.
+
+        Args:
+            role: the role of the parameter.
+            kept_fp32: whether the model wants the parameter in fp32 under every engine.
 
         Raises:
-            TypeError: the kind takes no such parameter and leaves it to nobody.
+            TypeError: neither updates such a parameter.
         """
-        if self.takes(role, kept_fp32):
+        if self.updates_role(role, kept_fp32):
             return self
-        if self.rest is None:
-            raise TypeError(f"optimizer kind '{self.kind}' takes no parameter of role '{role.kind}' and has no rest")
-        return self.rest.rule_for(role, kept_fp32)
+        if self.fallback is None:
+            raise TypeError(f"optimizer kind '{self.kind}' updates no parameter of role '{role.kind}' and has no "
+                            "fallback")
+        return self.fallback.rule_for(role, kept_fp32)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of optimizer state of one parameter of `shape`, in fp32; counts of steps are not counted."""
@@ -99,7 +107,7 @@ class OptimizerConfig(ABC):
     def bytes_per_element(self) -> int | None:
         """Bytes of state per element of any parameter; None where they depend on its role or shape."""
         shapes = [one for one in self.state_shapes((2, 3)).values() if one]
-        same = self.rest is None and all(one == (2, 3) for one in shapes)
+        same = self.fallback is None and all(one == (2, 3) for one in shapes)
         return FP32_BYTES * len(shapes) if same else None
 
 
@@ -119,14 +127,14 @@ def require_decay_rates(key: str, *rates: float) -> None:
 class MatrixOptimizer(torch.optim.Optimizer, ABC):
     """A torch optimizer whose update of a matrix (or of each matrix of a stack) depends on all of its elements.
 
-    A step has three parts, so that ranks which hold matrices cut anywhere (ZeRO) can share the work:
-        combine      element by element: gradient and `flat_state` -> what the matrix step starts from
-        matrix_step  on the whole matrix, by one rank
-        apply        element by element: the result of the matrix step into the weight
+    A step has three phases, so that under ZeRO, which cuts matrices anywhere, each matrix step is computed by one rank:
+        combine      element by element: gradient and `flat_state` -> input of the matrix step
+        matrix_step  on all elements of a matrix, by one rank
+        apply        element by element: weight and result of the matrix step -> weight
     """
 
-    flat_state: ClassVar[tuple[str, ...]] = ()  # keys of state laid out as the weight, which ranks hold in pieces
-    needs_weight: ClassVar[bool] = False  # `matrix_step` reads the weight too
+    flat_state: ClassVar[tuple[str, ...]] = ()  # keys of state with the weight's shape, sharded as the weight is
+    needs_weight: ClassVar[bool] = False  # whether `matrix_step` reads the weight
 
     def combine(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         """Compute the input of the matrix step, in memory of its own. `grad` may be any elements of a gradient."""
@@ -135,26 +143,26 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def matrix_step(self, matrix: Tensor, weight: Tensor | None, state: dict[str, Tensor],
                     group: dict[str, Any]) -> Tensor:
-        """Compute the step of a whole matrix [A, B], or of a stack of matrices [E, A, B], each alone.
+        """Compute the step of a matrix [A, B], or of each matrix of a stack [E, A, B].
 
         Args:
-            matrix: what `combine` gave.
+            matrix: the result of `combine`.
             weight: the weight before the step, where `needs_weight`; it must not be changed.
             state: all state but `flat_state`; empty before the first step.
             group: the options of the parameter group: lr and so on.
 
         Returns:
-            What `apply` puts into the weight, of the shape of `matrix`.
+            The argument `result` of `apply`, of the shape of `matrix`.
         """
 
     def apply(self, weight: Tensor, result: Tensor, group: dict[str, Any]) -> None:
-        """Decay the weight and go one step of `lr` against `result`. The tensors may be any elements of a weight."""
+        """Decay the weight and subtract `lr` times `result`, in place. The tensors may be any elements of a weight."""
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(result, alpha=-group["lr"])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
@@ -170,7 +178,15 @@ OPTIMIZERS = KindRegistry("optimizer", OptimizerConfig, default="adamw")
 
 
 def register_optimizer(kind: str, config: type[OptimizerConfig]) -> Callable[[Builder], Builder]:
-    """Function decorator: `kind` in a config builds this optimizer, from (config, parameter groups, peak lr)."""
+    """Decorate the function that builds an optimizer, from (config, parameter groups, peak learning rate).
+
+    Args:
+        kind: value of `optimizer.kind` that chooses it.
+        config: its config class.
+
+    Raises:
+        KindError: the name is taken, or the config class lacks a method of the contract.
+    """
 
     def add(build: Builder) -> Builder:
         OPTIMIZERS.register(kind, config, build)

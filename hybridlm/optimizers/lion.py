@@ -1,6 +1,6 @@
 """Lion (Chen et al., arXiv 2302.06675, algorithm 2): the sign of an interpolated momentum, from lion-pytorch.
 
-It remembers one tensor per parameter where AdamW remembers two.
+Its state is one tensor per parameter; that of AdamW is two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hybridlm.optimizers.contract import Groups, OptimizerConfig, Shape, registe
 
 @dataclass(kw_only=True)
 class LionConfig(OptimizerConfig):
-    """Lion for all parameters. `betas`: of the step's direction and of the momentum that is kept.
+    """Lion for all parameters. `betas` are the decay rates of the step's direction and of the momentum.
 
     Every element moves by `lr`: take a 3 to 10 times lower `lr` and as many times more `weight_decay` than with AdamW
     (section 5 of the paper).
@@ -31,13 +31,13 @@ class LionConfig(OptimizerConfig):
         require_decay_rates("betas", *self.betas)
 
     def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
-        """One momentum."""
+        """One momentum of the shape of the parameter."""
         return {"exp_avg": tuple(shape)}
 
 
 @register_optimizer("lion", LionConfig)
 def build_lion(config: LionConfig, groups: Groups, lr: float) -> torch.optim.Optimizer:
-    """lion_pytorch.Lion over `groups`."""
+    """Build lion_pytorch.Lion over parameter groups."""
     from lion_pytorch import Lion
 
     return Lion(groups, lr=lr, betas=config.betas)

@@ -11,7 +11,8 @@ from hybridlm.errors import ConfigError, require
 
 @dataclass(kw_only=True)
 class LRScheduleConfig:
-    """Learning-rate schedule of each stage. `warmup` and `decay` are steps, or a share of the stage's when below 1.
+    """Learning-rate schedule of each stage. `warmup` and `decay` are steps, or below 1 a fraction of the
+    stage's.
 
     `decay` is the length of the last, decaying part of `wsd`; `min_ratio` is the share of the peak learning rate at the
     end of `cosine` and `wsd`.
@@ -31,7 +32,7 @@ class LRScheduleConfig:
 
 
 def phase_steps(length: float, total: int) -> int:
-    """Steps of a phase: `length` itself, or that share of `total` when below 1."""
+    """Convert the length of a phase to steps: `length` itself, or that fraction of `total` when below 1."""
     return round(length * total) if length < 1 else int(length)
 
 

@@ -32,6 +32,7 @@ def optimizer_state_bytes(model: ModelConfig, optimizer: OptimizerConfig) -> int
 
 def state_bytes(model: torch.nn.Module, optimizer: OptimizerConfig) -> int:
     """Bytes of optimizer state of the trainable parameters of a built model."""
-    kept_fp32, roles = set(fp32_names(model)), parameter_roles(model)
+    kept_fp32 = set(fp32_names(model))
+    roles = parameter_roles(model)
     return sum(optimizer.rule_for(roles[name], name in kept_fp32).state_bytes(full_shape(parameter))
                for name, parameter in model.named_parameters() if parameter.requires_grad)

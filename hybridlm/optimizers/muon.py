@@ -39,8 +39,8 @@ class MuonConfig(AdamWConfig):
         require_positive(self, "muon_lr")
         require_decay_rates("muon_momentum", self.muon_momentum)
 
-    def takes(self, role: ParameterRole, kept_fp32: bool) -> bool:
-        """Whether it is a hidden matrix or stack; none that is kept in fp32, because a step is computed in bf16."""
+    def updates_role(self, role: ParameterRole, kept_fp32: bool) -> bool:
+        """Whether the parameter is a hidden matrix or stack, and not kept in fp32: a step is computed in bf16."""
         return role.kind in ("matrix", "head_matrix", "expert_stack") and not kept_fp32
 
     @property
@@ -49,12 +49,12 @@ class MuonConfig(AdamWConfig):
         return self.lr if self.muon_lr is None else self.muon_lr
 
     @property
-    def rest(self) -> OptimizerConfig:
+    def fallback(self) -> OptimizerConfig:
         """AdamW for embeddings, head, vectors and routers."""
         return AdamWConfig(lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
     def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
-        """One momentum."""
+        """One momentum of the shape of the parameter."""
         return {"momentum_buffer": tuple(shape)}
 
 
@@ -70,7 +70,7 @@ class Muon(MatrixOptimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def combine(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """Nesterov momentum."""
+        """Update the momentum with the gradient, and return Nesterov's combination of both."""
         momentum = group["momentum"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(grad)
@@ -79,14 +79,14 @@ class Muon(MatrixOptimizer):
 
     def matrix_step(self, matrix: Tensor, weight: Tensor | None, state: dict[str, Tensor],
                     group: dict[str, Any]) -> Tensor:
-        """The orthogonalised momentum, scaled to the RMS of AdamW's updates."""
+        """Orthogonalise the momentum, and scale it to the RMS of AdamW's updates."""
         stack_EAB = matrix if matrix.dim() == 3 else matrix[None]
         step_EAB = orthogonalise(stack_EAB).float() * (0.2 * max(matrix.shape[-2:]) ** 0.5)
         return step_EAB.reshape(matrix.shape)
 
 
 def orthogonalise(grad_EAB: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    """Newton-Schulz iteration towards U V^T of every matrix U S V^T in the stack, in bf16 as torch does.
+    """Approximate U V^T of every matrix U S V^T in a stack by Newton-Schulz iteration, in bf16 as torch does.
 
     The quintic a X + (b (X X^T) + c (X X^T)^2) X with Jordan's coefficients, which push small singular values
     up fastest; it ends with singular values between about 0.5 and 1.5.
@@ -104,5 +104,5 @@ def orthogonalise(grad_EAB: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
 
 @register_optimizer("muon", MuonConfig)
 def build_muon(config: MuonConfig, groups: Groups, lr: float) -> torch.optim.Optimizer:
-    """Muon over `groups`."""
+    """Build Muon over parameter groups."""
     return Muon(groups, lr=lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)

@@ -1,4 +1,4 @@
-"""The optimizers of a training stage as one object; their state goes in and out by parameter name."""
+"""The optimizers of a training stage as one object, whose state is saved and loaded by parameter name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RULE = "rule"  # key of a torch parameter group: the kind of the optimizer that 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share an update rule (the config of an optimizer kind) and whether they decay."""
+    """Parameters with the same update rule (the config of an optimizer kind) and the same weight decay."""
 
     rule: OptimizerConfig
     decay: bool
@@ -38,7 +38,7 @@ def plan_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGrou
             rule = config.rule_for(roles[name], name in kept_fp32)
             rules[rule.kind] = rule
             members.setdefault((rule.kind, roles[name].kind in DECAYED_ROLES), []).append(name)
-    order = sorted(members, key=lambda key: (rules[key[0]] is config, *key))  # what the kind leaves comes first
+    order = sorted(members, key=lambda key: (rules[key[0]] is config, *key))  # the fallback comes first
     return [ParameterGroup(rules[kind], decay, tuple(members[kind, decay])) for kind, decay in order]
 
 
@@ -102,23 +102,26 @@ class OptimizerSet:
     def subdivide_groups(self, key: Callable[[str], Any]) -> None:
         """Divide every group into groups of parameters whose names have the same `key`."""
         for index, member in enumerate(self.members):
-            groups, multiples = [], []
+            groups = []
+            multiples = []
             for group, multiple in zip(member.param_groups, self.lr_multiples[index], strict=True):
                 keys = [key(self.names[id(parameter)]) for parameter in group["params"]]
                 for wanted in sorted(set(keys)):
                     chosen = [p for p, found in zip(group["params"], keys, strict=True) if found == wanted]
                     groups.append({**group, "params": chosen})
                     multiples.append(multiple)
-            member.param_groups, self.lr_multiples[index] = groups, multiples
+            member.param_groups = groups
+            self.lr_multiples[index] = multiples
 
     @property
-    def needs_whole_matrices(self) -> bool:
-        """Whether a member cannot work on pieces of a weight."""
+    def needs_complete_matrices(self) -> bool:
+        """Whether a member reads all elements of a matrix, so that it cannot work on a shard of one."""
         return any(isinstance(member, MatrixOptimizer) for member in self.members)
 
     def merge(self, join: Callable[[list[torch.optim.Optimizer]], torch.optim.Optimizer]) -> None:
         """Replace the members by one, `join(members)`, that has their groups in order."""
-        self.members, self.lr_multiples = [join(self.members)], [list(chain.from_iterable(self.lr_multiples))]
+        self.members = [join(self.members)]
+        self.lr_multiples = [list(chain.from_iterable(self.lr_multiples))]
 
     def step(self) -> None:
         """Make one step of all members."""
@@ -126,7 +129,7 @@ class OptimizerSet:
             member.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set all gradients to None."""
         for member in self.members:
             member.zero_grad(set_to_none=True)
 
@@ -149,7 +152,7 @@ class OptimizerSet:
         return tensors
 
     def load_state_tensors(self, saved: Mapping[str, StoredTensor], *, strict: bool = True) -> None:
-        """Load what `state_tensors` gave.
+        """Load state that `state_tensors` collected.
 
         Raises:
             CheckpointError: as `matching_state`; or a tensor of another shape.
@@ -168,7 +171,7 @@ class OptimizerSet:
 
         Args:
             saved: names of saved tensors, `{state key}/{parameter name}`.
-            strict: refuse state that nothing here takes; a new stage passes over it instead.
+            strict: refuse state of parameters that are not trained; False ignores it, as a new stage does.
 
         Raises:
             CheckpointError: state of a parameter that is not trained, or of another update rule.
@@ -202,7 +205,7 @@ def check_state_shape(name: str, shape: Iterable[int], expected: Iterable[int]) 
 
 def _read_state(name: str, stored: StoredTensor, shape: tuple[int, ...], parameter: Tensor,
                 group: dict[str, Any]) -> Tensor:
-    """Read to where the optimizer wants it: a count of steps is on the host unless the optimizer is fused."""
+    """Read a tensor of state to the device where the optimizer keeps it: counts of steps on the host unless fused."""
     check_state_shape(name, stored.shape, shape)
     if not shape:
         on_device = group.get("fused") or group.get("capturable")

@@ -1,4 +1,4 @@
-"""Any torch optimizer on whole matrices, each matrix of a stack alone, under every engine."""
+"""Wrapper that runs any torch optimizer on complete matrices under every engine."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ class PerMatrixOptimizer(MatrixOptimizer):
         return changed
 
     def apply(self, weight: Tensor, result: Tensor, group: dict[str, Any]) -> None:
-        """The step has decayed the weight already: `result` is the new one."""
+        """Copy the new weight, which `matrix_step` has decayed already."""
         weight.copy_(result)

@@ -1,4 +1,4 @@
-"""The roles of a model's parameters as optimizers see them: what decays, and what is kept in fp32.
+"""Roles of a model's parameters: which of them decay, and which are kept in fp32.
 
 Modules say the roles (hybridlm/model/parameter_roles.py). Weight decay applies to
 

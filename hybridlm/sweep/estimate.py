@@ -124,7 +124,8 @@ def _step_seconds(config: Config, training: _Training) -> float:
     model.activation_checkpointing = config.training.activation_checkpointing
     model.train()
     generator = torch.Generator().manual_seed(0)
-    vocab, shape = training.model.vocab_size, (training.micro_batch_size, training.sequence_length)
+    vocab = training.model.vocab_size
+    shape = (training.micro_batch_size, training.sequence_length)
     ids_BT = torch.randint(vocab, shape, generator=generator).to(device)
     targets_BTM = torch.randint(vocab, (*shape, 1 + training.model.mtp.depth), generator=generator).to(device)
     half = pick_precision(config.training.precision, device) == "bf16"

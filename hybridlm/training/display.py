@@ -19,7 +19,7 @@ log = logging.getLogger("hybridlm")
 
 
 class Display:
-    """Prints through the logger `hybridlm`, so that warnings from anywhere land in the same places.
+    """Prints through the logger `hybridlm`, so that all warnings appear in the same places.
 
     `to_stderr` leaves standard output to a machine-readable result; `silent` (all ranks but the first) shows nothing.
     """
@@ -55,7 +55,8 @@ class Display:
 
     def begin(self, done: int, total: int) -> None:
         """Begin to show steps, of which `done` of `total` were made before."""
-        self.total, self._last_line = total, done
+        self.total = total
+        self._last_line = done
         if self.console.is_terminal and not self.console.quiet:
             steps = Column(no_wrap=True, min_width=len(f"{total}/{total}"))  # a long text is cut, not the steps
             self.bar = Progress(TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=steps),
@@ -79,7 +80,7 @@ class Display:
             log.info("step %d/%d  %s", step, self.total, text, extra={"quiet": self.bar is not None})
 
     def stop(self) -> None:
-        """End the bar; later text stands below it."""
+        """End the bar; later text is printed below it."""
         if self.bar is not None:
             bar, self.bar = self.bar, None
             try:
@@ -90,7 +91,7 @@ class Display:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Go on without output when its reader has gone (a closed pipe or terminal); log.txt has everything."""
+        """Stop printing when the reader of the output has closed (a pipe, a terminal); log.txt has everything."""
         self.quiet = True
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
@@ -113,7 +114,7 @@ class _ConsoleHandler(logging.Handler):
 
 class _FileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Pass over a full disk: it costs lines of the log, not the run."""
+        """Ignore a full disk: lines of the log are lost, the run continues."""
 
 
 class Pace:
@@ -130,7 +131,8 @@ class Pace:
     def tick(self) -> None:
         """Count a step that ends now."""
         now = time.perf_counter()
-        took, self._last = now - self._last, now
+        took = now - self._last
+        self._last = now
         self._ticks += 1
         self._mean = took if self._ticks <= 2 else 0.95 * self._mean + 0.05 * took
 

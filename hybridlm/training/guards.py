@@ -13,7 +13,7 @@ from hybridlm.distributed.engine import Engine, LossFunction
 
 
 class TrainingStopped(Exception):
-    """Raised when a run cannot go on for a reason that its config did not show. Its text is one line for the user."""
+    """Raised when a run cannot continue for a reason that its config did not show; the text is a line for the user."""
 
     exit_code = 1
 
@@ -38,8 +38,8 @@ def first_bad_layer(engine: Engine, compute_loss: LossFunction, micro_batches: S
     """Run the micro batches of a step again and name what first turns not finite.
 
     The search has this order: a weight, an output in the forward (innermost module first), a gradient in the
-    backward (the module whose output first receives one). Ranks whose layers exchange with others go on together
-    until one of them has found something.
+    backward (the module whose output first receives one). Ranks whose layers communicate continue
+    together until one of them has found something.
     """
     weight = bad_weight(engine)
     found = [] if weight is None else [f"weight '{weight}' itself is not finite"]

@@ -12,11 +12,11 @@ SIGNALS = ("SIGTERM", "SIGHUP", "Ctrl-C")  # what `StopSignal.requested` may be
 
 
 class StoppedBeforeTraining(KeyboardInterrupt):
-    """Asked to stop while there was nothing to save yet."""
+    """Raised when a signal asks the run to stop before its first step, when there is nothing to save."""
 
 
 class StopSignal:
-    """Turns signals into a flag the loop reads between steps. Works in the main thread; elsewhere it stays silent.
+    """Turns signals into a flag the loop reads between steps. Works in the main thread; in others it does nothing.
 
     Until `enter_loop()` a signal raises StoppedBeforeTraining, so that a long preparation ends too.
     """
@@ -41,7 +41,7 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def enter_loop(self) -> None:
-        """From now on a signal sets `requested` and raises nothing."""
+        """Switch to the flag: later signals set `requested` instead of raising."""
         self._in_loop = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ COMPUTED_FROM_LOADS = ("max_violation", "dead_experts")
 
 
 def record_name(stat: str) -> str:
-    """Name a statistic of `ModelOutput.stats` as it stands in the records.
+    """Name a statistic of `ModelOutput.stats` as the records do.
 
     Example:
         >>> record_name("indexer_recall"), record_name("my_stat")

@@ -31,21 +31,21 @@ PUBLISHED_PEAKS = {
 
 
 class MetricsFile:
-    """Appends records; after a crash, forgets those of steps that are computed again."""
+    """Appends records to a file; `truncate` drops those of steps that are computed again after a crash."""
 
     def __init__(self, path: Path):
         self.path = path
         self.lost = False
 
     def truncate(self, step: int) -> None:
-        """Keep the records of steps up to `step`; a last line that was cut short goes too."""
+        """Keep the records of steps up to `step`; an incomplete last line is dropped."""
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _step(line) <= step]
         write_bytes(self.path, b"".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record. A disk that refuses costs the record and one warning, not the run."""
+        """Append one record. If the disk refuses, the record is lost with a warning, and the run continues."""
         line = json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False)
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -71,13 +71,19 @@ def _step(line: bytes) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
+    """Replace NaN and infinity by None, because JSON has neither."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def layer_loads(loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the loads of a step, by the names that layers have in the records: 3 for `layers.3...`, mtp1 for the first
-    depth of multi-token prediction."""
+    """Copy the loads of a step, by the names of layers in the records.
+
+    Args:
+        loads: int64 [E] by module name, from `HybridLM.router_loads`.
+
+    Returns:
+        The loads by layer: "3" for `layers.3...`, "mtp1" for the first depth of multi-token prediction.
+    """
     parts = {name: name.split(".") for name in loads}
     return {f"mtp{int(parts[name][1]) + 1}" if parts[name][0] == "mtp" else parts[name][1]: load_E.clone()
             for name, load_E in loads.items()}
@@ -100,7 +106,7 @@ def router_panel(loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Return the FLOP/s that 100 % utilisation stands for, and the source of the figure.
+    """Return the FLOP/s that count as 100 % utilisation, and the source of the figure.
 
     For bf16 on a known GPU the maker's dense peak; otherwise the best of a few large matrix products on this
     machine with the threads that training uses, so that 100 % means "as fast as its own matrix products".
@@ -146,7 +152,7 @@ def bits_per_byte(nats: float, num_bytes: float) -> float | None:
 
 
 def perplexity(nats_per_token: float) -> float:
-    """Compute e^loss, infinite where that overflows."""
+    """Compute exp(loss), infinite where that overflows."""
     try:
         return math.exp(nats_per_token)
     except OverflowError:

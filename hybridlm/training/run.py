@@ -45,7 +45,7 @@ BIGRAM_ENTROPY_MAX_TOKENS = 8_000_000  # of the validation text, for its bigram 
 
 @dataclass
 class RunResult:
-    """Result of a run. `status` is "finished", or "interrupted" (saved; `resume_command` goes on).
+    """Result of a run. `status` is "finished", or "interrupted" (saved; `resume_command` resumes it).
 
     `loss` is that of the last step in nats per token; `validation` the last one's metrics;
     `bigram_bits_per_byte` the bigram entropy of the validation text, which counting pairs of bytes reaches.
@@ -75,7 +75,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
 
     Raises:
         UserError: a config, data source or checkpoint that cannot be used.
-        TrainingStopped: the run could not go on.
+        TrainingStopped: the run could not continue.
 
     Example:
         >>> import argparse, tempfile
@@ -140,7 +140,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
 
 
 def _check_ranks(engine: Engine, config: Config) -> None:
-    """Check that all machines have the same packages and config; their folders may stand elsewhere."""
+    """Check that all machines have the same packages and config; their folders may differ."""
     packages = {name: found for name, found in versions().items() if name != "platform"}
     check_same(engine, "versions", packages, "install the same packages on every machine")
     folders = ("run_dir", "data.cache_dir")
@@ -149,7 +149,7 @@ def _check_ranks(engine: Engine, config: Config) -> None:
 
 
 def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:
-    """Build the command that goes on with a run: the same words, without those that forbid resuming.
+    """Build the command that resumes a run: the same words, without those that forbid resuming.
 
     Example:
         >>> resume_command(["model=quickstart", "training.resume=never"], Path("runs/a"))
@@ -186,7 +186,7 @@ def _build_model(config: Config, engine: Engine, data: PreparedData, start: Path
 
 
 def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engine) -> None:
-    """All weights but those of indexers that the checkpoint does not have yet."""
+    """Load all weights except those of indexers that the checkpoint does not have yet."""
     fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER_PARAMETERS, local_shard=engine.local_shard)
     if fresh:
         layers = list(dict.fromkeys(name.split(".indexer.")[0].removesuffix(".mixer") for name in fresh))
@@ -214,7 +214,7 @@ def _memory_text(config: Config, world: int) -> str:
 
 
 def _wandb_id(run: RunFolder, sessions: list[dict[str, Any]]) -> str | None:
-    """A run that goes on keeps the id it was first tracked under: one made from its folder and first start."""
+    """Make the id of a run from its folder and first start, so that a resumed run keeps it."""
     import hashlib
 
     first = (sessions or run.sessions())[0]["started"]
@@ -222,7 +222,8 @@ def _wandb_id(run: RunFolder, sessions: list[dict[str, Any]]) -> str | None:
 
 
 def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[str, Any]) -> None:
-    model, data = config.model, trainer.data
+    model = config.model
+    data = trainer.data
     log.info("model %s: %s parameters, %s active; layers %s", model.name or "(unnamed)",
              format_count(facts["parameters"]), format_count(facts["active_parameters"]),
              _format_layers(model.layers()))
@@ -254,7 +255,8 @@ def _format_layers(layers: list[str]) -> str:
 
 def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
     """Log the last lines of a run and return its result."""
-    progress, path = trainer.progress, trainer.run.path
+    progress = trainer.progress
+    path = trainer.run.path
     result = RunResult("finished" if stopped is None else "interrupted", path, progress.step,
                        trainer.record.get("loss"), trainer.validation, None, trainer.saver.newest, resume)
     if stopped is not None:

@@ -1,12 +1,12 @@
-"""The folder of a run: its files, its lock, and the check whether a config may go on with it.
+"""The folder of a run: its files, its lock, and the check whether a config may resume it.
 
     run_dir/
       config.yaml      the resolved config
-      deepspeed.json   what DeepSpeed was told, where it runs the step
+      deepspeed.json   the settings of DeepSpeed, where the engine uses it
       run.json         every session: command, versions, device
       metrics.jsonl    one JSON object per step
       backends.json    which kernel backend ran each operation in each layer, and why
-      log.txt          what was printed, with times
+      log.txt          the printed lines, with times
       samples-0.jsonl  which samples rank 0 computed in each step, where it was asked for
       checkpoints/     step-N/
 """
@@ -33,20 +33,21 @@ from hybridlm.files import try_lock, write_text
 from hybridlm.model.config import ModelConfig
 from hybridlm.version import __version__
 
-# Keys that may change when a run goes on: how long it is, how it is run and watched; not what is trained on what.
+# Keys that may change when a run is resumed: its length, how it is run and watched; not the model, the data or the
+# hyperparameters.
 CHANGEABLE_KEYS = (
     "run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
     "training.tokens", "training.precision", "training.micro_batch_size", "training.activation_checkpointing",
     "training.log_every", "training.eval_every", "training.eval_batches", "training.checkpoint_every",
     "training.keep_checkpoints", "training.async_checkpoint", "training.resume", "training.max_bad_steps",
     "training.record_samples")
-MAX_NAMED_DIFFERENCES = 4  # in one refusal
+MAX_NAMED_DIFFERENCES = 4  # in one error message
 LOCK_FILE = ".lock"
 CHANGEABLE_STAGE_KEYS = ("steps", "tokens", "eval_recall")
 
 
 class RunFolder:
-    """Holds the folder for one run; `close()` lets it go. Of several processes the main one alone holds and writes it.
+    """Locks the folder for one run until `close()`. Of several processes only the main one locks and writes it.
 
     Raises:
         ConfigError: another process trains here, or the folder cannot be written.
@@ -81,7 +82,7 @@ class RunFolder:
             self._lock = None
 
     def start_from(self, config: Config, ranks: Communicator = SINGLE_PROCESS) -> Path | None:
-        """Find the checkpoint to go on from; None for a fresh start. All ranks call it together.
+        """Find the checkpoint to resume from; None for a fresh start. All ranks call it together.
 
         Raises:
             CheckpointError: a changed architecture, damaged checkpoints alone, or none where one is required.
@@ -153,7 +154,7 @@ def versions() -> dict[str, str]:
 
 
 def check_same_run(saved: Any, config: Config, where: Path) -> None:
-    """Check that a run with the saved config may go on with this one.
+    """Check that a run with the saved config may be resumed with this one.
 
     Raises:
         CheckpointError: the architecture has changed; the differences are in the text.
@@ -198,11 +199,14 @@ def _may_change(key: str) -> bool:
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested data as {dotted path: scalar}; empty containers count as values."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None or not value:
+    """Flatten nested data to {dotted path: scalar}; empty containers count as values.
+
+    >>> flatten({"a": {"b": 1, "c": [2, {}]}})
+    {'a.b': 1, 'a.c.0': 2, 'a.c.1': {}}
+    """
+    if not value or not isinstance(value, dict | list):
         return {path: value}
     flat: dict[str, Any] = {}
-    for key, item in items:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         flat |= flatten(item, f"{path}.{key}" if path else str(key))
     return flat

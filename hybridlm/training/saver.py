@@ -13,7 +13,7 @@ from hybridlm import checkpoint
 from hybridlm.distributed.engine import Engine
 from hybridlm.training.guards import TrainingStopped
 
-MAX_FAILED_SAVES = 3  # in a row; the run goes on with its older checkpoint until then
+MAX_FAILED_SAVES = 3  # failures in a row after which the run stops
 
 log = logging.getLogger("hybridlm")
 
@@ -21,8 +21,8 @@ log = logging.getLogger("hybridlm")
 class Saver:
     """Writes at most one checkpoint at a time. All ranks call its methods together.
 
-    A save begins with `begin` and is complete after `finish`. In between, a thread of each rank writes, and the run may
-    go on; `writing` says whether this rank's thread is still at work.
+    A save begins with `begin` and is complete after `finish`. In between, a thread of each rank writes, while the
+    run continues; `writing` says whether this rank's thread still does.
 
     Args:
         root: the folder of the checkpoints.
@@ -32,7 +32,10 @@ class Saver:
     """
 
     def __init__(self, root: Path, keep: int, engine: Engine, flush: Callable[[], None]):
-        self.root, self.keep, self.engine, self.flush = root, keep, engine, flush
+        self.root = root
+        self.keep = keep
+        self.engine = engine
+        self.flush = flush
         self.newest: Path | None = None
         self.failed = 0
         self.current_save: checkpoint.Save | None = None
@@ -48,7 +51,7 @@ class Saver:
 
     @property
     def newest_text(self) -> str:
-        """Words that name the newest checkpoint, for messages about a run that ends."""
+        """Text that names the newest checkpoint, for messages about a run that ends."""
         return f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint"
 
     def begin(self, step: int, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]], *, required: bool) -> None:
@@ -81,7 +84,10 @@ class Saver:
             self._count_failure(save.target.name, error, required)
 
     def abandon(self) -> None:
-        """After an error that other ranks may not have met: one process ends its save, several leave theirs a draft."""
+        """End a save after an error of this rank: a single process finishes it, several leave an incomplete draft.
+
+        Other ranks may not have met the error, so a collective finish could wait for ever.
+        """
         if self.engine.world_size == 1:
             with contextlib.suppress(TrainingStopped):
                 self.finish()

@@ -1,4 +1,4 @@
-"""The stages of a run with every number settled, what a stage trains, and how far a run has come."""
+"""The stages of a run with all defaults filled in, the parameters a stage trains, and the progress of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hybridlm.optimizers.lr_schedule import check_schedule
 
 @dataclass(kw_only=True)
 class Stage(StageConfig):
-    """A stage of a run: its config with every number settled, and its place among the stages."""
+    """A stage of a run: its config with all defaults filled in, and its index among the stages."""
 
     index: int
     steps: int
@@ -47,7 +47,7 @@ def plan_stages(config: Config) -> list[Stage]:
     for index, stage in enumerate(config.recipe.stages):
         length = stage.sequence_length or config.training.sequence_length
         batch_size = stage.batch_size or config.training.batch_size
-        steps = _steps(stage, config, length * batch_size)
+        steps = _count_steps(stage, config, length * batch_size)
         check_schedule(config.optimizer.schedule, steps)
         options = {field.name: getattr(stage, field.name) for field in fields(StageConfig)}
         stages.append(Stage(**options | {
@@ -56,7 +56,7 @@ def plan_stages(config: Config) -> list[Stage]:
     return stages
 
 
-def _steps(stage: StageConfig, config: Config, tokens_per_step: int) -> int:
+def _count_steps(stage: StageConfig, config: Config, tokens_per_step: int) -> int:
     if stage.steps is not None:
         return stage.steps
     tokens = stage.tokens if stage.tokens is not None else config.training.tokens
@@ -80,7 +80,7 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
 
 
 def check_trained(model: nn.Module, trained: list[str], optimizers: OptimizerSet) -> None:
-    """Check that what requires a gradient and what the optimizer updates are the trained parameters and no others.
+    """Check that exactly the trained parameters require a gradient and are updated by the optimizer.
 
     Raises:
         RuntimeError: they differ; the text names a parameter.
@@ -123,4 +123,5 @@ class Progress:
     def enter(self, stage: Stage) -> None:
         """Begin `stage`, unless the run is already in it."""
         if self.stage != stage.index:
-            self.stage, self.step_in_stage = stage.index, 0
+            self.stage = stage.index
+            self.step_in_stage = 0

@@ -12,7 +12,7 @@ from hybridlm.config.schema import TrackingConfig
 from hybridlm.errors import ConfigError
 
 log = logging.getLogger("hybridlm")
-INIT_TIMEOUT = 10  # seconds; without a network wandb waits about twice as long before it gives up
+INIT_TIMEOUT_S = 10  # without a network wandb waits about twice as long before it gives up
 
 
 class Tracker:
@@ -26,7 +26,7 @@ class Tracker:
 
 
 class WandbTracker(Tracker):
-    """Sends records to one wandb run per training run; sessions that resume go on with it."""
+    """Sends records to one wandb run per training run; resumed sessions continue it."""
 
     def __init__(self, run: Any):
         self.run = run
@@ -66,7 +66,7 @@ def make_tracker(config: TrackingConfig, run_dir: Path, run_config: dict[str, An
     mode = os.environ.get("WANDB_MODE", config.wandb)
     options: dict[str, Any] = {"project": config.project, "name": config.run_name or run_dir.name, "id": run_id,
                                "dir": str(run_dir), "config": run_config, "resume": "allow" if run_id else None}
-    settings = wandb.Settings(init_timeout=INIT_TIMEOUT, console="off", silent=True)
+    settings = wandb.Settings(init_timeout=INIT_TIMEOUT_S, console="off", silent=True)
     try:
         return WandbTracker(wandb.init(mode=mode, settings=settings, **options))  # type: ignore[arg-type]
     except Exception as error:

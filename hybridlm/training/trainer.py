@@ -70,12 +70,12 @@ class Trainer:
         self.optimizers: OptimizerSet | None = None
         self.saver = Saver(self.run.checkpoints, self.config.training.keep_checkpoints, self.engine, self.metrics.sync)
         self.record: dict[str, Any] = {}  # of the last step
-        self.validation: dict[str, Any] = {}  # the last one, and
-        self.validated_at: int | None = None  # after which step
+        self.validation: dict[str, Any] = {}  # metrics of the last validation
+        self.validated_at: int | None = None  # step of the last validation
         self.backends_reported = False
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint of this run.
+        """Restore weights and progress from a checkpoint of this run.
 
         Raises:
             CheckpointError: weights that do not fit, or data that has changed.
@@ -142,7 +142,7 @@ class Trainer:
         asked, writing = self.engine.all_max([asked, self.saver.writing])
         if not writing:
             self.saver.finish()
-        if asked:  # else one that came just now is left for the next time
+        if asked:  # a signal since the exchange is handled before the next step, so that all ranks agree
             self.stop.requested = SIGNALS[asked - 1]
         return bool(asked)
 
@@ -163,7 +163,7 @@ class Trainer:
         self.balance = any(name.endswith("router.weight") for name in trained)
         self.optimizers = build_optimizer(self.model, self.config.optimizer, lr=stage.lr)
         check_trained(self.model, trained, self.optimizers)
-        # At the start of a stage the run stands where it was saved last, in this session or another one.
+        # A stage starts at the newest checkpoint, of this session or of an earlier one.
         newest = self.saver.newest
         stored = {} if newest is None else checkpoint.checkpoint_tensors(newest, "optimizer")
         state = {name: self.engine.local_shard(name, tensor) for name, tensor in stored.items()}
@@ -268,7 +268,8 @@ class Trainer:
             TrainingStopped: the disk refused too often, or a weight is not finite.
         """
         self.saver.finish()
-        step, in_background = self.progress.step, self.config.training.async_checkpoint and not required
+        step = self.progress.step
+        in_background = self.config.training.async_checkpoint and not required
         if step == 0 or self.saver.saved(step):
             return
         # Found after a step of finite gradients: far too large a learning rate.

@@ -12,7 +12,11 @@ from hybridlm.distributed.engine import Engine
 from hybridlm.training.losses import language_model_loss, measure_global_batch
 from hybridlm.training.metrics import bits_per_byte, perplexity
 
-NATS, TARGETS, BYTES, TOKENS = "nats", "targets", "bytes", "tokens"  # keys of the sums beside those of other losses
+# Keys of the sums over a validation, beside those of other losses.
+NATS = "nats"
+TARGETS = "targets"
+BYTES = "bytes"
+TOKENS = "tokens"
 REPORTED_GROUPS = ("loss/", "dsa/", "stat/")  # of values by name; how experts are used is reported per step alone
 
 

@@ -156,7 +156,7 @@ MISTAKES = {
     "state bytes": [(HalfTheState, Mixer, "state_bytes says 48 after 31 tokens, the state has 96")],
     "activation bytes": [(ForgetsWhatAutogradKeeps, Mixer, "activation_bytes says 96 per token, autograd keeps")],
     "context parallel": [(Config, IgnoresEarlierShards, "outputs with 2 shards and without")],
-    "shard traffic": [(SaysItHandsNothingOver, Mixer, "handed over: 384 bytes by all_gather")],
+    "shard traffic": [(SaysItHandsNothingOver, Mixer, "sent: 384 bytes by all_gather")],
 }
 
 # What else fails where one mistake breaks several promises; the others break one.

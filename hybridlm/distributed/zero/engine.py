@@ -105,7 +105,7 @@ class ZeroEngine(Engine):
         experts = expert_parameters(model) if self.experts is not None else {}
         steps = {name: float(state[f"step/{name}"].read()) for name, keys in matching.items() if "step" in keys}
         optimizers.subdivide_groups(lambda name: (steps.get(name, 0.0), name in experts))
-        if len(optimizers.members) > 1 or optimizers.needs_whole_matrices:
+        if len(optimizers.members) > 1 or optimizers.needs_complete_matrices:
             optimizers.merge(lambda members: FlatOptimizer(members, optimizers.rules))
         optimizer, = optimizers.members
         if self.experts is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,17 +24,24 @@ from hybridlm.model.contract_check.verdicts import (
 )
 from hybridlm_kernels.packing import CuSeqlens
 
-CAUSAL_LENGTH = 131  # tokens: two chunks of 64 and a part of a third
-CHANGED_TOKENS = (1, 15, 16, 63, 64, 127, 128)  # the sides of the borders between chunks
+CAUSAL_LENGTH = 131  # tokens: two chunks of 64 and three tokens of a third
+CHANGED_TOKENS = (1, 15, 16, 63, 64, 127, 128)  # indices on both sides of borders between chunks of 16 and 64
 DOCUMENTS = (0, 1, 6, 70, 75, 140, 143, 150)  # borders in two rows of 75 tokens
-DECODED_PARTS = {"token by token": (1,) * 23, "in chunks": (7, 1, 12, 3), "after a prompt": (20, 1, 1, 1)}
+DECODED_LENGTHS = {"token by token": (1,) * 23, "in chunks": (7, 1, 12, 3), "after a prompt": (20, 1, 1, 1)}
 STEP_SIZES = (1e-5, 1e-6, 1e-7)  # of finite differences; a smaller one steps over fewer jumps of a selection
-GRADIENT_RTOL = 1e-5
-HALF_PRECISION_RTOL = 0.03
+GRADIENT_RTOL = 1e-5  # relative to the norm of the gradient
+HALF_PRECISION_RTOL = 0.03  # relative to the norm of a token's output
 
 
 def check_causality(subject: Subject) -> str:
-    """A change of one token leaves every earlier output as it is, bit for bit, and changes that token's own."""
+    """A change of one token changes no earlier output, bit for bit, and changes the output of that token.
+
+    Returns:
+        The reason why the check passed, as every check does.
+
+    Raises:
+        ContractViolation: a message with what was found and what was expected, as in every check.
+    """
     module = subject.build(torch.float32)
     x_BTD = subject.inputs(1, CAUSAL_LENGTH, torch.float32)
     with torch.no_grad():
@@ -55,7 +63,7 @@ def check_causality(subject: Subject) -> str:
 
 
 def check_packed_documents(subject: Subject) -> str:
-    """Several documents in one row give what each gives alone: outputs, and gradients of inputs and parameters."""
+    """Packed documents have the outputs and gradients (of inputs and parameters) of separate ones."""
     module = subject.build()
     x_BTD = subject.inputs(2, 75).requires_grad_()
     weights = _output_weights(DOCUMENTS[-1], x_BTD.shape[-1])
@@ -74,18 +82,19 @@ def check_packed_documents(subject: Subject) -> str:
 
 @torch.no_grad()
 def check_decoding(subject: Subject) -> str:
-    """Tokens that come in parts, with the state handed on, give what they give in one forward."""
+    """Decoding in several forwards with the decode state gives the outputs of one forward."""
     module = subject.build()
     x_BTD = subject.inputs(2, 23)
     y_BTD, _ = subject.run(module, x_BTD)
-    for how, lengths in DECODED_PARTS.items():
-        state, done = subject.new_state(module, *x_BTD.shape[:2]), 0
-        parts = []
+    for how, lengths in DECODED_LENGTHS.items():
+        state = subject.new_state(module, *x_BTD.shape[:2])
+        done = 0
+        outputs = []
         for length in lengths:
-            parts.append(subject.run(module, x_BTD[:, done : done + length], state=state, offset=done)[0])
+            outputs.append(subject.run(module, x_BTD[:, done : done + length], state=state, offset=done)[0])
             done += length
-        require_close(torch.cat(parts, 1), y_BTD, f"outputs {how} and of one forward", rtol=1e-8, atol=1e-9)
-    return f"{', '.join(DECODED_PARTS)} as in one forward"
+        require_close(torch.cat(outputs, 1), y_BTD, f"outputs {how} and of one forward", rtol=1e-8, atol=1e-9)
+    return f"{', '.join(DECODED_LENGTHS)} as in one forward"
 
 
 def check_gradients(subject: Subject) -> str:
@@ -143,8 +152,9 @@ def check_every_parameter_learns(subject: Subject) -> str:
 
 
 def check_training_after_inference(subject: Subject) -> str:
-    """A forward under `torch.inference_mode` leaves nothing behind that a later backward cannot use."""
-    module, x_BTD = subject.build(), subject.inputs(1, 9)
+    """A forward under `torch.inference_mode` caches no tensor that breaks a later backward."""
+    module = subject.build()
+    x_BTD = subject.inputs(1, 9)
     with torch.inference_mode():
         first, _ = subject.run(module, x_BTD)
     second, _ = subject.run(module, x_BTD.requires_grad_())
@@ -155,12 +165,14 @@ def check_training_after_inference(subject: Subject) -> str:
 
 def check_activation_checkpointing(subject: Subject) -> str:
     """Activation checkpointing, which computes the forward again in the backward, changes no output and no gradient."""
-    module, results = subject.build(torch.float32), []
+    module = subject.build(torch.float32)
+    results = []
     for recompute in (False, True):
         x_BTD = subject.inputs(2, 40, torch.float32).requires_grad_()
-        run: Any = (lambda x: checkpoint(lambda y: subject.run(module, y), x, use_reentrant=False)) if recompute else (
-            lambda x: subject.run(module, x))
-        y_BTD, aux = run(x_BTD)
+        if recompute:
+            y_BTD, aux = checkpoint(partial(subject.run, module), x_BTD, use_reentrant=False)
+        else:
+            y_BTD, aux = subject.run(module, x_BTD)
         loss = y_BTD.square().sum() + sum(value for name, value in aux.items() if name.startswith("loss/"))
         results.append({"the outputs": y_BTD.detach(), **_gradients(module, x_BTD, loss)})
     plain, recomputed = results
@@ -171,11 +183,12 @@ def check_activation_checkpointing(subject: Subject) -> str:
 
 
 def check_half_precision(subject: Subject) -> str:
-    """Weights in bf16, but those of `fp32_parameters`, and autocast to bf16 both stay near fp32.
+    """Outputs stay near those in fp32 under autocast to bf16, and with weights in bf16 except `fp32_parameters`.
 
     The error is the median over tokens: a rounded score may choose another key or another expert for a few of them.
     """
-    module, x_BTD = subject.build(torch.float32), subject.inputs(1, 24, torch.float32)
+    module = subject.build(torch.float32)
+    x_BTD = subject.inputs(1, 24, torch.float32)
     y_BTD = subject.run(module, x_BTD)[0]
     with torch.autocast("cpu", torch.bfloat16):
         x_again = x_BTD.clone().requires_grad_()
@@ -196,7 +209,7 @@ def check_half_precision(subject: Subject) -> str:
 
 
 def check_fp32_parameters(subject: Subject) -> str:
-    """`fp32_parameters` holds every vector that is no bias: norms, decays, gates lose too much in bf16."""
+    """`fp32_parameters` names every vector that is no bias: bf16 is too coarse for norms, decays and gates."""
     module = subject.new_module()
     names = module.fp32_parameters
     require(isinstance(names, tuple) and all(isinstance(name, str) for name in names),

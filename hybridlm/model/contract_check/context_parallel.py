@@ -1,4 +1,4 @@
-"""Context parallelism: rows that are cut into shards give what uncut rows give.
+"""Checks of context parallelism: shards of rows have the outputs, gradients and traffic that they should have.
 
 B rows, T tokens, D hidden size.
 """
@@ -19,11 +19,13 @@ from hybridlm.model.contract_check.verdicts import NotClaimed, require, require_
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.packing import CuSeqlens
 
-ROWS, LENGTH = 2, 36
-DOCUMENTS = (0, 1, 17, 18, 30, 36, 45, 48, 72)  # cuts at 9, 12, 18, 24, 27 lie inside documents and on their borders
-SHARDS = (2, 3, 4)
-# What the four methods of a shard group hand over for each kind of exchange: in the forward, and in the backward.
-METHODS = {"gather": ("all_gather", "reduce_scatter"), "exchange": ("all_to_all", "all_to_all"),
+ROWS = 2
+LENGTH = 36  # tokens per row
+# Borders of documents, in tokens: cuts at 9, 12, 18, 24, 27 lie inside documents and on their borders.
+DOCUMENTS = (0, 1, 17, 18, 30, 36, 45, 48, 72)
+SHARD_COUNTS = (2, 3, 4)
+# Collective that each kind of exchange calls: in the forward, and in the backward.
+COLLECTIVES = {"gather": ("all_gather", "reduce_scatter"), "exchange": ("all_to_all", "all_to_all"),
            "from_previous": ("shift", "shift")}
 
 
@@ -34,15 +36,15 @@ def check_context_parallel(subject: Subject) -> str:
     x_BTD = subject.inputs(ROWS, LENGTH, seed=4)
     weights_BTD = subject.inputs(ROWS, LENGTH, seed=5)
     for packed in (False, True):
-        whole = _backward(subject, module, x_BTD, weights_BTD, uncut_rows(packed), 1.0)
+        uncut = _backward(subject, module, x_BTD, weights_BTD, uncut_rows(packed), 1.0)
         for size in shards:
-            compare_shards(subject, module, x_BTD, weights_BTD, whole, packed, size)
+            compare_shards(subject, module, x_BTD, weights_BTD, uncut, packed, size)
     return f"{' and '.join(str(size) for size in shards)} shards give the outputs, losses and gradients of uncut rows"
 
 
-def compare_shards(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Tensor, whole: Any, packed: bool,
+def compare_shards(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Tensor, uncut: Any, packed: bool,
                    size: int) -> None:
-    """Raise ContractViolation unless `size` shards give what `whole`, the result of the uncut rows, says."""
+    """Raise ContractViolation unless `size` shards give `uncut`, the result of the uncut rows."""
 
     def run_shard(group: ThreadShardGroup) -> Any:
         seq = uncut_rows(packed).shard_rows(group)
@@ -51,15 +53,15 @@ def compare_shards(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Te
 
     parts = run_on_threads(run_shard, size)
     what = f"with {size} shards{' of packed documents' if packed else ''} and without"
-    y_BTD, dx_BTD, grads, aux = whole
+    y_BTD, dx_BTD, grads, aux = uncut
     require_close(torch.cat([part[0] for part in parts], 1), y_BTD, f"outputs {what}", rtol=1e-7, atol=1e-7)
     require_close(torch.cat([part[1] for part in parts], 1), dx_BTD, f"gradients of the inputs {what}",
                   rtol=1e-7, atol=1e-7)
     for name, expected in grads.items():
-        shares = [part[2][name] for part in parts if part[2][name] is not None]
-        require(bool(shares) == (expected is not None), f"{name} gets a gradient only in one of two ways: {what}")
+        terms = [part[2][name] for part in parts if part[2][name] is not None]
+        require(bool(terms) == (expected is not None), f"{name} gets a gradient only in one of two ways: {what}")
         if expected is not None:
-            require_close(torch.stack(shares).sum(0), expected, f"gradients of {name} {what}", rtol=1e-7, atol=1e-7)
+            require_close(torch.stack(terms).sum(0), expected, f"gradients of {name} {what}", rtol=1e-7, atol=1e-7)
     for name, value in aux.items():
         # Losses and statistics of mixers are means over tokens. Expert loads of a feed-forward are not.
         if subject.is_mixer or name.startswith("loss/"):
@@ -68,7 +70,7 @@ def compare_shards(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Te
 
 
 def check_shard_traffic(subject: Subject) -> str:
-    """`shard_traffic` of the config is what two shards hand over in a forward and a backward."""
+    """`shard_traffic` of the config equals the bytes that a shard sends in a forward and a backward."""
     if subject.sources:
         raise NotClaimed("it reads from another layer, whose exchanges would be counted too")
     size = _claimed_shards(subject)[0]
@@ -78,16 +80,16 @@ def check_shard_traffic(subject: Subject) -> str:
         seq = uncut_rows(False).shard_rows(group)
         x_BTD = subject.inputs(ROWS, LENGTH // size, torch.float32)
         _backward(subject, copy.deepcopy(module), x_BTD, torch.ones_like(x_BTD), seq, 1 / size)
-        return group.handed
+        return group.sent_bytes
 
     found = run_on_threads(run_shard, size)[1]
     expected: Counter[str] = Counter()
     for traffic in subject.config.shard_traffic(subject.context, ROWS, LENGTH // size, size, element_bytes=4):
-        forward, backward = METHODS[traffic.kind]
+        forward, backward = COLLECTIVES[traffic.kind]
         expected[forward] += traffic.forward
         expected[backward] += traffic.backward
-    require(+found == +expected, f"shard_traffic says {_in_words(expected)}; handed over: {_in_words(found)}")
-    return f"handed over with {size} shards: {_in_words(found)}"
+    require(+found == +expected, f"shard_traffic says {_in_words(expected)}; sent: {_in_words(found)}")
+    return f"sent with {size} shards: {_in_words(found)}"
 
 
 def uncut_rows(packed: bool) -> SequenceInfo:
@@ -96,13 +98,13 @@ def uncut_rows(packed: bool) -> SequenceInfo:
 
 
 def _claimed_shards(subject: Subject) -> list[int]:
-    """The numbers of shards that the config accepts.
+    """Find the numbers of shards that the config accepts.
 
     Raises:
         NotClaimed: it accepts none.
     """
     accepted = []
-    for size in SHARDS:
+    for size in SHARD_COUNTS:
         try:
             subject.config.check_context_parallel(size, LENGTH // size)
         except ConfigError:
@@ -115,8 +117,10 @@ def _claimed_shards(subject: Subject) -> list[int]:
 
 def _backward(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Tensor, seq: SequenceInfo,
               loss_weight: float) -> tuple[Tensor, Tensor | None, dict[str, Tensor | None], dict[str, Tensor]]:
-    """Outputs, gradients of the inputs and of the parameters, and aux. A loss of the module's own is a mean, which each
-    shard adds with its weight among the shards."""
+    """Outputs, gradients of the inputs and of the parameters, and aux.
+
+    A loss that the module computes itself is a mean over tokens: each shard adds it with `loss_weight`.
+    """
     module.zero_grad()
     x_BTD = x_BTD.clone().requires_grad_()
     y_BTD, aux = subject.run_on(module, x_BTD, seq)
@@ -126,6 +130,6 @@ def _backward(subject: Subject, module: Any, x_BTD: Tensor, weights_BTD: Tensor,
     return y_BTD.detach(), x_BTD.grad, grads, {name: value.detach() for name, value in aux.items()}
 
 
-def _in_words(handed: Counter[str]) -> str:
-    words = [f"{number:,} bytes by {method}" for method, number in sorted(handed.items()) if number]
+def _in_words(sent_bytes: Counter[str]) -> str:
+    words = [f"{number:,} bytes by {method}" for method, number in sorted(sent_bytes.items()) if number]
     return ", ".join(words) or "nothing"

@@ -1,4 +1,4 @@
-"""Costs: what a config says of its module, beside the module itself."""
+"""Checks of costs: the numbers that a config states against those of the built module."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.sequence import SequenceInfo
 
-FLOPS_RTOL = 0.01
-FLOPS_LENGTHS = (64, 256)  # tokens
-ACTIVATION_LENGTH = 256  # tokens
+FLOPS_RTOL = 0.01  # relative to the executed FLOPs
+FLOPS_LENGTHS = (64, 256)  # tokens of a sequence
+ACTIVATION_LENGTH = 256  # tokens of a sequence
 # activation_bytes is an estimate from widths. At the small sizes of a check, what a backend keeps besides (scores of a
 # window, indices, states of chunks) weighs more than in a model.
 ACTIVATION_FACTOR = 4.0
-FP32 = 4  # bytes
+FP32_BYTES = 4  # bytes per element
 
 
 def check_parameter_count(subject: Subject) -> str:
@@ -35,7 +35,8 @@ def check_parameter_count(subject: Subject) -> str:
     require(counted == built, f"num_params says {counted:,}, the module has {built:,}")
     config = subject.config
     if isinstance(config, FeedForwardConfig):
-        active, routed = config.num_params(subject.context, active=True), config.routed_params(subject.context)
+        active = config.num_params(subject.context, active=True)
+        routed = config.routed_params(subject.context)
         require(0 < active <= built, f"num_params(active=True) says {active:,} of {built:,}")
         require(built - routed <= active, f"{active:,} parameters are active, fewer than the {built - routed:,} that "
                 "belong to no routed expert")
@@ -50,7 +51,8 @@ def check_flops(subject: Subject) -> str:
     It grows with the context where the executed FLOPs do, and only there.
     """
     module = subject.build(torch.float32)
-    declared, executed = {}, {}
+    declared = {}
+    executed = {}
     for length in FLOPS_LENGTHS:
         x_BTD = subject.inputs(1, length, torch.float32)
         seq = SequenceInfo.make(1, length, CPU)
@@ -103,7 +105,7 @@ def check_state_bytes(subject: Subject) -> str:
         require(subject.config.state_bytes(subject.context, 31) == 0, "new_state gives none, state_bytes counts some")
         raise NotClaimed("keeps no state")
     subject.run(module, subject.inputs(1, 31, torch.float32), state=state)
-    said = subject.config.state_bytes(subject.context, 31, element_bytes=FP32)
+    said = subject.config.state_bytes(subject.context, 31, element_bytes=FP32_BYTES)
     require(said == state.num_bytes, f"state_bytes says {said:,} after 31 tokens, the state has {state.num_bytes:,}")
     near, far = (subject.config.state_bytes(subject.context, n) for n in (50_000, 100_000))
     if getattr(subject.config, "is_linear", False):
@@ -119,7 +121,7 @@ def check_activation_bytes(subject: Subject) -> str:
     seq = SequenceInfo.make(1, ACTIVATION_LENGTH, CPU)
     subject.run_sources(x_BTD, seq)
     kept = kept_bytes(module, x_BTD, partial(module, x_BTD, seq)) / ACTIVATION_LENGTH
-    said = subject.config.activation_bytes(subject.context, FP32)
+    said = subject.config.activation_bytes(subject.context, FP32_BYTES)
     require(kept / ACTIVATION_FACTOR <= said <= kept * ACTIVATION_FACTOR,
             f"activation_bytes says {said:,.0f} per token, autograd keeps {kept:,.0f} beside the input: a factor of "
             f"{ACTIVATION_FACTOR:g} is allowed")
@@ -127,8 +129,10 @@ def check_activation_bytes(subject: Subject) -> str:
 
 
 def kept_bytes(module: torch.nn.Module, x_BTD: Tensor, run: Any) -> int:
-    """Bytes that autograd keeps for the backward of `run()`, each storage once, without the module's own tensors and
-    the input, which the residual stream counts."""
+    """Count the bytes that autograd keeps for the backward of `run()`, each storage once.
+
+    The module's own tensors do not count, nor does its input, which the residual stream counts.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers(), x_BTD)}
     kept: dict[int, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Initialisation: every tensor gets a finite value, the same wherever the module was built."""
+"""Check of initialisation: every tensor gets a finite value, the same on every device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from hybridlm.model.contract_check.subject import Subject
 from hybridlm.model.contract_check.verdicts import require
 
-FILLS = (float("nan"), 1e30)  # left in a tensor by nobody's initialisation
+FILL_VALUES = (float("nan"), 1e30)  # in memory before `init_weights`, which produces neither
 
 
 def check_initialisation(subject: Subject) -> str:
     """`init_weights` sets every parameter and buffer of a module built on "meta", to values that its seed decides."""
-    first, second = (_initialised(subject, fill) for fill in FILLS)
+    first, second = (_initialised(subject, fill) for fill in FILL_VALUES)
     for name, value in _tensors(first).items():
         other = _tensors(second)[name]
         require(bool(torch.isfinite(value).all()) if value.is_floating_point() else True,
@@ -38,7 +38,7 @@ def _initialised(subject: Subject, fill: float) -> Any:
     module = module.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in _tensors(module).values():
-            tensor.fill_(fill if tensor.is_floating_point() else int(fill == FILLS[0]))
+            tensor.fill_(fill if tensor.is_floating_point() else int(fill == FILL_VALUES[0]))
     return _draw(module)
 
 

@@ -1,4 +1,4 @@
-"""The mixer or feed-forward that is checked.
+"""The mixer or feed-forward that the checks are run on.
 
 B rows, T tokens, D hidden size.
 """
@@ -47,13 +47,13 @@ class Subject:
         return isinstance(self.config, MixerConfig)
 
     def new_module(self) -> nn.Module:
-        """The module as its kind builds it, before any initialisation."""
+        """Build the module without initialising it."""
         if isinstance(self.config, MixerConfig):
             return build_mixer(self.config, self.context)
         return build_feed_forward(self.config, self.context)
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-        """The module with every parameter away from its first value, which may be neutral (a gate of zero)."""
+        """Build the module, and move every parameter off its initial value, which may be neutral (a gate of zero)."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             module = self.new_module()
@@ -69,7 +69,18 @@ class Subject:
 
     def run(self, module: Any, x_BTD: Tensor, cu_seqlens: CuSeqlens | None = None, state: Any = None,
             offset: int = 0) -> tuple[Tensor, Aux]:
-        """Outputs [B, T, D] and aux. `offset` tokens are in the decode state already."""
+        """Run the module on rows.
+
+        Args:
+            module: from `build`.
+            x_BTD: inputs [B, T, D].
+            cu_seqlens: borders of packed documents; None: each row is one.
+            state: from `new_state`, updated in place; None in training.
+            offset: tokens that are in the state already.
+
+        Returns:
+            Outputs [B, T, D] and aux.
+        """
         seq = SequenceInfo.make(x_BTD.shape[0], x_BTD.shape[1], x_BTD.device, cu_seqlens, offset)
         return self.run_on(module, x_BTD, seq, state)
 
@@ -79,7 +90,7 @@ class Subject:
         return module(x_BTD, seq, state.own if isinstance(state, StateWithSources) else state)
 
     def new_state(self, module: Any, batch: int, max_length: int) -> Any:
-        """The module's empty decode state, with those of the layers it reads from; None where there is none at all."""
+        """Make the module's empty decode state, with those of the layers it reads from; None where none is kept."""
         own = module.new_state(batch, max_length)
         sources = {index: source.new_state(self._source_module(index, torch.float32), batch, max_length)
                    for index, source in self.sources.items()}
@@ -98,13 +109,13 @@ class Subject:
                                replace(self.context, layer_index=index)) for index in indices}
 
     def run_sources(self, x_BTD: Tensor, seq: SequenceInfo, state: Any = None) -> None:
-        """Let the layers that the mixer reads from leave their values; they get the same inputs."""
+        """Run the layers that the mixer reads from on the same inputs, so that they leave their values."""
         for index, source in self.sources.items():
             source_state = state.sources[index] if isinstance(state, StateWithSources) else None
             source.run_on(self._source_module(index, x_BTD.dtype), x_BTD, seq, source_state)
 
     def _source_module(self, index: int, dtype: torch.dtype) -> Any:
-        """Layer `index`, with weights that get no gradient: they are no part of what is checked."""
+        """Layer `index`, with weights that get no gradient, because this layer is not checked."""
         key = index, dtype
         if key not in self._source_modules:
             half = dtype == torch.bfloat16
@@ -152,9 +163,11 @@ def small_context(config: MixerConfig | FeedForwardConfig, hidden_size: int = 24
     With `source`, the first layer has that mixer, for a mixer that reads from another layer.
     """
     if isinstance(config, MixerConfig):
-        mixer, feed_forward = config, FEED_FORWARDS.config_class("dense")(intermediate_size=2 * hidden_size)
+        mixer = config
+        feed_forward = FEED_FORWARDS.config_class("dense")(intermediate_size=2 * hidden_size)
     else:
-        mixer, feed_forward = MIXERS.config_class("attention")(num_heads=2, head_dim=8), config
+        mixer = MIXERS.config_class("attention")(num_heads=2, head_dim=8)
+        feed_forward = config
     schedule = ScheduleConfig(pattern=["mixer"], override={} if source is None else {0: "source"})
     model = ModelConfig(vocab_size=64, hidden_size=hidden_size, num_layers=4, max_position=256, schedule=schedule,
                         mixers={"mixer": mixer, **({} if source is None else {"source": source})},

@@ -1,4 +1,4 @@
-"""The shards of the same rows as threads of one process: context parallelism without a process group."""
+"""Context parallelism between threads of one process, without a process group: each thread computes one shard."""
 
 from __future__ import annotations
 
@@ -16,48 +16,55 @@ TIMEOUT_S = 60.0  # seconds that a thread waits for the others
 
 
 class ThreadRendezvous:
-    """The place where `size` threads put what they bring and see what the others brought."""
+    """Exchange of values between `size` threads."""
 
     def __init__(self, size: int):
         self.size = size
         self.barrier = threading.Barrier(size, timeout=TIMEOUT_S)
-        self.brought: list[Any] = [None] * size
+        self.values: list[Any] = [None] * size
 
     def put(self, rank: int, x: Any) -> list[Any]:
-        """Wait until every thread has brought something; returns all of it, by rank."""
-        self.brought[rank] = x
+        """Wait until every thread has put a value.
+
+        Returns:
+            The values of all threads, by rank.
+        """
+        self.values[rank] = x
         self.barrier.wait()
-        everyone = list(self.brought)
+        values = list(self.values)
         self.barrier.wait()
-        return everyone
+        return values
 
 
 class ThreadShardGroup(AdjointShardGroup):
-    """The shard group of one of the threads. `handed` counts the bytes that it hands over, by method."""
+    """The shard group of one of the threads. `sent_bytes` counts the bytes that it sends, by collective."""
 
     def __init__(self, rendezvous: ThreadRendezvous, rank: int):
-        self.rendezvous, self.rank, self.size = rendezvous, rank, rendezvous.size
-        self.handed: Counter[str] = Counter()
+        self.rendezvous = rendezvous
+        self.rank = rank
+        self.size = rendezvous.size
+        self.sent_bytes: Counter[str] = Counter()
 
-    def _hand_over(self, method: str, x: Tensor, shards: int = 1) -> list[Any]:
-        self.handed[method] += x.numel() * x.element_size() // shards
+    def _send(self, method: str, x: Tensor, shards: int = 1) -> list[Any]:
+        self.sent_bytes[method] += x.numel() * x.element_size() // shards
         return self.rendezvous.put(self.rank, x)
 
     def all_sum(self, x: Tensor) -> Tensor:
         return torch.stack(self.rendezvous.put(self.rank, x.detach())).sum(0)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self._hand_over("all_gather", x))
+        return torch.stack(self._send("all_gather", x))
 
     def reduce_scatter(self, x_P: Tensor) -> Tensor:
-        return torch.stack([x[self.rank] for x in self._hand_over("reduce_scatter", x_P, self.size)]).sum(0)
+        return torch.stack([x[self.rank] for x in self._send("reduce_scatter", x_P, self.size)]).sum(0)
 
     def all_to_all(self, x_P: Tensor) -> Tensor:
-        return torch.stack([x[self.rank] for x in self._hand_over("all_to_all", x_P)])
+        return torch.stack([x[self.rank] for x in self._send("all_to_all", x_P)])
 
     def shift(self, x: Tensor, step: int) -> Tensor:
-        everyone, source = self._hand_over("shift", x), self.rank - step
-        return everyone[source].clone() if 0 <= source < self.size else torch.zeros_like(x)
+        by_rank = self._send("shift", x)
+        source = self.rank - step
+        return by_rank[source].clone() if 0 <= source < self.size else torch.zeros_like(x)
 
 
 def run_on_threads(run: Callable[[ThreadShardGroup], Any], size: int) -> list[Any]:

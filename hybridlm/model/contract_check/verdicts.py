@@ -1,4 +1,4 @@
-"""Verdicts of checks, and the running of several checks."""
+"""Runs checks, and turns what they raise into verdicts: passed, failed or skipped."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ def run_checks(subject: Subject, checks: Mapping[str, Check]) -> Iterator[Verdic
         start = time.perf_counter()
         verdict: Literal["passed", "failed", "skipped"]
         try:
-            verdict, reason = "passed", check(subject)
+            verdict = "passed"
+            reason = check(subject)
         except NotClaimed as error:
-            verdict, reason = "skipped", str(error)
+            verdict = "skipped"
+            reason = str(error)
         except ContractViolation as error:
-            verdict, reason = "failed", str(error)
+            verdict = "failed"
+            reason = str(error)
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = " ".join(str(error).split())
@@ -72,5 +75,5 @@ def require_close(found: Tensor, expected: Tensor, what: str, *, rtol: float, at
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """The largest |a - b|; nan where one of them is not finite."""
+    """Compute the largest |a - b|; nan where one of them is not finite."""
     return float((a - b).abs().max()) if a.numel() else 0.0

@@ -1,4 +1,4 @@
-"""The contract of a feed-forward: its config with everything asked of it, its module, and the registry of kinds.
+"""The contract of a feed-forward: the methods of its config and of its module, and the registry of kinds.
 
 A kind is one config class and one module class. Abstract methods have to be written; all others have an answer that
 suits a plain feed-forward without routed experts. Nothing outside the kind's file knows its classes.
@@ -59,11 +59,23 @@ class FeedForwardConfig(abc.ABC):
 
     @abc.abstractmethod
     def num_params(self, context: LayerContext, *, active: bool = False) -> int:
-        """Parameters of the feed-forward in layer `context.layer_index`; `active`: those that one token meets."""
+        """Number of parameters of the feed-forward.
+
+        Args:
+            context: the layer.
+            active: count only those that one token uses.
+        """
 
     @abc.abstractmethod
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
-        """Forward FLOPs per token, by part of the feed-forward."""
+        """Forward FLOPs per token, by part of the feed-forward.
+
+        Args:
+            context: the layer.
+
+        Returns:
+            FLOPs by name of the part, such as `experts`; the names stand in the table of `hybridlm inspect`.
+        """
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         """Bytes per token that the feed-forward keeps for its backward pass: an estimate from its tensors' widths.
@@ -83,7 +95,7 @@ class FeedForwardConfig(abc.ABC):
         return None
 
     def routed_params(self, context: LayerContext) -> int:
-        """Those of the parameters that belong to routed experts, which processes may divide among them."""
+        """Number of parameters that belong to routed experts: those that expert parallelism shards."""
         return 0
 
     def is_moe(self, layer_index: int) -> bool:
@@ -91,7 +103,7 @@ class FeedForwardConfig(abc.ABC):
         return self.routed_experts() is not None
 
     def layer_kind(self, layer_index: int) -> str:
-        """What stands in the layer, in the words of reports: the kind, where layers do not differ."""
+        """Name the feed-forward of a layer in reports; by default the kind, for all layers."""
         return self.kind
 
     # Decode state, for a kind that looks at earlier tokens
@@ -111,7 +123,18 @@ class FeedForwardConfig(abc.ABC):
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        """Bytes that a training step exchanges where `rows` rows are divided into `shards` of `length` tokens."""
+        """Bytes that a training step exchanges where `rows` rows are divided into shards.
+
+        Args:
+            context: the layer.
+            rows: rows of a micro batch.
+            length: tokens per row in one shard.
+            shards: number of shards.
+            element_bytes: bytes per element of an activation.
+
+        Returns:
+            The bytes of each kind of exchange; none by default.
+        """
         return []
 
     # Comparison and sizes
@@ -134,16 +157,16 @@ class FeedForwardConfig(abc.ABC):
         return dataclasses.replace(self, intermediate_size=width)  # type: ignore[call-arg]
 
 
-# Computes tokens [N, D] with their expert ids and weights [N, A] by experts that are here: [N, D].
+# (tokens [N, D], expert ids [N, A], weights [N, A]) -> outputs [N, D] of the experts on this process.
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Brings tokens to the processes that own their experts, computes there, and brings the results back.
 Dispatch = Callable[[Compute, Tensor, Tensor, Tensor], Tensor]
 
 
 class ExpertStack(nn.Module, abc.ABC):
-    """Weights of a layer's routed experts, all parameters [E, ...]: what processes can divide among them.
+    """Weights of a layer's routed experts, all parameters [E, ...], which expert parallelism shards over processes.
 
-    `num_experts` counts those of the layer, `owned` says which of them are here.
+    `num_experts` counts the experts of the layer, `owned` are the indices of those on this process.
     """
 
     num_experts: int
@@ -151,7 +174,7 @@ class ExpertStack(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def keep_only(self, owned: range, dispatch: Dispatch) -> None:
-        """Drop all experts but those of `owned`; `dispatch` then takes tokens to the processes of their experts."""
+        """Drop all experts except `owned`; from then on `dispatch` sends tokens to the processes of their experts."""
 
 
 class FeedForward(nn.Module, abc.ABC):
@@ -162,7 +185,7 @@ class FeedForward(nn.Module, abc.ABC):
     `new_state` gives what the full forward gives, and so do rows that are divided into shards.
 
     A forward changes nothing in the module: what a layer must remember of a batch (expert loads) it returns in its
-    aux, and the model hands it back once through `record`. So a forward may be computed again, as activation
+    aux, and the model passes it to `record` once. So a forward may be computed again, as activation
     checkpointing does, without counting anything twice.
 
     `fp32_parameters` are names of parameters, or their last parts, that no engine may cast down.
@@ -172,7 +195,7 @@ class FeedForward(nn.Module, abc.ABC):
 
     @classmethod
     def build(cls, config: FeedForwardConfig, context: LayerContext) -> FeedForward:
-        """The module of layer `context.layer_index`; a kind whose layers differ chooses here."""
+        """Build the module of layer `context.layer_index`; a kind whose layers differ overrides this."""
         return cls(config, context)  # type: ignore[call-arg]
 
     @property
@@ -182,17 +205,20 @@ class FeedForward(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: Any | None = None) -> tuple[Tensor, Aux]:
-        """The output of every token, and the layer's losses and statistics.
+        """Compute the output of every token.
 
         Args:
             x_BTD: input of the branch.
             seq: positions and borders of the documents.
             state: this layer's decode state from `new_state`, updated in place; None in training.
+
+        Returns:
+            y [B, T, D], and the layer's losses and statistics.
         """
 
     @abc.abstractmethod
     def init_weights(self, std: float) -> None:
-        """Set every parameter and buffer to its start; plain projections are normal(0, std)."""
+        """Set every parameter and buffer to its initial value; plain projections are normal(0, std)."""
 
     def new_state(self, batch: int, max_length: int) -> Any:
         """Empty decode state for `batch` sequences of at most `max_length` tokens; None for a kind without state."""
@@ -202,7 +228,11 @@ class FeedForward(nn.Module, abc.ABC):
         """Take from the aux of one training forward what the next optimizer step needs."""
 
     def post_optimizer_step(self, update: bool = True) -> None:
-        """Prepare for the next step after an optimizer step; `update=False` when that step was skipped."""
+        """Update what depends on the last step (router biases) after an optimizer step.
+
+        Args:
+            update: False after a step that was skipped: forget its counts, change nothing else.
+        """
 
     def expert_stacks(self) -> dict[str, ExpertStack]:
         """The routed experts, by the name of their submodule."""
@@ -239,5 +269,13 @@ def register_feed_forward(kind: str, config: type[FeedForwardConfig]):
 
 
 def build_feed_forward(config: FeedForwardConfig, context: LayerContext) -> FeedForward:
-    """The module of a feed-forward's config, in the layer of `context`."""
+    """Build the module of a feed-forward's config.
+
+    Args:
+        config: the config of any registered kind.
+        context: the layer.
+
+    Returns:
+        The module, not yet initialised.
+    """
     return FEED_FORWARDS.implementation(config.kind).build(config, context)

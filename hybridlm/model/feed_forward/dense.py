@@ -55,7 +55,8 @@ class SwiGLU(FeedForward):
 
     def __init__(self, config: DenseConfig, context: LayerContext):
         super().__init__()
-        hidden, width = context.hidden_size, config.intermediate_size
+        hidden = context.hidden_size
+        width = config.intermediate_size
         self.limit = config.swiglu_limit
         self.gate_proj = nn.Linear(hidden, width, bias=False)
         self.up_proj = nn.Linear(hidden, width, bias=False)

@@ -1,4 +1,4 @@
-"""The contract of a sequence mixer: its config with everything asked of it, its module, and the registry of kinds.
+"""The contract of a sequence mixer: the methods of its config and of its module, and the registry of kinds.
 
 A kind is one config class and one module class in one file. Abstract methods have to be written; all others have an
 answer that suits a plain mixer. Nothing outside the kind's file knows its classes.
@@ -48,7 +48,11 @@ class MixerConfig(abc.ABC):
 
     @abc.abstractmethod
     def num_params(self, context: LayerContext) -> int:
-        """Parameters of the mixer, without the branch's own norm."""
+        """Number of parameters of the mixer, without the norm before it.
+
+        Args:
+            context: the layer.
+        """
 
     @abc.abstractmethod
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
@@ -57,11 +61,20 @@ class MixerConfig(abc.ABC):
         Args:
             context: the layer.
             context_length: tokens of the sequence.
+
+        Returns:
+            FLOPs by name of the part, such as `projections`; the names stand in the table of `hybridlm inspect`.
         """
 
     @abc.abstractmethod
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        """Bytes of decode state for one sequence after `context_length` tokens."""
+        """Bytes of decode state for one sequence after `context_length` tokens.
+
+        Args:
+            context: the layer.
+            context_length: tokens of the sequence.
+            element_bytes: bytes per element of what the layer keeps in the dtype of the model.
+        """
 
     def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
         """The part of `flops_per_token` that has no backward, such as a selection of keys."""
@@ -82,7 +95,7 @@ class MixerConfig(abc.ABC):
         """
         return 3.0 * element_bytes * self.num_params(context) / context.hidden_size
 
-    # Rows that are divided between processes
+    # Values that layers share
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
         """Kinds of values that the layer can leave for later layers; see `hybridlm.model.sharing`."""
@@ -91,6 +104,8 @@ class MixerConfig(abc.ABC):
     def reads(self, context: LayerContext) -> Sequence[SharedRead]:
         """Values of earlier layers that the layer reads."""
         return ()
+
+    # Rows that are divided between processes
 
     def check_context_parallel(self, shards: int, length: int) -> None:
         """Refuse rows that are divided into `shards` of `length` tokens (see `hybridlm.model.context_parallel`).
@@ -102,9 +117,22 @@ class MixerConfig(abc.ABC):
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        """Bytes that a training step exchanges where `rows` rows are divided into `shards` of `length` tokens.
+        """Bytes that a training step exchanges where `rows` rows are divided into shards.
 
         A kind whose `check_context_parallel` accepts such rows has to count them.
+
+        Args:
+            context: the layer.
+            rows: rows of a micro batch.
+            length: tokens per row in one shard.
+            shards: number of shards.
+            element_bytes: bytes per element of an activation.
+
+        Returns:
+            The bytes of each kind of exchange.
+
+        Raises:
+            ConfigError: the kind does not count them, which is the default.
         """
         raise ConfigError("kind", "does not count what shards of a row exchange", got=self.kind,
                           expected="engine.context_parallel=1")
@@ -115,7 +143,7 @@ class MixerConfig(abc.ABC):
         """The options that the outputs depend on, as plain data: configs that agree here are one mixer.
 
         A kind leaves out what only says how weights start or train, writes out what null stands for, and drops options
-        that another option makes void.
+        to which another option gives no effect.
 
         Args:
             norm: that of the model, for options that follow it.
@@ -138,7 +166,7 @@ class MixerConfig(abc.ABC):
     def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         """`options` with the sizes they leave open, from the model: how a preset fits into any model.
 
-        Options that have all their sizes come back as they are, defaults included.
+        Options that have all their sizes are returned unchanged.
 
         Args:
             options: plain data of this kind, possibly without heads and dims.
@@ -221,7 +249,7 @@ class SequenceMixer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: Any | None = None) -> tuple[Tensor, Aux]:
-        """The output of every token, from itself and the earlier tokens of its document.
+        """Compute the output of every token from itself and the earlier tokens of its document.
 
         Args:
             x_BTD: input of the branch.
@@ -238,7 +266,7 @@ class SequenceMixer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def init_weights(self, std: float) -> None:
-        """Set every parameter and buffer to its published start; plain projections are normal(0, std)."""
+        """Set every parameter and buffer to its initial value as published; plain projections are normal(0, std)."""
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter of the mixer, by its name within the mixer.
@@ -271,5 +299,13 @@ def register_mixer(kind: str, config: type[MixerConfig]):
 
 
 def build_mixer(config: MixerConfig, context: LayerContext) -> SequenceMixer:
-    """The module of a mixer's config, in the layer of `context`."""
+    """Build the module of a mixer's config.
+
+    Args:
+        config: the config of any registered kind.
+        context: the layer.
+
+    Returns:
+        The module, not yet initialised.
+    """
     return MIXERS.implementation(config.kind)(config, context)

@@ -171,7 +171,7 @@ def compute_decay_from_start(g: Tensor | None, dtype: torch.dtype, shard: RowSha
     else:
         log_BTHvK = g.to(dtype).cumsum(1)
         log_BTHvK = log_BTHvK if g.dim() == 4 else log_BTHvK[..., None]
-    return torch.where(shard.first_document()[:, :, None, None], log_BTHvK, -torch.inf).exp()
+    return torch.where(shard.continued_tokens()[:, :, None, None], log_BTHvK, -torch.inf).exp()
 
 
 def apply_feature_map(kind: str, x: Tensor) -> Tensor:

@@ -164,7 +164,8 @@ class MLAConfig(IndexedMixerConfig):
         Rotated key dims are half of a head; the latent has 4 heads' dims (512 for heads of 128), in a narrow model a
         quarter of its width, but at least 2 heads' dims.
         """
-        other, heads = model.nearest_mixer(cls), model.heads_for(cls)
+        other = model.nearest_mixer(cls)
+        heads = model.heads_for(cls)
         if isinstance(other, cls):
             return {key: getattr(other, key) for key in SIZE_OPTIONS}
         dim = heads.head_dim

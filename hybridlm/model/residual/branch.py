@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class BranchConfig:
-    """The place of a branch f (mixer or feed-forward) between its norm and the residual h that it is added to.
+    """Order of a branch f (mixer or feed-forward), its norm and the addition to the residual h.
 
     pre:    h + f(norm(h))                              (most models)
     post:   h + norm(f(h))                              (OLMo 2/3, full layers of OLMo-Hybrid)

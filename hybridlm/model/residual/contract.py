@@ -1,4 +1,4 @@
-"""The contract of a residual and the registry of their forms.
+"""The contract of the residual stream: its config, its modules, and the registry of its forms.
 
 A residual joins the branches of a model (mixers and feed-forwards) over all its layers. What flows from branch to
 branch is its stream: one tensor [B, T, D] in the simplest form, several of them or a list of earlier outputs in others.
@@ -57,8 +57,10 @@ class ResidualConfig:
         return float(FP32_BYTES * context.hidden_size)
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
-        """Bytes per token that one branch keeps for the backward pass, its norm included: the stream before it, and the
-        normed input in the dtype of the products."""
+        """Bytes per token that one branch keeps for the backward pass, its norm included.
+
+        By default the stream before it, and the normed input in the dtype of matrix products (`element_bytes`).
+        """
         return self.stream_bytes(context) + element_bytes * context.hidden_size
 
 
@@ -75,7 +77,7 @@ class ResidualBranch(nn.Module, ABC):
 
     @abstractmethod
     def read(self, stream: Stream, norm: RMSNorm) -> tuple[Tensor, Any]:
-        """The input of the branch.
+        """Read the input of the branch from the stream.
 
         Args:
             stream: the stream before the branch.
@@ -87,12 +89,15 @@ class ResidualBranch(nn.Module, ABC):
 
     @abstractmethod
     def write(self, kept: Any, output_BTD: Tensor, norm: RMSNorm) -> Stream:
-        """The stream after the branch.
+        """Write the output of the branch to the stream.
 
         Args:
             kept: the second result of `read`.
             output_BTD: the output of the branch.
             norm: as in `read`.
+
+        Returns:
+            The stream after the branch.
         """
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
@@ -117,11 +122,11 @@ class Residual(nn.Module, ABC):
 
     @abstractmethod
     def start(self, embedding_BTD: Tensor) -> Stream:
-        """The stream before the first layer."""
+        """Make the stream before the first layer from the embedding [B, T, D]."""
 
     @abstractmethod
     def end(self, stream: Stream) -> Tensor:
-        """The hidden state [B, T, D] that the final norm gets, from the stream after the last layer."""
+        """Make the input [B, T, D] of the final norm from the stream after the last layer."""
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter, by its name within this module: what an optimizer groups them by."""
@@ -145,11 +150,11 @@ def register_residual(form: str, config: type[ResidualConfig]) -> Callable[[type
 
 
 def build_residual(config: ResidualConfig, context: LayerContext) -> Residual:
-    """The residual of a model."""
+    """Build the module that begins and ends the stream of a model."""
     return RESIDUALS.implementation(config.form)(config, context)
 
 
 def build_residual_branch(config: ResidualConfig, branch: BranchConfig, context: LayerContext,
                           name: BranchName) -> ResidualBranch:
-    """The module that joins the mixer or the feed-forward of layer `context.layer_index` to the stream."""
+    """Build the module that joins the mixer or the feed-forward of layer `context.layer_index` to the stream."""
     return RESIDUALS.implementation(config.form).branch(config, branch, context, name)

@@ -27,7 +27,9 @@ class SingleResidualBranch(ResidualBranch):
 
     def __init__(self, config: ResidualConfig, branch: BranchConfig, context: LayerContext, name: BranchName):
         super().__init__(config, branch, context, name)
-        self.form, self.alpha, self.beta = branch.form, branch.alpha, branch.beta
+        self.form = branch.form
+        self.alpha = branch.alpha
+        self.beta = branch.beta
 
     def read(self, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         if self.form == "post":
@@ -46,7 +48,7 @@ class SingleResidualBranch(ResidualBranch):
 
 @register_residual("single", SingleResidualConfig)
 class SingleResidual(Residual):
-    """The embedding is the stream, and the stream is what the final norm gets."""
+    """A stream that is the embedding at the start and the input of the final norm at the end."""
 
     branch = SingleResidualBranch
 

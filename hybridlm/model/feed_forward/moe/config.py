@@ -164,7 +164,8 @@ class MoEConfig(FeedForwardConfig):
         data = to_dict(self)
         for key in (*self.TRAINING_FIELDS, "dense_layers", "intermediate_size", "residual", "num_shared_experts"):
             data.pop(key)
-        data["correction_bias"], data["shared_intermediate_size"] = self.has_bias, self.shared_width
+        data["correction_bias"] = self.has_bias
+        data["shared_intermediate_size"] = self.shared_width
         if self.topk_groups == self.num_groups:
             data["num_groups"] = data["topk_groups"] = 1
         return data

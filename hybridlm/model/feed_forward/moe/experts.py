@@ -24,7 +24,8 @@ class Experts(ExpertStack):
 
     def __init__(self, config: MoEConfig, hidden_size: int):
         super().__init__()
-        experts, width = config.num_experts, config.moe_intermediate_size
+        experts = config.num_experts
+        width = config.moe_intermediate_size
         self.limit = config.swiglu_limit
         self.num_experts = experts
         self.widths = {"gate_up": (2 * width, hidden_size), "down": (hidden_size, width)}
@@ -41,7 +42,8 @@ class Experts(ExpertStack):
             ids_NA: int64 ids of each token's experts.
             weights_NA: their weights.
         """
-        device, dtype = x_ND.device.type, x_ND.dtype
+        device = x_ND.device.type
+        dtype = x_ND.dtype
         if torch.is_autocast_enabled(device):  # a fused operation does not take part in autocast
             dtype = torch.get_autocast_dtype(device)
         compute = self._compute if self.dispatch is None else partial(self.dispatch, self._compute)
@@ -57,7 +59,8 @@ class Experts(ExpertStack):
             stack = getattr(self, name)
             kept = stack.detach()[owned.start:owned.stop].clone()
             setattr(self, name, nn.Parameter(kept, stack.requires_grad))
-        self.owned, self.dispatch = owned, dispatch
+        self.owned = owned
+        self.dispatch = dispatch
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         return {name: matrix_role(rows, columns, "expert_stack") for name, (rows, columns) in self.widths.items()}

@@ -128,6 +128,7 @@ class Router(nn.Module):
             update: False after a skipped optimizer step: the bias stays.
         """
         if update and self.bias is not None and self.config.bias_update_rate:
-            total, experts = self.load.sum(), self.load.shape[0]
+            total = self.load.sum()
+            experts = self.load.shape[0]
             self.bias += self.config.bias_update_rate * torch.sign(total - experts * self.load)
         self.load.zero_()

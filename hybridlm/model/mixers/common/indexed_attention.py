@@ -1,4 +1,4 @@
-"""Mixers whose attention an indexer may make sparse: what it selects, over layers that share it, and its loss.
+"""Base of softmax attention with the option `indexer`: the selection, also shared between layers, and its loss.
 
 B rows, T tokens, S keys, D hidden size, H/G query/key heads, K/V key/value head dim, Q width of what index queries are
 made from, k selected keys.
@@ -32,10 +32,13 @@ from hybridlm_kernels.ops.indexer_kl import Recall
 
 @dataclass(frozen=True)
 class Selection:
-    """What attention reads, and what the indexer's loss needs.
+    """The keys that attention reads, and the tensors that the indexer's loss needs.
 
-    `indices`: the keys of each token, [B, T, k] with -1 for none, or None for all. `chosen`: what the indexer would
-    select, whether or not attention follows it. `index` is None where nothing is learned or measured.
+    Attributes:
+        indices: the keys that each token reads, int32 [B, T, k] with -1 for none; None: all keys.
+        chosen: the keys that the indexer selects, also where attention reads all; None: all keys.
+        indexer: the indexer that selected; None without one.
+        index: its queries, keys and head weights; None where nothing is learned or measured.
     """
 
     indices: Tensor | None = None
@@ -46,8 +49,6 @@ class Selection:
 
 # The loss of an indexer reaches it from every layer that reads its selection, so gradients pass.
 SELECTION = SharedKind("the keys that an indexer selects", gradient=True)
-
-
 SHARED_SELECTION = SharedRead(SELECTION, option="indexer.share")
 
 
@@ -65,7 +66,7 @@ class IndexedMixerConfig(MixerConfig):
     @property
     @abc.abstractmethod
     def index_rope_dim(self) -> int:
-        """Dims of index queries and keys that rotate where the indexer does not say: as many as the mixer rotates."""
+        """Default number of rotated dims of index queries and keys: as many as the mixer rotates."""
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
         return (SELECTION,) if self.indexer is not None and not self.indexer.share else ()
@@ -119,7 +120,8 @@ class IndexedMixer(SequenceMixer):
 
     def __init__(self, config: IndexerConfig | None, context: LayerContext):
         super().__init__()
-        self.indexer_config, self.layer_index = config, context.layer_index
+        self.indexer_config = config
+        self.layer_index = context.layer_index
         self._attention_mode: AttentionMode = "dense" if config is None else config.mode
         self.kl_weight = 0.0 if config is None else config.loss_weight
         self.measuring = False
@@ -168,7 +170,14 @@ class IndexedMixer(SequenceMixer):
 
     def select(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo,
                cache: IndexCache | None) -> Selection:
-        """The keys that attention may read. No gradient passes to the inputs."""
+        """Select the keys that attention reads. No gradient passes to the inputs.
+
+        Args:
+            x_BTD: input of the mixer.
+            query_input_BTQ: input of the index queries.
+            seq: positions and borders of the documents.
+            cache: index keys of the decode state, updated in place; None in training.
+        """
         if self.indexer_config is None:
             return Selection()
         dense = self._attention_mode == "dense"
@@ -214,7 +223,8 @@ class IndexedMixer(SequenceMixer):
         """
         if selection.index is None or selection.indexer is None:
             return {}
-        everything, chosen = selection.indices is None, selection.chosen
+        everything = selection.indices is None
+        chosen = selection.chosen
         result = selection.indexer.loss(selection.index, q_BTHK, k_BSGK, seq, indices_BTN=selection.indices,
                                         recall_of_BTN=chosen if everything else None, scale=scale)
         recall = result.recall

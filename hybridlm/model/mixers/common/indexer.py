@@ -211,7 +211,9 @@ class Indexer(nn.Module):
 
     def __init__(self, config: IndexerConfig, context: LayerContext, query_dim: int, rope: RopeConfig, rope_dim: int):
         super().__init__()
-        self.config, self.rope, self.topk = config, rope, config.topk
+        self.config = config
+        self.rope = rope
+        self.topk = config.topk
         self.rope_dim = rope_dim if config.rope_dim is None else config.rope_dim
         width = config.num_heads * config.head_dim
         self.q_proj = nn.Linear(query_dim, width, bias=False)
@@ -235,7 +237,7 @@ class Indexer(nn.Module):
         return self.pool(entries_BS2I, self.pools(x_BTD, entries_BS2I.shape[1], seq))
 
     def pools(self, queries_BT: Tensor, keys: int, seq: SequenceInfo) -> Pools:
-        """Where the pools of `keys` tokens lie, for queries at the last places of their rows."""
+        """Locate the pools of `keys` tokens per row, for queries at the last places of their rows."""
         assert self.pool is not None
         batch, queries = queries_BT.shape[:2]
         return Pools.of(batch, queries, keys, self.pool.size, queries_BT.device, seq.history_borders)

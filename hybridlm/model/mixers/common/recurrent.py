@@ -1,4 +1,4 @@
-"""What linear mixers share: projections, short convolutions, the forget gate, output norm and gate, decode state.
+"""Base of linear mixers: projections, short convolutions, forget gate, output norm and gate, decode state.
 
 B rows, T tokens, D hidden size, H key heads, HV value heads, K key dim, V value dim, W taps of the convolution.
 """
@@ -25,8 +25,8 @@ from hybridlm.model.parameter_roles import CONVOLUTION, ParameterRole, find_role
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, short_conv
 
-FP32_BYTES = 4
-CHUNK_TOKENS = 32  # tokens per chunk of the operations, as the estimate of activations takes it
+FP32_BYTES = 4  # bytes per element
+CHUNK_TOKENS = 32  # tokens per chunk of the operations, assumed by the estimate of activations
 
 
 @dataclass(kw_only=True)
@@ -123,19 +123,20 @@ class RecurrentConfig(MixerConfig):
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        """Inputs of the convolutions, and in fp32 the state beside the numbers that say how a shard changes one."""
+        """Bytes of the inputs of convolutions, and in fp32 of the state and the transition of each shard."""
         tail = rows * max(self.conv_size - 1, 0) * context.hidden_size * element_bytes
         state = rows * 4 * (self.value_heads * self.head_dim * self.value_dim + self._shard_transition_size())
         found = [ShardTraffic("from_previous", tail, tail), ShardTraffic("gather", state, state)]
         return found if tail else found[1:]
 
     def _shard_transition_size(self) -> int:
-        """Numbers that say how a shard of a row changes the state that it is handed."""
+        """Elements of the transition by which a shard of a row maps the state at its start to that at its end."""
         return {"none": 1, "channel": self.value_heads * self.head_dim}.get(self.decay, self.value_heads)
 
     def _projection_params(self, context: LayerContext) -> int:
         """Weights of the projections that every linear mixer has."""
-        D, out = context.hidden_size, self.channels["v"]
+        D = context.hidden_size
+        out = self.channels["v"]
         count = D * (2 * self.channels["k"] + 2 * out)
         count += count_low_rank_params(D, self.gate_width, self.gate_rank)
         return count + count_low_rank_params(D, 0 if self.output_gate == "none" else out, self.output_gate_rank)
@@ -151,17 +152,20 @@ class RecurrentConfig(MixerConfig):
                 "recurrence": float(self.value_heads * self.head_dim * self.value_dim * self._flops_per_state_entry())}
 
     def _flops_per_state_entry(self) -> int:
-        """FLOPs per token and number of the state."""
+        """FLOPs per token and element of the state."""
         return 4 + (self.decay != "none")
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        """Matrix and convolution inputs, both kept in fp32 whatever the model's dtype."""
+        """Bytes of the state matrix and of the inputs of convolutions, both in fp32 under any dtype of the model."""
         taps = max(self.conv_size - 1, 0) * sum(self.channels.values())
         return 4 * (self.value_heads * self.head_dim * self.value_dim + taps)
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
-        """All in fp32, whatever `element_bytes`: inputs before and after each convolution, the chunked q, k and v in
-        two forms, the gate, one state and one [chunk, chunk] matrix per chunk and head, outputs around their norm."""
+        """Bytes per token kept for the backward pass, all in fp32 whatever `element_bytes` is.
+
+        They are the inputs and outputs of each convolution, the chunked q, k and v in two forms, the gate, one state
+        and one [chunk, chunk] matrix per chunk and head, and the outputs before and after their norm.
+        """
         widths, values = sum(self.channels.values()), self.channels["v"]
         convolution = (2 if self.conv_size else 1) * widths
         chunk = self.value_heads * (self.head_dim * self.value_dim / CHUNK_TOKENS + 2 * CHUNK_TOKENS)
@@ -172,7 +176,8 @@ class RecurrentConfig(MixerConfig):
         data = super().canonical(norm)
         for key in ("a_init", "dt_bias_init", "dt_init"):  # they say how weights start
             data.pop(key)
-        data["num_value_heads"], data["value_head_dim"] = self.value_heads, self.value_dim
+        data["num_value_heads"] = self.value_heads
+        data["value_head_dim"] = self.value_dim
         data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
         void = [] if self.gate_width else ["gate", "gate_dtype"]
         if self.gate != "lower_bounded" or not self.gate_width:
@@ -182,7 +187,8 @@ class RecurrentConfig(MixerConfig):
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         """Heads of the nearest mixer; its value heads and dims too, where it is a linear mixer."""
-        other, heads = model.nearest_mixer(cls), model.heads_for(cls)
+        other = model.nearest_mixer(cls)
+        heads = model.heads_for(cls)
         sizes: dict[str, Any] = {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
         if isinstance(other, RecurrentConfig) and "num_heads" not in options and "head_dim" not in options:
             sizes |= {"num_value_heads": other.num_value_heads, "value_head_dim": other.value_head_dim}
@@ -197,7 +203,7 @@ class RecurrentConfig(MixerConfig):
                        num_value_heads=None if self.num_value_heads is None else count * per_head)
 
     def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """q, k, v and o of softmax attention, those whose heads fit.
+        """Take q, k, v and o projections of softmax attention, where heads and dims fit.
 
         Grouped keys and values are repeated for the heads that shared them.
         """
@@ -217,11 +223,14 @@ class RecurrentConfig(MixerConfig):
 
 
 def read_incoming_state(reach_BTHvK: Tensor, incoming_BHvKV: Tensor) -> Tensor:
-    """What queries read from the state at the start of their shard, [B, T, HV, V].
+    """Read the state at the start of the shard with queries.
 
     Args:
         reach_BTHvK: the queries as they act on that state, after all decays and updates between it and them.
         incoming_BHvKV: the state that the earlier shards leave.
+
+    Returns:
+        The reads, [B, T, HV, V].
     """
     with torch.autocast(reach_BTHvK.device.type, enabled=False):
         return torch.einsum("bthk,bhkv->bthv", reach_BTHvK.to(incoming_BHvKV.dtype), incoming_BHvKV)
@@ -241,7 +250,8 @@ class RecurrentMixer(SequenceMixer):
     def __init__(self, config: RecurrentConfig, context: LayerContext):
         super().__init__()
         self.config = config
-        D, channels = context.hidden_size, config.channels
+        D = context.hidden_size
+        channels = config.channels
         for name, width in channels.items():
             setattr(self, f"{name}_proj", nn.Linear(D, width, bias=False))
         if config.conv_size:
@@ -277,7 +287,7 @@ class RecurrentMixer(SequenceMixer):
         return GatedRMSNorm(dim, eps, config.output_gate)
 
     def project_inputs(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None) -> Iterator[Tensor]:
-        """q, k and v [B, T, channels], projected and convolved, one after the other.
+        """Project and convolve the input: yields q, k and v [B, T, channels], one after the other.
 
         Args:
             x_BTD: input of the mixer.
@@ -301,19 +311,19 @@ class RecurrentMixer(SequenceMixer):
             yield y_BTC
 
     def project_forget_gate(self, x_BTD: Tensor) -> Tensor:
-        """The input f(x) of the forget gate, [B, T, HV] for scalar decay or [B, T, HV, K] for channel decay."""
+        """Project the input of the forget gate, f(x): [B, T, HV] for scalar decay, [B, T, HV, K] for channel decay."""
         config = self.config
         u = self._project("a" if config.decay == "scalar" else "f", x_BTD, config.gate_rank)
         return u if config.decay == "scalar" else u.unflatten(-1, (config.value_heads, config.head_dim))
 
     def build_forget_gate(self) -> Gate:
-        """The forget gate of the config with this layer's parameters."""
+        """Make the forget gate of the config from this layer's parameters."""
         config = self.config
         dt_bias = self.dt_bias if config.decay == "scalar" else self.dt_bias.view(config.value_heads, config.head_dim)
         return Gate(config.gate, self.A_log if config.has_a_log else None, dt_bias, config.lower_bound)
 
     def prepare_decay(self, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Gate | None]:
-        """Arguments `g` and `gate` of the operation, which computes the decay from them in fp32.
+        """Prepare the arguments `g` and `gate` of the operation, which computes the decay from them in fp32.
 
         Args:
             u: f(x) from `project_forget_gate`.
@@ -326,12 +336,12 @@ class RecurrentMixer(SequenceMixer):
 
     def project_output(self, o_BTHvV: Tensor, x_BTD: Tensor, norm: RMSNorm | GatedRMSNorm | None,
                        all_heads: bool) -> Tensor:
-        """The output of the mixer [B, T, D]: norm, output gate and o_proj.
+        """Compute the output of the mixer [B, T, D]: norm, output gate and o_proj.
 
         Args:
             o_BTHvV: outputs of the recurrence.
             x_BTD: input of the mixer, from which the output gate is projected.
-            norm: None leaves the outputs as they are.
+            norm: the output norm; None: none.
             all_heads: whether the norm is over all heads together; else over each head.
         """
         config = self.config
