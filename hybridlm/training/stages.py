@@ -41,7 +41,7 @@ def plan_stages(config: Config) -> list[Stage]:
         >>> from hybridlm import load_config
         >>> config = load_config("train", ["model=kda_dsa_tiny", "recipe=dsa_scratch"])
         >>> [stage.name for stage in plan_stages(config)]
-        ['indexer_warmup', 'sparse']
+        ['dense', 'sparse']
     """
     stages: list[Stage] = []
     for index, stage in enumerate(config.recipe.stages):
