@@ -7,7 +7,7 @@
       layers.json             the explicit layer list, compared on load
       tokenizer.json          the tokenizer, in the format of the `tokenizers` library (and tokenizer_config.json)
       optimizer.safetensors   optimizer state by parameter name
-      trainer.json            step, stage, samples consumed: all else that a run needs to go on
+      trainer.json            step, stage, samples consumed: everything else that resuming needs
       manifest.json           format version, size and SHA-256 of every file above, and the SHA-256 of all this
 
 A folder is written under a temporary name, flushed to disk and renamed. Whatever a crash, a full disk or a

@@ -1,4 +1,4 @@
-"""Checkpoint folders: the manifest, the check of a folder against it, and finding the folder that a path means."""
+"""Checkpoint folders: writing the manifest, verifying a folder against it, and resolving a path to a checkpoint."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def sync(path: Path) -> None:
 
 
 def _own_hash(manifest: dict[str, Any]) -> str:
-    """Hash a manifest without the hash it contains, however its JSON is laid out."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    """Hash a manifest without the hash it contains, independent of the layout of its JSON."""
+    hashed = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:
@@ -98,7 +98,7 @@ def _sha256(file: Path) -> str:
 
 
 def remove_drafts(root: Path) -> None:
-    """Delete what an interrupted save left under a temporary name. The caller must hold the run folder's lock."""
+    """Delete the drafts of interrupted saves. The caller must hold the lock of the run folder."""
     for folder in root.glob(f"{DRAFT_PREFIX}*") if root.is_dir() else ():
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -128,7 +128,7 @@ def _fault(folder: Path, ranks: Communicator, hashes: bool) -> str:
 
 
 def _structure_fault(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Describe what names and sizes show to be wrong, "" if nothing; and return the manifest's entries if so."""
+    """Check names and sizes: a description of the fault, "" for none, and the manifest's entries if there is none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
@@ -179,10 +179,15 @@ def _check_format(folder: Path) -> None:
 
 
 def newest(root: Path, ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = True) -> Path | None:
-    """Return the newest complete checkpoint under `root`, None if there is none; damaged ones are passed over with a
-    warning each.
+    """Return the newest complete checkpoint under `root`; each damaged one is skipped with a warning.
 
-    `hashes` as in `verify`.
+    Args:
+        root: folder of checkpoints.
+        ranks: the processes, which call it together.
+        hashes: whether to read and hash the files, as in `verify`.
+
+    Returns:
+        The checkpoint, None if there is none.
 
     Raises:
         CheckpointError: it has a format of a newer version.
@@ -197,9 +202,12 @@ def newest(root: Path, ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = T
 
 
 def resolve(path: str | os.PathLike[str], ranks: Communicator = SINGLE_PROCESS, *, hashes: bool = True) -> Path:
-    """Find the checkpoint that `path` means: the folder itself, or the newest complete one of a run folder.
+    """Resolve a path to a checkpoint: the folder itself, or the newest complete one of a run folder.
 
-    `hashes` as in `verify`.
+    Args:
+        path: a checkpoint folder (step-300), a run folder, or its folder of checkpoints.
+        ranks: the processes, which call it together.
+        hashes: whether to read and hash the files, as in `verify`.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it has a format of a newer version.

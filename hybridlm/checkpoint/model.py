@@ -1,4 +1,4 @@
-"""Reading of a checkpoint's model: its config, its explicit list of layers, its weights and its tokenizer."""
+"""Reads the model of a checkpoint: its config, its explicit list of layers, its weights and its tokenizer."""
 
 from __future__ import annotations
 
@@ -63,13 +63,14 @@ def layer_diff(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[s
 
 def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
                  local_shard: Callable[[str, StoredTensor], StoredTensor] | None = None) -> list[str]:
-    """Copy the checkpoint's weights into a model, by name. Of weights that are sharded over ranks only this rank's
-    shards are read.
+    """Copy the checkpoint's weights into a model, by name.
+
+    Of weights that are sharded over ranks only this rank's shards are read.
 
     Args:
         model: as `build_model` made it, on any number of ranks.
         folder: a checkpoint.
-        may_lack: shell pattern over names; the weights it matches stay as they are where the checkpoint lacks them.
+        may_lack: shell pattern over names; the weights it matches keep their values where the checkpoint lacks them.
         local_shard: slices a stored tensor to what the model holds of it (`Engine.local_shard`); None: all of it.
 
     Returns:
@@ -100,11 +101,14 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> HybridLM:
-    """Load the model of a checkpoint, or of a run folder's newest one, in evaluation mode, with `.tokenizer` set.
+    """Load the model of a checkpoint, or of the newest checkpoint of a run folder, in evaluation mode.
 
     Args:
         path: a checkpoint folder (step-300), or a run folder.
-        device: where its weights are to be.
+        device: device of the weights.
+
+    Returns:
+        The model, with `.tokenizer` set, or None where the checkpoint has no tokenizer.
 
     Raises:
         CheckpointError: nothing there, damaged files, or weights that do not fit.
@@ -140,8 +144,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def model_texts(config: Any, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """Return the text files, by name, that let a checkpoint be used without its run; `config` is the resolved one of a
-    run, or `{"model": ...}` alone."""
+    """Make the text files of a checkpoint: config.yaml, layers.json, and those of the tokenizer.
+
+    Args:
+        config: the resolved config of a run, or `{"model": ...}`.
+        model: the config of the model.
+        tokenizer: its tokenizer, if it has one.
+
+    Returns:
+        The content by file name.
+    """
     texts = {"config.yaml": to_yaml(config), "layers.json": json.dumps(layer_list(model), indent=1)}
     if tokenizer is not None:
         texts |= tokenizer.files()

@@ -1,4 +1,4 @@
-"""Writing of checkpoints: a thread of each rank writes under a temporary name, then all ranks rename together."""
+"""Writes checkpoints: a thread of each rank writes under a temporary name, then all ranks together rename."""
 
 from __future__ import annotations
 
@@ -130,6 +130,6 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # what the disk refuses comes back as the library's own error
+    except SafetensorError as error:  # safetensors raises this for errors of the disk too
         raise OSError(str(error)) from error
     return manifest_entry(file)

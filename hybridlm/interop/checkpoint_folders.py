@@ -124,7 +124,7 @@ def export_checkpoint(checkpoint: PathLike, dest: PathLike, *, family: str | Non
         dest: a new folder.
         family: the model type; None: the one that computes exactly this model, or `hybridlm` where transformers has
             none.
-        dtype: fp32, bf16 or fp16; None: as it is. Parameters that need fp32 stay fp32.
+        dtype: fp32, bf16 or fp16; None: that of the source. Parameters that need fp32 stay fp32.
         mtp: export multi-token prediction weights.
         shard_bytes: largest number of bytes per file.
 

@@ -88,18 +88,18 @@ class Family:
         name: the model type, as in config.json.
         architecture: the class of transformers that computes it.
         read_config: plain data of a `ModelConfig` from a transformers config, as transformers computes with it.
-        write_config: the config.json of a model. It may drop what the format cannot express: the caller compares the
-            config that comes back.
+        write_config: the config.json of a model. It may drop what the format cannot express: the caller reads the
+            result back and compares.
         map_layer: the rules of one layer.
-        preference: of several families that can hold a model, the one it came from takes it, else the one with the
-            highest preference, else the first by the name of its file.
+        preference: an export writes the family that the model was imported from, else of the families that can hold it
+            the one with the highest preference, else the first by the name of its file.
         aliases: further model types with the same format.
         multimodal_types: model types whose `text_config` is of this family.
         embedding_key: their name of the embedding.
         renamed_keys: (pattern, replacement) that turn other spellings of keys (transformers' names at run time, older
             releases) into the official ones.
         ignored_keys: patterns of keys that carry nothing to keep.
-        mtp_keys: where MTP weights stand: "layers" behind the last layer (DeepSeek), "mtp" under a prefix of their own
+        mtp_keys: place of MTP weights: "layers" behind the last layer (DeepSeek), "mtp" under a prefix of their own
             (Qwen), None nowhere.
         known_differences: sentences that say where transformers computes other numbers from the exported model.
         derived_tensors: tensors that follow from the config.
@@ -121,7 +121,7 @@ class Family:
     derived_tensors: Callable[[ModelConfig], Iterator[DerivedTensor]] = field(default=lambda config: iter(()))
 
     def rules(self, config: ModelConfig) -> list[TensorRule]:
-        """The rules for a whole model; every tensor of ours stands in exactly one."""
+        """List the rules for all tensors of a model; each of our tensors is in exactly one."""
         depth = config.mtp.depth if self.mtp_keys == "layers" else 0
         mtp_prefixes = [f"model.layers.{config.num_layers + index}" for index in range(depth)]
         rules = [_map_repeated("embed.weight", self.embedding_key,
@@ -152,7 +152,7 @@ class Family:
         yield from self.map_layer(config, LayerToMap(mixer, is_moe, f"mtp.{index}.block.", block))
 
     def make_ignored_test(self, config: ModelConfig) -> Callable[[str], bool]:
-        """A function that says whether a key may be in a checkpoint without being read."""
+        """Make a function that says whether a key of a checkpoint may be ignored."""
         patterns = [*self.ignored_keys, r"\.rotary_emb\.inv_freq$"]
         if config.tie_embeddings:
             patterns.append(r"^lm_head\.weight$")
@@ -162,7 +162,14 @@ class Family:
         return lambda name: pattern.search(name) is not None
 
     def to_official_names(self, found: Mapping[str, TensorSpec]) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-        """The specs of a source by official name, and the source's own spelling of each official name."""
+        """Map the names of a source to official names.
+
+        Args:
+            found: specs of the tensors of the source, by its names.
+
+        Returns:
+            The specs by official name, and the name in the source by official name.
+        """
         specs = {}
         spelling = {}
         for name, spec in found.items():
@@ -186,6 +193,10 @@ FAMILIES: dict[str, Family] = {}  # by model type
 
 
 def register_family(family: Family) -> Family:
-    """Make a family known to import and export; returns it."""
+    """Register a family for import and export, under the model type `family.name`.
+
+    Returns:
+        The family.
+    """
     FAMILIES[family.name] = family
     return family

@@ -1,4 +1,4 @@
-"""Plans of import and export, which are checked as a whole and then give tensors one by one; models in memory."""
+"""Plans of import and export, checked completely before the first tensor is read; conversion of models in memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def list_our_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
 
 class ImportPlan:
-    """A checkpoint of transformers, checked as a whole, ready to be read tensor by tensor.
+    """A checkpoint of transformers that was checked against its config, ready to be read tensor by tensor.
 
     Args:
         raw: its config.json.
@@ -75,7 +75,11 @@ class ImportPlan:
                 yield name, TensorSpec(dtype or theirs, shapes[name].shape)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors, one group in memory at a time."""
+        """Yield our tensors by name, with one group in memory at a time.
+
+        Raises:
+            CheckpointError: a tensor whose values do not fit, such as copies that differ.
+        """
         for step in self.steps:
             reads = [partial(self.source.read, name) for name in step.source]
             try:
@@ -85,7 +89,7 @@ class ImportPlan:
             yield from zip(step.ours, ours, strict=True)
 
     def build_model(self, dtype: torch.dtype) -> HybridLM:
-        """The whole model in memory, in evaluation mode."""
+        """Build the model in memory, in evaluation mode, with all its weights in `dtype`."""
         model = build_model(self.config).to(dtype)
         ours = ckpt.unique_tensors(model)
         with torch.no_grad():
@@ -149,7 +153,7 @@ class ExportPlan:
             yield derived.name, TensorSpec(torch.float32, derived.shape)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Their tensors, one group of ours in memory at a time."""
+        """Yield their tensors by name, with one group of ours in memory at a time."""
         for rule in self.rules:
             layout = rule.layouts[0]
             reads = [partial(self.source.read, name) for name in rule.ours]
@@ -159,7 +163,11 @@ class ExportPlan:
 
 
 def to_hf_config(config: ModelConfig, family: str | None = None) -> PreTrainedConfig:
-    """The transformers config of a model.
+    """Make the transformers config of a model.
+
+    Args:
+        config: the model.
+        family: the model type; None: the first one that computes exactly this model.
 
     Raises:
         ConfigError: `family` does not compute this model.
@@ -174,7 +182,7 @@ def to_hf_config(config: ModelConfig, family: str | None = None) -> PreTrainedCo
 
 def import_hf(source: str | os.PathLike[str] | PreTrainedModel, *, mtp: bool = True,
               dtype: torch.dtype = torch.float32, device: str = "cpu") -> HybridLM:
-    """Our model with the weights of a checkpoint of transformers, in evaluation mode.
+    """Load a checkpoint or model of transformers as one of ours, in evaluation mode.
 
     Args:
         source: a checkpoint folder, or a model in memory.
@@ -200,7 +208,7 @@ def import_hf(source: str | os.PathLike[str] | PreTrainedModel, *, mtp: bool = T
 
 
 def to_hf_model(model: HybridLM, family: str | None = None) -> PreTrainedModel:
-    """A transformers model with a copy of our weights, but without those of MTP, in evaluation mode.
+    """Make a transformers model with a copy of our weights (without those of MTP), in evaluation mode.
 
     Args:
         model: the model.

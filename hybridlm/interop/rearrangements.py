@@ -1,8 +1,8 @@
-"""Moves values between our tensors and theirs, in both directions: a checkpoint of another library may pack, stack, cut
-or repeat what stands in one tensor here. Values are moved, never computed.
+"""Moves values between our tensors and those of another library's checkpoint, in both directions.
 
-Tensors come as functions that read them and are asked for one at a time, so that a layer of a thousand experts is put
-together without two copies of it in memory.
+A checkpoint of another library may pack, stack, cut or repeat the values of one of our tensors. Values are moved, never
+computed. Tensors are passed as functions that read them, one at a time, so that the experts of a layer are stacked
+without two copies of them in memory. "Ours" are tensors of hybridlm, "theirs" those of the other checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ReadTensor = Callable[[], Tensor]
 
 
 def readers(tensors: Sequence[Tensor]) -> list[ReadTensor]:
-    """A function for each tensor that returns it."""
+    """Wrap tensors in memory as functions that read them."""
     return [partial(_identity, tensor) for tensor in tensors]
 
 
@@ -32,11 +32,25 @@ class Rearrangement:
     """A bijection between a group of their tensors and a group of ours."""
 
     def to_ours(self, theirs: Sequence[ReadTensor]) -> list[Tensor]:
-        """Our tensors from theirs, given in the order of the rule."""
+        """Make our tensors from theirs.
+
+        Args:
+            theirs: functions that read their tensors, in the order of the rule.
+
+        Returns:
+            Our tensors, in the order of the rule.
+
+        Raises:
+            CheckpointError: values that should be copies of one tensor differ.
+        """
         raise TypeError(f"{type(self).__name__} has no to_ours")
 
     def to_theirs(self, ours: Sequence[ReadTensor]) -> Iterator[Tensor]:
-        """Their tensors from ours, one after the other."""
+        """Yield their tensors, made from ours, in the order of the rule.
+
+        Args:
+            ours: functions that read our tensors, in the order of the rule.
+        """
         raise TypeError(f"{type(self).__name__} has no to_theirs")
 
 
@@ -117,7 +131,7 @@ class StackedExperts(Rearrangement):
 
 @dataclass(frozen=True)
 class RepeatedTensor(Rearrangement):
-    """One of our tensors stands in their checkpoint `count` times, under as many names."""
+    """One of our tensors is stored in their checkpoint `count` times, under as many names."""
 
     count: int
 
@@ -135,7 +149,7 @@ class RepeatedTensor(Rearrangement):
 
 @dataclass(frozen=True)
 class PerTensor(Rearrangement):
-    """Equally many tensors on both sides; `rearrangements[i]`, which takes and gives one, rearranges the i-th."""
+    """Equally many tensors on both sides, of which `rearrangements[i]` rearranges the i-th."""
 
     rearrangements: tuple[Rearrangement, ...]
 

@@ -1,4 +1,4 @@
-"""Changes to a trained model, named as on a command line: indexer options as plain data, mixers by their preset.
+"""Changes to a trained model from the words of a command line: options of an indexer, names of presets.
 
 `hybridlm.model.edit` does the work on configs; this file reads options and presets for it.
 """
@@ -21,10 +21,10 @@ from hybridlm.model.model import HybridLM
 
 def add_indexer(model: HybridLM, options: Mapping[str, Any] | None = None, layers: Sequence[int] | None = None, *,
                 seed: int = 0) -> tuple[HybridLM, Transfer]:
-    """The model with a fresh indexer in its softmax layers; it computes what it computed before.
+    """Add a fresh indexer to the softmax layers of a model; its outputs stay the same until the mode is sparse.
 
     Args:
-        model: the trained model, which stays as it is.
+        model: the trained model, which is not changed.
         options: of IndexerConfig; `mode: sparse` selects keys at once, instead of `dense`.
         layers: those to convert; None takes every layer of softmax attention over all tokens.
         seed: of the fresh weights.
@@ -41,10 +41,10 @@ def add_indexer(model: HybridLM, options: Mapping[str, Any] | None = None, layer
 
 def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig | str, name: str | None = None, *,
                    seed: int = 0) -> tuple[HybridLM, Transfer]:
-    """The model with another mixer in some layers, which takes over q, k, v and o wherever shapes allow.
+    """Replace the mixer of some layers; the new one takes over q, k, v and o projections where shapes allow.
 
     Args:
-        model: the trained model, which stays as it is.
+        model: the trained model, which is not changed.
         layers: negative ones count from the end.
         mixer: a config, or the name of a file of `configs/mixer` (gdn, kda, lightning, ...), which then gets the heads
             of the mixer that it replaces.

@@ -1,4 +1,4 @@
-"""Ties tensors of another library's checkpoint to ours, by name: each rule works in both directions.
+"""Rules that map tensors of another library's checkpoint to ours by name, in both directions.
 
 A family is a list of such rules, so import and export cannot drift apart. Shapes are checked from the headers of files
 alone: what a rule would export from our shapes is what it expects to find.
@@ -16,7 +16,7 @@ import torch
 from hybridlm.errors import CheckpointError
 from hybridlm.interop.rearrangements import Rearrangement, Unchanged, readers
 
-MAX_PROBLEMS_SHOWN = 4
+MAX_PROBLEMS_SHOWN = 4  # in one error message
 
 
 class TensorSpec(NamedTuple):
@@ -60,12 +60,12 @@ class TensorRule:
 
 def map_tensors(ours: str | tuple[str, ...], theirs: str | tuple[str, ...],
                 rearrangement: Rearrangement | None = None, *other_layouts: KeyLayout) -> TensorRule:
-    """The rule for one group of tensors.
+    """Make the rule for one group of tensors.
 
     Args:
         ours: our name or names.
         theirs: the names in the layout that is written.
-        rearrangement: how the two groups hold the same values; None: as many tensors, each as it is.
+        rearrangement: how the two groups hold the same values; None: the tensors are equal on both sides.
         other_layouts: further layouts that are read.
 
     >>> from hybridlm.interop.rearrangements import PackedRows
@@ -142,7 +142,7 @@ def _compare_specs(name: str, found: TensorSpec, expected: TensorSpec) -> list[s
 
 def _choose_layout(rule: TensorRule, theirs: Mapping[str, TensorSpec],
                    our_specs: Mapping[str, TensorSpec]) -> KeyLayout:
-    """The layout of the source: all its names are there, and its shapes fit. Else the one that is nearest to that."""
+    """Choose the layout of which the source has all names, in fitting shapes; else the one it has most names of."""
     complete = [layout for layout in rule.layouts if all(name in theirs for name in layout.names)]
     for layout in complete:
         if all(theirs[name].shape == spec.shape for name, spec in rule.specs_of_theirs(our_specs, layout)):

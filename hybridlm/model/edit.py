@@ -1,4 +1,4 @@
-"""Changes to what a trained model is made of: sparse attention for dense, linear mixers for softmax ones.
+"""Conversions of a trained model: adding indexers (sparse attention), replacing softmax mixers by linear ones.
 
 Everything else keeps its weights and their names. The result is an ordinary model, to be saved and trained on.
 """
@@ -39,7 +39,7 @@ def add_indexer(model: HybridLM, indexer: IndexerConfig, layers: Sequence[int] |
     """Give a trained model fresh indexers: the start of a conversion into DeepSeek sparse attention.
 
     Args:
-        model: the trained model, which stays as it is.
+        model: the trained model, which is not changed.
         indexer: with `mode: dense` the result computes what `model` computes, and the indexer can be trained;
             `mode: sparse` selects keys at once.
         layers: those to convert, negative ones counted from the end; None takes every layer of softmax attention over
@@ -84,7 +84,7 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig, n
     of softmax attention wherever shapes allow. How the branch joins the residual stays the layer's own.
 
     Args:
-        model: the trained model, which stays as it is.
+        model: the trained model, which is not changed.
         layers: negative ones count from the end.
         mixer: config of the new mixer.
         name: of the new mixer in the schedule; None takes its kind.

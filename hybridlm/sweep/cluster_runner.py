@@ -34,17 +34,17 @@ from hybridlm.sweep.process import child_environment, describe_outcome, prepare_
 from hybridlm.sweep.slurm_jobs import find_jobs, find_pending_jobs, update_states
 from hybridlm.sweep.stop_request import StopRequest
 
-POLL_INTERVAL_S = 0.5  # between looks at outcomes
-SQUEUE_INTERVAL_S = 15.0  # between questions to squeue
-MISSED_LOOKS_OF_LOST_JOB = 2  # looks at squeue, one after the other, in which a lost job is missing
-SAVE_PATIENCE_S = 60.0  # for points to save when the sweep ends
+POLL_INTERVAL_S = 0.5  # between checks of outcomes
+SQUEUE_INTERVAL_S = 15.0  # between calls of squeue
+SQUEUE_MISSES_OF_LOST_JOB = 2  # successive calls of squeue that do not list a job before it counts as lost
+MAX_SAVE_WAIT_S = 60.0  # for points to save when the sweep ends
 
 
 def run_on_cluster(plan: SweepPlan, *, retry_failed: bool, say: Callable[[str], None],
                    imports: Sequence[str] = ()) -> str | None:
     """Submit the points that are neither finished nor submitted, and wait for all.
 
-    When the sweep is stopped, Slurm's jobs go on; Ray's points are asked to save.
+    When the sweep is stopped, Slurm's jobs continue; Ray's points are asked to save.
 
     Args:
         plan: the sweep.
@@ -88,7 +88,7 @@ def run_on_cluster(plan: SweepPlan, *, retry_failed: bool, say: Callable[[str], 
 
 
 def _say_if_ended(folder: Path, name: str, say: Callable[[str], None]) -> bool:
-    """Whether this point has ended; if so, say how."""
+    """Whether this point has ended; prints its outcome if so."""
     try:
         outcome = json.loads((folder / "points" / name / OUTCOME_FILE).read_text(encoding="utf-8"))
     except OSError:
@@ -104,7 +104,7 @@ def _fail_lost_jobs(folder: Path, names: list[str], missed_looks: Counter[str]) 
     for name, job in jobs.items():
         missed_looks[name] = missed_looks[name] + 1 if job.state == "gone" else 0
         outcome_file = folder / "points" / name / OUTCOME_FILE
-        if missed_looks[name] >= MISSED_LOOKS_OF_LOST_JOB and not outcome_file.exists():
+        if missed_looks[name] >= SQUEUE_MISSES_OF_LOST_JOB and not outcome_file.exists():
             reason = f"job {job.id} left the queue without a result (cancelled, its node lost?); see {job.log}"
             write_json(outcome_file, {"status": "failed", "reason": reason})
 
@@ -143,7 +143,7 @@ class _LauncherProcess:
         return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
     def let_points_save(self) -> None:
-        """Ask the points of Ray to save and end; Slurm's jobs go on."""
+        """Ask the points of Ray to save and end; Slurm's jobs continue."""
         if not self.slurm:
             (self.folder / STOP_FILE).touch()
 
@@ -155,7 +155,7 @@ class _LauncherProcess:
         if self._process is not None and not self.has_ended():
             self.let_points_save()
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(0 if self.slurm else SAVE_PATIENCE_S)
+                self._process.wait(0 if self.slurm else MAX_SAVE_WAIT_S)
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

@@ -22,19 +22,22 @@ from hybridlm.sweep.point import Point, identify_run
 from hybridlm.sweep.probe_tasks import read_probe_result
 from hybridlm.training.metrics import peak_flops
 
-WARM_UP_PASSES = 1
-MEASURED_PASSES = 2
+WARM_UP_PASSES = 1  # passes before the clock starts
+MEASURED_PASSES = 2  # timed passes
 
 BY_FLOPS = "at least: training FLOPs at the rate of this machine's matrix products"
 BY_MEASUREMENT = "forward and backward passes on random tokens, without optimizer, validation and start"
 
 
 def estimate(points: list[Point], *, measure: bool) -> tuple[list[float], str]:
-    """The seconds that each point takes, and in words how they were found.
+    """Estimate the seconds that each point takes.
 
     Args:
         points: the points of a sweep.
-        measure: run a few passes of each different model instead of asking finished points or counting FLOPs.
+        measure: run a few passes of each different model instead of using finished points or counting FLOPs.
+
+    Returns:
+        Seconds per point, and a text that says how they were estimated.
     """
     if measure:
         return estimate_by_measurement(points)
@@ -42,7 +45,7 @@ def estimate(points: list[Point], *, measure: bool) -> tuple[list[float], str]:
 
 
 def estimate_by_finished(points: list[Point]) -> tuple[list[float], str] | None:
-    """Seconds by the FLOPs of each point at the pace of the finished points; None where none has finished."""
+    """Estimate seconds from FLOPs at the speed of the finished points; None where none has finished."""
     measured: dict[str, float] = {}
     for point in points:
         if point_outcome(point)["status"] == "finished" and (seconds := _training_seconds(point)) > 0:
@@ -97,7 +100,7 @@ def _training_flops(point: Point) -> float:
 
 
 def estimate_by_flops(points: list[Point]) -> tuple[list[float], str]:
-    """Seconds if everything ran as fast as large matrix products do; small models are far slower."""
+    """Estimate seconds as if all FLOPs ran at the speed of large matrix products; small models are far slower."""
     config = points[0].config
     device = pick_device(config.engine)
     rate, source = peak_flops(device, pick_precision(config.training.precision, device))
@@ -105,7 +108,7 @@ def estimate_by_flops(points: list[Point]) -> tuple[list[float], str]:
 
 
 def estimate_by_measurement(points: list[Point]) -> tuple[list[float], str]:
-    """Seconds from a few passes of each different model; points that differ in their seed alone count as equal."""
+    """Measure a few passes of each different model; points that differ in their seed alone are measured once."""
     known: dict[str, float] = {}
     seconds = []
     for point in points:

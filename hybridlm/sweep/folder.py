@@ -3,13 +3,13 @@
     DIR/
       sweep.json        what is varied and every point with its costs
       results.csv, results.json
-      jobs/N/           what was given to a cluster, see `hybridlm.sweep.slurm_jobs`
+      jobs/N/           a submission to a cluster, see `hybridlm.sweep.slurm_jobs`
       points/NAME/      the run folder of a point, and in it:
         point.yaml      the resolved config that `hybridlm train` gets
-        work.yaml       what the point is trained on besides text: probes
+        work.yaml       the trainings of the point besides text: probes
         probes/         the results of probes, one file each
-        outcome.json    how the last start ended
-        output.txt      what it printed
+        outcome.json    the outcome of the last start
+        output.txt      its printed output
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hybridlm.training.run_folder import LOCK_FILE, check_same_run
 POINT_FILE = "point.yaml"
 OUTCOME_FILE = "outcome.json"
 OUTPUT_FILE = "output.txt"
-LAUNCH_FILE = "launch.json"  # in jobs/N: what was given to a launcher
+LAUNCH_FILE = "launch.json"  # in jobs/N: the points of a launcher, and its options
 STOP_FILE = "stop"  # in jobs/N: asks the points there to save and end
 
 
@@ -61,7 +61,7 @@ class SweepFolder:
             self._lock = None
 
     def write_plan(self, report: dict[str, Any]) -> None:
-        """Write sweep.json: the plan, without the status of points, which stands in their own folders."""
+        """Write sweep.json: the plan, without the status of points, which is in their own folders."""
         rows = [{key: value for key, value in row.items() if key != "status"} for row in report["points"]]
         write_json(self.path / "sweep.json", {**report, "points": rows})
 

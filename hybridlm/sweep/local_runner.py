@@ -1,4 +1,4 @@
-"""Runs points as processes of this machine, some at a time; each goes on where it stopped."""
+"""Runs points as processes of this machine, some at a time; a point that was stopped is resumed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hybridlm.sweep.point import Point
 from hybridlm.sweep.process import PointProcess, describe_outcome, finish_point, start_point
 from hybridlm.sweep.stop_request import StopRequest
 
-POLL_INTERVAL_S = 0.1  # between looks at the processes
-BUSY_PATIENCE_S = 60.0  # that a point may be busy with a process of another sweep: one that is still saving
+POLL_INTERVAL_S = 0.1  # between checks of the processes
+MAX_BUSY_WAIT_S = 60.0  # wait for a process of another sweep that still saves a point
 
 
 def run_points(points: list[Point], *, jobs: int, retry_failed: bool, say: Callable[[str], None],
@@ -88,11 +88,11 @@ class _LocalRun:
         return True
 
     def _waited_too_long(self) -> bool:
-        """Whether all that is left has been busy with other processes for too long; says so."""
+        """Whether other processes have run all remaining points for too long; prints each of them then."""
         if self.running or not self.waiting:
             return False
         self.busy_since = self.busy_since or time.monotonic()
-        if time.monotonic() - self.busy_since <= BUSY_PATIENCE_S:
+        if time.monotonic() - self.busy_since <= MAX_BUSY_WAIT_S:
             return False
         for point in self.waiting:
             self.say(f"{self.labels[point.name]}: left out, another process is training there")

@@ -22,7 +22,7 @@ from hybridlm.sweep.request import Budget, SweepConfig
 from hybridlm.training.run_folder import flatten
 from hybridlm.training.stages import plan_stages
 
-TOLERANCE = 0.01  # of the target
+TOLERANCE = 0.01  # allowed difference, as a fraction of the target
 PREFERRED_DIVISORS = (64, 32, 16, 8, 4, 2, 1)  # of widths, tried in this order: kernels are faster at rounder ones
 MAX_GROWTH = 64  # the largest size tried, as a multiple of the given one
 UNITS = {"params": "parameters", "flops": "FLOPs per token", "state": "bytes of decode state"}
@@ -86,10 +86,10 @@ def make_cost(point: Point, sweep: SweepConfig) -> Cost:
 
 
 def match_model(model: ModelConfig, cost: Cost, target: float, match: Budget) -> ModelConfig | float:
-    """The model, changed as little as possible so that its cost is the target within 1 %.
+    """Resize a model as little as possible so that its cost is the target within 1 %.
 
     Args:
-        model: the config to change; it stays as it is.
+        model: the config to start from, which is not changed.
         cost: the cost of a config.
         target: the cost to reach.
         match: which cost it is: it decides what is resized.
@@ -158,7 +158,7 @@ def _width_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resi
 
     steps = (8,) if hidden >= 256 else (8, 4, 2)  # a wide model has fine enough steps in its feed-forward
     for step in steps:
-        for width in _outward(hidden, step, hidden // 2, 2 * hidden):
+        for width in _search_outward(hidden, step, hidden // 2, 2 * hidden):
             try:
                 variant = replace(model, hidden_size=width)
                 count_parameters(variant)  # raises where a mixer or feed-forward does not fit this width
@@ -167,8 +167,8 @@ def _width_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resi
             yield variant, width_now, resize
 
 
-def _outward(start: int, step: int, low: int, high: int) -> Iterator[int]:
-    """`start`, then numbers ever further from it, below and above in turn, within `low` and `high`."""
+def _search_outward(start: int, step: int, low: int, high: int) -> Iterator[int]:
+    """Yield `start`, then the numbers at a growing distance from it, below and above, within `low` and `high`."""
     yield start
     for distance in range(step, high - low, step):
         yield from (size for size in (start - distance, start + distance) if low <= size <= high)
@@ -199,7 +199,7 @@ def _head_variants(model: ModelConfig) -> Iterator[tuple[ModelConfig, int, Resiz
         kv_heads = max(softmax.values())
         yield model, kv_heads, resize_softmax
         if linear:
-            for count in _outward(kv_heads, 1, 1, 4 * kv_heads):
+            for count in _search_outward(kv_heads, 1, 1, 4 * kv_heads):
                 yield resize_softmax(model, count), linear_heads, resize_linear
 
 

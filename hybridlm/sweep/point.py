@@ -1,4 +1,4 @@
-"""One point of a sweep: the config of one run, how it came from the varied settings, and what identifies it."""
+"""One point of a sweep: its config, its values of the varied settings, and its identity."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Point:
 
     Attributes:
         name: name of its folder.
-        settings: value of each varied key. Where several combinations give this same run, their values stand together
+        settings: value of each varied key. Where several combinations give the same run, their values are joined
             ("kda|gdn"), and `same_as` lists the combinations.
-        config: the whole config of the run.
-        changed: {key: [before, after]} of what matching the budget has changed.
-        work: what the point is trained on besides text.
+        config: the config of the run.
+        changed: {key: [before, after]} of the options that matching the budget has changed.
+        work: trainings besides text.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Point:
 
 
 def find_point(points: list[Point], name: str, key: str) -> Point:
-    """The point of this name.
+    """Find a point by its name.
 
     Args:
         points: the points of a sweep.
@@ -80,7 +80,7 @@ def find_point(points: list[Point], name: str, key: str) -> Point:
 
 
 def identify_run(config: Config) -> str:
-    """A text that is equal for configs that run alike.
+    """Make a text that is equal for configs of the same training.
 
     The layer list counts, not how the schedule was written; neither do mixers that no layer uses, nor names.
     """
@@ -98,7 +98,7 @@ def identify_run(config: Config) -> str:
 
 
 def shorten_keys(keys: list[str]) -> dict[str, str]:
-    """The last part of each dotted key, with as much before it as tells the keys apart.
+    """Shorten dotted keys to their endings, as short as keeps them different.
 
     >>> shorten_keys(["model.schedule.ratio", "optimizer.lr", "schedule.lr"])
     {'model.schedule.ratio': 'ratio', 'optimizer.lr': 'optimizer.lr', 'schedule.lr': 'schedule.lr'}

@@ -1,4 +1,4 @@
-"""Starts the process of one point, a `hybridlm train` in a process group of its own, and reads how it ended."""
+"""Starts the process of one point in a process group of its own, and reads its outcome."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PointProcess:
 
 def start_point(folder: Path, *, jobs: int = 1, cwd: str | None = None,
                 imports: Sequence[str] = ()) -> PointProcess:
-    """Start the process of the point whose config stands in `folder`.
+    """Start the process of the point whose config is in `folder`.
 
     Args:
         folder: the run folder of the point.
@@ -77,7 +77,7 @@ def start_point(folder: Path, *, jobs: int = 1, cwd: str | None = None,
 
 
 def point_command(file: Path, imports: Sequence[str] = ()) -> list[str]:
-    """The command of the point whose config is `file`: a plain training where there is nothing else to do."""
+    """Build the command of the point whose config is `file`: `hybridlm train` for a point without probes."""
     arguments = [word for name in imports for word in ("--import", name)]
     # Compared as plain data: the kinds of the user's probes need not be known to this process.
     if load_yaml(file.parent / WORK_FILE) != to_dict(PointWork()):
@@ -86,7 +86,7 @@ def point_command(file: Path, imports: Sequence[str] = ()) -> list[str]:
 
 
 def child_environment(jobs: int) -> dict[str, str]:
-    """The environment of this process, in which a child finds the same packages, and `jobs` of them share the cores."""
+    """Build the environment of a child: it finds the same packages, and `jobs` children divide the cores."""
     folders = [Path(package.__file__ or "").resolve().parents[1] for package in (hybridlm, hybridlm_kernels)]
     search_path = [str(folder) for folder in folders if folder.name not in ("site-packages", "dist-packages")]
     if os.environ.get("PYTHONPATH"):
@@ -98,9 +98,10 @@ def child_environment(jobs: int) -> dict[str, str]:
 
 
 def prepare_child(when_orphaned: int) -> Callable[[], None] | None:
-    """A function to run in a new child, so that it gets the signal `when_orphaned` when its parent is killed.
+    """Make the function that a new child runs, so that it gets the signal `when_orphaned` when its parent is killed.
 
-    None where the system has no such signals (only Linux has).
+    Returns:
+        The function; None where the system has no such signals (only Linux has).
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -145,7 +146,7 @@ def finish_point(ended: PointProcess, *, asked_to_stop: bool) -> dict[str, Any]:
 
 
 def _find_reason(code: int, output: Path, start: int) -> str:
-    """Why a process failed: the signal, the error that it printed, or its last line."""
+    """Find why a process failed: the signal, the error that it printed, or its last line."""
     with output.open("rb") as file:
         file.seek(start)
         lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]

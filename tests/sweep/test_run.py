@@ -138,7 +138,7 @@ def test_a_sweep_that_is_killed_leaves_no_process_behind_and_goes_on(tmp_path, f
 
 
 def test_a_point_that_another_process_trains_is_left_to_it(tmp_path, fake, monkeypatch, capsys):
-    monkeypatch.setattr(local_runner, "BUSY_PATIENCE_S", 0.2)
+    monkeypatch.setattr(local_runner, "MAX_BUSY_WAIT_S", 0.2)
     with closing(RunFolder(tmp_path / "points" / "seed-0")):
         assert main(["sweep", *words(tmp_path, "0,4")]) == 1
     out = capsys.readouterr().out

@@ -43,7 +43,7 @@ MIXER_NAMES = {"linear_attention": "kda", "full_attention": "full"}
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from theirs."""
+    """Convert a transformers config to plain data of a `ModelConfig`."""
     hf.require_value("q_lora_rank", None)
     kda = {"kind": "delta_rule", "decay": "channel", "num_heads": hf.num_attention_heads,
            "head_dim": hf.raw.get("linear_head_dim", hf.linear_head_dim), "output_gate": "sigmoid",
@@ -68,7 +68,7 @@ def _is_mla(hf: HFConfig, layer: int) -> bool:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model of ours."""
+    """Make the config.json of a model in the format of this family."""
     kda = require_mixer(config, DeltaRuleConfig)
     mla = require_mixer(config, MLAConfig)
     types = list_layer_types(config)
@@ -87,7 +87,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
-    """The rules of one layer."""
+    """Yield the rules for the tensors of one layer."""
     yield from map_norms(layer)
     ours = f"{layer.ours}mixer."
     theirs = f"{layer.theirs}attention."

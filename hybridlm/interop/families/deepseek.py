@@ -1,6 +1,6 @@
 """DeepSeek-V3 and V3.2, GLM-5: multi-head latent attention, with an indexer (DSA) from V3.2 on, sigmoid-routed experts.
 
-MTP layers stand behind the last one. GLM-5 rotates index heads in interleaved pairs and lets layers share the
+MTP layers follow the last layer. GLM-5 rotates index heads in interleaved pairs and lets layers share the
 selection of an earlier one.
 """
 
@@ -49,7 +49,7 @@ def list_mlp_types(hf: HFConfig) -> list[str]:
 
 
 def read_v3(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from that of DeepSeek-V3."""
+    """Convert the transformers config of DeepSeek-V3 to plain data of a `ModelConfig`."""
     kind = "interleaved" if hf.rope_interleave else "half"
     full = read_mla(hf, read_rope(hf, kind))
     return read_base(hf, ["full"] * hf.num_hidden_layers, {"full": full}, read_deepseek_moe(hf, list_mlp_types(hf)),
@@ -57,7 +57,7 @@ def read_v3(hf: HFConfig) -> dict[str, Any]:
 
 
 def write_v3(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in the format of DeepSeek-V3."""
+    """Make the config.json of a model in the format of DeepSeek-V3."""
     mla = require_mixer(config, MLAConfig)
     moe = write_deepseek_moe(require_moe(config))
     return write_base(config) | write_mla(mla) | moe | {
@@ -68,7 +68,7 @@ def write_v3(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_dsa(hf: HFConfig, rope_kind: str, index_kinds: list[str]) -> dict[str, Any]:
-    """Plain data of a config with MLA and an indexer in every layer.
+    """Make plain data of a config with MLA and an indexer in every layer.
 
     Args:
         hf: their config.
@@ -91,17 +91,17 @@ def _read_dsa_mtp(hf: HFConfig) -> dict[str, Any]:
 
 
 def read_v32(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from that of DeepSeek-V3.2."""
+    """Convert the transformers config of DeepSeek-V3.2 to plain data of a `ModelConfig`."""
     return read_dsa(hf, "half", ["full"] * hf.num_hidden_layers)
 
 
 def read_glm(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from that of GLM-5."""
+    """Convert the transformers config of GLM-5 to plain data of a `ModelConfig`."""
     return read_dsa(hf, "interleaved", list(hf.indexer_types))
 
 
 def write_dsa(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in the format of DeepSeek-V3.2."""
+    """Make the config.json of a model in the format of DeepSeek-V3.2."""
     mla = require_mixer(config, MLAConfig)
     if mla.indexer is None:
         raise ConfigError("mixers.indexer", "is missing, but the format has one in every layer")
@@ -113,7 +113,7 @@ def write_dsa(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_glm(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in the format of GLM-5."""
+    """Make the config.json of a model in the format of GLM-5."""
     kinds = ["shared" if _shares_selection(config.mixers[name]) else "full" for name in config.layers()]
     return write_dsa(config) | {"model_type": "glm_moe_dsa", "indexer_types": kinds}
 
@@ -123,7 +123,7 @@ def _shares_selection(mixer: MixerConfig) -> bool:
 
 
 def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
-    """The rules of one layer."""
+    """Yield the rules for the tensors of one layer."""
     yield from map_norms(layer)
     mla = require_kind(layer.mixer, MLAConfig)
     yield from map_mla(mla, f"{layer.ours}mixer.", f"{layer.theirs}self_attn.")

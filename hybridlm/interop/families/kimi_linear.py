@@ -39,7 +39,7 @@ MIXER_NAMES = {"linear_attention": "kda", "full_attention": "full"}
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from theirs."""
+    """Convert a transformers config to plain data of a `ModelConfig`."""
     head_dim = hf.linear_head_dim
     kda = {"kind": "delta_rule", "decay": "channel", "gate": "softplus", "num_heads": hf.linear_num_heads,
            "head_dim": head_dim, "gate_rank": head_dim, "output_gate": "sigmoid", "output_gate_rank": head_dim,
@@ -50,7 +50,7 @@ def read_config(hf: HFConfig) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model of ours."""
+    """Make the config.json of a model in the format of this family."""
     kda = require_mixer(config, DeltaRuleConfig)
     mla = require_mixer(config, MLAConfig)
     types = list_layer_types(config)
@@ -71,7 +71,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
-    """The rules of one layer."""
+    """Yield the rules for the tensors of one layer."""
     yield from map_norms(layer)
     ours = f"{layer.ours}mixer."
     theirs = f"{layer.theirs}self_attn."

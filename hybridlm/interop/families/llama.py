@@ -35,19 +35,19 @@ def _read_dense_model(hf: HFConfig, qk_norm: str) -> dict[str, Any]:
 
 
 def read_llama(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from that of Llama."""
+    """Convert the transformers config of Llama to plain data of a `ModelConfig`."""
     hf.require_value("mlp_bias", False)
     return _read_dense_model(hf, "none")
 
 
 def read_qwen3(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from that of Qwen3."""
+    """Convert the transformers config of Qwen3 to plain data of a `ModelConfig`."""
     hf.require_value("use_sliding_window", False)
     return _read_dense_model(hf, "head")
 
 
 def read_qwen3_moe(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from that of Qwen3-MoE."""
+    """Convert the transformers config of Qwen3-MoE to plain data of a `ModelConfig`."""
     hf.require_value("use_sliding_window", False)
     moe = {"kind": "moe", "router": "softmax", "num_experts": hf.num_experts,
            "num_experts_per_tok": hf.num_experts_per_tok, "moe_intermediate_size": hf.moe_intermediate_size,
@@ -64,19 +64,19 @@ def _write_attention_model(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in the format of Llama."""
+    """Make the config.json of a model in the format of Llama."""
     dense = require_dense(config)
     return _write_attention_model(config) | {"model_type": "llama", "mlp_bias": False,
                                              "intermediate_size": dense.intermediate_size}
 
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in the format of Qwen3."""
+    """Make the config.json of a model in the format of Qwen3."""
     return write_llama(config) | {"model_type": "qwen3", "use_sliding_window": False, "sliding_window": None}
 
 
 def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in the format of Qwen3-MoE."""
+    """Make the config.json of a model in the format of Qwen3-MoE."""
     moe = require_moe(config)
     return _write_attention_model(config) | {
         "model_type": "qwen3_moe", "use_sliding_window": False, "sliding_window": None,
@@ -88,7 +88,7 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
-    """The rules of one layer."""
+    """Yield the rules for the tensors of one layer."""
     yield from map_norms(layer)
     attention = require_kind(layer.mixer, AttentionConfig)
     yield from map_attention(attention, f"{layer.ours}mixer.", f"{layer.theirs}self_attn.")

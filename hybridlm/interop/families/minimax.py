@@ -49,7 +49,7 @@ def read_residual(hf: HFConfig, prefix: str) -> dict[str, Any]:
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from theirs."""
+    """Convert a transformers config to plain data of a `ModelConfig`."""
     hf.require_value("sliding_window", None)
     head_dim = hf.head_dim or hf.hidden_size // hf.num_attention_heads
     lightning = {"kind": "linear_attention", "decay": "constant", "slopes": "lightning", "feature_map": "silu",
@@ -72,7 +72,7 @@ def write_residual(residual: BranchConfig, prefix: str) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model of ours."""
+    """Make the config.json of a model in the format of this family."""
     full = require_mixer(config, AttentionConfig)
     moe = require_moe(config)
     linear = [mixer for mixer in config.mixers.values() if isinstance(mixer, LinearAttentionConfig)]
@@ -91,7 +91,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
-    """The rules of one layer."""
+    """Yield the rules for the tensors of one layer."""
     yield from map_norms(layer)
     ours = f"{layer.ours}mixer."
     theirs = f"{layer.theirs}self_attn."

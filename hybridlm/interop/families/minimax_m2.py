@@ -23,7 +23,7 @@ from hybridlm.model.mixers import AttentionConfig
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from theirs."""
+    """Convert a transformers config to plain data of a `ModelConfig`."""
     full = read_attention(hf, read_rope(hf, partial=True), qk_norm="full")
     moe = {"kind": "moe", "router": "sigmoid", "correction_bias": True, "num_experts": hf.num_local_experts,
            "num_experts_per_tok": hf.num_experts_per_tok, "moe_intermediate_size": hf.intermediate_size}
@@ -31,7 +31,7 @@ def read_config(hf: HFConfig) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model of ours."""
+    """Make the config.json of a model in the format of this family."""
     full = require_mixer(config, AttentionConfig)
     moe = require_moe(config)
     return write_base(config) | write_attention(full) | {
@@ -45,7 +45,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
-    """The rules of one layer."""
+    """Yield the rules for the tensors of one layer."""
     yield from map_norms(layer)
     attention = require_kind(layer.mixer, AttentionConfig)
     yield from map_attention(attention, f"{layer.ours}mixer.", f"{layer.theirs}self_attn.")

@@ -23,7 +23,7 @@ PREFIX = "model."  # before our parameter names
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from theirs."""
+    """Convert a transformers config to plain data of a `ModelConfig`."""
     data = hf.raw.get("model")
     if not isinstance(data, dict):
         raise ConfigError("config.json: model", "is missing", expected="the model section of a hybridlm config")
@@ -31,7 +31,7 @@ def read_config(hf: HFConfig) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The model section as it is, and the fields that tools look for in any config."""
+    """Make the config.json: the model section, and the fields that tools expect in any config."""
     heads = next((m.num_heads for name in config.layers() if hasattr(m := config.mixers[name], "num_heads")), 1)
     return {
         "model_type": MODEL_TYPE, "model": to_dict(config), "vocab_size": config.vocab_size,

@@ -38,7 +38,7 @@ MIXER_NAMES = {"linear_attention": "gdn", "full_attention": "full"}
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from theirs."""
+    """Convert a transformers config to plain data of a `ModelConfig`."""
     gdn = {"kind": "delta_rule", "decay": "scalar", "gate": "softplus", "output_gate": "silu", "norm_eps": 1e-5,
            "num_heads": hf.linear_num_key_heads, "num_value_heads": hf.linear_num_value_heads,
            "head_dim": hf.linear_key_head_dim, "value_head_dim": hf.linear_value_head_dim,
@@ -55,7 +55,7 @@ def read_config(hf: HFConfig) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model of ours."""
+    """Make the config.json of a model in the format of this family."""
     gdn = require_mixer(config, DeltaRuleConfig)
     full = require_mixer(config, AttentionConfig)
     without_rope = {"rope_type": "default", "rope_theta": None}
@@ -71,7 +71,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
-    """The rules of one layer."""
+    """Yield the rules for the tensors of one layer."""
     ours = f"{layer.ours}mixer."
     if isinstance(layer.mixer, AttentionConfig):
         yield _map_norm(layer, "mixer", "post_attention_layernorm", "feedforward_layer_norm")
@@ -95,7 +95,7 @@ def _map_norm(layer: LayerToMap, branch: str, *names: str) -> TensorRule:
 
 
 def _map_convolutions(gdn: DeltaRuleConfig, ours: str, theirs: str) -> Iterator[TensorRule]:
-    """Rules for the convolutions, which may also come cut into thirds."""
+    """Yield rules for the convolutions, which may also come cut into thirds."""
     widths = tuple(gdn.channels.values())
     reshapes = PerTensor(tuple(Reshape((width, gdn.conv_size), (width, 1, gdn.conv_size)) for width in widths))
     third = -(-sum(widths) // 3)  # torch.chunk rounds up

@@ -25,17 +25,17 @@ from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from theirs."""
+    """Convert a transformers config to plain data of a `ModelConfig`."""
     return qwen3_next.read_qwen(hf, [], norm_topk_prob=True)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model of ours."""
+    """Make the config.json of a model in the format of this family."""
     return qwen3_next.write_qwen(config) | {"model_type": "qwen3_5_moe_text"}
 
 
 def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
-    """The rules of one layer."""
+    """Yield the rules for the tensors of one layer."""
     yield from map_norms(layer)
     if isinstance(layer.mixer, AttentionConfig):
         yield from map_attention(layer.mixer, f"{layer.ours}mixer.", f"{layer.theirs}self_attn.", gate_in_q=True)

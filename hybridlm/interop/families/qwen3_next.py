@@ -38,7 +38,7 @@ MIXER_NAMES = {"linear_attention": "gdn", "full_attention": "full"}
 
 
 def read_gdn(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of the Gated DeltaNet of Qwen."""
+    """Make plain data of the Gated DeltaNet of Qwen."""
     return {"kind": "delta_rule", "decay": "scalar", "gate": "softplus", "output_gate": "silu",
             "num_heads": hf.linear_num_key_heads, "num_value_heads": hf.linear_num_value_heads,
             "head_dim": hf.linear_key_head_dim, "value_head_dim": hf.linear_value_head_dim,
@@ -86,7 +86,7 @@ def write_qwen(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
-    """Plain data of our config from theirs."""
+    """Convert a transformers config to plain data of a `ModelConfig`."""
     return read_qwen(hf, list_dense_layers(hf), bool(hf.norm_topk_prob))
 
 
@@ -97,7 +97,7 @@ def list_dense_layers(hf: HFConfig) -> list[int]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model of ours."""
+    """Make the config.json of a model in the format of this family."""
     moe = require_moe(config)
     return write_qwen(config) | {
         "model_type": "qwen3_next", "norm_topk_prob": moe.norm_topk_prob, "decoder_sparse_step": 1,
@@ -107,7 +107,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
-    """The rules of one layer."""
+    """Yield the rules for the tensors of one layer."""
     yield from map_norms(layer)
     if isinstance(layer.mixer, AttentionConfig):
         yield from map_attention(layer.mixer, f"{layer.ours}mixer.", f"{layer.theirs}self_attn.", gate_in_q=True)
@@ -126,7 +126,7 @@ def map_layer(config: ModelConfig, layer: LayerToMap) -> Iterator[TensorRule]:
 
 
 def map_gdn(gdn: DeltaRuleConfig, ours: str, theirs: str) -> Iterator[TensorRule]:
-    """Rules for the tensors of Gated DeltaNet that Qwen3-Next and Qwen3.5 store alike."""
+    """Yield rules for the tensors of Gated DeltaNet that Qwen3-Next and Qwen3.5 store alike."""
     yield from rename_tensors(ours, theirs, "A_log", "dt_bias", ("o_norm.weight", "norm.weight"),
                               ("o_proj.weight", "out_proj.weight"))
     yield from map_convolutions(gdn, ours, theirs, packed=True)

@@ -144,7 +144,7 @@ def write_yarn(yarn: YarnConfig) -> dict[str, Any]:
 
 
 def read_mla(hf: HFConfig, rope: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Plain data of MLA as in DeepSeek-V3: the norms of the latents have eps 1e-6 whatever `rms_norm_eps` says."""
+    """Make plain data of MLA as in DeepSeek-V3: the norms of the latents have eps 1e-6 whatever `rms_norm_eps` says."""
     return {
         "kind": "mla", "num_heads": hf.num_attention_heads, "kv_lora_rank": hf.kv_lora_rank,
         "q_lora_rank": getattr(hf.config, "q_lora_rank", None), "qk_nope_head_dim": hf.qk_nope_head_dim,
@@ -164,7 +164,7 @@ def write_mla(mla: MLAConfig) -> dict[str, Any]:
 
 
 def read_attention(hf: HFConfig, rope: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Plain data of softmax attention; `more` are further fields."""
+    """Make plain data of softmax attention; `more` are further fields."""
     heads = hf.num_attention_heads
     return {"kind": "attention", "num_heads": heads, "num_kv_heads": hf.num_key_value_heads,
             "head_dim": getattr(hf.config, "head_dim", None) or hf.hidden_size // heads, "rope": rope} | more
@@ -177,7 +177,7 @@ def write_attention(attention: AttentionConfig) -> dict[str, Any]:
 
 
 def read_deepseek_moe(hf: HFConfig, types: Sequence[str]) -> dict[str, Any]:
-    """Plain data of the mixture of experts of DeepSeek-V3; the correction bias stays as it was trained.
+    """Make plain data of the mixture of experts of DeepSeek-V3; the correction bias stays as it was trained.
 
     Args:
         hf: their config.

@@ -1,4 +1,4 @@
-"""Rules for the tensors of mixers and feed-forwards that several families store alike.
+"""Yield rules for the tensors of mixers and feed-forwards that several families store alike.
 
 `ours` and `theirs` are the prefixes of a layer or of a mixer, with the dot: "layers.3.mixer." and
 "model.layers.3.self_attn.".
@@ -35,21 +35,21 @@ def require_kind(mixer: MixerConfig, config: type[Kind]) -> Kind:
 
 
 def rename_tensors(ours: str, theirs: str, *names: str | tuple[str, str]) -> Iterator[TensorRule]:
-    """Rules for tensors that only change their prefix; a pair is (our name, their name)."""
+    """Yield rules for tensors that only change their prefix; a pair is (our name, their name)."""
     for name in names:
         our_name, their_name = (name, name) if isinstance(name, str) else name
         yield map_tensors(ours + our_name, theirs + their_name)
 
 
 def map_norms(layer: LayerToMap) -> Iterator[TensorRule]:
-    """Rules for the norms before the mixer and before the feed-forward."""
+    """Yield rules for the norms before the mixer and before the feed-forward."""
     yield from rename_tensors(layer.ours, layer.theirs, ("mixer_norm.weight", "input_layernorm.weight"),
                               ("feed_forward_norm.weight", "post_attention_layernorm.weight"))
 
 
 def map_attention(attention: AttentionConfig, ours: str, theirs: str, *,
                   gate_in_q: bool = False) -> Iterator[TensorRule]:
-    """Rules for softmax attention; `gate_in_q`: their q_proj has the rows [query | gate] of each head."""
+    """Yield rules for softmax attention; `gate_in_q`: their q_proj has the rows [query | gate] of each head."""
     for kind in ("weight", "bias") if attention.qkv_bias else ("weight",):
         if gate_in_q:
             yield map_tensors((f"{ours}q_proj.{kind}", f"{ours}g_proj.{kind}"), f"{theirs}q_proj.{kind}",
@@ -65,7 +65,7 @@ def map_attention(attention: AttentionConfig, ours: str, theirs: str, *,
 
 
 def map_mla(mla: MLAConfig, ours: str, theirs: str, *, output: str = "o_proj") -> Iterator[TensorRule]:
-    """Rules for multi-head latent attention with its indexer; `output` is their name of the output projection."""
+    """Yield rules for multi-head latent attention with its indexer; `output` is their name of the output projection."""
     if mla.q_lora_rank is None:
         yield from rename_tensors(ours, theirs, "q_proj.weight")
     else:
@@ -88,7 +88,7 @@ def map_mla(mla: MLAConfig, ours: str, theirs: str, *, output: str = "o_proj") -
 
 
 def map_convolutions(mixer: RecurrentConfig, ours: str, theirs: str, *, packed: bool = False) -> Iterator[TensorRule]:
-    """Rules for short convolutions [C, W], which theirs hold as Conv1d weights [C, 1, W].
+    """Yield rules for short convolutions [C, W], which theirs hold as Conv1d weights [C, 1, W].
 
     Theirs are three tensors, or one over the channels of [q | k | v]; `packed`: always one.
     """
@@ -105,7 +105,7 @@ def map_convolutions(mixer: RecurrentConfig, ours: str, theirs: str, *, packed: 
 
 
 def map_swiglu(ours: str, theirs: str) -> Iterator[TensorRule]:
-    """Rules for a dense SwiGLU."""
+    """Yield rules for a dense SwiGLU."""
     yield from rename_tensors(ours, theirs, "gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
@@ -113,7 +113,7 @@ def map_feed_forward(config: ModelConfig, layer: LayerToMap, *, moe_name: str = 
                      expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
                      bias_name: str = "gate.e_score_correction_bias",
                      shared_name: str = "shared_experts") -> Iterator[TensorRule]:
-    """Rules for the feed-forward of a layer: dense, or a mixture of experts.
+    """Yield rules for the feed-forward of a layer: dense, or a mixture of experts.
 
     Experts are written one by one; fused ones [E, 2I, D] and [E, D, I] are read as well.
 
