@@ -31,9 +31,9 @@ def run(argv: Sequence[str]) -> int:
     if args.watch is not None and (args.watch < 0 or 0 < args.watch < 1):
         raise ConfigError("--watch", "is too short", got=args.watch, expected="at least 1 second")
     from hybridlm.report.build import write_report
-    from hybridlm.report.watch import EVERY, watch
+    from hybridlm.report.watch import LOOK_EVERY_S, watch
 
-    every = args.watch or EVERY
+    every = args.watch or LOOK_EVERY_S
 
     def write(again: bool) -> dict[str, Any]:
         return write_report(args.folder, output=args.output, png=args.png, metrics=args.metric,

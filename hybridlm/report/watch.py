@@ -1,4 +1,4 @@
-"""A page that follows a run: written again whenever the files of the run have changed."""
+"""Writes the page of a run or sweep again whenever its files have changed, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from hybridlm.report.read import RUN_FILES
 
-EVERY = 10  # seconds
+LOOK_EVERY_S = 10
 WATCHED = (*RUN_FILES, "sweep.json", "outcome.json")
 
 
 def state_of(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, times and sizes of what a report reads."""
+    """Names, times (ns) and sizes (bytes) of the files that a report of this folder reads."""
     found = []
     for file in sorted(file for name in WATCHED for file in (folder / name, *folder.glob(f"points/*/{name}"))):
         try:
@@ -25,19 +25,29 @@ def state_of(folder: Path) -> list[tuple[str, int, int]]:
     return found + [(str(file), 0, 0) for file in sorted(folder.glob("points/*/probes/*.json"))]
 
 
-def watch(folder: Path, write: Callable[[bool], dict[str, Any]], *, every: float = EVERY,
-          say: Callable[[str], None] = print, sleep: Callable[[float], None] = time.sleep) -> dict[str, Any]:
-    """Calls `write(True)` now and after every change, until Ctrl-C; then `write(False)` once, whose result it returns.
+def watch(folder: Path, write: Callable[[bool], dict[str, Any]], *, every: float = LOOK_EVERY_S,
+          say: Callable[[str], None] = print, sleep: Callable[[float], None] | None = None) -> dict[str, Any]:
+    """Write the page now, after every change of the folder, and once more when Ctrl-C ends the watching.
 
-    `write` gets whether the page should load itself again. Errors of the first call are the caller's: a folder that
-    cannot be reported on now will not be later, or is better asked for later.
+    Args:
+        folder: a run or sweep.
+        write: writes the page; its argument says whether the page shall load itself again.
+        every: seconds between two looks at the folder.
+        say: prints a message.
+        sleep: waits so many seconds; default `time.sleep`.
+
+    Returns:
+        What the last call, `write(False)`, returned.
+
+    Raises:
+        UserError: what the first call raises, for there is no report on such a folder.
     """
     seen = state_of(folder)
     result = write(True)
-    say(f"{result['page']}: written again when {folder} changes, looked at every {every:g} s; Ctrl-C ends")
     try:
+        say(f"{result['page']}: written again when {folder} changes, looked at every {every:g} s; Ctrl-C ends")
         while True:
-            sleep(every)
+            (sleep or time.sleep)(every)
             if (now := state_of(folder)) != seen:
                 seen = now
                 result = write(True)

@@ -3,15 +3,14 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 from hybridlm.config.schema import DataConfig, DataSourceConfig
-from hybridlm.data import PackedDataset, bigram_entropy, load_tokenizer, prepare
+from hybridlm.data import PackedDataset, bigram_entropy, build, load_tokenizer, prepare
+from hybridlm.data.shards import ShardWriter
 from hybridlm.data.statistics import store_entropies
 from hybridlm.errors import ConfigError, DataError
 
@@ -110,50 +109,64 @@ def test_shards_do_not_change_the_stream(corpus, tmp_path, monkeypatch):
         assert a.ends(0, a.num_tokens).tolist() == b.ends(0, b.num_tokens).tolist()
 
 
-KILLED = """
-import os, signal, sys
-import hybridlm.data.build as build
-from hybridlm.config.schema import DataConfig
-from hybridlm.data import prepare
-from hybridlm.data.shards import ShardWriter
+@pytest.fixture(scope="module")
+def processes():
+    """Makes processes that need not import anything: they are forked from one that has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.data.test_prepare"])
+    return context
 
-where, path, cache = sys.argv[1:]
-build.BATCH_DOCUMENTS = 7
-die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-commit, finish, add = build.State.commit, ShardWriter.finish, ShardWriter.add
 
-def dying_commit(self, folder, new):
-    if self.commits == 3 and where == "before_record":
-        die()
-    commit(self, folder, new)
+def prepare_and_die(where, path, cache):
+    """Prepare with small shards, and be killed while the fourth is made."""
+    def die(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def dying_finish(self):
-    if self.name.endswith("00003") and where == "in_finish":
-        self.file.flush()
-        die()
-    return finish(self)
+    commit, finish, add, rename = build.State.commit, ShardWriter.finish, ShardWriter.add, os.replace
 
-def dying_add(self, *document):
-    add(self, *document)
-    if self.name == "train-00003" and where == "in_shard":
-        self.file.flush()
-        die()
+    def dying_commit(self, folder, new):
+        if self.commits == 3 and where == "before_record":
+            die()
+        commit(self, folder, new)
 
-build.State.commit, ShardWriter.finish, ShardWriter.add = dying_commit, dying_finish, dying_add
-if where == "before_rename":
-    build.os.replace = lambda a, b, r=os.replace: die() if str(a).endswith(".partial") else r(a, b)
-prepare(DataConfig(path=path, cache_dir=cache, shard_tokens=3000), progress=False)
-"""
+    def dying_finish(self):
+        if self.name.endswith("00003") and where == "in_finish":
+            self.file.flush()
+            die()
+        return finish(self)
+
+    def dying_add(self, *document):
+        add(self, *document)
+        if self.name == "train-00003" and where == "in_shard":
+            self.file.flush()
+            die()
+
+    def dying_rename(draft, target):
+        if str(draft).endswith(".partial") and where == "before_rename":
+            die()
+        rename(draft, target)
+
+    build.BATCH_DOCUMENTS = 7
+    build.State.commit, ShardWriter.finish, ShardWriter.add = dying_commit, dying_finish, dying_add
+    os.replace = dying_rename
+    prepare(DataConfig(path=path, cache_dir=cache, shard_tokens=3000), progress=False)
+
+
+def kill_a_process(processes, where, corpus, cache):
+    """The folder that a process left behind that was killed at a given moment."""
+    child = processes.Process(target=prepare_and_die, args=(where, str(corpus), str(cache)))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    partial, = (cache / "data").iterdir()
+    return partial
 
 
 @pytest.mark.parametrize("where", ["before_record", "in_finish", "in_shard", "before_rename"])
-def test_killed_and_continued(corpus, tmp_path, monkeypatch, where):
+def test_killed_and_continued(corpus, tmp_path, monkeypatch, processes, where):
     monkeypatch.setattr("hybridlm.data.build.BATCH_DOCUMENTS", 7)
     expected = files_of(prepare(config(corpus, tmp_path / "whole", shard_tokens=3000)))
-    child = subprocess.run([sys.executable, "-c", KILLED, where, str(corpus), str(tmp_path / "cache")],
-                           capture_output=True, text=True, timeout=60)
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    partial, = (tmp_path / "cache" / "data").iterdir()
+    partial = kill_a_process(processes, where, corpus, tmp_path / "cache")
     assert partial.name.endswith(".partial")
     kept = {f: f.stat().st_ino for f in partial.glob("train-0000[012].*")}
     assert len(kept) == 6
@@ -165,12 +178,10 @@ def test_killed_and_continued(corpus, tmp_path, monkeypatch, where):
     assert prepared.report()["sources"][0]["empty_documents"] == 1
 
 
-def test_damaged_leftovers_are_built_again(corpus, tmp_path, monkeypatch):
+def test_damaged_leftovers_are_built_again(corpus, tmp_path, monkeypatch, processes):
     monkeypatch.setattr("hybridlm.data.build.BATCH_DOCUMENTS", 7)
     expected = files_of(prepare(config(corpus, tmp_path / "whole", shard_tokens=3000)))
-    subprocess.run([sys.executable, "-c", KILLED, "in_shard", str(corpus), str(tmp_path / "cache")],
-                   capture_output=True, timeout=60, check=False)
-    partial, = (tmp_path / "cache" / "data").iterdir()
+    partial = kill_a_process(processes, "in_shard", corpus, tmp_path / "cache")
     (partial / "train-00001.bin").write_bytes(b"torn")
     assert files_of(prepare(config(corpus, tmp_path, shard_tokens=3000))) == expected
 
@@ -179,10 +190,10 @@ def in_process(options):
     return prepare(DataConfig(**options), progress=False).fingerprint
 
 
-def test_processes_at_the_same_time(corpus, tmp_path):
+def test_processes_at_the_same_time(corpus, tmp_path, processes):
     options = {"path": str(corpus), "cache_dir": str(tmp_path / "cache"), "tokenizer": "bpe",
                "tokenizer_vocab_size": 300}
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with processes.Pool(2) as pool:
         found = pool.map(in_process, [options] * 4, chunksize=1)
     assert len(set(found)) == 1
     assert [f.name for f in (tmp_path / "cache" / "data").iterdir()] == \

@@ -1,12 +1,10 @@
 """A page that follows a run while it trains."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
+from hybridlm.cli import main
 from hybridlm.report.build import write_report
 from hybridlm.report.watch import watch
 from tests.support import report_folders as folders
@@ -46,18 +44,16 @@ def test_a_reader_never_sees_half_a_page(tmp_path):
     assert not list(run.glob(".*.tmp"))
 
 
-def test_ctrl_c_ends_the_command_with_0(tmp_path):
+def test_ctrl_c_ends_the_command_with_0(tmp_path, monkeypatch, capsys):
     run = folders.run_folder(tmp_path / "run", steps=5)
-    process = subprocess.Popen([sys.executable, "-m", "hybridlm.cli", "report", str(run), "--watch", "1"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without
+    monkeypatch.setattr(time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
     try:
-        assert "Ctrl-C ends" in process.stdout.readline()
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        assert main(["report", str(run), "--watch", "1"]) == 0
     finally:
-        process.kill()
-    assert process.returncode == 0, err
+        signal.signal(signal.SIGINT, handler)
+    out, err = capsys.readouterr()
     assert err == ""
+    assert "Ctrl-C ends" in out.splitlines()[0]
     assert "5 figures" in out
     assert "data-refresh" not in (run / "report.html").read_text(encoding="utf-8").split("<script>")[0]
