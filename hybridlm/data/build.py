@@ -3,7 +3,7 @@
     KEY.partial/               while it is being built
       train-00000.bin, .ends   finished shards
       part-00000.json          what is finished, and the first document that is not; written after its shards
-    KEY/                       the whole, renamed once manifest.json is in it
+    KEY/                       the finished folder, renamed once manifest.json is in it
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from hybridlm.errors import DataError
 from hybridlm.files import try_lock, wait_for_lock, write_json
 from hybridlm.sources import Document, Source
 
-BATCH_BYTES = 1 << 22  # text encoded at once
-BATCH_DOCUMENTS = 1024
+BATCH_BYTES = 1 << 22  # text that is encoded at once, at most
+BATCH_DOCUMENTS = 1024  # documents that are encoded at once, at most
 PARTS: tuple[Part, Part] = ("train", "validation")
 
 log = logging.getLogger("hybridlm")
@@ -54,7 +54,7 @@ def locked(root: Path, key: str) -> Iterator[None]:
 
 @dataclass
 class State:
-    """How far the building is: everything before document `next_document` of unit `unit` is in finished shards."""
+    """Progress of a build: all documents before number `next_document` of unit `unit` are in finished shards."""
 
     unit: int = 0
     next_document: int = 0
@@ -73,7 +73,7 @@ class State:
 
     @classmethod
     def recover(cls, folder: Path) -> State:
-        """What an earlier process finished in `folder`; shards whose files are not whole are built again."""
+        """Read the progress of an earlier process from `folder`; from a damaged shard on, all is built again."""
         state = cls()
         for index in range(1_000_000):
             file = folder / f"part-{index:05d}.json"
@@ -96,7 +96,18 @@ class State:
 
 def build(source: Source, tokenizer: Tokenizer, split: Callable[[], Split], target: Path, shard_tokens: int,
           description: dict[str, Any], advance: Advance) -> None:
-    """Make `target` unless it is there. The caller holds the lock. `split` is called only if there is work.
+    """Turn a source into the folder `target` of token shards, going on from what an earlier process finished.
+
+    The caller has the lock and has seen that `target` is not there.
+
+    Args:
+        source: the documents.
+        tokenizer: makes their tokens.
+        split: makes the rule of training and validation; called only where shards are missing.
+        target: the folder.
+        shard_tokens: tokens per shard, about.
+        description: facts for the manifest.
+        advance: is told the bytes of text that are done.
 
     Raises:
         DataError: what a source can raise; no text; no room to write.

@@ -1,4 +1,4 @@
-"""Which window of which source a sample is: a pure function of (seed, sample index).
+"""The window that each sample reads: a pure function of (seed, sample index).
 
 Samples come in blocks. A block holds a fixed number of samples of every source, in an order of its own; each
 source walks through its own windows, epoch after epoch, each epoch in a new order. Nothing is remembered, so a
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from hybridlm.data.permutation import Permutation
 
-MAX_BLOCK = 1000
+MAX_BLOCK_SAMPLES = 1000
 
 
-class Place(NamedTuple):
-    """Window `window` of source `source`, met in that source's epoch `epoch`."""
+class WindowPlace(NamedTuple):
+    """The window number `window` of source number `source`, read in epoch number `epoch` of that source."""
 
     source: int
     epoch: int
@@ -25,32 +25,46 @@ class Place(NamedTuple):
 
 
 def block_counts(weights: Sequence[float]) -> list[int]:
-    """Samples of every source in one block: the smallest block that meets the weights exactly.
+    """Count the samples of every source in one block, the smallest that meets the weights exactly.
 
-    Weights that need more than MAX_BLOCK samples are rounded to that block by largest remainders; no source
-    falls below one sample a block.
+    Weights that need more than MAX_BLOCK_SAMPLES samples are rounded to that block by largest remainders; no source
+    falls below one sample per block.
+
+    Args:
+        weights: one positive number per source.
 
     Raises:
         ValueError: no weights, or one that is not positive.
+
+    >>> block_counts([3, 1]), block_counts([0.5, 0.25, 0.25])
+    ([3, 1], [2, 1, 1])
     """
     if not weights or min(weights) <= 0:
         raise ValueError(f"mixture weights must be positive; got {list(weights)}")
     total = float(sum(weights))
-    shares = [w / total for w in weights]
-    for size in range(1, MAX_BLOCK + 1):
-        if all(abs(s * size - round(s * size)) < 1e-9 * size and round(s * size) > 0 for s in shares):
-            return [round(s * size) for s in shares]
-    counts = [max(1, int(s * MAX_BLOCK)) for s in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i] * MAX_BLOCK, i))
-    for i in by_remainder[:max(0, MAX_BLOCK - sum(counts))]:
+    fractions = [w / total for w in weights]
+    for size in range(1, MAX_BLOCK_SAMPLES + 1):
+        if all(abs(s * size - round(s * size)) < 1e-9 * size and round(s * size) > 0 for s in fractions):
+            return [round(s * size) for s in fractions]
+    counts = [max(1, int(s * MAX_BLOCK_SAMPLES)) for s in fractions]
+    by_remainder = sorted(range(len(fractions)), key=lambda i: (counts[i] - fractions[i] * MAX_BLOCK_SAMPLES, i))
+    for i in by_remainder[:max(0, MAX_BLOCK_SAMPLES - sum(counts))]:
         counts[i] += 1
     return counts
 
 
 class SampleOrder:
-    """The order of samples over sources of `windows` windows each, mixed by `weights`.
+    """The order of samples over several sources, mixed by weight.
 
-    `shuffle=False` keeps the windows, and the sources in a block, in their own order.
+    Args:
+        windows: windows of each source, at least one.
+        weights: weight of each source.
+        seed: of the order.
+        shuffle: False keeps the windows of a source, and the sources in a block, in their own order.
+
+    >>> order = SampleOrder([4, 2], weights=[2, 1], seed=0, shuffle=False)
+    >>> [tuple(order.place(index)) for index in range(4)]
+    [(0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 0, 2)]
     """
 
     def __init__(self, windows: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool = True):
@@ -68,8 +82,8 @@ class SampleOrder:
         self.__dict__.update(state)
         self._permutation = lru_cache(maxsize=64)(Permutation)
 
-    def place(self, index: int) -> Place:
-        """Where sample `index` (from 0, without end) lies.
+    def place(self, index: int) -> WindowPlace:
+        """Find the window of sample `index`, which counts from 0 without end.
 
         Raises:
             IndexError: a negative index.
@@ -86,9 +100,9 @@ class SampleOrder:
         epoch, window = divmod(block * self.counts[source] + slot, self.windows[source])
         if self.shuffle:
             window = self._permutation(self.windows[source], self.seed, "epoch", source, epoch)(window)
-        return Place(source, epoch, window)
+        return WindowPlace(source, epoch, window)
 
     def epochs(self, num_samples: int) -> list[float]:
-        """How often each source has been walked through after `num_samples` samples (whole blocks assumed)."""
+        """Epochs of each source after `num_samples` samples, as if these were complete blocks."""
         return [num_samples * count / self.block / size
                 for count, size in zip(self.counts, self.windows, strict=True)]

@@ -1,7 +1,7 @@
 """Windows of packed documents, and batches of them.
 
 The tokens of a split are one stream, cut into windows of T tokens; the last one is padded. Every document ends
-with the end-of-text token. Shapes: B rows, T tokens a row, D = 1 + depth targets a position.
+with the end-of-text token. Shapes: B rows, T tokens per row, D = 1 + depth targets per position.
     targets[t, d] = token t + 1 + d, or -100 where that lies in another document (or is padding).
 Targets at the end of a window come from the tokens after it, so no token of a document is predicted by nobody
 except its first, and none is predicted twice in an epoch.
@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hybridlm.data.order import Place, SampleOrder
+from hybridlm.data.order import SampleOrder, WindowPlace
 from hybridlm.data.shards import TokenStore
 from hybridlm.errors import DataError
 from hybridlm_kernels.packing import CuSeqlens
 
-IGNORE = -100
+IGNORE = -100  # target of a position that counts in no loss
 
 
 @dataclass
 class Sample:
-    """One window. `borders`: where its documents (and its padding) start, 0 first."""
+    """One window of tokens; `borders` are the starts of its documents and of its padding, 0 first."""
 
     input_ids: Tensor  # int64 [T]
     targets: Tensor  # int64 [T, D]
@@ -35,14 +35,15 @@ class Sample:
     num_tokens: int  # positions with a next-token target
     num_bytes: int  # UTF-8 bytes of those targets
     index: int
-    place: Place
+    place: WindowPlace
 
 
 @dataclass
 class Batch:
-    """`num_tokens` and `num_bytes` count the next-token targets: loss sum / (num_bytes ln 2) is bits per byte.
+    """Rows of packed documents with their targets and borders.
 
-    `sample_ids` are the indices that the rows were asked by.
+    `num_tokens` and `num_bytes` count the next-token targets: loss sum / (num_bytes ln 2) is bits per byte.
+    `sample_ids` are the sample indices of the rows.
     """
 
     input_ids: Tensor  # int64 [B, T]
@@ -53,22 +54,29 @@ class Batch:
     sample_ids: tuple[int, ...]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on `device`."""
+        """Copy the batch to `device`."""
         return replace(self, input_ids=self.input_ids.to(device, non_blocking=non_blocking),
                        targets=self.targets.to(device, non_blocking=non_blocking),
                        cu_seqlens=CuSeqlens(self.cu_seqlens.host, device))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, for copies to a GPU that wait for nothing."""
+        """Copy the batch into page-locked memory, from which a GPU copies without making the host wait."""
         return replace(self, input_ids=self.input_ids.pin_memory(), targets=self.targets.pin_memory())
 
 
 class PackedDataset(Dataset):
-    """`sample(index)` is a pure function of (stores, sequence_length, depth, seed, index), for any index >= 0.
+    """Packed windows of token stores, numbered without end; a map-style dataset of torch for use with `collate`.
 
-    With `shuffle`, windows come in a new order every epoch and sources are mixed by weight (the stores' own
-    unless `weights` are given); without it, in the order of the stream: validation. `len` is the number of
-    windows of all stores. Usable as a map-style dataset of torch with `collate`.
+    `sample(index)` is a pure function of the arguments and the index. `len` is the number of windows of all stores.
+
+    Args:
+        stores: tokenized sources.
+        sequence_length: tokens T per window, at least 2.
+        depth: targets beyond the next token (multi-token prediction).
+        seed: of the order.
+        weights: of the sources in the mixture; default the stores' own.
+        shuffle: a new order of windows in every epoch, sources mixed by weight; False reads the stream in order, as
+            validation does.
 
     Raises:
         DataError: no tokens; a sequence length below 2.
@@ -95,7 +103,7 @@ class PackedDataset(Dataset):
         return self.sample(index)
 
     def sample(self, index: int) -> Sample:
-        """Window number `index` of the run."""
+        """Read the window of sample `index`, for any index >= 0."""
         place = self.order.place(int(index))
         store = self.stores[place.source]
         inputs_T, targets_TD, borders = read_window(store, place.window, self.sequence_length, self.depth)
@@ -104,23 +112,28 @@ class PackedDataset(Dataset):
                       int(store.byte_lengths[counted].sum()), int(index), place)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples of `indices` as one batch."""
+        """Collate the samples with these indices into one batch."""
         return collate([self.sample(index) for index in indices])
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
-        """Batches of the samples start .. stop-1 in order; the last may be smaller."""
+        """Yield batches of the samples start .. stop-1 in order; the last may be smaller."""
         for first in range(start, stop, batch_size):
             yield self.batch(range(first, min(first + batch_size, stop)))
 
 
 def count_windows(num_tokens: int, sequence_length: int) -> int:
-    """Windows that hold every target once: the last token of a stream predicts nothing, so a window of it alone
-    is not counted."""
+    """Count the windows that hold every target once.
+
+    The last token of a stream predicts nothing, so a window of it alone is not counted.
+
+    >>> count_windows(9, 4), count_windows(10, 4)
+    (2, 3)
+    """
     return max(1, -(-(num_tokens - 1) // sequence_length))
 
 
 def read_window(store: TokenStore, window: int, length: int, depth: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Inputs [T], targets [T, 1 + depth] and borders of one window of the stream."""
+    """Read inputs [T], targets [T, 1 + depth] and borders of one window of the stream."""
     start = window * length
     stop = min(start + length, store.num_tokens)
     ids = store.read(start, min(stop + 1 + depth, store.num_tokens))
@@ -141,7 +154,7 @@ def read_window(store: TokenStore, window: int, length: int, depth: int) -> tupl
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Rows under each other; document borders count the tokens of all rows."""
+    """Stack samples as rows of a batch; document borders count the tokens of all rows."""
     length = len(samples[0].input_ids)
     borders = [row * length + border for row, sample in enumerate(samples) for border in sample.borders]
     return Batch(torch.stack([s.input_ids for s in samples]), torch.stack([s.targets for s in samples]),

@@ -25,12 +25,12 @@ from hybridlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from hybridlm.errors import DataError
 from hybridlm.sources import Source, is_hub_name, open_source
 
-BPE_BYTES = 1 << 28  # text a trained tokenizer sees, shared among the sources by weight
+BPE_BYTES = 1 << 28  # text that a tokenizer is trained on, divided among the sources by weight
 
 
 @dataclass
 class PreparedSource:
-    """One source and where its tokens are."""
+    """One source and the folder of its tokens."""
 
     path: str
     weight: float
@@ -38,7 +38,7 @@ class PreparedSource:
     manifest: dict[str, Any]
 
     def summary(self, part: str) -> dict[str, int]:
-        """Documents, tokens, bytes and longest document (in tokens) of a part."""
+        """Count documents, tokens, bytes and the tokens of the longest document in `train` or `validation`."""
         shards = shards_of(self.manifest, part)
         return {"documents": sum(s.documents for s in shards), "tokens": sum(s.tokens for s in shards),
                 "bytes": sum(s.bytes for s in shards), "longest_document": max((s.longest for s in shards), default=0)}
@@ -46,8 +46,11 @@ class PreparedSource:
 
 @dataclass
 class PreparedData:
-    """What training reads. `train`: one store a source, with its weight. `validation`: all held-out documents,
-    or None when the config asks for none (validation_fraction=0)."""
+    """The tokens that a run reads.
+
+    `train` has one store per source, with its weight; `validation` all held-out documents, or None when the config asks
+    for none (validation_fraction=0).
+    """
 
     tokenizer: Tokenizer
     train: list[TokenStore]
@@ -57,11 +60,11 @@ class PreparedData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the tokenizer, any token or border, and the weights; not with where the files are."""
+        """Digest of the tokenizer, all tokens and borders, and the weights; the place of files does not count."""
         return digest([self.tokenizer.fingerprint, [[s.weight, s.manifest["shards"]] for s in self.sources]])
 
     def report(self) -> dict[str, Any]:
-        """Everything `hybridlm prepare` prints, as plain data."""
+        """Make the report that `hybridlm prepare` prints, as plain data."""
         rows = [{"path": s.path, "weight": s.weight, "folder": str(s.folder), **s.manifest["counts"],
                  "train": s.summary("train"), "validation": s.summary("validation")} for s in self.sources]
         total = {part: {key: sum(row[part][key] for row in rows) for key in ("documents", "tokens", "bytes")}
@@ -72,8 +75,8 @@ class PreparedData:
 
 
 @dataclass
-class _Job:
-    """One source to prepare. `everything`: all of it goes to this part; else it is split."""
+class _SourceJob:
+    """One source to prepare; `everything` names the part that gets all of it, None splits it."""
 
     config: DataSourceConfig
     source: Source
@@ -92,7 +95,7 @@ class _Job:
         return plan_split(texts, self.fraction, self.source.label)
 
     def training_texts(self, limit: float) -> Iterator[str]:
-        """Training documents up to `limit` bytes, the last one cut."""
+        """Yield training documents up to `limit` bytes, the last one cut."""
         for _, _, document in self.source.documents():
             for part, text in self.split.parts(document.text) if document.text else ():
                 if part == "train":
@@ -103,12 +106,12 @@ class _Job:
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits of anything that JSON can hold."""
+    """Hash anything that JSON can hold into 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cache_root(config: DataConfig) -> Path:
-    """Where prepared data lives: `cache_dir`, else hybridlm in the user's cache folder."""
+    """The folder of prepared data: `cache_dir`, or `hybridlm` in the user's cache folder."""
     if config.cache_dir:
         return Path(config.cache_dir).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -116,10 +119,15 @@ def cache_root(config: DataConfig) -> Path:
 
 
 def prepare(config: DataConfig, progress: bool = True, verify: bool = False) -> PreparedData:
-    """Tokens of all sources, built now or found in the cache. `verify` recomputes every checksum.
+    """Make the tokens of all sources, or find them in the cache.
 
     Processes may call this at the same time: one builds, the others wait. A call that was killed is continued
     from its finished shards.
+
+    Args:
+        config: the data section of a run.
+        progress: show progress bars on a terminal.
+        verify: recompute every checksum, also of large shards.
 
     Raises:
         DataError: a source, tokenizer or prepared shard that cannot be used.
@@ -132,7 +140,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = False) -> 
     jobs = _jobs(config)
     tokenizer = _tokenizer(config, jobs, root)
     with ExitStack() as stack:
-        bar = _Bar(stack) if progress else None
+        bar = _ProgressBars(stack) if progress else None
         folders = [_build(job, tokenizer, config, root, bar) for job in jobs]
     sources, train, held_out = [], [], []
     for job, folder in zip(jobs, folders, strict=True):
@@ -148,7 +156,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = False) -> 
 
 
 def check_sources(config: DataConfig) -> None:
-    """Is what a run reads there? Names of data sets on the hub are not looked up.
+    """Check that the sources of a run are there, without reading them; names on the hub are not looked up.
 
     Raises:
         DataError: as `prepare`, where a file or folder is missing, empty or of no known kind.
@@ -159,20 +167,21 @@ def check_sources(config: DataConfig) -> None:
             open_source(source)
 
 
-def _jobs(config: DataConfig) -> list[_Job]:
-    fraction, held_out = config.validation_fraction, []
+def _jobs(config: DataConfig) -> list[_SourceJob]:
+    fraction = config.validation_fraction
+    held_out = []
     if config.validation_path or config.validation_split:
         given = replace(config, path=config.validation_path or config.path, weight=1.0,
                         format="auto" if config.validation_path else config.format,
                         split=config.validation_split or config.split)
-        held_out = [_Job(given, open_source(given), 0.0, "validation")]
+        held_out = [_SourceJob(given, open_source(given), 0.0, "validation")]
         fraction = 0.0
     files = frozenset(unit.path for job in held_out for unit in job.source.units if unit.path)
     everything: Part | None = None if fraction else "train"
-    return [_Job(c, open_source(c, files), fraction, everything) for c in config.mixture or [config]] + held_out
+    return [_SourceJob(c, open_source(c, files), fraction, everything) for c in config.mixture or [config]] + held_out
 
 
-def _tokenizer(config: DataConfig, jobs: list[_Job], root: Path) -> Tokenizer:
+def _tokenizer(config: DataConfig, jobs: list[_SourceJob], root: Path) -> Tokenizer:
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer, config.tokenizer_eos)
     jobs = [job for job in jobs if job.everything != "validation"]
@@ -186,7 +195,7 @@ def _tokenizer(config: DataConfig, jobs: list[_Job], root: Path) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
-def _train_tokenizer(vocab_size: int, jobs: list[_Job], shares: list[float], folder: Path) -> None:
+def _train_tokenizer(vocab_size: int, jobs: list[_SourceJob], shares: list[float], folder: Path) -> None:
     texts = (t for job, share in zip(jobs, shares, strict=True) for t in job.training_texts(BPE_BYTES * share))
     trained = train_bpe(texts, vocab_size)
     draft = folder.with_name(f"{folder.name}.partial")
@@ -195,7 +204,7 @@ def _train_tokenizer(vocab_size: int, jobs: list[_Job], shares: list[float], fol
     os.replace(draft, folder)
 
 
-def _build(job: _Job, tokenizer: Tokenizer, config: DataConfig, root: Path, bar: _Bar | None) -> Path:
+def _build(job: _SourceJob, tokenizer: Tokenizer, config: DataConfig, root: Path, bar: _ProgressBars | None) -> Path:
     identity = {"format": FORMAT, **job.identity, "tokenizer": tokenizer.fingerprint, "shard": config.shard_tokens}
     folder = root / "data" / digest(identity)
     if not folder.is_dir():
@@ -214,15 +223,15 @@ def _open(folder: Path, force: bool) -> dict[str, Any]:
     return manifest
 
 
-class _Bar:
-    """One progress bar a source, on the error stream; silent where that is not a terminal."""
+class _ProgressBars:
+    """One progress bar per source on the error stream; silent where that is not a terminal."""
 
     def __init__(self, stack: ExitStack):
         self.stack = stack
         self.bars: Any = None
 
     def task(self, source: Source) -> Advance:
-        """A new bar; returns what takes the number of bytes done."""
+        """Add a bar and return the function that is told the bytes done."""
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

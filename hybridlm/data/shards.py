@@ -21,7 +21,7 @@ import numpy as np
 from hybridlm.errors import DataError
 from hybridlm.files import write_json
 
-FORMAT = 1
+FORMAT = 1  # version of the files on disk
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
 HASH_AT_START_MAX_BYTES = 1 << 28  # above this, checksums are not computed at every start (half a second)
@@ -30,7 +30,7 @@ END_TYPE = np.dtype("<i8")
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest says about one shard. `bytes` counts UTF-8 bytes of text."""
+    """The manifest's entry of one shard; `bytes` counts UTF-8 bytes of text."""
 
     name: str
     dtype: str
@@ -47,6 +47,7 @@ class Shard:
                 f"{self.name}.ends": self.documents * END_TYPE.itemsize}
 
     def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file."""
         return {f"{self.name}.bin": self.sha256, f"{self.name}.ends": self.ends_sha256}
 
 
@@ -73,7 +74,7 @@ class ShardWriter:
         self.ends.append(self.tokens)
 
     def finish(self) -> Shard:
-        """Flush, rename, and say what was written."""
+        """Flush the files to disk, give them their names, and return the manifest's entry."""
         ends = np.array(self.ends, dtype=END_TYPE).tobytes()
         _flush(self.file)
         with (self.folder / f"{self.name}.ends.tmp").open("wb") as file:
@@ -134,12 +135,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def shards_of(manifest: dict[str, Any], part: str) -> list[Shard]:
+    """The shards of `train` or `validation` in a manifest."""
     return [Shard(**shard) for shard in manifest["shards"][part]]
 
 
 def verify(folder: Path, manifest: dict[str, Any], force: bool = False) -> None:
-    """Sizes always; SHA-256 when `force` or where it costs little, on the first open, and whenever a file's size or
-    time has changed.
+    """Compare the shards of a folder with its manifest.
+
+    Sizes are compared always. SHA-256 is, if `force` is set, if the shards are small (HASH_AT_START_MAX_BYTES), on the
+    first open, and whenever the size or time of a file has changed.
 
     Raises:
         DataError: see `check_shard`.
@@ -199,7 +203,7 @@ class TokenStore:
             start, index = min(stop, limit), index + 1
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids at start .. stop-1 of the stream, int64.
+        """Read the ids at start .. stop-1 of the stream, int64.
 
         Raises:
             IndexError: outside the stream.
@@ -210,8 +214,11 @@ class TokenStore:
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts], dtype=np.int64, casting="unsafe")
 
     def ends(self, start: int, stop: int) -> np.ndarray:
-        """Document ends e with start < e, up to and including the first one at or after `stop`: int64, counted
-        from the start of the stream. The token at e-1 is an end of text."""
+        """Ends e of documents with start < e, up to and including the first one at or after `stop`.
+
+        Returns:
+            int64, counted from the start of the stream; the token at e-1 is an end of text.
+        """
         found = []
         for i, a, b in self._ranges(start, stop):
             ends = self._open(i)[1]
@@ -220,7 +227,7 @@ class TokenStore:
         return np.concatenate([np.zeros(0, dtype=np.int64), *found])
 
     def documents(self, stop: int | None = None) -> Iterator[np.ndarray]:
-        """The ids of every document, its end of text included; only of the first `stop` tokens if given."""
+        """Yield the ids of every document, its end of text included; only of the first `stop` tokens if given."""
         limit = self.num_tokens if stop is None else min(stop, self.num_tokens)
         start = 0
         for index in range(len(self.shards)):

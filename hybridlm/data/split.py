@@ -1,7 +1,8 @@
-"""Which documents are held out: decided by a hash of their content, whatever their order or file.
+"""The split into training and validation documents, by a hash of their content.
 
-Equal documents fall on the same side. A corpus too small for the hash to fill both sides gets one document moved
-(see `plan_split`), so that even a single file gives both training and validation text.
+It does not depend on order or files, and equal documents fall on the same side. A corpus too small for the hash to fill
+both sides gets one document moved (see `plan_split`), so that even a single file gives both training and validation
+text.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ Part = Literal["train", "validation"]
 
 
 def content_hash(text: bytes) -> int:
-    """64 bits of the content, evenly spread."""
+    """Hash the content into 64 evenly spread bits."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"hybridlm-split").digest(), "little")
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rule: documents whose hash falls below `fraction` of the range are validation.
+    """The rule of a split: documents whose hash falls below `fraction` of the range are validation.
 
     `moved`: hash of one document that goes to the other side than its hash says. `cut`: hash of the only
     document, whose end becomes validation. `everything`: no rule, all documents go there.
@@ -35,7 +36,7 @@ class Split:
     cut: int | None = None
 
     def parts(self, text: bytes) -> Iterator[tuple[Part, bytes]]:
-        """Where a document goes: one part, or two for a document that is cut."""
+        """Yield the part that a document goes to, or both with their texts for the document that is cut."""
         if self.everything:
             yield self.everything, text
             return
@@ -53,7 +54,7 @@ class Split:
 
 
 def plan_split(documents: Iterable[bytes], fraction: float, label: str) -> Split:
-    """The split of a corpus, reading it only until both sides have a document.
+    """Plan the split of a corpus, reading it only until both sides have a document.
 
     When all documents would fall on one side, the one nearest to the threshold changes sides. When there is
     only one (or only copies of one), its last `fraction` is validation, from the start of a line if one is near.
@@ -84,7 +85,7 @@ def plan_split(documents: Iterable[bytes], fraction: float, label: str) -> Split
 
 
 def cut_place(text: bytes, fraction: float) -> int:
-    """Where the last `fraction` of a text starts: at a line within a tenth of it, else at a character."""
+    """The byte at which the last `fraction` of a text starts: a line start within a tenth of it, else a character."""
     tail = max(1, round(len(text) * fraction))
     place = max(1, len(text) - tail)
     line = text.find(b"\n", place, place + max(1, tail // 10))

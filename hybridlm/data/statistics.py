@@ -1,4 +1,4 @@
-"""How well counting does on a text, in bits per byte: what a trained model has to beat."""
+"""Entropies of a text in bits per byte, which a trained model has to beat."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ def entropies(documents: bytes | Iterable[bytes]) -> tuple[float, float]:
 
     Raises:
         ValueError: no byte (unigram) or no pair of bytes (bigram) to count.
+
+    >>> entropies([b"abab", b"abab"])
+    (1.0, 0.0)
     """
     singles_C = np.zeros(256, dtype=np.int64)
     pairs = np.zeros(65536, dtype=np.int64)
     for document in [documents] if isinstance(documents, bytes) else documents:
-        for start in range(0, len(document), 1 << 24):  # bounds the temporaries; parts overlap by one byte
+        for start in range(0, len(document), 1 << 24):  # bounds the temporaries; pieces overlap by one byte
             part = np.frombuffer(document, dtype=np.uint8)[start:start + (1 << 24) + 1].astype(np.int64)
             singles_C += np.bincount(part[:1 << 24], minlength=256)
             pairs += np.bincount(part[:-1] * 256 + part[1:], minlength=65536)
@@ -35,12 +38,12 @@ def entropies(documents: bytes | Iterable[bytes]) -> tuple[float, float]:
 
 
 def unigram_entropy(documents: bytes | Iterable[bytes]) -> float:
-    """Bits per byte of a model that knows how frequent each byte is. See `entropies`."""
+    """Bits per byte of a model that knows the frequency of each byte. See `entropies`."""
     return entropies(documents)[0]
 
 
 def bigram_entropy(documents: bytes | Iterable[bytes]) -> float:
-    """Bits per byte of a model that knows how frequent each byte is after each byte. See `entropies`."""
+    """Bits per byte of a model that knows the frequency of each byte after each other. See `entropies`."""
     return entropies(documents)[1]
 
 
@@ -50,7 +53,7 @@ def _bits(counts: np.ndarray) -> float:
 
 
 def store_entropies(store: TokenStore, tokenizer: Tokenizer, stop: int | None = None) -> tuple[float, float]:
-    """`entropies` of the text of a store, or of its first `stop` tokens: what a validation loss is held against.
+    """The `entropies` of the text of a store, or of its first `stop` tokens, with which a loss is compared.
 
     Raises:
         ValueError: see `entropies`.

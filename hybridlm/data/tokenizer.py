@@ -23,7 +23,7 @@ from hybridlm.errors import DataError
 
 EOS = "<|endoftext|>"
 KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "<｜end▁of▁sentence｜>")
-PIECE = 1 << 18  # characters encoded at once: an encoding takes many times its text's memory
+MAX_ENCODED_CHARACTERS = 1 << 18  # encoded at once: an encoding takes many times its text's memory
 HEX = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -45,8 +45,13 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE over `texts`: id 0 ends a text, then the 256 bytes, then merges. The same texts in the
-    same order give the same tokenizer. Texts are cut as in `encode_documents`.
+    """Train a byte-level BPE: id 0 ends a text, then come the 256 bytes, then merges.
+
+    The same texts in the same order give the same tokenizer. Texts are cut as in `encode_documents`.
+
+    Args:
+        texts: the corpus.
+        vocab_size: ids at most, at least 257.
 
     Raises:
         DataError: a vocabulary without room for every byte.
@@ -58,7 +63,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     special = tokenizers.AddedToken(EOS, special=True, normalized=False)
-    pieces = (piece for text in texts for piece in cut_text(text, PIECE))
+    pieces = (piece for text in texts for piece in cut_text(text, MAX_ENCODED_CHARACTERS))
     backend.train_from_iterator(pieces, tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[special], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
@@ -66,7 +71,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 class Tokenizer:
-    """Encodes without adding special tokens; text that looks like a special token stays text.
+    """A tokenizer that adds no special tokens; text that spells a special token stays text.
 
     `backend`: the `tokenizers` object; `eos_id` ends every document; `vocab_size`: highest id + 1;
     `token_bytes[id]`: the bytes an id stands for, empty for special tokens.
@@ -97,25 +102,28 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of every id. Exact for byte-level vocabularies; for SentencePiece ones up to the space that
-        they put before a text; for others the text that a token shows."""
+        """The bytes of every id.
+
+        They are exact for byte-level vocabularies, exact but for the space before a text for SentencePiece ones, and
+        for others the text that a token shows.
+        """
         return _byte_table(self.backend, self.vocab_size)
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """int64 [vocab_size]: how many bytes each id stands for."""
+        """The number of bytes that each id stands for, int64 [vocab_size]."""
         return np.array([len(b) for b in self.token_bytes], dtype=np.int64)
 
     @cached_property
     def is_bytes(self) -> bool:
-        """Ids are byte values: encoding needs no library."""
+        """Whether ids are byte values, so that encoding needs no library."""
         state = json.loads(self.to_str())
         return (self.vocab_size == 257 and not state["model"].get("merges") and state["normalizer"] is None
                 and self.is_byte_level and self.token_bytes[:256] == [bytes([b]) for b in range(256)])
 
     @cached_property
     def is_byte_level(self) -> bool:
-        """The tokens of a text, as bytes one after the other, are the text."""
+        """Whether the bytes of a text's tokens, one after the other, are the text."""
         state = json.loads(self.to_str())
         return _has(state["decoder"], "ByteLevel") and state["normalizer"] is None
 
@@ -126,15 +134,15 @@ class Tokenizer:
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of many documents at once, in the smallest type that holds them.
 
-        Documents above 2^18 characters are cut after a line end (or else a space) and encoded in parts, which
-        can part a token that would have crossed the cut.
+        Documents above 2^18 characters are cut after a line end (or else a space) and encoded piece by piece,
+        so a token that would have crossed the cut becomes two.
         """
         if self.is_bytes:
             return [np.frombuffer(document, dtype=np.uint8) for document in documents]
         pieces: list[str] = []
         owners: list[int] = []
         for owner, document in enumerate(documents):
-            cut = cut_text(document.decode("utf-8"), PIECE)
+            cut = cut_text(document.decode("utf-8"), MAX_ENCODED_CHARACTERS)
             pieces += cut
             owners += [owner] * len(cut)
         parts: list[list[np.ndarray]] = [[] for _ in documents]
@@ -148,7 +156,7 @@ class Tokenizer:
         for piece in pieces:
             batch.append(piece)
             size += len(piece)
-            if size >= 8 * PIECE:
+            if size >= 8 * MAX_ENCODED_CHARACTERS:
                 yield from self.backend.encode_batch_fast(batch, add_special_tokens=False)
                 batch, size = [], 0
         if batch:
@@ -156,7 +164,7 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype:
-        """How ids are stored: uint16 where it suffices, else uint32."""
+        """The type in which ids are stored: uint16 where it suffices, else uint32."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -176,7 +184,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the ids of a text."""
+        """SHA-256 of everything that decides the ids of a text."""
         return hashlib.sha256(f"{self.to_str()}\n{self.eos_id}".encode()).hexdigest()
 
     def to_str(self, pretty: bool = False) -> str:
@@ -240,11 +248,11 @@ class StreamDecoder:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, perhaps none."""
+        """Return the text that `token` completes, perhaps none."""
         return self.utf8.decode(self.table[int(token)])
 
     def finish(self) -> str:
-        """What was held back, as U+FFFD."""
+        """Return the bytes that were held back, as U+FFFD."""
         return self.utf8.decode(b"", final=True)
 
 
@@ -261,12 +269,18 @@ def guess_eos(backend: tokenizers.Tokenizer, name: str) -> str:
 
 
 def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
-    """`bytes`, a tokenizer.json, a folder (checkpoint or transformers), or a name on the Hugging Face hub.
+    """Load a tokenizer; only a name on the Hugging Face hub may ask the network.
 
-    Only a name asks the network. `eos`: the token that ends a text, where the files do not say it.
+    Args:
+        spec: `bytes`, a tokenizer.json, a folder (checkpoint or transformers model), or a name on the hub.
+        eos: the token that ends a text, where the files do not say it.
 
     Raises:
         DataError: nothing there, or no usable tokenizer in it.
+
+    >>> tokenizer = load_tokenizer("bytes")
+    >>> tokenizer.encode("hi").tolist(), tokenizer.decode([104, 105]), tokenizer.eos_id
+    ([104, 105], 'hi', 256)
     """
     spec = str(spec)
     if spec == "bytes":
@@ -309,7 +323,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def cut_text(text: str, limit: int) -> list[str]:
-    """`text` in pieces of at most `limit` characters, cut after a line end, else a space, else anywhere."""
+    """Cut `text` into pieces of at most `limit` characters, after a line end, else a space, else anywhere."""
     pieces, start = [], 0
     while len(text) - start > limit:
         window = start + limit // 2, start + limit

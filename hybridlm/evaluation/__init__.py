@@ -1,1 +1,1 @@
-"""What a model can do: perplexity by position, decode speed, and probes that tell mixers apart."""
+"""Evaluation of models: perplexity by position, decode speed, tasks of lm-eval, and probes that tell mixers apart."""

@@ -1,4 +1,4 @@
-"""Decode speed and decode state against context."""
+"""Speed of decoding and size of the decode state by length of context."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ from hybridlm.errors import require
 from hybridlm.model.cost import decode_state_bytes
 from hybridlm.model.model import HybridLM
 
-WARM_UP = 3  # tokens decoded before the clock counts
+WARM_UP_TOKENS = 3  # decoded before the clock counts
 
 
 @torch.no_grad()
 def decode_speed(model: HybridLM, contexts: Sequence[int], tokens: int = 32, batch: int = 1) -> list[dict[str, Any]]:
-    """One row a context: tokens/s of reading it at once, then of decoding one token after the other.
+    """Measure reading a context of random tokens at once, and decoding one token after the other behind it.
 
-    Contexts are random tokens; the time of a token is the median of `tokens`. `state_bytes` is the decode state of one
-    sequence after the context, in the dtype of the weights.
+    Args:
+        model: stays in the mode, training or evaluation, in which it is.
+        contexts: tokens of each context.
+        tokens: decoded behind each context; their median time counts.
+        batch: sequences.
+
+    Returns:
+        One row per context: context, batch, tokens per second of both, and `state_bytes`, the decode state of one
+        sequence after the context in the dtype of the weights.
 
     Raises:
         ConfigError: a number that is not positive.
     """
     for key, value in (("tokens", tokens), ("batch", batch), *(("contexts", context) for context in contexts)):
         require(value > 0, key, "must be positive", got=value)
-    was_training, rows = model.training, []
+    was_training = model.training
+    rows = []
     model.eval()
     generator = torch.Generator().manual_seed(0)
     try:
@@ -36,15 +44,15 @@ def decode_speed(model: HybridLM, contexts: Sequence[int], tokens: int = 32, bat
             ids_BT = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(model.device)
             if index == 0:
                 _prefill(model, ids_BT, 0)  # the first call of all also allocates and compiles
-            state, seconds = _prefill(model, ids_BT, WARM_UP + tokens)
+            state, seconds = _prefill(model, ids_BT, WARM_UP_TOKENS + tokens)
             times = []
-            for _ in range(WARM_UP + tokens):
+            for _ in range(WARM_UP_TOKENS + tokens):
                 start = _now(model)
                 model(ids_BT[:, -1:], state=state, logits_to_keep=1)
                 times.append(_now(model) - start)
             element = model.embed.weight.element_size()
             rows.append({"context": context, "batch": batch, "prefill_tokens_per_second": batch * context / seconds,
-                         "decode_tokens_per_second": batch / median(times[WARM_UP:]),
+                         "decode_tokens_per_second": batch / median(times[WARM_UP_TOKENS:]),
                          "state_bytes": decode_state_bytes(model.config, context, element)})
     finally:
         model.train(was_training)
@@ -52,7 +60,7 @@ def decode_speed(model: HybridLM, contexts: Sequence[int], tokens: int = 32, bat
 
 
 def _prefill(model: HybridLM, ids_BT: torch.Tensor, room: int) -> tuple[Any, float]:
-    """A state that has read the context, with room for more tokens, and the seconds it took."""
+    """Read the context into a state with room for more tokens; return the state and the seconds it took."""
     state = model.new_state(ids_BT.shape[0], ids_BT.shape[1] + room)
     start = _now(model)
     model(ids_BT, state=state, logits_to_keep=1)

@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint: what is asked, on the validation text of its run or on another."""
+"""Evaluation of a checkpoint on the validation text of its run or on another text."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ from hybridlm.evaluation.perplexity import perplexity_by_position
 from hybridlm.run_config import load_config
 from hybridlm.training.stages import plan_stages
 
-PARTS = ("perplexity", "decode")
-CONTEXTS = (128, 512, 2048)
+MEASUREMENTS = ("perplexity", "decode")
+DEFAULT_CONTEXTS = (128, 512, 2048)  # tokens
 
 log = logging.getLogger("hybridlm")
 
 
-def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, parts: Sequence[str] = PARTS,
+def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, parts: Sequence[str] = MEASUREMENTS,
                         windows: int | None = None, sequence_length: int | None = None, batch_size: int | None = None,
-                        contexts: Sequence[int] = CONTEXTS, decode_tokens: int = 32, device: str = "cpu",
+                        contexts: Sequence[int] = DEFAULT_CONTEXTS, decode_tokens: int = 32, device: str = "cpu",
                         config_dir: str | None = None) -> dict[str, Any]:
-    """The report of `hybridlm eval CHECKPOINT`, as plain data.
+    """Measure a checkpoint and return the report of `hybridlm eval CHECKPOINT`, as plain data.
 
     Args:
         path: a checkpoint, or a run folder (its newest one).
         overrides: `data.*` settings that replace those of the run; see `evaluation_data`.
-        parts: some of `PARTS`.
-        windows: how many windows of text; default those of the run's own validation, 0 all.
-        sequence_length: of a window; default that of the run's last stage.
-        batch_size: windows a forward; default that of the run.
+        parts: some of `MEASUREMENTS`.
+        windows: number of windows of text; default that of the run's own validation, 0 for all.
+        sequence_length: tokens per window; default those of the run's last stage.
+        batch_size: windows per forward; default that of the run.
+        contexts: tokens of context at which decoding is measured.
+        decode_tokens: tokens decoded at each context.
+        device: where the model runs.
+        config_dir: a folder with configs of your own.
 
     Raises:
-        CheckpointError, ConfigError, DataError: what cannot be read, or does not fit.
+        CheckpointError, ConfigError, DataError: something cannot be read, or does not fit.
     """
     for key, value, least in (("windows", windows, 0), ("sequence_length", sequence_length, 2),
                               ("batch_size", batch_size, 1)):
@@ -82,23 +86,24 @@ def run_config(folder: Path, overrides: Sequence[str] = (), config_dir: str | No
 
 
 def evaluation_data(config: Config, overrides: Sequence[str], length: int) -> tuple[PackedDataset, str]:
-    """Windows of held-out text, and what they come from.
+    """Open windows of held-out text; returns them and the name of the text.
 
     By default the run's validation text, in the order in which the run validates. With `data.path=...` all of that
-    text, unless the overrides say with a `data.validation_*` key what part is held out.
+    text, unless the overrides have a `data.validation_*` key, which then chooses the part.
 
     Raises:
         DataError: the run holds no text out.
     """
     keys = {override.split("=")[0] for override in overrides}
-    whole = "data.path" in keys and not any(key.startswith("data.validation_") for key in keys)
-    if whole:
+    all_of_another_text = "data.path" in keys and not any(key.startswith("data.validation_") for key in keys)
+    if all_of_another_text:
         config.data = replace(config.data, mixture=[], validation_fraction=0.0, validation_path=None,
                               validation_split=None)
     data = prepare(config.data, progress=False)
     check_vocab(data.tokenizer, config.model.vocab_size)
-    stores = data.train if whole else [data.validation] if data.validation is not None else []
+    held_out = [data.validation] if data.validation is not None else []
+    stores = data.train if all_of_another_text else held_out
     if not stores:
         raise DataError("the run holds no text out; give data.path=... to evaluate on")
-    source = config.data.path if whole else f"validation text of {config.data.path}"
+    source = config.data.path if all_of_another_text else f"validation text of {config.data.path}"
     return PackedDataset(stores, length, seed=0), source

@@ -22,26 +22,28 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from hybridlm import checkpoint as ckpt
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError, DataError, did_you_mean, require
-from hybridlm.evaluation.perplexity import CHUNK, normed_states
+from hybridlm.evaluation.perplexity import CHUNK_TOKENS, normed_states
 from hybridlm.model.generation import generate
 from hybridlm.model.model import HybridLM
 from hybridlm.sources.hub import NotFound, look_up
 from hybridlm_kernels.packing import CuSeqlens
 
-PACK = 8192  # tokens a forward; a longer request has one of its own
-NEW_TOKENS = 256
+PACK_TOKENS = 8192  # per forward; a longer request has a forward of its own
+DEFAULT_NEW_TOKENS = 256
 SAMPLING = ("until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_p")
 
 Scored = tuple[Any, list[int], list[int]]  # a request, the tokens before, the tokens whose probability is asked
 
 
 class HarnessLM(TemplateLM):
-    """One of our models as lm-eval sees it. A text without anything before it stands behind the end-of-text token.
+    """Adapter of a model to the interface of lm-eval.
+
+    A text without anything before it stands behind the end-of-text token.
 
     Requests longer than the model's `max_position` lose their first tokens, as elsewhere in lm-eval.
     """
 
-    def __init__(self, model: HybridLM, tokenizer: Tokenizer, pack: int = PACK, rows: int = 16):
+    def __init__(self, model: HybridLM, tokenizer: Tokenizer, pack: int = PACK_TOKENS, rows: int = 16):
         super().__init__()
         self.model, self.text, self.pack, self.rows = model.eval(), tokenizer, pack, rows
         self.max_length = model.config.max_position
@@ -55,7 +57,7 @@ class HarnessLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[Scored], disable_tqdm: bool = False,
                               **kwargs: Any) -> list[tuple[float, bool]]:
-        """Sum of log-probabilities of each continuation, and whether it is what greedy decoding would say."""
+        """Sum of log-probabilities of each continuation, and whether greedy decoding would produce it."""
         kept = [((*context, *continuation)[-(self.max_length + 1):], min(len(continuation), self.max_length))
                 for _, context, continuation in requests]
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(kept)
@@ -81,7 +83,7 @@ class HarnessLM(TemplateLM):
 
     @torch.no_grad()
     def _score(self, documents: list[tuple[tuple[int, ...], int]]) -> list[tuple[float, bool]]:
-        """Of documents (ids, how many of the last are asked), packed."""
+        """Score packed documents, each (ids, number of last ids that are asked)."""
         device = self.model.device
         borders = [0]
         for ids, _ in documents:
@@ -92,9 +94,9 @@ class HarnessLM(TemplateLM):
         targets_N = torch.tensor([token for ids, count in documents for token in ids[-count:]], device=device)
         x_ND = normed_states(self.model, ids_N[None], CuSeqlens(borders, device))[0][asked_N]
         found, greedy = [], []
-        for first in range(0, len(x_ND), CHUNK):
-            logits_NV = self.model.logits(x_ND[None, first:first + CHUNK])[0].float()
-            chunk_N = targets_N[first:first + CHUNK]
+        for first in range(0, len(x_ND), CHUNK_TOKENS):
+            logits_NV = self.model.logits(x_ND[None, first:first + CHUNK_TOKENS])[0].float()
+            chunk_N = targets_N[first:first + CHUNK_TOKENS]
             found.append(logits_NV.log_softmax(-1).gather(1, chunk_N[:, None])[:, 0].double())
             greedy.append(logits_NV.argmax(-1) == chunk_N)
         counts = [count for _, count in documents]
@@ -116,7 +118,7 @@ class HarnessLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Text behind each context, up to one of its `until` strings. Contexts of one length go together."""
+        """Generate text behind each context up to one of its `until` strings, contexts of one length together."""
         groups: dict[tuple[int, str], list[tuple[int, list[int], dict[str, Any]]]] = {}
         for index, request in enumerate(requests):
             text, settings = request.args
@@ -158,7 +160,7 @@ class HarnessLM(TemplateLM):
 def _new_tokens(settings: dict[str, Any]) -> int:
     for key in settings:
         require(key in SAMPLING, f"generation_kwargs.{key}", "is not known here", expected=", ".join(SAMPLING))
-    return int(next((settings[key] for key in SAMPLING[1:4] if settings.get(key)), NEW_TOKENS))
+    return int(next((settings[key] for key in SAMPLING[1:4] if settings.get(key)), DEFAULT_NEW_TOKENS))
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
@@ -170,14 +172,16 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 def evaluate_tasks(path: str | Path, tasks: Sequence[str], *, task_folder: str | None = None,
                    fewshot: int | None = None, limit: int | None = None, batch_size: int = 16,
                    device: str = "cpu") -> dict[str, Any]:
-    """Scores of a checkpoint in tasks of lm-eval, as plain data.
+    """Evaluate a checkpoint on tasks of lm-eval; the report is plain data.
 
     Args:
+        path: a checkpoint or run folder.
         tasks: names of tasks, groups or tags, or YAML files.
         task_folder: a folder with definitions of your own. A definition may name Python code, which lm-eval runs.
-        fewshot: examples before each question; default what the task says.
-        limit: examples a task; default all.
+        fewshot: examples before each question; default that of the task.
+        limit: examples per task; default all.
         batch_size: texts generated at a time.
+        device: where the model runs.
 
     Raises:
         CheckpointError: no checkpoint, or one without a tokenizer.
@@ -199,7 +203,7 @@ def evaluate_tasks(path: str | Path, tasks: Sequence[str], *, task_folder: str |
 
 
 def _manager(tasks: Sequence[str], task_folder: str | None) -> TaskManager:
-    """lm-eval's own definitions are read only where they are needed: there are thousands."""
+    """Find the tasks; lm-eval's own thousands of definitions are read only where they are needed."""
     if task_folder is not None and not Path(task_folder).is_dir():
         raise ConfigError("--task-folder", "is not a folder", got=task_folder)
     own = TaskManager(include_path=task_folder, include_defaults=False)
@@ -216,7 +220,7 @@ def _manager(tasks: Sequence[str], task_folder: str | None) -> TaskManager:
 
 
 def _load(manager: TaskManager, tasks: Sequence[str]) -> list[Any]:
-    """Tasks with their data."""
+    """Load tasks with their data."""
     loaded: list[Any] = []
     for name in tasks:
         try:
@@ -227,7 +231,7 @@ def _load(manager: TaskManager, tasks: Sequence[str]) -> list[Any]:
 
 
 def _row(found: dict[str, Any], name: str) -> dict[str, Any]:
-    """Metrics of a task by name; lm-eval writes them as `metric,filter` and `metric_stderr,filter`."""
+    """Collect the metrics of a task; lm-eval names them `metric,filter` and `metric_stderr,filter`."""
     values = found["results"][name]
     metrics = {}
     for key, value in values.items():
@@ -242,7 +246,7 @@ def _row(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets tell much on the way."""
+    """Silence the many messages of lm-eval and datasets."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "lm_eval.evaluator")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

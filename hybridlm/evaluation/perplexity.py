@@ -1,6 +1,6 @@
-"""Perplexity by position: how much a model gains from what stands before a token.
+"""Perplexity by position, which shows how much a model gains from the tokens before.
 
-B rows, T tokens a row, N tokens, D model width, V vocabulary.
+B rows, T tokens per row, N tokens, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from hybridlm.model.model import HybridLM
 from hybridlm.training.metrics import bits_per_byte, perplexity
 from hybridlm_kernels.packing import CuSeqlens
 
-CHUNK = 1024  # tokens whose logits are in memory at once
-FIRST_BUCKET = 16
+CHUNK_TOKENS = 1024  # tokens whose logits are in memory at once
+FIRST_BUCKET_POSITIONS = 16
 
 
 @torch.no_grad()
 def normed_states(model: HybridLM, ids_BT: Tensor, cu_seqlens: CuSeqlens | None = None) -> Tensor:
-    """What the output matrix gets, [B, T, D], without the B x T x V logits."""
+    """Run the model up to the input of its output matrix, [B, T, D], without making the B x T x V logits."""
     normed: list[Tensor] = []
     hook = model.norm.register_forward_hook(lambda module, inputs, output: normed.append(output))
     try:
@@ -35,24 +35,28 @@ def normed_states(model: HybridLM, ids_BT: Tensor, cu_seqlens: CuSeqlens | None 
 
 @torch.no_grad()
 def token_losses(model: HybridLM, batch: Batch) -> Tensor:
-    """Nats of each next token, fp32 [B, T]; 0 where there is no target. Never holds B x T x V logits."""
+    """Loss of each next token in nats, fp32 [B, T]; 0 where there is no target. Never makes B x T x V logits."""
     x_ND = normed_states(model, batch.input_ids, batch.cu_seqlens).flatten(0, 1)
     targets_N = batch.targets[..., 0].flatten()
-    losses = [F.cross_entropy(model.logits(x_ND[None, i:i + CHUNK])[0].float(), targets_N[i:i + CHUNK],
-                              ignore_index=IGNORE, reduction="none") for i in range(0, len(x_ND), CHUNK)]
+    losses = [F.cross_entropy(model.logits(x_ND[None, i:i + CHUNK_TOKENS])[0].float(), targets_N[i:i + CHUNK_TOKENS],
+                              ignore_index=IGNORE, reduction="none") for i in range(0, len(x_ND), CHUNK_TOKENS)]
     return torch.cat(losses).view(batch.input_ids.shape)
 
 
 def buckets(length: int) -> list[int]:
-    """Lower borders of the position buckets below `length`: 0, 16, 32, 64, ..."""
+    """Lower borders of the position buckets below `length`.
+
+    >>> buckets(100)
+    [0, 16, 32, 64]
+    """
     borders = [0]
-    while (following := max(FIRST_BUCKET, 2 * borders[-1])) < length:
+    while (following := max(FIRST_BUCKET_POSITIONS, 2 * borders[-1])) < length:
         borders.append(following)
     return borders
 
 
 def perplexity_by_position(model: HybridLM, batches: Iterable[Batch], length: int) -> dict[str, Any]:
-    """Loss a token, perplexity and bits per byte over the batches, and the first two by position.
+    """Compute loss per token, perplexity and bits per byte over the batches, and the first two by position.
 
     A position counts the tokens before this one that the model sees: those of the same document and window of
     `length` tokens. A bucket holds positions from `start` up to, not including, `stop`.
@@ -81,6 +85,6 @@ def perplexity_by_position(model: HybridLM, batches: Iterable[Batch], length: in
 
 
 def _loss(nats: float, tokens: int) -> dict[str, float | int | None]:
-    """Nothing is known of a bucket without tokens."""
+    """Tokens, loss and perplexity of a bucket; None where it has no tokens."""
     mean = nats / tokens if tokens else None
     return {"tokens": tokens, "loss": mean, "perplexity": None if mean is None else perplexity(mean)}

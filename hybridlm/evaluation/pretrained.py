@@ -1,6 +1,6 @@
 """Probes on the weights of a checkpoint: its layers, and the embeddings of tokens drawn for the ids of the probe.
 
-The model chooses among the probe's ids only, so chance is what it is for a model trained on the probe alone.
+The model chooses among the probe's ids only, so chance is the same as for a model trained on the probe alone.
 V vocabulary of the probe.
 """
 
@@ -17,7 +17,13 @@ from hybridlm.model.model import HybridLM, build_model
 
 
 def model_with_pretrained_weights(model: HybridLM, probe: Probe, length: int, seed: int = 0) -> HybridLM:
-    """`model` with the probe's vocabulary, room for `length` tokens and no multi-token prediction.
+    """Build a model with the weights of `model`, the probe's vocabulary and no multi-token prediction.
+
+    Args:
+        model: of a checkpoint.
+        probe: the task it will be asked.
+        length: tokens for which it needs room.
+        seed: of the tokens that stand for the probe's ids.
 
     Raises:
         ConfigError: the probe has more ids than the model has tokens.
@@ -33,7 +39,7 @@ def model_with_pretrained_weights(model: HybridLM, probe: Probe, length: int, se
 
 
 def draw_tokens(model: HybridLM, count: int, seed: int) -> Tensor:
-    """Different tokens that stand for text, int64 [V]."""
+    """Draw `count` different tokens that stand for text, int64 [V]."""
     tokenizer: Tokenizer | None = getattr(model, "tokenizer", None)
     usable = torch.arange(model.config.vocab_size) if tokenizer is None else torch.tensor(
         [index for index, text in enumerate(tokenizer.token_bytes[:model.config.vocab_size]) if text])
@@ -45,7 +51,7 @@ def draw_tokens(model: HybridLM, count: int, seed: int) -> Tensor:
 
 
 def check_zero_shot(probe: Probe) -> None:
-    """Raises ConfigError for a task whose rule no context tells."""
+    """Raise ConfigError for a task whose rule does not show in its examples."""
     if not probe.in_context:
         known = [name for name, (cls, _) in PROBES.items() if cls.in_context]
         raise ConfigError("--zero-shot", f"the rule of {probe.task} does not show in its examples",

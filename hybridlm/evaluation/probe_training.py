@@ -1,6 +1,6 @@
-"""A fresh small model trained on a probe, then asked at the length it has seen and at longer ones.
+"""Training of a small model on a probe, and its scores at the length of training and at longer ones.
 
-B examples, T tokens an example, V vocabulary.
+B examples, T tokens per example, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from hybridlm.model.model import HybridLM, build_model
 from hybridlm.optimizers import OPTIMIZERS, LRScheduleConfig, OptimizerSet, build_optimizer
 from hybridlm.optimizers.lr_schedule import lr_factor
 
-LENGTH = 64
+DEFAULT_LENGTH = 64  # tokens per example
 SCHEDULE = LRScheduleConfig(kind="cosine", warmup=0.1, min_ratio=0.1)
-CLIP = 1.0
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What one training on a probe gave. `accuracy`: Score by length; `loss`: mean over the last tenth of the steps
-    (null if that is not finite, and without steps)."""
+    """Settings and outcome of one training on a probe.
+
+    `accuracy` has the Score at each length; `loss` is the mean over the last tenth of the steps, None if it is not
+    finite or there were no steps; `seconds` covers training and scoring.
+    """
 
     probe: str
     parameters: dict[str, Any]
@@ -61,10 +64,16 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
     examples and first weights, and so do two architectures, as far as their layers are the same.
 
     Args:
-        probe: made by `make_probe`, or a name for the probe as it is by default.
-        length: tokens an example in training; default 64, or what the probe takes at least.
-        eval_lengths: where it is scored; default `length`, twice and four times that.
+        model_config: the architecture.
+        probe: made by `make_probe`, or a name for the probe with its default parameters.
+        steps: of training.
+        lr: peak learning rate of AdamW.
+        seed: of the first weights and the examples.
+        length: tokens per example in training; default 64, or the probe's least length if that is more.
+        eval_lengths: lengths at which it is scored; default `length`, twice and four times that.
+        batch_size: examples per step.
         examples: scored at each length.
+        device: where the model runs.
         start: a model that is trained further instead, with the probe's vocabulary, such as one of
             `model_with_pretrained_weights`. `steps` may then be 0.
         on_step: called with each step's number, from 1 on, and its loss.
@@ -105,12 +114,12 @@ def train_on_probe(model_config: ModelConfig, probe: Probe | str, steps: int = 1
 
 def probe_lengths(probe: Probe, length: int | None = None,
                   eval_lengths: Sequence[int] | None = None) -> tuple[int, tuple[int, ...]]:
-    """The length of training and those of scoring, where defaults are filled in.
+    """Fill in the default length of training and lengths of scoring, and check that the probe fits into all.
 
     Raises:
         ConfigError: a length that the probe does not fit into.
     """
-    length = max(LENGTH, probe.min_length) if length is None else length
+    length = max(DEFAULT_LENGTH, probe.min_length) if length is None else length
     lengths = (length, 2 * length, 4 * length) if eval_lengths is None else tuple(eval_lengths)
     for asked in (length, *lengths):
         probe.check_length(asked)
@@ -118,10 +127,10 @@ def probe_lengths(probe: Probe, length: int | None = None,
 
 
 def _step(model: HybridLM, optimizers: OptimizerSet, loss: torch.Tensor) -> bool:
-    """Backward and update; False where the gradient was not finite and nothing was changed."""
+    """Compute the gradient and update; False if the gradient was not finite and nothing was changed."""
     optimizers.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(optimizers.parameters(), CLIP)
+    norm = torch.nn.utils.clip_grad_norm_(optimizers.parameters(), MAX_GRAD_NORM)
     finite = bool(torch.isfinite(norm))
     if finite:
         optimizers.step()
@@ -130,7 +139,7 @@ def _step(model: HybridLM, optimizers: OptimizerSet, loss: torch.Tensor) -> bool
 
 
 def model_for_probe(config: ModelConfig, probe: Probe, length: int) -> ModelConfig:
-    """The architecture with the probe's vocabulary: no multi-token prediction, and room for `length` tokens."""
+    """The architecture with the probe's vocabulary, room for `length` tokens and no multi-token prediction."""
     return replace(config, vocab_size=probe.vocab_size, mtp=replace(config.mtp, depth=0, mixer=None),
                    max_position=max(config.max_position, length), published=None)
 
@@ -138,7 +147,7 @@ def model_for_probe(config: ModelConfig, probe: Probe, length: int) -> ModelConf
 @torch.no_grad()
 def score_on_probe(model: HybridLM, probe: Probe, length: int, *, seed: int = 0, examples: int = 256,
                    batch_size: int = 32) -> Score:
-    """The likeliest token of the whole vocabulary at every asked position, against the answers of the test split."""
+    """Compare the likeliest token at every asked position with the answers, on examples of the test split."""
     was_training, score = model.training, Score()
     model.eval()
     try:

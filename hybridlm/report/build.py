@@ -1,4 +1,4 @@
-"""A report from a folder to files."""
+"""Writes the report of a run or sweep folder into files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ from hybridlm.report.page import html
 from hybridlm.report.png import write_png
 from hybridlm.report.read import Run, Sweep, read
 
-PAGE = "report.html"
+PAGE_FILE = "report.html"
 
 
 def write_report(path: str | Path, *, output: str | Path | None = None, png: str | Path | None = None,
                  metrics: Sequence[str] = (), refresh: int | None = None) -> dict[str, Any]:
-    """Writes the page of a run or sweep, by default into its folder, and its figures as PNG files into `png`.
+    """Write the page of a run or sweep, and its figures as PNG files.
 
-    `refresh`: the page loads itself again after so many seconds. Returns what was read and drawn, ready for JSON.
+    Args:
+        path: a run folder or sweep folder.
+        output: file of the page; default report.html in the folder.
+        png: folder for PNG files; default none are written.
+        metrics: names of metrics that are drawn beside the usual figures.
+        refresh: seconds after which the page loads itself again.
+
+    Returns:
+        The runs that were read and the figures that were drawn, ready for JSON.
 
     Raises:
         ConfigError: no run or sweep there, nothing to draw, a metric no run has, a place that cannot be written.
@@ -36,7 +44,7 @@ def write_report(path: str | Path, *, output: str | Path | None = None, png: str
 
     found = read(path, list(metrics))
     page = document(found, metrics)
-    file = Path(output) if output is not None else Path(path).expanduser() / PAGE
+    file = Path(output) if output is not None else Path(path).expanduser() / PAGE_FILE
     pictures: list[str] = []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What stands on a page: facts, figures, tables, and where the numbers come from."""
+"""The content of a page: facts, figures, tables, and the commands and versions behind the numbers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hybridlm.sweep.point import shorten_keys
 from hybridlm.sweep.table import STATE_CONTEXTS, format_changes, format_layers
 from hybridlm.training.display import format_duration
 
-REACHED = ("validation_loss", "validation_bits_per_byte", "tokens_per_second", "peak_memory_bytes")
-COUNTS = ("", " K", " M", " G", " T", " P")
+RESULT_METRICS = ("validation_loss", "validation_bits_per_byte", "tokens_per_second", "peak_memory_bytes")
+COUNT_UNITS = ("", " K", " M", " G", " T", " P")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A page without its form. `layers` are a model's mixers by depth; `texts` are files, as they stand."""
+    """The content of a page without its form; `layers` are a model's mixers by depth, `texts` files as they are."""
 
     kind: str
     name: str
@@ -40,6 +40,7 @@ class Document:
 
 
 def document(read: Run | Sweep, metrics: Sequence[str] = ()) -> Document:
+    """Make the content of a page from what `read` has read; `metrics` are drawn beside the usual figures."""
     return _of_run(read, metrics) if isinstance(read, Run) else _of_sweep(read, metrics)
 
 
@@ -53,7 +54,7 @@ def _of_run(run: Run, metrics: Sequence[str]) -> Document:
 
 
 def _missing(names: list[str]) -> list[str]:
-    return [f"not drawn, for there is no data: {', '.join(names)}"] if names else []
+    return [f"not drawn because there is no data: {', '.join(names)}"] if names else []
 
 
 def _corrupt(run: Run) -> list[str]:
@@ -90,11 +91,11 @@ def _run_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _count(value: float) -> str:
-    return scaled(value, 1000, COUNTS)
+    return scaled(value, 1000, COUNT_UNITS)
 
 
 def _provenance(runs: list[tuple[str, Run]]) -> list[tuple[str, Table]]:
-    """Commands, and versions where they differ from the run before."""
+    """Tables of the commands, and of machine and versions where these differ between sessions."""
     named = len(runs) > 1
     commands: list[list[str]] = []
     versions: dict[str, list[str]] = {}
@@ -130,26 +131,28 @@ def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> Document:
 
 
 def _sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
-    results, statuses = sweep.results, [point.row["status"] for point in sweep.points]
+    results = sweep.results
+    statuses = [point.row["status"] for point in sweep.points]
     short = shorten_keys(list(results["vary"]))
     facts = [(short[key], ", ".join(str(value) for value in values)) for key, values in results["vary"].items()]
     facts.append(("equal budgets", str(results["match"])))
     counted = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-    facts += [("points", counted), ("tokens a point", _count(sweep.points[0].row["tokens"]))]
+    facts += [("points", counted), ("tokens per point", _count(sweep.points[0].row["tokens"]))]
     if isinstance(command := sweep.plan.get("command"), str):
         facts.append(("command", command))
     return facts
 
 
 def _points(sweep: Sweep) -> Table:
-    """What each point is, costs, and reached."""
+    """The points of a sweep: their layers, costs, and the metrics they reached."""
     labels = list(dict.fromkeys(label for point in sweep.points for label in point.probes))
     known = {name for point in sweep.points for name in point.row["metrics"]}
-    metrics = [name for name in REACHED if name in known]
+    metrics = [name for name in RESULT_METRICS if name in known]
     changed = any(point.row["changed"] for point in sweep.points)
     rows = []
     for point in sweep.points:
-        row, probes = point.row, point.probes
+        row = point.row
+        probes = point.probes
         rows.append([row["point"], format_layers(row["layers"]), *([format_changes(row["changed"])] if changed else []),
                      _count(row["parameters"]), _count(row["active_parameters"]),
                      *(number(row["decode_state_bytes"][str(size)], "bytes") for size in STATE_CONTEXTS.values()),

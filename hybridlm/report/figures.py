@@ -1,5 +1,4 @@
-"""What a figure shows, whoever draws it: the page and the PNG files are made from the same description, and so are the
-tables that stand beside the figures."""
+"""Descriptions of figures, from which the page, the PNG files and the tables beside the figures are made."""
 
 from __future__ import annotations
 
@@ -11,16 +10,16 @@ from typing import Any, Literal
 from hybridlm.inspect import scaled
 from hybridlm.report.palette import Style
 
-MOST_POINTS = 400  # of a line; longer ones are averaged
-MOST_COLUMNS = 160  # of a heat map
-MOST_ROWS = 40  # of a table
+MAX_LINE_POINTS = 400  # longer lines are averaged
+MAX_HEAT_COLUMNS = 160
+MAX_TABLE_ROWS = 40
 BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
 Value = float | int | str | None
 
 
 @dataclass(frozen=True)
 class Axis:
-    """`categories`: texts that stand for themselves, in this order. `kind`: number, count, bytes or share."""
+    """One axis; `kind` is number, count, bytes or share, `categories` are texts in their order along it."""
 
     title: str
     kind: str = "number"
@@ -30,9 +29,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name. `low` and `high` are the ends of a spread: one `std` to each side, or the whole `range`.
-    A line that goes by `steps` keeps its value until the next point.
-    `labels` are texts at points; a series that is not `tabled` repeats others."""
+    """Points of one name.
+
+    `low` and `high` are the ends of a spread: one standard deviation to each side, or the full range. A line that goes
+    by `steps` keeps its value until the next point. `labels` are texts at points; a series that is not `tabled` repeats
+    others.
+    """
 
     name: str
     style: Style
@@ -50,13 +52,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
+    """One plot of a chart."""
+
     title: str
     series: list[Series]
-    level: tuple[float, str] | None = None  # a horizontal line, and what it says
+    level: tuple[float, str] | None = None  # a horizontal line and its text
 
 
 @dataclass(frozen=True)
 class Table:
+    """A table as texts."""
+
     header: list[str]
     rows: list[list[str]]
     note: str = ""
@@ -64,7 +70,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels with the same axes, side by side. `borders` are vertical lines with what begins there."""
+    """Panels with the same axes, side by side; `borders` are vertical lines, each with its text."""
 
     id: str
     title: str
@@ -77,12 +83,13 @@ class Chart:
     wide: bool = False  # over the whole page
 
     def table(self) -> Table:
+        """The table beside the chart."""
         return self.numbers or _table(self)
 
 
 @dataclass(frozen=True)
 class Heat:
-    """`z[row][column]`, the first row at the bottom; None where nothing was measured."""
+    """A heat map of `z[row][column]`, the first row at the bottom; None where nothing was measured."""
 
     id: str
     title: str
@@ -95,6 +102,7 @@ class Heat:
     z: list[list[Value]]
 
     def table(self) -> Table:
+        """The table beside the heat map, of at most 12 columns."""
         chosen = spaced(len(self.columns), 12)
         note = "" if len(chosen) == len(self.columns) else f"{len(chosen)} of {len(self.columns)} columns"
         rows = [[name, *(number(self.z[row][column]) for column in chosen)] for row, name in enumerate(self.rows)]
@@ -105,8 +113,13 @@ class Heat:
 Figure = Chart | Heat
 
 
-def thinned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float], int]:
-    """At most `most` points, each the mean of n neighbours and at the last one's place; and n."""
+def thinned(x: Sequence[float], y: Sequence[float],
+            most: int = MAX_LINE_POINTS) -> tuple[list[float], list[float], int]:
+    """Average a line to at most `most` points; returns x, y and n, the neighbours per point.
+
+    >>> thinned([1, 2, 3, 4], [1.0, 3.0, 5.0, 7.0], most=2)
+    ([2, 4], [2.0, 6.0], 2)
+    """
     n = math.ceil(len(x) / most) if x else 1
     if n == 1:
         return list(x), list(y), 1
@@ -116,19 +129,23 @@ def thinned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> 
 
 
 def averaged(n: int) -> str:
-    """Says it where points are means."""
+    """The sentence of a note that says how many steps a point averages, empty for one."""
     return f" Each point of a line is the mean of {n} steps." if n > 1 else ""
 
 
 def spaced(count: int, most: int) -> list[int]:
-    """At most `most` of `count` indices, evenly over them, the first and the last among them."""
+    """Choose at most `most` of `count` indices, evenly, the first and the last among them."""
     if count <= most:
         return list(range(count))
     return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
 
 
 def number(value: Value, kind: str = "number") -> str:
-    """As tables show it: four significant digits, counts and bytes with a unit."""
+    """Format a value for a table: four significant digits, bytes with a unit.
+
+    >>> number(0.123456), number(2048, "bytes"), number(None)
+    ('0.1235', '2 KiB', '-')
+    """
     if value is None or isinstance(value, str):
         return "-" if value is None else value
     if kind == "bytes":
@@ -139,8 +156,10 @@ def number(value: Value, kind: str = "number") -> str:
 
 
 def extent(axis: Axis, values: Iterable[Value]) -> tuple[float, float, bool]:
-    """Ends of an axis that all panels share, with some room, and whether it is logarithmic: only positive values can
-    lie on one that is."""
+    """Ends of the axis that all panels share, with some room, and whether it is logarithmic.
+
+    An axis with values that are not positive is linear.
+    """
     found = [float(value) for value in values if isinstance(value, int | float)]
     if axis.kind == "share":
         return -0.03, 1.03, False
@@ -163,7 +182,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def values_of(chart: Chart, axis: Literal["x", "y"]) -> list[Value]:
-    """All that lies along an axis, over panels: spreads and levels too."""
+    """Collect the values along an axis over all panels, spreads and levels included."""
     found: list[Value] = []
     for panel in chart.panels:
         for series in panel.series:
@@ -174,13 +193,13 @@ def values_of(chart: Chart, axis: Literal["x", "y"]) -> list[Value]:
 
 
 def legend(chart: Chart) -> dict[str, Series]:
-    """The series a legend names, each once; none where there is nothing to tell apart."""
+    """The series of the legend by name; none for a single name."""
     named = {series.name: series for panel in chart.panels for series in panel.series}
     return named if len(named) > 1 else {}
 
 
 def unit_of(axis: Axis, values: Sequence[Value]) -> tuple[float, str]:
-    """What the values of an axis are divided by, and its title with the unit: bytes become MiB where they are many."""
+    """The divisor of an axis' values and its title with the unit: bytes become MiB where they are many."""
     if axis.kind != "bytes":
         return 1.0, axis.title
     most = max((value for value in values if isinstance(value, int | float)), default=0)
@@ -189,7 +208,7 @@ def unit_of(axis: Axis, values: Sequence[Value]) -> tuple[float, str]:
 
 
 def _table(chart: Chart) -> Table:
-    """A row for each x of each panel, a column for each name; few rows, those first where most is known."""
+    """A row for each x of each panel, a column for each name; of many rows some that have all names."""
     names = list(dict.fromkeys(series.name for panel in chart.panels for series in panel.series if series.tabled))
     rows: list[tuple[int, list[str]]] = []
     for panel in chart.panels:
@@ -201,11 +220,11 @@ def _table(chart: Chart) -> Table:
             title = [panel.title] if len(chart.panels) > 1 else []
             rows.append((len(cells[x]), [*title, number(x, chart.x.kind), *(cells[x].get(name, "") for name in names)]))
     full = [row for count, row in rows if count == len(names)]
-    if len(rows) <= MOST_ROWS:
+    if len(rows) <= MAX_TABLE_ROWS:
         chosen = [row for _, row in rows]
     else:
         source = full if len(full) > 1 else [row for _, row in rows]
-        chosen = [source[index] for index in spaced(len(source), MOST_ROWS)]
+        chosen = [source[index] for index in spaced(len(source), MAX_TABLE_ROWS)]
     header = [*([""] if len(chart.panels) > 1 else []), chart.x.title, *names]
     return Table(header, chosen, "" if len(chosen) == len(rows) else f"{len(chosen)} of {len(rows)} rows")
 

@@ -1,4 +1,4 @@
-"""One HTML page with everything in it: plotly.js, figures, tables. It loads nothing and may load nothing.
+"""One HTML page that holds plotly.js, figures and tables, and loads nothing.
 
 All that comes from files is escaped; the page's own policy runs its two scripts, known by their hash, and no other.
 """
@@ -22,7 +22,7 @@ GLYPHS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "�
 
 
 def html(document: Document, plotly_js: str, refresh: int | None = None) -> str:
-    """The page. `refresh`: seconds after which it loads itself again."""
+    """Make the page; after `refresh` seconds it loads itself again."""
     own = files("hybridlm.report")
     script, style = (own.joinpath(name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     drawn = {figure.id: plots(figure) for figure in document.figures}

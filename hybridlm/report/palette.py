@@ -33,7 +33,7 @@ SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross
 
 @dataclass(frozen=True)
 class Style:
-    """How a series is drawn: `colour` by theme, `symbol` of its points, `dash` of its line."""
+    """The look of a series: `colour` by theme, `symbol` of its points, `dash` of its line."""
 
     colour: Pair
     symbol: str = "circle"
@@ -46,8 +46,11 @@ LIMIT = Style(INK, dash="dash")
 
 
 class Palette:
-    """Styles of the names on one page. Mixers of the presets have fixed ones; other names take what no name of the
-    page has, in the order they come; where there are more names than styles, colours come again with another symbol."""
+    """Styles of the names on one page.
+
+    Mixers of the presets have fixed styles. Other names get, in their order, the styles that no name of the page has.
+    Where there are more names than styles, colours are used again with another symbol.
+    """
 
     def __init__(self, names: Iterable[str]):
         names = list(dict.fromkeys(names))

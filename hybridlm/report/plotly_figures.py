@@ -1,4 +1,4 @@
-"""Figures for plotly.js: a plot a panel, as plain data. Colours are {"$": [on light ground, on dark ground]}."""
+"""Figures for plotly.js as plain data, one plot per panel. Colours are {"$": [on light ground, on dark ground]}."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from hybridlm.report.figures import (
 )
 from hybridlm.report.palette import GRID, GROUND, INK, MUTED, Pair
 
-HEIGHT, SMALL_HEIGHT = 300, 240  # of a panel; where there are more than three, small
-ROW_HEIGHT = 22  # of a heat map
-SIZES = {"triangle-up": 10, "triangle-down": 10, "diamond": 9, "star": 11}  # that look like a circle of 8
+HEIGHT_PX = 300  # of a panel
+SMALL_HEIGHT_PX = 240  # of a panel where there are more than three
+HEAT_ROW_HEIGHT_PX = 22
+SYMBOL_SIZES = {"triangle-up": 10, "triangle-down": 10, "diamond": 9, "star": 11}  # pixels; as large as a circle of 8
 CLEAR = "rgba(0,0,0,0)"
 CIVIDIS = [[0, "#00224e"], [0.2, "#35456c"], [0.4, "#666970"], [0.6, "#948e77"], [0.8, "#c8b866"], [1, "#fee838"]]
 
 
 def plots(figure: Figure) -> list[dict[str, Any]]:
-    """One {data, layout} a panel."""
+    """Make {title, data, layout, height} for each panel."""
     if isinstance(figure, Heat):
         return [_heat(figure)]
     return [_panel(figure, panel) for panel in figure.panels]
 
 
 def themed(pair: Pair, alpha: str = "") -> dict[str, list[str]]:
+    """The colours of both themes, from which the page takes one; `alpha` is two hexadecimal digits."""
     return {"$": [colour + alpha for colour in pair]}
 
 
@@ -54,7 +56,7 @@ def _panel(chart: Chart, panel: Panel) -> dict[str, Any]:
         shapes.append(_line(x0=0, x1=1, xref="paper", y0=level, y1=level))
         notes.append(_text(panel.level[1], x=1, xref="paper", y=level, xanchor="right", yanchor="bottom"))
     return {"title": panel.title, "data": data, "layout": layout,
-            "height": HEIGHT if len(chart.panels) <= 3 else SMALL_HEIGHT}
+            "height": HEIGHT_PX if len(chart.panels) <= 3 else SMALL_HEIGHT_PX}
 
 
 def _traces(series: Series, x_unit: float, y_unit: float) -> list[dict[str, Any]]:
@@ -71,7 +73,7 @@ def _traces(series: Series, x_unit: float, y_unit: float) -> list[dict[str, Any]
         "color": colour, "width": 2, "dash": style.dash, "shape": "hv" if series.steps else "linear"}}
     trace["mode"] = "+".join(["lines"] * series.line + ["markers"] * series.points) or "lines"
     if series.points:
-        trace["marker"] = {"color": colour, "symbol": style.symbol, "size": SIZES.get(style.symbol, 8),
+        trace["marker"] = {"color": colour, "symbol": style.symbol, "size": SYMBOL_SIZES.get(style.symbol, 8),
                            "line": {"width": 1, "color": themed(GROUND)}}
     if series.labels:
         trace |= {"text": [f"\u00a0\u00a0{escape(label, quote=False)}" for label in series.labels]}
@@ -140,4 +142,5 @@ def _heat(heat: Heat) -> dict[str, Any]:
              "colorbar": bar}
     if heat.columns and isinstance(heat.columns[0], str):
         layout["xaxis"]["type"] = "category"
-    return {"title": "", "data": [trace], "layout": layout, "height": max(220, 90 + ROW_HEIGHT * len(heat.rows))}
+    height = max(220, 90 + HEAT_ROW_HEIGHT_PX * len(heat.rows))
+    return {"title": "", "data": [trace], "layout": layout, "height": height}

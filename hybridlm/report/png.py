@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hybridlm.files import write_bytes
 from hybridlm.report.figures import (
     Axis,
     Chart,
@@ -25,22 +27,22 @@ from hybridlm.report.palette import GRID, INK, MUTED
 MARKERS = {"circle": "o", "square": "s", "triangle-up": "^", "diamond": "D", "triangle-down": "v", "cross": "P",
            "star": "*", "x": "X"}
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}
-COLUMNS = 5  # panels side by side, at most
+MAX_PANELS_PER_ROW = 5
 DPI = 150
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """The whole file or none; the same figure gives the same bytes."""
+    """Draw a figure into a file, which appears complete or not at all; the same figure gives the same bytes."""
     drawn = _heat(figure) if isinstance(figure, Heat) else _chart(figure)
-    draft = path.with_name(f".{path.name}.tmp")
-    drawn.savefig(draft, format="png", dpi=DPI, metadata={"Software": None})
-    draft.replace(path)
+    data = io.BytesIO()
+    drawn.savefig(data, format="png", dpi=DPI, metadata={"Software": None})
+    write_bytes(path, data.getvalue())
 
 
 def _chart(chart: Chart) -> Any:
     from matplotlib.figure import Figure as Canvas
 
-    columns = min(COLUMNS if len(chart.panels) <= COLUMNS else 4, len(chart.panels))
+    columns = min(MAX_PANELS_PER_ROW if len(chart.panels) <= MAX_PANELS_PER_ROW else 4, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
     size = (6.4, 4.2) if len(chart.panels) == 1 else (3.4 * columns, 2.9 * rows + 0.8)
     canvas = Canvas(figsize=size, layout="constrained")
@@ -133,5 +135,5 @@ def _heat(heat: Heat) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Text is text: matplotlib would read formulas between dollar signs."""
+    """Escape dollar signs, between which matplotlib would read formulas."""
     return text.replace("$", r"\$")

@@ -1,6 +1,6 @@
-"""What a report is made from: the files of a run folder or a sweep folder, read and never written.
+"""Readers of run folders and sweep folders, which are never written.
 
-Files may be of a run that is still training, of another version, or damaged: what cannot be used is left out and
+Files may be of a run that is still training, of another version, or damaged: lines that cannot be used are left out and
 counted.
 """
 
@@ -22,7 +22,7 @@ from hybridlm.sweep.collect import read_metrics, read_results
 from hybridlm.sweep.folder import POINT_FILE
 from hybridlm.training.run_folder import read_sessions
 
-LOAD = "moe/load/"
+EXPERT_LOAD_PREFIX = "moe/load/"
 CONFIG_FILES = ("config.yaml", POINT_FILE)  # a point that never began has the second alone
 RUN_FILES = ("metrics.jsonl", "config.yaml", "run.json")
 Curve = tuple[list[int], list[float]]  # steps, values
@@ -30,8 +30,11 @@ Curve = tuple[list[int], list[float]]  # steps, values
 
 @dataclass
 class Run:
-    """A run folder. `curves`: every metric that is a number, by name. `loads`: tokens each expert got, by step and
-    layer. `stages`: the first step of each, and its name."""
+    """A run folder.
+
+    `curves` are the metrics that are numbers, by name; `loads` the tokens of each expert, by step and layer; `stages`
+    the first step and the name of each stage.
+    """
 
     folder: Path
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class Run:
 
     @cached_property
     def config(self) -> Config | None:
-        """None where config.yaml cannot be used; `fault` then says why."""
+        """The config of the run, or None if config.yaml cannot be used; `fault` then says why."""
         file = next((self.folder / name for name in CONFIG_FILES if (self.folder / name).exists()), None)
         if file is None:
             self.fault = "there is no config.yaml"
@@ -61,13 +64,13 @@ class Run:
             return None
 
     def last(self, metric: str) -> float | None:
+        """The last value of a metric, None if the run has none."""
         return self.curves[metric][1][-1] if metric in self.curves else None
 
 
 @dataclass
-class Probe:
-    """What an architecture reached after training on a probe; `accuracy`: share of the asked tokens that are right, by
-    length."""
+class ProbeAccuracy:
+    """Scores of an architecture on a probe; `accuracy` is the fraction of asked tokens that are right, by length."""
 
     label: str
     length: int
@@ -81,12 +84,12 @@ class Point:
 
     row: dict[str, Any]
     run: Run
-    probes: dict[str, Probe]
+    probes: dict[str, ProbeAccuracy]
 
 
 @dataclass
 class Sweep:
-    """A sweep folder. `results` is as `hybridlm.sweep.collect` has it."""
+    """A sweep folder; `results` are those of `hybridlm.sweep.collect`, `plan` is sweep.json."""
 
     folder: Path
     results: dict[str, Any]
@@ -99,7 +102,7 @@ class Sweep:
 
 
 def read(path: str | Path, metrics: list[str] | None = None) -> Run | Sweep:
-    """The run or sweep in a folder; `metrics` are asked for beside the usual ones.
+    """Read the run or sweep in a folder; `metrics` are asked for beside the usual ones.
 
     Raises:
         ConfigError: no such folder, neither a run nor a sweep, a run without a step, a metric no run has.
@@ -124,7 +127,7 @@ def read(path: str | Path, metrics: list[str] | None = None) -> Run | Sweep:
 
 
 def read_run(folder: Path) -> Run:
-    """Whatever a run folder holds, also where a file is missing."""
+    """Read a run folder, also one in which a file is missing."""
     run = Run(folder, sessions=[session for session in read_sessions(folder) if isinstance(session, dict)])
     records, run.corrupt_lines = read_metrics(folder / "metrics.jsonl")
     steps: dict[int, dict[str, Any]] = {}
@@ -145,11 +148,15 @@ def _add(run: Run, step: int, record: dict[str, Any]) -> None:
             steps, values = run.curves.setdefault(name, ([], []))
             steps.append(step)
             values.append(float(value))
-        elif name.startswith(LOAD) and isinstance(value, list) and value and all(_is_number(item) for item in value):
-            run.loads.setdefault(step, {})[name.removeprefix(LOAD)] = value
+        elif name.startswith(EXPERT_LOAD_PREFIX) and _is_number_list(value):
+            run.loads.setdefault(step, {})[name.removeprefix(EXPERT_LOAD_PREFIX)] = value
     stage = record.get("stage")
     if isinstance(stage, str) and (not run.stages or run.stages[-1][1] != stage):
         run.stages.append((step, stage))
+
+
+def _is_number_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_number(item) for item in value)
 
 
 def _is_number(value: Any) -> bool:
@@ -171,7 +178,7 @@ def _read_sweep(folder: Path, metrics: list[str]) -> Sweep:
     return Sweep(folder, results, plan, points)
 
 
-def _probes(results: dict[str, Any], row: dict[str, Any]) -> dict[str, Probe]:
+def _probes(results: dict[str, Any], row: dict[str, Any]) -> dict[str, ProbeAccuracy]:
     """The probes that a point has finished, by label."""
     found = {}
     for label, task in results["probes"].items():
@@ -179,7 +186,7 @@ def _probes(results: dict[str, Any], row: dict[str, Any]) -> dict[str, Probe]:
                  for length in task["lengths"]}
         accuracy = {length: row["metrics"][name] for length, name in names.items() if name in row["metrics"]}
         if accuracy:
-            found[label] = Probe(label, task["length"], task["chance"], accuracy)
+            found[label] = ProbeAccuracy(label, task["length"], task["chance"], accuracy)
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hybridlm.report.figures import (
-    MOST_COLUMNS,
+    MAX_HEAT_COLUMNS,
     Axis,
     Chart,
     Figure,
@@ -22,11 +22,11 @@ from hybridlm.report.palette import LIMIT, TRAINING, VALIDATION, Style
 from hybridlm.report.read import Run
 
 STEP = Axis("step")
-VIOLATION = "moe/max_violation/"
+MAX_VIOLATION_PREFIX = "moe/max_violation/"
 
 
 def run_figures(run: Run, metrics: Sequence[str] = ()) -> tuple[list[Figure], list[str]]:
-    """What there is data for, and in words what there is none for. `metrics` are drawn over the steps as well."""
+    """Draw the figures for which a run has data; returns them and the names of those that lack data."""
     figures: list[Figure] = []
     missing: list[str] = []
     for found, lacking in (
@@ -61,14 +61,14 @@ def _loss(run: Run) -> Chart | None:
     if "loss" not in run.curves and "validation_loss" not in run.curves:
         return None
     lines = [("loss", "training", TRAINING), ("validation_loss", "validation", VALIDATION)]
-    return replace(_over_steps(run, "loss", "Loss", "Nats a token, of the next token alone.", Axis("loss"), lines),
+    return replace(_over_steps(run, "loss", "Loss", "Nats per token, of the next token alone.", Axis("loss"), lines),
                    wide=True)
 
 
 def _speed(run: Run) -> Chart | None:
     if "tokens_per_second" not in run.curves:
         return None
-    return _over_steps(run, "speed", "Speed", "Tokens a second in each step.", Axis("tokens/s", "count"),
+    return _over_steps(run, "speed", "Speed", "Tokens per second in each step.", Axis("tokens/s", "count"),
                        [("tokens_per_second", "tokens/s", TRAINING)])
 
 
@@ -89,13 +89,13 @@ def _by_layer(run: Run, prefix: str) -> list[str]:
 
 
 def _overload(run: Run) -> Heat | None:
-    layers = _by_layer(run, VIOLATION)
+    layers = _by_layer(run, MAX_VIOLATION_PREFIX)
     if not layers:
         return None
     columns: list[Value] = []
     z: list[list[Value]] = []
     for layer in layers:
-        x, values, n = thinned(*run.curves[VIOLATION + layer], most=MOST_COLUMNS)
+        x, values, n = thinned(*run.curves[MAX_VIOLATION_PREFIX + layer], most=MAX_HEAT_COLUMNS)
         columns = list(x) if len(x) > len(columns) else columns
         z.append(list(values))
     z = [[*row, *[None] * (len(columns) - len(row))] for row in z]
@@ -137,7 +137,7 @@ def _indexer_over_time(run: Run, what: str) -> Chart | None:
 
 
 def _indexer_by_layer(run: Run, what: str) -> Chart | None:
-    """As last measured, in validation where it was."""
+    """The last measured values by layer, of validation if there are any."""
     for start in ("validation_dsa/indexer_", "dsa/indexer_"):
         layers = _by_layer(run, f"{start}{what}/")
         if layers:

@@ -1,4 +1,4 @@
-"""How the points of a sweep lie in a figure: what stands along the axis, and what tells the lines apart."""
+"""Places of a sweep's points in its figures: along the axis, and on one of the lines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hybridlm.report.read import Point, Sweep
 from hybridlm.sweep.point import SEED_KEY, shorten_keys
 
 RATIO, LINEAR, FULL = "model.schedule.ratio", "model.schedule.linear", "model.schedule.full"
-SINGLE_PROCESS = "all points"  # the name of the only line
+ONLY_LINE = "all points"  # name of a line that needs no name
 RATIO_TITLE = "linear layers for each full one"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a setting lies: the line it belongs to and its place along the axis, both as texts."""
+class AxisPlace:
+    """The line of a setting and its place along the axis, both as texts."""
 
     line: str
     x: str
@@ -25,19 +25,23 @@ class Place:
 
 @dataclass
 class Group:
-    """Points that differ in their seed alone. One run may lie in several places: at ratio 0 it is the first point of
-    every mixer's line. `mixer` is what its colour stands for."""
+    """Points that differ in their seed alone.
+
+    One run may lie in several places: at ratio 0 it is the first point of every mixer's line. `mixer` selects
+    the colour.
+    """
 
     name: str
     mixer: str
-    places: list[Place]
+    places: list[AxisPlace]
     points: list[Point]
 
     def values(self, metric: str) -> list[float]:
+        """The metric of all seeds that have it."""
         return [point.row["metrics"][metric] for point in self.points if metric in point.row["metrics"]]
 
     def accuracies(self, label: str, length: int | None = None) -> list[float]:
-        """Over seeds, at a length; by default that of training."""
+        """Accuracies of all seeds at a length, by default that of training."""
         probes = [point.probes[label] for point in self.points if label in point.probes]
         found = [probe.accuracy.get(probe.length if length is None else length) for probe in probes]
         return [value for value in found if value is not None]
@@ -69,14 +73,16 @@ class Axes:
         self._mixers = {group.mixer: palette[group.mixer] for group in self.groups}
 
     def at(self, line: str, x: str) -> Group:
-        """The group that lies there; one without points where there is none."""
-        place = Place(line, x)
+        """The group at a place; one without points if there is none."""
+        place = AxisPlace(line, x)
         return next((group for group in self.groups if place in group.places), Group(line, line, [place], []))
 
     def style(self, line: str) -> Style:
+        """The style of a line."""
         return self._styles[line]
 
     def mixer_style(self, mixer: str) -> Style:
+        """The style of a mixer's points."""
         return self._mixers[mixer]
 
     def _groups(self, points: list[Point]) -> list[Group]:
@@ -86,17 +92,18 @@ class Axes:
         for point in points:
             settings = [{key: value for key, value in each.items() if key != SEED_KEY}
                         for each in point.row["same_as"] or [point.row["settings"]]]
-            places = list(dict.fromkeys(Place(self._line(each), self._x(each.get(self.key, ""))) for each in settings))
+            every = [AxisPlace(self._line(each), self._x(each.get(self.key, ""))) for each in settings]
+            places = list(dict.fromkeys(every))
             key = repr(places)
             mixer = mixer_of(point, full)
             name = self._name(mixer, places)
             groups.setdefault(key, Group(name, mixer, places, [])).points.append(point)
         return list(groups.values())
 
-    def _name(self, mixer: str, places: list[Place]) -> str:
-        """kda 3:1, kda only, full; or the mixer, the line and the place."""
+    def _name(self, mixer: str, places: list[AxisPlace]) -> str:
+        """A name such as kda 3:1, kda only or full; or the mixer, the line and the place."""
         distinct = {place.x for place in places}
-        line = [places[0].line] if len(places) == 1 and places[0].line != SINGLE_PROCESS else []
+        line = [places[0].line] if len(places) == 1 and places[0].line != ONLY_LINE else []
         if self.key != RATIO:
             return ", ".join(dict.fromkeys([mixer, *line, *sorted(distinct)]))
         ends = {"0": "", "∞": " only"}
@@ -104,17 +111,17 @@ class Axes:
         return ", ".join(dict.fromkeys([mixer, *line])) + ends.get(last, f" {last}:1")
 
     def _line(self, settings: dict[str, Any]) -> str:
-        """kda, or kda, lr 0.001: the mixer by its name alone, other settings by theirs."""
+        """The name of a line, such as `kda` or `kda, lr 0.001`: the mixer, and other settings with their keys."""
         parts = [str(settings[key]) if key == LINEAR else f"{self._short[key]} {settings[key]}"
                  for key in self.others if key in settings]
-        return ", ".join(parts) or SINGLE_PROCESS
+        return ", ".join(parts) or ONLY_LINE
 
     def _x(self, value: Any) -> str:
         return "∞" if self.key == RATIO and str(value) == "inf" else str(value)
 
 
 def mixer_of(point: Point, full: str) -> str:
-    """The mixers of a model without the full one (of the schedule: `full`), where there are others."""
+    """Name the mixers of a model but the full one, which is named only where it stands alone."""
     layers = [str(layer) for layer in point.row["layers"]]
     full = str(point.row["settings"].get(FULL, full))
     return "+".join(name for name in dict.fromkeys(layers) if name != full) or layers[0]

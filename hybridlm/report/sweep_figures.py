@@ -1,4 +1,4 @@
-"""The figures of a sweep: everything against what is varied, and what is reached against what it costs."""
+"""Figures of a sweep: metrics against the varied setting, and accuracy or loss against the decode state."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from hybridlm.report.figures import (
 )
 from hybridlm.report.palette import INK, Style
 from hybridlm.report.read import Sweep
-from hybridlm.report.run_figures import VIOLATION, layer_order
+from hybridlm.report.run_figures import MAX_VIOLATION_PREFIX, layer_order
 from hybridlm.report.sweep_axes import Axes, Group
 
-STATE = "32768"  # tokens of context at which decode state is shown
+STATE_CONTEXT = "32768"  # tokens of context at which decode state is shown
 MEAN = "mean of all probes"
 FRONT = "Nothing on the dotted front can be had better for less memory; its points say their {}."
 SPREAD = "Mean over seeds, with their standard deviation."
 AGAINST = (
-    ("validation_loss", "Validation loss", "Nats a token on held-out text.", Axis("validation loss")),
+    ("validation_loss", "Validation loss", "Nats per token on held-out text.", Axis("validation loss")),
     ("validation_dsa/indexer_recall", "Indexer recall", "Share of the dense attention on the selected keys.",
      Axis("recall", "share")),
     ("tokens_per_second", "Speed", "Median over the steps of a run.", Axis("tokens/s", "count")),
@@ -38,7 +38,7 @@ AGAINST = (
 
 
 def sweep_figures(sweep: Sweep, axes: Axes, metrics: Sequence[str] = ()) -> tuple[list[Figure], list[str]]:
-    """What there is data for, and in words what there is none for."""
+    """Draw the figures for which a sweep has data; returns them and the names of those that lack data."""
     figures: list[Figure] = []
     missing: list[str] = []
     against = {metric: _against(axes, metric, title, note, y) for metric, title, note, y in AGAINST}
@@ -48,7 +48,7 @@ def sweep_figures(sweep: Sweep, axes: Axes, metrics: Sequence[str] = ()) -> tupl
         (_pareto_probes(axes, probes), ""),
         *((figure, "") for label in probes for figure in (_probe(axes, label), _probe_by_length(axes, label))),
         *([] if probes else [(None, "probes")]),
-        (_curves(axes, "loss", "Training loss", "Nats a token, of the next token alone."), "loss curves"),
+        (_curves(axes, "loss", "Training loss", "Nats per token, of the next token alone."), "loss curves"),
         (_curves(axes, "validation_loss", "Validation loss over steps", "On held-out text."), "validation curves"),
         (against["tokens_per_second"], "tokens/s"), (against["peak_memory_bytes"], "memory"),
         (_overload(axes), "expert load"), (against["validation_dsa/indexer_recall"], "DSA recall"),
@@ -62,8 +62,10 @@ def sweep_figures(sweep: Sweep, axes: Axes, metrics: Sequence[str] = ()) -> tupl
 
 
 def _mean_line(axes: Axes, line: str, found: Iterable[tuple[str, list[float]]]) -> list[Series]:
-    """One line through the means over seeds at each x, with their standard deviation, and a gap where there is nothing;
-    no line where nothing was found at all."""
+    """A line through the means over seeds at each x, with their standard deviation.
+
+    It has a gap where there are no values, and is left out where there are none at all.
+    """
     places = list(found)
     mean = [statistics.fmean(values) if values else None for _, values in places]
     std = [statistics.stdev(values) if len(values) > 1 else None for _, values in places]
@@ -104,7 +106,7 @@ def _trained_at(axes: Axes, label: str) -> str:
 
 
 def _probe(axes: Axes, label: str) -> Chart | None:
-    """A panel a length, ratios along the axis."""
+    """One panel per length, ratios along the axis."""
     panels = []
     for length in _lengths(axes, label):
         series = _lines(axes, lambda group, length=length: group.accuracies(label, length))  # type: ignore[misc]
@@ -117,7 +119,7 @@ def _probe(axes: Axes, label: str) -> Chart | None:
 
 
 def _probe_by_length(axes: Axes, label: str) -> Chart | None:
-    """A panel a ratio, lengths along the axis."""
+    """One panel per ratio, lengths along the axis."""
     lengths = _lengths(axes, label)
     if len(lengths) < 2:
         return None
@@ -136,7 +138,7 @@ def _panel_title(axes: Axes, place: str) -> str:
 
 
 def _pareto_probes(axes: Axes, probes: list[str]) -> Chart | None:
-    """A panel a probe, at the length of training; with several probes their mean comes first."""
+    """One panel per probe, at the length of training; with several probes their mean comes first."""
     panels, rows = [], []
     for label in ([MEAN] if len(probes) > 1 else []) + probes:
         scores = [(group, _mean_accuracy(group, probes if label == MEAN else [label])) for group in axes.groups]
@@ -152,7 +154,7 @@ def _pareto_probes(axes: Axes, probes: list[str]) -> Chart | None:
 
 
 def _mean_accuracy(group: Group, labels: list[str]) -> float | None:
-    """Over probes and seeds; None where a probe is missing."""
+    """Mean accuracy over probes and seeds; None where a probe is missing."""
     scores = [group.accuracies(label) for label in labels]
     return statistics.fmean(statistics.fmean(values) for values in scores) if all(scores) else None
 
@@ -169,13 +171,13 @@ def _pareto_loss(axes: Axes) -> Chart | None:
 
 
 def _state_axis() -> Axis:
-    return Axis(f"decode state at {int(STATE) // 1024}K tokens", "bytes", log=True)
+    return Axis(f"decode state at {int(STATE_CONTEXT) // 1024}K tokens", "bytes", log=True)
 
 
 def _front_panel(axes: Axes, label: str, scores: list[tuple[Group, float]], *,
                  larger: bool) -> tuple[Panel, list[list[str]]]:
     """Points in the colours of their mixers, the front as a line, and the rows of the table."""
-    at = [(float(group.points[0].row["decode_state_bytes"][STATE]), score) for group, score in scores]
+    at = [(float(group.points[0].row["decode_state_bytes"][STATE_CONTEXT]), score) for group, score in scores]
     best = front(at, larger=larger)
     ordered = sorted(best, key=lambda index: at[index][0])
     line = Series("front", Style(INK, dash="dot"), [at[i][0] for i in ordered], [at[i][1] for i in ordered],
@@ -203,7 +205,7 @@ def front(points: list[tuple[float, float]], *, larger: bool) -> set[int]:
 
 
 def _curves(axes: Axes, metric: str, title: str, note: str) -> Chart | None:
-    """A panel a place along the axis, a line a mixer: mean over the seeds that reached a step, and their ends."""
+    """One panel per place along the axis, one line per mixer: the mean over the seeds that reached a step."""
     panels, most = [], 1
     for place in axes.x:
         series = []
@@ -235,15 +237,15 @@ def _mean_curve(name: str, style: Style, curves: list[dict[int, float]], *, poin
 
 
 def _overload(axes: Axes) -> Heat | None:
-    """A row a model, a column a layer."""
-    found = {name.removeprefix(VIOLATION) for group in axes.groups for point in group.points
-             for name in point.row["metrics"] if name.startswith(VIOLATION)}
+    """One row per model, one column per layer."""
+    found = {name.removeprefix(MAX_VIOLATION_PREFIX) for group in axes.groups for point in group.points
+             for name in point.row["metrics"] if name.startswith(MAX_VIOLATION_PREFIX)}
     if not found:
         return None
     layers = layer_order(list(found))
     z: list[list[Value]] = []
     for group in axes.groups:
-        values = [group.values(VIOLATION + layer) for layer in layers]
+        values = [group.values(MAX_VIOLATION_PREFIX + layer) for layer in layers]
         z.append([statistics.fmean(value) if value else None for value in values])
     return Heat("expert-overload", "Expert load over layers", "How much more than the mean the busiest expert of a "
                 "layer got, over the last tenth of the steps: 0 is balanced.", Axis("layer"), Axis("model"),

@@ -84,7 +84,7 @@ def facts(every: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/hybrid_ratio"))
-    parser.add_argument("--jobs", type=int, default=1, help="points at a time, a core each (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="points at a time, one core per point (default 1)")
     parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
     args = parser.parse_args()
     code, every = 0, []

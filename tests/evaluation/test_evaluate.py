@@ -106,7 +106,7 @@ def test_the_tables_say_the_same(run, capsys):
 
 def test_token_losses_are_those_of_the_logits(run, monkeypatch):
     folder, _ = run
-    monkeypatch.setattr("hybridlm.evaluation.perplexity.CHUNK", 7)
+    monkeypatch.setattr("hybridlm.evaluation.perplexity.CHUNK_TOKENS", 7)
     model = load_checkpoint(folder / "run")
     config = load_config(str(resolve(folder / "run") / "config.yaml"))
     dataset = PackedDataset(prepare(config.data, progress=False).train, 40)

@@ -65,7 +65,7 @@ class InContextNGram(Probe):
 
 
 def majority(counts: Counter[int]) -> int:
-    """What makes up more than half, or -100."""
+    """The token that makes up more than half of the counts, or -100."""
     if not counts:
         return IGNORE
     token, count = counts.most_common(1)[0]
