@@ -47,8 +47,10 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path):
     folders.write_records(tmp_path / "run", [{"step": 1, "loss": 2.0}])
     page = document(read(tmp_path / "run"))
     assert [figure.id for figure in page.figures] == ["loss"]
-    assert page.notes == ["there is no config.yaml", "not drawn because there is no data: tokens/s, memory, expert load "
-                          "over time, load of each expert, DSA recall, DSA recall by layer, DSA KL, DSA KL by layer"]
+    assert page.notes == [
+        "there is no config.yaml",
+        "not drawn because there is no data: tokens/s, memory, expert load over time, load of each expert, "
+        "DSA recall, DSA recall by layer, DSA KL, DSA KL by layer"]
 
 
 def test_any_metric_can_be_drawn(tmp_path):
