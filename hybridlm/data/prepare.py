@@ -185,18 +185,18 @@ def _tokenizer(config: DataConfig, jobs: list[_SourceJob], root: Path) -> Tokeni
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer, config.tokenizer_eos)
     jobs = [job for job in jobs if job.everything != "validation"]
-    shares = [job.config.weight / sum(j.config.weight for j in jobs) for job in jobs]
-    key = digest([FORMAT, config.tokenizer_vocab_size, BPE_BYTES, shares, [job.identity for job in jobs]])
+    fractions = [job.config.weight / sum(j.config.weight for j in jobs) for job in jobs]
+    key = digest([FORMAT, config.tokenizer_vocab_size, BPE_BYTES, fractions, [job.identity for job in jobs]])
     folder = root / "tokenizers" / key
     if not folder.is_dir():
         with locked(root, f"tokenizer-{key}"):
             if not folder.is_dir():
-                _train_tokenizer(config.tokenizer_vocab_size, jobs, shares, folder)
+                _train_tokenizer(config.tokenizer_vocab_size, jobs, fractions, folder)
     return Tokenizer.from_folder(folder)
 
 
-def _train_tokenizer(vocab_size: int, jobs: list[_SourceJob], shares: list[float], folder: Path) -> None:
-    texts = (t for job, share in zip(jobs, shares, strict=True) for t in job.training_texts(BPE_BYTES * share))
+def _train_tokenizer(vocab_size: int, jobs: list[_SourceJob], fractions: list[float], folder: Path) -> None:
+    texts = (t for job, fraction in zip(jobs, fractions, strict=True) for t in job.training_texts(BPE_BYTES * fraction))
     trained = train_bpe(texts, vocab_size)
     draft = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)

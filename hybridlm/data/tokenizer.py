@@ -30,8 +30,8 @@ HEX = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 def byte_characters() -> list[str]:
     """The character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    rest = iter(range(256, 512))
-    return [chr(b if b in plain else next(rest)) for b in range(256)]
+    next_stand_in = iter(range(256, 512))
+    return [chr(b if b in plain else next(next_stand_in)) for b in range(256)]
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

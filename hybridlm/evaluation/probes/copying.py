@@ -1,4 +1,4 @@
-"""Copying, whole and selective."""
+"""Probes of copying: a string, or the tokens of it that matter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Needles in a haystack: single, several keys, several values."""
+"""Probe of needles in a haystack: one, several keys, or several values."""
 
 from __future__ import annotations
 

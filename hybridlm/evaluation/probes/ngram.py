@@ -1,4 +1,4 @@
-"""In-context n-grams."""
+"""Probe of n-grams that are learned from the sequence itself."""
 
 from __future__ import annotations
 

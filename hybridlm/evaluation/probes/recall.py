@@ -1,4 +1,4 @@
-"""Multi-query associative recall."""
+"""Probe of multi-query associative recall."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MultiQueryRecall(Probe):
 
     Pairs stand first; each key comes again once, after a gap from the power law p(gap) ~ gap^(power - 1). A fixed
     state holds a limited number of pairs, attention any number: `num_pairs` is the difficulty. `num_queries` keys
-    are asked (null: all). The rest is filled with one token that means nothing, where Zoology draws random ones.
+    are asked (null: all). All other positions have one token without meaning, where Zoology draws random ones.
     """
 
     task: ClassVar[str] = "mqar"

@@ -1,4 +1,4 @@
-"""State tracking: parity, composition of permutations, modular arithmetic. The state is asked at every step."""
+"""Probes of state tracking: parity, composition of permutations, modular arithmetic; each step asks the state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-hop variable tracking."""
+"""Probe of multi-hop variable tracking."""
 
 from __future__ import annotations
 

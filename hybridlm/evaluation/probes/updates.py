@@ -1,4 +1,4 @@
-"""Key-value updates: the latest value wins."""
+"""Probe of key-value updates, of which the latest counts."""
 
 from __future__ import annotations
 
