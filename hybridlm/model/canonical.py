@@ -1,4 +1,4 @@
-"""A model's computation as plain data, without names, defaults and training options.
+"""Canonical form of a model: what it computes as plain data, without names, defaults and training options.
 
 Two configs that agree here are one model. An export writes a config.json, reads it back, and says what got lost.
 """
@@ -13,7 +13,11 @@ from hybridlm.plain_data import to_dict
 
 
 def canonical(config: ModelConfig) -> dict[str, Any]:
-    """Everything that the logits depend on, layer by layer, as plain data."""
+    """Make plain data, layer by layer, of everything that the logits depend on.
+
+    Args:
+        config: the model.
+    """
     layers = [_describe_layer(config, index, name) for index, name in enumerate(config.layers())]
     mtp = [_describe_layer(config, *mtp_block(config)) for _ in range(config.mtp.depth)]
     return {

@@ -117,7 +117,7 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig, n
 
 
 def check_layers(config: ModelConfig, layers: Sequence[int]) -> set[int]:
-    """Indices from 0 on of the named layers, of which negative ones count from the end.
+    """Convert layer indices, of which negative ones count from the end, to indices from 0 on.
 
     Raises:
         ConfigError: a layer that the model does not have, or none at all.
@@ -132,7 +132,7 @@ def check_layers(config: ModelConfig, layers: Sequence[int]) -> set[int]:
 
 
 def _find_free_name(name: str, config: ModelConfig, mixer: MixerConfig) -> str:
-    """`name`, or with a number behind it where another mixer has it."""
+    """Find a free name: `name`, with a number appended where another mixer has it."""
     found = name
     number = 2
     while found in config.mixers and config.mixers[found] != mixer:
@@ -142,7 +142,7 @@ def _find_free_name(name: str, config: ModelConfig, mixer: MixerConfig) -> str:
 
 
 def _rebuild_config(config: ModelConfig, layers: list[str], mixers: dict[str, MixerConfig]) -> ModelConfig:
-    """The config with this layer list; an MTP block keeps the mixer it had."""
+    """Rebuild the config with this layer list; an MTP block keeps its mixer."""
     mtp = config.mtp
     if mtp.depth and mtp.mixer is None:
         mtp = dataclasses.replace(mtp, mixer=config.layers()[-1])

@@ -18,7 +18,7 @@ from hybridlm.model.residual import Residual, ResidualBranch
 
 
 class InitialisationError(UserError):
-    """A module that leaves one of its parameters or buffers without a value."""
+    """Raised when a module leaves one of its parameters or buffers uninitialised."""
 
 
 def init_weights(model: nn.Module, std: float, seed: int, device: torch.device | str | None = None,
@@ -121,7 +121,7 @@ def _draw(module: nn.Module, std: float, seed: int) -> None:
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The 63-bit seed of the random stream of the module called `name`.
+    """Compute the 63-bit seed of the random stream of the module called `name`.
 
     Mixers and feed-forwards were once wrapped, and called `layers.3.mixer.f`. The streams keep these names: with others
     the first weights of all models would change, and with them every run that is to be repeated.

@@ -14,7 +14,7 @@ from typing import Literal
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
 
-FP32 = 4  # bytes per number
+FP32_BYTES = 4  # bytes per element
 Precision = Literal["fp32", "bf16"]
 
 
@@ -36,27 +36,39 @@ def training_memory(config: ModelConfig, *, batch_size: int, sequence_length: in
                     optimizer_bytes: int, activation_checkpointing: bool = False) -> TrainingMemory:
     """Memory of one training step on `batch_size` sequences of `sequence_length` tokens (a micro batch).
 
-    `optimizer_bytes` is the size of the optimizer state (hybridlm/optimizers/memory.py).
+    Args:
+        config: the model.
+        batch_size: sequences of a micro batch.
+        sequence_length: tokens per sequence.
+        precision: dtype of matrix products; master weights are fp32.
+        optimizer_bytes: bytes of optimizer state (hybridlm/optimizers/memory.py).
+        activation_checkpointing: whether layers are computed again in the backward.
     """
     count = count_parameters(config)
     params = count.total_with_mtp
-    element = 2 if precision == "bf16" else FP32
+    element = 2 if precision == "bf16" else FP32_BYTES
     per_token = activation_bytes_per_token(config, element, activation_checkpointing)
     return TrainingMemory(
-        weights=params * (FP32 + (element if precision == "bf16" else 0)),
-        gradients=params * FP32,
+        weights=params * (FP32_BYTES + (element if precision == "bf16" else 0)),
+        gradients=params * FP32_BYTES,
         optimizer=optimizer_bytes,
         activations=int(per_token * batch_size * sequence_length))
 
 
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpointing: bool = False) -> float:
-    """Bytes per token kept for the backward pass; with checkpointing the layers' inputs, and all of one layer."""
+    """Bytes per token kept for the backward pass; with checkpointing the inputs of layers, and one complete layer.
+
+    Args:
+        config: the model.
+        element_bytes: bytes per element of an activation, 2 under bf16.
+        checkpointing: whether layers are computed again in the backward.
+    """
     D = config.hidden_size
     layers = config.layers()
     stream = config.residual.stream_bytes(config.layer_context(0))
     each = [_layer_bytes(config, index, name, element_bytes) for index, name in enumerate(layers)]
     # Final norm and head: the stream, its norm, and the gradient that the fused loss computes in the forward.
-    head = D * (2 * FP32 + element_bytes)
+    head = D * (2 * FP32_BYTES + element_bytes)
     kept = max(each) + len(each) * stream if checkpointing else sum(each)
     if config.mtp.depth:
         block = _layer_bytes(config, *mtp_block(config), element_bytes)

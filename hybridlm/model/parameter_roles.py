@@ -46,7 +46,7 @@ CONVOLUTION = ParameterRole("convolution")
 
 
 def matrix_role(rows: int, columns: int, kind: RoleKind = "matrix", *, heads: int = 1) -> ParameterRole:
-    """The role of a matrix of this shape; one row or one column makes it a vector.
+    """Find the role of a matrix by its shape; with one row or one column it is a vector.
 
     >>> matrix_role(64, 32, heads=4)
     ParameterRole(kind='head_matrix', heads=4)
@@ -63,11 +63,11 @@ def find_roles(module: nn.Module, declared: Mapping[str, ParameterRole] | None =
     """Roles of all parameters of `module`, by the names of `module.named_parameters()`.
 
     Linear weights are matrices, embedding weights embeddings, parameters of one dim vectors. A submodule with a method
-    `parameter_roles` answers for itself. `declared` roles replace all of these; names that the module does not
-    have are passed over, so that a kind can declare what only some of its options create.
+    `parameter_roles` states its own. `declared` roles replace all of these; names that the module does not
+    have are ignored, so that a kind can declare what only some of its options create.
 
     Args:
-        module: whose parameters are asked for.
+        module: the module with the parameters.
         declared: role by parameter name.
         head_rows: linear maps whose rows are one block per head, with their number of heads.
 

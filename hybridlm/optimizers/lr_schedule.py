@@ -11,11 +11,13 @@ from hybridlm.errors import ConfigError, require
 
 @dataclass(kw_only=True)
 class LRScheduleConfig:
-    """Learning-rate schedule of each stage. `warmup` and `decay` are steps, or below 1 a fraction of the
-    stage's.
+    """Learning-rate schedule of each stage.
 
-    `decay` is the length of the last, decaying part of `wsd`; `min_ratio` is the share of the peak learning rate at the
-    end of `cosine` and `wsd`.
+    Args:
+        kind: shape after the warm-up, see `lr_factor`.
+        warmup: steps of the linear warm-up, or below 1 a fraction of the steps of the stage.
+        decay: steps of the final decay of `wsd`, or below 1 a fraction of the steps of the stage.
+        min_ratio: learning rate at the end of `cosine` and `wsd`, as a fraction of the peak.
     """
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -56,7 +58,12 @@ def lr_factor(config: LRScheduleConfig, step: int, total: int) -> float:
     cosine:   from 1 to `min_ratio` along half a cosine (Loshchilov and Hutter, 2017);
     wsd:      1, then linearly down to `min_ratio` over the last `decay` steps (MiniCPM, arXiv 2404.06395);
     constant: 1.
-    Past the end the factor stays at its last value.
+    After the last step the factor keeps its last value.
+
+    Args:
+        config: the schedule.
+        step: index of the step in its stage.
+        total: steps of the stage.
 
     Example:
         >>> config = LRScheduleConfig(kind="wsd", warmup=2, decay=4, min_ratio=0.0)

@@ -22,12 +22,12 @@ def count_visible_pools(context_length: int, size: int, limit: int | None = None
     >>> count_visible_pools(4, size=2)
     1.0
     """
-    pools, rest = divmod(context_length, size)
+    pools, open_tokens = divmod(context_length, size)
     most = pools if limit is None else min(limit, pools)
     below = min(pools - 1, most) if pools else 0
-    # `size` tokens see j pools each for j = 1 .. pools - 1, and those from the end of the last pool on see all.
+    # For each j = 1 .. pools - 1, `size` tokens see j pools; the tokens from the end of the last pool on see all pools.
     inner = below * (below + 1) // 2 + max(0, pools - 1 - below) * most
-    return (size * inner + (rest + 1) * most) / context_length if pools else 0.0
+    return (size * inner + (open_tokens + 1) * most) / context_length if pools else 0.0
 
 
 def count_open_tail(context_length: int, size: int) -> float:
@@ -36,12 +36,12 @@ def count_open_tail(context_length: int, size: int) -> float:
     >>> count_open_tail(4, size=2)
     0.5
     """
-    pools, rest = divmod(context_length, size)
-    return (pools * size * (size - 1) / 2 + rest * (rest + 1) / 2) / context_length
+    pools, open_tokens = divmod(context_length, size)
+    return (pools * size * (size - 1) / 2 + open_tokens * (open_tokens + 1) / 2) / context_length
 
 
 def count_low_rank_params(inputs: int, outputs: int, rank: int | None) -> int:
-    """Weights of a projection: one matrix, or two through `rank` dims.
+    """Number of weights of a projection: one matrix, or two through `rank` dims.
 
     >>> count_low_rank_params(64, 32, None), count_low_rank_params(64, 32, 8)
     (2048, 768)

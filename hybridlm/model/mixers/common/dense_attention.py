@@ -1,4 +1,4 @@
-"""Softmax attention to all keys, over whole rows or rows that are split into shards.
+"""Softmax attention to all keys, over complete rows or rows that are divided into shards.
 
 B rows, T tokens, S keys, H query heads, G key/value heads, K/V key/value dim.
 """
@@ -15,17 +15,29 @@ from hybridlm_kernels import attention
 
 
 def check_heads(heads: int, shards: int) -> None:
-    """Raise ConfigError unless the heads can be divided."""
+    """Raise ConfigError unless the number of heads is a multiple of the number of shards."""
     require(heads % shards == 0, "num_heads", "must divide among the processes that share a row", got=heads,
             expected=f"a multiple of {shards}", hint="engine.context_parallel says how many these are")
 
 
 def dense_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: SequenceInfo, *, scale: float | None = None,
                     window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:
-    """o [B, T, H, V]; the options are those of the operation.
+    """Compute softmax attention, exchanging tokens for heads where rows are divided into shards.
 
-    Of split rows each process computes a share of the heads for all tokens (Ulysses, Jacobs et al. 2023). Where the
-    shares outnumber or do not fit the key/value heads, these are repeated as often as they must be.
+    With shards each process computes some of the heads for all tokens (Ulysses, Jacobs et al. 2023). Key/value
+    heads are repeated where their number is no multiple of the number of shards.
+
+    Args:
+        q_BTHK: queries [B, T, H, K] of the tokens held here.
+        k_BSGK: keys [B, S, G, K].
+        v_BSGV: values [B, S, G, V].
+        seq: positions and borders of the documents.
+        scale: factor of the scores; None: K^-0.5.
+        window: keys that a token sees, itself included; None: all.
+        sinks_H: logits [H] of attention sinks.
+
+    Returns:
+        Outputs [B, T, H, V].
     """
     shard = seq.shard
     if shard is None:

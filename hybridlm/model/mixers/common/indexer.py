@@ -202,8 +202,8 @@ class IndexerConfig:
     def state_bytes(self, context_length: int, element_bytes: int) -> int:
         if self.share or self.mode == "dense":
             return 0
-        pools, rest = divmod(context_length, self.pool or 1)
-        return (pools + 2 * rest) * self.head_dim * element_bytes
+        pools, open_tokens = divmod(context_length, self.pool or 1)
+        return (pools + 2 * open_tokens) * self.head_dim * element_bytes
 
 
 class Indexer(nn.Module):
@@ -263,7 +263,10 @@ class Indexer(nn.Module):
 
     @staticmethod
     def scores(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor) -> Tensor:
-        """I_ts, [B, T, S] in the dtype of w, differentiable, without a mask. Pass few queries: all are in memory."""
+        """Compute scores I_ts [B, T, S] in the dtype of w, differentiable and without a mask.
+
+        All of them are in memory at once, with B T J S dot products: pass few queries.
+        """
         dots_BTJS = torch.einsum("btji,bsi->btjs", q_BTJI.to(w_BTJ.dtype), k_BSI.to(w_BTJ.dtype))
         return torch.einsum("btj,btjs->bts", w_BTJ, dots_BTJS.relu())
 
@@ -282,13 +285,13 @@ class Indexer(nn.Module):
         return self.choose((q_BTJI, k_BSI, w_BTJ), seq, keys)
 
     def tensors(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo) -> IndexTensors:
-        """Queries, keys and head weights, differentiable in the indexer's parameters alone."""
+        """Compute index queries, keys and head weights, with gradients to the indexer's parameters only."""
         x_BTD, query_input_BTQ = x_BTD.detach(), query_input_BTQ.detach()
         q_BTJI, w_BTJ = self.queries(x_BTD, query_input_BTQ, seq)
         return q_BTJI, self.keys(x_BTD, seq), w_BTJ
 
     def choose(self, index: IndexTensors, seq: SequenceInfo, keys: int) -> Tensor | None:
-        """The selection among `keys` tokens of a row for the last ones; None when everything fits into `topk`."""
+        """Select the `topk` best of `keys` tokens per row for each query; None when all of them fit into `topk`."""
         if longest_document(keys, seq) <= self.topk:
             return None
         keys = keys if seq.shard is None else seq.shard.history_length
@@ -302,7 +305,7 @@ class Indexer(nn.Module):
 
     def loss(self, index: IndexTensors, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo,
              **options: Any) -> IndexerKL:
-        """KL of the selection against the main attention with these queries and keys."""
+        """Compute the KL of the main attention, with these queries and keys, against the index scores."""
         if self.pool is None:
             return indexer_kl(*index, q_BTHK, k_BSGK, cu_seqlens=seq.history_borders, **options)
         pools = self.pools(q_BTHK, k_BSGK.shape[1], seq)

@@ -1,4 +1,4 @@
-"""Initial values that several mixers share."""
+"""Initialisations that several mixers use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybridlm.model.norm import GatedRMSNorm, RMSNorm
 
 
 def init_projections(mixer: nn.Module, std: float) -> None:
-    """Linear weights normal(0, std), biases zero, norms the identity: whatever has no published start of its own."""
+    """Initialise linear weights by normal(0, std), biases by zero, and norms as the identity."""
     for module in mixer.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
@@ -23,19 +23,19 @@ def init_projections(mixer: nn.Module, std: float) -> None:
 
 @torch.no_grad()
 def init_conv(weight_CW: Tensor) -> None:
-    """Depthwise convolution: uniform in +-W^-0.5, the default of torch's Conv1d, which the published models keep."""
+    """Initialise a depthwise convolution: uniform in +-W^-0.5, torch's default, as published models do."""
     bound = weight_CW.shape[1] ** -0.5
     weight_CW.uniform_(-bound, bound)
 
 
 @torch.no_grad()
 def init_log_uniform(x: Tensor, low: float, high: float) -> None:
-    """x = log U(low, high); low = high sets every entry to the same value."""
+    """Initialise by the logarithm of a uniform distribution on [low, high]; low = high sets all entries alike."""
     x.uniform_(low, high).clamp_min_(1e-4).log_()  # OLMo-Hybrid draws from 0 on
 
 
 @torch.no_grad()
 def init_inverse_softplus(x: Tensor, low: float, high: float, floor: float = 1e-4) -> None:
-    """softplus(x) is log-uniform in [low, high]: the step sizes of Mamba (Gu & Dao 2023), as KDA and OLMo start."""
+    """Initialise so that softplus(x) is log-uniform in [low, high], as the steps of Mamba (Gu and Dao 2023) are."""
     step = x.uniform_(math.log(low), math.log(high)).exp_().clamp_min_(floor)
     x.copy_(step + torch.log(-torch.expm1(-step)))

@@ -16,7 +16,7 @@ from hybridlm_kernels import Pools
 
 
 class KeyPool(nn.Module):
-    """Parameters: gate.weight [I, D], bias [R, I]."""
+    """Weighted mean over the index keys of each pool. Parameters: gate.weight [I, D], bias [R, I]."""
 
     def __init__(self, size: int, hidden_size: int, dim: int):
         super().__init__()
@@ -28,18 +28,18 @@ class KeyPool(nn.Module):
         return find_roles(self, {"bias": VECTOR})
 
     def entries(self, x_BTD: Tensor, k_BTI: Tensor) -> Tensor:
-        """Key and weight of each token for its pool, before the softmax: [B, T, 2, I]."""
+        """Compute the key and the logit of the weight of each token for its pool: [B, T, 2, I]."""
         return torch.stack([k_BTI, self.gate(x_BTD).to(k_BTI.dtype)], 2)
 
     def combine(self, entries_BPR2I: Tensor) -> Tensor:
-        """Keys of complete pools, [B, P, I]."""
+        """Combine the entries [B, P, R, 2, I] of complete pools into their keys [B, P, I]."""
         k_BPRI, gate_BPRI = entries_BPR2I.unbind(3)
         wide = torch.promote_types(k_BPRI.dtype, torch.float32)
         weight_BPRI = torch.softmax(gate_BPRI.to(wide) + self.bias.to(wide), 2)
         return (weight_BPRI * k_BPRI.to(wide)).sum(2).to(k_BPRI.dtype)
 
     def forward(self, entries_BT2I: Tensor, pools: Pools) -> Tensor:
-        """Keys of the pools of a batch, [B, P, I]."""
+        """Compute the keys [B, P, I] of the pools of a batch from the entries [B, T, 2, I] of its tokens."""
         member_BE = pools.members().flatten(1)
         row_BE = torch.arange(member_BE.shape[0], device=member_BE.device)[:, None]
         return self.combine(entries_BT2I[row_BE, member_BE].unflatten(1, (pools.number, self.size)))

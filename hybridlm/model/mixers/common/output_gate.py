@@ -14,7 +14,7 @@ OutputGate = Literal["none", "element", "head"]
 
 
 def build_output_gate(kind: OutputGate, hidden_size: int, heads: int, dim: int, *, bias: bool) -> nn.Linear | None:
-    """The projection that makes the gate from the input; None for the kind `none`.
+    """Build the projection from the input to the gate; None for the kind `none`.
 
     Args:
         kind: whether each element has a gate, or each head.
@@ -29,7 +29,7 @@ def build_output_gate(kind: OutputGate, hidden_size: int, heads: int, dim: int, 
 
 
 def apply_output_gate(o_BTHV: Tensor, x_BTD: Tensor, g_proj: nn.Linear | None, kind: OutputGate) -> Tensor:
-    """The output of attention times sigmoid(g_proj(x)), heads side by side [B, T, H * V]."""
+    """Multiply the output of attention by sigmoid(g_proj(x)), and flatten its heads: [B, T, H * V]."""
     if g_proj is None:
         return o_BTHV.flatten(-2)
     gate = g_proj(x_BTD).sigmoid()
