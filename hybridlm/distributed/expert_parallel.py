@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridlm.model.feed_forward.contract import Compute, ExpertStack, FeedForward
+from hybridlm.model.feed_forward.contract import Compute, ExpertStack
 from hybridlm.tensor_storage import StoredTensor
 
 
@@ -142,9 +142,11 @@ def _is_sharded(name: str, tensor: Tensor | StoredTensor) -> bool:
 
 
 def expert_modules(model: nn.Module) -> dict[str, ExpertStack]:
-    """Return the routed experts of every layer, by the module's name."""
-    return {f"{name}.{own_name}": experts for name, module in model.named_modules()
-            if isinstance(module, FeedForward) for own_name, experts in module.expert_stacks().items()}
+    """Return the routed experts of every layer, by the module's name.
+
+    `model` may also be a part of a model, even the experts themselves: ZeRO-3 shards one module after the other.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertStack)}
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
