@@ -32,7 +32,7 @@ check() { # In the background, with the first configuration of each kernel: to t
 tests() { check "$1" "$python" -m pytest -q -p no:cacheprovider -p no:xdist "${@:2}"; }
 
 say "every backend against the reference, and the tests of the Triton kernels on the device"
-operations=$("$python" -c 'from hybridlm_kernels.tools import doctor; print(*{case.operation for case in doctor.cases()})')
+operations=$("$python" -c 'from hybridlm_kernels.tools.cases import check_cases; print(*{case.operation for case in check_cases()})')
 for operation in $operations; do
   check "doctor_$operation" "$python" -m hybridlm_kernels.tools.doctor "$operation"
 done

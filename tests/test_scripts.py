@@ -79,7 +79,7 @@ def test_gpu_check_runs_every_part(tmp_path):
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/sh
 case "$*" in
-  *doctor.cases*) echo delta_rule swiglu ;;
+  *check_cases*) echo delta_rule swiglu ;;
   *gpu_summary.py*) exec {sys.executable} "$@" ;;
   *hybridlm_kernels.tools.bench*) cat {tmp_path}/kernels.json ;;
   *) echo "$* tuned: $HYBRIDLM_TUNE" ;;

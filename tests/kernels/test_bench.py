@@ -9,7 +9,7 @@ import torch
 from hybridlm.cli import main
 from hybridlm_kernels import registry
 from hybridlm_kernels.tools import bench
-from hybridlm_kernels.tools.cases import COMMON, SMALL, Case, Shape, cases
+from hybridlm_kernels.tools.cases import COMMON_SHAPES, SMALL_SHAPES, BenchCase, Shape, bench_cases
 
 TINY = Shape(1, 64, 2, 16)
 HERE = bench.Machine("cpu", "here", "float32", 1e9, 1e12, 1, torch.__version__, None)
@@ -25,7 +25,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "READING_SECONDS", 0.0)
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=label)
+@pytest.mark.parametrize("case", list(bench_cases()), ids=label)
 def test_every_case_is_timed_forward_and_backward(case, monkeypatch):
     monkeypatch.setattr("hybridlm_kernels.tools.cases.VOCABULARY", 64)
     row, = bench.bench(case, TINY, HERE, ["torch"])
@@ -38,18 +38,18 @@ def test_every_case_is_timed_forward_and_backward(case, monkeypatch):
 
 
 def test_floor_of_bytes_and_flops_of_the_mathematics():
-    norm = next(case for case in cases() if case.operation == "rms_norm")
+    norm = next(case for case in bench_cases() if case.operation == "rms_norm")
     row, = bench.bench(norm, TINY, HERE, ["torch"])
     x, weight = 64 * 32 * 4, 32 * 4
     assert row.gigabytes * 1e9 == pytest.approx(2 * (x + weight + x) + x + weight)  # in, out; both again; gradients
-    rule = next(case for case in cases() if case.label == "GDN")
+    rule = next(case for case in bench_cases() if case.label == "GDN")
     assert rule.flops(TINY) == 7 * 64 * 2 * 16**2
 
 
 def test_shapes():
-    assert len(COMMON) == 6
-    assert bench.shapes([], "cuda") == list(COMMON)
-    assert bench.shapes([], "cpu") == list(SMALL)
+    assert len(COMMON_SHAPES) == 6
+    assert bench.shapes([], "cuda") == list(COMMON_SHAPES)
+    assert bench.shapes([], "cpu") == list(SMALL_SHAPES)
     assert bench.shapes(["B1 T64 H2 D16"], "cpu") == [TINY]
     with pytest.raises(registry.KernelUnavailable, match="'B1 T0 H2 D16' is no shape"):
         bench.shapes(["B1 T0 H2 D16"], "cpu")
@@ -63,7 +63,7 @@ def test_a_backend_that_refuses_says_so_in_its_row(monkeypatch):
     broken = registry.Operation("swiglu", (registry.Backend("fast", abs, refuse), *operation.backends))
     monkeypatch.setattr(sys.modules["hybridlm_kernels.ops.swiglu"], "SWIGLU", broken)
     monkeypatch.setitem(registry._operations, "swiglu", broken)
-    case = next(case for case in cases() if case.operation == "swiglu")
+    case = next(case for case in bench_cases() if case.operation == "swiglu")
     rows = {row.backend: row for row in bench.bench(case, TINY, HERE)}
     assert "not today" in rows["fast"].problem
     assert rows["torch"].forward_ms > 0
@@ -155,6 +155,6 @@ def test_median_counts():
 
 
 def test_cases_are_named_apart():
-    names = [label(case) for case in cases()]
+    names = [label(case) for case in bench_cases()]
     assert len(names) == len(set(names))
-    assert all(isinstance(case, Case) for case in cases())
+    assert all(isinstance(case, BenchCase) for case in bench_cases())

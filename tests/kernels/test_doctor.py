@@ -7,6 +7,7 @@ import torch
 
 from hybridlm_kernels import registry
 from hybridlm_kernels.tools import doctor
+from hybridlm_kernels.tools.cases import check_cases
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def plant():
 
     def add(run):
         object.__setattr__(operation, "backends", (*original, registry.Backend("planted", run)))
-        return next(case for case in doctor.cases() if case.operation == "swiglu")
+        return next(case for case in check_cases() if case.operation == "swiglu")
 
     yield add
     object.__setattr__(operation, "backends", original)
@@ -30,7 +31,7 @@ def test_every_backend_of_this_machine_passes():
 
 
 def test_every_operation_is_checked_or_has_no_gradient():
-    checked = {case.operation for case in doctor.cases()}
+    checked = {case.operation for case in check_cases()}
     missing = {op.name for op in registry.operations()} - checked
     assert missing <= {"indexer_topk", "pooled_topk"}
 

@@ -13,6 +13,7 @@ import hybridlm_kernels as ops
 from hybridlm_kernels import registry
 from hybridlm_kernels.recurrence import triton_chunk_tables
 from hybridlm_kernels.tools import doctor
+from hybridlm_kernels.tools.cases import check_cases
 from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
 from tests.support.recurrences import KINDS, call
@@ -60,7 +61,7 @@ def device(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("case", [case for case in doctor.cases() if case.operation in TRITON],
+@pytest.mark.parametrize("case", [case for case in check_cases() if case.operation in TRITON],
                          ids=lambda case: f"{case.operation}, {case.label}")
 def test_the_doctor_s_cases(case, dtype, device):
     doctor._evaluate(case, "triton", case.inputs(), dtype, "cpu")

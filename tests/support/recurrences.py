@@ -3,7 +3,7 @@
 import torch
 
 import hybridlm_kernels as ops
-from hybridlm_kernels.tools import doctor
+from hybridlm_kernels.tools.cases import CheckCase
 from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs, with_gate
 from tests.support.kernel_compare import error
 
@@ -102,4 +102,4 @@ def doctor_case(operation, decay, gate, *, borders=None, **sizes):
     def run(**tensors):
         return call(operation, tensors, gate=gate, **options)
 
-    return doctor.Case(operation, f"{decay}, D={sizes['K']}", run, inputs, fixed=("g",) if decay == "constant" else ())
+    return CheckCase(operation, f"{decay}, D={sizes['K']}", run, inputs, fixed=("g",) if decay == "constant" else ())

@@ -9,6 +9,7 @@ import torch
 
 from hybridlm_kernels import registry
 from hybridlm_kernels.tools import doctor
+from hybridlm_kernels.tools.cases import check_cases
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.emulated_bf16 import BOUND_OF_GATES, BOUNDS
 from tests.support.kernel_compare import error
@@ -52,7 +53,7 @@ def test_packed_documents_of_the_linear_family(operation, decay, gate, device):
     assert_within_bounds(case, device)
 
 
-OTHERS = [case for case in doctor.cases() if case.operation not in ("delta_rule", "linear_attention", "attention",
+OTHERS = [case for case in check_cases() if case.operation not in ("delta_rule", "linear_attention", "attention",
                                                                     "pooled_indexer_kl", "attention_recall")]
 
 

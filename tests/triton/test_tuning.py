@@ -6,6 +6,7 @@ import triton
 
 from hybridlm_kernels import indexer_kl, moe_experts, sparse_attention
 from hybridlm_kernels.tools import doctor
+from hybridlm_kernels.tools.cases import CheckCase
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.recurrences import doctor_case
 from tests.triton.test_moe import case, routing
@@ -20,13 +21,13 @@ def cases():
     for kind in RECURRENCES:
         yield doctor_case(*kind, T=18, K=16, V=16)
     x, gate_up, down, weights = (t.detach() for t in case(9, 2, 3, 16, 8))
-    yield doctor.Case("moe_experts", "2 of 3", moe_experts, lambda: {
+    yield CheckCase("moe_experts", "2 of 3", moe_experts, lambda: {
         "x": x, "gate_up": gate_up, "down": down, "expert_ids": routing(9, 2, 3), "weights": weights})
     main = {"q": (1, 8, 2, 16), "k": (1, 8, 1, 16), "v": (1, 8, 1, 16)}
-    yield doctor.Case("sparse_attention", "2 of 8", sparse_attention, lambda: _random(main) | {"indices": LISTS})
+    yield CheckCase("sparse_attention", "2 of 8", sparse_attention, lambda: _random(main) | {"indices": LISTS})
     index = {"q": (1, 8, 2, 16), "k": (1, 8, 16), "w": (1, 8, 2), "main_q": (1, 8, 2, 16), "main_k": (1, 8, 1, 16)}
     for label, lists in (("all keys", {}), ("2 of 8", {"indices": LISTS})):
-        yield doctor.Case("indexer_kl", label, indexer_kl, lambda lists=lists: _random(index) | lists,
+        yield CheckCase("indexer_kl", label, indexer_kl, lambda lists=lists: _random(index) | lists,
                           fixed=("main_q", "main_k"))
 
 

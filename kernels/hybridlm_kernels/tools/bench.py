@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hybridlm_kernels import registry
-from hybridlm_kernels.tools.cases import COMMON, SMALL, Case, Shape, cases
+from hybridlm_kernels.tools.cases import COMMON_SHAPES, SMALL_SHAPES, BenchCase, Shape, bench_cases
 from hybridlm_kernels.triton_support import INTERPRETED
 
 ROUNDS = 5  # readings per backend, taken in turn; the median counts
@@ -115,7 +115,7 @@ def _seconds(run: Callable[[], Any], repeat: int, device: str) -> float:
     return time.perf_counter() - began
 
 
-def bench(case: Case, shape: Shape, here: Machine, only: Sequence[str] = ()) -> list[Timing]:
+def bench(case: BenchCase, shape: Shape, here: Machine, only: Sequence[str] = ()) -> list[Timing]:
     """Times a case at a shape, one row per backend; the row of one that refuses or fails says why."""
     dtype = getattr(torch, here.dtype)
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def bench(case: Case, shape: Shape, here: Machine, only: Sequence[str] = ()) -> 
     return rows
 
 
-def _without_time(case: Case, shape: Shape, backend: str, error: Exception) -> Timing:
+def _without_time(case: BenchCase, shape: Shape, backend: str, error: Exception) -> Timing:
     """The row of a call that could not be timed; it says whether that is a failure."""
     expected = isinstance(error, registry.KernelUnavailable | torch.OutOfMemoryError)
     text = (str(error).strip().splitlines() or [""])[0]
@@ -176,14 +176,14 @@ def _backends(operation: str, device: str, only: Sequence[str]) -> list[str]:
             and not (INTERPRETED and name == "triton")]
 
 
-def _upstream(case: Case, inputs: dict[str, Tensor]) -> Tensor:
+def _upstream(case: BenchCase, inputs: dict[str, Tensor]) -> Tensor:
     """A random gradient of the output, from which the size of the output is read, too."""
     with torch.no_grad():
         out = case.run(inputs, None)
     return torch.randn_like(out) if out.is_floating_point() else out
 
 
-def _runs(case: Case, backend: str, inputs: dict[str, Tensor], trained: list[Tensor], upstream: Tensor
+def _runs(case: BenchCase, backend: str, inputs: dict[str, Tensor], trained: list[Tensor], upstream: Tensor
           ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The forward, and the forward with the backward, as functions without arguments."""
 
@@ -239,7 +239,7 @@ def shapes(texts: Sequence[str], device: str) -> list[Shape]:
         if match is None or not all(int(n) for n in match.groups()):
             raise registry.KernelUnavailable(f"{text!r} is no shape; write one like 'B1 T8192 H96 D128'")
         found.append(Shape(*map(int, match.groups())))
-    return found or list(COMMON if device == "cuda" else SMALL)
+    return found or list(COMMON_SHAPES if device == "cuda" else SMALL_SHAPES)
 
 
 def run(operations: Sequence[str] = (), *, backends: Sequence[str] = (), shape_texts: Sequence[str] = (),
@@ -254,8 +254,8 @@ def run(operations: Sequence[str] = (), *, backends: Sequence[str] = (), shape_t
         KernelUnavailable: an operation, backend or shape that does not exist.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    todo = [case for case in cases() if not operations or case.operation in operations]
-    known = {case.operation for case in cases()}
+    todo = [case for case in bench_cases() if not operations or case.operation in operations]
+    known = {case.operation for case in bench_cases()}
     for name in operations:
         if name not in known:
             raise registry.KernelUnavailable(f"no benchmark of {name!r}; there are {', '.join(sorted(known))}")
@@ -317,7 +317,7 @@ def show(chosen: argparse.Namespace) -> int:
                       device=chosen.device, seconds=chosen.seconds,
                       progress=lambda text: print(f"\r{text}\033[K", end="", file=sys.stderr) if tty else None)
     rows, complete = _until_interrupted(found)
-    order = [(case.operation, case.label) for case in cases()]
+    order = [(case.operation, case.label) for case in bench_cases()]
     rows.sort(key=lambda row: order.index((row.operation, row.label)))
     if tty:
         print("\r\033[K", end="", file=sys.stderr)
