@@ -205,8 +205,9 @@ def _compile_cases() -> list[CompileCase]:
     for label, heads, groups, dim in (("MLA 128 x 512+64", 128, 1, 576), ("GQA 16/2 x 256", 16, 2, 256),
                                       ("GQA 32/4 x 128", 32, 4, 128), ("GQA 32/4 x 64", 32, 4, 64)):
         sizes = main_sizes(torch.bfloat16, heads, groups, dim)
-        found += [CompileCase(f"listed log sums, {label}", _log_sums, types, sizes, ("N",)),
-                  CompileCase(f"listed attention, {label}", _attention, types, sizes, ("N",))]
+        head_dim = dim if dim in (64, 128) else 0
+        found += [CompileCase(f"listed log sums, {label}", _log_sums, types, sizes, ("N",), head_dim=head_dim),
+                  CompileCase(f"listed attention, {label}", _attention, types, sizes, ("N",), head_dim=head_dim)]
     return found
 
 

@@ -188,8 +188,9 @@ def _compile_cases() -> list[CompileCase]:
                        ("GQA 64", 64)):
         K0, K1 = split_dim(dim)
         sizes = {"K": dim, "K0": K0, "K1": K1}
-        found += [CompileCase(f"log sums, {label}", _log_sums, types, sizes),
-                  CompileCase(f"attention, {label}", _attention, types, sizes, ("stride",))]
+        head_dim = dim if dim in (64, 128) else 0
+        found += [CompileCase(f"log sums, {label}", _log_sums, types, sizes, head_dim=head_dim),
+                  CompileCase(f"attention, {label}", _attention, types, sizes, ("stride",), head_dim=head_dim)]
     return found
 
 

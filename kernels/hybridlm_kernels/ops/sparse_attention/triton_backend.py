@@ -353,7 +353,8 @@ def _compile_cases() -> list[CompileCase]:
             constants = dims | sizes | {"SHARED": shared}
             if name == "dq":
                 del constants["V0"], constants["SHARED"]
-            found.append(CompileCase(f"sparse {name}, {label}", kernel, types, constants, ("N", "L")))
+            found.append(CompileCase(f"sparse {name}, {label}", kernel, types, constants, ("N", "L"),
+                                     head_dim=key_dim if key_dim in (64, 128) else 0))
     return found
 
 
