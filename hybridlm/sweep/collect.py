@@ -23,7 +23,7 @@ from hybridlm.sweep.point import SEED_KEY
 from hybridlm.sweep.probe_tasks import ProbeTask, read_probe_result, read_tasks
 from hybridlm.sweep.slurm_jobs import find_pending_jobs
 
-LAST_STEPS_FRACTION = 0.1  # of the steps; a noisy training metric is averaged over the last ones
+LAST_STEPS_FRACTION = 0.1  # fraction of the steps, the last ones, over which noisy training metrics are averaged
 COST_COLUMNS = ("parameters", "active_parameters", "training_flops_per_token")
 NOT_METRICS = ("step", "samples", "lr", "skipped")
 SUMMARIES_OVER_RUN: dict[str, Callable[[list[float]], float]] = {
@@ -52,7 +52,7 @@ def collect(folder: Path, metrics: list[str] | None = None) -> dict[str, Any]:
 
 
 def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, Any]:
-    """The results as `collect` writes them, without writing anything."""
+    """Collect the results as `collect` does, without writing them."""
     plan = read_plan(folder)
     if plan is None:
         raise ConfigError("sweep.dir", "holds no sweep", got=str(folder), expected="a folder with sweep.json",
@@ -79,7 +79,7 @@ def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, An
 
 
 def _read_point(folder: Path, row: dict[str, Any], probes: list[ProbeTask]) -> dict[str, Any]:
-    """One point: its costs, how it ended, its metrics where it is finished, and those of every finished probe."""
+    """Read one point: its costs, its outcome, its metrics if it is finished, and those of every finished probe."""
     run_dir = folder / "points" / row["point"]
     ended = read_outcome(run_dir, row["steps"], probes)
     records, corrupt_lines = read_metrics(run_dir / "metrics.jsonl")
@@ -95,7 +95,7 @@ def _read_point(folder: Path, row: dict[str, Any], probes: list[ProbeTask]) -> d
 
 
 def name_probe_metrics(task: ProbeTask, result: dict[str, Any] | None) -> dict[str, float]:
-    """The metrics of one probe by name: the scores at the length of training, and with `@LENGTH` those at others."""
+    """Name the scores of one probe: those at the length of training by the probe, those at others with `@LENGTH`."""
     if result is None:
         return {}
     found = {"loss": result["loss"], "seconds": result["seconds"]}
@@ -106,7 +106,7 @@ def name_probe_metrics(task: ProbeTask, result: dict[str, Any] | None) -> dict[s
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a metrics.jsonl, and the number of corrupt lines, which are skipped."""
+    """Read the records of a metrics.jsonl, and count its corrupt lines, which are skipped."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -154,7 +154,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def group_by_seed(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of points that differ in their seed alone, with mean and spread of each metric."""
+    """Group the points that differ in their seed alone, with mean and spread of each metric."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for point in points:
         settings = {key: value for key, value in point["settings"].items() if key != SEED_KEY}
@@ -174,7 +174,7 @@ def _summarize_group(settings: dict[str, Any], members: list[dict[str, Any]]) ->
 
 
 def spread_over_seeds(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation of the sample (None for one seed), least, greatest and number of seeds.
+    """Compute mean, standard deviation of the sample (None for one seed), minimum, maximum and number of seeds.
 
     >>> spread_over_seeds([2.0, 4.0])
     {'mean': 3.0, 'std': 1.4142135623730951, 'min': 2.0, 'max': 4.0, 'seeds': 2}

@@ -34,7 +34,7 @@ from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.sweep.folder import LAUNCH_FILE, STOP_FILE
 from hybridlm.sweep.process import PointProcess, finish_point, start_point
 
-POLL_INTERVAL_S = 0.5  # between looks of a job at its point
+POLL_INTERVAL_S = 0.5  # between checks of a job whether its point has ended
 # Launcher: its plugin, its name in Hydra's group hydra/launcher, and where its options stand in its config.
 LAUNCHERS = {"slurm": ("hydra_plugins.hydra_submitit_launcher", "submitit_slurm", "hydra.launcher"),
              "ray": ("hydra_plugins.hydra_ray_launcher", "ray", "hydra.launcher.ray")}
@@ -45,7 +45,7 @@ POSITIVE_OPTIONS = (*SINGLE_PROCESS_OPTIONS, "timeout_min", "cpus_per_task", "me
 
 
 def build_launcher_config(launcher: str, options: Mapping[str, Any], folder: Path, name: str = "sweep") -> DictConfig:
-    """Hydra's config of a launcher with these options, checked against the launcher's own schema.
+    """Build Hydra's config of a launcher with these options, checked against the launcher's own schema.
 
     Args:
         launcher: slurm or ray.

@@ -1,4 +1,4 @@
-"""From a request to the points of a sweep: one checked config each, the same run only once, equal budgets if asked."""
+"""Plans a sweep: one checked config per point, equal runs merged, budgets matched if `sweep.match` asks for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hybridlm.sweep.probe_tasks import PointWork
 from hybridlm.sweep.request import Request, SweepConfig, read_request, to_table_value
 from hybridlm.training.stages import plan_stages
 
-NAME_MAX_CHARS = 100  # of a point's folder; longer names are cut and end in a hash
+NAME_MAX_CHARS = 100  # characters of the name of a point's folder; longer names are cut and end in a hash
 FIXED_KEYS = ("run_dir", "model.name", "tracking.run_name")  # every point has its own already
 
 
@@ -45,7 +45,7 @@ class SweepPlan:
 
 
 def make_plan(words: Sequence[str], config_dir: str | None = None) -> SweepPlan:
-    """The points of a command line, each with its whole config, matched if `sweep.match` asks for it.
+    """Make the points of a command line, each with its complete config, matched if `sweep.match` asks for it.
 
     Args:
         words: the arguments of `hybridlm sweep`, see `read_request`.
@@ -78,7 +78,7 @@ def make_plan(words: Sequence[str], config_dir: str | None = None) -> SweepPlan:
 
 
 def _make_points(request: Request) -> list[Point]:
-    """One point per combination of the varied values."""
+    """Make one point per combination of the varied values."""
     short = shorten_keys(list(request.vary))
     work = PointWork(probes=request.sweep.probes, language_model=request.sweep.language_model)
     points = []
@@ -101,7 +101,7 @@ def _make_points(request: Request) -> list[Point]:
 
 
 def _name_point(pairs: dict[str, str]) -> str:
-    """A folder name that a person can read, such as linear-kda_ratio-3_seed-0."""
+    """Make a readable name of the point's folder, such as linear-kda_ratio-3_seed-0."""
     parts = [f"{key}-{value}".replace("/", ".").removesuffix(".yaml") for key, value in pairs.items()]
     name = "_".join(re.sub(r"[^\w.+-]+", "-", part).strip("-") for part in parts)
     if len(name) > NAME_MAX_CHARS:
@@ -110,7 +110,7 @@ def _name_point(pairs: dict[str, str]) -> str:
 
 
 def merge_same_runs(points: list[Point]) -> list[Point]:
-    """The points without repetitions: of equal runs the first stays, with the settings of all."""
+    """Merge equal runs: the first point of each stays, with the settings of all."""
     alike: dict[str, list[Point]] = {}
     for point in points:
         alike.setdefault(identify_run(point.config), []).append(point)
@@ -124,13 +124,13 @@ def merge_same_runs(points: list[Point]) -> list[Point]:
 
 
 def _join_values(values: list[Any]) -> Any:
-    """One value where all are equal, else a text such as kda|gdn."""
+    """Join values: the value where all are equal, else a text such as kda|gdn."""
     distinct = list(dict.fromkeys(values))
     return distinct[0] if len(distinct) == 1 else "|".join(str(value) for value in distinct)
 
 
 def _describe_data(points: list[Point]) -> str:
-    """Whether all points of a seed read the same tokens in the same order, in words."""
+    """Describe whether all points of a seed read the same tokens in the same order."""
     orders = set()
     for point in points:
         config = point.config

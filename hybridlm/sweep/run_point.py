@@ -27,7 +27,7 @@ from hybridlm.user_code import import_user_code
 
 
 def run_point(run_dir: Path) -> int:
-    """Do what is left of the point in `run_dir`, and print how it ended as JSON.
+    """Complete the trainings of the point in `run_dir`, and print the outcome as JSON.
 
     A probe that fails is reported and does not keep the others from running.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from hybridlm.sweep.folder import LAUNCH_FILE, OUTCOME_FILE
 
 QUEUED_STATES = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
-SQUEUE_TIMEOUT_S = 60.0
+SQUEUE_TIMEOUT_S = 60.0  # for one call of squeue
 
 
 @dataclass
@@ -47,7 +47,7 @@ class SlurmJob:
 
 
 def find_jobs(folder: Path) -> dict[str, SlurmJob]:
-    """The newest Slurm job of each point of the sweep in `folder`; points without a job are left out."""
+    """Find the newest Slurm job of each point of the sweep in `folder`, by point; only points with a job are listed."""
     jobs: dict[str, SlurmJob] = {}
     for launched in sorted((folder / "jobs").glob(f"*/{LAUNCH_FILE}"), key=lambda path: int(path.parent.name)):
         points = [Path(point).name for point in json.loads(launched.read_text(encoding="utf-8"))["points"]]
@@ -59,7 +59,7 @@ def find_jobs(folder: Path) -> dict[str, SlurmJob]:
 
 
 def update_states(jobs: dict[str, SlurmJob]) -> None:
-    """Ask squeue for the state of each job; where it cannot be asked, states stay as they are."""
+    """Update the state of each job from squeue; if squeue fails, states do not change."""
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i %T"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SQUEUE_TIMEOUT_S)
@@ -74,7 +74,7 @@ def update_states(jobs: dict[str, SlurmJob]) -> None:
 
 
 def find_pending_jobs(folder: Path) -> dict[str, SlurmJob]:
-    """The Slurm jobs that wait or run for points that have not ended, by point."""
+    """Find the Slurm jobs that wait or run for points that have not ended, by point."""
     jobs = {name: job for name, job in find_jobs(folder).items()
             if not (folder / "points" / name / OUTCOME_FILE).exists()}
     if jobs:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, notes the signals that ask the sweep to stop, instead of dying of them.
+    """Context that records signals which ask the sweep to stop, so that they do not end the process.
 
     Points run in sessions of their own, so that no signal reaches them but those that the sweep sends.
 

@@ -20,7 +20,7 @@ from hybridlm.training.stages import plan_stages
 
 STATE_CONTEXTS = {"32K": 1 << 15, "1M": 1 << 20}  # tokens of context at which decode state is shown
 HEADLINE_METRICS = ("validation_loss", "validation_bits_per_byte", "tokens_per_second")
-MAX_METRIC_COLUMNS = 4
+MAX_METRIC_COLUMNS = 4  # of the table of results
 Column = tuple[str, Callable[[list[dict[str, Any]]], str]]  # its title, and its text for the rows of one model
 
 
@@ -38,7 +38,7 @@ def cost_row(point: Point) -> dict[str, Any]:
 
 
 def describe_plan(plan: SweepPlan, seconds: list[float], how: str, statuses: list[str], jobs: int) -> dict[str, Any]:
-    """The plan as plain data, ready for JSON.
+    """Describe a plan as plain data, ready for JSON.
 
     Args:
         plan: the sweep.
@@ -114,7 +114,7 @@ def _group_by_model(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def format_layers(layers: list[str]) -> str:
-    """The number of layers per mixer, in words.
+    """Format the number of layers per mixer.
 
     >>> format_layers(["kda", "kda", "full", "kda"])
     '3 kda + 1 full'
@@ -123,7 +123,7 @@ def format_layers(layers: list[str]) -> str:
 
 
 def format_changes(changed: dict[str, list[Any]]) -> str:
-    """The changes of `Point.changed` in words, or a dash.
+    """Format the changes of `Point.changed`, or a dash.
 
     >>> format_changes({"model.hidden_size": [64, 56]})
     'hidden_size 64 -> 56'
