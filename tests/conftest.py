@@ -1,8 +1,23 @@
-"""Fixtures for all tests."""
+"""Fixtures and marks for all tests."""
+
+from pathlib import Path
 
 import pytest
 
 from hybridlm.kind_registry import all_registries
+
+FOLDER = Path(__file__).parent
+SLOW = [FOLDER / name for name in (
+    "distributed", "interop/test_streaming.py", "interop/test_trained_export.py", "kernels/test_alone.py",
+    "kernels/test_triton.py", "report/test_watch.py", "sweep/test_cluster.py", "test_packaging.py",
+    "training/test_crash.py")]
+
+
+def pytest_collection_modifyitems(items):
+    """Mark files whose tests start processes or compile kernels; `bash scripts/test.sh fast` leaves them out."""
+    for item in items:
+        if any(item.path == place or place in item.path.parents for place in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

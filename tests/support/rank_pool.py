@@ -10,6 +10,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -113,8 +114,16 @@ def train(*words):
     assert code == 0, (words, code)
 
 
+def end_with(parent):
+    """End this rank when the process that started it has ended, also in the middle of a collective operation."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def serve(descriptor):
     """Answer calls until standard input ends."""
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     import torch
     import torch.distributed as dist
 
