@@ -45,7 +45,7 @@ class Widths:
 
 
 def measure(w: Widths, S: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Seconds and TFLOP/s at one length. FLOPs: 2 a multiply-add, visible keys only; a backward twice the forward."""
+    """Seconds and TFLOP/s at one length. FLOPs: 2 per multiply-add, visible keys only; a backward twice the forward."""
 
     def random(*shape: int, grad: bool = True) -> Tensor:
         return torch.randn(1, S, *shape, device=device, dtype=dtype, requires_grad=grad)

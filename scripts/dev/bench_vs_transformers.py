@@ -54,7 +54,7 @@ def overrides(system: str, size: str) -> list[str]:
 
 
 def build(system: str, size: str, threads: int) -> tuple[Any, Any]:
-    """(ours, theirs) with the same weights, in fp32 and training mode."""
+    """Our model and that of transformers, with the same weights, in fp32 and training mode."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -114,7 +114,7 @@ def status_mib(key: str) -> float:
 
 
 def memory_child(system: str, size: str, length: int, which: str, threads: int) -> None:
-    """Print the growth of the resident set over one step, in MiB."""
+    """Prints the growth of the resident set over one step, in MiB."""
     ours, theirs = build(system, size, threads)
     model = ours if which == "ours" else theirs
     del ours, theirs
@@ -155,7 +155,7 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def time_growth(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time a token of one linear layer each, at 4096 tokens over 1024: linear mixers must stay near 1."""
+    """Time per token of one linear layer each, at 4096 tokens over 1024: linear mixers must stay near 1."""
     import torch
 
     from hybridlm.model.mixers import build_mixer

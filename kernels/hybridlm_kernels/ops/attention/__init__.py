@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hybridlm_kernels.ops.attention import flash_attn_backend as flash_attn
-from hybridlm_kernels.ops.attention import reference
-from hybridlm_kernels.ops.attention import torch_backend as eager
+from hybridlm_kernels.ops.attention import flash_attn_backend, reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 ATTENTION = register(Operation("attention", (
-    Backend("torch", eager.attention), Backend("flash_attn", flash_attn.attention, flash_attn.supports, ("cuda",)),
+    Backend("torch", torch_backend.attention),
+    Backend("flash_attn", flash_attn_backend.attention, flash_attn_backend.supports, ("cuda",)),
     Backend("reference", reference.attention))))
 
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, float16, float32, promote_types
 
-from hybridlm_kernels.ops.indexer_kl import reference
-from hybridlm_kernels.ops.indexer_kl import torch_backend as eager
+from hybridlm_kernels.ops.indexer_kl import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
@@ -27,9 +26,9 @@ def _fits(call: Call) -> tuple[bool, str]:
 
 INDEXER_KL = register(Operation("indexer_kl", (
     lazy_triton_backend(f"{__name__}.triton_backend", "indexer_kl", _fits),
-    Backend("torch", eager.indexer_kl), Backend("reference", reference.indexer_kl))))
+    Backend("torch", torch_backend.indexer_kl), Backend("reference", reference.indexer_kl))))
 ATTENTION_RECALL = register(Operation("attention_recall", (
-    Backend("torch", eager.attention_recall), Backend("reference", reference.attention_recall))))
+    Backend("torch", torch_backend.attention_recall), Backend("reference", reference.attention_recall))))
 
 
 class Recall(NamedTuple):

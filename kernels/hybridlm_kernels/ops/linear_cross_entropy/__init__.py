@@ -5,15 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridlm_kernels import triton_support
-from hybridlm_kernels.ops.linear_cross_entropy import reference
-from hybridlm_kernels.ops.linear_cross_entropy import torch_backend as eager
+from hybridlm_kernels.ops.linear_cross_entropy import reference, torch_backend
 from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 LINEAR_CROSS_ENTROPY = register(Operation("linear_cross_entropy", (
     triton_support.lazy_triton_backend("hybridlm_kernels.ops.linear_cross_entropy.triton_backend",
                                        "linear_cross_entropy"),
-    Backend("torch", eager.linear_cross_entropy), Backend("reference", reference.linear_cross_entropy))))
+    Backend("torch", torch_backend.linear_cross_entropy), Backend("reference", reference.linear_cross_entropy))))
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, ignore_index: int = -100,

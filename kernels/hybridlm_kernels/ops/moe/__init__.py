@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridlm_kernels import triton_support
-from hybridlm_kernels.ops.moe import reference
-from hybridlm_kernels.ops.moe import torch_backend as eager
+from hybridlm_kernels.ops.moe import reference, torch_backend
 from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
@@ -22,7 +21,7 @@ def _fits_triton(call: Call) -> tuple[bool, str]:
 
 MOE_EXPERTS = register(Operation("moe_experts", (
     triton_support.lazy_triton_backend("hybridlm_kernels.ops.moe.triton_backend", "moe_experts", _fits_triton),
-    Backend("torch", eager.moe_experts, eager.supports), Backend("reference", reference.moe_experts))))
+    Backend("torch", torch_backend.moe_experts, torch_backend.supports), Backend("reference", reference.moe_experts))))
 
 
 def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor,

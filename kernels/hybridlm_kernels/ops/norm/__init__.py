@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridlm_kernels import triton_support
-from hybridlm_kernels.ops.norm import reference
-from hybridlm_kernels.ops.norm import torch_backend as eager
+from hybridlm_kernels.ops.norm import reference, torch_backend
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 MAX_TRITON_ROW = 8192  # elements of a row that a program holds in its registers
@@ -24,12 +23,12 @@ def _triton(function: str) -> Backend:
 
 
 RMS_NORM = register(Operation("rms_norm", (
-    _triton("rms_norm"), Backend("torch", eager.rms_norm), Backend("reference", reference.rms_norm))))
+    _triton("rms_norm"), Backend("torch", torch_backend.rms_norm), Backend("reference", reference.rms_norm))))
 GATED_RMS_NORM = register(Operation("gated_rms_norm", (
-    _triton("gated_rms_norm"), Backend("torch", eager.gated_rms_norm),
+    _triton("gated_rms_norm"), Backend("torch", torch_backend.gated_rms_norm),
     Backend("reference", reference.gated_rms_norm))))
 L2_NORM = register(Operation("l2_norm", (
-    _triton("l2_norm"), Backend("torch", eager.l2_norm), Backend("reference", reference.l2_norm))))
+    _triton("l2_norm"), Backend("torch", torch_backend.l2_norm), Backend("reference", reference.l2_norm))))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = False,

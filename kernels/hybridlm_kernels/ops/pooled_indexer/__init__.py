@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hybridlm_kernels.ops.indexer_kl import IndexerKL, Recall, check_main
-from hybridlm_kernels.ops.pooled_indexer import reference
-from hybridlm_kernels.ops.pooled_indexer import torch_backend as eager
+from hybridlm_kernels.ops.pooled_indexer import reference, torch_backend
 from hybridlm_kernels.ops.pooled_indexer.pools import Pools as Pools
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 POOLED_TOPK = register(Operation("pooled_topk", (
-    Backend("torch", eager.pooled_topk), Backend("reference", reference.pooled_topk))))
+    Backend("torch", torch_backend.pooled_topk), Backend("reference", reference.pooled_topk))))
 POOLED_INDEXER_KL = register(Operation("pooled_indexer_kl", (
-    Backend("torch", eager.pooled_indexer_kl), Backend("reference", reference.pooled_indexer_kl))))
+    Backend("torch", torch_backend.pooled_indexer_kl), Backend("reference", reference.pooled_indexer_kl))))
 
 
 def pooled_topk(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, pools: Pools, topk: int, *, num_first: int = 0,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridlm_kernels import triton_support
-from hybridlm_kernels.ops.rotary import reference
-from hybridlm_kernels.ops.rotary import torch_backend as eager
+from hybridlm_kernels.ops.rotary import reference, torch_backend
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 ROTARY = register(Operation("rotary", (
     triton_support.lazy_triton_backend("hybridlm_kernels.ops.rotary.triton_backend", "rotary"),
-    Backend("torch", eager.rotary),
+    Backend("torch", torch_backend.rotary),
     Backend("reference", reference.rotary))))
 
 

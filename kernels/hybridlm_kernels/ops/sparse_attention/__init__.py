@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hybridlm_kernels.ops.sparse_attention import reference
-from hybridlm_kernels.ops.sparse_attention import torch_backend as eager
+from hybridlm_kernels.ops.sparse_attention import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
@@ -23,10 +22,10 @@ def _fits(call: Call) -> tuple[bool, str]:
 
 INDEXER_TOPK = register(Operation("indexer_topk", (
     lazy_triton_backend(f"{__name__}.triton_index", "indexer_topk"),
-    Backend("torch", eager.indexer_topk), Backend("reference", reference.indexer_topk))))
+    Backend("torch", torch_backend.indexer_topk), Backend("reference", reference.indexer_topk))))
 SPARSE_ATTENTION = register(Operation("sparse_attention", (
     lazy_triton_backend(f"{__name__}.triton_backend", "sparse_attention", _fits),
-    Backend("torch", eager.sparse_attention), Backend("reference", reference.sparse_attention))))
+    Backend("torch", torch_backend.sparse_attention), Backend("reference", reference.sparse_attention))))
 
 
 def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *, num_first: int = 0, num_local: int = 0,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridlm_kernels import triton_support
-from hybridlm_kernels.ops.swiglu import reference
-from hybridlm_kernels.ops.swiglu import torch_backend as eager
+from hybridlm_kernels.ops.swiglu import reference, torch_backend
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 SWIGLU = register(Operation("swiglu", (
     triton_support.lazy_triton_backend("hybridlm_kernels.ops.swiglu.triton_backend", "swiglu"),
-    Backend("torch", eager.swiglu),
+    Backend("torch", torch_backend.swiglu),
     Backend("reference", reference.swiglu))))
 
 
