@@ -62,6 +62,8 @@ def _import(name: str, source: str) -> None:
 
 
 def _import_file(path: Path, name: str, source: str) -> None:
+    if not path.exists():
+        raise ConfigError(source, "no such file", got=name, expected="FILE.py or a dotted module")
     if not path.is_file() or path.suffix != ".py":
         raise ConfigError(source, "is no Python file", got=name, expected="FILE.py or a dotted module")
     path = path.resolve()
@@ -83,6 +85,8 @@ def _import_file(path: Path, name: str, source: str) -> None:
 
 
 def _import_module(name: str, source: str) -> None:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(source, "is neither a file nor a module", got=name, expected="FILE.py or a dotted module")
     _search(Path.cwd())
     try:
         spec = importlib.util.find_spec(name)

@@ -50,6 +50,7 @@ def fails(capsys, *argv):
     (["export", "runs/none", "out"], ["no checkpoint at runs/none"]),
     (["verify", "runs/none", "out", "--token-ids", "x"], ["--token-ids"]),
     (["check", "kdaa"], ["KIND: no such mixer or feed-forward", "did you mean 'kda'"]),
+    (["check", "decay"], ["KIND: was renamed; got 'decay'; expected linear_attention"]),
     (["check", "zzz"], ["expected one of", "attention", "a kind of your own is registered with --import FILE"]),
     (["check", "kda", "num_head=3"], ["kda.num_head: unknown key", "did you mean 'num_heads'"]),
     (["check", "kda", "num_heads"], ["num_heads: is not an option", "key=value"]),

@@ -80,6 +80,7 @@ def _config(name: str, options: Sequence[str], config_dir: str | None, hidden_si
         ConfigError: there is no such preset or kind, or its options cannot be used.
     """
     from hybridlm.config.compose import compose_option
+    from hybridlm.config.legacy import RENAMED_VALUES
     from hybridlm.config.paths import find_option
     from hybridlm.config.paths import options as option_names
     from hybridlm.config.serialization import from_dict
@@ -99,6 +100,9 @@ def _config(name: str, options: Sequence[str], config_dir: str | None, hidden_si
         data = {"kind": name} if preset is None else compose_option(group, name, config_dir=config_dir)
         data = _merge(data, _given(options))
         return registry.noun, from_dict(base, _with_sizes(registry.config_class(data["kind"]), data, hidden_size), name)
+    renamed = RENAMED_VALUES["model.mixers.*.kind"].get(name)
+    if renamed is not None:
+        raise ConfigError("KIND", "was renamed", got=name, expected=renamed)
     names = sorted(set(known))
     raise ConfigError("KIND", "no such mixer or feed-forward", got=name, expected=f"one of {', '.join(names)}",
                       hint=did_you_mean(name, names) or "a kind of your own is registered with --import FILE")
