@@ -23,7 +23,7 @@ from hybridlm.model.sequence import SequenceInfo
 
 @dataclass(kw_only=True)
 class GatedAverageConfig(MixerConfig):
-    """`width`: channels of the average; null takes the model's hidden size."""
+    """A gated moving average over the tokens. `width`: its channels; null takes the hidden size of the model."""
 
     kind: str = "my_mixer"
     width: int | None = None

@@ -126,6 +126,20 @@ def test_what_is_not_there_is_said_in_one_line(capsys, name, words):
     assert words in capsys.readouterr().err
 
 
+def test_an_imported_mixer_is_listed_and_suggested(capsys):
+    assert main(["configs", "mixer", "--json", "--import", str(EXAMPLE)]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["options"]}
+    assert rows["my_mixer"] == {"name": "my_mixer", "built_in": False, "summary":
+                                "A gated moving average over the tokens."}
+    assert rows["kda"]["built_in"]
+    assert main(["configs", "mixer", "my_mixer", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["choose"], shown["file"]) == ("model.schedule.linear=my_mixer", str(EXAMPLE))
+    assert shown["text"] == "kind: my_mixer\nwidth: null\n"
+    assert main(["inspect", "model=hybrid_tiny", "model.schedule.linear=my_mixr"]) == 2
+    assert "did you mean 'my_mixer'?" in capsys.readouterr().err
+
+
 def test_no_config_can_name_code(tmp_path, capsys):
     shutil.copy(EXAMPLE, tmp_path / "mine.py")
     for name, text in {"import": "import: mine.py\n", "target": "model: {_target_: mine.GatedAverage}\n"}.items():

@@ -8,12 +8,16 @@ engine=NAME    the processes that run a step
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from hybridlm.config.paths import config_dir, find_option, options, search_folders
 from hybridlm.errors import ConfigError, did_you_mean
+from hybridlm.kind_registry import all_registries
 
 # Group -> (how the command line chooses an option of it, what the option sets). In the order in which they are listed.
 GROUPS: dict[str, tuple[str, str]] = {
@@ -53,10 +57,16 @@ def describe_configs(group: str | None = None, name: str | None = None,
     if group not in known:
         raise ConfigError("", "no such config group", got=group, expected=f"one of {', '.join(known)}",
                           hint=did_you_mean(group, known))
-    names = options(group, own)
+    kinds = _kinds_of_ones_own(group, own)
+    names = [*options(group, own), *kinds]
     if name is None:
-        return {**_group(group), "options": [_option(group, each, own) for each in names]}
+        return {**_group(group), "options": [_describe_kind(each, kinds[each]) if each in kinds else
+                                             _option(group, each, own) for each in names]}
     file = find_option(group, name, own)
+    if file is None and name in kinds:
+        return {"group": group, "choose": _group(group)["choose"].replace("NAME", name), "name": name,
+                "summary": _describe_kind(name, kinds[name])["summary"], "file": inspect.getfile(kinds[name]),
+                "text": _options_as_yaml(name, kinds[name])}
     if file is None:
         raise ConfigError(group, "no such option", got=name, expected=f"one of {', '.join(names)}",
                           hint=did_you_mean(name, names))
@@ -111,6 +121,31 @@ def _option(group: str, name: str, own: str | Path | None) -> dict[str, Any]:
     assert file is not None  # `options` named it
     return {"name": name, "summary": first_sentence(file.read_text(encoding="utf-8")),
             "built_in": file.is_relative_to(config_dir())}
+
+
+def _kinds_of_ones_own(group: str, own: str | Path | None) -> dict[str, type]:
+    """Mixer kinds that user code has registered and that are no preset: a schedule may name them like presets."""
+    found: dict[str, type] = {}
+    for registry in all_registries():
+        if group == "mixer" == registry.noun:
+            found = {kind: registry.config_class(kind) for kind in registry}
+    return {kind: config for kind, config in found.items()
+            if not config.__module__.startswith("hybridlm.") and kind not in options(group, own)}
+
+
+def _describe_kind(kind: str, config: type) -> dict[str, Any]:
+    words = " ".join((config.__doc__ or "").split())
+    return {"name": kind, "summary": first_sentence(f"# {words}"), "built_in": False}
+
+
+def _options_as_yaml(kind: str, config: Any) -> str:
+    """The options of a registered kind with their defaults, ??? where one must be given."""
+    lines = [f"kind: {kind}"]
+    for field in dataclasses.fields(config):
+        has_default = field.default is not dataclasses.MISSING
+        if field.name != "kind" and field.default_factory is dataclasses.MISSING:
+            lines.append(f"{field.name}: {json.dumps(field.default, default=str) if has_default else '???'}")
+    return "\n".join(lines) + "\n"
 
 
 def _columns(rows: list[tuple[str, str]]) -> str:

@@ -71,7 +71,7 @@ def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str
             known = f"one of {', '.join(sorted(defined))} of the model, or " if defined else ""
             raise ConfigError(key, f"{place}names an unknown mixer", got=name,
                               expected=f"{known}a preset: {', '.join(presets)}",
-                              hint=did_you_mean(name, [*defined, *presets])
+                              hint=did_you_mean(name, [*defined, *presets, *sorted(kinds)])
                               or "a kind of your own is registered with --import FILE")
     return {**model, "mixers": {**mixers, **added}} if added else model
 
