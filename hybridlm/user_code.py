@@ -92,8 +92,13 @@ def _import_module(name: str, source: str) -> None:
         spec = importlib.util.find_spec(name)
         if spec is None:
             raise ModuleNotFoundError(name=name)
+        if spec.origin is None:
+            raise ConfigError(source, "is a folder without code of its own", got=name,
+                              expected="FILE.py or a dotted module")
         if spec.origin is None or not _is_loaded(Path(spec.origin).resolve()):
             importlib.import_module(name)
+    except ConfigError:
+        raise
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ConfigError(source, "no such module", got=name, expected="FILE.py or a dotted module") from None

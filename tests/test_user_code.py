@@ -120,8 +120,10 @@ def test_a_broken_file_is_one_line_with_its_place(tmp_path, capsys, text, words)
 @pytest.mark.parametrize(("name", "words"), [
     ("missing.py", "--import: no such file; got 'missing.py'; expected FILE.py or a dotted module"),
     (".", "--import: is neither a file nor a module; got '.'; expected FILE.py or a dotted module"),
+    ("only_a_folder", "--import: is a folder without code of its own; got 'only_a_folder'"),
     ("./", "--import: is no Python file"), ("no.such.module", "--import: no such module; got 'no.such.module'")])
-def test_what_is_not_there_is_said_in_one_line(capsys, name, words):
+def test_what_is_not_there_is_said_in_one_line(tmp_path, capsys, name, words):
+    (tmp_path / "only_a_folder").mkdir()
     assert main(["train", "--import", name]) == 2
     assert words in capsys.readouterr().err
 
