@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridlm import user_code
 from hybridlm.kind_registry import all_registries
 
 FOLDER = Path(__file__).parent
@@ -18,6 +19,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if any(item.path == place or place in item.path.parents for place in SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def no_user_code_of_other_tests(monkeypatch):
+    """Commands pass imported user code on to the processes they start: only that of the test itself."""
+    monkeypatch.setattr(user_code, "_imported", {})
 
 
 @pytest.fixture

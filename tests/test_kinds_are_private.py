@@ -36,6 +36,8 @@ def private_classes() -> dict[str, set[Path]]:
     """
     found: dict[str, set[Path]] = {}
     for registry in all_registries():
+        if registry.noun == "shape":  # made by the example in the docstring of KindRegistry
+            continue
         files = own_files(registry)
         for file in files:
             classes = [node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
