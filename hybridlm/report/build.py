@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridlm.errors import ConfigError, UserError
 from hybridlm.files import write_text
-from hybridlm.report.document import Document, document
+from hybridlm.report.document import ReportDocument, document
 from hybridlm.report.figures import Chart
 from hybridlm.report.page import html
 from hybridlm.report.png import write_png
@@ -67,7 +67,7 @@ def _runs(found: Run | Sweep) -> list[dict[str, Any]]:
              "probes": probes} for name, run, probes in runs]
 
 
-def _figures(page: Document) -> list[dict[str, Any]]:
+def _figures(page: ReportDocument) -> list[dict[str, Any]]:
     rows = []
     for figure in page.figures:
         row: dict[str, Any] = {"id": figure.id, "title": figure.title}

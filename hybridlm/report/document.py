@@ -26,7 +26,7 @@ COUNT_UNITS = ("", " K", " M", " G", " T", " P")
 
 
 @dataclass(frozen=True)
-class Document:
+class ReportDocument:
     """The content of a page without its form; `layers` are a model's mixers by depth, `texts` files as they are."""
 
     kind: str
@@ -39,16 +39,16 @@ class Document:
     notes: list[str]
 
 
-def document(read: Run | Sweep, metrics: Sequence[str] = ()) -> Document:
+def document(read: Run | Sweep, metrics: Sequence[str] = ()) -> ReportDocument:
     """Make the content of a page from what `read` has read; `metrics` are drawn beside the usual figures."""
     return _of_run(read, metrics) if isinstance(read, Run) else _of_sweep(read, metrics)
 
 
-def _of_run(run: Run, metrics: Sequence[str]) -> Document:
+def _of_run(run: Run, metrics: Sequence[str]) -> ReportDocument:
     figures, missing = run_figures(run, metrics)
     layers = run.config.model.layers() if run.config is not None else []
     palette = Palette(layers)
-    return Document("run", run.name, _run_facts(run), [(name, palette[name]) for name in layers], figures,
+    return ReportDocument("run", run.name, _run_facts(run), [(name, palette[name]) for name in layers], figures,
                     _provenance([("", run)]), [("config.yaml", run.config_text)] if run.config_text else [],
                     [*_corrupt(run), *([run.fault] if run.fault else []), *_missing(missing)])
 
@@ -119,7 +119,7 @@ def _provenance(runs: list[tuple[str, Run]]) -> list[tuple[str, Table]]:
     return tables
 
 
-def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> Document:
+def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> ReportDocument:
     axes = Axes(sweep)
     figures, missing = sweep_figures(sweep, axes, metrics)
     first = sweep.points[0]
@@ -127,7 +127,8 @@ def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> Document:
     texts = [(f"config.yaml of {first.row['point']}", first.run.config_text)] if first.run.config_text else []
     notes = [str(note) for note in sweep.plan.get("notes", [])]
     notes += [note for point in sweep.points for note in _corrupt(point.run)]
-    return Document("sweep", sweep.name, _sweep_facts(sweep), [], figures, tables, texts, [*notes, *_missing(missing)])
+    return ReportDocument("sweep", sweep.name, _sweep_facts(sweep), [], figures, tables, texts,
+                          [*notes, *_missing(missing)])
 
 
 def _sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 
-from hybridlm.report.document import Document
+from hybridlm.report.document import ReportDocument
 from hybridlm.report.figures import Chart, Figure, Heat, Series, Table, legend
 from hybridlm.report.palette import GRID, GROUND, INK, MUTED, Pair
 from hybridlm.report.plotly_figures import plots
@@ -21,7 +21,7 @@ GLYPHS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "�
           "star": "★", "x": "✖"}
 
 
-def html(document: Document, plotly_js: str, refresh: int | None = None) -> str:
+def html(document: ReportDocument, plotly_js: str, refresh: int | None = None) -> str:
     """Make the page; after `refresh` seconds it loads itself again."""
     own = files("hybridlm.report")
     script, style = (own.joinpath(name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
@@ -72,12 +72,12 @@ def _colour(pair: Pair) -> str:
     return f"--colour:light-dark({pair[0]},{pair[1]})"
 
 
-def _facts(document: Document) -> str:
+def _facts(document: ReportDocument) -> str:
     return "<dl>" + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
                             for name, value in document.facts) + "</dl>"
 
 
-def _layers(document: Document) -> str:
+def _layers(document: ReportDocument) -> str:
     """The stack as a strip of blocks, first layer first."""
     if not document.layers:
         return ""
@@ -88,7 +88,7 @@ def _layers(document: Document) -> str:
     return f'<div class="layers" role="img" aria-label="layers by depth">{blocks}</div><p class="key">{names}</p>'
 
 
-def _contents(document: Document) -> str:
+def _contents(document: ReportDocument) -> str:
     entries = [(figure.id, figure.title) for figure in document.figures]
     entries += [(_anchor(title), title) for title, _ in (*document.tables, *document.texts)]
     links = "".join(f'<a href="#{escape(id)}">{escape(title)}</a>' for id, title in entries)

@@ -79,7 +79,7 @@ class ProbeAccuracy:
 
 
 @dataclass
-class Point:
+class PointResults:
     """A point of a sweep: its row of results.json, its run, and its probes by label."""
 
     row: dict[str, Any]
@@ -94,7 +94,7 @@ class Sweep:
     folder: Path
     results: dict[str, Any]
     plan: dict[str, Any]
-    points: list[Point]
+    points: list[PointResults]
 
     @property
     def name(self) -> str:
@@ -167,7 +167,7 @@ def _read_sweep(folder: Path, metrics: list[str]) -> Sweep:
     try:
         plan = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         results = read_results(folder)
-        points = [Point(row, read_run(folder / "points" / row["point"]), _probes(results, row))
+        points = [PointResults(row, read_run(folder / "points" / row["point"]), _probes(results, row))
                   for row in results["points"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ConfigError("report", "holds a sweep.json that cannot be read", got=str(folder / "sweep.json"),

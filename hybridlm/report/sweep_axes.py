@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridlm.report.palette import MIXERS, Palette, Style
-from hybridlm.report.read import Point, Sweep
+from hybridlm.report.read import PointResults, Sweep
 from hybridlm.sweep.point import SEED_KEY, shorten_keys
 
 RATIO, LINEAR, FULL = "model.schedule.ratio", "model.schedule.linear", "model.schedule.full"
@@ -34,7 +34,7 @@ class Group:
     name: str
     mixer: str
     places: list[AxisPlace]
-    points: list[Point]
+    points: list[PointResults]
 
     def values(self, metric: str) -> list[float]:
         """The metric of all seeds that have it."""
@@ -85,7 +85,7 @@ class Axes:
         """The style of a mixer's points."""
         return self._mixers[mixer]
 
-    def _groups(self, points: list[Point]) -> list[Group]:
+    def _groups(self, points: list[PointResults]) -> list[Group]:
         groups: dict[str, Group] = {}
         config = points[0].run.config
         full = (config and config.model.schedule.full) or "full"
@@ -120,7 +120,7 @@ class Axes:
         return "∞" if self.key == RATIO and str(value) == "inf" else str(value)
 
 
-def mixer_of(point: Point, full: str) -> str:
+def mixer_of(point: PointResults, full: str) -> str:
     """Name the mixers of a model but the full one, which is named only where it stands alone."""
     layers = [str(layer) for layer in point.row["layers"]]
     full = str(point.row["settings"].get(FULL, full))
