@@ -49,8 +49,8 @@ def _of_run(run: Run, metrics: Sequence[str]) -> ReportDocument:
     layers = run.config.model.layers() if run.config is not None else []
     palette = Palette(layers)
     return ReportDocument("run", run.name, _run_facts(run), [(name, palette[name]) for name in layers], figures,
-                    _provenance([("", run)]), [("config.yaml", run.config_text)] if run.config_text else [],
-                    [*_corrupt(run), *([run.fault] if run.fault else []), *_missing(missing)])
+                          _provenance([("", run)]), [("config.yaml", run.config_text)] if run.config_text else [],
+                          [*_corrupt(run), *([run.fault] if run.fault else []), *_missing(missing)])
 
 
 def _missing(names: list[str]) -> list[str]:
