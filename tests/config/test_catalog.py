@@ -7,7 +7,7 @@ from hybridlm.config.paths import config_dir, options
 from hybridlm.errors import ConfigError
 
 
-def test_every_built_in_group_and_option_has_its_sentence():
+def test_every_built_in_group_and_option_has_its_sentence(project_kinds):
     assert {path.name for path in config_dir().iterdir() if path.is_dir()} == set(GROUPS)
     for row in describe_configs()["groups"]:
         group = describe_configs(row["group"])
