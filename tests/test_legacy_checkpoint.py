@@ -84,6 +84,10 @@ def test_an_old_checkpoint_is_exported_and_an_old_export_is_read(tmp_path):
     assert "model.layers.0.mixer.q_proj.weight" in load_file(file)
     save_file({old_name(name): tensor for name, tensor in load_file(file).items()}, file)
     assert "model.layers.0.mixer.f.q_proj.weight" in load_file(file)
+    config = tmp_path / "export" / "config.json"
+    text = config.read_text()
+    assert '"linear_attention"' in text
+    config.write_text(text.replace('"linear_attention"', '"decay"'))
     with torch.no_grad():
         assert torch.equal(import_hf(tmp_path / "export")(IDS).logits, model(IDS).logits)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridlm.checkpoint.legacy_names import are_legacy, current_name
+from hybridlm.config.legacy import upgrade_config
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError
 from hybridlm.interop.family import Family, HFConfig, LayerToMap, register_family
@@ -23,11 +24,11 @@ PREFIX = "model."  # before our parameter names
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
-    """Convert a transformers config to plain data of a `ModelConfig`."""
+    """Convert a transformers config, also one that an earlier version wrote, to plain data of a `ModelConfig`."""
     data = hf.raw.get("model")
     if not isinstance(data, dict):
         raise ConfigError("config.json: model", "is missing", expected="the model section of a hybridlm config")
-    return dict(data)
+    return upgrade_config({"model": data})["model"]
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
