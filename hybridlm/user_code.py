@@ -95,7 +95,7 @@ def _import_module(name: str, source: str) -> None:
         if spec.origin is None:
             raise ConfigError(source, "is a folder without code of its own", got=name,
                               expected="FILE.py or a dotted module")
-        if spec.origin is None or not _is_loaded(Path(spec.origin).resolve()):
+        if not _is_loaded(Path(spec.origin).resolve()):
             importlib.import_module(name)
     except ConfigError:
         raise

@@ -77,7 +77,7 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
             got=None if wants is None else getattr(stage, wants),
             hint="convert a checkpoint with recipe=dsa_tiny init_from=..., or take a model such as kda_dsa_tiny")
     for name in dict.fromkeys(config.model.layers()) if stage.topk else ():
-        pool = getattr(getattr(config.model.mixers[name], "indexer", None), "pool", None) or 1
+        pool = config.model.mixers[name].topk_multiple()
         require(stage.topk % pool == 0, f"{path}.topk", f"is not a number of whole pools of mixer {name}",  # type: ignore[operator]
                 got=stage.topk, expected=f"a multiple of {pool}")
     if stage.trainable != ["*"]:

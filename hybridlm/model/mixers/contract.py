@@ -205,6 +205,10 @@ class MixerConfig(abc.ABC):
         """Whether the mixer reads only keys that an indexer selects."""
         return False
 
+    def topk_multiple(self) -> int:
+        """Tokens that are selected together: a top-k that a training stage sets must be a multiple of it."""
+        return 1
+
     def can_take_indexer(self) -> bool:
         """Whether `with_indexer` would make the mixer sparse: it attends to all earlier tokens by softmax."""
         return False

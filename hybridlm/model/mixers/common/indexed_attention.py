@@ -98,6 +98,9 @@ class IndexedMixerConfig(MixerConfig):
     def has_indexer(self) -> bool:
         return self.indexer is not None
 
+    def topk_multiple(self) -> int:
+        return 1 if self.indexer is None else self.indexer.pool or 1
+
     def sees_all_keys(self) -> bool:
         """Whether a token attends to all earlier tokens of its document, and to nothing else."""
         return True
