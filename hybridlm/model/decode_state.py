@@ -180,3 +180,17 @@ class RecurrentState:
     def num_bytes(self) -> int:
         tensors = [*self.conv.values(), *([] if self.matrix is None else [self.matrix])]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass
+class TensorState:
+    """Decode state of named tensors [B, ...], such as last tokens, inputs of convolutions and recurrent states.
+
+    A name that is missing has not been written yet; its reader takes zeros, or what the recurrence starts from.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())

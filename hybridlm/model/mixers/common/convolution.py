@@ -1,0 +1,73 @@
+"""A short causal convolution as a module, with bias and over any channels (Mamba, xLSTM, Griffin, LFM2).
+
+B rows, T tokens, C channels, W taps.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.model.decode_state import TensorState
+from hybridlm.model.mixers.common.init import init_conv
+from hybridlm.model.parameter_roles import CONVOLUTION, VECTOR, ParameterRole
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import short_conv
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution along time that starts anew at every document.
+
+    Args:
+        channels: channels C, each with a filter of its own.
+        taps: taps W of each filter; the last one multiplies the current token.
+        bias: whether a bias is added before the activation.
+        activation: "silu" or None.
+
+    Example:
+        >>> conv = CausalConv(channels=2, taps=3, bias=True)
+        >>> conv.reset_parameters()
+        >>> conv(torch.ones(1, 4, 2), SequenceInfo.make(1, 4, torch.device("cpu"))).shape
+        torch.Size([1, 4, 2])
+    """
+
+    def __init__(self, channels: int, taps: int, bias: bool = True, activation: Literal["silu"] | None = "silu"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, taps))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.activation: Literal["silu"] | None = activation
+
+    def forward(self, x_BTC: Tensor, seq: SequenceInfo, state: TensorState | None = None,
+                name: str = "conv") -> Tensor:
+        """Convolve.
+
+        Args:
+            x_BTC: inputs of every token.
+            seq: borders of the documents, and the shard of the rows held here.
+            state: decode state that holds the last W - 1 inputs under `name`, and then those of this call.
+            name: key of these inputs in the state.
+
+        Returns:
+            [B, T, C] in the dtype of x.
+        """
+        start = None if state is None else state.tensors.get(name)
+        if seq.shard is not None:
+            start = seq.shard.at_start(seq.shard.tail(x_BTC, self.weight.shape[1] - 1).mT)
+        y_BTC, inputs = short_conv(x_BTC, self.weight, self.bias, activation=self.activation,
+                                   cu_seqlens=seq.cu_seqlens, initial_state=start)
+        if state is not None:
+            state.tensors[name] = inputs
+        return y_BTC
+
+    def reset_parameters(self) -> None:
+        """Weights and bias are uniform in +-W^-0.5, torch's default, as in published models."""
+        init_conv(self.weight)
+        if self.bias is not None:
+            bound = self.weight.shape[1] ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        """The filters are a convolution, the bias a vector."""
+        return {"weight": CONVOLUTION} | ({} if self.bias is None else {"bias": VECTOR})

@@ -1,0 +1,26 @@
+"""Forms of the delta rule and of linear attention."""
+
+from hybridlm.model.mixers import DeltaRuleConfig, LinearAttentionConfig
+from hybridlm.model.mixers.contract import MixerConfig
+
+FORMS: dict[str, MixerConfig] = {
+    "kda": DeltaRuleConfig(num_heads=2, head_dim=8, gate_rank=6, output_gate="sigmoid", output_gate_rank=6),
+    "kda_safe": DeltaRuleConfig(num_heads=2, head_dim=8, gate="lower_bounded", gate_dtype="model",
+                                output_gate="sigmoid"),
+    "gdn": DeltaRuleConfig(num_heads=2, num_value_heads=4, head_dim=8, decay="scalar", a_init=(0.01, 16.0),
+                           dt_bias_init="ones"),
+    "olmo_gdn": DeltaRuleConfig(num_heads=2, head_dim=6, value_head_dim=12, decay="scalar", beta_scale=2.0,
+                                norm_eps=1e-5),
+    "deltanet": DeltaRuleConfig(num_heads=2, head_dim=8, decay="none", output_gate="none", conv_size=2),
+    "lightning": LinearAttentionConfig(num_heads=4, head_dim=8),
+    "retnet": LinearAttentionConfig(num_heads=4, head_dim=8, value_head_dim=12, slopes="retnet", feature_map="none",
+                                    value_map="none", scale=None, norm="head", output_gate="silu"),
+    "linear_attention": LinearAttentionConfig(num_heads=2, head_dim=8, decay="none", feature_map="elu1",
+                                              value_map="none", norm="none", output_gate="none"),
+    "gla": LinearAttentionConfig(num_heads=2, head_dim=8, decay="channel", gate="logsigmoid", gate_rank=4,
+                                 dt_bias_init="zeros", feature_map="none", value_map="none", scale=None, norm="head",
+                                 output_gate="silu"),
+    "mamba2": LinearAttentionConfig(num_heads=2, num_value_heads=4, head_dim=8, decay="scalar", discretize=True,
+                                    conv_size=4, feature_map="none", value_map="none", norm="none",
+                                    output_gate="silu"),
+}
