@@ -5,6 +5,8 @@ from hybridlm.data.prepare import PreparedData, check_sources, prepare
 from hybridlm.data.shards import TokenStore
 from hybridlm.data.statistics import bigram_entropy, unigram_entropy
 from hybridlm.data.tokenizer import StreamDecoder, Tokenizer, check_vocab, load_tokenizer
+from hybridlm.data.tokenizer_comparison import tokenizer_differences
 
 __all__ = ["Batch", "PackedDataset", "PreparedData", "Sample", "StreamDecoder", "TokenStore", "Tokenizer",
-           "bigram_entropy", "check_sources", "check_vocab", "collate", "load_tokenizer", "prepare", "unigram_entropy"]
+           "bigram_entropy", "check_sources", "check_vocab", "collate", "load_tokenizer", "prepare",
+           "tokenizer_differences", "unigram_entropy"]

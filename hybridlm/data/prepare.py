@@ -63,6 +63,36 @@ class PreparedData:
         """Digest of the tokenizer, all tokens and borders, and the weights; the place of files does not count."""
         return digest([self.tokenizer.fingerprint, [[s.weight, s.manifest["shards"]] for s in self.sources]])
 
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all sources, each counted once."""
+        return sum(store.num_tokens for store in self.train)
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the training text of all sources."""
+        return sum(store.num_bytes for store in self.train)
+
+    @property
+    def documents(self) -> int:
+        """Training documents of all sources."""
+        return sum(store.num_documents for store in self.train)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per training token, ends of text included, with the sources mixed by their weights."""
+        total = sum(store.weight for store in self.train)
+        return sum(store.weight / total * store.num_bytes / store.num_tokens for store in self.train)
+
+    def epochs(self, num_tokens: int) -> list[float]:
+        """Passes over each training source that a run of `num_tokens` tokens makes, in the order of `train`.
+
+        Args:
+            num_tokens: tokens that the run reads, of all sources together.
+        """
+        total = sum(store.weight for store in self.train)
+        return [num_tokens * store.weight / total / store.num_tokens for store in self.train]
+
     def report(self) -> dict[str, Any]:
         """Make the report that `hybridlm prepare` prints, as plain data."""
         rows = [{"path": s.path, "weight": s.weight, "folder": str(s.folder), **s.manifest["counts"],
@@ -71,7 +101,8 @@ class PreparedData:
                  for part in ("train", "validation")}
         return {"tokenizer": {"name": self.tokenizer.name, "vocab_size": self.tokenizer.vocab_size,
                               "eos": self.tokenizer.eos, "eos_id": self.tokenizer.eos_id},
-                "cache": str(self.cache), "fingerprint": self.fingerprint, "sources": rows, **total}
+                "cache": str(self.cache), "fingerprint": self.fingerprint, "bytes_per_token": self.bytes_per_token,
+                "sources": rows, **total}
 
 
 @dataclass

@@ -295,6 +295,20 @@ def test_mixture_of_kinds(corpus, tmp_path):
     assert other.fingerprint != prepared.fingerprint
 
 
+def test_epochs_and_bytes_per_token_follow_the_weights(tmp_path):
+    (tmp_path / "small.txt").write_text("é" * 50)
+    (tmp_path / "large.txt").write_text("x" * 400)
+    sources = [DataSourceConfig(path=str(tmp_path / "small.txt"), weight=1),
+               DataSourceConfig(path=str(tmp_path / "large.txt"), weight=3)]
+    prepared = prepare(config("ignored", tmp_path, mixture=sources, validation_fraction=0.0))
+    assert (prepared.tokens, prepared.bytes, prepared.documents) == (101 + 401, 500, 2)
+    assert prepared.bytes_per_token == pytest.approx(0.25 * 100 / 101 + 0.75 * 400 / 401)
+    assert prepared.epochs(4040) == pytest.approx([10.0, 3030 / 401])
+    dataset = PackedDataset(prepared.train, 101)
+    places = [dataset.sample(index).place for index in range(40)]
+    assert max(place.epoch for place in places if place.source == 0) + 1 == prepared.epochs(40 * 101)[0]
+
+
 def test_replaced_text_is_counted(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
