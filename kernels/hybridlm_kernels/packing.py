@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,30 +13,48 @@ class CuSeqlens:
     """Cumulative lengths of N documents laid end to end: `[0, n0, n0+n1, ...]`, N+1 numbers.
 
     The documents cover the flattened tokens (batch times time) of the tensors they describe, and none crosses
-    a row, so the start of every row is among the numbers. Documents may not be empty.
+    a row, so the start of every row is among the numbers. Documents may be empty: a table padded to a fixed size
+    repeats its last border, and a request without tokens repeats the border before it.
 
     Raises:
-        ValueError: borders that do not start at 0 or do not increase.
+        ValueError: borders that do not start at 0, decrease, or hold no token.
 
     >>> borders = CuSeqlens([0, 2, 5])
     >>> borders.lengths, borders.positions()
     ([2, 3], tensor([0, 1, 0, 1, 2]))
+    >>> CuSeqlens([0, 2, 2, 5, 5]).filled.lengths
+    [2, 3]
     """
 
     def __init__(self, borders: Sequence[int], device: torch.device | str = "cpu"):
         self.host: tuple[int, ...] = tuple(int(b) for b in borders)
-        increasing = all(a < b for a, b in zip(self.host, self.host[1:], strict=False))
-        if len(self.host) < 2 or self.host[0] != 0 or not increasing:
-            raise ValueError(f"cu_seqlens must start at 0 and increase; got {list(self.host[:8])}")
+        decreasing = any(a > b for a, b in zip(self.host, self.host[1:], strict=False))
+        if len(self.host) < 2 or self.host[0] != 0 or decreasing or self.host[-1] == 0:
+            raise ValueError("cu_seqlens must start at 0, never decrease and hold at least one token; "
+                             f"got {list(self.host[:8])}")
         self.device = torch.device(device)
         self.cache: dict = {}  # what operations derive from the borders, by a name of their own
 
     @classmethod
     def of(cls, borders: CuSeqlens | Tensor | Sequence[int], device: torch.device | str) -> CuSeqlens:
-        """Borders from a list, a tensor or borders; a CUDA tensor costs one synchronisation, host numbers none."""
+        """Borders from a list, a tensor or borders; a CUDA tensor costs one synchronisation, host numbers none.
+
+        A table [1, N+1], the form of collators that add a row to every tensor, is read as its row.
+
+        Raises:
+            ValueError: a tensor of another shape, or of numbers that are no integers.
+        """
         if isinstance(borders, CuSeqlens):
             return borders
-        return cls(borders.tolist() if isinstance(borders, Tensor) else borders, device)
+        table = borders.cpu().numpy() if isinstance(borders, Tensor) else np.asarray(borders)
+        if table.dtype.kind not in "iu":
+            raise ValueError(f"cu_seqlens must be integers; got {table.dtype}")
+        if table.ndim == 2 and table.shape[0] == 1:
+            table = table[0]
+        if table.ndim != 1:
+            raise ValueError("cu_seqlens must be one table [documents + 1] of borders over the flattened tokens of all "
+                             f"rows; got shape {list(table.shape)}")
+        return cls(table.tolist(), device)
 
     @property
     def lengths(self) -> list[int]:
@@ -44,8 +63,23 @@ class CuSeqlens:
 
     @property
     def num_documents(self) -> int:
-        """Number of documents, N."""
+        """Number of documents, N, empty ones included."""
         return len(self.host) - 1
+
+    @property
+    def filled(self) -> CuSeqlens:
+        """The borders of the documents that have tokens; these borders themselves where all have some."""
+        if "filled" not in self.cache:
+            borders = sorted(set(self.host))
+            self.cache["filled"] = self if len(borders) == len(self.host) else CuSeqlens(borders, self.device)
+        return self.cache["filled"]
+
+    def filled_documents(self) -> Tensor:
+        """Numbers of the documents that have tokens, int64 on the device."""
+        if "filled_documents" not in self.cache:
+            numbers = [n for n, length in enumerate(self.lengths) if length]
+            self.cache["filled_documents"] = torch.tensor(numbers, device=self.device)
+        return self.cache["filled_documents"]
 
     @property
     def num_tokens(self) -> int:

@@ -84,6 +84,16 @@ def test_training_interface():
         assert theirs.eval()(ids, labels=ids).logits.shape == (2, 16, 512)
 
 
+def test_borders_of_documents_padded_to_a_fixed_size():
+    theirs = to_hf_model(build("kda with lightning"), family="hybridlm").train()
+    ids = tokens(1, 12)
+    expected = theirs(ids, labels=ids, cu_seqlens=torch.tensor([0, 5, 12])).loss
+    padded = torch.tensor([[0, 5, 5, 12, 12, 12]], dtype=torch.int32)  # the row is the collator's
+    assert torch.equal(theirs(ids, labels=ids, cu_seqlens=padded).loss, expected)
+    with pytest.raises(ValueError, match=r"one table \[documents \+ 1\].*got shape \[2, 3\]"):
+        theirs(ids, cu_seqlens=torch.tensor([[0, 5, 12], [0, 5, 12]]))
+
+
 def test_padding_is_harmless_on_the_right_and_refused_elsewhere():
     theirs = to_hf_model(build("kda with lightning"), family="hybridlm")
     ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.int64)

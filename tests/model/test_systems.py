@@ -54,6 +54,17 @@ def test_the_future_changes_no_bit_of_the_past(system):
             assert torch.equal(system(changed).logits[:, : t + 1], logits[:, : t + 1]), t
 
 
+def test_documents_without_tokens_change_no_bit(system):
+    """They stand in tables padded to a fixed size, and at requests without tokens."""
+    system.train()
+    expected = system(IDS, labels=IDS, cu_seqlens=BORDERS)
+    table = torch.tensor([[0, 0, 1, 65, 65, 96, 96, 100, 192, 192, 192]])  # with a row of its own, as collators add it
+    found = system(IDS, labels=IDS, cu_seqlens=table)
+    for name, loss in expected.losses.items():
+        assert torch.equal(found.losses[name], loss), name
+    assert found.num_tokens == expected.num_tokens
+
+
 def test_packed_equals_each_document_alone(system):
     """The language model's loss and its gradients."""
     system.train()

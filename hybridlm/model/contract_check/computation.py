@@ -27,6 +27,7 @@ from hybridlm_kernels.packing import CuSeqlens
 CAUSAL_LENGTH = 131  # tokens: two chunks of 64 and three tokens of a third
 CHANGED_TOKENS = (1, 15, 16, 63, 64, 127, 128)  # indices on both sides of borders between chunks of 16 and 64
 DOCUMENTS = (0, 1, 6, 70, 75, 140, 143, 150)  # borders in two rows of 75 tokens
+PADDED_TABLE = (0, 0, 1, 6, 6, 70, 75, 75, 140, 143, 150, 150)  # the same with documents that have no token
 DECODED_LENGTHS = {"token by token": (1,) * 23, "in chunks": (7, 1, 12, 3), "after a prompt": (20, 1, 1, 1)}
 STEP_SIZES = (1e-5, 1e-6, 1e-7)  # of finite differences; a smaller one steps over fewer jumps of a selection
 GRADIENT_RTOL = 1e-5  # relative to the norm of the gradient
@@ -67,7 +68,7 @@ def check_packed_documents(subject: Subject) -> str:
     module = subject.build()
     x_BTD = subject.inputs(2, 75).requires_grad_()
     weights = _output_weights(DOCUMENTS[-1], x_BTD.shape[-1])
-    packed = subject.run(module, x_BTD, CuSeqlens(list(DOCUMENTS)))[0].flatten(0, 1)
+    packed = subject.run(module, x_BTD, CuSeqlens(PADDED_TABLE))[0].flatten(0, 1)
     packed_grads = _gradients(module, x_BTD, (packed * weights).sum())
     rows = x_BTD.flatten(0, 1)
     alone = torch.cat([subject.run(module, rows[None, start:stop])[0][0]

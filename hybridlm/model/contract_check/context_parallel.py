@@ -22,7 +22,8 @@ from hybridlm_kernels.packing import CuSeqlens
 ROWS = 2
 LENGTH = 36  # tokens per row
 # Borders of documents, in tokens: cuts at 9, 12, 18, 24, 27 lie inside documents and on their borders.
-DOCUMENTS = (0, 1, 17, 18, 30, 36, 45, 48, 72)
+# One is empty, as in a table padded to a fixed size or of a request without tokens.
+DOCUMENTS = (0, 1, 17, 18, 30, 36, 36, 45, 48, 72)
 SHARD_COUNTS = (2, 3, 4)
 # Collective that each kind of exchange calls: in the forward, and in the backward.
 COLLECTIVES = {"gather": ("all_gather", "reduce_scatter"), "exchange": ("all_to_all", "all_to_all"),

@@ -39,6 +39,32 @@ def borders_of(cu_seqlens: Borders, batch: int, length: int, device: torch.devic
     return borders
 
 
+def filled_borders_of(cu_seqlens: Borders, batch: int, length: int, device: torch.device) -> CuSeqlens | None:
+    """The checked borders of the documents that have tokens, for operations that return nothing per document."""
+    borders = borders_of(cu_seqlens, batch, length, device)
+    return None if borders is None else borders.filled
+
+
+def without_empty_documents(run: Callable[[Tensor | None, CuSeqlens | None], tuple[Tensor, Tensor]],
+                            state_N: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
+    """Apply `run(state, borders) -> (o, final_state)` to the documents that have tokens.
+
+    Args:
+        run: the operation, which never sees an empty document.
+        state_N: initial states [N, ...] of all documents; None is zero.
+        borders: borders of all documents, None where every row is one.
+
+    Returns:
+        The outputs, and the final states [N, ...] of all documents: those of empty ones are their initial states.
+    """
+    if borders is None or borders.filled is borders:
+        return run(state_N, borders)
+    filled = borders.filled_documents()
+    o, last = run(None if state_N is None else state_N.index_select(0, filled), borders.filled)
+    before = last.new_zeros(borders.num_documents, *last.shape[1:]) if state_N is None else state_N.to(last.dtype)
+    return o, before.index_copy(0, filled, last)
+
+
 def check_shapes(name: str, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, state_NHvKV: Tensor | None,
                  borders: CuSeqlens | None) -> None:
     """Raise ValueError unless queries, keys, values and state fit together."""

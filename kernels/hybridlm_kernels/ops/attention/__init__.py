@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hybridlm_kernels.ops.attention import flash_attn_backend, reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.recurrence.arguments import filled_borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 ATTENTION = register(Operation("attention", (
@@ -64,8 +65,7 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *, scale: float | 
     if cu_seqlens is not None:
         if keys != queries:
             raise ValueError(f"attention: packed documents need T == S; got T = {queries}, S = {keys}")
-        cu_seqlens = CuSeqlens.of(cu_seqlens, q_BTHK.device)
-        cu_seqlens.check(batch, queries)
+        cu_seqlens = filled_borders_of(cu_seqlens, batch, queries, q_BTHK.device)
     call = Call.of(q_BTHK, k_BSGK, v_BSGV, sinks_H, key_dim=dim, value_dim=v_BSGV.shape[3], sinks=sinks_H is not None)
     chosen = choose(ATTENTION, call, backend)
     return chosen.run(q_BTHK, k_BSGK, v_BSGV, scale, window, sinks_H, cu_seqlens)

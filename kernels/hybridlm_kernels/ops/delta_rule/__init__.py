@@ -15,6 +15,7 @@ from hybridlm_kernels.recurrence.arguments import (
     check_per_token,
     check_shapes,
     fits_triton,
+    without_empty_documents,
 )
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
@@ -51,7 +52,8 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
         scale: factor on the queries, K ** -0.5 by default.
         initial_state: state before the first token of every document, [N, HV, K, V]; None is zero.
         cu_seqlens: cumulative lengths of packed documents over the flattened B T tokens, with the start of every row
-            among them. N is the number of documents, or B without borders. No state crosses a border.
+            among them. N is the number of documents, or B without borders. No state crosses a border, and the
+            state after an empty document is its initial state.
         qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) first.
         backend: name of one backend, in place of the registry's choice.
 
@@ -83,6 +85,7 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
     call = Call.of(v_BTHvV, q_BTHK, k_BTHK, g, beta, initial_state, *parameters_of(gate), decay=decay, key_dim=K,
                    value_dim=v_BTHvV.shape[3], packed=borders is not None)
     with autocast(q_BTHK.device.type, enabled=False):
-        return choose(OPERATION, call, backend).run(
-            q_BTHK, k_BTHK, v_BTHvV, g, beta, K**-0.5 if scale is None else scale, initial_state, borders,
-            qk_l2norm, gate, beta_sigmoid)
+        run = choose(OPERATION, call, backend).run
+        return without_empty_documents(
+            lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, g, beta, K**-0.5 if scale is None else scale, state,
+                                      filled, qk_l2norm, gate, beta_sigmoid), initial_state, borders)

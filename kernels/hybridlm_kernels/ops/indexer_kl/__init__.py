@@ -9,7 +9,7 @@ from torch import Tensor, float16, float32, promote_types
 
 from hybridlm_kernels.ops.indexer_kl import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
-from hybridlm_kernels.recurrence.arguments import borders_of
+from hybridlm_kernels.recurrence.arguments import filled_borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
@@ -92,7 +92,7 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
         raise ValueError("indexer_kl: recall_of needs the attention to all keys: pass it without indices")
     for index in (indices_BTN, recall_of_BTN):
         check_main("indexer_kl", main_q_BTHK, main_k_BSGK, index, (batch, queries, k_BSI.shape[1]))
-    cu_seqlens = borders_of(cu_seqlens, batch, k_BSI.shape[1], k_BSI.device)
+    cu_seqlens = filled_borders_of(cu_seqlens, batch, k_BSI.shape[1], k_BSI.device)
     scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     facts = {"selected": indices_BTN is not None, "dim": dim, "main_dim": main_q_BTHK.shape[3],
              "main_dtype": promote_types(main_q_BTHK.dtype, main_k_BSGK.dtype)}
@@ -129,7 +129,7 @@ def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tens
     """
     batch, queries, keys = *main_q_BTHK.shape[:2], main_k_BSGK.shape[1]
     check_main("attention_recall", main_q_BTHK, main_k_BSGK, indices_BTN, (batch, queries, keys))
-    cu_seqlens = borders_of(cu_seqlens, batch, keys, main_k_BSGK.device)
+    cu_seqlens = filled_borders_of(cu_seqlens, batch, keys, main_k_BSGK.device)
     scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose(ATTENTION_RECALL, Call.of(main_q_BTHK, main_k_BSGK), backend)
     return Recall(*chosen.run(main_q_BTHK.detach(), main_k_BSGK.detach(), indices_BTN, scale, cu_seqlens))

@@ -8,7 +8,14 @@ from __future__ import annotations
 from torch import Tensor, autocast, float16
 
 from hybridlm_kernels.ops.linear_attention import fla_backend, reference, torch_backend
-from hybridlm_kernels.recurrence.arguments import Borders, borders_of, check_decay, check_shapes, fits_triton
+from hybridlm_kernels.recurrence.arguments import (
+    Borders,
+    borders_of,
+    check_decay,
+    check_shapes,
+    fits_triton,
+    without_empty_documents,
+)
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
@@ -48,7 +55,8 @@ def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tens
         scale: factor on the queries, K ** -0.5 by default.
         initial_state: state before the first token of every document, [N, HV, K, V]; None is zero.
         cu_seqlens: cumulative lengths of packed documents over the flattened B T tokens, with the start of every row
-            among them. N is the number of documents, or B without borders. No state crosses a border.
+            among them. N is the number of documents, or B without borders. No state crosses a border, and the
+            state after an empty document is its initial state.
         backend: name of one backend, in place of the registry's choice.
 
     Returns:
@@ -79,5 +87,7 @@ def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tens
     call = Call.of(v_BTHvV, q_BTHK, k_BTHK, g, initial_state, *parameters_of(gate), decay=decay,
                    key_dim=K, value_dim=v_BTHvV.shape[3], packed=borders is not None)
     with autocast(q_BTHK.device.type, enabled=False):
-        return choose(OPERATION, call, backend).run(
-            q_BTHK, k_BTHK, v_BTHvV, g, K**-0.5 if scale is None else scale, initial_state, borders, gate)
+        run = choose(OPERATION, call, backend).run
+        return without_empty_documents(
+            lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, g, K**-0.5 if scale is None else scale, state, filled,
+                                      gate), initial_state, borders)

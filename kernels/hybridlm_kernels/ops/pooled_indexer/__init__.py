@@ -106,7 +106,7 @@ def pooled_indexer_kl(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, main_q_BTHK:
     for index in (indices_BTN, recall_of_BTN):
         check_main(name, main_q_BTHK, main_k_BSGK, index, (*q_BTJI.shape[:2], pools.keys))
     if cu_seqlens is not None:
-        cu_seqlens = CuSeqlens.of(cu_seqlens, q_BTJI.device)
+        cu_seqlens = CuSeqlens.of(cu_seqlens, q_BTJI.device).filled
     scale = main_q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose(POOLED_INDEXER_KL, Call.of(q_BTJI, k_BPI, w_BTJ, selected=indices_BTN is not None), backend)
     loss, entropy, *recall = chosen.run(q_BTJI, k_BPI, w_BTJ, main_q_BTHK.detach(), main_k_BSGK.detach(), pools,

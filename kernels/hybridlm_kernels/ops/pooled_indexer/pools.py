@@ -46,7 +46,7 @@ class Pools:
             start_BP = torch.arange(max(1, keys // size), device=device).mul_(size).expand(batch, -1)
             zero_BT = torch.zeros_like(position_BT)
             return cls(size, start_BP, zero_BT, (position_BT + 1) // size, zero_BT, keys)
-        cu_seqlens = CuSeqlens.of(cu_seqlens, device)
+        cu_seqlens = CuSeqlens.of(cu_seqlens, device).filled
         cu_seqlens.check(batch, keys)
         key = ("pools", size, batch, queries)
         if key not in cu_seqlens.cache:

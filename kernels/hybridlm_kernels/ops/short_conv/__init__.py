@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, autocast
 
 from hybridlm_kernels.ops.short_conv import reference, torch_backend
-from hybridlm_kernels.recurrence.arguments import Borders, borders_of
+from hybridlm_kernels.recurrence.arguments import Borders, borders_of, without_empty_documents
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
@@ -51,7 +51,7 @@ def short_conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, *
 
     Returns:
         y [B, T, C] in x's dtype, computed in float32 at least, and the last W - 1 inputs of every document,
-        [N, C, W-1] in x's dtype. A document of fewer tokens keeps the end of its initial state.
+        [N, C, W-1] in x's dtype. A document of fewer tokens, also of none, keeps the end of its initial state.
 
     Raises:
         ValueError: the shapes do not fit one another, the borders do not cover the tokens, or the activation is
@@ -83,5 +83,6 @@ def short_conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, *
                          f"{[N, C, W - 1]}; got {list(initial_state.shape)}")
     call = Call.of(x_BTC, weight_CW, bias_C, initial_state, taps=W, packed=borders is not None)
     with autocast(x_BTC.device.type, enabled=False):
-        return choose(OPERATION, call, backend).run(
-            x_BTC, weight_CW, bias_C, activation, initial_state, borders)
+        run = choose(OPERATION, call, backend).run
+        return without_empty_documents(
+            lambda state, filled: run(x_BTC, weight_CW, bias_C, activation, state, filled), initial_state, borders)

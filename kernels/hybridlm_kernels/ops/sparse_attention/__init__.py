@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hybridlm_kernels.ops.sparse_attention import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
-from hybridlm_kernels.recurrence.arguments import borders_of
+from hybridlm_kernels.recurrence.arguments import filled_borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
@@ -73,7 +73,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *, num
     if num_first < 0 or num_local < 0 or num_first + num_local > topk:
         raise ValueError(f"indexer_topk: num_first and num_local must fit into topk={topk}; got {num_first} and "
                          f"{num_local}")
-    cu_seqlens = borders_of(cu_seqlens, batch, k_BSI.shape[1], k_BSI.device)
+    cu_seqlens = filled_borders_of(cu_seqlens, batch, k_BSI.shape[1], k_BSI.device)
     q_BTJI, k_BSI, w_BTJ = q_BTJI.detach(), k_BSI.detach(), w_BTJ.detach()
     chosen = choose(INDEXER_TOPK, Call.of(q_BTJI, k_BSI, w_BTJ), backend)
     return chosen.run(q_BTJI, k_BSI, w_BTJ, topk, cu_seqlens, num_first, num_local)
