@@ -110,7 +110,7 @@ def _print_error(error: Exception) -> None:
     met the error too, and its launcher then ends them before they repeat it.
     """
     rank, speaker = os.environ.get("RANK", "0"), ""
-    if rank != "0" and "WORLD_SIZE" in os.environ:
+    if rank not in ("", "0") and os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         if getattr(error, "shared", False):
             return
         time.sleep(RANK0_HEAD_START_S)

@@ -7,13 +7,15 @@ The trainer sees this class alone; everything that knows about processes stands 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import resource
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,10 +27,13 @@ from hybridlm.distributed.engine_config import EngineConfig
 from hybridlm.distributed.expert_parallel import ExpertParallel
 from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.distributed.rendezvous import rendezvous
+from hybridlm.distributed.shell_variables import describe_ignored, settings_hidden
 from hybridlm.distributed.watchdog import Watchdog
 from hybridlm.errors import ConfigError, UserError
 from hybridlm.optimizers.optimizer_set import OptimizerSet
 from hybridlm.tensor_storage import StoredTensor
+
+log = logging.getLogger("hybridlm")
 
 
 class BatchLike(Protocol):
@@ -128,6 +133,7 @@ class Engine(Communicator, ABC):
     """
 
     settings: dict[str, Any] | None = None  # configuration handed to another program's engine (DeepSpeed)
+    needs_process_group: ClassVar[bool] = False  # also for a single process
 
     def __init__(self, config: EngineConfig, precision: str = "auto"):
         from accelerate import Accelerator, InitProcessGroupKwargs  # a slow import, needed only where a step runs
@@ -140,10 +146,13 @@ class Engine(Communicator, ABC):
         self.precision = pick_precision(precision, self.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # a process may run several engines in turn
         handlers = []
-        if environment.launched:
+        if ignored := describe_ignored(os.environ):
+            log.warning("%s", ignored)
+        if environment.has_peers or self.needs_process_group:
+            os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))  # a cluster with one process per pod
             backend = "gloo" if self.device.type == "cpu" else "nccl"
             handlers = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.timeout))]
-        with rendezvous(environment, config.timeout):
+        with rendezvous(environment, config.timeout), self._settings_hidden():
             self.accelerator = Accelerator(kwargs_handlers=handlers, **self._accelerator_options(config))
         if self.accelerator.num_processes != self.world_size:
             raise RuntimeError(f"Accelerate runs {self.accelerator.num_processes} processes of {self.world_size}")
@@ -157,6 +166,10 @@ class Engine(Communicator, ABC):
         self.wrapped: nn.Module = self.model
         self._attached = False
         self.optimizers: OptimizerSet | None = None
+
+    def _settings_hidden(self) -> contextlib.AbstractContextManager[None]:
+        """Surround calls of Accelerate and DeepSpeed, which otherwise take settings from the shell."""
+        return settings_hidden(process_group=self.world_size > 1 or self.needs_process_group)
 
     def _accelerator_options(self, config: EngineConfig) -> dict[str, Any]:
         """Return the keyword arguments of `Accelerator`."""

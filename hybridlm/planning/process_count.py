@@ -20,7 +20,7 @@ def check_process_count(config: Config, size: int) -> None:
     engine = config.engine
     if engine.max_processes is not None and size > engine.max_processes:
         raise ConfigError("engine.kind", f"{engine.kind} runs one process", got=f"{size} processes", expected="ddp",
-                          hint="add engine=ddp, or start `hybridlm train` without a launcher")
+                          hint="add engine=ddp, or start `hybridlm train` without a launcher (`unset WORLD_SIZE RANK`)")
     if engine.num_processes is not None and engine.num_processes != size:
         raise ConfigError("engine.num_processes", "differs from what the launcher started", got=engine.num_processes,
                           expected=str(size), hint="leave it out under a launcher")

@@ -17,7 +17,6 @@ from hybridlm.distributed.engine import Contribution
 from hybridlm.distributed.engines import make_engine
 from hybridlm.distributed.zero.optimizer import FlatOptimizer
 from hybridlm.distributed.zero.partition import Fragment
-from hybridlm.errors import ConfigError
 from hybridlm.model.feed_forward import FeedForward
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, SequenceMixer
 from hybridlm.model.mixers.common.indexer import IndexerConfig
@@ -237,12 +236,25 @@ def check_bf16():
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def check_deepspeed_is_on():
-    """Told to use a CPU, Accelerate would leave DeepSpeed out and say nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        with pytest.raises(ConfigError, match="told to run without DeepSpeed; got 'MULTI_CPU'"):
-            ready("zero1")
+def check_the_shell_is_ignored():
+    """Variables that would turn DeepSpeed off, change its stage and accumulation, or end it."""
+    found = []
+    for shell in ({}, {"ACCELERATE_USE_CPU": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+                       "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_GRADIENT_CLIPPING": "1e-9",
+                       "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Nothing", "ACCELERATE_MIXED_PRECISION": "bf16",
+                       "OMPI_COMM_WORLD_LOCAL_RANK": "7", "PMI_SIZE": "1", "OMP_NUM_THREADS": "4,2",
+                       "DS_ACCELERATOR": "cuda"}):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in shell.items():
+                patch.setenv(name, value)
+            engine, model, optimizers = ready("zero1")
+            engine.prepare(model, optimizers)
+            update = step(engine)
+            found.append((update.values["loss"], update.grad_norm, dict(weights(engine))))
+            engine.release()
+    (loss, norm, plain), (other_loss, other_norm, told) = found
+    assert (loss, norm) == (other_loss, other_norm)
+    assert all(torch.equal(tensor, told[name]) for name, tensor in plain.items())
 
 
 def check_starved_experts():

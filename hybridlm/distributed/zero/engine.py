@@ -23,6 +23,7 @@ from hybridlm.distributed.engine import Engine, Update, assign_owners, check_fp3
 from hybridlm.distributed.expert_parallel import ExpertParallel, expert_parameters
 from hybridlm.distributed.launch import free_port
 from hybridlm.distributed.rank_environment import RankEnvironment
+from hybridlm.distributed.shell_variables import settings_hidden
 from hybridlm.distributed.zero import experts as zero_experts
 from hybridlm.distributed.zero.config import ZeroConfig
 from hybridlm.distributed.zero.optimizer import FlatOptimizer
@@ -64,23 +65,21 @@ class ZeroEngine(Engine):
     """
 
     config: ZeroConfig
+    needs_process_group = True
     shards_weights: ClassVar[bool] = False
 
     def __init__(self, config: ZeroConfig, precision: str = "auto"):
         _check_device(config)
         if not RankEnvironment.from_launcher().launched:  # DeepSpeed wants a process group for a single process too
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": str(free_port())}
+                           "MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         _import_quietly()
         super().__init__(config, precision)
         from accelerate import DistributedType
 
         kind = self.accelerator.distributed_type
-        if kind != DistributedType.DEEPSPEED:  # Accelerate turns its plugin off without a word
-            error = ConfigError("engine.kind", "Accelerate was told to run without DeepSpeed", got=kind.value,
-                                hint="unset ACCELERATE_USE_CPU, and give accelerate launch no --cpu")
-            error.shared = True
-            raise error
+        if kind != DistributedType.DEEPSPEED:  # Accelerate can turn its plugin off without a word
+            raise RuntimeError(f"Accelerate runs without DeepSpeed: {kind.value}")
         self.deepspeed_engine: Any = None
         self.fragments: dict[str, Fragment] = {}  # of the trained parameters, by name
         self.rules: dict[str, str] = {}  # the optimizer kind that updates each of them
@@ -116,7 +115,8 @@ class ZeroEngine(Engine):
         if self.config.communication_dtype == "bf16":
             _mark_bf16_communication(model)
         model.forward = self._loss_first_forward(model.forward)  # type: ignore[method-assign]
-        self.deepspeed_engine, _ = self.accelerator.prepare(model, optimizer)
+        with self._settings_hidden():
+            self.deepspeed_engine, _ = self.accelerator.prepare(model, optimizer)
         self.wrapped = LossFirst(self.deepspeed_engine)
         check_fp32(model, [name for name, p in model.named_parameters() if p.is_floating_point()])
         check_fp32(model, fp32_names)
@@ -227,8 +227,9 @@ def _check_device(config: ZeroConfig) -> None:
 def _import_quietly() -> None:
     """Import DeepSpeed, which prints what it found, and on a CPU would compile an all-reduce of its own for half a
     minute: it is told the device, and gloo does the work."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
+    os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
+    with settings_hidden(process_group=True):
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
