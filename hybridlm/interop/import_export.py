@@ -67,12 +67,14 @@ class ImportPlan:
         _check_complete(self.steps, ours)
 
     def specs(self, dtype: torch.dtype | None) -> Iterator[tuple[str, TensorSpec]]:
-        """Our tensors in order, in `dtype` or in the dtype of the source."""
+        """Our tensors in order, in `dtype` or in the dtype of the source; what must stay fp32 is not cast below it."""
         shapes = list_our_tensors(self.config)
+        stay_fp32 = build_model(self.config, device="meta").fp32_parameter_names()
         for step in self.steps:
             theirs = self.source.specs[step.source[0]].dtype
             for name in step.ours:
-                yield name, TensorSpec(dtype or theirs, shapes[name].shape)
+                wanted = torch.promote_types(dtype, theirs) if dtype and name in stay_fp32 else dtype or theirs
+                yield name, TensorSpec(wanted, shapes[name].shape)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield our tensors by name, with one group in memory at a time.
@@ -89,7 +91,7 @@ class ImportPlan:
             yield from zip(step.ours, ours, strict=True)
 
     def build_model(self, dtype: torch.dtype) -> HybridLM:
-        """Build the model in memory, in evaluation mode, with all its weights in `dtype`."""
+        """Build the model in memory, in evaluation mode, with its weights in `dtype`, but those that stay fp32."""
         model = build_model(self.config).to(dtype)
         ours = ckpt.unique_tensors(model)
         with torch.no_grad():

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,18 +18,20 @@ from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.context_parallel import ShardGroup
 from hybridlm.model.feed_forward.contract import ExpertStack, FeedForward
+from hybridlm.model.fp32_parameters import KeepsFP32, warn_of_narrow_tensors, widen_fp32_tensors
 from hybridlm.model.init import init_weights
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.output import AuxTotals, GlobalBatch, ModelOutput, ModelState
+from hybridlm.model.output_head import head_cross_entropy, project_to_vocabulary
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual import build_residual
 from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import SharedStore
 from hybridlm.model.targets import build_targets, tokens_ahead
-from hybridlm_kernels import CuSeqlens, linear_cross_entropy
+from hybridlm_kernels import CuSeqlens
 
 DocumentBorders = CuSeqlens | Tensor | Sequence[int]
 
@@ -57,6 +57,7 @@ class HybridLM(nn.Module):
         self.activation_checkpointing = False
         self.loss_weights: dict[str, float] = {}
         self.shard_group: ShardGroup | None = None
+        self._casts_are_checked = False
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, name, i) for i, name in enumerate(config.layers()))
         self.norm = RMSNorm.of(config.norm, config.hidden_size)
@@ -65,18 +66,23 @@ class HybridLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.mtp.depth))
         self.residual = build_residual(config.residual, config.layer_context(0))
+        widen_fp32_tensors(self)
         if self.embed.weight.device.type != "meta":
             self.init_weights(0)
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix [V, D]: the weight of `lm_head`, or of the embedding when they are tied."""
+        """The output matrix [V, D]: the weight of `lm_head`, or of the embedding when they are tied.
+
+        What is computed goes through `logits`, which runs what was put around the head (adapters, hooks).
+        """
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
-        """The device of the embedding."""
-        return self.embed.weight.device
+        """The device of the weights; of those that are not offloaded, where some are."""
+        placed = (p.device for p in self.parameters() if p.device.type != "meta")
+        return next(placed, self.embed.weight.device)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: DocumentBorders | None = None,
                 state: ModelState | None = None, targets: Tensor | None = None, *, return_logits: bool = False,
@@ -136,6 +142,12 @@ class HybridLM(nn.Module):
         output.stats = totals.stats()
         return output
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; the first time, warn of weights that were cast though they must not be."""
+        if not self._casts_are_checked:
+            self._casts_are_checked = warn_of_narrow_tensors(self)
+        return super().train(mode)
+
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Compute logits from the output of the final norm.
 
@@ -145,7 +157,7 @@ class HybridLM(nn.Module):
         Returns:
             Logits [B, T, V], soft-capped if the config says so.
         """
-        logits_BTV = F.linear(x_BTD, self.head_weight)
+        logits_BTV = project_to_vocabulary(x_BTD, self.lm_head, self.embed)
         cap = self.config.logit_soft_cap
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
@@ -172,14 +184,9 @@ class HybridLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def fp32_parameter_names(self) -> set[str]:
-        """Names of the parameters and buffers that no engine may cast below fp32."""
-        names = set()
-        for prefix, module in self.named_modules():
-            suffixes = getattr(module, "fp32_parameters", ())
-            for name, _ in chain(module.named_parameters(), module.named_buffers()):
-                if any(name == s or name.endswith(f".{s}") for s in suffixes):
-                    names.add(f"{prefix}.{name}" if prefix else name)
-        return names
+        """Names of the parameters and buffers that stay in fp32, whoever casts the model."""
+        return {f"{prefix}.{name}" for prefix, module in self.named_modules() if isinstance(module, KeepsFP32)
+                for name, _ in module.fp32_tensors()}
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter, by name: what an optimizer groups them by."""
@@ -310,12 +317,9 @@ class HybridLM(nn.Module):
             Cross entropy and logsumexp^2, each summed over the tokens that count and divided by `divisor` (None: their
             number), and the number of these tokens.
         """
-        x_ND, weight_VD = x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_weight
-        if torch.is_autocast_enabled(x_ND.device.type):  # a fused operation does not take part in autocast
-            dtype = torch.get_autocast_dtype(x_ND.device.type)
-            x_ND, weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
-        loss_sum, z_sum, count = linear_cross_entropy(x_ND, weight_VD, labels_BT.reshape(-1), z_loss=z_loss,
-                                                      soft_cap=self.config.logit_soft_cap)
+        loss_sum, z_sum, count = head_cross_entropy(
+            x_BTD.reshape(-1, x_BTD.shape[-1]), labels_BT.reshape(-1), self.lm_head, self.embed, z_loss=z_loss,
+            soft_cap=self.config.logit_soft_cap)
         n = count.clamp(min=1) if divisor is None else max(divisor, 1)
         return loss_sum / n, z_sum / n, count
 

@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from hybridlm.model.fp32_parameters import KeepsFP32
 from hybridlm.model.layer_context import NormConfig
 from hybridlm_kernels import gated_rms_norm, rms_norm
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(KeepsFP32):
     """x / sqrt(mean(x^2) + eps) * weight over the last dim; with `zero_centered`, times (1 + weight) (Gemma).
 
     Zhang & Sennrich 2019. fp32 inside, the result in the dtype of x.
@@ -42,7 +43,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}, zero_centered={self.zero_centered}"
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(KeepsFP32):
     """RMSNorm(x) * activation(gate), the output norm of gated linear mixers. Never zero-centred."""
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ("weight",)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hybridlm.model.config import ModelConfig, ScheduleConfig
 from hybridlm.model.feed_forward import FEED_FORWARDS, build_feed_forward
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
+from hybridlm.model.fp32_parameters import is_listed
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import MIXERS, build_mixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig
@@ -144,16 +145,12 @@ class StateWithSources:
 
 def round_weights(module: Any) -> Any:
     """The module with its weights in bf16, but those of `fp32_parameters`."""
-    kept = {name: p.detach().clone() for name, p in module.named_parameters() if is_kept_in_fp32(module, name)}
-    module.bfloat16()
-    for name, value in kept.items():
-        module.get_parameter(name).data = value
-    return module
+    return module.bfloat16()
 
 
 def is_kept_in_fp32(module: Any, name: str) -> bool:
     """Whether `fp32_parameters` holds the parameter, by its name or the last parts of it."""
-    return any(name == last or name.endswith(f".{last}") for last in module.fp32_parameters)
+    return is_listed(name, module.fp32_parameters)
 
 
 def small_context(config: MixerConfig | FeedForwardConfig, hidden_size: int = 24, layer_index: int = 1,

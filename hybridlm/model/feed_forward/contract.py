@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
+from hybridlm.model.fp32_parameters import KeepsFP32
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
@@ -177,7 +178,7 @@ class ExpertStack(nn.Module, abc.ABC):
         """Drop all experts except `owned`; from then on `dispatch` sends tokens to the processes of their experts."""
 
 
-class FeedForward(nn.Module, abc.ABC):
+class FeedForward(KeepsFP32, abc.ABC):
     """A module that works on each token: x [B, T, D] -> y [B, T, D].
 
     Most kinds look at one token alone. One that also looks at earlier tokens (a token shift) sets `keeps_state` in its
@@ -188,10 +189,8 @@ class FeedForward(nn.Module, abc.ABC):
     aux, and the model passes it to `record` once. So a forward may be computed again, as activation
     checkpointing does, without counting anything twice.
 
-    `fp32_parameters` are names of parameters, or their last parts, that no engine may cast down.
+    `fp32_parameters` are names of parameters, or their last parts, that stay in fp32 (`KeepsFP32`).
     """
-
-    fp32_parameters: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def build(cls, config: FeedForwardConfig, context: LayerContext) -> FeedForward:

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
+from hybridlm.model.fp32_parameters import KeepsFP32
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes, fill_missing, missing_fields
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
@@ -243,13 +244,11 @@ class MixerConfig(abc.ABC):
         return {}
 
 
-class SequenceMixer(nn.Module, abc.ABC):
+class SequenceMixer(KeepsFP32, abc.ABC):
     """A module that mixes information along the sequence: x [B, T, D] -> y [B, T, D].
 
-    `fp32_parameters` are names of parameters, or their last parts, that no engine may cast down.
+    `fp32_parameters` are names of parameters, or their last parts, that stay in fp32 (`KeepsFP32`).
     """
-
-    fp32_parameters: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: Any | None = None) -> tuple[Tensor, Aux]:

@@ -32,6 +32,7 @@ from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_ga
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
+from hybridlm.model.readable_weights import readable_weight
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
 
@@ -219,24 +220,28 @@ class MLA(IndexedMixer):
         r_BTR = rotate(r_BTR[:, :, None], config.rope, config.qk_rope_head_dim, seq)[:, :, 0]
         latent_BSL = None if state is None else state.latent.append(torch.cat([c_BTC, r_BTR], -1))
         selection = self.select(x_BTD, input_BTQ, seq, None if state is None else state.index_keys)
-        if self._absorbs(x_BTD.shape[1], selection.indices):
+        sparse = selection.indices is not None
+        up_XC = readable_weight(self.kv_b_proj, x_BTD.device)  # with an adapter or a hook it must be called: expanded
+        if up_XC is not None and self._absorbs(x_BTD.shape[1], sparse):
             if latent_BSL is None:
                 latent_BSL = torch.cat([c_BTC, r_BTR], -1)
-            o_BTHV, aux = self._absorbed(q_BTHK, latent_BSL, seq, selection)
+            o_BTHV, aux = self._absorbed(q_BTHK, latent_BSL, up_XC, seq, selection)
         else:
             if latent_BSL is not None:
                 c_BTC, r_BTR = latent_BSL.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+            if sparse:  # selected keys are places of the whole history
+                c_BTC, r_BTR = seq.history(c_BTC), seq.history(r_BTR)
             o_BTHV, aux = self._expanded(q_BTHK, c_BTC, r_BTR, seq, selection)
         return self.o_proj(apply_output_gate(o_BTHV, x_BTD, self.g_proj, config.output_gate)), aux
 
-    def _absorbs(self, queries: int, indices_BTk: Tensor | None) -> bool:
+    def _absorbs(self, queries: int, sparse: bool) -> bool:
         """Whether the absorbed form does less work.
 
         Dense: it saves expanding the latents, but its scores are wider; it wins for few queries (decoding). Over
         selected keys it reads one latent where the expanded form gathers the keys and values of every head.
         """
         config = self.config
-        if indices_BTk is not None:
+        if sparse:
             return True
         widths = config.qk_nope_head_dim + config.v_head_dim
         return queries * (2 * config.kv_lora_rank - widths) < config.kv_lora_rank * widths
@@ -259,11 +264,11 @@ class MLA(IndexedMixer):
             k_BSHK = torch.cat([k_BSHK, r_BSR[:, :, None].expand(-1, -1, config.num_heads, -1)], -1)
         return self.attend(q_BTHK, k_BSHK, v_BSHV, seq, selection, scale=self.scale)
 
-    def _absorbed(self, q_BTHK: Tensor, latent_BSL: Tensor, seq: SequenceInfo,
+    def _absorbed(self, q_BTHK: Tensor, latent_BSL: Tensor, up_XC: Tensor, seq: SequenceInfo,
                   selection: Selection) -> tuple[Tensor, Aux]:
         """o [B, T, H, V] by one key and value for all heads: the latent itself, L = C + R wide."""
         config = self.config
-        up_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))
+        up_HXC = up_XC.unflatten(0, (config.num_heads, -1))
         up_HNC, up_HVC = up_HXC.split([config.qk_nope_head_dim, config.v_head_dim], 1)
         q_BTHN, q_BTHR = self._split_queries(q_BTHK, seq)
         q_BTHL = torch.cat([torch.einsum("bthn,hnc->bthc", q_BTHN, up_HNC), q_BTHR], -1)

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridlm.kind_registry import KindRegistry
+from hybridlm.model.fp32_parameters import KeepsFP32
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
@@ -64,13 +65,11 @@ class ResidualConfig:
         return self.stream_bytes(context) + element_bytes * context.hidden_size
 
 
-class ResidualBranch(nn.Module, ABC):
+class ResidualBranch(KeepsFP32, ABC):
     """Joins one branch of one layer to the stream. It may have parameters of its own.
 
-    `fp32_parameters` are names of parameters, or their last parts, that no engine may cast down.
+    `fp32_parameters` are names of parameters, or their last parts, that stay in fp32 (`KeepsFP32`).
     """
-
-    fp32_parameters: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ResidualConfig, branch: BranchConfig, context: LayerContext, name: BranchName):
         super().__init__()
@@ -108,15 +107,13 @@ class ResidualBranch(nn.Module, ABC):
         """Initialise parameters and buffers; `std` is for plain projections."""
 
 
-class Residual(nn.Module, ABC):
+class Residual(KeepsFP32, ABC):
     """Begins and ends the stream of a model. It may have parameters of its own.
 
     `branch` is the class that joins a branch to the stream. `fp32_parameters` are those of a mixer.
     """
 
     branch: ClassVar[type[ResidualBranch]]
-    fp32_parameters: ClassVar[tuple[str, ...]] = ()
-
     def __init__(self, config: ResidualConfig, context: LayerContext):
         super().__init__()
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.errors import require
@@ -23,6 +22,7 @@ from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.cost import count_open_tail, count_visible_keys, count_visible_pools
 from hybridlm.model.mixers.common.key_pooling import KeyPool
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
+from hybridlm.model.readable_weights import weight_dtype
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.plain_data import to_dict
@@ -232,9 +232,9 @@ class Indexer(nn.Module):
             return seq.history(k_BTI) if cache is None else cache.append(k_BTI)  # type: ignore[call-arg]
         entries_BT2I = self.pool.entries(x_BTD, k_BTI)
         if isinstance(cache, PooledCache):
-            return cache.append(entries_BT2I, self.pool.combine)
+            return cache.append(entries_BT2I, self.pool)
         entries_BS2I = seq.history(entries_BT2I)
-        return self.pool(entries_BS2I, self.pools(x_BTD, entries_BS2I.shape[1], seq))
+        return self.pool(self.pool.gather(entries_BS2I, self.pools(x_BTD, entries_BS2I.shape[1], seq)))
 
     def pools(self, queries_BT: Tensor, keys: int, seq: SequenceInfo) -> Pools:
         """Locate the pools of `keys` tokens per row, for queries at the last places of their rows."""
@@ -245,9 +245,7 @@ class Indexer(nn.Module):
     def token_keys(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
         """Index keys [B, T, I]: one head, normalised, rotated."""
         k_BTI = self.k_proj(x_BTD)
-        norm = self.k_norm
-        normed = F.layer_norm(k_BTI.float() if k_BTI.dtype in (torch.bfloat16, torch.float16) else k_BTI,
-                              norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(k_BTI.dtype)
+        normed = self.k_norm(k_BTI.to(torch.promote_types(k_BTI.dtype, torch.float32))).to(k_BTI.dtype)
         return rotate(normed[:, :, None], self.rope, self.rope_dim, seq, self.config.rope_kind)[:, :, 0]
 
     def queries(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo) -> tuple[Tensor, Tensor]:
@@ -255,9 +253,8 @@ class Indexer(nn.Module):
         config = self.config
         q_BTJI = self.q_proj(query_input_BTQ).unflatten(-1, (config.num_heads, config.head_dim))
         q_BTJI = rotate(q_BTJI, self.rope, self.rope_dim, seq, config.rope_kind)
-        weight = self.weights_proj.weight
         with torch.autocast(x_BTD.device.type, enabled=False):  # the selection is discontinuous: keep it exact
-            w_BTJ = F.linear(x_BTD.to(weight.dtype), weight)
+            w_BTJ = self.weights_proj(x_BTD.to(weight_dtype(self.weights_proj)))
         return q_BTJI, w_BTJ.to(torch.promote_types(w_BTJ.dtype, torch.float32)) * (
             config.head_dim * config.num_heads) ** -0.5
 

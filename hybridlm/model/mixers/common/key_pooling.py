@@ -31,15 +31,15 @@ class KeyPool(nn.Module):
         """Compute the key and the logit of the weight of each token for its pool: [B, T, 2, I]."""
         return torch.stack([k_BTI, self.gate(x_BTD).to(k_BTI.dtype)], 2)
 
-    def combine(self, entries_BPR2I: Tensor) -> Tensor:
+    def forward(self, entries_BPR2I: Tensor) -> Tensor:
         """Combine the entries [B, P, R, 2, I] of complete pools into their keys [B, P, I]."""
         k_BPRI, gate_BPRI = entries_BPR2I.unbind(3)
         wide = torch.promote_types(k_BPRI.dtype, torch.float32)
         weight_BPRI = torch.softmax(gate_BPRI.to(wide) + self.bias.to(wide), 2)
         return (weight_BPRI * k_BPRI.to(wide)).sum(2).to(k_BPRI.dtype)
 
-    def forward(self, entries_BT2I: Tensor, pools: Pools) -> Tensor:
-        """Compute the keys [B, P, I] of the pools of a batch from the entries [B, T, 2, I] of its tokens."""
+    def gather(self, entries_BT2I: Tensor, pools: Pools) -> Tensor:
+        """Put the entries [B, T, 2, I] of the tokens of a batch together by pools: [B, P, R, 2, I]."""
         member_BE = pools.members().flatten(1)
         row_BE = torch.arange(member_BE.shape[0], device=member_BE.device)[:, None]
-        return self.combine(entries_BT2I[row_BE, member_BE].unflatten(1, (pools.number, self.size)))
+        return entries_BT2I[row_BE, member_BE].unflatten(1, (pools.number, self.size))
