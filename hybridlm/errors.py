@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
 
 
@@ -75,3 +77,35 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, torn, or does not fit what is asked of it."""
+
+
+# How allocators that raise a plain RuntimeError say that there is no memory: torch on a CPU, CUDA, cuBLAS, C++.
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA(?: error:)? out of memory|"
+                        r"CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc|Cannot allocate memory")
+_ASKED = re.compile(r"(?:tried to allocate|Unable to allocate) ([\d.]+ ?(?:[KMGTP]iB|bytes))", re.IGNORECASE)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Say that memory has run out, where this is what an error says; None for any other error.
+
+    Args:
+        error: of Python, numpy, the operating system, or torch on a CPU or GPU.
+
+    >>> out_of_memory(MemoryError())
+    'out of memory'
+    >>> out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."))
+    'out of GPU memory: 2.00 GiB were asked for'
+    >>> out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    """
+    text = str(error)
+    ran_out = (isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+               or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text) is not None))
+    if not ran_out:
+        return None
+    where = "out of GPU memory" if re.search("CUDA|CUBLAS", text) else "out of memory"
+    found = _ASKED.search(text)
+    if found is None:
+        return where
+    size = re.fullmatch(r"(\d+) bytes", found[1])
+    asked = found[1] if size is None else f"{int(size[1]) / 2**20:,.0f} MiB"
+    return f"{where}: {asked} were asked for"

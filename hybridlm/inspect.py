@@ -20,7 +20,7 @@ from hybridlm.optimizers.memory import optimizer_state_bytes
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 TOLERANCE = 0.03  # relative difference within which a count agrees with the published one
 _FLOPS = ("", " K", " M", " G", " T", " P")
-_BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
+BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
 
 
 def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | None = None,
@@ -105,6 +105,8 @@ def render(report: dict[str, Any], console: Console) -> None:
         title, table = print_table(report)
         console.print(title, style="bold", highlight=False)
         console.print(table)
+        if print_table is _memory and (fit := report.get("memory")) and fit["exceeded"]:
+            console.print(f"warning: {fit['text']}\n", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _layers(report: dict[str, Any]) -> tuple[str, Table]:
@@ -166,7 +168,7 @@ def _memory(report: dict[str, Any]) -> tuple[str, Table]:
     table = _table("part", "bytes")
     for label, key in {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer_state",
                        "activations (estimate)": "activations", "total": "total"}.items():
-        table.add_row(label, scaled(memory[key], 1024, _BYTES))
+        table.add_row(label, scaled(memory[key], 1024, BYTES))
     how = "with" if memory["activation_checkpointing"] else "without"
     return (f"Training memory on one device: {memory['batch_size']} x {memory['sequence_length']} tokens, "
             f"{memory['precision']}, {memory['optimizer']}, {how} activation checkpointing"), table
@@ -177,7 +179,7 @@ def _rank_memory(report: dict[str, Any]) -> tuple[str, Table]:
     kind, ranks = memory.pop("engine"), memory.pop("processes")
     table = _table("part", "bytes")
     for name, value in memory.items():
-        table.add_row(name, scaled(value, 1024, _BYTES))
+        table.add_row(name, scaled(value, 1024, BYTES))
     return f"Memory of each of {ranks} processes under {kind}, an estimate", table
 
 
@@ -186,7 +188,7 @@ def _decode_state(report: dict[str, Any]) -> tuple[str, Table]:
     for context, value in report["decode_state_bytes"].items():
         length = int(context)
         label = f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}K"
-        table.add_row(label, scaled(value, 1024, _BYTES), scaled(value / length, 1024, _BYTES))
+        table.add_row(label, scaled(value, 1024, BYTES), scaled(value / length, 1024, BYTES))
     return "Decode state of one sequence, keys and values in bf16", table
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 
-from hybridlm.errors import UserError, nearest
+from hybridlm.errors import UserError, nearest, out_of_memory
 
 # Each command and what it does, in the order of the overview. Its module has the same name.
 COMMANDS = {
@@ -51,6 +51,8 @@ examples:
 `hybridlm COMMAND --help` says more. `hybridlm --version` prints the version.
 """
 
+LESS_MEMORY = ("take a smaller batch (--batch-size, training.micro_batch_size), shorter sequences or a smaller model, or "
+               "training.activation_checkpointing=true where it trains")  # of any command
 RANK0_HEAD_START_S = 3.0  # seconds that the other ranks wait before they print an error that rank 0 may print first
 
 
@@ -99,11 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        _print_error(error)
+        said = None if isinstance(error, UserError) else out_of_memory(error)
+        _print_error(error if said is None else f"{said}; {LESS_MEMORY}")
         return code
 
 
-def _print_error(error: Exception) -> None:
+def _print_error(error: Exception | str) -> None:
     """Print the error in one line.
 
     Ranks above 0 print nothing where all ranks raise the same error. Otherwise they wait for a moment: rank 0 may have
@@ -119,11 +122,14 @@ def _print_error(error: Exception) -> None:
 
 
 def exit_code(error: Exception) -> int | None:
-    """The exit code for an error: 2 for what the user can mend, 1 for a run that could not go on, None for a bug."""
+    """The exit code for an error: 2 for what the user can mend, 1 for a run that could not go on, None for a bug.
+
+    Memory that has run out is 1.
+    """
     kernels = sys.modules.get("hybridlm_kernels.registry")
     if kernels is not None and isinstance(error, kernels.KernelUnavailable):
         return 2
     guards = sys.modules.get("hybridlm.training.guards")
     if isinstance(error, UserError) or (guards is not None and isinstance(error, guards.TrainingStopped)):
         return error.exit_code  # type: ignore[attr-defined]
-    return None
+    return 1 if out_of_memory(error) is not None else None

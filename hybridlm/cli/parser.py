@@ -12,6 +12,7 @@ from hybridlm.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
     from hybridlm.config.schema import Config
+    from hybridlm.planning.machine_memory import MemoryFit
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,6 +62,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config-dir", metavar="FOLDER",
                           help="a folder of your own configs (model/, experiment/, ...), searched first")
 
+    def add_device_memory(self) -> None:
+        """Add `--device-memory`, for plans of another machine."""
+        self.add_argument("--device-memory", type=float, metavar="GIB",
+                          help="memory of one device that the plan is for (default: of this machine)")
+
     def add_json(self) -> None:
         """Add `--json`."""
         self.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -75,6 +81,20 @@ def load_run_config(args: argparse.Namespace) -> Config:
     if words and ("=" not in words[0] or os.path.isfile(words[0])) and not words[0].startswith("~"):
         name = words.pop(0)
     return load_config(name, words, config_dir=args.config_dir)
+
+
+def planned_memory(args: argparse.Namespace, config: Config, processes: int) -> MemoryFit | None:
+    """Compare what each process of a run needs with `--device-memory`, or with this machine.
+
+    Raises:
+        ConfigError: a memory that is not positive.
+    """
+    from hybridlm.planning.machine_memory import memory_fit
+
+    given = args.device_memory
+    if given is not None and not given > 0:
+        raise ConfigError("--device-memory", "must be positive", got=given)
+    return memory_fit(config, processes, device_bytes=None if given is None else given * 2**30)
 
 
 def choose_device(asked: str | None) -> str:

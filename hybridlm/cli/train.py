@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hybridlm.cli.parser import Parser, load_run_config
+from hybridlm.cli.parser import Parser, load_run_config, planned_memory
 from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.errors import ConfigError, counted
 from hybridlm.planning.process_count import processes_to_start
@@ -25,11 +27,12 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan, build nothing")
     parser.add_argument("--restarts", type=int, default=0, metavar="N",
                         help="start again from the last checkpoint, up to N times, when a process fails")
+    parser.add_device_memory()
     parser.add_json()
     args = parser.parse_intermixed_args(argv)
     config = load_run_config(args)
     if args.dry_run:
-        return _show_plan(config, args.json)
+        return _show_plan(config, args)
     if args.restarts < 0:
         raise ConfigError("--restarts", "must not be negative", got=args.restarts)
     processes = processes_to_start(config)
@@ -45,33 +48,44 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _show_plan(config: Config, as_json: bool) -> int:
-    """Check the run as far as that needs no building, and print its model and stages."""
+def _show_plan(config: Config, args: argparse.Namespace) -> int:
+    """Check the run as far as that needs no building, and print its model and stages; returns the exit code.
+
+    A plan that the machine certainly has no memory for ends with 1, as starting it would be refused.
+    """
     from hybridlm.cli.inspect import show_report
     from hybridlm.config.serialization import to_dict
     from hybridlm.data import check_sources
     from hybridlm.inspect import inspect
-    from hybridlm.planning.rank_memory import rank_report
+    from hybridlm.planning.machine_memory import planned_precision
+    from hybridlm.planning.rank_memory import micro_batch, rank_report
     from hybridlm.training.stages import plan_stages
 
     training = config.training
     stages = plan_stages(config)
     processes = processes_to_start(config)
     check_sources(config.data)
-    report = inspect(config.model, batch_size=training.micro_batch_size or training.batch_size,
-                     sequence_length=max(stage.sequence_length for stage in stages),
-                     precision="fp32" if training.precision == "fp32" else "bf16", optimizer=config.optimizer,
+    fit = planned_memory(args, config, processes)
+    exit_code = 1 if fit is not None and fit.certain else 0
+    rows, length = micro_batch(config, processes)
+    report = inspect(config.model, batch_size=rows, sequence_length=length * config.engine.context_parallel,
+                     precision=planned_precision(config, other_machine=args.device_memory is not None),
+                     optimizer=config.optimizer,
                      activation_checkpointing=training.activation_checkpointing)
     if config.engine.max_processes != 1:
         report["rank_memory"] = rank_report(config, processes)
-    if as_json:
-        rows = [{**vars(stage), "tokens": stage.steps * stage.tokens_per_step} for stage in stages]
-        print(json.dumps({"config": to_dict(config), "stages": rows, "model": report}))
-        return 0
+    if args.json:
+        plan = [{**vars(stage), "tokens": stage.steps * stage.tokens_per_step} for stage in stages]
+        print(json.dumps({"config": to_dict(config), "stages": plan, "model": report,
+                          "memory": fit.to_dict() if fit is not None else None}))
+        return exit_code
     show_report(report)
     for stage in stages:
         print(f"stage {stage.name}: {counted(stage.steps, 'step')} of {stage.batch_size} x {stage.sequence_length} "
               f"tokens ({stage.steps * stage.tokens_per_step:,} in all), lr {stage.lr:g}, "
               f"trains {' '.join(stage.trainable)}")
     print(f"run folder {config.run_dir}; nothing was built or written")
-    return 0
+    if fit is not None and fit.exceeded:
+        verdict = "error: this does not fit" if fit.certain else "warning: this may run out of memory"
+        print(f"{verdict}: {fit.describe()}", file=sys.stderr)
+    return exit_code

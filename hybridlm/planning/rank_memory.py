@@ -16,7 +16,7 @@ from hybridlm.optimizers.memory import optimizer_state_bytes
 
 
 def rank_memory(config: Config, ranks: int) -> RankMemory:
-    """Estimate what one of `ranks` ranks needs for a training step of the run's longest rows, under its engine.
+    """Estimate what one of `ranks` ranks needs for a training step of its largest micro batch, under its engine.
 
     Experts are taken to be evenly loaded. Building a model takes `weights` and the weights of one more layer.
     """
@@ -40,13 +40,20 @@ def rank_report(config: Config, ranks: int) -> dict[str, Any]:
     return {"engine": config.engine.kind, "processes": ranks, **rank_memory(config, ranks).to_dict()}
 
 
-def _micro_batch(config: Config, ranks: int) -> tuple[int, int]:
-    """Return the rows that one rank computes at a time, and the tokens it has of each."""
+def micro_batch(config: Config, ranks: int) -> tuple[int, int]:
+    """Return the rows that one rank computes at a time, and the tokens it has of each, in the stage with most tokens.
+
+    >>> from hybridlm import load_config
+    >>> micro_batch(load_config("train", ["training.batch_size=8", "training.sequence_length=64"]), 2)
+    (4, 64)
+    """
     training, shards = config.training, config.engine.context_parallel
-    lengths = [stage.sequence_length or training.sequence_length for stage in config.recipe.stages]
-    batch = max(stage.batch_size or training.batch_size for stage in config.recipe.stages)
-    local_rows = max(1, batch * shards // ranks)
-    return min(training.micro_batch_size or local_rows, local_rows), max(lengths) // shards
+    sizes = []
+    for stage in config.recipe.stages:
+        local_rows = max(1, (stage.batch_size or training.batch_size) * shards // ranks)
+        length = (stage.sequence_length or training.sequence_length) // shards
+        sizes.append((min(training.micro_batch_size or local_rows, local_rows), length))
+    return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def _activation_dtype(config: Config) -> tuple[Precision, int]:
@@ -56,7 +63,7 @@ def _activation_dtype(config: Config) -> tuple[Precision, int]:
 
 def _undivided_memory(config: Config, ranks: int) -> TrainingMemory:
     """Estimate a training step on the rows of one rank as if that rank held the whole model."""
-    rows, length = _micro_batch(config, ranks)
+    rows, length = micro_batch(config, ranks)
     return training_memory(config.model, batch_size=rows, sequence_length=length,
                            precision=_activation_dtype(config)[0],
                            optimizer_bytes=optimizer_state_bytes(config.model, config.optimizer),
@@ -66,7 +73,7 @@ def _undivided_memory(config: Config, ranks: int) -> TrainingMemory:
 def _received_rows(config: Config, ranks: int) -> int:
     """Bytes of rows received from other ranks that experts keep for their backward; in one process they read them from
     its own tokens."""
-    moe, (rows, length) = config.model.feed_forward, _micro_batch(config, ranks)
+    moe, (rows, length) = config.model.feed_forward, micro_batch(config, ranks)
     routed = moe.routed_experts()
     assert routed is not None
     layers = 1 if config.training.activation_checkpointing else sum(

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hybridlm.inspect import scaled
+from hybridlm.inspect import BYTES, scaled
 from hybridlm.report.palette import Style
 
 MAX_LINE_POINTS = 400  # longer lines are averaged
 MAX_HEAT_COLUMNS = 160
 MAX_TABLE_ROWS = 40
-BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
 Value = float | int | str | None
 
 

@@ -22,9 +22,10 @@ from hybridlm.distributed.engine import Engine, lost_rank
 from hybridlm.distributed.engines import make_engine
 from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.distributed.rendezvous import check_same
-from hybridlm.errors import CheckpointError, counted
+from hybridlm.errors import CheckpointError, counted, out_of_memory
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.model import HybridLM, build_model
+from hybridlm.planning.machine_memory import check_memory, out_of_memory_advice
 from hybridlm.planning.process_count import check_process_count
 from hybridlm.planning.rank_memory import rank_memory
 from hybridlm.training.display import Display, format_count, format_duration
@@ -93,6 +94,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
     world = RankEnvironment.from_launcher()
     check_process_count(config, world.size)
     check_tracking(config.tracking)
+    tight = check_memory(config, world.size)
     registry.configure(config.kernels)
     main = world.rank == 0
     with closing(RunFolder(config.run_dir, main)) as run, StopSignal() as stop, Display(
@@ -101,6 +103,8 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         try:
             engine = make_engine(config.engine, config.training.precision)
             _check_ranks(engine, config)
+            if tight is not None:
+                log.warning("this may run out of memory: %s", tight.describe())
             start = run.start_from(config, engine)
             with engine.main_first():
                 data = prepare(config.data, progress=main)
@@ -125,11 +129,11 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         except StoppedBeforeTraining as asked:
             log.info("%s before the first step: nothing to save. Start again with: %s", asked, resume)
             return RunResult("interrupted", run.path, resume_command=resume)
-        except torch.OutOfMemoryError as error:
-            raise TrainingStopped("out of GPU memory; lower training.micro_batch_size, or set "
-                                  "training.activation_checkpointing=true") from error
-        except RuntimeError as error:
-            if world.size == 1 or not lost_rank(error):
+        except (MemoryError, OSError, RuntimeError) as error:
+            said = out_of_memory(error)
+            if said is not None:
+                raise TrainingStopped(f"{said}; {out_of_memory_advice(config)}") from error
+            if world.size == 1 or not isinstance(error, RuntimeError) or not lost_rank(error):
                 raise
             raise TrainingStopped(f"rank {world.rank} lost another process of this run, which hangs or has ended; the "
                                   "same command goes on from the last checkpoint (--restarts N does so by itself): "
