@@ -51,7 +51,7 @@ examples:
 `hybridlm COMMAND --help` says more. `hybridlm --version` prints the version.
 """
 
-LESS_MEMORY = ("take a smaller batch (--batch-size, training.micro_batch_size), shorter sequences or a smaller model, or "
+LESS_MEMORY = ("take a smaller batch (--batch-size, training.micro_batch_size), shorter sequences or a smaller model; "
                "training.activation_checkpointing=true where it trains")  # of any command
 RANK0_HEAD_START_S = 3.0  # seconds that the other ranks wait before they print an error that rank 0 may print first
 

@@ -39,7 +39,7 @@ class _Device:
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """What each process of a run needs beside what it may use, in bytes.
+    """Memory that each process of a run needs beside the memory that it may use, in bytes.
 
     `needed`: in a training step, activations included. `state`: the exact part of it (weights, gradients, optimizer
     state). `available`: memory of the device per process. `where`: names the device for a person. `advice`: settings
@@ -88,7 +88,8 @@ def memory_fit(config: Config, ranks: int, *, device_bytes: float | None = None)
     if device_bytes is None:
         device = _this_machine(config, ranks)
     else:
-        device = _Device(device_bytes, "a device of the plan", is_host=False, precision="bf16")
+        on_cpu = config.engine.device == "cpu"
+        device = _Device(device_bytes, "a device of the plan", is_host=on_cpu, precision="fp32" if on_cpu else "bf16")
     if device is None:
         return None
     fit = _measure(config, ranks, device)
@@ -100,11 +101,13 @@ def planned_precision(config: Config, *, other_machine: bool = False) -> Precisi
 
     Args:
         config: the config of a run.
-        other_machine: whether the plan is for another machine, which is taken to have GPUs.
+        other_machine: whether the plan is for another machine, which is taken to have GPUs unless `engine.device` is
+            cpu.
     """
     if config.training.precision != "auto":
         return config.training.precision
-    return "bf16" if other_machine or _computes_on_gpu(config) else "fp32"
+    on_gpu = config.engine.device != "cpu" if other_machine else _computes_on_gpu(config)
+    return "bf16" if on_gpu else "fp32"
 
 
 def check_memory(config: Config, ranks: int) -> MemoryFit | None:

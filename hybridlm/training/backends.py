@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -83,9 +84,18 @@ def format_layer_ranges(places: Sequence[str]) -> str:
 
 
 def report_backends(rows: Sequence[BackendUse], folder: Path) -> None:
-    """Log the table, with what was rejected where that is a fall-back, and keep all of it in the run folder."""
-    widths = [max((len(getattr(row, key)) for row in rows), default=0) for key in ("layers", "operation", "backend")]
-    for row in rows:
+    """Log which backend ran the operations, in one line where all ran the same; keep the table in the run folder.
+
+    Rows that differ from the rest follow, each with what was rejected where it is a fall-back.
+    """
+    most = Counter(row.backend for row in rows).most_common(1)
+    usual = most[0][0] if most else ""
+    others = [row for row in rows if row.backend != usual or (row.rejected and row.why != registry.PREFERRED)]
+    names = list(dict.fromkeys(row.operation for row in rows if row not in others))
+    if names:
+        log.info("kernels: %s for %s", usual, ", ".join(names) if others else f"all {len(names)} operations")
+    widths = [max((len(getattr(row, key)) for row in others), default=0) for key in ("layers", "operation", "backend")]
+    for row in others:
         why = row.why if row.why == registry.PREFERRED else "; ".join((row.why, *row.rejected))
         log.info("kernels: %-*s  %-*s  %-*s  %s", widths[0], row.layers, widths[1], row.operation, widths[2],
                  row.backend, why)

@@ -72,7 +72,7 @@ class Display:
         step = record["step"]
         self.pace.tick()
         left = self.pace.seconds_per_step() * (self.total - step)
-        text = format_record(record) + f"  {format_duration(left)} left"
+        text = format_record(record, f"{format_duration(left)} left")
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=step, text=text)
         if final or step - self._last_line >= self.log_every:
@@ -141,20 +141,31 @@ class Pace:
         return self._mean
 
 
-def format_record(record: dict[str, Any]) -> str:
-    """Format the few numbers of a record that a person watches."""
+def format_record(record: dict[str, Any], left: str = "") -> str:
+    """Format the numbers of a record that a person watches, those that a narrow terminal must show first.
+
+    Args:
+        record: of one step.
+        left: the time that is left, as text.
+    """
     if record.get("skipped"):
-        return "not finite: step skipped"
-    text = f"loss {record['loss']:.4f}  {format_count(record['tokens_per_second'])} tokens/s"
+        return "  ".join(filter(None, ["not finite: step skipped", left]))
+    parts = [f"loss {record['loss']:.4f}"]
     if record.get("bits_per_byte") is not None:
-        text = text.replace("  ", f"  {record['bits_per_byte']:.3f} bits/byte  ", 1)
-    if record.get("loss/indexer_kl") is not None:
-        text += f"  indexer KL {record['loss/indexer_kl']:.4f}"
-    if record.get("dsa/indexer_recall") is not None:
-        text += f"  recall {record['dsa/indexer_recall']:.3f}"
-    if record.get("validation_loss") is not None:
-        text += f"  validation {record['validation_loss']:.4f}"
-    return text
+        parts.append(f"{record['bits_per_byte']:.3f} bits/byte")
+    parts += [f"{format_count(record['tokens_per_second'])} tokens/s", left]
+    for name, form in _WATCHED.items():
+        if record.get(name) is not None:
+            parts.append(form.format(record[name]))
+    if record.get("moe/dead_experts"):
+        parts.append(f"{record['moe/dead_experts']:.0f} dead experts")
+    return "  ".join(filter(None, parts))
+
+
+# What a line shows of a record beside loss and speed, where the record has it, in this order.
+_WATCHED = {"lr": "lr {:.2e}", "grad_norm": "gradient norm {:.3g}", "epochs": "epoch {:.2f}",
+            "moe/max_violation_worst": "worst violation {:.2f}", "loss/indexer_kl": "indexer KL {:.4f}",
+            "dsa/indexer_recall": "recall {:.3f}", "validation_loss": "validation {:.4f}"}
 
 
 def format_count(number: float) -> str:

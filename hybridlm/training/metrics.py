@@ -12,7 +12,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,26 +106,73 @@ def router_panel(loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
             **{f"moe/max_violation/{layer}": value for layer, value in zip(loads, violation_L, strict=True)}}
 
 
-def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Return the FLOP/s that count as 100 % utilisation, and the source of the figure.
+@dataclass
+class PeakRate:
+    """The FLOP/s that count as 100 % utilisation, and the source of the figure.
 
     For bf16 on a known GPU the maker's dense peak; otherwise the best of a few large matrix products on this
     machine with the threads that training uses, so that 100 % means "as fast as its own matrix products".
     """
+
+    flops: float
+    source: str
+    measure_again: Callable[[], float] | None = None
+    tries: int = 3  # times that a measured peak is measured again
+
+    def utilisation(self, flops_per_second: float, processes: int = 1) -> float | None:
+        """Return the fraction of the peak of all processes; None rather than a fraction above 1.
+
+        A peak that was measured while the machine was busy is too low. It is measured again where a step was faster.
+
+        Example:
+            >>> PeakRate(100.0, "data sheet").utilisation(50.0), PeakRate(100.0, "data sheet").utilisation(150.0)
+            (0.5, None)
+        """
+        while flops_per_second > self.flops * processes and self.measure_again is not None and self.tries:
+            self.tries -= 1
+            self.flops = max(self.flops, self.measure_again())
+        fraction = flops_per_second / (self.flops * processes)
+        return fraction if fraction <= 1 else None
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """Return the FLOP/s that count as 100 % utilisation, and the source of the figure: data sheet or measured."""
+    published = _published_peak(device, precision)
+    if published is not None:
+        return published
+    size, dtype = _matrix_product(device, precision)
+    return _measured_once(size, dtype, device, torch.get_num_threads()), f"measured {size}^3 matrix product"
+
+
+def peak_measurement(device: torch.device, precision: str) -> Callable[[], float] | None:
+    """Return what measures the peak of a device again; None where the peak is that of a data sheet."""
+    if _published_peak(device, precision) is not None:
+        return None
+    return functools.partial(_matrix_product_flops, *_matrix_product(device, precision), device)
+
+
+def _published_peak(device: torch.device, precision: str) -> tuple[float, str] | None:
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for known in sorted(PUBLISHED_PEAKS, key=len, reverse=True):
             if re.search(rf"\b{known}\b", name):
                 return PUBLISHED_PEAKS[known], f"data sheet of the {known}"
-    size = 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    rate = _matrix_product_flops(size, dtype, device, torch.get_num_threads())
-    return rate, f"measured {size}^3 matrix product"
+    return None
+
+
+def _matrix_product(device: torch.device, precision: str) -> tuple[int, torch.dtype]:
+    """Return the width and dtype of the square matrices whose product is measured."""
+    return 8192 if device.type == "cuda" else 1024, torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 @functools.cache
-def _matrix_product_flops(size: int, dtype: torch.dtype, device: torch.device, threads: int) -> float:
-    """Measure the FLOP/s of the best of a few matrix products, once per process and number of `threads`."""
+def _measured_once(size: int, dtype: torch.dtype, device: torch.device, threads: int) -> float:
+    """Measure the FLOP/s of matrix products once per process and number of `threads`."""
+    return _matrix_product_flops(size, dtype, device)
+
+
+def _matrix_product_flops(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Measure the FLOP/s of the best of a few matrix products."""
     a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(5):

@@ -31,9 +31,9 @@ from hybridlm.planning.rank_memory import rank_memory
 from hybridlm.training.display import Display, format_count, format_duration
 from hybridlm.training.guards import TrainingStopped
 from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
-from hybridlm.training.metrics import peak_flops
+from hybridlm.training.metrics import PeakRate, peak_flops, peak_measurement
 from hybridlm.training.run_folder import RunFolder, flatten, versions
-from hybridlm.training.sparse_attention import INDEXER_PARAMETERS
+from hybridlm.training.sparse_attention import INDEXER_PARAMETERS, indexed_mixers
 from hybridlm.training.stages import plan_stages
 from hybridlm.training.tracking import Tracker, check_tracking, make_tracker
 from hybridlm.training.trainer import Trainer
@@ -112,15 +112,16 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             if world.size > 1:
                 log.info("memory of each process, an estimate: %s", _memory_text(config, world.size))
             model = _build_model(config, engine, data, start)
-            peak, peak_source = engine.on_main(lambda: peak_flops(engine.device, engine.precision))
-            facts = _session_facts(config, engine, resume, peak, peak_source)
+            flops, source = engine.on_main(lambda: peak_flops(engine.device, engine.precision))
+            peak = PeakRate(flops, source, peak_measurement(engine.device, engine.precision))
+            facts = _session_facts(config, engine, resume, peak)
             sessions = run.sessions()
             if main:
                 run.begin_session(config, facts, engine.settings)
             tracker = make_tracker(config.tracking, run.path, to_dict(config),
                                    _wandb_id(run, sessions)) if main else Tracker()
             trainer = Trainer(config=config, stages=stages, run=run, engine=engine, model=model, data=data,
-                              display=display, tracker=tracker, stop=stop, peak=peak)
+                              display=display, tracker=tracker, stop=stop, peak=peak if main else None)
             _announce(config, trainer, start, facts)
             if start is not None:
                 trainer.restore(start)
@@ -200,13 +201,13 @@ def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engi
                     "changes nothing", folder)
 
 
-def _session_facts(config: Config, engine: Engine, resume: str, peak: float, source: str) -> dict[str, Any]:
+def _session_facts(config: Config, engine: Engine, resume: str, peak: PeakRate) -> dict[str, Any]:
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
     counts = count_parameters(config.model)
     return {"command": resume, "argv": sys.argv, "versions": versions(), "device": device,
             "processes": engine.world_size, "precision": engine.precision, "threads": torch.get_num_threads(),
             "parameters": counts.total_with_mtp,
-            "active_parameters": counts.active_with_head, "peak_flops": peak, "peak_flops_source": source}
+            "active_parameters": counts.active_with_head, "peak_flops": peak.flops, "peak_flops_source": peak.source}
 
 
 def _memory_text(config: Config, world: int) -> str:
@@ -232,13 +233,24 @@ def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[
              format_count(facts["parameters"]), format_count(facts["active_parameters"]),
              _format_layers(model.layers()))
     held_out = data.validation.num_tokens if data.validation is not None else 0
-    log.info("data: %s training tokens, %s held out, tokenizer %s",
-             format_count(sum(store.num_tokens for store in data.train)), format_count(held_out), data.tokenizer.name)
+    planned = sum(stage.steps * stage.tokens_per_step for stage in trainer.stages)
+    log.info("data: %s training tokens of %.2f bytes, %s held out, tokenizer %s; the run reads %s tokens, %s",
+             format_count(data.tokens), data.bytes_per_token, format_count(held_out), data.tokenizer.name,
+             format_count(planned), _format_epochs(data, planned))
     ranks = f"{facts['processes']} x " if facts["processes"] > 1 else ""
     log.info("run: %s, %s%s, %s; %s", trainer.run.path, ranks, facts["device"], facts["precision"],
              counted(sum(stage.steps for stage in trainer.stages), "step"))
     if start is not None:
         log.info("going on from %s", start)
+
+
+def _format_epochs(data: PreparedData, tokens: int) -> str:
+    """Format how often a run of so many tokens reads each source of its data."""
+    passes = data.epochs(tokens)
+    each = [f"{each:.3g} of {source.path}" for each, source in zip(passes, data.sources, strict=False)]
+    if len(passes) == 1 or len(each) != len(passes):
+        return f"{max(passes):.3g} epochs"
+    return f"epochs: {', '.join(each)}"
 
 
 def _format_layers(layers: list[str]) -> str:
@@ -278,6 +290,7 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
     if trainer.validation:
         result.bigram_bits_per_byte = _bigram_entropy(trainer.data)
         _report_validation(trainer.validation, result.bigram_bits_per_byte)
+    _report_recall(trainer)
     log.info("checkpoint  %s", trainer.saver.newest)
     log.info("metrics     %s", trainer.run.metrics_file)
     words = ["hybridlm", "generate", str(path), "--prompt", "import ", "--max-new-tokens", "200", *import_arguments()]
@@ -292,6 +305,30 @@ def _report_validation(validation: dict[str, Any], bigram: float | None) -> None
     if bigram is not None and bits is not None:
         verdict = "below" if bits < bigram else "not yet below"
         log.info("            %s the bigram entropy of the validation text, %.4f bits per byte", verdict, bigram)
+
+
+def _report_recall(trainer: Trainer) -> None:
+    """Log how much of dense attention the indexers select, against the most that as many keys can hold."""
+    if not indexed_mixers(trainer.model):
+        return
+    found = {layer: (trainer.validation.get(f"validation_dsa/indexer_recall{layer}"),
+                     trainer.validation.get(f"validation_dsa/indexer_attainable{layer}"))
+             for layer in ("", *(name.removeprefix("validation_dsa/indexer_recall") for name in trainer.validation
+                                 if name.startswith("validation_dsa/indexer_recall/")))}
+    recall, attainable = found.pop("")
+    if recall is None or attainable is None:
+        key = f"recipe.stages.{trainer.stages[-1].index}.eval_recall=true"
+        words = ["hybridlm", "train", str(trainer.run.path / "config.yaml"), key, *import_arguments()]
+        log.info("recall      not measured; measure it with: %s", shlex.join(words))
+        return
+    gaps = {layer: best - got for layer, (got, best) in found.items() if got is not None and best is not None}
+    worst = ""
+    if len(gaps) > 1 and max(gaps.values()) > 0.001:
+        layer = max(gaps, key=gaps.__getitem__)
+        got, best = found[layer]
+        worst = f"; worst in layer {layer.removeprefix('/')}: {got:.3f} of {best:.3f}"
+    log.info("recall      indexers select keys with %.3f of dense attention; attainable is %.3f%s", recall, attainable,
+             worst)
 
 
 def _bigram_entropy(data: PreparedData) -> float | None:

@@ -30,7 +30,8 @@ from hybridlm.training.guards import NOTHING_BAD, BadStepGuard, TrainingStopped,
 from hybridlm.training.interrupt import SIGNALS, StopSignal
 from hybridlm.training.loader import global_batches, micro_batches
 from hybridlm.training.losses import step_loss
-from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, perplexity, router_panel
+from hybridlm.training.metrics import MetricsFile, PeakRate, bits_per_byte, layer_loads, perplexity, router_panel
+from hybridlm.training.moe_health import RoutingWatch
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.training.saver import Saver
 from hybridlm.training.sparse_attention import (
@@ -49,7 +50,8 @@ log = logging.getLogger("hybridlm")
 
 @dataclass
 class Trainer:
-    """Trains one run, in every process that takes part in it. `peak`: FLOP/s of one process at 100 % utilisation."""
+    """Trains one run, in every process that takes part in it. `peak`: FLOP/s of one process at 100 % utilisation, on
+    the main rank."""
 
     config: Config
     stages: list[Stage]
@@ -60,13 +62,14 @@ class Trainer:
     display: Display
     tracker: Tracker
     stop: StopSignal
-    peak: float
+    peak: PeakRate | None
 
     def __post_init__(self) -> None:
         self.progress = Progress()
         self.metrics = MetricsFile(self.run.metrics_file)
         self.samples = MetricsFile(self.run.samples_file(self.engine.rank))
         self.guard = BadStepGuard(self.config.training.max_bad_steps)
+        self.routing = RoutingWatch(self.config.model.feed_forward.balance_advice())
         self.optimizers: OptimizerSet | None = None
         self.saver = Saver(self.run.checkpoints, self.config.training.keep_checkpoints, self.engine, self.metrics.sync)
         self.record: dict[str, Any] = {}  # of the last step
@@ -204,6 +207,9 @@ class Trainer:
             self.samples.write({"step": self.progress.step, "samples": samples})
         self.tracker.log(self.record, self.progress.step)
         self.display.step(self.record, final=last)
+        said = self.routing.add(loads) if self.engine.is_main else None
+        if said is not None:
+            log.warning("%s", said)
         if self.guard.count_step(update.applied):
             self._raise_diverged(compute_loss, batch)
 
@@ -234,9 +240,11 @@ class Trainer:
                 "bits_per_byte": bits_per_byte(loss * tokens, num_bytes),
                 "grad_norm": update.grad_norm, "lr": lr, "skipped": not update.applied,
                 "skipped_steps": self.progress.skipped_steps, "tokens_per_second": speed,
-                "flops_per_second": flops, "mfu": flops / (self.peak * self.engine.world_size),
+                "flops_per_second": flops,
+                "mfu": None if self.peak is None else self.peak.utilisation(flops, self.engine.world_size),
                 "peak_memory_bytes": self.engine.peak_memory(), "tokens": self.progress.tokens,
-                "samples": self.progress.samples, "stage": stage.name, "seconds": self.progress.seconds}
+                "epochs": max(self.data.epochs(self.progress.tokens)), "samples": self.progress.samples,
+                "stage": stage.name, "seconds": self.progress.seconds}
 
     def _validate(self, stage: Stage) -> dict[str, Any]:
         if self.data.validation is None:

@@ -40,7 +40,18 @@ def test_each_operation_is_noted_under_its_layers(tmp_path, caplog):
         report_backends(rows(), tmp_path)
     assert [BackendUse(**row | {"rejected": tuple(row["rejected"])})
             for row in json.loads((tmp_path / BACKENDS_FILE).read_text())] == rows()
-    assert any("delta_rule" in line and "0, 2" in line for line in caplog.messages)
+    operations = {row.operation for row in rows()}
+    assert caplog.messages == [f"kernels: torch for all {len(operations)} operations"]
+
+
+def test_only_rows_that_differ_are_listed(tmp_path, caplog):
+    rows = [BackendUse("0-2", "delta_rule", "triton", registry.PREFERRED, ()),
+            BackendUse("0-3", "swiglu", "triton", registry.PREFERRED, ()),
+            BackendUse("3", "attention", "torch", "asked for by configure", ())]
+    with caplog.at_level("INFO", logger="hybridlm"):
+        report_backends(rows, tmp_path)
+    assert caplog.messages == ["kernels: triton for delta_rule, swiglu",
+                               "kernels: 3  attention  torch  asked for by configure"]
 
 
 def test_a_fall_back_says_what_was_rejected_and_why(tmp_path, caplog):

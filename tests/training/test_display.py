@@ -15,7 +15,7 @@ def test_plain_lines_every_n_steps_and_the_last(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 5/7", "step 7/7"]
     assert "loss 2.0000  2.885 bits/byte  12.3k tokens/s" in lines[0]
-    assert lines[1].endswith("0:00:00 left")
+    assert lines[1].endswith("12.3k tokens/s  0:00:00 left")
     assert "INFO    step 5/7" in (tmp_path / "log.txt").read_text()
 
 
@@ -84,6 +84,15 @@ def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path):
 
 def test_skipped_steps_say_so():
     assert format_record({"step": 1, "skipped": True, "loss": None}) == "not finite: step skipped"
+
+
+def test_a_line_shows_what_matters():
+    record = RECORD | {"lr": 3e-4, "grad_norm": 1.234, "epochs": 0.5, "moe/max_violation_worst": 2.9,
+                       "moe/dead_experts": 5.0, "moe/max_violation": 1.0, "validation_loss": 2.25}
+    assert format_record(record, "0:01:00 left") == (
+        "loss 2.0000  2.885 bits/byte  12.3k tokens/s  0:01:00 left  lr 3.00e-04  gradient norm 1.23  epoch 0.50  "
+        "worst violation 2.90  validation 2.2500  5 dead experts")
+    assert "dead" not in format_record(record | {"moe/dead_experts": 0.0})
 
 
 def test_pace_forgets_the_first_step(monkeypatch):

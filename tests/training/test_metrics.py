@@ -4,7 +4,16 @@ import math
 import pytest
 import torch
 
-from hybridlm.training.metrics import MetricsFile, bits_per_byte, layer_loads, peak_flops, perplexity, router_panel
+from hybridlm.training.metrics import (
+    MetricsFile,
+    PeakRate,
+    bits_per_byte,
+    layer_loads,
+    peak_flops,
+    peak_measurement,
+    perplexity,
+    router_panel,
+)
 
 
 def steps(path):
@@ -50,6 +59,20 @@ def test_router_panel_by_hand():
     assert panel["moe/max_violation/1"] == 0
     assert panel["moe/max_violation/mtp1"] == pytest.approx(1.0)
     assert router_panel({}) == {}
+
+
+def test_utilisation_above_one_measures_the_peak_again_or_is_left_out():
+    measured = iter([80.0, 120.0])
+    peak = PeakRate(100.0, "measured", lambda: next(measured))
+    assert peak.utilisation(50.0) == 0.5
+    assert peak.utilisation(110.0) == 110 / 120, "measured twice: the first was slower still"
+    assert peak.flops == 120.0
+    never = PeakRate(100.0, "measured", lambda: 90.0)
+    assert [never.utilisation(150.0) for _ in range(3)] == [None] * 3
+    assert never.tries == 0
+    assert never.utilisation(150.0, processes=2) == 0.75
+    assert PeakRate(100.0, "data sheet").utilisation(150.0) is None
+    assert peak_measurement(torch.device("cpu"), "fp32")() > 1e8
 
 
 def test_peak_is_measured_where_no_data_sheet_is_known():

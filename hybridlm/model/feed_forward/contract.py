@@ -95,6 +95,10 @@ class FeedForwardConfig(abc.ABC):
         """Routed experts of each layer that has some; None where no layer has."""
         return None
 
+    def balance_advice(self) -> str:
+        """Say which options, with which values, balance the loads of routed experts better; empty where none does."""
+        return ""
+
     def routed_params(self, context: LayerContext) -> int:
         """Number of parameters that belong to routed experts: those that expert parallelism shards."""
         return 0
