@@ -6,6 +6,7 @@ from hybridlm_kernels.ops.indexer_kl import attention_recall as attention_recall
 from hybridlm_kernels.ops.indexer_kl import indexer_kl as indexer_kl
 from hybridlm_kernels.ops.linear_attention import linear_attention as linear_attention
 from hybridlm_kernels.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from hybridlm_kernels.ops.linear_scan import linear_scan as linear_scan
 from hybridlm_kernels.ops.moe import moe_experts as moe_experts
 from hybridlm_kernels.ops.norm import gated_rms_norm as gated_rms_norm
 from hybridlm_kernels.ops.norm import l2_norm as l2_norm
@@ -14,6 +15,7 @@ from hybridlm_kernels.ops.pooled_indexer import Pools as Pools
 from hybridlm_kernels.ops.pooled_indexer import pooled_indexer_kl as pooled_indexer_kl
 from hybridlm_kernels.ops.pooled_indexer import pooled_topk as pooled_topk
 from hybridlm_kernels.ops.rotary import rotary as rotary
+from hybridlm_kernels.ops.selective_scan import selective_scan as selective_scan
 from hybridlm_kernels.ops.short_conv import short_conv as short_conv
 from hybridlm_kernels.ops.sparse_attention import indexer_topk as indexer_topk
 from hybridlm_kernels.ops.sparse_attention import sparse_attention as sparse_attention

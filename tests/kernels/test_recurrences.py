@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hybridlm_kernels import CuSeqlens
+from hybridlm_kernels.random_inputs import recurrence_inputs, select_tokens
 from hybridlm_kernels.recurrence import chunk_layout
-from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs, select_tokens
 from tests.support.kernel_compare import error
 from tests.support.recurrences import (
     KINDS,

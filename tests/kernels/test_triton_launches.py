@@ -11,10 +11,10 @@ import torch
 
 import hybridlm_kernels as ops
 from hybridlm_kernels import registry
+from hybridlm_kernels.random_inputs import recurrence_inputs
 from hybridlm_kernels.recurrence import triton_chunk_tables
 from hybridlm_kernels.tools import doctor
 from hybridlm_kernels.tools.cases import check_cases
-from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
 from tests.support.recurrences import KINDS, call
 

@@ -3,7 +3,7 @@
 import torch
 
 import hybridlm_kernels as ops
-from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs
+from hybridlm_kernels.random_inputs import recurrence_inputs
 
 ROWS, LENGTH = 2, 70
 BORDERS = [0, 3, 70, 71, 140]

@@ -3,8 +3,8 @@
 import torch
 
 import hybridlm_kernels as ops
-from hybridlm_kernels.tools.cases import CheckCase
-from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs, with_gate
+from hybridlm_kernels.cases import CheckCase
+from hybridlm_kernels.random_inputs import recurrence_inputs, with_gate
 from tests.support.kernel_compare import error
 
 KINDS = [("delta_rule", "none"), ("delta_rule", "scalar"), ("delta_rule", "channel"), ("linear_attention", "none"),

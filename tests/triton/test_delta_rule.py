@@ -5,9 +5,9 @@ import torch
 
 from hybridlm_kernels import CuSeqlens
 from hybridlm_kernels.ops.delta_rule import triton_backend as backend
+from hybridlm_kernels.random_inputs import recurrence_inputs, select_tokens
 from hybridlm_kernels.recurrence import arguments, triton_chunk_tables
 from hybridlm_kernels.recurrence.gates import Gate
-from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs, select_tokens
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.against_reference import counted
 from tests.support.kernel_compare import error

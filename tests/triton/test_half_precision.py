@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hybridlm_kernels.ops.delta_rule import triton_backend, triton_chunk, triton_gradients
+from hybridlm_kernels.random_inputs import recurrence_inputs
 from hybridlm_kernels.recurrence import triton_tiles
-from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.emulated_bf16 import Emulation, assert_within_bounds, half, launches_in_half, sum_over
 from tests.support.kernel_compare import error

@@ -5,8 +5,8 @@ import torch
 import triton
 
 from hybridlm_kernels import indexer_kl, moe_experts, sparse_attention
+from hybridlm_kernels.cases import CheckCase
 from hybridlm_kernels.tools import doctor
-from hybridlm_kernels.tools.cases import CheckCase
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.recurrences import doctor_case
 from tests.triton.test_moe import case, routing

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from hybridlm_kernels import registry
-from hybridlm_kernels.tools.cases import COMMON_SHAPES, SMALL_SHAPES, BenchCase, Shape, bench_cases
+from hybridlm_kernels.cases import BenchCase, Shape
+from hybridlm_kernels.tools.cases import COMMON_SHAPES, SMALL_SHAPES, bench_cases
 from hybridlm_kernels.triton_support import INTERPRETED
 
 ROUNDS = 5  # readings per backend, taken in turn; the median counts

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from hybridlm_kernels import registry
-from hybridlm_kernels.tools.cases import CheckCase, by_parameter, check_cases
+from hybridlm_kernels.cases import CheckCase, by_parameter
+from hybridlm_kernels.tools.cases import check_cases
 from hybridlm_kernels.triton_support import untuned
 
 # RMS(difference) / RMS(reference) a backend may have against the fp64 reference, outputs and gradients.

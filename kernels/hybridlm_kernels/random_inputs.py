@@ -1,16 +1,17 @@
-"""Random inputs of the recurrences (delta_rule, linear_attention), for the doctor, the benchmark and the tests.
+"""Random inputs of recurrences and of sparse attention, for the doctor, the benchmark and the tests.
 
 Legend: B rows, T tokens per row, H query/key heads, HV value heads, K/V key/value head dim, N documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hybridlm_kernels.cases import Inputs, MakeInputs, randn
 from hybridlm_kernels.recurrence.gates import Gate
 
 GATE_PARAMETERS = ("A_log", "dt_bias")
@@ -78,3 +79,28 @@ def select_tokens(inputs: dict[str, Tensor], tokens: slice, leave_out: Sequence[
     """The inputs of some tokens of every row; tensors without a time dimension are kept as they are."""
     per_token = [name for name in ("q", "k", "v", "beta", "g") if name in inputs and inputs[name].dim() > 1]
     return {name: x[:, tokens] if name in per_token else x for name, x in inputs.items() if name not in leave_out}
+
+
+def check_inputs(decay: str, delta: bool) -> Callable[[], Inputs]:
+    """A maker of inputs without initial states, two rows of two full chunks and three tokens."""
+    return lambda: recurrence_inputs(decay, B=2, T=131, H=2, HV=2, K=32, V=48, documents=0, beta=delta, strength=3.0)
+
+
+def bench_inputs(decay: str, delta: bool = False) -> MakeInputs:
+    """A maker of inputs at the shape of a benchmark, without initial states."""
+    return lambda s, dtype, device: recurrence_inputs(decay, B=s.B, T=s.T, H=s.H, HV=s.H, K=s.D, V=s.D, documents=0,
+                                                      beta=delta, strength=0.1, dtype=dtype, device=device)
+
+
+def random_selection() -> Tensor:
+    """16 random visible keys of each of 2 x 70 queries, -1 where fewer are visible: int32 [2, 70, 16]."""
+    T = 70
+    scores = torch.rand(2, T, T).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -1.0)
+    top = scores.topk(16, dim=-1)
+    return top.indices.masked_fill(top.values < 0, -1).int()
+
+
+def random_index_inputs() -> Inputs:
+    """Index queries, keys and weights of 2 x 70 tokens, and the main queries and keys that they are to follow."""
+    made = randn(q=(2, 70, 4, 16), k=(2, 70, 16), w=(2, 70, 4), main_q=(2, 70, 4, 32), main_k=(2, 70, 2, 32))
+    return made | {"w": made["w"] * 0.2}

@@ -1,0 +1,14 @@
+"""Cases of the delta rule for the doctor, the tests and the benchmark."""
+
+from hybridlm_kernels.cases import BenchCase, CheckCase, OperationCases
+from hybridlm_kernels.ops.delta_rule import delta_rule
+from hybridlm_kernels.random_inputs import bench_inputs, check_inputs
+
+CHECKS = [CheckCase("delta_rule", f"{decay} decay", delta_rule, check_inputs(decay, True), causal=True)
+          for decay in ("none", "scalar", "channel")]
+CHECKS.append(CheckCase("delta_rule", "channel decay, packed", delta_rule, check_inputs("channel", True),
+                        {"cu_seqlens": [0, 1, 65, 131, 140, 262]}))
+CASES: list[OperationCases] = [(CHECKS, [
+    BenchCase(label, delta_rule, bench_inputs(decay, delta=True), lambda s: 7.0 * s.tokens * s.H * s.D**2,
+              ("q", "k", "v", "g", "beta"), {"qk_l2norm": True})
+    for label, decay in (("DeltaNet", "none"), ("GDN", "scalar"), ("KDA", "channel"))])]
