@@ -6,11 +6,13 @@ K key dim, V value dim, C channels, W taps of a convolution.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.errors import ConfigError
@@ -57,6 +59,30 @@ class TokenCache:
         if self._buffer is not None:
             grown[:, :kept] = self._buffer[:, :kept]
         return grown
+
+    def joined(self, others: Sequence[TokenCache], padding: Sequence[int], max_length: int) -> TokenCache:
+        """One cache of the rows of this one and of `others`, each padded in front by zeros.
+
+        Args:
+            others: caches of the same layer.
+            padding: entries in front of this cache and of each of the others, which makes them equally long.
+            max_length: of the result.
+        """
+        caches = [self, *others]
+        result = TokenCache(max_length, self.window)
+        result.length = self.length + padding[0]
+        kept = [cache.kept for cache in caches]
+        if kept[0] is not None:
+            length = max(tokens.shape[1] for tokens in kept if tokens is not None)
+            rows = [F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (length - tokens.shape[1], 0))
+                    for tokens in kept if tokens is not None]
+            result._buffer = torch.cat(rows)
+        return result
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The tokens kept, [B, S, ...]; None before the first."""
+        return self._buffer if self._buffer is None or self.window is not None else self._buffer[:, : self.length]
 
     @property
     def num_bytes(self) -> int:
@@ -130,6 +156,49 @@ def reorder_rows(state: Any, rows: Tensor) -> Any:
     return state
 
 
+def join_rows(states: Sequence[Any], padding: Sequence[int], max_length: int) -> Any:
+    """Join the decode states of one layer, for rows that may hold unlike numbers of tokens.
+
+    Args:
+        states: states of one kind, as `reorder_rows` takes them; token caches are padded in front.
+        padding: entries in front of the caches of each, which makes them equally long.
+        max_length: the most tokens of a row of the result, padding included.
+
+    Returns:
+        A state of all their rows, in the same order.
+    """
+    first = states[0]
+    if isinstance(first, TokenCache):
+        return first.joined(states[1:], padding, max_length)
+    if isinstance(first, Tensor):
+        return torch.cat(list(states))
+    if isinstance(first, list | tuple):
+        return type(first)(join_rows(items, padding, max_length) for items in zip(*states, strict=True))
+    if isinstance(first, dict):
+        return {key: join_rows([state[key] for state in states], padding, max_length) for key in first}
+    if hasattr(first, "__dict__"):
+        result = copy.copy(first)
+        for name in vars(first):
+            setattr(result, name, join_rows([getattr(state, name) for state in states], padding, max_length))
+        return result
+    return first
+
+
+def device_of(state: Any) -> torch.device:
+    """The device of the first tensor in a decode state; the CPU where it has none."""
+    found = first_tensor(state)
+    return torch.device("cpu") if found is None else found.device
+
+
+def first_tensor(state: Any) -> Tensor | None:
+    """The first tensor in a decode state."""
+    if isinstance(state, Tensor):
+        return state
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else \
+        vars(state).values() if hasattr(state, "__dict__") else ()
+    return next((found for item in items if (found := first_tensor(item)) is not None), None)
+
+
 @dataclass
 class AttentionState:
     """Decode state of grouped-query attention: keys [B, S, G, K], values [B, S, G, V], index keys [B, S, I].
@@ -170,11 +239,30 @@ class LatentState:
 class RecurrentState:
     """Decode state of linear mixers: the state matrix [B, HV, K, V], the last inputs of convolutions [B, C, W - 1].
 
-    `matrix` is None, and `conv` empty, before the first token: both then count as zeros.
+    `matrix` is None, and `conv` empty, before the first token: both then count as zeros. A decode step runs one
+    convolution for all projections, and keeps their inputs in one tensor, the entry `JOINED`, in place of theirs.
     """
 
+    JOINED: ClassVar[str] = "all"
     matrix: Tensor | None = None
     conv: dict[str, Tensor] = field(default_factory=dict)
+
+    def joined_conv(self, names: Sequence[str]) -> Tensor | None:
+        """The last inputs of the convolutions of `names`, one behind the other; None before the first token."""
+        if self.JOINED not in self.conv and self.conv:
+            self.conv = {self.JOINED: torch.cat([self.conv[name] for name in names], 1)}
+        return self.conv.get(self.JOINED)
+
+    def set_joined_conv(self, inputs_BCW: Tensor) -> None:
+        """Set the last inputs of all convolutions, one behind the other."""
+        self.conv[self.JOINED] = inputs_BCW
+
+    def separate_conv(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
+        """The last inputs of each convolution by its name, given their channels."""
+        if self.JOINED in self.conv:
+            separate = self.conv[self.JOINED].split(list(widths.values()), 1)
+            self.conv = {name: inputs.contiguous() for name, inputs in zip(widths, separate, strict=True)}
+        return self.conv
 
     @property
     def num_bytes(self) -> int:

@@ -17,6 +17,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.context_parallel import ShardGroup
+from hybridlm.model.decode_plan import find_plan
 from hybridlm.model.feed_forward.contract import ExpertStack, FeedForward
 from hybridlm.model.fp32_parameters import KeepsFP32, warn_of_narrow_tensors, widen_fp32_tensors
 from hybridlm.model.init import init_weights
@@ -128,9 +129,15 @@ class HybridLM(nn.Module):
             seq = seq.shard_rows(self.shard_group)
         totals = AuxTotals()
         stream = self.residual.start(self.embed(seq.local_tokens(input_ids)))
-        for i, layer in enumerate(self.layers):
-            stream = self._run(layer, str(i), stream, seq, totals, *([] if state is None else [state.layers[i]]))
-        x_BTD = self.norm(self.residual.end(stream))
+        plan = None
+        if state is not None and input_ids.shape[1] == 1:
+            plan = find_plan(self, self.layers, self.norm, input_ids.device)  # type: ignore[arg-type]
+        if plan is not None and state is not None:
+            x_BTD = plan.norm(self.residual.end(plan.run(stream, seq, state.layers)))
+        else:
+            for i, layer in enumerate(self.layers):
+                stream = self._run(layer, str(i), stream, seq, totals, *([] if state is None else [state.layers[i]]))
+            x_BTD = self.norm(self.residual.end(stream))
         if state is not None:
             state.length += input_ids.shape[1]
         output = ModelOutput(state=state)
@@ -238,7 +245,7 @@ class HybridLM(nn.Module):
             if batch != state.batch or state.length + length > state.max_length:
                 raise ValueError(f"the state holds {state.length} of at most {state.max_length} tokens in "
                                  f"{state.batch} rows; got {length} more in {batch} rows")
-            return SequenceInfo.make(batch, length, input_ids.device, offset=state.length)
+            return SequenceInfo.make(batch, length, input_ids.device, offset=state.length, padding_B=state.padding_B)
         if cu_seqlens is None:
             return SequenceInfo.make(batch, length, input_ids.device)
         borders = CuSeqlens.of(cu_seqlens, input_ids.device)

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.decode_state import LayerState, reorder_rows
+from hybridlm.model.decode_state import LayerState, device_of, join_rows, reorder_rows
 from hybridlm.model.mixers.contract import Aux
 
 
 @dataclass
 class ModelState:
-    """The decode state of all layers after `length` tokens of each of `batch` rows; updated in place."""
+    """The decode state of all layers after `length` tokens of each of `batch` rows; updated in place.
+
+    Rows that hold fewer tokens are padded in front: `padding_B` int64 [B] counts these entries; None: no row is.
+    """
 
     layers: list[LayerState]
     batch: int
     max_length: int
     length: int = 0
+    padding_B: Tensor | None = None
 
     def reorder(self, rows: Tensor) -> None:
         """Reorder the rows in place, as beam search does: row i becomes what row `rows[i]` was.
 
         Args:
-            rows: int64 [B].
+            rows: int64, as many as rows shall stay.
         """
         for layer in self.layers:
             reorder_rows(layer, rows)
+        self.padding_B = reorder_rows(self.padding_B, rows)
+        self.batch = len(rows)
+
+    @classmethod
+    def join(cls, states: Sequence[ModelState], max_new_tokens: int) -> ModelState:
+        """One state of the rows of several, padded in front to the longest.
+
+        Args:
+            states: states that hold tokens; they are not used any more.
+            max_new_tokens: tokens that each row of the new state has room for.
+        """
+        length = max(state.length for state in states)
+        padding = [length - state.length for state in states for _ in range(state.batch)]
+        layers = [join_rows([state.layers[index] for state in states], [length - state.length for state in states],
+                            length + max_new_tokens) for index in range(len(states[0].layers))]
+        tensor_B = torch.tensor(padding, device=device_of(layers)) if any(padding) else None
+        return cls(layers, len(padding), length + max_new_tokens, length, tensor_B)
 
 
 @dataclass

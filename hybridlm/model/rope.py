@@ -16,6 +16,7 @@ from hybridlm.errors import require
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.plain_data import to_dict
 from hybridlm_kernels import rotary
+from hybridlm_kernels.decoding import rotary_step, rotary_step_tables
 
 
 @dataclass(kw_only=True)
@@ -142,6 +143,22 @@ def rope_tables(config: RopeConfig, dim: int, seq: SequenceInfo) -> tuple[Tensor
         cos, sin = angle.cos(), angle.sin()
         seq.tables[key] = (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
     return seq.tables[key]
+
+
+def rotate_step(x_BTHD: Tensor, config: RopeConfig, dim: int, seq: SequenceInfo) -> Tensor:
+    """Rotate as `rotate` does, without gradients, by tables that all layers of a decode step share."""
+    if config.kind == "none" or dim == 0:
+        return x_BTHD
+    interleaved = config.kind == "interleaved"
+    dtype = torch.promote_types(x_BTHD.dtype, torch.float32)
+    key = f"rope step {config.theta} {dim} {config.scaling} {interleaved} {dtype}"
+    if key not in seq.tables:
+        cos, sin = rope_tables(config, dim, seq)
+        seq.tables[key] = rotary_step_tables(cos.to(dtype), sin.to(dtype), interleaved)
+    cos, sin = seq.tables[key]
+    if x_BTHD.shape[-1] == dim:
+        return rotary_step(x_BTHD, cos, sin, interleaved)
+    return torch.cat([rotary_step(x_BTHD[..., :dim], cos, sin, interleaved), x_BTHD[..., dim:]], -1)
 
 
 def rotate(x_BTHD: Tensor, config: RopeConfig, dim: int, seq: SequenceInfo, kind: str | None = None) -> Tensor:

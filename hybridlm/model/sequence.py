@@ -25,6 +25,8 @@ class SequenceInfo:
     `shard` exchanges with the processes that hold other shards of the same rows; all other fields then
     describe the tokens held here.
     `shared` holds what layers have left for later layers in this forward; see `leave` and `read`.
+    `padding_B` is set while decoding rows that hold unlike numbers of tokens: the number of entries in front of each
+    row's own in decode states with one entry per token; `last_position` counts these entries too.
     `tables` holds what any layer has computed from positions alone, such as rotary tables, under a name that says
     everything it depends on.
     """
@@ -32,12 +34,14 @@ class SequenceInfo:
     positions_BT: Tensor  # int64, counted from the start of the document (plus what the decode state holds)
     cu_seqlens: CuSeqlens | None = None
     shard: RowShard | None = None
+    padding_B: Tensor | None = None
+    last_position: int = -1  # of the entries of decode states; -1 without one
     shared: SharedStore = field(default_factory=SharedStore)
     tables: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def make(cls, batch: int, length: int, device: torch.device, cu_seqlens: CuSeqlens | None = None,
-             offset: int = 0) -> SequenceInfo:
+             offset: int = 0, padding_B: Tensor | None = None) -> SequenceInfo:
         """Describe rows of `length` tokens.
 
         Args:
@@ -46,6 +50,7 @@ class SequenceInfo:
             device: where the positions are made.
             cu_seqlens: borders of packed documents over the flattened rows; None: each row is one document.
             offset: tokens per row that are in the decode state already; not with `cu_seqlens`.
+            padding_B: int64 [B], how many of these are padding in front of each row; None: none.
 
         Example:
             >>> SequenceInfo.make(1, 5, torch.device("cpu"), CuSeqlens([0, 2, 5])).positions_BT.tolist()
@@ -53,7 +58,9 @@ class SequenceInfo:
         """
         if cu_seqlens is None:
             positions_T = torch.arange(offset, offset + length, device=device)
-            return cls(positions_T.expand(batch, length))
+            if padding_B is None:
+                return cls(positions_T.expand(batch, length), last_position=offset + length - 1)
+            return cls(positions_T - padding_B[:, None], padding_B=padding_B, last_position=offset + length - 1)
         return cls(cu_seqlens.positions().view(batch, length), cu_seqlens)
 
     def shard_rows(self, shard_group: ShardGroup) -> SequenceInfo:

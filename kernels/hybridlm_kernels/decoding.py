@@ -1,7 +1,7 @@
 """Operations on one token per row, in torch and without gradients: what a decode step of a model is made of.
 
 They compute what the torch backends compute for a row of one token. They check nothing and choose nothing: whoever
-prepares a decode step does that once. States are updated in place.
+prepares a decode step does that once. State matrices are updated in place.
 
 Legend: B rows, C channels, W taps, D width, H query/key heads, HV value heads, K/V key/value head dim, E experts,
 A experts per token, I expert width.
@@ -14,9 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm_kernels.ops.swiglu.torch_backend import bounded
-from hybridlm_kernels.precision import wide
+from hybridlm_kernels.registry import first_choice
 
 L2NORM_EPSILON = 1e-6  # added to the sum of squares, as in delta_rule
+STANDS_FOR = ("rms_norm", "gated_rms_norm", "short_conv", "delta_rule", "linear_attention", "rotary", "swiglu",
+              "moe_experts", "attention")
+
+
+def is_preferred(device: str) -> bool:
+    """Whether these functions may replace the operations on a device: their torch backends would run there.
+
+    On a GPU Triton kernels do, and where `configure` names another backend, that one.
+    """
+    return all(first_choice(name, device) == "torch" for name in STANDS_FOR)
 
 
 def rms_norm_step(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
@@ -25,8 +35,8 @@ def rms_norm_step(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = F
     >>> rms_norm_step(torch.tensor([1.0, 7.0]), torch.tensor([1.0, 2.0]), 0.0)
     tensor([0.2000, 2.8000])
     """
-    wide_x = wide(x)
-    weight = wide(weight)
+    wide_x = _wide(x)
+    weight = _wide(weight)
     normed = wide_x * _inverse_rms(wide_x, eps)
     return normed.mul_(weight + 1.0 if zero_centered else weight).to(x.dtype)
 
@@ -37,31 +47,31 @@ def gated_rms_norm_step(x: Tensor, gate: Tensor, weight: Tensor, eps: float, act
     >>> gated_rms_norm_step(torch.tensor([2.0, 2.0]), torch.zeros(2), torch.ones(2), 0.0, "sigmoid")
     tensor([0.5000, 0.5000])
     """
-    wide_x, gate = wide(x), wide(gate)
+    wide_x, gate = _wide(x), _wide(gate)
     y = F.silu(gate) if activation == "silu" else torch.sigmoid(gate)
-    return y.mul_(wide_x).mul_(_inverse_rms(wide_x, eps)).mul_(wide(weight)).to(x.dtype)
+    return y.mul_(wide_x).mul_(_inverse_rms(wide_x, eps)).mul_(_wide(weight)).to(x.dtype)
 
 
-def short_conv_step(x_BC: Tensor, weight_CW: Tensor, state_BCW: Tensor, activation: str | None = None) -> Tensor:
+def short_conv_step(x_BC: Tensor, weight_CW: Tensor, state_BCW: Tensor,
+                    activation: str | None = None) -> tuple[Tensor, Tensor]:
     """One step of the causal convolution.
 
     Args:
         x_BC: inputs of this token.
         weight_CW: one filter of W taps per channel.
-        state_BCW: the W - 1 inputs before it, oldest first; afterwards with this token's.
+        state_BCW: the W - 1 inputs before it, oldest first.
         activation: "silu" or None.
 
     Returns:
-        y [B, C] in x's dtype.
+        y [B, C] in x's dtype, and the W - 1 inputs before the next token.
 
-    >>> state = torch.tensor([[[3.0]]])
-    >>> short_conv_step(torch.tensor([[4.0]]), torch.tensor([[10.0, 1.0]]), state), state
+    >>> y, state = short_conv_step(torch.tensor([[4.0]]), torch.tensor([[10.0, 1.0]]), torch.tensor([[[3.0]]]))
+    >>> y, state
     (tensor([[34.]]), tensor([[[4.]]]))
     """
     x_BCW = torch.cat([state_BCW, x_BC.unsqueeze(-1)], -1)
-    state_BCW.copy_(x_BCW[..., 1:])
-    y_BC = (wide(x_BCW) * wide(weight_CW)).sum(-1)
-    return (F.silu(y_BC) if activation == "silu" else y_BC).to(x_BC.dtype)
+    y_BC = (_wide(x_BCW) * _wide(weight_CW)).sum(-1)
+    return (F.silu(y_BC) if activation == "silu" else y_BC).to(x_BC.dtype), x_BCW[..., 1:]
 
 
 def delta_rule_step(q_BHK: Tensor, k_BHK: Tensor, v_BHvV: Tensor, log_decay: Tensor | None, beta_BHv: Tensor | None,
@@ -162,6 +172,16 @@ def rotary_step_tables(cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> t
     return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
+def swiglu_step(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
+    """SwiGLU, silu(gate) * up; arguments as in `swiglu`.
+
+    >>> swiglu_step(torch.tensor([0.0, 100.0]), torch.tensor([1.0, 3.0]))
+    tensor([  0., 300.])
+    """
+    gate, up = bounded(gate, up, limit)
+    return F.silu(gate).mul_(up)
+
+
 def moe_experts_step(x_1D: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_A: list[int],
                      weights_A: Tensor, limit: float | None = None) -> Tensor:
     """The routed experts of one token, one after the other: nothing is sorted, padded or copied.
@@ -183,12 +203,16 @@ def moe_experts_step(x_1D: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, exper
     tensor([[100.]])
     """
     h_A2I = torch.cat([F.linear(x_1D, gate_up_E2ID[expert]) for expert in expert_ids_A])
-    gate_AI, up_AI = bounded(*h_A2I.chunk(2, -1), limit)
-    act_AI = F.silu(gate_AI).mul_(up_AI).mul_(weights_A.to(h_A2I.dtype).unsqueeze(-1))
+    gate_AI, up_AI = h_A2I.chunk(2, -1)
+    act_AI = swiglu_step(gate_AI, up_AI, limit).mul_(weights_A.to(h_A2I.dtype).unsqueeze(-1))
     y_1D = F.linear(act_AI[:1], down_EDI[expert_ids_A[0]])
     for place in range(1, len(expert_ids_A)):
         y_1D.addmm_(act_AI[place : place + 1], down_EDI[expert_ids_A[place]].t())
     return y_1D
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

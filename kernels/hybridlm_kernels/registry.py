@@ -89,12 +89,13 @@ _settings: dict[str, str] = {}  # operation -> backend asked for
 _strict: bool | None = None  # None: strict on CUDA only
 _decisions: dict[tuple[str, Call, str | None], tuple[Backend, Choice]] = {}
 _watchers: list[Callable[[Choice], None]] = []
+_revision = 0  # counts the changes after which choices may be others
 
 
 def register(operation: Operation) -> Operation:
     """Makes an operation known by its name, and returns it."""
     _operations[operation.name] = operation
-    _decisions.clear()
+    _forget_decisions()
     return operation
 
 
@@ -136,7 +137,7 @@ def configure(settings: Mapping[str, Any]) -> None:
             _settings[name] = backend
     if "strict" in settings:
         _strict = settings["strict"]
-    _decisions.clear()
+    _forget_decisions()
 
 
 def choose(op: Operation, call: Call, override: str | None = None) -> Backend:
@@ -155,6 +156,24 @@ def choose(op: Operation, call: Call, override: str | None = None) -> Backend:
     return backend
 
 
+def first_choice(name: str, device: str) -> str:
+    """Name of the backend that runs an operation on a device unless it refuses the call.
+
+    It is the one that `configure` names, or the first that is made for the device.
+
+    >>> first_choice("attention", "cpu")
+    'torch'
+    """
+    operation = _operations[name]
+    made = (backend.name for backend in operation.backends if not backend.devices or device in backend.devices)
+    return _settings.get(name) or next(made)
+
+
+def revision() -> int:
+    """A number that grows with every change after which operations may choose other backends."""
+    return _revision
+
+
 def explain() -> list[Choice]:
     """The distinct decisions made since the last `configure`, in order."""
     return list(dict.fromkeys(choice for _, choice in _decisions.values()))
@@ -168,6 +187,12 @@ def watching(watcher: Callable[[Choice], None]) -> Iterator[None]:
         yield
     finally:
         _watchers.remove(watcher)
+
+
+def _forget_decisions() -> None:
+    global _revision
+    _decisions.clear()
+    _revision += 1
 
 
 def _decide(op: Operation, call: Call, override: str | None) -> tuple[Backend, Choice]:

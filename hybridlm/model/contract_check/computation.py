@@ -95,7 +95,20 @@ def check_decoding(subject: Subject) -> str:
             outputs.append(subject.run(module, x_BTD[:, done : done + length], state=state, offset=done)[0])
             done += length
         require_close(torch.cat(outputs, 1), y_BTD, f"outputs {how} and of one forward", rtol=1e-8, atol=1e-9)
-    return f"{', '.join(DECODED_LENGTHS)} as in one forward"
+    step = module.eval().prepare_step()
+    if step is None:
+        return f"{', '.join(DECODED_LENGTHS)} as in one forward"
+    for before, way in ((0, "from an empty state"), (9, "behind a forward")):
+        state = subject.new_state(module, *x_BTD.shape[:2])
+        outputs = [subject.run(module, x_BTD[:, :before], state=state)[0]] if before else []
+        outputs += [subject.step(step, x_BTD[:, t : t + 1], state, t) for t in range(before, 20)]
+        outputs.append(subject.run(module, x_BTD[:, 20:], state=state, offset=20)[0])
+        require_close(torch.cat(outputs, 1), y_BTD, f"outputs of the prepared step {way} and of one forward",
+                      rtol=1e-8, atol=1e-9)
+    one = subject.step(step, x_BTD[:1, :1], subject.new_state(module, 1, 1), 0)
+    require_close(one, y_BTD[:1, :1], "outputs of the prepared step and of the forward for one row", rtol=1e-8,
+                  atol=1e-9)
+    return f"{', '.join(DECODED_LENGTHS)} and by the prepared step as in one forward"
 
 
 def check_gradients(subject: Subject) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.model.config import ModelConfig, ScheduleConfig
+from hybridlm.model.decode_step import DecodeStep
 from hybridlm.model.feed_forward import FEED_FORWARDS, build_feed_forward
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.fp32_parameters import is_listed
@@ -89,6 +90,12 @@ class Subject:
         """Outputs [B, T, D] and aux for a sequence that is made already; see `run`."""
         self.run_sources(x_BTD, seq, state)
         return module(x_BTD, seq, state.own if isinstance(state, StateWithSources) else state)
+
+    def step(self, step: DecodeStep, x_B1D: Tensor, state: Any, offset: int) -> Tensor:
+        """Output [B, 1, D] of a prepared step for the token behind `offset` others; see `run`."""
+        seq = SequenceInfo.make(len(x_B1D), 1, x_B1D.device, offset=offset)
+        self.run_sources(x_B1D, seq, state)
+        return step(x_B1D, seq, state.own if isinstance(state, StateWithSources) else state)
 
     def new_state(self, module: Any, batch: int, max_length: int) -> Any:
         """Make the module's empty decode state, with those of the layers it reads from; None where none is kept."""

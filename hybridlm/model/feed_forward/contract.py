@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
+from hybridlm.model.decode_step import DecodeStep
 from hybridlm.model.fp32_parameters import KeepsFP32
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.contract import Aux
@@ -225,6 +226,14 @@ class FeedForward(KeepsFP32, abc.ABC):
 
     def new_state(self, batch: int, max_length: int) -> Any:
         """Empty decode state for `batch` sequences of at most `max_length` tokens; None for a kind without state."""
+        return None
+
+    def prepare_step(self) -> DecodeStep | None:
+        """Prepare decoding of one token per row without gradients, as `SequenceMixer.prepare_step`.
+
+        Returns:
+            A function of (x [B, 1, D], seq, state) that returns what `forward` would; None: `forward` itself decodes.
+        """
         return None
 
     def record(self, aux: Aux) -> None:

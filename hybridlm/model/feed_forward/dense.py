@@ -14,11 +14,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from hybridlm.errors import require
+from hybridlm.model.decode_step import DecodeStep, linear_step
 from hybridlm.model.feed_forward.contract import FeedForward, FeedForwardConfig, register_feed_forward
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import swiglu
+from hybridlm_kernels.decoding import swiglu_step
 
 
 @dataclass(kw_only=True)
@@ -64,6 +66,15 @@ class SwiGLU(FeedForward):
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: None = None) -> tuple[Tensor, Aux]:
         return self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD), limit=self.limit)), {}
+
+    def prepare_step(self) -> DecodeStep:
+        gate_proj, up_proj, down_proj = map(linear_step, (self.gate_proj, self.up_proj, self.down_proj))
+        limit = self.limit
+
+        def step(x_B1D: Tensor, seq: SequenceInfo, state: None) -> Tensor:
+            return down_proj(swiglu_step(gate_proj(x_B1D), up_proj(x_B1D), limit))
+
+        return step
 
     def init_weights(self, std: float) -> None:
         for linear in (self.gate_proj, self.up_proj, self.down_proj):

@@ -11,7 +11,7 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_state import AttentionState
+from hybridlm.model.decode_step import DecodeStep, attend_one, linear_step, norm_step
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
@@ -29,7 +30,7 @@ from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_ga
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
-from hybridlm.model.rope import RopeConfig, rotate
+from hybridlm.model.rope import RopeConfig, rotate, rotate_step
 from hybridlm.model.sequence import SequenceInfo
 
 
@@ -210,6 +211,37 @@ class Attention(IndexedMixer):
         if norm is not None and self.config.qk_norm == "head":
             x_BTHK = norm(x_BTHK)
         return rotate(x_BTHK, self.config.rope, self.rotary_dim, seq)
+
+    def prepare_step(self) -> DecodeStep | None:
+        if self.indexer_config is not None or self.sinks is not None:
+            return None
+        config = self.config
+        q_proj, k_proj, v_proj, o_proj = map(linear_step, (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        g_proj = None if self.g_proj is None else linear_step(self.g_proj)
+        q_norm, k_norm = (None if norm is None else norm_step(norm) for norm in (self.q_norm, self.k_norm))
+        full, heads = config.qk_norm == "full", (-1, 1, config.num_heads, config.head_dim)
+        keys = (-1, 1, config.kv_heads, config.head_dim)
+
+        def split(projected: Tensor, shape: tuple[int, ...], norm: Callable[[Tensor], Tensor] | None,
+                  seq: SequenceInfo) -> Tensor:
+            if norm is None:
+                x_B1HK = projected.view(shape)
+            else:
+                x_B1HK = norm(projected).view(shape) if full else norm(projected.view(shape))
+            return rotate_step(x_B1HK, config.rope, self.rotary_dim, seq)
+
+        def step(x_B1D: Tensor, seq: SequenceInfo, state: AttentionState) -> Tensor:
+            q_B1HK = split(q_proj(x_B1D), heads, q_norm, seq)
+            k_BSGK = state.keys.append(split(k_proj(x_B1D), keys, k_norm, seq))
+            v_BSGK = state.values.append(v_proj(x_B1D).view(keys))
+            o_B1HK = attend_one(q_B1HK[:, 0], k_BSGK, v_BSGK, seq).unsqueeze(1)
+            return o_proj(apply_output_gate(o_B1HK, x_B1D, g_proj, config.output_gate))
+
+        return step
+
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return self.indexer_config is None and self.sinks is None
 
     def head_rows(self) -> dict[str, int]:
         heads, groups = self.config.num_heads, self.config.kv_heads

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
+from hybridlm.model.decode_step import DecodeStep
 from hybridlm.model.fp32_parameters import KeepsFP32
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes, fill_missing, missing_fields
@@ -266,6 +267,24 @@ class SequenceMixer(KeepsFP32, abc.ABC):
     @abc.abstractmethod
     def new_state(self, batch: int, max_length: int) -> Any:
         """Empty decode state for `batch` sequences of at most `max_length` tokens; it has `num_bytes`."""
+
+    def prepare_step(self) -> DecodeStep | None:
+        """Prepare decoding of one token per row without gradients, where that can be faster than `forward`.
+
+        Returns:
+            A function of (x [B, 1, D], seq, state) that returns what `forward` would; see `hybridlm.model.decode_step`.
+            By default None: `forward` itself decodes.
+        """
+        return None
+
+    @property
+    def decodes_padded_rows(self) -> bool:
+        """Whether one token per row can be decoded when rows hold unlike numbers of tokens.
+
+        The decode states of shorter rows are then padded in front (`SequenceInfo.padding_B`). A kind whose state is a
+        function of the row alone, without one entry per token, always can; by default the answer is no.
+        """
+        return False
 
     @abc.abstractmethod
     def init_weights(self, std: float) -> None:

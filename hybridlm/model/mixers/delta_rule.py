@@ -21,13 +21,23 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
+from hybridlm.model.decode_step import DecodeStep, linear_step
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming_state
+from hybridlm.model.mixers.common.recurrent_step import (
+    decode_log_decay,
+    prepare_forget_gate,
+    prepare_inputs,
+    prepare_output,
+    state_matrix,
+)
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import delta_rule
+from hybridlm_kernels.decoding import delta_rule_step
 from hybridlm_kernels.recurrence.arguments import math_dtype
+from hybridlm_kernels.recurrence.gates import write_strength
 
 
 @dataclass(kw_only=True)
@@ -107,6 +117,26 @@ class DeltaRule(RecurrentMixer):
             if state is not None:
                 state.matrix = matrix
         return self.project_output(o_BTHvV, x_BTD, self.o_norm, all_heads=False), {}
+
+    def prepare_step(self) -> DecodeStep:
+        config = self.config
+        project = prepare_inputs(self)
+        project_gate = None if config.decay == "none" else prepare_forget_gate(self)
+        b_proj, finish = linear_step(self.b_proj), prepare_output(self, self.o_norm, all_heads=False)
+        keys, values = (-1, config.num_heads, config.head_dim), (-1, config.value_heads, config.value_dim)
+        scale = config.head_dim**-0.5
+
+        def step(x_B1D: Tensor, seq: SequenceInfo, state: RecurrentState) -> Tensor:
+            x_BD = x_B1D[:, 0]
+            q_BC, k_BC, v_BC = project(x_BD, state)
+            v_BHvV = v_BC.view(values)
+            g = None if project_gate is None else decode_log_decay(self, project_gate(x_BD))
+            beta_BHv = write_strength(b_proj(x_BD), config.beta_scale)
+            o_BHvV = delta_rule_step(q_BC.view(keys), k_BC.view(keys), v_BHvV, g, beta_BHv, scale,
+                                     state_matrix(state, v_BHvV, config.head_dim), config.qk_l2norm)
+            return finish(o_BHvV, x_BD).unsqueeze(1)
+
+        return step
 
 
 def run_over_shards(rule: Callable[..., tuple[Tensor, Tensor]], v_BTHvV: Tensor, key_dim: int,

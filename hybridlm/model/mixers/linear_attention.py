@@ -20,11 +20,20 @@ from torch import Tensor
 from hybridlm.errors import require
 from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
+from hybridlm.model.decode_step import DecodeStep
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming_state
+from hybridlm.model.mixers.common.recurrent_step import (
+    decode_log_decay,
+    prepare_forget_gate,
+    prepare_inputs,
+    prepare_output,
+    state_matrix,
+)
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, linear_attention
+from hybridlm_kernels.decoding import linear_attention_step
 from hybridlm_kernels.recurrence.gates import log_decay
 
 
@@ -129,6 +138,30 @@ class LinearAttention(RecurrentMixer):
             left = compute_decay_from_start(log_decay(g, gate), matrix.dtype, seq.shard)
             o_BTHvV = o_BTHvV + self._from_earlier_shards(q_BTHK, left, matrix, seq.shard).to(o_BTHvV.dtype)
         return self.project_output(o_BTHvV, x_BTD, self.o_norm, all_heads=config.norm == "all"), {}
+
+    def prepare_step(self) -> DecodeStep:
+        config = self.config
+        project = prepare_inputs(self)
+        project_gate = prepare_forget_gate(self) if config.decay in ("scalar", "channel") else None
+        finish = prepare_output(self, self.o_norm, all_heads=config.norm == "all")
+        keys, values = (-1, config.num_heads, config.head_dim), (-1, config.value_heads, config.value_dim)
+        scale = config.head_dim**-0.5 if config.scale is None else config.scale
+
+        def step(x_B1D: Tensor, seq: SequenceInfo, state: RecurrentState) -> Tensor:
+            x_BD = x_B1D[:, 0]
+            q_BC, k_BC, v_BC = project(x_BD, state)
+            q_BHK, k_BHK = (apply_feature_map(config.feature_map, x).view(keys) for x in (q_BC, k_BC))
+            v_BHvV = apply_feature_map(config.value_map, v_BC).view(values)
+            g = self._constant_decay(x_BD) if config.decay == "constant" else None
+            if project_gate is not None:
+                u = project_gate(x_BD)
+                g = decode_log_decay(self, u)
+                if config.discretize:
+                    v_BHvV = (v_BHvV * F.softplus(self.build_forget_gate().step(u))[..., None]).to(v_BHvV.dtype)
+            o_BHvV = linear_attention_step(q_BHK, k_BHK, v_BHvV, g, scale, state_matrix(state, v_BHvV, config.head_dim))
+            return finish(o_BHvV, x_BD).unsqueeze(1)
+
+        return step
 
     def _from_earlier_shards(self, q_BTHK: Tensor, left_BTHvX: Tensor, state_NHvKV: Tensor, shard: RowShard) -> Tensor:
         """The part [B, T, HV, V] of the outputs that comes from tokens of earlier shards.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_state import LatentState
+from hybridlm.model.decode_step import DecodeStep, attend_one, is_plain, linear_step, norm_step
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
@@ -33,7 +34,7 @@ from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.readable_weights import readable_weight
-from hybridlm.model.rope import RopeConfig, rotate
+from hybridlm.model.rope import RopeConfig, rotate, rotate_step
 from hybridlm.model.sequence import SequenceInfo
 
 INT32_BYTES = 4
@@ -275,6 +276,45 @@ class MLA(IndexedMixer):
         k_BS1L = (latent_BSL if selection.indices is None else seq.history(latent_BSL))[:, :, None]
         o_BTHC, aux = self.attend(q_BTHL, k_BS1L, k_BS1L[..., : config.kv_lora_rank], seq, selection, scale=self.scale)
         return torch.einsum("bthc,hvc->bthv", o_BTHC, up_HVC), aux
+
+    def prepare_step(self) -> DecodeStep | None:
+        if self.indexer_config is not None or not is_plain(self.kv_b_proj, nn.Linear):
+            return None  # the absorbed form reads the weight of kv_b_proj
+        config = self.config
+        if config.q_lora_rank is None:
+            project_queries = linear_step(self.q_proj)
+        else:
+            q_a_proj, q_b_proj = linear_step(self.q_a_proj), linear_step(self.q_b_proj)
+            q_a_norm = norm_step(self.q_a_norm)
+
+            def project_queries(x_B1D: Tensor) -> Tensor:
+                return q_b_proj(q_a_norm(q_a_proj(x_B1D)))
+
+        kv_a_proj, kv_a_norm, o_proj = linear_step(self.kv_a_proj), norm_step(self.kv_a_norm), linear_step(self.o_proj)
+        g_proj = None if self.g_proj is None else linear_step(self.g_proj)
+        heads, latent_dim = (-1, config.num_heads, config.qk_head_dim), config.kv_lora_rank
+        key_dims = [config.qk_nope_head_dim, config.v_head_dim]
+        rotary_dim = config.qk_rope_head_dim
+
+        def step(x_B1D: Tensor, seq: SequenceInfo, state: LatentState) -> Tensor:
+            latent_B1L = kv_a_proj(x_B1D)
+            c_B1C, r_B11R = kv_a_norm(latent_B1L[..., :latent_dim]), latent_B1L[..., None, latent_dim:]
+            r_B1R = rotate_step(r_B11R, config.rope, rotary_dim, seq)[:, 0]
+            latent_BSL = state.latent.append(torch.cat([c_B1C, r_B1R], -1))
+            up_HNC, up_HVC = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1)).split(key_dims, 1)
+            q_BHN, q_BHR = project_queries(x_B1D).view(heads).split([key_dims[0], rotary_dim], -1)
+            q_BHR = rotate_step(q_BHR.unsqueeze(1), config.rope, rotary_dim, seq)[:, 0]
+            q_BHC = torch.bmm(q_BHN.transpose(0, 1), up_HNC).transpose(0, 1)
+            k_BS1L = latent_BSL.unsqueeze(2)
+            o_BHC = attend_one(torch.cat([q_BHC, q_BHR], -1), k_BS1L, k_BS1L[..., :latent_dim], seq, self.scale)
+            o_BHV = torch.bmm(o_BHC.transpose(0, 1), up_HVC.mT).transpose(0, 1)
+            return o_proj(apply_output_gate(o_BHV.unsqueeze(1), x_B1D, g_proj, config.output_gate))
+
+        return step
+
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return self.indexer_config is None
 
     def head_rows(self) -> dict[str, int]:
         names = ["q_proj", "q_b_proj", "kv_b_proj", *(["g_proj"] if self.config.output_gate == "element" else [])]

@@ -6,8 +6,10 @@ B rows, T tokens, N = B*T, D model width, A experts per token.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridlm.model.decode_step import DecodeStep, has_hooks, is_plain, linear_step
 from hybridlm.model.feed_forward.contract import (
     ExpertStack,
     FeedForward,
@@ -21,6 +23,8 @@ from hybridlm.model.feed_forward.moe.router import Router
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels.decoding import moe_experts_step
+from hybridlm_kernels.precision import wide
 
 
 @register_feed_forward("moe", MoEConfig)
@@ -65,6 +69,34 @@ class MixtureOfExperts(FeedForward):
                 shared_BTD = torch.sigmoid(self.shared_gate(x_BTD)) * shared_BTD
             y_BTD = y_BTD + shared_BTD
         return y_BTD, aux
+
+    def prepare_step(self) -> DecodeStep | None:
+        """One token goes through its experts one after the other; several go as in `forward`."""
+        if self.experts.dispatch is not None or not (is_plain(self.router, Router) and is_plain(self.experts, Experts)):
+            return None
+        router, experts, limit = self.router, self.experts, self.config.swiglu_limit
+        shared = None if self.shared is None or has_hooks(self.shared) else self.shared.prepare_step()
+        if self.shared is not None and shared is None:
+            return None
+        shared_gate = None if self.shared_gate is None else linear_step(self.shared_gate)
+
+        def step(x_B1D: Tensor, seq: SequenceInfo, state: None) -> Tensor:
+            x_BD = x_B1D[:, 0]
+            _, ids_BA, weights_BA = router.choose(F.linear(wide(x_BD), wide(router.weight)))
+            if len(x_BD) == 1:
+                y_BD = moe_experts_step(x_BD, experts.gate_up.to(x_BD.dtype), experts.down.to(x_BD.dtype),
+                                        ids_BA[0].tolist(), weights_BA[0], limit)
+            else:
+                y_BD = experts(x_BD, ids_BA, weights_BA)
+            y_B1D = y_BD.unsqueeze(1)
+            if shared is not None:
+                shared_B1D = shared(x_B1D, seq, None)
+                if shared_gate is not None:
+                    shared_B1D = torch.sigmoid(shared_gate(x_B1D)) * shared_B1D
+                y_B1D = y_B1D + shared_B1D
+            return y_B1D
+
+        return step
 
     def expert_stacks(self) -> dict[str, ExpertStack]:
         return {"experts": self.experts}

@@ -55,6 +55,11 @@ class Router(nn.Module):
             Ids [N, A], their weights [N, A], and in training the losses and statistics of the layer.
         """
         logits_NE = self.logits(x_BTD)
+        s_NE, ids_NA, weights_NA = self.choose(logits_NE)
+        return ids_NA, weights_NA, self.aux(logits_NE, s_NE, ids_NA, seq) if self.training else {}
+
+    def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [N, E], ids [N, A] of the chosen experts, and their weights [N, A]."""
         if self.config.router == "softmax":
             s_NE = torch.softmax(logits_NE, dim=-1)
         else:
@@ -64,8 +69,7 @@ class Router(nn.Module):
         if self.config.norm_topk_prob:
             total_N1 = weights_NA.sum(-1, keepdim=True)
             weights_NA = weights_NA / (total_N1 if self.config.router == "softmax" else total_N1 + NORM_EPS)
-        weights_NA = weights_NA * self.config.routed_scaling_factor
-        return ids_NA, weights_NA, self.aux(logits_NE, s_NE, ids_NA, seq) if self.training else {}
+        return s_NE, ids_NA, weights_NA * self.config.routed_scaling_factor
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)

@@ -10,6 +10,7 @@ import math
 from torch import Tensor
 
 from hybridlm.errors import require
+from hybridlm.model.decode_step import attend_one
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import attention
 
@@ -40,6 +41,10 @@ def dense_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Sequenc
         Outputs [B, T, H, V].
     """
     shard = seq.shard
+    if seq.padding_B is not None:
+        if q_BTHK.shape[1] != 1 or sinks_H is not None:
+            raise ValueError("rows that hold unlike numbers of tokens are decoded one token per row, without sinks")
+        return attend_one(q_BTHK[:, 0], k_BSGK, v_BSGV, seq, scale)[:, None]
     if shard is None:
         return attention(q_BTHK, k_BSGK, v_BSGV, scale=scale, window=window, sinks_H=sinks_H, cu_seqlens=seq.cu_seqlens)
     groups = k_BSGK.shape[2]

@@ -6,6 +6,7 @@ B rows, T tokens, D hidden size, H heads, V value dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ def build_output_gate(kind: OutputGate, hidden_size: int, heads: int, dim: int, 
     return nn.Linear(hidden_size, heads * (dim if kind == "element" else 1), bias=bias)
 
 
-def apply_output_gate(o_BTHV: Tensor, x_BTD: Tensor, g_proj: nn.Linear | None, kind: OutputGate) -> Tensor:
+def apply_output_gate(o_BTHV: Tensor, x_BTD: Tensor, g_proj: Callable[[Tensor], Tensor] | None,
+                      kind: OutputGate) -> Tensor:
     """Multiply the output of attention by sigmoid(g_proj(x)), and flatten its heads: [B, T, H * V]."""
     if g_proj is None:
         return o_BTHV.flatten(-2)

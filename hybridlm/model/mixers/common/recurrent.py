@@ -295,19 +295,19 @@ class RecurrentMixer(SequenceMixer):
             state: decode state, whose convolution inputs are continued and updated.
         """
         taps = self.config.conv_size
+        conv = {} if state is None else state.separate_conv(self.config.channels)
         shard = seq.shard if taps else None
         before_BXD = None if shard is None else shard.tail(x_BTD, taps - 1)
         for name in self.config.channels:
             project = getattr(self, f"{name}_proj")
             y_BTC = project(x_BTD)
             if taps:
-                start = None if state is None else state.conv.get(name)
+                start = conv.get(name)
                 if shard is not None:
                     start = shard.at_start(project(before_BXD).mT)
                 y_BTC, inputs = short_conv(y_BTC, getattr(self, f"{name}_conv"), activation="silu",
                                            cu_seqlens=seq.cu_seqlens, initial_state=start)
-                if state is not None:
-                    state.conv[name] = inputs
+                conv[name] = inputs
             yield y_BTC
 
     def project_forget_gate(self, x_BTD: Tensor) -> Tensor:
@@ -365,6 +365,10 @@ class RecurrentMixer(SequenceMixer):
     def parameter_roles(self) -> dict[str, ParameterRole]:
         convolutions = {f"{name}_conv": CONVOLUTION for name in self.config.channels}
         return find_roles(self, convolutions, self.head_rows())
+
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return True  # the state is a function of the row alone
 
     def new_state(self, batch: int, max_length: int) -> RecurrentState:
         return RecurrentState()

@@ -1,0 +1,126 @@
+"""The decode step of a whole model: prepared once, checked before every token, used by `HybridLM.forward`.
+
+Preparing chooses, for each branch of each layer, the function of `prepare_step`, or the module itself where its kind
+has none. A plan holds as long as the model is made of the modules it was prepared for, without hooks that it would
+pass by; parameters may change and be replaced at any time, because steps read them when they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from hybridlm.model.block import Block
+from hybridlm.model.decode_state import LayerState
+from hybridlm.model.decode_step import DecodeStep, has_hooks, norm_step
+from hybridlm.model.residual.contract import Stream
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import decoding
+from hybridlm_kernels.registry import revision
+
+LayerStep = Callable[[Stream, SequenceInfo, LayerState], Stream]
+
+
+class DecodePlan:
+    """The prepared steps of a model's layers.
+
+    Args:
+        model: the model; it is not kept.
+        layers: its layers.
+        norm: its final norm.
+
+    Attributes:
+        norm: the final norm's step.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], norm: nn.Module):
+        self._watch(model)
+        self._steps = [_prepare_layer(layer) for layer in layers]
+        self.norm = norm_step(norm)
+
+    def holds(self) -> bool:
+        """Whether the model is still what the plan was prepared for."""
+        return (self._revision == revision() and [owner[name] for owner, name in self._slots] == self._modules
+                and list(map(type, self._modules)) == self._types and list(map(len, self._hooks)) == self._hook_counts)
+
+    def run(self, stream: Stream, seq: SequenceInfo, states: Sequence[LayerState]) -> Stream:
+        """The stream after the last layer, for one token per row."""
+        for step, state in zip(self._steps, states, strict=True):
+            stream = step(stream, seq, state)
+        return stream
+
+    def _watch(self, model: nn.Module) -> None:
+        """Note all modules, their hooks and the backends' settings."""
+        self._slots = [(owner._modules, name) for owner in model.modules() for name in owner._modules]
+        self._modules = [owner[name] for owner, name in self._slots]
+        self._types = list(map(type, self._modules))
+        present = [module for module in self._modules if module is not None]
+        self._hooks: list[dict[Any, Any]] = list(chain.from_iterable(
+            (module._forward_hooks, module._forward_pre_hooks) for module in present))
+        self._hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
+        self._hook_counts = list(map(len, self._hooks))
+        self._revision = revision()
+
+
+_plans: WeakKeyDictionary[nn.Module, DecodePlan] = WeakKeyDictionary()
+
+
+def find_plan(model: nn.Module, layers: Sequence[nn.Module], norm: nn.Module,
+              device: torch.device) -> DecodePlan | None:
+    """The plan for one token per row of this model, or None where its forward has to run.
+
+    Args:
+        model: the model, in any mode.
+        layers: its layers.
+        norm: its final norm.
+        device: where it is.
+    """
+    if (model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)
+            or torch.compiler.is_compiling() or module_hooks._global_forward_hooks
+            or module_hooks._global_forward_pre_hooks):
+        return None
+    plan = _plans.get(model)
+    if plan is None or not plan.holds():
+        if not decoding.is_preferred(device.type):
+            return None
+        plan = _plans[model] = DecodePlan(model, layers, norm)
+    return plan
+
+
+def _prepare_layer(layer: nn.Module) -> LayerStep:
+    """The step of one layer; hooks of a branch, or of the layer, make it call the module that has them."""
+    if not isinstance(layer, Block) or type(layer) is not Block or has_hooks(layer) or "forward" in vars(layer):
+        return lambda stream, seq, state: layer(stream, seq, state)[0]
+    read_mixer, write_mixer = layer.mixer_residual.read, layer.mixer_residual.write
+    read_feed_forward, write_feed_forward = layer.feed_forward_residual.read, layer.feed_forward_residual.write
+    mixer_norm, feed_forward_norm = norm_step(layer.mixer_norm), norm_step(layer.feed_forward_norm)
+    mixer, feed_forward = _prepare_branch(layer.mixer), _prepare_branch(layer.feed_forward)
+
+    def step(stream: Stream, seq: SequenceInfo, state: LayerState) -> Stream:
+        x_B1D, kept = read_mixer(stream, mixer_norm)  # type: ignore[arg-type]
+        stream = write_mixer(kept, mixer(x_B1D, seq, state.mixer), mixer_norm)  # type: ignore[arg-type]
+        x_B1D, kept = read_feed_forward(stream, feed_forward_norm)  # type: ignore[arg-type]
+        return write_feed_forward(kept, feed_forward(x_B1D, seq, state.feed_forward),
+                                  feed_forward_norm)  # type: ignore[arg-type]
+
+    return step
+
+
+def _prepare_branch(branch: Any) -> DecodeStep:
+    prepared = None
+    if not has_hooks(branch) and "forward" not in vars(branch):
+        prepared = branch.prepare_step()
+    return prepared or _call(branch)
+
+
+def _call(branch: nn.Module) -> DecodeStep:
+    def step(x_B1D: Tensor, seq: SequenceInfo, state: Any) -> Tensor:
+        return branch(x_B1D, seq, state)[0]
+
+    return step
