@@ -5,7 +5,7 @@ import torch
 
 import hybridlm_kernels as ops
 from hybridlm_kernels import decoding, registry
-from hybridlm_kernels.tools.recurrence_inputs import recurrence_inputs
+from hybridlm_kernels.random_inputs import recurrence_inputs
 from tests.support.recurrences import KINDS, call
 
 

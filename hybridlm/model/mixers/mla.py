@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_state import LatentState
-from hybridlm.model.decode_step import DecodeStep, attend_one, is_plain, linear_step, norm_step
+from hybridlm.model.decode_step import DecodeStep, attend_one, linear_step, norm_step
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
@@ -278,8 +278,8 @@ class MLA(IndexedMixer):
         return torch.einsum("bthc,hvc->bthv", o_BTHC, up_HVC), aux
 
     def prepare_step(self) -> DecodeStep | None:
-        if self.indexer_config is not None or not is_plain(self.kv_b_proj, nn.Linear):
-            return None  # the absorbed form reads the weight of kv_b_proj
+        if self.indexer_config is not None:
+            return None
         config = self.config
         if config.q_lora_rank is None:
             project_queries = linear_step(self.q_proj)
@@ -297,11 +297,14 @@ class MLA(IndexedMixer):
         rotary_dim = config.qk_rope_head_dim
 
         def step(x_B1D: Tensor, seq: SequenceInfo, state: LatentState) -> Tensor:
+            up_XC = readable_weight(self.kv_b_proj, x_B1D.device)
+            if up_XC is None:
+                return self(x_B1D, seq, state)[0]
             latent_B1L = kv_a_proj(x_B1D)
             c_B1C, r_B11R = kv_a_norm(latent_B1L[..., :latent_dim]), latent_B1L[..., None, latent_dim:]
             r_B1R = rotate_step(r_B11R, config.rope, rotary_dim, seq)[:, 0]
             latent_BSL = state.latent.append(torch.cat([c_B1C, r_B1R], -1))
-            up_HNC, up_HVC = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1)).split(key_dims, 1)
+            up_HNC, up_HVC = up_XC.unflatten(0, (config.num_heads, -1)).split(key_dims, 1)
             q_BHN, q_BHR = project_queries(x_B1D).view(heads).split([key_dims[0], rotary_dim], -1)
             q_BHR = rotate_step(q_BHR.unsqueeze(1), config.rope, rotary_dim, seq)[:, 0]
             q_BHC = torch.bmm(q_BHN.transpose(0, 1), up_HNC).transpose(0, 1)
