@@ -11,6 +11,13 @@ from typing import Any
 from hybridlm.errors import ConfigError
 from hybridlm.inspect import scaled
 from hybridlm.model.cost import count_parameters, decode_state_bytes
+from hybridlm.report.comparison import (
+    Comparison,
+    comparison_figures,
+    config_differences,
+    final_numbers,
+    tables,
+)
 from hybridlm.report.figures import Figure, Table, number
 from hybridlm.report.palette import Palette, Style
 from hybridlm.report.read import Run, Sweep
@@ -39,8 +46,10 @@ class ReportDocument:
     notes: list[str]
 
 
-def document(read: Run | Sweep, metrics: Sequence[str] = ()) -> ReportDocument:
-    """Make the content of a page from what `read` has read; `metrics` are drawn beside the usual figures."""
+def document(read: Run | Sweep | Comparison, metrics: Sequence[str] = ()) -> ReportDocument:
+    """Make the content of a page from what was read; `metrics` are drawn beside the usual figures."""
+    if isinstance(read, Comparison):
+        return _of_comparison(read, metrics)
     return _of_run(read, metrics) if isinstance(read, Run) else _of_sweep(read, metrics)
 
 
@@ -51,6 +60,18 @@ def _of_run(run: Run, metrics: Sequence[str]) -> ReportDocument:
     return ReportDocument("run", run.name, _run_facts(run), [(name, palette[name]) for name in layers], figures,
                           _provenance([("", run)]), [("config.yaml", run.config_text)] if run.config_text else [],
                           [*_corrupt(run), *([run.fault] if run.fault else []), *_missing(missing)])
+
+
+def _of_comparison(comparison: Comparison, metrics: Sequence[str]) -> ReportDocument:
+    figures, missing = comparison_figures(comparison, metrics)
+    texts = [(f"config.yaml of {name}", run.config_text) for name, run in comparison.pairs() if run.config_text]
+    notes = [note for name, run in comparison.pairs()
+             for note in (*_corrupt(run), *([f"{name}: {run.fault}"] if run.fault else []))]
+    facts = [(name, f"{run.steps:,} steps") for name, run in comparison.pairs()]
+    compared = tables(final_numbers(comparison), config_differences(comparison))
+    return ReportDocument("comparison", comparison.name, facts, [], figures,
+                          [*compared, *_provenance(comparison.pairs(), column="run")], texts,
+                          [*notes, *_missing(missing)])
 
 
 def _missing(names: list[str]) -> list[str]:
@@ -94,7 +115,7 @@ def _count(value: float) -> str:
     return scaled(value, 1000, COUNT_UNITS)
 
 
-def _provenance(runs: list[tuple[str, Run]]) -> list[tuple[str, Table]]:
+def _provenance(runs: list[tuple[str, Run]], column: str = "point") -> list[tuple[str, Table]]:
     """Tables of the commands, and of machine and versions where these differ between sessions."""
     named = len(runs) > 1
     commands: list[list[str]] = []
@@ -108,7 +129,7 @@ def _provenance(runs: list[tuple[str, Run]]) -> list[tuple[str, Table]]:
             versions.setdefault(json.dumps(facts), []).append(name)
     tables = []
     if commands:
-        tables.append(("Commands", Table([*(["point"] if named else []), "started (UTC)", "command"], commands)))
+        tables.append(("Commands", Table([*([column] if named else []), "started (UTC)", "command"], commands)))
     if versions:
         columns = [json.loads(key) for key in versions]
         names = list(dict.fromkeys(name for column in columns for name in column))
@@ -123,11 +144,14 @@ def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> ReportDocument:
     axes = Axes(sweep)
     figures, missing = sweep_figures(sweep, axes, metrics)
     first = sweep.points[0]
-    tables = [("Points", _points(sweep)), *_provenance([(point.row["point"], point.run) for point in sweep.points])]
+    sections = [("Points", _points(sweep)), *_provenance([(point.row["point"], point.run) for point in sweep.points])]
+    command = sweep.plan.get("command")
+    if isinstance(command, str):
+        sections.insert(0, ("Command", Table(["command"], [[command]])))
     texts = [(f"config.yaml of {first.row['point']}", first.run.config_text)] if first.run.config_text else []
     notes = [str(note) for note in sweep.plan.get("notes", [])]
     notes += [note for point in sweep.points for note in _corrupt(point.run)]
-    return ReportDocument("sweep", sweep.name, _sweep_facts(sweep), [], figures, tables, texts,
+    return ReportDocument("sweep", sweep.name, _sweep_facts(sweep), [], figures, sections, texts,
                           [*notes, *_missing(missing)])
 
 
@@ -139,8 +163,6 @@ def _sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
     facts.append(("equal budgets", str(results["match"])))
     counted = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
     facts += [("points", counted), ("tokens per point", _count(sweep.points[0].row["tokens"]))]
-    if isinstance(command := sweep.plan.get("command"), str):
-        facts.append(("command", command))
     return facts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -132,11 +132,16 @@ def _section(title: str, content: str, *, closed: bool = False) -> str:
 
 def _table(table: Table) -> str:
     head = _cells("th", table.header)
-    rows = "".join(f"<tr>{_cells('td', row)}</tr>" for row in table.rows)
+    rows = "".join(f"<tr>{_cells('td', row, table.header)}</tr>" for row in table.rows)
     note = f"<p>{escape(table.note)}</p>" if table.note else ""
     return (f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
             f"{note}")
 
 
-def _cells(tag: str, texts: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+def _cells(tag: str, texts: Iterable[str], header: Sequence[str] = ()) -> str:
+    """Make cells; those under the heading "command" are code in one line, which scrolls and is never wrapped."""
+    made = []
+    for index, text in enumerate(texts):
+        code = index < len(header) and header[index] == "command"
+        made.append(f"<{tag}{' class=command' if code else ''}>{escape(text)}</{tag}>")
+    return "".join(made)

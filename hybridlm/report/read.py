@@ -122,7 +122,7 @@ def read(path: str | Path, metrics: list[str] | None = None) -> Run | Sweep:
     if not run.steps:
         corrupt = f", only {run.corrupt_lines} corrupt lines" if run.corrupt_lines else ""
         raise ConfigError("report", f"this run has no steps yet (metrics.jsonl has no record{corrupt})", got=str(path))
-    _check_metrics(metrics or [], run.curves)
+    check_metrics(metrics or [], run.curves)
     return run
 
 
@@ -174,7 +174,7 @@ def _read_sweep(folder: Path, metrics: list[str]) -> Sweep:
                           hint="the same sweep started again writes a new one") from None
     if not any(point.run.steps or point.probes for point in points):
         raise ConfigError("report", "no point of this sweep has a step yet", got=str(folder))
-    _check_metrics(metrics, {name for point in points for name in (*point.row["metrics"], *point.run.curves)})
+    check_metrics(metrics, {name for point in points for name in (*point.row["metrics"], *point.run.curves)})
     return Sweep(folder, results, plan, points)
 
 
@@ -190,7 +190,12 @@ def _probes(results: dict[str, Any], row: dict[str, Any]) -> dict[str, ProbeAccu
     return found
 
 
-def _check_metrics(asked: list[str], known: Any) -> None:
+def check_metrics(asked: list[str], known: Any) -> None:
+    """Refuse a metric that no run has.
+
+    Raises:
+        ConfigError: the first such metric, with the nearest name.
+    """
     for name in asked:
         if name not in known:
             hint = did_you_mean(name, known)

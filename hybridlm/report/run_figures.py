@@ -30,7 +30,8 @@ def run_figures(run: Run, metrics: Sequence[str] = ()) -> tuple[list[Figure], li
     figures: list[Figure] = []
     missing: list[str] = []
     for found, lacking in (
-            (_loss(run), "loss"), (_speed(run), "tokens/s"), (_memory(run), "memory"),
+            (_loss(run), "loss"), (_learning_rate(run), "learning rate"), (_gradient(run), "norm of the gradient"),
+            (_speed(run), "tokens/s"), (_memory(run), "memory"),
             (_overload(run), "expert load over time"), (_experts(run), "load of each expert"),
             (_indexer_over_time(run, "recall"), "DSA recall"),
             (_indexer_by_layer(run, "recall"), "DSA recall by layer"),
@@ -63,6 +64,20 @@ def _loss(run: Run) -> Chart | None:
     lines = [("loss", "training", TRAINING), ("validation_loss", "validation", VALIDATION)]
     return replace(_over_steps(run, "loss", "Loss", "Nats per token, of the next token alone.", Axis("loss"), lines),
                    wide=True)
+
+
+def _learning_rate(run: Run) -> Chart | None:
+    if "lr" not in run.curves:
+        return None
+    return _over_steps(run, "learning-rate", "Learning rate", "That of the stage; other groups of parameters have a "
+                       "multiple of it.", Axis("learning rate"), [("lr", "learning rate", TRAINING)])
+
+
+def _gradient(run: Run) -> Chart | None:
+    if "grad_norm" not in run.curves:
+        return None
+    return _over_steps(run, "gradient-norm", "Norm of the gradient", "Of all parameters together, before clipping.",
+                       Axis("norm", log=True), [("grad_norm", "norm of the gradient", TRAINING)])
 
 
 def _speed(run: Run) -> Chart | None:

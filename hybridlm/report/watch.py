@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ def state_of(folder: Path) -> list[tuple[str, int, int]]:
     return found + [(str(file), 0, 0) for file in sorted(folder.glob("points/*/probes/*.json"))]
 
 
-def watch(folder: Path, write: Callable[[bool], dict[str, Any]], *, every: float = LOOK_EVERY_S,
+def watch(folders: Sequence[Path], write: Callable[[bool], dict[str, Any]], *, every: float = LOOK_EVERY_S,
           say: Callable[[str], None] = print, sleep: Callable[[float], None] | None = None) -> dict[str, Any]:
-    """Write the page now, after every change of the folder, and once more when Ctrl-C ends the watching.
+    """Write the page now, after every change of a folder, and once more when Ctrl-C ends the watching.
 
     Args:
-        folder: a run or sweep.
+        folders: a run or sweep, or the runs that are compared.
         write: writes the page; its argument says whether the page shall load itself again.
-        every: seconds between two looks at the folder.
+        every: seconds between two looks at the folders.
         say: prints a message.
         sleep: waits so many seconds; default `time.sleep`.
 
@@ -42,13 +42,17 @@ def watch(folder: Path, write: Callable[[bool], dict[str, Any]], *, every: float
     Raises:
         UserError: what the first call raises, for there is no report on such a folder.
     """
-    seen = state_of(folder)
+    def look() -> list[list[tuple[str, int, int]]]:
+        return [state_of(folder) for folder in folders]
+
+    seen = look()
+    names = ", ".join(map(str, folders))
     result = write(True)
     try:
-        say(f"{result['page']}: written again when {folder} changes, looked at every {every:g} s; Ctrl-C ends")
+        say(f"{result['page']}: written again when {names} changes, looked at every {every:g} s; Ctrl-C ends")
         while True:
             (sleep or time.sleep)(every)
-            if (now := state_of(folder)) != seen:
+            if (now := look()) != seen:
                 seen = now
                 result = write(True)
     except KeyboardInterrupt:

@@ -73,7 +73,7 @@ def test_a_config_that_cannot_be_used_costs_its_facts_alone(tmp_path):
     assert page.notes[0].startswith("config.yaml cannot be used: ")
     assert page.layers == []
     assert page.texts == [("config.yaml", "model: {layers: 3\n")]
-    assert len(page.figures) == 5
+    assert len(page.figures) == 7
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"points": []}', '{"points": [{"point": "a", "settings": {}}]}'])

@@ -29,7 +29,7 @@ def test_the_page_is_written_again_when_the_run_goes_on_and_once_at_the_end(tmp_
             raise KeyboardInterrupt
 
     looks, told = [], []
-    assert watch(run, write, every=3, say=told.append, sleep=sleep)["runs"][0]["steps"] == 6
+    assert watch([run], write, every=3, say=told.append, sleep=sleep)["runs"][0]["steps"] == 6
     assert looks == [3] * 4
     assert written == [(5, True), (6, True), (6, False)]
     assert "Ctrl-C ends" in told[0]
@@ -55,5 +55,5 @@ def test_ctrl_c_ends_the_command_with_0(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "Ctrl-C ends" in out.splitlines()[0]
-    assert "5 figures" in out
+    assert "7 figures" in out
     assert "data-refresh" not in (run / "report.html").read_text(encoding="utf-8").split("<script>")[0]

@@ -23,7 +23,7 @@ def record(step, *, dsa=False, every=5, shift=0.0, stage="pretrain"):
     """Loss 6 - log(step), four experts in two layers, the first of which gets all; validation every 5 steps."""
     row = {"step": step, "loss": 6 - math.log(step) + shift, "stage": stage, "tokens": 1000 * step,
            "seconds": 0.5 * step, "tokens_per_second": 2000.0 + step, "peak_memory_bytes": (400 + step) << 20,
-           "grad_norm": 1 / step,
+           "grad_norm": 1 / step, "lr": 1e-3 / step,
            **{f"moe/max_violation/{layer}": 3.0 / step for layer in LAYERS}}
     if step % every == 0:
         row |= {"validation_loss": 6.5 - math.log(step) + shift, "validation_bits_per_byte": 2.0,
