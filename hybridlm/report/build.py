@@ -20,8 +20,9 @@ PAGE_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"  # in the folder of the first run that is compared
 
 
-def write_report(path: str | Path | Sequence[str | Path], *, output: str | Path | None = None, png: str | Path | None = None,
-                 metrics: Sequence[str] = (), refresh: int | None = None) -> dict[str, Any]:
+def write_report(path: str | Path | Sequence[str | Path], *, output: str | Path | None = None,
+                 png: str | Path | None = None, metrics: Sequence[str] = (),
+                 refresh: int | None = None) -> dict[str, Any]:
     """Write the page of a run or sweep, or of several runs beside one another, and its figures as PNG files.
 
     Args:

@@ -1,4 +1,4 @@
-"""Several runs beside one another: their curves over steps and over tokens, where their configs differ, how they ended."""
+"""Several runs beside one another: curves over steps and over tokens, differing settings, final numbers."""
 
 from __future__ import annotations
 
@@ -111,8 +111,7 @@ def tables(final: list[dict[str, Any]], differences: dict[str, list[Any]]) -> li
     shown = [key for key in final[0] if key not in ("name", "folder") and any(row[key] is not None for row in final)]
     rows = [[key.replace("_", " "), *(number(row[key], "bytes" if key.endswith("_bytes") else "number")
                                       for row in final)] for key in shown]
-    made = [("Final numbers", Table(["", *names], rows, f"loss: mean of the last {LAST_STEPS} steps; tokens per second: "
-                                    "median"))]
+    made = [("Final numbers", Table(["", *names], rows, f"loss: mean of the last {LAST_STEPS} steps; speed: median"))]
     if differences:
         made.append(("Differences of the configs", Table(
             ["setting", *names], [[key, *(_plain(value) for value in values)] for key, values in differences.items()])))

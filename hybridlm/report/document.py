@@ -64,11 +64,11 @@ def _of_run(run: Run, metrics: Sequence[str]) -> ReportDocument:
 
 def _of_comparison(comparison: Comparison, metrics: Sequence[str]) -> ReportDocument:
     figures, missing = comparison_figures(comparison, metrics)
+    compared = tables(final_numbers(comparison), config_differences(comparison))
     texts = [(f"config.yaml of {name}", run.config_text) for name, run in comparison.pairs() if run.config_text]
     notes = [note for name, run in comparison.pairs()
              for note in (*_corrupt(run), *([f"{name}: {run.fault}"] if run.fault else []))]
     facts = [(name, f"{run.steps:,} steps") for name, run in comparison.pairs()]
-    compared = tables(final_numbers(comparison), config_differences(comparison))
     return ReportDocument("comparison", comparison.name, facts, [], figures,
                           [*compared, *_provenance(comparison.pairs(), column="run")], texts,
                           [*notes, *_missing(missing)])

@@ -25,8 +25,8 @@ def lines(panel):
 def test_a_run_with_everything_has_every_figure(tmp_path):
     page = document(read(folders.run_folder(tmp_path / "run", dsa=True)))
     figures = by_id(page)
-    assert list(figures) == ["loss", "learning-rate", "gradient-norm", "speed", "memory", "expert-overload", "experts", "indexer-recall",
-                             "indexer-recall-layers", "indexer-kl", "indexer-kl-layers"]
+    assert list(figures) == ["loss", "learning-rate", "gradient-norm", "speed", "memory", "expert-overload", "experts",
+                             "indexer-recall", "indexer-recall-layers", "indexer-kl", "indexer-kl-layers"]
     assert page.notes == []
     loss = lines(figures["loss"].panels[0])
     assert loss["training"].y == [6 - math.log(step) for step in range(1, 21)]
@@ -49,8 +49,8 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path):
     assert [figure.id for figure in page.figures] == ["loss"]
     assert page.notes == [
         "there is no config.yaml",
-        "not drawn because there is no data: learning rate, norm of the gradient, tokens/s, memory, expert load over time, load of each expert, "
-        "DSA recall, DSA recall by layer, DSA KL, DSA KL by layer"]
+        "not drawn because there is no data: learning rate, norm of the gradient, tokens/s, memory, expert load over "
+        "time, load of each expert, DSA recall, DSA recall by layer, DSA KL, DSA KL by layer"]
 
 
 def test_any_metric_can_be_drawn(tmp_path):
