@@ -15,13 +15,23 @@ False
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
+import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import filelock
+
+try:
+    import fcntl
+except ImportError:  # not a Unix system
+    fcntl = None  # type: ignore[assignment]
+
+WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # what a file system without locks says
+log = logging.getLogger("hybridlm")
+_warned_folders: set[Path] = set()
 
 
 def write_bytes(path: Path, data: bytes, *, flush: bool = False) -> None:
@@ -58,35 +68,80 @@ def write_json(path: Path, data: Any, *, flush: bool = False) -> None:
     write_text(path, json.dumps(data, indent=1) + "\n", flush=flush)
 
 
-def try_lock(path: Path) -> filelock.BaseFileLock | None:
+class Lock(Protocol):
+    """A lock that this process holds."""
+
+    def release(self) -> None:
+        """Free the lock."""
+
+
+class _NoLock:
+    """Stands for a lock on a file system that has none; it excludes nobody."""
+
+    def release(self) -> None:
+        pass
+
+
+def try_lock(path: Path) -> Lock | None:
     """Lock the file at `path` for this process without waiting; None while another holder has it.
 
     The system frees a lock when its holder dies; `release()` frees it earlier. A file system that has no locks gives
-    one that excludes nobody.
+    one that excludes nobody, with a warning in the log.
 
     Raises:
         OSError: the file cannot be made.
     """
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return None
-    except NotImplementedError:  # some network file systems
-        pass
-    return lock
+    return _lock(path, timeout=0)
 
 
-def wait_for_lock(path: Path) -> filelock.BaseFileLock:
+def wait_for_lock(path: Path) -> Lock:
     """Lock the file at `path` for this process, waiting until no other holder has it. See `try_lock`.
 
     Raises:
         OSError: the file cannot be made.
     """
-    lock = filelock.FileLock(path)
-    with contextlib.suppress(NotImplementedError):  # some network file systems
-        lock.acquire()
+    lock = _lock(path, timeout=-1)
+    assert lock is not None  # it waits without end
     return lock
+
+
+def _lock(path: Path, timeout: float, warn: bool = True) -> Lock | None:
+    if _lacks_locks(path):
+        if warn:
+            _warn_of_no_locks(path.parent)
+        return _NoLock()
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except filelock.Timeout:
+        return None
+    return lock
+
+
+def _lacks_locks(path: Path) -> bool:
+    """Whether the file system of `path` has no locks (Lustre mounted without flock, NFS without its lock service).
+
+    Freeing a lock that nobody holds tells it: nothing changes, and no other process notices.
+    """
+    if fcntl is None:
+        return False
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _warn_of_no_locks(folder: Path) -> None:
+    if folder not in _warned_folders:
+        _warned_folders.add(folder)
+        log.warning("%s: this file system has no file locks, so nothing keeps a second process out of this folder; "
+                    "start only one there, or mount it with locks (Lustre: -o flock)", folder)
 
 
 def is_locked(path: Path) -> bool:
@@ -94,7 +149,7 @@ def is_locked(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        lock = try_lock(path)
+        lock = _lock(path, timeout=0, warn=False)
     except OSError:
         return False
     if lock is None:

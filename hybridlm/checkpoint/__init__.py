@@ -21,6 +21,7 @@ are given as `ranks`.
 from hybridlm.checkpoint.folder import newest, prune, remove_drafts, resolve, seal, step_folders, step_of, verify
 from hybridlm.checkpoint.legacy_names import checkpoint_tensors
 from hybridlm.checkpoint.model import (
+    data_rules,
     layer_diff,
     layer_list,
     load_checkpoint,
@@ -34,8 +35,8 @@ from hybridlm.checkpoint.saving import SHARD_BYTES, Save, write
 from hybridlm.tensor_storage import StoredTensor, read_tensors, unique_tensors
 
 __all__ = [
-    "SHARD_BYTES", "Save", "StoredTensor", "checkpoint_tensors", "layer_diff", "layer_list", "load_checkpoint",
-    "load_tokenizer", "load_weights", "model_texts", "newest", "prune", "read_config", "read_model_config",
-    "read_tensors", "remove_drafts", "resolve", "seal", "step_folders", "step_of", "unique_tensors", "verify",
-    "write",
+    "SHARD_BYTES", "Save", "StoredTensor", "checkpoint_tensors", "data_rules", "layer_diff", "layer_list",
+    "load_checkpoint", "load_tokenizer", "load_weights", "model_texts", "newest", "prune", "read_config",
+    "read_model_config", "read_tensors", "remove_drafts", "resolve", "seal", "step_folders", "step_of",
+    "unique_tensors", "verify", "write",
 ]

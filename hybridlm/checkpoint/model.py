@@ -16,6 +16,7 @@ from hybridlm.checkpoint.folder import resolve
 from hybridlm.checkpoint.legacy_names import checkpoint_tensors
 from hybridlm.config.legacy import load_saved_config, upgrade_layers
 from hybridlm.config.serialization import from_dict, to_yaml
+from hybridlm.data import DATA_RULES
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.distributed.zero.partition import read_weight
 from hybridlm.errors import CheckpointError
@@ -41,6 +42,19 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"the layer list of {folder} is not what its config gives: "
                               + "; ".join(layer_diff(saved, layer_list(config))))
     return config
+
+
+def data_rules(folder: Path) -> int:
+    """Read the version of the data rules (split, order of samples) under which the checkpoint's run reads its data.
+
+    Checkpoints of earlier versions name none: theirs is 1. A checkpoint without the state of a run, such as an imported
+    one, has read no data of ours: the rules are those of this version.
+    """
+    try:
+        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return DATA_RULES
+    return int(state.get("data_rules", 1))
 
 
 def layer_list(config: ModelConfig) -> list[dict[str, Any]]:

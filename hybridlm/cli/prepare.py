@@ -40,6 +40,8 @@ def run(argv: Sequence[str]) -> int:
             print(f"{source['path']}  {part:<10}  {counted(counts['documents'], 'document')}  "
                   f"{counts['tokens']:,} tokens  {counts['bytes']:,} bytes  "
                   f"longest {counts['longest_document']:,} tokens")
+        if 0 < source["held_out"] < 1:
+            print(f"{source['path']}  {source['held_out']:.2%} of the bytes held out")
         passed = [f"{counted(source[key], noun)} {words}" for key, (noun, words) in PASSED_OVER.items()
                   if source.get(key)]
         if passed:

@@ -24,7 +24,8 @@ class DataSourceConfig:
 
     path: str = "stdlib"
     """`stdlib` (the Python standard library's own sources), a file, folder or glob pattern (.txt .md .py .jsonl
-    .jsonl.gz .parquet), or a `datasets` dataset by name (owner/name) or saved folder."""
+    .json .parquet, also compressed: .gz .zst .bz2 .xz), or a `datasets` dataset by name (owner/name) or a saved
+    folder."""
     format: str = "auto"
     """The format of `path`: stdlib, text, jsonl, parquet, dataset, or one of your own; `auto` recognises it by its name
     and by what is there."""
@@ -61,7 +62,7 @@ class DataConfig(DataSourceConfig):
     tokenizer_eos: str | None = None
     """The end-of-text token, where the tokenizer's files do not name it."""
     validation_fraction: float = 0.02
-    """Fraction of the documents that is kept for validation, chosen by a hash of their content."""
+    """Fraction of the text's bytes that is kept for validation, documents chosen by a hash of their content."""
     validation_path: str | None = None
     """Another source for validation, in place of the fraction."""
     validation_split: str | None = None
@@ -73,7 +74,7 @@ class DataConfig(DataSourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.validation_fraction < 1, "validation_fraction", "must be a fraction of the documents",
+        require(0 <= self.validation_fraction < 1, "validation_fraction", "must be a fraction of the bytes",
                 got=self.validation_fraction, expected="at least 0 and below 1")
         require(not (self.mixture and self.validation_split and not self.validation_path), "validation_split",
                 "needs validation_path beside a mixture", got=self.validation_split)

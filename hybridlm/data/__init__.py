@@ -1,12 +1,12 @@
 """Sources -> tokens on disk -> packed batches with document borders. See docs/data.md."""
 
 from hybridlm.data.packing import Batch, PackedDataset, Sample, collate
-from hybridlm.data.prepare import PreparedData, check_sources, prepare
+from hybridlm.data.prepare import DATA_RULES, PreparedData, check_sources, prepare
 from hybridlm.data.shards import TokenStore
 from hybridlm.data.statistics import bigram_entropy, unigram_entropy
 from hybridlm.data.tokenizer import StreamDecoder, Tokenizer, check_vocab, load_tokenizer
 from hybridlm.data.tokenizer_comparison import tokenizer_differences
 
-__all__ = ["Batch", "PackedDataset", "PreparedData", "Sample", "StreamDecoder", "TokenStore", "Tokenizer",
+__all__ = ["DATA_RULES", "Batch", "PackedDataset", "PreparedData", "Sample", "StreamDecoder", "TokenStore", "Tokenizer",
            "bigram_entropy", "check_sources", "check_vocab", "collate", "load_tokenizer", "prepare",
            "tokenizer_differences", "unigram_entropy"]

@@ -77,13 +77,15 @@ class PackedDataset(Dataset):
         weights: of the sources in the mixture; default the stores' own.
         shuffle: a new order of windows in every epoch, sources mixed by weight; False reads the stream in order, as
             validation does.
+        whole_blocks: the order of runs of an earlier version; see `SampleOrder`.
 
     Raises:
         DataError: no tokens; a sequence length below 2.
     """
 
     def __init__(self, stores: TokenStore | Sequence[TokenStore], sequence_length: int, depth: int = 0,
-                 seed: int = 0, *, weights: Sequence[float] | None = None, shuffle: bool = True):
+                 seed: int = 0, *, weights: Sequence[float] | None = None, shuffle: bool = True,
+                 whole_blocks: bool = False):
         self.stores = [stores] if isinstance(stores, TokenStore) else list(stores)
         if sequence_length < 2:
             raise DataError(f"sequence length: got {sequence_length}; a window needs at least 2 tokens")
@@ -92,7 +94,8 @@ class PackedDataset(Dataset):
             raise DataError(f"{', '.join(empty) or 'data'}: no tokens to read")
         self.sequence_length, self.depth, self.seed = sequence_length, depth, seed
         windows = [count_windows(store.num_tokens, sequence_length) for store in self.stores]
-        self.order = SampleOrder(windows, weights or [store.weight for store in self.stores], seed, shuffle)
+        self.order = SampleOrder(windows, weights or [store.weight for store in self.stores], seed, shuffle,
+                                 whole_blocks)
 
     def __len__(self) -> int:
         return sum(self.order.windows)

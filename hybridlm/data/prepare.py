@@ -20,11 +20,12 @@ from typing import Any
 from hybridlm.config.schema import DataConfig, DataSourceConfig
 from hybridlm.data.build import Advance, build, locked
 from hybridlm.data.shards import FORMAT, TokenStore, read_manifest, shards_of, verify
-from hybridlm.data.split import Part, Split, plan_split
+from hybridlm.data.split import Part, Split, plan_split, plan_split_by_documents
 from hybridlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from hybridlm.errors import DataError
 from hybridlm.sources import Source, is_hub_name, open_source
 
+DATA_RULES = 2  # version of the split and of the order of samples; 1: by documents, and whole blocks of a mixture
 BPE_BYTES = 1 << 28  # text that a tokenizer is trained on, divided among the sources by weight
 
 
@@ -43,13 +44,19 @@ class PreparedSource:
         return {"documents": sum(s.documents for s in shards), "tokens": sum(s.tokens for s in shards),
                 "bytes": sum(s.bytes for s in shards), "longest_document": max((s.longest for s in shards), default=0)}
 
+    def held_out(self) -> float:
+        """The fraction of the text's bytes that is validation text."""
+        train, validation = (self.summary(part)["bytes"] for part in ("train", "validation"))
+        return validation / (train + validation)
+
 
 @dataclass
 class PreparedData:
     """The tokens that a run reads.
 
     `train` has one store per source, with its weight; `validation` all held-out documents, or None when the config asks
-    for none (validation_fraction=0).
+    for none (validation_fraction=0). `rules` is the version of the split and of the order of samples: a run that an
+    earlier version began goes on with its own.
     """
 
     tokenizer: Tokenizer
@@ -57,6 +64,7 @@ class PreparedData:
     validation: TokenStore | None
     sources: list[PreparedSource]
     cache: Path
+    rules: int = DATA_RULES
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,10 +101,22 @@ class PreparedData:
         total = sum(store.weight for store in self.train)
         return [num_tokens * store.weight / total / store.num_tokens for store in self.train]
 
+    def unread_sources(self, num_samples: int) -> list[str]:
+        """Names of training sources whose weight gives them less than one of `num_samples` samples."""
+        total = sum(store.weight for store in self.train)
+        return [store.name for store in self.train if num_samples * store.weight < total]
+
+    @property
+    def held_out(self) -> float:
+        """The fraction of the text's bytes that is validation text."""
+        validation = 0 if self.validation is None else self.validation.num_bytes
+        return validation / (self.bytes + validation)
+
     def report(self) -> dict[str, Any]:
         """Make the report that `hybridlm prepare` prints, as plain data."""
         rows = [{"path": s.path, "weight": s.weight, "folder": str(s.folder), **s.manifest["counts"],
-                 "train": s.summary("train"), "validation": s.summary("validation")} for s in self.sources]
+                 "held_out": s.held_out(), "train": s.summary("train"), "validation": s.summary("validation")}
+                for s in self.sources]
         total = {part: {key: sum(row[part][key] for row in rows) for key in ("documents", "tokens", "bytes")}
                  for part in ("train", "validation")}
         return {"tokenizer": {"name": self.tokenizer.name, "vocab_size": self.tokenizer.vocab_size,
@@ -113,17 +133,21 @@ class _SourceJob:
     source: Source
     fraction: float
     everything: Part | None
+    rules: int
     identity: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.identity = {"source": self.source.fingerprint(), "fraction": self.fraction, "everything": self.everything}
+        if self.rules > 1 and not self.everything:
+            self.identity["split"] = "bytes"
 
     @cached_property
     def split(self) -> Split:
         if self.everything:
             return Split(everything=self.everything)
         texts = (document.text for _, _, document in self.source.documents())
-        return plan_split(texts, self.fraction, self.source.label)
+        plan = plan_split if self.rules > 1 else plan_split_by_documents
+        return plan(texts, self.fraction, self.source.label)
 
     def training_texts(self, limit: float) -> Iterator[str]:
         """Yield training documents up to `limit` bytes, the last one cut."""
@@ -149,7 +173,8 @@ def cache_root(config: DataConfig) -> Path:
     return Path(base) / "hybridlm"
 
 
-def prepare(config: DataConfig, progress: bool = True, verify: bool = False) -> PreparedData:
+def prepare(config: DataConfig, progress: bool = True, verify: bool = False,
+            rules: int = DATA_RULES) -> PreparedData:
     """Make the tokens of all sources, or find them in the cache.
 
     Processes may call this at the same time: one builds, the others wait. A call that was killed is continued
@@ -159,6 +184,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = False) -> 
         config: the data section of a run.
         progress: show progress bars on a terminal.
         verify: recompute every checksum, also of large shards.
+        rules: version of the split and of the order of samples; `checkpoint.data_rules` says that of a checkpoint.
 
     Raises:
         DataError: a source, tokenizer or prepared shard that cannot be used.
@@ -168,7 +194,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = False) -> 
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{root}: the cache folder cannot be made ({error}); set data.cache_dir") from error
-    jobs = _jobs(config)
+    jobs = _jobs(config, rules)
     tokenizer = _tokenizer(config, jobs, root)
     with ExitStack() as stack:
         bar = _ProgressBars(stack) if progress else None
@@ -183,7 +209,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = False) -> 
             train.append(TokenStore(shards["train"], tokenizer.byte_lengths, name=job.source.label,
                                     weight=job.config.weight))
     validation = TokenStore(held_out, tokenizer.byte_lengths, name="validation") if held_out else None
-    return PreparedData(tokenizer, train, validation, sources, root)
+    return PreparedData(tokenizer, train, validation, sources, root, rules)
 
 
 def check_sources(config: DataConfig) -> None:
@@ -198,18 +224,19 @@ def check_sources(config: DataConfig) -> None:
             open_source(source)
 
 
-def _jobs(config: DataConfig) -> list[_SourceJob]:
+def _jobs(config: DataConfig, rules: int) -> list[_SourceJob]:
     fraction = config.validation_fraction
     held_out = []
     if config.validation_path or config.validation_split:
         given = replace(config, path=config.validation_path or config.path, weight=1.0,
                         format="auto" if config.validation_path else config.format,
                         split=config.validation_split or config.split)
-        held_out = [_SourceJob(given, open_source(given), 0.0, "validation")]
+        held_out = [_SourceJob(given, open_source(given), 0.0, "validation", rules)]
         fraction = 0.0
     files = frozenset(unit.path for job in held_out for unit in job.source.units if unit.path)
     everything: Part | None = None if fraction else "train"
-    return [_SourceJob(c, open_source(c, files), fraction, everything) for c in config.mixture or [config]] + held_out
+    return [_SourceJob(c, open_source(c, files), fraction, everything, rules)
+            for c in config.mixture or [config]] + held_out
 
 
 def _tokenizer(config: DataConfig, jobs: list[_SourceJob], root: Path) -> Tokenizer:
@@ -237,6 +264,8 @@ def _train_tokenizer(vocab_size: int, jobs: list[_SourceJob], fractions: list[fl
 
 def _build(job: _SourceJob, tokenizer: Tokenizer, config: DataConfig, root: Path, bar: _ProgressBars | None) -> Path:
     identity = {"format": FORMAT, **job.identity, "tokenizer": tokenizer.fingerprint, "shard": config.shard_tokens}
+    if tokenizer.acts_at_edges and job.rules > 1:
+        identity["edges"] = "of documents"  # not of the pieces of long ones, as in version 1
     folder = root / "data" / digest(identity)
     if not folder.is_dir():
         description = {"key": folder.name, "fraction": job.fraction, "everything": job.everything,

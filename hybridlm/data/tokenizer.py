@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
+from hybridlm.data.document_pieces import acts_at_edges, cut_before_words, cut_text, piece_state, puts_a_space
 from hybridlm.errors import DataError
 
 EOS = "<|endoftext|>"
@@ -70,6 +71,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, EOS, "bpe")
 
 
+class _Piece(NamedTuple):
+    """A text to encode; whether it is the first and the last of its document, and whether a space stands before it."""
+
+    text: str
+    first: bool
+    last: bool
+    spaced: bool
+
+
 class Tokenizer:
     """A tokenizer that adds no special tokens; text that spells a special token stays text.
 
@@ -89,6 +99,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.eos, self.eos_id, self.name = backend, eos, eos_id, name
+        self._piece_backends: dict[tuple[bool, bool, bool], tokenizers.Tokenizer] = {}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def __repr__(self) -> str:
@@ -127,6 +138,11 @@ class Tokenizer:
         state = json.loads(self.to_str())
         return _has(state["decoder"], "ByteLevel") and state["normalizer"] is None
 
+    @cached_property
+    def acts_at_edges(self) -> bool:
+        """Whether a text's start or end is treated in its own way (a space before it, white space stripped)."""
+        return acts_at_edges(json.loads(self.to_str()))
+
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids, int64 [N], without the end of text. Bytes must be UTF-8, except for a byte tokenizer."""
         return self.encode_documents([text.encode() if isinstance(text, str) else text])[0].astype(np.int64)
@@ -134,33 +150,55 @@ class Tokenizer:
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of many documents at once, in the smallest type that holds them.
 
-        Documents above 2^18 characters are cut after a line end (or else a space) and encoded piece by piece,
-        so a token that would have crossed the cut becomes two.
+        Documents above 2^18 characters are encoded piece by piece. What the tokenizer does at the start and the end of
+        a text it does at those of the document; see `hybridlm.data.document_pieces`. A token that would have crossed
+        the end of a line where two pieces meet becomes two.
         """
         if self.is_bytes:
             return [np.frombuffer(document, dtype=np.uint8) for document in documents]
-        pieces: list[str] = []
+        cut = cut_before_words if self.acts_at_edges else cut_text
+        pieces: list[_Piece] = []
         owners: list[int] = []
         for owner, document in enumerate(documents):
-            cut = cut_text(document.decode("utf-8"), MAX_ENCODED_CHARACTERS)
-            pieces += cut
-            owners += [owner] * len(cut)
+            texts = cut(document.decode("utf-8"), MAX_ENCODED_CHARACTERS)
+            pieces += [self._piece(text, number == 0, number == len(texts) - 1) for number, text in enumerate(texts)]
+            owners += [owner] * len(texts)
         parts: list[list[np.ndarray]] = [[] for _ in documents]
-        for owner, encoding in zip(owners, self._encode_batch(pieces), strict=True):
+        for owner, encoding in zip(owners, self._encode_pieces(pieces), strict=True):
             parts[owner].append(np.array(encoding.ids, dtype=self.dtype))
         return [p[0] if len(p) == 1 else np.concatenate(p) for p in parts]
 
-    def _encode_batch(self, pieces: list[str]) -> Iterable[Any]:
+    def _encode_pieces(self, pieces: list[_Piece]) -> Iterable[Any]:
         size = 0
         batch: list[str] = []
-        for piece in pieces:
-            batch.append(piece)
-            size += len(piece)
-            if size >= 8 * MAX_ENCODED_CHARACTERS:
-                yield from self.backend.encode_batch_fast(batch, add_special_tokens=False)
+        for number, piece in enumerate(pieces):
+            batch.append(piece.text)
+            size += len(piece.text)
+            backend = self._backend_for(piece)
+            follows = number + 1 < len(pieces) and self._backend_for(pieces[number + 1]) is backend
+            if size >= 8 * MAX_ENCODED_CHARACTERS or not follows:
+                yield from backend.encode_batch_fast(batch, add_special_tokens=False)
                 batch, size = [], 0
-        if batch:
-            yield from self.backend.encode_batch_fast(batch, add_special_tokens=False)
+
+    def _piece(self, text: str, first: bool, last: bool) -> _Piece:
+        spaced = not first and text.startswith(" ")
+        return _Piece(text[1:] if spaced and self._puts_a_space else text, first, last, spaced)
+
+    @cached_property
+    def _puts_a_space(self) -> bool:
+        return puts_a_space(json.loads(self.to_str()))
+
+    def _backend_for(self, piece: _Piece) -> tokenizers.Tokenizer:
+        """The tokenizer of a whole document, or that of a piece whose start or end is not the document's."""
+        if (piece.first and piece.last) or not self.acts_at_edges:
+            return self.backend
+        key = piece.first, piece.last, piece.spaced
+        if key not in self._piece_backends:
+            state = piece_state(json.loads(self.to_str()), first=key[0], last=key[1], spaced=key[2])
+            backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+            backend.encode_special_tokens = True
+            self._piece_backends[key] = backend
+        return self._piece_backends[key]
 
     @property
     def dtype(self) -> np.dtype:
@@ -320,18 +358,6 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise DataError(f"model.vocab_size: got {vocab_size}, but tokenizer {tokenizer.name} has ids up to "
                         f"{tokenizer.vocab_size - 1}; set model.vocab_size to at least {tokenizer.vocab_size}")
-
-
-def cut_text(text: str, limit: int) -> list[str]:
-    """Cut `text` into pieces of at most `limit` characters, after a line end, else a space, else anywhere."""
-    pieces, start = [], 0
-    while len(text) - start > limit:
-        window = start + limit // 2, start + limit
-        end = max(text.rfind("\n", *window), text.rfind(" ", *window) if "\n" not in text[slice(*window)] else -1)
-        end = end + 1 if end >= 0 else start + limit
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
 
 
 def _has(part: dict[str, Any] | None, kind: str) -> bool:

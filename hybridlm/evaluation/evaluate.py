@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridlm import checkpoint as ckpt
 from hybridlm.config.schema import Config
-from hybridlm.data import PackedDataset, check_vocab, prepare
+from hybridlm.data import DATA_RULES, PackedDataset, check_vocab, prepare
 from hybridlm.errors import DataError, require
 from hybridlm.evaluation.decode_speed import decode_speed
 from hybridlm.evaluation.perplexity import perplexity_by_position
@@ -55,7 +55,7 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, part
         config = run_config(folder, overrides, config_dir)
         stage = plan_stages(config)[-1]
         length = sequence_length or stage.sequence_length
-        dataset, source = evaluation_data(config, overrides, length)
+        dataset, source = evaluation_data(config, overrides, length, ckpt.data_rules(folder))
         default = config.training.eval_batches * stage.batch_size
         count = min(default if windows is None else windows or len(dataset), len(dataset))
         rows = batch_size or config.training.micro_batch_size or stage.batch_size
@@ -85,11 +85,13 @@ def run_config(folder: Path, overrides: Sequence[str] = (), config_dir: str | No
     return config
 
 
-def evaluation_data(config: Config, overrides: Sequence[str], length: int) -> tuple[PackedDataset, str]:
+def evaluation_data(config: Config, overrides: Sequence[str], length: int,
+                    rules: int = DATA_RULES) -> tuple[PackedDataset, str]:
     """Open windows of held-out text; returns them and the name of the text.
 
     By default the run's validation text, in the order in which the run validates. With `data.path=...` all of that
-    text, unless the overrides have a `data.validation_*` key, which then chooses the part.
+    text, unless the overrides have a `data.validation_*` key, which then chooses the part. `rules` are those of the
+    run's split, so that no text that it was trained on is taken for held-out text.
 
     Raises:
         DataError: the run holds no text out.
@@ -99,7 +101,7 @@ def evaluation_data(config: Config, overrides: Sequence[str], length: int) -> tu
     if all_of_another_text:
         config.data = replace(config.data, mixture=[], validation_fraction=0.0, validation_path=None,
                               validation_split=None)
-    data = prepare(config.data, progress=False)
+    data = prepare(config.data, progress=False, rules=rules)
     check_vocab(data.tokenizer, config.model.vocab_size)
     held_out = [data.validation] if data.validation is not None else []
     stores = data.train if all_of_another_text else held_out

@@ -5,6 +5,7 @@ from hybridlm.sources import jsonl as jsonl
 from hybridlm.sources import parquet as parquet
 from hybridlm.sources import stdlib as stdlib
 from hybridlm.sources import text as text
+from hybridlm.sources.compression import open_decompressed as open_decompressed
 from hybridlm.sources.contract import Document as Document
 from hybridlm.sources.contract import Source as Source
 from hybridlm.sources.contract import SourceOptions as SourceOptions

@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from hybridlm.errors import ConfigError, DataError, did_you_mean
 from hybridlm.kind_registry import KindError
+from hybridlm.sources.compression import COMPRESSED_SUFFIXES
 
 AUTO = "auto"  # the format of a path that is recognised by its name and by what stands there
 InvalidUTF8 = Literal["error", "replace"]
@@ -117,11 +118,28 @@ SourceFunction = Callable[[Any], Source]
 
 @dataclass(frozen=True)
 class FileReader:
-    """A registered format of files. `code`: digest of the file that defines a reader of the user's own, else empty."""
+    """A registered format of files.
+
+    Args:
+        read: yields the documents of a file.
+        suffixes: endings of file names that it reads.
+        by_name: endings that it reads only where a file, pattern or the format is named: in a folder such files are as
+            likely something else.
+        compressed: each ending may be followed by one of `COMPRESSED_SUFFIXES`.
+        code: digest of the file that defines a reader of the user's own, else empty.
+    """
 
     read: FileReaderFunction
     suffixes: tuple[str, ...]
+    by_name: tuple[str, ...]
+    compressed: bool
     code: str
+
+    def endings(self, by_name: bool) -> list[str]:
+        """All endings that it reads in a folder, and those that it reads only by name where `by_name` is set."""
+        packed = COMPRESSED_SUFFIXES if self.compressed else ()
+        plain = (*self.suffixes, *(self.by_name if by_name else ()))
+        return [*plain, *(suffix + end for suffix in (*self.suffixes, *self.by_name) for end in packed)]
 
 
 @dataclass(frozen=True)
@@ -136,7 +154,8 @@ FILE_READERS: dict[str, FileReader] = {}
 SOURCES: dict[str, SourceOpener] = {}
 
 
-def register_file_reader(name: str, *suffixes: str) -> Callable[[FileReaderFunction], FileReaderFunction]:
+def register_file_reader(name: str, *suffixes: str, by_name: tuple[str, ...] = (),
+                         compressed: bool = False) -> Callable[[FileReaderFunction], FileReaderFunction]:
     """Register the decorated function as the reader of files of one format.
 
     The function is called as `read(path, options, skip)` and yields the `Document`s of the file from number `skip` on,
@@ -145,18 +164,22 @@ def register_file_reader(name: str, *suffixes: str) -> Callable[[FileReaderFunct
     Args:
         name: the value of `data.format` that selects it.
         suffixes: endings of file names that `data.format=auto` reads with it, such as ".csv".
+        by_name: endings that it reads where a file, a pattern or the format is named, but passes over in a folder.
+        compressed: the reader opens files with `open_decompressed`: it also reads each ending followed by .gz, .zst,
+            .bz2 or .xz.
 
     Raises:
         KindError: the name or a suffix is taken by another format.
     """
     def register(read: FileReaderFunction) -> FileReaderFunction:
         _check_name(name, read)
-        for suffix in suffixes:
-            owner = suffix_formats().get(suffix)
+        reader = FileReader(read, suffixes, by_name, compressed, _code_digest(read))
+        for suffix in reader.endings(by_name=True):
+            owner = suffix_formats(by_name=True).get(suffix)
             if owner not in (None, name):
                 raise KindError(f"data format '{name}': files that end in {suffix} are read by '{owner}'; leave the "
                                 f"suffix out and set data.format={name}")
-        FILE_READERS[name] = FileReader(read, suffixes, _code_digest(read))
+        FILE_READERS[name] = reader
         return read
 
     return register
@@ -194,9 +217,13 @@ def check_format(name: str) -> None:
                           or "a source of your own is registered with --import FILE")
 
 
-def suffix_formats() -> dict[str, str]:
-    """The format that reads files with each suffix: suffix -> format."""
-    return {suffix: name for name, reader in FILE_READERS.items() for suffix in reader.suffixes}
+def suffix_formats(by_name: bool = False) -> dict[str, str]:
+    """The format that reads files with each ending: ending -> format.
+
+    Args:
+        by_name: with the endings that are read only where a file, a pattern or the format is named.
+    """
+    return {suffix: name for name, reader in FILE_READERS.items() for suffix in reader.endings(by_name)}
 
 
 def _check_name(name: str, function: Callable) -> None:
@@ -243,6 +270,9 @@ def utf8_document(data: bytes, policy: InvalidUTF8, where: Callable[[], str], of
         if policy == "replace":
             return Document(data.decode("utf-8", "replace").encode(), replaced=True)
         at, byte = offset + error.start, data[error.start]
+    if b"\0" in data:
+        raise DataError(f"{where()}: not UTF-8 at byte {at} (0x{byte:02x}), and it holds zero bytes: this is not text, "
+                        "or text in UTF-16; convert it to UTF-8, or leave it out")
     raise DataError(f"{where()}: not UTF-8 at byte {at} (0x{byte:02x}); convert the file, or set "
                     "data.invalid_utf8=replace to put U+FFFD there")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hybridlm.errors import DataError, nearest
+from hybridlm.sources.compression import COMPRESSED_SUFFIXES
 from hybridlm.sources.contract import AUTO, FILE_READERS, Document, Source, SourceOptions, Unit, suffix_formats
 
 MAX_LISTED_SUFFIXES = 8  # of a folder without known files, in the error
@@ -38,9 +39,9 @@ def file_unit(path: str, options: SourceOptions, format_name: str) -> Unit:
     if format_name == AUTO:
         suffix = suffix_of(path)
         if suffix is None:
-            raise DataError(f"{path}: unknown kind of file; expected {' '.join(sorted(suffix_formats()))}; "
+            raise DataError(f"{path}: unknown kind of file; expected {_known_suffixes(AUTO, by_name=True)}; "
                             "set data.format=text to read it as plain text")
-        format_name = suffix_formats()[suffix]
+        format_name = suffix_formats(by_name=True)[suffix]
     reader = FILE_READERS[format_name]
     absolute = os.path.abspath(path)
     stat = os.stat(path)
@@ -55,7 +56,7 @@ def file_unit(path: str, options: SourceOptions, format_name: str) -> Unit:
 
 def suffix_of(name: str) -> str | None:
     """The registered suffix that a file name ends with, the longest if there are several."""
-    found = [suffix for suffix in suffix_formats() if name.lower().endswith(suffix)]
+    found = [suffix for suffix in suffix_formats(by_name=True) if name.lower().endswith(suffix)]
     return max(found, key=len, default=None)
 
 
@@ -95,18 +96,44 @@ def _find(options: SourceOptions) -> tuple[list[str], int]:
         return [path], 0
     if os.path.isdir(path):
         every = walk(path, lambda name: name == "__pycache__")
-        wanted = {suffix for suffix, name in suffix_formats().items() if options.format in (AUTO, name)}
+        formats = suffix_formats(by_name=options.format != AUTO)
+        wanted = {suffix for suffix, name in formats.items() if options.format in (AUTO, name)}
         known = [p for p in every if suffix_of(p) in wanted]
         if not known:
-            there = sorted({os.path.splitext(p)[1] or "no suffix" for p in every})[:MAX_LISTED_SUFFIXES]
-            raise DataError(f"{options.path}: no file to read in this folder; expected {' '.join(sorted(wanted))}; "
-                            f"it holds {', '.join(there) or 'nothing'}; a pattern such as "
-                            f"'{options.path.rstrip('/')}/**/*.ext' with data.format=text reads other suffixes")
+            raise _nothing_known(options, every)
         return known, len(every) - len(known)
     found = sorted(_matches(options.path)) if glob.has_magic(path) else []
     if not found:
         raise _missing(options.path)
     return found, 0
+
+
+def _known_suffixes(format_name: str, by_name: bool) -> str:
+    """The endings of files of a format, or of all, for an error; those of compressed files in short."""
+    readers = [reader for name, reader in FILE_READERS.items() if format_name in (AUTO, name)]
+    plain = sorted({suffix for reader in readers
+                    for suffix in (*reader.suffixes, *(reader.by_name if by_name else ()))})
+    packed = f" (and {' '.join(COMPRESSED_SUFFIXES)} behind them)" if any(r.compressed for r in readers) else ""
+    return " ".join(plain) + packed
+
+
+def _nothing_known(options: SourceOptions, files: list[str]) -> DataError:
+    """The error for a folder without a file to read; its advice works for the files that are there."""
+    suffixes = [suffix_of(p) or os.path.splitext(p)[1] for p in files]
+    there = sorted({suffix or "no suffix" for suffix in suffixes})
+    readable = next((suffix for suffix in suffixes if suffix in suffix_formats(by_name=True)), None)
+    other = next((suffix for suffix in suffixes if suffix), None)
+    if not files:
+        hint = "put text files there, or name another folder"
+    elif readable is not None:
+        hint = f"data.format={suffix_formats(by_name=True)[readable]} reads the {readable} files"
+    elif other is not None:
+        hint = f"data.path='{options.path.rstrip('/')}/**/*{other}' data.format=text reads {other} files as plain text"
+    else:
+        hint = f"data.path='{options.path.rstrip('/')}/**/*' data.format=text reads any file as plain text"
+    expected = _known_suffixes(options.format, by_name=options.format != AUTO)
+    return DataError(f"{options.path}: no file to read in this folder; expected {expected}; "
+                     f"it holds {', '.join(there[:MAX_LISTED_SUFFIXES]) or 'nothing'}; {hint}")
 
 
 def _missing(path: str) -> DataError:

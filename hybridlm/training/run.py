@@ -17,7 +17,7 @@ import torch
 from hybridlm import checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import to_dict
-from hybridlm.data import PreparedData, bigram_entropy, check_vocab, prepare
+from hybridlm.data import DATA_RULES, PreparedData, bigram_entropy, check_vocab, prepare
 from hybridlm.distributed.engine import Engine, lost_rank
 from hybridlm.distributed.engines import make_engine
 from hybridlm.distributed.rank_environment import RankEnvironment
@@ -107,7 +107,8 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
                 log.warning("this may run out of memory: %s", tight.describe())
             start = run.start_from(config, engine)
             with engine.main_first():
-                data = prepare(config.data, progress=main)
+                rules = DATA_RULES if start is None else checkpoint.data_rules(start)
+                data = prepare(config.data, progress=main, rules=rules)
             check_same(engine, "data", {"fingerprint": data.fingerprint}, "let all machines read the same files")
             if world.size > 1:
                 log.info("memory of each process, an estimate: %s", _memory_text(config, world.size))
@@ -234,9 +235,13 @@ def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[
              _format_layers(model.layers()))
     held_out = data.validation.num_tokens if data.validation is not None else 0
     planned = sum(stage.steps * stage.tokens_per_step for stage in trainer.stages)
-    log.info("data: %s training tokens of %.2f bytes, %s held out, tokenizer %s; the run reads %s tokens, %s",
-             format_count(data.tokens), data.bytes_per_token, format_count(held_out), data.tokenizer.name,
-             format_count(planned), _format_epochs(data, planned))
+    log.info("data: %s training tokens of %.2f bytes, %s held out (%.2g%% of the bytes), tokenizer %s; the run reads "
+             "%s tokens, %s", format_count(data.tokens), data.bytes_per_token, format_count(held_out),
+             100 * data.held_out, data.tokenizer.name, format_count(planned), _format_epochs(data, planned))
+    samples = sum(stage.steps * stage.batch_size for stage in trainer.stages)
+    if unread := data.unread_sources(samples):
+        log.warning("data.mixture: the weights give less than one of this run's %d samples to %s", samples,
+                    ", ".join(unread))
     ranks = f"{facts['processes']} x " if facts["processes"] > 1 else ""
     log.info("run: %s, %s%s, %s; %s", trainer.run.path, ranks, facts["device"], facts["precision"],
              counted(sum(stage.steps for stage in trainer.stages), "step"))

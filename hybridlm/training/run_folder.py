@@ -17,11 +17,10 @@ import contextlib
 import json
 import platform
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from filelock import BaseFileLock
 
 from hybridlm import checkpoint
 from hybridlm.config.legacy import load_saved_config
@@ -29,7 +28,7 @@ from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, to_dict, to_yaml
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 from hybridlm.errors import CheckpointError, ConfigError
-from hybridlm.files import try_lock, write_text
+from hybridlm.files import Lock, try_lock, write_text
 from hybridlm.model.config import ModelConfig
 from hybridlm.version import __version__
 
@@ -41,6 +40,9 @@ CHANGEABLE_KEYS = (
     "training.log_every", "training.eval_every", "training.eval_batches", "training.checkpoint_every",
     "training.keep_checkpoints", "training.async_checkpoint", "training.resume", "training.max_bad_steps",
     "training.record_samples")
+# Keys that say where data stands. It may move: a checkpoint keeps the fingerprint of its content.
+PLACES_OF_DATA = ("data.path", "data.mixture.*.path", "data.validation_path", "data.tokenizer")
+NAMES_OF_DATA = ("stdlib", "bytes", "bpe")  # values of those keys that are no place
 MAX_NAMED_DIFFERENCES = 4  # in one error message
 LOCK_FILE = ".lock"
 CHANGEABLE_STAGE_KEYS = ("steps", "tokens", "eval_recall")
@@ -59,7 +61,7 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.log_file = self.path / "log.txt"
-        self._lock: BaseFileLock | None = None
+        self._lock: Lock | None = None
         if not main:
             return
         try:
@@ -163,7 +165,8 @@ def check_same_run(saved: Any, config: Config, where: Path) -> None:
     with contextlib.suppress(ConfigError):  # keys that came into the schema since then have their defaults
         saved = to_dict(from_dict(Config, saved))
     old, new = flatten(saved), flatten(to_dict(config))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _may_change(key))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)
+                     and not _may_change(key) and not _may_have_moved(key, old.get(key), new.get(key)))
     if any(key.startswith("model.") for key in changed):
         differ = _layer_changes(saved, config) or [
             _describe_change(key, old, new) for key in changed if key.startswith("model.")]
@@ -196,6 +199,12 @@ def _may_change(key: str) -> bool:
     if key.startswith("recipe.stages."):
         return key.rsplit(".", 1)[-1] in CHANGEABLE_STAGE_KEYS
     return any(key == changeable or key.startswith(f"{changeable}.") for changeable in CHANGEABLE_KEYS)
+
+
+def _may_have_moved(key: str, old: Any, new: Any) -> bool:
+    """Whether a difference is that of where data stands; its content is compared when a checkpoint is resumed."""
+    return (any(fnmatchcase(key, pattern) for pattern in PLACES_OF_DATA)
+            and not any(value is None or value in NAMES_OF_DATA for value in (old, new)))
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:

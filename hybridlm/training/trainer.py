@@ -178,7 +178,7 @@ class Trainer:
         """Return the packed samples; validation always sees the same windows, spread over the text in a fixed order."""
         stores = self.data.train if train else [self.data.validation]
         return PackedDataset(stores, stage.sequence_length, self.config.model.mtp.depth,  # type: ignore[arg-type]
-                             seed=self.config.training.seed if train else 0)
+                             seed=self.config.training.seed if train else 0, whole_blocks=self.data.rules < 2)
 
     def _step(self, stage: Stage, batch: Sequence[Any], start: float) -> None:
         self.engine.begin_step(self.config.training.seed, self.progress.step)
@@ -285,7 +285,8 @@ class Trainer:
         if weight is not None:
             raise TrainingStopped(f"weight '{weight}' is not finite after step {step}, which is not saved; "
                                   f"{self.saver.newest_text}; try a lower optimizer.lr")
-        state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint}
+        state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint,
+                 "data_rules": self.data.rules}
         texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)
         texts["trainer.json"] = json.dumps(state, indent=1)
         tensors = {"model": self.engine.owned_tensors(checkpoint.unique_tensors(self.model), copied=in_background),

@@ -10,9 +10,12 @@ import pytest
 
 from hybridlm.config.schema import DataConfig, DataSourceConfig
 from hybridlm.data import PackedDataset, bigram_entropy, build, load_tokenizer, prepare
+from hybridlm.data.prepare import digest
 from hybridlm.data.shards import ShardWriter
+from hybridlm.data.split import content_hash
 from hybridlm.data.statistics import store_entropies
 from hybridlm.errors import ConfigError, DataError
+from hybridlm.sources import open_source
 
 
 @pytest.fixture
@@ -85,6 +88,32 @@ def test_key_follows_all_that_matters(corpus, tmp_path):
     others.append(prepare(config(corpus, tmp_path)))
     assert len({p.sources[0].folder for p in (first, *others)}) == 5
     assert b"changed" in documents(others[-1], others[-1].train[0]) + documents(others[-1], others[-1].validation)
+
+
+def test_few_large_documents_are_split_by_bytes_and_say_so(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for i, size in enumerate([40, 3000, 9000, 700, 12000]):
+        (folder / f"{i}.txt").write_text("".join(f"book {i} line {n}\n" for n in range(size)))
+    report = prepare(config(folder, tmp_path, validation_fraction=0.03)).report()
+    assert report["sources"][0]["held_out"] == pytest.approx(0.03, rel=0.1)
+    assert report["validation"]["bytes"] / (report["train"]["bytes"] + report["validation"]["bytes"]) == \
+        report["sources"][0]["held_out"]
+
+
+def test_data_of_earlier_versions_is_found_and_made_as_they_did(corpus, tmp_path):
+    """A run that an earlier version began reads its own split, from its own folder, or one that is made as it was."""
+    settings = config(corpus, tmp_path, validation_fraction=0.2)
+    old, new = prepare(settings, rules=1), prepare(settings)
+    identity = {"format": 1, "source": open_source(settings).fingerprint(), "fraction": 0.2, "everything": None,
+                "tokenizer": old.tokenizer.fingerprint, "shard": settings.shard_tokens}
+    assert old.sources[0].folder.name == digest(identity) != new.sources[0].folder.name
+    below = [content_hash(text) < 0.2 * 2**64 for text in documents(old, old.validation)]
+    assert all(below)
+    assert len(below) == sum(content_hash(f.read_bytes()) < 0.2 * 2**64 for f in corpus.iterdir() if f.stat().st_size)
+    assert (old.rules, new.rules) == (1, 2)
+    whole = config(corpus, tmp_path, validation_fraction=0.0)
+    assert prepare(whole, rules=1).sources[0].folder == prepare(whole).sources[0].folder
 
 
 def test_fingerprint_is_that_of_the_content(corpus, tmp_path):

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from hybridlm.data.split import Split, cut_place, plan_split
+from hybridlm.data.split import Split, cut_place, plan_split, plan_split_by_documents
 from hybridlm.errors import DataError
 
 TEXTS = [f"document number {i}\n".encode() * 3 for i in range(400)]
@@ -25,18 +25,6 @@ def test_growing_fractions_keep_what_was_held_out():
     assert all(large[t] == ["validation"] for t in TEXTS if small[t] == ["validation"])
 
 
-def test_reading_stops_when_both_sides_are_met():
-    read = []
-
-    def documents():
-        for text in TEXTS:
-            read.append(text)
-            yield text
-
-    plan_split(documents(), 0.3, "x")
-    assert len(read) < 50
-
-
 @pytest.mark.parametrize("fraction", [1e-6, 0.02, 0.5, 1 - 1e-6])
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_small_corpora_fill_both_sides_in_any_order(fraction, count):
@@ -46,7 +34,7 @@ def test_small_corpora_fill_both_sides_in_any_order(fraction, count):
         assert {part for parts in found.values() for part in parts} == {"train", "validation"}
         assert found == sides(plan_split(texts[::-1], fraction, "x"), texts)
     if fraction == 1e-6:
-        assert sum(parts == ["validation"] for parts in found.values()) == 1
+        assert sum("validation" in parts for parts in found.values()) == 1
 
 
 def test_single_document_is_cut_at_a_line():
@@ -77,3 +65,64 @@ def test_no_text(texts):
 def test_one_character_cannot_be_cut():
     with pytest.raises(DataError, match=r"one character.*data\.validation_path"):
         plan_split(["é".encode()], 0.1, "corpus")
+
+
+def held_out_bytes(split, texts):
+    return sum(len(text) for t in texts for part, text in split.parts(t) if part == "validation")
+
+
+@pytest.mark.parametrize("fraction", [0.003, 0.03, 0.5, 0.97])
+@pytest.mark.parametrize("sizes", [
+    [900_000, 5_000, 300, 70_000, 12_000, 40_000, 80, 650_000, 20_000, 31_000], [200_000] * 5, [1000] * 300,
+    [40] * 2000 + [500_000], [500_000, 3]])
+def test_bytes_are_split_whatever_the_sizes(sizes, fraction):
+    for seed in range(4):
+        draw = random.Random(seed)
+        texts = [(b"%d %d " % (seed, i) + b"word " * size)[:size] for i, size in enumerate(sizes)]
+        split = plan_split(texts, fraction, "x")
+        wanted = fraction * sum(sizes)
+        assert abs(held_out_bytes(split, texts) - wanted) <= 0.12 * min(wanted, sum(sizes) - wanted)
+        assert sum(len(text) for t in texts for _, text in split.parts(t)) == sum(sizes)
+        assert split == plan_split(draw.sample(texts, len(texts)), fraction, "x")
+
+
+def test_a_threshold_that_meets_the_bytes_stays():
+    """So that adding documents does not move others, in all but small or lumpy corpora."""
+    texts = [b"document %d" % i for i in range(60_000)]
+    assert plan_split(texts, 0.1, "x") == Split(0.1)
+
+
+def test_large_corpora_are_measured_in_part(monkeypatch):
+    monkeypatch.setattr("hybridlm.data.split.PLAN_MIN_BYTES", 5000)
+    read = []
+
+    def documents():
+        for number in range(100_000):
+            read.append(number)
+            yield b"document %06d" % number
+
+    assert plan_split(documents(), 0.3, "x") == Split(0.3)
+    assert 5000 < len(read) < 6500  # (1 - 0.3) / 0.3 / 0.02^2 = 5833 documents of one size
+
+
+def test_copies_count_once_each():
+    texts = [b"copy of a text " * 20] * 50 + [b"another %d" % i for i in range(50)]
+    split = plan_split(texts, 0.05, "x")
+    assert abs(held_out_bytes(split, texts) / sum(map(len, texts)) - 0.05) < 0.006
+
+
+def test_documents_of_one_character():
+    for texts in ([b"a", b"b"], ["é".encode(), "日".encode(), b"c"]):
+        parts = [part for t in texts for part, _ in plan_split(texts, 0.01, "x").parts(t)]
+        assert parts.count("validation") == 1
+        assert parts.count("train") == len(texts) - 1
+
+
+def test_data_of_an_earlier_version_is_split_by_documents():
+    split = plan_split_by_documents(TEXTS[:3], 1e-6, "x")
+    assert sorted(part for t in TEXTS[:3] for part, _ in split.parts(t)) == ["train", "train", "validation"]
+    text = b"".join(b"line %03d\n" % i for i in range(1000))
+    assert [part for part, _ in plan_split_by_documents([text], 0.1, "x").parts(text)] == ["train", "validation"]
+    read = iter(TEXTS)
+    assert plan_split_by_documents(read, 0.3, "x") == Split(0.3)
+    assert sum(1 for _ in read) > 350

@@ -4,12 +4,13 @@ import pickle
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
+from hybridlm.data.document_pieces import cut_before_words, cut_text
 from hybridlm.data.tokenizer import (
     EOS,
     Tokenizer,
     check_vocab,
-    cut_text,
     load_tokenizer,
     train_bpe,
 )
@@ -117,12 +118,63 @@ def test_long_documents_are_encoded_in_parts(bpe):
     assert len(whole) <= len(ids) <= len(whole) + 6
 
 
-@pytest.mark.parametrize("text", ["ab cd\nef gh " * 9, "x" * 100, "a b " * 20, "\n" * 50])
-def test_cuts_lose_nothing(text):
-    pieces = cut_text(text, 16)
+@pytest.mark.parametrize("cut", [cut_text, cut_before_words])
+@pytest.mark.parametrize("text", ["ab cd\nef gh " * 9, "x" * 100, "a b " * 20, "\n" * 50, "a  b" * 30, "  x" * 40])
+def test_cuts_lose_nothing(text, cut):
+    pieces = cut(text, 16)
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 16
     assert all(pieces)
+
+
+def words_tokenizer(normalizer=None, pre_tokenizer=None):
+    """A small BPE whose tokens cross no spaces, as SentencePiece trains them, and what it does at a text's edges."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.Metaspace()
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    text = "".join(f"line {i} of a long document\n\tand more\n" for i in range(200))
+    backend.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<unk>", "</s>", *bytes_], show_progress=False))
+    backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
+    backend.add_tokens(["<tab>"])
+    return Tokenizer(backend, "</s>", "words")
+
+
+AT_EDGES = {
+    "metaspace, first": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first")},
+    "metaspace, always": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="always")},
+    "words, metaspace": {"pre_tokenizer": pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")])},
+    "prepend": {"normalizer": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])},
+    "strip": {"normalizer": normalizers.Strip(), "pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="never")},
+    "byte level with a space": {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}}
+
+
+@pytest.mark.parametrize("kind", AT_EDGES)
+def test_pieces_have_no_edges_of_their_own(kind, monkeypatch):
+    """A document prefix, or stripping, acts once per document: the ids are those of the undivided text."""
+    monkeypatch.setattr("hybridlm.data.tokenizer.MAX_ENCODED_CHARACTERS", 400)
+    tokenizer = words_tokenizer(**AT_EDGES[kind])
+    assert tokenizer.acts_at_edges
+    long = "  " + "".join(f"line {i} of a long  document\n\tand more <tab> é\n" for i in range(150)) + " \n "
+    texts = [long, "short", "", long[5:3000], "word " * 300]
+    ids = tokenizer.encode_documents([text.encode() for text in texts])
+    for text, found in zip(texts, ids, strict=True):
+        assert found.tolist() == tokenizer.backend.encode(text, add_special_tokens=False).ids
+
+
+def test_a_text_without_spaces_gets_one_prefix(monkeypatch):
+    monkeypatch.setattr("hybridlm.data.tokenizer.MAX_ENCODED_CHARACTERS", 50)
+    for kind in ("metaspace, first", "metaspace, always", "prepend"):
+        tokenizer = words_tokenizer(**AT_EDGES[kind])
+        text = "line\n" * 40
+        ids = tokenizer.encode(text).tolist()
+        assert tokenizer.decode_bytes(ids) == b" " + text.encode()
+
+
+def test_most_tokenizers_do_nothing_at_edges(byte, bpe):
+    assert not byte.acts_at_edges
+    assert not bpe.acts_at_edges
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])

@@ -1,10 +1,15 @@
+import bz2
 import gzip
 import json
+import lzma
 import os
+import random
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from hybridlm.config.schema import DataSourceConfig
 from hybridlm.errors import DataError
@@ -99,13 +104,106 @@ def test_jsonl_plain_and_compressed(tmp_path):
 @pytest.mark.parametrize(("line", "message"), [
     ('{"txt": "a", "id": 1}', r"a\.jsonl, line 2: no field 'text'; it has: txt, id;.*did you mean 'txt'"),
     ('{"text": 5}', "line 2: field 'text' holds a number; expected text"),
-    ('{"text": "a"', "line 2: not a JSON object"),
+    ('{"text": "a"', r"line 2: not JSON \(.* at character 14\); expected one object per line"),
     ('"a"', "line 2: holds a text; expected an object"),
+    ('["a"]', "line 2: holds a list; expected an object"),
+    ('{"text": "a", "deep": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: its lists or objects are nested too"),
     ('{"text": "\\ud800"}', r"line 2: field 'text' holds half a character \(\\ud800\)")])
 def test_jsonl_mistakes(tmp_path, line, message):
     file = write(tmp_path, "a.jsonl", jsonl({"text": "fine"}) + line + "\n")
     with pytest.raises(DataError, match=message):
         texts(file)
+
+
+def test_numbers_of_any_size_are_passed_over(tmp_path):
+    file = write(tmp_path, "a.jsonl", '{"text": "a", "id": ' + "7" * 5000 + '}\n{"text": "b", "x": [NaN, -1e999]}\n')
+    assert texts(file) == ["a", "b"]
+
+
+def test_json_array_is_read_element_by_element(tmp_path):
+    rows = [{"text": "one"}, {"text": None}, {"text": "zwei ä"}]
+    file = write(tmp_path, "a.json", json.dumps(rows, indent=1))
+    source = open_source(config(file))
+    assert [d.text.decode() for _, _, d in source.documents()] == ["one", "", "zwei ä"]
+    assert [(n, d.text.decode()) for _, n, d in source.documents(0, 2)] == [(2, "zwei ä")]
+    assert texts(write(tmp_path, "lines.json", jsonl(*rows))) == ["one", "", "zwei ä"]
+    for content, message in (('[{"text": "a"}, {"id": 3}]', "element 2: no field 'text'"),
+                             ('[{"text": "a"}, ', "not JSON .*; expected an array of objects, or one object per line")):
+        with pytest.raises(DataError, match=message):
+            texts(write(tmp_path, "bad.json", content))
+
+
+def zstd_frames(data):
+    """The content in two frames, as `cat a.zst b.zst` makes, with one between that says nothing to a reader."""
+    half = len(data) // 2
+    compressor = zstandard.ZstdCompressor()
+    skippable = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"extra"
+    return compressor.compress(data[:half]) + skippable + compressor.compress(data[half:])
+
+
+PACK = {".gz": lambda data: gzip.compress(data[:99]) + gzip.compress(data[99:]) + bytes(512), ".zst": zstd_frames,
+        ".bz2": lambda data: bz2.compress(data[:99]) + bz2.compress(data[99:]), ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".txt", ".md"])
+def test_compressed_files_are_read_as_plain_ones(suffix, packed, tmp_path):
+    draw = random.Random(0)
+    documents = ["".join(chr(draw.randrange(32, 0x3000)) for _ in range(draw.randrange(400))) for _ in range(500)]
+    rows = suffix.startswith(".json")
+    content = (jsonl(*({"text": text} for text in documents)) if rows else "<end>".join(documents)).encode()
+    plain = write(tmp_path, f"a{suffix}", content)
+    file = write(tmp_path / "packed", f"a{suffix}{packed}", PACK[packed](content))
+    nameless = write(tmp_path, "archive", PACK[packed](content))
+    options = {} if rows else {"document_separator": "<end>"}
+    found = texts(plain, **options)
+    assert len(found) == 500
+    assert texts(file, **options) == texts(tmp_path / "packed", **options) == found
+    assert texts(nameless, format="jsonl" if rows else "text", **options) == found
+    source = open_source(config(file, **options))
+    assert [d.text.decode() for _, _, d in source.documents(0, 490)] == found[490:]
+    if not rows:
+        assert "".join(texts(file)) == content.decode()
+
+
+@pytest.mark.parametrize("packed", PACK)
+def test_damaged_archives_are_named(packed, tmp_path):
+    content = jsonl(*({"text": f"document {i}"} for i in range(20_000))).encode()
+    whole = PACK[packed](content).rstrip(b"\0")
+    said = r"a\.jsonl\S+: the \w+ file is damaged or cut short \(.*\); get it again"
+    start = PACK[packed](content[:99])
+    for bad in (whole[:-30], whole + b"no archive", start + start[:9] + bytes(range(99, 199))):
+        with pytest.raises(DataError, match=said):
+            texts(write(tmp_path, f"a.jsonl{packed}", bad), invalid_utf8="replace")
+    bad = whole[:len(whole) // 2] + bytes(range(200)) + whole[len(whole) // 2 + 200:]
+    with pytest.raises(DataError, match=rf"{said}|line \d+: not JSON"):  # gzip finds it by the checksum, at the end
+        texts(write(tmp_path, f"a.jsonl{packed}", bad), invalid_utf8="replace")
+    assert texts(write(tmp_path, f"plain.jsonl{packed}", jsonl({"text": "not packed at all"}))) == ["not packed at all"]
+
+
+def test_separators_are_found_where_chunks_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr("hybridlm.sources.text.CHUNK_BYTES", 7)
+    parts = ["one", "", "two and more of it", "3", "é" * 9, "last"]
+    for separator in ("|", "<|end|>", "aab"):
+        file = write(tmp_path, "a.txt", separator.join(parts) + separator + "\n")
+        assert texts(file, document_separator=separator) == parts
+
+
+def test_hints_lead_to_what_works(tmp_path):
+    write(tmp_path, "meta/only.json", jsonl({"text": "a"}))
+    write(tmp_path, "tex/a/b.tex", "some text")
+    write(tmp_path, "bare/README", "some text")
+    for folder, expected in (("meta", ["a"]), ("tex", ["some text"]), ("bare", ["some text"])):
+        with pytest.raises(DataError, match="no file to read in this folder") as error:
+            open_source(config(tmp_path / folder))
+        words = dict(re.findall(r"data\.(path|format)=('[^']*'|\w+)", str(error.value)))
+        path = words.get("path", str(tmp_path / folder)).strip("'")
+        assert texts(path, format=words["format"]) == expected
+    write(tmp_path, "mixed/a.txt", "text")
+    write(tmp_path, "mixed/config.json", "{}")
+    assert texts(tmp_path / "mixed") == ["text"]
+    with pytest.raises(DataError, match="it holds zero bytes: this is not text"):
+        texts(write(tmp_path, "image.txt", b"\x89PNG\0\0"))
 
 
 def test_half_characters_can_be_replaced(tmp_path):
@@ -205,7 +303,7 @@ def test_empty_files_and_folders(tmp_path):
     with pytest.raises(DataError, match="all 2 files are empty"):
         open_source(config(tmp_path))
     write(tmp_path, "only/a.pdf", "x")
-    with pytest.raises(DataError, match=r"no file to read in this folder; expected \.jsonl.*it holds \.pdf"):
+    with pytest.raises(DataError, match=r"no file to read in this folder; expected \.jsonl \.md .*it holds \.pdf"):
         open_source(config(tmp_path / "only"))
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridlm.config.schema import DataSourceConfig
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.training.run_folder import RunFolder, check_same_run, flatten
@@ -33,6 +34,18 @@ def test_length_and_watching_may_change(tmp_path, options):
 def test_what_is_trained_on_what_may_not(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
         check_same_run(saved(tmp_path), tiny_run.config(tmp_path, **options), HERE)
+
+
+def test_places_of_data_may_change(tmp_path):
+    """The content of what stands there is compared when the checkpoint is read."""
+    sources = [[DataSourceConfig(path=f"{place}/a.txt"), DataSourceConfig(path="stdlib")] for place in ("old", "new")]
+    before = saved(tmp_path, data={"mixture": sources[0], "validation_path": "old/b.txt", "tokenizer": "old"})
+    check_same_run(before, tiny_run.config(tmp_path, data={
+        "mixture": sources[1], "path": "elsewhere", "validation_path": "new/b.txt", "tokenizer": "new"}), HERE)
+    for other in ({"mixture": sources[1][1:]}, {"validation_path": None}, {"tokenizer": "bytes"}, {"path": "stdlib"}):
+        with pytest.raises(ConfigError, match=r"holds a different run: data\."):
+            check_same_run(before, tiny_run.config(tmp_path, data={
+                "mixture": sources[0], "validation_path": "old/b.txt", "tokenizer": "old", **other}), HERE)
 
 
 def test_keys_of_a_later_version_have_their_defaults(tmp_path):

@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from hybridlm import checkpoint
 from hybridlm.checkpoint import saving
+from hybridlm.config.schema import DataSourceConfig
+from hybridlm.data import DATA_RULES, load_tokenizer
 from hybridlm.distributed.communicator import Communicator
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.model import build_model
@@ -164,6 +167,44 @@ def test_changed_data_is_refused(tmp_path):
         train(tiny_run.config(tmp_path, steps=4))
 
 
+def test_data_that_has_moved_is_resumed(tmp_path):
+    """The content of the text and of the tokenizer identify a run, not where they stand."""
+    def config(place, steps):
+        return tiny_run.config(tmp_path, steps=steps, data={
+            "path": str(place / "text.py"), "tokenizer": str(place / "tokenizer.json")})
+
+    first, second = tmp_path / "here", tmp_path / "there"
+    first.mkdir()
+    (first / "text.py").write_text(Path(tiny_run.TEXT).read_text())
+    load_tokenizer("bytes").save(first)
+    train(config(first, 2))
+    first.rename(second)
+    os.utime(second / "text.py", ns=(1, 1))
+    assert train(config(second, 4)).step == 4
+    (second / "text.py").write_text("x = 1\n" * 4000)
+    with pytest.raises(CheckpointError, match="data has changed"):
+        train(config(second, 6))
+
+
+def test_a_run_of_an_earlier_version_keeps_its_split_and_order(tmp_path, monkeypatch):
+    mixture = [DataSourceConfig(path=tiny_run.TEXT),
+               DataSourceConfig(path=str(tmp_path / "other.txt"), weight=0.01234)]
+    (tmp_path / "other.txt").write_text("".join(f"line {i} of another text\n" for i in range(200)))
+    data = {"mixture": mixture, "validation_fraction": 0.1}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(run, "DATA_RULES", 1)
+        train(tiny_run.config(tmp_path, steps=6, data=data))
+    whole = tiny_run.losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-6")  # as if killed after step 3
+    train(tiny_run.config(tmp_path, steps=6, data=data))
+    assert tiny_run.losses(tmp_path / "run") == whole
+    state = json.loads((tmp_path / "run/checkpoints/step-6/trainer.json").read_text())
+    assert state["data_rules"] == 1
+    assert checkpoint.data_rules(tmp_path / "run/checkpoints/step-6") == 1
+    (tmp_path / "trainer.json").write_text("{}")  # of a version that named none
+    assert (checkpoint.data_rules(tmp_path), checkpoint.data_rules(tmp_path / "run")) == (1, DATA_RULES)
+
+
 def test_the_samples_of_each_step_are_recorded_once(tmp_path):
     train(tiny_run.config(tmp_path, steps=4, record_samples=True))
     shutil.rmtree(tmp_path / "run/checkpoints/step-4")  # as if killed after step 4: it is computed again
@@ -296,7 +337,7 @@ def test_no_held_out_text_means_no_validation(tmp_path):
 
 
 def test_sigterm_while_data_is_prepared_leaves_with_the_resume_command(tmp_path, monkeypatch, capsys):
-    def interrupted(config, progress):
+    def interrupted(config, progress, rules):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal came too late")
 
