@@ -51,6 +51,32 @@ def init_weights(model: nn.Module, std: float, seed: int, device: torch.device |
                 after_each(module)
 
 
+def init_missing_weights(model: nn.Module, std: float, seed: int, is_known: Callable[[Tensor], bool]) -> None:
+    """Initialise what a file lacked; the values are those that `init_weights` gives.
+
+    Args:
+        model: the model, on real devices. Modules on "meta" are passed over.
+        std: as for `init_weights`.
+        seed: as for `init_weights`.
+        is_known: whether a parameter or buffer has its value already; it then keeps it.
+    """
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        for name, module in _initialised_modules(model, ""):
+            tensors = [tensor for _, tensor in _tensors(module)]
+            if isinstance(module, FeedForward):
+                load = module.router_load()  # in no file, and drawing all experts for it would take minutes
+                if load is not None and not load.is_meta and not is_known(load):
+                    load.zero_()
+                tensors = [tensor for tensor in tensors if tensor is not load]
+            if all(is_known(tensor) for tensor in tensors) or any(tensor.is_meta for tensor in tensors):
+                continue
+            known = [(tensor, tensor.clone()) for tensor in tensors if is_known(tensor)]
+            _initialise(name, module, std, seed_of(seed, name))
+            for tensor, value in known:
+                tensor.copy_(value)
+
+
 def _initialised_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules that are initialised each by itself, by name."""
     alone = RMSNorm | SequenceMixer | FeedForward | Residual | ResidualBranch | nn.Linear | nn.Embedding

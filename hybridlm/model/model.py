@@ -85,20 +85,24 @@ class HybridLM(nn.Module):
         placed = (p.device for p in self.parameters() if p.device.type != "meta")
         return next(placed, self.embed.weight.device)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: DocumentBorders | None = None,
-                state: ModelState | None = None, targets: Tensor | None = None, *, return_logits: bool = False,
-                logits_to_keep: int | None = None, global_batch: GlobalBatch | None = None) -> ModelOutput:
+    def forward(self, input_ids: Tensor | None, labels: Tensor | None = None,
+                cu_seqlens: DocumentBorders | None = None, state: ModelState | None = None,
+                targets: Tensor | None = None, *, inputs_embeds: Tensor | None = None, return_logits: bool = False,
+                logits_to_keep: int | None = None, return_hidden_states: bool = False,
+                global_batch: GlobalBatch | None = None) -> ModelOutput:
         """Compute logits, or the loss where there are labels or targets.
 
         Args:
-            input_ids: int64 [B, T].
+            input_ids: int64 [B, T]; None beside `inputs_embeds`.
             labels: int64 [B, T], aligned with `input_ids` as in transformers (shifted here); -100 does not count.
             cu_seqlens: borders of packed documents over the B*T flattened tokens, row starts included. None: each
                 row is one document. A CUDA tensor costs a synchronisation; host numbers do not.
             state: decode state from `new_state`, updated in place; positions count from the tokens it holds.
             targets: int64 [B, T, 1 + mtp.depth] instead of `labels`: entry d is the token at t + 1 + d, or -100.
+            inputs_embeds: [B, T, D] instead of `input_ids`.
             return_logits: whether to return logits beside the loss; otherwise they are never all in memory.
             logits_to_keep: number of last positions that get logits; None: all.
+            return_hidden_states: whether to return the stream before the first layer and after each one.
             global_batch: the batch of the optimizer step, of which this forward computes a part; losses then add up
                 over the parts.
 
@@ -118,8 +122,10 @@ class HybridLM(nn.Module):
             >>> int(model(ids, labels=ids, cu_seqlens=[0, 4, 6, 12]).num_tokens)  # one less per document
             9
         """
-        seq = self._sequence(input_ids, cu_seqlens, state)
-        targets = self._targets(input_ids, labels, targets, seq.cu_seqlens)
+        tokens = self._check_tokens(input_ids, inputs_embeds)
+        batch_and_length = tokens.shape[:2]
+        seq = self._sequence(batch_and_length, tokens.device, cu_seqlens, state)
+        targets = self._targets(batch_and_length, labels, targets, seq.cu_seqlens)
         if targets is not None and state is not None:
             raise ValueError("a decode state cannot be trained through: pass labels or targets without state")
         following = self._tokens_for_mtp(input_ids, targets, seq)
@@ -128,19 +134,25 @@ class HybridLM(nn.Module):
                 raise ValueError("rows that are divided between processes cannot be decoded: set shard_group to None")
             seq = seq.shard_rows(self.shard_group)
         totals = AuxTotals()
-        stream = self.residual.start(self.embed(seq.local_tokens(input_ids)))
+        tokens = seq.local_tokens(tokens)
+        stream = self.residual.start(self.embed(tokens) if inputs_embeds is None else tokens)
+        hidden = [self.residual.end(stream)] if return_hidden_states else []
         plan = None
-        if state is not None and input_ids.shape[1] == 1:
-            plan = find_plan(self, self.layers, self.norm, input_ids.device)  # type: ignore[arg-type]
+        if state is not None and batch_and_length[1] == 1 and not return_hidden_states:
+            plan = find_plan(self, self.layers, self.norm, tokens.device)  # type: ignore[arg-type]
         if plan is not None and state is not None:
             x_BTD = plan.norm(self.residual.end(plan.run(stream, seq, state.layers)))
         else:
             for i, layer in enumerate(self.layers):
                 stream = self._run(layer, str(i), stream, seq, totals, *([] if state is None else [state.layers[i]]))
+                if return_hidden_states:
+                    hidden.append(self.residual.end(stream))
             x_BTD = self.norm(self.residual.end(stream))
         if state is not None:
-            state.length += input_ids.shape[1]
+            state.length += batch_and_length[1]
         output = ModelOutput(state=state)
+        if return_hidden_states:
+            output.hidden_states = (*hidden[:-1], x_BTD)
         if targets is not None:
             following = [seq.local_tokens(ids) for ids in following]
             self._losses(output, x_BTD, seq.local_tokens(targets), following, seq, totals, global_batch)
@@ -228,9 +240,17 @@ class HybridLM(nn.Module):
             if isinstance(module, FeedForward):
                 module.post_optimizer_step(update)
 
-    def _sequence(self, input_ids: Tensor, cu_seqlens: DocumentBorders | None,
-                  state: ModelState | None) -> SequenceInfo:
-        """Check the inputs, and describe positions and documents of their tokens."""
+    def _check_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The one of both that was given: token ids [B, T], or embeddings [B, T, D]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass input_ids or inputs_embeds, and not both")
+        if inputs_embeds is not None:
+            width = self.config.hidden_size
+            if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != width:
+                raise ValueError(f"inputs_embeds must be [batch, time, {width}] with at least one token; got "
+                                 f"{list(inputs_embeds.shape)}")
+            return inputs_embeds
+        assert input_ids is not None
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids must be [batch, time] with at least one token; got {list(input_ids.shape)}")
         if input_ids.device.type == "cpu":  # on a GPU looking costs a synchronisation
@@ -238,40 +258,48 @@ class HybridLM(nn.Module):
             if least < 0 or most >= self.config.vocab_size:
                 raise ValueError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary; "
                                  f"got {least if least < 0 else most}")
-        batch, length = input_ids.shape
+        return input_ids
+
+    def _sequence(self, batch_and_length: torch.Size, device: torch.device, cu_seqlens: DocumentBorders | None,
+                  state: ModelState | None) -> SequenceInfo:
+        """Describe positions and documents of the tokens, and check them against borders and state."""
+        batch, length = batch_and_length
         if state is not None:
             if cu_seqlens is not None:
                 raise ValueError("packed documents (cu_seqlens) cannot be decoded: give each its own row")
             if batch != state.batch or state.length + length > state.max_length:
                 raise ValueError(f"the state holds {state.length} of at most {state.max_length} tokens in "
                                  f"{state.batch} rows; got {length} more in {batch} rows")
-            return SequenceInfo.make(batch, length, input_ids.device, offset=state.length, padding_B=state.padding_B)
+            return SequenceInfo.make(batch, length, device, offset=state.length, padding_B=state.padding_B)
         if cu_seqlens is None:
-            return SequenceInfo.make(batch, length, input_ids.device)
-        borders = CuSeqlens.of(cu_seqlens, input_ids.device)
-        if borders.device != input_ids.device:
-            borders = CuSeqlens(borders.host, input_ids.device)
+            return SequenceInfo.make(batch, length, device)
+        borders = CuSeqlens.of(cu_seqlens, device)
+        if borders.device != device:
+            borders = CuSeqlens(borders.host, device)
         borders.check(batch, length)
-        return SequenceInfo.make(batch, length, input_ids.device, borders)
+        return SequenceInfo.make(batch, length, device, borders)
 
-    def _targets(self, input_ids: Tensor, labels: Tensor | None, targets: Tensor | None,
+    def _targets(self, batch_and_length: torch.Size, labels: Tensor | None, targets: Tensor | None,
                  cu_seqlens: CuSeqlens | None) -> Tensor | None:
         depth = self.config.mtp.depth
         if labels is not None:
             if targets is not None:
                 raise ValueError("labels and targets say the same thing: pass one of them")
-            if labels.shape != input_ids.shape:
-                raise ValueError(f"labels must be {list(input_ids.shape)}; got {list(labels.shape)}")
+            if labels.shape != batch_and_length:
+                raise ValueError(f"labels must be {list(batch_and_length)}; got {list(labels.shape)}")
             return build_targets(labels, depth, cu_seqlens)
-        if targets is not None and targets.shape != (*input_ids.shape, 1 + depth):
-            raise ValueError(f"targets must be [batch, time, 1 + mtp.depth] = {[*input_ids.shape, 1 + depth]}; "
+        if targets is not None and targets.shape != (*batch_and_length, 1 + depth):
+            raise ValueError(f"targets must be [batch, time, 1 + mtp.depth] = {[*batch_and_length, 1 + depth]}; "
                              f"got {list(targets.shape)}")
         return targets
 
-    def _tokens_for_mtp(self, input_ids: Tensor, targets: Tensor | None, seq: SequenceInfo) -> list[Tensor]:
+    def _tokens_for_mtp(self, input_ids: Tensor | None, targets: Tensor | None, seq: SequenceInfo) -> list[Tensor]:
         """The tokens ahead that each module of multi-token prediction gets, [B, T] per module."""
-        if targets is None:
+        if targets is None or not self.config.mtp.depth:
             return []
+        if input_ids is None:
+            raise ValueError("multi-token prediction embeds the tokens ahead: train it with input_ids, or without "
+                             "inputs_embeds")
         return [tokens_ahead(input_ids, targets, k, seq.cu_seqlens) for k in range(1, self.config.mtp.depth + 1)]
 
     def _run(self, module: nn.Module, label: str, stream: Stream, seq: SequenceInfo, totals: AuxTotals,

@@ -64,6 +64,8 @@ class ModelOutput:
         stats: scalars without gradient, each the mean over the layers that have it, with the extremes as `<name>_min`
             and `<name>_max`; some also per layer, as `<name>/<layer>`.
         state: the decode state that was passed in.
+        hidden_states: where asked for, the stream [B, T, D] before the first layer and after each one; the last one is
+            after the final norm, as in transformers.
         num_tokens: number of tokens that the `lm` loss is a mean over.
         batch_fraction: positions of this forward over those of the global batch; 1 without one.
     """
@@ -73,6 +75,7 @@ class ModelOutput:
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     state: ModelState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     num_tokens: Tensor | None = None
     batch_fraction: float = 1.0
 
