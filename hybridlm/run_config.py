@@ -1,10 +1,11 @@
-"""The config of a run from a name and overrides: composing, and what a recipe takes from a checkpoint.
+"""The config of a run from a name and overrides: composing, and what a run takes from a checkpoint.
 
     config = load_config("train", ["model=kimi_linear_tiny", "training.steps=100"])
-    config = load_config("train", ["recipe=dsa_tiny", "init_from=runs/first"])
+    config = load_config("train", ["init_from=runs/first", "data.path=texts/"])      # its model and tokenizer
+    config = load_config("train", ["recipe=dsa_tiny", "init_from=runs/first"])       # its model with indexers
+    config = load_config("train", ["branch_from=runs/first", "optimizer.lr=1e-4"])   # all of its settings
 
-`hybridlm.config` composes and checks, and knows no checkpoint. A recipe with an indexer converts one: its model is that
-of `init_from`, with the indexer in its softmax layers. So loading a config stands above both.
+`hybridlm.config` composes and checks, and knows no checkpoint. So loading a config stands above both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from hybridlm import checkpoint
 from hybridlm.config.checks import model_has_indexer
-from hybridlm.config.compose import compose_run, quote
+from hybridlm.config.compose import Composition, compose_run, override_keys, override_value, quote
 from hybridlm.config.schema import Config, RecipeConfig
 from hybridlm.config.serialization import from_dict, to_dict
 from hybridlm.errors import ConfigError
@@ -29,6 +30,9 @@ from hybridlm.model.model import build_model
 def load_config(name: str = "train", overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
     """Compose and check the config of a whole run.
 
+    Where `run_dir=` names a run that has begun, or `branch_from=` a checkpoint, what is not set comes from that run.
+    With `init_from=` the model and the tokenizer come from the checkpoint, unless they are set.
+
     Args:
         name: a root config ("train"), an experiment or a model of the built-in ones, or a YAML file such as the
             config.yaml of a checkpoint.
@@ -37,28 +41,107 @@ def load_config(name: str = "train", overrides: Sequence[str] = (), config_dir: 
 
     Raises:
         ConfigError: anything wrong with a name, a key or a value.
-        CheckpointError: the checkpoint that the recipe converts cannot be used.
+        CheckpointError: the checkpoint that the run starts from cannot be used.
 
     Example:
         >>> config = load_config("train", ["model=kimi_linear_tiny", "optimizer.lr=2e-3"])
         >>> config.model.layers(), config.optimizer.lr
         (['kda', 'kda', 'kda', 'full', 'kda', 'kda', 'full'], 0.002)
     """
+    overrides = [str(override) for override in overrides]
+    started = _started_run(name, overrides)
+    if started is not None:
+        return compose_run(str(started), overrides, config_dir).finish()
+    branch = override_value(overrides, "branch_from")
+    if branch is not None:
+        return _compose_branch(name, overrides, str(branch), config_dir)
     composed = compose_run(name, overrides, config_dir)
-    if composed.has("recipe.indexer"):
-        recipe = from_dict(RecipeConfig, composed.section("recipe"), "recipe", root=Config)
-        # The config.yaml of a run that converted a checkpoint holds the converted model already.
-        converted = composed.from_file and model_has_indexer(
-            from_dict(ModelConfig, composed.section("model"), "model"))
-        if not converted:
-            if composed.model_choice is not None:
-                raise ConfigError("model", f"comes from the checkpoint with recipe={recipe.name}",
-                                  got=composed.model_choice,
-                                  hint="leave model=... out; init_from says which checkpoint is converted")
-            init_from = composed.section("init_from")
-            model = convert_model(recipe, None if init_from is None else str(init_from))
-            composed.replace_model(to_dict(model))
+    if composed.has("init_from") and not _holds_checkpoint(composed.value("run_dir")):
+        _take_from_checkpoint(composed, name)
+    elif composed.has("recipe.indexer") and not composed.from_file:
+        _convert(composed)
     return composed.finish()
+
+
+def _started_run(name: str, overrides: list[str]) -> Path | None:
+    """The config.yaml of the run that `run_dir=` names, if it holds a checkpoint and nothing else says the settings."""
+    run_dir = override_value(overrides, "run_dir")
+    if name != "train" or not isinstance(run_dir, str) or {"model", "experiment"} & override_keys(overrides):
+        return None
+    return Path(run_dir).expanduser() / "config.yaml" if _holds_checkpoint(run_dir) else None
+
+
+def _holds_checkpoint(run_dir: Any) -> bool:
+    """Whether a run has begun in a folder and left a checkpoint there: from then on its own config counts."""
+    folder = Path(str(run_dir)).expanduser()
+    return (folder / "config.yaml").is_file() and bool(checkpoint.step_folders(folder / "checkpoints"))
+
+
+def _compose_branch(name: str, overrides: list[str], source: str, config_dir: str | Path | None) -> Config:
+    """The config of a branch: that of the checkpoint it starts from, with the overrides on top."""
+    folder = _find_checkpoint(source, "branch_from")
+    composed = compose_run(str(folder / "config.yaml") if name == "train" else name, overrides, config_dir)
+    if not composed.overrides("init_from"):
+        composed.set("init_from", None)
+    if not composed.overrides("run_dir") and name == "train":
+        parent = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+        composed.set("run_dir", f"{parent}-branch")
+    _take_tokenizer(composed, source, folder)
+    return composed.finish()
+
+
+def _take_from_checkpoint(composed: Composition, name: str) -> None:
+    """Take the model and the tokenizer of the checkpoint `init_from`, as far as nothing else is said of them."""
+    source = str(composed.value("init_from"))
+    folder = _find_checkpoint(source, "init_from")
+    if composed.has("recipe.indexer"):
+        _convert(composed)
+    elif name == "train" and not composed.choices.keys() & {"model", "experiment"}:
+        composed.replace_model(to_dict(checkpoint.read_model_config(folder)))
+    _take_tokenizer(composed, source, folder)
+
+
+def _convert(composed: Composition) -> None:
+    """Take the model of the checkpoint, with the indexers of the recipe in its layers."""
+    recipe = from_dict(RecipeConfig, composed.value("recipe"), "recipe", root=Config)
+    # The config.yaml of a run that converted a checkpoint holds the converted model already.
+    if composed.from_file and model_has_indexer(from_dict(ModelConfig, composed.value("model"), "model")):
+        return
+    if "model" in composed.choices:
+        raise ConfigError("model", f"comes from the checkpoint with recipe={recipe.name}",
+                          got=composed.choices["model"],
+                          hint="leave model=... out; init_from says which checkpoint is converted")
+    init_from = composed.value("init_from")
+    composed.replace_model(to_dict(convert_model(recipe, None if init_from is None else str(init_from))))
+
+
+def _take_tokenizer(composed: Composition, source: str, folder: Path) -> None:
+    """Let the run use the tokenizer of a checkpoint, unless the command line or a file names another one.
+
+    `bytes` is the default and `bpe` trains a tokenizer of its own: weights that exist fit neither by chance.
+
+    Args:
+        composed: the run.
+        source: the checkpoint or run folder as the person named it.
+        folder: the checkpoint in it.
+    """
+    named = composed.value("data.tokenizer") not in (None, "bytes", "bpe")
+    if named or composed.overrides("data.tokenizer") or not (folder / "tokenizer.json").is_file():
+        return
+    is_bytes = checkpoint.load_tokenizer(folder).is_bytes
+    composed.set("data.tokenizer", "bytes" if is_bytes else source)
+
+
+def _find_checkpoint(source: str, key: str) -> Path:
+    """The checkpoint that `init_from` or `branch_from` names; its files are not read.
+
+    Raises:
+        ConfigError: there is nothing at this path.
+        CheckpointError: what is there cannot be used.
+    """
+    if not Path(source).expanduser().exists():
+        raise ConfigError(key, "no such checkpoint", got=source, expected="a run folder or a checkpoint folder")
+    return checkpoint.resolve(source, hashes=False)
 
 
 def load_model_config(model: str | Path, overrides: Sequence[str] = (),
@@ -98,10 +181,7 @@ def convert_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
     """
     if init_from is None:
         raise ConfigError("init_from", "is missing", expected=f"the checkpoint that recipe={recipe.name} converts")
-    if not Path(init_from).expanduser().exists():
-        raise ConfigError("init_from", "no such checkpoint", got=init_from,
-                          expected="a run folder or a checkpoint folder")
-    config = checkpoint.read_model_config(checkpoint.resolve(init_from, hashes=False))
+    config = checkpoint.read_model_config(_find_checkpoint(init_from, "init_from"))
     layers = layers_to_convert(config, recipe.layers)
     if not layers:
         return config

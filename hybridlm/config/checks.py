@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +30,6 @@ def validate(config: Config) -> None:
     config.engine.check_run(config.optimizer, config.training.precision)
     for index, stage in enumerate(config.recipe.stages):
         _check_stage(config, stage, f"recipe.stages.{index}")
-    if config.init_from is not None:
-        require(Path(config.init_from).expanduser().exists(), "init_from", "no such checkpoint",
-                got=config.init_from, expected="a run folder or a checkpoint folder")
 
 
 def _check_vocabulary(config: Config) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,20 +27,26 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hybridlm.config.checks import validate
-from hybridlm.config.legacy import is_saved_config, refuse_renamed, upgrade_config
+from hybridlm.config.legacy import refuse_renamed
 from hybridlm.config.paths import options, search_folders
 from hybridlm.config.presets import PRESET_GROUP, add_named_presets
 from hybridlm.config.schema import Config
-from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_yaml, yaml_error
+from hybridlm.config.serialization import from_dict, hint_at, yaml_error
+from hybridlm.config.staged_files import (
+    ROOT_GROUPS,
+    SAVED_OPTION,
+    STAGED,
+    YAML_ENDINGS,
+    existing_file,
+    stage_file,
+    stage_root,
+)
 from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.kind_registry import registry_of
 
 _HYDRA_LOCK = threading.RLock()  # Hydra keeps its state in a global
 _COMPOSED: dict[tuple[Any, ...], DictConfig] = {}  # what Hydra made of the same files before
 MAX_COMPOSED = 64  # entries that are kept
-_ROOT_GROUPS = ("model", "data", "optimizer", "recipe", "engine", "experiment")
-_YAML_ENDINGS = (".yaml", ".yml")
-_FILE = "file_"  # prefix of the names that users' files get where Hydra finds them
 
 
 @dataclass
@@ -52,23 +57,34 @@ class Composition:
         config: the composed run, overrides applied.
         values: the overrides that set values.
         from_file: it was read from one YAML file, such as the config.yaml of a checkpoint.
-        model_choice: the name or file of an override `model=...`; None where there is none.
+        choices: what the overrides choose of each group: the name or file behind `model=` and `experiment=`.
         config_dir: the user's own folder of configs.
     """
 
     config: DictConfig
     values: list[Override]
     from_file: bool
-    model_choice: str | None
+    choices: dict[str, str]
     config_dir: str | Path | None
 
     def has(self, key: str) -> bool:
         """Whether the key at this dotted path is set to something other than null."""
         return OmegaConf.select(self.config, key) is not None
 
-    def section(self, key: str) -> Any:
-        """Plain data of a section or value of the run, every interpolation replaced."""
-        return _resolve(self.config).get(key)
+    def overrides(self, key: str) -> bool:
+        """Whether an override sets the value at this dotted path itself."""
+        return any(override.key_or_group == key for override in self.values)
+
+    def value(self, key: str) -> Any:
+        """Plain data at a dotted path, every interpolation replaced; None where nothing is set."""
+        found: Any = _resolve(self.config)
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+
+    def set(self, key: str, value: Any) -> None:
+        """Set a value that no override sets."""
+        OmegaConf.update(self.config, key, value, force_add=True)
 
     def replace_model(self, model: dict[str, Any]) -> None:
         """Take another model, and then what the overrides say of it."""
@@ -106,16 +122,36 @@ def compose_run(name: str = "train", overrides: Sequence[str] = (),
     overrides = [str(override) for override in overrides]
     with tempfile.TemporaryDirectory(prefix="hybridlm-config-") as staging:
         stage = Path(staging)
-        root, chosen = _stage_root(name, folders, stage)
+        root, chosen = stage_root(name, folders, stage)
         files, values = _separate(_parse([*chosen, *overrides]), folders, stage)
         config = _compose(root, files, [stage, *folders])
     _use_one_schedule_form(config, values)
     _change_kinds(config, values)
     for override in values:
         _apply(config, override)
-    models = [text.partition("=")[2] for text in files if re.match(r"\+*model=", text)]
-    return Composition(config, values, from_file=root.startswith(_FILE), model_choice=models[0] if models else None,
-                       config_dir=config_dir)
+    choices = dict(text.lstrip("+").split("=", 1) for text in files if "=" in text)
+    return Composition(config, values, from_file=root.startswith(STAGED), choices=choices, config_dir=config_dir)
+
+
+def override_value(overrides: Sequence[str], key: str) -> Any:
+    """The value that the last override of `key` gives it, read by Hydra's grammar; None where there is none.
+
+    Example:
+        >>> override_value(["training.steps=5", "run_dir='runs/a b'"], "run_dir")
+        'runs/a b'
+    """
+    texts = [text for text in overrides if "=" in text and text.partition("=")[0].lstrip("+") == key]
+    return _parse_one(texts[-1]).value() if texts else None
+
+
+def override_keys(overrides: Sequence[str]) -> set[str]:
+    """The keys of overrides: groups such as `model` of `model=quickstart`, and dotted paths.
+
+    Example:
+        >>> sorted(override_keys(["+model=quickstart", "training.steps=5"]))
+        ['model', 'training.steps']
+    """
+    return {text.partition("=")[0].lstrip("+~").partition("@")[0] for text in overrides}
 
 
 def compose_option(group: str, name: str, own: Mapping[str, Any] | None = None,
@@ -137,33 +173,9 @@ def compose_option(group: str, name: str, own: Mapping[str, Any] | None = None,
     """
     with tempfile.TemporaryDirectory(prefix="hybridlm-config-") as staging:
         stage = Path(staging)
-        (stage / f"{_FILE}option.yaml").write_text(f"defaults:\n  - /{group}@_here_: {name}\n", encoding="utf-8")
-        config = _compose(f"{_FILE}option", [], [stage, *search_folders(config_dir)])
+        (stage / f"{STAGED}option.yaml").write_text(f"defaults:\n  - /{group}@_here_: {name}\n", encoding="utf-8")
+        config = _compose(f"{STAGED}option", [], [stage, *search_folders(config_dir)])
     return _resolve(OmegaConf.merge(config, OmegaConf.create(dict(own or {}))))  # type: ignore[arg-type]
-
-
-def _stage_root(name: str, folders: list[Path], stage: Path) -> tuple[str, list[str]]:
-    """Puts the root config into `stage`; returns its name there and the overrides that `name` stands for.
-
-    Hydra finds a root config only in the first folder it searches, and that is `stage`.
-    """
-    if name.endswith(_YAML_ENDINGS):
-        path = _existing(name, "")
-        _copy(path, stage / f"{_FILE}root.yaml")
-        return f"{_FILE}root", []
-    chosen: list[str] = []
-    if not any((folder / f"{name}.yaml").is_file() for folder in folders):
-        group = next((g for g in ("experiment", "model")
-                      for folder in folders if (folder / g / f"{name}.yaml").is_file()), None)
-        if group is None:
-            known = sorted({p.stem for folder in folders for g in (".", "experiment", "model")
-                            for p in (folder / g).glob("*.yaml")})
-            raise ConfigError("", "no config of this name", got=name, expected=f"one of {', '.join(known)}",
-                              hint=did_you_mean(name, known))
-        name, chosen = "train", [f"{group}={name}"]
-    source = next(folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file())
-    shutil.copyfile(source, stage / f"{name}.yaml")
-    return name, chosen
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -190,7 +202,7 @@ def _parse_one(text: str) -> Override:
     have brackets, a name may be a number.
     """
     key, _, value = text.partition("=")
-    wants_text = hint_at(Config, key.lstrip("+")) in (str, str | None) or value.endswith(_YAML_ENDINGS)
+    wants_text = hint_at(Config, key.lstrip("+")) in (str, str | None) or value.endswith(YAML_ENDINGS)
     try:
         override = OverridesParser.create().parse_overrides([text])[0]
         if not wants_text or override.is_delete() or isinstance(override.value(), str | None):
@@ -225,49 +237,15 @@ def _separate(overrides: list[Override], folders: list[Path], stage: Path) -> tu
         if key == "model" if override.is_delete() else not named:
             raise ConfigError(key, "must name a config", got=value if value is not None else "null",
                               expected=f"one of {', '.join(_in_group(key, folders))}")
-        if isinstance(value, str) and value.endswith(_YAML_ENDINGS):
-            option = _stage_file(_existing(value, key), key, stage)
+        if isinstance(value, str) and value.endswith(YAML_ENDINGS):
+            option = stage_file(existing_file(value, key), key, stage)
             target = f"{key}@{override.package}" if override.package is not None else key
             line = f"{'+' if override.is_add() else ''}{target}={option}"
         else:
             line = str(override.input_line)
         # The root config names these groups already, so a + would be one too many.
-        files.append(line.removeprefix("+") if key in _ROOT_GROUPS and override.package is None else line)
+        files.append(line.removeprefix("+") if key in ROOT_GROUPS and override.package is None else line)
     return files, values
-
-
-def _existing(text: str, key: str) -> Path:
-    path = Path(text).expanduser().resolve()
-    if not path.is_file():
-        raise ConfigError(key, "no such file", got=text, expected="a YAML file")
-    return path
-
-
-def _stage_file(path: Path, group: str, stage: Path) -> str:
-    """Copy a user's file into the staged group, under a name that no built-in option has, and return that name.
-
-    The config of a whole run (a checkpoint's config.yaml) stands for its part of that group.
-    """
-    option = _FILE + re.sub(r"[^\w-]", "_", path.stem)
-    target = stage / group / f"{option}.yaml"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _copy(path, target, group)
-    return option
-
-
-def _copy(path: Path, target: Path, group: str | None = None) -> None:
-    """Copy a user's file, or only its section `group` where it is a whole run; a saved config is upgraded."""
-    data = load_yaml(path)
-    saved = is_saved_config(data)
-    if saved:
-        data = upgrade_config(data)
-    section = data.get(group) if group is not None and isinstance(data, dict) and "defaults" not in data else None
-    if isinstance(section, dict):
-        target.write_text(to_yaml(section), encoding="utf-8")
-    elif saved:
-        target.write_text(to_yaml(data), encoding="utf-8")
-    else:
-        shutil.copyfile(path, target)
 
 
 def _compose(name: str, overrides: list[str], folders: list[Path]) -> DictConfig:
@@ -317,8 +295,9 @@ def _run_hydra(name: str, overrides: list[str], folders: list[Path]) -> DictConf
             raise ConfigError("", _one_line(error)) from None
     OmegaConf.set_struct(config, False)
     chosen = config.pop("hydra").runtime.choices.get("model")
-    if isinstance(chosen, str) and isinstance(config.get("model"), DictConfig) and not config.model.get("name"):
-        config.model.name = chosen.removeprefix(_FILE)
+    unnamed = isinstance(config.get("model"), DictConfig) and not config.model.get("name")
+    if isinstance(chosen, str) and chosen != SAVED_OPTION and unnamed:
+        config.model.name = chosen.removeprefix(STAGED)
     return config
 
 
@@ -334,12 +313,12 @@ def _own_hydra() -> Iterator[None]:
 
 def _missing_option(error: MissingConfigException, folders: list[Path], overrides: list[str]) -> ConfigError:
     group, _, option = str(error.missing_cfg_file or "").rpartition("/")
-    known = [name for name in _in_group(group or ".", folders) if not name.startswith(_FILE)]
+    known = [name for name in _in_group(group or ".", folders) if not name.startswith(STAGED)]
     by = re.match(r"In '([^']*)'", str(error))
     what = "no such option"
     asked = any(text.endswith(f"={option}") for text in overrides)
     if by is not None and "/" in by[1] and not asked:
-        what += f" (named in {by[1].replace(_FILE, '')}.yaml)"
+        what += f" (named in {by[1].replace(STAGED, '')}.yaml)"
     hint = did_you_mean(option, known)
     if not group:
         hint = hint or "this file should be a whole run; a model's own file goes into model=FILE"

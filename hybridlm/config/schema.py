@@ -229,7 +229,13 @@ class Config:
     run_dir: str = "runs/default"
     """Folder of everything that the run writes."""
     init_from: str | None = None
-    """Run or checkpoint folder whose weights the run starts from; null: fresh weights."""
+    """Run or checkpoint folder whose weights the run starts from, at step 0; null: fresh weights."""
+    branch_from: str | None = None
+    """Run or checkpoint folder that the run goes on from, with its weights, optimizer state, step and data cursor; the
+    settings are those of that run, with what the command line changes."""
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir.strip()), "run_dir", "is empty", expected="a folder; run_dir=. is this one")
+        require(self.init_from is None or self.branch_from is None, "branch_from", "cannot stand beside init_from",
+                got=self.branch_from, expected="one of the two",
+                hint="branch_from takes weights, optimizer state and step, init_from the weights alone")
