@@ -81,6 +81,11 @@ def _compose_branch(name: str, overrides: list[str], source: str, config_dir: st
     """The config of a branch: that of the checkpoint it starts from, with the overrides on top."""
     folder = _find_checkpoint(source, "branch_from")
     composed = compose_run(str(folder / "config.yaml") if name == "train" else name, overrides, config_dir)
+    recipe = checkpoint.read_config(folder).get("recipe") or {}
+    if composed.has("recipe.indexer") and composed.value("recipe.indexer") != recipe.get("indexer"):
+        raise ConfigError("recipe.indexer", "converts a model, and a branch keeps its model",
+                          got=composed.value("recipe.name"),
+                          hint=f"init_from={source} in place of branch_from starts the conversion")
     if not composed.overrides("init_from"):
         composed.set("init_from", None)
     if not composed.overrides("run_dir") and name == "train":

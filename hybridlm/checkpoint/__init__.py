@@ -8,6 +8,8 @@
       tokenizer.json          the tokenizer, in the format of the `tokenizers` library (and tokenizer_config.json)
       optimizer.safetensors   optimizer state by parameter name
       trainer.json            step, stage, samples consumed: everything else that resuming needs
+      lineage.json            the checkpoint that the run began from, where it did
+      ...                     text files of the checkpoint that the run began from: chat template, generation config
       manifest.json           format version, size and SHA-256 of every file above, and the SHA-256 of all this
 
 A folder is written under a temporary name, flushed to disk and renamed. Whatever a crash, a full disk or a
@@ -20,7 +22,15 @@ are given as `ranks`.
 
 from hybridlm.checkpoint.folder import newest, prune, remove_drafts, resolve, seal, step_folders, step_of, verify
 from hybridlm.checkpoint.legacy_names import checkpoint_tensors
+from hybridlm.checkpoint.lineage import (
+    LINEAGE_FILE,
+    describe_lineage,
+    lineage_steps,
+    make_lineage,
+    read_lineage,
+)
 from hybridlm.checkpoint.model import (
+    carried_texts,
     data_rules,
     layer_diff,
     layer_list,
@@ -35,8 +45,8 @@ from hybridlm.checkpoint.saving import SHARD_BYTES, Save, write
 from hybridlm.tensor_storage import StoredTensor, read_tensors, unique_tensors
 
 __all__ = [
-    "SHARD_BYTES", "Save", "StoredTensor", "checkpoint_tensors", "data_rules", "layer_diff", "layer_list",
-    "load_checkpoint", "load_tokenizer", "load_weights", "model_texts", "newest", "prune", "read_config",
-    "read_model_config", "read_tensors", "remove_drafts", "resolve", "seal", "step_folders", "step_of",
-    "unique_tensors", "verify", "write",
+    "LINEAGE_FILE", "SHARD_BYTES", "Save", "StoredTensor", "carried_texts", "checkpoint_tensors", "data_rules",
+    "describe_lineage", "layer_diff", "layer_list", "lineage_steps", "load_checkpoint", "load_tokenizer", "load_weights", "make_lineage",
+    "model_texts", "newest", "prune", "read_config", "read_lineage", "read_model_config", "read_tensors",
+    "remove_drafts", "resolve", "seal", "step_folders", "step_of", "unique_tensors", "verify", "write",
 ]

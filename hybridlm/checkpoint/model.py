@@ -12,17 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridlm.checkpoint.folder import resolve
+from hybridlm.checkpoint.folder import MANIFEST, resolve
 from hybridlm.checkpoint.legacy_names import checkpoint_tensors
+from hybridlm.checkpoint.lineage import LINEAGE_FILE
 from hybridlm.config.legacy import load_saved_config, upgrade_layers
 from hybridlm.config.serialization import from_dict, to_yaml
 from hybridlm.data import DATA_RULES
 from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.data.tokenizer_comparison import tokenizer_differences
 from hybridlm.distributed.zero.partition import read_weight
 from hybridlm.errors import CheckpointError
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM, build_model
 from hybridlm.tensor_storage import StoredTensor, full_shape, unique_tensors
+
+# Files of a checkpoint that every save writes anew.
+RUN_FILES = ("config.yaml", "layers.json", "trainer.json", MANIFEST, "model.safetensors.index.json")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -171,4 +176,30 @@ def model_texts(config: Any, model: ModelConfig, tokenizer: Tokenizer | None) ->
     texts = {"config.yaml": to_yaml(config), "layers.json": json.dumps(layer_list(model), indent=1)}
     if tokenizer is not None:
         texts |= tokenizer.files()
+    return texts
+
+
+def carried_texts(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Read the text files that later checkpoints of the same model keep: chat template, generation config, lineage.
+
+    Those are all files that a run does not write itself, and the tokenizer's own files where it is the tokenizer that
+    the run uses: they may name a padding token or hold a chat template, which a run would not write again.
+
+    Args:
+        folder: a checkpoint.
+        tokenizer: of the run. Where it gives other ids than the checkpoint's, only the lineage is kept.
+
+    Returns:
+        The content by file name.
+    """
+    same = (folder / "tokenizer.json").is_file() and not tokenizer_differences(Tokenizer.from_folder(folder), tokenizer)
+    texts = {}
+    for file in sorted(folder.iterdir()):
+        own = file.name in RUN_FILES or file.suffix == ".safetensors"
+        if own or not file.is_file() or not (same or file.name == LINEAGE_FILE):
+            continue
+        try:
+            texts[file.name] = file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue  # such as tokenizer.model, whose tokens tokenizer.json has
     return texts

@@ -15,6 +15,7 @@ from hybridlm.errors import require
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.loss_names import known_losses
 from hybridlm.optimizers import OPTIMIZERS, OptimizerConfig
+from hybridlm.optimizers.lr_schedule import LRScheduleConfig
 from hybridlm.sources import check_format
 
 
@@ -98,6 +99,8 @@ class StageConfig:
     """Sequences per step over all processes; null: `training.batch_size`."""
     lr: float | None = None
     """Peak learning rate; null: `optimizer.lr`."""
+    schedule: LRScheduleConfig | None = None
+    """Learning-rate schedule of this stage, with the keys of `optimizer.schedule`; null: `optimizer.schedule`."""
     trainable: list[str] = field(default_factory=lambda: ["*"])
     """Shell patterns over parameter names; all other parameters are frozen."""
     attention_mode: Literal["dense", "sparse"] | None = None

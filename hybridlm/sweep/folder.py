@@ -26,7 +26,8 @@ from hybridlm.files import is_locked, try_lock, write_json, write_text
 from hybridlm.sweep.plan import SweepPlan
 from hybridlm.sweep.point import Point
 from hybridlm.sweep.probe_tasks import WORK_FILE, ProbeTask, read_probe_result
-from hybridlm.training.run_folder import LOCK_FILE, check_same_run
+from hybridlm.training.run_changes import check_same_run
+from hybridlm.training.run_folder import LOCK_FILE
 
 POINT_FILE = "point.yaml"
 OUTCOME_FILE = "outcome.json"

@@ -19,7 +19,7 @@ from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
 from hybridlm.sweep.point import Point, find_point
 from hybridlm.sweep.request import Budget, SweepConfig
-from hybridlm.training.run_folder import flatten
+from hybridlm.training.run_changes import flatten
 from hybridlm.training.stages import plan_stages
 
 TOLERANCE = 0.01  # allowed difference, as a fraction of the target

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybridlm import checkpoint
-from hybridlm.config.schema import Config
+from hybridlm.config.schema import Config, DataConfig
 from hybridlm.config.serialization import to_dict
-from hybridlm.data import DATA_RULES, PreparedData, bigram_entropy, check_vocab, prepare
+from hybridlm.data import (
+    DATA_RULES,
+    PreparedData,
+    Tokenizer,
+    bigram_entropy,
+    check_vocab,
+    prepare,
+    tokenizer_differences,
+)
 from hybridlm.distributed.engine import Engine, lost_rank
 from hybridlm.distributed.engines import make_engine
 from hybridlm.distributed.rank_environment import RankEnvironment
@@ -28,11 +38,13 @@ from hybridlm.model.model import HybridLM, build_model
 from hybridlm.planning.machine_memory import check_memory, out_of_memory_advice
 from hybridlm.planning.process_count import check_process_count
 from hybridlm.planning.rank_memory import rank_memory
+from hybridlm.training.branch import Branch, check_tokenizer, lr_change, open_branch, previous_stages
 from hybridlm.training.display import Display, format_count, format_duration
 from hybridlm.training.guards import TrainingStopped
 from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import PeakRate, peak_flops, peak_measurement
-from hybridlm.training.run_folder import RunFolder, flatten, versions
+from hybridlm.training.run_changes import flatten
+from hybridlm.training.run_folder import RunFolder, versions
 from hybridlm.training.sparse_attention import INDEXER_PARAMETERS, indexed_mixers
 from hybridlm.training.stages import plan_stages
 from hybridlm.training.tracking import Tracker, check_tracking, make_tracker
@@ -97,7 +109,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
     tight = check_memory(config, world.size)
     registry.configure(config.kernels)
     main = world.rank == 0
-    with closing(RunFolder(config.run_dir, main)) as run, StopSignal() as stop, Display(
+    with closing(_open_folder(config, main)) as run, StopSignal() as stop, Display(
             run.log_file, log_every=config.training.log_every, to_stderr=to_stderr, silent=not main) as display:
         resume = resume_command(command, run.path)
         try:
@@ -105,27 +117,44 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             _check_ranks(engine, config)
             if tight is not None:
                 log.warning("this may run out of memory: %s", tight.describe())
-            start = run.start_from(config, engine)
+            if run.kept_aside is not None:
+                log.info("an earlier attempt here left no checkpoint; its log and metrics are kept in %s",
+                         run.kept_aside)
+            start = run.start_from(config, engine, command)
+            branch = None
+            if start is None and config.branch_from is not None:
+                branch = open_branch(config, stages, engine)
+            origin = start or (branch.folder if branch is not None else _initial_weights(config, engine))
             with engine.main_first():
-                rules = DATA_RULES if start is None else checkpoint.data_rules(start)
-                data = prepare(config.data, progress=main, rules=rules)
+                saved = start or (None if branch is None else branch.folder)
+                rules = DATA_RULES if saved is None else checkpoint.data_rules(saved)
+                data = prepare(_data_config(config, start), progress=main, rules=rules)
+            if branch is not None:
+                check_tokenizer(branch, data.tokenizer)
             check_same(engine, "data", {"fingerprint": data.fingerprint}, "let all machines read the same files")
             if world.size > 1:
                 log.info("memory of each process, an estimate: %s", _memory_text(config, world.size))
-            model = _build_model(config, engine, data, start)
+            model = _build_model(config, engine, data, origin if start is None and branch is None else None)
             flops, source = engine.on_main(lambda: peak_flops(engine.device, engine.precision))
             peak = PeakRate(flops, source, peak_measurement(engine.device, engine.precision))
             facts = _session_facts(config, engine, resume, peak)
             sessions = run.sessions()
+            carried = {} if origin is None else checkpoint.carried_texts(origin, data.tokenizer)
+            if start is None:
+                carried |= _lineage(origin, branch)
             if main:
-                run.begin_session(config, facts, engine.settings)
+                run.begin_session(config, facts, engine.settings, carried.get(checkpoint.LINEAGE_FILE))
             tracker = make_tracker(config.tracking, run.path, to_dict(config),
                                    _wandb_id(run, sessions)) if main else Tracker()
             trainer = Trainer(config=config, stages=stages, run=run, engine=engine, model=model, data=data,
-                              display=display, tracker=tracker, stop=stop, peak=peak if main else None)
+                              display=display, tracker=tracker, stop=stop, peak=peak if main else None,
+                              carried=carried, command=command)
             _announce(config, trainer, start, facts)
             if start is not None:
                 trainer.restore(start)
+            elif branch is not None:
+                trainer.restore_branch(branch)
+            _announce_changes(trainer, branch, run.previous if start is not None else None)
             with closing(tracker):
                 stopped = trainer.fit()
         except StoppedBeforeTraining as asked:
@@ -143,6 +172,17 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         finally:
             display.stop()
         return _finish(trainer, stopped, resume)
+
+
+def _open_folder(config: Config, main: bool) -> RunFolder:
+    """Lock the run folder and make room in it, before the log is opened there."""
+    run = RunFolder(config.run_dir, main)
+    try:
+        run.set_aside(config)
+    except BaseException:
+        run.close()
+        raise
+    return run
 
 
 def _check_ranks(engine: Engine, config: Config) -> None:
@@ -167,28 +207,68 @@ def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:
     return shlex.join(["hybridlm", "train", *words])
 
 
-def _build_model(config: Config, engine: Engine, data: PreparedData, start: Path | None) -> HybridLM:
+def _build_model(config: Config, engine: Engine, data: PreparedData, weights: Path | None) -> HybridLM:
+    """Build the model, with the weights of a checkpoint where the run begins with them (`init_from`)."""
     check_vocab(data.tokenizer, config.model.vocab_size)
     model = build_model(config, device=engine.device, shard_experts=engine.shard_experts,
                         shard_weights=engine.shard_weights)
     model.activation_checkpointing = config.training.activation_checkpointing
-    if config.init_from is not None and start is None:
-        folder = checkpoint.resolve(config.init_from, engine)
+    if weights is not None:
         if config.recipe.indexer is not None:
-            _load_to_convert(model, config, folder, engine)
+            _load_to_convert(model, config, weights, engine)
         else:
-            changes = checkpoint.layer_diff(checkpoint.layer_list(checkpoint.read_model_config(folder)),
+            changes = checkpoint.layer_diff(checkpoint.layer_list(checkpoint.read_model_config(weights)),
                                             checkpoint.layer_list(config.model))
             if changes:
-                raise CheckpointError(f"init_from={folder} is another architecture: {'; '.join(changes[:6])}; choose "
-                                      f"its model with model={folder / 'config.yaml'}")
-            checkpoint.load_weights(model, folder, local_shard=engine.local_shard)
-        log.info("weights from %s", folder)
-        saved = folder / "tokenizer.json"
-        if saved.exists() and saved.read_text(encoding="utf-8") != data.tokenizer.files()["tokenizer.json"]:
-            log.warning("the tokenizer is not the one these weights were trained with; data.tokenizer=%s takes it",
-                        saved)
+                raise CheckpointError(f"init_from={weights} is another architecture: {'; '.join(changes[:6])}; leave "
+                                      "model=... out, and the run takes the checkpoint's model")
+            checkpoint.load_weights(model, weights, local_shard=engine.local_shard)
+        log.info("weights from %s", weights)
+        if (weights / "tokenizer.json").is_file():
+            differ = tokenizer_differences(Tokenizer.from_folder(weights), data.tokenizer)
+            if differ:
+                log.warning("the tokenizer is not the one these weights were trained with: it differs in %s; leave "
+                            "data.tokenizer out, or set data.tokenizer=%s", ", ".join(differ[:3]), weights)
     return model
+
+
+def _initial_weights(config: Config, engine: Engine) -> Path | None:
+    """Find the checkpoint of `init_from`; None where the run has fresh weights."""
+    return None if config.init_from is None else checkpoint.resolve(config.init_from, engine)
+
+
+def _data_config(config: Config, start: Path | None) -> DataConfig:
+    """The data section, with the run's own copy of a tokenizer whose file is gone."""
+    spec = config.data.tokenizer
+    gone = ("/" in spec or spec.endswith(".json")) and not Path(spec).expanduser().exists()
+    if start is None or not gone or not (start / "tokenizer.json").is_file():
+        return config.data
+    log.warning("data.tokenizer=%s is gone: the run goes on with the copy in %s", spec, start)
+    return replace(config.data, tokenizer=str(start / "tokenizer.json"))
+
+
+def _lineage(origin: Path | None, branch: Branch | None) -> dict[str, str]:
+    """Make lineage.json, by its name, for a run that begins from a checkpoint."""
+    if origin is None:
+        return {}
+    changes = [] if branch is None else [(change.key, change.old, change.new) for change in branch.changes]
+    lineage = checkpoint.make_lineage("init" if branch is None else "branch", origin, changes,
+                                      datetime.now(UTC).isoformat(timespec="seconds"))
+    return {checkpoint.LINEAGE_FILE: json.dumps(lineage, indent=1)}
+
+
+def _announce_changes(trainer: Trainer, branch: Branch | None, previous: Any) -> None:
+    """Log what differs from the run that a branch leaves, and what other steps do to the learning rate."""
+    if branch is not None:
+        for line in branch.describe(trainer.data.fingerprint):
+            log.info("%s", line)
+        before = None if branch.config is None else plan_stages(branch.config)
+        at = branch.saved_progress
+    else:
+        before, at = None if previous is None else previous_stages(previous), trainer.progress
+    change = None if before is None else lr_change(before, at, trainer.stages, trainer.progress)
+    if change is not None:
+        log.info("%s", change)
 
 
 def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engine) -> None:

@@ -8,7 +8,9 @@
       backends.json    which kernel backend ran each operation in each layer, and why
       log.txt          the printed lines, with times
       samples-0.jsonl  which samples rank 0 computed in each step, where it was asked for
+      lineage.json     the checkpoint that the run began from, and those before it
       checkpoints/     step-N/
+      earlier-N/       the log and metrics of an attempt that ended before its first checkpoint
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,31 +27,23 @@ from typing import Any
 from hybridlm import checkpoint
 from hybridlm.config.legacy import load_saved_config
 from hybridlm.config.schema import Config
-from hybridlm.config.serialization import from_dict, to_dict, to_yaml
+from hybridlm.config.serialization import to_yaml
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
-from hybridlm.errors import CheckpointError, ConfigError
+from hybridlm.errors import CheckpointError, ConfigError, UserError
 from hybridlm.files import Lock, try_lock, write_text
-from hybridlm.model.config import ModelConfig
+from hybridlm.training.run_changes import branch_command, check_same_run
 from hybridlm.version import __version__
 
-# Keys that may change when a run is resumed: its length, how it is run and watched; not the model, the data or the
-# hyperparameters.
-CHANGEABLE_KEYS = (
-    "run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
-    "training.tokens", "training.precision", "training.micro_batch_size", "training.activation_checkpointing",
-    "training.log_every", "training.eval_every", "training.eval_batches", "training.checkpoint_every",
-    "training.keep_checkpoints", "training.async_checkpoint", "training.resume", "training.max_bad_steps",
-    "training.record_samples")
-# Keys that say where data stands. It may move: a checkpoint keeps the fingerprint of its content.
-PLACES_OF_DATA = ("data.path", "data.mixture.*.path", "data.validation_path", "data.tokenizer")
-NAMES_OF_DATA = ("stdlib", "bytes", "bpe")  # values of those keys that are no place
-MAX_NAMED_DIFFERENCES = 4  # in one error message
 LOCK_FILE = ".lock"
-CHANGEABLE_STAGE_KEYS = ("steps", "tokens", "eval_recall")
+KEPT_ASIDE = ("config.yaml", "run.json", "metrics.jsonl", "log.txt", "backends.json", "deepspeed.json", "lineage.json",
+              "samples-*.jsonl")  # of an attempt that left no checkpoint, when another one begins
 
 
 class RunFolder:
     """Locks the folder for one run until `close()`. Of several processes only the main one locks and writes it.
+
+    `previous`: plain data of the config that the run has had so far, after `start_from`; None for a new run.
+    `kept_aside`: where `set_aside` has put the files of an earlier attempt.
 
     Raises:
         ConfigError: another process trains here, or the folder cannot be written.
@@ -62,6 +56,8 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.log_file = self.path / "log.txt"
         self._lock: Lock | None = None
+        self.previous: Any = None
+        self.kept_aside: Path | None = None
         if not main:
             return
         try:
@@ -83,27 +79,65 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def start_from(self, config: Config, ranks: Communicator = SINGLE_PROCESS) -> Path | None:
+    def set_aside(self, config: Config) -> None:
+        """Make room for a run where another one ended before its first checkpoint: its files go to `earlier-N`.
+
+        Nothing of such a run can be resumed, so it binds nobody to its settings. The same run again keeps its files.
+        """
+        if self._lock is None or checkpoint.step_folders(self.checkpoints) or not self.config_file.exists():
+            return
+        try:
+            check_same_run(load_saved_config(self.config_file), config, self.path)
+            if config.training.resume != "never":
+                return
+        except UserError:
+            pass
+        number = 1
+        while (self.path / f"earlier-{number}").exists():
+            number += 1
+        target = self.path / f"earlier-{number}"
+        try:
+            target.mkdir()
+            for file in sorted(file for pattern in KEPT_ASIDE for file in self.path.glob(pattern)):
+                file.rename(target / file.name)
+        except OSError as error:
+            raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(self.path)) from None
+        self.kept_aside = target
+
+    def start_from(self, config: Config, ranks: Communicator = SINGLE_PROCESS,
+                   command: Sequence[str] | None = None) -> Path | None:
         """Find the checkpoint to resume from; None for a fresh start. All ranks call it together.
+
+        Args:
+            config: of the run.
+            ranks: the processes.
+            command: the words that started the run, for the command of a branch.
 
         Raises:
             CheckpointError: a changed architecture, damaged checkpoints alone, or none where one is required.
             ConfigError: the folder holds a run of another config, or one that must not be resumed.
         """
-        ranks.on_main(lambda: self._check(config))
+        self.previous = ranks.on_main(lambda: self._check(config, command))
         found = checkpoint.newest(self.checkpoints, ranks)
         if found is None:
             ranks.on_main(lambda: self._check_fresh(config.training.resume))
         return found
 
-    def _check(self, config: Config) -> None:
+    def _check(self, config: Config, command: Sequence[str] | None) -> Any:
+        """Check the folder for `start_from`; return the config that the run has had so far, or None."""
         used = self.config_file.exists() or bool(checkpoint.step_folders(self.checkpoints))
         if config.training.resume == "never" and used:
             raise ConfigError("run_dir", "already holds a run", got=str(self.path), expected="an empty folder",
                               hint="training.resume=auto goes on with it")
-        if used and self.config_file.exists():
-            check_same_run(load_saved_config(self.config_file), config, self.path)
+        saved = None
+        if self.config_file.exists():
+            saved = load_saved_config(self.config_file)
+            asked = None if config.branch_from is None else Path(config.branch_from).expanduser()
+            own = asked is not None and self.path.resolve() in asked.resolve().parents
+            check_same_run(saved, config, self.path, branch_command(self.path, command, config, saved,
+                                                                    source=asked if own else None))
         checkpoint.remove_drafts(self.checkpoints)
+        return saved
 
     def _check_fresh(self, resume: str) -> None:
         if checkpoint.step_folders(self.checkpoints):
@@ -113,8 +147,9 @@ class RunFolder:
             raise CheckpointError(f"no checkpoint in {self.checkpoints} and training.resume=require; "
                                   "training.resume=auto starts a new run")
 
-    def begin_session(self, config: Config, facts: dict[str, Any], deepspeed: dict[str, Any] | None = None) -> None:
-        """Write config.yaml and deepspeed.json, and add this session to run.json.
+    def begin_session(self, config: Config, facts: dict[str, Any], deepspeed: dict[str, Any] | None = None,
+                      lineage: str | None = None) -> None:
+        """Write config.yaml, deepspeed.json and lineage.json, and add this session to run.json.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -125,6 +160,8 @@ class RunFolder:
             write_text(self.config_file, to_yaml(config))
             if deepspeed is not None:
                 write_text(self.path / "deepspeed.json", json.dumps(deepspeed, indent=1))
+            if lineage is not None:
+                write_text(self.path / checkpoint.LINEAGE_FILE, lineage)
             write_text(self.path / "run.json", json.dumps({"sessions": sessions}, indent=1))
         except OSError as error:
             raise ConfigError("run_dir", f"cannot be written ({error.strerror})", got=str(self.path)) from None
@@ -153,69 +190,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def check_same_run(saved: Any, config: Config, where: Path) -> None:
-    """Check that a run with the saved config may be resumed with this one.
-
-    Raises:
-        CheckpointError: the architecture has changed; the differences are in the text.
-        ConfigError: something else has that makes it a different run.
-    """
-    with contextlib.suppress(ConfigError):  # keys that came into the schema since then have their defaults
-        saved = to_dict(from_dict(Config, saved))
-    old, new = flatten(saved), flatten(to_dict(config))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)
-                     and not _may_change(key) and not _may_have_moved(key, old.get(key), new.get(key)))
-    if any(key.startswith("model.") for key in changed):
-        differ = _layer_changes(saved, config) or [
-            _describe_change(key, old, new) for key in changed if key.startswith("model.")]
-        raise CheckpointError(f"the model of the run in {where} has changed: {_join_differences(differ)}. Take another "
-                              "run_dir, or the model that the run began with")
-    if changed := [key for key in changed if not key.startswith("model.")]:
-        differ = [_describe_change(key, old, new) for key in changed]
-        raise ConfigError("run_dir", f"holds a different run: {_join_differences(differ)}", got=str(where),
-                          hint="take another run_dir, or the config that the run began with")
-
-
-def _join_differences(differences: list[str]) -> str:
-    more = len(differences) - MAX_NAMED_DIFFERENCES
-    return "; ".join(differences[:MAX_NAMED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _layer_changes(saved: Any, config: Config) -> list[str]:
-    try:
-        before = checkpoint.layer_list(from_dict(ModelConfig, saved["model"], "model"))
-    except (ConfigError, KeyError, TypeError):
-        return []
-    return checkpoint.layer_diff(before, checkpoint.layer_list(config.model))
-
-
-def _describe_change(key: str, old: dict[str, Any], new: dict[str, Any]) -> str:
-    return f"{key} {old.get(key, 'not set')!r} -> {new.get(key, 'not set')!r}"
-
-
-def _may_change(key: str) -> bool:
-    if key.startswith("recipe.stages."):
-        return key.rsplit(".", 1)[-1] in CHANGEABLE_STAGE_KEYS
-    return any(key == changeable or key.startswith(f"{changeable}.") for changeable in CHANGEABLE_KEYS)
-
-
-def _may_have_moved(key: str, old: Any, new: Any) -> bool:
-    """Whether a difference is that of where data stands; its content is compared when a checkpoint is resumed."""
-    return (any(fnmatchcase(key, pattern) for pattern in PLACES_OF_DATA)
-            and not any(value is None or value in NAMES_OF_DATA for value in (old, new)))
-
-
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Flatten nested data to {dotted path: scalar}; empty containers count as values.
-
-    >>> flatten({"a": {"b": 1, "c": [2, {}]}})
-    {'a.b': 1, 'a.c.0': 2, 'a.c.1': {}}
-    """
-    if not value or not isinstance(value, dict | list):
-        return {path: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        flat |= flatten(item, f"{path}.{key}" if path else str(key))
-    return flat

@@ -12,7 +12,7 @@ from torch import nn
 from hybridlm.config.checks import check_patterns
 from hybridlm.config.schema import Config, StageConfig
 from hybridlm.optimizers import OptimizerSet
-from hybridlm.optimizers.lr_schedule import check_schedule
+from hybridlm.optimizers.lr_schedule import LRScheduleConfig, check_schedule, lr_factor
 
 
 @dataclass(kw_only=True)
@@ -24,6 +24,11 @@ class Stage(StageConfig):
     sequence_length: int
     batch_size: int
     lr: float
+    schedule: LRScheduleConfig
+
+    def lr_at(self, step: int) -> float:
+        """Compute the learning rate of step number `step` of the stage, 0 the first."""
+        return self.lr * lr_factor(self.schedule, step, self.steps)
 
     @property
     def tokens_per_step(self) -> int:
@@ -48,11 +53,12 @@ def plan_stages(config: Config) -> list[Stage]:
         length = stage.sequence_length or config.training.sequence_length
         batch_size = stage.batch_size or config.training.batch_size
         steps = _count_steps(stage, config, length * batch_size)
-        check_schedule(config.optimizer.schedule, steps)
+        schedule = stage.schedule or config.optimizer.schedule
+        check_schedule(schedule, steps, f"recipe.stages.{index}.schedule" if stage.schedule else "optimizer.schedule")
         options = {field.name: getattr(stage, field.name) for field in fields(StageConfig)}
         stages.append(Stage(**options | {
             "index": index, "steps": steps, "tokens": None, "sequence_length": length, "batch_size": batch_size,
-            "lr": stage.lr or config.optimizer.lr}))
+            "lr": stage.lr or config.optimizer.lr, "schedule": schedule}))
     return stages
 
 
@@ -112,6 +118,12 @@ class Progress:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Progress:
+        """Read the progress in a checkpoint; keys that this version does not have are left out."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in saved.items() if key in known})
 
     def advance(self, stage: Stage) -> None:
         """Count one step of `stage`."""

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from hybridlm.errors import CheckpointError
 from hybridlm.model.cost import training_flops
 from hybridlm.model.model import HybridLM
 from hybridlm.optimizers import OptimizerSet, build_optimizer
-from hybridlm.optimizers.lr_schedule import lr_factor
 from hybridlm.optimizers.roles import fp32_names
 from hybridlm.training import backends
+from hybridlm.training.branch import Branch
 from hybridlm.training.display import Display
 from hybridlm.training.guards import NOTHING_BAD, BadStepGuard, TrainingStopped, bad_weight, first_bad_layer
 from hybridlm.training.interrupt import SIGNALS, StopSignal
@@ -32,6 +32,7 @@ from hybridlm.training.loader import global_batches, micro_batches
 from hybridlm.training.losses import step_loss
 from hybridlm.training.metrics import MetricsFile, PeakRate, bits_per_byte, layer_loads, perplexity, router_panel
 from hybridlm.training.moe_health import RoutingWatch
+from hybridlm.training.run_changes import branch_command, free_folder
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.training.saver import Saver
 from hybridlm.training.sparse_attention import (
@@ -50,8 +51,11 @@ log = logging.getLogger("hybridlm")
 
 @dataclass
 class Trainer:
-    """Trains one run, in every process that takes part in it. `peak`: FLOP/s of one process at 100 % utilisation, on
-    the main rank."""
+    """Trains one run, in every process that takes part in it.
+
+    `peak`: FLOP/s of one process at 100 % utilisation, on the main rank; `carried`: text files that every
+    checkpoint holds, by name; `command`: the words after `hybridlm train`, None where the run was not started by them.
+    """
 
     config: Config
     stages: list[Stage]
@@ -63,6 +67,8 @@ class Trainer:
     tracker: Tracker
     stop: StopSignal
     peak: PeakRate | None
+    carried: dict[str, str] = field(default_factory=dict)
+    command: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self.progress = Progress()
@@ -76,6 +82,8 @@ class Trainer:
         self.validation: dict[str, Any] = {}  # metrics of the last validation
         self.validated_at: int | None = None  # step of the last validation
         self.backends_reported = False
+        self.branched_from: Path | None = None  # has the optimizer state until there is a checkpoint of this run
+        self.state_stage: int | None = None  # the stage that the newest optimizer state is of; None: of no stage here
 
     def restore(self, folder: Path) -> None:
         """Restore weights and progress from a checkpoint of this run.
@@ -85,18 +93,28 @@ class Trainer:
         """
         saved = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         if saved["data"] != self.data.fingerprint:
-            raise CheckpointError(f"the data has changed since {folder} was saved: its files, tokenizer or "
-                                  "mixture differ; take another run_dir (init_from takes the weights along)")
+            raise CheckpointError(
+                f"the data has changed since {folder} was saved: its files, tokenizer or mixture differ; to go on with "
+                f"them: hybridlm train branch_from={self.run.path} run_dir={free_folder(self.run.path)}")
         checkpoint.load_weights(self.model, folder, local_shard=self.engine.local_shard)
-        known = {field.name for field in fields(Progress)}
-        self.progress = Progress(**{key: value for key, value in saved["progress"].items() if key in known})
+        self.progress = Progress.from_dict(saved["progress"])
         self.state_stage = self.progress.stage
         self.saver.newest = folder
+
+    def restore_branch(self, branch: Branch) -> None:
+        """Take weights and progress from a checkpoint of another run.
+
+        Raises:
+            CheckpointError: weights that do not fit.
+        """
+        checkpoint.load_weights(self.model, branch.folder, local_shard=self.engine.local_shard)
+        self.progress = replace(branch.progress)
+        self.state_stage = self.progress.stage if branch.strict else None
+        self.branched_from = branch.folder
 
     def fit(self) -> str | None:
         """Train all stages that are left, and return what asked the run to stop before its end, or None."""
         self.engine.on_main(self._forget_later_records)
-        self.state_stage = self.progress.stage
         left = sum(stage.steps for stage in self.stages[self.progress.stage:]) - self.progress.step_in_stage
         self.display.begin(self.progress.step, self.progress.step + max(left, 0))
         self.stop.enter_loop()
@@ -167,7 +185,7 @@ class Trainer:
         self.optimizers = build_optimizer(self.model, self.config.optimizer, lr=stage.lr)
         check_trained(self.model, trained, self.optimizers)
         # A stage starts at the newest checkpoint, of this session or of an earlier one.
-        newest = self.saver.newest
+        newest = self.saver.newest or self.branched_from
         stored = {} if newest is None else checkpoint.checkpoint_tensors(newest, "optimizer")
         state = {name: self.engine.local_shard(name, tensor) for name, tensor in stored.items()}
         self.engine.prepare(self.model, self.optimizers, sorted(fp32_names(self.model)), state,
@@ -188,7 +206,7 @@ class Trainer:
             values = self._gradients(compute_loss, batch)
         loads = layer_loads(self.model.router_loads())
         values |= router_panel(loads)
-        lr = stage.lr * lr_factor(self.config.optimizer.schedule, self.progress.step_in_stage, stage.steps)
+        lr = stage.lr_at(self.progress.step_in_stage)
         update = self.engine.update(values, lr=lr, clip=self.config.training.grad_clip, balance=self.balance)
         seconds = time.perf_counter() - start
         self.progress.advance(stage)
@@ -266,8 +284,20 @@ class Trainer:
         where = next((place for place in found if place != NOTHING_BAD), NOTHING_BAD)
         self.saver.finish()
         raise TrainingStopped(f"{self.guard.in_a_row} steps in a row were not finite (the last is step "
-                              f"{self.progress.step}); first bad: {where}; {self.saver.newest_text}; try a lower "
-                              "optimizer.lr, or another training.seed to pass these samples")
+                              f"{self.progress.step}); first bad: {where}; {self.saver.newest_text}; "
+                              f"{self._lower_rate()}")
+
+    def _lower_rate(self) -> str:
+        """Say how to go on with a lower learning rate and other samples, as a command that can be typed."""
+        stage = self.config.recipe.stages[self.progress.stage]
+        key = "optimizer.lr" if stage.lr is None else f"recipe.stages.{self.progress.stage}.lr"
+        rate = f"{key}={self.stages[self.progress.stage].lr / 2:g}"
+        newest = self.saver.newest or self.branched_from
+        if newest is None:
+            return f"start the same command again with a lower rate, such as {rate}"
+        other = [rate, f"training.seed={self.config.training.seed + 1}"]
+        return "go on from it with a lower rate and other samples: " + branch_command(
+            self.run.path, self.command, self.config, more=other, source=newest)
 
     def save(self, *, required: bool = False) -> None:
         """Save a checkpoint of this step, unless there is one. `required`: wait for it, and end the run if it fails.
@@ -284,10 +314,11 @@ class Trainer:
         weight = next(filter(None, self.engine.gather(bad_weight(self.engine))), None)
         if weight is not None:
             raise TrainingStopped(f"weight '{weight}' is not finite after step {step}, which is not saved; "
-                                  f"{self.saver.newest_text}; try a lower optimizer.lr")
+                                  f"{self.saver.newest_text}; {self._lower_rate()}")
         state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint,
                  "data_rules": self.data.rules}
         texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)
+        texts |= self.carried
         texts["trainer.json"] = json.dumps(state, indent=1)
         tensors = {"model": self.engine.owned_tensors(checkpoint.unique_tensors(self.model), copied=in_background),
                    "optimizer": self.engine.owned_optimizer_state(copied=in_background)}

@@ -6,7 +6,9 @@ import pytest
 from hybridlm.config.schema import DataSourceConfig
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import CheckpointError, ConfigError
-from hybridlm.training.run_folder import RunFolder, check_same_run, flatten
+from hybridlm.training import train
+from hybridlm.training.run_changes import check_same_run, flatten
+from hybridlm.training.run_folder import RunFolder
 from tests.support import tiny_run
 
 HERE = Path("run")
@@ -56,10 +58,51 @@ def test_keys_of_a_later_version_have_their_defaults(tmp_path):
         check_same_run(before, tiny_run.config(tmp_path, optimizer={"eps": 1e-3}), HERE)
 
 
-def test_model_options_are_part_of_the_architecture(tmp_path):
-    with pytest.raises(CheckpointError, match=r"model\.init_std 0\.02 -> 0\.5"):
+def test_model_options_are_part_of_the_run_and_other_weights_another_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds a different run: model\.init_std 0\.02 -> 0\.5"):
         check_same_run(saved(tmp_path), tiny_run.config(tmp_path, model_options={"init_std": 0.5}), HERE)
     check_same_run(saved(tmp_path), tiny_run.config(tmp_path, model_options={"name": "another"}), HERE)
+    for options, words in (({"hidden_size": 64}, r"model\.hidden_size 32 -> 64"),
+                           ({"num_layers": 3}, "2 layers saved, 3 asked for"),
+                           ({"schedule": tiny_run.ScheduleConfig(pattern=["full"])}, "layer 0: mixer linear -> full")):
+        with pytest.raises(CheckpointError, match=f"the model of the run in run has changed: {words}"):
+            check_same_run(saved(tmp_path), tiny_run.config(tmp_path, model_options=options), HERE)
+
+
+def abandoned(folder, **options):
+    """A run folder in which a run ended before its first checkpoint."""
+    config = tiny_run.config(folder, **options)
+    run = RunFolder(config.run_dir)
+    run.begin_session(config, {"command": "first"})
+    run.metrics_file.write_text('{"step": 1}\n')
+    run.log_file.write_text("out of memory\n")
+    run.close()
+    return run.path
+
+
+def test_a_folder_without_a_checkpoint_binds_nobody(tmp_path):
+    path = abandoned(tmp_path, batch_size=8)
+    smaller = tiny_run.config(tmp_path, batch_size=4, steps=1, eval_every=0)
+    train(smaller)
+    assert {file.name for file in (path / "earlier-1").iterdir()} == {
+        "config.yaml", "run.json", "metrics.jsonl", "log.txt"}
+    assert (path / "earlier-1" / "log.txt").read_text() == "out of memory\n"
+    assert "earlier-1" in (path / "log.txt").read_text()
+    assert [row["step"] for row in tiny_run.records(path)] == [1]
+    with pytest.raises(ConfigError, match=r"training\.batch_size 4 -> 8"):  # now it holds a checkpoint
+        train(tiny_run.config(tmp_path, batch_size=8, steps=1))
+
+
+def test_the_same_run_keeps_the_log_of_its_first_attempt(tmp_path):
+    path = abandoned(tmp_path)
+    run = RunFolder(path)
+    run.set_aside(tiny_run.config(tmp_path))
+    assert run.kept_aside is None
+    assert run.log_file.read_text() == "out of memory\n"
+    run.set_aside(tiny_run.config(tmp_path, resume="never"))
+    assert run.kept_aside == path / "earlier-1"
+    assert not run.log_file.exists()
+    run.close()
 
 
 def test_sessions_add_up(tmp_path):
