@@ -1,4 +1,4 @@
-"""What a run began from: lineage.json in run folders and checkpoints, with the lineage of the run before in it."""
+"""Lineage of a run: lineage.json in run folders and checkpoints names the checkpoint it began from, and those before."""
 
 from __future__ import annotations
 

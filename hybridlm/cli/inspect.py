@@ -38,15 +38,21 @@ def run(argv: Sequence[str]) -> int:
     parser.add_device_memory()
     parser.add_json()
     args = parser.parse_intermixed_args(argv)
+    from hybridlm.checkpoint import describe_lineage, read_lineage, resolve
+
     for option, value in (("--context", args.context), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(option, "must be positive", got=value)
     folder = Path(args.overrides[0]) if len(args.overrides) == 1 and os.path.isdir(args.overrides[0]) else None
     report = _report_folder(args, folder) if folder is not None else _report_config(args)
+    if folder is not None and (lineage := read_lineage(resolve(folder, hashes=False))):
+        report["lineage"] = lineage
     if args.json:
         print(json.dumps(report))
     else:
         show_report(report)
+        for line in describe_lineage(report.get("lineage")):
+            print(line)
     return 0
 
 

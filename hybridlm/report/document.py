@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybridlm.checkpoint import describe_lineage
 from hybridlm.errors import ConfigError
 from hybridlm.inspect import scaled
 from hybridlm.model.cost import count_parameters, decode_state_bytes
@@ -128,6 +129,8 @@ def _provenance(runs: list[tuple[str, Run]], column: str = "point") -> list[tupl
             facts |= session["versions"] if isinstance(session.get("versions"), dict) else {}
             versions.setdefault(json.dumps(facts), []).append(name)
     tables = []
+    if origins := [[*([name] if named else []), line] for name, run in runs for line in describe_lineage(run.lineage)]:
+        tables.append(("Began from", Table([*(["point"] if named else []), "checkpoint and changes"], origins)))
     if commands:
         tables.append(("Commands", Table([*([column] if named else []), "started (UTC)", "command"], commands)))
     if versions:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hybridlm.checkpoint import read_lineage
 from hybridlm.config.legacy import load_saved_config
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict
@@ -43,6 +44,7 @@ class Run:
     steps: int = 0
     corrupt_lines: int = 0
     sessions: list[dict[str, Any]] = field(default_factory=list)
+    lineage: dict[str, Any] | None = None  # the checkpoint that the run began from
     config_text: str = ""
     fault: str = ""  # of the config, once it was asked for
 
@@ -128,7 +130,8 @@ def read(path: str | Path, metrics: list[str] | None = None) -> Run | Sweep:
 
 def read_run(folder: Path) -> Run:
     """Read a run folder, also one in which a file is missing."""
-    run = Run(folder, sessions=[session for session in read_sessions(folder) if isinstance(session, dict)])
+    run = Run(folder, sessions=[session for session in read_sessions(folder) if isinstance(session, dict)],
+              lineage=read_lineage(folder))
     records, run.corrupt_lines = read_metrics(folder / "metrics.jsonl")
     steps: dict[int, dict[str, Any]] = {}
     for record in records:

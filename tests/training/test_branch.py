@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hybridlm import checkpoint
+from hybridlm.cli import main
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import CheckpointError, ConfigError, UserError
 from hybridlm.run_config import load_config
@@ -232,3 +233,17 @@ def test_a_run_goes_on_from_its_folder_alone(base, tmp_path):
     assert lion.model.name == "tiny"
     with pytest.raises(UserError):
         load_config("train", [f"run_dir={tmp_path}/run", "optimizer.lrr=3"])
+
+
+def test_inspect_and_report_show_where_a_run_began(base, tmp_path, capsys):
+    train(branch(base, tmp_path / "run", "training.steps=9", "optimizer.lr=2e-3"))
+    capsys.readouterr()
+    line = f"branch of {base}/checkpoints/step-8 (step 8): optimizer.lr 0.01 -> 0.002; training.steps 8 -> 9"
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert line in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lineage"]["step"] == 8
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Began from" in page
+    assert line.replace(">", "&gt;") in page
