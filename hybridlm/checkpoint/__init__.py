@@ -46,7 +46,8 @@ from hybridlm.tensor_storage import StoredTensor, read_tensors, unique_tensors
 
 __all__ = [
     "LINEAGE_FILE", "SHARD_BYTES", "Save", "StoredTensor", "carried_texts", "checkpoint_tensors", "data_rules",
-    "describe_lineage", "layer_diff", "layer_list", "lineage_steps", "load_checkpoint", "load_tokenizer", "load_weights", "make_lineage",
-    "model_texts", "newest", "prune", "read_config", "read_lineage", "read_model_config", "read_tensors",
-    "remove_drafts", "resolve", "seal", "step_folders", "step_of", "unique_tensors", "verify", "write",
+    "describe_lineage", "layer_diff", "layer_list", "lineage_steps", "load_checkpoint", "load_tokenizer",
+    "load_weights", "make_lineage", "model_texts", "newest", "prune", "read_config", "read_lineage",
+    "read_model_config", "read_tensors", "remove_drafts", "resolve", "seal", "step_folders", "step_of",
+    "unique_tensors", "verify", "write",
 ]
