@@ -1,4 +1,5 @@
-"""Lineage of a run: lineage.json in run folders and checkpoints names the checkpoint it began from, and those before."""
+"""Lineage of a run: lineage.json in run folders and checkpoints names what it began from, and what that began from.
+"""
 
 from __future__ import annotations
 

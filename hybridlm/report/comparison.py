@@ -14,7 +14,7 @@ from hybridlm.model.cost import count_parameters
 from hybridlm.report.figures import Axis, Chart, Figure, Panel, Series, Table, averaged, number, thinned
 from hybridlm.report.palette import Palette
 from hybridlm.report.read import Curve, Run, Sweep, check_metrics, read
-from hybridlm.training.run_folder import flatten
+from hybridlm.training.run_changes import flatten
 
 LAST_STEPS = 20  # over which the final training loss is averaged
 FOLDER_KEYS = ("run_dir", "data.cache_dir", "tracking.run_name")  # where a run is kept, which is not what it does
