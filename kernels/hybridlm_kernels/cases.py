@@ -1,4 +1,4 @@
-"""What a case of an operation is: a call that the doctor and the tests check, and one that the benchmark times.
+"""Cases of operations: calls that the doctor and the tests check, and calls that the benchmark times.
 
 Each operation has a file `cases.py` with its own; `tools/cases.py` finds them. A benchmark runs at a shape of B rows, T
 tokens, H heads of D dims. Its FLOPs are those of the mathematics, a multiplication and an addition counted as two: the

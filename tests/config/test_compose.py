@@ -9,10 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from hybridlm.config import config_dir, from_dict, to_yaml
+from hybridlm.config import config_dir, from_dict, load_yaml, to_yaml
 from hybridlm.config.paths import options
 from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError
+from hybridlm.model.mixers import MIXERS
 from hybridlm.run_config import load_config, load_model_config
 
 pytestmark = pytest.mark.usefixtures("project_kinds")
@@ -171,10 +172,12 @@ def test_every_yaml_is_found_and_valid():
 
 @pytest.mark.parametrize("name", options("mixer"))
 def test_every_mixer_of_the_group_stands_in_a_schedule(name):
-    sizes = {"mla": "kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8, v_head_dim: 16",
-             "dsa": "kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8, v_head_dim: 16"}
+    known = {"num_heads": 4, "head_dim": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+             "v_head_dim": 16}
+    preset = load_yaml(config_dir() / "mixer" / f"{name}.yaml")
+    sizes = {size: known[size] for size in MIXERS.config_class(preset["kind"]).missing_sizes(preset)}
     config = load_config("train", [f"+mixer@model.mixers.it={name}", "model.schedule.pattern=[it]",
-                                   f"model.mixers.it={{num_heads: 4, {sizes.get(name, 'head_dim: 16')}}}"])
+                                   *(f"model.mixers.it.{size}={value}" for size, value in sizes.items())])
     assert config.model.layers() == ["it"] * 4
 
 

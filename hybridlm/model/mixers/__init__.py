@@ -13,5 +13,7 @@ from hybridlm.model.mixers.delta_rule import DeltaRule as DeltaRule
 from hybridlm.model.mixers.delta_rule import DeltaRuleConfig as DeltaRuleConfig
 from hybridlm.model.mixers.linear_attention import LinearAttention as LinearAttention
 from hybridlm.model.mixers.linear_attention import LinearAttentionConfig as LinearAttentionConfig
+from hybridlm.model.mixers.mamba import Mamba as Mamba
+from hybridlm.model.mixers.mamba import MambaConfig as MambaConfig
 from hybridlm.model.mixers.mla import MLA as MLA
 from hybridlm.model.mixers.mla import MLAConfig as MLAConfig

@@ -1,4 +1,9 @@
-"""Small forms of every mixer, one module per group of kinds; each has a dict FORMS of configs by name."""
+"""Small forms of every mixer, one module per group of kinds; each has a dict FORMS of configs by name.
+
+A module may say more of its kinds, by sets of names of parameters within the mixer: FP32, those that stay in fp32
+beside norms; OTHER_STARTS, projections that do not start as normal(0, std); NO_MATRICES, those of two dims that are vectors or
+convolutions to an optimizer.
+"""
 
 import importlib
 import pkgutil
@@ -19,3 +24,9 @@ def collect_forms() -> dict[str, MixerConfig]:
             raise ValueError(f"forms defined twice: {', '.join(sorted(twice))}")
         found |= forms
     return found
+
+
+def collect_names(kind: str) -> set[str]:
+    """The names that the modules list under `kind`, such as FP32."""
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    return set().union(*(getattr(module, kind, set()) for module in modules))

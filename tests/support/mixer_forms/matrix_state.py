@@ -24,3 +24,5 @@ FORMS: dict[str, MixerConfig] = {
                                     conv_size=4, feature_map="none", value_map="none", norm="none",
                                     output_gate="silu"),
 }
+FP32 = {"A_log", "dt_bias"}
+NO_MATRICES = {"q_conv", "k_conv", "v_conv"}

@@ -32,3 +32,5 @@ FORMS: dict[str, MixerConfig] = {
     "attention_pooled": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, indexer=IndexerConfig(
         num_heads=16, head_dim=8, topk=9, num_first=3, num_local=3, pool=3)),
 }
+FP32 = {"sinks", "indexer.weights_proj.weight"}
+NO_MATRICES = {"indexer.pool.bias"}

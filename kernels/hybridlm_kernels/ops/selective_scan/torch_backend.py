@@ -45,7 +45,7 @@ class _Starts:
 
 
 class _Rows:
-    """Where documents begin and end in the rows of a batch, and the blocks of columns."""
+    """The columns at which documents of a batch begin and end, and its blocks of columns."""
 
     def __init__(self, shape: torch.Size, states: int, borders: CuSeqlens | None, device: torch.device):
         self.rows, self.length, channels = shape
