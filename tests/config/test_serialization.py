@@ -13,7 +13,7 @@ from hybridlm.kind_registry import KindError, KindRegistry, registry_of, registr
 from hybridlm.model.config import ModelConfig, ScheduleConfig
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
-from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
+from hybridlm.model.mixers import MIXERS, AttentionConfig, DeltaRuleConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.optimizers import AdamWConfig, LionConfig, OptimizerConfig
 
@@ -150,9 +150,9 @@ def test_the_kind_picks_the_class():
 
 @pytest.mark.parametrize(("cls", "data", "message"), [
     (MixerConfig, {"kind": "delta_rul"},
-     "m.kind: unknown kind; got 'delta_rul'; expected one of attention, delta_rule, linear_attention, mla; "
+     "m.kind: unknown kind; got 'delta_rul'; expected one of " + ", ".join(sorted(MIXERS)) + "; "
      "did you mean 'delta_rule'?"),
-    (MixerConfig, {"num_heads": 2}, "m.kind: is missing; expected one of attention, delta_rule, linear_attention, mla"),
+    (MixerConfig, {"num_heads": 2}, "m.kind: is missing; expected one of " + ", ".join(sorted(MIXERS))),
     (FeedForwardConfig, {"kind": "os.system"}, "m.kind: unknown kind; got 'os.system'; expected one of dense, moe; "
                                                "your own feed-forward is registered with --import FILE"),
     (FeedForwardConfig, {"kind": ["moe"]}, "m.kind: unknown kind; got ['moe']; expected one of dense, moe; "
