@@ -1,4 +1,4 @@
-"""Writing files so that they are there whole or not at all, and locks between processes.
+"""Writing files so that they are there whole or not at all, locks between processes, folders named step-N.
 
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())
@@ -66,6 +66,22 @@ def write_text(path: Path, text: str, *, flush: bool = False) -> None:
 def write_json(path: Path, data: Any, *, flush: bool = False) -> None:
     """Replace the file at `path` by `data` as JSON, one line per element, like `write_bytes`."""
     write_text(path, json.dumps(data, indent=1) + "\n", flush=flush)
+
+
+def step_of(folder: Path) -> int | None:
+    """Return N of a folder named step-N, None for another name.
+
+    >>> step_of(Path("checkpoints/step-300"))
+    300
+    """
+    number = folder.name.removeprefix("step-")
+    return int(number) if folder.name.startswith("step-") and number.isdecimal() else None
+
+
+def step_folders(root: Path) -> list[Path]:
+    """List the step-N folders under `root`, newest first, complete or not."""
+    found = [(step_of(f), f) for f in root.iterdir() if f.is_dir()] if root.is_dir() else []
+    return [f for n, f in sorted(((n, f) for n, f in found if n is not None), reverse=True)]
 
 
 class Lock(Protocol):

@@ -18,7 +18,7 @@ from typing import Any
 from hybridlm import checkpoint
 from hybridlm.config.checks import model_has_indexer
 from hybridlm.config.compose import Composition, compose_run, override_keys, override_value, quote
-from hybridlm.config.schema import Config, RecipeConfig
+from hybridlm.config.schema import Config, DataConfig, RecipeConfig
 from hybridlm.config.serialization import from_dict, to_dict
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import ModelConfig
@@ -147,6 +147,29 @@ def _find_checkpoint(source: str, key: str) -> Path:
     if not Path(source).expanduser().exists():
         raise ConfigError(key, "no such checkpoint", got=source, expected="a run folder or a checkpoint folder")
     return checkpoint.resolve(source, hashes=False)
+
+
+def load_data_config(name: str = "train", overrides: Sequence[str] = (),
+                     config_dir: str | Path | None = None) -> DataConfig:
+    """Compose and check the data section of a run, as a run would read it; its model need not fit it.
+
+    Args:
+        name, overrides, config_dir: as in `load_config`.
+
+    Raises:
+        ConfigError: anything wrong with a name, a key, or a value of the data section.
+        CheckpointError: the checkpoint that the run starts from, and takes its tokenizer from, cannot be used.
+
+    Example:
+        >>> load_data_config("train", ["data.path=texts/", "data.tokenizer=bpe", "data.tokenizer_vocab_size=8192"]).path
+        'texts/'
+    """
+    overrides = [str(override) for override in overrides]
+    starts_from = override_value(overrides, "branch_from") or _started_run(name, overrides)
+    composed = None if starts_from else compose_run(name, overrides, config_dir)
+    if composed is None or composed.has("init_from"):
+        return load_config(name, overrides, config_dir).data
+    return composed.finish_data()
 
 
 def load_model_config(model: str | Path, overrides: Sequence[str] = (),

@@ -16,6 +16,7 @@ from typing import Any
 
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
 from hybridlm.errors import CheckpointError
+from hybridlm.files import step_folders, step_of
 from hybridlm.version import __version__
 
 FORMAT_VERSION = 2  # see `hybridlm.checkpoint.legacy_names` for the names of earlier formats
@@ -23,22 +24,6 @@ MANIFEST = "manifest.json"
 DRAFT_PREFIX = ".tmp-"
 
 log = logging.getLogger("hybridlm")
-
-
-def step_of(folder: Path) -> int | None:
-    """Return N of a folder named step-N, None for another name.
-
-    >>> step_of(Path("checkpoints/step-300"))
-    300
-    """
-    number = folder.name.removeprefix("step-")
-    return int(number) if folder.name.startswith("step-") and number.isdecimal() else None
-
-
-def step_folders(root: Path) -> list[Path]:
-    """List the step-N folders under `root`, newest first, complete or not."""
-    found = [(step_of(f), f) for f in root.iterdir() if f.is_dir()] if root.is_dir() else []
-    return [f for n, f in sorted(((n, f) for n, f in found if n is not None), reverse=True)]
 
 
 def manifest_entry(file: Path) -> dict[str, Any]:

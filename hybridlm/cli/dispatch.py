@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": "perplexity by position, bits per byte and decode speed of a checkpoint; probes of an architecture",
     "report": "figures and tables of a run or a sweep, in one HTML page",
     "prepare": "tokens of a data source, before a run needs them",
+    "tokenizer": "train a tokenizer on a data source, or show what one makes of a text",
     "import": "turn a checkpoint of transformers into one of ours",
     "export": "turn a checkpoint of ours into one that transformers loads",
     "verify": "compare the two: logits, tokens, the first layer that differs",

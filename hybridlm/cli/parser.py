@@ -76,11 +76,18 @@ def load_run_config(args: argparse.Namespace) -> Config:
     """The config of a run that the positional arguments name: [config] key=value ..."""
     from hybridlm.run_config import load_config
 
-    words = list(args.overrides)
-    name = "train"
+    return load_config(*split_config_words(args.overrides), config_dir=args.config_dir)
+
+
+def split_config_words(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of a complete config that stands first, `train` where none does, and the overrides behind it.
+
+    >>> split_config_words(["quickstart", "training.steps=5"])
+    ('quickstart', ['training.steps=5'])
+    """
     if words and ("=" not in words[0] or os.path.isfile(words[0])) and not words[0].startswith("~"):
-        name = words.pop(0)
-    return load_config(name, words, config_dir=args.config_dir)
+        return words[0], list(words[1:])
+    return "train", list(words)
 
 
 def planned_memory(args: argparse.Namespace, config: Config, processes: int) -> MemoryFit | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from hybridlm.cli.parser import Parser, load_run_config
+from hybridlm.cli.parser import Parser, split_config_words
 from hybridlm.errors import counted
 
 # What a source's report counts beside its documents: the key, the noun, and what was done with them.
@@ -23,17 +23,17 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--verify", action="store_true", help="compute the checksums of all that is there again")
     parser.add_json()
     args = parser.parse_intermixed_args(argv)
-    config = load_run_config(args)
-    from hybridlm.data import check_vocab, prepare
+    from hybridlm.data import prepare
+    from hybridlm.run_config import load_data_config
 
-    data = prepare(config.data, verify=args.verify)
-    check_vocab(data.tokenizer, config.model.vocab_size)
-    report = data.report()
+    config = load_data_config(*split_config_words(args.overrides), config_dir=args.config_dir)
+    report = prepare(config, verify=args.verify).report()
     if args.json:
         print(json.dumps(report))
         return 0
     tokenizer = report["tokenizer"]
-    print(f"tokenizer {tokenizer['name']}: {tokenizer['vocab_size']} ids, {tokenizer['eos']} ends a text")
+    print(f"tokenizer {tokenizer['name']}: {tokenizer['vocab_size']} ids, {tokenizer['eos']} ends a text, "
+          f"{report['bytes_per_token']:.2f} bytes per token; model.vocab_size must be at least as many ids")
     for source in report["sources"]:
         for part in ("train", "validation"):
             counts = source[part]

@@ -30,7 +30,7 @@ from hybridlm.config.checks import validate
 from hybridlm.config.legacy import refuse_renamed
 from hybridlm.config.paths import options, search_folders
 from hybridlm.config.presets import PRESET_GROUP, add_named_presets
-from hybridlm.config.schema import Config
+from hybridlm.config.schema import Config, DataConfig
 from hybridlm.config.serialization import from_dict, hint_at, yaml_error
 from hybridlm.config.staged_files import (
     ROOT_GROUPS,
@@ -106,6 +106,16 @@ class Composition:
         result = from_dict(Config, data)
         validate(result)
         return result
+
+    def finish_data(self) -> DataConfig:
+        """The typed data section alone, checked; what the run's other sections say is not.
+
+        Raises:
+            ConfigError: an unknown key of it, or a wrong value.
+        """
+        data = {"data": _resolve(self.config).get("data")}
+        refuse_renamed(data)
+        return from_dict(DataConfig, data["data"], "data", root=Config)
 
     def _read_preset(self, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
         return compose_option(PRESET_GROUP, name, own, self.config_dir)

@@ -57,7 +57,8 @@ class DataConfig(DataSourceConfig):
     mixture: list[DataSourceConfig] = field(default_factory=list)
     """Several weighted sources, in place of `path`."""
     tokenizer: str = "bytes"
-    """`bytes`, `bpe` (trained on the corpus), or a tokenizer.json, a folder with one or a name on the hub."""
+    """`bytes`, `bpe` (trained on the corpus), or a tokenizer.json, a folder with one, a run or checkpoint folder, or a
+    name on the hub."""
     tokenizer_vocab_size: int = 4096
     """Tokens of a `bpe` tokenizer."""
     tokenizer_eos: str | None = None

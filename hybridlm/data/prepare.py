@@ -173,6 +173,15 @@ def cache_root(config: DataConfig) -> Path:
     return Path(base) / "hybridlm"
 
 
+def _make_cache(config: DataConfig) -> Path:
+    root = cache_root(config)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{root}: the cache folder cannot be made ({error}); set data.cache_dir") from error
+    return root
+
+
 def prepare(config: DataConfig, progress: bool = True, verify: bool = False,
             rules: int = DATA_RULES) -> PreparedData:
     """Make the tokens of all sources, or find them in the cache.
@@ -189,11 +198,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = False,
     Raises:
         DataError: a source, tokenizer or prepared shard that cannot be used.
     """
-    root = cache_root(config)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{root}: the cache folder cannot be made ({error}); set data.cache_dir") from error
+    root = _make_cache(config)
     jobs = _jobs(config, rules)
     tokenizer = _tokenizer(config, jobs, root)
     with ExitStack() as stack:
@@ -210,6 +215,19 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = False,
                                     weight=job.config.weight))
     validation = TokenStore(held_out, tokenizer.byte_lengths, name="validation") if held_out else None
     return PreparedData(tokenizer, train, validation, sources, root, rules)
+
+
+def train_tokenizer(config: DataConfig) -> Tokenizer:
+    """Train the tokenizer that `data.tokenizer=bpe` gives for these sources, or find it in the cache.
+
+    Args:
+        config: the data section of a run; its `tokenizer` is not read.
+
+    Raises:
+        DataError: a source that cannot be used, or a vocabulary without room for every byte.
+    """
+    root = _make_cache(config)
+    return _tokenizer(replace(config, tokenizer="bpe"), _jobs(config, DATA_RULES), root)
 
 
 def check_sources(config: DataConfig) -> None:

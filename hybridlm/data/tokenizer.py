@@ -21,6 +21,7 @@ import tokenizers
 
 from hybridlm.data.document_pieces import acts_at_edges, cut_before_words, cut_text, piece_state, puts_a_space
 from hybridlm.errors import DataError
+from hybridlm.files import step_folders
 
 EOS = "<|endoftext|>"
 KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "<｜end▁of▁sentence｜>")
@@ -310,7 +311,8 @@ def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
     """Load a tokenizer; only a name on the Hugging Face hub may ask the network.
 
     Args:
-        spec: `bytes`, a tokenizer.json, a folder (checkpoint or transformers model), or a name on the hub.
+        spec: `bytes`, a tokenizer.json, a folder (a checkpoint, a run with checkpoints, or a model of transformers), or
+            a name on the hub.
         eos: the token that ends a text, where the files do not say it.
 
     Raises:
@@ -328,12 +330,19 @@ def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
     path = Path(spec).expanduser()
     if path.is_file():
         return Tokenizer.from_file(path, eos)
-    if (path / "tokenizer.json").is_file():
-        return Tokenizer.from_folder(path, eos)
+    folder = _folder_with_tokenizer(path)
+    if folder is not None:
+        return Tokenizer.from_folder(folder, eos)
     if not path.is_dir() and (spec.endswith(".json") or spec.startswith((".", "~", "/")) or spec.count("/") > 1):
         raise DataError(f"tokenizer {spec}: no such file or folder; expected bytes, bpe, a tokenizer.json, a folder "
                         "or a name")
     return _from_transformers(spec if not path.is_dir() else str(path), eos)
+
+
+def _folder_with_tokenizer(path: Path) -> Path | None:
+    """The folder with tokenizer.json: the given one, or the newest checkpoint of a run that has it; else None."""
+    folders = [path, *step_folders(path), *step_folders(path / "checkpoints")]
+    return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
 
 
 def _from_transformers(name: str, eos: str | None) -> Tokenizer:
@@ -344,7 +353,9 @@ def _from_transformers(name: str, eos: str | None) -> Tokenizer:
     try:
         loaded = look_up(lambda: AutoTokenizer.from_pretrained(name))
     except NotFound as error:
-        raise DataError(f"tokenizer {name}: no such file or folder here, and transformers cannot load it ({error}); "
+        here = "no tokenizer.json in this folder or in a checkpoint of it" if Path(name).is_dir() else \
+            "no such file or folder here"
+        raise DataError(f"tokenizer {name}: {here}, and transformers cannot load it ({error}); "
                         "expected bytes, bpe, a tokenizer.json, a folder or a name") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
