@@ -188,6 +188,8 @@ def _show_probes(report: dict[str, Any]) -> None:
 
 def _show_tasks(report: dict[str, Any]) -> None:
     print(f"{report['checkpoint']}: {report['model']}, {report['params']:,} parameters, on {report['device']}")
+    for note in report["notes"]:
+        print(f"note: {note}")
     print(f"\n{'task':<32}  {'metric':<24}  {'value':>8}  {'+-':>7}  {'shots':>5}  {'examples':>8}")
     for name, row in report["tasks"].items():
         for metric, measured in row["metrics"].items():

@@ -148,6 +148,23 @@ class Tokenizer:
         """Token ids, int64 [N], without the end of text. Bytes must be UTF-8, except for a byte tokenizer."""
         return self.encode_documents([text.encode() if isinstance(text, str) else text])[0].astype(np.int64)
 
+    def encode_markup(self, text: str, *, template: bool = False) -> list[int]:
+        """Token ids of a text in which special tokens are meant, as transformers reads it.
+
+        Args:
+            text: the text; one that spells a special token gives its id.
+            template: add what the tokenizer puts around every text, such as a token that begins it.
+
+        >>> load_tokenizer("bytes").encode_markup("hi<|endoftext|>")
+        [104, 105, 256]
+        """
+        return self._markup.encode(text, add_special_tokens=template).ids
+
+    @cached_property
+    def _markup(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, to which special tokens are special."""
+        return tokenizers.Tokenizer.from_str(self.to_str())
+
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of many documents at once, in the smallest type that holds them.
 
@@ -216,6 +233,10 @@ class Tokenizer:
         if self.is_byte_level:
             return self.decode_bytes(ids).decode("utf-8", "replace")
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def decode_markup(self, ids: Iterable[int]) -> str:
+        """The text of the ids with special tokens spelled out; bytes that are not UTF-8 show as U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def stream(self) -> StreamDecoder:
         """A decoder for ids that arrive one by one."""

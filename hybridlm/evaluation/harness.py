@@ -7,7 +7,7 @@ score is what it would be alone. N tokens of a pack, D model width, V vocabulary
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,19 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hybridlm import checkpoint as ckpt
+from hybridlm.data.chat import TextConventions
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError, DataError, did_you_mean, require
 from hybridlm.evaluation.perplexity import CHUNK_TOKENS, normed_states
-from hybridlm.model.generation import generate
+from hybridlm.evaluation.task_generation import TaskGeneration
+from hybridlm.model.generation import complete
 from hybridlm.model.model import HybridLM
 from hybridlm.sources.hub import NotFound, look_up
 from hybridlm_kernels.packing import CuSeqlens
 
+log = logging.getLogger("hybridlm")
+
 PACK_TOKENS = 8192  # per forward; a longer request has a forward of its own
-DEFAULT_NEW_TOKENS = 256
-SAMPLING = ("until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_p")
 
 Scored = tuple[Any, list[int], list[int]]  # a request, the tokens before, the tokens whose probability is asked
 
@@ -38,28 +40,55 @@ Scored = tuple[Any, list[int], list[int]]  # a request, the tokens before, the t
 class HarnessLM(TemplateLM):
     """Adapter of a model to the interface of lm-eval.
 
-    A text without anything before it stands behind the end-of-text token.
+    Scores are those of lm-eval's own `hf` model for the same weights. Texts are read as transformers reads them: what
+    spells a special token is that token, and the tokenizer's template (a token that begins each text) is applied. A
+    text without anything before it stands behind the token that begins texts, or else the one that ends them.
 
-    Requests longer than the model's `max_position` lose their first tokens, as elsewhere in lm-eval.
+    Requests longer than the model's `max_position` lose their first tokens, as elsewhere in lm-eval; `notes` says it.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        conventions: what its folder says about texts.
+        pack: tokens per forward.
+        rows: texts generated at a time.
     """
 
-    def __init__(self, model: HybridLM, tokenizer: Tokenizer, pack: int = PACK_TOKENS, rows: int = 16):
+    def __init__(self, model: HybridLM, tokenizer: Tokenizer, conventions: TextConventions | None = None,
+                 pack: int = PACK_TOKENS, rows: int = 16):
         super().__init__()
         self.model, self.text, self.pack, self.rows = model.eval(), tokenizer, pack, rows
         self.max_length = model.config.max_position
+        self.conventions = TextConventions() if conventions is None else conventions
+        self.notes: list[str] = []
 
     @property
     def eot_token_id(self) -> int:
         return self.text.eos_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: the one that begins texts, else the one that ends them."""
+        start = self.conventions.tokens.get("bos_token")
+        found = None if start is None else self.text.backend.token_to_id(start)
+        return self.text.eos_id if found is None else found
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.text.encode(string).tolist()
+        if add_special_tokens is None:  # a text that begins with the first token gets no second one
+            prefix = self.text.backend.id_to_token(self.prefix_token_id)
+            add_special_tokens = prefix is None or not string.startswith(prefix)
+        return self.text.encode_markup(string, template=add_special_tokens)
 
     def _loglikelihood_tokens(self, requests: list[Scored], disable_tqdm: bool = False,
                               **kwargs: Any) -> list[tuple[float, bool]]:
         """Sum of log-probabilities of each continuation, and whether greedy decoding would produce it."""
         kept = [((*context, *continuation)[-(self.max_length + 1):], min(len(continuation), self.max_length))
                 for _, context, continuation in requests]
+        too_long = sum(len(continuation) > self.max_length for _, _, continuation in requests)
+        self._say_cut(too_long, len(requests), "continuations", self.max_length)
+        self._say_cut(sum(len(context) + len(continuation) > self.max_length + 1
+                          for _, context, continuation in requests) - too_long, len(requests), "requests",
+                      self.max_length)
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(kept)
         asked = (index for index, (_, count) in enumerate(kept) if count)
         order = sorted(asked, key=lambda index: -len(kept[index][0]))
@@ -108,65 +137,69 @@ class HarnessLM(TemplateLM):
         windows: list[Scored] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
-            for window in get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id,
+            for window in get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id,
                                                     self.max_length, 1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(owner)
         totals = [0.0] * len(requests)
         for owner, (log_p, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             totals[owner] += log_p
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate text behind each context up to one of its `until` strings, contexts of one length together."""
-        groups: dict[tuple[int, str], list[tuple[int, list[int], dict[str, Any]]]] = {}
+        """Generate text behind each context up to one of its `until` strings, several contexts at a time."""
+        groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            text, settings = request.args
-            room = _new_tokens(settings)
-            ids = (self.tok_encode(text) or [self.eot_token_id])[-max(1, self.max_length - room):]
-            groups.setdefault((len(ids), repr(settings)), []).append((index, ids, settings))
+            groups.setdefault(repr(request.args[1]), []).append(index)
         texts = [""] * len(requests)
         for members in groups.values():
-            for first in range(0, len(members), self.rows):
-                rows = members[first:first + self.rows]
-                written = self._generate([ids for _, ids, _ in rows], rows[0][2])
-                for (index, *_), text in zip(rows, written, strict=True):
-                    texts[index] = text
-                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+            written = self._generate([requests[index].args[0] for index in members], requests[members[0]].args[1])
+            for index, text in zip(members, written, strict=True):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return texts
 
-    def _generate(self, prompts: list[list[int]], settings: dict[str, Any]) -> list[str]:
-        until = settings.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        sampled = settings.get("do_sample", False)
+    def _generate(self, contexts: list[str], settings: Mapping[str, Any]) -> list[str]:
+        """Generate behind contexts that share their settings."""
+        wanted = TaskGeneration.read(settings)
+        for note in wanted.notes:
+            self._say(f"generation_kwargs: {note}")
+        if wanted.max_new_tokens == 0:
+            return [""] * len(contexts)
+        room = self.max_length - wanted.max_new_tokens
+        require(room > 0, "generation_kwargs.max_gen_toks", "leaves no room for the context", got=wanted.max_new_tokens,
+                expected=f"fewer than the model's max_position of {self.max_length}")
+        ids = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
+        self._say_cut(sum(len(row) > room for row in ids), len(ids), "contexts", room)
+        prompts = [row[-room:] for row in ids]
+        limits = [wanted.max_new_tokens if wanted.max_length is None else wanted.max_length - len(row)
+                  for row in prompts]
+        require(min(limits) > 0, "generation_kwargs.max_length", "is no longer than a context", got=wanted.max_length,
+                expected="the tokens of context and answer together; max_gen_toks counts those of the answer alone")
+        stops = (*wanted.stops, self.text.eos)
         written: list[list[int]] = [[] for _ in prompts]
-        texts = [""] * len(prompts)
-        open_rows = set(range(len(prompts)))
-        for token_B in generate(self.model, torch.tensor(prompts), _new_tokens(settings), eos=self.text.eos_id, seed=0,
-                                temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,
-                                top_p=float(settings.get("top_p", 1.0)), vocab_size=self.text.vocab_size):
-            for row, token in enumerate(token_B.tolist()):
-                if row not in open_rows:
-                    continue
-                written[row].append(token)
-                texts[row] = self.text.decode(written[row])
-                if token == self.text.eos_id or any(stop in texts[row] for stop in stops):
-                    open_rows.discard(row)
-            if not open_rows:
-                break
-        return [_cut(text, stops) for text in texts]
 
+        def ends(index: int, token: int) -> bool:
+            written[index].append(token)
+            text = self.text.decode_markup(written[index])  # a stop may be a special token
+            return len(written[index]) >= limits[index] or any(stop in text for stop in stops)
 
-def _new_tokens(settings: dict[str, Any]) -> int:
-    for key in settings:
-        require(key in SAMPLING, f"generation_kwargs.{key}", "is not known here", expected=", ".join(SAMPLING))
-    return int(next((settings[key] for key in SAMPLING[1:4] if settings.get(key)), DEFAULT_NEW_TOKENS))
+        complete(self.model, prompts, max(limits), batch_size=self.rows, ends=ends, eos=self.text.eos_id, seed=0,
+                 sampling=wanted.sampling, vocab_size=self.text.vocab_size)
+        return [wanted.cut(self.text.decode(row).split(self.text.eos)[0]) for row in written]
 
+    def _say_cut(self, cut: int, of: int, what: str, limit: int) -> None:
+        if cut:
+            self._say(f"{cut} of {of} {what} are longer than {limit} tokens and lost their first ones "
+                      f"(max_position is {self.max_length})")
 
-def _cut(text: str, stops: Sequence[str]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0] if stop else text
-    return text
+    def _say(self, note: str) -> None:
+        """Log a note once, and keep it for the report."""
+        if note not in self.notes:
+            self.notes.append(note)
+            log.warning("%s", note)
 
 
 def evaluate_tasks(path: str | Path, tasks: Sequence[str], *, task_folder: str | None = None,
@@ -194,12 +227,13 @@ def evaluate_tasks(path: str | Path, tasks: Sequence[str], *, task_folder: str |
     with _quiet():
         manager = _manager(tasks, task_folder)
         loaded = _load(manager, tasks)
-        found = simple_evaluate(model=HarnessLM(model, tokenizer, rows=batch_size), tasks=loaded,
-                                task_manager=manager, num_fewshot=fewshot, limit=limit, log_samples=False,
-                                bootstrap_iters=1000)
+        harness = HarnessLM(model, tokenizer, TextConventions.of_folder(folder), rows=batch_size)
+        found = simple_evaluate(model=harness, tasks=loaded, task_manager=manager, num_fewshot=fewshot, limit=limit,
+                                log_samples=False, bootstrap_iters=1000)
     assert found is not None
     return {"checkpoint": str(folder), "model": model.config.name, "params": model.num_params(),
-            "device": str(model.device), "tasks": {name: _row(found, name) for name in found["results"]}}
+            "device": str(model.device), "notes": harness.notes,
+            "tasks": {name: _row(found, name) for name in found["results"]}}
 
 
 def _manager(tasks: Sequence[str], task_folder: str | None) -> TaskManager:

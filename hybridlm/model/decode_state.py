@@ -160,7 +160,8 @@ def join_rows(states: Sequence[Any], padding: Sequence[int], max_length: int) ->
     """Join the decode states of one layer, for rows that may hold unlike numbers of tokens.
 
     Args:
-        states: states of one kind, as `reorder_rows` takes them; token caches are padded in front.
+        states: states of one kind, as `reorder_rows` takes them. One that is more than its tensors has a method
+            `joined`, as `TokenCache`, which pads in front.
         padding: entries in front of the caches of each, which makes them equally long.
         max_length: the most tokens of a row of the result, padding included.
 
@@ -168,7 +169,7 @@ def join_rows(states: Sequence[Any], padding: Sequence[int], max_length: int) ->
         A state of all their rows, in the same order.
     """
     first = states[0]
-    if isinstance(first, TokenCache):
+    if hasattr(first, "joined"):
         return first.joined(states[1:], padding, max_length)
     if isinstance(first, Tensor):
         return torch.cat(list(states))
@@ -252,6 +253,14 @@ class RecurrentState:
         if self.JOINED not in self.conv and self.conv:
             self.conv = {self.JOINED: torch.cat([self.conv[name] for name in names], 1)}
         return self.conv.get(self.JOINED)
+
+    def joined(self, others: Sequence[RecurrentState], padding: Sequence[int], max_length: int) -> RecurrentState:
+        """One state of the rows of this one and of `others`."""
+        states = [self, *others]
+        names = next((tuple(state.conv) for state in states if self.JOINED not in state.conv), ())
+        conv = [inputs for state in states if (inputs := state.joined_conv(names)) is not None]
+        matrices = [state.matrix for state in states if state.matrix is not None]
+        return RecurrentState(torch.cat(matrices), {self.JOINED: torch.cat(conv)} if conv else {})
 
     def set_joined_conv(self, inputs_BCW: Tensor) -> None:
         """Set the last inputs of all convolutions, one behind the other."""

@@ -194,6 +194,12 @@ class HybridLM(nn.Module):
         layers = [layer.new_state(batch, length) for layer in self.layers]  # type: ignore[operator]
         return ModelState(layers, batch, length)
 
+    @property
+    def decodes_padded_rows(self) -> bool:
+        """Whether one token per row can be decoded when rows hold unlike numbers of tokens (`ModelState.join`)."""
+        mixers = all(cast(Block, layer).mixer.decodes_padded_rows for layer in self.layers)
+        return mixers and not self.config.feed_forward.keeps_state
+
     def init_weights(self, seed: int = 0) -> None:
         """Give every parameter and buffer its initial value; see `hybridlm.model.init`."""
         init_weights(self, self.config.init_std, seed)

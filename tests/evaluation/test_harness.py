@@ -126,8 +126,58 @@ def test_texts_end_before_their_stop_and_do_not_depend_on_company(model):
     stopped = {"until": [stop], "max_gen_toks": 6}
     prompts = [("one two", stopped), ("two one", stopped), free]
     assert lm.generate_until(ask("generate_until", *prompts))[::2] == [text.split(stop)[0], text]
-    with pytest.raises(ConfigError, match=r"generation_kwargs.num_beams: is not known here"):
-        lm.generate_until(ask("generate_until", ("one", {"num_beams": 4})))
+
+
+@pytest.mark.parametrize(("settings", "same_as"), [
+    ({"until": [""]}, {"until": []}), ({"until": None}, {"until": []}), ({"until": "e"}, {"until": ["e"]}),
+    ({"num_beams": 1}, {}), ({"do_sample": False, "temperature": 0.7}, {}), ({"temperature": 0.0}, {}),
+    ({"max_gen_toks": None, "max_new_tokens": 6}, {}), ({"max_tokens": 3}, {}),
+    ({"max_gen_toks": None, "max_completion_tokens": 4}, {"max_gen_toks": 4}),
+    ({"temperature": 1e-4}, {}), ({"do_sample": True, "temperature": 9.0, "top_k": 1}, {}),
+    ({"do_sample": True, "temperature": 9.0, "min_p": 1.0, "top_k": 0}, {})])
+def test_generation_settings_that_mean_the_same(model, settings, same_as):
+    lm = HarnessLM(model, model.tokenizer)
+    texts = [lm.generate_until(ask("generate_until", ("one two", {"max_gen_toks": 6} | options)))
+             for options in (settings, same_as)]
+    assert texts[0] == texts[1] != [""]
+
+
+def test_a_temperature_samples_without_do_sample(model):
+    lm = HarnessLM(model, model.tokenizer)
+    greedy, warm = (lm.generate_until(ask("generate_until", ("one", {"max_gen_toks": 20} | options)))
+                    for options in ({}, {"temperature": 5.0}))
+    assert greedy != warm
+
+
+def test_token_limits(model):
+    lm, length = HarnessLM(model, model.tokenizer), len(model.tokenizer.encode("one two"))
+    limited, total, none = (lm.generate_until(ask("generate_until", ("one two", {"until": [], **limit}))) for limit in
+                            ({"max_gen_toks": 3}, {"max_length": length + 3}, {"max_gen_toks": 0}))
+    assert limited == total != none == [""]
+    lm.generate_until(ask("generate_until", ("one", {"max_gen_toks": 2, "max_new_tokens": 5})))
+    assert any("max_gen_toks=2 and max_new_tokens=5" in note for note in lm.notes)
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"num_beams": 4}, "num_beams: is not supported"), ({"seed": 1}, "seed: is not known here"),
+    ({"do_sample": True, "temperature": 0.0}, "temperature: must be positive where do_sample is true"),
+    ({"do_sample": True}, "temperature: must be positive"), ({"temperature": 1.0, "top_p": 2.0}, "top_p: must be a"),
+    ({"until": 3}, "until: is no text"), ({"max_length": 1}, "max_length: is no longer than a context"),
+    ({"max_gen_toks": 10**6}, "max_gen_toks: leaves no room for the context"), ({"max_gen_toks": -1}, "max_gen_toks")])
+def test_settings_that_cannot_be_obeyed_are_refused(model, settings, says):
+    with pytest.raises(ConfigError, match=rf"generation_kwargs\.{says}"):
+        HarnessLM(model, model.tokenizer).generate_until(ask("generate_until", ("one two", settings)))
+
+
+def test_what_is_cut_is_said(model, caplog):
+    lm = HarnessLM(model, model.tokenizer)
+    lm.max_length = 4
+    lm._loglikelihood_tokens([(None, [1] * 9, [2]), (None, [1], [2] * 6), (None, [1], [2])])
+    lm.generate_until(ask("generate_until", ("one two three four five", {"max_gen_toks": 1})))
+    for note in ("1 of 3 continuations are longer than 4 tokens", "1 of 3 requests are longer",
+                 "1 of 1 contexts are longer than 3 tokens"):
+        assert any(note in line for line in lm.notes), note
+        assert note in caplog.text
 
 
 def test_tasks_of_a_folder_from_the_command_line(folder, model, capsys):
