@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     show = shown.append if args.json else write_text
     start = time.perf_counter()
     count = 0
-    tokens = generate(model, ids, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
+    tokens = generate(model, ids.tolist(), args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
                       seed=args.seed, eos=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     show(prompt.decode("utf-8", "replace"))
     for token in tokens:

@@ -1,4 +1,4 @@
-"""What the folder of a tokenizer says about texts beyond their ids: the token that begins one, and the chat template.
+"""Conventions of texts that the folder of a tokenizer states: the token that begins one, and the chat template.
 
 Both are read in the forms in which transformers writes them: `tokenizer_config.json`, and `chat_template.jinja` or
 `chat_template.json` beside it.
