@@ -225,6 +225,8 @@ def convert_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
     if not isinstance(share, int) or isinstance(share, bool) or share < 1:
         raise ConfigError("recipe.indexer.share", "is how many converted layers read one indexer's selection",
                           got=share, expected="1 (each has its own), 2, 3, ...")
+    options = _fit_indexer(options, config, layers)
+    _check_one_topk(recipe, config, options)
     readers = [layer for position, layer in enumerate(layers) if position % share]
     try:
         indexer = from_dict(IndexerConfig, options, "indexer")
@@ -237,6 +239,33 @@ def convert_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
                           got=error.got, expected=error.expected, hint=error.hint) from None
     model.config.name = f"{config.name or 'model'}_dsa"
     return model.config
+
+
+def _fit_indexer(options: dict[str, Any], config: ModelConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """Fill the sizes of an indexer that the recipe leaves open, so that it suits each of the layers to convert."""
+    names = config.layers()
+    fitted = [config.mixers[name].indexer_sizes(options, config.max_position)
+              for name in dict.fromkeys(names[index] for index in layers)]
+    return options | {key: max(sizes[key] for sizes in fitted) for key in ("num_heads", "head_dim", "topk")
+                      if key not in options}
+
+
+def _check_one_topk(recipe: RecipeConfig, config: ModelConfig, options: dict[str, Any]) -> None:
+    """Check that fresh indexers select as many keys as those that the checkpoint has, where no stage says how many.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    names = config.layers()
+    topks = {index: config.mixers[name].indexer_topk() for index, name in enumerate(names)}
+    there = {index: topk for index, topk in topks.items() if topk is not None}
+    left_open = [index for index, stage in enumerate(recipe.stages)
+                 if stage.attention_mode != "dense" and stage.topk is None]
+    if left_open and set(there.values()) - {options["topk"]}:
+        index, topk = next((index, topk) for index, topk in there.items() if topk != options["topk"])
+        raise ConfigError("recipe.indexer.topk", f"is not that of the indexer which layer {index} has already",
+                          got=options["topk"], expected=f"{topk}, as there",
+                          hint=f"recipe.stages.{left_open[0]}.topk=N sets one for all layers of a stage")
 
 
 def layers_to_convert(config: ModelConfig, wanted: Sequence[int] | None) -> list[int]:

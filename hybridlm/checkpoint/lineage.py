@@ -1,5 +1,4 @@
-"""Lineage of a run: lineage.json in run folders and checkpoints names what it began from, and what that began from.
-"""
+"""Lineage of a run: lineage.json in run folders and checkpoints names what it began from, and what that began from."""
 
 from __future__ import annotations
 

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybridlm import checkpoint
-from hybridlm.config.schema import Config, DataConfig
+from hybridlm.config.schema import Config
 from hybridlm.config.serialization import to_dict
 from hybridlm.data import (
     DATA_RULES,
     PreparedData,
-    Tokenizer,
     bigram_entropy,
-    check_vocab,
     prepare,
-    tokenizer_differences,
 )
 from hybridlm.distributed.engine import Engine, lost_rank
 from hybridlm.distributed.engines import make_engine
 from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.distributed.rendezvous import check_same
-from hybridlm.errors import CheckpointError, counted, out_of_memory
+from hybridlm.errors import counted, out_of_memory
 from hybridlm.model.cost import count_parameters
-from hybridlm.model.model import HybridLM, build_model
 from hybridlm.planning.machine_memory import check_memory, out_of_memory_advice
 from hybridlm.planning.process_count import check_process_count
 from hybridlm.planning.rank_memory import rank_memory
@@ -45,8 +39,9 @@ from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import PeakRate, peak_flops, peak_measurement
 from hybridlm.training.run_changes import flatten
 from hybridlm.training.run_folder import RunFolder, versions
-from hybridlm.training.sparse_attention import INDEXER_PARAMETERS, indexed_mixers
+from hybridlm.training.sparse_attention import indexed_mixers
 from hybridlm.training.stages import plan_stages
+from hybridlm.training.start import build_run_model, data_config, initial_weights, lineage_file
 from hybridlm.training.tracking import Tracker, check_tracking, make_tracker
 from hybridlm.training.trainer import Trainer
 from hybridlm.user_code import import_arguments
@@ -124,24 +119,24 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             branch = None
             if start is None and config.branch_from is not None:
                 branch = open_branch(config, stages, engine)
-            origin = start or (branch.folder if branch is not None else _initial_weights(config, engine))
+            origin = start or (branch.folder if branch is not None else initial_weights(config, engine))
             with engine.main_first():
                 saved = start or (None if branch is None else branch.folder)
                 rules = DATA_RULES if saved is None else checkpoint.data_rules(saved)
-                data = prepare(_data_config(config, start), progress=main, rules=rules)
+                data = prepare(data_config(config, start), progress=main, rules=rules)
             if branch is not None:
                 check_tokenizer(branch, data.tokenizer)
             check_same(engine, "data", {"fingerprint": data.fingerprint}, "let all machines read the same files")
             if world.size > 1:
                 log.info("memory of each process, an estimate: %s", _memory_text(config, world.size))
-            model = _build_model(config, engine, data, origin if start is None and branch is None else None)
+            model = build_run_model(config, engine, data, origin if start is None and branch is None else None)
             flops, source = engine.on_main(lambda: peak_flops(engine.device, engine.precision))
             peak = PeakRate(flops, source, peak_measurement(engine.device, engine.precision))
             facts = _session_facts(config, engine, resume, peak)
             sessions = run.sessions()
             carried = {} if origin is None else checkpoint.carried_texts(origin, data.tokenizer)
             if start is None:
-                carried |= _lineage(origin, branch)
+                carried |= lineage_file(origin, branch)
             if main:
                 run.begin_session(config, facts, engine.settings, carried.get(checkpoint.LINEAGE_FILE))
             tracker = make_tracker(config.tracking, run.path, to_dict(config),
@@ -207,56 +202,6 @@ def resume_command(command: Sequence[str] | None, run_dir: Path) -> str:
     return shlex.join(["hybridlm", "train", *words])
 
 
-def _build_model(config: Config, engine: Engine, data: PreparedData, weights: Path | None) -> HybridLM:
-    """Build the model, with the weights of a checkpoint where the run begins with them (`init_from`)."""
-    check_vocab(data.tokenizer, config.model.vocab_size)
-    model = build_model(config, device=engine.device, shard_experts=engine.shard_experts,
-                        shard_weights=engine.shard_weights)
-    model.activation_checkpointing = config.training.activation_checkpointing
-    if weights is not None:
-        if config.recipe.indexer is not None:
-            _load_to_convert(model, config, weights, engine)
-        else:
-            changes = checkpoint.layer_diff(checkpoint.layer_list(checkpoint.read_model_config(weights)),
-                                            checkpoint.layer_list(config.model))
-            if changes:
-                raise CheckpointError(f"init_from={weights} is another architecture: {'; '.join(changes[:6])}; leave "
-                                      "model=... out, and the run takes the checkpoint's model")
-            checkpoint.load_weights(model, weights, local_shard=engine.local_shard)
-        log.info("weights from %s", weights)
-        if (weights / "tokenizer.json").is_file():
-            differ = tokenizer_differences(Tokenizer.from_folder(weights), data.tokenizer)
-            if differ:
-                log.warning("the tokenizer is not the one these weights were trained with: it differs in %s; leave "
-                            "data.tokenizer out, or set data.tokenizer=%s", ", ".join(differ[:3]), weights)
-    return model
-
-
-def _initial_weights(config: Config, engine: Engine) -> Path | None:
-    """Find the checkpoint of `init_from`; None where the run has fresh weights."""
-    return None if config.init_from is None else checkpoint.resolve(config.init_from, engine)
-
-
-def _data_config(config: Config, start: Path | None) -> DataConfig:
-    """The data section, with the run's own copy of a tokenizer whose file is gone."""
-    spec = config.data.tokenizer
-    gone = ("/" in spec or spec.endswith(".json")) and not Path(spec).expanduser().exists()
-    if start is None or not gone or not (start / "tokenizer.json").is_file():
-        return config.data
-    log.warning("data.tokenizer=%s is gone: the run goes on with the copy in %s", spec, start)
-    return replace(config.data, tokenizer=str(start / "tokenizer.json"))
-
-
-def _lineage(origin: Path | None, branch: Branch | None) -> dict[str, str]:
-    """Make lineage.json, by its name, for a run that begins from a checkpoint."""
-    if origin is None:
-        return {}
-    changes = [] if branch is None else [(change.key, change.old, change.new) for change in branch.changes]
-    lineage = checkpoint.make_lineage("init" if branch is None else "branch", origin, changes,
-                                      datetime.now(UTC).isoformat(timespec="seconds"))
-    return {checkpoint.LINEAGE_FILE: json.dumps(lineage, indent=1)}
-
-
 def _announce_changes(trainer: Trainer, branch: Branch | None, previous: Any) -> None:
     """Log what differs from the run that a branch leaves, and what other steps do to the learning rate."""
     if branch is not None:
@@ -269,17 +214,6 @@ def _announce_changes(trainer: Trainer, branch: Branch | None, previous: Any) ->
     change = None if before is None else lr_change(before, at, trainer.stages, trainer.progress)
     if change is not None:
         log.info("%s", change)
-
-
-def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engine) -> None:
-    """Load all weights except those of indexers that the checkpoint does not have yet."""
-    fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER_PARAMETERS, local_shard=engine.local_shard)
-    if fresh:
-        layers = list(dict.fromkeys(name.split(".indexer.")[0].removesuffix(".mixer") for name in fresh))
-        log.info("fresh indexers in %s", ", ".join(layers))
-    else:
-        log.warning("%s has indexers in these layers already: they are trained further as they are, and recipe.indexer "
-                    "changes nothing", folder)
 
 
 def _session_facts(config: Config, engine: Engine, resume: str, peak: PeakRate) -> dict[str, Any]:

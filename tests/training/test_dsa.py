@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from hybridlm import checkpoint
-from hybridlm.config.serialization import to_yaml
+from hybridlm.config.serialization import to_dict, to_yaml
 from hybridlm.errors import ConfigError
 from hybridlm.model import generate
 from hybridlm.model.config import ScheduleConfig
+from hybridlm.model.mixers import AttentionConfig, IndexerConfig, MLAConfig
 from hybridlm.model.model import build_model
+from hybridlm.model.rope import RopeConfig
 from hybridlm.optimizers import build_optimizer
 from hybridlm.run_config import load_config
 from hybridlm.training import train
@@ -162,7 +164,9 @@ def test_the_second_stage_alone_needs_a_trained_indexer(dense, done, tmp_path, c
     assert config.model.mixers["full"].indexer.num_heads == 4  # its own, not the recipe's
     with caplog.at_level(logging.WARNING, "hybridlm"):
         train(config)
-    assert "has indexers in these layers already" in caplog.text
+    assert "has indexers in these layers already: layers.1; they are trained further as they are, with top-k 6" in (
+        caplog.text)
+    assert "recipe.indexer changes nothing (recipe.stages.N.topk=32 sets its top-k for a stage)" in caplog.text
     assert checkpoint.load_checkpoint(tmp_path / "run").layers[1].mixer.attention_mode == "sparse"
 
 
@@ -235,3 +239,41 @@ def test_sparse_attention_from_scratch(dense, tmp_path):
     assert ["dsa/indexer_recall" in row for row in rows] == [True, True, False, False]
     assert 0 < result.validation["validation_dsa/indexer_recall"] < 1
     assert checkpoint.load_checkpoint(result.run_dir).layers[1].mixer.attention_mode == "sparse"
+
+
+def config_alone(folder, model):
+    """A checkpoint that holds a model's config and nothing to load."""
+    texts = checkpoint.model_texts({"model": to_dict(model)}, model, None)
+    return checkpoint.write(folder, 0, texts, {"model": {"none": torch.zeros(1)}})
+
+
+@pytest.mark.parametrize("preset", ["dsa", "dsa_small", "dsa_tiny"])
+@pytest.mark.parametrize(("mixer", "sizes"), [
+    (AttentionConfig(num_heads=2, head_dim=16), (16, 16)),
+    (AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=64), (16, 64)),
+    (AttentionConfig(num_heads=64, num_kv_heads=8, head_dim=256), (32, 256)),
+    (AttentionConfig(num_heads=16, head_dim=256, rope=RopeConfig(partial_rotary_factor=0.25)), (16, 128)),
+    (MLAConfig(num_heads=128, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=16), (64, 128)),
+    (MLAConfig(num_heads=4, qk_nope_head_dim=16, qk_rope_head_dim=24, v_head_dim=16, kv_lora_rank=16), (16, 24)),
+])
+def test_the_presets_fit_any_model(tmp_path, preset, mixer, sizes):
+    folder = config_alone(tmp_path, tiny_run.model(mixers={"full": mixer}, max_position=131072,
+                                                   schedule=ScheduleConfig(pattern=["full"])))
+    indexer = load_config("train", [f"recipe={preset}", f"init_from={folder}"]).model.mixers["full"].indexer
+    assert (indexer.num_heads, indexer.head_dim) == sizes
+    with pytest.raises(ConfigError, match=r"recipe\.indexer\.rope_dim: does not fit the index heads"):
+        load_config("train", [f"recipe={preset}", f"init_from={folder}", "recipe.indexer.head_dim=4"])
+
+
+def test_two_top_k_in_one_model_are_refused(tmp_path):
+    full = AttentionConfig(num_heads=2, head_dim=16)
+    sparse = full.with_indexer(IndexerConfig(num_heads=2, head_dim=16, topk=48))
+    folder = config_alone(tmp_path, tiny_run.model(
+        mixers={"full": full, "sparse": sparse}, max_position=256, schedule=ScheduleConfig(pattern=["sparse", "full"])))
+    start = ["recipe=dsa_tiny", f"init_from={folder}"]
+    with pytest.raises(ConfigError, match=r"recipe\.indexer\.topk: is not that of the indexer which layer 0 has "
+                                          r"already; got 32; expected 48, as there; recipe\.stages\.1\.topk=N sets"):
+        load_config("train", start)
+    same = load_config("train", [*start, "recipe.indexer.topk=48"])
+    assert [same.model.mixers[name].indexer.topk for name in same.model.layers()] == [48, 48]
+    assert load_config("train", [*start, "recipe.stages.1.topk=24"]).recipe.stages[1].topk == 24

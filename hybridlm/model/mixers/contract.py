@@ -215,6 +215,22 @@ class MixerConfig(abc.ABC):
         """Whether `with_indexer` would make the mixer sparse: it attends to all earlier tokens by softmax."""
         return False
 
+    def indexer_topk(self) -> int | None:
+        """Keys that the mixer's own indexer selects; None where it has none."""
+        return None
+
+    def indexer_sizes(self, options: Mapping[str, Any], max_position: int) -> dict[str, Any]:
+        """Options of an indexer for this mixer, with the sizes that `options` leave open.
+
+        Args:
+            options: plain data of an IndexerConfig.
+            max_position: longest context of the model.
+
+        Raises:
+            ConfigError: the mixer cannot take an indexer.
+        """
+        raise ConfigError("kind", "cannot take an indexer", got=self.kind, expected="softmax attention over all tokens")
+
     def with_indexer(self, indexer: Any) -> Self:
         """The same mixer reading the keys that an indexer selects.
 

@@ -98,6 +98,18 @@ class IndexedMixerConfig(MixerConfig):
     def has_indexer(self) -> bool:
         return self.indexer is not None
 
+    def indexer_topk(self) -> int | None:
+        return None if self.indexer is None or self.indexer.share else self.indexer.topk
+
+    def indexer_sizes(self, options: Mapping[str, Any], max_position: int) -> dict[str, Any]:
+        heads: Any = self  # num_heads, and v_head_dim or head_dim, are fields of the kinds
+        head_dim = getattr(heads, "v_head_dim", None) or heads.head_dim
+        filled = IndexerConfig.fill_sizes(options, heads.num_heads, head_dim, max_position)
+        if "head_dim" not in options and options.get("rope_kind") != "none":
+            rotated = self.index_rope_dim if options.get("rope_dim") is None else options["rope_dim"]
+            filled["head_dim"] = max(filled["head_dim"], rotated)
+        return filled
+
     def topk_multiple(self) -> int:
         return 1 if self.indexer is None else self.indexer.pool or 1
 
