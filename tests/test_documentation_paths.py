@@ -1,19 +1,14 @@
 """Every repository path and relative link in README.md, CONTRIBUTING.md and docs/ leads to something that exists.
 
-Every option of a `hybridlm` command printed there is one that the command has.
+The commands printed there are the subject of test_printed_commands.py.
 """
 
-import contextlib
-import functools
-import io
 import itertools
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-
-from hybridlm.cli.dispatch import run
 
 ROOT = Path(__file__).parents[1]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -83,32 +78,6 @@ def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def read_commands(text):
-    """Every `hybridlm COMMAND ...` of a page: the command, and the options given to it."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    for block in blocks + re.findall(r"`([^`]+)`", remove_code_blocks(text)):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = line.split("  #")[0].split()
-            if words[:1] == ["hybridlm"] and len(words) > 1 and not words[1].isupper():
-                yield words[1], [word.split("=")[0] for word in words if word.startswith("--")]
-
-
-def unknown_options(text):
-    """Commands and options of a page that the command line does not have."""
-    for command, given in read_commands(text):
-        known = list_options(command)
-        yield from (f"hybridlm {command} {option}" for option in given if option not in known)
-
-
-@functools.cache
-def list_options(command):
-    """Options of a command as its help names them; of no command, `--help` and `--version`."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        run([command, "--help"] if not command.startswith("-") else [])
-    return {*re.findall(r"(?<!\S)--[a-z][a-z-]*", printed.getvalue()), "--help", "--version"}
-
-
 def link_error(page, target):
     """What is wrong with a link of the page; None for a good one."""
     file, _, anchor = target.partition("#")
@@ -130,17 +99,6 @@ def test_paths_in_backticks_exist(page):
 def test_relative_links_resolve(page):
     errors = [error for target in find_links(read(page)) if (error := link_error(page, target))]
     assert not errors, f"{page}: {errors}"
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_have_the_options_that_a_page_gives_them(page):
-    unknown = list(unknown_options(read(page)))
-    assert not unknown, f"{page}: {unknown}"
-
-
-def test_unknown_options_are_found():
-    text = "`hybridlm sweep --results a`\n```bash\nhybridlm train x=1 \\\n  --dry-run --json --now  # --later\n```\n"
-    assert sorted(unknown_options(text)) == ["hybridlm sweep --results", "hybridlm train --now"]
 
 
 def test_missing_paths_are_found():
