@@ -34,6 +34,8 @@ COMMANDS = {
     "bench": "every kernel backend timed against what this machine can do",
 }
 
+TAKES_SETTINGS = ("train", "inspect", "prepare")  # commands whose words key=value are settings of a run
+
 OVERVIEW = f"""\
 usage: hybridlm COMMAND [arguments]
 
@@ -75,6 +77,10 @@ def run(argv: Sequence[str]) -> int:
         close = nearest(argv[0], COMMANDS)
         hint = f"did you mean '{close}'?" if close else f"expected one of {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {argv[0]!r}; {hint}")
+    if argv[0] in TAKES_SETTINGS:
+        from hybridlm.cli.key_check import check_keys
+
+        check_keys(argv[1:])
     name = "import_" if argv[0] == "import" else argv[0]  # `import` is a word of Python
     return import_module(f"hybridlm.cli.{name}").run(argv[1:])
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hybridlm.cli.key_check import setting_for_option
 from hybridlm.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -29,17 +30,30 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"hybridlm {name}", description=description, epilog=f"examples:\n{examples}",
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.imports = imports
+        self.words: list[str] = []
+        self.settings = False  # whether the command takes key=value
         if imports:
             self.add_argument("--import", action="append", default=[], dest="user_code", metavar="FILE | MODULE",
                               help="import a Python file or module that registers kinds of your own (mixers, "
                                    "feed-forwards, optimizers, probes, ...); may be given again")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self.words = list(args or ())
         return self._with_user_code(super().parse_args(args, namespace))
 
     def parse_intermixed_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
                               namespace: Any = None) -> Any:
+        self.words = list(args or ())
         return self._with_user_code(super().parse_intermixed_args(args, namespace))
+
+    def _value_of(self, option: str) -> str:
+        """The word that follows an option on the command line, as its value; `...` where there is none."""
+        for word, following in zip(self.words, [*self.words[1:], "-"], strict=True):
+            if word.startswith(f"{option}="):
+                return word.partition("=")[2]
+            if word == option and not following.startswith("-"):
+                return following
+        return "..."
 
     def _with_user_code(self, parsed: argparse.Namespace) -> argparse.Namespace:
         if self.imports:
@@ -52,10 +66,13 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
         close = nearest(unknown, self._option_string_actions) if message.startswith("unrecognized") else None
         hint = f"did you mean '{close}'? " if close else ""
+        if message.startswith("unrecognized") and self.settings and (key := setting_for_option(unknown)):
+            hint = f"settings are written without dashes: {key}{'' if '=' in key else '=' + self._value_of(unknown)}; "
         raise UserError(f"{message}; {hint}see `{self.prog} --help`")
 
     def add_overrides(self, what: str = "a run") -> None:
         """Add `key=value ...` and `--config-dir`; `what` names in the help what the settings are of."""
+        self.settings = True
         self.add_argument("overrides", nargs="*", metavar="key=value",
                           help=f"settings of {what}: model=NAME, training.steps=100, ...; the name or YAML file of "
                                "a complete config may stand first")

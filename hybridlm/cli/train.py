@@ -75,7 +75,7 @@ def _show_plan(config: Config, args: argparse.Namespace) -> int:
     if config.engine.max_processes != 1:
         report["rank_memory"] = rank_report(config, processes)
     if args.json:
-        plan = [{**vars(stage), "tokens": stage.steps * stage.tokens_per_step} for stage in stages]
+        plan = [{**to_dict(stage), "tokens": stage.steps * stage.tokens_per_step} for stage in stages]
         print(json.dumps({"config": to_dict(config), "stages": plan, "model": report,
                           "memory": fit.to_dict() if fit is not None else None}))
         return exit_code

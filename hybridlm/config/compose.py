@@ -247,6 +247,7 @@ def _separate(overrides: list[Override], folders: list[Path], stage: Path) -> tu
         if key == "model" if override.is_delete() else not named:
             raise ConfigError(key, "must name a config", got=value if value is not None else "null",
                               expected=f"one of {', '.join(_in_group(key, folders))}")
+        _refuse_path(key, value, folders)
         if isinstance(value, str) and value.endswith(YAML_ENDINGS):
             option = stage_file(existing_file(value, key), key, stage)
             target = f"{key}@{override.package}" if override.package is not None else key
@@ -256,6 +257,22 @@ def _separate(overrides: list[Override], folders: list[Path], stage: Path) -> tu
         # The root config names these groups already, so a + would be one too many.
         files.append(line.removeprefix("+") if key in ROOT_GROUPS and override.package is None else line)
     return files, values
+
+
+def _refuse_path(key: str, value: Any, folders: list[Path]) -> None:
+    """Refuse a path where a config is chosen, with what takes one.
+
+    Raises:
+        ConfigError: `data=` or `model=` is a path that is no YAML file and no option.
+    """
+    if not isinstance(value, str) or value.endswith(YAML_ENDINGS) or value in _in_group(key, folders):
+        return
+    is_path = "/" in value or value.startswith((".", "~")) or Path(value).expanduser().exists()
+    takes = {"data": f"data.path={value} takes text of your own",
+             "model": f"init_from={value} takes the model and weights of a run or checkpoint, model=FILE.yaml a config"}
+    if is_path and key in takes:
+        raise ConfigError(key, "chooses a config by its name", got=value,
+                          expected=f"one of {', '.join(_in_group(key, folders))}", hint=takes[key])
 
 
 def _compose(name: str, overrides: list[str], folders: list[Path]) -> DictConfig:
@@ -330,6 +347,8 @@ def _missing_option(error: MissingConfigException, folders: list[Path], override
     if by is not None and "/" in by[1] and not asked:
         what += f" (named in {by[1].replace(STAGED, '')}.yaml)"
     hint = did_you_mean(option, known)
+    if group in ROOT_GROUPS:
+        hint = hint or (f"{group}=FILE.yaml takes a file of your own, --config-dir FOLDER one in FOLDER/{group}/")
     if not group:
         hint = hint or "this file should be a whole run; a model's own file goes into model=FILE"
     return ConfigError(group, what, got=option, expected=f"one of {', '.join(known)}" if known else "", hint=hint)

@@ -8,7 +8,6 @@ Every error is one line and names the dotted path of the value.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -25,6 +24,7 @@ from hybridlm.kind_registry import registry_of, registry_with
 from hybridlm.model import feed_forward as feed_forward  # registers its kinds, as the next line does
 from hybridlm.model import mixers as mixers
 from hybridlm.plain_data import to_dict as to_dict
+from hybridlm.unknown_keys import unknown_key
 
 T = TypeVar("T")
 MISSING = "???"  # OmegaConf's mark for a value that must be given
@@ -160,16 +160,9 @@ class _Reader:
 
     def unknown(self, cls: type, key: Any, path: str) -> ConfigError:
         """The error for a key `cls` does not have, with the nearest one that exists."""
-        names = list(_hints(cls))
-        elsewhere = [p for p in known_paths(self.root) if p.split(".")[-1] == key and p != _join(path, key)]
-        hint = did_you_mean(key, names) if isinstance(key, str) else ""
-        if elsewhere and (not hint or not _very_near(key, names)):
-            hint = f"did you mean '{elsewhere[0]}'?"
-        if owners := _kinds_with(cls, key):
-            chosen_by = registry_with(cls).key  # type: ignore[union-attr]
-            hint = f"it is an option of {chosen_by} {' and '.join(repr(kind) for kind in owners)}"
-        expected = "" if hint else f"one of {', '.join(names)}"
-        return ConfigError(_join(path, key), "unknown key", expected=expected, hint=hint)
+        registry = registry_with(cls)
+        owners = None if registry is None else (registry.key, _kinds_with(cls, key))
+        return unknown_key(path, key, list(_hints(cls)), known_paths(self.root), owners)
 
 
 def known_paths(cls: type, prefix: str = "") -> list[str]:
@@ -311,10 +304,6 @@ def _all_hints(cls: type) -> dict[str, Any]:
 
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _very_near(key: str, names: list[str]) -> bool:
-    return bool(difflib.get_close_matches(key, names, n=1, cutoff=0.8))
 
 
 def _join(path: str, key: Any) -> str:
