@@ -15,5 +15,9 @@ from hybridlm.model.mixers.linear_attention import LinearAttention as LinearAtte
 from hybridlm.model.mixers.linear_attention import LinearAttentionConfig as LinearAttentionConfig
 from hybridlm.model.mixers.mamba import Mamba as Mamba
 from hybridlm.model.mixers.mamba import MambaConfig as MambaConfig
+from hybridlm.model.mixers.min_rnn import MinRNN as MinRNN
+from hybridlm.model.mixers.min_rnn import MinRNNConfig as MinRNNConfig
 from hybridlm.model.mixers.mla import MLA as MLA
 from hybridlm.model.mixers.mla import MLAConfig as MLAConfig
+from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
+from hybridlm.model.mixers.rg_lru import RGLRUConfig as RGLRUConfig
