@@ -7,6 +7,7 @@ A file's header is checked against the file before any tensor is read.
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,9 +21,11 @@ from hybridlm.errors import CheckpointError
 
 DTYPE_BY_CODE = {  # the codes of the safetensors format
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+log = logging.getLogger("hybridlm")
+
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -103,10 +106,17 @@ def read_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
 def shard_files(folder: Path, stem: str = "model") -> list[Path]:
     """List the safetensors files of a checkpoint.
 
+    Where a single file stands beside the index of shards, the single file is read, as transformers does.
+
     Raises:
         CheckpointError: none, only pickles, a broken index, or a shard that is missing.
     """
     index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if index.is_file() and single.is_file():
+        log.warning("%s has %s and %s: the first is read, as transformers does; delete the one that is out of date",
+                    folder, single.name, index.name)
+        return [single]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -118,7 +128,7 @@ def shard_files(folder: Path, stem: str = "model") -> list[Path]:
                 raise CheckpointError(f"the index of {folder} names the shard '{file.name}', which is not there; "
                                       "fetch it again")
         return files
-    files = sorted([*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*-of-*.safetensors")])
+    files = sorted([*folder.glob(single.name), *folder.glob(f"{stem}-*-of-*.safetensors")])
     if files:
         return files
     pickles = sorted(f.name for f in folder.glob("*") if f.suffix in PICKLE_SUFFIXES)

@@ -211,7 +211,8 @@ def _export(config: ModelConfig, source: SafetensorsSource | StateDictSource, de
             tokenizer.save(target)
         ids = _find_token_ids(folder, target, config)
         stored = dtype or source.specs["embed.weight"].dtype
-        raw = plan.raw | ids | {"dtype": str(stored).removeprefix("torch."),
+        dtype_name = str(stored).removeprefix("torch.")
+        raw = plan.raw | ids | {"dtype": dtype_name, "torch_dtype": dtype_name,  # the latter for transformers 4
                                 "transformers_version": _transformers_version()}
         (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         if not (target / GENERATION_FILE).exists():
@@ -224,13 +225,29 @@ def _export(config: ModelConfig, source: SafetensorsSource | StateDictSource, de
 def _find_token_ids(folder: Path | None, target: Path, config: ModelConfig) -> dict[str, Any]:
     """Token ids for config.json: those of the source, else of the tokenizer; ids outside the vocabulary are dropped."""
     ids: dict[str, Any] = dict.fromkeys(TOKEN_IDS)
+    tokenizer = Tokenizer.from_folder(target) if (target / "tokenizer.json").exists() else None
     if folder is not None and (folder / HF_CONFIG_FILE).exists():
         raw = json.loads((folder / HF_CONFIG_FILE).read_text(encoding="utf-8"))
         text: Mapping[str, Any] = raw.get("text_config") or {}
         ids.update({key: raw.get(key, text.get(key)) for key in TOKEN_IDS})
-    elif (target / "tokenizer.json").exists():
-        ids["eos_token_id"] = Tokenizer.from_folder(target).eos_id
+    elif tokenizer is not None:
+        ids["eos_token_id"] = tokenizer.eos_id
+    if tokenizer is not None:
+        ids.update({key: value for key, value in _named_tokens(target, tokenizer).items() if ids[key] is None})
     return {key: value for key, value in ids.items() if _in_vocabulary(value, config.vocab_size)}
+
+
+def _named_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the tokens that tokenizer_config.json names for the start of a text and for padding."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = {}
+    for key in ("bos_token", "pad_token"):
+        token = config.get(key)
+        token_id = tokenizer.backend.token_to_id(token.get("content") if isinstance(token, dict) else token or "")
+        if token_id is not None:
+            found[f"{key}_id"] = token_id
+    return found
 
 
 def _in_vocabulary(ids: Any, vocab_size: int) -> bool:

@@ -16,6 +16,9 @@ from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
 
+HEAD_KEY = "lm_head.weight"  # the output head's name in every family
+
+
 class HFConfig:
     """A transformers config with the raw config.json it came from; attributes are those of the transformers config.
 
@@ -128,7 +131,7 @@ class Family:
                                [f"{prefix}.embed_tokens.weight" for prefix in mtp_prefixes]),
                  map_tensors("norm.weight", "model.norm.weight")]
         if not config.tie_embeddings:
-            rules.append(_map_repeated("lm_head.weight", "lm_head.weight",
+            rules.append(_map_repeated("lm_head.weight", HEAD_KEY,
                                        [f"{prefix}.shared_head.head.weight" for prefix in mtp_prefixes]))
         for index, name in enumerate(config.layers()):
             layer = LayerToMap(config.mixers[name], config.feed_forward.is_moe(index), f"layers.{index}.",
@@ -155,7 +158,7 @@ class Family:
         """Make a function that says whether a key of a checkpoint may be ignored."""
         patterns = [*self.ignored_keys, r"\.rotary_emb\.inv_freq$"]
         if config.tie_embeddings:
-            patterns.append(r"^lm_head\.weight$")
+            patterns.append(f"^{re.escape(HEAD_KEY)}$")
         if self.mtp_keys == "layers":
             patterns.append(r"^model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
         pattern = re.compile("|".join(patterns))

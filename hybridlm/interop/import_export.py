@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybridlm import checkpoint as ckpt
 from hybridlm.errors import CheckpointError
+from hybridlm.interop.family import HEAD_KEY
 from hybridlm.interop.family_registry import (
     build_hf_config,
     find_family,
@@ -58,13 +59,25 @@ class ImportPlan:
         self.source = dequantize(source, raw.get("quantization_config") or text.get("quantization_config"))
         specs, self.spelling = self.family.to_official_names(self.source.specs)
         keys = frozenset(specs) if mtp else frozenset()
-        self.config = read_model_config(self.family, text, keys)
+        self.config = self._untie_if_different(read_model_config(self.family, text, keys), specs)
         ours = list_our_tensors(self.config)
         ignored = self.family.make_ignored_test(self.config)
         if not mtp:
             ignored = _any_of(ignored, partial(_is_mtp_key, self.config))
         self.steps = match_rules(self.family.rules(self.config), specs, ours, source.where, self.spelling, ignored)
         _check_complete(self.steps, ours)
+
+    def _untie_if_different(self, config: ModelConfig, specs: Mapping[str, TensorSpec]) -> ModelConfig:
+        """Keep a head of its own where the files hold one that is not the embedding, as transformers does."""
+        embedding, head = self.family.embedding_key, HEAD_KEY
+        if not config.tie_embeddings or head not in specs or embedding not in specs:
+            return config
+        first, second = (self.source.read(self.spelling[name]) for name in (embedding, head))
+        if torch.equal(first, second):
+            return config
+        log.warning("%s: tie_word_embeddings is true, but '%s' is not the embedding; the model keeps both",
+                    self.source.where, self.spelling[head])
+        return replace(config, tie_embeddings=False)
 
     def specs(self, dtype: torch.dtype | None) -> Iterator[tuple[str, TensorSpec]]:
         """Our tensors in order, in `dtype` or in the dtype of the source; what must stay fp32 is not cast below it."""

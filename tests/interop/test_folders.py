@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hybridlm
@@ -110,6 +110,58 @@ def test_config_json_says_the_layers_and_transformers_reads_the_same(tmp_path):
     bailing = build("bailing_hybrid-softplus")
     export_hf(import_hf(bailing), tmp_path / "bailing")
     assert AutoConfig.from_pretrained(tmp_path / "bailing").linear_head_dim == 12
+
+
+@pytest.mark.parametrize("case", ["qwen3-yarn", "qwen3_next-irregular", "minimax_m2-full-rope", "kimi_linear"])
+def test_a_head_that_is_not_the_embedding_is_kept_whatever_the_flag_says(case, tmp_path, caplog):
+    """Fine-tuned apart, `tie_word_embeddings` left as it was: transformers computes with the head of the file."""
+    build(case, tie_word_embeddings=True).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    ids = tokens(1, 12)
+    for head, tied in ((embedding.clone(), True), (embedding + torch.randn_like(embedding), False)):
+        save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+        ours = import_hf(tmp_path / "theirs")
+        assert ours.config.tie_embeddings == tied
+        assert ("'lm_head.weight' is not the embedding" in caplog.text) != tied
+        with torch.no_grad():
+            assert (ours(ids).logits - theirs(ids, use_cache=False).logits).abs().max() < 1e-4
+    export_hf(ours, tmp_path / "out")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight, head)
+
+
+def test_a_single_file_beside_an_index_of_shards_is_the_one_that_is_read(tmp_path, caplog):
+    old, new = build("llama"), build("llama")
+    with torch.no_grad():
+        new.model.norm.weight.add_(1)
+    old.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    save_file({name: t.contiguous() for name, t in new.state_dict().items()}, tmp_path / "model.safetensors",
+              metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight
+    assert torch.equal(theirs, new.model.norm.weight)
+    assert torch.equal(import_hf(tmp_path).norm.weight, theirs)
+    assert "delete the one that is out of date" in caplog.text
+
+
+@pytest.mark.parametrize("case", ["qwen3-yarn", "qwen3_next-irregular", "minimax_m2", "deepseek_v32-yarn",
+                                  "bailing_hybrid-softplus", "olmo_hybrid", "llama", "minimax"])
+def test_readers_of_transformers_4_find_the_positions(case, tmp_path):
+    """They read fields at the top of config.json, and take defaults where these are missing."""
+    model = build(case)
+    export_hf(import_hf(model), tmp_path / "out")
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    params = AutoConfig.from_pretrained(tmp_path / "out").rope_parameters
+    assert raw["rope_theta"] == params["rope_theta"] == model.config.rope_parameters["rope_theta"]
+    assert raw["torch_dtype"] == raw["dtype"] == "float32"
+    if params["rope_type"] == "yarn":
+        assert {"type": "yarn", "factor": params["factor"]}.items() <= raw["rope_scaling"].items()
+    else:
+        assert raw["rope_scaling"] is None
+    if "qwen3_next" in case:
+        assert raw["partial_rotary_factor"] == params["partial_rotary_factor"] == 0.5
 
 
 def test_dtype_keeps_what_must_be_fp32(tmp_path):

@@ -81,8 +81,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "short_conv_kernel_size": kda.conv_size, "kda_safe_gate": kda.gate == "lower_bounded",
         "kda_lower_bound": kda.lower_bound, "layer_group_size": full[0] + 1 if full else config.num_layers + 1,
         "layer_types": types, "mlp_layer_types": list_mlp_layer_types(config),
-        "first_k_dense_replace": count_leading_dense(config), "rope_theta": mla.rope.theta,
-        "rope_parameters": write_rope(mla.rope), "num_nextn_predict_layers": config.mtp.depth,
+        "first_k_dense_replace": count_leading_dense(config), **write_rope(mla.rope),
+        "num_nextn_predict_layers": config.mtp.depth,
     }
 
 

@@ -61,7 +61,7 @@ def write_v3(config: ModelConfig) -> dict[str, Any]:
     mla = require_mixer(config, MLAConfig)
     moe = write_deepseek_moe(require_moe(config))
     return write_base(config) | write_mla(mla) | moe | {
-        "model_type": "deepseek_v3", "rope_parameters": write_rope(mla.rope), "rope_theta": mla.rope.theta,
+        "model_type": "deepseek_v3", **write_rope(mla.rope),
         "rope_interleave": mla.rope.kind == "interleaved", "first_k_dense_replace": count_leading_dense(config),
         "num_nextn_predict_layers": config.mtp.depth,
     }

@@ -59,8 +59,7 @@ def read_qwen3_moe(hf: HFConfig) -> dict[str, Any]:
 def _write_attention_model(config: ModelConfig) -> dict[str, Any]:
     full = require_mixer(config, AttentionConfig)
     return write_base(config) | write_attention(full) | {
-        "rope_parameters": write_rope(full.rope), "rope_theta": full.rope.theta,
-        "attention_bias": full.qkv_bias}
+        **write_rope(full.rope), "attention_bias": full.qkv_bias}
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:

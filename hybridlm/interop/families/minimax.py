@@ -79,7 +79,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     lightning = linear[0] if linear else full
     rotary = {} if full.rope.partial_rotary_factor == 1 else {"rotary_dim": full.rope.rotary_dim(full.head_dim)}
     return write_base(config) | write_attention(full) | rotary | {
-        "model_type": "minimax", "rope_parameters": write_rope(full.rope), "sliding_window": None,
+        "model_type": "minimax", **write_rope(full.rope), "sliding_window": None,
         "intermediate_size": moe.moe_intermediate_size, "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_experts_per_tok, "layer_types": list_layer_types(config),
         "block_size": LIGHTNING_BLOCK_SIZE,

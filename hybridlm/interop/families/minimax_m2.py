@@ -35,8 +35,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     full = require_mixer(config, AttentionConfig)
     moe = require_moe(config)
     return write_base(config) | write_attention(full) | {
-        "model_type": "minimax_m2", "rope_parameters": write_rope(full.rope, partial=True),
-        "rope_theta": full.rope.theta, "rotary_dim": full.rope.rotary_dim(full.head_dim), "use_qk_norm": True,
+        "model_type": "minimax_m2", **write_rope(full.rope, partial=True),
+        "rotary_dim": full.rope.rotary_dim(full.head_dim), "use_qk_norm": True,
         "qk_norm_type": "per_layer", "intermediate_size": moe.moe_intermediate_size,
         "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.num_experts_per_tok,
         "scoring_func": "sigmoid", "use_routing_bias": True, "router_aux_loss_coef": 0.001,

@@ -58,10 +58,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """Make the config.json of a model in the format of this family."""
     gdn = require_mixer(config, DeltaRuleConfig)
     full = require_mixer(config, AttentionConfig)
-    without_rope = {"rope_type": "default", "rope_theta": None}
+    without_rope = {"rope_parameters": {"rope_type": "default", "rope_theta": None}}
     return write_base(config) | write_attention(full) | {
         "model_type": "olmo_hybrid", "intermediate_size": require_dense(config).intermediate_size,
-        "rope_parameters": without_rope if full.rope.kind == "none" else write_rope(full.rope),
+        **(without_rope if full.rope.kind == "none" else write_rope(full.rope)),
         "attention_bias": full.qkv_bias, "layer_types": list_layer_types(config),
         "linear_num_key_heads": gdn.num_heads, "linear_num_value_heads": gdn.value_heads,
         "linear_key_head_dim": gdn.head_dim, "linear_value_head_dim": gdn.value_dim,

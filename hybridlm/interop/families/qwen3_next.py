@@ -74,8 +74,8 @@ def write_qwen(config: ModelConfig) -> dict[str, Any]:
     full = require_mixer(config, AttentionConfig)
     moe = require_moe(config)
     return write_base(config) | write_attention(full) | {
-        "rope_parameters": write_rope(full.rope, partial=True), "attention_bias": full.qkv_bias,
-        "partial_rotary_factor": full.rope.partial_rotary_factor, "layer_types": list_layer_types(config),
+        **write_rope(full.rope, partial=True), "attention_bias": full.qkv_bias,
+        "layer_types": list_layer_types(config),
         "linear_num_key_heads": gdn.num_heads, "linear_num_value_heads": gdn.value_heads,
         "linear_key_head_dim": gdn.head_dim, "linear_value_head_dim": gdn.value_dim,
         "linear_conv_kernel_dim": gdn.conv_size, "num_experts": moe.num_experts,

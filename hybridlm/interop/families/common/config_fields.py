@@ -126,13 +126,26 @@ def read_rope(hf: HFConfig, kind: str = "half", *, partial: bool = False) -> dic
 
 
 def write_rope(rope: RopeConfig, *, partial: bool = False) -> dict[str, Any]:
-    """The `rope_parameters` of our `rope`; `partial`: with partial_rotary_factor."""
+    """The fields of config.json for our `rope`: `rope_parameters`, and the same as transformers 4 names it.
+
+    vLLM, SGLang and converters of that age read `rope_theta`, `rope_scaling` and `partial_rotary_factor`, and take a
+    default where one is missing.
+
+    Args:
+        rope: how positions are rotated.
+        partial: transformers applies partial_rotary_factor in this family.
+
+    >>> write_rope(RopeConfig(theta=1e6))["rope_theta"]
+    1000000.0
+    """
     params: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
+    fields: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
     if partial:
-        params["partial_rotary_factor"] = rope.partial_rotary_factor
+        params["partial_rotary_factor"] = fields["partial_rotary_factor"] = rope.partial_rotary_factor
     if rope.scaling is not None:
         params |= write_yarn(rope.scaling)
-    return params
+        fields["rope_scaling"] = {"type": "yarn", **params}
+    return fields | {"rope_parameters": params}
 
 
 def write_yarn(yarn: YarnConfig) -> dict[str, Any]:
