@@ -244,7 +244,7 @@ def _named_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
     found = {}
     for key in ("bos_token", "pad_token"):
         token = config.get(key)
-        token_id = tokenizer.backend.token_to_id(token.get("content") if isinstance(token, dict) else token or "")
+        token_id = tokenizer.backend.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
         if token_id is not None:
             found[f"{key}_id"] = token_id
     return found

@@ -15,7 +15,6 @@ from hybridlm.interop.tensor_rules import KeyLayout, TensorRule, TensorSpec, map
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
-
 HEAD_KEY = "lm_head.weight"  # the output head's name in every family
 
 
