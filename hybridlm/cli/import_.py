@@ -12,8 +12,9 @@ def run(argv: Sequence[str]) -> int:
     """Import a checkpoint; returns the exit code."""
     parser = Parser("import", "Turn a transformers checkpoint folder into a checkpoint of ours.", """\
   hybridlm import Qwen3-Next-80B-A3B/ checkpoints/qwen3-next
+  hybridlm import Qwen/Qwen3-0.6B checkpoints/qwen3
   hybridlm import Qwen3-0.6B/ checkpoints/start --replace gdn=0,1,2,4,5,6""")
-    parser.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors")
+    parser.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors, or OWNER/NAME")
     parser.add_argument("dest", metavar="DEST", help="folder to make")
     add_weight_options(parser)
     parser.add_argument("--replace", action="append", default=[], metavar="MIXER=LAYERS",

@@ -18,6 +18,7 @@ from hybridlm.config.serialization import to_dict
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import CheckpointError, ConfigError, DataError, counted
 from hybridlm.interop.family_registry import read_config_json
+from hybridlm.interop.hub_folder import find_checkpoint_folder
 from hybridlm.interop.import_export import ExportPlan, ImportPlan
 from hybridlm.interop.safetensors_writer import SHARD_BYTES, SafetensorsWriter, create_folder
 from hybridlm.interop.surgery import add_indexer, replace_mixers
@@ -60,7 +61,7 @@ def import_checkpoint(source: PathLike, dest: PathLike, *, dtype: str | torch.dt
     Tokenizer and generation_config.json are copied. With `indexer` or `replace` the whole model is in memory.
 
     Args:
-        source: the folder of transformers.
+        source: the folder of transformers, or owner/name on the Hugging Face hub.
         dest: a new folder.
         dtype: fp32, bf16 or fp16; None: as in the source, and bf16 for the fp8 weights of DeepSeek.
         mtp: import multi-token prediction weights.
@@ -76,7 +77,7 @@ def import_checkpoint(source: PathLike, dest: PathLike, *, dtype: str | torch.dt
         CheckpointError: an unknown architecture, tensors that do not fit it, damaged files, no space, `dest` in use.
         ConfigError: the config asks for something that hybridlm does not have, or a change that cannot be made.
     """
-    folder = Path(source).expanduser()
+    folder = find_checkpoint_folder(source)
     raw = read_config_json(folder)
     wanted_dtype = parse_dtype(dtype)
     with create_folder(Path(dest)) as target:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ from hybridlm.interop.family_registry import (
     read_model_config,
     write_hf_config,
 )
+from hybridlm.interop.hub_folder import find_checkpoint_folder
 from hybridlm.interop.tensor_rules import ReadStep, TensorSpec, match_rules
 from hybridlm.interop.tensor_source import SafetensorsSource, StateDictSource, TensorSource, dequantize
 from hybridlm.model.config import ModelConfig, MTPConfig
@@ -200,7 +200,7 @@ def import_hf(source: str | os.PathLike[str] | PreTrainedModel, *, mtp: bool = T
     """Load a checkpoint or model of transformers as one of ours, in evaluation mode.
 
     Args:
-        source: a checkpoint folder, or a model in memory.
+        source: a checkpoint folder, owner/name on the Hugging Face hub, or a model in memory.
         mtp: read multi-token prediction weights too.
         dtype: dtype of the weights.
         device: where the model goes.
@@ -215,7 +215,8 @@ def import_hf(source: str | os.PathLike[str] | PreTrainedModel, *, mtp: bool = T
     ['full', 'full']
     """
     if isinstance(source, str | os.PathLike):
-        plan = ImportPlan(read_config_json(Path(source)), SafetensorsSource(Path(source)), mtp=mtp)
+        folder = find_checkpoint_folder(source)
+        plan = ImportPlan(read_config_json(folder), SafetensorsSource(folder), mtp=mtp)
     else:
         tensors = StateDictSource(source.state_dict(), f"the {type(source).__name__}")
         plan = ImportPlan(source.config.to_dict(), tensors, mtp=mtp)

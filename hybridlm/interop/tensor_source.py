@@ -1,7 +1,7 @@
 """Reads tensors one at a time, from safetensors files or from a state dict.
 
-fp8 weights are dequantised when they are read: with the block scales of DeepSeek, also those of stacked experts, or with
-one scale per tensor.
+fp8 weights are dequantised when they are read: with the block scales of DeepSeek, also those of stacked experts, or
+with one scale per tensor.
 """
 
 from __future__ import annotations

@@ -157,3 +157,25 @@ def test_export_names_the_family_and_what_does_not_fit(folder, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         export_checkpoint(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_on_the_hub_is_fetched_without_pickles_and_a_missing_one_is_said(folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name != "owner/llama":
+            raise OSError("no such repository")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert import_checkpoint("owner/llama", tmp_path / "ours")["family"] == "llama"
+    assert not any("bin" in pattern or "py" in pattern for pattern in asked[0][1])
+    with pytest.raises(CheckpointError, match=r"owner/lama does not exist.*no such repository; HF_HUB_OFFLINE is set"):
+        import_hf("owner/lama")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        import_hf("./no/such/folder")
+    assert [name for name, _ in asked] == ["owner/llama", "owner/lama"]  # a path asks no network
