@@ -22,9 +22,10 @@ import numpy as np
 from hybridlm.errors import DataError
 
 Part = Literal["train", "validation"]
-TOLERANCE = 0.1  # of the bytes of the smaller side, between what is asked and what is held out
-PLAN_MIN_BYTES = 1 << 26  # text that is measured at least, if there is so much
-PLAN_DEVIATION = 0.02  # expected relative deviation of a threshold's bytes at which no more text is measured
+TOLERANCE = 0.1  # of the bytes of the smaller side, within which a threshold meets the fraction
+WHOLE_TOLERANCE = 1 / 3  # of the same, within which whole documents do; beyond it one is cut
+PLAN_MIN_BYTES = 1 << 25  # text that is measured at least, if there is so much
+PLAN_DEVIATION = 0.03  # expected relative deviation of a threshold's bytes at which no more text is measured
 PLAN_MAX_DOCUMENTS = 1 << 22  # documents that are measured at most
 MAX_CHARACTER_BYTES = 4  # of UTF-8: a longer text has two characters and can be cut
 _TOO_SHORT = ("{}: one document of one character cannot be split into training and validation; add text, or set "
@@ -74,8 +75,8 @@ def plan_split(documents: Iterable[bytes], fraction: float, label: str) -> Split
     The documents are measured until the threshold is sure to meet the fraction: from PLAN_MIN_BYTES on, when its
     expected deviation sqrt((1 - fraction) / fraction * sum(bytes^2)) / sum(bytes) is at most PLAN_DEVIATION. A corpus
     that ends before that is known to the byte. If the threshold misses by more than TOLERANCE, documents are held out
-    in the order of their hashes, those that are too large passed over; if that is still too little, the end of the next
-    document becomes validation, from the start of a line if one is near.
+    in the order of their hashes, those that are too large passed over. If whole documents miss by more than
+    WHOLE_TOLERANCE, the end of one more becomes validation, from the start of a line if one is near.
 
     Args:
         documents: the texts, empty ones too.
@@ -128,23 +129,28 @@ def _choose(copies: Mapping[int, int], size_of: Mapping[int, int], fraction: flo
         size_of: bytes of one of them, by its hash.
         fraction: of the bytes.
     """
-    total = sum(size_of[key] * count for key, count in copies.items())
+    bytes_of = {key: size_of[key] * copies[key] for key in sorted(copies)}
+    total = sum(bytes_of.values())
     target, tolerance = fraction * total, _tolerance(fraction, total)
     held_out: set[int] = set()
     done = 0
-    in_order = sorted(copies)
-    for key in in_order:
-        size = size_of[key] * copies[key]
+    for key, size in bytes_of.items():
         if done < target - tolerance and done + size <= target + tolerance and len(held_out) < len(copies) - 1:
             held_out.add(key)
             done += size
+    missing = target - done
+    if missing > tolerance and len(held_out) < len(copies) - 1:  # one document more, if that comes nearer
+        nearest = min((key for key in bytes_of if key not in held_out), key=lambda key: abs(bytes_of[key] - missing))
+        if abs(bytes_of[nearest] - missing) <= WHOLE_TOLERANCE / TOLERANCE * tolerance:
+            held_out.add(nearest)
+            missing -= bytes_of[nearest]
     cut = None
-    if not held_out or done < target - tolerance:
-        cut = next((key for key in in_order if key not in held_out and size_of[key] > MAX_CHARACTER_BYTES), None)
+    if not held_out or missing > WHOLE_TOLERANCE / TOLERANCE * tolerance:
+        cut = next((key for key in bytes_of if key not in held_out and size_of[key] > MAX_CHARACTER_BYTES), None)
         if cut is None and not held_out:  # documents of a few characters: one of them whole
-            held_out.add(in_order[0])
-    moved = frozenset(key for key in in_order if (key in held_out) != (key < fraction * 2.0**64))
-    cut_fraction = 0.0 if cut is None else (target - done) / (size_of[cut] * copies[cut])
+            held_out.add(next(iter(bytes_of)))
+    moved = frozenset(key for key in bytes_of if (key in held_out) != (key < fraction * 2.0**64))
+    cut_fraction = 0.0 if cut is None else missing / bytes_of[cut]
     return Split(fraction, moved=moved, cut=cut, cut_fraction=max(cut_fraction, 0.0))
 
 
