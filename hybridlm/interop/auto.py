@@ -34,7 +34,7 @@ from hybridlm_kernels import CuSeqlens
 
 # Arguments of transformers that change nothing here: lengths that follow from the borders, and loop counters.
 HARMLESS_ARGUMENTS = ("max_length_q", "max_length_k", "cache_position", "is_first_iteration", "next_sequence_length",
-                      "return_dict", "output_router_logits")
+                      "return_dict")
 
 
 class HybridLMConfig(PreTrainedConfig):

@@ -100,6 +100,7 @@ def test_rows_without_padding_or_documents_stay_plain_rows():
 def test_an_unknown_argument_is_refused(model):
     ids = tokens(1, 4)
     model(ids, token_type_ids=torch.zeros_like(ids), max_length_q=4)  # tokenizers and collators write these
-    for name, value in {"atention_mask": torch.ones(1, 4), "token_type_ids": torch.ones(1, 4)}.items():
+    for name, value in {"atention_mask": torch.ones(1, 4), "token_type_ids": torch.ones(1, 4),
+                        "output_router_logits": True}.items():
         with pytest.raises(TypeError, match=name):
             model(ids, **{name: value})
