@@ -86,7 +86,7 @@ def test_prepare_needs_no_model(corpus, capsys):
     words = ["data.path=texts/", "data.tokenizer=bpe", "data.tokenizer_vocab_size=8192"]
     code, out, _ = run(capsys, "prepare", *words, "recipe=dsa_tiny", "model.vocab_size=257")
     assert code == 0
-    assert "bytes per token; model.vocab_size must be at least" in out
+    assert "bytes per token; a model needs model.vocab_size=" in out
     assert load_data_config("train", words) == DataConfig(path="texts/", tokenizer="bpe", tokenizer_vocab_size=8192)
     with pytest.raises(ConfigError, match="did you mean 'text_field'"):
         load_data_config("train", ["data.text_fild=body"])

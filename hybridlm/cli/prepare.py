@@ -33,7 +33,8 @@ def run(argv: Sequence[str]) -> int:
         return 0
     tokenizer = report["tokenizer"]
     print(f"tokenizer {tokenizer['name']}: {tokenizer['vocab_size']} ids, {tokenizer['eos']} ends a text, "
-          f"{report['bytes_per_token']:.2f} bytes per token; model.vocab_size must be at least as many ids")
+          f"{report['bytes_per_token']:.2f} bytes per token; a model needs "
+          f"model.vocab_size={tokenizer['vocab_size']} or more")
     for source in report["sources"]:
         for part in ("train", "validation"):
             counts = source[part]
