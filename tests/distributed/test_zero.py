@@ -84,6 +84,24 @@ def test_sessions_of_other_engines_and_ranks(words, two_ranks, four_ranks):
 
 
 @pytest.mark.slow
+def test_a_branch_under_every_engine(words, two_ranks):
+    """Each engine goes on from the checkpoint of one process with another rate, batch and optimizer option."""
+    root = words.root
+    every = ["model.feed_forward.num_experts_per_tok=8", "training.checkpoint_every=2", *ACCUMULATED]
+    assert main(["train", *words("trunk", "kimi", *every, "training.steps=4")]) == 0
+    branch = [f"branch_from={root}/trunk/checkpoints/step-2", "optimizer.lr=5e-4", "optimizer.betas=[0.8,0.9]",
+              "training.batch_size=2"]
+    assert main(["train", *branch, f"run_dir={root}/branch"]) == 0
+    assert [(r["step"], r["samples"], r["lr"]) for r in records(root / "branch")] == [(3, 10, 5e-4), (4, 12, 5e-4)]
+    for name, engine in (("ddp", ["engine=ddp"]), ("zero1", ["engine=zero1"]), ("zero3", ZERO3)):
+        two_ranks.run(TRAIN, *branch, *engine, f"run_dir={root}/branch-{name}")
+        assert_same(root / f"branch-{name}", root / "branch")
+        lineage = json.loads((root / f"branch-{name}" / "lineage.json").read_text())
+        assert lineage["step"] == 2
+        assert {"key": "optimizer.lr", "old": 1e-3, "new": 5e-4} in lineage["changes"]
+
+
+@pytest.mark.slow
 def test_a_recipe_of_two_stages(words, two_ranks):
     """Parameters that began to train at different steps; DeepSpeed is told its stage and no precision of its own."""
     root = words.root
