@@ -84,6 +84,11 @@ def test_every_command_explains_itself(capsys, command):
     out = capsys.readouterr().out
     assert f"usage: hybridlm {command}" in out
     assert f"  hybridlm {command}" in out.split("examples:")[1]
+    if command == "tokenizer":  # its actions have options of their own
+        with pytest.raises(SystemExit):
+            main([command, "show", "--help"])
+        out = capsys.readouterr().out
+    assert "--json" in out
 
 
 def test_help_loads_neither_torch_nor_hydra():

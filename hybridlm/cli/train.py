@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybridlm.cli.parser import Parser, load_run_config, planned_memory
-from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.errors import ConfigError, counted
-from hybridlm.planning.process_count import processes_to_start
 
 if TYPE_CHECKING:
     from hybridlm.config.schema import Config
@@ -35,6 +33,9 @@ def run(argv: Sequence[str]) -> int:
         return _show_plan(config, args)
     if args.restarts < 0:
         raise ConfigError("--restarts", "must not be negative", got=args.restarts)
+    from hybridlm.distributed.rank_environment import RankEnvironment
+    from hybridlm.planning.process_count import processes_to_start
+
     processes = processes_to_start(config)
     if processes > 1 or (args.restarts and not RankEnvironment.from_launcher().launched):
         from hybridlm.distributed.launch import launch
@@ -58,6 +59,7 @@ def _show_plan(config: Config, args: argparse.Namespace) -> int:
     from hybridlm.data import check_sources
     from hybridlm.inspect import inspect
     from hybridlm.planning.machine_memory import planned_precision
+    from hybridlm.planning.process_count import processes_to_start
     from hybridlm.planning.rank_memory import micro_batch, rank_report
     from hybridlm.training.stages import plan_stages
 
