@@ -36,6 +36,7 @@ class Sample:
     num_bytes: int  # UTF-8 bytes of those targets
     index: int
     place: WindowPlace
+    num_text_tokens: int  # tokens before the padding
 
 
 @dataclass
@@ -52,6 +53,12 @@ class Batch:
     num_bytes: int
     num_tokens: int
     sample_ids: tuple[int, ...]
+    text_mask: Tensor | None = None  # bool [B, T], False for padding; None: there is none
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Number of tokens that are no padding."""
+        return self.input_ids.numel() if self.text_mask is None else int(self.text_mask.sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Copy the batch to `device`."""
@@ -111,8 +118,10 @@ class PackedDataset(Dataset):
         store = self.stores[place.source]
         inputs_T, targets_TD, borders = read_window(store, place.window, self.sequence_length, self.depth)
         counted = targets_TD[:, 0][targets_TD[:, 0] != IGNORE]
+        start = place.window * self.sequence_length
+        num_text_tokens = min(self.sequence_length, store.num_tokens - start)
         return Sample(torch.from_numpy(inputs_T), torch.from_numpy(targets_TD), borders, len(counted),
-                      int(store.byte_lengths[counted].sum()), int(index), place)
+                      int(store.byte_lengths[counted].sum()), int(index), place, num_text_tokens)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Collate the samples with these indices into one batch."""
@@ -159,7 +168,9 @@ def read_window(store: TokenStore, window: int, length: int, depth: int) -> tupl
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples as rows of a batch; document borders count the tokens of all rows."""
     length = len(samples[0].input_ids)
+    text_lengths = torch.tensor([sample.num_text_tokens for sample in samples])
+    text_mask = None if bool((text_lengths == length).all()) else torch.arange(length) < text_lengths[:, None]
     borders = [row * length + border for row, sample in enumerate(samples) for border in sample.borders]
     return Batch(torch.stack([s.input_ids for s in samples]), torch.stack([s.targets for s in samples]),
                  CuSeqlens([*borders, len(samples) * length]), sum(s.num_bytes for s in samples),
-                 sum(s.num_tokens for s in samples), tuple(s.index for s in samples))
+                 sum(s.num_tokens for s in samples), tuple(s.index for s in samples), text_mask)

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from hybridlm.interop.import_export import import_hf as import_hf
     from hybridlm.interop.import_export import to_hf_config as to_hf_config
     from hybridlm.interop.import_export import to_hf_model as to_hf_model
+    from hybridlm.interop.router_callback import RouterBiasCallback as RouterBiasCallback
+    from hybridlm.interop.router_callback import update_router_biases as update_router_biases
     from hybridlm.interop.surgery import add_indexer as add_indexer
     from hybridlm.interop.surgery import replace_mixers as replace_mixers
 
 MODULE_OF = {
+    "RouterBiasCallback": "router_callback",
     "add_indexer": "surgery",
     "export_checkpoint": "checkpoint_folders",
     "export_hf": "checkpoint_folders",
@@ -30,11 +33,12 @@ MODULE_OF = {
     "save_checkpoint": "checkpoint_folders",
     "to_hf_config": "import_export",
     "to_hf_model": "import_export",
+    "update_router_biases": "router_callback",
     "verify": "compare",
 }
 
-__all__ = ["add_indexer", "export_checkpoint", "export_hf", "import_checkpoint", "import_hf", "replace_mixers",
-           "save_checkpoint", "to_hf_config", "to_hf_model", "verify"]
+__all__ = ["RouterBiasCallback", "add_indexer", "export_checkpoint", "export_hf", "import_checkpoint", "import_hf",
+           "replace_mixers", "save_checkpoint", "to_hf_config", "to_hf_model", "update_router_biases", "verify"]
 
 
 def __getattr__(name: str) -> Any:

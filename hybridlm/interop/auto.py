@@ -213,7 +213,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
         borders = None if layout.borders is None else CuSeqlens(layout.borders, tokens.device)
         skip = self.training and not self.config.logits_in_training if skip_logits is None else skip_logits
         output = self.model(input_ids, inputs_embeds=inputs_embeds, cu_seqlens=borders,
-                            targets=self._targets(labels, shift_labels, layout, borders),
+                            targets=self._targets(labels, shift_labels, layout, borders), text_mask=layout.is_text_BT,
                             return_logits=has_labels and not skip, return_hidden_states=hidden,
                             logits_to_keep=logits_to_keep or None if isinstance(logits_to_keep, int) else None)
         loss = output.loss

@@ -6,32 +6,31 @@ B rows, T tokens per row, N = B*T tokens, D model width, V vocabulary. Single-de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hybridlm.errors import ConfigError
+from hybridlm.model.activation_checkpointing import run_checkpointed
 from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.context_parallel import ShardGroup
 from hybridlm.model.decode_plan import find_plan
 from hybridlm.model.feed_forward.contract import ExpertStack, FeedForward
-from hybridlm.model.fp32_parameters import KeepsFP32, warn_of_narrow_tensors, widen_fp32_tensors
+from hybridlm.model.fp32_parameters import KeepsFP32, widen_fp32_tensors
 from hybridlm.model.init import init_weights
-from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.output import AuxTotals, GlobalBatch, ModelOutput, ModelState
 from hybridlm.model.output_head import head_cross_entropy, project_to_vocabulary
+from hybridlm.model.padding import TextTokens, text_before_last_label
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual import build_residual
 from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm.model.sharing import SharedStore
-from hybridlm.model.targets import build_targets, tokens_ahead
+from hybridlm.model.targets import IGNORE, build_targets, tokens_ahead
+from hybridlm.model.training_watch import TrainingWatch
 from hybridlm_kernels import CuSeqlens
 
 DocumentBorders = CuSeqlens | Tensor | Sequence[int]
@@ -58,7 +57,7 @@ class HybridLM(nn.Module):
         self.activation_checkpointing = False
         self.loss_weights: dict[str, float] = {}
         self.shard_group: ShardGroup | None = None
-        self._casts_are_checked = False
+        self._watch = TrainingWatch()
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, name, i) for i, name in enumerate(config.layers()))
         self.norm = RMSNorm.of(config.norm, config.hidden_size)
@@ -89,7 +88,7 @@ class HybridLM(nn.Module):
                 cu_seqlens: DocumentBorders | None = None, state: ModelState | None = None,
                 targets: Tensor | None = None, *, inputs_embeds: Tensor | None = None, return_logits: bool = False,
                 logits_to_keep: int | None = None, return_hidden_states: bool = False,
-                global_batch: GlobalBatch | None = None) -> ModelOutput:
+                global_batch: GlobalBatch | None = None, text_mask: Tensor | None = None) -> ModelOutput:
         """Compute logits, or the loss where there are labels or targets.
 
         Args:
@@ -105,6 +104,9 @@ class HybridLM(nn.Module):
             return_hidden_states: whether to return the stream before the first layer and after each one.
             global_batch: the batch of the optimizer step, of which this forward computes a part; losses then add up
                 over the parts.
+            text_mask: bool [B, T], False for padding, which then counts nowhere (losses, expert loads, statistics) and
+                gets logits of zero. None: all tokens are text; but where there are `labels` and no logits are asked
+                for, what follows the last label of a row is padding.
 
         Returns:
             The logits [B, T, V] or the losses, with statistics of the layers.
@@ -124,6 +126,17 @@ class HybridLM(nn.Module):
         """
         tokens = self._check_tokens(input_ids, inputs_embeds)
         batch_and_length = tokens.shape[:2]
+        if text_mask is not None and text_mask.shape != batch_and_length:
+            raise ValueError(f"text_mask must be {list(batch_and_length)}; got {list(text_mask.shape)}")
+        if text_mask is None and labels is not None and labels.shape == batch_and_length and not return_logits:
+            text_mask = text_before_last_label(labels)
+        if text_mask is not None and self.shard_group is None:
+            text = TextTokens.of(text_mask, cu_seqlens, tokens.device)
+            if text is not None:
+                return self._forward_text(text, text_mask.to(tokens.device), input_ids, inputs_embeds, labels,
+                                          cu_seqlens, state, targets, return_logits=return_logits,
+                                          logits_to_keep=logits_to_keep, global_batch=global_batch,
+                                          return_hidden_states=return_hidden_states)
         seq = self._sequence(batch_and_length, tokens.device, cu_seqlens, state)
         targets = self._targets(batch_and_length, labels, targets, seq.cu_seqlens)
         if targets is not None and state is not None:
@@ -155,6 +168,12 @@ class HybridLM(nn.Module):
             output.hidden_states = (*hidden[:-1], x_BTD)
         if targets is not None:
             following = [seq.local_tokens(ids) for ids in following]
+            if global_batch is not None:
+                if text_mask is None:
+                    own: int | Tensor = x_BTD.shape[0] * x_BTD.shape[1]
+                else:
+                    own = seq.local_tokens(text_mask.to(x_BTD.device)).sum()
+                output.batch_fraction = own / global_batch.tokens
             self._losses(output, x_BTD, seq.local_tokens(targets), following, seq, totals, global_batch)
         if targets is None or return_logits:
             output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
@@ -162,9 +181,8 @@ class HybridLM(nn.Module):
         return output
 
     def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode; the first time, warn of weights that were cast though they must not be."""
-        if not self._casts_are_checked:
-            self._casts_are_checked = warn_of_narrow_tensors(self)
+        """Set training or evaluation mode; mistakes of a training loop that show here are warned of once."""
+        self._watch.mode_is_set(self, mode)
         return super().train(mode)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
@@ -239,12 +257,36 @@ class HybridLM(nn.Module):
     def post_optimizer_step(self, update: bool = True) -> None:
         """Move the routers' biases by the loads since the last optimizer step, and set the loads to zero.
 
+        Trainers that are not ours have to call it after every step; `hybridlm.interop.RouterBiasCallback` does.
+
         Args:
             update: whether to move the biases; False after a step that was skipped.
         """
+        self._watch.biases_have_followed()
         for module in self.modules():
             if isinstance(module, FeedForward):
                 module.post_optimizer_step(update)
+
+    def _forward_text(self, text: TextTokens, text_mask: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None,
+                      labels: Tensor | None, cu_seqlens: DocumentBorders | None, state: ModelState | None,
+                      targets: Tensor | None, *, logits_to_keep: int | None, **options: Any) -> ModelOutput:
+        """`forward` over a batch with padding: its text goes through the layers as one row of packed documents."""
+        if state is not None:
+            raise ValueError("padding cannot be decoded: give prompts of one length, without text_mask")
+        if labels is not None:
+            labels = labels.masked_fill(~text_mask, IGNORE)
+        borders = None if cu_seqlens is None else CuSeqlens.of(cu_seqlens, text_mask.device)
+        targets = self._targets(text_mask.shape, labels, targets, borders)
+        packed_ids, packed_embeds, packed_targets = (None if x is None else text.pack(x)
+                                                     for x in (input_ids, inputs_embeds, targets))
+        output = self.forward(packed_ids, None, text.borders, None, packed_targets, inputs_embeds=packed_embeds,
+                              **options)
+        if output.logits is not None:
+            whole = text.unpack(output.logits)
+            output.logits = whole if logits_to_keep is None else whole[:, -logits_to_keep:]
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(text.unpack(x) for x in output.hidden_states)
+        return output
 
     def _check_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The one of both that was given: token ids [B, T], or embeddings [B, T, D]."""
@@ -315,7 +357,7 @@ class HybridLM(nn.Module):
         Its aux goes to `totals` and its loads to its buffers, once, however often the layer is computed again.
         """
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            stream, aux = _checkpointed(module, stream, seq, *extra)
+            stream, aux = run_checkpointed(module, stream, seq, *extra)
         else:
             stream, aux = module(stream, seq, *extra)
         block = cast(Block, module.block if isinstance(module, MTPModule) else module)
@@ -344,8 +386,6 @@ class HybridLM(nn.Module):
                 by_depth.append(self._cross_entropy(x_BTD, targets_BTd[..., k], counts[k])[0])
             losses["mtp"] = torch.stack(by_depth).mean()
             loss = loss + weights.get("mtp", config.mtp.loss_weight) * losses["mtp"]
-        if global_batch is not None:
-            output.batch_fraction = targets_BTd[..., 0].numel() / global_batch.tokens
         means, weighted = totals.losses(output.batch_fraction, weights)
         losses.update(means)
         output.loss = sum(weighted, start=loss)
@@ -363,26 +403,6 @@ class HybridLM(nn.Module):
             soft_cap=self.config.logit_soft_cap)
         n = count.clamp(min=1) if divisor is None else max(divisor, 1)
         return loss_sum / n, z_sum / n, count
-
-
-def _checkpointed(module: nn.Module, stream: Stream, seq: SequenceInfo, *extra: Any) -> tuple[Stream, dict[str, Aux]]:
-    """Run a layer whose inner activations are computed again in the backward.
-
-    Each computation starts from what earlier layers have left before this layer ran: values that later layers leave
-    must not reach the second one.
-    """
-    before = seq.shared.copy()
-    after: list[SharedStore] = []
-
-    def run(stream: Stream, *extra: Any) -> tuple[Stream, dict[str, Aux]]:
-        local = replace(seq, shared=before.copy())
-        out = module(stream, local, *extra)
-        after.append(local.shared)
-        return out
-
-    out = checkpoint(run, stream, *extra, use_reentrant=False, preserve_rng_state=False)
-    seq.shared = after[0]
-    return out
 
 
 def build_model(config: Any, *, seed: int | None = None, device: torch.device | str = "cpu",

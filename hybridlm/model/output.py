@@ -67,7 +67,7 @@ class ModelOutput:
         hidden_states: where asked for, the stream [B, T, D] before the first layer and after each one; the last one is
             after the final norm, as in transformers.
         num_tokens: number of tokens that the `lm` loss is a mean over.
-        batch_fraction: positions of this forward over those of the global batch; 1 without one.
+        batch_fraction: tokens of text of this forward over those of the global batch; 1 without one.
     """
 
     logits: Tensor | None = None
@@ -77,7 +77,7 @@ class ModelOutput:
     state: ModelState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     num_tokens: Tensor | None = None
-    batch_fraction: float = 1.0
+    batch_fraction: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class GlobalBatch:
     """
 
     targets: tuple[int, ...]  # number of targets that count, per each of the 1 + mtp.depth tokens ahead
-    tokens: int  # number of positions, whether they count or not
+    tokens: int  # number of tokens without padding, whether they have a target or not
 
 
 class AuxTotals:
@@ -113,7 +113,7 @@ class AuxTotals:
                 if group == "layer":
                     self._by_layer[f"{name}/{layer}"] = value.detach()
 
-    def losses(self, batch_fraction: float = 1.0, weights: Mapping[str, float] | None = None,
+    def losses(self, batch_fraction: float | Tensor = 1.0, weights: Mapping[str, float] | None = None,
                ) -> tuple[dict[str, Tensor], Iterable[Tensor]]:
         """Each loss averaged over its layers, and the weighted terms of the model's loss.
 

@@ -31,9 +31,9 @@ def record_name(stat: str) -> str:
 
 def measure_global_batch(micro_batches: Sequence[Any],
                          all_sum: Callable[[list[int]], list[int]] = list) -> GlobalBatch:
-    """Count the targets and positions of this rank's micro batches, summed over ranks by `all_sum`."""
+    """Count the targets and the tokens of this rank's micro batches, summed over ranks by `all_sum`."""
     counts = torch.stack([(batch.targets >= 0).sum((0, 1)) for batch in micro_batches]).sum(0)
-    *targets, tokens = all_sum([*counts.tolist(), sum(batch.input_ids.numel() for batch in micro_batches)])
+    *targets, tokens = all_sum([*counts.tolist(), sum(batch.num_text_tokens for batch in micro_batches)])
     return GlobalBatch(tuple(targets), tokens)
 
 
@@ -45,7 +45,7 @@ def language_model_loss(model: nn.Module, micro_batch: Any, global_batch: Global
         statistics in their groups (`record_name`).
     """
     output = model(micro_batch.input_ids, targets=micro_batch.targets, cu_seqlens=micro_batch.cu_seqlens,
-                   global_batch=global_batch)
+                   global_batch=global_batch, text_mask=micro_batch.text_mask)
     values = {f"loss/{name}": value.detach() for name, value in output.losses.items()}
     for name, value in output.stats.items():
         if not name.startswith(COMPUTED_FROM_LOADS):

@@ -146,3 +146,17 @@ def test_mistakes(tmp_path):
         PackedDataset(store, 1)
     with pytest.raises(DataError, match="no tokens"):
         PackedDataset([], 8)
+
+
+def test_padding_is_marked_where_there_is_some(tmp_path):
+    store, _ = make_store(tmp_path, SIZES)
+    dataset = PackedDataset(store, 16, 1)
+    batches = [dataset.batch([i]) for i in range(len(dataset))]
+    assert sum(batch.num_text_tokens for batch in batches) == store.num_tokens
+    padded = [batch for batch in batches if batch.text_mask is not None]
+    assert [batch.num_text_tokens for batch in padded] == [store.num_tokens % 16]
+    mask = padded[0].text_mask[0]
+    assert mask.tolist() == [True] * int(mask.sum()) + [False] * int((~mask).sum())
+    assert (padded[0].targets[0, ~mask] == IGNORE).all()
+    assert (padded[0].input_ids[0, ~mask] == EOS).all()
+    assert dataset.batch(range(len(dataset))).num_text_tokens == store.num_tokens

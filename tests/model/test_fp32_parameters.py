@@ -92,7 +92,7 @@ def test_casting_past_the_modules_is_said_once(caplog):
     model = system("kda").float()
     router = model.layers[1].feed_forward.router
     router._parameters["weight"] = torch.nn.Parameter(router.weight.bfloat16())
-    model._casts_are_checked = False
+    model._watch.casts_are_checked = False
     model.eval().train()
     assert [record.getMessage() for record in caplog.records] == [
         "1 tensors that must stay in fp32 were cast, such as layers.1.feed_forward.router.weight to bfloat16: routers "

@@ -3,18 +3,25 @@
 N tokens, D model width, E experts, A experts a token.
 """
 
+import argparse
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hybridlm import load_config
 from hybridlm.errors import ConfigError
+from hybridlm.model.config import ScheduleConfig
 from hybridlm.model.feed_forward import DenseConfig, MoEConfig, SwiGLU, build_feed_forward
+from hybridlm.model.feed_forward.moe.router import MAX_BIAS_STEP
 from hybridlm.model.layer_context import LayerContext, NormConfig
+from hybridlm.model.model import build_model
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
+from tests.support import tiny_lm
 
 HIDDEN = 16
 
@@ -299,3 +306,57 @@ def test_entropy_scale_holds_for_one_expert():
     _, aux = module(torch.randn(1, 3, HIDDEN), sequence(1, 3))
     assert math.isfinite(float(aux["stat/router_entropy"]))
     assert aux["stat/max_violation"] == 0
+
+
+def test_without_a_rate_the_bias_moves_in_proportion_to_the_violation():
+    router = build({"router": "sigmoid", "bias_update_rate": None}).train().router
+    router.load.copy_(torch.tensor([0, 5, 10, 10, 11, 15, 9, 20]))  # the mean is 10
+    router.balance()
+    expected = [1.0, 0.5, 0.0, 0.0, -0.1, -0.5, 0.1, -1.0]
+    torch.testing.assert_close(router.bias, MAX_BIAS_STEP * torch.tensor(expected))
+    assert not router.load.any()
+    before = router.bias.clone()
+    router.balance()
+    assert torch.equal(router.bias, before), "a step without tokens moves nothing"
+
+
+def train_briefly(rate):
+    """Dead experts in each of 80 steps of a model of 4 layers with 8 experts each, and the violation at the end."""
+    text = torch.tensor(list(Path(argparse.__file__).read_bytes()))
+    experts = tiny_lm.moe(num_groups=1, topk_groups=1, dense_layers=[], moe_intermediate_size=32, bias_update_rate=rate,
+                          balance_loss=1e-4)
+    model = build_model(tiny_lm.config(vocab_size=256, num_layers=4, hidden_size=64, init_std=0.02,
+                                       feed_forward=experts, schedule=ScheduleConfig(full="full", ratio=0))).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    dead, violations = [], []
+    for _ in range(80):
+        starts = torch.randint(len(text) - 64, (4,), generator=generator).tolist()
+        ids = torch.stack([text[start:start + 64] for start in starts])
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        load_LE = torch.stack(list(model.router_loads().values())).float()
+        dead.append(int((load_LE == 0).sum()))
+        violations.append(float((load_LE.amax(1) / load_LE.mean(1) - 1).mean()))
+        model.post_optimizer_step()
+    return dead, sum(violations[-25:]) / 25
+
+
+def test_experts_stay_in_use_in_a_short_run():
+    """By default, in a run in which the published step of 0.001 leaves many experts without tokens for long."""
+    published, published_violation = train_briefly(0.001)
+    dead, violation = train_briefly(load_config("train", ["model=hybrid_tiny"]).model.feed_forward.bias_update_rate)
+    assert max(published) >= 12
+    assert sum(dead) < sum(published) / 2
+    assert sum(dead[-25:]) <= 25, "at most one of 32 on average at the end"
+    assert violation < 1 < published_violation
+
+
+@pytest.mark.parametrize(("model", "rate"), [("kimi_linear_48b", 0.001), ("deepseek_v32_671b", 0.001),
+                                             ("kimi_linear_tiny", None), ("deepseek_v32_tiny", None),
+                                             ("hybrid_tiny", None), ("hybrid_1b", None), ("quickstart", 0.02)])
+def test_published_models_keep_the_published_rate(model, rate):
+    assert load_config("train", [f"model={model}"]).model.feed_forward.bias_update_rate == rate
+    obeyed = load_config("train", [f"model={model}", "model.feed_forward.bias_update_rate=0.003"])
+    assert obeyed.model.feed_forward.bias_update_rate == 0.003

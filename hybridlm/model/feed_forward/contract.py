@@ -246,6 +246,10 @@ class FeedForward(KeepsFP32, abc.ABC):
             update: False after a step that was skipped: forget its counts, change nothing else.
         """
 
+    def balanced_weight(self) -> nn.Parameter | None:
+        """The weight in training that `post_optimizer_step` balances by a bias; None where that call moves nothing."""
+        return None
+
     def expert_stacks(self) -> dict[str, ExpertStack]:
         """The routed experts, by the name of their submodule."""
         return {}

@@ -37,7 +37,9 @@ class MoEConfig(FeedForwardConfig):
         routed_scaling_factor: factor on the routed experts' output.
         num_groups: groups of equal size that the experts are divided into.
         topk_groups: groups that a token's experts may come from.
-        bias_update_rate: step u by which the bias balances the loads without a loss.
+        bias_update_rate: step u by which the bias balances the loads without a loss, whatever their distance from the
+            mean (the published rule). Null takes steps in proportion to that distance, at most `MAX_BIAS_STEP`, which
+            balances runs of any length.
         correction_bias: null has a bias where it is updated; true keeps one that does not move.
         balance_loss: coefficient of the balance loss per document.
         router_z_loss: coefficient of the mean of logsumexp(router logits)^2.
@@ -58,7 +60,7 @@ class MoEConfig(FeedForwardConfig):
     routed_scaling_factor: float = 1.0
     num_groups: int = 1
     topk_groups: int = 1
-    bias_update_rate: float = 0.0
+    bias_update_rate: float | None = 0.0
     correction_bias: bool | None = None
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
@@ -70,7 +72,7 @@ class MoEConfig(FeedForwardConfig):
         for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_groups", "topk_groups"):
             require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
         for key in ("num_shared_experts", "bias_update_rate", "balance_loss", "router_z_loss"):
-            require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key))
+            require((getattr(self, key) or 0) >= 0, key, "must not be negative", got=getattr(self, key))
         require(self.num_experts_per_tok <= self.num_experts, "num_experts_per_tok",
                 "is more than there are experts", got=self.num_experts_per_tok,
                 expected=f"at most num_experts = {self.num_experts}")
@@ -78,7 +80,7 @@ class MoEConfig(FeedForwardConfig):
         self._check_shared()
         require(self.routed_scaling_factor > 0, "routed_scaling_factor", "must be positive",
                 got=self.routed_scaling_factor)
-        require(not (self.correction_bias is False and self.bias_update_rate > 0), "correction_bias",
+        require(not (self.correction_bias is False and self.updates_bias), "correction_bias",
                 "is off, but bias_update_rate would move it", got=self.correction_bias,
                 expected="true or null, or bias_update_rate=0")
         require(not self.dense_layers or (self.intermediate_size or 0) > 0, "intermediate_size",
@@ -112,7 +114,13 @@ class MoEConfig(FeedForwardConfig):
     @property
     def has_bias(self) -> bool:
         """Whether the router has a correction bias."""
-        return self.bias_update_rate > 0 if self.correction_bias is None else self.correction_bias
+        return self.updates_bias if self.correction_bias is None else self.correction_bias
+
+    @property
+    def updates_bias(self) -> bool:
+        """Whether the bias follows the loads."""
+        rate = self.bias_update_rate
+        return rate is None or rate > 0
 
     def routed_experts(self) -> RoutedExperts:
         return RoutedExperts(self.num_experts, self.num_experts_per_tok, self.num_groups, self.topk_groups)

@@ -107,6 +107,9 @@ class MixtureOfExperts(FeedForward):
     def record(self, aux: Aux) -> None:
         self.router.load += aux["load"]
 
+    def balanced_weight(self) -> nn.Parameter | None:
+        return self.router.weight if self.router.moves_bias else None
+
     def post_optimizer_step(self, update: bool = True) -> None:
         self.router.balance(update)
 

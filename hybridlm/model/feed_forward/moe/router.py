@@ -17,6 +17,7 @@ from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.parameter_roles import ParameterRole, matrix_role
 from hybridlm.model.sequence import SequenceInfo
 
+MAX_BIAS_STEP = 0.01  # of a score in 0..1; larger steps overshoot the spread of scores among tokens in deeper models
 NORM_EPS = 1e-20  # sigmoid scores of a token's experts may all be tiny
 
 
@@ -47,6 +48,11 @@ class Router(nn.Module):
         self.load.zero_()
         if self.bias is not None:
             self.bias.zero_()
+
+    @property
+    def moves_bias(self) -> bool:
+        """Whether the bias follows the loads: it has a rate, and the weights beside it train."""
+        return self.bias is not None and self.config.updates_bias and self.weight.requires_grad
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Tensor, Aux]:
         """Choose the experts of every token.
@@ -126,13 +132,23 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def balance(self, update: bool = True) -> None:
-        """Move the bias, b_i += u * sign(mean load - load_i), and set the loads to zero.
+        """Move the bias against the loads, and set these to zero.
+
+        With a rate u: b_i += u * sign(mean load - load_i), as DeepSeek-V3 does. Without one the steps are in proportion
+        to the violation, b_i += MAX_BIAS_STEP * clip(1 - load_i / mean load, -1, 1) (the variant of Wang et al. 2024,
+        Auxiliary-loss-free load balancing, clipped): as long as the scores drift, in the first hundreds of steps, they
+        are as large as the drift, and near balance they vanish instead of pushing experts to and fro.
 
         Args:
             update: False after a skipped optimizer step: the bias stays.
         """
-        if update and self.bias is not None and self.config.bias_update_rate:
+        if update and self.bias is not None and self.moves_bias:
             total = self.load.sum()
             experts = self.load.shape[0]
-            self.bias += self.config.bias_update_rate * torch.sign(total - experts * self.load)
+            rate = self.config.bias_update_rate
+            if rate is None:
+                violation_E = (total - experts * self.load) / total.clamp(min=1)
+                self.bias += MAX_BIAS_STEP * violation_E.clamp(-1, 1)
+            else:
+                self.bias += rate * torch.sign(total - experts * self.load)
         self.load.zero_()
