@@ -28,6 +28,7 @@ def features(config: ModelConfig) -> dict[str, object]:
 
     mixers = {name: plain(config.mixers[name]) for name in set(config.layers())}
     moe = plain(config.feed_forward)
+    moe.pop("bias_update_rate", None)  # published for long runs; null, for runs of any length, in the tiny ones
     moe["groups"] = config.feed_forward.topk_groups < config.feed_forward.num_groups
     moe["shared"] = config.feed_forward.num_shared_experts
     moe["dense first"] = config.feed_forward.dense_layers[:1]
