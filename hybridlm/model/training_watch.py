@@ -1,4 +1,4 @@
-"""What a model notices of the loops that train it: casts that passed its modules by, and biases that are forgotten."""
+"""Warnings of mistakes in training loops that a model notices: casts past its modules, and forgotten router biases."""
 
 from __future__ import annotations
 
