@@ -127,8 +127,8 @@ class MoEConfig(FeedForwardConfig):
 
     def balance_advice(self) -> str:
         if self.bias_update_rate:
-            return (f"model.feed_forward.bias_update_rate=null (now {self.bias_update_rate:g}) balances them faster: its "
-                    "steps follow the violation")
+            rate = f"bias_update_rate=null (now {self.bias_update_rate:g})"
+            return f"model.feed_forward.{rate} balances them faster: its steps follow the violation"
         loss = f"balance_loss={max(3 * self.balance_loss, 0.01):g} (now {self.balance_loss:g})"
         return f"model.feed_forward.{loss} balances them better"
 
