@@ -27,6 +27,8 @@ EOS = "<|endoftext|>"
 KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "<｜end▁of▁sentence｜>")
 MAX_ENCODED_CHARACTERS = 1 << 18  # encoded at once: an encoding takes many times its text's memory
 HEX = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+CONFIG_FILE = "tokenizer_config.json"
+COMPANION_FILES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
 
 
 def byte_characters() -> list[str]:
@@ -100,6 +102,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.eos, self.eos_id, self.name = backend, eos, eos_id, name
+        self.companions: dict[str, str] = {}  # files beside tokenizer.json that it came with, by name
         self._piece_backends: dict[tuple[bool, bool, bool], tokenizers.Tokenizer] = {}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -107,10 +110,11 @@ class Tokenizer:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, eos_id={self.eos_id})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"text": self.to_str(), "eos": self.eos, "name": self.name}
+        return {"text": self.to_str(), "eos": self.eos, "name": self.name, "companions": self.companions}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(tokenizers.Tokenizer.from_str(state["text"]), state["eos"], state["name"])  # type: ignore[misc]
+        self.companions = state["companions"]
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -252,10 +256,17 @@ class Tokenizer:
         return self.backend.to_str(pretty=pretty)
 
     def files(self) -> dict[str, str]:
-        """The files that let this package and transformers (AutoTokenizer) load the tokenizer, by name."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "name": self.name,
-                  "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
-        return {"tokenizer.json": self.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=1)}
+        """The files that let this package and transformers (AutoTokenizer) load the tokenizer, by name.
+
+        What the folder that it came from said of it stays: chat template, tokens that begin and pad a text, lengths.
+        """
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "name": self.name,
+                                  "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
+        config |= json.loads(self.companions.get(CONFIG_FILE, "{}"))
+        if _content(config.get("eos_token")) != self.eos:
+            config["eos_token"] = self.eos
+        return {**self.companions, "tokenizer.json": self.to_str(pretty=True),
+                CONFIG_FILE: json.dumps(config, indent=1)}
 
     def save(self, folder: str | Path) -> None:
         """Write `files()` into `folder`."""
@@ -272,16 +283,15 @@ class Tokenizer:
             DataError: no tokenizer.json, a damaged one, or no end-of-text token.
         """
         folder = Path(folder)
-        config_file = folder / "tokenizer_config.json"
-        config: dict[str, Any] = {}
-        if config_file.is_file():
-            try:
-                config = json.loads(config_file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise DataError(f"{config_file}: not JSON ({error})") from None
-        token = config.get("eos_token")
-        named = token.get("content") if isinstance(token, dict) else token
-        return cls.from_file(folder / "tokenizer.json", eos or named, config.get("name"))
+        companions = {name: (folder / name).read_text(encoding="utf-8") for name in (CONFIG_FILE, *COMPANION_FILES)
+                      if (folder / name).is_file()}
+        try:
+            config = json.loads(companions.get(CONFIG_FILE, "{}"))
+        except ValueError as error:
+            raise DataError(f"{folder / CONFIG_FILE}: not JSON ({error})") from None
+        found = cls.from_file(folder / "tokenizer.json", eos or _content(config.get("eos_token")), config.get("name"))
+        found.companions = companions
+        return found
 
     @classmethod
     def from_file(cls, file: str | Path, eos: str | None = None, name: str | None = None) -> Tokenizer:
@@ -298,6 +308,11 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{file}: not a tokenizer of the `tokenizers` library ({error})") from None
         return cls(backend, eos or guess_eos(backend, str(file)), name or str(file))
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    """The text of a special token, which configs write as a string or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 class StreamDecoder:
