@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that wait should sleep: spinning ones (the default of libgomp) slow a shared machine down several times.
     # The variable is read when torch is first imported; a value that the user has set stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("WORLD_SIZE"):  # what torch warns of comes with a stack of C++ frames; errors say it in a line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell

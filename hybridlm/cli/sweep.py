@@ -29,7 +29,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_overrides("all points; a key with several values, a,b,c, is varied; sweep=NAME and sweep.KEY=... are "
                          "the sweep's own")
     parser.add_argument("--dry-run", action="store_true", help="show the points and what they cost, run nothing")
-    parser.add_argument("--measure", action="store_true", help="estimate times from a few passes of each model")
+    parser.add_argument("--measure", action=argparse.BooleanOptionalAction, default=None,
+                        help="estimate times from steps measured on this machine (default: where that takes seconds), "
+                             "or from FLOPs alone")
     parser.add_argument("--jobs", type=int, metavar="N", help="points at a time on this machine (default 1)")
     parser.add_argument("--retry-failed", action="store_true", help="start failed points again")
     parser.add_argument("--collect", action="store_true", help="only collect results of what has finished")
@@ -66,8 +68,10 @@ def _show(plan: SweepPlan, args: argparse.Namespace) -> dict[str, Any]:
     from hybridlm.sweep.folder import point_outcome
     from hybridlm.sweep.table import describe_plan, print_plan
 
-    seconds, how = estimate(plan.points, measure=args.measure)
-    jobs = args.jobs or (1 if plan.sweep.launcher == "local" else len(plan.points))
+    local = plan.sweep.launcher == "local"
+    # Steps of this machine say little of a cluster's: there they are measured only where that is asked for.
+    seconds, how = estimate(plan.points, measure=args.measure if local else bool(args.measure))
+    jobs = args.jobs or (1 if local else len(plan.points))
     shown = describe_plan(plan, seconds, how, [point_outcome(point)["status"] for point in plan.points], jobs)
     if not (args.json and args.dry_run):
         print_plan(shown, Console(stderr=args.json))
@@ -78,16 +82,19 @@ def _run(plan: SweepPlan, shown: dict[str, Any], args: argparse.Namespace, argv:
     from hybridlm.sweep.cluster_runner import run_on_cluster
     from hybridlm.sweep.folder import SweepFolder, point_outcome
     from hybridlm.sweep.local_runner import run_points
+    from hybridlm.sweep.progress import Progress
     from hybridlm.user_code import imported_user_code
 
     say = _sayer(args.json)
+    progress = Progress(plan.points, [row["estimated_seconds"] for row in shown["points"]], shown["jobs"], say)
     with closing(SweepFolder(plan)) as folder:
         folder.write_plan({**shown, "command": shlex.join(["hybridlm", "sweep", *argv])})
         if plan.sweep.launcher == "local":
             stopped = run_points(plan.points, jobs=args.jobs or 1, retry_failed=args.retry_failed, say=say,
-                                 imports=imported_user_code())
+                                 imports=imported_user_code(), progress=progress)
         else:
-            stopped = run_on_cluster(plan, retry_failed=args.retry_failed, say=say, imports=imported_user_code())
+            stopped = run_on_cluster(plan, retry_failed=args.retry_failed, say=say, imports=imported_user_code(),
+                                     progress=progress)
         ended = [(point.name, point_outcome(point)) for point in plan.points]
         failed = [(name, end) for name, end in ended if end["status"] == "failed"]
         try:

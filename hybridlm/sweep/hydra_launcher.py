@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridlm.errors import ConfigError, did_you_mean
-from hybridlm.sweep.folder import LAUNCH_FILE, STOP_FILE
+from hybridlm.sweep.folder import LAUNCH_FILE, OUTCOME_FILE, STOP_FILE
 from hybridlm.sweep.process import PointProcess, finish_point, start_point
 
 POLL_INTERVAL_S = 0.5  # between checks of a job whether its point has ended
@@ -83,7 +83,12 @@ def build_launcher_config(launcher: str, options: Mapping[str, Any], folder: Pat
         if key in POSITIVE_OPTIONS and isinstance(target[key], int) and target[key] < 1:
             raise ConfigError(path, "must be positive", got=value)
     if launcher == "slurm":
-        config.hydra.launcher.submitit_folder = str(folder)
+        limit_s, warning_s = 60 * target.timeout_min, target.signal_delay_s
+        if limit_s <= warning_s:
+            raise ConfigError("sweep.slurm.timeout_min", f"is over before the point has started: Slurm warns it "
+                              f"{warning_s} s before the end (sweep.slurm.signal_delay_s)", got=target.timeout_min,
+                              expected=f"at least {warning_s // 60 + 1}")
+        target.submitit_folder = str(folder)
     OmegaConf.update(config, "hydra.sweep", {"dir": str(folder), "subdir": "."})
     return config
 
@@ -124,7 +129,9 @@ def run_job(folder: Path, imports: Sequence[str], config: DictConfig) -> None:
     if (folder / STOP_FILE).exists():
         return
     asked = json.loads((folder / LAUNCH_FILE).read_text(encoding="utf-8"))
-    point = start_point(Path(asked["points"][config.point]), cwd=asked["cwd"], imports=imports)
+    run_dir = Path(asked["points"][config.point])
+    (run_dir / OUTCOME_FILE).unlink(missing_ok=True)  # of this job before it was requeued
+    point = start_point(run_dir, cwd=asked["cwd"], imports=imports)
     _save_when_warned(point)
     try:
         while point.process.poll() is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from hybridlm.sweep.folder import is_busy, points_to_start, prepare_point
 from hybridlm.sweep.point import Point
 from hybridlm.sweep.process import PointProcess, describe_outcome, finish_point, start_point
+from hybridlm.sweep.progress import Progress
 from hybridlm.sweep.stop_request import StopRequest
 
 POLL_INTERVAL_S = 0.1  # between checks of the processes
@@ -17,7 +18,7 @@ MAX_BUSY_WAIT_S = 60.0  # wait for a process of another sweep that still saves a
 
 
 def run_points(points: list[Point], *, jobs: int, retry_failed: bool, say: Callable[[str], None],
-               imports: Sequence[str] = ()) -> str | None:
+               imports: Sequence[str] = (), progress: Progress | None = None) -> str | None:
     """Run the points that have not finished, `jobs` at a time.
 
     Outcomes are on the disk as soon as a point ends. A signal lets the running points save; a second Ctrl-C kills them.
@@ -28,19 +29,21 @@ def run_points(points: list[Point], *, jobs: int, retry_failed: bool, say: Calla
         retry_failed: start failed points again.
         say: gets a line for every start and end.
         imports: files and modules that register kinds of the user's own.
+        progress: prints now and then how far the running points are.
 
     Returns:
         The name of the signal that stopped the sweep, or None.
     """
-    return _LocalRun(points, jobs, retry_failed, say, imports).run()
+    return _LocalRun(points, jobs, retry_failed, say, imports, progress).run()
 
 
 class _LocalRun:
     """The state of `run_points`: which points wait, and which run."""
 
     def __init__(self, points: list[Point], jobs: int, retry_failed: bool, say: Callable[[str], None],
-                 imports: Sequence[str]):
+                 imports: Sequence[str], progress: Progress | None):
         self.jobs = jobs
+        self.progress = progress
         self.say = say
         self.imports = imports
         self.waiting = points_to_start(points, retry_failed)
@@ -62,6 +65,8 @@ class _LocalRun:
                         continue
                     elif self._waited_too_long():
                         break
+                    if self.progress is not None:
+                        self.progress.tick([point.name for point in self.waiting])
                     time.sleep(POLL_INTERVAL_S)
             finally:
                 for point in self.running:
@@ -73,6 +78,8 @@ class _LocalRun:
             self.running.remove(ended)
             outcome = finish_point(ended, asked_to_stop=stop.signal_name is not None)
             self.say(f"{self.labels[ended.folder.name]}: {describe_outcome(outcome)}")
+            if self.progress is not None:
+                self.progress.ended(ended.folder.name, finished=outcome["status"] == "finished")
 
     def _start_next(self) -> bool:
         """Start one point where there is room; False where none could be started."""
@@ -85,6 +92,8 @@ class _LocalRun:
         self.busy_since = None
         self.running.append(start_point(prepare_point(ready), jobs=self.jobs, imports=self.imports))
         self.say(f"{self.labels[ready.name]}: started")
+        if self.progress is not None:
+            self.progress.started(ready.name)
         return True
 
     def _waited_too_long(self) -> bool:

@@ -1,4 +1,5 @@
-"""Equal budgets: gives every point the parameters, the training FLOPs or the decode state of the reference.
+"""Equal budgets: gives every point the parameters (all, or those that a token meets), the training FLOPs or the decode
+state of the reference.
 
 Parameters and FLOPs are matched by the width of the feed-forward, which leaves the residual stream, the embedding and
 the heads of a comparison alone. Where whole widths are too coarse (a toy with many experts), `hidden_size` changes too,
@@ -25,7 +26,8 @@ from hybridlm.training.stages import plan_stages
 TOLERANCE = 0.01  # allowed difference, as a fraction of the target
 PREFERRED_DIVISORS = (64, 32, 16, 8, 4, 2, 1)  # of widths, tried in this order: kernels are faster at rounder ones
 MAX_GROWTH = 64  # the largest size tried, as a multiple of the given one
-UNITS = {"params": "parameters", "flops": "FLOPs per token", "state": "bytes of decode state"}
+UNITS = {"params": "parameters", "active": "active parameters per token", "flops": "FLOPs per token",
+         "state": "bytes of decode state"}
 
 Cost = Callable[[ModelConfig], float]
 Resize = Callable[[ModelConfig, int], ModelConfig]
@@ -80,6 +82,8 @@ def make_cost(point: Point, sweep: SweepConfig) -> Cost:
     length = plan_stages(point.config)[0].sequence_length
     if sweep.match == "params":
         return lambda model: count_parameters(model).total_with_mtp
+    if sweep.match == "active":
+        return lambda model: count_parameters(model).active_with_head
     if sweep.match == "flops":
         return lambda model: training_flops(model, length)
     return lambda model: decode_state_bytes(model, sweep.state_context)

@@ -22,7 +22,7 @@ from hybridlm.config.serialization import from_dict, hint_at, load_yaml, to_dict
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.sweep.probe_tasks import ProbeTask, read_tasks
 
-Budget = Literal["none", "params", "flops", "state"]
+Budget = Literal["none", "params", "active", "flops", "state"]
 Launcher = Literal["local", "slurm", "ray"]
 
 

@@ -7,7 +7,9 @@ The folder of a sweep gets, each time that points are submitted:
     jobs/N/JOB_submission.sh      the script that sbatch got; JOB_submitted.pkl names the job
     jobs/N/JOB_0_log.out, .err    what the job printed; the output of the point itself stands with the point
 
-A point has ended when its outcome.json is there. Only squeue is asked, whether a job without one still waits or runs.
+A point has ended when its outcome.json is there, with one exception: a job that was requeued (by `scontrol requeue`, a
+preemption, a lost node) may have stopped its point, and starts it again later. So an interrupted point has ended when
+its job is out of the queue too. Only squeue is asked whether a job waits or runs.
 """
 
 from __future__ import annotations
@@ -75,8 +77,19 @@ def update_states(jobs: dict[str, SlurmJob]) -> None:
 
 def find_pending_jobs(folder: Path) -> dict[str, SlurmJob]:
     """Find the Slurm jobs that wait or run for points that have not ended, by point."""
-    jobs = {name: job for name, job in find_jobs(folder).items()
-            if not (folder / "points" / name / OUTCOME_FILE).exists()}
+    jobs = find_jobs(folder)
+    outcomes = {name: _outcome_status(folder / "points" / name) for name in jobs}
+    jobs = {name: job for name, job in jobs.items() if outcomes[name] in ("", "interrupted")}
     if jobs:
         update_states(jobs)
-    return {name: job for name, job in jobs.items() if job.state != "gone"}
+    # Where squeue cannot be asked, an interrupted point counts as ended: its job may never start again.
+    gone = {"": ("gone",), "interrupted": ("gone", "submitted")}
+    return {name: job for name, job in jobs.items() if job.state not in gone[outcomes[name]]}
+
+
+def _outcome_status(run_dir: Path) -> str:
+    """The status in a point's outcome.json; "" where there is none."""
+    try:
+        return str(json.loads((run_dir / OUTCOME_FILE).read_text(encoding="utf-8"))["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

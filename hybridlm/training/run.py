@@ -26,7 +26,7 @@ from hybridlm.data import (
 from hybridlm.distributed.engine import Engine, lost_rank
 from hybridlm.distributed.engines import make_engine
 from hybridlm.distributed.rank_environment import RankEnvironment
-from hybridlm.distributed.rendezvous import check_same
+from hybridlm.distributed.rendezvous import check_same, check_shared_folder
 from hybridlm.errors import counted, out_of_memory
 from hybridlm.model.cost import count_parameters
 from hybridlm.planning.machine_memory import check_memory, out_of_memory_advice
@@ -110,6 +110,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
         try:
             engine = make_engine(config.engine, config.training.precision)
             _check_ranks(engine, config)
+            check_shared_folder(engine, run.path, "run_dir")
             if tight is not None:
                 log.warning("this may run out of memory: %s", tight.describe())
             if run.kept_aside is not None:

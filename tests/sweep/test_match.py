@@ -10,6 +10,7 @@ from hybridlm.sweep.plan import make_plan
 
 BASE = ["model=hybrid_tiny", "model.schedule.linear=kda,lightning"]
 BUDGETS = {"params": lambda model: count_parameters(model).total_with_mtp,
+           "active": lambda model: count_parameters(model).active_with_head,
            "flops": lambda model: training_flops(model, 512),
            "state": lambda model: decode_state_bytes(model, 1024)}
 
