@@ -63,3 +63,35 @@ class GatedRMSNorm(KeepsFP32):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, activation={self.activation}"
+
+
+class HeadGroupNorm(KeepsFP32):
+    """LayerNorm over each head of a row of channels, with a weight and a bias per channel (RWKV-5 to 7).
+
+    Args:
+        heads: heads that the channels are divided into.
+        channels: channels C of all heads.
+        eps: added to the variance.
+
+    Example:
+        >>> HeadGroupNorm(2, 4, eps=0.0)(torch.tensor([[1.0, 3.0, 10.0, 30.0]])).tolist()
+        [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    def __init__(self, heads: int, channels: int, eps: float):
+        super().__init__()
+        self.heads, self.eps = heads, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def reset_parameters(self) -> None:
+        """Start as the plain normalisation."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        wide = x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32)).unflatten(-1, (self.heads, -1))
+        normed = torch.nn.functional.layer_norm(wide, wide.shape[-1:], eps=self.eps).flatten(-2)
+        return (normed * self.weight + self.bias).to(x_BTC.dtype)

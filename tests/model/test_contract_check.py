@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hybridlm.model.contract_check import CHECKS, NotClaimed, Subject, run_checks, small_context
-from hybridlm.model.feed_forward import DenseConfig, MoEConfig
+from hybridlm.model.feed_forward import DenseConfig, MoEConfig, RWKVChannelMixConfig
 from hybridlm.model.layer_context import ShardTraffic
 from hybridlm.model.mixers import MIXERS
 from tests.support import sharing_kinds
@@ -206,7 +206,8 @@ def test_what_a_mixer_does_not_claim_is_skipped(monkeypatch):
     MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="softmax", balance_loss=0.01,
               router_z_loss=0.01),
     MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="sigmoid", num_shared_experts=1),
-], ids=["token_shift", "dense", "dense_limited", "moe_softmax", "moe_sigmoid"])
+    RWKVChannelMixConfig(intermediate_size=20), RWKVChannelMixConfig(intermediate_size=20, receptance=True),
+], ids=["token_shift", "dense", "dense_limited", "moe_softmax", "moe_sigmoid", "rwkv7", "rwkv6"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_feed_forwards_keep_the_contract(check, config):
     with sharing_kinds.registered():

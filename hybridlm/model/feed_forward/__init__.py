@@ -10,3 +10,5 @@ from hybridlm.model.feed_forward.dense import DenseConfig as DenseConfig
 from hybridlm.model.feed_forward.dense import SwiGLU as SwiGLU
 from hybridlm.model.feed_forward.moe import MixtureOfExperts as MixtureOfExperts
 from hybridlm.model.feed_forward.moe import MoEConfig as MoEConfig
+from hybridlm.model.feed_forward.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
+from hybridlm.model.feed_forward.rwkv_channel_mix import RWKVChannelMixConfig as RWKVChannelMixConfig

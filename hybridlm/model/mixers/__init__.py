@@ -23,3 +23,5 @@ from hybridlm.model.mixers.mla import MLA as MLA
 from hybridlm.model.mixers.mla import MLAConfig as MLAConfig
 from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
 from hybridlm.model.mixers.rg_lru import RGLRUConfig as RGLRUConfig
+from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6
+from hybridlm.model.mixers.rwkv6 import RWKV6Config as RWKV6Config

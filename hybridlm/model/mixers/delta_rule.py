@@ -23,7 +23,8 @@ from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.decode_step import DecodeStep, linear_step
 from hybridlm.model.layer_context import LayerContext
-from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming_state
+from hybridlm.model.mixers.common.matrix_state import read_incoming_state
+from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer
 from hybridlm.model.mixers.common.recurrent_step import (
     decode_log_decay,
     prepare_forget_gate,

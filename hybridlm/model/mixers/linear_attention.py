@@ -22,7 +22,8 @@ from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.decode_step import DecodeStep
 from hybridlm.model.layer_context import LayerContext, NormConfig
-from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer, read_incoming_state
+from hybridlm.model.mixers.common.matrix_state import compute_decay_from_start, read_incoming_state
+from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer
 from hybridlm.model.mixers.common.recurrent_step import (
     decode_log_decay,
     prepare_forget_gate,
@@ -184,27 +185,6 @@ class LinearAttention(RecurrentMixer):
             with torch.inference_mode(False):  # it may serve training after generation
                 self._constant_g = torch.tensor([-s for s in self._slopes], dtype=dtype, device=x_BTD.device)
         return self._constant_g
-
-
-def compute_decay_from_start(g: Tensor | None, dtype: torch.dtype, shard: RowShard) -> Tensor:
-    """The factor [B, T, HV, K] by which the state at the start of the shard has decayed at each token.
-
-    It is 0 for documents that begin in the shard. HV and K are 1 where all heads or channels decay alike.
-
-    Args:
-        g: the logarithm of the decay as the operation takes it; None where nothing decays.
-        dtype: that of the result.
-        shard: this process's shard of the rows.
-    """
-    if g is None:
-        log_BTHvK = torch.zeros(1, 1, 1, 1, dtype=dtype, device=shard.positions_BL.device)
-    elif g.dim() == 1:
-        steps_T1 = torch.arange(1, shard.length + 1, device=g.device)[:, None]
-        log_BTHvK = (g.to(dtype) * steps_T1)[None, :, :, None]
-    else:
-        log_BTHvK = g.to(dtype).cumsum(1)
-        log_BTHvK = log_BTHvK if g.dim() == 4 else log_BTHvK[..., None]
-    return torch.where(shard.continued_tokens()[:, :, None, None], log_BTHvK, -torch.inf).exp()
 
 
 def apply_feature_map(kind: str, x: Tensor) -> Tensor:

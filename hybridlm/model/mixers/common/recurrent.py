@@ -222,20 +222,6 @@ class RecurrentConfig(MixerConfig):
         return found
 
 
-def read_incoming_state(reach_BTHvK: Tensor, incoming_BHvKV: Tensor) -> Tensor:
-    """Read the state at the start of the shard with queries.
-
-    Args:
-        reach_BTHvK: the queries as they act on that state, after all decays and updates between it and them.
-        incoming_BHvKV: the state that the earlier shards leave.
-
-    Returns:
-        The reads, [B, T, HV, V].
-    """
-    with torch.autocast(reach_BTHvK.device.type, enabled=False):
-        return torch.einsum("bthk,bhkv->bthv", reach_BTHvK.to(incoming_BHvKV.dtype), incoming_BHvKV)
-
-
 class RecurrentMixer(SequenceMixer):
     """Base of linear mixers.
 
