@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridlm import checkpoint
-from hybridlm.config.schema import Config
-from hybridlm.config.serialization import from_dict
+from hybridlm.config.schema import Config, StageConfig
+from hybridlm.config.serialization import from_dict, to_dict
 from hybridlm.data import Tokenizer, tokenizer_differences
 from hybridlm.distributed.communicator import Communicator
 from hybridlm.errors import CheckpointError, ConfigError
@@ -53,8 +53,7 @@ class Branch:
     @property
     def strict(self) -> bool:
         """Whether every tensor of the optimizer's state must have its place: the same parameters train as before."""
-        return self.same_stage and not any(change.key.startswith("optimizer.") or ".trainable" in change.key
-                                           for change in self.changes)
+        return self.same_stage and not any(change.key.startswith(("optimizer.", "recipe.")) for change in self.changes)
 
     def describe(self, data: str) -> list[str]:
         """Describe the branch, one line per difference.
@@ -109,6 +108,8 @@ def _read_branch(config: Config, folder: Path, stages: list[Stage]) -> Branch:
         before = None
     not_shown = {*SAME_WHEREVER_IT_RUNS, *OF_THE_TOKENIZER}
     changes = [change for change in config_changes(saved, config) if change.key not in not_shown]
+    if before is not None:
+        changes = _by_stage(changes, before, config)
     at = Progress.from_dict(state["progress"])
     progress, same_stage = carry_progress(at, before, stages)
     if not any(stage.steps > (progress.step_in_stage if stage.index == progress.stage else 0)
@@ -118,6 +119,24 @@ def _read_branch(config: Config, folder: Path, stages: list[Stage]) -> Branch:
                           hint="training.steps=N goes on to step N, recipe=anneal training.steps=N adds a stage of N "
                           "steps in which the learning rate goes to 0")
     return Branch(folder, before, changes, at, progress, same_stage, state["data"])
+
+
+def _by_stage(changes: list[Change], before: Config, config: Config) -> list[Change]:
+    """Name other stages by what they are: compared by their numbers, everything in them would differ."""
+    names = [[stage.name for stage in run.recipe.stages] for run in (before, config)]
+    if names[0] == names[1]:
+        return changes
+    kept = [change for change in changes if not change.key.startswith("recipe.")]
+    earlier = {stage.name: to_dict(stage) for stage in before.recipe.stages}
+    found = [Change("recipe.stages", *names)]
+    for stage in config.recipe.stages:
+        old, new = earlier.get(stage.name), to_dict(stage)
+        usual = to_dict(StageConfig(name=stage.name)) if old is None else old
+        options = {key: value for key, value in new.items() if value != usual[key]}
+        if options or old is None:
+            was = None if old is None else {key: old[key] for key in options}
+            found.append(Change(f"recipe.stages.{stage.name}", was, options))
+    return kept + found
 
 
 def carry_progress(progress: Progress, before: Config | None, stages: list[Stage]) -> tuple[Progress, bool]:

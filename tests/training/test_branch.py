@@ -105,6 +105,9 @@ def test_a_stage_appended_to_a_finished_run_anneals(base, tmp_path, caplog):
     assert [row["lr"] for row in rows] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     assert "learning rate: 0.001 in step 9 (" in caplog.text
     assert "0.00025 in the last step, 12" in caplog.text
+    assert "recipe.stages ['pretrain'] -> ['anneal']" in caplog.text
+    assert "recipe.stages.anneal None -> {'schedule': {'kind': 'linear', 'warmup': 0.0" in caplog.text
+    assert "recipe.stages.0" not in caplog.text
     # The old stage may also stay in the list; then the new one follows it.
     both = ("recipe.stages=[{name: pretrain}, {name: long, steps: 2, sequence_length: 64, batch_size: 2, lr: 1e-4}]")
     train(branch(base, tmp_path / "both", both))
