@@ -101,6 +101,7 @@ def place(tmp_path_factory):
     for folder in ("texts", *_named(r"data\.path=(\w+)/")):
         (top / folder).mkdir(exist_ok=True)
         (top / folder / "a.txt").write_text(text, encoding="utf-8")
+    (top / "prompts.txt").write_text("def read(\nimport \n", encoding="utf-8")
     (top / "held_out.txt").write_text(text, encoding="utf-8")
     (top / "corpus.jsonl").write_text('{"body": "some text"}\n' * 200, encoding="utf-8")
     tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
@@ -154,7 +155,9 @@ def is_run(words):
     command, rest = words[1], words[2:]
     if command in PARSED_ONLY or not any(seen.whole for seen in COMMANDS[words]):
         return False
-    return "--tasks" not in rest and (bool(rest) or command == "configs")
+    if {"--tasks", "--interactive"} & set(rest):  # the network, a person
+        return False
+    return (bool(rest) or command == "configs")
 
 
 @pytest.mark.parametrize("words", OURS, ids=" ".join)
