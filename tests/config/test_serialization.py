@@ -11,7 +11,7 @@ from hybridlm.config.serialization import describe, from_dict, hint_at, known_pa
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindError, KindRegistry, registry_of, registry_with
 from hybridlm.model.config import ModelConfig, ScheduleConfig
-from hybridlm.model.feed_forward import DenseConfig, MoEConfig
+from hybridlm.model.feed_forward import FEED_FORWARDS, DenseConfig, MoEConfig
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.mixers import MIXERS, AttentionConfig, DeltaRuleConfig
 from hybridlm.model.mixers.contract import MixerConfig
@@ -153,10 +153,12 @@ def test_the_kind_picks_the_class():
      "m.kind: unknown kind; got 'delta_rul'; expected one of " + ", ".join(sorted(MIXERS)) + "; "
      "did you mean 'delta_rule'?"),
     (MixerConfig, {"num_heads": 2}, "m.kind: is missing; expected one of " + ", ".join(sorted(MIXERS))),
-    (FeedForwardConfig, {"kind": "os.system"}, "m.kind: unknown kind; got 'os.system'; expected one of dense, moe; "
-                                               "your own feed-forward is registered with --import FILE"),
-    (FeedForwardConfig, {"kind": ["moe"]}, "m.kind: unknown kind; got ['moe']; expected one of dense, moe; "
-                                           "did you mean 'moe'?"),
+    (FeedForwardConfig, {"kind": "os.system"},
+     "m.kind: unknown kind; got 'os.system'; expected one of " + ", ".join(sorted(FEED_FORWARDS)) + "; "
+     "your own feed-forward is registered with --import FILE"),
+    (FeedForwardConfig, {"kind": ["moe"]},
+     "m.kind: unknown kind; got ['moe']; expected one of " + ", ".join(sorted(FEED_FORWARDS)) + "; "
+     "did you mean 'moe'?"),
     (FeedForwardConfig, {"kind": "dense"}, "m.intermediate_size: is missing; expected a whole number"),
     (FeedForwardConfig, {"kind": "dense", "intermediate_size": 8, "num_experts": 4},
      "m.num_experts: unknown key; it is an option of kind 'moe'"),

@@ -109,7 +109,8 @@ class MinRNN(SequenceMixer):
         self.config = config
         C = config.channels(context)
         self.conv = CausalConv(context.hidden_size, config.conv_size, activation=None) if config.conv_size else None
-        for name in ("h", *config.gates):
+        self.h_proj = nn.Linear(context.hidden_size, C, bias=False)
+        for name in config.gates:
             setattr(self, f"{name}_proj", nn.Linear(context.hidden_size, C, bias=False))
         self.out_proj = nn.Linear(C, context.hidden_size, bias=False)
 

@@ -144,8 +144,7 @@ class RWKV6(SequenceMixer):
         self.config = config
         self.ratios = depth_ratio(context)
         D, C, M = context.hidden_size, config.channels, len(config.inputs)
-        for name in "rkvg":
-            setattr(self, f"{name}_proj", nn.Linear(D, C, bias=False))
+        self.r_proj, self.k_proj, self.v_proj, self.g_proj = (nn.Linear(D, C, bias=False) for _ in range(4))
         self.o_proj = nn.Linear(C, D, bias=False)
         self.mix = nn.Parameter(torch.zeros(M, D))
         self.decay = nn.Parameter(torch.zeros(config.num_heads, config.head_dim))
@@ -162,7 +161,8 @@ class RWKV6(SequenceMixer):
         config = self.config
         mixed = self.mix_inputs(x_BTD, previous_tokens(x_BTD, seq, state))
         shape = (config.num_heads, config.head_dim)
-        r_BTHK, k_BTHK, v_BTHK = (getattr(self, f"{name}_proj")(mixed[name]).unflatten(-1, shape) for name in "rkv")
+        r_BTHK, k_BTHK, v_BTHK = (projection(mixed[name]).unflatten(-1, shape) for name, projection in (
+            ("r", self.r_proj), ("k", self.k_proj), ("v", self.v_proj)))
         g_BTHK = -self._log_decay(mixed, x_BTD).exp()
         o_BTHK = self._read_before_writing(r_BTHK, k_BTHK, v_BTHK, g_BTHK, seq, state)
         wide = o_BTHK.dtype if o_BTHK.dtype == torch.float64 else torch.float32

@@ -45,7 +45,8 @@ def scan_tokens(x_BTC: Tensor, a_BTC: Tensor, seq: SequenceInfo, state: TensorSt
     ones_BC = torch.ones_like(shard.at_end(end_NC)) * shard.continues_B[:, None]
     left_BTC, left_NC = linear_scan(torch.zeros_like(x_BTC), a_BTC, initial_state=shard.at_start(ones_BC),
                                     cu_seqlens=seq.cu_seqlens)
-    incoming_B1C1 = shard.incoming(*(shard.at_end(ends)[:, None, :, None] for ends in (end_NC, left_NC)), torch.mul)
+    added_B1C1, left_B1C1 = (shard.at_end(ends)[:, None, :, None] for ends in (end_NC, left_NC))
+    incoming_B1C1 = shard.incoming(added_B1C1, left_B1C1, torch.mul)
     return h_BTC + left_BTC * incoming_B1C1[..., 0]
 
 
