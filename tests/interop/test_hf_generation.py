@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 from hybridlm import build_model, load_config
@@ -48,8 +50,12 @@ def test_a_second_turn_goes_on_from_the_cache_of_the_first(model):
     expected = model.generate(conversation, **GREEDY)
     kept = copy.deepcopy(cache_of(first))
     assert torch.equal(model.generate(conversation, **{CACHE_NAME: cache_of(first)}, **GREEDY), expected)
-    chunked = model.generate(conversation, prefill_chunk_size=4, **{CACHE_NAME: kept}, **GREEDY)
-    assert torch.equal(chunked, expected)
+    if Version(transformers.__version__) >= Version("5.24"):  # earlier ones feed the old tokens once more
+        chunked = model.generate(conversation, prefill_chunk_size=4, **{CACHE_NAME: kept}, **GREEDY)
+        assert torch.equal(chunked, expected)
+    else:
+        with pytest.raises(ValueError, match="go on from the 18 tokens"):
+            model.generate(conversation, prefill_chunk_size=4, **{CACHE_NAME: kept}, **GREEDY)
     with pytest.raises(ValueError, match="cannot be cropped"):
         kept.crop(-1)
 
