@@ -18,7 +18,7 @@ KNOWN = ("until", *TOKEN_LIMITS, "max_length", *SAMPLING, "num_beams")
 
 @dataclass(frozen=True)
 class TaskGeneration:
-    """How a task wants its texts.
+    """Settings of the texts that a task asks for.
 
     Args:
         stops: texts before which the answer ends, without empty ones.
@@ -84,7 +84,7 @@ def _stops(until: object) -> tuple[str, ...]:
 
 
 def _sampling(settings: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
-    """How tokens are drawn, and notes."""
+    """The settings by which tokens are drawn, and notes."""
     temperature = float(settings.get("temperature") or 0.0)
     do_sample = settings.get("do_sample")
     if do_sample is None:

@@ -46,8 +46,9 @@ class DecodePlan:
 
     def holds(self) -> bool:
         """Whether the model is still what the plan was prepared for."""
-        return (self._revision == revision() and [owner[name] for owner, name in self._slots] == self._modules
-                and list(map(type, self._modules)) == self._types and list(map(len, self._hooks)) == self._hook_counts)
+        return (self._revision == revision()
+                and list(chain.from_iterable(map(dict.values, self._children))) == self._modules
+                and list(map(type, self._modules)) == self._types and sum(map(len, self._hooks)) == self._hook_count)
 
     def run(self, stream: Stream, seq: SequenceInfo, states: Sequence[LayerState]) -> Stream:
         """The stream after the last layer, for one token per row."""
@@ -57,14 +58,14 @@ class DecodePlan:
 
     def _watch(self, model: nn.Module) -> None:
         """Note all modules, their hooks and the backends' settings."""
-        self._slots = [(owner._modules, name) for owner in model.modules() for name in owner._modules]
-        self._modules = [owner[name] for owner, name in self._slots]
+        self._children = [owner._modules for owner in model.modules() if owner._modules]
+        self._modules = list(chain.from_iterable(map(dict.values, self._children)))
         self._types = list(map(type, self._modules))
         present = [module for module in self._modules if module is not None]
         self._hooks: list[dict[Any, Any]] = list(chain.from_iterable(
             (module._forward_hooks, module._forward_pre_hooks) for module in present))
         self._hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
-        self._hook_counts = list(map(len, self._hooks))
+        self._hook_count = sum(map(len, self._hooks))
         self._revision = revision()
 
 

@@ -17,7 +17,7 @@ Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the distribution of the model; the filters act in this order.
+    """Settings by which a token is drawn from the model's distribution; the filters act in this order.
 
     Args:
         temperature: divides the logits; 0 chooses the likeliest token.
@@ -182,7 +182,8 @@ def _generate_tokens(model: HybridLM, rows: list[list[int]], max_new_tokens: int
         state, logits_BV = _read_prompts(model, rows, max_new_tokens)
         for step in range(max_new_tokens):
             if step:
-                model.eval()
+                if model.training:  # the caller has trained in between; `eval` visits every module
+                    model.eval()
                 ids_B1 = torch.tensor([[tokens[row]] for row in active], device=model.device)
                 logits_BV = _next_logits(model, ids_B1, state)
             drawn = sample(logits_BV[:, :vocab_size], sampling, generator).tolist()

@@ -37,6 +37,8 @@ def rms_norm_step(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = F
     """
     wide_x = _wide(x)
     weight = _wide(weight)
+    if not zero_centered and x.dtype is weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
     normed = wide_x * _inverse_rms(wide_x, eps)
     return normed.mul_(weight + 1.0 if zero_centered else weight).to(x.dtype)
 

@@ -18,7 +18,13 @@ class MultiQueryRecall(Probe):
 
     Pairs stand first; each key comes again once, after a gap from the power law p(gap) ~ gap^(power - 1). A fixed
     state holds a limited number of pairs, attention any number: `num_pairs` is the difficulty. `num_queries` keys
-    are asked (null: all). All other positions have one token without meaning, where Zoology draws random ones.
+    are asked (null: all).
+
+    Zoology's generator differs. All positions without a pair or key hold one token without meaning here; it draws
+    random tokens of the whole vocabulary, which may be keys or values. A key that comes again may stand at any
+    position here, at every second one there. Values of different keys may be equal here; there all are different. It
+    asks every key. `power` is 0.1 here, 0.01 there, and the vocabulary has 64 keys and 64 values, there 8,192 tokens,
+    one half keys. It may show the pairs several times (`num_passes`); here they stand once.
     """
 
     task: ClassVar[str] = "mqar"

@@ -222,20 +222,18 @@ class Attention(IndexedMixer):
         full, heads = config.qk_norm == "full", (-1, 1, config.num_heads, config.head_dim)
         keys = (-1, 1, config.kv_heads, config.head_dim)
 
-        def split(projected: Tensor, shape: tuple[int, ...], norm: Callable[[Tensor], Tensor] | None,
-                  seq: SequenceInfo) -> Tensor:
+        def split(projected: Tensor, shape: tuple[int, ...], norm: Callable[[Tensor], Tensor] | None) -> Tensor:
             if norm is None:
-                x_B1HK = projected.view(shape)
-            else:
-                x_B1HK = norm(projected).view(shape) if full else norm(projected.view(shape))
-            return rotate_step(x_B1HK, config.rope, self.rotary_dim, seq)
+                return projected.view(shape)
+            return norm(projected).view(shape) if full else norm(projected.view(shape))
 
         def step(x_B1D: Tensor, seq: SequenceInfo, state: AttentionState) -> Tensor:
-            q_B1HK = split(q_proj(x_B1D), heads, q_norm, seq)
-            k_BSGK = state.keys.append(split(k_proj(x_B1D), keys, k_norm, seq))
+            qk_B1XK = torch.cat([split(q_proj(x_B1D), heads, q_norm), split(k_proj(x_B1D), keys, k_norm)], 2)
+            qk_B1XK = rotate_step(qk_B1XK, config.rope, self.rotary_dim, seq)
+            k_BSGK = state.keys.append(qk_B1XK[:, :, config.num_heads :])
             v_BSGK = state.values.append(v_proj(x_B1D).view(keys))
-            o_B1HK = attend_one(q_B1HK[:, 0], k_BSGK, v_BSGK, seq).unsqueeze(1)
-            return o_proj(apply_output_gate(o_B1HK, x_B1D, g_proj, config.output_gate))
+            o_BHK = attend_one(qk_B1XK[:, 0, : config.num_heads], k_BSGK, v_BSGK, seq)
+            return o_proj(apply_output_gate(o_BHK.unsqueeze(1), x_B1D, g_proj, config.output_gate))
 
         return step
 
