@@ -16,7 +16,7 @@ from hybridlm.data import DATA_RULES, load_tokenizer
 from hybridlm.distributed.communicator import Communicator
 from hybridlm.errors import CheckpointError, ConfigError
 from hybridlm.model.model import build_model
-from hybridlm.training import TrainingStopped, run, train
+from hybridlm.training import TrainingStopped, run, start, train
 from hybridlm.training import trainer as trainer_module
 from hybridlm.training.run_folder import RunFolder
 from tests.support import tiny_run
@@ -44,7 +44,7 @@ def poison(monkeypatch, layer, steps, value=float("nan")):
         model.get_submodule(layer).register_forward_hook(hook)
         return model
 
-    monkeypatch.setattr(run, "build_model", build)
+    monkeypatch.setattr(start, "build_model", build)
 
 
 def test_metrics_hold_one_object_a_step_with_all_that_is_measured(done):
