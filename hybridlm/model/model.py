@@ -279,8 +279,9 @@ class HybridLM(nn.Module):
         targets = self._targets(text_mask.shape, labels, targets, borders)
         packed_ids, packed_embeds, packed_targets = (None if x is None else text.pack(x)
                                                      for x in (input_ids, inputs_embeds, targets))
-        output = self.forward(packed_ids, None, text.borders, None, packed_targets, inputs_embeds=packed_embeds,
-                              **options)
+        # Of the class: an engine may have put a forward of its own, with another result, over the model's.
+        output = HybridLM.forward(self, packed_ids, None, text.borders, None, packed_targets,
+                                  inputs_embeds=packed_embeds, **options)
         if output.logits is not None:
             whole = text.unpack(output.logits)
             output.logits = whole if logits_to_keep is None else whole[:, -logits_to_keep:]
