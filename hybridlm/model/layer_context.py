@@ -31,6 +31,8 @@ class SharingMixer(Protocol):
 
     def reads(self, context: LayerContext) -> Sequence[SharedRead]: ...
 
+    def shared_width(self, kind: SharedKind, context: LayerContext) -> int: ...
+
 
 @dataclass(kw_only=True)
 class LayerContext:
@@ -73,6 +75,18 @@ class LayerContext:
         wanted = "earlier layer" if read.layer is None else f"layer {read.layer}"
         raise ConfigError(read.option, f"layer {self.layer_index} reads {read.kind.name}, which no {wanted} leaves",
                           expected=f"{'an' if read.layer is None else 'the'} {wanted} with a mixer that leaves it")
+
+    def shared_width(self, read: SharedRead) -> int:
+        """Find how many numbers per token the value has that this layer reads.
+
+        Args:
+            read: the kind of value, and the layer that is asked for, if any.
+
+        Raises:
+            ConfigError: no earlier layer leaves such a value.
+        """
+        index = self.source_of(read)
+        return self._mixer(index).shared_width(read.kind, replace(self, layer_index=index))
 
     def is_read(self, kind: SharedKind) -> bool:
         """Whether a later layer, or the block of multi-token prediction, reads what this layer leaves of the kind."""

@@ -10,7 +10,7 @@ from hybridlm.model.contract_check.subject import is_kept_in_fp32
 from hybridlm.model.mixers import MIXERS, AttentionConfig, IndexerConfig, MLAConfig, build_mixer
 from tests.support import sharing_kinds
 from tests.support.mixer_cases import CASES, INDEXER, MLA_DIMS, build, context_of, subject
-from tests.support.mixer_forms import collect_names
+from tests.support.mixer_forms import collect_names, collect_readers
 
 every_mixer = pytest.mark.parametrize("name", CASES)
 
@@ -26,6 +26,7 @@ READERS = {
     "shared_selection": (AttentionConfig(num_heads=4, head_dim=8, indexer=SHARED), CASES["deepseek_v32"]),
     "shared_selection_mla": (MLAConfig(**MLA_DIMS, indexer=SHARED), CASES["deepseek_v32"]),
     "values_of_a_test": (sharing_kinds.ReaderConfig(), sharing_kinds.SourceConfig()),
+    **collect_readers(),
 }
 
 
@@ -44,7 +45,7 @@ def test_contract_of_mixers_that_read_from_another_layer(name, check):
 
 def test_every_registered_kind_is_tested():
     ours = {kind for kind, (_, mixer) in MIXERS.items() if mixer.__module__.startswith("hybridlm.")}
-    assert {config.kind for config in CASES.values()} == ours
+    assert {config.kind for config in [*CASES.values(), *(pair[0] for pair in collect_readers().values())]} == ours
 
 
 @every_mixer

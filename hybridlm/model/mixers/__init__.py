@@ -13,6 +13,8 @@ from hybridlm.model.mixers.delta_rule import DeltaRule as DeltaRule
 from hybridlm.model.mixers.delta_rule import DeltaRuleConfig as DeltaRuleConfig
 from hybridlm.model.mixers.gated_conv import GatedConv as GatedConv
 from hybridlm.model.mixers.gated_conv import GatedConvConfig as GatedConvConfig
+from hybridlm.model.mixers.gated_memory import GatedMemory as GatedMemory
+from hybridlm.model.mixers.gated_memory import GatedMemoryConfig as GatedMemoryConfig
 from hybridlm.model.mixers.linear_attention import LinearAttention as LinearAttention
 from hybridlm.model.mixers.linear_attention import LinearAttentionConfig as LinearAttentionConfig
 from hybridlm.model.mixers.mamba import Mamba as Mamba

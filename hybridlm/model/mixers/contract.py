@@ -107,6 +107,18 @@ class MixerConfig(abc.ABC):
         """Values of earlier layers that the layer reads."""
         return ()
 
+    def shared_width(self, kind: SharedKind, context: LayerContext) -> int:
+        """Numbers per token of a value that the layer leaves, for readers whose parameters follow from it.
+
+        Args:
+            kind: one of `leaves`.
+            context: the layer.
+
+        Raises:
+            TypeError: the kind of value has no width, or the mixer does not say it.
+        """
+        raise TypeError(f"{type(self).__name__} does not say the width of {kind.name}")
+
     # Rows that are divided between processes
 
     def check_context_parallel(self, shards: int, length: int) -> None:

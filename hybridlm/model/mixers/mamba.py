@@ -13,7 +13,7 @@ B rows, T tokens, D hidden size, I inner channels, N states per channel, R rank 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -27,11 +27,13 @@ from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.convolution import CausalConv
 from hybridlm.model.mixers.common.init import init_inverse_softplus, init_projections
+from hybridlm.model.mixers.common.memory import MEMORY
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedKind
 from hybridlm_kernels import selective_scan
 
 FP32_BYTES = 4  # bytes per element
@@ -129,6 +131,12 @@ class MambaConfig(MixerConfig):
         data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
         return data if self.inner_norm != "none" else {key: value for key, value in data.items() if key != "norm_eps"}
 
+    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
+        return (MEMORY,)
+
+    def shared_width(self, kind: SharedKind, context: LayerContext) -> int:
+        return self.inner_size(context)
+
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         return {}  # all sizes follow the hidden size
@@ -150,6 +158,7 @@ class Mamba(SequenceMixer):
         hidden, inner, rank, states = (context.hidden_size, config.inner_size(context), config.rank(context),
                                        config.state_size)
         self.sizes = (rank, states, states)
+        self.layer_index, self.memory_is_read = context.layer_index, context.is_read(MEMORY)
         self.in_proj = nn.Linear(hidden, 2 * inner, bias=config.bias)
         self.conv = CausalConv(inner, config.conv_size)
         self.x_proj = nn.Linear(inner, sum(self.sizes), bias=False)
@@ -182,8 +191,10 @@ class Mamba(SequenceMixer):
         y_BTI, states = scan(x_BTI, initial_state=start)
         if state is not None:
             state.tensors["states"] = states
-        y_BTI = (y_BTI + self.D * x_BTI).to(x_BTI.dtype) * F.silu(z_BTI)
-        return self.out_proj(y_BTI), {}
+        memory_BTI = (y_BTI + self.D * x_BTI).to(x_BTI.dtype)
+        if self.memory_is_read:
+            seq.leave(MEMORY, self.layer_index, memory_BTI)
+        return self.out_proj(memory_BTI * F.silu(z_BTI)), {}
 
     def _normed(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
         """The step, B and C after the inner norm, contiguous."""

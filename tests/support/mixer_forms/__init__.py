@@ -2,7 +2,7 @@
 
 A module may say more of its kinds, by sets of names of parameters within the mixer: FP32, those that stay in fp32
 beside norms; OTHER_STARTS, projections that do not start as normal(0, std); NO_MATRICES, those of two dims that are
-vectors or convolutions to an optimizer.
+vectors or convolutions to an optimizer. READERS holds forms that read from an earlier layer, with that layer's mixer.
 """
 
 import importlib
@@ -30,3 +30,9 @@ def collect_names(kind: str) -> set[str]:
     """The names that the modules list under `kind`, such as FP32."""
     modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
     return set().union(*(getattr(module, kind, set()) for module in modules))
+
+
+def collect_readers() -> dict[str, tuple[MixerConfig, MixerConfig]]:
+    """The readers of all modules with the mixers they read from."""
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    return {name: pair for module in modules for name, pair in getattr(module, "READERS", {}).items()}
