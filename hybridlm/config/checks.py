@@ -9,6 +9,7 @@ import torch
 
 from hybridlm.config.legacy import upgrade_pattern
 from hybridlm.config.schema import Config, StageConfig
+from hybridlm.distributed.engine_config import EngineConfig
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters
@@ -28,6 +29,8 @@ def validate(config: Config) -> None:
     count_parameters(config.model)  # each part looks at the layer it stands in
     _check_kernels(config.kernels)
     config.engine.check_run(config.optimizer, config.training.precision)
+    if config.training.compile:
+        _check_compile(config.engine)
     for index, stage in enumerate(config.recipe.stages):
         _check_stage(config, stage, f"recipe.stages.{index}")
 
@@ -56,6 +59,17 @@ def _check_kernels(kernels: dict[str, Any]) -> None:
                 hint=did_you_mean(name, [*known, "strict"]))
         require(value in (None, "auto", *known[name]), path, "unknown backend", got=value,
                 expected=f"auto, or one of {', '.join(known[name])}")
+
+
+def _check_compile(engine: EngineConfig) -> None:
+    """Check that nothing happens between processes inside a layer, whose graph it would break."""
+    why = engine.why_not_compiled
+    require(why is None, "training.compile", f"does not go with engine.kind={engine.kind}, which {why}", got=True,
+            expected="false, or engine=ddp, zero1 or zero2")
+    for key in ("context_parallel", "expert_parallel"):
+        require(getattr(engine, key) == 1, "training.compile",
+                f"does not go with engine.{key}, which exchanges tensors in the middle of a layer's graph", got=True,
+                expected=f"false, or engine.{key}=1")
 
 
 def _check_stage(config: Config, stage: StageConfig, path: str) -> None:

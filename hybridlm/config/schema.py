@@ -173,6 +173,8 @@ class TrainingConfig:
     """Largest norm of the gradient; 0 turns clipping off."""
     activation_checkpointing: bool = False
     """Keep only the input of each layer for the backward pass and compute everything else again."""
+    compile: bool = False
+    """Run each layer as one graph of torch.compile: the first steps take minutes, the others less time."""
     log_every: int = 10
     """Steps between printed lines; metrics.jsonl has every step."""
     eval_every: int = 100

@@ -95,6 +95,7 @@ class EngineConfig(ABC):
     context_parallel: int = 1
 
     max_processes: ClassVar[int | None] = None  # null: as many as there are
+    why_not_compiled: ClassVar[str | None] = None  # the reason why layers cannot be compiled under it
     required_package: ClassVar[str | None] = None  # also the name of the extra that installs it
 
     def __post_init__(self) -> None:

@@ -5,6 +5,10 @@ Parameters: `mixer_norm`, `mixer`, `feed_forward_norm`, `feed_forward`, then tho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import nn
 
 from hybridlm.model.config import ModelConfig
@@ -15,6 +19,8 @@ from hybridlm.model.norm import RMSNorm
 from hybridlm.model.residual import build_residual_branch
 from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
+
+COMPILER = "inductor"  # backend of torch.compile
 
 
 class Block(nn.Module):
@@ -31,6 +37,7 @@ class Block(nn.Module):
         context = config.layer_context(layer_index)
         mixer = config.mixers[mixer_name]
         feed_forward = config.feed_forward
+        self._compiled: Callable[..., tuple[Stream, dict[str, Aux]]] | None = None
         self.mixer_name = mixer_name
         self.mixer_norm = RMSNorm.of(context.norm, context.hidden_size)
         self.mixer = build_mixer(mixer, context)
@@ -39,6 +46,16 @@ class Block(nn.Module):
         self.mixer_residual = build_residual_branch(config.residual, mixer.residual, context, "mixer")
         self.feed_forward_residual = build_residual_branch(
             config.residual, feed_forward.residual or mixer.residual, context, "feed_forward")
+
+    def compile_layer(self) -> None:
+        """Run `forward` without a decode state as one graph of torch.compile from now on, in this object only.
+
+        A copy is not compiled. Layers of one kind share their graph.
+        """
+        self._compiled = torch.compile(self._compute, backend=COMPILER)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compiled": None}  # it is bound to this object
 
     def forward(self, stream: Stream, seq: SequenceInfo,
                 state: LayerState | None = None) -> tuple[Stream, dict[str, Aux]]:
@@ -52,6 +69,11 @@ class Block(nn.Module):
         Returns:
             The stream after this layer, and the aux of the branches `mixer` and `feed_forward`.
         """
+        run = self._compute if self._compiled is None or state is not None else self._compiled
+        return run(stream, seq, state)
+
+    def _compute(self, stream: Stream, seq: SequenceInfo,
+                 state: LayerState | None = None) -> tuple[Stream, dict[str, Aux]]:
         mixer_state, feed_forward_state = (None, None) if state is None else (state.mixer, state.feed_forward)
         x_BTD, kept = self.mixer_residual.read(stream, self.mixer_norm)
         y_BTD, mixer_aux = self.mixer(x_BTD, seq, mixer_state)

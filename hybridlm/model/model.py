@@ -33,6 +33,7 @@ from hybridlm.model.targets import IGNORE, build_targets, tokens_ahead
 from hybridlm.model.training_watch import TrainingWatch
 from hybridlm_kernels import CuSeqlens
 
+MAX_LAYER_GRAPHS = 64  # kinds of layers, times training and evaluation, times attention modes and shapes
 DocumentBorders = CuSeqlens | Tensor | Sequence[int]
 
 
@@ -45,6 +46,7 @@ class HybridLM(nn.Module):
     Attributes:
         activation_checkpointing: whether training keeps only the inputs of layers, and computes everything inside them
             again in the backward.
+        compiled: whether `compile_layers` was called.
         loss_weights: weights that replace those of the config, by the names of `ModelOutput.losses`; a training stage
             gives losses that it does not train the weight 0.
         shard_group: the processes that hold the rows of a batch together with this one, or None. All of them get the
@@ -55,6 +57,7 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.compiled = False
         self.loss_weights: dict[str, float] = {}
         self.shard_group: ShardGroup | None = None
         self._watch = TrainingWatch()
@@ -143,6 +146,9 @@ class HybridLM(nn.Module):
             raise ValueError("a decode state cannot be trained through: pass labels or targets without state")
         following = self._tokens_for_mtp(input_ids, targets, seq)
         if self.shard_group is not None:
+            if self.compiled or torch.compiler.is_dynamo_compiling():
+                raise ValueError("rows that are divided between processes cannot be compiled: layers exchange tensors "
+                                 "in the middle of a graph; set shard_group to None (engine.context_parallel=1)")
             if state is not None:
                 raise ValueError("rows that are divided between processes cannot be decoded: set shard_group to None")
             seq = seq.shard_rows(self.shard_group)
@@ -179,6 +185,20 @@ class HybridLM(nn.Module):
             output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
         output.stats = totals.stats()
         return output
+
+    def compile_layers(self) -> None:
+        """Run every layer as one graph of torch.compile from now on, but for decoding, which stays as it is.
+
+        Layers of one kind share a graph, and a graph serves packed documents of any borders. The first steps take
+        longer: each kind of layer is compiled once for training and once for evaluation. Raises torch's limit of graphs
+        per function for this process, since all layers are one function.
+        """
+        from torch._dynamo import config  # importing the compiler takes as long as importing torch
+
+        config.recompile_limit = max(config.recompile_limit, MAX_LAYER_GRAPHS)
+        self.compiled = True
+        for block in (*self.layers, *(module.block for module in self.mtp)):
+            cast(Block, block).compile_layer()
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; mistakes of a training loop that show here are warned of once."""
@@ -302,7 +322,8 @@ class HybridLM(nn.Module):
         assert input_ids is not None
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids must be [batch, time] with at least one token; got {list(input_ids.shape)}")
-        if input_ids.device.type == "cpu":  # on a GPU looking costs a synchronisation
+        # On a GPU looking costs a synchronisation, and a compiled graph cannot look.
+        if input_ids.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
             least, most = (int(end) for end in input_ids.aminmax())
             if least < 0 or most >= self.config.vocab_size:
                 raise ValueError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary; "
@@ -322,10 +343,10 @@ class HybridLM(nn.Module):
             return SequenceInfo.make(batch, length, device, offset=state.length, padding_B=state.padding_B)
         if cu_seqlens is None:
             return SequenceInfo.make(batch, length, device)
-        borders = CuSeqlens.of(cu_seqlens, device)
-        if borders.device != device:
-            borders = CuSeqlens(borders.host, device)
+        borders = CuSeqlens.of(cu_seqlens, device, batch * length).to(device)
         borders.check(batch, length)
+        if self.compiled:  # the first graph already takes any number of documents
+            torch._dynamo.maybe_mark_dynamic(borders.table, 0)
         return SequenceInfo.make(batch, length, device, borders)
 
     def _targets(self, batch_and_length: torch.Size, labels: Tensor | None, targets: Tensor | None,

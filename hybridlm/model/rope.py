@@ -133,15 +133,11 @@ def rope_tables(config: RopeConfig, dim: int, seq: SequenceInfo) -> tuple[Tensor
     [T, R] when all rows have the same positions, else [B, T, R]. Made once a forward: layers that rotate alike share
     them through `seq.tables`. They are never parameters nor buffers.
     """
+    if torch.compiler.is_dynamo_compiling():  # fused into each rotation: no graph depends on what others have left
+        return _make_tables(config, dim, seq)
     key = f"rope {config.theta} {dim} {config.scaling}"
     if key not in seq.tables:
-        positions = seq.positions_BT
-        if positions.shape[0] == 1 or positions.stride(0) == 0:
-            positions = positions[0]
-        angle = positions[..., None].float() * inverse_frequencies(config, dim, positions.device)
-        scale = 1.0 if config.scaling is None else config.scaling.table_scale()
-        cos, sin = angle.cos(), angle.sin()
-        seq.tables[key] = (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+        seq.tables[key] = _make_tables(config, dim, seq)
     return seq.tables[key]
 
 
@@ -159,6 +155,16 @@ def rotate_step(x_BTHD: Tensor, config: RopeConfig, dim: int, seq: SequenceInfo)
     if x_BTHD.shape[-1] == dim:
         return rotary_step(x_BTHD, cos, sin, interleaved)
     return torch.cat([rotary_step(x_BTHD[..., :dim], cos, sin, interleaved), x_BTHD[..., dim:]], -1)
+
+
+def _make_tables(config: RopeConfig, dim: int, seq: SequenceInfo) -> tuple[Tensor, Tensor]:
+    positions = seq.positions_BT
+    if positions.shape[0] == 1 or positions.stride(0) == 0:
+        positions = positions[0]
+    angle = positions[..., None].float() * inverse_frequencies(config, dim, positions.device)
+    scale = 1.0 if config.scaling is None else config.scaling.table_scale()
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
 
 def rotate(x_BTHD: Tensor, config: RopeConfig, dim: int, seq: SequenceInfo, kind: str | None = None) -> Tensor:

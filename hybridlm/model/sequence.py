@@ -36,7 +36,7 @@ class SequenceInfo:
     shard: RowShard | None = None
     padding_B: Tensor | None = None
     last_position: int = -1  # of the entries of decode states; -1 without one
-    shared: SharedStore = field(default_factory=SharedStore)
+    shared: SharedStore = field(default_factory=lambda: SharedStore())  # not the class: torch.compile
     tables: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -31,8 +31,7 @@ def shift_within_documents(values_BT: Tensor, steps: int, cu_seqlens: CuSeqlens 
     if cu_seqlens is None:
         last_N = (index_N // length + 1) * length - 1
     else:
-        ends = torch.tensor(cu_seqlens.host[1:], device=device)
-        last_N = ends[cu_seqlens.document_ids().to(device)] - 1
+        last_N = (cu_seqlens.ends()[cu_seqlens.document_ids()] - 1).to(device)
     inside_N = index_N + steps <= last_N
     shifted_N = values_BT.reshape(-1)[torch.minimum(index_N + steps, last_N)]
     return shifted_N.view(batch, length), inside_N.view(batch, length)

@@ -205,6 +205,8 @@ def _training_time(config: Config, training: _Training) -> float:
     device = pick_device(config.engine)
     model = build_model(training.model, device=device)
     model.activation_checkpointing = config.training.activation_checkpointing
+    if config.training.compile:
+        model.compile_layers()
     model.train()
     optimizers = build_optimizer(model, training.optimizer)
     generator = torch.Generator().manual_seed(0)

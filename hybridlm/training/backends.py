@@ -14,6 +14,7 @@ from torch import nn
 
 from hybridlm.model.model import HybridLM
 from hybridlm_kernels import registry
+from hybridlm_kernels.compiling.operation import fused_operations
 
 log = logging.getLogger("hybridlm")
 BACKENDS_FILE = "backends.json"  # in the run folder
@@ -83,10 +84,11 @@ def format_layer_ranges(places: Sequence[str]) -> str:
     return ", ".join("-".join(run) for run in runs)
 
 
-def report_backends(rows: Sequence[BackendUse], folder: Path) -> None:
+def report_backends(rows: Sequence[BackendUse], folder: Path, compiled: bool = False) -> None:
     """Log which backend ran the operations, in one line where all ran the same; keep the table in the run folder.
 
-    Rows that differ from the rest follow, each with what was rejected where it is a fall-back.
+    Rows that differ from the rest follow, each with what was rejected where it is a fall-back. Where layers are
+    `compiled`, operations with a formula are part of their graphs and not in the record: one line names them.
     """
     most = Counter(row.backend for row in rows).most_common(1)
     usual = most[0][0] if most else ""
@@ -99,4 +101,6 @@ def report_backends(rows: Sequence[BackendUse], folder: Path) -> None:
         why = row.why if row.why == registry.PREFERRED else "; ".join((row.why, *row.rejected))
         log.info("kernels: %-*s  %-*s  %-*s  %s", widths[0], row.layers, widths[1], row.operation, widths[2],
                  row.backend, why)
+    if compiled:
+        log.info("kernels: torch.compile fuses %s into the graphs of the layers", ", ".join(fused_operations()))
     (folder / BACKENDS_FILE).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")

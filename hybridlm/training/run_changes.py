@@ -26,6 +26,7 @@ from hybridlm.user_code import import_arguments
 CHANGEABLE_KEYS = (
     "run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
     "training.tokens", "training.precision", "training.micro_batch_size", "training.activation_checkpointing",
+    "training.compile",
     "training.log_every", "training.eval_every", "training.eval_batches", "training.checkpoint_every",
     "training.keep_checkpoints", "training.async_checkpoint", "training.resume", "training.max_bad_steps",
     "training.record_samples")

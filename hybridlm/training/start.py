@@ -26,6 +26,8 @@ def build_run_model(config: Config, engine: Engine, data: PreparedData, weights:
     model = build_model(config, device=engine.device, shard_experts=engine.shard_experts,
                         shard_weights=engine.shard_weights)
     model.activation_checkpointing = config.training.activation_checkpointing
+    if config.training.compile:
+        model.compile_layers()
     if weights is not None:
         if config.recipe.indexer is not None:
             _load_to_convert(model, config, weights, engine)

@@ -238,7 +238,7 @@ class Trainer:
         with backends.recording_backends(self.model) as rows:
             values = self.engine.compute_gradients(compute_loss, batch)
         if self.engine.is_main:
-            backends.report_backends(rows(), self.run.path)
+            backends.report_backends(rows(), self.run.path, self.model.compiled)
         self.backends_reported = True
         return values
 

@@ -174,6 +174,11 @@ def revision() -> int:
     return _revision
 
 
+def is_configured(name: str) -> bool:
+    """Whether `configure` names a backend for the operation."""
+    return name in _settings
+
+
 def explain() -> list[Choice]:
     """The distinct decisions made since the last `configure`, in order."""
     return list(dict.fromkeys(choice for _, choice in _decisions.values()))

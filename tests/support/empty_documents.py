@@ -3,7 +3,6 @@
 import torch
 
 import hybridlm_kernels as ops
-from hybridlm_kernels.random_inputs import recurrence_inputs
 
 ROWS, LENGTH = 2, 70
 BORDERS = [0, 3, 70, 71, 140]
@@ -43,7 +42,30 @@ STATELESS = {
     "pooled_indexer_kl": lambda q, k, w, main_q, main_k, borders, backend: ops.pooled_indexer_kl(
         q, _pool_keys(k, borders), w, main_q, main_k, _pools(borders), cu_seqlens=borders, backend=backend).loss,
 }
-RECURRENT = ("delta_rule", "linear_attention", "short_conv")
+
+
+def _recurrence(operation, x, state_N, **options):
+    q, k, v = (x[..., :16].unflatten(-1, (1, 16)) for _ in range(3))
+    return operation(q, k, v, g=-x[..., :1].square(), initial_state=state_N, **options)
+
+
+def _selective(x, state_N, **options):
+    rates_DN = -torch.linspace(0.1, 1, 32, device=x.device).view(16, 2)
+    return ops.selective_scan(x[..., :16], x[..., :16].square(), rates_DN, x[..., :2], x[..., 2:4],
+                              initial_state=state_N, **options)
+
+
+# Every operation with a state per document: the shape of one state, and `call(x [B, T, 16], state_N, **options)`.
+RECURRENT = {
+    "delta_rule": ((1, 16, 16), lambda x, state_N, **options: _recurrence(ops.delta_rule, x, state_N, **options)),
+    "linear_attention": ((1, 16, 16), lambda x, state_N, **options: _recurrence(
+        ops.linear_attention, x, state_N, **options)),
+    "short_conv": ((16, 3), lambda x, state_N, **options: ops.short_conv(
+        x, torch.linspace(-1, 1, 64, device=x.device).view(16, 4), initial_state=state_N, **options)),
+    "linear_scan": ((16,), lambda x, state_N, **options: ops.linear_scan(
+        x, torch.sigmoid(x), initial_state=state_N, **options)),
+    "selective_scan": ((16, 2), _selective),
+}
 
 
 def assert_empty_documents_are_invisible(name, backend, device="cpu"):
@@ -53,30 +75,23 @@ def assert_empty_documents_are_invisible(name, backend, device="cpu"):
     assert torch.equal(STATELESS[name](*inputs, WITH_EMPTY, backend), expected)
 
 
-def _recurrent_call(name, state_N, borders, backend, device):
+def _with_gradient(name, state_N, borders, backend, device):
     """Output and last states in fp32 from these initial states, and the gradient of the initial states."""
-    inputs = recurrence_inputs("scalar", B=ROWS, T=LENGTH, beta=name == "delta_rule", documents=0)
-    inputs = {key: x.float().to(device) for key, x in inputs.items()}
+    x = torch.randn(ROWS, LENGTH, 16, generator=torch.Generator().manual_seed(1)).to(device) * 0.3
     state_N = state_N.to(device).requires_grad_()
-    if name == "short_conv":
-        weight = torch.linspace(-1, 1, 64, device=device).view(16, 4)
-        o, last = ops.short_conv(inputs["v"][:, :, 0], weight, initial_state=state_N[:, 0, :, :3].contiguous(),
-                                 cu_seqlens=borders, backend=backend)
-    else:
-        q, k, v = (inputs.pop(key) for key in "qkv")
-        o, last = getattr(ops, name)(q, k, v, **inputs, initial_state=state_N, cu_seqlens=borders, backend=backend)
+    o, last = RECURRENT[name][1](x, state_N, cu_seqlens=borders, backend=backend)
     gradient = torch.autograd.grad(o.sum() + last.square().sum(), state_N)[0]
     return o.detach(), last.detach(), gradient
 
 
 def assert_empty_documents_keep_their_states(name, backend, device="cpu"):
     """Filled documents are computed as without empty ones, to the bit; an empty one passes its state on."""
-    state_N = torch.randn(len(WITH_EMPTY) - 1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    expected = _recurrent_call(name, state_N[FILLED], BORDERS, backend, device)
-    o, last, gradient = _recurrent_call(name, state_N, WITH_EMPTY, backend, device)
+    shape = RECURRENT[name][0]
+    state_N = torch.randn(len(WITH_EMPTY) - 1, *shape, generator=torch.Generator().manual_seed(0))
+    expected = _with_gradient(name, state_N[FILLED], BORDERS, backend, device)
+    o, last, gradient = _with_gradient(name, state_N, WITH_EMPTY, backend, device)
     assert torch.equal(o, expected[0])
     assert torch.equal(last[FILLED], expected[1])
     assert torch.equal(gradient[FILLED], expected[2])
-    passed_on = state_N[EMPTY][:, 0, :, :3] if name == "short_conv" else state_N[EMPTY]
-    assert torch.equal(last[EMPTY].cpu(), passed_on)
-    assert torch.equal(gradient[EMPTY][..., :3].cpu(), 2 * state_N[EMPTY][..., :3])
+    assert torch.equal(last[EMPTY].cpu(), state_N[EMPTY])
+    assert torch.equal(gradient[EMPTY].cpu(), 2 * state_N[EMPTY])

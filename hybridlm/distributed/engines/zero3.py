@@ -30,6 +30,7 @@ class Zero3Config(ZeroConfig):
     offload_parameters: bool = False
     persistence_threshold: int = 100_000
     stage: ClassVar[int] = 3
+    why_not_compiled: ClassVar[str | None] = "gathers weights in the middle of a layer's graph"
 
     def __post_init__(self) -> None:
         super().__post_init__()

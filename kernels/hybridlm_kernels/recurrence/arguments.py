@@ -136,6 +136,12 @@ def math_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def empty_states(k_BTHK: Tensor, v_BTHvV: Tensor, borders: CuSeqlens | None) -> Tensor:
+    """Memory for the final states [N, HV, K, V] of these keys and values."""
+    N = k_BTHK.shape[0] if borders is None else borders.num_documents
+    return v_BTHvV.new_empty((N, v_BTHvV.shape[2], k_BTHK.shape[3], v_BTHvV.shape[3]), dtype=math_dtype(v_BTHvV))
+
+
 def each_document(run: Callable[..., tuple[Tensor, Tensor]], borders: CuSeqlens | None,
                   tokens: Sequence[Tensor | None], state_NHvKV: Tensor | None) -> tuple[Tensor, Tensor]:
     """Apply `run(*tokens, state) -> (o, final_state)` to each packed document by itself, or to all rows at once.

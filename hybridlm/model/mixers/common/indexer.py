@@ -318,4 +318,6 @@ def longest_document(keys: int, seq: SequenceInfo) -> int:
     """Tokens in the longest document of rows of `keys` tokens, those in the decode state included."""
     if seq.shard is not None:
         return seq.shard.longest_document
-    return keys if seq.cu_seqlens is None else max(seq.cu_seqlens.lengths)
+    if seq.cu_seqlens is None or torch.compiler.is_dynamo_compiling():
+        return keys  # a compiled graph does not know the documents: it selects wherever a document may be so long
+    return max(seq.cu_seqlens.lengths)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.attention import flash_attn_backend, reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import filled_borders_of
@@ -17,6 +19,11 @@ ATTENTION = register(Operation("attention", (
     Backend("reference", reference.attention))))
 
 
+def _outputs(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, **_: Any) -> Tensor:
+    return v_BSGV.new_empty((*q_BTHK.shape[:3], v_BSGV.shape[3]))
+
+
+@compilable(_outputs, keeps=("q_BTHK", "k_BSGK", "v_BSGV"), keeps_outputs=(0,))
 def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *, scale: float | None = None,
               window: int | None = None, sinks_H: Tensor | None = None,
               cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,

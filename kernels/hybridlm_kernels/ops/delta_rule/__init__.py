@@ -5,15 +5,20 @@ Legend: B rows, T tokens per row, H query/key heads, HV value heads, K/V key/val
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, autocast
 
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.delta_rule import fla_backend, reference, torch_backend
+from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import (
     Borders,
     borders_of,
     check_decay,
     check_per_token,
     check_shapes,
+    empty_states,
     fits_triton,
     without_empty_documents,
 )
@@ -29,6 +34,12 @@ OPERATION = register(Operation("delta_rule", (
 )))
 
 
+def _outputs(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, cu_seqlens: CuSeqlens | None = None,
+             **_: Any) -> tuple[Tensor, Tensor]:
+    return v_BTHvV.new_empty(v_BTHvV.shape), empty_states(k_BTHK, v_BTHvV, cu_seqlens)
+
+
+@compilable(_outputs)
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | None = None,
                beta: Tensor | None = None, gate: Gate | None = None, beta_sigmoid: float | None = None,
                scale: float | None = None, initial_state: Tensor | None = None, cu_seqlens: Borders = None,

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.ops.delta_rule import reference
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
@@ -39,7 +38,6 @@ RECURRENT_MAX_TOKENS = 8  # up to so many tokens the recurrence itself is faster
 L2NORM_EPSILON = 1e-6  # added to the sum of squares
 
 
-@leave_uncompiled
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
                scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
                gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.ops.delta_rule.triton_chunk import NUM_FACTORS, chunk_kernel
 from hybridlm_kernels.ops.delta_rule.triton_decode import decode_kernel
 from hybridlm_kernels.ops.delta_rule.triton_fused import fused_channel_kernel, fused_kernel
@@ -51,7 +50,6 @@ MIN_SEGMENTS_PER_DOCUMENT = 3
 SCAN_VALUE_COLUMNS = 32
 
 
-@leave_uncompiled
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
                scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
                gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, float16, float32, promote_types
 
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.indexer_kl import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import filled_borders_of
@@ -47,6 +48,22 @@ class IndexerKL(NamedTuple):
     recall: Recall | None = None  # of `recall_of`
 
 
+def empty_recall(x: Tensor) -> Recall:
+    """Memory for a recall, in x's dtype but float32 at least."""
+    return Recall(*[x.new_empty((), dtype=promote_types(x.dtype, float32)) for _ in range(3)])
+
+
+def empty_kl(q_BTJI: Tensor, recall_of_BTN: Tensor | None) -> IndexerKL:
+    """Memory for the results of the loss of an indexer."""
+    loss, entropy = (q_BTJI.new_empty((), dtype=promote_types(q_BTJI.dtype, float32)) for _ in range(2))
+    return IndexerKL(loss, entropy, None if recall_of_BTN is None else empty_recall(q_BTJI))
+
+
+def _outputs(q_BTJI: Tensor, *_: Any, recall_of_BTN: Tensor | None = None, **__: Any) -> IndexerKL:
+    return empty_kl(q_BTJI, recall_of_BTN)
+
+
+@compilable(_outputs)
 def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor, *,
                indices_BTN: Tensor | None = None, recall_of_BTN: Tensor | None = None, scale: float | None = None,
                cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None, backend: str | None = None) -> IndexerKL:
@@ -102,6 +119,7 @@ def indexer_kl(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor
     return IndexerKL(loss, entropy, None if recall_of_BTN is None else Recall(*recall))
 
 
+@compilable(lambda main_q_BTHK, *_, **__: empty_recall(main_q_BTHK))
 def attention_recall(main_q_BTHK: Tensor, main_k_BSGK: Tensor, indices_BTN: Tensor, *, scale: float | None = None,
                      cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,
                      backend: str | None = None) -> Recall:

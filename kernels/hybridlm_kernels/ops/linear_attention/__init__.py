@@ -5,14 +5,19 @@ Legend: B rows, T tokens per row, H query/key heads, HV value heads, K/V key/val
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, autocast, float16
 
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.linear_attention import fla_backend, reference, torch_backend
+from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import (
     Borders,
     borders_of,
     check_decay,
     check_shapes,
+    empty_states,
     fits_triton,
     without_empty_documents,
 )
@@ -35,6 +40,12 @@ OPERATION = register(Operation("linear_attention", (
 )))
 
 
+def _outputs(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, cu_seqlens: CuSeqlens | None = None,
+             **_: Any) -> tuple[Tensor, Tensor]:
+    return v_BTHvV.new_empty(v_BTHvV.shape), empty_states(k_BTHK, v_BTHvV, cu_seqlens)
+
+
+@compilable(_outputs)
 def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | None = None,
                     gate: Gate | None = None, scale: float | None = None,
                     initial_state: Tensor | None = None, cu_seqlens: Borders = None,

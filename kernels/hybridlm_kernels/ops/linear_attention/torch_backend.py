@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.ops.linear_attention import reference
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
@@ -34,7 +33,6 @@ from hybridlm_kernels.recurrence.gates import Gate, log_decay
 RECURRENT_MAX_TOKENS = 8  # up to so many tokens the recurrence itself is faster than chunks
 
 
-@leave_uncompiled
 def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, scale: float,
                     state_NHvKV: Tensor | None, borders: CuSeqlens | None,
                     gate: Gate | None = None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.ops.linear_attention.triton_channel import chunk_kernel, gradients_kernel
 from hybridlm_kernels.ops.linear_attention.triton_decode import decode_kernel
 from hybridlm_kernels.ops.linear_attention.triton_scan import gate_gradient_kernel, pairs_kernel, scan_kernel
@@ -38,7 +37,6 @@ GRADIENTS_KERNEL_CHANNELS = 16
 MIN_SEGMENTS_PER_DOCUMENT = 2
 
 
-@leave_uncompiled
 def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, scale: float,
                      state_NHvKV: Tensor | None, borders: CuSeqlens | None,
                      gate: Gate | None = None) -> tuple[Tensor, Tensor]:

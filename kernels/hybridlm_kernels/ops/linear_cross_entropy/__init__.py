@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, float32, int64, promote_types
 
 from hybridlm_kernels import triton_support
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.linear_cross_entropy import reference, torch_backend
 from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
@@ -15,6 +18,12 @@ LINEAR_CROSS_ENTROPY = register(Operation("linear_cross_entropy", (
     Backend("torch", torch_backend.linear_cross_entropy), Backend("reference", reference.linear_cross_entropy))))
 
 
+def _outputs(x_ND: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide = promote_types(product_dtype(x_ND), float32)
+    return (*(x_ND.new_empty((), dtype=wide) for _ in range(2)), x_ND.new_empty((), dtype=int64))  # type: ignore[return-value]
+
+
+@compilable(_outputs, keeps=("weight_VD",))
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, ignore_index: int = -100,
                          z_loss: float = 0.0, soft_cap: float | None = None,
                          backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,12 +6,15 @@ Legend: B rows, T tokens per row, C channels, N documents.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, autocast
 
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.linear_scan import reference, torch_backend
-from hybridlm_kernels.recurrence.arguments import Borders, borders_of
+from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.recurrence.arguments import Borders, borders_of, without_empty_documents
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
@@ -22,6 +25,18 @@ OPERATION = register(Operation("linear_scan", (
 )))
 
 
+def _result_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return functools.reduce(torch.promote_types, [t.dtype for t in tensors if t is not None], torch.float32)
+
+
+def _outputs(x_BTC: Tensor, a_BTC: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: CuSeqlens | None = None,
+             **_: Any) -> tuple[Tensor, Tensor]:
+    (B, _T, C), dtype = x_BTC.shape, _result_dtype(x_BTC, a_BTC, initial_state)
+    N = B if cu_seqlens is None else cu_seqlens.num_documents
+    return x_BTC.new_empty(x_BTC.shape, dtype=dtype), x_BTC.new_empty((N, C), dtype=dtype)
+
+
+@compilable(_outputs)
 def linear_scan(x_BTC: Tensor, a_BTC: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Borders = None,
                 backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Scan channels along time: each is a number that is multiplied by a factor and takes an input at every token.
@@ -33,7 +48,8 @@ def linear_scan(x_BTC: Tensor, a_BTC: Tensor, *, initial_state: Tensor | None = 
         a_BTC: factors, of absolute value at most 1; 0 forgets everything. Expand a constant factor to all tokens.
         initial_state: state before the first token of every document, [N, C]; None is zero.
         cu_seqlens: cumulative lengths of packed documents over the flattened B T tokens, with the start of every row
-            among them. N is the number of documents, or B without borders. No state crosses a border.
+            among them. N is the number of documents, or B without borders. No state crosses a border, and
+            the state after an empty document is its initial state.
         backend: name of one backend, in place of the registry's choice.
 
     Returns:
@@ -62,8 +78,10 @@ def linear_scan(x_BTC: Tensor, a_BTC: Tensor, *, initial_state: Tensor | None = 
         raise ValueError(f"linear_scan: initial_state must be [documents, channels] = {[N, C]}; "
                          f"got {list(initial_state.shape)}")
     present = [x_BTC, a_BTC, *([] if initial_state is None else [initial_state])]
-    dtype = functools.reduce(torch.promote_types, [t.dtype for t in present], torch.float32)
+    dtype = _result_dtype(*present)
     widest = next((t for t in present if t.dtype == dtype), x_BTC)  # its dtype decides which backend serves
     call = Call.of(widest, *present, packed=borders is not None)
     with autocast(x_BTC.device.type, enabled=False):
-        return choose(OPERATION, call, backend).run(x_BTC, a_BTC, initial_state, borders, dtype)
+        run = choose(OPERATION, call, backend).run
+        return without_empty_documents(lambda state, filled: run(x_BTC, a_BTC, state, filled, dtype), initial_state,
+                                       borders)

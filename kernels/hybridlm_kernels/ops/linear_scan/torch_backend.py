@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.ops.linear_scan import reference
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
@@ -25,7 +24,6 @@ CHUNK_TOKENS = 32  # tokens per chunk; a fixed number, so that results do not de
 RECURRENT_MAX_TOKENS = 8  # up to so many tokens the recurrence itself is faster than chunks
 
 
-@leave_uncompiled
 def linear_scan(x_BTC: Tensor, a_BTC: Tensor, state_NC: Tensor | None, borders: CuSeqlens | None,
                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The torch backend; arguments as in the public function, already checked, computed in `dtype`."""

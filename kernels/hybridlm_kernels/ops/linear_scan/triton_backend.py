@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase
@@ -100,7 +99,6 @@ def backward_kernel(a_ptr, h_ptr, state_ptr, dh_ptr, d_last_ptr, documents_ptr, 
         tl.store(d_state_ptr + document * C + channels, carry.to(d_state_ptr.dtype.element_ty), mask=real)
 
 
-@leave_uncompiled
 def linear_scan(x_BTC: Tensor, a_BTC: Tensor, state_NC: Tensor | None, borders: CuSeqlens | None,
                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The Triton backend; arguments as in the public function, already checked, computed in float32."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hybridlm_kernels import triton_support
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.moe import reference, torch_backend
 from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
@@ -24,6 +27,11 @@ MOE_EXPERTS = register(Operation("moe_experts", (
     Backend("torch", torch_backend.moe_experts, torch_backend.supports), Backend("reference", reference.moe_experts))))
 
 
+def _outputs(x_ND: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x_ND.new_empty(x_ND.shape, dtype=product_dtype(x_ND))
+
+
+@compilable(_outputs, keeps=("x_ND", "gate_up_E2ID", "down_EDI"))
 def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor,
                 weights_NA: Tensor, *, limit: float | None = None, backend: str | None = None) -> Tensor:
     """Routed SwiGLU experts: every token's chosen experts, summed with the combining weights; no token is dropped.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hybridlm_kernels import triton_support
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.norm import reference, torch_backend
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
@@ -31,6 +34,11 @@ L2_NORM = register(Operation("l2_norm", (
     _triton("l2_norm"), Backend("torch", torch_backend.l2_norm), Backend("reference", reference.l2_norm))))
 
 
+def _like_input(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@compilable(_like_input, formula=reference.rms_norm)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = False,
              backend: str | None = None) -> Tensor:
     """RMS norm over the last dim: y = x / sqrt(mean(x^2) + eps) * weight, computed in fp32.
@@ -59,6 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = Fal
     return choose(RMS_NORM, Call.of(x, weight, dim=x.shape[-1]), backend).run(x, weight, eps, zero_centered)
 
 
+@compilable(_like_input, formula=reference.gated_rms_norm)
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, activation: str = "silu",
                    backend: str | None = None) -> Tensor:
     """RMS norm times an activated gate: y = x / sqrt(mean(x^2) + eps) * weight * act(gate), computed in fp32.
@@ -93,6 +102,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, activ
     return chosen.run(x, gate, weight, eps, activation)
 
 
+@compilable(_like_input, formula=reference.l2_norm)
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
     """L2 norm over the last dim: y = x / sqrt(sum(x^2) + eps), computed in fp32.
 

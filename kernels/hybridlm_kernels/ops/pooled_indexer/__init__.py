@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, int32
 
-from hybridlm_kernels.ops.indexer_kl import IndexerKL, Recall, check_main
+from hybridlm_kernels.compiling.operation import compilable
+from hybridlm_kernels.ops.indexer_kl import IndexerKL, Recall, check_main, empty_kl
 from hybridlm_kernels.ops.pooled_indexer import reference, torch_backend
 from hybridlm_kernels.ops.pooled_indexer.pools import Pools as Pools
 from hybridlm_kernels.packing import CuSeqlens
@@ -18,6 +20,15 @@ POOLED_INDEXER_KL = register(Operation("pooled_indexer_kl", (
     Backend("torch", torch_backend.pooled_indexer_kl), Backend("reference", reference.pooled_indexer_kl))))
 
 
+def _selection(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, pools: Pools, topk: int, **_: Any) -> Tensor:
+    return q_BTJI.new_empty((*q_BTJI.shape[:2], topk * pools.size + pools.size - 1), dtype=int32)
+
+
+def _kl(q_BTJI: Tensor, *_: Any, recall_of_BTN: Tensor | None = None, **__: Any) -> IndexerKL:
+    return empty_kl(q_BTJI, recall_of_BTN)
+
+
+@compilable(_selection)
 def pooled_topk(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, pools: Pools, topk: int, *, num_first: int = 0,
                 num_local: int = 0, backend: str | None = None) -> Tensor:
     """Selects for each query the tokens of the `topk` pools of highest score, and its open tail; without gradient.
@@ -60,6 +71,7 @@ def pooled_topk(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, pools: Pools, topk
     return chosen.run(q_BTJI, k_BPI, w_BTJ, pools, topk, num_first, num_local)
 
 
+@compilable(_kl)
 def pooled_indexer_kl(q_BTJI: Tensor, k_BPI: Tensor, w_BTJ: Tensor, main_q_BTHK: Tensor, main_k_BSGK: Tensor,
                       pools: Pools, *, indices_BTN: Tensor | None = None, recall_of_BTN: Tensor | None = None,
                       scale: float | None = None, cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,

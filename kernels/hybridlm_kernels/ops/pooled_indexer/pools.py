@@ -6,6 +6,7 @@ B rows, T queries (the last T positions), S tokens per row, P pools per row, M s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from hybridlm_kernels.packing import CuSeqlens
 
 
+@dataclass(eq=False)
 class Pools:
     """Runs of `size` tokens, counted from the start of each document; a shorter run at its end is no pool.
 
@@ -29,9 +31,12 @@ class Pools:
              [2, 3]]]), tensor([[0, 1, 1, 2, 2]]))
     """
 
-    def __init__(self, size: int, start_BP: Tensor, first_BT: Tensor, count_BT: Tensor, begin_BT: Tensor, keys: int):
-        self.size, self.keys = size, keys
-        self.start_BP, self.first_BT, self.count_BT, self.begin_BT = start_BP, first_BT, count_BT, begin_BT
+    size: int
+    start_BP: Tensor
+    first_BT: Tensor
+    count_BT: Tensor
+    begin_BT: Tensor
+    keys: int
 
     @classmethod
     def of(cls, batch: int, queries: int, keys: int, size: int, device: torch.device,
@@ -48,6 +53,8 @@ class Pools:
             return cls(size, start_BP, zero_BT, (position_BT + 1) // size, zero_BT, keys)
         cu_seqlens = CuSeqlens.of(cu_seqlens, device).filled
         cu_seqlens.check(batch, keys)
+        if torch.compiler.is_dynamo_compiling():
+            return cls._traced(batch, queries, keys, size, cu_seqlens)
         key = ("pools", size, batch, queries)
         if key not in cu_seqlens.cache:
             cu_seqlens.cache[key] = cls._packed(batch, queries, keys, size, cu_seqlens)
@@ -66,6 +73,22 @@ class Pools:
         start_BP = torch.tensor([row + [0] * (most - len(row)) for row in starts], device=device)
         first_BT = torch.tensor(firsts, device=device)[cu_seqlens.document_ids()].view(batch, keys)[:, -queries:]
         return cls(size, start_BP, first_BT, (position_BT + 1) // size, cu_seqlens.first_keys(batch, queries), keys)
+
+    @classmethod
+    def _traced(cls, batch: int, queries: int, keys: int, size: int, cu_seqlens: CuSeqlens) -> Pools:
+        """The same pools from tensors alone, for torch.compile; rows have room for as many as fit into them."""
+        device, position_BS = cu_seqlens.device, cu_seqlens.positions().view(batch, keys)
+        end_BS = cu_seqlens.ends()[cu_seqlens.document_ids()].view(batch, keys)
+        token_BS = torch.arange(batch * keys, device=device).view(batch, keys)
+        starts_BS = (position_BS % size == 0) & (token_BS + size <= end_BS)
+        before_BS = starts_BS.cumsum(1) - starts_BS.long()  # pools of the row that start before the token
+        most = max(1, keys // size)
+        column_S = torch.arange(keys, device=device).expand(batch, keys)
+        start_BP = column_S.new_zeros(batch, most + 1).scatter(1, before_BS.masked_fill(~starts_BS, most), column_S)
+        begin_BS = column_S - position_BS
+        first_BS = before_BS.gather(1, begin_BS)
+        return cls(size, start_BP[:, :most], first_BS[:, -queries:], (position_BS[:, -queries:] + 1) // size,
+                   begin_BS[:, -queries:], keys)
 
     @property
     def number(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridlm_kernels import triton_support
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.rotary import reference, torch_backend
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
@@ -14,6 +15,7 @@ ROTARY = register(Operation("rotary", (
     Backend("reference", reference.rotary))))
 
 
+@compilable(lambda x_BTHD, *_, **__: x_BTHD.new_empty(x_BTHD.shape), formula=reference.rotary)
 def rotary(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, *, interleaved: bool = False,
            backend: str | None = None) -> Tensor:
     """Rotary position embedding: rotates the first 2R of D dims pair by pair, in fp32; the others pass unchanged.

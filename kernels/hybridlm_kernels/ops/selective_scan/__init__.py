@@ -5,10 +5,14 @@ Legend: R rows, T tokens per row, D channels, N states per channel, M documents.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, autocast
 
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.selective_scan import reference, torch_backend
-from hybridlm_kernels.recurrence.arguments import Borders, borders_of
+from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.recurrence.arguments import Borders, borders_of, math_dtype, without_empty_documents
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
@@ -27,6 +31,14 @@ OPERATION = register(Operation("selective_scan", (
 )))
 
 
+def _outputs(x_RTD: Tensor, dt_RTD: Tensor, A_DN: Tensor | None, B_RTN: Tensor, C_RTN: Tensor, *,
+             cu_seqlens: CuSeqlens | None = None, **_: Any) -> tuple[Tensor, Tensor]:
+    R, _T, D = x_RTD.shape
+    M = R if cu_seqlens is None else cu_seqlens.num_documents
+    return x_RTD.new_empty(x_RTD.shape), x_RTD.new_empty((M, D, B_RTN.shape[-1]), dtype=math_dtype(x_RTD))
+
+
+@compilable(_outputs)
 def selective_scan(x_RTD: Tensor, dt_RTD: Tensor, A_DN: Tensor | None, B_RTN: Tensor, C_RTN: Tensor, *,
                    initial_state: Tensor | None = None, cu_seqlens: Borders = None,
                    backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -44,7 +56,8 @@ def selective_scan(x_RTD: Tensor, dt_RTD: Tensor, A_DN: Tensor | None, B_RTN: Te
         C_RTN: how each token reads them.
         initial_state: states before the first token of every document, [M, D, N]; None is zero.
         cu_seqlens: cumulative lengths of packed documents over the flattened R T tokens, with the start of every row
-            among them. M is the number of documents, or R without borders. No state crosses a border.
+            among them. M is the number of documents, or R without borders. No state crosses a border, and
+            the state after an empty document is its initial state.
         backend: name of one backend, in place of the registry's choice.
 
     Returns:
@@ -76,4 +89,6 @@ def selective_scan(x_RTD: Tensor, dt_RTD: Tensor, A_DN: Tensor | None, B_RTN: Te
             raise ValueError(f"selective_scan: {name} must be {list(shape)}; got {list(tensor.shape)}")
     call = Call.of(x_RTD, dt_RTD, A_DN, B_RTN, C_RTN, initial_state, states=N, packed=borders is not None)
     with autocast(x_RTD.device.type, enabled=False):
-        return choose(OPERATION, call, backend).run(x_RTD, dt_RTD, A_DN, B_RTN, C_RTN, initial_state, borders)
+        run = choose(OPERATION, call, backend).run
+        return without_empty_documents(
+            lambda state, filled: run(x_RTD, dt_RTD, A_DN, B_RTN, C_RTN, state, filled), initial_state, borders)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.ops.selective_scan import reference
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
@@ -27,7 +26,6 @@ BLOCK_MAX_TOKENS = 64
 RECURRENT_MAX_TOKENS = 4  # up to so many tokens blocks do not pay
 
 
-@leave_uncompiled
 def selective_scan(x_RTD: Tensor, dt_RTD: Tensor, A_DN: Tensor | None, B_RTN: Tensor, C_RTN: Tensor,
                    state_MDN: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
     """The torch backend; arguments as in the public function, already checked."""

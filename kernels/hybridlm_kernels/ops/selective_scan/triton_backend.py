@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase
@@ -177,7 +176,6 @@ def backward_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, kept_ptr, dy_ptr, d_last
         tl.store(d_state_ptr + document * D * N + at, carry.to(d_state_ptr.dtype.element_ty), mask=real)
 
 
-@leave_uncompiled
 def selective_scan(x_RTD: Tensor, dt_RTD: Tensor, A_DN: Tensor | None, B_RTN: Tensor, C_RTN: Tensor,
                    state_MDN: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
     """The Triton backend; arguments as in the public function, already checked."""

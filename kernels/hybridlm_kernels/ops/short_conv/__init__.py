@@ -5,11 +5,13 @@ Legend: B rows, T tokens per row, C channels, W taps, N documents.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, autocast
 
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.short_conv import reference, torch_backend
+from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import Borders, borders_of, without_empty_documents
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
@@ -29,6 +31,14 @@ OPERATION = register(Operation("short_conv", (
 )))
 
 
+def _outputs(x_BTC: Tensor, weight_CW: Tensor, *_: Any, cu_seqlens: CuSeqlens | None = None,
+             **__: Any) -> tuple[Tensor, Tensor]:
+    B, _T, C = x_BTC.shape
+    N = B if cu_seqlens is None else cu_seqlens.num_documents
+    return x_BTC.new_empty(x_BTC.shape), x_BTC.new_empty((N, C, weight_CW.shape[1] - 1))
+
+
+@compilable(_outputs)
 def short_conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, *,
                activation: Literal["silu"] | None = None, initial_state: Tensor | None = None,
                cu_seqlens: Borders = None, backend: str | None = None) -> tuple[Tensor, Tensor]:

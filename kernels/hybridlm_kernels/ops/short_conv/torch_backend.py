@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.arguments import math_dtype
@@ -24,7 +23,6 @@ from hybridlm_kernels.recurrence.arguments import math_dtype
 BLOCK_MAX_ELEMENTS = {"cpu": 2**18, "cuda": 2**40}
 
 
-@leave_uncompiled
 def short_conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation: str | None,
                state_NCW: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
     """The torch backend; arguments as in the public function, already checked. `state_NCW` holds W - 1 inputs."""

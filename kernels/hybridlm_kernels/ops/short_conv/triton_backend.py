@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlm_kernels.compile_support import leave_uncompiled
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase
@@ -120,7 +119,6 @@ def backward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, dy_ptr, d_last_ptr, 
         tl.store(d_state_ptr + at, dx.to(d_state_ptr.dtype.element_ty), mask=(position < 0)[:, None] & real[None, :])
 
 
-@leave_uncompiled
 def short_conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation: str | None,
                state_NCW: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
     """The Triton backend; arguments as in the public function, already checked. `state_NCW` holds W - 1 inputs."""

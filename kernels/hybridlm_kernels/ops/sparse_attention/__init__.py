@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, int32
 
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.sparse_attention import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import filled_borders_of
@@ -28,6 +30,15 @@ SPARSE_ATTENTION = register(Operation("sparse_attention", (
     Backend("torch", torch_backend.sparse_attention), Backend("reference", reference.sparse_attention))))
 
 
+def _selection(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, **_: Any) -> Tensor:
+    return q_BTJI.new_empty((*q_BTJI.shape[:2], topk), dtype=int32)
+
+
+def _outputs(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *_: Any, **__: Any) -> Tensor:
+    return v_BSGV.new_empty((*q_BTHK.shape[:3], v_BSGV.shape[3]))
+
+
+@compilable(_selection)
 def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *, num_first: int = 0, num_local: int = 0,
                  cu_seqlens: CuSeqlens | Tensor | Sequence[int] | None = None,
                  backend: str | None = None) -> Tensor:
@@ -79,6 +90,7 @@ def indexer_topk(q_BTJI: Tensor, k_BSI: Tensor, w_BTJ: Tensor, topk: int, *, num
     return chosen.run(q_BTJI, k_BSI, w_BTJ, topk, cu_seqlens, num_first, num_local)
 
 
+@compilable(_outputs, keeps=("q_BTHK", "k_BSGK", "v_BSGV", "indices_BTN"))
 def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor, *,
                      scale: float | None = None, backend: str | None = None) -> Tensor:
     """Softmax attention of each query over the keys listed for it, and no others.

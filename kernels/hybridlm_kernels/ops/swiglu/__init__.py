@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridlm_kernels import triton_support
+from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.swiglu import reference, torch_backend
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
@@ -14,6 +15,7 @@ SWIGLU = register(Operation("swiglu", (
     Backend("reference", reference.swiglu))))
 
 
+@compilable(lambda gate, up, **_: gate.new_empty(gate.shape), formula=reference.swiglu)
 def swiglu(gate: Tensor, up: Tensor, *, limit: float | None = None, backend: str | None = None) -> Tensor:
     """SwiGLU: silu(gate) * up, optionally with both clamped first.
 
