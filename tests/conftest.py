@@ -10,8 +10,9 @@ from hybridlm.kind_registry import all_registries
 FOLDER = Path(__file__).parent
 SLOW = [FOLDER / name for name in (
     "distributed", "interop/test_streaming.py", "interop/test_trained_export.py", "kernels/test_alone.py",
-    "kernels/test_triton.py", "report/test_watch.py", "sweep/test_cluster.py", "sweep/test_real_slurm.py",
-    "sweep/test_run.py", "test_packaging.py", "training/test_crash.py")]
+    "kernels/test_compiling.py", "kernels/test_triton.py", "model/test_compile.py", "report/test_watch.py",
+    "sweep/test_cluster.py", "sweep/test_real_slurm.py", "sweep/test_run.py", "test_packaging.py",
+    "training/test_compiled_run.py", "training/test_crash.py")]
 
 
 def pytest_collection_modifyitems(items):

@@ -26,10 +26,9 @@ from hybridlm.user_code import import_arguments
 CHANGEABLE_KEYS = (
     "run_dir", "model.name", "model.published", "engine", "tracking", "kernels", "data.cache_dir", "training.steps",
     "training.tokens", "training.precision", "training.micro_batch_size", "training.activation_checkpointing",
-    "training.compile",
-    "training.log_every", "training.eval_every", "training.eval_batches", "training.checkpoint_every",
-    "training.keep_checkpoints", "training.async_checkpoint", "training.resume", "training.max_bad_steps",
-    "training.record_samples")
+    "training.compile", "training.log_every", "training.eval_every", "training.eval_batches",
+    "training.checkpoint_every", "training.keep_checkpoints", "training.async_checkpoint", "training.resume",
+    "training.max_bad_steps", "training.record_samples")
 # Keys that say where data stands. It may move: a checkpoint keeps the fingerprint of its content.
 PLACES_OF_DATA = ("data.path", "data.mixture.*.path", "data.validation_path", "data.tokenizer")
 NAMES_OF_DATA = ("stdlib", "bytes", "bpe")  # values of those keys that are no place

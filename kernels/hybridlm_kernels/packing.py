@@ -150,7 +150,7 @@ class CuSeqlens:
         return self._derive("positions", make)
 
     def _derive(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` makes, kept for later calls; a graph that torch.compile traces keeps nothing."""
+        """Make it once, and keep it for later calls; a graph that torch.compile traces keeps nothing."""
         if torch.compiler.is_dynamo_compiling():
             return make()
         if name not in self.cache:

@@ -25,6 +25,14 @@ from hybridlm.run_config import load_config
     (["recipe.stages.0.steps=1", "recipe.stages.0.tokens=2"],
      "recipe.stages.0.tokens: cannot stand beside 'steps'; got 2; expected one of the two"),
     (["recipe.stages=[{name: a}, {name: a}]"], "recipe.stages: two stages have one name; got ['a', 'a']"),
+    (["training.compile=true", "engine=ddp", "engine.context_parallel=2"], "training.compile: does not go with "
+     "engine.context_parallel, which exchanges tensors in the middle of a layer's graph; got True; expected false, or "
+     "engine.context_parallel=1"),
+    (["training.compile=true", "engine=ddp", "engine.expert_parallel=2"], "training.compile: does not go with "
+     "engine.expert_parallel, which exchanges tensors in the middle of a layer's graph; got True; expected false, or "
+     "engine.expert_parallel=1"),
+    (["training.compile=true", "engine=zero3"], "training.compile: does not go with engine.kind=zero3, which gathers "
+     "weights in the middle of a layer's graph; got True; expected false, or engine=ddp, zero1 or zero2"),
     (["recipe.stages=[]"], "recipe.stages: is empty; expected at least one stage"),
     (["recipe.stages.0.trainable=[lm_hed.weight]"],
      "recipe.stages.0.trainable.0: matches no parameter of the model; got 'lm_hed.weight'; "

@@ -73,7 +73,7 @@ def compilable(outputs: Callable[..., Any], *, formula: Callable[..., Any] | Non
 
 def fused_operations() -> list[str]:
     """Names of the operations that torch.compile takes apart and fuses, unless `configure` names a backend."""
-    return [name for name in _formulas if not registry.is_configured(name)]
+    return [name for name in sorted(_formulas) if not registry.is_configured(name)]
 
 
 class _Node:
