@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hybridlm.model.fp32_parameters import KeepsFP32
 from hybridlm.model.layer_context import NormConfig
 from hybridlm_kernels import gated_rms_norm, rms_norm
+from hybridlm_kernels.precision import wide
 
 
 class RMSNorm(KeepsFP32):
@@ -41,6 +42,40 @@ class RMSNorm(KeepsFP32):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, zero_centered={self.zero_centered}"
+
+
+class HeadRMSNorm(KeepsFP32):
+    """RMSNorm over the dims of each head, with a weight of its own for every head. Never zero-centred.
+
+    Sources: Lin et al. 2025 (Forgetting Transformer), norms of queries, keys and outputs.
+
+    Args:
+        heads: number of heads H.
+        dim: dims per head K.
+        eps: added to the mean of squares.
+
+    >>> HeadRMSNorm(heads=2, dim=1, eps=0.0)(torch.tensor([[4.0], [-3.0]])).flatten().tolist()
+    [1.0, -1.0]
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def __init__(self, heads: int, dim: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads * dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x_BTHK: Tensor) -> Tensor:
+        weight_HK = self.weight.unflatten(0, (self.heads, -1))
+        normed_BTHK = rms_norm(wide(x_BTHK), torch.ones_like(weight_HK[0]), self.eps)
+        return (normed_BTHK * weight_HK).to(x_BTHK.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.heads} x {self.weight.shape[0] // self.heads}, eps={self.eps}"
 
 
 class GatedRMSNorm(KeepsFP32):

@@ -2,6 +2,7 @@
 
 from hybridlm_kernels.ops.attention import attention as attention
 from hybridlm_kernels.ops.delta_rule import delta_rule as delta_rule
+from hybridlm_kernels.ops.forgetting_attention import forgetting_attention as forgetting_attention
 from hybridlm_kernels.ops.indexer_kl import attention_recall as attention_recall
 from hybridlm_kernels.ops.indexer_kl import indexer_kl as indexer_kl
 from hybridlm_kernels.ops.linear_attention import linear_attention as linear_attention

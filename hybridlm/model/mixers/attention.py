@@ -10,10 +10,9 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +22,19 @@ from hybridlm.model.decode_state import AttentionState
 from hybridlm.model.decode_step import DecodeStep, attend_one, linear_step, norm_step
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.cost import count_visible_keys
-from hybridlm.model.mixers.common.dense_attention import check_heads
+from hybridlm.model.mixers.common.dense_attention import attention_exchange_size
+from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig
 from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
 from hybridlm.model.mixers.contract import Aux, register_mixer
-from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate, rotate_step
 from hybridlm.model.sequence import SequenceInfo
 
 
 @dataclass(kw_only=True)
-class AttentionConfig(IndexedMixerConfig):
+class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     """Configuration of grouped-query attention.
 
     Args:
@@ -54,9 +53,6 @@ class AttentionConfig(IndexedMixerConfig):
     """
 
     kind: str = "attention"
-    num_heads: int
-    head_dim: int
-    num_kv_heads: int | None = None
     rope: RopeConfig = field(default_factory=RopeConfig)
     qk_norm: Literal["none", "head", "full"] = "none"
     qk_norm_eps: float | None = None
@@ -68,22 +64,13 @@ class AttentionConfig(IndexedMixerConfig):
     indexer: IndexerConfig | None = None
 
     def __post_init__(self) -> None:
-        for key in ("num_heads", "head_dim", "kv_heads"):
-            require(getattr(self, key) > 0, key.replace("kv_heads", "num_kv_heads"), "must be positive",
-                    got=getattr(self, key))
-        require(self.num_heads % self.kv_heads == 0, "num_kv_heads", "must divide num_heads", got=self.num_kv_heads,
-                expected=f"a divisor of {self.num_heads}")
+        super().__post_init__()
         self.rope.check(self.head_dim)
-        require(self.window is None or self.window > 0, "window", "must be positive", got=self.window,
-                hint="null sees all earlier tokens")
+        self.check_window(self.window)
         if self.indexer is not None:
             require(self.window is None, "window", "cannot stand beside an indexer", got=self.window, expected="null")
             require(not self.sinks, "sinks", "cannot stand beside an indexer", got=True, expected="false")
             self.indexer.check_rope(self.index_rope_dim)
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def index_rope_dim(self) -> int:
@@ -112,14 +99,10 @@ class AttentionConfig(IndexedMixerConfig):
         return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
             context, context.hidden_size, context_length, width)
 
-    def check_context_parallel(self, shards: int, length: int) -> None:
-        check_heads(self.num_heads, shards)
-
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
         tokens = rows * length * element_bytes
-        shared = math.lcm(self.kv_heads, shards)
-        dense = tokens * 2 * (self.num_heads + shared) * self.head_dim
+        dense = tokens * attention_exchange_size(self.num_heads, self.kv_heads, self.head_dim, shards)
         if self.indexer is None:
             return [ShardTraffic("exchange", dense, dense)]
         keys = self.kv_heads * self.head_dim
@@ -130,7 +113,6 @@ class AttentionConfig(IndexedMixerConfig):
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
         return kept * 2 * self.kv_heads * self.head_dim * element_bytes + index
 
-
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         queries, keys = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         copies = 1 + (self.qk_norm != "none")  # inputs of the norm, and inputs of attention
@@ -139,32 +121,11 @@ class AttentionConfig(IndexedMixerConfig):
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
-        data["num_kv_heads"] = self.kv_heads
         data["qk_norm_eps"] = None if self.qk_norm == "none" else self.qk_norm_eps or norm.eps
         return data
 
-    def head_sizes(self) -> HeadSizes:
-        return HeadSizes(self.num_heads, self.head_dim, self.num_kv_heads)
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        sizes = {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
-        return sizes if "num_heads" in options else sizes | {"num_kv_heads": heads.num_kv_heads}
-
-    def state_heads(self) -> int:
-        return self.kv_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        per_group = self.num_heads // self.kv_heads
-        return replace(self, num_heads=count * per_group, num_kv_heads=None if self.num_kv_heads is None else count)
-
     def sees_all_keys(self) -> bool:
         return self.window is None and not self.sinks
-
-    def projection_heads(self) -> dict[str, tuple[int, int]]:
-        queries, keys = (self.num_heads, self.head_dim), (self.kv_heads, self.head_dim)
-        return {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
 
 
 @register_mixer("attention", AttentionConfig)

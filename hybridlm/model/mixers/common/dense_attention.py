@@ -6,10 +6,12 @@ B rows, T tokens, S keys, H query heads, G key/value heads, K/V key/value dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from hybridlm.errors import require
+from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_step import attend_one
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import attention
@@ -25,8 +27,7 @@ def dense_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Sequenc
                     window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:
     """Compute softmax attention, exchanging tokens for heads where rows are divided into shards.
 
-    With shards each process computes some of the heads for all tokens (Ulysses, Jacobs et al. 2023). Key/value
-    heads are repeated where their number is no multiple of the number of shards.
+    With shards each process computes some of the heads for all tokens (Ulysses, Jacobs et al. 2023).
 
     Args:
         q_BTHK: queries [B, T, H, K] of the tokens held here.
@@ -47,11 +48,36 @@ def dense_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Sequenc
         return attend_one(q_BTHK[:, 0], k_BSGK, v_BSGV, seq, scale)[:, None]
     if shard is None:
         return attention(q_BTHK, k_BSGK, v_BSGV, scale=scale, window=window, sinks_H=sinks_H, cu_seqlens=seq.cu_seqlens)
-    groups = k_BSGK.shape[2]
-    copies = math.lcm(groups, shard.group.size) // groups
-    if copies > 1:
-        k_BSGK, v_BSGV = k_BSGK.repeat_interleave(copies, 2), v_BSGV.repeat_interleave(copies, 2)
-    q, k, v = shard.by_heads(q_BTHK, k_BSGK, v_BSGV)
+    q, k, v = heads_of_all_tokens(shard, [q_BTHK], [k_BSGK, v_BSGV])
     o = attention(q, k, v, scale=scale, window=window, sinks_H=None if sinks_H is None else shard.local_heads(sinks_H),
                   cu_seqlens=shard.borders)
     return shard.by_tokens(o)
+
+
+def heads_of_all_tokens(shard: RowShard, query_heads: Sequence[Tensor], key_heads: Sequence[Tensor]) -> list[Tensor]:
+    """Exchange tokens for heads (Ulysses): all tokens of those heads that this process computes.
+
+    Key/value heads are repeated where their number is no multiple of the number of shards.
+
+    Args:
+        shard: the shard of the rows held here.
+        query_heads: tensors [B, L, H, *] with one entry per query head, of one dtype with the others.
+        key_heads: tensors [B, L, G, *] with one entry per key/value head.
+
+    Returns:
+        The tensors [B, T, H / P, *], then those of the key/value heads; `shard.by_tokens` brings outputs back.
+    """
+    groups = key_heads[0].shape[2] if key_heads else 1
+    copies = math.lcm(groups, shard.group.size) // groups
+    if copies > 1:
+        key_heads = [x.repeat_interleave(copies, 2) for x in key_heads]
+    return shard.by_heads(*query_heads, *key_heads)
+
+
+def attention_exchange_size(heads: int, groups: int, dim: int, shards: int) -> int:
+    """Numbers per token that attention over `shards` exchanges: q, k and v of all tokens, and the outputs back.
+
+    >>> attention_exchange_size(heads=4, groups=1, dim=8, shards=2)
+    96
+    """
+    return 2 * (heads + math.lcm(groups, shards)) * dim

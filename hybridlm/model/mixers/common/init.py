@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.norm import GatedRMSNorm, HeadGroupNorm, RMSNorm
+from hybridlm.model.norm import GatedRMSNorm, HeadGroupNorm, HeadRMSNorm, RMSNorm
 
 
 def init_projections(mixer: nn.Module, std: float) -> None:
@@ -17,7 +17,7 @@ def init_projections(mixer: nn.Module, std: float) -> None:
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm | GatedRMSNorm | HeadGroupNorm | nn.LayerNorm):
+        elif isinstance(module, RMSNorm | GatedRMSNorm | HeadGroupNorm | HeadRMSNorm | nn.LayerNorm):
             module.reset_parameters()
 
 

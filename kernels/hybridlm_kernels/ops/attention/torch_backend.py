@@ -1,7 +1,6 @@
 """Causal attention on PyTorch's fused scaled_dot_product_attention, reading only keys that may be visible.
 
-B rows, T queries, S keys, H query heads, G key/value heads, K key dim, V value dim;
-N tokens of all rows, P slots in a buffer of padded documents, Q queries of a block.
+B rows, T queries, S keys, H query heads, G key/value heads, K key dim, V value dim, Q queries of a block.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridlm_kernels.document_rows import each_document_row
 from hybridlm_kernels.ops.attention.reference import visible
 from hybridlm_kernels.packing import CuSeqlens
 
@@ -22,7 +22,8 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float | Non
     """The torch backend; arguments as in the public function, already checked."""
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens is not None and cu_seqlens.num_documents > q_BTHK.shape[0]:
-        return _packed(q_BTHK, k_BSGK, v_BSGV, scale, window, sinks_H, cu_seqlens)
+        return each_document_row(lambda q, k, v: _rows(q, k, v, scale, window, sinks_H), (q_BTHK, k_BSGK, v_BSGV),
+                                 cu_seqlens)
     return _rows(q_BTHK, k_BSGK, v_BSGV, scale, window, sinks_H)
 
 
@@ -120,81 +121,3 @@ def _banded(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window
         with_earlier(v_BSGV), scale, sinks_H, mask_QS=visible(size, 3 * size, window, q_BTHK.device))
     banded = banded.reshape(batch, blocks * size, *banded.shape[2:])
     return torch.cat([first, banded[:, : length - head]], 1)
-
-
-def _packed(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window: int | None,
-            sinks_H: Tensor | None, cu_seqlens: CuSeqlens) -> Tensor:
-    """Attention of packed documents: those of about one length are the rows of one call.
-
-    Padding at their end needs no mask, because it comes after every token that counts.
-    """
-    buckets = _Buckets.of(cu_seqlens)
-    q, k, v = (_ToBuckets.apply(x.flatten(0, 1), buckets).split(buckets.sizes) for x in (q_BTHK, k_BSGK, v_BSGV))
-    out = []
-    for i, shape in enumerate(buckets.shapes):
-        q_i, k_i, v_i = (x[i].unflatten(0, shape) for x in (q, k, v))
-        out.append(_rows(q_i, k_i, v_i, scale, window, sinks_H).flatten(0, 1))
-    o_NHV = _FromBuckets.apply(torch.cat(out) if len(out) > 1 else out[0], buckets)
-    return o_NHV.unflatten(0, q_BTHK.shape[:2])
-
-
-class _Buckets:
-    """Documents grouped by length, those of a group padded to its longest (by an eighth at most, or 15)."""
-
-    def __init__(self, cu_seqlens: CuSeqlens):
-        groups: dict[int, list[tuple[int, int]]] = {}
-        for start, stop in zip(cu_seqlens.host, cu_seqlens.host[1:], strict=False):
-            step = max(16, (1 << (stop - start).bit_length()) // 16)
-            groups.setdefault((stop - start - 1) // step * step, []).append((start, stop))
-        self.shapes = [(len(group), max(b - a for a, b in group)) for _, group in sorted(groups.items())]
-        self.sizes = [count * length for count, length in self.shapes]
-        row_P = torch.zeros(sum(self.sizes), dtype=torch.int64)
-        slot_N = torch.empty(cu_seqlens.num_tokens, dtype=torch.int64)
-        real_P = torch.zeros(len(row_P), dtype=torch.bool)
-        slot = 0
-        for (_, length), (_, group) in zip(self.shapes, sorted(groups.items()), strict=True):
-            for start, stop in group:
-                torch.arange(start, stop, out=row_P[slot : slot + stop - start])
-                torch.arange(slot, slot + stop - start, out=slot_N[start:stop])
-                real_P[slot : slot + stop - start] = True
-                slot += length
-        self.row_P = row_P.to(cu_seqlens.device)  # the token in each slot; 0 in padding
-        self.padding = (~real_P).nonzero()[:, 0].to(cu_seqlens.device)  # the slots without a token
-        self.slot_N = slot_N.to(cu_seqlens.device)  # the slot of each token
-
-    @classmethod
-    def of(cls, cu_seqlens: CuSeqlens) -> _Buckets:
-        if "attention_buckets" not in cu_seqlens.cache:
-            cu_seqlens.cache["attention_buckets"] = cls(cu_seqlens)
-        return cu_seqlens.cache["attention_buckets"]
-
-    def fill(self, x_NX: Tensor) -> Tensor:
-        """Tokens in their slots, zeros in padding."""
-        y_PX = x_NX.index_select(0, self.row_P)
-        return y_PX.index_fill_(0, self.padding, 0.0) if len(self.padding) else y_PX
-
-
-class _ToBuckets(torch.autograd.Function):
-    """Copies tokens to their slots; the gradient is a gather too, where autograd's own would add rows one by one."""
-
-    @staticmethod
-    def forward(ctx, x_NX: Tensor, buckets: _Buckets) -> Tensor:
-        ctx.buckets = buckets
-        return buckets.fill(x_NX)
-
-    @staticmethod
-    def backward(ctx, dy_PX):
-        return dy_PX.index_select(0, ctx.buckets.slot_N), None
-
-
-class _FromBuckets(torch.autograd.Function):
-    """Copies slots back to their tokens, the reverse of `_ToBuckets`."""
-
-    @staticmethod
-    def forward(ctx, y_PX: Tensor, buckets: _Buckets) -> Tensor:
-        ctx.buckets = buckets
-        return y_PX.index_select(0, buckets.slot_N)
-
-    @staticmethod
-    def backward(ctx, dx_NX):
-        return ctx.buckets.fill(dx_NX), None

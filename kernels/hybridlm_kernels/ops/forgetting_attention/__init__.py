@@ -1,0 +1,82 @@
+"""Softmax attention with a forget gate per query head and token (Forgetting Transformer).
+
+B rows, T queries, S keys, H query heads, G key/value heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, autocast
+
+from hybridlm_kernels.compiling.operation import compilable
+from hybridlm_kernels.ops.forgetting_attention import reference, torch_backend
+from hybridlm_kernels.recurrence.arguments import Borders, filled_borders_of
+from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
+
+OPERATION = register(Operation("forgetting_attention", (
+    Backend("torch", torch_backend.forgetting_attention),
+    Backend("reference", reference.forgetting_attention))))
+
+
+def _outputs(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, g_BSH: Tensor, **_: Any) -> Tensor:
+    return v_BSGV.new_empty((*q_BTHK.shape[:3], v_BSGV.shape[3]))
+
+
+@compilable(_outputs, keeps=("q_BTHK", "k_BSGK", "v_BSGV", "g_BSH"), keeps_outputs=(0,))
+def forgetting_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, g_BSH: Tensor, *, scale: float | None = None,
+                         window: int | None = None, cu_seqlens: Borders = None, backend: str | None = None) -> Tensor:
+    """Causal softmax attention whose scores fall with all that was forgotten between key and query.
+
+        score_ts = scale q_t . k_s + g_{s+1} + ... + g_t
+
+    Args:
+        q_BTHK: queries [B, T, H, K], activated: normalized or rotated where the model does so. They are the last T of
+            the S positions.
+        k_BSGK: keys [B, S, G, K], activated like the queries. Query head h reads key head h // (H/G).
+        v_BSGV: values [B, S, G, V].
+        g_BSH: logarithms of the forget gates [B, S, H], at most 0: one per query head, of the positions of the keys.
+            -inf hides all earlier keys.
+        scale: factor on the products of queries and keys, K**-0.5 by default.
+        window: number of visible keys, the query's own included; None sees all.
+        cu_seqlens: cumulative lengths of packed documents over the flattened B*T tokens, with the start of every row
+            among them; T == S then. No query sees another document.
+        backend: name of one backend, in place of the registry's choice.
+
+    Returns:
+        o [B, T, H, V] in v's dtype. Differentiable in q, k, v and g.
+
+    Raises:
+        ValueError: the shapes do not fit one another, or the borders do not cover the tokens.
+        KernelUnavailable: no backend can run the call, or the named one cannot.
+
+    Source: Lin et al. 2025, Forgetting Transformer, section 3.
+
+    >>> import torch
+    >>> q = k = torch.zeros(1, 2, 1, 2)
+    >>> g = torch.tensor([0.0, 0.5]).log().view(1, 2, 1)  # the second token halves the weight of the first
+    >>> forgetting_attention(q, k, torch.tensor([0.0, 3.0]).view(1, 2, 1, 1), g).flatten()
+    tensor([0., 2.])
+    """
+    if q_BTHK.dim() != 4 or k_BSGK.dim() != 4 or v_BSGV.dim() != 4 or k_BSGK.shape[:3] != v_BSGV.shape[:3]:
+        raise ValueError("forgetting_attention: q, k and v must be [B, T, H, K], [B, S, G, K] and [B, S, G, V]; got "
+                         f"{list(q_BTHK.shape)}, {list(k_BSGK.shape)} and {list(v_BSGV.shape)}")
+    batch, queries, heads, dim = q_BTHK.shape
+    keys, groups = k_BSGK.shape[1:3]
+    if k_BSGK.shape[0] != batch or k_BSGK.shape[3] != dim or heads % groups or keys < queries:
+        raise ValueError(f"forgetting_attention: q {list(q_BTHK.shape)} does not fit k {list(k_BSGK.shape)}: equal "
+                         "rows and head dims, a multiple of the key heads and no more queries than keys are needed")
+    if g_BSH.shape != (batch, keys, heads):
+        raise ValueError(f"forgetting_attention: g must be [rows, keys, query heads] = {[batch, keys, heads]}; got "
+                         f"{list(g_BSH.shape)}")
+    if window is not None and window < 1:
+        raise ValueError(f"forgetting_attention: window must be at least 1; got {window}")
+    borders = None
+    if cu_seqlens is not None:
+        if keys != queries:
+            raise ValueError(f"forgetting_attention: packed documents need T == S; got T = {queries}, S = {keys}")
+        borders = filled_borders_of(cu_seqlens, batch, queries, q_BTHK.device)
+    call = Call.of(q_BTHK, k_BSGK, v_BSGV, g_BSH, key_dim=dim, value_dim=v_BSGV.shape[3], window=window is not None)
+    chosen = choose(OPERATION, call, backend)
+    with autocast(q_BTHK.device.type, enabled=False):
+        return chosen.run(q_BTHK, k_BSGK, v_BSGV, g_BSH, dim**-0.5 if scale is None else scale, window, borders)
