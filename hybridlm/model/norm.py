@@ -100,6 +100,38 @@ class GatedRMSNorm(KeepsFP32):
         return f"{self.weight.shape[0]}, eps={self.eps}, activation={self.activation}"
 
 
+class GateFirstRMSNorm(KeepsFP32):
+    """RMSNorm(x * silu(gate)) over groups of channels, with a weight per channel (Mamba-2, Rodimus).
+
+    Args:
+        channels: channels C of a row.
+        groups: groups of consecutive channels that are normalised apart.
+        eps: added to the mean square.
+
+    Example:
+        >>> norm = GateFirstRMSNorm(4, groups=2, eps=0.0)
+        >>> norm(torch.tensor([[3.0, 3.0, -7.0, -7.0]]), torch.ones(1, 4)).tolist()
+        [[1.0, 1.0, -1.0, -1.0]]
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def __init__(self, channels: int, groups: int, eps: float):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def reset_parameters(self) -> None:
+        """Start as the plain normalisation."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x_BTC: Tensor, gate_BTC: Tensor) -> Tensor:
+        wide = torch.promote_types(x_BTC.dtype, torch.float32)
+        gated = (x_BTC.to(wide) * torch.nn.functional.silu(gate_BTC.to(wide))).unflatten(-1, (self.groups, -1))
+        normed = torch.nn.functional.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
+        return (normed * self.weight).to(x_BTC.dtype)
+
+
 class HeadGroupNorm(KeepsFP32):
     """LayerNorm over each head of a row of channels, with a weight and a bias per channel (RWKV-5 to 7).
 

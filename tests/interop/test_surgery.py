@@ -60,7 +60,7 @@ def test_an_indexer_in_chosen_layers_only():
         add_indexer(model, {"num_headz": 2})
 
 
-@pytest.mark.parametrize("preset", ["gdn", "kda", "lightning", "deltanet", "retnet", "gla", "mamba2"])
+@pytest.mark.parametrize("preset", ["gdn", "kda", "lightning", "deltanet", "retnet", "gla", "ssd"])
 def test_linear_layers_start_from_q_k_v_and_o(preset):
     model = import_hf(build("llama"))  # 4 query heads, 2 key and value heads
     changed, transfer = replace_mixers(model, [0, 2], preset)

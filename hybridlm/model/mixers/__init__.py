@@ -21,6 +21,8 @@ from hybridlm.model.mixers.linear_attention import LinearAttention as LinearAtte
 from hybridlm.model.mixers.linear_attention import LinearAttentionConfig as LinearAttentionConfig
 from hybridlm.model.mixers.mamba import Mamba as Mamba
 from hybridlm.model.mixers.mamba import MambaConfig as MambaConfig
+from hybridlm.model.mixers.mamba2 import Mamba2 as Mamba2
+from hybridlm.model.mixers.mamba2 import Mamba2Config as Mamba2Config
 from hybridlm.model.mixers.min_rnn import MinRNN as MinRNN
 from hybridlm.model.mixers.min_rnn import MinRNNConfig as MinRNNConfig
 from hybridlm.model.mixers.mla import MLA as MLA

@@ -24,7 +24,7 @@ from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.common.matrix_state import compute_decay_from_start, read_incoming_state
+from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
 from hybridlm.model.mixers.common.rwkv import channel_ramp, depth_ratio, zigzag
 from hybridlm.model.mixers.common.token_shift import lerp_with_previous, previous_tokens
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
@@ -32,7 +32,6 @@ from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import HeadGroupNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import linear_attention
 
 FP32_BYTES = 4  # bytes per element
 CHUNK_TOKENS = 32  # tokens per chunk of the operation, assumed by the estimate of activations
@@ -110,8 +109,8 @@ class RWKV6Config(MixerConfig):
         """Bytes of the last token, key, value and decay, and in fp32 of the state and its decay over the shard."""
         C = self.channels
         tail = rows * (element_bytes * (context.hidden_size + 2 * C) + FP32_BYTES * C)
-        state = rows * FP32_BYTES * C * (self.head_dim + 1)
-        return [ShardTraffic("from_previous", tail, tail), ShardTraffic("gather", state, state)]
+        return [ShardTraffic("from_previous", tail, tail),
+                matrix_traffic(rows, self.num_heads, self.head_dim, self.head_dim, C)]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
@@ -200,17 +199,7 @@ class RWKV6(SequenceMixer):
         """
         last = [previous_tokens(x.flatten(-2), seq, state, name).unflatten(-1, x.shape[-2:])
                 for name, x in (("key", k_BTHK), ("value", v_BTHK), ("decay", g_BTHK))]
-        start = None if state is None else state.tensors.get("matrix")
-        o_BTHK, matrix_NHKK = linear_attention(r_BTHK, last[0], last[1], g=last[2], scale=1.0,
-                                               cu_seqlens=seq.cu_seqlens, initial_state=start)
-        if state is not None:
-            state.tensors["matrix"] = matrix_NHKK
-        if seq.shard is None:
-            return o_BTHK
-        left_BTHK = compute_decay_from_start(last[2], matrix_NHKK.dtype, seq.shard)
-        incoming_BHKK = seq.shard.incoming(seq.shard.at_end(matrix_NHKK), left_BTHK[:, -1, :, :, None], torch.mul)
-        earlier_BTHK = read_incoming_state(r_BTHK.to(incoming_BHKK.dtype) * left_BTHK, incoming_BHKK)
-        return o_BTHK + earlier_BTHK.to(o_BTHK.dtype)
+        return scan_matrix_state(r_BTHK, last[0], last[1], last[2], seq, state)
 
     def head_rows(self) -> dict[str, int]:
         return dict.fromkeys(("r_proj", "k_proj", "v_proj", "g_proj", "decay_b_proj"), self.config.num_heads)

@@ -1,6 +1,6 @@
-"""Forms of Mamba and Longhorn."""
+"""Forms of Mamba, Longhorn and Mamba-2."""
 
-from hybridlm.model.mixers import MambaConfig
+from hybridlm.model.mixers import Mamba2Config, MambaConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
 FORMS: dict[str, MixerConfig] = {
@@ -8,7 +8,10 @@ FORMS: dict[str, MixerConfig] = {
     "falcon_mamba": MambaConfig(state_size=4, dt_rank=3, inner_norm="plain", bias=True),
     "jamba": MambaConfig(state_size=4, inner_norm="learned", conv_size=3),
     "longhorn": MambaConfig(rule="longhorn", state_size=4, dt_rank=3),
+    "mamba2": Mamba2Config(num_heads=4, head_dim=6, state_size=8, num_groups=2),
+    "falcon_h1_mamba2": Mamba2Config(num_heads=2, head_dim=6, state_size=8, norm="none", skip="channel", bias=True,
+                                     dt_min=0.02, dt_max=2.0),
 }
 FP32 = {"A_log", "D", "dt_bias"}
 OTHER_STARTS = {"dt_proj.weight"}
-NO_MATRICES = {"A_log", "conv.weight"}
+NO_MATRICES = {"A_log", "D", "conv.weight"}

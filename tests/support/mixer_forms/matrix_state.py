@@ -20,9 +20,8 @@ FORMS: dict[str, MixerConfig] = {
     "gla": LinearAttentionConfig(num_heads=2, head_dim=8, decay="channel", gate="logsigmoid", gate_rank=4,
                                  dt_bias_init="zeros", feature_map="none", value_map="none", scale=None, norm="head",
                                  output_gate="silu"),
-    "mamba2": LinearAttentionConfig(num_heads=2, num_value_heads=4, head_dim=8, decay="scalar", discretize=True,
-                                    conv_size=4, feature_map="none", value_map="none", norm="none",
-                                    output_gate="silu"),
+    "ssd": LinearAttentionConfig(num_heads=2, num_value_heads=4, head_dim=8, decay="scalar", discretize=True,
+                                 conv_size=4, feature_map="none", value_map="none", norm="none", output_gate="silu"),
 }
 FP32 = {"A_log", "dt_bias"}
 NO_MATRICES = {"q_conv", "k_conv", "v_conv"}

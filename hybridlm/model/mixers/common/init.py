@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.norm import GatedRMSNorm, HeadGroupNorm, HeadRMSNorm, RMSNorm
+from hybridlm.model.norm import GatedRMSNorm, GateFirstRMSNorm, HeadGroupNorm, HeadRMSNorm, RMSNorm
+
+NORMS = (RMSNorm, GatedRMSNorm, GateFirstRMSNorm, HeadGroupNorm, HeadRMSNorm, nn.LayerNorm)
 
 
 def init_projections(mixer: nn.Module, std: float) -> None:
@@ -17,7 +19,7 @@ def init_projections(mixer: nn.Module, std: float) -> None:
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm | GatedRMSNorm | HeadGroupNorm | HeadRMSNorm | nn.LayerNorm):
+        elif isinstance(module, NORMS):
             module.reset_parameters()
 
 

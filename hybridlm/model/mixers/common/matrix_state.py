@@ -1,6 +1,6 @@
-"""State matrices of linear mixers on rows that are divided: what is left of the state at the start of a shard.
+"""State matrices of linear mixers: linear attention from a decode state or an earlier shard on, and its exchange.
 
-B rows, T tokens, HV value heads, K key dim, V value dim.
+B rows, T tokens, H query/key heads, HV value heads, K key dim, V value dim, N documents.
 """
 
 from __future__ import annotations
@@ -9,6 +9,61 @@ import torch
 from torch import Tensor
 
 from hybridlm.model.context_parallel import RowShard
+from hybridlm.model.decode_state import TensorState
+from hybridlm.model.layer_context import ShardTraffic
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import linear_attention
+
+FP32_BYTES = 4  # bytes per element
+
+
+def scan_matrix_state(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, seq: SequenceInfo,
+                      state: TensorState | None = None, scale: float = 1.0, name: str = "matrix") -> Tensor:
+    """Linear attention over the tokens of each document, from the decode state or an earlier shard on.
+
+    Args:
+        q_BTHK: queries, activated.
+        k_BTHK: keys, activated; one head serves HV / H value heads.
+        v_BTHvV: values, activated.
+        g: logarithm of the decay, as the operation takes it without a gate; None where nothing decays.
+        seq: borders of the documents, and the shard of the rows held here.
+        state: decode state that holds the last state matrix under `name`, and then that of this call.
+        scale: factor on the queries.
+        name: key of the matrix in the state.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of v.
+
+    >>> ones = torch.ones(1, 3, 1, 1)
+    >>> half = torch.full((1, 3, 1), 0.5).log()
+    >>> scan_matrix_state(ones, ones, ones, half, SequenceInfo.make(1, 3, ones.device)).flatten()
+    tensor([1.0000, 1.5000, 1.7500])
+    """
+    start = None if state is None else state.tensors.get(name)
+    o_BTHvV, matrix_NHvKV = linear_attention(q_BTHK, k_BTHK, v_BTHvV, g=g, scale=scale, cu_seqlens=seq.cu_seqlens,
+                                             initial_state=start)
+    if state is not None:
+        state.tensors[name] = matrix_NHvKV
+    if seq.shard is None:
+        return o_BTHvV
+    left_BTHvX = compute_decay_from_start(g, matrix_NHvKV.dtype, seq.shard)
+    incoming_BHvKV = seq.shard.incoming(seq.shard.at_end(matrix_NHvKV), left_BTHvX[:, -1, :, :, None], torch.mul)
+    q_BTHvK = q_BTHK.to(incoming_BHvKV.dtype).repeat_interleave(v_BTHvV.shape[2] // q_BTHK.shape[2], 2)
+    return o_BTHvV + (read_incoming_state(q_BTHvK * left_BTHvX, incoming_BHvKV) * scale).to(o_BTHvV.dtype)
+
+
+def matrix_traffic(rows: int, heads: int, key_dim: int, value_dim: int, decays: int) -> ShardTraffic:
+    """Bytes of the state matrices at the end of a shard, and of the decays of those at its start.
+
+    Args:
+        rows: rows of a micro batch.
+        heads: value heads.
+        key_dim: rows of a state.
+        value_dim: columns of a state.
+        decays: decays of all heads together.
+    """
+    sent = rows * FP32_BYTES * (heads * key_dim * value_dim + decays)
+    return ShardTraffic("gather", sent, sent)
 
 
 def read_incoming_state(reach_BTHvK: Tensor, incoming_BHvKV: Tensor) -> Tensor:

@@ -1,0 +1,232 @@
+"""Mamba-2: linear attention with one decay per head inside a gated block, as Mamba has it.
+
+    z, x, B, C, dt = W_in u;   x, B, C = silu(conv(x, B, C));   dt = clamp(softplus(dt + dt_bias))
+    S_t = exp(-dt_t e^{A_log}) S_{t-1} + dt_t B_t x_t^T;   y_t = S_t^T C_t + D x_t
+    out = W_out norm(y * silu(z))
+
+B and C are the keys and queries of a group of heads, x its values.
+Sources: Dao and Gu 2024 (Mamba-2, section 7), Waleffe et al. 2024 and Nemotron-H 2025, Zuo et al. 2025 (Falcon-H1).
+
+B rows, T tokens, D hidden size, I inner channels, H heads, P dims per head, G groups, N states per channel, C channels
+of the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridlm.errors import require
+from hybridlm.model.decode_state import TensorState
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.convolution import CausalConv
+from hybridlm.model.mixers.common.init import init_inverse_softplus, init_log_uniform, init_projections
+from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
+from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
+from hybridlm.model.norm import GateFirstRMSNorm
+from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
+from hybridlm.model.sequence import SequenceInfo
+
+FP32_BYTES = 4  # bytes per element
+CHUNK_TOKENS = 32  # tokens per chunk of the operation, assumed by the estimate of activations
+DT_INIT = (1e-3, 1e-1)  # step sizes at the start are log-uniform between these
+EXPAND = 2  # inner channels per dim of the model, in presets without sizes
+HEAD_DIM = 64  # in presets without sizes, where it divides the inner channels
+
+
+@dataclass(kw_only=True)
+class Mamba2Config(MixerConfig):
+    """Configuration of Mamba-2.
+
+    Args:
+        num_heads: heads H, a multiple of the groups; the inner channels are I = H P.
+        head_dim: dims P of a head.
+        state_size: states N per channel.
+        num_groups: groups G of heads that share B and C.
+        conv_size: taps of the convolution over x, B and C, which SiLU follows.
+        conv_bias: whether the convolution has a bias.
+        bias: whether in_proj and out_proj have a bias.
+        norm: gated, RMSNorm(y * silu(z)) over the channels of each group, or none, y * silu(z) (Falcon-H1).
+        norm_eps: null takes the model's.
+        dt_min: smallest step.
+        dt_max: largest step; null has none.
+        skip: D is one number per head, or per channel.
+        a_init: A starts uniform in this range.
+
+    Raises:
+        ConfigError: a size that is not positive, or groups that do not divide the heads.
+    """
+
+    kind: str = "mamba2"
+    num_heads: int
+    head_dim: int
+    state_size: int = 128
+    num_groups: int = 1
+    conv_size: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    norm: Literal["gated", "none"] = "gated"
+    norm_eps: float | None = None
+    dt_min: float = 0.0
+    dt_max: float | None = None
+    skip: Literal["head", "channel"] = "head"
+    a_init: tuple[float, float] = (1.0, 16.0)
+    is_linear: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for key in ("num_heads", "head_dim", "state_size", "num_groups", "norm_eps"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, "must be positive", got=value)
+        require(self.conv_size >= 2, "conv_size", "is not a convolution", got=self.conv_size, expected="2 taps or more")
+        require(self.num_heads % self.num_groups == 0, "num_groups", "must divide num_heads", got=self.num_groups,
+                expected=f"a divisor of {self.num_heads}")
+        require(self.dt_min >= 0, "dt_min", "must not be negative", got=self.dt_min)
+        require(self.dt_max is None or self.dt_max > self.dt_min, "dt_max", "must be above dt_min", got=self.dt_max,
+                expected=f"null, or more than {self.dt_min}")
+        low, high = self.a_init
+        require(0 < low <= high, "a_init", "must be a positive range", got=[low, high], expected="[low, high]")
+
+    @property
+    def inner_size(self) -> int:
+        """Inner channels I."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.inner_size + 2 * self.num_groups * self.state_size
+
+    def _projection_params(self, context: LayerContext) -> int:
+        return context.hidden_size * (2 * self.inner_size + self.conv_channels + self.num_heads)
+
+    def num_params(self, context: LayerContext) -> int:
+        inner = self.inner_size
+        vectors = 2 * self.num_heads + (self.num_heads if self.skip == "head" else inner)
+        vectors += inner if self.norm == "gated" else 0
+        biases = inner + self.conv_channels + self.num_heads + context.hidden_size if self.bias else 0
+        conv = self.conv_channels * (self.conv_size + self.conv_bias)
+        return self._projection_params(context) + conv + vectors + biases
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        """The recurrence is counted as the paper writes it: decay, write and read of every state."""
+        return {"projections": 2.0 * self._projection_params(context),
+                "conv": 2.0 * self.conv_size * self.conv_channels,
+                "recurrence": 5.0 * self.inner_size * self.state_size}
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        """Bytes of the states in fp32 and of the inputs of the convolution in the dtype of the model."""
+        taps = element_bytes * self.conv_channels * (self.conv_size - 1)
+        return FP32_BYTES * self.inner_size * self.state_size + taps
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        """Bytes per token kept for the backward pass: inner tensors, and the chunked operation and the norm in fp32."""
+        inner, conv = self.inner_size, self.conv_channels
+        chunk = self.num_heads * (self.state_size * self.head_dim / CHUNK_TOKENS + 2 * CHUNK_TOKENS)
+        norm = 3 * inner if self.norm == "gated" else inner
+        return (element_bytes * (context.hidden_size + 4 * inner + 2 * conv)
+                + FP32_BYTES * (2 * conv + 4 * self.num_heads + chunk + norm))
+
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        require(self.conv_size <= length + 1, "conv_size", "reaches over more than one shard of a split row",
+                got=self.conv_size, expected=f"at most {length + 1} taps",
+                hint="a smaller engine.context_parallel, or longer sequences")
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        """Bytes of the inputs of the convolution, and in fp32 of the states of each shard and their decays."""
+        tail = rows * (self.conv_size - 1) * self.conv_channels * element_bytes
+        return [ShardTraffic("from_previous", tail, tail),
+                matrix_traffic(rows, self.num_heads, self.state_size, self.head_dim, self.num_heads)]
+
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        data.pop("a_init")  # it says how weights start
+        data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
+        return data if self.norm == "gated" else {key: value for key, value in data.items() if key != "norm_eps"}
+
+    def head_sizes(self) -> HeadSizes | None:
+        return None  # heads of a block of twice the width are no measure for other mixers
+
+    @classmethod
+    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """Twice the width of the model, in heads of 64 dims where that divides it, else in heads of the model's."""
+        inner = EXPAND * model.hidden_size
+        asked = options.get("head_dim")
+        candidates = [asked] if asked else [HEAD_DIM, model.heads_for(cls).head_dim, model.hidden_size]
+        groups = options.get("num_groups") or 1
+        head_dim = next((dim for dim in candidates if inner % (dim * groups) == 0), candidates[-1])
+        return {"num_heads": options.get("num_heads") or max(inner // head_dim, groups), "head_dim": head_dim}
+
+    def state_heads(self) -> int:
+        return self.num_heads
+
+    def with_state_heads(self, count: int) -> Self:
+        return replace(self, num_heads=count)
+
+
+@register_mixer("mamba2", Mamba2Config)
+class Mamba2(SequenceMixer):
+    """Parameters: in_proj [2 I + 2 G N + H, D] (z, x, B, C, dt), conv, A_log and dt_bias [H], D [H] or [H, P], norm
+    [I] and out_proj [D, I].
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias", "norm.weight")
+    config: Mamba2Config
+
+    def __init__(self, config: Mamba2Config, context: LayerContext):
+        super().__init__()
+        self.config = config
+        inner, heads = config.inner_size, config.num_heads
+        self.in_proj = nn.Linear(context.hidden_size, inner + config.conv_channels + heads, bias=config.bias)
+        self.conv = CausalConv(config.conv_channels, config.conv_size, bias=config.conv_bias)
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.zeros(heads) if config.skip == "head" else torch.zeros(heads, config.head_dim))
+        self.norm = None
+        if config.norm == "gated":
+            eps = context.norm.eps if config.norm_eps is None else config.norm_eps
+            self.norm = GateFirstRMSNorm(inner, config.num_groups, eps)
+        self.out_proj = nn.Linear(inner, context.hidden_size, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: TensorState | None = None) -> tuple[Tensor, Aux]:
+        config = self.config
+        inner, keys = config.inner_size, config.num_groups * config.state_size
+        z_BTI, xBC_BTC, dt_BTH = self.in_proj(x_BTD).split((inner, config.conv_channels, config.num_heads), -1)
+        x_BTI, B_BTX, C_BTX = self.conv(xBC_BTC.contiguous(), seq, state).split((inner, keys, keys), -1)
+        wide = torch.promote_types(dt_BTH.dtype, torch.float32)
+        dt_BTH = F.softplus(dt_BTH.to(wide) + self.dt_bias)
+        if config.dt_min > 0 or config.dt_max is not None:
+            dt_BTH = dt_BTH.clamp(config.dt_min, config.dt_max)
+        x_BTHP = x_BTI.unflatten(-1, (config.num_heads, config.head_dim))
+        B_BTGN, C_BTGN = (y.unflatten(-1, (config.num_groups, config.state_size)) for y in (B_BTX, C_BTX))
+        v_BTHP = (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype)
+        y_BTHP = scan_matrix_state(C_BTGN, B_BTGN, v_BTHP, -dt_BTH * self.A_log.to(wide).exp(), seq, state)
+        D_HX = self.D[:, None] if config.skip == "head" else self.D
+        y_BTI = (y_BTHP + D_HX * x_BTHP).to(x_BTI.dtype).flatten(-2)
+        y_BTI = y_BTI * F.silu(z_BTI) if self.norm is None else self.norm(y_BTI, z_BTI)
+        return self.out_proj(y_BTI), {}
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        return find_roles(self, {"D": VECTOR})
+
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return True  # the state is a function of the row alone
+
+    def new_state(self, batch: int, max_length: int) -> TensorState:
+        return TensorState()
+
+    @torch.no_grad()
+    def init_weights(self, std: float) -> None:
+        """A is uniform in `a_init`, D is 1, steps start log-uniform, as in the authors' code (mamba_ssm, Mamba2)."""
+        init_projections(self, std)
+        self.conv.reset_parameters()
+        init_log_uniform(self.A_log, *self.config.a_init)
+        init_inverse_softplus(self.dt_bias, *DT_INIT)
+        nn.init.ones_(self.D)
