@@ -176,9 +176,10 @@ def test_every_mixer_of_the_group_stands_in_a_schedule(name):
              "v_head_dim": 16}
     preset = load_yaml(config_dir() / "mixer" / f"{name}.yaml")
     kind = preset.get("kind", "mla")  # dsa starts from mla
-    sizes = {size: known[size] for size in MIXERS.config_class(kind).missing_sizes(preset)}
+    missing = MIXERS.config_class(kind).missing_sizes(preset)
+    sizes = [size for key in missing for size in ([key] if key in known else [f"{key}.num_heads", f"{key}.head_dim"])]
     config = load_config("train", [f"+mixer@model.mixers.it={name}", "model.schedule.pattern=[it]",
-                                   *(f"model.mixers.it.{size}={value}" for size, value in sizes.items())])
+                                   *(f"model.mixers.it.{size}={known[size.split('.')[-1]]}" for size in sizes)])
     assert config.model.layers() == ["it"] * 4
 
 

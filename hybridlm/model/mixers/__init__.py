@@ -27,6 +27,8 @@ from hybridlm.model.mixers.min_rnn import MinRNN as MinRNN
 from hybridlm.model.mixers.min_rnn import MinRNNConfig as MinRNNConfig
 from hybridlm.model.mixers.mla import MLA as MLA
 from hybridlm.model.mixers.mla import MLAConfig as MLAConfig
+from hybridlm.model.mixers.parallel import Parallel as Parallel
+from hybridlm.model.mixers.parallel import ParallelConfig as ParallelConfig
 from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
 from hybridlm.model.mixers.rg_lru import RGLRUConfig as RGLRUConfig
 from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6

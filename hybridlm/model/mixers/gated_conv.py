@@ -94,6 +94,10 @@ class GatedConv(SequenceMixer):
         before_BTD, after_BTD, u_BTD = self.in_proj(x_BTD).chunk(3, -1)
         return self.out_proj(after_BTD * self.conv(before_BTD * u_BTD, seq, state)), {}
 
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return True
+
     def new_state(self, batch: int, max_length: int) -> TensorState:
         return TensorState()
 

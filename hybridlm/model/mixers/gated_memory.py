@@ -113,6 +113,10 @@ class GatedMemory(SequenceMixer):
         gated_BTI = memory_BTI.to(x_BTD.dtype) * F.silu(self.in_proj(x_BTD))
         return self.out_proj(gated_BTI if self.o_norm is None else self.o_norm(gated_BTI)), {}
 
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return True
+
     def new_state(self, batch: int, max_length: int) -> NoState:
         return NoState()
 

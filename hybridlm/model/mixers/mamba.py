@@ -224,6 +224,10 @@ class Mamba(SequenceMixer):
     def parameter_roles(self) -> dict[str, ParameterRole]:
         return find_roles(self, {"A_log": VECTOR})
 
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return True
+
     def new_state(self, batch: int, max_length: int) -> TensorState:
         return TensorState()
 

@@ -127,6 +127,10 @@ class MinRNN(SequenceMixer):
         h_BTC = scan_tokens(write_BTC * positive(self.h_proj(x_BTD).to(wide)), keep_BTC, seq, state)
         return self.out_proj(h_BTC.to(x_BTD.dtype)), {}
 
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return True
+
     def new_state(self, batch: int, max_length: int) -> TensorState:
         return TensorState()
 

@@ -155,6 +155,10 @@ class RGLRU(SequenceMixer):
         blocks = {f"{name}_gate": ParameterRole("expert_stack") for name in GATES}
         return find_roles(self, blocks | {"conv.weight": CONVOLUTION})
 
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return True
+
     def new_state(self, batch: int, max_length: int) -> TensorState:
         return TensorState()
 

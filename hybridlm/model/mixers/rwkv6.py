@@ -208,6 +208,10 @@ class RWKV6(SequenceMixer):
         stacks = {name: ParameterRole("expert_stack") for name in ("mix_a", "mix_b")}
         return find_roles(self, stacks | dict.fromkeys(("mix", "decay", "bonus"), VECTOR), self.head_rows())
 
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return True
+
     def new_state(self, batch: int, max_length: int) -> TensorState:
         return TensorState()
 

@@ -36,3 +36,12 @@ def collect_readers() -> dict[str, tuple[MixerConfig, MixerConfig]]:
     """The readers of all modules with the mixers they read from."""
     modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
     return {name: pair for module in modules for name, pair in getattr(module, "READERS", {}).items()}
+
+
+def own_name(name: str) -> str:
+    """The name of a parameter within its mixer, also where that is a branch of several.
+
+    >>> own_name("branches.ssm.conv.weight"), own_name("conv.weight")
+    ('conv.weight', 'conv.weight')
+    """
+    return name.split(".", 2)[2] if name.startswith("branches.") else name
