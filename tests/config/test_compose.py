@@ -13,8 +13,10 @@ from hybridlm.config import config_dir, from_dict, load_yaml, to_yaml
 from hybridlm.config.paths import options
 from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError
+from hybridlm.model.feed_forward import FEED_FORWARDS
 from hybridlm.model.mixers import MIXERS
 from hybridlm.run_config import load_config, load_model_config
+from tests.support.mixer_forms import PRESET_SOURCES
 
 pytestmark = pytest.mark.usefixtures("project_kinds")
 
@@ -178,9 +180,10 @@ def test_every_mixer_of_the_group_stands_in_a_schedule(name):
     kind = preset.get("kind", "mla")  # dsa starts from mla
     missing = MIXERS.config_class(kind).missing_sizes(preset)
     sizes = [size for key in missing for size in ([key] if key in known else [f"{key}.num_heads", f"{key}.head_dim"])]
-    config = load_config("train", [f"+mixer@model.mixers.it={name}", "model.schedule.pattern=[it]",
+    config = load_config("train", [f"+mixer@model.mixers.it={name}",
+                                   f"model.schedule.pattern={[*PRESET_SOURCES.get(name, []), 'it']}",
                                    *(f"model.mixers.it.{size}={known[size.split('.')[-1]]}" for size in sizes)])
-    assert config.model.layers() == ["it"] * 4
+    assert config.model.layers()[-1] == "it"
 
 
 @pytest.mark.parametrize("text", [
@@ -226,7 +229,8 @@ def test_text_in_quotes_null_and_references():
     (["model.feed_forward.num_experts_per_tok=9"], "model.feed_forward.num_experts_per_tok: is more than there are "
      "experts; got 9; expected at most num_experts = 8"),
     (["model.feed_forward.kind=mo"],
-     "model.feed_forward.kind: unknown kind; got 'mo'; expected one of dense, moe; did you mean 'moe'?"),
+     "model.feed_forward.kind: unknown kind; got 'mo'; expected one of " + ", ".join(sorted(FEED_FORWARDS))
+     + "; did you mean 'moe'?"),
     (["model.mixers.full._target_=os.system"], "model.mixers.full._target_: is refused: a config cannot name code to "
      "run; got 'os.system'; expected a registered 'kind'"),
     (["data=files"], "data.path: is missing; expected text"),

@@ -9,6 +9,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.model.cost import count_parameters
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.run_config import load_config
+from tests.support.mixer_forms import PRESET_SOURCES
 
 
 def mixers(*overrides: str, folder=None) -> dict[str, MixerConfig]:
@@ -17,8 +18,9 @@ def mixers(*overrides: str, folder=None) -> dict[str, MixerConfig]:
 
 @pytest.mark.parametrize("name", options("mixer"))
 def test_every_preset_is_named_in_a_model_that_lacks_it(name):
-    config = load_config("train", ["model=kimi_linear_tiny", f"model.schedule.pattern=[{name}, full]"])
-    assert config.model.layers()[:2] == [name, "full"]
+    pattern = [*PRESET_SOURCES.get(name, []), name, "full"]
+    config = load_config("train", ["model=kimi_linear_tiny", f"model.schedule.pattern={pattern}"])
+    assert config.model.layers()[: len(pattern)] == pattern
     assert count_parameters(config.model).total > 0
     heads = config.model.mixers[name].head_sizes()
     assert heads is None or (heads.num_heads, heads.head_dim) == (4, 16), "those of kda and full"

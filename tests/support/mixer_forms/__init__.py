@@ -10,6 +10,9 @@ import pkgutil
 
 from hybridlm.model.mixers.contract import MixerConfig
 
+# Presets that read from an earlier layer, with a preset that they can read from.
+PRESET_SOURCES = {"gmu": ["mamba"]}
+
 
 def collect_forms() -> dict[str, MixerConfig]:
     """The forms of every module of this folder, in the order of the modules' names.
