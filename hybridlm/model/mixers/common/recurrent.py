@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.attention_weights import take_attention_projections
 from hybridlm.model.mixers.common.cost import count_low_rank_params
 from hybridlm.model.mixers.common.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
 from hybridlm.model.mixers.contract import MixerConfig, SequenceMixer
@@ -209,17 +210,7 @@ class RecurrentConfig(MixerConfig):
         """
         wanted = {"q_proj": (self.num_heads, self.head_dim), "k_proj": (self.num_heads, self.head_dim),
                   "v_proj": (self.value_heads, self.value_dim)}
-        available = old.projection_heads()
-        found = {}
-        for name, (heads, dim) in available.items():
-            new_heads, new_dim = wanted.get(name, (0, 0))
-            if dim == new_dim and new_heads % heads == 0:
-                by_head = tensors[f"{name}.weight"].detach().unflatten(0, (heads, dim))
-                found[f"{name}.weight"] = by_head.repeat_interleave(new_heads // heads, 0).flatten(0, 1)
-        heads, dim = available.get("o_proj", (0, 0))
-        if heads * dim == self.channels["v"]:
-            found["o_proj.weight"] = tensors["o_proj.weight"].detach().clone()
-        return found
+        return take_attention_projections(old, tensors, wanted)
 
 
 class RecurrentMixer(SequenceMixer):
