@@ -3,8 +3,8 @@
     S_t = f_t S_{t-1} + phi(k_t) v_t^T;   z_t = f_t z_{t-1} + phi(k_t)
     y_t = W_o (S_t^T phi(q_t) / (phi(q_t) . z_t))
 
-f = 1, or with a gate f = sigmoid(w . x + b), and what is written is then times 1 - f. The denominator is one more value,
-1, of every token. `feature_map` says which system it is: Linear Transformer, Performer, RFA, cosFormer, Hedgehog,
+f = 1, or with a gate f = sigmoid(w . x + b), and what is written is then times 1 - f. The denominator is one more
+value, 1, of every token. `feature_map` says which system it is: Linear Transformer, Performer, RFA, cosFormer, Hedgehog,
 Based, ReBased, T2R, DPFP.
 Sources: those of `hybridlm.model.mixers.common.feature_maps`; Katharopoulos et al. 2020, section 3.2.
 
