@@ -4,8 +4,8 @@
     y_t = W_o (S_t^T phi(q_t) / (phi(q_t) . z_t))
 
 f = 1, or with a gate f = sigmoid(w . x + b), and what is written is then times 1 - f. The denominator is one more
-value, 1, of every token. `feature_map` says which system it is: Linear Transformer, Performer, RFA, cosFormer, Hedgehog,
-Based, ReBased, T2R, DPFP.
+value, 1, of every token. `feature_map` says which system it is: Linear Transformer, Performer, RFA, cosFormer,
+Hedgehog, Based, ReBased, T2R, DPFP.
 Sources: those of `hybridlm.model.mixers.common.feature_maps`; Katharopoulos et al. 2020, section 3.2.
 
 B rows, T tokens, D hidden size, H heads, K dims of queries and keys, F features, V dims of values.
