@@ -11,6 +11,8 @@ from hybridlm.model.mixers.contract import build_mixer as build_mixer
 from hybridlm.model.mixers.contract import register_mixer as register_mixer
 from hybridlm.model.mixers.delta_rule import DeltaRule as DeltaRule
 from hybridlm.model.mixers.delta_rule import DeltaRuleConfig as DeltaRuleConfig
+from hybridlm.model.mixers.differential_attention import DifferentialAttention as DifferentialAttention
+from hybridlm.model.mixers.differential_attention import DifferentialAttentionConfig as DifferentialAttentionConfig
 from hybridlm.model.mixers.forgetting_attention import ForgettingAttention as ForgettingAttention
 from hybridlm.model.mixers.forgetting_attention import ForgettingAttentionConfig as ForgettingAttentionConfig
 from hybridlm.model.mixers.gated_conv import GatedConv as GatedConv
