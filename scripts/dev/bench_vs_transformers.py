@@ -6,11 +6,13 @@
 For each system and size transformers builds the model from the configuration exported from ours, ours takes over its
 weights, and the losses must agree before anything is timed. The two then run alternately; the median counts. Peak
 memory is read in a fresh process for each model: the growth of the resident set over one forward and backward.
+`--compiled` times our model with compiled layers beside both, and prints the seconds of its first step.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -89,21 +91,27 @@ def tokens(model: Any, length: int) -> Any:
     return torch.randint(0, 500, (1, length), generator=torch.Generator().manual_seed(length))
 
 
-def time_pair(ours: Any, theirs: Any, length: int, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each, run in turn for about `seconds`, at least three rounds."""
-    ids = tokens(ours, length)
-    loss_ours, loss_theirs = step(ours, ids), step(theirs, ids)
-    if abs(loss_ours - loss_theirs) > 1e-3 * abs(loss_theirs):
-        raise SystemExit(f"not the same model: loss {loss_ours} against {loss_theirs}")
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+def time_models(models: dict[str, Any], length: int, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each, run in turn for about `seconds` per pair, at least three rounds."""
+    ids = tokens(models["ours"], length)
+    losses, first = {}, {}
+    for name, model in models.items():
+        start = time.perf_counter()
+        losses[name] = step(model, ids)
+        first[name] = time.perf_counter() - start
+    for name, loss in losses.items():
+        if abs(loss - losses["theirs"]) > 1e-3 * abs(losses["theirs"]):
+            raise SystemExit(f"not the same model: loss {loss} of {name} against {losses['theirs']}")
+    times: dict[str, list[float]] = {name: [] for name in models}
     began = time.perf_counter()
     while len(times["ours"]) < 3 or time.perf_counter() - began < seconds:
-        for name, model in (("ours", ours), ("theirs", theirs)):
+        for name, model in models.items():
             gc.collect()
             start = time.perf_counter()
             step(model, ids)
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()} | {"rounds": len(times["ours"])}
+    found = {name: statistics.median(values) for name, values in times.items()} | {"rounds": len(times["ours"])}
+    return found | ({"first_step_seconds": first["compiled"]} if "compiled" in first else {})
 
 
 def status_mib(key: str) -> float:
@@ -141,10 +149,16 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
         for system in args.systems:
             ours, theirs = build(system, size, args.threads)
             parameters = sum(p.numel() for p in ours.parameters())
+            models = {"ours": ours, "theirs": theirs}
+            if args.compiled:
+                models["compiled"] = copy.deepcopy(ours)
+                models["compiled"].compile_layers()
             for length in args.lengths:
                 row: dict[str, Any] = {"system": system, "size": size, "parameters": parameters, "length": length}
-                row |= time_pair(ours, theirs, length, args.seconds)
+                row |= time_models(models, length, args.seconds)
                 row["ratio"] = row["theirs"] / row["ours"]
+                if args.compiled:
+                    row["ratio_compiled"] = row["theirs"] / row["compiled"]
                 row["tokens_per_second"] = 1e3 * length / row["ours"]
                 if not args.no_memory:
                     for which in ("ours", "theirs"):
@@ -191,6 +205,9 @@ def time_growth(args: argparse.Namespace) -> list[dict[str, Any]]:
 def print_row(row: dict[str, Any]) -> None:
     text = ("{system:<14}{size:<6}{length:>6} tokens  ours {ours:8.1f} ms  transformers {theirs:8.1f} ms  "
             "ratio {ratio:5.2f}  {tokens_per_second:9.0f} tokens/s").format(**row)
+    if "compiled" in row:
+        text += ("  compiled {compiled:8.1f} ms  ratio {ratio_compiled:5.2f}  first step {first_step_seconds:5.0f} s"
+                 ).format(**row)
     if "peak_mib_ours" in row:
         text += "  peak {peak_mib_ours:6.0f} / {peak_mib_theirs:6.0f} MiB".format(**row)
     print(text, flush=True)
@@ -204,6 +221,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=6.0, help="time spent on each pair")
     parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory processes")
+    parser.add_argument("--compiled", action="store_true", help="also time our model with compiled layers")
+    parser.add_argument("--no-growth", action="store_true", help="skip the time per token of single layers")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -219,7 +238,7 @@ def main() -> None:
              "environment": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC", "OMP"))}}
     print(json.dumps(about))
     rows = bench(args)
-    growth = time_growth(args)
+    growth = [] if args.no_growth else time_growth(args)
     if args.json:
         Path(args.json).write_text(json.dumps({"about": about, "rows": rows, "growth": growth}, indent=1) + "\n")
 
