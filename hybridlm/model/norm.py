@@ -100,6 +100,30 @@ class GatedRMSNorm(KeepsFP32):
         return f"{self.weight.shape[0]}, eps={self.eps}, activation={self.activation}"
 
 
+class WeightlessRMSNorm(nn.Module):
+    """RMSNorm without a weight, times the activation of a gate where there is one (RetNet).
+
+    Args:
+        eps: added to the mean square.
+        activation: of the gate; None: no gate.
+
+    Example:
+        >>> WeightlessRMSNorm(eps=0.0)(torch.tensor([3.0, -3.0])).tolist()
+        [1.0, -1.0]
+    """
+
+    def __init__(self, eps: float, activation: Literal["silu", "sigmoid"] | None = None):
+        super().__init__()
+        self.eps = eps
+        self.activation = activation
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        normed = torch.nn.functional.rms_norm(wide(x), x.shape[-1:], eps=self.eps)
+        if gate is not None:
+            normed = normed * (torch.sigmoid if self.activation == "sigmoid" else torch.nn.functional.silu)(wide(gate))
+        return normed.to(x.dtype)
+
+
 class GateFirstRMSNorm(KeepsFP32):
     """RMSNorm(x * silu(gate)) over groups of channels, with a weight per channel (Mamba-2, Rodimus).
 
@@ -126,8 +150,7 @@ class GateFirstRMSNorm(KeepsFP32):
         nn.init.ones_(self.weight)
 
     def forward(self, x_BTC: Tensor, gate_BTC: Tensor) -> Tensor:
-        wide = torch.promote_types(x_BTC.dtype, torch.float32)
-        gated = (x_BTC.to(wide) * torch.nn.functional.silu(gate_BTC.to(wide))).unflatten(-1, (self.groups, -1))
+        gated = (wide(x_BTC) * torch.nn.functional.silu(wide(gate_BTC))).unflatten(-1, (self.groups, -1))
         normed = torch.nn.functional.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
         return (normed * self.weight).to(x_BTC.dtype)
 

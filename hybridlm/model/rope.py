@@ -158,13 +158,37 @@ def rotate_step(x_BTHD: Tensor, config: RopeConfig, dim: int, seq: SequenceInfo)
 
 
 def _make_tables(config: RopeConfig, dim: int, seq: SequenceInfo) -> tuple[Tensor, Tensor]:
+    cos, sin = _angle_tables(inverse_frequencies(config, dim, seq.positions_BT.device), seq)
+    scale = 1.0 if config.scaling is None else config.scaling.table_scale()
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+
+
+def _angle_tables(frequencies_R: Tensor, seq: SequenceInfo) -> tuple[Tensor, Tensor]:
     positions = seq.positions_BT
     if positions.shape[0] == 1 or positions.stride(0) == 0:
         positions = positions[0]
-    angle = positions[..., None].float() * inverse_frequencies(config, dim, positions.device)
-    scale = 1.0 if config.scaling is None else config.scaling.table_scale()
-    cos, sin = angle.cos(), angle.sin()
-    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+    angle = positions[..., None].float() * frequencies_R
+    return angle.cos(), angle.sin()
+
+
+def retnet_rotate(x_BTHK: Tensor, seq: SequenceInfo) -> Tensor:
+    """Rotate neighbouring pairs of dims as RetNet does: from 1 radian per token to 1e-4, both ends included.
+
+    The frequencies are 10000^(-j / (K / 2 - 1)) for pair j; RoPE has 10000^(-j / (K / 2)).
+    Source: Sun et al. 2023, RetNet, and the authors' code (torchscale, retnet.py).
+
+    >>> x = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(1, 2, 1, 4)
+    >>> retnet_rotate(x, SequenceInfo.make(1, 2, x.device))[0, 1, 0, :2]
+    tensor([0.5403, 0.8415])
+    """
+    pairs, device = x_BTHK.shape[-1] // 2, x_BTHK.device
+    key = f"retnet {pairs}"
+    tables = None if torch.compiler.is_dynamo_compiling() else seq.tables.get(key)
+    if tables is None:
+        tables = _angle_tables(10000.0 ** -torch.linspace(0, 1, pairs, device=device), seq)
+        if not torch.compiler.is_dynamo_compiling():
+            seq.tables[key] = tables
+    return rotary(x_BTHK, *tables, interleaved=True)
 
 
 def rotate(x_BTHD: Tensor, config: RopeConfig, dim: int, seq: SequenceInfo, kind: str | None = None) -> Tensor:

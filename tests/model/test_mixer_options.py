@@ -54,6 +54,7 @@ BAD = {
     "empty range": (DeltaRuleConfig, {"num_heads": 4, "head_dim": 8, "a_init": (16.0, 1.0)}, "a_init"),
     "discretize without step": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "discretize": True},
                                 "discretize"),
+    "rotation of odd heads": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 7, "rotation": "retnet"}, "rotation"),
     "negative norm eps": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "norm_eps": -1.0}, "norm_eps"),
     "no topk": (IndexerConfig, {"topk": 0}, "topk"),
     "theta": (RopeConfig, {"theta": 0.0}, "theta"),
@@ -235,6 +236,44 @@ def test_lightning_slopes_are_as_published():
     last = compute_decay_slopes("lightning", 64, 79, 80)
     assert 0 < last[0] < 1e-4
     assert compute_decay_slopes("lightning", 64, 80, 80) == last
+
+
+def test_alibi_slopes_are_as_published():
+    """The lists of Press et al. 2022 for 8 heads, and for 12, no power of two."""
+    first = [2.0**-h for h in range(1, 9)]
+    assert compute_decay_slopes("alibi", 8, 0, 10**9) == pytest.approx([s * (1 + 1e-5) for s in first])
+    twelve = compute_decay_slopes("alibi", 12, 3, 7)
+    factor = 1 - 3 / (6 + 1e-5) + 1e-5
+    assert twelve == pytest.approx([s * factor for s in [*first, 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]])
+
+
+def test_retnet_is_the_recurrence_of_the_paper_on_rotated_queries_and_keys():
+    """Token by token with complex numbers: dims 2j and 2j + 1 are one number, turned by 10000^(-j / (K / 2 - 1))."""
+    mixer, x = build("retnet"), inputs(1, 9)
+    with torch.no_grad():
+        q, k = (getattr(mixer, f"{n}_proj")(x[0]).view(9, 4, 4, 2) for n in "qk")
+        q, k = torch.view_as_complex(q.contiguous()), torch.view_as_complex(k.contiguous())
+        v = mixer.v_proj(x[0]).view(9, 4, 12)
+        turn = torch.tensor([1e4 ** (-j / 3) for j in range(4)], dtype=torch.float64)
+        o = torch.zeros(9, 4, 12, dtype=torch.float64)
+        for t in range(9):
+            for s in range(t + 1):
+                score = (q[t] * (k[s] * torch.polar(torch.ones(4).double(), (s - t) * turn)).conj()).real.sum(-1)
+                decay = torch.tensor([(1 - 2.0 ** (-5 - h)) ** (t - s) for h in range(4)], dtype=torch.float64)
+                o[t] += (8**-0.5 * decay * score)[:, None] * v[s]
+        o = o / (o.square().mean(-1, keepdim=True) + mixer.o_norm.eps).sqrt()
+        gate = mixer.g_proj(x[0])
+        expected = mixer.o_proj(o.flatten(1) * gate * gate.sigmoid())
+        torch.testing.assert_close(run(mixer, x)[0], expected, rtol=1e-5, atol=1e-6)  # angles are fp32
+
+
+def test_projections_of_retnet_start_as_published():
+    torch.manual_seed(0)
+    mixer = one_layer(LinearAttentionConfig(num_heads=4, head_dim=16, projection_init="retnet"), dtype=torch.float32)
+    for name, gain in (("q", 2**-2.5), ("k", 2**-2.5), ("v", 2**-2.5), ("g", 2**-2.5), ("o", 0.5)):
+        weight = getattr(mixer, f"{name}_proj").weight
+        assert weight.std().item() == pytest.approx(gain * (2 / sum(weight.shape)) ** 0.5, rel=0.1), name
+        assert weight.abs().max() <= gain * (6 / sum(weight.shape)) ** 0.5, name
 
 
 def test_retnet_slopes_are_as_published():

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.context_parallel import RowShard
@@ -32,6 +32,7 @@ from hybridlm.model.mixers.common.recurrent_step import (
     state_matrix,
 )
 from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.rope import retnet_rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, linear_attention
 from hybridlm_kernels.decoding import linear_attention_step
@@ -46,14 +47,18 @@ class LinearAttentionConfig(RecurrentConfig):
         decay: none, constant (by `slopes`), scalar (Mamba-2) or channel (GLA).
         gate: form of the forget gate; besides the common ones logsigmoid, g = logsigmoid(u) / gate_normalizer (GLA).
         gate_normalizer: divisor of that form.
-        slopes: of head h in layer l of L. lightning: 2^(-8 (h+1) / H) * (1 - l / (L - 1 + 1e-5) + 1e-5); retnet:
+        slopes: of head h in layer l of L. lightning: 2^(-8 (h+1) / H) * (1 - l / (L - 1 + 1e-5) + 1e-5); alibi: the
+            same but for H that is no power of two, where heads follow ALiBi (TransNormerLLM); retnet:
             -log(1 - 2^(-5-h)).
         feature_map: phi of q and k.
         value_map: psi of v.
+        rotation: of q and k by their positions: none, or retnet, neighbouring pairs at fixed frequencies.
         scale: of the queries; null is head_dim^-0.5, Lightning has 1.
         norm: RMSNorm of the output over all heads together, over each head, or none.
+        norm_weight: whether the norm has a weight; that of RetNet has none.
         norm_eps: null takes the model's.
         output_gate: activation of the output gate.
+        projection_init: normal, or retnet: Xavier uniform with gain 2^-2.5, and 2^-1 for o_proj.
         discretize: multiply v by the step softplus(u), as Mamba-2 does (with decay=scalar and gate=softplus).
     """
 
@@ -61,24 +66,29 @@ class LinearAttentionConfig(RecurrentConfig):
     decay: Literal["none", "constant", "scalar", "channel"] = "constant"
     gate: Literal["softplus", "lower_bounded", "logsigmoid"] = "softplus"
     gate_normalizer: float = 16.0
-    slopes: Literal["lightning", "retnet"] = "lightning"
+    slopes: Literal["lightning", "alibi", "retnet"] = "lightning"
     feature_map: Literal["none", "silu", "elu1", "relu"] = "silu"
     value_map: Literal["none", "silu"] = "silu"
+    rotation: Literal["none", "retnet"] = "none"
     scale: float | None = 1.0
     norm: Literal["all", "head", "none"] = "all"
+    norm_weight: bool = True
     norm_eps: float | None = 1e-6
     output_gate: Literal["none", "silu", "sigmoid"] = "sigmoid"
     discretize: bool = False
+    projection_init: Literal["normal", "retnet"] = "normal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.gate_normalizer > 0, "gate_normalizer", "must be positive", got=self.gate_normalizer)
         require(not self.discretize or (self.decay == "scalar" and self.gate == "softplus"), "discretize",
                 "needs decay=scalar and gate=softplus", got=(self.decay, self.gate))
+        require(self.rotation == "none" or (self.head_dim % 2 == 0 and self.head_dim > 2), "rotation",
+                "turns pairs of dims", got=f"head_dim={self.head_dim}", expected="an even head_dim of 4 or more")
 
     def num_params(self, context: LayerContext) -> int:
         norm = {"all": self.value_heads * self.value_dim, "head": self.value_dim, "none": 0}[self.norm]
-        return super().num_params(context) + norm
+        return super().num_params(context) + norm * self.norm_weight
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
@@ -86,10 +96,14 @@ class LinearAttentionConfig(RecurrentConfig):
             data.pop("gate_normalizer")
         if self.decay != "constant":
             data.pop("slopes")
+        data.pop("projection_init")
         return data
 
+    def rotates(self) -> bool:
+        return self.rotation != "none"
 
-def compute_decay_slopes(kind: Literal["lightning", "retnet"], heads: int, layer_index: int,
+
+def compute_decay_slopes(kind: Literal["lightning", "alibi", "retnet"], heads: int, layer_index: int,
                          num_layers: int) -> list[float]:
     """Slopes -g per head for `decay: constant`; layers after the last one (multi-token prediction) take its slopes.
 
@@ -99,19 +113,37 @@ def compute_decay_slopes(kind: Literal["lightning", "retnet"], heads: int, layer
     if kind == "retnet":
         return [-math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]
     depth = min(layer_index, num_layers - 1) / (num_layers - 1 + 1e-5)
-    return [2.0 ** (-8 * (h + 1) / heads) * (1 - depth + 1e-5) for h in range(heads)]
+    slopes = _alibi_slopes(heads) if kind == "alibi" else _power_slopes(heads)
+    return [slope * (1 - depth + 1e-5) for slope in slopes]
+
+
+def _power_slopes(heads: int) -> list[float]:
+    return [2.0 ** (-8 * (h + 1) / heads) for h in range(heads)]
+
+
+def _alibi_slopes(heads: int) -> list[float]:
+    """Slopes of ALiBi (Press et al. 2022): for H that is no power of two, those of the power below it come first.
+
+    They are followed by every other one of those of twice that power, from the first on.
+
+    >>> _alibi_slopes(3)
+    [0.0625, 0.00390625, 0.25]
+    """
+    power = 2 ** int(math.log2(heads))
+    return _power_slopes(power) + _power_slopes(2 * power)[0::2][: heads - power]
 
 
 @register_mixer("linear_attention", LinearAttentionConfig)
 class LinearAttention(RecurrentMixer):
-    """The module: parameters are those of `RecurrentMixer`, and o_norm over all heads or over the dims of one."""
+    """The module: parameters of `RecurrentMixer`, and o_norm over all heads or over one, if it has a weight."""
 
     config: LinearAttentionConfig
 
     def __init__(self, config: LinearAttentionConfig, context: LayerContext):
         super().__init__(config, context)
         dims = config.value_dim * (config.value_heads if config.norm == "all" else 1)
-        self.o_norm = None if config.norm == "none" else self.build_output_norm(dims, context)
+        self.o_norm = None if config.norm == "none" else self.build_output_norm(
+            dims, context, config.norm_weight)
         self._slopes = compute_decay_slopes(config.slopes, config.value_heads, context.layer_index, context.num_layers)
         # Not a buffer: a cast of the model would round it, and `to_empty` after a build on meta would lose it.
         self._constant_g: Tensor | None = None
@@ -121,6 +153,8 @@ class LinearAttention(RecurrentMixer):
         q_BTC, k_BTC, v_BTC = self.project_inputs(x_BTD, seq, state)
         q_BTHK, k_BTHK = (apply_feature_map(config.feature_map, x).unflatten(-1, (config.num_heads, config.head_dim))
                           for x in (q_BTC, k_BTC))
+        if config.rotation == "retnet":
+            q_BTHK, k_BTHK = retnet_rotate(q_BTHK, seq), retnet_rotate(k_BTHK, seq)
         v_BTHvV = apply_feature_map(config.value_map, v_BTC).unflatten(-1, (config.value_heads, config.value_dim))
         g, gate = None, None
         if config.decay == "constant":
@@ -152,6 +186,8 @@ class LinearAttention(RecurrentMixer):
             x_BD = x_B1D[:, 0]
             q_BC, k_BC, v_BC = project(x_BD, state)
             q_BHK, k_BHK = (apply_feature_map(config.feature_map, x).view(keys) for x in (q_BC, k_BC))
+            if config.rotation == "retnet":
+                q_BHK, k_BHK = (retnet_rotate(x_BHK[:, None], seq)[:, 0] for x_BHK in (q_BHK, k_BHK))
             v_BHvV = apply_feature_map(config.value_map, v_BC).view(values)
             g = self._constant_decay(x_BD) if config.decay == "constant" else None
             if project_gate is not None:
@@ -175,6 +211,15 @@ class LinearAttention(RecurrentMixer):
         scale = q_BTHK.shape[-1] ** -0.5 if self.config.scale is None else self.config.scale
         q_BTHvK = q_BTHK.to(incoming_BHvKV.dtype).repeat_interleave(value_heads_per_head, 2)
         return read_incoming_state(q_BTHvK * left_BTHvX, incoming_BHvKV) * scale
+
+    @torch.no_grad()
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        if self.config.projection_init == "retnet":
+            for name in ("q_proj", "k_proj", "v_proj", "g_proj"):
+                if hasattr(self, name):
+                    nn.init.xavier_uniform_(getattr(self, name).weight, gain=2**-2.5)
+            nn.init.xavier_uniform_(self.o_proj.weight, gain=2**-1)
 
     def build_forget_gate(self) -> Gate:
         return replace(super().build_forget_gate(), normalizer=self.config.gate_normalizer)

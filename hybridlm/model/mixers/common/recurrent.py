@@ -21,7 +21,7 @@ from hybridlm.model.mixers.common.cost import count_low_rank_params
 from hybridlm.model.mixers.common.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
 from hybridlm.model.mixers.contract import MixerConfig, SequenceMixer
 from hybridlm.model.mixers.sizing import ModelSizes
-from hybridlm.model.norm import GatedRMSNorm, RMSNorm
+from hybridlm.model.norm import GatedRMSNorm, RMSNorm, WeightlessRMSNorm
 from hybridlm.model.parameter_roles import CONVOLUTION, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, short_conv
@@ -255,10 +255,13 @@ class RecurrentMixer(SequenceMixer):
             return getattr(self, f"{name}_proj")(x_BTD)
         return getattr(self, f"{name}_b_proj")(getattr(self, f"{name}_a_proj")(x_BTD))
 
-    def build_output_norm(self, dim: int, context: LayerContext) -> RMSNorm | GatedRMSNorm:
-        """The norm of the output over `dim` dims, gated as the config says."""
+    def build_output_norm(self, dim: int, context: LayerContext,
+                          weight: bool = True) -> RMSNorm | GatedRMSNorm | WeightlessRMSNorm:
+        """The norm of the output over `dim` dims, gated as the config says, with a weight per dim or without."""
         config = self.config
         eps = context.norm.eps if config.norm_eps is None else config.norm_eps
+        if not weight:
+            return WeightlessRMSNorm(eps, None if config.output_gate == "none" else config.output_gate)
         if config.output_gate == "none":
             return RMSNorm(dim, eps)
         return GatedRMSNorm(dim, eps, config.output_gate)
@@ -311,7 +314,7 @@ class RecurrentMixer(SequenceMixer):
             return gate.log_decay(u).to(dtype), None
         return u, gate
 
-    def project_output(self, o_BTHvV: Tensor, x_BTD: Tensor, norm: RMSNorm | GatedRMSNorm | None,
+    def project_output(self, o_BTHvV: Tensor, x_BTD: Tensor, norm: RMSNorm | GatedRMSNorm | WeightlessRMSNorm | None,
                        all_heads: bool) -> Tensor:
         """Compute the output of the mixer [B, T, D]: norm, output gate and o_proj.
 
