@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
-from hybridlm.model.mixers.common.convolution import CausalConv
+from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
 
@@ -43,7 +43,7 @@ class GatedConvConfig(MixerConfig):
     is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(self.conv_size >= 2, "conv_size", "is not a convolution", got=self.conv_size, expected="2 taps or more")
+        check_taps(self.conv_size)
 
     def num_params(self, context: LayerContext) -> int:
         D = context.hidden_size
@@ -62,14 +62,11 @@ class GatedConvConfig(MixerConfig):
         return 7.0 * element_bytes * context.hidden_size
 
     def check_context_parallel(self, shards: int, length: int) -> None:
-        require(self.conv_size <= length + 1, "conv_size", "reaches over more than one shard of a split row",
-                got=self.conv_size, expected=f"at most {length + 1} taps",
-                hint="a smaller engine.context_parallel, or longer sequences")
+        check_taps_in_shards(self.conv_size, length)
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        tail = rows * (self.conv_size - 1) * context.hidden_size * element_bytes
-        return [ShardTraffic("from_previous", tail, tail)]
+        return conv_traffic(rows, self.conv_size, context.hidden_size, element_bytes)
 
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
@@ -77,7 +74,7 @@ class GatedConvConfig(MixerConfig):
 
 
 @register_mixer("gated_conv", GatedConvConfig)
-class GatedConv(SequenceMixer):
+class GatedConv(TensorStateMixer):
     """Parameters: in_proj [3 D, D] (gate B, gate C, values), conv, out_proj [D, D]."""
 
     config: GatedConvConfig
@@ -93,13 +90,6 @@ class GatedConv(SequenceMixer):
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: TensorState | None = None) -> tuple[Tensor, Aux]:
         before_BTD, after_BTD, u_BTD = self.in_proj(x_BTD).chunk(3, -1)
         return self.out_proj(after_BTD * self.conv(before_BTD * u_BTD, seq, state)), {}
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     def init_weights(self, std: float) -> None:
         init_projections(self, std)

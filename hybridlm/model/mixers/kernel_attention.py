@@ -28,7 +28,8 @@ from hybridlm.model.mixers.common.attention_weights import take_attention_projec
 from hybridlm.model.mixers.common.feature_maps import FEATURE_MAPS, check_count
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.matrix_state import compute_decay_from_start, read_incoming_state
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import linear_attention
@@ -158,7 +159,7 @@ class KernelAttentionConfig(MixerConfig):
 
 
 @register_mixer("kernel_attention", KernelAttentionConfig)
-class KernelAttention(SequenceMixer):
+class KernelAttention(TensorStateMixer):
     """Parameters: q_proj, k_proj [H K, D], v_proj [H V, D], o_proj [D, H V], those of the feature map, and with a gate
     gate_proj [H, D] with gate_bias [H].
     """
@@ -230,9 +231,6 @@ class KernelAttention(SequenceMixer):
     @property
     def decodes_padded_rows(self) -> bool:
         return True  # the state is a function of the row alone, and positions are counted from its start
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     def init_weights(self, std: float) -> None:
         """Projections are normal(0, std), the bias of the gate 0, and the feature map as published."""

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.convolution import CausalConv
+from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
 from hybridlm.model.mixers.common.init import init_inverse_softplus, init_projections
 from hybridlm.model.mixers.common.memory import MEMORY
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
@@ -74,7 +75,7 @@ class MambaConfig(MixerConfig):
         for key in ("expand", "state_size", "dt_rank", "norm_eps"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
-        require(self.conv_size >= 2, "conv_size", "is not a convolution", got=self.conv_size, expected="2 taps or more")
+        check_taps(self.conv_size)
 
     def inner_size(self, context: LayerContext) -> int:
         """Inner channels I."""
@@ -114,17 +115,14 @@ class MambaConfig(MixerConfig):
         return element_bytes * (context.hidden_size + 5 * inner + small) + FP32_BYTES * (3 * inner + states)
 
     def check_context_parallel(self, shards: int, length: int) -> None:
-        require(self.conv_size <= length + 1, "conv_size", "reaches over more than one shard of a split row",
-                got=self.conv_size, expected=f"at most {length + 1} taps",
-                hint="a smaller engine.context_parallel, or longer sequences")
+        check_taps_in_shards(self.conv_size, length)
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
         """Bytes of the inputs of the convolution, and in fp32 of the states of each shard and what it keeps of them."""
         inner = self.inner_size(context)
-        tail = rows * (self.conv_size - 1) * inner * element_bytes
         states = 2 * rows * FP32_BYTES * inner * self.state_size
-        return [ShardTraffic("from_previous", tail, tail), ShardTraffic("gather", states, states)]
+        return [*conv_traffic(rows, self.conv_size, inner, element_bytes), ShardTraffic("gather", states, states)]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
@@ -143,7 +141,7 @@ class MambaConfig(MixerConfig):
 
 
 @register_mixer("mamba", MambaConfig)
-class Mamba(SequenceMixer):
+class Mamba(TensorStateMixer):
     """Parameters: in_proj [2 I, D], conv, x_proj [R + 2 N, I], dt_proj [I, R], dt_bias and D [I], A_log [I, N] and
     out_proj [D, I]; dt_norm, B_norm and C_norm where the inner norm has weights.
     """
@@ -223,13 +221,6 @@ class Mamba(SequenceMixer):
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         return find_roles(self, {"A_log": VECTOR})
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

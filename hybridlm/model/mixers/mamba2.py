@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.convolution import CausalConv
+from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
 from hybridlm.model.mixers.common.init import init_inverse_softplus, init_log_uniform, init_projections
 from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import GateFirstRMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
@@ -83,7 +84,7 @@ class Mamba2Config(MixerConfig):
         for key in ("num_heads", "head_dim", "state_size", "num_groups", "norm_eps"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
-        require(self.conv_size >= 2, "conv_size", "is not a convolution", got=self.conv_size, expected="2 taps or more")
+        check_taps(self.conv_size)
         require(self.num_heads % self.num_groups == 0, "num_groups", "must divide num_heads", got=self.num_groups,
                 expected=f"a divisor of {self.num_heads}")
         require(self.dt_min >= 0, "dt_min", "must not be negative", got=self.dt_min)
@@ -133,15 +134,12 @@ class Mamba2Config(MixerConfig):
                 + FP32_BYTES * (2 * conv + 4 * self.num_heads + chunk + norm))
 
     def check_context_parallel(self, shards: int, length: int) -> None:
-        require(self.conv_size <= length + 1, "conv_size", "reaches over more than one shard of a split row",
-                got=self.conv_size, expected=f"at most {length + 1} taps",
-                hint="a smaller engine.context_parallel, or longer sequences")
+        check_taps_in_shards(self.conv_size, length)
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
         """Bytes of the inputs of the convolution, and in fp32 of the states of each shard and their decays."""
-        tail = rows * (self.conv_size - 1) * self.conv_channels * element_bytes
-        return [ShardTraffic("from_previous", tail, tail),
+        return [*conv_traffic(rows, self.conv_size, self.conv_channels, element_bytes),
                 matrix_traffic(rows, self.num_heads, self.state_size, self.head_dim, self.num_heads)]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
@@ -171,7 +169,7 @@ class Mamba2Config(MixerConfig):
 
 
 @register_mixer("mamba2", Mamba2Config)
-class Mamba2(SequenceMixer):
+class Mamba2(TensorStateMixer):
     """Parameters: in_proj [2 I + 2 G N + H, D] (z, x, B, C, dt), conv, A_log and dt_bias [H], D [H] or [H, P], norm
     [I] and out_proj [D, I].
     """
@@ -218,9 +216,6 @@ class Mamba2(SequenceMixer):
     @property
     def decodes_padded_rows(self) -> bool:
         return True  # the state is a function of the row alone
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
-from hybridlm.model.mixers.common.convolution import CausalConv
+from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.scan import FP32_BYTES, scan_tokens, scan_traffic
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
 
@@ -50,8 +51,7 @@ class MinRNNConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         require(self.expand > 0, "expand", "must be positive", got=self.expand)
-        require(self.conv_size >= 0 and self.conv_size != 1, "conv_size", "is not a convolution", got=self.conv_size,
-                expected="0 (none), or 2 taps and more")
+        check_taps(self.conv_size, optional=True)
 
     def channels(self, context: LayerContext) -> int:
         """Channels C of the recurrence."""
@@ -83,15 +83,12 @@ class MinRNNConfig(MixerConfig):
         return element_bytes * (3 * context.hidden_size + C) + FP32_BYTES * (6 + 3 * gates) * C
 
     def check_context_parallel(self, shards: int, length: int) -> None:
-        require(self.conv_size <= length + 1, "conv_size", "reaches over more than one shard of a split row",
-                got=self.conv_size, expected=f"at most {length + 1} taps",
-                hint="a smaller engine.context_parallel, or longer sequences")
+        check_taps_in_shards(self.conv_size, length)
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        tail = rows * max(self.conv_size - 1, 0) * context.hidden_size * element_bytes
-        found = [ShardTraffic("from_previous", tail, tail), scan_traffic(rows, self.channels(context))]
-        return found if tail else found[1:]
+        return [*conv_traffic(rows, self.conv_size, context.hidden_size, element_bytes),
+                scan_traffic(rows, self.channels(context))]
 
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
@@ -99,7 +96,7 @@ class MinRNNConfig(MixerConfig):
 
 
 @register_mixer("min_rnn", MinRNNConfig)
-class MinRNN(SequenceMixer):
+class MinRNN(TensorStateMixer):
     """Parameters: h_proj and a projection per gate (z_proj, or f_proj and i_proj) [C, D], out_proj [D, C], conv."""
 
     config: MinRNNConfig
@@ -126,13 +123,6 @@ class MinRNN(SequenceMixer):
             write_BTC, keep_BTC = enter_BTC / total_BTC, forget_BTC / total_BTC
         h_BTC = scan_tokens(write_BTC * positive(self.h_proj(x_BTD).to(wide)), keep_BTC, seq, state)
         return self.out_proj(h_BTC.to(x_BTD.dtype)), {}
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     def init_weights(self, std: float) -> None:
         init_projections(self, std)

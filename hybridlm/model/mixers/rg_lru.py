@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
-from hybridlm.model.mixers.common.convolution import CausalConv
+from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.scan import FP32_BYTES, scan_tokens, scan_traffic
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.parameter_roles import CONVOLUTION, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
@@ -63,7 +64,7 @@ class RGLRUConfig(MixerConfig):
         for key in ("num_heads", "width"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
-        require(self.conv_size >= 2, "conv_size", "is not a convolution", got=self.conv_size, expected="2 taps or more")
+        check_taps(self.conv_size)
 
     def channels(self, context: LayerContext) -> int:
         """Channels C of the recurrence.
@@ -99,15 +100,12 @@ class RGLRUConfig(MixerConfig):
         return element_bytes * (context.hidden_size + 5 * C) + FP32_BYTES * 11 * C
 
     def check_context_parallel(self, shards: int, length: int) -> None:
-        require(self.conv_size <= length + 1, "conv_size", "reaches over more than one shard of a split row",
-                got=self.conv_size, expected=f"at most {length + 1} taps",
-                hint="a smaller engine.context_parallel, or longer sequences")
+        check_taps_in_shards(self.conv_size, length)
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
         C = self.channels(context)
-        tail = rows * (self.conv_size - 1) * C * element_bytes
-        return [ShardTraffic("from_previous", tail, tail), scan_traffic(rows, C)]
+        return [*conv_traffic(rows, self.conv_size, C, element_bytes), scan_traffic(rows, C)]
 
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
@@ -117,7 +115,7 @@ class RGLRUConfig(MixerConfig):
 
 
 @register_mixer("rg_lru", RGLRUConfig)
-class RGLRU(SequenceMixer):
+class RGLRU(TensorStateMixer):
     """Parameters: x_proj, y_proj [C, D], conv, input_gate and recurrence_gate [H, K, K] with biases [C], Lambda [C],
     out_proj [D, C].
     """
@@ -154,13 +152,6 @@ class RGLRU(SequenceMixer):
     def parameter_roles(self) -> dict[str, ParameterRole]:
         blocks = {f"{name}_gate": ParameterRole("expert_stack") for name in GATES}
         return find_roles(self, blocks | {"conv.weight": CONVOLUTION})
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

@@ -26,8 +26,9 @@ from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
 from hybridlm.model.mixers.common.rwkv import channel_ramp, depth_ratio, zigzag
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.common.token_shift import lerp_with_previous, previous_tokens
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import HeadGroupNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
@@ -130,7 +131,7 @@ class RWKV6Config(MixerConfig):
 
 
 @register_mixer("rwkv6", RWKV6Config)
-class RWKV6(SequenceMixer):
+class RWKV6(TensorStateMixer):
     """Parameters: r_proj, k_proj, v_proj, g_proj [H K, D], o_proj [D, H K], mix [M, D], decay and bonus [H, K], o_norm;
     in Finch also mix_base [D], mix_a [M, D, R], mix_b [M, R, D], decay_a_proj and decay_b_proj.
     """
@@ -207,13 +208,6 @@ class RWKV6(SequenceMixer):
     def parameter_roles(self) -> dict[str, ParameterRole]:
         stacks = {name: ParameterRole("expert_stack") for name in ("mix_a", "mix_b")}
         return find_roles(self, stacks | dict.fromkeys(("mix", "decay", "bonus"), VECTOR), self.head_rows())
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

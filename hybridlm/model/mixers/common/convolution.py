@@ -10,11 +10,35 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
+from hybridlm.model.layer_context import ShardTraffic
 from hybridlm.model.mixers.common.init import init_conv
 from hybridlm.model.parameter_roles import CONVOLUTION, VECTOR, ParameterRole
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import short_conv
+
+
+def check_taps(taps: int, optional: bool = False) -> None:
+    """Raise ConfigError unless `conv_size` is a number of taps; 0 stands for no convolution where it is optional."""
+    require(taps >= 2 or (optional and taps == 0), "conv_size", "is not a convolution", got=taps,
+            expected="0 (none), or 2 taps and more" if optional else "2 taps or more")
+
+
+def check_taps_in_shards(taps: int, length: int) -> None:
+    """Raise ConfigError where a convolution reaches over more than one shard of `length` tokens."""
+    require(taps <= length + 1, "conv_size", "reaches over more than one shard of a split row", got=taps,
+            expected=f"at most {length + 1} taps", hint="a smaller engine.context_parallel, or longer sequences")
+
+
+def conv_traffic(rows: int, taps: int, channels: int, element_bytes: int) -> list[ShardTraffic]:
+    """Bytes of the inputs of a convolution that a shard gets from the one before it.
+
+    >>> conv_traffic(rows=2, taps=4, channels=8, element_bytes=2)
+    [ShardTraffic(kind='from_previous', forward=96, backward=96)]
+    """
+    tail = rows * max(taps - 1, 0) * channels * element_bytes
+    return [ShardTraffic("from_previous", tail, tail)] if tail else []
 
 
 class CausalConv(nn.Module):

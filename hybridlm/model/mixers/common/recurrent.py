@@ -17,6 +17,7 @@ from hybridlm.errors import require
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.attention_weights import take_attention_projections
+from hybridlm.model.mixers.common.convolution import check_taps, check_taps_in_shards
 from hybridlm.model.mixers.common.cost import count_low_rank_params
 from hybridlm.model.mixers.common.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
 from hybridlm.model.mixers.contract import MixerConfig, SequenceMixer
@@ -84,8 +85,7 @@ class RecurrentConfig(MixerConfig):
                 got=self.num_value_heads, expected=f"a multiple of {self.num_heads}")
         require(self.gate_rank is None or self.decay == "channel", "gate_rank", "needs decay=channel",
                 got=self.gate_rank, expected="null", hint=f"decay={self.decay} has at most one gate per head")
-        require(self.conv_size >= 0 and self.conv_size != 1, "conv_size", "is not a convolution", got=self.conv_size,
-                expected="0 (none), or 2 taps and more")
+        check_taps(self.conv_size, optional=True)
         require(self.output_gate_rank is None or self.output_gate != "none", "output_gate_rank", "needs an output gate",
                 got=self.output_gate_rank, expected="null with output_gate=none")
         require(self.lower_bound < 0, "lower_bound", "must be negative: it bounds the logarithm of the decay",
@@ -118,9 +118,7 @@ class RecurrentConfig(MixerConfig):
         return self.gate_width > 0 and self.gate != "logsigmoid"
 
     def check_context_parallel(self, shards: int, length: int) -> None:
-        require(self.conv_size <= length + 1, "conv_size", "reaches over more than one shard of a split row",
-                got=self.conv_size, expected=f"at most {length + 1} taps",
-                hint="a smaller engine.context_parallel, or longer sequences")
+        check_taps_in_shards(self.conv_size, length)
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:

@@ -10,8 +10,6 @@ Legend: B rows, T tokens per row, C channels, N documents, BT tokens and BC chan
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,16 +19,11 @@ from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
+from hybridlm_kernels.recurrence.triton_scan import combine, document_tiles
 from hybridlm_kernels.triton_support import CompileCase
 
 TILE_TOKENS = 64
 TILE_CHANNELS = 32
-
-
-@triton.jit
-def combine(a_left, h_left, a_right, h_right):
-    """The step of two steps: factors multiply, and the state of the left is carried through the right."""
-    return a_left * a_right, a_right * h_left + h_right
 
 
 @triton.jit
@@ -44,7 +37,7 @@ def _load(ptr, first, position, length, channels, C):
 def forward_kernel(x_ptr, a_ptr, state_ptr, documents_ptr, h_ptr, last_ptr, C, BT: tl.constexpr, BC: tl.constexpr):
     """Write h [tokens, C] and the last states [N, C]."""
     document = tl.program_id(0).to(tl.int64)
-    first, length = tl.load(documents_ptr + document * 2), tl.load(documents_ptr + document * 2 + 1)
+    first, length = tl.load(documents_ptr + document * 3), tl.load(documents_ptr + document * 3 + 1)
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
     real = channels < C
     state = tl.zeros([BC], tl.float32)
@@ -69,7 +62,7 @@ def backward_kernel(a_ptr, h_ptr, state_ptr, dh_ptr, d_last_ptr, documents_ptr, 
                     BT: tl.constexpr, BC: tl.constexpr):
     """Write dx and da [tokens, C], and d_state [N, C]."""
     document = tl.program_id(0).to(tl.int64)
-    first, length = tl.load(documents_ptr + document * 2), tl.load(documents_ptr + document * 2 + 1)
+    first, length = tl.load(documents_ptr + document * 3), tl.load(documents_ptr + document * 3 + 1)
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
     real = channels < C
     # The gradient of the state after the tile, by what follows it.
@@ -110,7 +103,7 @@ class _TritonLinearScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, state: Tensor | None, borders: CuSeqlens | None) -> Any:
         B, T, C = x.shape
-        documents = document_table(B, T, borders, x.device)
+        documents, _ = document_tiles(B, T, borders, x.device, TILE_TOKENS)
         h = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         last = torch.empty(len(documents), C, dtype=torch.float32, device=x.device)
         forward_kernel[(len(documents), triton.cdiv(C, TILE_CHANNELS))](
@@ -125,7 +118,7 @@ class _TritonLinearScan(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor, d_last: Tensor) -> Any:
         a, h, state = ctx.saved_tensors
         B, T, C = a.shape
-        documents = document_table(B, T, ctx.borders, a.device)
+        documents, _ = document_tiles(B, T, ctx.borders, a.device, TILE_TOKENS)
         dx = torch.empty(a.shape, dtype=ctx.x_dtype, device=a.device)
         da = torch.empty_like(a) if ctx.needs_input_grad[1] else None
         d_state = None if state is None else torch.empty_like(state)
@@ -133,26 +126,6 @@ class _TritonLinearScan(torch.autograd.Function):
             a_ptr=a, h_ptr=h, state_ptr=state, dh_ptr=dh.contiguous(), d_last_ptr=d_last.contiguous(),
             documents_ptr=documents, dx_ptr=dx, da_ptr=da, d_state_ptr=d_state, C=C, BT=TILE_TOKENS, BC=TILE_CHANNELS)
         return dx, da, d_state, None
-
-
-def document_table(batch: int, length: int, borders: CuSeqlens | None, device: torch.device) -> Tensor:
-    """First token and length of every document, int64 [N, 2]; kept with the borders, or by the size of the batch."""
-    if borders is None:
-        return _table_of_rows(batch, length, device)
-    key = ("document_table", device)
-    if key not in borders.cache:
-        borders.cache[key] = _table(borders.host, device)
-    return borders.cache[key]
-
-
-@lru_cache(maxsize=64)
-def _table_of_rows(batch: int, length: int, device: torch.device) -> Tensor:
-    return _table(tuple(range(0, batch * length + 1, length)), device)
-
-
-def _table(borders: tuple[int, ...], device: torch.device) -> Tensor:
-    rows = [[begin, end - begin] for begin, end in pairwise(borders)]
-    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 _FORWARD_TYPES = {"x_ptr": "*bf16", "a_ptr": "*fp32", "state_ptr": "*fp32", "documents_ptr": "*i64", "h_ptr": "*fp32",

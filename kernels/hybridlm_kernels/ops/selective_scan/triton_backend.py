@@ -13,10 +13,8 @@ all documents, X blocks of channels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -24,17 +22,12 @@ from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
+from hybridlm_kernels.recurrence.triton_scan import combine, document_tiles
 from hybridlm_kernels.triton_support import CompileCase
 
 TILE_TOKENS = 16
 TILE_ELEMENTS = 256  # channels times states of one program, half of it beyond 32 states, whose sums need registers
 NUM_WARPS = 8
-
-
-@triton.jit
-def combine(a_left, h_left, a_right, h_right):
-    """The step of two steps: factors multiply, and the state of the left is carried through the right."""
-    return a_left * a_right, a_right * h_left + h_right
 
 
 @triton.jit
@@ -188,7 +181,7 @@ class _TritonSelectiveScan(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor | None, B: Tensor, C: Tensor, state: Tensor | None,
                 borders: CuSeqlens | None) -> Any:
         (R, T, D), N = x.shape, B.shape[2]
-        documents, tiles = _documents(R, T, borders, x.device)
+        documents, tiles = document_tiles(R, T, borders, x.device, TILE_TOKENS)
         y = torch.empty_like(x)
         kept = None
         if any(ctx.needs_input_grad):
@@ -207,7 +200,7 @@ class _TritonSelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, d_last: Tensor) -> Any:
         x, dt, A, B, C, state, kept = ctx.saved_tensors
         (R, T, D), N = x.shape, B.shape[2]
-        documents, _ = _documents(R, T, ctx.borders, x.device)
+        documents, _ = document_tiles(R, T, ctx.borders, x.device, TILE_TOKENS)
         sizes = _sizes(N)
         blocks = triton.cdiv(D, sizes["BD"])
         dx, d_dt = torch.empty_like(x), torch.empty_like(dt)
@@ -226,29 +219,6 @@ def _sizes(states: int) -> dict[str, int]:
     padded = triton.next_power_of_2(states)
     elements = TILE_ELEMENTS if padded <= 32 else TILE_ELEMENTS // 2
     return {"BT": TILE_TOKENS, "BD": max(1, elements // padded), "NP": padded}
-
-
-def _documents(rows: int, length: int, borders: CuSeqlens | None, device: torch.device) -> tuple[Tensor, int]:
-    """First token, length and first tile of every document, int64 [M, 3], and the number P of tiles."""
-    if borders is None:
-        return _documents_of_rows(rows, length, device)
-    key = ("selective_scan", device)
-    if key not in borders.cache:
-        borders.cache[key] = _table(borders.host, device)
-    return borders.cache[key]
-
-
-@lru_cache(maxsize=64)
-def _documents_of_rows(rows: int, length: int, device: torch.device) -> tuple[Tensor, int]:
-    return _table(tuple(range(0, rows * length + 1, length)), device)
-
-
-def _table(borders: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    edges = np.asarray(borders, dtype=np.int64)
-    lengths = np.diff(edges)
-    tiles = -(-lengths // TILE_TOKENS)
-    table = np.stack([edges[:-1], lengths, np.cumsum(tiles) - tiles], axis=1)
-    return torch.from_numpy(np.ascontiguousarray(table)).to(device), int(tiles.sum())
 
 
 _INPUT_TYPES = {"x_ptr": "*bf16", "dt_ptr": "*fp32", "A_ptr": "*fp32", "B_ptr": "*bf16", "C_ptr": "*bf16",
