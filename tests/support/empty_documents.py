@@ -67,6 +67,9 @@ RECURRENT = {
     "linear_scan": ((16,), lambda x, state_N, **options: ops.linear_scan(
         x, torch.sigmoid(x), initial_state=state_N, **options)),
     "selective_scan": ((16, 2), _selective),
+    "value_decay_attention": ((1, 16, 16), lambda x, state_N, **options: _recurrence(
+        lambda q, k, v, g, **kw: ops.value_decay_attention(q, k, v, g[..., None].expand_as(v), **kw),
+        x, state_N, **options)),
 }
 
 

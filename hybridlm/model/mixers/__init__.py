@@ -19,6 +19,8 @@ from hybridlm.model.mixers.gated_conv import GatedConv as GatedConv
 from hybridlm.model.mixers.gated_conv import GatedConvConfig as GatedConvConfig
 from hybridlm.model.mixers.gated_memory import GatedMemory as GatedMemory
 from hybridlm.model.mixers.gated_memory import GatedMemoryConfig as GatedMemoryConfig
+from hybridlm.model.mixers.gated_slots import GatedSlots as GatedSlots
+from hybridlm.model.mixers.gated_slots import GatedSlotsConfig as GatedSlotsConfig
 from hybridlm.model.mixers.kernel_attention import KernelAttention as KernelAttention
 from hybridlm.model.mixers.kernel_attention import KernelAttentionConfig as KernelAttentionConfig
 from hybridlm.model.mixers.linear_attention import LinearAttention as LinearAttention

@@ -55,24 +55,24 @@ def sum_value_heads(d_PHvCK: Tensor, H: int) -> Tensor:
     return d_PHvCK if d_PHvCK.shape[1] == H else d_PHvCK.unflatten(1, (H, -1)).sum(2)
 
 
-def _doublings(C: int) -> list[int]:
+def doublings(C: int) -> list[int]:
     return [2**e for e in range(C.bit_length() - 1)]
 
 
-def _corners(scores_XCC: Tensor, b: int) -> Tensor:
+def corner_blocks(scores_XCC: Tensor, b: int) -> Tensor:
     """A view [X, C/2b, b, b] of the scores: rows of second halves against columns of the first halves beside them."""
     X, C, _ = scores_XCC.shape
     return scores_XCC.as_strided((X, C // (2 * b), b, b), (C * C, 2 * b * (C + 1), C, 1), b * C)
 
 
-def _double(prefix: Tensor, suffix: Tensor) -> None:
+def extend_products(prefix: Tensor, suffix: Tensor) -> None:
     """Extend products inside half blocks to products inside blocks: [M, 2, b, ...], changed in place."""
     first, second = prefix[:, 0, -1:].clone(), prefix[:, 1, -1:].clone()
     prefix[:, 1] *= first
     suffix[:, 0] *= second
 
 
-def _sum_from_and_before(x_XCK: Tensor, y_XCK: Tensor) -> Tensor:
+def sum_from_and_before(x_XCK: Tensor, y_XCK: Tensor) -> Tensor:
     """The sums over i >= t of x_i plus those over j < t of y_j, as products with triangles of ones.
 
     This is faster than cumulative sums.
@@ -101,10 +101,10 @@ class ScalarDecay:
         prefix = g_PHvC.exp()
         suffix = torch.ones_like(prefix)
         between = prefix.new_zeros(P * HV, C, C)
-        for b in _doublings(C):
+        for b in doublings(C):
             p, s = prefix.view(P * HV, -1, 2, b), suffix.view(P * HV, -1, 2, b)
-            torch.mul(p[:, :, 1, :, None], s[:, :, 0, None, :], out=_corners(between, b))
-            _double(p.flatten(0, 1), s.flatten(0, 1))
+            torch.mul(p[:, :, 1, :, None], s[:, :, 0, None, :], out=corner_blocks(between, b))
+            extend_products(p.flatten(0, 1), s.flatten(0, 1))
         return cls(prefix[..., None], suffix[..., None], prefix[:, :, -1:, None], between.view(P, HV, C, C))
 
     @classmethod
@@ -234,8 +234,8 @@ class ChannelDecay:
         C, K = q_PHCK.shape[2:]
         if self.chunk_products is None:
             prefix, suffix = self.chunk_products = self.a.clone(), torch.ones_like(self.a)
-            for b in _doublings(C):
-                _double(prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K))
+            for b in doublings(C):
+                extend_products(prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K))
         prefix, suffix = self.chunk_products
         if keys is not None:
             torch.mul(k_PHCK.view(-1, C, K), prefix.view(-1, C, K), out=keys)
@@ -249,14 +249,14 @@ class ChannelDecay:
         X = self.a.numel() // (C * K)
         scores = [q_PHCK.new_zeros(X, C, C) for _ in rows]
         prefix, suffix = self.chunk_products = self.a.clone(), torch.ones_like(self.a)
-        for b in _doublings(C):
+        for b in doublings(C):
             p, s = prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K)
             decayed, columns = self._decayed(rows, k_PHCK, p, s)
             block = decayed.flatten(1, 2) @ columns.mT if b > 1 else (decayed * columns[:, None]).sum(-1)
             block = block.view(X, -1, len(rows), b, b)
             for r, score in enumerate(scores):
-                _corners(score, b).copy_(block[:, :, r])
-            _double(p, s)
+                corner_blocks(score, b).copy_(block[:, :, r])
+            extend_products(p, s)
         scores[0].diagonal(dim1=-2, dim2=-1).copy_((q_PHCK * k_PHCK).sum(-1).view(X, C))
         return scores[0], scores[1] if rows_of_k else None
 
@@ -281,12 +281,12 @@ class ChannelDecay:
         prefix, suffix = self.a.clone(), torch.ones_like(self.a)
         d_rows = [torch.zeros_like(q_PHCK) for _ in rows]
         dk = torch.zeros_like(k_PHCK)  # from the columns
-        for b in _doublings(C):
+        for b in doublings(C):
             p, s = prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K)
             decayed, columns = self._decayed(rows, k_PHCK, p, s)
             d_block = p.new_empty(p.shape[0], R, b, b)
             for r, d_score in enumerate(d_scores):
-                corners = _corners(d_score, b)
+                corners = corner_blocks(d_score, b)
                 d_block[:, r].unflatten(0, corners.shape[:2]).copy_(corners)
             if b == 1:
                 d_decayed, d_columns = d_block * columns[:, None], (d_block * decayed).sum(1)
@@ -296,7 +296,7 @@ class ChannelDecay:
             for r, d_row in enumerate(d_rows):
                 d_row.view(-1, 2, b, K)[:, 1].addcmul_(d_decayed[:, r], p[:, 1])
             dk.view(-1, 2, b, K)[:, 0].addcmul_(d_columns, s[:, 0])
-            _double(p, s)
+            extend_products(p, s)
         d_rows[0].addcmul_(d.queries.view_as(prefix), prefix)
         if d.keys is not None:
             d_rows[1].addcmul_(d.keys.view_as(prefix), prefix)
@@ -304,7 +304,7 @@ class ChannelDecay:
         dg = None
         if need_g:
             x = torch.mul(q_PHCK, d_rows[0]).addcmul_(k_PHCK, dk.neg() if R == 1 else d_rows[1] - dk)
-            dg = _sum_from_and_before(x.view(-1, C, K), (k_PHCK * dk_after).view(-1, C, K))
+            dg = sum_from_and_before(x.view(-1, C, K), (k_PHCK * dk_after).view(-1, C, K))
             dg = dg.add_(d.total[:, None]).view_as(self.a)
         diagonal = dA_XCC.diagonal(dim1=-2, dim2=-1).reshape(*q_PHCK.shape[:3], 1)
         dk.add_(dk_after).addcmul_(diagonal, q_PHCK)
