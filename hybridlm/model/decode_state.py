@@ -121,6 +121,12 @@ def index_cache(max_length: int, pool: int | None) -> TokenCache | PooledCache:
     return TokenCache(max_length) if pool is None else PooledCache(max_length, pool)
 
 
+class NoState:
+    """The decode state of a layer that keeps nothing, because it reads what an earlier layer keeps."""
+
+    num_bytes = 0
+
+
 @dataclass
 class LayerState:
     """Decode states of the two branches of a layer; None for a branch that keeps none."""

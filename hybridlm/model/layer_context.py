@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from hybridlm.errors import ConfigError, require
 from hybridlm.model.sharing import SharedKind, SharedRead
@@ -32,6 +32,8 @@ class SharingMixer(Protocol):
     def reads(self, context: LayerContext) -> Sequence[SharedRead]: ...
 
     def shared_width(self, kind: SharedKind, context: LayerContext) -> int: ...
+
+    def shared_layout(self, kind: SharedKind, context: LayerContext) -> Any: ...
 
 
 @dataclass(kw_only=True)
@@ -87,6 +89,21 @@ class LayerContext:
         """
         index = self.source_of(read)
         return self._mixer(index).shared_width(read.kind, replace(self, layer_index=index))
+
+    def shared_layout(self, read: SharedRead) -> Any:
+        """Find what the layer that this one reads from says of the value, such as its heads.
+
+        Args:
+            read: the kind of value, and the layer that is asked for, if any.
+
+        Returns:
+            An object of the type that the kind of value defines.
+
+        Raises:
+            ConfigError: no earlier layer leaves such a value.
+        """
+        index = self.source_of(read)
+        return self._mixer(index).shared_layout(read.kind, replace(self, layer_index=index))
 
     def is_read(self, kind: SharedKind) -> bool:
         """Whether a later layer, or the block of multi-token prediction, reads what this layer leaves of the kind."""

@@ -99,7 +99,7 @@ def uncut_rows(packed: bool) -> SequenceInfo:
 
 
 def _claimed_shards(subject: Subject) -> list[int]:
-    """Find the numbers of shards that the config accepts.
+    """Find the numbers of shards that the config accepts, and those of the layers it reads from.
 
     Raises:
         NotClaimed: it accepts none.
@@ -107,7 +107,8 @@ def _claimed_shards(subject: Subject) -> list[int]:
     accepted = []
     for size in SHARD_COUNTS:
         try:
-            subject.config.check_context_parallel(size, LENGTH // size)
+            for tested in (subject, *subject.sources.values()):
+                tested.config.check_context_parallel(size, LENGTH // size)
         except ConfigError:
             continue
         accepted.append(size)

@@ -39,3 +39,5 @@ from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
 from hybridlm.model.mixers.rg_lru import RGLRUConfig as RGLRUConfig
 from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6
 from hybridlm.model.mixers.rwkv6 import RWKV6Config as RWKV6Config
+from hybridlm.model.mixers.shared_attention import SharedAttention as SharedAttention
+from hybridlm.model.mixers.shared_attention import SharedAttentionConfig as SharedAttentionConfig

@@ -10,9 +10,9 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ from hybridlm.model.mixers.common.dense_attention import attention_exchange_size
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig
 from hybridlm.model.mixers.common.indexer import IndexerConfig
+from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyLayout, rotated_heads
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.norm import RMSNorm
-from hybridlm.model.rope import RopeConfig, rotate, rotate_step
+from hybridlm.model.rope import RopeConfig, rotate_step
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedKind
 
 
 @dataclass(kw_only=True)
@@ -54,7 +56,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
 
     kind: str = "attention"
     rope: RopeConfig = field(default_factory=RopeConfig)
-    qk_norm: Literal["none", "head", "full"] = "none"
+    qk_norm: HeadNorm = "none"
     qk_norm_eps: float | None = None
     output_gate: OutputGate = "none"
     qkv_bias: bool = False
@@ -75,6 +77,12 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     @property
     def index_rope_dim(self) -> int:
         return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
+        return (*super().leaves(context), KEYS_VALUES)
+
+    def shared_layout(self, kind: SharedKind, context: LayerContext) -> KeyLayout:
+        return KeyLayout(self.num_heads, self.kv_heads, self.head_dim, self.rope, self.window)
 
     def num_params(self, context: LayerContext) -> int:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
@@ -150,6 +158,7 @@ class Attention(IndexedMixer):
             self.k_norm = RMSNorm.of(context.norm, G * K if full else K, config.qk_norm_eps)
         self.sinks = nn.Parameter(torch.zeros(H)) if config.sinks else None
         self.rotary_dim = config.rope.rotary_dim(K)
+        self.keys_are_read = context.is_read(KEYS_VALUES)
         self.build_indexer(context, D, config.rope, config.index_rope_dim)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: AttentionState | None = None) -> tuple[Tensor, Aux]:
@@ -158,6 +167,8 @@ class Attention(IndexedMixer):
         v_BSGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
         if state is not None:
             k_BSGK, v_BSGK = state.keys.append(k_BSGK), state.values.append(v_BSGK)
+        if self.keys_are_read:
+            seq.leave(KEYS_VALUES, self.layer_index, (k_BSGK, v_BSGK))
         selection = self.select(x_BTD, x_BTD, seq, None if state is None else state.index_keys)
         if selection.indices is not None:
             k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
@@ -166,12 +177,7 @@ class Attention(IndexedMixer):
         return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:
-        if norm is not None and self.config.qk_norm == "full":
-            projected = norm(projected)
-        x_BTHK = projected.unflatten(-1, (-1, self.config.head_dim))
-        if norm is not None and self.config.qk_norm == "head":
-            x_BTHK = norm(x_BTHK)
-        return rotate(x_BTHK, self.config.rope, self.rotary_dim, seq)
+        return rotated_heads(projected, norm, self.config.qk_norm, self.config.head_dim, self.config.rope, seq)
 
     def prepare_step(self) -> DecodeStep | None:
         if self.indexer_config is not None or self.sinks is not None:
@@ -193,6 +199,8 @@ class Attention(IndexedMixer):
             qk_B1XK = rotate_step(qk_B1XK, config.rope, self.rotary_dim, seq)
             k_BSGK = state.keys.append(qk_B1XK[:, :, config.num_heads :])
             v_BSGK = state.values.append(v_proj(x_B1D).view(keys))
+            if self.keys_are_read:
+                seq.leave(KEYS_VALUES, self.layer_index, (k_BSGK, v_BSGK))
             o_BHK = attend_one(qk_B1XK[:, 0, : config.num_heads], k_BSGK, v_BSGK, seq)
             return o_proj(apply_output_gate(o_BHK.unsqueeze(1), x_B1D, g_proj, config.output_gate))
 

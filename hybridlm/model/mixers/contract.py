@@ -119,6 +119,18 @@ class MixerConfig(abc.ABC):
         """
         raise TypeError(f"{type(self).__name__} does not say the width of {kind.name}")
 
+    def shared_layout(self, kind: SharedKind, context: LayerContext) -> Any:
+        """Describe a value that the layer leaves, such as its heads, in the type that the kind of value defines.
+
+        Args:
+            kind: one of `leaves`.
+            context: the layer.
+
+        Raises:
+            TypeError: the mixer does not say it.
+        """
+        raise TypeError(f"{type(self).__name__} does not say the layout of {kind.name}")
+
     # Rows that are divided between processes
 
     def check_context_parallel(self, shards: int, length: int) -> None:

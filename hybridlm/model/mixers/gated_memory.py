@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridlm.model.decode_state import NoState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.memory import MEMORY
@@ -24,12 +25,6 @@ from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import SharedRead
-
-
-class NoState:
-    """The decode state of a layer that keeps nothing."""
-
-    num_bytes = 0
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ of the convolution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -27,12 +27,14 @@ from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
 from hybridlm.model.mixers.common.init import init_inverse_softplus, init_log_uniform, init_projections
 from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
+from hybridlm.model.mixers.common.memory import MEMORY
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import GateFirstRMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedKind
 
 FP32_BYTES = 4  # bytes per element
 CHUNK_TOKENS = 32  # tokens per chunk of the operation, assumed by the estimate of activations
@@ -148,6 +150,12 @@ class Mamba2Config(MixerConfig):
         data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
         return data if self.norm == "gated" else {key: value for key, value in data.items() if key != "norm_eps"}
 
+    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
+        return (MEMORY,)
+
+    def shared_width(self, kind: SharedKind, context: LayerContext) -> int:
+        return self.inner_size
+
     def head_sizes(self) -> HeadSizes | None:
         return None  # heads of a block of twice the width are no measure for other mixers
 
@@ -180,6 +188,7 @@ class Mamba2(TensorStateMixer):
     def __init__(self, config: Mamba2Config, context: LayerContext):
         super().__init__()
         self.config = config
+        self.layer_index, self.memory_is_read = context.layer_index, context.is_read(MEMORY)
         inner, heads = config.inner_size, config.num_heads
         self.in_proj = nn.Linear(context.hidden_size, inner + config.conv_channels + heads, bias=config.bias)
         self.conv = CausalConv(config.conv_channels, config.conv_size, bias=config.conv_bias)
@@ -207,6 +216,8 @@ class Mamba2(TensorStateMixer):
         y_BTHP = scan_matrix_state(C_BTGN, B_BTGN, v_BTHP, -dt_BTH * self.A_log.to(wide).exp(), seq, state)
         D_HX = self.D[:, None] if config.skip == "head" else self.D
         y_BTI = (y_BTHP + D_HX * x_BTHP).to(x_BTI.dtype).flatten(-2)
+        if self.memory_is_read:
+            seq.leave(MEMORY, self.layer_index, y_BTI)
         y_BTI = y_BTI * F.silu(z_BTI) if self.norm is None else self.norm(y_BTI, z_BTI)
         return self.out_proj(y_BTI), {}
 

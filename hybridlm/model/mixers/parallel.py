@@ -99,8 +99,14 @@ class ParallelConfig(MixerConfig):
         return [read for branch in self.branches.values() for read in branch.reads(context)]
 
     def shared_width(self, kind: SharedKind, context: LayerContext) -> int:
-        source = next(branch for branch in self.branches.values() if kind in branch.leaves(context))
-        return source.shared_width(kind, context)
+        return self._last_source(kind, context).shared_width(kind, context)
+
+    def shared_layout(self, kind: SharedKind, context: LayerContext) -> Any:
+        return self._last_source(kind, context).shared_layout(kind, context)
+
+    def _last_source(self, kind: SharedKind, context: LayerContext) -> MixerConfig:
+        """The last branch that leaves the kind of value, whose value replaces those of the others."""
+        return next(branch for branch in reversed(self.branches.values()) if kind in branch.leaves(context))
 
     # Rows that are divided between processes
 

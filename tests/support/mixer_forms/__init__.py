@@ -11,7 +11,7 @@ import pkgutil
 from hybridlm.model.mixers.contract import MixerConfig
 
 # Presets that read from an earlier layer, with a preset that they can read from.
-PRESET_SOURCES = {"gmu": ["mamba"]}
+PRESET_SOURCES = {"gmu": ["mamba"], "shared_attention": ["swa"]}
 
 
 def collect_forms() -> dict[str, MixerConfig]:

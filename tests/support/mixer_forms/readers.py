@@ -1,10 +1,22 @@
 """Forms of mixers that read from an earlier layer, each with the mixer of that layer."""
 
-from hybridlm.model.mixers import GatedMemoryConfig, MambaConfig
+from hybridlm.model.mixers import (
+    AttentionConfig,
+    GatedMemoryConfig,
+    Mamba2Config,
+    MambaConfig,
+    SharedAttentionConfig,
+)
 from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.model.rope import RopeConfig
 
 FORMS: dict[str, MixerConfig] = {}
 READERS: dict[str, tuple[MixerConfig, MixerConfig]] = {
     "gated_memory": (GatedMemoryConfig(), MambaConfig(state_size=4, dt_rank=3)),
-    "gated_memory_with_norm": (GatedMemoryConfig(norm=True), MambaConfig(state_size=4, expand=1)),
+    "gated_memory_with_norm": (GatedMemoryConfig(norm=True), Mamba2Config(num_heads=2, head_dim=8, state_size=4)),
+    "shared_attention": (SharedAttentionConfig(), AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeConfig(kind="none"))),
+    "shared_attention_in_a_window": (
+        SharedAttentionConfig(num_heads=12, q_norm="head", q_bias=True, o_bias=True),
+        AttentionConfig(num_heads=12, num_kv_heads=1, head_dim=8, window=9, qk_norm="head")),
 }

@@ -1,0 +1,158 @@
+"""Softmax attention to the keys and values of an earlier layer: it has queries and an output of its own, and no cache.
+
+    q_t = rope(norm(W_q x_t)),   o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s,   y_t = W_o o_t
+
+k and v are those of an earlier attention layer, as that layer reads them itself: normalised, rotated, in its window.
+
+Sources: Sun et al. 2024 (YOCO), section 2.3; Brandon et al. 2024 (cross-layer attention, CLA); Ren et al. 2025 (SambaY).
+B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from hybridlm.errors import require
+from hybridlm.model.decode_state import NoState
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.cost import count_visible_keys
+from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, check_heads, dense_attention
+from hybridlm.model.mixers.common.init import init_projections
+from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyLayout, rotated_heads
+from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.norm import RMSNorm
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedRead
+
+
+@dataclass(kw_only=True)
+class SharedAttentionConfig(MixerConfig):
+    """Configuration of attention to the keys and values of an earlier layer.
+
+    Args:
+        source: index of the layer that is read; null is the nearest earlier one with attention of its own.
+        num_heads: query heads H, a multiple of the key/value heads that are read; null takes those of that layer.
+        q_norm: `head` normalises queries per head, `full` over all heads together.
+        q_norm_eps: null takes the model's.
+        q_bias: bias of q_proj.
+        o_bias: bias of o_proj.
+    """
+
+    kind: str = "shared_attention"
+    source: int | None = None
+    num_heads: int | None = None
+    q_norm: HeadNorm = "none"
+    q_norm_eps: float | None = None
+    q_bias: bool = False
+    o_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("num_heads", "q_norm_eps"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, "must be positive", got=value)
+
+    def reads(self, context: LayerContext) -> Sequence[SharedRead]:
+        return (SharedRead(KEYS_VALUES, self.source, "source"),)
+
+    def keys(self, context: LayerContext) -> KeyLayout:
+        """Heads, rotation and window of the keys that are read.
+
+        Raises:
+            ConfigError: no earlier layer leaves keys, or their heads do not divide the query heads.
+        """
+        layout: KeyLayout = context.shared_layout(self.reads(context)[0])
+        require((self.num_heads or layout.num_heads) % layout.num_kv_heads == 0, "num_heads",
+                "must be a multiple of the key/value heads that are read", got=self.num_heads,
+                expected=f"a multiple of {layout.num_kv_heads}")
+        return layout
+
+    def heads(self, context: LayerContext) -> int:
+        """Query heads H."""
+        return self.num_heads or self.keys(context).num_heads
+
+    def _width(self, context: LayerContext) -> int:
+        return self.heads(context) * self.keys(context).head_dim
+
+    def num_params(self, context: LayerContext) -> int:
+        width, hidden, head_dim = self._width(context), context.hidden_size, self.keys(context).head_dim
+        norm = {"none": 0, "head": head_dim, "full": width}[self.q_norm]
+        return 2 * width * hidden + width * self.q_bias + hidden * self.o_bias + norm
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        width = self._width(context)
+        keys = count_visible_keys(context_length, self.keys(context).window)
+        return {"projections": 4.0 * context.hidden_size * width, "attention": 4.0 * width * keys}
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        """Nothing: the layer that leaves the keys keeps them."""
+        return 0
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        """Bytes per token kept for the backward pass: queries, also before a norm, and the output of attention."""
+        return element_bytes * (2 + (self.q_norm != "none")) * self._width(context)
+
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        """Query heads are divided; where their number follows the source, the source refuses what does not divide."""
+        if self.num_heads is not None:
+            check_heads(self.num_heads, shards)
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        layout = self.keys(context)
+        size = attention_exchange_size(self.heads(context), layout.num_kv_heads, layout.head_dim, shards)
+        return [ShardTraffic("exchange", *[rows * length * element_bytes * size] * 2)]
+
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        data["q_norm_eps"] = None if self.q_norm == "none" else self.q_norm_eps or norm.eps
+        return data
+
+    @classmethod
+    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        return {}  # heads are those of the layer that is read
+
+
+@register_mixer("shared_attention", SharedAttentionConfig)
+class SharedAttention(SequenceMixer):
+    """Parameters: q_proj [H K, D], o_proj [D, H K], and q_norm by option."""
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight",)
+    config: SharedAttentionConfig
+
+    def __init__(self, config: SharedAttentionConfig, context: LayerContext):
+        super().__init__()
+        self.config = config
+        self.source = context.source_of(config.reads(context)[0])
+        self.layout = config.keys(context)
+        self.num_heads, head_dim = config.heads(context), self.layout.head_dim
+        width = self.num_heads * head_dim
+        self.q_proj = nn.Linear(context.hidden_size, width, bias=config.q_bias)
+        self.o_proj = nn.Linear(width, context.hidden_size, bias=config.o_bias)
+        self.q_norm = None
+        if config.q_norm != "none":
+            self.q_norm = RMSNorm.of(context.norm, head_dim if config.q_norm == "head" else width, config.q_norm_eps)
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: NoState | None = None) -> tuple[Tensor, Aux]:
+        k_BSGK, v_BSGK = seq.read(KEYS_VALUES, self.source)
+        layout = self.layout
+        q_BTHK = rotated_heads(self.q_proj(x_BTD), self.q_norm, self.config.q_norm, layout.head_dim, layout.rope, seq)
+        o_BTHK = dense_attention(q_BTHK, k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype), seq, window=layout.window)
+        return self.o_proj(o_BTHK.flatten(-2)), {}
+
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return True
+
+    def head_rows(self) -> dict[str, int]:
+        return {"q_proj": self.num_heads}
+
+    def new_state(self, batch: int, max_length: int) -> NoState:
+        return NoState()
+
+    def init_weights(self, std: float) -> None:
+        init_projections(self, std)
