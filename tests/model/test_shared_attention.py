@@ -76,7 +76,7 @@ def test_the_memory_of_mamba2_is_its_output_before_the_gate_and_the_norm():
 @pytest.mark.parametrize(("config", "message"), [
     (SharedAttentionConfig(num_heads=3), "num_heads: must be a multiple of the key/value heads that are read; got 3; "
      "expected a multiple of 2"),
-    (SharedAttentionConfig(source=1), "source: layer 1 reads the keys and values of attention, which no layer 1 leaves"),
+    (SharedAttentionConfig(source=1), "source: layer 1 reads the keys and values of attention, which no layer 1"),
 ])
 def test_what_does_not_fit_the_source_is_refused(config, message):
     with pytest.raises(ConfigError) as caught:

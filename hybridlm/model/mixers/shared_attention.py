@@ -4,7 +4,7 @@
 
 k and v are those of an earlier attention layer, as that layer reads them itself: normalised, rotated, in its window.
 
-Sources: Sun et al. 2024 (YOCO), section 2.3; Brandon et al. 2024 (cross-layer attention, CLA); Ren et al. 2025 (SambaY).
+k and v are those of an earlier attention layer as it reads them itself: normalised, rotated, in its window.
 B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim.
 """
 
