@@ -24,6 +24,7 @@ from hybridlm.model.contract_check.verdicts import (
 )
 from hybridlm_kernels.packing import CuSeqlens
 
+LEARNING_LENGTH = 80  # tokens: longer than a window of 64, behind which some mixers have a part of their own
 CAUSAL_LENGTH = 131  # tokens: two chunks of 64 and three tokens of a third
 CHANGED_TOKENS = (1, 15, 16, 63, 64, 127, 128)  # indices on both sides of borders between chunks of 16 and 64
 DOCUMENTS = (0, 1, 6, 70, 75, 140, 143, 150)  # borders in two rows of 75 tokens
@@ -158,7 +159,7 @@ def _directional_difference(loss: Callable[[], Tensor], tensor: Tensor, directio
 def check_every_parameter_learns(subject: Subject) -> str:
     """Every parameter gets a gradient that is not zero, from the outputs or from a loss of the module's own."""
     module = subject.build()
-    y_BTD, aux = subject.run(module, subject.inputs(2, 20))
+    y_BTD, aux = subject.run(module, subject.inputs(2, LEARNING_LENGTH))
     (y_BTD.square().sum() + sum(value for name, value in aux.items() if name.startswith("loss/"))).backward()
     without = [name for name, p in module.named_parameters() if p.grad is None or not float(p.grad.abs().sum()) > 0]
     require(not without, f"no gradient reaches {', '.join(without)}")

@@ -41,3 +41,7 @@ from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6
 from hybridlm.model.mixers.rwkv6 import RWKV6Config as RWKV6Config
 from hybridlm.model.mixers.shared_attention import SharedAttention as SharedAttention
 from hybridlm.model.mixers.shared_attention import SharedAttentionConfig as SharedAttentionConfig
+from hybridlm.model.mixers.window_gla import WindowGLA as WindowGLA
+from hybridlm.model.mixers.window_gla import WindowGLAConfig as WindowGLAConfig
+from hybridlm.model.mixers.window_linear import WindowLinear as WindowLinear
+from hybridlm.model.mixers.window_linear import WindowLinearConfig as WindowLinearConfig

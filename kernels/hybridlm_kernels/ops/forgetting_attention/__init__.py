@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, autocast
 
+from hybridlm_kernels.attention_arguments import check_attention
 from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.forgetting_attention import reference, torch_backend
-from hybridlm_kernels.recurrence.arguments import Borders, filled_borders_of
+from hybridlm_kernels.recurrence.arguments import Borders
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 
 OPERATION = register(Operation("forgetting_attention", (
@@ -58,24 +59,11 @@ def forgetting_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, g_BSH: 
     >>> forgetting_attention(q, k, torch.tensor([0.0, 3.0]).view(1, 2, 1, 1), g).flatten()
     tensor([0., 2.])
     """
-    if q_BTHK.dim() != 4 or k_BSGK.dim() != 4 or v_BSGV.dim() != 4 or k_BSGK.shape[:3] != v_BSGV.shape[:3]:
-        raise ValueError("forgetting_attention: q, k and v must be [B, T, H, K], [B, S, G, K] and [B, S, G, V]; got "
-                         f"{list(q_BTHK.shape)}, {list(k_BSGK.shape)} and {list(v_BSGV.shape)}")
-    batch, queries, heads, dim = q_BTHK.shape
-    keys, groups = k_BSGK.shape[1:3]
-    if k_BSGK.shape[0] != batch or k_BSGK.shape[3] != dim or heads % groups or keys < queries:
-        raise ValueError(f"forgetting_attention: q {list(q_BTHK.shape)} does not fit k {list(k_BSGK.shape)}: equal "
-                         "rows and head dims, a multiple of the key heads and no more queries than keys are needed")
+    borders = check_attention("forgetting_attention", q_BTHK, k_BSGK, v_BSGV, window, cu_seqlens)
+    (batch, _, heads, dim), keys = q_BTHK.shape, k_BSGK.shape[1]
     if g_BSH.shape != (batch, keys, heads):
         raise ValueError(f"forgetting_attention: g must be [rows, keys, query heads] = {[batch, keys, heads]}; got "
                          f"{list(g_BSH.shape)}")
-    if window is not None and window < 1:
-        raise ValueError(f"forgetting_attention: window must be at least 1; got {window}")
-    borders = None
-    if cu_seqlens is not None:
-        if keys != queries:
-            raise ValueError(f"forgetting_attention: packed documents need T == S; got T = {queries}, S = {keys}")
-        borders = filled_borders_of(cu_seqlens, batch, queries, q_BTHK.device)
     call = Call.of(q_BTHK, k_BSGK, v_BSGV, g_BSH, key_dim=dim, value_dim=v_BSGV.shape[3], window=window is not None)
     chosen = choose(OPERATION, call, backend)
     with autocast(q_BTHK.device.type, enabled=False):
