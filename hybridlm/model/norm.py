@@ -156,12 +156,13 @@ class GateFirstRMSNorm(KeepsFP32):
 
 
 class HeadGroupNorm(KeepsFP32):
-    """LayerNorm over each head of a row of channels, with a weight and a bias per channel (RWKV-5 to 7).
+    """LayerNorm over each head of a row of channels, with a weight and a bias per channel (RWKV-5 to 7, xLSTM).
 
     Args:
         heads: heads that the channels are divided into.
         channels: channels C of all heads.
         eps: added to the variance.
+        bias: whether there is a bias.
 
     Example:
         >>> HeadGroupNorm(2, 4, eps=0.0)(torch.tensor([[1.0, 3.0, 10.0, 30.0]])).tolist()
@@ -170,18 +171,20 @@ class HeadGroupNorm(KeepsFP32):
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
-    def __init__(self, heads: int, channels: int, eps: float):
+    def __init__(self, heads: int, channels: int, eps: float, bias: bool = True):
         super().__init__()
         self.heads, self.eps = heads, eps
         self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def reset_parameters(self) -> None:
         """Start as the plain normalisation."""
         nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         wide = x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32)).unflatten(-1, (self.heads, -1))
         normed = torch.nn.functional.layer_norm(wide, wide.shape[-1:], eps=self.eps).flatten(-2)
-        return (normed * self.weight + self.bias).to(x_BTC.dtype)
+        scaled = normed * self.weight
+        return (scaled if self.bias is None else scaled + self.bias).to(x_BTC.dtype)

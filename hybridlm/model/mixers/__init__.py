@@ -33,6 +33,10 @@ from hybridlm.model.mixers.min_rnn import MinRNN as MinRNN
 from hybridlm.model.mixers.min_rnn import MinRNNConfig as MinRNNConfig
 from hybridlm.model.mixers.mla import MLA as MLA
 from hybridlm.model.mixers.mla import MLAConfig as MLAConfig
+from hybridlm.model.mixers.mlstm import MLSTM as MLSTM
+from hybridlm.model.mixers.mlstm import MLSTMConfig as MLSTMConfig
+from hybridlm.model.mixers.mlstm_block import MLSTMBlock as MLSTMBlock
+from hybridlm.model.mixers.mlstm_block import MLSTMBlockConfig as MLSTMBlockConfig
 from hybridlm.model.mixers.parallel import Parallel as Parallel
 from hybridlm.model.mixers.parallel import ParallelConfig as ParallelConfig
 from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
