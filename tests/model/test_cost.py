@@ -38,10 +38,8 @@ def test_parameters_are_those_of_the_built_model(name):
 
 @pytest.mark.parametrize("name", options("mixer"))
 def test_parameters_of_every_mixer_of_the_group(name):
-    latent = "kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8, v_head_dim: 16"
-    sizes = latent if name in ("mla", "dsa") else "head_dim: 16"
-    config = load_model_config("quickstart", [f"+mixer@model.mixers.it={name}", "model.schedule.pattern=[it]",
-                                              f"model.mixers.it={{num_heads: 4, {sizes}}}"])
+    source = {"gmu": "mamba", "shared_attention": "full"}.get(name, name)
+    config = load_model_config("quickstart", [f"model.schedule.pattern=[{source}, {name}]"])
     assert count_parameters(config).total == build(config).num_params()
 
 

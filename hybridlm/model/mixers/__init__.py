@@ -21,6 +21,10 @@ from hybridlm.model.mixers.gated_memory import GatedMemory as GatedMemory
 from hybridlm.model.mixers.gated_memory import GatedMemoryConfig as GatedMemoryConfig
 from hybridlm.model.mixers.gated_slots import GatedSlots as GatedSlots
 from hybridlm.model.mixers.gated_slots import GatedSlotsConfig as GatedSlotsConfig
+from hybridlm.model.mixers.hgrn import HGRN as HGRN
+from hybridlm.model.mixers.hgrn import HGRNConfig as HGRNConfig
+from hybridlm.model.mixers.hgrn2 import HGRN2 as HGRN2
+from hybridlm.model.mixers.hgrn2 import HGRN2Config as HGRN2Config
 from hybridlm.model.mixers.kernel_attention import KernelAttention as KernelAttention
 from hybridlm.model.mixers.kernel_attention import KernelAttentionConfig as KernelAttentionConfig
 from hybridlm.model.mixers.linear_attention import LinearAttention as LinearAttention
