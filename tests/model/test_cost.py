@@ -38,7 +38,7 @@ def test_parameters_are_those_of_the_built_model(name):
 
 @pytest.mark.parametrize("name", options("mixer"))
 def test_parameters_of_every_mixer_of_the_group(name):
-    source = {"gmu": "mamba", "shared_attention": "full"}.get(name, name)
+    source = {"gmu": "mamba", "shared_attention": "swa"}.get(name, name)
     config = load_model_config("quickstart", [f"model.schedule.pattern=[{source}, {name}]"])
     assert count_parameters(config).total == build(config).num_params()
 
