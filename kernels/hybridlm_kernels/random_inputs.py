@@ -86,6 +86,19 @@ def check_inputs(decay: str, delta: bool) -> Callable[[], Inputs]:
     return lambda: recurrence_inputs(decay, B=2, T=131, H=2, HV=2, K=32, V=48, documents=0, beta=delta, strength=3.0)
 
 
+def erase_inputs(decay: str, free: bool) -> Callable[[], Inputs]:
+    """A maker of inputs as `check_inputs` makes them, with erase keys; with erase vectors for beta where `free`."""
+
+    def make() -> Inputs:
+        inputs = check_inputs(decay, not free)()
+        shape = inputs["k"].shape
+        generator = torch.Generator().manual_seed(1)
+        key, vector = (normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1) for _ in "pb")
+        return inputs | {"erase_key": key} | ({"erase_vector": -vector} if free else {})
+
+    return make
+
+
 def bench_inputs(decay: str, delta: bool = False) -> MakeInputs:
     """A maker of inputs at the shape of a benchmark, without initial states."""
     return lambda s, dtype, device: recurrence_inputs(decay, B=s.B, T=s.T, H=s.H, HV=s.H, K=s.D, V=s.D, documents=0,

@@ -62,7 +62,8 @@ def doublings(C: int) -> list[int]:
 def corner_blocks(scores_XCC: Tensor, b: int) -> Tensor:
     """A view [X, C/2b, b, b] of the scores: rows of second halves against columns of the first halves beside them."""
     X, C, _ = scores_XCC.shape
-    return scores_XCC.as_strided((X, C // (2 * b), b, b), (C * C, 2 * b * (C + 1), C, 1), b * C)
+    shape, strides = (X, C // (2 * b), b, b), (C * C, 2 * b * (C + 1), C, 1)
+    return scores_XCC.as_strided(shape, strides, scores_XCC.storage_offset() + b * C)
 
 
 def extend_products(prefix: Tensor, suffix: Tensor) -> None:
@@ -72,7 +73,7 @@ def extend_products(prefix: Tensor, suffix: Tensor) -> None:
     suffix[:, 0] *= second
 
 
-def sum_from_and_before(x_XCK: Tensor, y_XCK: Tensor) -> Tensor:
+def sum_from_and_before(x_XCK: Tensor, y_XCK: Tensor | None = None) -> Tensor:
     """The sums over i >= t of x_i plus those over j < t of y_j, as products with triangles of ones.
 
     This is faster than cumulative sums.
@@ -80,7 +81,7 @@ def sum_from_and_before(x_XCK: Tensor, y_XCK: Tensor) -> Tensor:
     X, C, _ = x_XCK.shape
     upper = torch.ones(C, C, dtype=x_XCK.dtype, device=x_XCK.device).triu_()
     later = torch.bmm(upper.expand(X, C, C), x_XCK)
-    return later.baddbmm_((1 - upper).expand(X, C, C), y_XCK)
+    return later if y_XCK is None else later.baddbmm_((1 - upper).expand(X, C, C), y_XCK)
 
 
 class ScalarDecay:

@@ -6,6 +6,7 @@ Legend: X systems, C unknowns, W right hand sides, c unknowns per block, n = C /
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,3 +78,20 @@ def solve_transposed(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tenso
             remaining = torch.baddbmm(remaining[:, :a], L_XCC[:, a:b, :a].mT, y, alpha=-1)
     Y_XCW = torch.cat(Y[::-1], dim=1)
     return Y_XCW, Y_XCW if beta_XC1 is None else torch.cat(residual[::-1], dim=1)
+
+
+class UnitTriangularSolve(torch.autograd.Function):
+    """Solve (I + L) Z = R for Z [X, C, W], differentiable; only the strictly lower part of L is read."""
+
+    @staticmethod
+    def forward(ctx: Any, L_XCC: Tensor, R_XCW: Tensor) -> Tensor:
+        inverse_Xncc = block_inverses(L_XCC, None)
+        (Z_XCW,) = solve(L_XCC, None, inverse_Xncc, R_XCW, (R_XCW.shape[-1],))
+        ctx.save_for_backward(L_XCC, inverse_Xncc, Z_XCW)
+        return Z_XCW
+
+    @staticmethod
+    def backward(ctx: Any, dZ_XCW: Tensor) -> tuple[Tensor, Tensor]:
+        L_XCC, inverse_Xncc, Z_XCW = ctx.saved_tensors
+        dR_XCW, _ = solve_transposed(L_XCC, None, inverse_Xncc, dZ_XCW)
+        return torch.bmm(dR_XCW, Z_XCW.mT).tril_(-1).neg_(), dR_XCW

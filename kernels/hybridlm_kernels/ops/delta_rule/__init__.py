@@ -22,12 +22,21 @@ from hybridlm_kernels.recurrence.arguments import (
     fits_triton,
     without_empty_documents,
 )
+from hybridlm_kernels.recurrence.erase import Erase, form_of
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
+
+def _fits_triton(call: Call) -> tuple[bool, str]:
+    """Whether the Triton kernels run the call, and if not, the reason."""
+    if call.get("erase") != "plain":
+        return False, f"erases at the write key, read after the decay; got {call.get('erase')}"
+    return fits_triton(call)
+
+
 OPERATION = register(Operation("delta_rule", (
-    lazy_triton_backend("hybridlm_kernels.ops.delta_rule.triton_backend", "delta_rule", fits_triton),
+    lazy_triton_backend("hybridlm_kernels.ops.delta_rule.triton_backend", "delta_rule", _fits_triton),
     Backend("torch", torch_backend.delta_rule),
     Backend("fla", fla_backend.delta_rule, fla_backend.supports, ("cuda",)),
     Backend("reference", reference.delta_rule),
@@ -43,12 +52,19 @@ def _outputs(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, cu_seqlens: CuS
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | None = None,
                beta: Tensor | None = None, gate: Gate | None = None, beta_sigmoid: float | None = None,
                scale: float | None = None, initial_state: Tensor | None = None, cu_seqlens: Borders = None,
-               qk_l2norm: bool = False, backend: str | None = None) -> tuple[Tensor, Tensor]:
+               qk_l2norm: bool = False, erase_key: Tensor | None = None, erase_vector: Tensor | None = None,
+               erase_before_decay: bool = False, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The gated delta rule: a state [K, V] per value head decays, is corrected towards v at the key k, and q reads it.
 
         S_t = Diag(e^{g_t}) S_{t-1}
         S_t = S_t + beta_t k_t (v_t - S_t^T k_t)^T
         o_t = scale * S_t^T q_t
+
+    An erase key p of its own, an erase vector b, and a read R = S_{t-1} before the decay in place of
+    R = Diag(e^{g_t}) S_{t-1} after it make the general rule
+
+        S_t = Diag(e^{g_t}) S_{t-1} + beta_t k_t (v_t - R^T p_t)^T          with p (Comba, Gated DeltaNet 2)
+        S_t = Diag(e^{g_t}) S_{t-1} + b_t (R^T p_t)^T + k_t v_t^T           with p and b (RWKV-7)
 
     Args:
         q_BTHK: queries, activated (after convolution and activation); not yet normalized if `qk_l2norm` is set.
@@ -66,6 +82,9 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
             among them. N is the number of documents, or B without borders. No state crosses a border, and the
             state after an empty document is its initial state.
         qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) first.
+        erase_key: p, [B, T, H, K] or [B, T, HV, K], used as it is whatever `qk_l2norm` says; None is k.
+        erase_vector: b, in the same shapes, used as it is; None is -beta k. It leaves no place for beta.
+        erase_before_decay: whether the state is read at p before it decays.
         backend: name of one backend, in place of the registry's choice.
 
     Returns:
@@ -77,7 +96,8 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
         ValueError: the shapes do not fit one another, or the borders do not cover the tokens.
         KernelUnavailable: no backend can run the call, or the named one cannot.
 
-    Sources: Yang et al. 2024, Gated Delta Networks, eq. 10; Kimi Linear, 2025, eq. 1 (KDA, decay per channel).
+    Sources: Yang et al. 2024, Gated Delta Networks, eq. 10; Kimi Linear, 2025, eq. 1 (KDA, decay per channel);
+    Hu et al. 2025, Comba, eq. 7 (read before the decay); Peng et al. 2025, RWKV-7, eq. 17 (free erase vector).
 
     >>> import torch
     >>> q = k = torch.tensor([1.0, 0.0]).expand(1, 3, 1, 2)
@@ -93,10 +113,12 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
     decay = check_decay("delta_rule", g, gate, {"scalar": (B, T, HV), "channel": (B, T, HV, K)})
     if beta is not None:
         check_per_token("delta_rule", "beta", beta, {"scalar": (B, T, HV)})
-    call = Call.of(v_BTHvV, q_BTHK, k_BTHK, g, beta, initial_state, *parameters_of(gate), decay=decay, key_dim=K,
-                   value_dim=v_BTHvV.shape[3], packed=borders is not None)
+    erase = Erase.of("delta_rule", erase_key, erase_vector, erase_before_decay, beta, k_BTHK, HV)
+    call = Call.of(v_BTHvV, q_BTHK, k_BTHK, g, beta, initial_state, erase_key, erase_vector, *parameters_of(gate),
+                   decay=decay, key_dim=K, value_dim=v_BTHvV.shape[3], packed=borders is not None, erase=form_of(erase))
+    more = () if erase is None else (erase,)  # backends that refuse every form do not know the argument
     with autocast(q_BTHK.device.type, enabled=False):
         run = choose(OPERATION, call, backend).run
         return without_empty_documents(
             lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, g, beta, K**-0.5 if scale is None else scale, state,
-                                      filled, qk_l2norm, gate, beta_sigmoid), initial_state, borders)
+                                      filled, qk_l2norm, gate, beta_sigmoid, *more), initial_state, borders)

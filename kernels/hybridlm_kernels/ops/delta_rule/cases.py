@@ -2,12 +2,16 @@
 
 from hybridlm_kernels.cases import BenchCase, CheckCase, OperationCases
 from hybridlm_kernels.ops.delta_rule import delta_rule
-from hybridlm_kernels.random_inputs import bench_inputs, check_inputs
+from hybridlm_kernels.random_inputs import bench_inputs, check_inputs, erase_inputs
 
 CHECKS = [CheckCase("delta_rule", f"{decay} decay", delta_rule, check_inputs(decay, True), causal=True)
           for decay in ("none", "scalar", "channel")]
 CHECKS.append(CheckCase("delta_rule", "channel decay, packed", delta_rule, check_inputs("channel", True),
                         {"cu_seqlens": [0, 1, 65, 131, 140, 262]}))
+CHECKS += [CheckCase("delta_rule", label, delta_rule, erase_inputs(decay, free), {"erase_before_decay": before})
+           for label, decay, free, before in (("scalar decay, read before it", "scalar", False, True),
+                                              ("channel decay, own erase key", "channel", False, False),
+                                              ("channel decay, free erase vector", "channel", True, True))]
 CASES: list[OperationCases] = [(CHECKS, [
     BenchCase(label, delta_rule, bench_inputs(decay, delta=True), lambda s: 7.0 * s.tokens * s.H * s.D**2,
               ("q", "k", "v", "g", "beta"), {"qk_l2norm": True})

@@ -19,6 +19,8 @@ ENTRY = {"none": ("fla.ops.delta_rule", "chunk_delta_rule"),
 
 def supports(call: Call) -> tuple[bool, str]:
     """Whether the package is installed and its kernel accepts the call, and if not, the reason."""
+    if call.get("erase", "plain") != "plain":
+        return False, f"erases at the write key, read after the decay; got {call.get('erase')}"
     return fla_call.accepts(call, ENTRY[call.get("decay")])
 
 

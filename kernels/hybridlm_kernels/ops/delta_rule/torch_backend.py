@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hybridlm_kernels.ops.delta_rule import reference
+from hybridlm_kernels.ops.delta_rule.torch_erase import L2NORM_EPSILON, delta_rule_with_erase
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.arguments import math_dtype
@@ -31,20 +32,25 @@ from hybridlm_kernels.recurrence.decay_products import (
     restore_decay,
     sum_value_heads,
 )
+from hybridlm_kernels.recurrence.erase import Erase
 from hybridlm_kernels.recurrence.gates import Gate, log_decay, write_strength
 from hybridlm_kernels.recurrence.triangular_solve import block_inverses, solve, solve_transposed
 
 RECURRENT_MAX_TOKENS = 8  # up to so many tokens the recurrence itself is faster than chunks
-L2NORM_EPSILON = 1e-6  # added to the sum of squares
 
 
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
                scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
-               gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:
+               gate: Gate | None = None, beta_sigmoid: float | None = None,
+               erase: Erase | None = None) -> tuple[Tensor, Tensor]:
     """The torch backend; arguments as in the public function, already checked."""
     g, beta_BTHv = log_decay(g, gate), write_strength(beta_BTHv, beta_sigmoid)
     if borders is None and q_BTHK.shape[1] <= RECURRENT_MAX_TOKENS:
-        return reference.delta_rule(q_BTHK, k_BTHK, v_BTHvV, g, beta_BTHv, scale, state_NHvKV, None, qk_l2norm)
+        return reference.delta_rule(q_BTHK, k_BTHK, v_BTHvV, g, beta_BTHv, scale, state_NHvKV, None, qk_l2norm,
+                                    erase=erase)
+    if erase is not None:
+        return delta_rule_with_erase(q_BTHK, k_BTHK, v_BTHvV, g, beta_BTHv, scale, state_NHvKV, borders, qk_l2norm,
+                                     erase)
     return _TorchDeltaRule.apply(q_BTHK, k_BTHK, v_BTHvV, g, beta_BTHv, state_NHvKV, scale, borders, qk_l2norm)
 
 
