@@ -248,11 +248,13 @@ class RecurrentState:
 
     `matrix` is None, and `conv` empty, before the first token: both then count as zeros. A decode step runs one
     convolution for all projections, and keeps their inputs in one tensor, the entry `JOINED`, in place of theirs.
+    `scan` holds the states of scans that a mixer runs beside its matrix.
     """
 
     JOINED: ClassVar[str] = "all"
     matrix: Tensor | None = None
     conv: dict[str, Tensor] = field(default_factory=dict)
+    scan: TensorState = field(default_factory=lambda: TensorState())
 
     def joined_conv(self, names: Sequence[str]) -> Tensor | None:
         """The last inputs of the convolutions of `names`, one behind the other; None before the first token."""
@@ -266,7 +268,8 @@ class RecurrentState:
         names = next((tuple(state.conv) for state in states if self.JOINED not in state.conv), ())
         conv = [inputs for state in states if (inputs := state.joined_conv(names)) is not None]
         matrices = [state.matrix for state in states if state.matrix is not None]
-        return RecurrentState(torch.cat(matrices), {self.JOINED: torch.cat(conv)} if conv else {})
+        scan = join_rows([state.scan for state in states], padding, max_length)
+        return RecurrentState(torch.cat(matrices), {self.JOINED: torch.cat(conv)} if conv else {}, scan)
 
     def set_joined_conv(self, inputs_BCW: Tensor) -> None:
         """Set the last inputs of all convolutions, one behind the other."""
@@ -282,7 +285,7 @@ class RecurrentState:
     @property
     def num_bytes(self) -> int:
         tensors = [*self.conv.values(), *([] if self.matrix is None else [self.matrix])]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in tensors) + self.scan.num_bytes
 
 
 @dataclass

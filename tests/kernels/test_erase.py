@@ -198,6 +198,36 @@ def test_the_plain_rule_is_a_special_case():
             assert error(b, a) < 1e-13
 
 
+@decays
+def test_steps_are_writes_of_one_token(decay):
+    """S <- e^g S, then n writes; packed and with a raw gate as well."""
+    n, inputs = 3, recurrence_inputs(decay, B=1, T=30, H=2, HV=4, K=6, V=5, beta=True, documents=2)
+    inputs["q"] = inputs["q"][:, :10]
+    if decay != "none":
+        inputs["g"] = inputs["g"][:, :10]
+    borders = [0, 4, 10]
+    for backend in ("reference", "torch"):
+        o, state = call("delta_rule", inputs, steps=n, cu_seqlens=borders, scale=1.0, backend=backend)
+        assert o.shape == (1, 10, 4, 5)
+        for document, (start, end) in enumerate(pairwise(borders)):
+            S = inputs["initial_state"][document].clone()
+            for t in range(start, end):
+                if decay != "none":
+                    g = inputs["g"][0, t].exp()
+                    S = S * (g[:, None, None] if g.dim() == 1 else g[..., None])
+                for j in range(n * t, n * t + n):
+                    k = inputs["k"][0, j].repeat_interleave(2, 0)
+                    correction = inputs["v"][0, j] - torch.einsum("hk,hkv->hv", k, S)
+                    S = S + inputs["beta"][0, j][:, None, None] * k[..., None] * correction[:, None]
+                read = torch.einsum("hk,hkv->hv", inputs["q"][0, t].repeat_interleave(2, 0), S)
+                torch.testing.assert_close(o[0, t], read)
+            torch.testing.assert_close(state[document], S)
+    with pytest.raises(ValueError, match="steps must be 1 or more"):
+        call("delta_rule", inputs, steps=0)
+    with pytest.raises(ValueError, match="q and k must have the same shape"):
+        call("delta_rule", inputs, steps=2)
+
+
 def test_mistakes_and_refusals():
     inputs, _ = make_inputs("free vector", "channel", T=9)
     with pytest.raises(ValueError, match=r"erase_key must have shape \[1, 9, 2, 6\] .*got \[1, 9, 2, 5\]"):

@@ -1,9 +1,13 @@
-"""The delta rule with decay: DeltaNet, Gated DeltaNet and Kimi Delta Attention (KDA).
+"""The delta rule with decay: DeltaNet, Gated DeltaNet, Kimi Delta Attention (KDA), and what others erase and write.
 
     S_t = Diag(e^{g_t}) S_{t-1};   S_t += beta_t k_t (v_t - S_t^T k_t)^T;   o_t = S_t^T q_t / sqrt(K)
     y_t = W_o (norm(o_t) * act(W_g x_t)),   q, k = l2norm(silu(conv(W x))),   v = silu(conv(W x))
 
-Sources: Yang et al. 2024 (DeltaNet; Gated Delta Networks), Kimi Linear 2025 (KDA), Qwen3-Next, OLMo-Hybrid.
+With `steps` n a token writes n times; `read` takes S_t^T k_t before the decay; `strength` gives every channel its own
+beta; `precondition` scales the key that is written. See `docs/mixers/delta_rule.md`.
+
+Sources: Yang et al. 2024 (DeltaNet; Gated Delta Networks), Kimi Linear 2025 (KDA), Qwen3-Next, OLMo-Hybrid, Siems et
+al. 2025 (DeltaProduct), Hu et al. 2025 (Comba), Liu et al. 2024 (Longhorn); Gated DeltaNet 2, Preconditioned DeltaNet.
 B rows, T tokens, D hidden size, H key heads, HV value heads, K key dim, V value dim.
 """
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +26,10 @@ from hybridlm.errors import require
 from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.decode_step import DecodeStep, linear_step
-from hybridlm.model.layer_context import LayerContext
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.key_preconditioner import SQUASH, KeyPreconditioner
 from hybridlm.model.mixers.common.matrix_state import read_incoming_state
-from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer
+from hybridlm.model.mixers.common.recurrent import FP32_BYTES, RecurrentConfig, RecurrentMixer
 from hybridlm.model.mixers.common.recurrent_step import (
     decode_log_decay,
     prepare_forget_gate,
@@ -32,11 +37,13 @@ from hybridlm.model.mixers.common.recurrent_step import (
     prepare_output,
     state_matrix,
 )
-from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.mixers.common.scan import scan_traffic
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import delta_rule
+from hybridlm_kernels import delta_rule, l2_norm
 from hybridlm_kernels.decoding import delta_rule_step
+from hybridlm_kernels.precision import wide
 from hybridlm_kernels.recurrence.arguments import math_dtype
 from hybridlm_kernels.recurrence.gates import write_strength
 
@@ -51,6 +58,19 @@ class DeltaRuleConfig(RecurrentConfig):
         conv_size: taps of the convolutions over q, k and v.
         beta_scale: beta = beta_scale * sigmoid(W_b x); 2 allows negative eigenvalues (Grazzi et al. 2024).
         qk_l2norm: whether q and k are divided by their length.
+        steps: writes per token, each with a key, a value and a beta of its own (DeltaProduct).
+        read: whether what the state recalls for the key is read `after` the decay or `before` it (Comba).
+        strength: `head` has one beta per value head; `channel` erases at beta * k, one beta per key channel, and writes
+            sigmoid(W_w x) * v, one per value channel (Gated DeltaNet 2).
+        implicit: beta / (1 + beta |k|^2) in place of beta: the exact minimum of beta |S^T k - v|^2 + |S - S_{t-1}|^2
+            (Longhorn).
+        query_correction: q - d sigmoid(c) k in place of q, with d and c per key head (Comba).
+        correction_init: start of d.
+        precondition: scale the written key by 1.5^-s, where s in (-1, 1) grows with the past squares of its channel
+            (preconditioned Gated DeltaNet and KDA).
+
+    Raises:
+        ConfigError: an option out of its range, or two that do not go together.
     """
 
     kind: str = "delta_rule"
@@ -59,26 +79,88 @@ class DeltaRuleConfig(RecurrentConfig):
     conv_size: int = 4
     beta_scale: float = 1.0
     qk_l2norm: bool = True
+    steps: int = 1
+    read: Literal["after", "before"] = "after"
+    strength: Literal["head", "channel"] = "head"
+    implicit: bool = False
+    query_correction: bool = False
+    correction_init: float = 1.0
+    precondition: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.beta_scale <= 2, "beta_scale", "must keep the state stable", got=self.beta_scale,
-                expected="above 0, at most 2")
+        most = 2.0 / SQUASH if self.precondition else 2.0  # no factor of a state may pass -1
+        require(0 < self.beta_scale <= most, "beta_scale", "must keep the state stable", got=self.beta_scale,
+                expected=f"above 0, at most {most:.4g}")
+        require(self.steps >= 1, "steps", "must be positive", got=self.steps)
+        for key in ("query_correction", "precondition"):
+            require(self.steps == 1 or not getattr(self, key), key, "is not defined for several writes per token",
+                    got=True, expected="false, or steps=1")
+        require(not self.implicit or self.strength == "head", "implicit", "needs one beta per head", got=True,
+                expected="false with strength=channel")
+
+    @property
+    def channels(self) -> dict[str, int]:
+        widths = super().channels
+        return {"q": widths["q"], "k": self.steps * widths["k"], "v": self.steps * widths["v"]}
+
+    @property
+    def strengths(self) -> dict[str, int]:
+        """Width of each projection that says how strongly a token erases and writes."""
+        if self.strength == "head":
+            return {"b": self.steps * self.value_heads}
+        return {"b": self.steps * self.num_heads * self.head_dim, "w": self.steps * self.output_width}
+
+    def _strength_params(self, context: LayerContext) -> int:
+        heads = 2 * self.num_heads if self.precondition else 0
+        return context.hidden_size * (sum(self.strengths.values()) + heads)
 
     def num_params(self, context: LayerContext) -> int:
-        return super().num_params(context) + context.hidden_size * self.value_heads + self.value_dim
+        vectors = self.value_dim + self.num_heads * (2 * self.query_correction + 3 * self.precondition)
+        return super().num_params(context) + self._strength_params(context) + vectors
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         parts = super().flops_per_token(context, context_length)
-        parts["projections"] += 2.0 * context.hidden_size * self.value_heads
+        parts["projections"] += 2.0 * self._strength_params(context)
+        if self.precondition:
+            parts["recurrence"] += 4.0 * self.num_heads * self.head_dim
         return parts
 
     def _flops_per_state_entry(self) -> int:
-        return super()._flops_per_state_entry() + 2  # S^T k, besides S^T q and the outer product
+        # S^T q and the decay once; S^T k and the outer product at every write
+        return super()._flops_per_state_entry() - 2 + 4 * self.steps
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        scan = FP32_BYTES * self.num_heads * self.head_dim if self.precondition else 0
+        return super().state_bytes(context, context_length, element_bytes) + scan
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        keys = self.num_heads * self.head_dim
+        more = 8 * keys * self.precondition + 3 * keys * self.query_correction
+        if self.strength == "channel":
+            more += 3 * sum(self.strengths.values())
+        if self.steps > 1:
+            more += self.steps * (keys + self.gate_width)
+        return super().activation_bytes(context, element_bytes) + FP32_BYTES * more
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        found = super().shard_traffic(context, rows, length, shards, element_bytes)
+        return [*found, scan_traffic(rows, self.num_heads * self.head_dim)] if self.precondition else found
 
     def _shard_transition_size(self) -> int:
         return self.value_heads * self.head_dim**2  # the product of Diag(e^g) - beta k k^T
 
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        data.pop("correction_init")
+        return data
+
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Projections of softmax attention, where they fit: all writes of a token start from the same keys and values."""
+        found = super().initial_weights_from(old, tensors)
+        return {name: weight.repeat(self.steps, 1) if name in ("k_proj.weight", "v_proj.weight") else weight
+                for name, weight in found.items()}
 
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
@@ -92,35 +174,118 @@ class DeltaRuleConfig(RecurrentConfig):
 
 @register_mixer("delta_rule", DeltaRuleConfig)
 class DeltaRule(RecurrentMixer):
-    """The module: parameters of `RecurrentMixer`, b_proj with HV rows, and o_norm over the dims of one head."""
+    """The module: parameters of `RecurrentMixer`, b_proj with n HV rows, and o_norm over the dims of one head.
 
+    With `strength: channel` b_proj has n H K rows, and w_proj n HV V; rows of k, v, b and w are (n, head, dim).
+    `query_correction` adds correction and correction_gate [H], `precondition` a preconditioner.
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = (*RecurrentMixer.fp32_parameters, "correction", "correction_gate",
+                                                 "preconditioner.center")
     config: DeltaRuleConfig
+    b_proj: nn.Linear
+    w_proj: nn.Linear
 
     def __init__(self, config: DeltaRuleConfig, context: LayerContext):
         super().__init__(config, context)
-        self.b_proj = nn.Linear(context.hidden_size, config.value_heads, bias=False)
+        for name, width in config.strengths.items():
+            setattr(self, f"{name}_proj", nn.Linear(context.hidden_size, width, bias=False))
         self.o_norm = self.build_output_norm(config.value_dim, context)
+        if config.query_correction:
+            self.correction = nn.Parameter(torch.zeros(config.num_heads))
+            self.correction_gate = nn.Parameter(torch.zeros(config.num_heads))
+        if config.precondition:
+            self.preconditioner = KeyPreconditioner(context.hidden_size, config.num_heads, config.a_init,
+                                                    config.dt_init)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
         q_BTC, k_BTC, v_BTC = self.project_inputs(x_BTD, seq, state)
-        q_BTHK, k_BTHK = (x.unflatten(-1, (config.num_heads, config.head_dim)) for x in (q_BTC, k_BTC))
-        v_BTHvV = v_BTC.unflatten(-1, (config.value_heads, config.value_dim))
+        q_BTHK = q_BTC.unflatten(-1, (config.num_heads, config.head_dim))
+        k_BRHK = self._rows(k_BTC, config.num_heads, config.head_dim)
+        v_BRHvV = self._rows(v_BTC, config.value_heads, config.value_dim)
         g, gate = None, None
         if config.decay != "none":
             g, gate = self.prepare_decay(self.project_forget_gate(x_BTD), x_BTD.dtype)
-        rule = partial(delta_rule, q_BTHK, k_BTHK, g=g, gate=gate, beta=self.b_proj(x_BTD),
-                       beta_sigmoid=config.beta_scale, qk_l2norm=config.qk_l2norm, cu_seqlens=seq.cu_seqlens)
+        q_BTHK, k_BRHK, v_BRHvV, options = self._prepare_writes(x_BTD, q_BTHK, k_BRHK, v_BRHvV, seq, state)
+        rule: Callable[..., tuple[Tensor, Tensor]] = partial(delta_rule, q_BTHK, k_BRHK, g=g, gate=gate,
+                                                             cu_seqlens=seq.cu_seqlens, **options)
         if seq.shard is not None:
-            o_BTHvV = run_over_shards(rule, v_BTHvV, config.head_dim, seq.shard)
+            o_BTHvV = run_over_shards(rule, v_BRHvV, config.head_dim, seq.shard)
         else:
-            o_BTHvV, matrix = rule(v_BTHvV, initial_state=None if state is None else state.matrix)
+            o_BTHvV, matrix = rule(v_BRHvV, initial_state=None if state is None else state.matrix)
             if state is not None:
                 state.matrix = matrix
         return self.project_output(o_BTHvV, x_BTD, self.o_norm, all_heads=False), {}
 
-    def prepare_step(self) -> DecodeStep:
+    def _rows(self, x_BTC: Tensor, heads: int, dim: int) -> Tensor:
+        """Split a projection into the writes of each token, one after the other: [B, R, heads, dim], R = T n."""
+        if self.config.steps == 1:
+            return x_BTC.unflatten(-1, (heads, dim))
+        return x_BTC.unflatten(-1, (self.config.steps, heads, dim)).flatten(1, 2)
+
+    def _prepare_writes(self, x_BTD: Tensor, q_BTHK: Tensor, k_BRHK: Tensor, v_BRHvV: Tensor, seq: SequenceInfo,
+                        state: RecurrentState | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Queries, keys and values as the operation takes them, and its options beside the decay."""
         config = self.config
+        options: dict[str, Any] = {"qk_l2norm": config.qk_l2norm}
+        if config.steps > 1:
+            options["steps"] = config.steps
+        if config.read == "before":
+            options["erase_before_decay"] = True
+        if config.query_correction:
+            share_H1 = self.correction_gate.sigmoid()[:, None].to(k_BRHK.dtype)
+            p_BTHK = share_H1 * k_BRHK
+            q_BTHK = q_BTHK - self.correction[:, None].to(q_BTHK.dtype) * p_BTHK
+            if not config.qk_l2norm:  # a length of one forgets the factor on p
+                options["erase_key"] = p_BTHK
+        if config.strength == "head":
+            raw_BRHv = self._rows(self.b_proj(x_BTD), config.value_heads, 1)[..., 0]
+            options |= {"beta": raw_BRHv, "beta_sigmoid": config.beta_scale}
+            if config.implicit:
+                square_BRH = self._squared_lengths(k_BRHK).repeat_interleave(config.value_heads // config.num_heads, 2)
+                beta_BRHv = config.beta_scale * wide(raw_BRHv).sigmoid()
+                options |= {"beta": beta_BRHv / (1 + beta_BRHv * square_BRH), "beta_sigmoid": None}
+        if config.strength == "channel" or config.precondition:
+            # The erase key and the written key differ: the operation would normalise only the latter.
+            if config.qk_l2norm:
+                q_BTHK, k_BRHK, options["qk_l2norm"] = l2_norm(q_BTHK), l2_norm(k_BRHK), False
+            options["erase_key"] = k_BRHK
+        if config.strength == "channel":
+            erase_BRHK = self._rows(self.b_proj(x_BTD), config.num_heads, config.head_dim).sigmoid()
+            write_BRHvV = self._rows(self.w_proj(x_BTD), config.value_heads, config.value_dim).sigmoid()
+            options["erase_key"] = config.beta_scale * erase_BRHK * k_BRHK
+            v_BRHvV = v_BRHvV * write_BRHvV
+        if config.precondition:
+            scan = None if state is None else state.scan
+            k_BRHK = k_BRHK * self.preconditioner(x_BTD, k_BRHK, seq, scan).to(k_BRHK.dtype)
+        return q_BTHK, k_BRHK, v_BRHvV, options
+
+    def _squared_lengths(self, k_BRHK: Tensor) -> Tensor:
+        """The squared length of each key as the operation uses it, [B, R, H], in fp32 at least."""
+        k_BRHK = l2_norm(k_BRHK) if self.config.qk_l2norm else k_BRHK
+        return k_BRHK.to(math_dtype(k_BRHK)).square().sum(-1)
+
+    def head_rows(self) -> dict[str, int]:
+        config = self.config
+        writes = {"k_proj": config.steps * config.num_heads, "v_proj": config.steps * config.value_heads}
+        if config.strength == "channel":
+            writes |= {"b_proj": config.steps * config.num_heads, "w_proj": config.steps * config.value_heads}
+        return super().head_rows() | writes
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        if self.config.query_correction:
+            nn.init.constant_(self.correction, self.config.correction_init)
+            nn.init.ones_(self.correction_gate)
+        if self.config.precondition:
+            self.preconditioner.init_vectors()
+
+    def prepare_step(self) -> DecodeStep | None:
+        config = self.config
+        if (config.steps, config.read, config.strength) != (1, "after", "head") or config.implicit or \
+                config.query_correction or config.precondition:
+            return super().prepare_step()
         project = prepare_inputs(self)
         project_gate = None if config.decay == "none" else prepare_forget_gate(self)
         b_proj, finish = linear_step(self.b_proj), prepare_output(self, self.o_norm, all_heads=False)
@@ -145,12 +310,13 @@ def run_over_shards(rule: Callable[..., tuple[Tensor, Tensor]], v_BTHvV: Tensor,
     """The outputs [B, T, HV, V] of the delta rule over rows that are divided into shards, by one pass over each.
 
     The columns of a state do not mix, and the rule is linear in them. V columns start at zero and take the values: N.
-    K more start as the identity and take none: M, a product of Diag(e^g) - beta k k^T. With the state S that the
-    earlier shards leave, the states here are N_t + M_t S, and the outputs those of N_t plus S^T times those of M_t.
+    K more start as the identity and take none: M, a product of transitions such as Diag(e^g) - beta k k^T. With the
+    state S that the earlier shards leave, the states here are N_t + M_t S, and the outputs those of N_t plus S^T times
+    those of M_t.
 
     Args:
         rule: the operation, given values [B, T, HV, V] and `initial_state`.
-        v_BTHvV: values of this shard.
+        v_BTHvV: values of this shard; n rows of them per token where `rule` writes n times.
         key_dim: K.
         shard: this process's shard of the rows.
     """

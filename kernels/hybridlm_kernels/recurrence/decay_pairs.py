@@ -1,8 +1,8 @@
 """Products of decays inside chunks as differentiable tensors, and scores between any rows and columns under them.
 
-As in `decay_products.py` products are built by doubling, from those inside blocks of 1, 2, 4, ... tokens: each factor is a
-product of numbers in [0, 1], nothing is divided, and no two large sums are subtracted. That file serves queries and
-keys of a plain delta rule; here rows and columns are any, and rows decay up to their token or up to the one before.
+As in `decay_products.py` products are built by doubling, from those inside blocks of 1, 2, 4, ... tokens: each factor
+is a product of numbers in [0, 1], nothing is divided, and no two large sums are subtracted. That file serves queries
+and keys of a plain delta rule; here rows and columns are any, and rows decay up to their token or to the one before.
 
 A decay g_t is a factor of every pair j < t <= i, so its gradient is the sum over i >= t of row times its gradient, less
 that of column times its gradient; a row that decays up to the token before counts at that token.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlm_kernels.recurrence.decay_products import corner_blocks, extend_products, doublings, sum_from_and_before
+from hybridlm_kernels.recurrence.decay_products import corner_blocks, doublings, extend_products, sum_from_and_before
 
 
 class DecayPairs:

@@ -1,4 +1,4 @@
-"""What the delta rule erases: the key at which the state is read, the vector it is erased along, and when it is read.
+"""The erasing part of a delta rule: the key at which the state is read, the vector it is erased along, and when.
 
 Legend: B rows, T tokens per row, H query/key heads, HV value heads, K key head dim.
 """
@@ -37,7 +37,7 @@ class Erase:
         if key is None and vector is None and not before_decay:
             return None
         B, T, H, K = k_BTHK.shape
-        shapes = {"per key head": (B, T, H, K), "per value head": (B, T, value_heads, K)}
+        shapes: dict[str, tuple[int, ...]] = {"per key head": (B, T, H, K), "per value head": (B, T, value_heads, K)}
         for label, x in (("erase_key", key), ("erase_vector", vector)):
             if x is not None:
                 check_per_token(name, label, x, shapes)
@@ -47,7 +47,7 @@ class Erase:
 
     @property
     def form(self) -> str:
-        """What is erased, in words, by which backends accept or refuse a call."""
+        """Words for what is erased and when it is read, by which backends accept or refuse a call."""
         what = "free vector" if self.vector is not None else "own key" if self.key is not None else "write key"
         return f"{what}, read {'before' if self.before_decay else 'after'} the decay"
 

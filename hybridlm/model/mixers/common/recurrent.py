@@ -106,7 +106,12 @@ class RecurrentConfig(MixerConfig):
     def channels(self) -> dict[str, int]:
         """Width of the q, k and v projections."""
         keys = self.num_heads * self.head_dim
-        return {"q": keys, "k": keys, "v": self.value_heads * self.value_dim}
+        return {"q": keys, "k": keys, "v": self.output_width}
+
+    @property
+    def output_width(self) -> int:
+        """Width of the recurrence's output: value heads times their dims."""
+        return self.value_heads * self.value_dim
 
     @property
     def gate_width(self) -> int:
@@ -135,8 +140,8 @@ class RecurrentConfig(MixerConfig):
     def _projection_params(self, context: LayerContext) -> int:
         """Weights of the projections that every linear mixer has."""
         D = context.hidden_size
-        out = self.channels["v"]
-        count = D * (2 * self.channels["k"] + 2 * out)
+        out = self.output_width
+        count = D * (sum(self.channels.values()) + out)
         count += count_low_rank_params(D, self.gate_width, self.gate_rank)
         return count + count_low_rank_params(D, 0 if self.output_gate == "none" else out, self.output_gate_rank)
 
@@ -165,7 +170,7 @@ class RecurrentConfig(MixerConfig):
         They are the inputs and outputs of each convolution, the chunked q, k and v in two forms, the gate, one state
         and one [chunk, chunk] matrix per chunk and head, and the outputs before and after their norm.
         """
-        widths, values = sum(self.channels.values()), self.channels["v"]
+        widths, values = sum(self.channels.values()), self.output_width
         convolution = (2 if self.conv_size else 1) * widths
         chunk = self.value_heads * (self.head_dim * self.value_dim / CHUNK_TOKENS + 2 * CHUNK_TOKENS)
         outputs = (2 if self.output_gate == "none" else 3) * values
@@ -238,8 +243,8 @@ class RecurrentMixer(SequenceMixer):
         if config.has_a_log:
             self.A_log = nn.Parameter(torch.zeros(config.value_heads))
         if config.output_gate != "none":
-            self._add_projection("g", D, channels["v"], config.output_gate_rank)
-        self.o_proj = nn.Linear(channels["v"], D, bias=False)
+            self._add_projection("g", D, config.output_width, config.output_gate_rank)
+        self.o_proj = nn.Linear(config.output_width, D, bias=False)
 
     def _add_projection(self, name: str, inputs: int, outputs: int, rank: int | None) -> None:
         if rank is None:

@@ -11,6 +11,7 @@ from torch import Tensor, autocast
 
 from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.delta_rule import fla_backend, reference, torch_backend
+from hybridlm_kernels.ops.delta_rule.steps import spread_over_steps
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import (
     Borders,
@@ -44,8 +45,9 @@ OPERATION = register(Operation("delta_rule", (
 
 
 def _outputs(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, cu_seqlens: CuSeqlens | None = None,
-             **_: Any) -> tuple[Tensor, Tensor]:
-    return v_BTHvV.new_empty(v_BTHvV.shape), empty_states(k_BTHK, v_BTHvV, cu_seqlens)
+             steps: int = 1, **_: Any) -> tuple[Tensor, Tensor]:
+    B, rows, HV, V = v_BTHvV.shape
+    return v_BTHvV.new_empty(B, rows // steps, HV, V), empty_states(k_BTHK, v_BTHvV, cu_seqlens)
 
 
 @compilable(_outputs)
@@ -53,7 +55,7 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
                beta: Tensor | None = None, gate: Gate | None = None, beta_sigmoid: float | None = None,
                scale: float | None = None, initial_state: Tensor | None = None, cu_seqlens: Borders = None,
                qk_l2norm: bool = False, erase_key: Tensor | None = None, erase_vector: Tensor | None = None,
-               erase_before_decay: bool = False, backend: str | None = None) -> tuple[Tensor, Tensor]:
+               erase_before_decay: bool = False, steps: int = 1, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The gated delta rule: a state [K, V] per value head decays, is corrected towards v at the key k, and q reads it.
 
         S_t = Diag(e^{g_t}) S_{t-1}
@@ -85,6 +87,8 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
         erase_key: p, [B, T, H, K] or [B, T, HV, K], used as it is whatever `qk_l2norm` says; None is k.
         erase_vector: b, in the same shapes, used as it is; None is -beta k. It leaves no place for beta.
         erase_before_decay: whether the state is read at p before it decays.
+        steps: writes per token, n (DeltaProduct). k, v, beta, erase_key and erase_vector then have n rows per token,
+            [B, T n, ...]; q and g stay [B, T, ...]. The state decays before the first row, q reads it after the last.
         backend: name of one backend, in place of the registry's choice.
 
     Returns:
@@ -97,7 +101,8 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
         KernelUnavailable: no backend can run the call, or the named one cannot.
 
     Sources: Yang et al. 2024, Gated Delta Networks, eq. 10; Kimi Linear, 2025, eq. 1 (KDA, decay per channel);
-    Hu et al. 2025, Comba, eq. 7 (read before the decay); Peng et al. 2025, RWKV-7, eq. 17 (free erase vector).
+    Hu et al. 2025, Comba, eq. 7 (read before the decay); Peng et al. 2025, RWKV-7, eq. 17 (free erase vector);
+    Siems et al. 2025, DeltaProduct, eq. 5 (several steps per token).
 
     >>> import torch
     >>> q = k = torch.tensor([1.0, 0.0]).expand(1, 3, 1, 2)
@@ -106,6 +111,9 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
     >>> o.flatten(), state.flatten()
     (tensor([0., 1., 2.]), tensor([2., 0.]))
     """
+    if steps != 1:
+        q_BTHK, g, cu_seqlens = spread_over_steps(steps, q_BTHK, g, gate, cu_seqlens)
+        gate = None
     B, T, _, K = k_BTHK.shape if k_BTHK.dim() == 4 else (0, 0, 0, 0)
     borders = borders_of(cu_seqlens, B, T, q_BTHK.device)
     check_shapes("delta_rule", q_BTHK, k_BTHK, v_BTHvV, initial_state, borders)
@@ -119,6 +127,7 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
     more = () if erase is None else (erase,)  # backends that refuse every form do not know the argument
     with autocast(q_BTHK.device.type, enabled=False):
         run = choose(OPERATION, call, backend).run
-        return without_empty_documents(
+        o_BTHvV, state_NHvKV = without_empty_documents(
             lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, g, beta, K**-0.5 if scale is None else scale, state,
                                       filled, qk_l2norm, gate, beta_sigmoid, *more), initial_state, borders)
+    return o_BTHvV if steps == 1 else o_BTHvV[:, steps - 1 :: steps], state_NHvKV

@@ -10,7 +10,7 @@ neither A_qk V nor C^T V has to be formed. A read before the decay leaves the to
 
 Kept for the backward pass are the inputs and one state per chunk. It finds everything else of a group of chunks again,
 the gradients of all states by one scan, and then those of the inputs of all chunks at once.
-(Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule, section 3; Peng et al. 2025, RWKV-7, appendix.)
+(Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule, section 3; Peng et al. 2025, RWKV-7.)
 
 Legend: B rows, T tokens, H key heads, HV value heads, K/V key/value head dim, N documents, P chunks of a group of
 steps, C tokens per chunk, X = P HV chunk-heads.
@@ -44,7 +44,7 @@ def delta_rule_with_erase(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Te
 
 
 class _Form(NamedTuple):
-    """What is no tensor: the factor on the queries, whether q and k are normalized, and when the state is read."""
+    """Options that are no tensors: the factor on the queries, whether q and k are normalized, when the state is read."""
 
     scale: float
     qk_l2norm: bool
@@ -52,7 +52,7 @@ class _Form(NamedTuple):
 
 
 class _Chunks(NamedTuple):
-    """What a group of chunks computes of its tokens alone, whatever its states.
+    """Tensors that a group of chunks computes of its tokens alone, whatever its states.
 
     With x = U + W S: o = queries S + scores x + own, and S' = total S + erase^T x + written.
     """
@@ -103,10 +103,9 @@ class _TorchErase(torch.autograd.Function):
         for group, starts in reversed(list(zip(layout.step_groups(HV * max(K, V)), kept, strict=True))):
             live = slice(0, group.live)
             tokens = [_gather(group, x, ctx.dtype) for x in inputs]
-            wanted = [x for x, buffer in zip(tokens, buffers, strict=True) if buffer is not None]
+            wanted = [x for x, buffer in zip(tokens, buffers, strict=True) if x is not None and buffer is not None]
             with torch.enable_grad():
                 for x in wanted:
-                    assert x is not None
                     x.requires_grad_()
                 chunks = _compute_chunks(tokens, HV, ctx.form)
             d_chunks, d_states[live] = _backward_of_states(group, chunks, starts, group.gather(do, ctx.dtype),
