@@ -157,7 +157,7 @@ class DeltaRuleConfig(RecurrentConfig):
         return data
 
     def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Projections of softmax attention, where they fit: all writes of a token start from the same keys and values."""
+        """Projections of softmax attention, where they fit; all writes of a token start from equal keys and values."""
         found = super().initial_weights_from(old, tensors)
         return {name: weight.repeat(self.steps, 1) if name in ("k_proj.weight", "v_proj.weight") else weight
                 for name, weight in found.items()}

@@ -44,7 +44,7 @@ def delta_rule_with_erase(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Te
 
 
 class _Form(NamedTuple):
-    """Options that are no tensors: the factor on the queries, whether q and k are normalized, when the state is read."""
+    """Options that are no tensors: the factor on the queries, whether q and k are normalized, when S is read."""
 
     scale: float
     qk_l2norm: bool
@@ -105,8 +105,8 @@ class _TorchErase(torch.autograd.Function):
             tokens = [_gather(group, x, ctx.dtype) for x in inputs]
             wanted = [x for x, buffer in zip(tokens, buffers, strict=True) if x is not None and buffer is not None]
             with torch.enable_grad():
-                for x in wanted:
-                    x.requires_grad_()
+                for leaf in wanted:
+                    leaf.requires_grad_()
                 chunks = _compute_chunks(tokens, HV, ctx.form)
             d_chunks, d_states[live] = _backward_of_states(group, chunks, starts, group.gather(do, ctx.dtype),
                                                            d_states[live])
