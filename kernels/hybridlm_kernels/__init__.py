@@ -14,6 +14,7 @@ from hybridlm_kernels.ops.moe import moe_experts as moe_experts
 from hybridlm_kernels.ops.norm import gated_rms_norm as gated_rms_norm
 from hybridlm_kernels.ops.norm import l2_norm as l2_norm
 from hybridlm_kernels.ops.norm import rms_norm as rms_norm
+from hybridlm_kernels.ops.path_attention import path_attention as path_attention
 from hybridlm_kernels.ops.pooled_indexer import Pools as Pools
 from hybridlm_kernels.ops.pooled_indexer import pooled_indexer_kl as pooled_indexer_kl
 from hybridlm_kernels.ops.pooled_indexer import pooled_topk as pooled_topk

@@ -43,6 +43,8 @@ from hybridlm.model.mixers.mlstm_block import MLSTMBlock as MLSTMBlock
 from hybridlm.model.mixers.mlstm_block import MLSTMBlockConfig as MLSTMBlockConfig
 from hybridlm.model.mixers.parallel import Parallel as Parallel
 from hybridlm.model.mixers.parallel import ParallelConfig as ParallelConfig
+from hybridlm.model.mixers.path_attention import PathAttention as PathAttention
+from hybridlm.model.mixers.path_attention import PathAttentionConfig as PathAttentionConfig
 from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
 from hybridlm.model.mixers.rg_lru import RGLRUConfig as RGLRUConfig
 from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6
