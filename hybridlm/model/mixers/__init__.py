@@ -1,5 +1,7 @@
 """Sequence mixers. Importing this package registers every kind."""
 
+from hybridlm.model.mixers.aft_simple import AFTSimple as AFTSimple
+from hybridlm.model.mixers.aft_simple import AFTSimpleConfig as AFTSimpleConfig
 from hybridlm.model.mixers.attention import Attention as Attention
 from hybridlm.model.mixers.attention import AttentionConfig as AttentionConfig
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer as IndexedMixer
@@ -47,6 +49,8 @@ from hybridlm.model.mixers.path_attention import PathAttention as PathAttention
 from hybridlm.model.mixers.path_attention import PathAttentionConfig as PathAttentionConfig
 from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
 from hybridlm.model.mixers.rg_lru import RGLRUConfig as RGLRUConfig
+from hybridlm.model.mixers.rwkv4 import RWKV4 as RWKV4
+from hybridlm.model.mixers.rwkv4 import RWKV4Config as RWKV4Config
 from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6
 from hybridlm.model.mixers.rwkv6 import RWKV6Config as RWKV6Config
 from hybridlm.model.mixers.shared_attention import SharedAttention as SharedAttention

@@ -160,8 +160,8 @@ class MLSTMBlock(SequenceMixer):
         all_BTX = torch.cat([q_BTC, k_BTC, v_BTC], -1)
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         i_BTH, f_BTH = self.i_proj(all_BTX).to(wide) + self.i_bias, self.f_proj(all_BTX).to(wide) + self.f_bias
-        heads = [x.unflatten(-1, (self.config.num_heads, -1)) for x in (q_BTC, k_BTC, v_BTC)]
-        h_BTC = read_exponential_state(*heads, i_BTH, f_BTH, seq, state).flatten(-2)
+        q_BTHK, k_BTHK, v_BTHK = (x.unflatten(-1, (self.config.num_heads, -1)) for x in (q_BTC, k_BTC, v_BTC))
+        h_BTC = read_exponential_state(q_BTHK, k_BTHK, v_BTHK, i_BTH, f_BTH, seq, state).flatten(-2)
         h_BTC = (self.o_norm(h_BTC) + self.skip * c_BTC).to(x_BTD.dtype)
         return self.down_proj(h_BTC * F.silu(z_BTC)), {}
 
