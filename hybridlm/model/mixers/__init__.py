@@ -53,6 +53,8 @@ from hybridlm.model.mixers.rwkv4 import RWKV4 as RWKV4
 from hybridlm.model.mixers.rwkv4 import RWKV4Config as RWKV4Config
 from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6
 from hybridlm.model.mixers.rwkv6 import RWKV6Config as RWKV6Config
+from hybridlm.model.mixers.rwkv7 import RWKV7 as RWKV7
+from hybridlm.model.mixers.rwkv7 import RWKV7Config as RWKV7Config
 from hybridlm.model.mixers.shared_attention import SharedAttention as SharedAttention
 from hybridlm.model.mixers.shared_attention import SharedAttentionConfig as SharedAttentionConfig
 from hybridlm.model.mixers.window_gla import WindowGLA as WindowGLA

@@ -19,16 +19,14 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.errors import require
-from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.decode_step import DecodeStep, linear_step
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.key_preconditioner import SQUASH, KeyPreconditioner
-from hybridlm.model.mixers.common.matrix_state import read_incoming_state
+from hybridlm.model.mixers.common.matrix_state import run_over_shards
 from hybridlm.model.mixers.common.recurrent import FP32_BYTES, RecurrentConfig, RecurrentMixer
 from hybridlm.model.mixers.common.recurrent_step import (
     decode_log_decay,
@@ -303,29 +301,3 @@ class DeltaRule(RecurrentMixer):
             return finish(o_BHvV, x_BD).unsqueeze(1)
 
         return step
-
-
-def run_over_shards(rule: Callable[..., tuple[Tensor, Tensor]], v_BTHvV: Tensor, key_dim: int,
-                    shard: RowShard) -> Tensor:
-    """The outputs [B, T, HV, V] of the delta rule over rows that are divided into shards, by one pass over each.
-
-    The columns of a state do not mix, and the rule is linear in them. V columns start at zero and take the values: N.
-    K more start as the identity and take none: M, a product of transitions such as Diag(e^g) - beta k k^T. With the
-    state S that the earlier shards leave, the states here are N_t + M_t S, and the outputs those of N_t plus S^T times
-    those of M_t.
-
-    Args:
-        rule: the operation, given values [B, T, HV, V] and `initial_state`.
-        v_BTHvV: values of this shard; n rows of them per token where `rule` writes n times.
-        key_dim: K.
-        shard: this process's shard of the rows.
-    """
-    batch, _, heads, width = v_BTHvV.shape
-    eye_BHvKK = torch.eye(key_dim, dtype=math_dtype(v_BTHvV), device=v_BTHvV.device).expand(batch, heads, -1, -1)
-    eye_BHvKK = eye_BHvKK * shard.continues_B[:, None, None, None]
-    start = shard.at_start(F.pad(eye_BHvKK, (width, 0)))
-    o_BTHvX, state_NHvKX = rule(F.pad(v_BTHvV, (0, key_dim)), initial_state=start)
-    local_BHvKV, through_BHvKK = shard.at_end(state_NHvKX).split([width, key_dim], -1)
-    incoming_BHvKV = shard.incoming(local_BHvKV, through_BHvKK, torch.matmul)
-    o_BTHvV, reach_BTHvK = o_BTHvX.split([width, key_dim], -1)
-    return o_BTHvV + read_incoming_state(reach_BTHvK, incoming_BHvKV).to(o_BTHvV.dtype)

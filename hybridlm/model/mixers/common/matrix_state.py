@@ -5,7 +5,10 @@ B rows, T tokens, H query/key heads, HV value heads, K key dim, V value dim, N d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.model.context_parallel import RowShard
@@ -13,6 +16,7 @@ from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import ShardTraffic
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import linear_attention
+from hybridlm_kernels.recurrence.arguments import math_dtype
 
 FP32_BYTES = 4  # bytes per element
 
@@ -99,3 +103,29 @@ def compute_decay_from_start(g: Tensor | None, dtype: torch.dtype, shard: RowSha
         log_BTHvK = g.to(dtype).cumsum(1)
         log_BTHvK = log_BTHvK if g.dim() == 4 else log_BTHvK[..., None]
     return torch.where(shard.continued_tokens()[:, :, None, None], log_BTHvK, -torch.inf).exp()
+
+
+def run_over_shards(rule: Callable[..., tuple[Tensor, Tensor]], v_BTHvV: Tensor, key_dim: int,
+                    shard: RowShard) -> Tensor:
+    """The outputs [B, T, HV, V] of the delta rule over rows that are divided into shards, by one pass over each.
+
+    The columns of a state do not mix, and the rule is linear in them. V columns start at zero and take the values: N.
+    K more start as the identity and take none: M, a product of transitions such as Diag(e^g) - beta k k^T. With the
+    state S that the earlier shards leave, the states here are N_t + M_t S, and the outputs those of N_t plus S^T times
+    those of M_t.
+
+    Args:
+        rule: the operation, given values [B, T, HV, V] and `initial_state`.
+        v_BTHvV: values of this shard; n rows of them per token where `rule` writes n times.
+        key_dim: K.
+        shard: this process's shard of the rows.
+    """
+    batch, _, heads, width = v_BTHvV.shape
+    eye_BHvKK = torch.eye(key_dim, dtype=math_dtype(v_BTHvV), device=v_BTHvV.device).expand(batch, heads, -1, -1)
+    eye_BHvKK = eye_BHvKK * shard.continues_B[:, None, None, None]
+    start = shard.at_start(F.pad(eye_BHvKK, (width, 0)))
+    o_BTHvX, state_NHvKX = rule(F.pad(v_BTHvV, (0, key_dim)), initial_state=start)
+    local_BHvKV, through_BHvKK = shard.at_end(state_NHvKX).split([width, key_dim], -1)
+    incoming_BHvKV = shard.incoming(local_BHvKV, through_BHvKK, torch.matmul)
+    o_BTHvV, reach_BTHvK = o_BTHvX.split([width, key_dim], -1)
+    return o_BTHvV + read_incoming_state(reach_BTHvK, incoming_BHvKV).to(o_BTHvV.dtype)
