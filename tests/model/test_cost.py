@@ -16,6 +16,7 @@ from hybridlm.model.sequence import SequenceInfo
 from hybridlm.run_config import load_model_config
 from hybridlm_kernels.ops.indexer_kl import torch_backend as kl_blocks
 from hybridlm_kernels.ops.sparse_attention import torch_backend as sparse_blocks
+from tests.support.mixer_forms import PRESET_SOURCES
 
 TINY = ("kimi_linear_tiny", "minimax_01_tiny", "qwen3_next_tiny", "deepseek_v32_tiny", "hybrid_tiny", "quickstart")
 
@@ -38,8 +39,8 @@ def test_parameters_are_those_of_the_built_model(name):
 
 @pytest.mark.parametrize("name", options("mixer"))
 def test_parameters_of_every_mixer_of_the_group(name):
-    source = {"gmu": "mamba", "shared_attention": "swa"}.get(name, name)
-    config = load_model_config("quickstart", [f"model.schedule.pattern=[{source}, {name}]"])
+    pattern = [*PRESET_SOURCES.get(name, []), name]
+    config = load_model_config("quickstart", ["model.num_layers=2", f"model.schedule.pattern={pattern}"])
     assert count_parameters(config).total == build(config).num_params()
 
 

@@ -22,7 +22,7 @@ HeadNorm = Literal["none", "head", "full"]
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """What a layer that reads the keys and values of another one has to know of them.
+    """Facts about keys and values that a layer which reads them from another one has to know.
 
     Args:
         num_heads: query heads H of the layer that leaves them.
