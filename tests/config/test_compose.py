@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("project_kinds")
 
 MODELS = ("deepseek_v32_671b, deepseek_v32_tiny, falcon_h1_tiny, griffin_tiny, hybrid_1b, hybrid_probes, hybrid_tiny, "
           "jamba_tiny, kda_dsa_1b, kda_dsa_tiny, kimi_linear_48b, kimi_linear_tiny, lfm2_tiny, "
-          "minimax_01_456b, minimax_01_tiny, quickstart, qwen3_next_80b, qwen3_next_tiny, rwkv6_tiny, samba_tiny, "
-          "sambay_tiny")
+          "minimax_01_456b, minimax_01_tiny, quickstart, qwen3_next_80b, qwen3_next_tiny, rwkv6_tiny, "
+          "rwkv7_tiny, samba_tiny, sambay_tiny")
 
 
 def error(*overrides: str, name: str = "train", folder: Path | None = None) -> str:
