@@ -24,6 +24,7 @@ from hybridlm_kernels.ops.short_conv import short_conv as short_conv
 from hybridlm_kernels.ops.sparse_attention import indexer_topk as indexer_topk
 from hybridlm_kernels.ops.sparse_attention import sparse_attention as sparse_attention
 from hybridlm_kernels.ops.swiglu import swiglu as swiglu
+from hybridlm_kernels.ops.ttt_memory import ttt_memory as ttt_memory
 from hybridlm_kernels.ops.value_decay_attention import value_decay_attention as value_decay_attention
 from hybridlm_kernels.packing import CuSeqlens as CuSeqlens
 from hybridlm_kernels.recurrence.gates import Gate as Gate

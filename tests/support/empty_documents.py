@@ -61,6 +61,13 @@ def _selective(x, state_N, **options):
                               initial_state=state_N, **options)
 
 
+def _ttt_memory(x, state_N, **options):
+    q, k, v, rate = x[..., :4, None].mT, x[..., 4:8, None].mT, x[..., 8:12, None].mT, x[..., 12:13].square()
+    ones = torch.ones(1, 4, device=x.device)
+    return ops.ttt_memory(q, k, v, rate, torch.ones(16, device=x.device), torch.zeros(1, 20, device=x.device),
+                                  ones, ones, initial_state=state_N, **options)
+
+
 # Every operation with a state per document: the shape of one state, and `call(x [B, T, 16], state_N, **options)`.
 RECURRENT = {
     "delta_rule": ((1, 16, 16), lambda x, state_N, **options: _recurrence(ops.delta_rule, x, state_N, **options)),
@@ -71,6 +78,7 @@ RECURRENT = {
     "linear_scan": ((16,), lambda x, state_N, **options: ops.linear_scan(
         x, torch.sigmoid(x), initial_state=state_N, **options)),
     "selective_scan": ((16, 2), _selective),
+    "ttt_memory": ((2, 1, 20), _ttt_memory),
     "value_decay_attention": ((1, 16, 16), lambda x, state_N, **options: _recurrence(
         lambda q, k, v, g, **kw: ops.value_decay_attention(q, k, v, g[..., None].expand_as(v), **kw),
         x, state_N, **options)),
