@@ -13,6 +13,8 @@ from hybridlm.model.mixers.contract import build_mixer as build_mixer
 from hybridlm.model.mixers.contract import register_mixer as register_mixer
 from hybridlm.model.mixers.delta_rule import DeltaRule as DeltaRule
 from hybridlm.model.mixers.delta_rule import DeltaRuleConfig as DeltaRuleConfig
+from hybridlm.model.mixers.deltaformer import DeltaFormer as DeltaFormer
+from hybridlm.model.mixers.deltaformer import DeltaFormerConfig as DeltaFormerConfig
 from hybridlm.model.mixers.differential_attention import DifferentialAttention as DifferentialAttention
 from hybridlm.model.mixers.differential_attention import DifferentialAttentionConfig as DifferentialAttentionConfig
 from hybridlm.model.mixers.forgetting_attention import ForgettingAttention as ForgettingAttention
