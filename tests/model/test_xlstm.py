@@ -1,4 +1,4 @@
-"""mLSTM: equal to transformers' layer and to the paper's recurrence, with the published start."""
+"""mLSTM and sLSTM: equal to transformers' layer and to the paper's recurrence, with the published start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.mixers import MLSTMBlockConfig, MLSTMConfig, build_mixer
+from hybridlm.model.mixers import MLSTMBlockConfig, MLSTMConfig, SLSTMConfig, build_mixer
 from hybridlm.model.mixers.common.exponential_gates import read_exponential_state
 from hybridlm.model.sequence import SequenceInfo
 from tests.support.layer_parity import HIDDEN, TOLERANCE, context, ours, random_weights, token_inputs
@@ -93,6 +93,39 @@ def test_the_block_is_that_of_the_paper():
         torch.testing.assert_close(run(mixer, x)[0], mixer.down_proj(h * F.silu(z)))
 
 
+def test_slstm_is_the_recurrence_of_the_paper():
+    """Its equations 8 to 15 token by token, without any maximum."""
+    mixer, x = build("slstm"), inputs(1, 6)
+    with torch.no_grad():
+        padded = F.pad(x[0], (0, 0, 3, 0))
+        u = F.silu(mixer.conv.bias + sum(padded[w : w + 6] * mixer.conv.weight[:, w] for w in range(4)))
+        W = {name: torch.block_diag(*getattr(mixer, f"{name}_map")) for name in "zifo"}
+        R = {name: torch.block_diag(*mixer.recurrence[4 * j : 4 * j + 4]) for j, name in enumerate("zifo")}
+        b = dict(zip("zifo", mixer.gate_bias.chunk(4), strict=True))
+        h = c = n = torch.zeros_like(x[0, 0])
+        outputs = []
+        for t in range(6):
+            z, i, f, o = (W[name] @ source + R[name] @ h + b[name] for name, source in
+                          (("z", x[0, t]), ("i", u[t]), ("f", u[t]), ("o", x[0, t])))
+            c = f.sigmoid() * c + i.exp() * z.tanh()
+            n = f.sigmoid() * n + i.exp()
+            h = o.sigmoid() * c / n
+            outputs.append(h)
+        expected = F.group_norm(torch.stack(outputs), 4, mixer.o_norm.weight, eps=1e-5)
+        torch.testing.assert_close(run(mixer, x)[0], expected)
+
+
+def test_the_start_of_slstm_is_the_published_one():
+    mixer = build_mixer(SLSTMConfig(num_heads=4), context(layer_index=1, num_layers=4))
+    mixer.init_weights(0.02)
+    assert not mixer.recurrence.any()
+    z, i, f, o = mixer.gate_bias.view(4, 4, 16)
+    assert not any(bias.any() for bias in (z, i, o))
+    for j in (0, 1, 7, 15):
+        assert f[2, j].item() == pytest.approx(5 - 12 * (j / 15) ** (0.3 + 1.3 / 3), abs=1e-5)
+    assert mixer.z_map.std().item() == pytest.approx((2 / (5 * HIDDEN)) ** 0.5, rel=0.1)
+
+
 def test_the_starts_are_the_published_ones():
     torch.manual_seed(0)
     layer = build_mixer(MLSTMConfig(num_heads=4, head_dim=8), context())
@@ -112,6 +145,8 @@ def test_the_starts_are_the_published_ones():
 @pytest.mark.parametrize(("config", "message"), [
     (lambda: MLSTMConfig(num_heads=2, head_dim=4, gate_soft_cap=0.0), "gate_soft_cap: must be positive"),
     (lambda: MLSTMBlockConfig(num_heads=2, conv_size=1), "conv_size: is not a convolution"),
+    (lambda: SLSTMConfig(num_heads=2, conv_size=0), "conv_size: is not a convolution"),
+    (lambda: build_mixer(SLSTMConfig(num_heads=3), context()), "num_heads: must divide the width of the model"),
     (lambda: build_mixer(MLSTMBlockConfig(num_heads=3), context()), "num_heads: must divide the channels of the block"),
 ])
 def test_bad_options_are_refused(config, message):

@@ -61,6 +61,8 @@ from hybridlm.model.mixers.shared_attention import SharedAttention as SharedAtte
 from hybridlm.model.mixers.shared_attention import SharedAttentionConfig as SharedAttentionConfig
 from hybridlm.model.mixers.ttt import TTT as TTT
 from hybridlm.model.mixers.ttt import TTTConfig as TTTConfig
+from hybridlm.model.mixers.slstm import SLSTM as SLSTM
+from hybridlm.model.mixers.slstm import SLSTMConfig as SLSTMConfig
 from hybridlm.model.mixers.window_gla import WindowGLA as WindowGLA
 from hybridlm.model.mixers.window_gla import WindowGLAConfig as WindowGLAConfig
 from hybridlm.model.mixers.window_linear import WindowLinear as WindowLinear
