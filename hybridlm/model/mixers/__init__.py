@@ -59,10 +59,10 @@ from hybridlm.model.mixers.rwkv7 import RWKV7 as RWKV7
 from hybridlm.model.mixers.rwkv7 import RWKV7Config as RWKV7Config
 from hybridlm.model.mixers.shared_attention import SharedAttention as SharedAttention
 from hybridlm.model.mixers.shared_attention import SharedAttentionConfig as SharedAttentionConfig
-from hybridlm.model.mixers.ttt import TTT as TTT
-from hybridlm.model.mixers.ttt import TTTConfig as TTTConfig
 from hybridlm.model.mixers.slstm import SLSTM as SLSTM
 from hybridlm.model.mixers.slstm import SLSTMConfig as SLSTMConfig
+from hybridlm.model.mixers.ttt import TTT as TTT
+from hybridlm.model.mixers.ttt import TTTConfig as TTTConfig
 from hybridlm.model.mixers.window_gla import WindowGLA as WindowGLA
 from hybridlm.model.mixers.window_gla import WindowGLAConfig as WindowGLAConfig
 from hybridlm.model.mixers.window_linear import WindowLinear as WindowLinear
