@@ -85,7 +85,7 @@ class ModelConfig:
         mtp_mixer = (self.mtp.mixer or layers[-1]) if self.mtp.depth else None
         return LayerContext(hidden_size=self.hidden_size, layer_index=layer_index, num_layers=self.num_layers,
                             norm=self.norm, max_position=self.max_position, layers=layers, mixers=self.mixers,
-                            mtp_mixer=mtp_mixer)
+                            mtp_mixer=mtp_mixer, vocab_size=self.vocab_size)
 
     def _check_sharing(self) -> None:
         """Refuse a layer that reads from another one which leaves nothing of the kind."""

@@ -42,7 +42,7 @@ class LayerContext:
 
     `layers` are the mixer names of all layers, `mixers` the configs by name; both are empty for a layer without a
     model around it. The block of multi-token prediction, whose mixer is `mtp_mixer` (None without one), has the index
-    of the last layer and reads from the layers before that one.
+    of the last layer and reads from the layers before that one. `vocab_size` is 0 for a layer without a model.
     """
 
     hidden_size: int
@@ -53,6 +53,7 @@ class LayerContext:
     layers: Sequence[str] = ()
     mixers: Mapping[str, SharingMixer] = field(default_factory=dict)
     mtp_mixer: str | None = None
+    vocab_size: int = 0
 
     def source_of(self, read: SharedRead) -> int:
         """Find the layer that this one reads from.

@@ -141,6 +141,7 @@ class HybridLM(nn.Module):
                                           logits_to_keep=logits_to_keep, global_batch=global_batch,
                                           return_hidden_states=return_hidden_states)
         seq = self._sequence(batch_and_length, tokens.device, cu_seqlens, state)
+        seq.token_ids_BT = input_ids
         targets = self._targets(batch_and_length, labels, targets, seq.cu_seqlens)
         if targets is not None and state is not None:
             raise ValueError("a decode state cannot be trained through: pass labels or targets without state")

@@ -29,6 +29,8 @@ class SequenceInfo:
     row's own in decode states with one entry per token; `last_position` counts these entries too.
     `tables` holds what any layer has computed from positions alone, such as rotary tables, under a name that says
     everything it depends on.
+    `token_ids_BT` are the ids of the tokens held here, for layers with a table of their own; None where the model was
+    given embeddings.
     """
 
     positions_BT: Tensor  # int64, counted from the start of the document (plus what the decode state holds)
@@ -38,6 +40,7 @@ class SequenceInfo:
     last_position: int = -1  # of the entries of decode states; -1 without one
     shared: SharedStore = field(default_factory=lambda: SharedStore())  # not the class: torch.compile
     tables: dict[str, Any] = field(default_factory=dict)
+    token_ids_BT: Tensor | None = None
 
     @classmethod
     def make(cls, batch: int, length: int, device: torch.device, cu_seqlens: CuSeqlens | None = None,
@@ -76,7 +79,9 @@ class SequenceInfo:
             ValueError: rows whose length is no multiple of the number of shards.
         """
         shard = RowShard.of(shard_group, self.positions_BT, self.cu_seqlens)
-        return SequenceInfo(shard.positions_BL, shard.local_borders, shard=shard)
+        ids = self.token_ids_BT
+        return SequenceInfo(shard.positions_BL, shard.local_borders, shard=shard,
+                            token_ids_BT=None if ids is None else shard.local_tokens(ids))
 
     def leave(self, kind: SharedKind, layer: int, value: Any) -> None:
         """Leave a value of layer `layer` for later layers, as its kind says.

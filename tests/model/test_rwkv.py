@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import hybridlm
 from hybridlm.errors import ConfigError
 from hybridlm.model.feed_forward import RWKVChannelMixConfig, build_feed_forward
 from hybridlm.model.mixers import RWKV6Config, RWKV7Config, build_mixer
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.run_config import load_config
 from tests.support.layer_parity import HIDDEN, context
 from tests.support.mixer_cases import build, context_of, inputs, run
 
@@ -169,6 +173,49 @@ def test_the_channel_mix_is_the_formula_of_the_paper(receptance):
         if receptance:
             expected *= torch.sigmoid(module.r_proj(x * (1 - module.mix_r) + before * module.mix_r))
         torch.testing.assert_close(module(x, SequenceInfo.make(1, 5, x.device))[0], expected)
+
+
+@pytest.mark.parametrize("place", ["output", "inner"])
+def test_deep_embed_is_the_formula_of_the_authors_and_starts_at_one(place):
+    """RWKV-8 rc00 multiplies the output, RWKV-7a the inner tensor; at first neither changes the channel mix."""
+    torch.manual_seed(0)
+    options = {"intermediate_size": 20, "deep_embed_rank": 3}
+    size = replace(context_of(), vocab_size=11)
+    module = build_feed_forward(RWKVChannelMixConfig(**options, deep_embed=place), size).double()
+    plain = build_feed_forward(RWKVChannelMixConfig(**options), size).double()
+    module.init_weights(0.3)
+    plain.load_state_dict({name: value for name, value in module.state_dict().items() if "deep" not in name})
+    x, ids = inputs(1, 5), torch.tensor([[3, 0, 3, 10, 7]])
+    seq = SequenceInfo.make(1, 5, x.device)
+    seq.token_ids_BT = ids
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, seq)[0], plain(x, seq)[0])
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        k = torch.clamp(module.key_proj(x * (1 - module.mix_k) + before * module.mix_k), min=0) ** 2
+        table = module.deep_embed.weight
+        if place == "output":
+            expected = module.value_proj(k) * table[ids]
+        else:
+            gates = [(token @ module.deep_a_proj.weight.T) @ table[i].view(3, 3) @ module.deep_b_proj.weight.T
+                     + module.deep_scale for token, i in zip(x[0], ids[0], strict=True)]
+            expected = module.value_proj(k * torch.stack(gates))
+        torch.testing.assert_close(module(x, seq)[0], expected)
+
+
+def test_deep_embed_follows_the_ids_of_a_model_in_every_use():
+    config = load_config("train", ["model=rwkv6_tiny", "model.num_layers=2", "model.feed_forward.deep_embed=output"])
+    lm = hybridlm.build_model(config).eval()
+    with torch.no_grad():
+        for layer in lm.layers:
+            layer.feed_forward.deep_embed.weight.normal_()
+        ids = torch.randint(512, (2, 9))
+        full, state = lm(ids).logits, lm.new_state(2, 9)
+        torch.testing.assert_close(torch.cat([lm(ids[:, t : t + 1], state=state).logits for t in range(9)], 1), full)
+        torch.testing.assert_close(lm(ids.view(1, -1), cu_seqlens=[0, 9, 18]).logits.view_as(full), full)
+        with pytest.raises(ValueError, match="pass input_ids"):
+            lm(None, inputs_embeds=lm.embed(ids))
 
 
 def test_the_channel_mix_of_the_first_layers_looks_back_more():

@@ -26,6 +26,7 @@ from hybridlm.model.sharing import SharedRead
 from hybridlm_kernels.packing import CuSeqlens
 
 CPU = torch.device("cpu")
+TOKEN_BITS = 6  # signs of inputs that make the id of a token
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +118,13 @@ class Subject:
                                replace(self.context, layer_index=index)) for index in indices}
 
     def run_sources(self, x_BTD: Tensor, seq: SequenceInfo, state: Any = None) -> None:
-        """Run the layers that the mixer reads from on the same inputs, so that they leave their values."""
+        """Run the layers that the mixer reads from on the same inputs, so that they leave their values.
+
+        Tokens get ids that follow from their inputs, for a module that looks them up.
+        """
+        if seq.token_ids_BT is None:
+            bits_BTN = (x_BTD.detach()[..., :TOKEN_BITS] > 0).long()
+            seq.token_ids_BT = (bits_BTN << torch.arange(TOKEN_BITS)).sum(-1)
         for index, source in self.sources.items():
             source_state = state.sources[index] if isinstance(state, StateWithSources) else None
             source.run_on(self._source_module(index, x_BTD.dtype), x_BTD, seq, source_state)
@@ -173,7 +180,7 @@ def small_context(config: MixerConfig | FeedForwardConfig, hidden_size: int = 24
         mixer = MIXERS.config_class("attention")(num_heads=2, head_dim=8)
         feed_forward = config
     schedule = ScheduleConfig(pattern=["mixer"], override={} if source is None else {0: "source"})
-    model = ModelConfig(vocab_size=64, hidden_size=hidden_size, num_layers=4, max_position=256, schedule=schedule,
-                        mixers={"mixer": mixer, **({} if source is None else {"source": source})},
+    model = ModelConfig(vocab_size=2**TOKEN_BITS, hidden_size=hidden_size, num_layers=4, max_position=256,
+                        schedule=schedule, mixers={"mixer": mixer, **({} if source is None else {"source": source})},
                         feed_forward=feed_forward, norm=NormConfig(eps=1e-5, zero_centered=zero_centered))
     return model.layer_context(layer_index)
