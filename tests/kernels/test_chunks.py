@@ -5,6 +5,7 @@ import torch
 
 from hybridlm_kernels import CuSeqlens
 from hybridlm_kernels.recurrence.chunk_layout import STEP_GROUP_MAX_ELEMENTS, ChunkLayout, get_chunk_layout
+from hybridlm_kernels.recurrence.decay_products import ScalarDecay
 from hybridlm_kernels.recurrence.triangular_solve import block_inverses, solve, solve_transposed
 
 CPU = torch.device("cpu")
@@ -76,3 +77,17 @@ def test_identical_keys_do_not_lose_digits():
     (Z,) = solve(L, None, block_inverses(L, None), R, (4,))
     expected = torch.linalg.solve_triangular(L.double(), R.double(), upper=False, unitriangular=True)
     assert (Z - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("strength", [1.0, 8.0, 30.0])
+def test_products_of_strong_decays_hold_no_number_that_is_slow_to_multiply(strength):
+    """Factors are zero or large enough that the product of two is a normal number, and right to fp32 rounding."""
+    g_PHvC = -strength * torch.rand(3, 2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    g_PHvC[0, 0, 5] = -torch.inf
+    found, expected = ScalarDecay.varying(g_PHvC.float()), ScalarDecay.varying(g_PHvC.float().double())
+    smallest = torch.finfo(torch.float32).tiny ** 0.5
+    for x, exact in zip(found.tensors, expected.tensors, strict=True):
+        assert bool(((x == 0) | (x > smallest)).all())
+        torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=2 * smallest)
+    dropped = (found.between == 0) & (expected.between > 0)
+    assert bool(dropped.any()) == (strength > 1.0)
