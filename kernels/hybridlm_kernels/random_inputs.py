@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hybridlm_kernels.cases import Inputs, MakeInputs, randn
+from hybridlm_kernels.cases import Inputs, MakeInputs, Shape, randn
 from hybridlm_kernels.recurrence.gates import Gate
 
 GATE_PARAMETERS = ("A_log", "dt_bias")
@@ -95,6 +95,16 @@ def erase_inputs(decay: str, free: bool) -> Callable[[], Inputs]:
         generator = torch.Generator().manual_seed(1)
         key, vector = (normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1) for _ in "pb")
         return inputs | {"erase_key": key} | ({"erase_vector": -vector} if free else {})
+
+    return make
+
+
+def bench_erase_inputs(decay: str, free: bool) -> MakeInputs:
+    """A maker of inputs as `bench_inputs` makes them; where `free` with erase keys and vectors in place of beta."""
+
+    def make(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
+        inputs = bench_inputs(decay, delta=not free)(s, dtype, device)
+        return inputs | {"erase_key": inputs["k"], "erase_vector": -0.5 * inputs["k"]} if free else inputs
 
     return make
 

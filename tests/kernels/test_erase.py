@@ -228,6 +228,28 @@ def test_steps_are_writes_of_one_token(decay):
         call("delta_rule", inputs, steps=2)
 
 
+def test_two_writes_per_token_compose_any_permutations():
+    """With beta = 2 a write along e_i - e_j swaps two rows of the state, so two writes are any permutation of three.
+
+    This follows words of S3 of any length (Siems et al. 2025, DeltaProduct, section 4); one write per token cannot.
+    """
+    e = torch.eye(3, dtype=torch.float64)
+    swaps = [e[0] - e[1], e[1] - e[2], e[0] - e[2]]
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, (200, 2), generator=generator)
+    k = torch.stack([swaps[i] / 2**0.5 for i in words.flatten()])[None, :, None]
+    queries, values = e[0].expand(1, 200, 1, 3), torch.zeros(1, 400, 1, 3, dtype=torch.float64)
+    o, state = delta_rule(queries, k, values, beta=torch.full((1, 400, 1), 2.0).double(), steps=2, scale=1.0,
+                          initial_state=e[None, None])
+    rows = [0, 1, 2]
+    for t, pair in enumerate(words.tolist()):
+        for i in pair:
+            a, b = ((0, 1), (1, 2), (0, 2))[i]
+            rows[a], rows[b] = rows[b], rows[a]
+        torch.testing.assert_close(o[0, t, 0], e[rows[0]])
+    torch.testing.assert_close(state[0, 0], e[rows])
+
+
 def test_mistakes_and_refusals():
     inputs, _ = make_inputs("free vector", "channel", T=9)
     with pytest.raises(ValueError, match=r"erase_key must have shape \[1, 9, 2, 6\] .*got \[1, 9, 2, 5\]"):

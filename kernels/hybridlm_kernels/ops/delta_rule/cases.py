@@ -2,7 +2,7 @@
 
 from hybridlm_kernels.cases import BenchCase, CheckCase, OperationCases
 from hybridlm_kernels.ops.delta_rule import delta_rule
-from hybridlm_kernels.random_inputs import bench_inputs, check_inputs, erase_inputs
+from hybridlm_kernels.random_inputs import bench_erase_inputs, bench_inputs, check_inputs, erase_inputs
 
 CHECKS = [CheckCase("delta_rule", f"{decay} decay", delta_rule, check_inputs(decay, True), causal=True)
           for decay in ("none", "scalar", "channel")]
@@ -12,7 +12,11 @@ CHECKS += [CheckCase("delta_rule", label, delta_rule, erase_inputs(decay, free),
            for label, decay, free, before in (("scalar decay, read before it", "scalar", False, True),
                                               ("channel decay, own erase key", "channel", False, False),
                                               ("channel decay, free erase vector", "channel", True, True))]
+BENCHES = [BenchCase(label, delta_rule, bench_erase_inputs(decay, free), lambda s, n=flops: n * s.tokens * s.H * s.D**2,
+                     ("q", "k", "v", "g", *trained), {"erase_before_decay": True})
+           for label, decay, free, flops, trained in (("Comba", "scalar", False, 7.0, ("beta",)),
+                                                      ("RWKV-7", "channel", True, 9.0, ("erase_key", "erase_vector")))]
 CASES: list[OperationCases] = [(CHECKS, [
     BenchCase(label, delta_rule, bench_inputs(decay, delta=True), lambda s: 7.0 * s.tokens * s.H * s.D**2,
               ("q", "k", "v", "g", "beta"), {"qk_l2norm": True})
-    for label, decay in (("DeltaNet", "none"), ("GDN", "scalar"), ("KDA", "channel"))])]
+    for label, decay in (("DeltaNet", "none"), ("GDN", "scalar"), ("KDA", "channel"))] + BENCHES)]
