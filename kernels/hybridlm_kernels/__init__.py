@@ -11,6 +11,7 @@ from hybridlm_kernels.ops.linear_attention import linear_attention as linear_att
 from hybridlm_kernels.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from hybridlm_kernels.ops.linear_scan import linear_scan as linear_scan
 from hybridlm_kernels.ops.max_scan import max_scan as max_scan
+from hybridlm_kernels.ops.mesa_solve import mesa_solve as mesa_solve
 from hybridlm_kernels.ops.moe import moe_experts as moe_experts
 from hybridlm_kernels.ops.norm import gated_rms_norm as gated_rms_norm
 from hybridlm_kernels.ops.norm import l2_norm as l2_norm

@@ -63,6 +63,12 @@ def _selective(x, state_N, **options):
                               initial_state=state_N, **options)
 
 
+def _mesa_solve(x, state_N, **options):
+    q = k = x[..., None].mT
+    lambda_HK = torch.full((1, 16), 40.0, device=x.device)  # above the eigenvalues of the states, which are any numbers
+    return ops.mesa_solve(q, k, x[..., :1].square(), -x[..., :1].square(), lambda_HK, initial_state=state_N, **options)
+
+
 def _ttt_memory(x, state_N, **options):
     q, k, v, rate = x[..., :4, None].mT, x[..., 4:8, None].mT, x[..., 8:12, None].mT, x[..., 12:13].square()
     ones = torch.ones(1, 4, device=x.device)
@@ -80,6 +86,7 @@ RECURRENT = {
     "linear_scan": ((16,), lambda x, state_N, **options: ops.linear_scan(
         x, torch.sigmoid(x), initial_state=state_N, **options)),
     "selective_scan": ((16, 2), _selective),
+    "mesa_solve": ((1, 16, 16), _mesa_solve),
     "ttt_memory": ((2, 1, 20), _ttt_memory),
     "value_decay_attention": ((1, 16, 16), lambda x, state_N, **options: _recurrence(
         lambda q, k, v, g, **kw: ops.value_decay_attention(q, k, v, g[..., None].expand_as(v), **kw),
