@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlm_kernels.recurrence.decay_products import corner_blocks, doublings, extend_products, sum_from_and_before
+from hybridlm_kernels.recurrence.decay_products import (
+    corner_blocks,
+    doublings,
+    drop_negligible,
+    extend_products,
+    sum_from_and_before,
+)
 
 
 class DecayPairs:
@@ -67,10 +73,10 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g_XCK: Tensor) -> tuple[Tensor, Tensor]:
-        prefix, suffix = g_XCK.exp(), torch.ones_like(g_XCK)
-        _, C, K = g_XCK.shape
+        prefix, suffix = drop_negligible(g_XCK.exp()), torch.ones_like(g_XCK)
+        C = g_XCK.shape[1]
         for b in doublings(C):
-            extend_products(prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K))
+            _extend(prefix, suffix, b)
         ctx.save_for_backward(prefix, suffix)
         return prefix, suffix
 
@@ -90,7 +96,7 @@ class _Scores(torch.autograd.Function):
         (X, C, K), R = tensors[0].shape, len(before)
         rows, columns = tensors[:R], tensors[R:]
         scores = g_XCK.new_zeros(R, len(columns), X, C, C)
-        prefix, suffix = g_XCK.exp(), torch.ones_like(g_XCK)
+        prefix, suffix = drop_negligible(g_XCK.exp()), torch.ones_like(g_XCK)
         for b in doublings(C):
             p, s = prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K)
             ends = _ends(p, before)
@@ -103,7 +109,7 @@ class _Scores(torch.autograd.Function):
             for r in range(R):
                 for d in range(len(columns)):
                     corner_blocks(scores[r, d], b).copy_(block[:, :, r, :, d])
-            extend_products(p, s)
+            _extend(prefix, suffix, b)
         return tuple(scores.flatten(0, 1).unbind(0))
 
     @staticmethod
@@ -118,7 +124,7 @@ class _Scores(torch.autograd.Function):
                    for r, read_before in enumerate(ctx.before)]
         d_scores = tuple(d_score.tril(-2 if ctx.before[i // D] else -1) for i, d_score in enumerate(d_scores))
         d_rows, d_columns = [torch.zeros_like(x) for x in rows], [torch.zeros_like(y) for y in columns]
-        prefix, suffix = g_XCK.exp(), torch.ones_like(g_XCK)
+        prefix, suffix = drop_negligible(g_XCK.exp()), torch.ones_like(g_XCK)
         for b in doublings(C):
             p, s = prefix.view(-1, 2, b, K), suffix.view(-1, 2, b, K)
             ends = _ends(p, ctx.before)
@@ -134,7 +140,7 @@ class _Scores(torch.autograd.Function):
                 d_row.view(-1, 2, b, K)[:, 1].addcmul_(d_left[:, r], ends[r])
             for d, d_column in enumerate(d_columns):
                 d_column.view(-1, 2, b, K)[:, 0].addcmul_(d_right[:, d], s[:, 0])
-            extend_products(p, s)
+            _extend(prefix, suffix, b)
         d_g = None
         if ctx.needs_input_grad[0]:
             pairs = torch.zeros_like(g_XCK)
@@ -151,6 +157,14 @@ class _Scores(torch.autograd.Function):
                 d_rows[r][:, 1:].addcmul_(d_score, columns[d][:, :-1])
                 d_columns[d][:, :-1].addcmul_(d_score, rows[r][:, 1:])
         return d_g, None, *d_rows, *d_columns
+
+
+def _extend(prefix_XCK: Tensor, suffix_XCK: Tensor, b: int) -> None:
+    """Extend products inside blocks of b tokens to blocks of 2b, in place; those far below rounding become zero."""
+    K = prefix_XCK.shape[2]
+    extend_products(prefix_XCK.view(-1, 2, b, K), suffix_XCK.view(-1, 2, b, K))
+    drop_negligible(prefix_XCK)
+    drop_negligible(suffix_XCK)
 
 
 def _ends(p_M2bK: Tensor, before: Sequence[bool]) -> list[Tensor]:

@@ -84,7 +84,7 @@ def sum_from_and_before(x_XCK: Tensor, y_XCK: Tensor | None = None) -> Tensor:
     return later if y_XCK is None else later.baddbmm_((1 - upper).expand(X, C, C), y_XCK)
 
 
-def _drop_negligible(decay: Tensor) -> Tensor:
+def drop_negligible(decay: Tensor) -> Tensor:
     """Sets decays at or below the root of the smallest normal number (1e-19 in fp32, 1e-154 in fp64) to zero, in place.
 
     What they multiply is far below the rounding of what it is added to, but their products are denormal numbers, with
@@ -108,16 +108,16 @@ class ScalarDecay:
     def varying(cls, g_PHvC: Tensor) -> ScalarDecay:
         """From a decay for every token, g [P, HV, C]."""
         P, HV, C = g_PHvC.shape
-        prefix = _drop_negligible(g_PHvC.exp())
+        prefix = drop_negligible(g_PHvC.exp())
         suffix = torch.ones_like(prefix)
         between = prefix.new_zeros(P * HV, C, C)
         for b in doublings(C):
             p, s = prefix.view(P * HV, -1, 2, b), suffix.view(P * HV, -1, 2, b)
             torch.mul(p[:, :, 1, :, None], s[:, :, 0, None, :], out=corner_blocks(between, b))
             extend_products(p.flatten(0, 1), s.flatten(0, 1))
-            _drop_negligible(prefix)
-            _drop_negligible(suffix)
-        _drop_negligible(between)
+            drop_negligible(prefix)
+            drop_negligible(suffix)
+        drop_negligible(between)
         return cls(prefix[..., None], suffix[..., None], prefix[:, :, -1:, None], between.view(P, HV, C, C))
 
     @classmethod
