@@ -98,6 +98,7 @@ class Family:
         aliases: further model types with the same format.
         multimodal_types: model types whose `text_config` is of this family.
         embedding_key: their name of the embedding.
+        norm_key: their name of the final norm.
         renamed_keys: (pattern, replacement) that turn other spellings of keys (transformers' names at run time, older
             releases) into the official ones.
         ignored_keys: patterns of keys that carry nothing to keep.
@@ -116,6 +117,7 @@ class Family:
     aliases: tuple[str, ...] = ()
     multimodal_types: tuple[str, ...] = ()
     embedding_key: str = "model.embed_tokens.weight"
+    norm_key: str = "model.norm.weight"
     renamed_keys: tuple[tuple[str, str], ...] = ()
     ignored_keys: tuple[str, ...] = ()
     mtp_keys: str | None = None
@@ -128,7 +130,7 @@ class Family:
         mtp_prefixes = [f"model.layers.{config.num_layers + index}" for index in range(depth)]
         rules = [_map_repeated("embed.weight", self.embedding_key,
                                [f"{prefix}.embed_tokens.weight" for prefix in mtp_prefixes]),
-                 map_tensors("norm.weight", "model.norm.weight")]
+                 map_tensors("norm.weight", self.norm_key)]
         if not config.tie_embeddings:
             rules.append(_map_repeated("lm_head.weight", HEAD_KEY,
                                        [f"{prefix}.shared_head.head.weight" for prefix in mtp_prefixes]))

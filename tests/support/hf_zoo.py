@@ -79,6 +79,10 @@ CASES: dict[str, tuple[str, dict]] = {
     "olmo_hybrid-nope": ("olmo_hybrid", BASE | {
         "num_hidden_layers": 5, "layer_types": IRREGULAR, "linear_allow_neg_eigval": False, **GDN,
         "rope_parameters": {"rope_type": "default", "rope_theta": None}, "tie_word_embeddings": True}),
+    "lfm2": ("lfm2", BASE | {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_multiple_of": 8}),
+    "lfm2-bias": ("lfm2", BASE | {
+        "num_hidden_layers": 3, "layer_types": ["full_attention", "conv", "conv"], "conv_bias": True, "conv_L_cache": 4,
+        "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False}),
     "llama": ("llama", BASE),
     "llama-bias": ("llama", BASE | {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 12}),
     "qwen3": ("qwen3", BASE | {"head_dim": 12}),

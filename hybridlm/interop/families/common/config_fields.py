@@ -49,7 +49,7 @@ def read_base(hf: HFConfig, layers: Sequence[str], mixers: dict[str, dict], feed
         "vocab_size": hf.vocab_size, "hidden_size": hf.hidden_size, "num_layers": hf.num_hidden_layers,
         "schedule": shortest_schedule(layers),
         "mixers": {name: mixer for name, mixer in mixers.items() if name in used},
-        "feed_forward": feed_forward, "norm": {"eps": hf.rms_norm_eps},
+        "feed_forward": feed_forward, "norm": more.pop("norm", None) or {"eps": hf.rms_norm_eps},
         "max_position": hf.max_position_embeddings, "tie_embeddings": bool(hf.tie_word_embeddings),
         "init_std": hf.initializer_range, "name": hf.model_type,
     } | more
