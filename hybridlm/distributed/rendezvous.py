@@ -36,7 +36,7 @@ def rendezvous(environment: RankEnvironment, seconds: float) -> Iterator[None]:
     Raises:
         ConfigError: the first process cannot be reached, others do not come, or its port is taken.
     """
-    if not environment.launched:
+    if not environment.launched or environment.size == 1:  # one process waits for nobody
         yield
         return
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")

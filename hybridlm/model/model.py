@@ -131,7 +131,9 @@ class HybridLM(nn.Module):
         batch_and_length = tokens.shape[:2]
         if text_mask is not None and text_mask.shape != batch_and_length:
             raise ValueError(f"text_mask must be {list(batch_and_length)}; got {list(text_mask.shape)}")
-        if text_mask is None and labels is not None and labels.shape == batch_and_length and not return_logits:
+        # A graph of torch.compile cannot look at the labels.
+        looks = labels is not None and not return_logits and not torch.compiler.is_compiling()
+        if text_mask is None and looks and labels.shape == batch_and_length:
             text_mask = text_before_last_label(labels)
         if text_mask is not None and self.shard_group is None:
             text = TextTokens.of(text_mask, cu_seqlens, tokens.device)

@@ -19,7 +19,7 @@ from hybridlm.evaluation.probe_training import model_for_probe
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, training_flops
 from hybridlm.model.model import build_model
-from hybridlm.optimizers import AdamWConfig, OptimizerConfig, build_optimizer
+from hybridlm.optimizers import OPTIMIZERS, OptimizerConfig, build_optimizer
 from hybridlm.planning.machine_memory import host_memory_bytes
 from hybridlm.sweep.collect import read_metrics, summarize
 from hybridlm.sweep.folder import point_outcome
@@ -153,7 +153,7 @@ def _trainings(point: Point) -> list[_Training]:
         model = model_for_probe(config.model, task.probe(), task.length)
         rows = task.examples * (1 + len(task.lengths or ()))
         found.append(_Training(model, task.length, task.steps, task.batch_size, task.batch_size,
-                               AdamWConfig(lr=task.lr), rows))
+                               OPTIMIZERS.config_class("adamw")(lr=task.lr), rows))
     return found
 
 

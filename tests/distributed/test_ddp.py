@@ -123,7 +123,8 @@ def test_more_processes_than_gpus_are_refused_before_they_start(monkeypatch, tmp
 
 
 def test_the_wrong_engine_under_a_launcher_is_said(monkeypatch, tmp_path, capsys):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     assert main(["train", *KIMI, f"run_dir={tmp_path / 'run'}"]) == 2
     assert "single runs one process; got '2 processes'; expected ddp" in capsys.readouterr().err

@@ -50,6 +50,7 @@ def test_accelerate_offloads_and_dispatches_without_casts(folder):
     check(accelerate.dispatch_model(model, {"": "cpu"}).model)
     offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert {name: p.dtype for name, p in offloaded.named_parameters()} == dtypes
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # that of other tests of this process
     prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(
         AutoModelForCausalLM.from_pretrained(folder))
     assert {p.dtype for p in prepared.parameters()} == {torch.float32}

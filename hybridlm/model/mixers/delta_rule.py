@@ -99,8 +99,8 @@ class DeltaRuleConfig(RecurrentConfig):
 
     @property
     def channels(self) -> dict[str, int]:
-        widths = super().channels
-        return {"q": widths["q"], "k": self.steps * widths["k"], "v": self.steps * widths["v"]}
+        keys = self.num_heads * self.head_dim
+        return {"q": keys, "k": self.steps * keys, "v": self.steps * self.value_heads * self.value_dim}
 
     @property
     def strengths(self) -> dict[str, int]:

@@ -226,6 +226,8 @@ class LinearAttention(RecurrentMixer):
 
     def _constant_decay(self, x_BTD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        if torch.compiler.is_compiling():  # what is kept would be a reason to compile again
+            return torch.tensor([-s for s in self._slopes], dtype=dtype, device=x_BTD.device)
         if self._constant_g is None or self._constant_g.device != x_BTD.device or self._constant_g.dtype != dtype:
             with torch.inference_mode(False):  # it may serve training after generation
                 self._constant_g = torch.tensor([-s for s in self._slopes], dtype=dtype, device=x_BTD.device)

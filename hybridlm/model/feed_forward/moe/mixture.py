@@ -108,7 +108,8 @@ class MixtureOfExperts(FeedForward):
         self.router.load += aux["load"]
 
     def balanced_weight(self) -> nn.Parameter | None:
-        return self.router.weight if self.router.moves_bias else None
+        # Not as an attribute: under ZeRO-3 that brings the weight together, and not every rank may ask for it.
+        return dict(self.router.named_parameters())["weight"] if self.router.moves_bias else None
 
     def post_optimizer_step(self, update: bool = True) -> None:
         self.router.balance(update)

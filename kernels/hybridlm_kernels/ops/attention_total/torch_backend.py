@@ -46,7 +46,7 @@ def _rows(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window: 
 
 
 def hidden_keys(first: int, last: int, oldest: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of the keys oldest .. last - 1 the queries first .. last - 1 do not see: bool [Q, W].
+    """Mark the keys oldest .. last - 1 that the queries first .. last - 1 do not see: bool [Q, W].
 
     >>> hidden_keys(2, 4, 1, 2, torch.device("cpu")).int()
     tensor([[0, 0, 1],

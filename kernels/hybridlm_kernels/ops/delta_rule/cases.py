@@ -1,6 +1,8 @@
 """Cases of the delta rule for the doctor, the tests and the benchmark."""
 
-from hybridlm_kernels.cases import BenchCase, CheckCase, OperationCases
+from functools import partial
+
+from hybridlm_kernels.cases import BenchCase, CheckCase, OperationCases, Shape
 from hybridlm_kernels.ops.delta_rule import delta_rule
 from hybridlm_kernels.random_inputs import bench_erase_inputs, bench_inputs, check_inputs, erase_inputs
 
@@ -12,7 +14,13 @@ CHECKS += [CheckCase("delta_rule", label, delta_rule, erase_inputs(decay, free),
            for label, decay, free, before in (("scalar decay, read before it", "scalar", False, True),
                                               ("channel decay, own erase key", "channel", False, False),
                                               ("channel decay, free erase vector", "channel", True, True))]
-BENCHES = [BenchCase(label, delta_rule, bench_erase_inputs(decay, free), lambda s, n=flops: n * s.tokens * s.H * s.D**2,
+
+
+def _flops(per_entry: float, s: Shape) -> float:
+    return per_entry * s.tokens * s.H * s.D**2
+
+
+BENCHES = [BenchCase(label, delta_rule, bench_erase_inputs(decay, free), partial(_flops, flops),
                      ("q", "k", "v", "g", *trained), {"erase_before_decay": True})
            for label, decay, free, flops, trained in (("Comba", "scalar", False, 7.0, ("beta",)),
                                                       ("RWKV-7", "channel", True, 9.0, ("erase_key", "erase_vector")))]

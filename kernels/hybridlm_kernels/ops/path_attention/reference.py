@@ -40,7 +40,7 @@ def path_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BSGV: Tensor, w_BTGK: Tenso
 
     tokens = tuple(None if x is None else wide(x) for x in (q_BTHK, k_BTGK, v_BSGV, w_BTGK, beta_BTG, g_BSH))
     if cu_seqlens is None:
-        return steps(*tokens, None)[0].to(v_BSGV.dtype)  # type: ignore[arg-type]
+        return steps(*tokens, None)[0].to(v_BSGV.dtype)  # type: ignore
 
     def output_only(*document: Tensor | None) -> tuple[Tensor, Tensor]:
         o = steps(*document)[0]  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def path_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BSGV: Tensor, w_BTGK: Tenso
     tokens = [q_BTHK, k_BTGK, v_BSGV, w_BTGK, beta_BTG, *([] if g_BSH is None else [g_BSH])]
 
     def rows(*tokens: Tensor) -> Tensor:
-        return _rows(*tokens[:5], tokens[5] if len(tokens) > 5 else None, past_BPGK, scale)  # type: ignore[misc]
+        return _rows(*tokens[:5], tokens[5] if len(tokens) > 5 else None, past_BPGK, scale)  # type: ignore
 
     if cu_seqlens is not None and cu_seqlens.num_documents > q_BTHK.shape[0]:
         return each_document_row(rows, tokens, cu_seqlens)

@@ -69,7 +69,8 @@ def forward_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, state_ptr, documents_ptr,
     document = tl.program_id(0).to(tl.int64)
     row = documents_ptr + document * 3
     first, length, tile = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    channels, states, row = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, NP), tl.arange(0, BT)
+    channels = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)
+    states, row = tl.arange(0, NP), tl.arange(0, BT)
     real = (channels < D)[:, None] & (states < N)[None, :]
     at = channels[:, None] * N + states[None, :]
     h = tl.zeros([BD, NP], tl.float32)
@@ -102,7 +103,8 @@ def backward_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, kept_ptr, dy_ptr, d_last
     document = tl.program_id(0).to(tl.int64)
     row = documents_ptr + document * 3
     first, length, tile = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    channels, states, row = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, NP), tl.arange(0, BT)
+    channels = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)
+    states, row = tl.arange(0, NP), tl.arange(0, BT)
     real = (channels < D)[:, None] & (states < N)[None, :]
     at = channels[:, None] * N + states[None, :]
     block = tl.program_id(1).to(tl.int64) * tokens
