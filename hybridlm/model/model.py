@@ -132,8 +132,8 @@ class HybridLM(nn.Module):
         if text_mask is not None and text_mask.shape != batch_and_length:
             raise ValueError(f"text_mask must be {list(batch_and_length)}; got {list(text_mask.shape)}")
         # A graph of torch.compile cannot look at the labels.
-        looks = labels is not None and not return_logits and not torch.compiler.is_compiling()
-        if text_mask is None and looks and labels.shape == batch_and_length:
+        looks = text_mask is None and not return_logits and not torch.compiler.is_compiling()
+        if looks and labels is not None and labels.shape == batch_and_length:
             text_mask = text_before_last_label(labels)
         if text_mask is not None and self.shard_group is None:
             text = TextTokens.of(text_mask, cu_seqlens, tokens.device)
