@@ -52,7 +52,9 @@ class Router(nn.Module):
     @property
     def moves_bias(self) -> bool:
         """Whether the bias follows the loads: it has a rate, and the weights beside it train."""
-        return self.bias is not None and self.config.updates_bias and self.weight.requires_grad
+        # Not as an attribute: under ZeRO-3 that brings the weight together, and not every rank may ask for it.
+        weight = next(p for name, p in self.named_parameters() if name == "weight")
+        return self.bias is not None and self.config.updates_bias and weight.requires_grad
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Tensor, Aux]:
         """Choose the experts of every token.
