@@ -41,6 +41,8 @@ class TrainingWatch:
         self._calls += 1
         if self._calls == 2 or self._calls & (self._calls - 1):
             return
+        if any(hasattr(p, "ds_id") for p in model.parameters()):  # ZeRO-3: looking would bring weights together
+            return
         weights = (m.balanced_weight() for m in model.modules() if isinstance(m, FeedForward))
         weight = next((w for w in weights if w is not None), None)
         if weight is None or weight.is_meta:
