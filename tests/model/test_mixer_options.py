@@ -99,8 +99,9 @@ def test_the_absorbed_form_gives_the_numbers_and_gradients_of_the_expanded_one(n
 
 def test_decoding_uses_the_absorbed_form_and_training_the_expanded_one():
     mixer = one_layer(MLAConfig(num_heads=2, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16))
-    assert mixer._absorbs(1, None)
-    assert not mixer._absorbs(512, None)
+    assert mixer._absorbs(1, False, decoding=True)
+    assert not mixer._absorbs(512, False, decoding=True)
+    assert not mixer._absorbs(1, False, decoding=False)  # ranks with unlike numbers of tokens use the same modules
     state = mixer.new_state(1, 8)
     run(mixer, inputs(1, 4), state=state)
     assert state.latent.append(torch.zeros(1, 0, 72)).shape == (1, 4, 72)

@@ -223,7 +223,7 @@ class MLA(IndexedMixer):
         selection = self.select(x_BTD, input_BTQ, seq, None if state is None else state.index_keys)
         sparse = selection.indices is not None
         up_XC = readable_weight(self.kv_b_proj, x_BTD.device)  # with an adapter or a hook it must be called: expanded
-        if up_XC is not None and self._absorbs(x_BTD.shape[1], sparse):
+        if up_XC is not None and self._absorbs(x_BTD.shape[1], sparse, decoding=state is not None):
             if latent_BSL is None:
                 latent_BSL = torch.cat([c_BTC, r_BTR], -1)
             o_BTHV, aux = self._absorbed(q_BTHK, latent_BSL, up_XC, seq, selection)
@@ -235,15 +235,17 @@ class MLA(IndexedMixer):
             o_BTHV, aux = self._expanded(q_BTHK, c_BTC, r_BTR, seq, selection)
         return self.o_proj(apply_output_gate(o_BTHV, x_BTD, self.g_proj, config.output_gate)), aux
 
-    def _absorbs(self, queries: int, sparse: bool) -> bool:
-        """Whether the absorbed form does less work.
+    def _absorbs(self, queries: int, sparse: bool, decoding: bool) -> bool:
+        """Whether to take the absorbed form, where it does less work.
 
         Dense: it saves expanding the latents, but its scores are wider; it wins for few queries (decoding). Over
-        selected keys it reads one latent where the expanded form gathers the keys and values of every head.
+        selected keys it reads one latent where the expanded form gathers the keys and values of every head. Without a
+        decode state the number of tokens decides nothing: it differs between ranks, which under ZeRO-3 must use the
+        same modules.
         """
         config = self.config
-        if sparse:
-            return True
+        if sparse or not decoding:
+            return sparse
         widths = config.qk_nope_head_dim + config.v_head_dim
         return queries * (2 * config.kv_lora_rank - widths) < config.kv_lora_rank * widths
 
