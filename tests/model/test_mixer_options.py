@@ -89,7 +89,7 @@ def test_the_absorbed_form_gives_the_numbers_and_gradients_of_the_expanded_one(n
     for absorbed in (True, False):
         x = inputs(2, 33).requires_grad_()
         mixer.zero_grad()
-        monkeypatch.setattr(mixer, "_absorbs", lambda queries, indices, absorbed=absorbed: absorbed)
+        monkeypatch.setattr(mixer, "_absorbs", lambda queries, sparse, decoding, absorbed=absorbed: absorbed)
         y = run(mixer, x)
         y.square().sum().backward()
         results[absorbed] = [y, x.grad, *(p.grad for p in mixer.parameters() if p.grad is not None)]
