@@ -40,6 +40,9 @@ def run(argv: Sequence[str]) -> int:
     writer = Writer(args.checkpoint, device=choose_device(args.device), max_new_tokens=args.max_new_tokens,
                     sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p), seed=args.seed,
                     stops=args.stop)
+    if args.max_new_tokens >= writer.model.config.max_position:
+        print(f"warning: --max-new-tokens {args.max_new_tokens} goes beyond the {writer.model.config.max_position} "
+              "tokens (max_position) that the model is meant for", file=sys.stderr)
     if args.interactive:
         _converse(writer, args)
     elif len(prompts) == 1:

@@ -7,7 +7,7 @@ the files of the kinds. docs/configuration.md lists all keys.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hybridlm.distributed.engines import ENGINES, EngineConfig
@@ -42,6 +42,17 @@ class DataSourceConfig:
     """Proportion of the samples in a mixture, relative to the weights of the other sources."""
     invalid_utf8: Literal["error", "replace"] = "error"
     """What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the path and those options that are not the default.
+
+        Example:
+            >>> DataSourceConfig(path="texts/", weight=3).options()
+            {'path': 'texts/', 'weight': 3}
+        """
+        usual = DataSourceConfig(path=self.path)
+        named = ((option.name, getattr(self, option.name)) for option in fields(DataSourceConfig))
+        return {name: value for name, value in named if name == "path" or value != getattr(usual, name)}
 
     def __post_init__(self) -> None:
         check_format(self.format)

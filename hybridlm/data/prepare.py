@@ -178,7 +178,7 @@ def _make_cache(config: DataConfig) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{root}: the cache folder cannot be made ({error}); set data.cache_dir") from error
+        raise DataError(f"{root}: the cache folder cannot be made ({error.strerror}); set data.cache_dir") from error
     return root
 
 

@@ -47,7 +47,9 @@ def tokenizer_differences(first: Tokenizer, second: Tokenizer) -> list[str]:
         found.append(f"the model ({', '.join(f'{key} {one.get(key)} and {other.get(key)}' for key in keys)})")
     for key, name in (("normalizer", "the normaliser"), ("pre_tokenizer", "the pre-tokenizer")):
         if _stage(before[key]) != _stage(after[key]):
-            found.append(f"{name} ({_kinds(before[key])} and {_kinds(after[key])})")
+            kinds = _kinds(before[key]), _kinds(after[key])
+            found.append(f"{name} ({kinds[0]}, with other options)" if kinds[0] == kinds[1]
+                         else f"{name} ({kinds[0]} and {kinds[1]})")
     if _matched_in_text(before) != _matched_in_text(after):
         found.append("the added tokens that are matched in a text")
     if first.eos_id != second.eos_id:

@@ -155,8 +155,7 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
                 cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
                 seq_idx: Tensor | None = None, num_items_in_batch: Tensor | int | None = None,
                 output_hidden_states: bool | None = None, output_attentions: bool | None = None,
-                skip_logits: bool | None = None, shift_labels: Tensor | None = None, cache: Any = None,
-                **kwargs: Any) -> CausalLMOutputWithPast:
+                skip_logits: bool | None = None, cache: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """Compute logits [B, T, V], and the loss when there are labels.
 
         Args:
@@ -177,14 +176,16 @@ class HybridLMForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: return the hidden states of all layers.
             output_attentions: refused: no layer computes a matrix of attention weights.
             skip_logits: leave out the logits beside a loss; None follows `config.logits_in_training`.
-            shift_labels: [B, T], labels that are shifted already, instead of `labels`.
             cache: the same as `past_key_values`.
-            kwargs: other arguments of transformers, which change nothing; unknown ones are refused.
+            kwargs: `shift_labels` [B, T] are labels that are shifted already, instead of `labels`; they have no name
+                here because the Trainer of transformers takes every name with "label" for one that a batch must have.
+                Other arguments of transformers change nothing, and unknown ones are refused.
 
         Raises:
             ValueError: documents or padding in a form that cannot be honoured.
             TypeError: an unknown argument.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         _check_arguments(kwargs)
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions is not supported: linear layers have no attention weights, and the "

@@ -20,6 +20,8 @@ from hybridlm.interop.family_registry import read_config_json
 from hybridlm.model.model import HybridLM
 from hybridlm.tensor_storage import shard_files
 
+THRESHOLD = 1e-3  # relative difference from which on a layer, or the logits, count as different
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -48,7 +50,7 @@ class Comparison:
 
 def verify(checkpoint: str | os.PathLike[str] | HybridLM, hf_dir: str | os.PathLike[str] | nn.Module, *,
            text: str | None = None, token_ids: Sequence[int] | None = None, rows: int = 2, length: int = 64,
-           seed: int = 0, threshold: float = 1e-3) -> dict[str, Any]:
+           seed: int = 0, threshold: float = THRESHOLD) -> dict[str, Any]:
     """Compare a checkpoint with a folder of transformers on random tokens, and on given ones if there are any.
 
     Args:
@@ -85,13 +87,33 @@ def verify(checkpoint: str | os.PathLike[str] | HybridLM, hf_dir: str | os.PathL
     return {name: asdict(found) for name, found in result.items()}
 
 
+def differs(result: dict[str, Any], threshold: float = THRESHOLD) -> bool:
+    """Whether a layer or the logits differ by more than the threshold in a result of `verify`.
+
+    Args:
+        result: what `verify` returned.
+        threshold: relative difference of the logits from which on they count as different.
+    """
+    return any(found["first_different_layer"] is not None or _logits_differ(found, threshold)
+               for found in result.values())
+
+
+def _logits_differ(found: dict[str, Any], threshold: float = THRESHOLD) -> bool:
+    return not found["max_logit_diff"] <= threshold * found["max_logit"]  # NaN is different too
+
+
 def describe(result: dict[str, Any]) -> str:
     """The result of `verify` in words, one line per kind of tokens."""
     lines = []
     for name, found in result.items():
         layer = found["first_different_layer"]
-        layers = "no layer differs" if layer is None else (
-            f"the first layer that differs is {layer} ({found['mixer']}), by {found['layers'][layer]:.1e} of its size")
+        if layer is not None:
+            size = found["layers"][layer]
+            layers = f"the first layer that differs is {layer} ({found['mixer']}), by {size:.1e} of its size"
+        elif _logits_differ(found):
+            layers = "no layer differs, but the logits do: the last norm or the head is another"
+        else:
+            layers = "no layer differs"
         lines.append(f"{name} ({found['tokens']} tokens): max logit difference {found['max_logit_diff']:.1e} "
                      f"(largest logit {found['max_logit']:.2f}), KL {found['kl']:.1e} nats, "
                      f"top-1 agreement {100 * found['top1']:.2f} %; {layers}")

@@ -143,9 +143,10 @@ def check_disk_space(folder: Path, num_bytes: int) -> None:
         CheckpointError: they do not.
     """
     free = shutil.disk_usage(folder).free
-    if num_bytes + HEADROOM_BYTES > free:
+    needed = num_bytes + HEADROOM_BYTES
+    if needed > free:
         raise CheckpointError(f"no space for the checkpoint on the disk of {folder.parent}: it needs "
-                              f"{num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+                              f"{needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
 
 
 @contextlib.contextmanager

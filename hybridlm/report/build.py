@@ -62,7 +62,7 @@ def write_report(path: str | Path | Sequence[str | Path], *, output: str | Path 
                 write_png(figure, Path(png) / f"{figure.id}.png")
                 pictures.append(str(Path(png) / f"{figure.id}.png"))
     except OSError as error:
-        raise ConfigError("report", f"cannot be written ({error.strerror})", got=str(error.filename or file)) from None
+        raise ConfigError("report", f"cannot be written ({error.strerror})", got=str(file)) from None
     return {"kind": page.kind, "name": page.name, "page": str(file), "png": pictures, "runs": _runs(found),
             "figures": _figures(page), "notes": page.notes,
             **({"final": final_numbers(found), "differences": config_differences(found)}

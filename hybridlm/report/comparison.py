@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridlm.config.schema import Config
 from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError
 from hybridlm.model.cost import count_parameters
@@ -97,12 +98,22 @@ def config_differences(comparison: Comparison) -> dict[str, list[Any]]:
 
     A run that lacks a setting has "-". Runs whose config cannot be read are left out with "-" throughout.
     """
-    flat = [flatten(to_dict(run.config)) if run.config is not None else None for run in comparison.runs]
+    flat = [_flat_config(run.config) if run.config is not None else None for run in comparison.runs]
     read_ones = [values for values in flat if values is not None]
     keys = dict.fromkeys(key for values in read_ones for key in values)
     return {key: [ABSENT if values is None else values.get(key, ABSENT) for values in flat]
             for key in keys if key not in FOLDER_KEYS
             and any(values.get(key, ABSENT) != read_ones[0].get(key, ABSENT) for values in read_ones)}
+
+
+def _flat_config(config: Config) -> dict[str, Any]:
+    """Flatten a config to {dotted key: value}; a mixture is one value, a short text."""
+    values = to_dict(config)
+    sources = values["data"].pop("mixture")
+    if sources:
+        values["data"]["mixture"] = "; ".join(
+            " ".join(f"{key}={value}" for key, value in source.options().items()) for source in config.data.mixture)
+    return flatten(values)
 
 
 def tables(final: list[dict[str, Any]], differences: dict[str, list[Any]]) -> list[tuple[str, Table]]:

@@ -109,7 +109,7 @@ def _read_branch(config: Config, folder: Path, stages: list[Stage]) -> Branch:
     not_shown = {*SAME_WHEREVER_IT_RUNS, *OF_THE_TOKENIZER}
     changes = [change for change in config_changes(saved, config) if change.key not in not_shown]
     if before is not None:
-        changes = _by_stage(changes, before, config)
+        changes = _by_source(_by_stage(changes, before, config), before, config)
     at = Progress.from_dict(state["progress"])
     progress, same_stage = carry_progress(at, before, stages)
     if not any(stage.steps > (progress.step_in_stage if stage.index == progress.stage else 0)
@@ -119,6 +119,15 @@ def _read_branch(config: Config, folder: Path, stages: list[Stage]) -> Branch:
                           hint="training.steps=N goes on to step N, recipe=anneal training.steps=N adds a stage of N "
                           "steps in which the learning rate goes to 0")
     return Branch(folder, before, changes, at, progress, same_stage, state["data"])
+
+
+def _by_source(changes: list[Change], before: Config, config: Config) -> list[Change]:
+    """Name another mixture by what it is, where sources came or went."""
+    if len(before.data.mixture) == len(config.data.mixture):
+        return changes
+    old, new = ([source.options() for source in run.data.mixture] for run in (before, config))
+    kept = [change for change in changes if not change.key.startswith("data.mixture")]
+    return [Change("data.mixture", old, new), *kept]
 
 
 def _by_stage(changes: list[Change], before: Config, config: Config) -> list[Change]:

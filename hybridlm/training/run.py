@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hybridlm import checkpoint
-from hybridlm.config.schema import Config
+from hybridlm.config.schema import Config, DataConfig
 from hybridlm.config.serialization import to_dict
 from hybridlm.data import (
     DATA_RULES,
@@ -27,7 +27,7 @@ from hybridlm.distributed.engine import Engine, lost_rank
 from hybridlm.distributed.engines import make_engine
 from hybridlm.distributed.rank_environment import RankEnvironment
 from hybridlm.distributed.rendezvous import check_same, check_shared_folder
-from hybridlm.errors import counted, out_of_memory
+from hybridlm.errors import UserError, counted, out_of_memory
 from hybridlm.model.cost import count_parameters
 from hybridlm.planning.machine_memory import check_memory, out_of_memory_advice
 from hybridlm.planning.process_count import check_process_count
@@ -250,8 +250,9 @@ def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[
              _format_layers(model.layers()))
     held_out = data.validation.num_tokens if data.validation is not None else 0
     planned = sum(stage.steps * stage.tokens_per_step for stage in trainer.stages)
-    log.info("data: %s training tokens of %.2f bytes, %s held out (%.2g%% of the bytes), tokenizer %s; the run reads "
-             "%s tokens, %s", format_count(data.tokens), data.bytes_per_token, format_count(held_out),
+    sources = " and ".join(source.path for source in config.data.mixture or [config.data])
+    log.info("data: %s, %s training tokens of %.2f bytes, %s held out (%.2g%% of the bytes), tokenizer %s; the run "
+             "reads %s tokens, %s", sources, format_count(data.tokens), data.bytes_per_token, format_count(held_out),
              100 * data.held_out, data.tokenizer.name, format_count(planned), _format_epochs(data, planned))
     samples = sum(stage.steps * stage.batch_size for stage in trainer.stages)
     if unread := data.unread_sources(samples):
@@ -262,6 +263,25 @@ def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[
              counted(sum(stage.steps for stage in trainer.stages), "step"))
     if start is not None:
         log.info("going on from %s", start)
+        return
+    if config.init_from is not None and (read := text_of_weights(config)):
+        log.warning("this run reads %s, the default; its weights were trained on %s", sources, read)
+    if warning := model.feed_forward.balance_warning():
+        log.warning("%s", warning)
+
+
+def text_of_weights(config: Config) -> str:
+    """Name the text that the weights of `init_from` were trained on, if this run reads the default and they did not."""
+    usual = DataConfig().path
+    if config.data.mixture or config.data.path != usual:
+        return ""
+    try:
+        saved = checkpoint.read_config(checkpoint.resolve(str(config.init_from))).get("data") or {}
+        sources = [str(source["path"]) for source in saved.get("mixture") or [saved]]
+    except (UserError, KeyError, TypeError, AttributeError):
+        return ""
+    named = " and ".join(sources)
+    return "" if named == usual else f"{named}; data.path={sources[0]} takes that" if len(sources) == 1 else named
 
 
 def _format_epochs(data: PreparedData, tokens: int) -> str:

@@ -18,7 +18,7 @@ from hybridlm import checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.data import PackedDataset, PreparedData
 from hybridlm.distributed.engine import Engine, LossFunction, Update
-from hybridlm.errors import CheckpointError
+from hybridlm.errors import CheckpointError, counted
 from hybridlm.model.cost import training_flops
 from hybridlm.model.model import HybridLM
 from hybridlm.optimizers import OptimizerSet, build_optimizer
@@ -172,7 +172,8 @@ class Trainer:
         trained = set_trainable(self.model, stage)
         total = sum(1 for _ in self.model.parameters())
         if len(self.stages) > 1 or len(trained) < total:
-            log.info("stage %s: %d steps, %d of %d parameters train", stage.name, stage.steps, len(trained), total)
+            log.info("stage %s: %s, %d of %d parameters train", stage.name, counted(stage.steps, "step"), len(trained),
+                     total)
         if len(trained) < total:
             log.info("trained: %s", ", ".join(trained))
         set_attention(self.model, stage)

@@ -124,7 +124,7 @@ def test_config_that_is_missing_or_not_json(folder):
 
 def test_no_space_is_seen_before_anything_is_written(folder, monkeypatch):
     monkeypatch.setattr(safetensors_writer, "HEADROOM_BYTES", 10**18)
-    refused(folder, "no space .* GB are free")
+    refused(folder, "no space .*: it needs [1-9][0-9,]* MB, [0-9,]+ MB are free")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(folder, monkeypatch):

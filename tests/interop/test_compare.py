@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from hybridlm.cli import main
 from hybridlm.data.tokenizer import load_tokenizer
 from hybridlm.errors import CheckpointError
-from hybridlm.interop import import_checkpoint, import_hf, verify
-from hybridlm.interop.compare import describe
+from hybridlm.interop import import_checkpoint, import_hf, save_checkpoint, verify
+from hybridlm.interop.compare import describe, differs
 from tests.support.hf_zoo import build
 
 
@@ -22,6 +23,7 @@ def test_equal_models(case, tmp_path):
         assert result[found]["top1"] == 1
         assert result[found]["first_different_layer"] is None
         assert len(result[found]["layers"]) == 4
+    assert not differs(result)
 
 
 def test_the_first_layer_that_differs_is_named():
@@ -38,6 +40,22 @@ def test_the_first_layer_that_differs_is_named():
     with torch.no_grad():
         ours.layers[0].feed_forward.down_proj.weight.fill_(torch.nan)
     assert verify(ours, theirs)["random"]["first_different_layer"] == 0
+
+
+@pytest.mark.parametrize("module", ["layers.1.mixer.o_proj", "norm", "lm_head"])
+def test_what_differs_ends_the_command_with_1(module, tmp_path, capsys):
+    """Also where every layer is equal and the last norm or the head alone is another."""
+    build("llama").save_pretrained(tmp_path / "theirs")
+    model = import_hf(tmp_path / "theirs")
+    save_checkpoint(model, tmp_path / "same")
+    assert main(["verify", str(tmp_path / "same"), str(tmp_path / "theirs")]) == 0
+    assert capsys.readouterr().out.endswith("no layer differs\n")
+    with torch.no_grad():
+        model.get_submodule(module).weight.mul_(1.1)
+    save_checkpoint(model, tmp_path / "other")
+    assert main(["verify", str(tmp_path / "other"), str(tmp_path / "theirs")]) == 1
+    said = "the first layer that differs is 1" if module.startswith("layers") else "no layer differs, but the logits do"
+    assert said in capsys.readouterr().out
 
 
 def test_text_needs_a_tokenizer_and_ids_must_be_in_the_vocabulary():

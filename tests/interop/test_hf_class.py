@@ -146,6 +146,16 @@ def test_shifted_labels_and_positions_to_keep(model):
         assert (model(ids, logits_to_keep=keep, use_cache=True).logits - expected.logits[:, -3:]).abs().max() < 2e-5
 
 
+def test_a_trainer_evaluates_the_loss(model, tmp_path):
+    """Trainer reads the labels that a batch must have from the names of the arguments; one too many hides the loss."""
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 8)]
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=4, disable_tqdm=True)
+    with torch.no_grad():
+        expected = model.eval()(tokens(4, 8), labels=tokens(4, 8)).loss
+    found = Trainer(model=model, args=args).evaluate(rows)
+    assert found["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_a_trainer_that_reads_logits_in_training(tmp_path):
     """What supervised fine-tuning does: padded rows, labels of the answer alone, the accuracy of every step."""
     class Accuracy(Trainer):

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from hybridlm.cli import main
+from hybridlm.config.schema import DataSourceConfig
 from hybridlm.config.serialization import to_yaml
 from hybridlm.report.build import write_report
 from hybridlm.report.comparison import config_differences, final_numbers, read_comparison
@@ -49,6 +50,14 @@ def test_final_numbers_and_differences(runs):
     assert second["peak_memory_bytes"] == 440 << 20
     lr = folders.kimi().optimizer.lr
     assert config_differences(comparison) == {"training.seed": [0, 7], "optimizer.lr": [lr, 0.25]}
+
+
+def test_a_mixture_is_one_difference(runs):
+    config = folders.kimi()
+    config.data.mixture = [DataSourceConfig(path="a/", weight=3.0), DataSourceConfig(path="b.jsonl", text_field="body")]
+    (runs[1] / "config.yaml").write_text(to_yaml(config))
+    found = config_differences(read_comparison(runs))
+    assert found == {"data.mixture": ["-", "path=a/ weight=3.0; path=b.jsonl text_field=body"]}
 
 
 def test_the_command_prints_tables_or_json_and_writes_one_page(runs, capsys, tmp_path):

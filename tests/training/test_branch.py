@@ -115,6 +115,17 @@ def test_a_stage_appended_to_a_finished_run_anneals(base, tmp_path, caplog):
         (9, "long", 8 * 128 + 128), (10, "long", 8 * 128 + 256)]
 
 
+def test_another_mixture_is_named_source_by_source(base, tmp_path, caplog):
+    other = tmp_path / "other.txt"
+    other.write_text("some more text\n" * 400)
+    sources = f"[{{path: {tiny_run.TEXT}, weight: 3}}, {{path: {other}}}]"
+    with caplog.at_level(logging.INFO, "hybridlm"):
+        train(branch(base / "checkpoints/step-6", tmp_path / "run", f"data.mixture={sources}", "training.steps=7"))
+    assert (f"data.mixture [] -> [{{'path': '{tiny_run.TEXT}', 'weight': 3.0}}, {{'path': '{other}'}}]") in caplog.text
+    assert "data.mixture.0" not in caplog.text
+    assert f"data: {tiny_run.TEXT} and {other}, " in caplog.text
+
+
 def test_another_optimizer_and_other_trained_parameters(base, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "hybridlm"):
         train(branch(base / "checkpoints/step-6", tmp_path / "run", "optimizer=lion", "optimizer.lr=1e-4",

@@ -10,6 +10,7 @@ from hybridlm import checkpoint
 from hybridlm.config.serialization import to_dict
 from hybridlm.run_config import load_config
 from hybridlm.training import train
+from hybridlm.training.run import text_of_weights
 from tests.support import tiny_run
 
 EXTRA = {"chat_template.jinja": "{{ messages }}", "generation_config.json": '{"temperature": 0.7}',
@@ -96,3 +97,11 @@ def test_a_run_that_has_begun_needs_the_checkpoint_no_more(imported, tmp_path):
     train(settings(moved, tmp_path / "run", *words))
     moved.unlink()
     assert train(settings(moved, tmp_path / "run", "training.steps=2", "training.checkpoint_every=1")).step == 2
+
+
+def test_a_run_that_reads_the_default_text_names_the_text_of_its_weights(bpe, imported):
+    fits = ["training.sequence_length=32"]
+    path = checkpoint.read_config(checkpoint.resolve(bpe))["data"]["path"]
+    assert text_of_weights(load_config("train", [f"init_from={bpe}", *fits])) == f"{path}; data.path={path} takes that"
+    assert text_of_weights(load_config("train", [f"init_from={bpe}", "data.path=/other", *fits])) == ""
+    assert text_of_weights(load_config("train", [f"init_from={imported}", *fits])) == ""

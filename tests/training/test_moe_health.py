@@ -1,8 +1,14 @@
 """Warnings of routing that collapses: when, how often, and not by chance."""
 
+import logging
+
+import pytest
 import torch
 
+from hybridlm.model.feed_forward import MoEConfig
+from hybridlm.training import train
 from hybridlm.training.moe_health import MIN_EXPECTED, WINDOW_STEPS, RoutingWatch
+from tests.support import tiny_run
 
 
 def said_by(watch, loads, steps=WINDOW_STEPS):
@@ -36,3 +42,13 @@ def test_experts_without_a_token_by_chance_are_not_dead():
 
 def test_a_model_without_experts_says_nothing():
     assert RoutingWatch().add({}) is None
+
+
+@pytest.mark.parametrize(("options", "warned"), [
+    ({"correction_bias": True}, True), ({"balance_loss": 0.01}, False), ({"bias_update_rate": None}, False),
+    ({"num_experts_per_tok": 4}, False)])
+def test_experts_that_nothing_balances_are_said_at_the_start(options, warned, tmp_path, caplog):
+    experts = MoEConfig(**{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, **options})
+    with caplog.at_level(logging.WARNING, "hybridlm"):
+        train(tiny_run.config(tmp_path, model_options={"feed_forward": experts}, steps=1))
+    assert ("nothing balances the loads of the experts" in caplog.text) is warned

@@ -96,6 +96,10 @@ class FeedForwardConfig(abc.ABC):
         """Routed experts of each layer that has some; None where no layer has."""
         return None
 
+    def balance_warning(self) -> str:
+        """Say that nothing balances the loads of experts, or nothing where something does or there are none."""
+        return ""
+
     def balance_advice(self) -> str:
         """Say which options, with which values, balance the loads of routed experts better; empty where none does."""
         return ""

@@ -125,6 +125,12 @@ class MoEConfig(FeedForwardConfig):
     def routed_experts(self) -> RoutedExperts:
         return RoutedExperts(self.num_experts, self.num_experts_per_tok, self.num_groups, self.topk_groups)
 
+    def balance_warning(self) -> str:
+        if self.updates_bias or self.balance_loss or self.num_experts_per_tok == self.num_experts:
+            return ""
+        return ("nothing balances the loads of the experts (balance_loss and bias_update_rate are 0), so some may get "
+                "no token any more; model.feed_forward.balance_loss=0.01 balances them")
+
     def balance_advice(self) -> str:
         if self.bias_update_rate:
             rate = f"bias_update_rate=null (now {self.bias_update_rate:g})"
