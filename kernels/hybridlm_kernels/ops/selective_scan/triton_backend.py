@@ -26,7 +26,10 @@ from hybridlm_kernels.recurrence.triton_scan import combine, document_tiles
 from hybridlm_kernels.triton_support import CompileCase
 
 TILE_TOKENS = 16
-TILE_ELEMENTS = 256  # channels times states of one program, half of it beyond 32 states, whose sums need registers
+# Channels times states of one program; beyond 32 states, sums along the states need registers.
+TILE_ELEMENTS = 256
+MANY_STATES_ELEMENTS = 128
+MANY_STATES_BACKWARD_ELEMENTS = 64
 NUM_WARPS = 8
 
 
@@ -50,7 +53,8 @@ def _per_state(ptr, first, position, length, states, N):
 def _decay_rates(A_ptr, channels, states, D, N):
     """A [1, BD, NP]."""
     real = (channels < D)[:, None] & (states < N)[None, :]
-    return tl.load(A_ptr + channels[:, None] * N + states[None, :], mask=real, other=0.0).to(tl.float32)[None, :, :]
+    at = A_ptr + channels.to(tl.int64)[:, None] * N + states[None, :]
+    return tl.load(at, mask=real, other=0.0).to(tl.float32)[None, :, :]
 
 
 @triton.jit
@@ -69,10 +73,10 @@ def forward_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, state_ptr, documents_ptr,
     document = tl.program_id(0).to(tl.int64)
     row = documents_ptr + document * 3
     first, length, tile = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    channels = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)
+    channels = tl.program_id(1) * BD + tl.arange(0, BD)
     states, row = tl.arange(0, NP), tl.arange(0, BT)
     real = (channels < D)[:, None] & (states < N)[None, :]
-    at = channels[:, None] * N + states[None, :]
+    at = channels.to(tl.int64)[:, None] * N + states[None, :]
     h = tl.zeros([BD, NP], tl.float32)
     if state_ptr is not None:
         h += tl.load(state_ptr + document * D * N + at, mask=real, other=0.0).to(tl.float32)
@@ -103,10 +107,10 @@ def backward_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, kept_ptr, dy_ptr, d_last
     document = tl.program_id(0).to(tl.int64)
     row = documents_ptr + document * 3
     first, length, tile = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    channels = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)
+    channels = tl.program_id(1) * BD + tl.arange(0, BD)
     states, row = tl.arange(0, NP), tl.arange(0, BT)
     real = (channels < D)[:, None] & (states < N)[None, :]
-    at = channels[:, None] * N + states[None, :]
+    at = channels.to(tl.int64)[:, None] * N + states[None, :]
     block = tl.program_id(1).to(tl.int64) * tokens
     carry = tl.load(d_last_ptr + document * D * N + at, mask=real, other=0.0)
     dA = tl.zeros([BD, NP], tl.float32)
@@ -189,7 +193,7 @@ class _TritonSelectiveScan(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             kept = torch.empty(tiles, D, N, dtype=torch.float32, device=x.device)
         last = torch.empty(len(documents), D, N, dtype=torch.float32, device=x.device)
-        sizes = _sizes(N)
+        sizes = _sizes(N, backward=False)
         forward_kernel[(len(documents), triton.cdiv(D, sizes["BD"]))](
             x_ptr=x, dt_ptr=dt, A_ptr=A, B_ptr=B, C_ptr=C, state_ptr=state, documents_ptr=documents, y_ptr=y,
             kept_ptr=kept, last_ptr=last, D=D, N=N, LONGHORN=A is None, num_warps=NUM_WARPS, **sizes)
@@ -203,7 +207,7 @@ class _TritonSelectiveScan(torch.autograd.Function):
         x, dt, A, B, C, state, kept = ctx.saved_tensors
         (R, T, D), N = x.shape, B.shape[2]
         documents, _ = document_tiles(R, T, ctx.borders, x.device, TILE_TOKENS)
-        sizes = _sizes(N)
+        sizes = _sizes(N, backward=True)
         blocks = triton.cdiv(D, sizes["BD"])
         dx, d_dt = torch.empty_like(x), torch.empty_like(dt)
         dA = None if A is None else torch.empty(len(documents), D, N, dtype=torch.float32, device=x.device)
@@ -217,9 +221,10 @@ class _TritonSelectiveScan(torch.autograd.Function):
                 dC.sum(0).to(C.dtype), d_state, None)
 
 
-def _sizes(states: int) -> dict[str, int]:
+def _sizes(states: int, backward: bool) -> dict[str, int]:
     padded = triton.next_power_of_2(states)
-    elements = TILE_ELEMENTS if padded <= 32 else TILE_ELEMENTS // 2
+    many = MANY_STATES_BACKWARD_ELEMENTS if backward else MANY_STATES_ELEMENTS
+    elements = TILE_ELEMENTS if padded <= 32 else many
     return {"BT": TILE_TOKENS, "BD": max(1, elements // padded), "NP": padded}
 
 
@@ -234,15 +239,16 @@ _BACKWARD_TYPES = _INPUT_TYPES | {"dy_ptr": "*bf16", "d_last_ptr": "*fp32", "dx_
 def _compile_cases() -> Iterator[CompileCase]:
     for N in (16, 64):
         for longhorn in (False, True):
-            constants: dict[str, Any] = _sizes(N) | {"LONGHORN": longhorn}
             name = f"{'Longhorn' if longhorn else 'Mamba'} N={N}"
-            absent = dict.fromkeys(["A_ptr"] if longhorn else [])
+            absent: dict[str, None] = dict.fromkeys(["A_ptr"] if longhorn else [])
             forward = {key: kind for key, kind in _FORWARD_TYPES.items() if key not in absent}
-            yield CompileCase(f"forward {name}", forward_kernel, forward, constants | absent, ("D", "N"),
+            yield CompileCase(f"forward {name}", forward_kernel, forward,
+                              {**_sizes(N, backward=False), "LONGHORN": longhorn, **absent}, ("D", "N"),
                               num_warps=NUM_WARPS)
             absent = dict.fromkeys(["A_ptr", "dA_ptr"] if longhorn else [])
             backward = {key: kind for key, kind in _BACKWARD_TYPES.items() if key not in absent}
-            yield CompileCase(f"backward {name}", backward_kernel, backward, constants | absent, ("D", "N"),
+            yield CompileCase(f"backward {name}", backward_kernel, backward,
+                              {**_sizes(N, backward=True), "LONGHORN": longhorn, **absent}, ("D", "N"),
                               num_warps=NUM_WARPS)
 
 
