@@ -12,6 +12,7 @@ from hybridlm.config.paths import config_dir
 from hybridlm.config.serialization import from_dict, load_yaml
 from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.model import edit
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.edit import Transfer
 from hybridlm.model.mixers import MIXERS, IndexerConfig
 from hybridlm.model.mixers.contract import MixerConfig
@@ -59,17 +60,75 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig | 
             for a layer without softmax attention.
     """
     if isinstance(mixer, str):
-        options = _read_preset(mixer)
         config = model.config
         replaced = config.mixers[config.layers()[min(edit.check_layers(config, layers))]]
         if not replaced.projection_heads():
             raise ConfigError("layers", "already have a linear mixer: give the new mixer's config in full",
                               got=replaced.kind)
-        sizes = ModelSizes(config.hidden_size, config.max_position, [replaced])
-        options = MIXERS.config_class(options["kind"]).fill_sizes(options, sizes)  # type: ignore[attr-defined]
         name = name or mixer
-        mixer = from_dict(MixerConfig, options, f"mixers.{mixer}")  # type: ignore[type-abstract]
+        mixer = _fit_mixer(_read_preset(mixer), config, replaced, f"mixers.{mixer}")
     return edit.replace_mixers(model, layers, mixer, name, seed=seed)
+
+
+def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mapping[str, Any], *,
+                      calibrated: bool = False, seed: int = 0) -> tuple[HybridLM, Transfer]:
+    """Replace softmax attention by a mixer that starts from its weights.
+
+    Layers whose attention differs (heads, rotation, how it joins the residual) each get the mixer in a form that fits.
+
+    Args:
+        model: the trained model, which is not changed; on the device "meta" only its config is converted.
+        layers: those to convert; negative ones count from the end.
+        mixer: the name of a file of `configs/mixer`, or options of a kind, whose open sizes follow the attention.
+        calibrated: take the form of the mixer that `hybridlm.model.calibration` can set.
+        seed: of fresh weights.
+
+    Returns:
+        The new model, and the names of parameters that it took over and of those that start fresh.
+
+    Raises:
+        ConfigError: an unknown layer or preset, a layer without softmax attention, or a mixer that cannot start from
+            it.
+
+    Example:
+        >>> from hybridlm import build_model, load_config
+        >>> model = build_model(load_config("hybrid_tiny").model, device="meta")
+        >>> model.config.layers(), convert_attention(model, [-1], "gdn")[0].config.layers()
+        (['kda', 'kda', 'kda', 'full'], ['kda', 'kda', 'kda', 'gdn'])
+    """
+    config = model.config
+    names = config.layers()
+    label = mixer if isinstance(mixer, str) else str(mixer.get("kind"))
+    options = _read_preset(mixer) if isinstance(mixer, str) else dict(mixer)
+    groups: dict[str, list[int]] = {}
+    for index in sorted(edit.check_layers(config, layers)):
+        groups.setdefault(names[index], []).append(index)
+    transfer = Transfer()
+    for old_name, indices in groups.items():
+        old = config.mixers[old_name]
+        if len(old.projection_heads()) < 4:
+            raise ConfigError(f"layer {indices[0]}", "has no softmax attention with plain q, k, v and o projections",
+                              got=f"{old_name} ({old.kind})", expected="a layer of kind attention")
+        new = _fit_mixer(options, config, old, f"mixers.{label}")
+        new = new.calibrated_form() if calibrated else new
+        if not new.can_start_from(old):
+            raise ConfigError("mixer", "cannot start from the weights of attention", got=label,
+                              expected="a mixer that takes its q, k, v and o, such as kda, gdn, gla, lightning, "
+                                       "mamba2, rwkv7, swa, lolcats or liger")
+        model, of_group = edit.replace_mixers(model, indices, new, label, seed=seed)
+        transfer.kept += of_group.kept
+        transfer.fresh += of_group.fresh
+    return model, transfer
+
+
+def _fit_mixer(options: Mapping[str, Any], config: ModelConfig, replaced: MixerConfig, path: str) -> MixerConfig:
+    """A mixer from options whose open sizes follow the layer that it replaces."""
+    kind = options.get("kind")
+    if kind not in MIXERS:
+        raise ConfigError(f"{path}.kind", "no such kind", got=kind, expected=f"one of {', '.join(sorted(MIXERS))}")
+    sizes = ModelSizes(config.hidden_size, config.max_position, [replaced])
+    filled = MIXERS.config_class(str(kind)).fill_sizes(options, sizes)  # type: ignore[attr-defined]
+    return from_dict(MixerConfig, filled, path).adapted_to(replaced)  # type: ignore[type-abstract]
 
 
 def _read_preset(name: str) -> dict[str, Any]:

@@ -22,12 +22,14 @@ class TokenCache:
     """One tensor per past token: [B, S, ...].
 
     The buffer takes dtype and device from the first tokens and doubles up to `max_length`. With `window`, only the
-    `window - 1` newest tokens stay: those that the next token can still see.
+    `window - 1` newest tokens stay: those that the next token can still see; with `first_tokens`, so many from the
+    start stay too, before them.
     """
 
-    def __init__(self, max_length: int, window: int | None = None):
+    def __init__(self, max_length: int, window: int | None = None, first_tokens: int = 0):
         self.max_length = max_length
         self.window = window
+        self.first_tokens = first_tokens
         self.length = 0  # tokens seen
         self._buffer: Tensor | None = None
 
@@ -45,7 +47,8 @@ class TokenCache:
                               expected=f"at most {self.max_length} tokens", hint="make it with a larger max_length")
         if self.window is not None:
             x = x if self._buffer is None else torch.cat([self._buffer, x], 1)
-            self._buffer = x[:, max(x.shape[1] - self.window + 1, 0) :].clone()
+            kept = max(x.shape[1] - self.window + 1, self.first_tokens)
+            self._buffer = torch.cat([x[:, : self.first_tokens], x[:, kept:]], 1)
             return x
         if self._buffer is None or self.length > self._buffer.shape[1]:
             self._buffer = self._grown(x, start)
@@ -69,7 +72,7 @@ class TokenCache:
             max_length: of the result.
         """
         caches = [self, *others]
-        result = TokenCache(max_length, self.window)
+        result = TokenCache(max_length, self.window, self.first_tokens)
         result.length = self.length + padding[0]
         kept = [cache.kept for cache in caches]
         if kept[0] is not None:
@@ -218,8 +221,10 @@ class AttentionState:
     index_keys: TokenCache | PooledCache
 
     @classmethod
-    def empty(cls, max_length: int, window: int | None = None, pool: int | None = None) -> AttentionState:
-        return cls(TokenCache(max_length, window), TokenCache(max_length, window), index_cache(max_length, pool))
+    def empty(cls, max_length: int, window: int | None = None, pool: int | None = None,
+              first_tokens: int = 0) -> AttentionState:
+        keys, values = (TokenCache(max_length, window, first_tokens) for _ in range(2))
+        return cls(keys, values, index_cache(max_length, pool))
 
     @property
     def num_bytes(self) -> int:

@@ -111,7 +111,7 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig, n
     for i in sorted(chosen):
         prefix = f"layers.{i}.mixer."
         of_layer = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
-        initial = mixer.initial_weights_from(config.mixers[names[i]], of_layer)
+        initial = mixer.initial_weights_from(config.mixers[names[i]], of_layer, config.norm)
         weights |= {prefix + key: tensor for key, tensor in initial.items()}
     return _transfer_weights(model, changed, weights, seed, chosen)
 
@@ -158,9 +158,11 @@ def _transfer_weights(model: HybridLM, config: ModelConfig, weights: Mapping[str
     transfer = Transfer()
     with torch.no_grad():
         for name, tensor in unique_tensors(result).items():
+            is_changed = ".mixer." in name and name.startswith("layers.") and int(name.split(".")[1]) in changed
             if name in weights:
-                tensor.copy_(weights[name])
-            if ".mixer." in name and name.startswith("layers.") and int(name.split(".")[1]) in changed:
+                given = weights[name]
+                tensor.copy_(torch.where(given.isnan(), tensor, given) if is_changed else given)
+            if is_changed:
                 (transfer.kept if name in weights else transfer.fresh).append(name)
     result.tokenizer = getattr(model, "tokenizer", None)  # type: ignore[assignment]
     return result.train(model.training), transfer

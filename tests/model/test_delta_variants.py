@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridlm.errors import ConfigError
+from hybridlm.model.layer_context import NormConfig
 from hybridlm.model.mixers import DeltaRuleConfig, build_mixer
 from tests.support.layer_parity import context
 from tests.support.mixer_cases import build, context_of, inputs, run
@@ -196,11 +197,11 @@ def test_options_that_do_not_fit(options, message):
 def test_attention_weights_start_every_write():
     config = DeltaRuleConfig(num_heads=2, head_dim=4, steps=3)
     old = build_mixer(DeltaRuleConfig(num_heads=2, head_dim=4), context()).config
-    assert config.initial_weights_from(old, {}) == {}
+    assert config.initial_weights_from(old, {}, NormConfig()) == {}
     from hybridlm.model.mixers import AttentionConfig
 
     attention = build_mixer(AttentionConfig(num_heads=2, head_dim=4), context())
-    found = config.initial_weights_from(attention.config, dict(attention.named_parameters()))
+    found = config.initial_weights_from(attention.config, dict(attention.named_parameters()), NormConfig())
     assert found["k_proj.weight"].shape[0] == config.channels["k"] == 24
     assert torch.equal(found["k_proj.weight"][:8], attention.k_proj.weight)
     assert torch.equal(found["k_proj.weight"][16:], attention.k_proj.weight)

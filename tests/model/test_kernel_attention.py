@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.contract_check import Subject
+from hybridlm.model.layer_context import NormConfig
 from hybridlm.model.mixers import AttentionConfig, KernelAttentionConfig, build_mixer
 from tests.support.layer_parity import context
 from tests.support.mixer_cases import context_of, inputs, run
@@ -162,9 +163,10 @@ def test_a_longer_model_does_not_change_cosformer_with_a_length_of_its_own():
 def test_weights_of_softmax_attention_are_taken_over_where_heads_fit():
     old = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6)
     tensors = dict(Subject(old, context_of()).build().named_parameters())
-    fits = KernelAttentionConfig(num_heads=4, head_dim=6, feature_map="t2r").initial_weights_from(old, tensors)
+    wide = KernelAttentionConfig(num_heads=4, head_dim=6, feature_map="t2r")
+    fits = wide.initial_weights_from(old, tensors, NormConfig())
     assert fits.keys() == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"}
     assert torch.equal(fits["q_proj.weight"], tensors["q_proj.weight"])
     assert torch.equal(fits["k_proj.weight"][6:12], tensors["k_proj.weight"][:6])  # the second head shared the first's
     small = KernelAttentionConfig(num_heads=4, head_dim=3, value_head_dim=6, feature_map="taylor")
-    assert small.initial_weights_from(old, tensors).keys() == {"v_proj.weight", "o_proj.weight"}
+    assert small.initial_weights_from(old, tensors, NormConfig()).keys() == {"v_proj.weight", "o_proj.weight"}

@@ -8,6 +8,7 @@ from torch import nn
 
 from hybridlm.kind_registry import KindError
 from hybridlm.model.feed_forward import FEED_FORWARDS, FeedForward, FeedForwardConfig, register_feed_forward
+from hybridlm.model.layer_context import NormConfig
 from hybridlm.model.mixers import MIXERS, SequenceMixer, register_mixer
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.mixers.sizing import ModelSizes
@@ -62,7 +63,7 @@ def test_a_kind_of_ones_own_has_answers_to_what_it_does_not_write():
     assert config.canonical(None)["num_heads"] == 2
     assert (config.is_linear, config.has_indexer(), config.can_take_indexer(), config.state_heads()) == (
         False, False, False, None)
-    assert config.initial_weights_from(config, {}) == {}
+    assert config.initial_weights_from(config, {}, NormConfig()) == {}
     filled = MeanConfig.fill_sizes({"head_dim": 8}, ModelSizes(hidden_size=64))
     assert filled == {"head_dim": 8, "num_heads": 4}
 

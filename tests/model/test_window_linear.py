@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
+from hybridlm.model.layer_context import NormConfig
 from hybridlm.model.mixers import AttentionConfig, WindowGLAConfig, WindowLinearConfig, build_mixer
 from hybridlm.model.rope import rotate
 from hybridlm.model.sequence import SequenceInfo
@@ -82,12 +83,12 @@ def test_liger_takes_the_weights_of_attention():
     source = build_mixer(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8), context_of())
     source.init_weights(0.1)
     config = WindowGLAConfig(num_heads=4, num_kv_heads=2, head_dim=8)
-    taken = config.initial_weights_from(source.config, dict(source.named_parameters()))
+    taken = config.initial_weights_from(source.config, dict(source.named_parameters()), NormConfig())
     mixer = build_mixer(config, context_of())
     mixer.load_state_dict(taken)
     assert all(torch.equal(taken[name], value) for name, value in source.state_dict().items())
     other = WindowGLAConfig(num_heads=2, head_dim=8)
-    assert other.initial_weights_from(source.config, dict(source.named_parameters())) == {}
+    assert other.initial_weights_from(source.config, dict(source.named_parameters()), NormConfig()) == {}
 
 
 @pytest.mark.parametrize(("config", "options", "message"), [

@@ -10,9 +10,10 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,16 @@ from hybridlm.errors import require
 from hybridlm.model.decode_state import AttentionState
 from hybridlm.model.decode_step import DecodeStep, attend_one, linear_step, norm_step
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.attention_weights import take_attention_projections
 from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size
+from hybridlm.model.mixers.common.first_tokens import mean_look_back, window_and_first_attention
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig
 from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyLayout, rotated_heads
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
-from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate_step
 from hybridlm.model.sequence import SequenceInfo
@@ -50,6 +53,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         qkv_bias: biases of q_proj, k_proj, v_proj and g_proj.
         o_bias: bias of o_proj.
         window: keys that a token sees, its own included; null sees all earlier ones.
+        first_tokens: keys at the start of its document that a token sees beside the window (StreamingLLM).
         sinks: one learned logit per head that takes part in the softmax and carries no value.
         indexer: reads only the keys that it selects (DeepSeek sparse attention).
     """
@@ -62,6 +66,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     qkv_bias: bool = False
     o_bias: bool = False
     window: int | None = None
+    first_tokens: int = 0
     sinks: bool = False
     indexer: IndexerConfig | None = None
 
@@ -69,6 +74,11 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         super().__post_init__()
         self.rope.check(self.head_dim)
         self.check_window(self.window)
+        require(self.first_tokens >= 0, "first_tokens", "must not be negative", got=self.first_tokens)
+        require(self.first_tokens == 0 or self.window is not None, "first_tokens", "needs a window",
+                got=self.first_tokens, expected="0 where a token sees all earlier ones")
+        require(self.first_tokens == 0 or not self.sinks, "first_tokens", "cannot stand beside sinks",
+                got=self.first_tokens, expected="0")
         if self.indexer is not None:
             require(self.window is None, "window", "cannot stand beside an indexer", got=self.window, expected="null")
             require(not self.sinks, "sinks", "cannot stand beside an indexer", got=True, expected="false")
@@ -79,7 +89,8 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
-        return (*super().leaves(context), KEYS_VALUES)
+        kept = () if self.first_tokens else (KEYS_VALUES,)  # readers know one window alone
+        return (*super().leaves(context), *kept)
 
     def shared_layout(self, kind: SharedKind, context: LayerContext) -> KeyLayout:
         return KeyLayout(self.num_heads, self.kv_heads, self.head_dim, self.rope, self.window)
@@ -95,8 +106,11 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
         gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
-        keys = (count_visible_keys(context_length, self.window) if self.indexer is None
-                else self.indexer.read_keys(context_length))
+        if self.indexer is None:
+            keys = count_visible_keys(context_length, self.window)
+            keys += self.first_tokens * max(0.0, 1 - (self.window or 0) / context_length)
+        else:
+            keys = self.indexer.read_keys(context_length)
         parts = {"projections": 2.0 * D * (2 * H * K + 2 * G * K + gate), "attention": 4.0 * H * K * keys}
         if self.indexer is not None:
             parts["indexer"] = self.indexer.flops_per_token(context, D, context_length)
@@ -117,7 +131,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         return self.indexer.shard_traffic(tokens, length * shards, dense, keys, 2 * keys)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        kept = context_length if self.window is None else min(context_length, self.window - 1)
+        kept = context_length if self.window is None else min(context_length, self.window - 1 + self.first_tokens)
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
         return kept * 2 * self.kv_heads * self.head_dim * element_bytes + index
 
@@ -134,6 +148,28 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
 
     def sees_all_keys(self) -> bool:
         return self.window is None and not self.sinks
+
+    def adapted_to(self, old: MixerConfig) -> Self:
+        """The same attention with everything but its window as in `old`, where that is attention of this kind."""
+        if not isinstance(old, AttentionConfig):
+            return self
+        others = {f.name: copy.deepcopy(getattr(old, f.name)) for f in fields(old)}
+        own = {"window": self.window, "first_tokens": self.first_tokens, "indexer": self.indexer}
+        return replace(self, **others | own | {"sinks": old.sinks and not self.first_tokens})
+
+    def with_window(self, window: int, first_tokens: int) -> Self:
+        window = window if self.window is None else min(window, self.window)
+        return replace(copy.deepcopy(self), window=window, first_tokens=first_tokens, indexer=None, sinks=False)
+
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
+        """All weights of attention that differs in its window alone, else the projections that fit."""
+        options = ("qk_norm", "output_gate", "qkv_bias", "o_bias")
+        if isinstance(old, AttentionConfig) and old.projection_heads() == self.projection_heads() and all(
+                getattr(old, option) == getattr(self, option) for option in options):
+            left_out = ("indexer.", *(() if self.sinks and old.sinks else ("sinks",)))
+            return {name: value.detach().clone() for name, value in tensors.items() if not name.startswith(left_out)}
+        return take_attention_projections(old, tensors, self.projection_heads(), norm)
 
 
 @register_mixer("attention", AttentionConfig)
@@ -172,15 +208,22 @@ class Attention(IndexedMixer):
         selection = self.select(x_BTD, x_BTD, seq, None if state is None else state.index_keys)
         if selection.indices is not None:
             k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
-        o_BTHK, aux = self.attend(q_BTHK, k_BSGK, v_BSGK, seq, selection, window=self.config.window,
-                                  sinks_H=self.sinks)
+        aux: Aux = {}
+        if self.config.first_tokens:
+            assert self.config.window is not None
+            o_BTHK = window_and_first_attention(
+                q_BTHK, k_BSGK, v_BSGK, seq, window=self.config.window, first_tokens=self.config.first_tokens,
+                seen=None if state is None else state.keys.length)
+        else:
+            o_BTHK, aux = self.attend(q_BTHK, k_BSGK, v_BSGK, seq, selection, window=self.config.window,
+                                      sinks_H=self.sinks)
         return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:
         return rotated_heads(projected, norm, self.config.qk_norm, self.config.head_dim, self.config.rope, seq)
 
     def prepare_step(self) -> DecodeStep | None:
-        if self.indexer_config is not None or self.sinks is not None:
+        if self.indexer_config is not None or self.sinks is not None or self.config.first_tokens:
             return None
         config = self.config
         q_proj, k_proj, v_proj, o_proj = map(linear_step, (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
@@ -208,7 +251,19 @@ class Attention(IndexedMixer):
 
     @property
     def decodes_padded_rows(self) -> bool:
-        return self.indexer_config is None and self.sinks is None
+        return self.indexer_config is None and self.sinks is None and not self.config.first_tokens
+
+    @torch.no_grad()
+    def look_back(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+        q_BTHK = self._heads(self.q_proj(x_BTD), self.q_norm, seq)
+        k_BTGK = self._heads(self.k_proj(x_BTD), self.k_norm, seq)
+        return mean_look_back(q_BTHK, k_BTGK, seq.positions_BT, window=self.config.window)
+
+    def output_projection(self) -> tuple[nn.Linear, int]:
+        return self.o_proj, self.config.num_heads
+
+    def without_linear_branch(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+        return self(x_BTD, seq)[0]
 
     def head_rows(self) -> dict[str, int]:
         heads, groups = self.config.num_heads, self.config.kv_heads
@@ -216,7 +271,7 @@ class Attention(IndexedMixer):
                 **({"g_proj": heads} if self.config.output_gate == "element" else {})}
 
     def new_state(self, batch: int, max_length: int) -> AttentionState:
-        return AttentionState.empty(max_length, self.config.window, self.index_pool)
+        return AttentionState.empty(max_length, self.config.window, self.index_pool, self.config.first_tokens)
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)

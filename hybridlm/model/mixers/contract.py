@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
@@ -44,6 +45,8 @@ class MixerConfig(abc.ABC):
     kind: str
     residual: BranchConfig = field(default_factory=BranchConfig)
     is_linear: ClassVar[bool] = False  # decode state of fixed size: no cost per token grows with context
+    # parameters that hold q, k, v and o of softmax attention where the mixer starts from it
+    attention_weights: ClassVar[tuple[str, ...]] = tuple(f"{name}_proj.weight" for name in "qkvo")
     loss_names: ClassVar[tuple[str, ...]] = ()  # of the losses in its layers' aux, without "loss/"
 
     # Costs
@@ -275,14 +278,47 @@ class MixerConfig(abc.ABC):
         """
         return {}
 
-    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
         """Weights that this mixer takes over from the one it replaces, by parameter name; by default none.
 
         Args:
             old: config of the replaced mixer.
             tensors: its parameters, by name within the mixer.
+            norm: that of the model, which says what the weights of norms mean.
+
+        Returns:
+            Whole tensors of this mixer; their elements that are NaN keep their fresh values.
         """
         return {}
+
+    def can_start_from(self, old: MixerConfig) -> bool:
+        """Whether the mixer takes over all of q, k, v and o of the softmax attention `old`."""
+        heads = old.projection_heads()
+        tensors = {f"{name}.weight": torch.empty((1, count * dim) if name == "o_proj" else (count * dim, 1),
+                                                 device="meta") for name, (count, dim) in heads.items()}
+        return len(heads) == 4 and set(self.attention_weights) <= set(
+            self.initial_weights_from(old, tensors, NormConfig()))
+
+    def adapted_to(self, old: MixerConfig) -> Self:
+        """The same mixer with those options that must be as in the attention it starts from (rotation, biases, ...)."""
+        return self
+
+    def calibrated_form(self) -> Self:
+        """The same mixer in the form that `SequenceMixer.calibrate` can set: gates that have an open state."""
+        return self
+
+    def with_window(self, window: int, first_tokens: int) -> Self:
+        """The same softmax attention, limited to a window and the first tokens of each document.
+
+        Args:
+            window: keys that a token sees, its own included.
+            first_tokens: keys at the start of its document that it always sees.
+
+        Raises:
+            ConfigError: the mixer is no softmax attention, or has no such form.
+        """
+        raise ConfigError("kind", "has no form with a window and first tokens", got=self.kind, expected="attention")
 
 
 class SequenceMixer(KeepsFP32, abc.ABC):
@@ -329,6 +365,42 @@ class SequenceMixer(KeepsFP32, abc.ABC):
     @abc.abstractmethod
     def init_weights(self, std: float) -> None:
         """Set every parameter and buffer to its initial value as published; plain projections are normal(0, std)."""
+
+    def calibrate(self, half_life_H: Tensor) -> None:
+        """Set what attention gives no weights for so that the layer starts near the attention whose weights it has.
+
+        Convolutions become the identity, decays get a half-life per head, gates that can be open start so. By default
+        nothing is set.
+
+        Args:
+            half_life_H: tokens after which the decay of each head of the replaced attention is 1/2.
+        """
+
+    def look_back(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor | None:
+        """Mean distance in tokens from queries to the keys they read, per head; None without softmax attention.
+
+        Args:
+            x_BTD: input of the mixer.
+            seq: positions and borders of the documents.
+
+        Returns:
+            Distances [H], weighted by attention. The first token of each document is left out: it is a sink, read for
+            having none.
+        """
+        return None
+
+    def output_projection(self) -> tuple[nn.Linear, int] | None:
+        """The projection behind the heads' outputs, and their number; None where heads do not reach it one by one."""
+        return None
+
+    def without_linear_branch(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+        """The output [B, T, D] without what the mixer keeps in a state of fixed size; by default that is zero.
+
+        Args:
+            x_BTD: input of the mixer.
+            seq: positions and borders of the documents.
+        """
+        return torch.zeros_like(x_BTD)
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter of the mixer, by its name within the mixer.

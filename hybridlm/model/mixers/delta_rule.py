@@ -154,9 +154,10 @@ class DeltaRuleConfig(RecurrentConfig):
         data.pop("correction_init")
         return data
 
-    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
         """Projections of softmax attention, where they fit; all writes of a token start from equal keys and values."""
-        found = super().initial_weights_from(old, tensors)
+        found = super().initial_weights_from(old, tensors, norm)
         return {name: weight.repeat(self.steps, 1) if name in ("k_proj.weight", "v_proj.weight") else weight
                 for name, weight in found.items()}
 
@@ -270,6 +271,13 @@ class DeltaRule(RecurrentMixer):
         if config.strength == "channel":
             writes |= {"b_proj": config.steps * config.num_heads, "w_proj": config.steps * config.value_heads}
         return super().head_rows() | writes
+
+    @torch.no_grad()
+    def calibrate(self, half_life_H: Tensor) -> None:
+        """Set what every linear mixer sets; the strength of writes starts at half of its largest value."""
+        super().calibrate(half_life_H)
+        for name in self.config.strengths:
+            getattr(self, f"{name}_proj").weight.zero_()
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)

@@ -152,10 +152,11 @@ class KernelAttentionConfig(MixerConfig):
     def with_state_heads(self, count: int) -> Self:
         return replace(self, num_heads=count)
 
-    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
         """Take the projections of softmax attention, where heads and dims fit."""
         keys, values = (self.num_heads, self.head_dim), (self.num_heads, self.value_dim)
-        return take_attention_projections(old, tensors, {"q_proj": keys, "k_proj": keys, "v_proj": values})
+        return take_attention_projections(old, tensors, {"q_proj": keys, "k_proj": keys, "v_proj": values}, norm)
 
 
 @register_mixer("kernel_attention", KernelAttentionConfig)
@@ -224,6 +225,9 @@ class KernelAttention(TensorStateMixer):
         incoming_BHFV = seq.shard.incoming(seq.shard.at_end(matrix_NHFV), left_BTHX[:, -1, :, :, None], torch.mul)
         earlier_BTHV = read_incoming_state(q_BTHF.to(incoming_BHFV.dtype) * left_BTHX, incoming_BHFV)
         return o_BTHV + earlier_BTHV.to(o_BTHV.dtype)
+
+    def output_projection(self) -> tuple[nn.Linear, int]:
+        return self.o_proj, self.config.num_heads
 
     def head_rows(self) -> dict[str, int]:
         return dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj"), self.config.num_heads)

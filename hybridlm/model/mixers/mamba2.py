@@ -13,6 +13,7 @@ of the convolution.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
@@ -24,8 +25,14 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.attention_weights import spread_over_heads, take_attention_projections
 from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
-from hybridlm.model.mixers.common.init import init_inverse_softplus, init_log_uniform, init_projections
+from hybridlm.model.mixers.common.init import (
+    init_identity_conv,
+    init_inverse_softplus,
+    init_log_uniform,
+    init_projections,
+)
 from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
 from hybridlm.model.mixers.common.memory import MEMORY
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
@@ -169,6 +176,28 @@ class Mamba2Config(MixerConfig):
         head_dim = next((dim for dim in candidates if inner % (dim * groups) == 0), candidates[-1])
         return {"num_heads": options.get("num_heads") or max(inner // head_dim, groups), "head_dim": head_dim}
 
+    attention_weights: ClassVar[tuple[str, ...]] = ("in_proj.weight", "out_proj.weight")
+
+    def adapted_to(self, old: MixerConfig) -> Self:
+        """The same block with the heads of `old`: a group per head, whose states are the dims of a key (Llamba)."""
+        heads = old.projection_heads()
+        if not {"q_proj", "v_proj", "o_proj"} <= set(heads):
+            return self
+        count, value_dim = heads["o_proj"]
+        return replace(self, num_heads=count, num_groups=count, head_dim=value_dim, state_size=heads["q_proj"][1])
+
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
+        """Take v as x, k as B and q as C (MOHAWK, section 3); the gate and the steps start fresh."""
+        keys, values = (self.num_groups, self.state_size), (self.num_heads, self.head_dim)
+        found = take_attention_projections(old, tensors, {"q_proj": keys, "k_proj": keys, "v_proj": values}, norm)
+        if len(found) < 4:
+            return {}
+        q, k, v, o = (found[f"{name}_proj.weight"] for name in "qkvo")
+        gate, steps = (torch.full((rows, v.shape[1]), torch.nan, dtype=v.dtype, device=v.device)
+                       for rows in (self.inner_size, self.num_heads))
+        return {"in_proj.weight": torch.cat([gate, v, k, q, steps]), "out_proj.weight": o}
+
     def state_heads(self) -> int:
         return self.num_heads
 
@@ -220,6 +249,20 @@ class Mamba2(TensorStateMixer):
             seq.leave(MEMORY, self.layer_index, y_BTI)
         y_BTI = y_BTI * F.silu(z_BTI) if self.norm is None else self.norm(y_BTI, z_BTI)
         return self.out_proj(y_BTI), {}
+
+    def output_projection(self) -> tuple[nn.Linear, int]:
+        return self.out_proj, self.config.num_heads
+
+    @torch.no_grad()
+    def calibrate(self, half_life_H: Tensor) -> None:
+        """The convolution becomes the identity and the decay a constant per head; the gate of silu stays random."""
+        init_identity_conv(self.conv.weight)
+        if self.conv.bias is not None:
+            self.conv.bias.zero_()
+        self.in_proj.weight[-self.config.num_heads :].zero_()
+        self.A_log.zero_()
+        rate_H = math.log(2) / spread_over_heads(half_life_H.double(), self.config.num_heads)
+        self.dt_bias.copy_(torch.log(torch.expm1(rate_H)))
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         return find_roles(self, {"D": VECTOR})

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError, require
 from hybridlm.model.decode_state import TensorState
-from hybridlm.model.layer_context import LayerContext, ShardTraffic
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.attention_weights import spread_over_heads, take_attention_projections
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.matrix_state import run_over_shards
 from hybridlm.model.mixers.common.rwkv import channel_ramp, depth_ratio
@@ -149,6 +150,15 @@ class RWKV7Config(MixerConfig):
         heads = model.heads_for(cls)
         return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
 
+    attention_weights: ClassVar[tuple[str, ...]] = tuple(f"{name}_proj.weight" for name in "rkvo")
+
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
+        """Take q as the receptance, k, v and o, where heads and dims fit (ARWKV)."""
+        heads = (self.num_heads, self.head_dim)
+        found = take_attention_projections(old, tensors, dict.fromkeys(("q_proj", "k_proj", "v_proj"), heads), norm)
+        return {name.replace("q_proj", "r_proj"): weight for name, weight in found.items()}
+
     def state_heads(self) -> int:
         return self.num_heads
 
@@ -243,6 +253,21 @@ class RWKV7(SequenceMixer):
 
     def new_state(self, batch: int, max_length: int) -> TensorState:
         return TensorState()
+
+    def output_projection(self) -> tuple[nn.Linear, int]:
+        return self.o_proj, self.config.num_heads
+
+    @torch.no_grad()
+    def calibrate(self, half_life_H: Tensor) -> None:
+        """No token shift, decays constant per head, no values of the first layer, an output gate of 1."""
+        self.mix.zero_()
+        half_life_H = spread_over_heads(half_life_H.double(), self.config.num_heads)
+        share_H = (math.log(2) / half_life_H / -DECAY_SCALE).clamp(max=0.999)
+        self.decay.copy_(torch.logit(share_H).repeat_interleave(self.config.head_dim))
+        if self.source is not None:
+            self.value_share.fill_(-5.0)
+        gate_CR: Tensor = getattr(self, "gate_b_proj").weight  # noqa: B009  (set by name) its inputs start at 1/2
+        gate_CR += (2.0 - gate_CR.sum(1, keepdim=True)) / gate_CR.shape[1]
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

@@ -13,15 +13,17 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.errors import require
-from hybridlm.model.layer_context import LayerContext, ShardTraffic
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.attention_weights import take_grouped_projections
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, dense_attention
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.init import init_projections
@@ -90,12 +92,15 @@ class WindowGLAConfig(GroupedHeadsConfig):
     def rotates(self) -> bool:
         return self.rope.kind != "none"
 
-    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def adapted_to(self, old: MixerConfig) -> Self:
+        """The same mixer with the rotation and biases of `old`."""
+        return replace(self, rope=copy.deepcopy(getattr(old, "rope", self.rope)),
+                       qkv_bias=getattr(old, "qkv_bias", False))
+
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
         """Take the projections of softmax attention of as many heads and dims."""
-        fits = old.projection_heads() == self.projection_heads()
-        names = {f"{name}.{part}" for name in self.projection_heads() for part in ("weight", "bias")}
-        return {name: value.detach().clone() for name, value in tensors.items() if fits and name in names
-                and (self.qkv_bias or not name.endswith("bias"))}
+        return take_grouped_projections(self, old, tensors, norm, biases=self.qkv_bias)
 
 
 @register_mixer("window_gla", WindowGLAConfig)
@@ -129,6 +134,16 @@ class WindowGLA(SequenceMixer):
         q_BTHK, k_BTHK = (wide(x).softmax(-1).to(v_BTGK.dtype) for x in (q_BTHK, k_BTHK))
         far_BTHK = scan_matrix_state(q_BTHK, k_BTHK, v_BTHK, g_BTHK, seq, None if state is None else state.rest)
         return self.o_proj((0.5 * near_BTHK + 0.5 * far_BTHK).flatten(-2)), {}
+
+    def output_projection(self) -> tuple[nn.Linear, int]:
+        return self.o_proj, self.config.num_heads
+
+    def without_linear_branch(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+        """The output of the window alone, in full: the half of it that the state has is its own."""
+        q_BTHK, k_BTGK, v_BTGK = (proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
+                                  for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q_BTHK, k_BTGK = (rotate(x, self.config.rope, self.rotary_dim, seq) for x in (q_BTHK, k_BTGK))
+        return self.o_proj(dense_attention(q_BTHK, k_BTGK, v_BTGK, seq, window=self.config.window).flatten(-2))
 
     def head_rows(self) -> dict[str, int]:
         return {"q_proj": self.config.num_heads, "k_proj": self.config.kv_heads, "v_proj": self.config.kv_heads}

@@ -12,9 +12,11 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +24,16 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, heads_of_all_tokens
+from hybridlm.model.mixers.common.attention_weights import take_grouped_projections
+from hybridlm.model.mixers.common.dense_attention import (
+    attention_exchange_size,
+    dense_attention,
+    heads_of_all_tokens,
+)
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.window_state import WindowState
-from hybridlm.model.mixers.contract import Aux, SequenceMixer, register_mixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
@@ -106,6 +113,16 @@ class WindowLinearConfig(GroupedHeadsConfig):
     def rotates(self) -> bool:
         return self.rope.kind != "none"
 
+    def adapted_to(self, old: MixerConfig) -> Self:
+        """The same mixer with the rotation and biases of `old`."""
+        return replace(self, rope=copy.deepcopy(getattr(old, "rope", self.rope)),
+                       qkv_bias=getattr(old, "qkv_bias", False))
+
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
+        """Take the projections of softmax attention of as many heads and dims."""
+        return take_grouped_projections(self, old, tensors, norm, biases=self.qkv_bias)
+
 
 @register_mixer("window_linear", WindowLinearConfig)
 class WindowLinear(SequenceMixer):
@@ -168,6 +185,16 @@ class WindowLinear(SequenceMixer):
         far_H1 = (1.0 - near_H)[:, None] if self.config.convex else 1.0
         tail_BTHV = far_H1 * tail_BTHV
         return (near_BTH1 * o_BTHK + tail_BTHV[..., :-1]) / (near_BTH1 + tail_BTHV[..., -1:])
+
+    def output_projection(self) -> tuple[nn.Linear, int]:
+        return self.o_proj, self.config.num_heads
+
+    def without_linear_branch(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+        """The output of softmax attention to the window alone."""
+        q_BTHK, k_BTGK = (rotate(proj(x_BTD).unflatten(-1, (-1, self.config.head_dim)), self.config.rope,
+                                 self.rotary_dim, seq) for proj in (self.q_proj, self.k_proj))
+        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
+        return self.o_proj(dense_attention(q_BTHK, k_BTGK, v_BTGK, seq, window=self.config.window).flatten(-2))
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         maps = {name: ParameterRole("expert_stack") for name in ("q_map", "k_map")}

@@ -69,6 +69,24 @@ class Gate:
         u = wide(u)
         return u if self.dt_bias is None else u + self.dt_bias.to(u.dtype)
 
+    def inverse(self, rate_H: Tensor) -> Tensor:
+        """The biased gate at which the logarithm of the decay of each head is -rate.
+
+        Args:
+            rate_H: positive rates [HV]; those beyond a lower bound become 0.999 of it.
+
+        >>> gate = Gate("softplus", A_log=torch.zeros(1))
+        >>> gate.log_decay(gate.inverse(torch.tensor([0.25]))[None, None]).tolist()
+        [[[-0.25]]]
+        """
+        rate_H = wide(rate_H)
+        if self.A_log is None:
+            return -torch.log(torch.expm1(rate_H * self.normalizer))
+        scale_H = self.A_log.to(rate_H.dtype).exp()
+        if self.kind == "softplus":
+            return torch.log(torch.expm1(rate_H / scale_H))
+        return torch.logit((rate_H / -self.lower_bound).clamp(max=0.999)) / scale_H
+
     def log_decay(self, u: Tensor) -> Tensor:
         """The logarithm of the decay, in the shape of the raw gate u and in float32 at least."""
         u = self.step(u)

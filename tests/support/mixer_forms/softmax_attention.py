@@ -18,6 +18,8 @@ FORMS: dict[str, MixerConfig] = {
     "gpt_oss": AttentionConfig(
         num_heads=4, num_kv_heads=2, head_dim=8, window=9, sinks=True, qkv_bias=True, o_bias=True,
         rope=RopeConfig(scaling=YarnConfig(factor=8.0, original_max_position=64, truncate=False))),
+    "window_first_tokens": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=5, first_tokens=2,
+                                           qk_norm="head"),
     "nope_head_gate": AttentionConfig(num_heads=2, head_dim=8, rope=NOPE, output_gate="head"),
     "attention_indexed": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, indexer=IndexerConfig(**INDEXER)),
     "deepseek_v3": MLAConfig(**MLA_DIMS, q_lora_rank=10, norm_eps=1e-6,

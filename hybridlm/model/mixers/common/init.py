@@ -31,6 +31,13 @@ def init_conv(weight_CW: Tensor) -> None:
 
 
 @torch.no_grad()
+def init_identity_conv(weight_CW: Tensor) -> None:
+    """Initialise a depthwise convolution as the identity: its last tap, the token itself, is 1."""
+    weight_CW.zero_()
+    weight_CW[:, -1] = 1.0
+
+
+@torch.no_grad()
 def init_log_uniform(x: Tensor, low: float, high: float) -> None:
     """Initialise by the logarithm of a uniform distribution on [low, high]; low = high sets all entries alike."""
     x.uniform_(low, high).clamp_min_(1e-4).log_()  # OLMo-Hybrid draws from 0 on

@@ -5,6 +5,7 @@ B rows, T tokens, D hidden size, H key heads, HV value heads, K key dim, V value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
@@ -16,10 +17,16 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.attention_weights import take_attention_projections
+from hybridlm.model.mixers.common.attention_weights import spread_over_heads, take_attention_projections
 from hybridlm.model.mixers.common.convolution import check_taps, check_taps_in_shards
 from hybridlm.model.mixers.common.cost import count_low_rank_params
-from hybridlm.model.mixers.common.init import init_conv, init_inverse_softplus, init_log_uniform, init_projections
+from hybridlm.model.mixers.common.init import (
+    init_conv,
+    init_identity_conv,
+    init_inverse_softplus,
+    init_log_uniform,
+    init_projections,
+)
 from hybridlm.model.mixers.contract import MixerConfig, SequenceMixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import GatedRMSNorm, RMSNorm, WeightlessRMSNorm
@@ -206,14 +213,19 @@ class RecurrentConfig(MixerConfig):
         return replace(self, num_heads=count,
                        num_value_heads=None if self.num_value_heads is None else count * per_head)
 
-    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
         """Take q, k, v and o projections of softmax attention, where heads and dims fit.
 
         Grouped keys and values are repeated for the heads that shared them.
         """
         wanted = {"q_proj": (self.num_heads, self.head_dim), "k_proj": (self.num_heads, self.head_dim),
                   "v_proj": (self.value_heads, self.value_dim)}
-        return take_attention_projections(old, tensors, wanted)
+        return take_attention_projections(old, tensors, wanted, norm)
+
+    def calibrated_form(self) -> Self:
+        """The same mixer with a sigmoid output gate in place of silu, which is closed or random but never open."""
+        return replace(self, output_gate="sigmoid") if self.output_gate == "silu" else self
 
 
 class RecurrentMixer(SequenceMixer):
@@ -355,6 +367,34 @@ class RecurrentMixer(SequenceMixer):
 
     def new_state(self, batch: int, max_length: int) -> RecurrentState:
         return RecurrentState()
+
+    def output_projection(self) -> tuple[nn.Linear, int]:
+        return self.o_proj, self.config.value_heads
+
+    @torch.no_grad()
+    def calibrate(self, half_life_H: Tensor) -> None:
+        """Convolutions become the identity, the decay a constant per head, a sigmoid output gate 1/2.
+
+        Gates keep their first matrix where they have two, so gradients reach both.
+        """
+        config = self.config
+        if config.conv_size:
+            for name in config.channels:
+                init_identity_conv(getattr(self, f"{name}_conv"))
+        if config.output_gate == "sigmoid":
+            self._last_projection("g", config.output_gate_rank).weight.zero_()
+        if not config.gate_width:
+            return
+        self._last_projection("a" if config.decay == "scalar" else "f", config.gate_rank).weight.zero_()
+        if config.has_a_log:
+            self.A_log.zero_()
+        decay_H = math.log(2) / spread_over_heads(half_life_H.double(), config.value_heads)
+        bias_H = self.build_forget_gate().inverse(decay_H)
+        self.dt_bias.copy_(bias_H.repeat_interleave(config.gate_width // config.value_heads))
+
+    def _last_projection(self, name: str, rank: int | None) -> nn.Linear:
+        """The matrix of a gate that its output comes from."""
+        return getattr(self, f"{name}_proj" if rank is None else f"{name}_b_proj")
 
     def init_weights(self, std: float) -> None:
         config = self.config
