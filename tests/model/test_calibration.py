@@ -163,7 +163,7 @@ def test_look_back_is_the_mean_distance_without_the_first_token():
         distances = []
         for t in range(30):
             first = 0 if t < 11 else 11
-            keys = [s for s in range(max(first + 1, t - 8), t + 1)]
+            keys = list(range(max(first + 1, t - 8), t + 1))
             if keys:
                 p = torch.softmax(torch.stack([q[0, t, head] @ k[0, s, head // 2] for s in keys]) / 2, 0)
                 distances.append(sum(float(w) * (t - s) for w, s in zip(p, keys, strict=True)))

@@ -65,7 +65,8 @@ def expand_heads(by_head_HX: Tensor, heads: int) -> Tensor:
     Head by head, not as a whole: query heads j r .. j r + r - 1 share head j.
 
     Example:
-        >>> expand_heads(torch.tensor([10, 20]), 4).tolist()
+        >>> import torch
+        >>> expand_heads(torch.tensor([10, 20]), heads=4).tolist()
         [10, 10, 20, 20]
     """
     return by_head_HX.repeat_interleave(heads // by_head_HX.shape[0], 0)
@@ -79,6 +80,7 @@ def spread_over_heads(value_H: Tensor, heads: int) -> Tensor:
         heads: heads of the new mixer.
 
     Example:
+        >>> import torch
         >>> spread_over_heads(torch.tensor([2.0, 8.0]), 4).tolist()
         [2.0, 2.0, 8.0, 8.0]
         >>> round(float(spread_over_heads(torch.tensor([2.0, 8.0]), 1)), 4)

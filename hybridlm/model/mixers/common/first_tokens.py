@@ -56,10 +56,10 @@ def _attend_blocks(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, positions_BT:
     G = k_BTGK.shape[2]
     W = min(window, T)
     padding = -T % W
-    q_BnGrWK, k_BnGWK, v_BnGWV = (
+    q_BnHWK, k_BnGWK, v_BnGWV = (
         F.pad(wide(x), (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, W)).transpose(2, 3)
         for x in (q_BTHK, k_BTGK, v_BTGV))
-    q_BnGrWK = q_BnGrWK.unflatten(2, (G, -1)) * q_BTHK.shape[-1] ** -0.5
+    q_BnGrWK = q_BnHWK.unflatten(2, (G, -1)) * q_BTHK.shape[-1] ** -0.5
     k_BnGXK, v_BnGXV = (torch.cat([F.pad(x, (0, 0) * 3 + (1, 0))[:, :-1], x], 3) for x in (k_BnGWK, v_BnGWV))
     near = torch.einsum("bngrwk,bngxk->bngrwx", q_BnGrWK, k_BnGXK)
     query_nW = torch.arange(T + padding, device=q_BTHK.device).view(-1, W)
