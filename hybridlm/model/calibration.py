@@ -38,7 +38,7 @@ class MixerCall:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What calibration found for a layer.
+    """The result of calibrating one layer.
 
     Args:
         layer: index of the layer.
@@ -148,7 +148,7 @@ def relative_error(mixer: SequenceMixer, calls: Sequence[MixerCall]) -> float:
 
 
 def _inputs_of(projection: nn.Linear, mixer: SequenceMixer, call: MixerCall) -> Tensor:
-    """What reaches the projection in a call of the mixer, [B, T, H V]."""
+    """Compute the input of the projection in a call of the mixer, [B, T, H V]."""
     seen: list[Tensor] = []
     hook = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
