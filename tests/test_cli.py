@@ -128,6 +128,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch
     assert main(["train", "model=hybrid_tiny", "--dry-run", "training.steps=7", "training.batch_size=2"]) == 0
     out = capsys.readouterr().out
     assert "stage pretrain: 7 steps of 2 x" in out
+    assert "tokenizer bytes" in out
     assert main(["train", "model=hybrid_tiny", "--dry-run", "--json", "training.steps=7"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["stages"][0]["steps"] == 7

@@ -226,7 +226,7 @@ class Trainer:
             self.samples.write({"step": self.progress.step, "samples": samples})
         self.tracker.log(self.record, self.progress.step)
         self.display.step(self.record, final=last)
-        said = self.routing.add(loads) if self.engine.is_main else None
+        said = self.routing.add(loads) if self.engine.is_main and self.balance else None
         if said is not None:
             log.warning("%s", said)
         if self.guard.count_step(update.applied):

@@ -52,3 +52,13 @@ def test_experts_that_nothing_balances_are_said_at_the_start(options, warned, tm
     with caplog.at_level(logging.WARNING, "hybridlm"):
         train(tiny_run.config(tmp_path, model_options={"feed_forward": experts}, steps=1))
     assert ("nothing balances the loads of the experts" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("trained", ["*", "*embed*"])
+def test_routers_that_do_not_train_are_not_watched(trained, tmp_path, caplog, monkeypatch):
+    watched = []
+    monkeypatch.setattr(RoutingWatch, "add", lambda self, loads: watched.append(loads))
+    experts = MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    recipe = tiny_run.stages({"name": "only", "steps": 2, "trainable": [trained]})
+    train(tiny_run.config(tmp_path, model_options={"feed_forward": experts}, recipe=recipe, eval_every=0))
+    assert len(watched) == (2 if trained == "*" else 0)
