@@ -64,8 +64,12 @@ def device(monkeypatch):
 @pytest.mark.parametrize("case", [case for case in check_cases() if case.operation in TRITON],
                          ids=lambda case: f"{case.operation}, {case.label}")
 def test_the_doctor_s_cases(case, dtype, device):
-    doctor._evaluate(case, "triton", case.inputs(), dtype, "cpu")
-    assert device
+    try:
+        doctor._evaluate(case, "triton", case.inputs(), dtype, "cpu")
+        launches = True
+    except registry.KernelUnavailable:  # another backend computes it
+        launches = False
+    assert bool(device) is launches
 
 
 kinds = pytest.mark.parametrize(("operation", "decay"), KINDS)

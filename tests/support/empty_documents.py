@@ -33,6 +33,11 @@ STATELESS = {
         main_q, main_k, main_k, window=5, cu_seqlens=borders, backend=backend),
     "forgetting_attention": lambda q, k, w, main_q, main_k, borders, backend: ops.forgetting_attention(
         main_q, main_k, main_k, -w.exp(), cu_seqlens=borders, backend=backend),
+    "max_scan": lambda q, k, w, main_q, main_k, borders, backend: ops.max_scan(
+        w, -w.exp(), cu_seqlens=borders, backend=backend)[0],
+    "slstm": lambda q, k, w, main_q, main_k, borders, backend: ops.slstm(
+        main_q.unflatten(-1, (4, 8)), torch.eye(8).to(main_q).expand(4, 4, 8, 8), cu_seqlens=borders,
+        backend=backend)[0],
     "attention_total": lambda q, k, w, main_q, main_k, borders, backend: ops.attention_total(
         main_q, main_k, main_k, window=5, cu_seqlens=borders, backend=backend)[0],
     "path_attention": lambda q, k, w, main_q, main_k, borders, backend: ops.path_attention(

@@ -86,7 +86,7 @@ def test_a_point_that_has_ended_corrects_the_rest_and_a_resumed_one_does_not(poi
 def test_a_measured_estimate_knows_start_steps_and_validation(monkeypatch, tmp_path):
     monkeypatch.setattr(estimate, "START_OF_A_POINT", "import time; time.sleep(1)")
     words = ["model=hybrid_tiny", "model.num_layers=1", "training.batch_size=4", "training.sequence_length=32",
-             f"sweep.dir={tmp_path}", "training.seed=0,1", "training.eval_batches=2"]
+             f"sweep.dir={tmp_path}", "training.seed=0,1", "training.eval_batches=20"]
 
     def seconds(*more):
         found, how = estimate.estimate(make_plan([*words, *more]).points, measure=True)
@@ -98,7 +98,7 @@ def test_a_measured_estimate_knows_start_steps_and_validation(monkeypatch, tmp_p
     assert short > 1.0
     assert long > 100 * (short - 1.0)
     validated = seconds("training.steps=20000", "training.eval_every=1")
-    assert validated > 1.2 * long  # two batches after each step: as much as two thirds of a step
+    assert validated > 1.2 * long  # 20 batches after each step: as much as six steps
 
 
 def test_steps_are_measured_only_where_that_is_cheap(monkeypatch, points):

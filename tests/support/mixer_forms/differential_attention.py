@@ -6,7 +6,7 @@ from hybridlm.model.rope import RopeConfig
 
 FORMS: dict[str, MixerConfig] = {
     "diff_attention": DifferentialAttentionConfig(num_heads=8, num_kv_heads=4, head_dim=4),
-    "phi4_flash_swa": DifferentialAttentionConfig(num_heads=6, head_dim=4, window=20, qkv_bias=True, o_bias=True,
+    "phi4_flash_swa": DifferentialAttentionConfig(num_heads=8, head_dim=4, window=20, qkv_bias=True, o_bias=True,
                                                   rope=RopeConfig(kind="none"), norm_weight=False),
 }
 FP32 = {"lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}

@@ -5,7 +5,7 @@ from hybridlm.model.mixers.contract import MixerConfig
 
 FORMS: dict[str, MixerConfig] = {
     "lolcats": WindowLinearConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=5),
-    "lolcats_convex": WindowLinearConfig(num_heads=3, head_dim=8, window=12, feature_dim=6, convex=True,
+    "lolcats_convex": WindowLinearConfig(num_heads=2, head_dim=8, window=12, feature_dim=6, convex=True,
                                          qkv_bias=True),
     "liger": WindowGLAConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=5),
 }
