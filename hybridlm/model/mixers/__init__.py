@@ -19,6 +19,8 @@ from hybridlm.model.mixers.differential_attention import DifferentialAttention a
 from hybridlm.model.mixers.differential_attention import DifferentialAttentionConfig as DifferentialAttentionConfig
 from hybridlm.model.mixers.forgetting_attention import ForgettingAttention as ForgettingAttention
 from hybridlm.model.mixers.forgetting_attention import ForgettingAttentionConfig as ForgettingAttentionConfig
+from hybridlm.model.mixers.gate_loop import GateLoop as GateLoop
+from hybridlm.model.mixers.gate_loop import GateLoopConfig as GateLoopConfig
 from hybridlm.model.mixers.gated_conv import GatedConv as GatedConv
 from hybridlm.model.mixers.gated_conv import GatedConvConfig as GatedConvConfig
 from hybridlm.model.mixers.gated_memory import GatedMemory as GatedMemory
@@ -53,6 +55,8 @@ from hybridlm.model.mixers.path_attention import PathAttention as PathAttention
 from hybridlm.model.mixers.path_attention import PathAttentionConfig as PathAttentionConfig
 from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
 from hybridlm.model.mixers.rg_lru import RGLRUConfig as RGLRUConfig
+from hybridlm.model.mixers.rodimus import Rodimus as Rodimus
+from hybridlm.model.mixers.rodimus import RodimusConfig as RodimusConfig
 from hybridlm.model.mixers.rwkv4 import RWKV4 as RWKV4
 from hybridlm.model.mixers.rwkv4 import RWKV4Config as RWKV4Config
 from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6

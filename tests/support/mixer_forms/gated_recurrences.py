@@ -1,0 +1,13 @@
+"""Forms of GateLoop and Rodimus."""
+
+from hybridlm.model.mixers import GateLoopConfig, RodimusConfig
+from hybridlm.model.mixers.contract import MixerConfig
+
+FORMS: dict[str, MixerConfig] = {
+    "gate_loop": GateLoopConfig(num_heads=2, head_dim=6),
+    "simple_gate_loop": GateLoopConfig(form="simple"),
+    "rodimus": RodimusConfig(key_dim=8, value_rank=5, conv_size=3),
+}
+FP32 = {"a_proj.bias", "tau_proj.bias", "skip"}
+OTHER_STARTS = {"v_a_proj.weight", "v_b_proj.weight", "tau_proj.weight"}
+NO_MATRICES = {"conv.weight"}
