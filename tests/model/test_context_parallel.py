@@ -43,7 +43,7 @@ def test_shards_of_an_indexer_that_only_learns(name):
     assert check_shard_traffic(Subject(dense, context_of(name)))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if getattr(CASES[name], "num_heads", 0) % 4 == 0])
+@pytest.mark.parametrize("name", [name for name in CASES if (getattr(CASES[name], "num_heads", 0) or 0) % 4 == 0])
 def test_four_shards_are_claimed_where_four_divides_the_heads(name):
     CASES[name].check_context_parallel(4, 9)
     assert "4 shards" in check_context_parallel(subject(name))

@@ -47,9 +47,10 @@ def test_rodimus_is_the_recurrence_of_the_paper():
         u = mixer.up_proj(x)
         padded = F.pad(u, (0, 0, 2, 0))
         h = F.silu(mixer.conv.bias + sum(padded[w : w + 8] * mixer.conv.weight[:, w] for w in range(3)))
-        q, k = mixer.q_proj(h), mixer.k_proj(h)
-        a, tau = (1 + mixer.a_proj(h).exp()).log(), mixer.tau_proj(h).sigmoid()
-        v = u * mixer.v_b_proj(mixer.v_a_proj(u)).sigmoid()
+        q, k = mixer.query_proj(h), mixer.key_proj(h)
+        a = (1 + (mixer.select_proj(h) + mixer.select_bias).exp()).log()
+        tau = (mixer.tau_proj(h) + mixer.tau_bias).sigmoid()
+        v = u * mixer.value_b_proj(mixer.value_a_proj(u)).sigmoid()
         S, outputs = torch.zeros(8, u.shape[1], dtype=x.dtype), []
         for t in range(8):
             key = k[t] / k[t].norm() * a[t] ** tau[t]
@@ -89,7 +90,7 @@ def test_the_start_of_rodimus_is_the_published_one():
     torch.manual_seed(0)
     mixer = build_mixer(RodimusConfig(key_dim=256), context())
     mixer.init_weights(0.02)
-    a, tau = F.softplus(mixer.a_proj.bias), mixer.tau_proj.bias.sigmoid()
+    a, tau = F.softplus(mixer.select_bias), mixer.tau_bias.sigmoid()
     assert a.min() >= 1e-3 * 0.999
     assert a.max() <= 0.1 * 1.001
     assert a.log().mean().item() == pytest.approx(0.5 * torch.tensor(1e-4).log().item(), abs=0.3)
@@ -97,8 +98,8 @@ def test_the_start_of_rodimus_is_the_published_one():
     assert tau.max() <= 0.9 + 1e-6
     assert tau.mean().item() == pytest.approx((1 / 16 + 0.9) / 2, abs=0.05)
     assert torch.equal(mixer.skip, torch.ones(2 * HIDDEN))
-    fan = sum(mixer.k_proj.weight.shape)
-    assert mixer.k_proj.weight.std().item() == pytest.approx(2**-2.5 * (2 / fan) ** 0.5, rel=0.1)
+    fan = sum(mixer.key_proj.weight.shape)
+    assert mixer.key_proj.weight.std().item() == pytest.approx(2**-2.5 * (2 / fan) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(("make", "message"), [

@@ -39,6 +39,8 @@ from hybridlm.model.mixers.mamba import Mamba as Mamba
 from hybridlm.model.mixers.mamba import MambaConfig as MambaConfig
 from hybridlm.model.mixers.mamba2 import Mamba2 as Mamba2
 from hybridlm.model.mixers.mamba2 import Mamba2Config as Mamba2Config
+from hybridlm.model.mixers.mamba3 import Mamba3 as Mamba3
+from hybridlm.model.mixers.mamba3 import Mamba3Config as Mamba3Config
 from hybridlm.model.mixers.mesa_net import MesaNet as MesaNet
 from hybridlm.model.mixers.mesa_net import MesaNetConfig as MesaNetConfig
 from hybridlm.model.mixers.min_rnn import MinRNN as MinRNN

@@ -27,6 +27,7 @@ from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.attention_weights import spread_over_heads, take_attention_projections
 from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
+from hybridlm.model.mixers.common.expanded_heads import expanded_heads
 from hybridlm.model.mixers.common.init import (
     init_identity_conv,
     init_inverse_softplus,
@@ -46,8 +47,6 @@ from hybridlm.model.sharing import SharedKind
 FP32_BYTES = 4  # bytes per element
 CHUNK_TOKENS = 32  # tokens per chunk of the operation, assumed by the estimate of activations
 DT_INIT = (1e-3, 1e-1)  # step sizes at the start are log-uniform between these
-EXPAND = 2  # inner channels per dim of the model, in presets without sizes
-HEAD_DIM = 64  # in presets without sizes, where it divides the inner channels
 
 
 @dataclass(kw_only=True)
@@ -168,13 +167,7 @@ class Mamba2Config(MixerConfig):
 
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        """Twice the width of the model, in heads of 64 dims where that divides it, else in heads of the model's."""
-        inner = EXPAND * model.hidden_size
-        asked = options.get("head_dim")
-        candidates = [asked] if asked else [HEAD_DIM, model.heads_for(cls).head_dim, model.hidden_size]
-        groups = options.get("num_groups") or 1
-        head_dim = next((dim for dim in candidates if inner % (dim * groups) == 0), candidates[-1])
-        return {"num_heads": options.get("num_heads") or max(inner // head_dim, groups), "head_dim": head_dim}
+        return expanded_heads(options, model, cls)
 
     attention_weights: ClassVar[tuple[str, ...]] = ("in_proj.weight", "out_proj.weight")
 

@@ -128,11 +128,11 @@ class RodimusConfig(MixerConfig):
 
 @register_mixer("rodimus", RodimusConfig)
 class Rodimus(TensorStateMixer):
-    """Parameters: up_proj and gate_proj [I, D], conv, q_proj, k_proj, a_proj and tau_proj [K, I], v_a_proj [R, I] and
-    v_b_proj [I, R], skip [I], norm [I] and down_proj [D, I]; a_proj, tau_proj and v_b_proj have biases.
+    """Parameters: up_proj and gate_proj [I, D], conv, query_proj, key_proj, select_proj, tau_proj [K, I], select_bias
+    and tau_bias [K], value_a_proj [R, I], value_b_proj [I, R] with a bias, skip [I], norm [I] and down_proj [D, I].
     """
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("a_proj.bias", "tau_proj.bias", "skip", "norm.weight")
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("select_bias", "tau_bias", "skip", "norm.weight")
     config: RodimusConfig
 
     def __init__(self, config: RodimusConfig, context: LayerContext):
@@ -142,9 +142,11 @@ class Rodimus(TensorStateMixer):
         D, inner, K, R = context.hidden_size, config.inner_size(context), config.key_dim, config.rank(context)
         self.up_proj, self.gate_proj = (nn.Linear(D, inner, bias=False) for _ in range(2))
         self.conv = CausalConv(inner, config.conv_size)
-        self.q_proj, self.k_proj = (nn.Linear(inner, K, bias=False) for _ in range(2))
-        self.a_proj, self.tau_proj = (nn.Linear(inner, K) for _ in range(2))
-        self.v_a_proj, self.v_b_proj = nn.Linear(inner, R, bias=False), nn.Linear(R, inner)
+        self.query_proj, self.key_proj = (nn.Linear(inner, K, bias=False) for _ in range(2))
+        self.select_proj, self.tau_proj = (nn.Linear(inner, K, bias=False) for _ in range(2))
+        # Apart from their projections: in bf16 they would round all slow decays to a few values.
+        self.select_bias, self.tau_bias = (nn.Parameter(torch.zeros(K)) for _ in range(2))
+        self.value_a_proj, self.value_b_proj = nn.Linear(inner, R, bias=False), nn.Linear(R, inner)
         self.skip = nn.Parameter(torch.zeros(inner))
         self.norm = GateFirstRMSNorm(inner, 1, context.norm.eps if config.norm_eps is None else config.norm_eps)
         self.down_proj = nn.Linear(inner, D, bias=False)
@@ -152,12 +154,11 @@ class Rodimus(TensorStateMixer):
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: TensorState | None = None) -> tuple[Tensor, Aux]:
         u_BTI = self.up_proj(x_BTD)
         h_BTI = self.conv(u_BTI, seq, state)
-        v_BTI = u_BTI * self.v_b_proj(self.v_a_proj(u_BTI)).sigmoid()
-        # The biases stay in fp32: in bf16 they would round all slow decays to a few values.
-        a_BTK = F.softplus(wide(F.linear(h_BTI, self.a_proj.weight)) + self.a_proj.bias).clamp_min(1e-30)
-        tau_BTK = (wide(F.linear(h_BTI, self.tau_proj.weight)) + self.tau_proj.bias).sigmoid()
-        k_BTK = F.normalize(wide(self.k_proj(h_BTI)), dim=-1, eps=KEY_NORM_EPS) * a_BTK**tau_BTK
-        q_BT1K, k_BT1K = (y.unsqueeze(2) for y in (self.q_proj(h_BTI), k_BTK.to(x_BTD.dtype)))
+        v_BTI = u_BTI * self.value_b_proj(self.value_a_proj(u_BTI)).sigmoid()
+        a_BTK = F.softplus(wide(self.select_proj(h_BTI)) + self.select_bias).clamp_min(1e-30)
+        tau_BTK = (wide(self.tau_proj(h_BTI)) + self.tau_bias).sigmoid()
+        k_BTK = F.normalize(wide(self.key_proj(h_BTI)), dim=-1, eps=KEY_NORM_EPS) * a_BTK**tau_BTK
+        q_BT1K, k_BT1K = (y.unsqueeze(2) for y in (self.query_proj(h_BTI), k_BTK.to(x_BTD.dtype)))
         g_BTHvK = (-a_BTK * tau_BTK).unsqueeze(2).expand(-1, -1, self.value_heads, -1)
         o_BTHvV = scan_matrix_state(q_BT1K, k_BT1K, v_BTI.unflatten(-1, (self.value_heads, -1)), g_BTHvK, seq, state,
                                     scale=self.config.key_dim**-0.5)
@@ -166,12 +167,13 @@ class Rodimus(TensorStateMixer):
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:
-        """As in the authors' code: small projections from inner channels, a log-uniform and tau uniform, skip 1."""
+        """Small projections from inner channels, a log-uniform, tau uniform, skip 1, as in the authors' code."""
         init_projections(self, std)
         self.conv.reset_parameters()
-        for layer in (self.q_proj, self.k_proj, self.a_proj, self.tau_proj, self.v_a_proj, self.v_b_proj):
+        for layer in (self.query_proj, self.key_proj, self.select_proj, self.tau_proj, self.value_a_proj,
+                      self.value_b_proj):
             nn.init.xavier_uniform_(layer.weight, gain=XAVIER_GAIN)
-        init_inverse_softplus(self.a_proj.bias, *DECAY_INIT)
-        tau_K = self.tau_proj.bias.uniform_(*TAU_INIT)
-        self.tau_proj.bias.copy_(torch.log(tau_K / (1 - tau_K)))
+        init_inverse_softplus(self.select_bias, *DECAY_INIT)
+        tau_K = self.tau_bias.uniform_(*TAU_INIT)
+        self.tau_bias.copy_(torch.log(tau_K / (1 - tau_K)))
         nn.init.ones_(self.skip)

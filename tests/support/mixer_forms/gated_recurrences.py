@@ -8,6 +8,6 @@ FORMS: dict[str, MixerConfig] = {
     "simple_gate_loop": GateLoopConfig(form="simple"),
     "rodimus": RodimusConfig(key_dim=8, value_rank=5, conv_size=3),
 }
-FP32 = {"a_proj.bias", "tau_proj.bias", "skip"}
-OTHER_STARTS = {"v_a_proj.weight", "v_b_proj.weight", "tau_proj.weight"}
+FP32 = {"select_bias", "tau_bias", "skip"}
+OTHER_STARTS = {f"{name}_proj.weight" for name in ("query", "key", "select", "tau", "value_a", "value_b")}
 NO_MATRICES = {"conv.weight"}

@@ -1,6 +1,6 @@
-"""Forms of Mamba, Longhorn and Mamba-2."""
+"""Forms of Mamba, Longhorn, Mamba-2 and Mamba-3."""
 
-from hybridlm.model.mixers import Mamba2Config, MambaConfig
+from hybridlm.model.mixers import Mamba2Config, Mamba3Config, MambaConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
 FORMS: dict[str, MixerConfig] = {
@@ -11,7 +11,9 @@ FORMS: dict[str, MixerConfig] = {
     "mamba2": Mamba2Config(num_heads=4, head_dim=6, state_size=8, num_groups=2),
     "falcon_h1_mamba2": Mamba2Config(num_heads=2, head_dim=6, state_size=8, norm="none", skip="channel", bias=True,
                                      dt_min=0.02, dt_max=2.0),
+    "mamba3": Mamba3Config(num_heads=4, head_dim=6, state_size=8, num_groups=2),
+    "mamba3_norm": Mamba3Config(num_heads=2, head_dim=6, state_size=8, rope_fraction=1.0, norm=True),
 }
-FP32 = {"A_log", "D", "dt_bias"}
+FP32 = {"A_log", "D", "dt_bias", "B_bias", "C_bias"}
 OTHER_STARTS = {"dt_proj.weight"}
-NO_MATRICES = {"A_log", "D", "conv.weight"}
+NO_MATRICES = {"A_log", "D", "B_bias", "C_bias", "conv.weight"}
