@@ -44,6 +44,8 @@ STATELESS = {
         main_q, main_k, main_k, ops.l2_norm(main_k), w[..., :2].sigmoid(), cu_seqlens=borders, backend=backend),
     "deltaformer_values": lambda q, k, w, main_q, main_k, borders, backend: ops.deltaformer_values(
         main_q, main_k, main_k, w.sigmoid(), cu_seqlens=borders, backend=backend),
+    "simplicial_attention": lambda q, k, w, main_q, main_k, borders, backend: ops.simplicial_attention(
+        main_q, main_k, main_k, main_k, main_k, window=5, second_window=3, cu_seqlens=borders, backend=backend),
     "indexer_topk": lambda q, k, w, main_q, main_k, borders, backend: ops.indexer_topk(
         q, k, w, 6, cu_seqlens=borders, backend=backend),
     "indexer_kl": lambda q, k, w, main_q, main_k, borders, backend: ops.indexer_kl(
