@@ -103,8 +103,7 @@ def test_the_start_of_rodimus_is_the_published_one():
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: GateLoopConfig(), "num_heads: is missing"),
-    (lambda: GateLoopConfig(form="simple", num_heads=2), "num_heads: has no effect"),
+    (lambda: GateLoopConfig(num_heads=0, head_dim=4), "num_heads: must be positive"),
     (lambda: RodimusConfig(key_dim=0), "key_dim: must be positive"),
     (lambda: RodimusConfig(conv_size=1), "conv_size: is not a convolution"),
 ])

@@ -67,6 +67,8 @@ from hybridlm.model.mixers.rwkv7 import RWKV7 as RWKV7
 from hybridlm.model.mixers.rwkv7 import RWKV7Config as RWKV7Config
 from hybridlm.model.mixers.shared_attention import SharedAttention as SharedAttention
 from hybridlm.model.mixers.shared_attention import SharedAttentionConfig as SharedAttentionConfig
+from hybridlm.model.mixers.simple_gate_loop import SimpleGateLoop as SimpleGateLoop
+from hybridlm.model.mixers.simple_gate_loop import SimpleGateLoopConfig as SimpleGateLoopConfig
 from hybridlm.model.mixers.simplicial_attention import SimplicialAttention as SimplicialAttention
 from hybridlm.model.mixers.simplicial_attention import SimplicialAttentionConfig as SimplicialAttentionConfig
 from hybridlm.model.mixers.slstm import SLSTM as SLSTM

@@ -13,6 +13,7 @@ B rows, T tokens, S and R keys, D hidden size, H query heads, G key/value heads,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -124,12 +125,12 @@ class SimplicialAttention(SequenceMixer):
         if state is not None:
             caches = (state.keys, state.values, state.second_keys, state.second_values)
             tensors = [cache.append(x) for cache, x in zip(caches, tensors, strict=True)]
-        windows = {"window": config.window, "second_window": config.second_window}
+        attend = partial(simplicial_attention, window=config.window, second_window=config.second_window)
         if seq.shard is None:
-            o_BTHK = simplicial_attention(q_BTHK, *tensors, cu_seqlens=seq.cu_seqlens, **windows)
+            o_BTHK = attend(q_BTHK, *tensors, cu_seqlens=seq.cu_seqlens)
         else:
             local = heads_of_all_tokens(seq.shard, [q_BTHK], tensors)
-            o_BTHK = seq.shard.by_tokens(simplicial_attention(*local, cu_seqlens=seq.shard.borders, **windows))
+            o_BTHK = seq.shard.by_tokens(attend(*local, cu_seqlens=seq.shard.borders))
         return self.o_proj(o_BTHK.flatten(-2)), {}
 
     def head_rows(self) -> dict[str, int]:

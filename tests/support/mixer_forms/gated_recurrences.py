@@ -1,11 +1,11 @@
 """Forms of GateLoop and Rodimus."""
 
-from hybridlm.model.mixers import GateLoopConfig, RodimusConfig
+from hybridlm.model.mixers import GateLoopConfig, RodimusConfig, SimpleGateLoopConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
 FORMS: dict[str, MixerConfig] = {
     "gate_loop": GateLoopConfig(num_heads=2, head_dim=6),
-    "simple_gate_loop": GateLoopConfig(form="simple"),
+    "simple_gate_loop": SimpleGateLoopConfig(),
     "rodimus": RodimusConfig(key_dim=8, value_rank=5, conv_size=3),
 }
 FP32 = {"select_bias", "tau_bias", "skip"}
