@@ -40,6 +40,9 @@ STATELESS = {
         backend=backend)[0],
     "attention_total": lambda q, k, w, main_q, main_k, borders, backend: ops.attention_total(
         main_q, main_k, main_k, window=5, cu_seqlens=borders, backend=backend)[0],
+    "selected_attention": lambda q, k, w, main_q, main_k, borders, backend: ops.selected_attention(
+        main_q, main_k, main_k, torch.arange(4).expand(ROWS, LENGTH, 1, 4), block=3, window=5, cu_seqlens=borders,
+        backend=backend)[0],
     "path_attention": lambda q, k, w, main_q, main_k, borders, backend: ops.path_attention(
         main_q, main_k, main_k, ops.l2_norm(main_k), w[..., :2].sigmoid(), cu_seqlens=borders, backend=backend),
     "deltaformer_values": lambda q, k, w, main_q, main_k, borders, backend: ops.deltaformer_values(
