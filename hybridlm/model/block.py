@@ -35,17 +35,16 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mixer_name: str, layer_index: int):
         super().__init__()
         context = config.layer_context(layer_index)
-        mixer = config.mixers[mixer_name]
-        feed_forward = config.feed_forward
+        mixer_branch, feed_forward_branch = config.branches(mixer_name)
         self._compiled: Callable[..., tuple[Stream, dict[str, Aux]]] | None = None
         self.mixer_name = mixer_name
         self.mixer_norm = RMSNorm.of(context.norm, context.hidden_size)
-        self.mixer = build_mixer(mixer, context)
+        self.mixer = build_mixer(config.mixers[mixer_name], context)
         self.feed_forward_norm = RMSNorm.of(context.norm, context.hidden_size)
-        self.feed_forward = build_feed_forward(feed_forward, context)
-        self.mixer_residual = build_residual_branch(config.residual, mixer.residual, context, "mixer")
-        self.feed_forward_residual = build_residual_branch(
-            config.residual, feed_forward.residual or mixer.residual, context, "feed_forward")
+        self.feed_forward = build_feed_forward(config.feed_forward, context)
+        self.mixer_residual = build_residual_branch(config.residual, mixer_branch, context, "mixer")
+        self.feed_forward_residual = build_residual_branch(config.residual, feed_forward_branch, context,
+                                                           "feed_forward")
 
     def compile_layer(self) -> None:
         """Run `forward` without a decode state as one graph of torch.compile from now on, in this object only.

@@ -23,7 +23,8 @@ def canonical(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_layers": config.num_layers,
         "norm": to_dict(config.norm), "tie_embeddings": config.tie_embeddings,
-        "logit_soft_cap": config.logit_soft_cap, "residual": to_dict(config.residual), "layers": layers, "mtp": mtp,
+        "logit_soft_cap": config.logit_soft_cap, "logit_multiplier": config.logit_multiplier,
+        "residual": to_dict(config.residual), "layers": layers, "mtp": mtp,
     }
 
 
@@ -46,7 +47,6 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _describe_layer(config: ModelConfig, index: int, name: str) -> dict[str, Any]:
-    mixer = config.mixers[name]
-    feed_forward = config.feed_forward
-    return {"mixer": mixer.canonical(config.norm), "residual": to_dict(feed_forward.residual or mixer.residual),
-            "feed_forward": feed_forward.canonical(config.layer_context(index))}
+    own, following = (to_dict(branch) for branch in config.branches(name))
+    return {"mixer": {**config.mixers[name].canonical(config.norm), "residual": own}, "residual": following,
+            "feed_forward": config.feed_forward.canonical(config.layer_context(index))}

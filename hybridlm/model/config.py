@@ -6,13 +6,15 @@ model has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.feed_forward.contract import FeedForwardConfig
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.contract import MixerConfig
-from hybridlm.model.residual import RESIDUALS, ResidualConfig
+from hybridlm.model.parametrization import ParametrizationConfig
+from hybridlm.model.residual import RESIDUALS, BranchConfig, ResidualConfig
 from hybridlm.model.schedule import ScheduleConfig as ScheduleConfig
 from hybridlm.model.schedule import expand
 
@@ -58,6 +60,7 @@ class ModelConfig:
     init_std: float = 0.02
     z_loss: float = 0.0  # coefficient of logsumexp(logits)^2
     logit_soft_cap: float | None = None
+    parametrization: ParametrizationConfig = field(default_factory=ParametrizationConfig)
     name: str = ""
     published: PublishedConfig | None = None
 
@@ -71,8 +74,8 @@ class ModelConfig:
         require(self.mtp.mixer is None or self.mtp.mixer in self.mixers, "mtp.mixer", "unknown mixer",
                 got=self.mtp.mixer, expected=f"one of {sorted(self.mixers)}")
         for name in dict.fromkeys([*layers, self.mtp.mixer or layers[-1]]):
-            self.residual.check_branch(self.mixers[name].residual)
-            self.residual.check_branch(self.feed_forward.residual or self.mixers[name].residual)
+            for branch in self.branches(name):
+                self.residual.check_branch(branch)
         self._check_sharing()
 
     def layers(self) -> list[str]:
@@ -86,6 +89,45 @@ class ModelConfig:
         return LayerContext(hidden_size=self.hidden_size, layer_index=layer_index, num_layers=self.num_layers,
                             norm=self.norm, max_position=self.max_position, layers=layers, mixers=self.mixers,
                             mtp_mixer=mtp_mixer, vocab_size=self.vocab_size)
+
+    def branches(self, mixer_name: str) -> tuple[BranchConfig, BranchConfig]:
+        """The options with which the mixer and the feed-forward of a layer join the residual stream.
+
+        Args:
+            mixer_name: the mixer of the layer, which the feed-forward follows where it has no option of its own.
+        """
+        mixer = self.mixers[mixer_name].residual
+        own, following = (self.parametrization.scale_branch(branch, self.num_layers)
+                          for branch in (mixer, self.feed_forward.residual or mixer))
+        return own, following
+
+    @property
+    def logit_multiplier(self) -> float:
+        """Factor of the logits: base width / width where a parametrization carries hyperparameters over width."""
+        return 1.0 / self.parametrization.width_ratio(self.hidden_size)
+
+    def resize(self, hidden_size: int | None = None, num_layers: int | None = None) -> ModelConfig:
+        """The same architecture at another width and depth.
+
+        Heads and the feed-forward's width follow the hidden size in proportion. Dims per head, ranks, taps, indexers and
+        the number of experts stay. Mixers that no layer uses are left out.
+
+        Args:
+            hidden_size: of the new model; None: as it is.
+            num_layers: of the new model; None: as it is.
+
+        Raises:
+            ConfigError: a width at which a mixer would have no whole number of heads.
+        """
+        factor = Fraction(hidden_size or self.hidden_size, self.hidden_size)
+        used = dict.fromkeys([*self.layers(), *([self.mtp.mixer] if self.mtp.mixer else [])])
+        try:
+            mixers = {name: self.mixers[name].at_width(factor) for name in used}
+        except ConfigError as error:
+            raise ConfigError("model.hidden_size", f"does not fit: {error.what}", got=hidden_size,
+                              expected=error.expected) from None
+        return replace(self, hidden_size=hidden_size or self.hidden_size, num_layers=num_layers or self.num_layers,
+                       mixers=mixers, feed_forward=self.feed_forward.at_width(factor))
 
     def _check_sharing(self) -> None:
         """Refuse a layer that reads from another one which leaves nothing of the kind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -14,6 +14,7 @@ from hybridlm.errors import UserError
 from hybridlm.model.feed_forward.contract import FeedForward
 from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.norm import RMSNorm
+from hybridlm.model.parametrization import ParameterScale
 from hybridlm.model.residual import Residual, ResidualBranch
 
 
@@ -41,12 +42,13 @@ def init_weights(model: nn.Module, std: float, seed: int, device: torch.device |
     """
     modules = list(_initialised_modules(model, ""))
     _check_coverage(model, modules)
+    scales = parameter_scales(model)
     found = {p.device for p in model.parameters()} if device is None else {torch.device(device)}
     with torch.random.fork_rng(devices=sorted(d.index or 0 for d in found if d.type == "cuda")), torch.no_grad():
         for name, module in modules:
             if device is not None:
                 module.to_empty(device=device)
-            _initialise(name, module, std, seed_of(seed, name))
+            _initialise(name, module, std, seed_of(seed, name), scales)
             if after_each is not None:
                 after_each(module)
 
@@ -60,6 +62,7 @@ def init_missing_weights(model: nn.Module, std: float, seed: int, is_known: Call
         seed: as for `init_weights`.
         is_known: whether a parameter or buffer has its value already; it then keeps it.
     """
+    scales = parameter_scales(model)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         for name, module in _initialised_modules(model, ""):
@@ -72,7 +75,7 @@ def init_missing_weights(model: nn.Module, std: float, seed: int, is_known: Call
             if all(is_known(tensor) for tensor in tensors) or any(tensor.is_meta for tensor in tensors):
                 continue
             known = [(tensor, tensor.clone()) for tensor in tensors if is_known(tensor)]
-            _initialise(name, module, std, seed_of(seed, name))
+            _initialise(name, module, std, seed_of(seed, name), scales)
             for tensor, value in known:
                 tensor.copy_(value)
 
@@ -102,7 +105,13 @@ def _check_coverage(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> N
                 "residual, whose init_weights sets it")
 
 
-def _initialise(name: str, module: nn.Module, std: float, seed: int) -> None:
+def parameter_scales(model: nn.Module) -> dict[str, ParameterScale]:
+    """Growth of a model's matrices from its base model, by parameter name; none where nothing is carried from one."""
+    answer = getattr(model, "parameter_scales", None)
+    return answer() if callable(answer) else {}
+
+
+def _initialise(name: str, module: nn.Module, std: float, seed: int, scales: Mapping[str, ParameterScale]) -> None:
     """Give the module its values, and make sure that each of its tensors was written.
 
     A write in place raises a tensor's version, so those whose version stayed are suspects. Writes through `.data` raise
@@ -110,13 +119,13 @@ def _initialise(name: str, module: nn.Module, std: float, seed: int) -> None:
     same seed.
     """
     before = {key: (id(tensor), _writes(tensor)) for key, tensor in _tensors(module)}
-    _draw(module, std, seed)
+    _draw_scaled(name, module, std, seed, scales)
     suspects = {key: tensor for key, tensor in _tensors(module) if before.get(key) == (id(tensor), _writes(tensor))}
     if not suspects:
         return
     for tensor in suspects.values():
         tensor.fill_(_unlikely_value(tensor))
-    _draw(module, std, seed)
+    _draw_scaled(name, module, std, seed, scales)
     now = dict(_tensors(module))
     for key, tensor in suspects.items():
         unwritten = tensor.isnan() if tensor.is_floating_point() else tensor == _unlikely_value(tensor)
@@ -134,6 +143,24 @@ def _unlikely_value(tensor: Tensor) -> float | int:
     if tensor.is_floating_point():
         return float("nan")
     return 1 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max
+
+
+def _draw_scaled(name: str, module: nn.Module, std: float, seed: int, scales: Mapping[str, ParameterScale]) -> None:
+    """Draw the values of a module, and multiply those that follow `std` by the factor of the parametrization.
+
+    A kind may give a matrix initial values of its own; they stay. Those that follow `std` are the ones that double
+    exactly when `std` does.
+    """
+    factors = {key: scales[f"{name}.{key}"].init_std for key, _ in module.named_parameters() if f"{name}.{key}" in scales}
+    factors = {key: factor for key, factor in factors.items() if factor != 1.0}
+    doubled: dict[str, Tensor] = {}
+    if factors:
+        _draw(module, 2 * std, seed)
+        doubled = {key: value.clone() for key, value in module.named_parameters() if key in factors}
+    _draw(module, std, seed)
+    for key, value in module.named_parameters():
+        if key in factors and torch.equal(2 * value, doubled[key]):
+            value.mul_(factors[key])
 
 
 def _draw(module: nn.Module, std: float, seed: int) -> None:

@@ -26,6 +26,7 @@ from hybridlm.model.output import AuxTotals, GlobalBatch, ModelOutput, ModelStat
 from hybridlm.model.output_head import head_cross_entropy, project_to_vocabulary
 from hybridlm.model.padding import TextTokens, text_before_last_label
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
+from hybridlm.model.parametrization import ParameterScale, compare_shapes
 from hybridlm.model.residual import build_residual
 from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
@@ -217,7 +218,7 @@ class HybridLM(nn.Module):
         Returns:
             Logits [B, T, V], soft-capped if the config says so.
         """
-        logits_BTV = project_to_vocabulary(x_BTD, self.lm_head, self.embed)
+        logits_BTV = project_to_vocabulary(self._scale_for_logits(x_BTD), self.lm_head, self.embed)
         cap = self.config.logit_soft_cap
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
@@ -257,6 +258,19 @@ class HybridLM(nn.Module):
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter, by name: what an optimizer groups them by."""
         return find_roles(self, {"lm_head.weight": ParameterRole("output_head")})
+
+    def parameter_scales(self) -> dict[str, ParameterScale]:
+        """Growth of every matrix from the base model of `config.parametrization`, by name; empty without one.
+
+        Raises:
+            ConfigError: the model cannot be made as narrow as the base.
+        """
+        rule = self.config.parametrization
+        if rule.kind == "standard" or rule.base_hidden_size is None:
+            return {}
+        with torch.device("meta"):
+            whole, base = HybridLM(self.config), HybridLM(self.config.resize(rule.base_hidden_size))
+        return compare_shapes(whole, base, whole.parameter_roles(), rule.depth_ratio(self.config.num_layers))
 
     def autocast_parameters(self) -> dict[str, nn.Parameter]:
         """Weights that autocast rounds wherever they are used, by name.
@@ -415,6 +429,10 @@ class HybridLM(nn.Module):
         losses.update(means)
         output.loss = sum(weighted, start=loss)
 
+    def _scale_for_logits(self, x_BTD: Tensor) -> Tensor:
+        multiplier = self.config.logit_multiplier
+        return x_BTD if multiplier == 1.0 else multiplier * x_BTD
+
     def _cross_entropy(self, x_BTD: Tensor, labels_BT: Tensor, divisor: int | None,
                        z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropy of next tokens, without ever holding all logits.
@@ -424,7 +442,7 @@ class HybridLM(nn.Module):
             number), and the number of these tokens.
         """
         loss_sum, z_sum, count = head_cross_entropy(
-            x_BTD.reshape(-1, x_BTD.shape[-1]), labels_BT.reshape(-1), self.lm_head, self.embed, z_loss=z_loss,
+            self._scale_for_logits(x_BTD).reshape(-1, x_BTD.shape[-1]), labels_BT.reshape(-1), self.lm_head, self.embed, z_loss=z_loss,
             soft_cap=self.config.logit_soft_cap)
         n = count.clamp(min=1) if divisor is None else max(divisor, 1)
         return loss_sum / n, z_sum / n, count

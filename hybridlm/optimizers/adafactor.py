@@ -15,6 +15,7 @@ import torch
 
 from hybridlm.errors import require
 from hybridlm.model.parameter_roles import ParameterRole
+from hybridlm.model.parametrization import ParameterScale
 from hybridlm.optimizers.adamw import AdamWConfig
 from hybridlm.optimizers.contract import (
     Groups,
@@ -59,6 +60,10 @@ class AdafactorConfig(OptimizerConfig):
     def updates_role(self, role: ParameterRole, kept_fp32: bool) -> bool:
         """Whether the parameter is a matrix, a stack of matrices or a table."""
         return role.kind not in VECTOR_ROLES
+
+    def lr_factor(self, scale: ParameterScale) -> float:
+        """The step is relative to the weights, whose initial size already has the factor fan_in^-1/2."""
+        return scale.fan_in**-0.5
 
     @property
     def fallback(self) -> OptimizerConfig:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hybridlm.model.parametrization import ParameterScale
 from hybridlm.optimizers.contract import (
     Groups,
     OptimizerConfig,
@@ -29,6 +30,10 @@ class AdamWConfig(OptimizerConfig):
         super().__post_init__()
         require_positive(self, "eps")
         require_decay_rates("betas", *self.betas)
+
+    def scaled_options(self, scale: ParameterScale) -> dict[str, float]:
+        """A smaller eps where the parametrization carries depth, because gradients are smaller."""
+        return {} if scale.adam_eps == 1.0 else {"eps": self.eps * scale.adam_eps}
 
     def state_shapes(self, shape: Sequence[int]) -> dict[str, Shape]:
         """A count of steps, and two moments of the shape of the parameter."""

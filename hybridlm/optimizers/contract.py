@@ -27,6 +27,7 @@ from torch import Tensor
 from hybridlm.errors import require
 from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.parameter_roles import ParameterRole
+from hybridlm.model.parametrization import ParameterScale
 from hybridlm.optimizers.lr_schedule import LRScheduleConfig
 
 FP32_BYTES = 4  # bytes per element
@@ -71,6 +72,21 @@ class OptimizerConfig(ABC):
             kept_fp32: whether the model wants the parameter in fp32 under every engine (routers, norms).
         """
         return True
+
+    def lr_factor(self, scale: ParameterScale) -> float:
+        """Factor of the learning rate of a matrix that has grown from a base model; that of the decay is its inverse.
+
+        By default that of updates whose elements have a fixed size (AdamW, Lion): outputs then move as much as in the
+        base model, because each sums over as many more inputs.
+
+        Args:
+            scale: how much the matrix has grown.
+        """
+        return 1.0 / scale.fan_in
+
+    def scaled_options(self, scale: ParameterScale) -> dict[str, float]:
+        """Further options of the parameter group of a matrix that has grown; by default none."""
+        return {}
 
     @property
     def peak_lr(self) -> float:

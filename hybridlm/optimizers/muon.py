@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridlm.model.parameter_roles import ParameterRole
+from hybridlm.model.parametrization import ParameterScale
 from hybridlm.optimizers.adamw import AdamWConfig
 from hybridlm.optimizers.contract import (
     Groups,
@@ -42,6 +44,18 @@ class MuonConfig(AdamWConfig):
     def updates_role(self, role: ParameterRole, kept_fp32: bool) -> bool:
         """Whether the parameter is a hidden matrix or stack, and not kept in fp32: a step is computed in bf16."""
         return role.kind in ("matrix", "head_matrix", "expert_stack") and not kept_fp32
+
+    def lr_factor(self, scale: ParameterScale) -> float:
+        """Bring the step's spectral norm, 0.2 sqrt(longer side), back to sqrt(rows / columns) (arXiv 2310.17813).
+
+        >>> MuonConfig().lr_factor(ParameterScale((64, 64), (16, 16)))  # of a square matrix
+        0.5
+        """
+        return math.sqrt(scale.fan_out / (scale.fan_in * scale.longer_side))
+
+    def scaled_options(self, scale: ParameterScale) -> dict[str, float]:
+        """None: the step has no eps that gradients are compared with."""
+        return {}
 
     @property
     def peak_lr(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.errors import CheckpointError
+from hybridlm.model.init import parameter_scales
 from hybridlm.optimizers.contract import OPTIMIZERS, MatrixOptimizer, OptimizerConfig
 from hybridlm.optimizers.roles import DECAYED_ROLES, fp32_names, parameter_roles
 from hybridlm.tensor_storage import StoredTensor, full_shape
@@ -20,11 +21,16 @@ RULE = "rule"  # key of a torch parameter group: the kind of the optimizer that 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with the same update rule (the config of an optimizer kind) and the same weight decay."""
+    """Parameters with the same update rule (the config of an optimizer kind), weight decay and learning rate.
+
+    `lr_factor` multiplies the learning rate and divides the weight decay; `options` replace those of the rule.
+    """
 
     rule: OptimizerConfig
     decay: bool
     names: tuple[str, ...]
+    lr_factor: float = 1.0
+    options: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
@@ -32,14 +38,18 @@ def plan_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGrou
     kept_fp32 = set(fp32_names(model))
     roles = parameter_roles(model)
     rules: dict[str, OptimizerConfig] = {}
-    members: dict[tuple[str, bool], list[str]] = {}
+    scales = parameter_scales(model)
+    members: dict[tuple[str, bool, float, tuple[tuple[str, float], ...]], list[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rule = config.rule_for(roles[name], name in kept_fp32)
             rules[rule.kind] = rule
-            members.setdefault((rule.kind, roles[name].kind in DECAYED_ROLES), []).append(name)
+            scale = scales.get(name)
+            factor, options = (1.0, {}) if scale is None else (rule.lr_factor(scale), rule.scaled_options(scale))
+            key = (rule.kind, roles[name].kind in DECAYED_ROLES, factor, tuple(options.items()))
+            members.setdefault(key, []).append(name)
     order = sorted(members, key=lambda key: (rules[key[0]] is config, *key))  # the fallback comes first
-    return [ParameterGroup(rules[kind], decay, tuple(members[kind, decay])) for kind, decay in order]
+    return [ParameterGroup(rules[key[0]], key[1], tuple(members[key]), key[2], dict(key[3])) for key in order]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, lr: float | None = None) -> OptimizerSet:
@@ -66,9 +76,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, lr: float | No
     rules: dict[str, OptimizerConfig] = {}
     for group in plan_groups(model, config):
         rules[group.rule.kind] = group.rule
-        groups.setdefault(group.rule.kind, []).append({
+        options: dict[str, Any] = {
             "params": [parameters[name] for name in group.names], RULE: group.rule.kind,
-            "weight_decay": config.weight_decay if group.decay else 0.0})
+            "weight_decay": config.weight_decay / group.lr_factor if group.decay else 0.0, **group.options}
+        if group.lr_factor != 1.0:
+            options["lr"] = lr * (group.rule.peak_lr / config.lr) * group.lr_factor
+        groups.setdefault(group.rule.kind, []).append(options)
     members = []
     for kind, rule in rules.items():
         build = OPTIMIZERS.implementation(kind)

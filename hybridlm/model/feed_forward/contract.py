@@ -12,6 +12,7 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -165,6 +166,11 @@ class FeedForwardConfig(abc.ABC):
     def with_width(self, width: int) -> Self:
         """The same feed-forward with another inner width; widths written out beside it keep their proportion."""
         return dataclasses.replace(self, intermediate_size=width)  # type: ignore[call-arg]
+
+    def at_width(self, factor: Fraction) -> Self:
+        """The same feed-forward in a model whose hidden size is `factor` times as large; experts stay as many."""
+        width = self.width()
+        return self if width is None or factor == 1 else self.with_width(max(1, round(width * factor)))
 
 
 # (tokens [N, D], expert ids [N, A], weights [N, A]) -> outputs [N, D] of the experts on this process.

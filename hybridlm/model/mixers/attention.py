@@ -95,6 +95,9 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     def shared_layout(self, kind: SharedKind, context: LayerContext) -> KeyLayout:
         return KeyLayout(self.num_heads, self.kv_heads, self.head_dim, self.rope, self.window)
 
+    def transfer_gaps(self) -> list[str]:
+        return self.indexer_gaps()
+
     def num_params(self, context: LayerContext) -> int:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
         gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]

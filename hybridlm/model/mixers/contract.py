@@ -12,6 +12,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,7 +23,7 @@ from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.decode_step import DecodeStep
 from hybridlm.model.fp32_parameters import KeepsFP32
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes, fill_missing, missing_fields
+from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes, fill_missing, missing_fields, scale_heads
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.sequence import SequenceInfo
@@ -223,6 +224,24 @@ class MixerConfig(abc.ABC):
             TypeError: the kind has no such heads.
         """
         raise TypeError(f"{type(self).__name__} has no heads in its decode state")
+
+    def at_width(self, factor: Fraction) -> Self:
+        """The same mixer in a model whose hidden size is `factor` times as large, with dims per head as they are.
+
+        Args:
+            factor: hidden size of the new model over that of the old.
+
+        Raises:
+            ConfigError: a number of heads that would not be whole.
+        """
+        return dataclasses.replace(self, **scale_heads(self, factor)) if factor != 1 else self
+
+    def transfer_gaps(self) -> list[str]:
+        """What of the mixer has no published rule for carrying hyperparameters over width; one phrase each.
+
+        By default the whole mixer: its matrices get the factors of their shape, which nobody has checked.
+        """
+        return [f"mixers of kind '{self.kind}'"]
 
     # Changes to a trained model
 

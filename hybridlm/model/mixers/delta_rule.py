@@ -97,6 +97,11 @@ class DeltaRuleConfig(RecurrentConfig):
         require(not self.implicit or self.strength == "head", "implicit", "needs one beta per head", got=True,
                 expected="false with strength=channel")
 
+    def transfer_gaps(self) -> list[str]:
+        published = self.decay == "scalar" and self.steps == 1 and self.strength == "head"  # arXiv 2606.04048
+        name = "KDA's decays per channel and low-rank gates" if self.decay == "channel" else "this delta rule"
+        return [] if published else [name]
+
     @property
     def channels(self) -> dict[str, int]:
         keys = self.num_heads * self.head_dim

@@ -99,6 +99,9 @@ class LinearAttentionConfig(RecurrentConfig):
         data.pop("projection_init")
         return data
 
+    def transfer_gaps(self) -> list[str]:
+        return ["the norm of linear attention over all heads, which smooths over more of them"] * (self.norm == "all")
+
     def rotates(self) -> bool:
         return self.rotation != "none"
 

@@ -100,6 +100,9 @@ class MLAConfig(IndexedMixerConfig):
         latents = D * (C + self.qk_rope_head_dim) + C * H * (self.qk_nope_head_dim + self.v_head_dim)
         return D if Q is None else Q, queries + latents + D * (H * self.v_head_dim + gate), gate
 
+    def transfer_gaps(self) -> list[str]:
+        return ["MLA's latents, whose rank stays", *self.indexer_gaps()]
+
     def num_params(self, context: LayerContext) -> int:
         query_dim, weights, _ = self._widths(context)
         Q = self.q_lora_rank or 0

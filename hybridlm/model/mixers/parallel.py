@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, Literal, Self, cast
 
 from torch import Tensor, nn
 
@@ -149,6 +150,12 @@ class ParallelConfig(MixerConfig):
         return {**options, "branches": {**options.get("branches", {}), **filled}} if filled else dict(options)
 
     # Changes to a trained model
+
+    def at_width(self, factor: Fraction) -> Self:
+        return replace(self, branches={name: branch.at_width(factor) for name, branch in self.branches.items()})
+
+    def transfer_gaps(self) -> list[str]:
+        return list(dict.fromkeys(gap for branch in self.branches.values() for gap in branch.transfer_gaps()))
 
     def rotates(self) -> bool:
         return any(branch.rotates() for branch in self.branches.values())

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from fractions import Fraction
+from math import gcd
 from typing import Any
+
+from hybridlm.errors import require
 
 COMMON_HEAD_DIMS = (128, 64, 32, 16, 8)
 MIN_HEADS = 4  # a head dim is taken from the list above only where it leaves so many heads
@@ -87,3 +91,43 @@ def fill_missing(options: Mapping[str, Any], sizes: Mapping[str, Any], required:
         if open_option and value is not None:
             filled[key] = value
     return filled
+
+
+def scale_heads(config: Any, factor: Fraction) -> dict[str, int]:
+    """Numbers of heads, and an inner width, for a model whose hidden size is `factor` times as large.
+
+    Dims per head stay, so query and value heads grow in proportion. Key/value heads and groups grow as far as they still
+    divide the query heads.
+
+    Args:
+        config: of a mixer; options named `num_heads`, `num_value_heads`, `num_kv_heads`, `num_groups` and `width` count.
+        factor: hidden size of the new model over that of the old.
+
+    Returns:
+        The options that the config has, with their new values.
+
+    Raises:
+        ConfigError: a number of heads or a width that would not be whole.
+    """
+    found: dict[str, int] = {}
+    for key in ("num_heads", "num_value_heads", "width"):
+        old = getattr(config, key, None)
+        if old is not None:
+            new = old * factor
+            require(new.denominator == 1, key, f"{key} of a mixer '{config.kind}' would not be whole", got=float(new),
+                    expected=f"a hidden size at which {key}={old} times {factor} is whole")
+            found[key] = int(new)
+    for key in ("num_kv_heads", "num_groups"):
+        old = getattr(config, key, None)
+        if old is not None and "num_heads" in found:
+            found[key] = _largest_divisor(found["num_heads"], max(1, int(old * factor)))
+    return found
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`.
+
+    >>> _largest_divisor(12, 5)
+    4
+    """
+    return next(divisor for divisor in range(most, 0, -1) if gcd(number, divisor) == divisor)

@@ -92,6 +92,10 @@ class IndexedMixerConfig(MixerConfig):
                                                          model.max_position)
         return filled
 
+    def indexer_gaps(self) -> list[str]:
+        """What of the indexer has no published rule for carrying hyperparameters over width."""
+        return [] if self.indexer is None else ["indexers, which learn from a loss of their own"]
+
     def rotates(self) -> bool:
         return self.rope.kind != "none"
 

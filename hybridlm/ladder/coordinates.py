@@ -1,0 +1,238 @@
+"""Coordinate check: whether activations and their changes in training keep their size when a model gets wider.
+
+The same batch is trained on for a few steps at several widths (Yang et al., arXiv 2203.03466, appendix D.1). For each
+activation, the slope of log2 of its root mean square over log2 of the width should be near 0:
+
+  size    the activation itself
+  change  its difference to step 0
+  update  (W_t - W_0) x_0 of a linear map: the part of the change that its own learning rate decides
+
+Under the standard parametrization changes must grow with the width; a check that does not see this sees nothing.
+Activations of stable size say that training at one learning rate is possible at all widths, not that the rate is good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.model import HybridLM, build_model
+from hybridlm.optimizers import OptimizerConfig, build_optimizer
+
+Kind = Literal["standard", "mup", "completep"]
+QUANTITIES = ("size", "change", "update")
+STABLE_SLOPES = (-0.15, 0.15)  # of log2 RMS over log2 width
+# Logits of fresh weights fall with the root of the width, and hide those that are learned until these are larger. An
+# update of a linear map falls as much where it has nothing to do with its inputs, and not at all where it is aligned.
+FALLING_SLOPES = {"logits": (-0.65, 0.15), "update": (-0.65, 0.35)}
+
+
+@dataclass(frozen=True)
+class CoordinateCheck:
+    """What a coordinate check does.
+
+    Args:
+        widths: hidden sizes, ascending; the first is the base whose hyperparameters are carried.
+        seeds: seeds of first weights and tokens.
+        steps: optimizer steps, at a constant learning rate without clipping.
+        rows: sequences of the batch.
+        length: tokens per sequence.
+    """
+
+    widths: tuple[int, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 5
+    rows: int = 4
+    length: int = 64
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """Growth of one quantity of one activation with the width.
+
+    Args:
+        name: of the activation, such as `kda.q_proj`, the same for all layers with that mixer.
+        quantity: size, change or update.
+        step: optimizer steps before it was measured.
+        rms: root mean square by width, the geometric mean over seeds.
+        slope: of log2 rms over log2 width; None where it was zero at some width.
+    """
+
+    name: str
+    quantity: str
+    step: int
+    rms: dict[int, float]
+    slope: float | None
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether the slope is within the bounds for its name or quantity."""
+        if self.slope is None:
+            return True
+        low, high = FALLING_SLOPES.get(self.name) or FALLING_SLOPES.get(self.quantity) or STABLE_SLOPES
+        return low <= self.slope <= high
+
+
+def resize_for_check(model: ModelConfig, width: int, base: int, kind: Kind) -> ModelConfig:
+    """The model at a width of the check, under a parametrization whose base is the narrowest model.
+
+    Under `standard` the initial standard deviation falls with the root of the width, as is usual, and no factor else.
+
+    Args:
+        model: the model of any width.
+        width: hidden size.
+        base: hidden size of the narrowest model.
+        kind: standard, mup or completep.
+    """
+    resized = model.resize(width)
+    layers = model.num_layers
+    rule = replace(model.parametrization, kind=kind, base_hidden_size=base, base_num_layers=layers)
+    std = model.init_std * (base / width) ** 0.5 if kind == "standard" else model.init_std
+    return replace(resized, parametrization=rule, init_std=std)
+
+
+def check_coordinates(model: ModelConfig, optimizer: OptimizerConfig, check: CoordinateCheck,
+                      kind: Kind) -> list[Coordinate]:
+    """Train at every width and seed, and compute the slopes.
+
+    Args:
+        model: the architecture; its `init_std` is that of the narrowest width.
+        optimizer: its learning rate is that of the narrowest width.
+        check: widths, seeds, steps and batch.
+        kind: the parametrization.
+
+    Returns:
+        A coordinate per activation, quantity and step.
+    """
+    logs: dict[tuple[str, str, int], dict[int, list[float]]] = {}
+    for width in check.widths:
+        config = resize_for_check(model, width, check.widths[0], kind)
+        for seed in check.seeds:
+            for key, value in _train(config, optimizer, check, seed).items():
+                logs.setdefault(key, {}).setdefault(width, []).append(math.log2(value) if value > 0 else -math.inf)
+    found = []
+    for (name, quantity, step), by_width in logs.items():
+        means = {width: sum(values) / len(values) for width, values in by_width.items()}
+        found.append(Coordinate(name, quantity, step, {width: 2.0**mean for width, mean in means.items()},
+                                _slope(means)))
+    return found
+
+
+def steepest(coordinates: Sequence[Coordinate], quantity: str) -> Coordinate | None:
+    """The coordinate of a quantity that grows most with the width; None where nothing of it was measured."""
+    chosen = [each for each in coordinates if each.quantity == quantity and each.slope is not None]
+    return max(chosen, key=lambda each: each.slope or 0.0, default=None)
+
+
+def _slope(log_by_width: dict[int, float]) -> float | None:
+    """Slope of a least-squares line through (log2 width, log2 RMS).
+
+    >>> _slope({16: 1.0, 32: 2.0, 64: 3.0})
+    1.0
+    """
+    if not all(math.isfinite(value) for value in log_by_width.values()):
+        return None
+    x = [math.log2(width) for width in log_by_width]
+    y = list(log_by_width.values())
+    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((each - x_mean) ** 2 for each in x)
+    return sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True)) / spread
+
+
+def _train(config: ModelConfig, optimizer: OptimizerConfig, check: CoordinateCheck,
+           seed: int) -> dict[tuple[str, str, int], float]:
+    """Train one model, and return the root mean squares by (activation, quantity, step)."""
+    model = build_model(config, seed=seed)
+    model.train()
+    generator = torch.Generator().manual_seed(seed)
+    # Frequencies as in text (Zipf): gradients then have a common direction, as those of real tokens have.
+    frequencies_V = 1.0 / torch.arange(1, config.vocab_size + 1)
+    ids_BT = torch.multinomial(frequencies_V, check.rows * (check.length + 1), replacement=True,
+                               generator=generator).view(check.rows, check.length + 1)
+    optimizers = build_optimizer(model, optimizer)
+    recorder = _Recorder(model)
+    found: dict[tuple[str, str, int], float] = {}
+    for step in range(1 + check.steps):
+        output = model(ids_BT[:, :-1], targets=_targets(ids_BT, config.mtp.depth), return_logits=True)
+        assert output.logits is not None and output.loss is not None
+        recorder.outputs["logits"] = [output.logits.detach()]
+        found |= recorder.measure(step)
+        if step < check.steps:
+            output.loss.backward()
+            optimizers.step()
+            optimizers.zero_grad()
+    return found
+
+
+def _targets(ids_BT: Tensor, depth: int) -> Tensor:
+    """Targets [B, T, 1 + depth] of tokens [B, T + 1]; those beyond the row do not count."""
+    length = ids_BT.shape[1] - 1
+    columns = []
+    for ahead in range(1 + depth):
+        following = ids_BT[:, 1 + ahead:]
+        columns.append(F.pad(following, (0, length - following.shape[1]), value=-100))
+    return torch.stack(columns, dim=-1)
+
+
+class _Recorder:
+    """Keeps outputs of embedding, linear maps, mixers, feed-forwards and the last residual, by a name without layer."""
+
+    def __init__(self, model: HybridLM):
+        self.outputs: dict[str, list[Tensor]] = {}
+        self._first: dict[str, list[Tensor]] = {}
+        self._linear: list[tuple[str, nn.Linear]] = []
+        self._inputs: list[tuple[int, Tensor]] = []
+        self._first_inputs: list[tuple[int, Tensor]] = []
+        model.embed.register_forward_hook(self._keeper("embedding"))
+        model.norm.register_forward_pre_hook(lambda module, args: self._keep("last residual", args[0]))
+        for layer in model.layers:
+            self._watch(str(layer.mixer_name), layer.mixer)  # type: ignore[arg-type]
+            self._watch("feed_forward", layer.feed_forward)  # type: ignore[arg-type]
+
+    def _watch(self, name: str, branch: nn.Module) -> None:
+        branch.register_forward_hook(self._keeper(f"{name} output"))
+        for path, module in branch.named_modules():
+            if isinstance(module, nn.Linear):
+                index = len(self._linear)
+                self._linear.append((f"{name}.{path}", module))
+                module.register_forward_hook(self._keeper(f"{name}.{path}", index))
+
+    def _keeper(self, name: str, linear: int | None = None) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self._keep(name, output if isinstance(output, Tensor) else output[0])
+            if linear is not None and not self._first_inputs:
+                self._inputs.append((linear, args[0].detach()))
+        return keep
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        self.outputs.setdefault(name, []).append(value.detach().float())
+
+    def measure(self, step: int) -> dict[tuple[str, str, int], float]:
+        """Root mean squares after one forward; forgets its outputs."""
+        found = {(name, "size", step): _rms(values) for name, values in self.outputs.items()}
+        if step == 0:
+            self._first = self.outputs
+            self._first_inputs = self._inputs
+            self._weights = [module.weight.detach().clone() for _, module in self._linear]
+        else:
+            found |= {(name, "change", step): _rms([now - first for now, first in
+                                                    zip(values, self._first[name], strict=True)])
+                      for name, values in self.outputs.items()}
+            moved: dict[str, list[Tensor]] = {}
+            for index, value in self._first_inputs:
+                name, module = self._linear[index]
+                moved.setdefault(name, []).append(F.linear(value, module.weight.detach() - self._weights[index]))
+            found |= {(name, "update", step): _rms(values) for name, values in moved.items()}
+        self.outputs = {}
+        return found
+
+
+def _rms(values: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(value.square().sum()) for value in values) / sum(value.numel() for value in values))
