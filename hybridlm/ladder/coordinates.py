@@ -36,7 +36,7 @@ FALLING_SLOPES = {"logits": (-0.65, 0.15), "update": (-0.65, 0.35)}
 
 @dataclass(frozen=True)
 class CoordinateCheck:
-    """What a coordinate check does.
+    """Sizes of a coordinate check.
 
     Args:
         widths: hidden sizes, ascending; the first is the base whose hyperparameters are carried.

@@ -237,7 +237,7 @@ class MixerConfig(abc.ABC):
         return dataclasses.replace(self, **scale_heads(self, factor)) if factor != 1 else self
 
     def transfer_gaps(self) -> list[str]:
-        """What of the mixer has no published rule for carrying hyperparameters over width; one phrase each.
+        """Name what has no published rule for carrying hyperparameters over width, one phrase each.
 
         By default the whole mixer: its matrices get the factors of their shape, which nobody has checked.
         """

@@ -93,7 +93,7 @@ class IndexedMixerConfig(MixerConfig):
         return filled
 
     def indexer_gaps(self) -> list[str]:
-        """What of the indexer has no published rule for carrying hyperparameters over width."""
+        """Name the indexer, which has no published rule for carrying hyperparameters over width, where there is one."""
         return [] if self.indexer is None else ["indexers, which learn from a loss of their own"]
 
     def rotates(self) -> bool:
