@@ -18,7 +18,8 @@ from hybridlm.errors import ConfigError
 from hybridlm.unknown_keys import NAMES_ELSEWHERE, unknown_key
 
 PACKAGE = Path(__file__).resolve().parents[1]
-SOURCES = ("config/schema.py", "model/config.py", "model/parametrization.py", "model/schedule.py", "model/norm.py", "optimizers/*.py",
+SOURCES = ("config/schema.py", "model/config.py", "model/parametrization.py",
+           "model/schedule.py", "model/norm.py", "optimizers/*.py",
            "distributed/engine_config.py", "distributed/engines/*.py", "distributed/zero/*.py")
 KINDS = ("OptimizerConfig", "EngineConfig")  # each stands for all classes that derive from it
 Fields = dict[str, str]  # field -> the text of its type

@@ -161,7 +161,8 @@ def _train(config: ModelConfig, optimizer: OptimizerConfig, check: CoordinateChe
     found: dict[tuple[str, str, int], float] = {}
     for step in range(1 + check.steps):
         output = model(ids_BT[:, :-1], targets=_targets(ids_BT, config.mtp.depth), return_logits=True)
-        assert output.logits is not None and output.loss is not None
+        assert output.logits is not None
+        assert output.loss is not None
         recorder.outputs["logits"] = [output.logits.detach()]
         found |= recorder.measure(step)
         if step < check.steps:

@@ -109,8 +109,8 @@ class ModelConfig:
     def resize(self, hidden_size: int | None = None, num_layers: int | None = None) -> ModelConfig:
         """The same architecture at another width and depth.
 
-        Heads and the feed-forward's width follow the hidden size in proportion. Dims per head, ranks, taps, indexers and
-        the number of experts stay. Mixers that no layer uses are left out.
+        Heads and the feed-forward's width follow the hidden size in proportion. Dims per head, ranks, taps, indexers
+        and the number of experts stay. Mixers that no layer uses are left out.
 
         Args:
             hidden_size: of the new model; None: as it is.

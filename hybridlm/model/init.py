@@ -151,8 +151,8 @@ def _draw_scaled(name: str, module: nn.Module, std: float, seed: int, scales: Ma
     A kind may give a matrix initial values of its own; they stay. Those that follow `std` are the ones that double
     exactly when `std` does.
     """
-    factors = {key: scales[f"{name}.{key}"].init_std for key, _ in module.named_parameters() if f"{name}.{key}" in scales}
-    factors = {key: factor for key, factor in factors.items() if factor != 1.0}
+    found = {key: scales.get(f"{name}.{key}") for key, _ in module.named_parameters()}
+    factors = {key: scale.init_std for key, scale in found.items() if scale is not None and scale.init_std != 1.0}
     doubled: dict[str, Tensor] = {}
     if factors:
         _draw(module, 2 * std, seed)

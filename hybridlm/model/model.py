@@ -442,8 +442,8 @@ class HybridLM(nn.Module):
             number), and the number of these tokens.
         """
         loss_sum, z_sum, count = head_cross_entropy(
-            self._scale_for_logits(x_BTD).reshape(-1, x_BTD.shape[-1]), labels_BT.reshape(-1), self.lm_head, self.embed, z_loss=z_loss,
-            soft_cap=self.config.logit_soft_cap)
+            self._scale_for_logits(x_BTD).reshape(-1, x_BTD.shape[-1]), labels_BT.reshape(-1), self.lm_head, self.embed,
+            z_loss=z_loss, soft_cap=self.config.logit_soft_cap)
         n = count.clamp(min=1) if divisor is None else max(divisor, 1)
         return loss_sum / n, z_sum / n, count
 

@@ -17,7 +17,7 @@ def model():
     return replace(config.resize(64, 2), tie_embeddings=True, init_std=0.5 / 64**0.5)
 
 
-@pytest.mark.parametrize("make, steps", [(AdamWConfig, 3), (MuonConfig, 1)])
+@pytest.mark.parametrize(("make", "steps"), [(AdamWConfig, 3), (MuonConfig, 1)])
 def test_sizes_are_stable_under_mup_and_not_under_the_standard_parametrization(model, make, steps):
     check = CoordinateCheck(WIDTHS, seeds=(0, 1)[:steps], steps=steps, rows=2, length=32)
     found = check_coordinates(model, make(lr=4e-3), check, "mup")

@@ -79,7 +79,7 @@ def test_initial_values_have_the_factors_of_the_table(wide):
     assert all(scaled[name].dim() > 1 for name in changed)
 
 
-@pytest.mark.parametrize("make, column", [(AdamWConfig, 1), (MuonConfig, 2)])
+@pytest.mark.parametrize(("make", "column"), [(AdamWConfig, 1), (MuonConfig, 2)])
 def test_learning_rate_and_decay_have_the_factors_of_the_table(wide, make, column):
     config = make(lr=1e-2, weight_decay=0.1)
     model = build_model(wide)
@@ -130,7 +130,8 @@ def test_the_base_is_unchanged_bit_for_bit(base):
                   plan_groups(model, MuonConfig())]
         results.append((losses, groups, {name: value.clone() for name, value in model.named_parameters()}))
     (losses, groups, weights), (scaled_losses, scaled_groups, scaled_weights) = results
-    assert losses == scaled_losses and groups == scaled_groups
+    assert losses == scaled_losses
+    assert groups == scaled_groups
     assert all(torch.equal(value, scaled_weights[name]) for name, value in weights.items())
 
 
@@ -177,7 +178,7 @@ def test_what_is_carried_changes_the_function_and_is_saved(wide):
     assert changed == {"residual.beta"}
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize(("options", "said"), [
     ({"kind": "mup"}, "base_hidden_size"), ({"kind": "completep", "base_hidden_size": 32}, "base_num_layers"),
     ({"kind": "mup", "base_hidden_size": 0}, "must be positive")])
 def test_a_rule_without_its_base_is_refused(options, said):
@@ -191,8 +192,10 @@ def test_heads_follow_the_width_and_dims_per_head_stay(base):
     assert (kda.num_heads, kda.head_dim, kda.gate_rank) == (6, 16, 16)
     assert (full.num_heads, full.num_kv_heads) == (6, 3)
     assert (dsa.num_heads, dsa.kv_lora_rank, dsa.indexer.num_heads) == (6, 32, 16)
-    assert wide.feed_forward.moe_intermediate_size == 48 and wide.feed_forward.num_experts == 8
-    assert wide.num_layers == 6 and set(wide.mixers) == {"kda", "gdn", "dsa", "full"}
+    assert wide.feed_forward.moe_intermediate_size == 48
+    assert wide.feed_forward.num_experts == 8
+    assert wide.num_layers == 6
+    assert set(wide.mixers) == {"kda", "gdn", "dsa", "full"}
     assert base.resize(32) == replace(base, mixers=base.resize(32).mixers)
     with pytest.raises(ConfigError, match=r"hidden_size.*num_heads of a mixer 'delta_rule' would not be whole"):
         base.resize(40)

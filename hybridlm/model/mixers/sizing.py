@@ -96,11 +96,11 @@ def fill_missing(options: Mapping[str, Any], sizes: Mapping[str, Any], required:
 def scale_heads(config: Any, factor: Fraction) -> dict[str, int]:
     """Numbers of heads, and an inner width, for a model whose hidden size is `factor` times as large.
 
-    Dims per head stay, so query and value heads grow in proportion. Key/value heads and groups grow as far as they still
-    divide the query heads.
+    Dims per head stay, so query and value heads grow in proportion. Key/value heads and groups grow as far as they
+    still divide the query heads.
 
     Args:
-        config: of a mixer; options named `num_heads`, `num_value_heads`, `num_kv_heads`, `num_groups` and `width` count.
+        config: of a mixer; options named `num_heads`, `num_value_heads`, `num_kv_heads`, `num_groups`, `width` count.
         factor: hidden size of the new model over that of the old.
 
     Returns:
