@@ -93,7 +93,7 @@ def fill_missing(options: Mapping[str, Any], sizes: Mapping[str, Any], required:
     return filled
 
 
-def scale_heads(config: Any, factor: Fraction) -> dict[str, int]:
+def scale_heads(config: Any, factor: Fraction) -> dict[str, Any]:
     """Numbers of heads, and an inner width, for a model whose hidden size is `factor` times as large.
 
     Dims per head stay, so query and value heads grow in proportion. Key/value heads and groups grow as far as they
