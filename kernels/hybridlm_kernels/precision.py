@@ -29,10 +29,11 @@ def plain_backward(backward: Callable[..., Any]) -> Any:
     """
 
     @functools.wraps(backward)
-    def run(ctx: Any, grad: Tensor, *grads: Tensor) -> Any:
-        if not torch.is_autocast_enabled(grad.device.type):
-            return backward(ctx, grad, *grads)
-        with torch.autocast(grad.device.type, enabled=False):
-            return backward(ctx, grad, *grads)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        device = next(grad.device.type for grad in grads if grad is not None)
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
 
     return once_differentiable(run)

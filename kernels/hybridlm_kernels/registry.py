@@ -35,13 +35,15 @@ class Call:
     dtype: torch.dtype
     needs_grad: bool
     facts: tuple[tuple[str, Any], ...] = ()
+    device_index: int | None = None  # of several devices of the type; None where there is one, or the current one
 
     @classmethod
     def of(cls, *tensors: Tensor | None, **facts: Any) -> Call:
         """A call on these tensors, the first of which gives device and dtype; None entries are skipped."""
         present = [t for t in tensors if t is not None]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in present)
-        return cls(present[0].device.type, present[0].dtype, needs_grad, tuple(facts.items()))
+        device = present[0].device
+        return cls(device.type, present[0].dtype, needs_grad, tuple(facts.items()), device.index)
 
     def get(self, fact: str, default: Any = None) -> Any:
         """The value of a fact, or `default`."""

@@ -35,11 +35,14 @@ def lazy_triton_backend(module: str, function: str, supports: Callable[[Call], t
     """The Triton backend of an operation: `function` of `module`, which is imported at the first call.
 
     `supports` checks what is particular to the operation (head dims, features). Device, dtype and versions are
-    checked here.
+    checked here. Kernels are launched on the device of the first tensor; those of a backward pass are, too, because
+    autograd runs it there.
     """
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
+        # Triton launches on the current device, whatever device the tensors are on.
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+            return getattr(importlib.import_module(module), function)(*args)
 
     def accepts(call: Call) -> tuple[bool, str]:
         problem = _problem(call)
@@ -61,8 +64,9 @@ def _problem(call: Call) -> str:
         lowest = call.get("product_dtype", call.dtype)  # autocast's, where an operation has matrix products
         return "" if torch.bfloat16 not in (call.dtype, lowest) else (
             "Triton's interpreter cannot compute in bfloat16; use float32")
-    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
-        have, want = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(), OLDEST_CAPABILITY))
+    capability = None if torch.version.hip else torch.cuda.get_device_capability(call.device_index)
+    if capability is not None and capability < OLDEST_CAPABILITY:
+        have, want = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
         return f"needs compute capability {want} or newer; this GPU has {have}"
     return ""
 

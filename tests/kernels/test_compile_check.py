@@ -117,7 +117,7 @@ def _is_constant(kernel, name):
     ("3.6.0", ""), ("3.10.0", ""), ("3.5.1", "needs triton 3.6 or newer; this is 3.5.1 (pip install 'triton>=3.6')")])
 def test_an_old_triton_is_refused_with_the_fix(version, problem, monkeypatch):
     monkeypatch.setattr("triton.__version__", version)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index=None: (9, 0))
     triton_support._problem_of_version.cache_clear()
     backend = triton_support.lazy_triton_backend("no.module", "function")
     assert backend.supports(Call("cuda", torch.float32, needs_grad=False)) == (not problem, problem)

@@ -16,6 +16,7 @@ from tests.support.recurrences import (
     KINDS,
     assert_causal,
     assert_close,
+    assert_final_states_change_nothing,
     call,
     document_alone,
     set_gates,
@@ -286,3 +287,12 @@ def test_other_mistakes(operation):
     if operation == "delta_rule":
         with pytest.raises(ValueError, match=r"beta must have shape \[1, 9, 2\] \(scalar\); got \[1, 9\]"):
             call(operation, {**inputs, "beta": torch.zeros(1, 9)})
+
+
+@pytest.mark.parametrize("borders", [None, [0, 3, 3, 20]])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("operation", ["delta_rule", "linear_attention"])
+def test_without_final_states(operation, backend, borders):
+    documents = 1 if borders is None else len(borders) - 1
+    inputs = make_inputs(operation, "scalar", T=20, documents=documents)
+    assert_final_states_change_nothing(operation, inputs, backend=backend, cu_seqlens=borders)

@@ -45,7 +45,7 @@ def device(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", driver, raising=False)
     monkeypatch.setattr("triton.compiler.compile", build)
     monkeypatch.setattr(triton.runtime.autotuner.Autotuner, "run", first_configuration)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     for name in ("empty", "empty_like"):
         plain = getattr(torch, name)
@@ -75,7 +75,7 @@ def test_the_doctor_s_cases(case, dtype, device):
 kinds = pytest.mark.parametrize(("operation", "decay"), KINDS)
 
 
-def launch(operation, decay, T, *, HV=2, gate=None, trained=True, optional=True, borders=None):
+def launch(operation, decay, T, *, HV=2, gate=None, trained=True, optional=True, borders=None, final_state=True):
     """Forward and, if `trained`, backward, in bfloat16; with the tensors that may be left out, or without."""
     documents = len(borders or (0, T)) - 1 if optional else 0
     inputs = recurrence_inputs(decay, T=T, HV=HV, documents=documents, beta=optional and operation == "delta_rule",
@@ -83,7 +83,7 @@ def launch(operation, decay, T, *, HV=2, gate=None, trained=True, optional=True,
     if not optional:
         inputs.pop("dt_bias", None)
     inputs = {name: x.bfloat16().requires_grad_(trained) for name, x in inputs.items()}
-    o, state = call(operation, inputs, gate=gate, cu_seqlens=borders, backend="triton")
+    o, state = call(operation, inputs, gate=gate, cu_seqlens=borders, backend="triton", final_state=final_state)
     if trained:
         (o.float().sum() + state.sum()).backward()
 
@@ -107,17 +107,17 @@ def test_gates(operation, decay, gate, device):
 
 
 @kinds
-@pytest.mark.parametrize("filled", [True, False])
-def test_documents_in_segments_and_in_one_launch(operation, decay, filled, device, monkeypatch):
+@pytest.mark.parametrize("cut", [True, False])
+def test_documents_in_segments_and_uncut(operation, decay, cut, device, monkeypatch):
     backend = importlib.import_module(f"hybridlm_kernels.ops.{operation}.triton_backend")
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: 2 if filled else 18)
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: 18 if cut else 2)
     monkeypatch.setattr(triton_chunk_tables, "MIN_CHUNKS_PER_SEGMENT", 1)
     if operation == "delta_rule":
-        monkeypatch.setattr(backend, "ONE_LAUNCH_MAX_CHUNKS", 0)
         monkeypatch.setattr(backend, "MIN_SEGMENTS_PER_DOCUMENT", 2)
     launch(operation, decay, 200)
-    assert ("join_kernel" in device) != filled
+    assert ("join_kernel" in device) == cut
     launch(operation, decay, 200, HV=1, optional=False)
+    launch(operation, decay, 200, optional=False, final_state=False)
 
 
 def half(*shape):

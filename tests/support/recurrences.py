@@ -44,6 +44,19 @@ def assert_triton_equals_reference(operation, inputs, device, *, tolerances=None
     assert_close(with_gradients(operation, single, backend="triton", **options), expected, 1e-5, tolerances)
 
 
+def assert_final_states_change_nothing(operation, inputs, device="cpu", *, backend="triton", **options):
+    """Without final states, outputs and the gradients of a loss of them keep every bit, and no state is returned."""
+    found = []
+    for final_state in (True, False):
+        leaves = {name: x.detach().float().to(device).requires_grad_() for name, x in inputs.items()}
+        o, state = call(operation, leaves, backend=backend, final_state=final_state, **options)
+        documents = leaves["initial_state"].shape[0] if final_state else 0
+        assert state.shape == (documents, *leaves["initial_state"].shape[1:])
+        assert state.dtype == torch.float32
+        found.append([o, *torch.autograd.grad(o.square().sum(), list(leaves.values()))])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def assert_causal(run, inputs, cuts):
     """Tokens after a cut change no bit of the outputs up to it, and change the next one.
 

@@ -11,7 +11,13 @@ from hybridlm_kernels.recurrence.gates import Gate
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.against_reference import counted
 from tests.support.kernel_compare import error
-from tests.support.recurrences import assert_causal, assert_triton_equals_reference, call, set_gates
+from tests.support.recurrences import (
+    assert_causal,
+    assert_final_states_change_nothing,
+    assert_triton_equals_reference,
+    call,
+    set_gates,
+)
 
 
 def make_inputs(decay, **sizes):
@@ -35,19 +41,7 @@ def uncut_documents(monkeypatch):
 
 
 @pytest.fixture
-def two_launches(monkeypatch):
-    """Chunks and their scan in separate launches, however short the documents."""
-    monkeypatch.setattr(backend, "ONE_LAUNCH_MAX_CHUNKS", 0)
-
-
-@pytest.fixture
-def full_device(monkeypatch, two_launches):
-    """Few programs fill the device, so that chunks and their scan go together, however long the documents."""
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: 2)
-
-
-@pytest.fixture
-def in_segments(monkeypatch, two_launches):
+def in_segments(monkeypatch):
     """Documents of more than one chunk are cut into two segments or three."""
     monkeypatch.setattr(backend, "parallel_programs", lambda device: 6)
     monkeypatch.setattr(backend, "MIN_SEGMENTS_PER_DOCUMENT", 2)
@@ -58,42 +52,6 @@ def in_segments(monkeypatch, two_launches):
                                           ("channel", 65)])
 def test_equals_the_recurrence(decay, T, device):
     compare(make_inputs(decay, T=T, K=12), device)
-
-
-@pytest.mark.parametrize(("decay", "T"), [("none", 20), ("scalar", 65)])
-def test_two_launches(decay, T, device, monkeypatch, two_launches):
-    launches = counted(monkeypatch, backend, "fused_kernel")
-    compare(make_inputs(decay, T=T, K=12), device)
-    assert not launches
-
-
-@pytest.mark.parametrize(("decay", "launches"), [("none", 1), ("scalar", 1), ("channel", 0)])
-def test_short_documents_take_one_launch(decay, launches, device, monkeypatch):
-    counts = [counted(monkeypatch, backend, name) for name in ("fused_kernel", "chunk_kernel", "scan_kernel")]
-    run(make_inputs(decay, T=17), device)
-    assert [len(c) for c in counts] == [launches, 1 - launches, 1 - launches]
-
-
-@pytest.mark.parametrize(("decay", "borders"), [("scalar", [0, 1, 66, 67]), ("channel", [0, 65, 130])])
-def test_documents_that_fill_the_device_take_one_launch(decay, borders, device, monkeypatch, full_device):
-    fused = counted(monkeypatch, backend, "fused_channel_kernel" if decay == "channel" else "fused_kernel")
-    inputs = make_inputs(decay, T=borders[-1], documents=len(borders) - 1, V=36)
-    compare(inputs, device, cu_seqlens=CuSeqlens(borders, device))
-    assert len(fused) == 1
-
-
-@pytest.mark.parametrize(("decay", "parallel", "longest", "one_launch"), [
-    ("scalar", 1, 64, True), ("none", 2, 3, True), ("scalar", 4, 64, False), ("scalar", 1, 2, False),
-    ("channel", 2, 64, False), ("scalar", 0, 64, False)])
-def test_when_one_launch_is_enough(decay, parallel, longest, one_launch, device, monkeypatch, two_launches):
-    """Five chunks, at most three of them in a row: 1.7 rounds of one program, 0.8 of two, 0.4 of four. With a decay per
-    channel the memory of three programs is more than that of two launches."""
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: parallel)
-    monkeypatch.setattr(backend, "FULL_DEVICE_ONE_LAUNCH_MAX_CHUNKS", longest)
-    x = {name: x.to(device, torch.float32) for name, x in make_inputs(decay, T=132, documents=3).items()}
-    inputs = backend._DeltaRuleInputs(x["q"], x["k"], x["v"], x.get("g"), x["beta"], None, None, x["initial_state"])
-    options = backend._DeltaRuleOptions(1.0, CuSeqlens([0, 1, 131, 132], device), False, None, None)
-    assert backend._DeltaRuleLaunches(inputs, options).in_one_launch() == one_launch
 
 
 @pytest.mark.parametrize("decay", ["none", "scalar", "channel"])
@@ -158,13 +116,6 @@ def test_bounded_gates_at_the_extremes(bound, gates, device):
     compare(bounded_inputs(gates, 65), device, bound=bound, **BOUNDED)
 
 
-def test_bounded_gates_in_one_launch(device, monkeypatch, full_device):
-    fused = counted(monkeypatch, backend, "fused_channel_kernel")
-    cu_seqlens = CuSeqlens([0, 65, 130], device)
-    compare(bounded_inputs("mixed", 130, documents=2), device, cu_seqlens=cu_seqlens, **BOUNDED)
-    assert len(fused) == 1
-
-
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 def test_packed_documents(decay, device):
     inputs = make_inputs(decay, T=67, documents=3, K=12)
@@ -182,8 +133,7 @@ def test_beta_of_zero_has_a_gradient(device):
     compare(inputs, device)
 
 
-@pytest.mark.parametrize(("decay", "path"), [("scalar", None), ("channel", None), ("scalar", "two_launches"),
-                                             ("channel", "full_device"), ("channel", "in_segments")])
+@pytest.mark.parametrize(("decay", "path"), [("scalar", None), ("channel", None), ("channel", "in_segments")])
 def test_causal_to_the_last_bit(decay, path, device, request):
     if path:
         request.getfixturevalue(path)
@@ -214,3 +164,10 @@ def test_heads_beyond_128(device, monkeypatch):
 def test_large_heads_are_refused(K, message, device):
     with pytest.raises(RuntimeError, match=rf"delta_rule: .* {message}"):
         run(make_inputs("none", T=3, K=K), device)
+
+
+@pytest.mark.parametrize("uncut", [True, False])
+def test_without_final_states(uncut, device, request):
+    if not uncut:
+        request.getfixturevalue("in_segments")
+    assert_final_states_change_nothing("delta_rule", make_inputs("channel", T=130, K=12), device)

@@ -14,6 +14,7 @@ from tests.support.against_reference import counted
 from tests.support.kernel_compare import error
 from tests.support.recurrences import (
     assert_causal,
+    assert_final_states_change_nothing,
     assert_triton_equals_reference,
     call,
     document_alone,
@@ -137,3 +138,11 @@ def test_refused_calls(device):
         linear_attention(q, q, q, backend="triton")
     with pytest.raises(RuntimeError, match="overflow float16"):
         linear_attention(*[torch.zeros(1, 20, 1, 16, dtype=torch.float16, device=device)] * 3, backend="triton")
+
+
+@pytest.mark.parametrize(("decay", "parallel"), [("scalar", 0), ("channel", 8)])
+def test_without_final_states(decay, parallel, device, monkeypatch):
+    """Uncut, and in segments."""
+    monkeypatch.setattr(backend, "parallel_programs", lambda device: parallel)
+    monkeypatch.setattr(triton_chunk_tables, "MIN_CHUNKS_PER_SEGMENT", 1)
+    assert_final_states_change_nothing("linear_attention", recurrence_inputs(decay, T=130, K=12), device)

@@ -217,7 +217,8 @@ class DeltaRule(RecurrentMixer):
         if seq.shard is not None:
             o_BTHvV = run_over_shards(rule, v_BRHvV, config.head_dim, seq.shard)
         else:
-            o_BTHvV, matrix = rule(v_BRHvV, initial_state=None if state is None else state.matrix)
+            o_BTHvV, matrix = rule(v_BRHvV, initial_state=None if state is None else state.matrix,
+                                   final_state=state is not None)
             if state is not None:
                 state.matrix = matrix
         return self.project_output(o_BTHvV, x_BTD, self.o_norm, all_heads=False), {}

@@ -216,7 +216,8 @@ class KernelAttention(TensorStateMixer):
         """Numerator and, in the last column, denominator: [B, T, H, V + 1]."""
         start = None if state is None else state.tensors.get("matrix")
         o_BTHV, matrix_NHFV = linear_attention(q_BTHF, k_BTHF, v_BTHV, g=g_BTH, scale=1.0, cu_seqlens=seq.cu_seqlens,
-                                               initial_state=start)
+                                               initial_state=start,
+                                               final_state=state is not None or seq.shard is not None)
         if state is not None:
             state.tensors["matrix"] = matrix_NHFV
         if seq.shard is None:

@@ -168,8 +168,9 @@ class LinearAttention(RecurrentMixer):
             if config.discretize:
                 v_BTHvV = (v_BTHvV * F.softplus(self.build_forget_gate().step(u))[..., None]).to(v_BTHvV.dtype)
         o_BTHvV, matrix = linear_attention(q_BTHK, k_BTHK, v_BTHvV, g=g, gate=gate, scale=config.scale,
-                                         cu_seqlens=seq.cu_seqlens,
-                                         initial_state=None if state is None else state.matrix)
+                                           cu_seqlens=seq.cu_seqlens,
+                                           initial_state=None if state is None else state.matrix,
+                                           final_state=state is not None or seq.shard is not None)
         if state is not None:
             state.matrix = matrix
         if seq.shard is not None:

@@ -232,7 +232,7 @@ class RWKV7(SequenceMixer):
             o_BTHK = run_over_shards(rule, v_BTHK, config.head_dim, seq.shard)
         else:
             start = None if state is None else state.tensors.get("matrix")
-            o_BTHK, matrix_NHKK = rule(v_BTHK, initial_state=start)
+            o_BTHK, matrix_NHKK = rule(v_BTHK, initial_state=start, final_state=state is not None)
             if state is not None:
                 state.tensors["matrix"] = matrix_NHKK
         own_BTH1 = (wide(r_BTHK) * self.bonus * wide(k_BTHK)).sum(-1, keepdim=True)

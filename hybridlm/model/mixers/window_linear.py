@@ -177,7 +177,7 @@ class WindowLinear(SequenceMixer):
         values_BTHV = F.pad(F.pad(v_BnHK, (0, 1), value=1.0), late)  # a column of ones sums the weights
         start = None if state is None else state.rest.tensors.get("matrix")
         tail_BTHV, matrix = linear_attention(hedgehog_features(q_BTHK, q_map), features_BTHF, values_BTHV, scale=1.0,
-                                             initial_state=start, cu_seqlens=borders)
+                                             initial_state=start, cu_seqlens=borders, final_state=state is not None)
         if state is not None:
             state.rest.tensors["matrix"] = matrix
         near_H = window_factor.sigmoid()

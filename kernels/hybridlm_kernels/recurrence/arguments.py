@@ -46,21 +46,27 @@ def filled_borders_of(cu_seqlens: Borders, batch: int, length: int, device: torc
 
 
 def without_empty_documents(run: Callable[[Tensor | None, CuSeqlens | None], tuple[Tensor, Tensor]],
-                            state_N: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
+                            state_N: Tensor | None, borders: CuSeqlens | None,
+                            final_state: bool = True) -> tuple[Tensor, Tensor]:
     """Apply `run(state, borders) -> (o, final_state)` to the documents that have tokens.
 
     Args:
         run: the operation, which never sees an empty document.
         state_N: initial states [N, ...] of all documents; None is zero.
         borders: borders of all documents, None where every row is one.
+        final_state: whether final states are wanted.
 
     Returns:
         The outputs, and the final states [N, ...] of all documents: those of empty ones are their initial states.
+        Without `final_state` there are none: [0, ...].
     """
-    if borders is None or borders.filled is borders:
-        return run(state_N, borders)
-    filled = borders.filled_documents()
-    o, last = run(None if state_N is None else state_N.index_select(0, filled), borders.filled)
+    filled = None if borders is None or borders.filled is borders else borders.filled_documents()
+    first = state_N if filled is None or state_N is None else state_N.index_select(0, filled)
+    o, last = run(first, None if borders is None else borders.filled)
+    if not final_state:
+        return o, last[:0]
+    if borders is None or filled is None:
+        return o, last
     before = last.new_zeros(borders.num_documents, *last.shape[1:]) if state_N is None else state_N.to(last.dtype)
     return o, before.index_copy(0, filled, last)
 
@@ -136,9 +142,10 @@ def math_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def empty_states(k_BTHK: Tensor, v_BTHvV: Tensor, borders: CuSeqlens | None) -> Tensor:
-    """Memory for the final states [N, HV, K, V] of these keys and values."""
+def empty_states(k_BTHK: Tensor, v_BTHvV: Tensor, borders: CuSeqlens | None, wanted: bool = True) -> Tensor:
+    """Memory for the final states [N, HV, K, V] of these keys and values, or [0, HV, K, V] where not `wanted`."""
     N = k_BTHK.shape[0] if borders is None else borders.num_documents
+    N = N if wanted else 0
     return v_BTHvV.new_empty((N, v_BTHvV.shape[2], k_BTHK.shape[3], v_BTHvV.shape[3]), dtype=math_dtype(v_BTHvV))
 
 

@@ -26,13 +26,13 @@ def accepts(call: Call, entry: tuple[str, str]) -> tuple[bool, str]:
 
 
 def call(entry: tuple[str, str], tokens: Mapping[str, Tensor | None], scale: float, state_NHvKV: Tensor | None,
-         borders: CuSeqlens | None, **options: Any) -> tuple[Tensor, Tensor]:
+         borders: CuSeqlens | None, final_state: bool, **options: Any) -> tuple[Tensor, Tensor]:
     """Run `entry` on tensors [B, T, ...] by name.
 
     Packed documents are passed as one row, the form that the package expects.
 
     Returns:
-        The outputs in the shape and dtype of `tokens["v"]`, and the final states.
+        The outputs in the shape and dtype of `tokens["v"]`, and the final states, none of them without `final_state`.
     """
     v_BTHvV = tokens["v"]
     assert v_BTHvV is not None
@@ -42,7 +42,9 @@ def call(entry: tuple[str, str], tokens: Mapping[str, Tensor | None], scale: flo
         options |= {"cu_seqlens": borders.tensor().long(), "cu_seqlens_cpu": torch.tensor(borders.host)}
     run, why = find(*entry, *PACKAGE)
     assert run is not None, why
-    o, state = run(**present, scale=scale, initial_state=state_NHvKV, output_final_state=True, **options)
+    o, state = run(**present, scale=scale, initial_state=state_NHvKV, output_final_state=final_state, **options)
+    if not final_state:
+        state = o.new_empty(0, v_BTHvV.shape[2], present["k"].shape[-1], v_BTHvV.shape[-1], dtype=torch.float32)
     return o.reshape(v_BTHvV.shape).to(v_BTHvV.dtype), state
 
 

@@ -8,7 +8,6 @@ Legend: B rows, T tokens per row, N documents, C tokens per chunk, P chunks, U s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -61,14 +60,6 @@ class ChunkTables:
         """
         segments = min(parallel // programs, self.max_chunks // MIN_CHUNKS_PER_SEGMENT)
         return self.max_chunks if segments < min_segments else -(-self.max_chunks // segments)
-
-    def occupancy(self, heads: int, parallel: int) -> float:
-        """Busy share of a device that runs `parallel` programs side by side, one program per document and head.
-
-        Each program takes the chunks of its document one after another. 0 where there is no device.
-        """
-        rounds = self.num_chunks * heads / (max(parallel, 1) * self.max_chunks)
-        return rounds / math.ceil(rounds) if parallel else 0.0
 
     def segments(self, chunks: int) -> tuple[Tensor, Tensor]:
         """Documents cut into segments of `chunks` chunks, to be scanned side by side.

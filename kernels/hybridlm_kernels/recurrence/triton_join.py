@@ -22,7 +22,7 @@ def join_kernel(states_ptr, transitions_ptr, start_ptr, segments_of_documents_pt
                 Z: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, TRANSITION: tl.constexpr, REVERSE: tl.constexpr,
                 EXACT: tl.constexpr):
     """Replace N of every segment [U, HV, Y, Z] by the state before it; start and last [N, HV, Y, Z] are the states
-    before and after the documents.
+    before and after the documents; None for zero, and for not wanted.
 
     Transitions M are [U, HV] ("scalar"), [U, HV, Y] ("channel") or [U, HV, Y, Y] ("matrix"). REVERSE goes from the last
     segment to the first with transposed matrices, as gradients do.
@@ -58,7 +58,8 @@ def join_kernel(states_ptr, transitions_ptr, start_ptr, segments_of_documents_pt
             S = S * tl.load(transitions_ptr + here * Y + dims, mask=real, other=0.0)[:, None] + from_zero
         else:
             S = S * tl.load(transitions_ptr + here) + from_zero
-    store_tile(last_ptr + (document * HV + head) * Y * Z, dims, Z, columns, Z, real, S)
+    if last_ptr is not None:
+        store_tile(last_ptr + (document * HV + head) * Y * Z, dims, Z, columns, Z, real, S)
 
 
 def compile_case(D: int, transition: str) -> CompileCase:

@@ -74,7 +74,8 @@ def read_exponential_state(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, i_BTH
     decay_BTP = decay_BTH.repeat_interleave(pieces, 2)
     start = None if state is None else state.tensors.get("matrix")
     o_BTPX, matrix_NPKX = linear_attention(q_BTHK, k_BTHK, v_BTPX, g=decay_BTP, cu_seqlens=seq.cu_seqlens,
-                                           initial_state=start)
+                                           initial_state=start,
+                                           final_state=state is not None or seq.shard is not None)
     if state is not None:
         state.tensors["matrix"] = matrix_NPKX
     if seq.shard is not None:

@@ -45,7 +45,8 @@ def scan_matrix_state(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor
     """
     start = None if state is None else state.tensors.get(name)
     o_BTHvV, matrix_NHvKV = linear_attention(q_BTHK, k_BTHK, v_BTHvV, g=g, scale=scale, cu_seqlens=seq.cu_seqlens,
-                                             initial_state=start)
+                                             initial_state=start,
+                                             final_state=state is not None or seq.shard is not None)
     if state is not None:
         state.tensors[name] = matrix_NHvKV
     if seq.shard is None:

@@ -45,9 +45,9 @@ OPERATION = register(Operation("delta_rule", (
 
 
 def _outputs(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, cu_seqlens: CuSeqlens | None = None,
-             steps: int = 1, **_: Any) -> tuple[Tensor, Tensor]:
+             steps: int = 1, final_state: bool = True, **_: Any) -> tuple[Tensor, Tensor]:
     B, rows, HV, V = v_BTHvV.shape
-    return v_BTHvV.new_empty(B, rows // steps, HV, V), empty_states(k_BTHK, v_BTHvV, cu_seqlens)
+    return v_BTHvV.new_empty(B, rows // steps, HV, V), empty_states(k_BTHK, v_BTHvV, cu_seqlens, final_state)
 
 
 @compilable(_outputs)
@@ -55,7 +55,8 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
                beta: Tensor | None = None, gate: Gate | None = None, beta_sigmoid: float | None = None,
                scale: float | None = None, initial_state: Tensor | None = None, cu_seqlens: Borders = None,
                qk_l2norm: bool = False, erase_key: Tensor | None = None, erase_vector: Tensor | None = None,
-               erase_before_decay: bool = False, steps: int = 1, backend: str | None = None) -> tuple[Tensor, Tensor]:
+               erase_before_decay: bool = False, steps: int = 1, final_state: bool = True,
+               backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The gated delta rule: a state [K, V] per value head decays, is corrected towards v at the key k, and q reads it.
 
         S_t = Diag(e^{g_t}) S_{t-1}
@@ -89,12 +90,14 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
         erase_before_decay: whether the state is read at p before it decays.
         steps: writes per token, n (DeltaProduct). k, v, beta, erase_key and erase_vector then have n rows per token,
             [B, T n, ...]; q and g stay [B, T, ...]. The state decays before the first row, q reads it after the last.
+        final_state: whether the final states are wanted. Without them less memory is written and read, which counts
+            where documents are short.
         backend: name of one backend, in place of the registry's choice.
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the state after the last token of every document, [N, HV, K, V] in float32
-        (float64 for float64 values). The torch backend computes half precision inputs in float32; the Triton backend
-        multiplies in their dtype and sums in float32.
+        (float64 for float64 values), or [0, HV, K, V] without `final_state`. The torch backend computes half precision
+        inputs in float32; the Triton backend multiplies in their dtype and sums in float32.
 
     Raises:
         ValueError: the shapes do not fit one another, or the borders do not cover the tokens.
@@ -129,5 +132,6 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
         run = choose(OPERATION, call, backend).run
         o_BTHvV, state_NHvKV = without_empty_documents(
             lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, g, beta, K**-0.5 if scale is None else scale, state,
-                                      filled, qk_l2norm, gate, beta_sigmoid, *more), initial_state, borders)
+                                      filled, qk_l2norm, gate, beta_sigmoid, final_state, *more), initial_state,
+            borders, final_state)
     return o_BTHvV if steps == 1 else o_BTHvV[:, steps - 1 :: steps], state_NHvKV

@@ -26,7 +26,8 @@ def supports(call: Call) -> tuple[bool, str]:
 
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
                scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
-               gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:
+               gate: Gate | None = None, beta_sigmoid: float | None = None, final_state: bool = True
+               ) -> tuple[Tensor, Tensor]:
     """The flash-linear-attention backend; arguments as in the public function, already checked."""
     g, beta_BTHv = log_decay(g, gate), write_strength(beta_BTHv, beta_sigmoid)
     if beta_BTHv is None:
@@ -37,4 +38,5 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None
         tokens = fla_call.equal_heads(tokens)
     else:
         decay = "scalar" if g.dim() == 3 else "channel"
-    return fla_call.call(ENTRY[decay], tokens, scale, state_NHvKV, borders, use_qk_l2norm_in_kernel=qk_l2norm)
+    return fla_call.call(ENTRY[decay], tokens, scale, state_NHvKV, borders, final_state,
+                         use_qk_l2norm_in_kernel=qk_l2norm)

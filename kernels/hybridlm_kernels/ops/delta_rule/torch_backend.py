@@ -41,7 +41,7 @@ RECURRENT_MAX_TOKENS = 8  # up to so many tokens the recurrence itself is faster
 
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
                scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
-               gate: Gate | None = None, beta_sigmoid: float | None = None,
+               gate: Gate | None = None, beta_sigmoid: float | None = None, final_state: bool = True,
                erase: Erase | None = None) -> tuple[Tensor, Tensor]:
     """The torch backend; arguments as in the public function, already checked."""
     g, beta_BTHv = log_decay(g, gate), write_strength(beta_BTHv, beta_sigmoid)

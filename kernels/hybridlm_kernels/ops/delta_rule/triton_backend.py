@@ -1,10 +1,9 @@
 """The delta rule as Triton kernels: forward and backward by chunks, and the recurrence itself for decoding.
 
-Forward: `chunk_kernel` finds what does not depend on the state, `scan_kernel` the states and outputs. `fused_kernel`
-does both in one launch: where documents and heads fill the device and, unless the decay is one per channel, for short
-documents. Backward: `scan_kernel` again for the states of all chunks, `scan_back_kernel` for their gradients,
-`gradients_kernel` for those of the inputs. Kept between the two: the inputs, the scores A and X, and seven numbers per
-token and head. Where heads are few, documents are cut into segments that are scanned side by side.
+Forward: `chunk_kernel` finds what does not depend on the state, `scan_kernel` the states and outputs. Backward:
+`scan_kernel` again for the states of all chunks, `scan_back_kernel` for their gradients, `gradients_kernel` for those of
+the inputs. Kept between the two: the inputs, the scores A and X, and seven numbers per token and head. Where heads are
+few, documents are cut into segments that are scanned side by side.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import NUM_FACTORS, chunk_kernel
 from hybridlm_kernels.ops.delta_rule.triton_decode import decode_kernel
-from hybridlm_kernels.ops.delta_rule.triton_fused import fused_channel_kernel, fused_kernel
 from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
 from hybridlm_kernels.packing import CuSeqlens
@@ -38,12 +36,6 @@ from hybridlm_kernels.triton_support import parallel_programs
 MAX_LOG2_EXPONENT = 60.0
 # Up to so many tokens, and without gradients, the recurrence itself is faster than chunks.
 RECURRENT_MAX_TOKENS = 16
-# Up to so many chunks in the longest document the forward pass is one launch, unless the decay is one per channel.
-ONE_LAUNCH_MAX_CHUNKS = 4
-# The same where one program per document and head fills the device.
-FULL_DEVICE_ONE_LAUNCH_MAX_CHUNKS = 64
-# Busy share of the device from which it counts as full.
-MIN_OCCUPANCY = 0.8
 # Segments per document: they are scanned twice, so two would gain nothing.
 MIN_SEGMENTS_PER_DOCUMENT = 3
 # Columns of the values per program of a scan, for counting programs before a scan is tuned.
@@ -52,12 +44,13 @@ SCAN_VALUE_COLUMNS = 32
 
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
                scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
-               gate: Gate | None = None, beta_sigmoid: float | None = None) -> tuple[Tensor, Tensor]:
+               gate: Gate | None = None, beta_sigmoid: float | None = None, final_state: bool = True
+               ) -> tuple[Tensor, Tensor]:
     """The Triton backend; arguments as in the public function, already checked."""
     q, k = q_BTHK.to(v_BTHvV.dtype), k_BTHK.to(v_BTHvV.dtype)
     tensors: list[Any] = [None if x is None else x.contiguous()
                           for x in (q, k, v_BTHvV, g, beta_BTHv, *parameters_of(gate), state_NHvKV)]
-    options = _DeltaRuleOptions(scale, borders, qk_l2norm, gate, beta_sigmoid)
+    options = _DeltaRuleOptions(scale, borders, qk_l2norm, gate, beta_sigmoid, final_state)
     longest = q.shape[1] if borders is None else max(borders.lengths)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if longest > RECURRENT_MAX_TOKENS or learns:
@@ -88,6 +81,7 @@ class _DeltaRuleOptions:
     qk_l2norm: bool
     gate: Gate | None
     beta_sigmoid: float | None
+    final_state: bool
 
 
 @dataclass(frozen=True)
@@ -145,49 +139,18 @@ class _DeltaRuleLaunches:
         return self.wide(self.documents, self.HV, self.K, self.V)
 
     def forward(self) -> tuple[_ForwardResults, Tensor, Tensor]:
-        """Results for the backward pass, o [B, T, HV, V], and the last states [N, HV, K, V]."""
+        """Results for the backward pass, o [B, T, HV, V], and the last states [N, HV, K, V] or none of them."""
         A, X = (self.empty(self.B, self.T, self.HV, CHUNK_TOKENS) for _ in range(2))
         total = self.wide(self.tables.num_chunks, self.HV, *([self.K] if self.decay == "channel" else []))
         results = _ForwardResults(A, X, self.wide(self.HV, NUM_FACTORS.value, self.tokens), total)
-        o, last = self.empty(*self.x.v.shape), self.states_of_documents()
-        if self.in_one_launch():
-            self.fused(results, o, last)
-            return results, o, last
+        o = self.empty(*self.x.v.shape)
+        last = self.states_of_documents() if self.options.final_state else None
         decayed = self.chunk(results, scores=True)
         if self.in_segments:
             results = self.scan_segments(results, decayed, last)
         self.scan(results, decayed, "outputs", self.x.state if results.starts is None else results.starts, o=o,
                   last=None if self.in_segments else last)
-        return results, o, last
-
-    def in_one_launch(self) -> bool:
-        """Whether chunks and scan go together.
-
-        That moves fewer bytes, but prepares the chunks of a document one after another, which costs nothing where there
-        are few chunks or where other documents and heads fill the device.
-        """
-        longest, parallel = self.tables.max_chunks, parallel_programs(self.device)
-        if self.decay == "channel":  # programs of twice the size, each with memory for a full chunk
-            parallel //= 2
-            if self.documents * CHUNK_TOKENS > self.tokens:
-                return False
-        elif longest <= ONE_LAUNCH_MAX_CHUNKS:
-            return True
-        if longest > FULL_DEVICE_ONE_LAUNCH_MAX_CHUNKS:
-            return False
-        return self.tables.occupancy(self.HV, parallel) >= MIN_OCCUPANCY
-
-    def fused(self, results: _ForwardResults, o: Tensor, last: Tensor) -> None:
-        """Fill the results, o and the last states in one launch."""
-        x, channel = self.x, self.decay == "channel"
-        scratch = self.empty(self.documents * self.HV, 3, CHUNK_TOKENS, self.K) if channel else None
-        kernel = fused_channel_kernel if channel else fused_kernel
-        kernel[(self.documents * self.HV,)](
-            q_ptr=x.q, k_ptr=x.k, v_ptr=x.v, beta_ptr=x.beta, state_ptr=x.state, documents_ptr=self.tables.documents,
-            A_ptr=results.A, X_ptr=results.X, factors_ptr=results.factors, total_ptr=results.total,
-            scratch_ptr=scratch, o_ptr=o, last_ptr=last, scale=self.options.scale, beta_scale=self.beta_scale,
-            K=self.K, V=self.V, PADDED_K=_padded(self.K), MERGED=self.merged, **self.gate_arguments, **self.sizes,
-            **self.flags)
+        return results, o, self.wide(0, self.HV, self.K, self.V) if last is None else last
 
     def chunk(self, results: _ForwardResults, scores: bool) -> tuple[Tensor, ...]:
         """The queries, keys and writes for the scans; with `scores` also fills A, X, factors and total."""
@@ -244,15 +207,17 @@ class _DeltaRuleLaunches:
             v_ptr=self.x.v, state_ptr=start, o_ptr=o, last_ptr=last, transitions_ptr=transitions, states_ptr=states,
             y_ptr=y, MODE=mode, **self._scan_arguments(results, decayed))
 
-    def scan_segments(self, results: _ForwardResults, decayed: tuple[Tensor, ...], last: Tensor) -> _ForwardResults:
-        """The results with the states before segments and their transitions; fills the last states."""
+    def scan_segments(self, results: _ForwardResults, decayed: tuple[Tensor, ...], last: Tensor | None
+                      ) -> _ForwardResults:
+        """The results with the states before segments and their transitions; fills the last states, if wanted."""
         U = len(self.segments)
         starts, transitions = self.wide(U, self.HV, self.K, self.V), self.wide(U, self.HV, self.K, self.K)
         self.scan(results, decayed, "segments", None, last=starts, transitions=transitions)
         self.join(starts, transitions, self.x.state, last, reverse=False)
         return replace(results, starts=starts, transitions=transitions)
 
-    def join(self, states: Tensor, transitions: Tensor, start: Tensor | None, last: Tensor, reverse: bool) -> None:
+    def join(self, states: Tensor, transitions: Tensor, start: Tensor | None, last: Tensor | None,
+             reverse: bool) -> None:
         """Turn the states of segments scanned from zero into those before them; as `join_kernel` says."""
         join_kernel[(self.documents * self.HV * self._blocks_of_values(SCAN_VALUE_COLUMNS),)](
             states_ptr=states, transitions_ptr=transitions, start_ptr=start,
@@ -268,11 +233,12 @@ class _DeltaRuleLaunches:
         return y, states
 
     def scan_back(self, results: _ForwardResults, decayed: tuple[Tensor, ...], do: Tensor,
-                  d_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The tensor Z [B, T, HV, V] and the gradients of the states after every chunk [P, HV, K, V] and of the
-        initial states [N, HV, K, V]."""
+                  d_last: Tensor | None, d_first: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The tensor Z [B, T, HV, V] and the gradients of the states after every chunk [P, HV, K, V].
+
+        Those of the last states, `d_last`, are zero where None; `d_first` is filled with those of the initial states.
+        """
         z, d_states = self.empty(*self.x.v.shape), self.empty(self.tables.num_chunks, self.HV, self.K, self.V)
-        d_first = self.states_of_documents()
         arguments = self._scan_arguments(results, decayed)
         grid = self._scan_grid(self._blocks_of_values)
 
@@ -287,7 +253,7 @@ class _DeltaRuleLaunches:
             launch(None, None, None, ends)
             self.join(ends, results.transitions, d_last, d_first, reverse=True)
             launch(ends, d_states, z, None)
-        return z, d_states, d_first
+        return z, d_states
 
     def gradients(self, results: _ForwardResults, do: Tensor, y: Tensor, z: Tensor, states: Tensor, d_states: Tensor,
                   needed: tuple[bool, ...]) -> list[Tensor | None]:
@@ -323,6 +289,7 @@ class _TritonDeltaRule(torch.autograd.Function):
                 A_log: Tensor | None, dt_bias: Tensor | None, state: Tensor | None, options: _DeltaRuleOptions) -> Any:
         inputs = _DeltaRuleInputs(q, k, v, g, beta, A_log, dt_bias, state)
         ctx.options = options
+        ctx.set_materialize_grads(False)
         results, o, last = _DeltaRuleLaunches(inputs, options).forward()
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*vars(inputs).values(), *vars(results).values())
@@ -330,16 +297,18 @@ class _TritonDeltaRule(torch.autograd.Function):
 
     @staticmethod
     @plain_backward
-    def backward(ctx: Any, do: Tensor, d_last: Tensor) -> Any:
+    def backward(ctx: Any, do: Tensor | None, d_last: Tensor | None) -> Any:
         saved = ctx.saved_tensors  # read once: a checkpointed layer unpacks each saved tensor a single time
         inputs, results = _DeltaRuleInputs(*saved[:8]), _ForwardResults(*saved[8:])
         launches = _DeltaRuleLaunches(inputs, ctx.options)
         decayed = launches.chunk(results, scores=False)
         y, states = launches.states(results, decayed)
-        do, d_last = do.contiguous(), d_last.contiguous()
-        z, d_states, d_first = launches.scan_back(results, decayed, do, d_last)
+        do = torch.zeros_like(inputs.v) if do is None else do.contiguous()
+        d_last = None if d_last is None or not d_last.numel() else d_last.contiguous()
+        d_first = None if inputs.state is None or not ctx.needs_input_grad[7] else launches.states_of_documents()
+        z, d_states = launches.scan_back(results, decayed, do, d_last, d_first)
         gradients = launches.gradients(results, do, y, z, states, d_states, ctx.needs_input_grad)
-        return *gradients, None if inputs.state is None else d_first.to(inputs.state.dtype), None
+        return *gradients, None if inputs.state is None or d_first is None else d_first.to(inputs.state.dtype), None
 
 
 def merged_levels(gate: Gate | None, dtype: torch.dtype) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import chunk_kernel
 from hybridlm_kernels.ops.delta_rule.triton_decode import decode_kernel
-from hybridlm_kernels.ops.delta_rule.triton_fused import fused_channel_kernel, fused_kernel
 from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
 from hybridlm_kernels.recurrence.triton_join import compile_case as join_compile_case
@@ -42,12 +41,10 @@ def _chunk_cases(D: int, decay: str) -> Iterator[CompileCase]:
     if decay == "scalar":
         flags |= {"MERGED": 0}
         yield _compile_case(f"chunk, {label}", chunk_kernel, flags | {"K": D, "SCORES": True}, "queries keys writes")
-        yield _compile_case(f"fused, {label}", fused_kernel, flags | sizes | {"PADDED_K": D}, "scratch")
         return
     for bound, gate in (("", {"GATE": "softplus", "MERGED": 0}), (", bounded", {"GATE": "lower_bounded", "MERGED": 4})):
         constants = flags | gate
         yield _compile_case(f"chunk, {label}{bound}", chunk_kernel, constants | {"K": D, "SCORES": True})
-        yield _compile_case(f"fused, {label}{bound}", fused_channel_kernel, constants | sizes | {"PADDED_K": D})
 
 
 def _scan_cases(D: int, channel: bool) -> Iterator[CompileCase]:

@@ -41,15 +41,15 @@ OPERATION = register(Operation("linear_attention", (
 
 
 def _outputs(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, cu_seqlens: CuSeqlens | None = None,
-             **_: Any) -> tuple[Tensor, Tensor]:
-    return v_BTHvV.new_empty(v_BTHvV.shape), empty_states(k_BTHK, v_BTHvV, cu_seqlens)
+             final_state: bool = True, **_: Any) -> tuple[Tensor, Tensor]:
+    return v_BTHvV.new_empty(v_BTHvV.shape), empty_states(k_BTHK, v_BTHvV, cu_seqlens, final_state)
 
 
 @compilable(_outputs)
 def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | None = None,
                     gate: Gate | None = None, scale: float | None = None,
                     initial_state: Tensor | None = None, cu_seqlens: Borders = None,
-                    backend: str | None = None) -> tuple[Tensor, Tensor]:
+                    final_state: bool = True, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Linear attention with decay: a state S [K, V] per value head is decayed, k v^T is added to it, and q reads it.
 
         S_t = Diag(e^{g_t}) S_{t-1} + k_t v_t^T
@@ -68,12 +68,14 @@ def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tens
         cu_seqlens: cumulative lengths of packed documents over the flattened B T tokens, with the start of every row
             among them. N is the number of documents, or B without borders. No state crosses a border, and the
             state after an empty document is its initial state.
+        final_state: whether the final states are wanted. Without them less memory is written and read, which counts
+            where documents are short.
         backend: name of one backend, in place of the registry's choice.
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the state after the last token of every document, [N, HV, K, V] in float32
-        (float64 for float64 values). The torch backend computes half precision inputs in float32; the Triton backend
-        multiplies in their dtype and sums in float32.
+        (float64 for float64 values), or [0, HV, K, V] without `final_state`. The torch backend computes half precision
+        inputs in float32; the Triton backend multiplies in their dtype and sums in float32.
 
     Raises:
         ValueError: the shapes do not fit one another, or the borders do not cover the tokens.
@@ -101,4 +103,4 @@ def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tens
         run = choose(OPERATION, call, backend).run
         return without_empty_documents(
             lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, g, K**-0.5 if scale is None else scale, state, filled,
-                                      gate), initial_state, borders)
+                                      gate, final_state), initial_state, borders, final_state)

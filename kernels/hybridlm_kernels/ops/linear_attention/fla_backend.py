@@ -23,11 +23,11 @@ def supports(call: Call) -> tuple[bool, str]:
 
 def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, scale: float,
                     state_NHvKV: Tensor | None, borders: CuSeqlens | None,
-                    gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+                    gate: Gate | None = None, final_state: bool = True) -> tuple[Tensor, Tensor]:
     """The flash-linear-attention backend; arguments as in the public function, already checked."""
     g = log_decay(g, gate)
     tokens = fla_call.equal_heads({"q": q_BTHK, "k": k_BTHK, "v": v_BTHvV})
     if g is not None and g.dim() == 1:
-        return fla_call.call(ENTRY_SCALAR, tokens, scale, state_NHvKV, borders, g_gamma=g)
+        return fla_call.call(ENTRY_SCALAR, tokens, scale, state_NHvKV, borders, final_state, g_gamma=g)
     entry = ENTRY_CHANNEL if g is not None and g.dim() == 4 else ENTRY_SCALAR
-    return fla_call.call(entry, tokens | {"g": g}, scale, state_NHvKV, borders)
+    return fla_call.call(entry, tokens | {"g": g}, scale, state_NHvKV, borders, final_state)

@@ -18,7 +18,7 @@ from hybridlm_kernels.recurrence.gates import Gate, log_decay
 
 def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, scale: float,
                     state_NHvKV: Tensor | None, borders: CuSeqlens | None,
-                    gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+                    gate: Gate | None = None, final_state: bool = True) -> tuple[Tensor, Tensor]:
     """The reference backend; arguments as in the public function, already checked."""
     g = log_decay(g, gate)
 

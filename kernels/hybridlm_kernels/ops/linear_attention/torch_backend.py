@@ -35,7 +35,7 @@ RECURRENT_MAX_TOKENS = 8  # up to so many tokens the recurrence itself is faster
 
 def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, scale: float,
                     state_NHvKV: Tensor | None, borders: CuSeqlens | None,
-                    gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+                    gate: Gate | None = None, final_state: bool = True) -> tuple[Tensor, Tensor]:
     """The torch backend; arguments as in the public function, already checked."""
     g = log_decay(g, gate)
     if borders is None and q_BTHK.shape[1] <= RECURRENT_MAX_TOKENS:

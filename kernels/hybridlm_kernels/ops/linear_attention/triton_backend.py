@@ -39,7 +39,7 @@ MIN_SEGMENTS_PER_DOCUMENT = 2
 
 def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, scale: float,
                      state_NHvKV: Tensor | None, borders: CuSeqlens | None,
-                     gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+                     gate: Gate | None = None, final_state: bool = True) -> tuple[Tensor, Tensor]:
     """The Triton backend; arguments as in the public function, already checked."""
     if g is not None and g.dim() == 1 and g.requires_grad:  # rare: its gradient is that of a decay per token, summed
         g = g.expand(v_BTHvV.shape[:3])
@@ -48,7 +48,7 @@ def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor 
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if borders is None and q_BTHK.shape[1] <= RECURRENT_MAX_TOKENS and not learns:
         return _LinearAttentionLaunches(_LinearAttentionInputs(*inputs), scale, None, gate).decode()
-    return _TritonLinearAttention.apply(*inputs, scale, borders, gate)
+    return _TritonLinearAttention.apply(*inputs, scale, borders, gate, final_state)
 
 
 @dataclass(frozen=True)
@@ -68,31 +68,33 @@ class _TritonLinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, A_log: Tensor | None,
                 dt_bias: Tensor | None, state: Tensor | None, scale: float, borders: CuSeqlens | None,
-                gate: Gate | None) -> Any:
+                gate: Gate | None, final_state: bool) -> Any:
         inputs = _LinearAttentionInputs(q, k, v, g, A_log, dt_bias, state)
         launches = _LinearAttentionLaunches(inputs, scale, borders, gate)
         if launches.decay == "channel":
             queries, writes, A, total = launches.chunk()
-            o, last = launches.scan(queries, writes, v, state, A, total)
+            o, last = launches.scan(queries, writes, v, state, A, total, final=final_state)
         else:
             A = launches.scores() if any(ctx.needs_input_grad[3:6]) else None
             total = None
-            o, last = launches.scan(q, k, v, state, A, pairs=True)
+            o, last = launches.scan(q, k, v, state, A, pairs=True, final=final_state)
         ctx.save_for_backward(*vars(inputs).values(), A, total)
         ctx.options = scale, borders, gate
-        return o, last
+        ctx.set_materialize_grads(False)
+        return o, launches.wide(0, launches.HV, launches.K, launches.V) if last is None else last
 
     @staticmethod
     @plain_backward
-    def backward(ctx: Any, do: Tensor, d_last: Tensor) -> Any:
+    def backward(ctx: Any, do: Tensor | None, d_last: Tensor | None) -> Any:
         *inputs, A, total = ctx.saved_tensors  # read once: a checkpointed layer unpacks each saved tensor a single time
         launches = _LinearAttentionLaunches(_LinearAttentionInputs(*inputs), *ctx.options)
-        do, d_last = do.contiguous(), d_last.contiguous()
+        do = torch.zeros_like(inputs[2]) if do is None else do.contiguous()
+        d_last = None if d_last is None or not d_last.numel() else d_last.contiguous()
         if launches.decay == "channel":
             gradients = launches.channel_backward(do, d_last, A, total, ctx.needs_input_grad)
         else:
             gradients = launches.scalar_backward(do, d_last, A, ctx.needs_input_grad)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 class _LinearAttentionLaunches:
@@ -160,8 +162,8 @@ class _LinearAttentionLaunches:
     def scan(self, x: Tensor, y: Tensor, z: Tensor, start: Tensor | None, A: Tensor | None,
              total: Tensor | None = None, *, reverse: bool = False, output: bool = True, pairs: bool = False,
              states: Tensor | None = None, w: Tensor | None = None, dots: Tensor | None = None,
-             carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The sums out [B, T, HV, Z] and the states [N, HV, Y, Z] after the scan; as `scan_kernel` says.
+             carry: Tensor | None = None, final: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The sums out [B, T, HV, Z] and, if `final`, the states [N, HV, Y, Z] after the scan; as `scan_kernel` says.
 
         Writes `states`, unless `carry` is given, for which it reads them.
         """
@@ -169,7 +171,7 @@ class _LinearAttentionLaunches:
         sizes = {"Y": Y, "Z": Z, "BY": _padded(Y), "BZ": self.columns(Y, Z)}
         blocks = triton.cdiv(Z, sizes["BZ"])
         out = self.empty(self.B, self.T, self.HV, Z) if output else None
-        last = self.wide(self.documents, self.HV, Y, Z)
+        last = self.wide(self.documents, self.HV, Y, Z) if final else None
 
         def launch(segments: Tensor, start: Tensor | None, last: Tensor | None, total_of_segments: Tensor | None,
                    output: bool, learn: bool) -> None:
@@ -205,7 +207,7 @@ class _LinearAttentionLaunches:
         """Columns of z per program: fewer where the state would not fit its registers."""
         return min(_padded(Z), 32 if Y > 128 or self.exact else 64)
 
-    def scalar_backward(self, do: Tensor, d_last: Tensor, A: Tensor | None,
+    def scalar_backward(self, do: Tensor, d_last: Tensor | None, A: Tensor | None,
                         needed: tuple[bool, ...]) -> list[Tensor | None]:
         """Gradients of q, k, v, g, A_log, dt_bias and state, where the decay is not one per channel."""
         x = self.x
@@ -219,13 +221,14 @@ class _LinearAttentionLaunches:
         start = None if x.state is None else x.state.mT.contiguous()
         pairs_in_scan = M is None
         dq, _ = self.scan(do, x.v, x.k, start, M, pairs=pairs_in_scan, states=states, w=x.q, dots=dots)
-        dk, _ = self.scan(x.v, do, x.q, d_last.mT.contiguous(), M, reverse=True, pairs=pairs_in_scan, states=states,
+        d_end = None if d_last is None else d_last.mT.contiguous()
+        dk, _ = self.scan(x.v, do, x.q, d_end, M, reverse=True, pairs=pairs_in_scan, states=states,
                           w=x.k, dots=reverse_dots, carry=carry)
-        dv, d_state = self.scan(x.k, x.q, do, d_last, A, reverse=True, pairs=pairs_in_scan)
+        dv, d_state = self.scan(x.k, x.q, do, d_last, A, reverse=True, pairs=pairs_in_scan, final=needed[6])
         gates: list[Tensor | None] = [None, None, None]
         if A is not None:
             gates = self._gate_gradients(pairs, dots, reverse_dots, carry, needed)
-        return [self._sum_value_heads(dq), self._sum_value_heads(dk), dv, *gates, self._d_state(d_state, needed)]
+        return [self._sum_value_heads(dq), self._sum_value_heads(dk), dv, *gates, self._d_state(d_state)]
 
     def _gate_gradients(self, pairs: Tensor | None, dots: Tensor | None, reverse_dots: Tensor | None,
                         carry: Tensor | None, needed: tuple[bool, ...]) -> list[Tensor | None]:
@@ -241,14 +244,15 @@ class _LinearAttentionLaunches:
             chunks=P, HV=self.HV, BLOCKS=dots.shape[0], **self.gate_arguments)
         return [dg if needed[3] else None, _sum_chunks(d_A_log, x.A_log), _sum_chunks(d_bias, x.dt_bias)]
 
-    def channel_backward(self, do: Tensor, d_last: Tensor, A: Tensor, total: Tensor,
+    def channel_backward(self, do: Tensor, d_last: Tensor | None, A: Tensor, total: Tensor,
                          needed: tuple[bool, ...]) -> list[Tensor | None]:
         """Gradients of q, k, v, g, A_log, dt_bias and state, with a decay per channel."""
         x, P = self.x, self.tables.num_chunks
         queries, writes, _, _ = self.chunk(scores=False)
         states, d_states = (self.empty(P, self.HV, self.K, self.V) for _ in range(2))
         self.scan(writes, writes, x.v, x.state, A, total, output=False, states=states)
-        dv, d_state = self.scan(writes, queries, do, d_last, A, total, reverse=True, states=d_states)
+        dv, d_state = self.scan(writes, queries, do, d_last, A, total, reverse=True, states=d_states,
+                                final=needed[6])
         dq, dk = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(2))
         channels = min(GRADIENTS_KERNEL_CHANNELS, _padded(self.K))
         blocks = triton.cdiv(self.K, channels)
@@ -269,13 +273,13 @@ class _LinearAttentionLaunches:
         if d_A_log is not None:
             d_A_log = d_A_log.sum(2)
         return [self._sum_value_heads(dq), self._sum_value_heads(dk), dv, dg if needed[3] else None,
-                _sum_chunks(d_A_log, x.A_log), _sum_chunks(d_bias, x.dt_bias), self._d_state(d_state, needed)]
+                _sum_chunks(d_A_log, x.A_log), _sum_chunks(d_bias, x.dt_bias), self._d_state(d_state)]
 
     def _sum_value_heads(self, d_BTHvK: Tensor) -> Tensor:
         return d_BTHvK if self.H == self.HV else d_BTHvK.unflatten(2, (self.H, -1)).sum(3)
 
-    def _d_state(self, d_state: Tensor, needed: tuple[bool, ...]) -> Tensor | None:
-        return d_state.to(self.x.state.dtype) if needed[6] and self.x.state is not None else None
+    def _d_state(self, d_state: Tensor | None) -> Tensor | None:
+        return None if d_state is None or self.x.state is None else d_state.to(self.x.state.dtype)
 
 
 def _padded(dim: int) -> int:
