@@ -2,8 +2,8 @@
 
 Forward: `chunk_kernel` finds what does not depend on the state, `scan_kernel` the states and outputs. Backward:
 `scan_kernel` again for the states of all chunks, `scan_back_kernel` for their gradients, `gradients_kernel` for those
-of the inputs. Kept between the two: the inputs, the scores A and X, and seven numbers per token and head. Where heads are
-few, documents are cut into segments that are scanned side by side.
+of the inputs. Kept between the two: the inputs, the scores A and X, and seven numbers per token and head. Where heads
+are few, documents are cut into segments that are scanned side by side.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
