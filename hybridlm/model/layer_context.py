@@ -23,6 +23,10 @@ class NormConfig:
     def __post_init__(self) -> None:
         require(self.eps > 0, "eps", "must be positive", got=self.eps)
 
+    def eps_or(self, own: float | None) -> float:
+        """The epsilon of a norm: `own`, an option of its mixer, or that of the model where the option is null."""
+        return self.eps if own is None else own
+
 
 class SharingMixer(Protocol):
     """Methods of a mixer's config that other layers may call."""

@@ -9,9 +9,8 @@ B rows, T tokens, D hidden size and channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -19,8 +18,8 @@ from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.log_sum import FP32_BYTES, mean_traffic, read_weighted_mean
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.sequence import SequenceInfo
 
 
@@ -53,13 +52,9 @@ class AFTSimpleConfig(MixerConfig):
                       element_bytes: int = 2) -> list[ShardTraffic]:
         return mean_traffic(rows, context.hidden_size)
 
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        return {}  # all sizes follow the hidden size
-
 
 @register_mixer("aft_simple", AFTSimpleConfig)
-class AFTSimple(SequenceMixer):
+class AFTSimple(TensorStateMixer):
     """Parameters: q_proj, k_proj, v_proj, o_proj [D, D]."""
 
     config: AFTSimpleConfig
@@ -74,13 +69,6 @@ class AFTSimple(SequenceMixer):
         zeros_D = x_BTD.new_zeros(x_BTD.shape[-1])
         y_BTD = read_weighted_mean(self.k_proj(x_BTD), self.v_proj(x_BTD), zeros_D, zeros_D, seq, state)
         return self.o_proj(self.q_proj(x_BTD).sigmoid() * y_BTD.to(x_BTD.dtype)), {}
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True  # the state is a function of the row alone
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     def init_weights(self, std: float) -> None:
         init_projections(self, std)

@@ -176,9 +176,10 @@ class MixerConfig(abc.ABC):
         to which another option gives no effect.
 
         Args:
-            norm: that of the model, for options that follow it.
+            norm: that of the model, for options that follow it: `norm_eps` does where it is null.
         """
-        return to_dict(self)
+        data = to_dict(self)
+        return data | {"norm_eps": norm.eps_or(data["norm_eps"])} if "norm_eps" in data else data
 
     # Sizes
 

@@ -10,9 +10,7 @@ B rows, T tokens, D hidden size, H heads, K dims per head, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +23,9 @@ from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.matrix_state import FP32_BYTES, matrix_traffic, scan_matrix_state
 from hybridlm.model.mixers.common.phase import accumulate_phase
 from hybridlm.model.mixers.common.scan import scan_traffic
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
-from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.precision import wide
 
@@ -35,7 +33,7 @@ CHUNK_TOKENS = 32  # tokens per chunk of the operation, assumed by the estimate 
 
 
 @dataclass(kw_only=True)
-class GateLoopConfig(MixerConfig):
+class GateLoopConfig(StateHeadsConfig):
     """Configuration of GateLoop.
 
     Args:
@@ -49,7 +47,6 @@ class GateLoopConfig(MixerConfig):
     kind: str = "gate_loop"
     num_heads: int
     head_dim: int
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim"):
@@ -84,17 +81,6 @@ class GateLoopConfig(MixerConfig):
                       element_bytes: int = 2) -> list[ShardTraffic]:
         C, K = self.channels, self.head_dim
         return [scan_traffic(rows, 2 * C), matrix_traffic(rows, self.num_heads, 2 * K, K, 2 * C)]
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
-
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
 
 
 @register_mixer("gate_loop", GateLoopConfig)

@@ -9,9 +9,8 @@ B rows, T tokens, D hidden size, W taps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -21,7 +20,6 @@ from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, che
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
 
 
@@ -67,10 +65,6 @@ class GatedConvConfig(MixerConfig):
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
         return conv_traffic(rows, self.conv_size, context.hidden_size, element_bytes)
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        return {}  # all sizes follow the hidden size
 
 
 @register_mixer("gated_conv", GatedConvConfig)

@@ -78,7 +78,6 @@ class GatedMemoryConfig(MixerConfig):
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
-        data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
         return data if self.norm else {key: value for key, value in data.items() if key != "norm_eps"}
 
     @classmethod
@@ -99,7 +98,7 @@ class GatedMemory(SequenceMixer):
         self.source = context.source_of(config.reads(context)[0])
         channels = config.channels(context)
         self.in_proj = nn.Linear(context.hidden_size, channels, bias=False)
-        self.o_norm = RMSNorm(channels, context.norm.eps if config.norm_eps is None else config.norm_eps) if (
+        self.o_norm = RMSNorm(channels, context.norm.eps_or(config.norm_eps)) if (
             config.norm) else None
         self.out_proj = nn.Linear(channels, context.hidden_size, bias=False)
 

@@ -14,9 +14,8 @@ B rows, T tokens, D hidden size, H heads, K key dim, V value dim, M slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +33,9 @@ from hybridlm.model.mixers.common.matrix_state import (
     scan_matrix_state,
 )
 from hybridlm.model.mixers.common.scan import scan_traffic
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
-from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.norm import GatedRMSNorm, RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
@@ -47,7 +46,7 @@ CHUNK_TOKENS = 32  # tokens per chunk of the operations, assumed by the estimate
 
 
 @dataclass(kw_only=True)
-class GatedSlotsConfig(MixerConfig):
+class GatedSlotsConfig(StateHeadsConfig):
     """Configuration of slot attention.
 
     Args:
@@ -75,7 +74,6 @@ class GatedSlotsConfig(MixerConfig):
     max_logit: float = 32.0
     rope_theta: float | None = 10000.0
     norm_eps: float | None = None
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "value_head_dim", "num_slots", "gate_normalizer", "norm_eps"):
@@ -143,23 +141,11 @@ class GatedSlotsConfig(MixerConfig):
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
         data["value_head_dim"] = self.value_dim
-        data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
         void = ("max_logit", "rope_theta") if self.rule == "gsa" else ("gate_normalizer",)
         return {key: value for key, value in data.items() if key not in void}
 
     def rotates(self) -> bool:
         return self.rope.kind != "none"
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
-
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
 
 
 @register_mixer("gated_slots", GatedSlotsConfig)
@@ -177,7 +163,7 @@ class GatedSlots(TensorStateMixer):
         self.v_proj = nn.Linear(D, H * config.value_dim, bias=False)
         self.s_proj = nn.Linear(D, config.slots, bias=False)
         self.o_proj = nn.Linear(H * config.value_dim, D, bias=False)
-        eps = context.norm.eps if config.norm_eps is None else config.norm_eps
+        eps = context.norm.eps_or(config.norm_eps)
         self.o_norm: RMSNorm | GatedRMSNorm
         if config.rule == "gsa":
             self.o_norm = RMSNorm(H * config.value_dim, eps)

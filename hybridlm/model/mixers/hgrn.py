@@ -11,9 +11,8 @@ B rows, T tokens, D hidden size, C channels, E numbers per channel: 1, or 2 wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
-from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.lower_bound import BoundedConfig, BoundedMixer
 from hybridlm.model.mixers.common.scan import FP32_BYTES, scan_tokens, scan_traffic
 from hybridlm.model.mixers.contract import Aux, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import GatedRMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
@@ -93,13 +91,6 @@ class HGRNConfig(BoundedConfig):
                       element_bytes: int = 2) -> list[ShardTraffic]:
         return [scan_traffic(rows, self.numbers * self.gate_channels(context))]
 
-    def canonical(self, norm: NormConfig) -> dict[str, Any]:
-        return super().canonical(norm) | {"norm_eps": norm.eps if self.norm_eps is None else self.norm_eps}
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        return {}  # the width follows the hidden size
-
 
 @register_mixer("hgrn", HGRNConfig)
 class HGRN(BoundedMixer):
@@ -118,7 +109,7 @@ class HGRN(BoundedMixer):
         self.i_proj = nn.Linear(D, config.numbers * C, bias=False)
         self.g_proj = nn.Linear(D, config.numbers * C, bias=False)
         self.theta = nn.Parameter(torch.zeros(C)) if config.state == "complex" else None
-        self.o_norm = GatedRMSNorm(config.numbers * C, context.norm.eps if config.norm_eps is None else config.norm_eps,
+        self.o_norm = GatedRMSNorm(config.numbers * C, context.norm.eps_or(config.norm_eps),
                                    "silu")
         self.o_proj = nn.Linear(config.numbers * C, D, bias=False)
 
@@ -141,13 +132,6 @@ class HGRN(BoundedMixer):
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         return find_roles(self, {"lower_bounds": VECTOR})
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

@@ -10,9 +10,8 @@ B rows, T tokens, D hidden size, H heads, K key dim, V value dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,8 @@ from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.lower_bound import BoundedConfig, BoundedMixer
 from hybridlm.model.mixers.common.matrix_state import FP32_BYTES, matrix_traffic, scan_matrix_state
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.contract import Aux, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
@@ -35,7 +34,7 @@ CHUNK_TOKENS = 32  # tokens per chunk of the operation, assumed by the estimate 
 
 
 @dataclass(kw_only=True)
-class HGRN2Config(BoundedConfig):
+class HGRN2Config(BoundedConfig, StateHeadsConfig):
     """Configuration of HGRN-2.
 
     Args:
@@ -58,7 +57,6 @@ class HGRN2Config(BoundedConfig):
     query_map: Literal["silu", "sigmoid"] = "silu"
     value_map: Literal["none", "silu"] = "none"
     norm_eps: float | None = None
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "value_head_dim", "norm_eps"):
@@ -106,19 +104,7 @@ class HGRN2Config(BoundedConfig):
         return [matrix_traffic(rows, self.num_heads, self.head_dim, self.values // self.num_heads, self.keys)]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
-        return super().canonical(norm) | {"value_head_dim": self.values // self.num_heads,
-                                          "norm_eps": norm.eps if self.norm_eps is None else self.norm_eps}
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
-
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
+        return super().canonical(norm) | {"value_head_dim": self.values // self.num_heads}
 
 
 @register_mixer("hgrn2", HGRN2Config)
@@ -136,7 +122,7 @@ class HGRN2(BoundedMixer):
         D = context.hidden_size
         self.q_proj, self.f_proj = (nn.Linear(D, config.keys, bias=False) for _ in range(2))
         self.v_proj = nn.Linear(D, config.values, bias=False)
-        self.o_norm = RMSNorm(config.values, context.norm.eps if config.norm_eps is None else config.norm_eps)
+        self.o_norm = RMSNorm(config.values, context.norm.eps_or(config.norm_eps))
         self.o_proj = nn.Linear(config.values, D, bias=False)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: TensorState | None = None) -> tuple[Tensor, Aux]:
@@ -159,13 +145,6 @@ class HGRN2(BoundedMixer):
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         return find_roles(self, {"lower_bounds": VECTOR}, self.head_rows())
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

@@ -14,8 +14,8 @@ B rows, T tokens, D hidden size, H heads, K dims of queries and keys, F features
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from hybridlm.model.mixers.common.attention_weights import take_attention_projec
 from hybridlm.model.mixers.common.feature_maps import FEATURE_MAPS, check_count
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.matrix_state import compute_decay_from_start, read_incoming_state
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
@@ -39,7 +40,7 @@ CHUNK_TOKENS = 32  # tokens per chunk of the operation, assumed by the estimate 
 
 
 @dataclass(kw_only=True)
-class KernelAttentionConfig(MixerConfig):
+class KernelAttentionConfig(StateHeadsConfig):
     """Configuration of kernelised attention.
 
     Args:
@@ -68,7 +69,6 @@ class KernelAttentionConfig(MixerConfig):
     gate: Literal["none", "scalar"] = "none"
     normalizer: Literal["add", "floor", "none"] = "add"
     normalizer_eps: float = 1e-6
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "value_head_dim", "max_length", "normalizer_eps"):
@@ -145,12 +145,6 @@ class KernelAttentionConfig(MixerConfig):
         """Heads of the nearest mixer; its dims are those of the values too, where a preset sets those of the keys."""
         heads = model.heads_for(cls)
         return {"num_heads": heads.num_heads, "head_dim": heads.head_dim, "value_head_dim": heads.head_dim}
-
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
 
     def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
                              norm: NormConfig) -> dict[str, Tensor]:

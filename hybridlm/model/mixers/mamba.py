@@ -13,7 +13,7 @@ B rows, T tokens, D hidden size, I inner channels, N states per channel, R rank 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -30,7 +30,6 @@ from hybridlm.model.mixers.common.init import init_inverse_softplus, init_projec
 from hybridlm.model.mixers.common.memory import MEMORY
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
@@ -126,7 +125,6 @@ class MambaConfig(MixerConfig):
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
-        data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
         return data if self.inner_norm != "none" else {key: value for key, value in data.items() if key != "norm_eps"}
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
@@ -134,10 +132,6 @@ class MambaConfig(MixerConfig):
 
     def shared_width(self, kind: SharedKind, context: LayerContext) -> int:
         return self.inner_size(context)
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        return {}  # all sizes follow the hidden size
 
 
 @register_mixer("mamba", MambaConfig)
@@ -165,7 +159,7 @@ class Mamba(TensorStateMixer):
         self.D = nn.Parameter(torch.zeros(inner))
         if config.rule == "mamba":
             self.A_log = nn.Parameter(torch.zeros(inner, states))
-        self.eps = context.norm.eps if config.norm_eps is None else config.norm_eps
+        self.eps = context.norm.eps_or(config.norm_eps)
         if config.inner_norm == "learned":
             self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(size, self.eps) for size in self.sizes)
         self.out_proj = nn.Linear(inner, hidden, bias=config.bias)

@@ -36,6 +36,7 @@ from hybridlm.model.mixers.common.init import (
 )
 from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
 from hybridlm.model.mixers.common.memory import MEMORY
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
@@ -50,7 +51,7 @@ DT_INIT = (1e-3, 1e-1)  # step sizes at the start are log-uniform between these
 
 
 @dataclass(kw_only=True)
-class Mamba2Config(MixerConfig):
+class Mamba2Config(StateHeadsConfig):
     """Configuration of Mamba-2.
 
     Args:
@@ -86,7 +87,6 @@ class Mamba2Config(MixerConfig):
     dt_max: float | None = None
     skip: Literal["head", "channel"] = "head"
     a_init: tuple[float, float] = (1.0, 16.0)
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "state_size", "num_groups", "norm_eps"):
@@ -153,7 +153,6 @@ class Mamba2Config(MixerConfig):
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
         data.pop("a_init")  # it says how weights start
-        data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
         return data if self.norm == "gated" else {key: value for key, value in data.items() if key != "norm_eps"}
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
@@ -191,12 +190,6 @@ class Mamba2Config(MixerConfig):
                        for rows in (self.inner_size, self.num_heads))
         return {"in_proj.weight": torch.cat([gate, v, k, q, steps]), "out_proj.weight": o}
 
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
-
 
 @register_mixer("mamba2", Mamba2Config)
 class Mamba2(TensorStateMixer):
@@ -219,7 +212,7 @@ class Mamba2(TensorStateMixer):
         self.D = nn.Parameter(torch.zeros(heads) if config.skip == "head" else torch.zeros(heads, config.head_dim))
         self.norm = None
         if config.norm == "gated":
-            eps = context.norm.eps if config.norm_eps is None else config.norm_eps
+            eps = context.norm.eps_or(config.norm_eps)
             self.norm = GateFirstRMSNorm(inner, config.num_groups, eps)
         self.out_proj = nn.Linear(inner, context.hidden_size, bias=config.bias)
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,16 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
-from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.expanded_heads import expanded_heads
 from hybridlm.model.mixers.common.init import init_inverse_softplus, init_projections
 from hybridlm.model.mixers.common.matrix_state import FP32_BYTES, matrix_traffic, scan_matrix_state
 from hybridlm.model.mixers.common.phase import accumulate_phase
 from hybridlm.model.mixers.common.scan import scan_traffic
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.common.token_shift import previous_tokens
-from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import HeadRMSNorm, RMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
@@ -48,7 +49,7 @@ LARGEST_RATE = -1e-4  # of A
 
 
 @dataclass(kw_only=True)
-class Mamba3Config(MixerConfig):
+class Mamba3Config(StateHeadsConfig):
     """Configuration of Mamba-3 with one input and one output per head (SISO).
 
     Args:
@@ -72,7 +73,6 @@ class Mamba3Config(MixerConfig):
     rope_fraction: float = 0.5
     norm: bool = False
     norm_eps: float | None = None
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "state_size", "num_groups", "norm_eps"):
@@ -134,21 +134,12 @@ class Mamba3Config(MixerConfig):
         return [ShardTraffic("from_previous", tail, tail), scan_traffic(rows, 2 * H * self.pairs),
                 matrix_traffic(rows, H, N, self.head_dim, H)]
 
-    def canonical(self, norm: NormConfig) -> dict[str, Any]:
-        return super().canonical(norm) | {"norm_eps": norm.eps if self.norm_eps is None else self.norm_eps}
-
     def head_sizes(self) -> HeadSizes | None:
         return None  # heads of a block of twice the width are no measure for other mixers
 
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         return expanded_heads(options, model, cls)
-
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
 
 
 @register_mixer("mamba3", Mamba3Config)
@@ -165,7 +156,7 @@ class Mamba3(TensorStateMixer):
         super().__init__()
         self.config = config
         H, N = config.num_heads, config.state_size
-        eps = context.norm.eps if config.norm_eps is None else config.norm_eps
+        eps = context.norm.eps_or(config.norm_eps)
         self.in_proj = nn.Linear(context.hidden_size, sum(config.widths), bias=False)
         self.B_norm, self.C_norm = RMSNorm(N, eps), RMSNorm(N, eps)
         self.B_bias, self.C_bias = (nn.Parameter(torch.zeros(H, N)) for _ in range(2))

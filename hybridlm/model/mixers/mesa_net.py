@@ -14,9 +14,8 @@ B rows, T tokens, D hidden size, H heads, K head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +23,13 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
-from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.matrix_state import compute_decay_from_start, matrix_traffic, scan_matrix_state
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
-from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import l2_norm, linear_attention, mesa_solve
@@ -40,7 +39,7 @@ LAMBDA_START = 1.0
 
 
 @dataclass(kw_only=True)
-class MesaNetConfig(MixerConfig):
+class MesaNetConfig(StateHeadsConfig):
     """Configuration of MesaNet.
 
     Args:
@@ -62,7 +61,6 @@ class MesaNetConfig(MixerConfig):
     lambda_min: float = 0.25
     iterations: int = 30
     norm_eps: float | None = None
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "iterations", "norm_eps"):
@@ -107,20 +105,6 @@ class MesaNetConfig(MixerConfig):
         state = matrix_traffic(rows, self.num_heads, self.head_dim, self.head_dim, self.num_heads)
         return [*2 * conv_traffic(rows, self.conv_size, self.channels, element_bytes), state, state]
 
-    def canonical(self, norm: NormConfig) -> dict[str, Any]:
-        return super().canonical(norm) | {"norm_eps": norm.eps if self.norm_eps is None else self.norm_eps}
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
-
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
-
 
 @register_mixer("mesa_net", MesaNetConfig)
 class MesaNet(TensorStateMixer):
@@ -140,7 +124,7 @@ class MesaNet(TensorStateMixer):
         self.a_proj, self.b_proj = (nn.Linear(D, H, bias=False) for _ in range(2))
         self.a_bias, self.b_bias = (nn.Parameter(torch.zeros(H)) for _ in range(2))
         self.lambda_raw = nn.Parameter(torch.zeros(C))
-        self.o_norm = RMSNorm(config.head_dim, context.norm.eps if config.norm_eps is None else config.norm_eps)
+        self.o_norm = RMSNorm(config.head_dim, context.norm.eps_or(config.norm_eps))
         self.o_proj = nn.Linear(C, D, bias=False)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: TensorState | None = None) -> tuple[Tensor, Aux]:

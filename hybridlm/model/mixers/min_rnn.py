@@ -11,9 +11,8 @@ B rows, T tokens, D hidden size, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.scan import FP32_BYTES, scan_tokens, scan_traffic
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
 
 
@@ -89,10 +87,6 @@ class MinRNNConfig(MixerConfig):
                       element_bytes: int = 2) -> list[ShardTraffic]:
         return [*conv_traffic(rows, self.conv_size, context.hidden_size, element_bytes),
                 scan_traffic(rows, self.channels(context))]
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        return {}  # all sizes follow the hidden size
 
 
 @register_mixer("min_rnn", MinRNNConfig)

@@ -152,7 +152,6 @@ class MLAConfig(IndexedMixerConfig):
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
-        data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
         return data
 
     @property

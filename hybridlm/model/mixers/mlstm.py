@@ -13,8 +13,8 @@ B rows, T tokens, D hidden size, H heads, K dims of queries and keys, V dims of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,16 @@ from hybridlm.model.mixers.common.exponential_gates import (
     state_traffic,
 )
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import HeadGroupNorm
 from hybridlm.model.sequence import SequenceInfo
 
 
 @dataclass(kw_only=True)
-class MLSTMConfig(MixerConfig):
+class MLSTMConfig(StateHeadsConfig):
     """Configuration of the mLSTM layer of xLSTM-7B.
 
     Args:
@@ -58,7 +60,6 @@ class MLSTMConfig(MixerConfig):
     value_head_dim: int | None = None
     gate_soft_cap: float | None = 15.0
     norm_eps: float = 1e-6
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "value_head_dim", "gate_soft_cap", "norm_eps"):
@@ -106,15 +107,9 @@ class MLSTMConfig(MixerConfig):
         values = max(model.hidden_size // heads, 2)
         return {"num_heads": heads, "head_dim": values // 2, "value_head_dim": values}
 
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
-
 
 @register_mixer("mlstm", MLSTMConfig)
-class MLSTM(SequenceMixer):
+class MLSTM(TensorStateMixer):
     """Parameters: q_proj, k_proj [H K, D], v_proj, g_proj [H V, D], o_proj [D, H V], i_proj, f_proj [H, D] with i_bias,
     f_bias [H], and o_norm [H V].
     """
@@ -150,13 +145,6 @@ class MLSTM(SequenceMixer):
 
     def head_rows(self) -> dict[str, int]:
         return dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "i_proj", "f_proj"), self.config.num_heads)
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True  # the state is a function of the row alone
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     def init_weights(self, std: float) -> None:
         """Gates start from their biases alone: inputs at e^-10, forget gates from sigmoid(3) to sigmoid(6)."""

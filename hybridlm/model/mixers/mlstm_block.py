@@ -12,8 +12,8 @@ B rows, T tokens, D hidden size, C channels of the block, H heads, K = C / H dim
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,9 @@ from hybridlm.model.mixers.common.exponential_gates import (
     state_traffic,
 )
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import HeadGroupNorm
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
@@ -42,7 +44,7 @@ MAPS = ("q", "k", "v")
 
 
 @dataclass(kw_only=True)
-class MLSTMBlockConfig(MixerConfig):
+class MLSTMBlockConfig(StateHeadsConfig):
     """Configuration of the mLSTM block.
 
     Args:
@@ -62,7 +64,6 @@ class MLSTMBlockConfig(MixerConfig):
     conv_size: int = 4
     map_size: int = 4
     norm_eps: float = 1e-5
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "expand", "map_size", "norm_eps"):
@@ -124,15 +125,9 @@ class MLSTMBlockConfig(MixerConfig):
         """Heads of the model's nearest mixer."""
         return {"num_heads": model.heads_for(cls).num_heads}
 
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
-
 
 @register_mixer("mlstm_block", MLSTMBlockConfig)
-class MLSTMBlock(SequenceMixer):
+class MLSTMBlock(TensorStateMixer):
     """Parameters: up_proj [2 C, D], down_proj [D, C], conv, q_map, k_map, v_map [C / M, M, M], i_proj, f_proj [H, 3 C]
     with i_bias, f_bias [H], o_norm [C], skip [C].
     """
@@ -176,13 +171,6 @@ class MLSTMBlock(SequenceMixer):
 
     def head_rows(self) -> dict[str, int]:
         return dict.fromkeys(("i_proj", "f_proj"), self.config.num_heads)
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True  # the state is a function of the row alone
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     def init_weights(self, std: float) -> None:
         """Block-diagonal maps are normal with variance 2 / 5 C; gates start from their biases, inputs N(0, 0.1)."""

@@ -12,9 +12,8 @@ B rows, T tokens, D hidden size, I inner channels, K key dim, HV parts of the va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,12 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
-from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
 from hybridlm.model.mixers.common.init import init_inverse_softplus, init_projections
 from hybridlm.model.mixers.common.matrix_state import FP32_BYTES, matrix_traffic, scan_matrix_state
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import GateFirstRMSNorm
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.precision import wide
@@ -118,13 +116,6 @@ class RodimusConfig(MixerConfig):
         return [*conv_traffic(rows, self.conv_size, inner, element_bytes),
                 matrix_traffic(rows, heads, self.key_dim, inner // heads, heads * self.key_dim)]
 
-    def canonical(self, norm: NormConfig) -> dict[str, Any]:
-        return super().canonical(norm) | {"norm_eps": norm.eps if self.norm_eps is None else self.norm_eps}
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        return {}  # all sizes follow the hidden size
-
 
 @register_mixer("rodimus", RodimusConfig)
 class Rodimus(TensorStateMixer):
@@ -148,7 +139,7 @@ class Rodimus(TensorStateMixer):
         self.select_bias, self.tau_bias = (nn.Parameter(torch.zeros(K)) for _ in range(2))
         self.value_a_proj, self.value_b_proj = nn.Linear(inner, R, bias=False), nn.Linear(R, inner)
         self.skip = nn.Parameter(torch.zeros(inner))
-        self.norm = GateFirstRMSNorm(inner, 1, context.norm.eps if config.norm_eps is None else config.norm_eps)
+        self.norm = GateFirstRMSNorm(inner, 1, context.norm.eps_or(config.norm_eps))
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: TensorState | None = None) -> tuple[Tensor, Aux]:

@@ -12,9 +12,8 @@ B rows, T tokens, D hidden size and channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,9 @@ from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.log_sum import FP32_BYTES, mean_traffic, read_weighted_mean
 from hybridlm.model.mixers.common.rwkv import channel_ramp, depth_ratio, zigzag
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.common.token_shift import lerp_with_previous, previous_tokens
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
 
@@ -61,13 +60,9 @@ class RWKV4Config(MixerConfig):
         tail = rows * context.hidden_size * element_bytes
         return [ShardTraffic("from_previous", tail, tail), *mean_traffic(rows, context.hidden_size)]
 
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        return {}  # all sizes follow the hidden size
-
 
 @register_mixer("rwkv4", RWKV4Config)
-class RWKV4(SequenceMixer):
+class RWKV4(TensorStateMixer):
     """Parameters: r_proj, k_proj, v_proj, o_proj [D, D], decay and bonus [D], mix [3, D] for k, v and r."""
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ("decay", "bonus", "mix")
@@ -91,13 +86,6 @@ class RWKV4(SequenceMixer):
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         return find_roles(self, {"mix": VECTOR})
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True  # the state is a function of the row alone
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

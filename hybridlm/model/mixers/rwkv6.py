@@ -13,8 +13,8 @@ B rows, T tokens, D hidden size, H heads, K dims per head, R rank, M mixed input
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,10 @@ from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
 from hybridlm.model.mixers.common.rwkv import channel_ramp, depth_ratio, zigzag
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.common.token_shift import lerp_with_previous, previous_tokens
-from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.norm import HeadGroupNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
@@ -40,7 +40,7 @@ NORM_EPS = 64e-5  # of the published norm, y / 8 normalised with 1e-5
 
 
 @dataclass(kw_only=True)
-class RWKV6Config(MixerConfig):
+class RWKV6Config(StateHeadsConfig):
     """Configuration of the time mix of RWKV-5 and RWKV-6.
 
     Args:
@@ -60,7 +60,6 @@ class RWKV6Config(MixerConfig):
     version: Literal[5, 6] = 6
     decay_rank: int = 64
     mix_rank: int = 32
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "decay_rank", "mix_rank"):
@@ -117,17 +116,6 @@ class RWKV6Config(MixerConfig):
         data = super().canonical(norm)
         void = ("decay_rank", "mix_rank") if self.version == 5 else ()
         return {key: value for key, value in data.items() if key not in void}
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
-
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
 
 
 @register_mixer("rwkv6", RWKV6Config)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,9 @@ from hybridlm.model.mixers.common.attention_weights import spread_over_heads, ta
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.matrix_state import run_over_shards
 from hybridlm.model.mixers.common.rwkv import channel_ramp, depth_ratio
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.token_shift import lerp_with_previous, previous_tokens
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import HeadGroupNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
@@ -54,7 +54,7 @@ READ_FIRST_VALUES = SharedRead(FIRST_VALUES, option="kind")
 
 
 @dataclass(kw_only=True)
-class RWKV7Config(MixerConfig):
+class RWKV7Config(StateHeadsConfig):
     """Configuration of the time mix of RWKV-7.
 
     A rank of null is the authors' suggestion, a multiple of 32 near 2.5 sqrt(D) for decay and rate, 1.7 sqrt(D) for the
@@ -79,7 +79,6 @@ class RWKV7Config(MixerConfig):
     rate_rank: int | None = None
     value_rank: int | None = None
     gate_rank: int | None = None
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank"):
@@ -145,11 +144,6 @@ class RWKV7Config(MixerConfig):
         state = rows * FP32_BYTES * 2 * self.channels * self.head_dim
         return [ShardTraffic("from_previous", tail, tail), ShardTraffic("gather", state, state)]
 
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
-
     attention_weights: ClassVar[tuple[str, ...]] = tuple(f"{name}_proj.weight" for name in "rkvo")
 
     def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
@@ -158,12 +152,6 @@ class RWKV7Config(MixerConfig):
         heads = (self.num_heads, self.head_dim)
         found = take_attention_projections(old, tensors, dict.fromkeys(("q_proj", "k_proj", "v_proj"), heads), norm)
         return {name.replace("q_proj", "r_proj"): weight for name, weight in found.items()}
-
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
 
 
 def suggest_rank(factor: float, hidden_size: int) -> int:

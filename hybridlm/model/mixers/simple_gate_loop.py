@@ -9,9 +9,8 @@ B rows, T tokens, D hidden size and channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -21,7 +20,6 @@ from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.scan import FP32_BYTES, scan_tokens, scan_traffic
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.precision import wide
 
@@ -52,10 +50,6 @@ class SimpleGateLoopConfig(MixerConfig):
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
         return [scan_traffic(rows, context.hidden_size)]
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        return {}  # all sizes follow the hidden size
 
 
 @register_mixer("simple_gate_loop", SimpleGateLoopConfig)

@@ -13,8 +13,8 @@ B rows, T tokens, D hidden size, H heads, K = D / H dims per head; the gates are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from hybridlm.model.mixers.common.convolution import CausalConv
 from hybridlm.model.mixers.common.dense_attention import check_heads
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.rwkv import depth_ratio
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import HeadGroupNorm
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
@@ -38,7 +40,7 @@ GATES = "zifo"
 
 
 @dataclass(kw_only=True)
-class SLSTMConfig(MixerConfig):
+class SLSTMConfig(StateHeadsConfig):
     """Configuration of sLSTM.
 
     Args:
@@ -54,7 +56,6 @@ class SLSTMConfig(MixerConfig):
     num_heads: int
     conv_size: int = 4
     norm_eps: float = 1e-5
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "norm_eps"):
@@ -107,15 +108,9 @@ class SLSTMConfig(MixerConfig):
         heads = model.heads_for(cls).num_heads
         return {"num_heads": heads if model.hidden_size % heads == 0 else 1}
 
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
-
 
 @register_mixer("slstm", SLSTMConfig)
-class SLSTM(SequenceMixer):
+class SLSTM(TensorStateMixer):
     """Parameters: conv, z_map, i_map, f_map, o_map [H, K, K], recurrence [4 H, K, K] and gate_bias [4 D], both gate by
     gate in the order z, i, f, o, and o_norm [D].
     """
@@ -162,13 +157,6 @@ class SLSTM(SequenceMixer):
     def parameter_roles(self) -> dict[str, ParameterRole]:
         names = [*(f"{name}_map" for name in GATES), "recurrence"]
         return find_roles(self, dict.fromkeys(names, ParameterRole("expert_stack")))
-
-    @property
-    def decodes_padded_rows(self) -> bool:
-        return True  # the state is a function of the row alone
-
-    def new_state(self, batch: int, max_length: int) -> TensorState:
-        return TensorState()
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

@@ -12,9 +12,8 @@ B rows, T tokens, D hidden size, H heads, K head dim, F hidden dim of the memory
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,8 @@ from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.common.convolution import CausalConv, check_taps
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
+from hybridlm.model.mixers.contract import Aux, SequenceMixer, register_mixer
 from hybridlm.model.norm import HeadGroupNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm.model.rope import RopeConfig, rotate
@@ -39,7 +38,7 @@ START_STD = 0.02  # of the memory's weights
 
 
 @dataclass(kw_only=True)
-class TTTConfig(MixerConfig):
+class TTTConfig(StateHeadsConfig):
     """Configuration of test-time training.
 
     Args:
@@ -68,7 +67,6 @@ class TTTConfig(MixerConfig):
     rope_theta: float | None = 10000.0
     conv_size: int = 0
     output_gate: Literal["none", "gelu"] = "none"
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "expand", "mini_batch", "base_rate"):
@@ -148,17 +146,6 @@ class TTTConfig(MixerConfig):
 
     def rotates(self) -> bool:
         return self.rope.kind != "none"
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
-
-    def state_heads(self) -> int:
-        return self.num_heads
-
-    def with_state_heads(self, count: int) -> Self:
-        return replace(self, num_heads=count)
 
 
 @register_mixer("ttt", TTTConfig)

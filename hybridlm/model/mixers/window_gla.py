@@ -13,32 +13,25 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridlm.errors import require
-from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.attention_weights import take_grouped_projections
+from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, dense_attention
-from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
+from hybridlm.model.mixers.common.matrix_state import FP32_BYTES, matrix_traffic, scan_matrix_state
+from hybridlm.model.mixers.common.softmax_window import SoftmaxWindowConfig, SoftmaxWindowMixer
 from hybridlm.model.mixers.common.window_state import WindowState
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
-from hybridlm.model.rope import RopeConfig, rotate
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.precision import wide
 
-FP32_BYTES = 4  # bytes per element
-
 
 @dataclass(kw_only=True)
-class WindowGLAConfig(GroupedHeadsConfig):
+class WindowGLAConfig(SoftmaxWindowConfig):
     """Configuration of a softmax window beside gated linear attention.
 
     Args:
@@ -52,21 +45,14 @@ class WindowGLAConfig(GroupedHeadsConfig):
     """
 
     kind: str = "window_gla"
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    window: int = 64
     gate_normalizer: float = 16.0
-    qkv_bias: bool = False
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.rope.check(self.head_dim)
-        self.check_window(self.window)
         require(self.gate_normalizer > 0, "gate_normalizer", "must be positive", got=self.gate_normalizer)
 
     def num_params(self, context: LayerContext) -> int:
-        H, G, K = self.num_heads, self.kv_heads, self.head_dim
-        return 2 * context.hidden_size * (H + G) * K + (H + 2 * G) * K * self.qkv_bias
+        return self._projection_params(context)
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         H, G, K = self.num_heads, self.kv_heads, self.head_dim
@@ -89,64 +75,26 @@ class WindowGLAConfig(GroupedHeadsConfig):
         sent = rows * length * element_bytes * attention_exchange_size(H, self.kv_heads, K, shards)
         return [ShardTraffic("exchange", sent, sent), matrix_traffic(rows, H, K, K, H * K)]
 
-    def rotates(self) -> bool:
-        return self.rope.kind != "none"
-
-    def adapted_to(self, old: MixerConfig) -> Self:
-        """The same mixer with the rotation and biases of `old`."""
-        return replace(self, rope=copy.deepcopy(getattr(old, "rope", self.rope)),
-                       qkv_bias=getattr(old, "qkv_bias", False))
-
-    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
-                             norm: NormConfig) -> dict[str, Tensor]:
-        """Take the projections of softmax attention of as many heads and dims."""
-        return take_grouped_projections(self, old, tensors, norm, biases=self.qkv_bias)
-
 
 @register_mixer("window_gla", WindowGLAConfig)
-class WindowGLA(SequenceMixer):
+class WindowGLA(SoftmaxWindowMixer):
     """Parameters: q_proj, k_proj, v_proj, o_proj."""
 
     config: WindowGLAConfig
 
-    def __init__(self, config: WindowGLAConfig, context: LayerContext):
-        super().__init__()
-        self.config = config
-        D, H, G, K = context.hidden_size, config.num_heads, config.kv_heads, config.head_dim
-        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * K, D, bias=False)
-        self.rotary_dim = config.rope.rotary_dim(K)
-
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: WindowState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
-        q_BTHK, k_BTGK, v_BTGK = (proj(x_BTD).unflatten(-1, (-1, config.head_dim))
-                                  for proj in (self.q_proj, self.k_proj, self.v_proj))
-        k_BSGK, v_BSGK = rotate(k_BTGK, config.rope, self.rotary_dim, seq), v_BTGK
+        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD)
+        k_BSGK, v_BSGK = self.rotated(k_BTGK, seq), v_BTGK
         if state is not None:
             k_BSGK, v_BSGK = state.keys.append(k_BSGK), state.values.append(v_BSGK)
-        near_BTHK = dense_attention(rotate(q_BTHK, config.rope, self.rotary_dim, seq), k_BSGK, v_BSGK, seq,
-                                    window=config.window)
+        near_BTHK = dense_attention(self.rotated(q_BTHK, seq), k_BSGK, v_BSGK, seq, window=config.window)
         copies = config.num_heads // config.kv_heads
         k_BTHK, v_BTHK = (x.repeat_interleave(copies, 2) for x in (k_BTGK, v_BTGK))
         g_BTHK = F.logsigmoid(wide(k_BTHK)) / config.gate_normalizer
         q_BTHK, k_BTHK = (wide(x).softmax(-1).to(v_BTGK.dtype) for x in (q_BTHK, k_BTHK))
         far_BTHK = scan_matrix_state(q_BTHK, k_BTHK, v_BTHK, g_BTHK, seq, None if state is None else state.rest)
         return self.o_proj((0.5 * near_BTHK + 0.5 * far_BTHK).flatten(-2)), {}
-
-    def output_projection(self) -> tuple[nn.Linear, int]:
-        return self.o_proj, self.config.num_heads
-
-    def without_linear_branch(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
-        """The output of the window alone, in full: the half of it that the state has is its own."""
-        q_BTHK, k_BTGK, v_BTGK = (proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
-                                  for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q_BTHK, k_BTGK = (rotate(x, self.config.rope, self.rotary_dim, seq) for x in (q_BTHK, k_BTGK))
-        return self.o_proj(dense_attention(q_BTHK, k_BTGK, v_BTGK, seq, window=self.config.window).flatten(-2))
-
-    def head_rows(self) -> dict[str, int]:
-        return {"q_proj": self.config.num_heads, "k_proj": self.config.kv_heads, "v_proj": self.config.kv_heads}
 
     def new_state(self, batch: int, max_length: int) -> WindowState:
         return WindowState.empty(max_length, self.config.window - 1)

@@ -12,11 +12,9 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +22,12 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.attention_weights import take_grouped_projections
-from hybridlm.model.mixers.common.dense_attention import (
-    attention_exchange_size,
-    dense_attention,
-    heads_of_all_tokens,
-)
-from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
+from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, heads_of_all_tokens
 from hybridlm.model.mixers.common.init import init_projections
+from hybridlm.model.mixers.common.softmax_window import SoftmaxWindowConfig, SoftmaxWindowMixer
 from hybridlm.model.mixers.common.window_state import WindowState
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
-from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import attention_total, linear_attention
 from hybridlm_kernels.packing import CuSeqlens
@@ -46,7 +38,7 @@ MIN_FEATURE = 1e-12  # of the published code
 
 
 @dataclass(kw_only=True)
-class WindowLinearConfig(GroupedHeadsConfig):
+class WindowLinearConfig(SoftmaxWindowConfig):
     """Configuration of a softmax window with a linear tail.
 
     Args:
@@ -62,18 +54,12 @@ class WindowLinearConfig(GroupedHeadsConfig):
     """
 
     kind: str = "window_linear"
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    window: int = 64
     feature_dim: int | None = None
     convex: bool = False
     window_factor_init: float = 0.0
-    qkv_bias: bool = False
-    is_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.rope.check(self.head_dim)
-        self.check_window(self.window)
         require(self.map_dim > 0, "feature_dim", "must be positive", got=self.map_dim)
 
     @property
@@ -82,8 +68,7 @@ class WindowLinearConfig(GroupedHeadsConfig):
         return self.head_dim // 2 if self.feature_dim is None else self.feature_dim
 
     def num_params(self, context: LayerContext) -> int:
-        D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
-        return 2 * D * (H + G) * K + 2 * H * K * self.map_dim + H + (H + 2 * G) * K * self.qkv_bias
+        return self._projection_params(context) + self.num_heads * (2 * self.head_dim * self.map_dim + 1)
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
@@ -110,43 +95,24 @@ class WindowLinearConfig(GroupedHeadsConfig):
         del data["window_factor_init"]  # it says how weights start
         return data
 
-    def rotates(self) -> bool:
-        return self.rope.kind != "none"
-
-    def adapted_to(self, old: MixerConfig) -> Self:
-        """The same mixer with the rotation and biases of `old`."""
-        return replace(self, rope=copy.deepcopy(getattr(old, "rope", self.rope)),
-                       qkv_bias=getattr(old, "qkv_bias", False))
-
-    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
-                             norm: NormConfig) -> dict[str, Tensor]:
-        """Take the projections of softmax attention of as many heads and dims."""
-        return take_grouped_projections(self, old, tensors, norm, biases=self.qkv_bias)
-
 
 @register_mixer("window_linear", WindowLinearConfig)
-class WindowLinear(SequenceMixer):
+class WindowLinear(SoftmaxWindowMixer):
     """Parameters: q_proj, k_proj, v_proj, o_proj, q_map and k_map [H, K, F], window_factor [H]."""
 
     config: WindowLinearConfig
     fp32_parameters: ClassVar[tuple[str, ...]] = ("window_factor",)
 
     def __init__(self, config: WindowLinearConfig, context: LayerContext):
-        super().__init__()
+        super().__init__(config, context)
         self.config = config
-        D, H, G, K = context.hidden_size, config.num_heads, config.kv_heads, config.head_dim
-        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * K, D, bias=False)
+        H, K = config.num_heads, config.head_dim
         self.q_map, self.k_map = (nn.Parameter(torch.zeros(H, K, config.map_dim)) for _ in range(2))
         self.window_factor = nn.Parameter(torch.zeros(H))
-        self.rotary_dim = config.rope.rotary_dim(K)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: WindowState | None = None) -> tuple[Tensor, Aux]:
-        q_BTHK, k_BSGK = (rotate(proj(x_BTD).unflatten(-1, (-1, self.config.head_dim)), self.config.rope,
-                                 self.rotary_dim, seq) for proj in (self.q_proj, self.k_proj))
-        v_BSGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
+        q_BTHK, k_BSGK, v_BSGK = self.project(x_BTD)
+        q_BTHK, k_BSGK = self.rotated(q_BTHK, seq), self.rotated(k_BSGK, seq)
         maps = self.q_map, self.k_map, self.window_factor
         if seq.shard is not None:
             shard = seq.shard
@@ -186,22 +152,9 @@ class WindowLinear(SequenceMixer):
         tail_BTHV = far_H1 * tail_BTHV
         return (near_BTH1 * o_BTHK + tail_BTHV[..., :-1]) / (near_BTH1 + tail_BTHV[..., -1:])
 
-    def output_projection(self) -> tuple[nn.Linear, int]:
-        return self.o_proj, self.config.num_heads
-
-    def without_linear_branch(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
-        """The output of softmax attention to the window alone."""
-        q_BTHK, k_BTGK = (rotate(proj(x_BTD).unflatten(-1, (-1, self.config.head_dim)), self.config.rope,
-                                 self.rotary_dim, seq) for proj in (self.q_proj, self.k_proj))
-        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
-        return self.o_proj(dense_attention(q_BTHK, k_BTGK, v_BTGK, seq, window=self.config.window).flatten(-2))
-
     def parameter_roles(self) -> dict[str, ParameterRole]:
         maps = {name: ParameterRole("expert_stack") for name in ("q_map", "k_map")}
         return find_roles(self, maps, self.head_rows())
-
-    def head_rows(self) -> dict[str, int]:
-        return {"q_proj": self.config.num_heads, "k_proj": self.config.kv_heads, "v_proj": self.config.kv_heads}
 
     def new_state(self, batch: int, max_length: int) -> WindowState:
         return WindowState.empty(max_length, self.config.window)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.model.layer_context import LayerContext
-from hybridlm.model.mixers.contract import MixerConfig, SequenceMixer
+from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
+from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import SharedKind, SharedRead
 
@@ -72,7 +73,7 @@ class BoundedConfig(MixerConfig):
             SharedRead(self._kind_of_bounds(context), first, "lower_bound"),)
 
 
-class BoundedMixer(SequenceMixer):
+class BoundedMixer(TensorStateMixer):
     """Base of mixers whose forget gates have lower bounds; parameter: lower_bounds [L, C] in the layer that owns it."""
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ("lower_bounds",)

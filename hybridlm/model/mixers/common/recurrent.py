@@ -189,7 +189,6 @@ class RecurrentConfig(MixerConfig):
             data.pop(key)
         data["num_value_heads"] = self.value_heads
         data["value_head_dim"] = self.value_dim
-        data["norm_eps"] = norm.eps if self.norm_eps is None else self.norm_eps
         void = [] if self.gate_width else ["gate", "gate_dtype"]
         if self.gate != "lower_bounded" or not self.gate_width:
             void.append("lower_bound")
@@ -274,7 +273,7 @@ class RecurrentMixer(SequenceMixer):
                           weight: bool = True) -> RMSNorm | GatedRMSNorm | WeightlessRMSNorm:
         """The norm of the output over `dim` dims, gated as the config says, with a weight per dim or without."""
         config = self.config
-        eps = context.norm.eps if config.norm_eps is None else config.norm_eps
+        eps = context.norm.eps_or(config.norm_eps)
         if not weight:
             return WeightlessRMSNorm(eps, None if config.output_gate == "none" else config.output_gate)
         if config.output_gate == "none":
