@@ -1,4 +1,4 @@
-"""GateLoop and Rodimus: the papers' recurrences token by token, with the published start."""
+"""GateLoop, Rodimus and LightNet: the papers' recurrences token by token, with the published start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.mixers import GateLoopConfig, RodimusConfig, build_mixer
+from hybridlm.model.mixers import GateLoopConfig, LightNetConfig, RodimusConfig, build_mixer
 from hybridlm.model.mixers.common.phase import accumulate_phase
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
@@ -61,6 +61,24 @@ def test_rodimus_is_the_recurrence_of_the_paper():
         torch.testing.assert_close(run(mixer, x[None])[0], mixer.down_proj(normed))
 
 
+def test_lightnet_averages_values_under_a_softmax_over_time():
+    mixer, x = build("lightnet"), inputs(1, 9)[0]
+    mixer.k_proj.weight.data *= 400.0
+    with torch.no_grad():
+        q, k, v = (projection(x).view(9, 2, -1) for projection in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        assert k.max() > 100, "exponentials of such keys do not fit fp32"
+        o = torch.zeros(9, 2, 8, dtype=x.dtype)
+        for t in range(9):
+            means = torch.einsum("shk,shv->hkv", torch.softmax(k[: t + 1], 0), v[: t + 1])
+            o[t] = torch.einsum("hk,hkv->hv", F.silu(q[t]), means) * 6**-0.5
+        o = o.flatten(1)
+        o = o / (o.square().mean(-1, keepdim=True) + mixer.o_norm.eps).sqrt() * mixer.o_norm.weight
+        o = o * F.silu(mixer.g_b_proj(mixer.g_a_proj(x)))
+        torch.testing.assert_close(run(mixer, x[None])[0], mixer.o_proj(o))
+        fp32 = run(mixer.float(), x[None].float())[0]
+        torch.testing.assert_close(fp32.double(), mixer.o_proj(o.float()).double(), rtol=1e-4, atol=1e-4)
+
+
 def test_wide_values_of_rodimus_in_parts_are_the_values_in_one():
     torch.manual_seed(0)
     mixer = build_mixer(RodimusConfig(expand=8, key_dim=4, value_rank=3), context()).double()
@@ -86,6 +104,17 @@ def test_phases_of_long_documents_keep_their_precision():
     assert abs(cos[0, -1, 0].double() - exact) < 1e-3  # a sum of angles in fp32 is off by more
 
 
+def test_all_projections_of_lightnet_start_alike():
+    torch.manual_seed(0)
+    mixer = build_mixer(LightNetConfig(num_heads=4, head_dim=32), context())
+    mixer.init_weights(0.02)
+    for name, parameter in mixer.named_parameters():
+        if name == "o_norm.weight":
+            assert torch.equal(parameter, torch.ones_like(parameter))
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.06), name
+
+
 def test_the_start_of_rodimus_is_the_published_one():
     torch.manual_seed(0)
     mixer = build_mixer(RodimusConfig(key_dim=256), context())
@@ -104,6 +133,7 @@ def test_the_start_of_rodimus_is_the_published_one():
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: GateLoopConfig(num_heads=0, head_dim=4), "num_heads: must be positive"),
+    (lambda: LightNetConfig(num_heads=2, head_dim=4, output_gate_rank=0), "output_gate_rank: must be positive"),
     (lambda: RodimusConfig(key_dim=0), "key_dim: must be positive"),
     (lambda: RodimusConfig(conv_size=1), "conv_size: is not a convolution"),
 ])

@@ -33,6 +33,8 @@ from hybridlm.model.mixers.hgrn2 import HGRN2 as HGRN2
 from hybridlm.model.mixers.hgrn2 import HGRN2Config as HGRN2Config
 from hybridlm.model.mixers.kernel_attention import KernelAttention as KernelAttention
 from hybridlm.model.mixers.kernel_attention import KernelAttentionConfig as KernelAttentionConfig
+from hybridlm.model.mixers.lightnet import LightNet as LightNet
+from hybridlm.model.mixers.lightnet import LightNetConfig as LightNetConfig
 from hybridlm.model.mixers.linear_attention import LinearAttention as LinearAttention
 from hybridlm.model.mixers.linear_attention import LinearAttentionConfig as LinearAttentionConfig
 from hybridlm.model.mixers.mamba import Mamba as Mamba

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.cumulative_softmax import cumulative_softmax
+from hybridlm.model.mixers.common.cumulative_softmax import cumulative_softmax, cumulative_softmax_traffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.matrix_state import (
     compute_decay_from_start,
@@ -32,7 +32,6 @@ from hybridlm.model.mixers.common.matrix_state import (
     read_incoming_state,
     scan_matrix_state,
 )
-from hybridlm.model.mixers.common.scan import scan_traffic
 from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, register_mixer
@@ -61,7 +60,7 @@ class GatedSlotsConfig(StateHeadsConfig):
         norm_eps: of the output norm; null takes the model's.
 
     Raises:
-        ConfigError: a size that is not positive, or a logit whose exponential fp32 does not hold.
+        ConfigError: a size that is not positive.
     """
 
     kind: str = "gated_slots"
@@ -76,11 +75,10 @@ class GatedSlotsConfig(StateHeadsConfig):
     norm_eps: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("num_heads", "head_dim", "value_head_dim", "num_slots", "gate_normalizer", "norm_eps"):
+        for key in ("num_heads", "head_dim", "value_head_dim", "num_slots", "gate_normalizer", "max_logit",
+                    "norm_eps"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
-        require(0 < self.max_logit <= 64, "max_logit", "must keep sums of exponentials in fp32", got=self.max_logit,
-                expected="above 0, at most 64")
         self.rope.check(self.head_dim, "head_dim")
 
     @property
@@ -113,7 +111,7 @@ class GatedSlotsConfig(StateHeadsConfig):
                 "recurrence": 5.0 * self.slots * (self.head_dim + self.value_dim + 1)}
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        """Bytes of the slots' keys and values in fp32; ABC keeps two sums per slot beside them."""
+        """Bytes of the slots' keys and values in fp32; ABC keeps a sum and a maximum per slot beside them."""
         sums = 2 if self.rule == "abc" else 0
         return FP32_BYTES * self.slots * (self.head_dim + self.value_dim + sums)
 
@@ -130,13 +128,12 @@ class GatedSlotsConfig(StateHeadsConfig):
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        """Bytes in fp32 of the slots at the end of a shard and what it keeps of those before; ABC's sums likewise."""
+        """Bytes of the slots at the end of a shard, of what it keeps of those before, and of ABC's softmax, in fp32."""
         gathered = [matrix_traffic(rows, self.num_heads, dim, self.num_slots, self.slots)
                     for dim in (self.head_dim, self.value_dim)]
         if self.rule == "gsa":
             return gathered
-        tail = rows * FP32_BYTES * self.slots
-        return [*gathered, scan_traffic(rows, self.slots), ShardTraffic("from_previous", tail, tail)]
+        return [*gathered, *cumulative_softmax_traffic(rows, self.slots)]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)

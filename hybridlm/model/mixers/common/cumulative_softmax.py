@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.model.decode_state import TensorState
-from hybridlm.model.mixers.common.scan import scan_tokens
+from hybridlm.model.layer_context import ShardTraffic
+from hybridlm.model.mixers.common.scan import FP32_BYTES, maxima_traffic, scan_maxima, scan_tokens, scan_traffic
 from hybridlm.model.mixers.common.token_shift import previous_tokens
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels.precision import wide
 
 
 def cumulative_softmax(logits_BTC: Tensor, seq: SequenceInfo,
@@ -22,12 +24,13 @@ def cumulative_softmax(logits_BTC: Tensor, seq: SequenceInfo,
         z_t = log(e^{s_1} + ... + e^{s_t});   w_t = e^{s_t - z_t};   g_t = z_{t-1} - z_t
         S_t = e^{g_t} S_{t-1} + w_t v_t   is then   sum_{j<=t} e^{s_j - z_t} v_j
 
-    No maximum over the row is taken, so that a token sees no later one; exponentials have to fit fp32.
+    Sums of exponentials are divided by that of the largest logit so far, on which w and g do not depend: logits of any
+    size are allowed, and a token sees no later one.
 
     Args:
-        logits_BTC: logits s, bounded to some tens either way.
+        logits_BTC: logits s.
         seq: borders of the documents, at each of which the softmax starts anew, and the shard of the rows held here.
-        state: decode state that holds the sums of the earlier tokens.
+        state: decode state, which keeps `sums` and `max` of the earlier tokens.
 
     Returns:
         w and g [B, T, C] in fp32 at least; w = 1 and g = 0 at the first token of a document.
@@ -38,12 +41,20 @@ def cumulative_softmax(logits_BTC: Tensor, seq: SequenceInfo,
     >>> weights.flatten(), decays.exp().flatten()
     (tensor([1.0000, 0.5000, 0.3333]), tensor([1.0000, 0.5000, 0.6667]))
     """
-    logits_BTC = logits_BTC.to(torch.promote_types(logits_BTC.dtype, torch.float32))
-    weights_BTC = logits_BTC.exp()
-    sums_BTC = scan_tokens(weights_BTC, torch.ones_like(weights_BTC), seq, state, "sums")
-    before_BTC = previous_tokens(sums_BTC, seq, state, "sum_before")
+    logits_BTC = wide(logits_BTC)
+    largest_BTC, before_BTC = scan_maxima(logits_BTC, torch.zeros_like(logits_BTC), seq, state)
+    start = {} if state is None or "sums" not in state.tensors else {"sums": state.tensors["sums"]}
+    sums_BTC = scan_tokens((logits_BTC - largest_BTC).exp(), (before_BTC - largest_BTC).exp(), seq, state, "sums")
+    last_BTC = previous_tokens(sums_BTC, seq, TensorState(start), "sums")
     first_BT1 = (seq.positions_BT == 0)[..., None]
-    # Both from the distance to the sum so far: no two large numbers are subtracted.
-    ahead_BTC = logits_BTC - torch.where(first_BT1, 1.0, before_BTC).log()
+    # Both from the distance to the logarithm of the sum so far: no two large numbers are subtracted.
+    distance_BTC = logits_BTC - torch.where(first_BT1, 0.0, before_BTC)
+    ahead_BTC = distance_BTC - torch.where(first_BT1, 1.0, last_BTC).log()
     return (torch.where(first_BT1, 1.0, ahead_BTC.sigmoid()),
             torch.where(first_BT1, 0.0, -F.softplus(ahead_BTC)))
+
+
+def cumulative_softmax_traffic(rows: int, channels: int) -> list[ShardTraffic]:
+    """Bytes that the softmax exchanges between shards of rows: the maxima, the sums, and the last sums again."""
+    tail = FP32_BYTES * rows * channels
+    return [maxima_traffic(rows, channels), scan_traffic(rows, channels), ShardTraffic("from_previous", tail, tail)]
