@@ -6,6 +6,7 @@ Parameters: `mixer_norm`, `mixer`, `feed_forward_norm`, `feed_forward`, then tho
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from hybridlm.model.config import ModelConfig
 from hybridlm.model.decode_state import LayerState
 from hybridlm.model.feed_forward import build_feed_forward
 from hybridlm.model.mixers.contract import Aux, build_mixer
-from hybridlm.model.norm import RMSNorm
-from hybridlm.model.residual import build_residual_branch
+from hybridlm.model.residual import build_branch_norm, build_residual_branch
 from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
 
@@ -30,20 +30,22 @@ class Block(nn.Module):
         config: the config of the model.
         mixer_name: key of `config.mixers`.
         layer_index: index of the layer, which decides its feed-forward.
+        stream_index: how many layers the residual stream has met before; None: `layer_index`.
     """
 
-    def __init__(self, config: ModelConfig, mixer_name: str, layer_index: int):
+    def __init__(self, config: ModelConfig, mixer_name: str, layer_index: int, stream_index: int | None = None):
         super().__init__()
         context = config.layer_context(layer_index)
+        in_stream = context if stream_index is None else replace(context, layer_index=stream_index)
         mixer_branch, feed_forward_branch = config.branches(mixer_name)
         self._compiled: Callable[..., tuple[Stream, dict[str, Aux]]] | None = None
         self.mixer_name = mixer_name
-        self.mixer_norm = RMSNorm.of(context.norm, context.hidden_size)
+        self.mixer_norm = build_branch_norm(config.residual, in_stream)
         self.mixer = build_mixer(config.mixers[mixer_name], context)
-        self.feed_forward_norm = RMSNorm.of(context.norm, context.hidden_size)
+        self.feed_forward_norm = build_branch_norm(config.residual, in_stream)
         self.feed_forward = build_feed_forward(config.feed_forward, context)
-        self.mixer_residual = build_residual_branch(config.residual, mixer_branch, context, "mixer")
-        self.feed_forward_residual = build_residual_branch(config.residual, feed_forward_branch, context,
+        self.mixer_residual = build_residual_branch(config.residual, mixer_branch, in_stream, "mixer")
+        self.feed_forward_residual = build_residual_branch(config.residual, feed_forward_branch, in_stream,
                                                            "feed_forward")
 
     def compile_layer(self) -> None:

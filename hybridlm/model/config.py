@@ -129,6 +129,10 @@ class ModelConfig:
         return replace(self, hidden_size=hidden_size or self.hidden_size, num_layers=num_layers or self.num_layers,
                        mixers=mixers, feed_forward=self.feed_forward.at_width(factor))
 
+    def mtp_context(self) -> LayerContext:
+        """The facts that the residual of a block of multi-token prediction is told: a stream of one layer."""
+        return replace(self.layer_context(0), num_layers=1)
+
     def _check_sharing(self) -> None:
         """Refuse a layer that reads from another one which leaves nothing of the kind."""
         blocks = [*enumerate(self.layers())]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.layer_context import LayerContext
+from hybridlm.model.residual import BRANCH_NAMES
 
 BACKWARD = 2.0  # FLOPs of the backward pass over those of the forward: one product for inputs, one for weights
 
@@ -91,10 +93,10 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     """
     layers = [_layer_cost(config, index, name) for index, name in enumerate(config.layers())]
     table = config.vocab_size * config.hidden_size
-    block = _layer_cost(config, *mtp_block(config))
+    block = _layer_cost(config, *mtp_block(config), config.mtp_context())
     residual = config.residual.num_params(config.layer_context(0))
     # Two norms and a projection in, one norm out, and a residual; embedding and head are the model's.
-    around = 2 * config.hidden_size**2 + 3 * config.hidden_size + residual
+    around = 2 * config.hidden_size**2 + 3 * config.hidden_size + config.residual.num_params(config.mtp_context())
     return ParameterCount(layers=layers, embedding=table, head=0 if config.tie_embeddings else table,
                           norm=config.hidden_size, residual=residual, mtp=config.mtp.depth * (around + block.params),
                           mtp_active=config.mtp.depth * (around + block.active),
@@ -117,10 +119,14 @@ def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True)
     for index, name in enumerate(config.layers()):
         for part, flops in _layer_flops(config, index, name, context_length):
             parts[part] = parts.get(part, 0.0) + flops
+    if end := config.residual.end_flops_per_token(config.layer_context(0)):
+        parts["residual"] = parts.get("residual", 0.0) + end
     head = 2.0 * config.hidden_size * config.vocab_size
     parts["head"] = head
     if mtp and config.mtp.depth:
-        block = sum(flops for _, flops in _layer_flops(config, *mtp_block(config), context_length))
+        stream = config.mtp_context()
+        block = sum(flops for _, flops in _layer_flops(config, *mtp_block(config), context_length, stream))
+        block += config.residual.end_flops_per_token(stream)
         parts["mtp"] = config.mtp.depth * (4.0 * config.hidden_size**2 + block + head)
     return parts
 
@@ -171,26 +177,30 @@ def decode_state_bytes(config: ModelConfig, context_length: int, element_bytes: 
     return total
 
 
-def _layer_cost(config: ModelConfig, index: int, name: str) -> LayerCost:
+def _layer_cost(config: ModelConfig, index: int, name: str, stream: LayerContext | None = None) -> LayerCost:
+    """Parameters of a layer; `stream` is what its residual is told, None: the context of the layer."""
     mixer = config.mixers[name]
     feed_forward = config.feed_forward
     context = config.layer_context(index)
+    stream = stream or context
+    residual = config.residual
     try:
         return LayerCost(
             index=index, mixer=name, kind=mixer.kind, feed_forward=feed_forward.layer_kind(index),
             mixer_params=mixer.num_params(context), feed_forward_params=feed_forward.num_params(context),
             feed_forward_active=feed_forward.num_params(context, active=True),
-            routed_params=feed_forward.routed_params(context), norm_params=2 * config.hidden_size,
-            residual_params=2 * config.residual.branch_params(context))
+            routed_params=feed_forward.routed_params(context), norm_params=2 * residual.norm_params(stream),
+            residual_params=sum(residual.branch_params(stream, branch) for branch in BRANCH_NAMES))
     except ConfigError as error:
         raise error.within("model") from None
 
 
-def _layer_flops(config: ModelConfig, index: int, name: str, context_length: int) -> Iterator[tuple[str, float]]:
+def _layer_flops(config: ModelConfig, index: int, name: str, context_length: int,
+                 stream: LayerContext | None = None) -> Iterator[tuple[str, float]]:
     context = config.layer_context(index)
     for part, flops in config.mixers[name].flops_per_token(context, context_length).items():
         yield f"{name}.{part}", flops
     for part, flops in config.feed_forward.flops_per_token(context).items():
         yield f"feed_forward.{part}", flops
-    if residual := 2 * config.residual.flops_per_token(context):
+    if residual := sum(config.residual.flops_per_token(stream or context, branch) for branch in BRANCH_NAMES):
         yield "residual", residual

@@ -13,6 +13,8 @@ from typing import Literal
 
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
+from hybridlm.model.layer_context import LayerContext
+from hybridlm.model.residual import BRANCH_NAMES
 
 FP32_BYTES = 4  # bytes per element
 Precision = Literal["fp32", "bf16"]
@@ -65,19 +67,21 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpoi
     """
     D = config.hidden_size
     layers = config.layers()
-    stream = config.residual.stream_bytes(config.layer_context(0))
+    streams = sum(config.residual.stream_bytes(config.layer_context(index)) for index in range(config.num_layers))
     each = [_layer_bytes(config, index, name, element_bytes) for index, name in enumerate(layers)]
     # Final norm and head: the stream, its norm, and the gradient that the fused loss computes in the forward.
     head = D * (2 * FP32_BYTES + element_bytes)
-    kept = max(each) + len(each) * stream if checkpointing else sum(each)
+    kept = max(each) + streams if checkpointing else sum(each)
     if config.mtp.depth:
-        block = _layer_bytes(config, *mtp_block(config), element_bytes)
+        block = _layer_bytes(config, *mtp_block(config), element_bytes, config.mtp_context())
         kept += config.mtp.depth * (block + 4 * D * element_bytes + head)
     return kept + head
 
 
-def _layer_bytes(config: ModelConfig, index: int, name: str, element: int) -> float:
+def _layer_bytes(config: ModelConfig, index: int, name: str, element: int,
+                 stream: LayerContext | None = None) -> float:
+    """Bytes per token of one layer; `stream` is what its residual is told, None: the context of the layer."""
     context = config.layer_context(index)
-    return (2 * config.residual.activation_bytes(context, element)
+    return (sum(config.residual.activation_bytes(stream or context, element, branch) for branch in BRANCH_NAMES)
             + config.mixers[name].activation_bytes(context, element)
             + config.feed_forward.activation_bytes(context, element))

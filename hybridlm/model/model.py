@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.activation_checkpointing import run_checkpointed
 from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.context_parallel import ShardGroup
@@ -20,6 +19,8 @@ from hybridlm.model.decode_plan import find_plan
 from hybridlm.model.feed_forward.contract import ExpertStack, FeedForward
 from hybridlm.model.fp32_parameters import KeepsFP32, widen_fp32_tensors
 from hybridlm.model.init import init_weights
+from hybridlm.model.inputs import check_tokens
+from hybridlm.model.layer_stack import run_layer, run_layers
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.output import AuxTotals, GlobalBatch, ModelOutput, ModelState
@@ -28,9 +29,8 @@ from hybridlm.model.padding import TextTokens, text_before_last_label
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.parametrization import ParameterScale, compare_shapes
 from hybridlm.model.residual import build_residual
-from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm.model.targets import IGNORE, build_targets, tokens_ahead
+from hybridlm.model.targets import IGNORE, check_targets, tokens_ahead
 from hybridlm.model.training_watch import TrainingWatch
 from hybridlm_kernels import CuSeqlens
 
@@ -128,7 +128,7 @@ class HybridLM(nn.Module):
             >>> int(model(ids, labels=ids, cu_seqlens=[0, 4, 6, 12]).num_tokens)  # one less per document
             9
         """
-        tokens = self._check_tokens(input_ids, inputs_embeds)
+        tokens = check_tokens(input_ids, inputs_embeds, self.config)
         batch_and_length = tokens.shape[:2]
         if text_mask is not None and text_mask.shape != batch_and_length:
             raise ValueError(f"text_mask must be {list(batch_and_length)}; got {list(text_mask.shape)}")
@@ -145,7 +145,7 @@ class HybridLM(nn.Module):
                                           return_hidden_states=return_hidden_states)
         seq = self._sequence(batch_and_length, tokens.device, cu_seqlens, state)
         seq.token_ids_BT = input_ids
-        targets = self._targets(batch_and_length, labels, targets, seq.cu_seqlens)
+        targets = check_targets(batch_and_length, labels, targets, seq.cu_seqlens, self.config.mtp.depth)
         if targets is not None and state is not None:
             raise ValueError("a decode state cannot be trained through: pass labels or targets without state")
         following = self._tokens_for_mtp(input_ids, targets, seq)
@@ -158,23 +158,21 @@ class HybridLM(nn.Module):
             seq = seq.shard_rows(self.shard_group)
         totals = AuxTotals()
         tokens = seq.local_tokens(tokens)
-        stream = self.residual.start(self.embed(tokens) if inputs_embeds is None else tokens)
-        hidden = [self.residual.end(stream)] if return_hidden_states else []
+        embedding_BTD = self.embed(tokens) if inputs_embeds is None else tokens
         plan = None
         if state is not None and batch_and_length[1] == 1 and not return_hidden_states:
             plan = find_plan(self, self.layers, self.norm, tokens.device)  # type: ignore[arg-type]
+        hidden: list[Tensor] | None = [] if return_hidden_states else None
         if plan is not None and state is not None:
-            x_BTD = plan.norm(self.residual.end(plan.run(stream, seq, state.layers)))
+            x_BTD = plan.norm(self.residual.end(plan.run(self.residual.start(embedding_BTD), seq, state.layers)))
         else:
-            for i, layer in enumerate(self.layers):
-                stream = self._run(layer, str(i), stream, seq, totals, *([] if state is None else [state.layers[i]]))
-                if return_hidden_states:
-                    hidden.append(self.residual.end(stream))
-            x_BTD = self.norm(self.residual.end(stream))
+            x_BTD = self.norm(run_layers(self.layers, self.residual, embedding_BTD, seq, totals,
+                                         None if state is None else state.layers, hidden,
+                                         self.activation_checkpointing))
         if state is not None:
             state.length += batch_and_length[1]
         output = ModelOutput(state=state)
-        if return_hidden_states:
+        if hidden is not None:
             output.hidden_states = (*hidden[:-1], x_BTD)
         if targets is not None:
             following = [seq.local_tokens(ids) for ids in following]
@@ -313,7 +311,7 @@ class HybridLM(nn.Module):
         if labels is not None:
             labels = labels.masked_fill(~text_mask, IGNORE)
         borders = None if cu_seqlens is None else CuSeqlens.of(cu_seqlens, text_mask.device)
-        targets = self._targets(text_mask.shape, labels, targets, borders)
+        targets = check_targets(text_mask.shape, labels, targets, borders, self.config.mtp.depth)
         packed_ids, packed_embeds, packed_targets = (None if x is None else text.pack(x)
                                                      for x in (input_ids, inputs_embeds, targets))
         # Of the class: an engine may have put a forward of its own, with another result, over the model's.
@@ -325,27 +323,6 @@ class HybridLM(nn.Module):
         if output.hidden_states is not None:
             output.hidden_states = tuple(text.unpack(x) for x in output.hidden_states)
         return output
-
-    def _check_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """The one of both that was given: token ids [B, T], or embeddings [B, T, D]."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass input_ids or inputs_embeds, and not both")
-        if inputs_embeds is not None:
-            width = self.config.hidden_size
-            if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != width:
-                raise ValueError(f"inputs_embeds must be [batch, time, {width}] with at least one token; got "
-                                 f"{list(inputs_embeds.shape)}")
-            return inputs_embeds
-        assert input_ids is not None
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(f"input_ids must be [batch, time] with at least one token; got {list(input_ids.shape)}")
-        # On a GPU looking costs a synchronisation, and a compiled graph cannot look.
-        if input_ids.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
-            least, most = (int(end) for end in input_ids.aminmax())
-            if least < 0 or most >= self.config.vocab_size:
-                raise ValueError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary; "
-                                 f"got {least if least < 0 else most}")
-        return input_ids
 
     def _sequence(self, batch_and_length: torch.Size, device: torch.device, cu_seqlens: DocumentBorders | None,
                   state: ModelState | None) -> SequenceInfo:
@@ -366,20 +343,6 @@ class HybridLM(nn.Module):
             torch._dynamo.maybe_mark_dynamic(borders.table, 0)
         return SequenceInfo.make(batch, length, device, borders)
 
-    def _targets(self, batch_and_length: torch.Size, labels: Tensor | None, targets: Tensor | None,
-                 cu_seqlens: CuSeqlens | None) -> Tensor | None:
-        depth = self.config.mtp.depth
-        if labels is not None:
-            if targets is not None:
-                raise ValueError("labels and targets say the same thing: pass one of them")
-            if labels.shape != batch_and_length:
-                raise ValueError(f"labels must be {list(batch_and_length)}; got {list(labels.shape)}")
-            return build_targets(labels, depth, cu_seqlens)
-        if targets is not None and targets.shape != (*batch_and_length, 1 + depth):
-            raise ValueError(f"targets must be [batch, time, 1 + mtp.depth] = {[*batch_and_length, 1 + depth]}; "
-                             f"got {list(targets.shape)}")
-        return targets
-
     def _tokens_for_mtp(self, input_ids: Tensor | None, targets: Tensor | None, seq: SequenceInfo) -> list[Tensor]:
         """The tokens ahead that each module of multi-token prediction gets, [B, T] per module."""
         if targets is None or not self.config.mtp.depth:
@@ -388,23 +351,6 @@ class HybridLM(nn.Module):
             raise ValueError("multi-token prediction embeds the tokens ahead: train it with input_ids, or without "
                              "inputs_embeds")
         return [tokens_ahead(input_ids, targets, k, seq.cu_seqlens) for k in range(1, self.config.mtp.depth + 1)]
-
-    def _run(self, module: nn.Module, label: str, stream: Stream, seq: SequenceInfo, totals: AuxTotals,
-             *extra: Any) -> Stream:
-        """Run one layer, under activation checkpointing if that is on.
-
-        Its aux goes to `totals` and its loads to its buffers, once, however often the layer is computed again.
-        """
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            stream, aux = run_checkpointed(module, stream, seq, *extra)
-        else:
-            stream, aux = module(stream, seq, *extra)
-        block = cast(Block, module.block if isinstance(module, MTPModule) else module)
-        totals.add(block.mixer, aux["mixer"], label)
-        totals.add(block.feed_forward, aux["feed_forward"], label)
-        if self.training:
-            block.record(aux)
-        return stream
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, targets_BTd: Tensor, following: list[Tensor],
                 seq: SequenceInfo, totals: AuxTotals, global_batch: GlobalBatch | None) -> None:
@@ -421,7 +367,8 @@ class HybridLM(nn.Module):
         if config.mtp.depth:
             by_depth = []
             for k, (module, ahead_BT) in enumerate(zip(self.mtp, following, strict=True), start=1):
-                x_BTD = self._run(module, f"mtp{k}", x_BTD, seq, totals, self.embed(ahead_BT))
+                x_BTD = run_layer(module, f"mtp{k}", x_BTD, seq, totals, self.activation_checkpointing,
+                                  self.embed(ahead_BT))
                 by_depth.append(self._cross_entropy(x_BTD, targets_BTd[..., k], counts[k])[0])
             losses["mtp"] = torch.stack(by_depth).mean()
             loss = loss + weights.get("mtp", config.mtp.loss_weight) * losses["mtp"]

@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import nn
 
-RoleKind = Literal["matrix", "head_matrix", "expert_stack", "router", "vector", "convolution", "embedding",
-                   "output_head"]
+RoleKind = Literal["matrix", "head_matrix", "expert_stack", "router", "stream_mixing", "vector", "convolution",
+                   "embedding", "output_head"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class ParameterRole:
     head_matrix   the same, its rows being `heads` blocks of equal size, one per head
     expert_stack  3-D weights of routed experts [E, A, B]: one matrix per expert
     router        2-D weight that scores experts
+    stream_mixing 2-D weight from which a residual of several streams computes how they are mixed
     vector        norms, biases, per-head numbers, and matrices of one row or one column
     convolution   2-D weight of a depthwise convolution [channels, taps]: one vector per channel
     embedding     the token embedding, also when it is tied to the output head

@@ -83,3 +83,32 @@ def tokens_ahead(input_ids_BT: Tensor, targets_BTd: Tensor, steps: int,
     shifted_BT, inside_BT = shift_within_documents(input_ids_BT, steps, cu_seqlens)
     known_BT = targets_BTd[..., steps - 1]
     return torch.where(inside_BT | (known_BT < 0), shifted_BT, known_BT)
+
+
+def check_targets(batch_and_length: torch.Size, labels: Tensor | None, targets: Tensor | None,
+                  cu_seqlens: CuSeqlens | None, depth: int) -> Tensor | None:
+    """Make targets of labels, or check those that were given.
+
+    Args:
+        batch_and_length: B and T of the tokens.
+        labels: int64 [B, T], not shifted, or None.
+        targets: int64 [B, T, 1 + depth], or None.
+        cu_seqlens: borders of the documents; None: each row is one.
+        depth: of multi-token prediction.
+
+    Returns:
+        Targets [B, T, 1 + depth], or None where neither was given.
+
+    Raises:
+        ValueError: both were given, or one of another shape.
+    """
+    if labels is not None:
+        if targets is not None:
+            raise ValueError("labels and targets say the same thing: pass one of them")
+        if labels.shape != batch_and_length:
+            raise ValueError(f"labels must be {list(batch_and_length)}; got {list(labels.shape)}")
+        return build_targets(labels, depth, cu_seqlens)
+    if targets is not None and targets.shape != (*batch_and_length, 1 + depth):
+        raise ValueError(f"targets must be [batch, time, 1 + mtp.depth] = {[*batch_and_length, 1 + depth]}; "
+                         f"got {list(targets.shape)}")
+    return targets

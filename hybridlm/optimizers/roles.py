@@ -2,9 +2,9 @@
 
 Modules say the roles (hybridlm/model/parameter_roles.py). Weight decay applies to
 
-  matrix, head_matrix, expert_stack, router, output_head      yes
-  embedding (also when tied to the head)                      no
-  vector, convolution                                         no
+  matrix, head_matrix, expert_stack, router, stream_mixing, output_head      yes
+  embedding (also when tied to the head)                                     no
+  vector, convolution                                                        no
 
 Embeddings do not decay because that shrinks those of rare tokens, whose gradients do not hold against it (as in
 OLMo 2, arXiv 2501.00656).
@@ -16,7 +16,7 @@ from torch import nn
 
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 
-DECAYED_ROLES = ("matrix", "head_matrix", "expert_stack", "router", "output_head")
+DECAYED_ROLES = ("matrix", "head_matrix", "expert_stack", "router", "stream_mixing", "output_head")
 VECTOR_ROLES = ("vector", "convolution")
 
 

@@ -25,6 +25,7 @@ from hybridlm_kernels.ops.selected_attention import selected_attention as select
 from hybridlm_kernels.ops.selective_scan import selective_scan as selective_scan
 from hybridlm_kernels.ops.short_conv import short_conv as short_conv
 from hybridlm_kernels.ops.simplicial_attention import simplicial_attention as simplicial_attention
+from hybridlm_kernels.ops.sinkhorn import sinkhorn as sinkhorn
 from hybridlm_kernels.ops.slstm import slstm as slstm
 from hybridlm_kernels.ops.sparse_attention import indexer_topk as indexer_topk
 from hybridlm_kernels.ops.sparse_attention import sparse_attention as sparse_attention

@@ -26,10 +26,10 @@ class TwoStreamsConfig(ResidualConfig):
     def num_params(self, context):
         return 2
 
-    def branch_params(self, context):
+    def branch_params(self, context, branch):
         return 2 + 2 * context.hidden_size
 
-    def flops_per_token(self, context):
+    def flops_per_token(self, context, branch):
         return 4.0 * context.hidden_size
 
     def stream_bytes(self, context):

@@ -25,6 +25,7 @@ from hybridlm.model.residual.branch import BranchConfig
 
 Stream = Any  # [B, T, D] in the form `single`; a value that holds tensors in any form
 BranchName = Literal["mixer", "feed_forward"]
+BRANCH_NAMES: tuple[BranchName, ...] = ("mixer", "feed_forward")  # of a layer, in their order
 FP32_BYTES = 4  # bytes per element of a stream, which stays in fp32 under bf16 autocast
 
 
@@ -45,22 +46,45 @@ class ResidualConfig:
         """Number of parameters of the residual itself, outside the layers."""
         return 0
 
-    def branch_params(self, context: LayerContext) -> int:
-        """Number of parameters of the residual for one branch of a layer, without the norm of the branch."""
+    def branch_params(self, context: LayerContext, branch: BranchName) -> int:
+        """Number of parameters of the residual for one branch of a layer, without the norm of the branch.
+
+        Args:
+            context: the layer; `context.layer_index` counts the layers of the residual's stream.
+            branch: which of the layer's branches.
+        """
         return 0
 
-    def flops_per_token(self, context: LayerContext) -> float:
-        """Forward FLOPs per token for one branch; element-wise work is left out, as everywhere."""
+    def norm_params(self, context: LayerContext) -> int:
+        """Number of weights of the norm of one branch, which `ResidualBranch.build_norm` makes."""
+        return context.hidden_size
+
+    def flops_per_token(self, context: LayerContext, branch: BranchName) -> float:
+        """Forward FLOPs per token of the products for one branch of a layer; element-wise work is left out.
+
+        Args:
+            context: the layer, as for `branch_params`.
+            branch: which of the layer's branches.
+        """
+        return 0.0
+
+    def end_flops_per_token(self, context: LayerContext) -> float:
+        """Forward FLOPs per token of ending a stream of `context.num_layers` layers."""
         return 0.0
 
     def stream_bytes(self, context: LayerContext) -> float:
-        """Bytes per token of the stream between two layers: what activation checkpointing keeps per layer."""
+        """Bytes per token of the stream before a layer: what activation checkpointing keeps of each."""
         return float(FP32_BYTES * context.hidden_size)
 
-    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
-        """Bytes per token that one branch keeps for the backward pass, its norm included.
+    def activation_bytes(self, context: LayerContext, element_bytes: int, branch: BranchName) -> float:
+        """Bytes per token that one branch of a layer keeps for the backward pass, its norm included.
 
-        By default the stream before it, and the normed input in the dtype of matrix products (`element_bytes`).
+        By default the stream before it, and the normed input in the dtype of matrix products.
+
+        Args:
+            context: the layer, as for `branch_params`.
+            element_bytes: bytes per element of an activation, 2 under bf16.
+            branch: which of the layer's branches.
         """
         return self.stream_bytes(context) + element_bytes * context.hidden_size
 
@@ -69,10 +93,23 @@ class ResidualBranch(KeepsFP32, ABC):
     """Joins one branch of one layer to the stream. It may have parameters of its own.
 
     `fp32_parameters` are names of parameters, or their last parts, that stay in fp32 (`KeepsFP32`).
+
+    Attributes:
+        beta: factor of the branch's output, which `write` applies (`scaled`).
     """
 
     def __init__(self, config: ResidualConfig, branch: BranchConfig, context: LayerContext, name: BranchName):
         super().__init__()
+        self.beta = branch.beta
+
+    def scaled(self, output_BTD: Tensor) -> Tensor:
+        """The output of the branch times `beta`."""
+        return output_BTD if self.beta == 1.0 else self.beta * output_BTD
+
+    @classmethod
+    def build_norm(cls, config: ResidualConfig, context: LayerContext) -> RMSNorm:
+        """Build the norm of one branch; by default over one hidden state [B, T, D]."""
+        return RMSNorm.of(context.norm, context.hidden_size)
 
     @abstractmethod
     def read(self, stream: Stream, norm: RMSNorm) -> tuple[Tensor, Any]:
@@ -114,6 +151,7 @@ class Residual(KeepsFP32, ABC):
     """
 
     branch: ClassVar[type[ResidualBranch]]
+
     def __init__(self, config: ResidualConfig, context: LayerContext):
         super().__init__()
 
@@ -155,3 +193,8 @@ def build_residual_branch(config: ResidualConfig, branch: BranchConfig, context:
                           name: BranchName) -> ResidualBranch:
     """Build the module that joins the mixer or the feed-forward of layer `context.layer_index` to the stream."""
     return RESIDUALS.implementation(config.form).branch(config, branch, context, name)
+
+
+def build_branch_norm(config: ResidualConfig, context: LayerContext) -> RMSNorm:
+    """Build the norm of a mixer or a feed-forward, as the residual wants it."""
+    return RESIDUALS.implementation(config.form).branch.build_norm(config, context)

@@ -29,7 +29,6 @@ class SingleResidualBranch(ResidualBranch):
         super().__init__(config, branch, context, name)
         self.form = branch.form
         self.alpha = branch.alpha
-        self.beta = branch.beta
 
     def read(self, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         if self.form == "post":
@@ -40,7 +39,7 @@ class SingleResidualBranch(ResidualBranch):
     def write(self, kept: Tensor, output_BTD: Tensor, norm: RMSNorm) -> Tensor:
         y_BTD = norm(output_BTD) if self.form == "post" else output_BTD
         h_BTD = kept if self.alpha == 1.0 else self.alpha * kept
-        return h_BTD + (y_BTD if self.beta == 1.0 else self.beta * y_BTD)
+        return h_BTD + self.scaled(y_BTD)
 
     def extra_repr(self) -> str:
         return f"{self.form}, alpha={self.alpha}, beta={self.beta}"

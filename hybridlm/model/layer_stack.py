@@ -1,0 +1,78 @@
+"""The layers of a model, one after the other, between the start and the end of their residual stream.
+
+B rows, T tokens per row, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.model.activation_checkpointing import run_checkpointed
+from hybridlm.model.block import Block
+from hybridlm.model.decode_state import LayerState
+from hybridlm.model.mtp import MTPModule
+from hybridlm.model.output import AuxTotals
+from hybridlm.model.residual.contract import Residual, Stream
+from hybridlm.model.sequence import SequenceInfo
+
+
+def run_layers(layers: nn.ModuleList, residual: Residual, embedding_BTD: Tensor, seq: SequenceInfo, totals: AuxTotals,
+               states: Sequence[LayerState] | None, hidden: list[Tensor] | None, checkpointing: bool) -> Tensor:
+    """Run all layers of a model.
+
+    Args:
+        layers: the layers.
+        residual: begins and ends the stream that goes through them.
+        embedding_BTD: the embedding of the tokens.
+        seq: positions and documents of the tokens.
+        totals: gets the aux of the layers.
+        states: the decode state of each layer, updated in place; None when training.
+        hidden: gets the end of the stream before the first layer and after each one; None: nobody asks for it.
+        checkpointing: whether to keep only the inputs of layers for the backward.
+
+    Returns:
+        The input [B, T, D] of the final norm.
+    """
+    stream = residual.start(embedding_BTD)
+    if hidden is not None:
+        hidden.append(residual.end(stream))
+    for index, layer in enumerate(layers):
+        extra = [] if states is None else [states[index]]
+        stream = run_layer(layer, str(index), stream, seq, totals, checkpointing, *extra)
+        if hidden is not None:
+            hidden.append(residual.end(stream))
+    return residual.end(stream) if hidden is None else hidden[-1]
+
+
+def run_layer(module: nn.Module, label: str, stream: Stream, seq: SequenceInfo, totals: AuxTotals, checkpointing: bool,
+              *extra: Any) -> Stream:
+    """Run one layer, or a module of multi-token prediction, under activation checkpointing if that is on.
+
+    Its aux goes to `totals` and its loads to its buffers, once, however often the layer is computed again.
+
+    Args:
+        module: a `Block`, or an `MTPModule` around one.
+        label: name of the layer in the statistics.
+        stream: what the module gets first.
+        seq: positions and documents of the tokens.
+        totals: gets the aux of the layer.
+        checkpointing: whether to keep only the inputs of the layer for the backward.
+        extra: what else the module gets.
+
+    Returns:
+        The first result of the module.
+    """
+    if checkpointing and module.training and torch.is_grad_enabled():
+        stream, aux = run_checkpointed(module, stream, seq, *extra)
+    else:
+        stream, aux = module(stream, seq, *extra)
+    block = cast(Block, module.block if isinstance(module, MTPModule) else module)
+    totals.add(block.mixer, aux["mixer"], label)
+    totals.add(block.feed_forward, aux["feed_forward"], label)
+    if module.training:
+        block.record(aux)
+    return stream
