@@ -1,9 +1,11 @@
-"""Sequence mixers. Importing this package registers every kind."""
+"""Sequence mixers. Importing this package registers every kind, those of selectors too."""
 
 from hybridlm.model.mixers.aft_simple import AFTSimple as AFTSimple
 from hybridlm.model.mixers.aft_simple import AFTSimpleConfig as AFTSimpleConfig
 from hybridlm.model.mixers.attention import Attention as Attention
 from hybridlm.model.mixers.attention import AttentionConfig as AttentionConfig
+from hybridlm.model.mixers.block_attention import BlockAttention as BlockAttention
+from hybridlm.model.mixers.block_attention import BlockAttentionConfig as BlockAttentionConfig
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer as IndexedMixer
 from hybridlm.model.mixers.common.indexer import IndexerConfig as IndexerConfig
 from hybridlm.model.mixers.contract import MIXERS as MIXERS
@@ -67,6 +69,7 @@ from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6
 from hybridlm.model.mixers.rwkv6 import RWKV6Config as RWKV6Config
 from hybridlm.model.mixers.rwkv7 import RWKV7 as RWKV7
 from hybridlm.model.mixers.rwkv7 import RWKV7Config as RWKV7Config
+from hybridlm.model.mixers.selectors import MeanSelectorConfig as MeanSelectorConfig
 from hybridlm.model.mixers.shared_attention import SharedAttention as SharedAttention
 from hybridlm.model.mixers.shared_attention import SharedAttentionConfig as SharedAttentionConfig
 from hybridlm.model.mixers.simple_gate_loop import SimpleGateLoop as SimpleGateLoop

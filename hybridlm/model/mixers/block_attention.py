@@ -1,0 +1,343 @@
+"""Grouped-query softmax attention to the blocks of keys that a selector chooses for each token.
+
+    q_t = rope(norm(W_q x_t)),   k_t = rope(norm(W_k x_t)),   v_t = W_v x_t
+    o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s,    s in the chosen blocks of t's document and in its window, s <= t
+    y_t = W_o (o_t * sigmoid(W_g x_t))
+
+The selector is an option: mean keys (MoBA), overlapping mean keys (InfLLM-v2), bounds (Quest), a distilled gate
+(SeerAttention-R), index heads (MSA of MiniMax-M3, QSA). With `mode: dense` the same weights attend to all keys.
+
+Sources: Lu et al. 2025 (MoBA); Zhao et al. 2025 (InfLLM-v2); arXiv 2606.13392 (MSA); others in the files of selectors.
+B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.errors import require
+from hybridlm.model.decode_state import TokenCache
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.attention_weights import take_grouped_projections
+from hybridlm.model.mixers.common.block_selection import (
+    SELECTORS,
+    BlockBudget,
+    BlockHeads,
+    BlockIndex,
+    Selector,
+    SelectorConfig,
+    SelectorInputs,
+    choose_blocks,
+)
+from hybridlm.model.mixers.common.cost import count_visible_keys
+from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, dense_attention
+from hybridlm.model.mixers.common.entries import EntryCache
+from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
+from hybridlm.model.mixers.common.indexer import AttentionMode, longest_document
+from hybridlm.model.mixers.common.init import init_projections
+from hybridlm.model.mixers.common.key_sharing import HeadNorm
+from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
+from hybridlm.model.mixers.common.selector_loss import Pooling, selector_loss
+from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.norm import RMSNorm
+from hybridlm.model.rope import RopeConfig, rotate
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import selected_attention
+
+
+@dataclass(kw_only=True)
+class BlockAttentionConfig(GroupedHeadsConfig):
+    """Configuration of attention to selected blocks.
+
+    Args:
+        num_heads: query heads H.
+        head_dim: dims per head K.
+        num_kv_heads: key/value heads G; null is `num_heads`.
+        rope: rotary embedding of queries and keys.
+        qk_norm: `head` normalises q and k per head.
+        qk_norm_eps: null takes the model's.
+        output_gate: a sigmoid gate per element or per head of the output.
+        qkv_bias: biases of q_proj, k_proj, v_proj and g_proj.
+        sinks: one learned logit per head that takes part in the softmax and carries no value.
+        selector: scores the blocks.
+        block: tokens per block, counted from the start of the document.
+        topk: blocks that a token reads, its own and those of `first` and `local` included.
+        first: first blocks of the document that are always read.
+        local: newest blocks that are always read, the token's own included. With 0 its own block is read besides the
+            `topk` until it is complete, and competes from then on.
+        local_window: a token also reads so many of the last tokens, in the same softmax; blocks inside it do not
+            compete.
+        target: attention that a learning selector follows is pooled over a block by its `max` or its `sum`.
+        mode: `dense` attends to all keys with the same weights, as before a stage of sparse training.
+    """
+
+    kind: str = "block_attention"
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qk_norm: HeadNorm = "none"
+    qk_norm_eps: float | None = None
+    output_gate: OutputGate = "none"
+    qkv_bias: bool = False
+    sinks: bool = False
+    selector: SelectorConfig = field(default_factory=lambda: SELECTORS.default_config())
+    block: int = 64
+    topk: int = 16
+    first: int = 0
+    local: int = 1
+    local_window: int | None = None
+    target: Pooling = "max"
+    mode: AttentionMode = "sparse"
+    loss_names: ClassVar[tuple[str, ...]] = ("selector_kl",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rope.check(self.head_dim)
+        self.check_window(self.local_window)
+        require(self.qk_norm != "full", "qk_norm", "is per head or none", got=self.qk_norm, expected="head or none")
+        for key in ("block", "topk"):
+            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        for key in ("first", "local"):
+            require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key))
+        require(self.first + self.local <= self.topk, "topk", "must hold the blocks that are always read",
+                got=self.topk, expected=f"at least {self.first + self.local}")
+        self.selector.check(self.block_heads)
+
+    @property
+    def block_heads(self) -> BlockHeads:
+        """Sizes that the selector needs."""
+        return BlockHeads(self.num_heads, self.kv_heads, self.head_dim, self.block, self.rope)
+
+    @property
+    def budget(self) -> BlockBudget:
+        """Number of blocks that are read."""
+        return BlockBudget(self.topk, self.first, self.local, self.local_window)
+
+    def num_params(self, context: LayerContext) -> int:
+        D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
+        gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
+        count = D * (2 * H * K + 2 * G * K + gate) + (H * K + 2 * G * K + gate) * self.qkv_bias + H * self.sinks
+        count += 2 * K * (self.qk_norm == "head")
+        return count + self.selector.num_params(context, self.block_heads)
+
+    def _selects(self, context_length: int) -> bool:
+        return self.mode == "sparse" and context_length > self.topk * self.block
+
+    def read_keys(self, context_length: int) -> float:
+        """Mean number of keys that a token reads."""
+        if not self._selects(context_length):
+            return count_visible_keys(context_length)
+        limit = self.topk * self.block + (self.local_window or 0)
+        return count_visible_keys(context_length, min(limit, context_length))
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
+        gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
+        parts = {"projections": 2.0 * D * (2 * H * K + 2 * G * K + gate),
+                 "attention": 4.0 * H * K * self.read_keys(context_length)}
+        if self._selects(context_length):
+            parts["selector"] = sum(self.selector.flops_per_token(context, self.block_heads, context_length).values())
+        return parts
+
+    def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        return self.flops_per_token(context, context_length).get("selector", 0.0)
+
+    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        """Scores of dense attention for the targets; scores of the selector forward, again and backward."""
+        if self.selector.kl_weight == 0:
+            return 0.0
+        parts = self.selector.flops_per_token(context, self.block_heads, context_length)
+        dense = 2.0 * self.num_heads * self.head_dim * count_visible_keys(context_length)
+        return dense + 2.0 * parts.get("projections", 0.0) + 4.0 * parts["scores"]
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        numbers = context_length * 2 * self.kv_heads * self.head_dim
+        if self.mode == "sparse":
+            numbers += self.selector.state_numbers(self.block_heads, context_length)
+        return numbers * element_bytes
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        queries, keys = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
+        copies = 2 + (self.qk_norm != "none")  # inputs of the norm, of attention, and their order by key head
+        gate = 2 * queries if self.output_gate == "element" else 0
+        lists = 8 * self.selector.lists(self.block_heads) * (self.topk + 1)
+        return element_bytes * (copies * (queries + 2 * keys) + queries + gate) + lists
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        tokens = rows * length * element_bytes
+        keys = tokens * self.kv_heads * self.head_dim
+        numbers, have_gradient = self.selector.feature_numbers(self.block_heads)
+        learns = self.selector.kl_weight > 0
+        features, back = tokens * numbers, tokens * numbers * (have_gradient and learns)
+        if self._selects(length * shards):
+            return [ShardTraffic("gather", 2 * keys + features, 2 * keys + back)]
+        exchanged = tokens * attention_exchange_size(self.num_heads, self.kv_heads, self.head_dim, shards)
+        found = [ShardTraffic("exchange", exchanged, exchanged)]
+        return [*found, ShardTraffic("gather", keys + features, back)] if learns else found
+
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        data["qk_norm_eps"] = None if self.qk_norm == "none" else self.qk_norm_eps or norm.eps
+        data["rope"] = self.rope.canonical(uses_mscale=False)
+        data["selector"] = self.selector.canonical()
+        del data["target"]  # says only how the selector is trained
+        return data
+
+    @classmethod
+    def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """Heads as in the model; blocks of a 64th of its longest context, and an eighth of it to read, at most 4096.
+
+        >>> sizes = BlockAttentionConfig.fill_sizes({"kind": "block_attention"}, ModelSizes(64, max_position=1024))
+        >>> sizes["block"], sizes["topk"]
+        (16, 8)
+        """
+        filled = super().fill_sizes(options, model)
+        if cls.missing_sizes(options):
+            block = filled.setdefault("block", max(4, min(64, model.max_position // 64)))
+            always = filled.get("first", 0) + filled.get("local", 1)
+            filled.setdefault("topk", max(always + 1, min(4096, model.max_position // 8) // block))
+        return filled
+
+    def rotates(self) -> bool:
+        return self.rope.kind != "none"
+
+    def adapted_to(self, old: MixerConfig) -> Self:
+        """The same mixer with the rotation, norm, gate and biases of `old`."""
+        names = ("rope", "qk_norm", "qk_norm_eps", "output_gate", "qkv_bias")
+        return replace(self, **{name: copy.deepcopy(getattr(old, name, getattr(self, name))) for name in names})
+
+    def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
+                             norm: NormConfig) -> dict[str, Tensor]:
+        """All weights of attention with the same heads and norms, else its projections."""
+        same = old.projection_heads() == self.projection_heads() and self.projection_heads()
+        if same and getattr(old, "qk_norm", "none") == self.qk_norm:
+            left_out = ("indexer.", "selector.", "o_proj.bias", *(() if self.sinks else ("sinks",)),
+                        *(() if getattr(old, "output_gate", "none") == self.output_gate else ("g_proj",)))
+            kept = {name: value for name, value in tensors.items() if not name.startswith(left_out)}
+            biases = () if self.qkv_bias else ("q_proj.bias", "k_proj.bias", "v_proj.bias", "g_proj.bias")
+            return {name: value.detach().clone() for name, value in kept.items() if name not in biases}
+        return take_grouped_projections(self, old, tensors, norm, biases=self.qkv_bias)
+
+
+@dataclass
+class BlockAttentionState:
+    """Decode state: keys [B, S, G, K], values [B, S, G, K], and the entries of the selector."""
+
+    keys: TokenCache
+    values: TokenCache
+    entries: EntryCache
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return self.keys.num_bytes + self.values.num_bytes + self.entries.num_bytes
+
+
+@register_mixer("block_attention", BlockAttentionConfig)
+class BlockAttention(SequenceMixer):
+    """The module: q_proj, k_proj, v_proj, o_proj, and by option g_proj, q_norm, k_norm, sinks [H] and selector.
+
+    `attention_mode` and `kl_weight` may be set at any time: attention to all keys or to the selected blocks, and the
+    weight of the selector's loss. `measuring`: report the share of dense attention that is read, in evaluation too.
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight", "k_norm.weight", "sinks")
+
+    def __init__(self, config: BlockAttentionConfig, context: LayerContext):
+        super().__init__()
+        self.config = config
+        D, H, G, K = context.hidden_size, config.num_heads, config.kv_heads, config.head_dim
+        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.g_proj = build_output_gate(config.output_gate, D, H, K, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            self.q_norm, self.k_norm = (RMSNorm.of(context.norm, K, config.qk_norm_eps) for _ in "qk")
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.sinks else None
+        self.selector: Selector = SELECTORS.implementation(config.selector.kind)(config.selector, context,
+                                                                                 config.block_heads)
+        self.rotary_dim = config.rope.rotary_dim(K)
+        self.attention_mode: AttentionMode = config.mode
+        self.kl_weight = config.selector.kl_weight
+        self.measuring = False
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"selector_kl": self.kl_weight}
+
+    def _learns(self) -> bool:
+        return (self.training and torch.is_grad_enabled() and self.kl_weight > 0
+                and any(p.requires_grad for p in self.selector.parameters()))
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo,
+                state: BlockAttentionState | None = None) -> tuple[Tensor, Aux]:
+        raw_q, raw_k = self._heads(self.q_proj(x_BTD), self.q_norm), self._heads(self.k_proj(x_BTD), self.k_norm)
+        q_BTHK, k_BTGK = (rotate(x, self.config.rope, self.rotary_dim, seq) for x in (raw_q, raw_k))
+        v_BSGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
+        k_BSGK = k_BTGK
+        if state is not None:
+            k_BSGK, v_BSGK = state.keys.append(k_BTGK), state.values.append(v_BSGK)
+        keys = k_BSGK.shape[1] if seq.shard is None else seq.shard.history_length
+        sparse = self.attention_mode == "sparse" and longest_document(keys, seq) > self.config.topk * self.config.block
+        learns = state is None and (self._learns() or self.measuring)
+        index = None
+        keeps_entries = state is not None and self.attention_mode == "sparse"
+        if sparse or keeps_entries or learns:
+            inputs = SelectorInputs(x_BTD, q_BTHK, k_BTGK, raw_q, raw_k).detached()
+            with torch.set_grad_enabled(self._learns()):
+                index = self.selector.index(inputs, seq, None if state is None else state.entries)
+        chosen = None
+        if index is not None and (sparse or learns):
+            chosen = choose_blocks(self.selector, index, self.config.budget)
+        if not sparse:
+            o_BTHK = dense_attention(q_BTHK, k_BSGK, v_BSGK, seq, sinks_H=self.sinks)
+            k_BSGK = seq.history(k_BSGK.detach()) if learns else k_BSGK
+        else:
+            assert chosen is not None
+            k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
+            o_BTHK, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, chosen, block=self.config.block,
+                                           window=self.config.local_window, sinks_H=self.sinks,
+                                           cu_seqlens=seq.history_borders)
+        aux = {} if not learns or index is None else self._observe(index, q_BTHK, k_BSGK, seq, chosen, sparse)
+        return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
+
+    def _heads(self, projected_BTX: Tensor, norm: RMSNorm | None) -> Tensor:
+        x_BTHK = projected_BTX.unflatten(-1, (-1, self.config.head_dim))
+        return x_BTHK if norm is None else norm(x_BTHK)
+
+    def _observe(self, index: BlockIndex, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo, chosen: Tensor | None,
+                 sparse: bool) -> Aux:
+        """The loss of a selector that learns, and the share of dense attention that its selection reads."""
+        found = selector_loss(self.selector, index, q_BTHK, k_BSGK, seq, self.config.budget, chosen,
+                              only_chosen=sparse, pooling=self.config.target)
+        loss = found.total / found.pairs.clamp(min=1)
+        if seq.shard is not None:  # in an early shard fewer queries see a block
+            loss = seq.shard.weighted_mean(loss, found.pairs)
+        aux = {"layer/selector_kl": loss.detach(), "layer/selector_recall": found.read / found.queries}
+        return aux | {"loss/selector_kl": loss} if self.config.selector.learns else aux
+
+    def head_rows(self) -> dict[str, int]:
+        heads, groups = self.config.num_heads, self.config.kv_heads
+        return {"q_proj": heads, "k_proj": groups, "v_proj": groups,
+                **({"g_proj": heads} if self.config.output_gate == "element" else {})}
+
+    def output_projection(self) -> tuple[nn.Linear, int]:
+        return self.o_proj, self.config.num_heads
+
+    def new_state(self, batch: int, max_length: int) -> BlockAttentionState:
+        return BlockAttentionState(TokenCache(max_length), TokenCache(max_length), self.selector.new_cache(max_length))
+
+    def init_weights(self, std: float) -> None:
+        init_projections(self, std)
+        if self.sinks is not None:
+            nn.init.normal_(self.sinks, std=std)
+        if self.config.selector.learns:
+            self.selector.init_weights(std)  # type: ignore[operator]

@@ -1,0 +1,153 @@
+"""Windows of consecutive tokens that one entry stands for: their places in a batch, and their decode state.
+
+B rows, T queries (the last T positions), S tokens per row, E windows per row, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridlm.model.decode_state import TokenCache
+from hybridlm.model.sequence import SequenceInfo
+
+
+@dataclass(eq=False)
+class EntryWindows:
+    """Windows of `length` tokens, one every `stride` tokens, counted from the start of each document.
+
+    Only windows that lie in their document are there; a query sees those whose last token is not later than itself.
+
+    Args:
+        length: tokens of a window.
+        stride: tokens from one window to the next, at most `length`.
+        start_BE: first token of each window in its row; rows with fewer windows end with 0, which no query sees.
+        first_BT: the first window of each query's document.
+        count_BT: how many of this document the query sees.
+        begin_BT: the first token of each query's document.
+        position_BT: position of each query in its document.
+        first_BS: the first window of the document of each token of the rows.
+        place_BE: position of each window's first token in its document.
+
+    >>> seq = SequenceInfo.make(1, 6, torch.device("cpu"))
+    >>> windows = EntryWindows.of(seq, torch.zeros(1, 6), 6, length=4, stride=2)
+    >>> windows.start_BE, windows.count_BT
+    (tensor([[0, 2, 0]]), tensor([[0, 0, 0, 1, 1, 2]]))
+    """
+
+    length: int
+    stride: int
+    start_BE: Tensor
+    first_BT: Tensor
+    count_BT: Tensor
+    begin_BT: Tensor
+    position_BT: Tensor
+    first_BS: Tensor
+    place_BE: Tensor
+
+    @classmethod
+    def of(cls, seq: SequenceInfo, queries_BT: Tensor, keys: int, length: int, stride: int) -> EntryWindows:
+        """The windows of `keys` tokens per row for queries at the last places of their rows.
+
+        Args:
+            seq: borders of the documents.
+            queries_BT: any tensor [B, T, ...].
+            keys: tokens S per row.
+            length: tokens of a window.
+            stride: tokens from one window to the next.
+        """
+        batch, queries = queries_BT.shape[:2]
+        device, borders = queries_BT.device, seq.history_borders
+        token_S = torch.arange(keys, device=device)
+        if borders is None:
+            position_BS = token_S.expand(batch, keys)
+            left_BS = (keys - token_S).expand(batch, keys)
+        else:
+            borders = borders.filled
+            position_BS = borders.positions().view(batch, keys)
+            end_BS = borders.ends()[borders.document_ids()].view(batch, keys)
+            left_BS = end_BS - torch.arange(batch * keys, device=device).view(batch, keys)
+        starts_BS = (position_BS % stride == 0) & (left_BS >= length)
+        before_BS = starts_BS.cumsum(1) - starts_BS.long()  # windows of the row that start before the token
+        most = max(1, keys // stride)
+        start_BE = token_S.new_zeros(batch, most + 1).scatter(
+            1, before_BS.masked_fill(~starts_BS, most), token_S.expand(batch, keys))[:, :most]
+        begin_BS = token_S - position_BS
+        first_BS = before_BS.gather(1, begin_BS)
+        position_BT = position_BS[:, keys - queries :]
+        count_BT = ((position_BT + 1 - length).div(stride, rounding_mode="floor") + 1).clamp(min=0)
+        return cls(length, stride, start_BE, first_BS[:, keys - queries :], count_BT, begin_BS[:, keys - queries :],
+                   position_BT, first_BS, position_BS.gather(1, start_BE))
+
+    @property
+    def number(self) -> int:
+        """Windows per row E."""
+        return self.start_BE.shape[1]
+
+    def visible(self, rows: slice) -> Tensor:
+        """Mask [B, Q, E] of the windows that the queries `rows` see."""
+        entry_E = torch.arange(self.number, device=self.start_BE.device)
+        first = self.first_BT[:, rows, None]
+        return (entry_E >= first) & (entry_E < first + self.count_BT[:, rows, None])
+
+    def gather(self, x_BS: Tensor) -> Tensor:
+        """The tokens of each window [B, E, L, ...], from those of the rows [B, S, ...]."""
+        offset_L = torch.arange(self.length, device=self.start_BE.device)
+        token_BX = (self.start_BE[..., None] + offset_L).clamp_(max=x_BS.shape[1] - 1).flatten(1)
+        row_B1 = torch.arange(token_BX.shape[0], device=token_BX.device)[:, None]
+        return x_BS[row_B1, token_BX].unflatten(1, (self.number, self.length))
+
+
+class EntryCache:
+    """One tensor for each complete window of past tokens, [B, E, ...], and the tokens of windows still open."""
+
+    def __init__(self, max_length: int, length: int, stride: int):
+        self.entries = TokenCache(max(1, max_length // stride))
+        self.window, self.stride = length, stride
+        self.length = 0  # tokens seen
+        self._open: Tensor | None = None
+
+    def append(self, x_BT: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Add tokens and return the entries of all complete windows.
+
+        Args:
+            x_BT: the new tokens [B, T, ...].
+            combine: makes entries [B, E, ...] of windows [B, E, L, ...] and the positions [B, E] of their first tokens.
+        """
+        x_BT = x_BT.detach() if self._open is None else torch.cat([self._open, x_BT.detach()], 1)
+        begin = self.entries.length * self.stride  # position of the first token in x
+        self.length = begin + x_BT.shape[1]
+        count = max(0, (x_BT.shape[1] - self.window) // self.stride + 1)
+        device = x_BT.device
+        start_E = torch.arange(count, device=device) * self.stride
+        token_EL = start_E[:, None] + torch.arange(self.window, device=device)
+        entries = combine(x_BT[:, token_EL], (begin + start_E).expand(x_BT.shape[0], count))
+        self._open = x_BT[:, count * self.stride :].clone()
+        return self.entries.append(entries)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the entries and of the open tokens."""
+        return self.entries.num_bytes + (0 if self._open is None else self._open.numel() * self._open.element_size())
+
+
+def count_entries(context_length: int, length: int, stride: int) -> tuple[int, int]:
+    """Number of complete windows, and of tokens kept for windows that are still open.
+
+    >>> count_entries(7, length=4, stride=2)
+    (2, 3)
+    """
+    entries = max(0, (context_length - length) // stride + 1)
+    return entries, context_length - entries * stride
+
+
+def count_seen_entries(context_length: int, length: int, stride: int) -> float:
+    """Mean number of complete windows that a token of a causal sequence sees.
+
+    >>> count_seen_entries(4, length=2, stride=2)
+    1.0
+    """
+    return sum(count_entries(t + 1, length, stride)[0] for t in range(context_length)) / max(1, context_length)

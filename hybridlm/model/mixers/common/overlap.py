@@ -1,0 +1,68 @@
+"""Scores of blocks from a softmax over overlapping windows of keys.
+
+A window of `length` tokens starts every `stride` tokens. A block of C tokens is overlapped by those that share a token
+with it: windows r j - (l - 1) .. r j + r - 1 of its document, r = C / stride, l = length / stride.
+
+B rows, Q queries, U lists, E windows per row, P blocks per row, O windows that overlap a block.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hybridlm.model.mixers.common.entries import EntryWindows
+
+Reduce = Literal["sum", "max"]
+
+
+def overlap_counts(block: int, length: int, stride: int) -> tuple[int, list[int]]:
+    """The windows that overlap a block: how many begin before it does, and the multiplicity of each.
+
+    The multiplicity counts pairs of a stride of the block and a stride of the window that are the same tokens
+    (Yuan et al. 2025, NSA, equation 9; its index is taken to align windows by overlap).
+
+    >>> overlap_counts(64, 32, 16)
+    (1, [1, 2, 2, 2, 1])
+    """
+    strides, parts = block // stride, length // stride
+    counts = [sum(1 for m in range(strides) if 0 <= m - o < parts) for o in range(-(parts - 1), strides)]
+    return parts - 1, counts
+
+
+def reduce_to_blocks(weight_BQUE: Tensor, windows: EntryWindows, blocks: EntryWindows, rows: slice,
+                     reduce: Reduce) -> Tensor:
+    """Sum or maximum of the weights of the visible windows that overlap each block, [B, Q, U, P].
+
+    Args:
+        weight_BQUE: weights, at least zero, of all windows; zero where a query does not see one.
+        windows: the windows.
+        blocks: the blocks.
+        rows: the queries.
+        reduce: `sum` counts a window as often as strides of it lie in the block, `max` takes the largest.
+    """
+    before, counts = overlap_counts(blocks.length, windows.length, windows.stride)
+    per_block = blocks.length // windows.stride
+    number_BP = blocks.place_BE // blocks.length
+    offset_O = torch.arange(-before, per_block, device=number_BP.device)
+    first_BP = windows.first_BS.gather(1, blocks.start_BE)
+    within_BPO = number_BP[..., None] * per_block + offset_O
+    entry_BPO = (first_BP[..., None] + within_BPO).clamp(0, windows.number - 1)
+    # Windows of a later document would stand behind the last one of this document; no query of this one sees them.
+    batch, size, lists = weight_BQUE.shape[:3]
+    flat_BX = entry_BPO.flatten(1)[:, None, None].expand(batch, size, lists, -1)
+    found_BQUPO = weight_BQUE.gather(3, flat_BX).unflatten(3, entry_BPO.shape[1:])
+    found_BQUPO = found_BQUPO.masked_fill((within_BPO < 0)[:, None, None], 0.0)
+    if reduce == "max":
+        return found_BQUPO.amax(-1)
+    return found_BQUPO @ torch.tensor(counts, dtype=found_BQUPO.dtype, device=found_BQUPO.device)
+
+
+def window_softmax(score_BQGRE: Tensor, windows: EntryWindows, rows: slice) -> Tensor:
+    """Softmax over the windows that each query sees, zeros where it sees none: [B, Q, G, R, E]."""
+    hidden = ~windows.visible(rows)[:, :, None, None]
+    score = score_BQGRE.masked_fill(hidden, -torch.inf)
+    none = hidden.all(-1, keepdim=True)
+    return torch.softmax(score.masked_fill(none, 0.0), -1).masked_fill(none | hidden, 0.0)

@@ -1,0 +1,130 @@
+"""The loss that distils attention into a selector of blocks, and the share of attention that the selection reads.
+
+    target_tj = pooled over the tokens of block j and the heads of a list of softmax_s(q_t . k_s), made to sum to 1
+    loss = mean over queries and lists of KL(target_t || softmax_j(s_tj))
+
+j runs over the blocks that compete: all complete ones that the query sees where attention is dense, else the selected.
+The targets have no gradient, nor do the inputs of the selector: the loss reaches its parameters alone.
+
+Sources: SeerAttention (Gao et al. 2024, section 3.2) and QSA (arXiv 2608.30320): maximum over a block; MSA (arXiv
+2606.13392, section 2.3): mean over the heads of a group.
+B rows, Q queries, S keys, H query heads, G key/value heads, R = H/G, K head dim, U lists, P blocks, L tokens per block.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, Selector, competing_blocks
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels.precision import wide
+from hybridlm_kernels.recompute import recomputed
+
+PIECE_ELEMENTS = 2**20  # scores of attention in a piece of queries
+Pooling = Literal["max", "sum"]
+
+
+class SelectorLoss(NamedTuple):
+    """Sums over queries and lists, and the number of these.
+
+    Args:
+        total: sum of the KL over queries and lists with a block that competes.
+        pairs: number of such pairs.
+        read: sum over queries and heads of the share of dense attention that the selection reads.
+        queries: number of pairs of a query and a head.
+    """
+
+    total: Tensor
+    pairs: Tensor
+    read: Tensor
+    queries: int
+
+
+def selector_loss(selector: Selector, index: BlockIndex, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo,
+                  budget: BlockBudget, chosen_BTUN: Tensor | None, *, only_chosen: bool,
+                  pooling: Pooling) -> SelectorLoss:
+    """Compute the loss of a selector from the queries and keys of attention, piece by piece of queries.
+
+    Args:
+        selector: scores the blocks.
+        index: its queries and entries, with gradients to its parameters.
+        q_BTHK: queries of attention.
+        k_BSGK: all keys that they may see.
+        seq: borders of the documents.
+        budget: which blocks compete.
+        chosen_BTUN: numbers of the blocks that are selected; None: all.
+        only_chosen: the loss is over the selected blocks, else over all that compete.
+        pooling: of attention over the tokens of a block.
+    """
+    q_BTHK, k_BSGK = wide(q_BTHK.detach()), wide(k_BSGK.detach())
+    queries, per_query = q_BTHK.shape[1], q_BTHK.shape[0] * q_BTHK.shape[2] * k_BSGK.shape[1]
+    size = max(8, PIECE_ELEMENTS // per_query)
+    total, count, read = [], [], []
+    with torch.autocast(q_BTHK.device.type, enabled=False):
+        for start in range(0, queries, size):
+            rows = slice(start, min(start + size, queries))
+            compete_BQUP, listed_BQUP = _blocks(selector.lists, index, budget, chosen_BTUN, rows)
+            target_BQUP, read_share = _targets(q_BTHK[:, rows], k_BSGK, index, seq, selector.lists, listed_BQUP, rows,
+                                               pooling)
+            over_BQUP = compete_BQUP & listed_BQUP if only_chosen else compete_BQUP
+            total.append(_divergence(selector, index, rows, over_BQUP, target_BQUP))
+            count.append(over_BQUP.any(-1).sum())
+            read.append(read_share)
+    return SelectorLoss(torch.stack(total).sum(), torch.stack(count).sum(), torch.stack(read).sum(),
+                        q_BTHK.shape[0] * queries * q_BTHK.shape[2])
+
+
+def _blocks(lists: int, index: BlockIndex, budget: BlockBudget, chosen_BTUN: Tensor | None,
+            rows: slice) -> tuple[Tensor, Tensor]:
+    """Masks [B, Q, U, P] of the blocks that compete, and of those that are selected."""
+    blocks = index.blocks
+    compete = competing_blocks(blocks, budget, rows)[:, :, None].expand(-1, -1, lists, -1)
+    if chosen_BTUN is None:
+        return compete, blocks.visible(rows)[:, :, None].expand_as(compete)
+    place = chosen_BTUN[:, rows] + blocks.first_BT[:, rows, None, None]
+    inside = (chosen_BTUN[:, rows] >= 0) & (chosen_BTUN[:, rows] < blocks.count_BT[:, rows, None, None])
+    mask = torch.zeros(*compete.shape[:3], blocks.number + 1, dtype=torch.bool, device=compete.device)
+    mask.scatter_(-1, place.masked_fill(~inside, blocks.number), True)
+    return compete, mask[..., :-1]
+
+
+@torch.no_grad()
+def _targets(q_BQHK: Tensor, k_BSGK: Tensor, index: BlockIndex, seq: SequenceInfo, lists: int, listed_BQUP: Tensor,
+             rows: slice, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """Attention pooled over blocks and heads [B, Q, U, P], and the sum of the shares that the selection reads."""
+    blocks, groups = index.blocks, k_BSGK.shape[2]
+    keys, queries = k_BSGK.shape[1], index.queries_BT.shape[1]
+    q_BQGRK = q_BQHK.unflatten(2, (groups, -1)) * q_BQHK.shape[-1] ** -0.5
+    s_S = torch.arange(keys, device=k_BSGK.device)
+    t_Q1 = s_S[keys - queries :][rows, None]
+    seen_BQS = (s_S <= t_Q1) & (s_S >= blocks.begin_BT[:, rows, None])
+    score_BQHS = torch.einsum("bqgrk,bsgk->bqgrs", q_BQGRK, k_BSGK).flatten(2, 3)
+    p_BQHS = torch.softmax(score_BQHS.masked_fill(~seen_BQS[:, :, None], -torch.inf), -1)
+    p_BPLQH = blocks.gather(p_BQHS.permute(0, 3, 1, 2))
+    mass_BQHP = p_BPLQH.sum(2).permute(0, 2, 3, 1)
+    copies = q_BQHK.shape[2] // lists
+    complete_BQ1P = blocks.visible(rows)[:, :, None]
+    unread_BQHP = mass_BQHP.masked_fill(listed_BQUP.repeat_interleave(copies, 2) | ~complete_BQ1P, 0.0)
+    read = (1 - unread_BQHP.sum(-1)).sum()
+    pooled_BQHP = p_BPLQH.amax(2).permute(0, 2, 3, 1) if pooling == "max" else mass_BQHP
+    return pooled_BQHP.unflatten(2, (lists, copies)).mean(3), read
+
+
+def _divergence(selector: Selector, index: BlockIndex, rows: slice, over_BQUP: Tensor, target_BQUP: Tensor) -> Tensor:
+    """Sum of the KL; the scores are computed again in the backward, and not kept."""
+    target = target_BQUP.masked_fill(~over_BQUP, 0.0)
+    target = target / target.sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+    none = ~over_BQUP.any(-1, keepdim=True)
+
+    def divergence(queries_BT: Tensor, entries_BE: Tensor) -> Tensor:
+        again = BlockIndex(queries_BT, entries_BE, index.windows, index.blocks)
+        score = selector.scores(again, rows).masked_fill(~over_BQUP & ~none, -torch.inf)
+        log_p = torch.log_softmax(score, -1).masked_fill(~over_BQUP, 0.0)
+        return (torch.xlogy(target, target) - target * log_p).sum()
+
+    if torch.compiler.is_dynamo_compiling():  # the graph decides itself what it keeps
+        return divergence(index.queries_BT, index.entries_BE)
+    return recomputed(divergence, index.queries_BT, index.entries_BE)
