@@ -76,6 +76,7 @@ class BenchCase:
     trained: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     input_options: Callable[[Inputs], Mapping[str, Any]] = lambda inputs: {}  # options that follow from the inputs
+    one_head_stands_for_all: bool = False  # heads do the same work and share nothing: what one costs says what all do
 
     @property
     def operation(self) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridlm_kernels.tools.compile_check import compile_cases, configurations
+from hybridlm_kernels.tools.cycle_model import cost_of
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
 
 TESTS = Path(__file__).parents[1] / "triton"
@@ -42,6 +44,44 @@ def test_every_kernel_compiles_without_spills():
                     f"spilled, {r['shared']} B shared" for r in rows))
     assert not [row for row in rows if row["problem"]]
     assert all(row["registers"] > 0 for row in rows)
+
+
+# Instructions of a warp of one program, times its warps, by kernel at heads of 128; in scans those of one chunk. Lower
+# is better: put new numbers here when they fall, and think when they rise.
+INSTRUCTIONS = {
+    ("delta_rule", "chunk, scalar decay, D=128"): 33_000,
+    ("delta_rule", "chunk, channel decay, D=128"): 212_080,
+    ("delta_rule", "chunk, channel decay, D=128, bounded"): 128_784,
+    ("delta_rule", "gradients, scalar decay, D=128"): 74_416,
+    ("delta_rule", "gradients, channel decay, D=128"): 457_344,
+    ("delta_rule", "scan, scalar decay, D=128"): 2_304,
+    ("delta_rule", "scan, channel decay, D=128"): 2_392,
+    ("delta_rule", "scan back, scalar decay, D=128"): 2_544,
+    ("delta_rule", "scan back, channel decay, D=128"): 2_372,
+    ("linear_attention", "scan forward constant D=128"): 6_064,
+    ("linear_attention", "scan forward scalar D=128"): 7_560,
+    ("linear_attention", "scan forward channel D=128"): 3_352,
+    ("linear_attention", "scan backward scalar D=128"): 5_168,
+}
+MARGIN = 1.1  # what another version of the compiler may make of the same kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("operation", "label"), INSTRUCTIONS)
+def test_kernels_execute_no_more_instructions(operation, label):
+    """The check above has built them, so that they come from Triton's cache."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    (case,) = [case for _, case in compile_cases([operation], [128]) if case.label == label]
+    chosen = configurations(case)[0]
+    built = triton.compile(chosen.source, target=GPUTarget("cuda", 90, 32), options=chosen.options)
+    costs = [cost_of(built.asm["cubin"], built.metadata.shared, chosen.options["num_warps"], data_trips=trips, kinds=2)
+             for trips in (1, 2)]
+    once, twice = (max(program.instructions for program in cost.programs) for cost in costs)
+    found = chosen.options["num_warps"] * (twice - once if costs[0].programs[0].data_loops else once)
+    assert costs[0].spilled == 0
+    assert found <= MARGIN * INSTRUCTIONS[operation, label]
 
 
 def test_compile_check_refuses_interpreted_kernels():

@@ -1,14 +1,14 @@
 """A model of the cycles that compiled sm_90 kernels take, for deciding between versions of a kernel without a GPU.
 
-One warp goes through the machine code in order: it waits as the control bits say (`sass.py`), loads, products and barriers
-take the latencies below, and loops run as often as their counters say (`sass_values.py`); a loop whose end is data, as that
-over the chunks of a document, as often as the caller says. A multiprocessor with several blocks then takes the longer of
-the latency of one program and the issue slots and tensor cores of all of them.
+One warp goes through the machine code in order: it waits as the control bits say (`sass.py`), loads, products and
+barriers take the latencies below, and loops run as often as their counters say (`sass_values.py`); a loop whose end
+is data, as that over the chunks of a document, as often as the caller says. A multiprocessor with several blocks then
+takes the longer of the latency of one program and the issue slots and tensor cores of all of them.
 
 It knows no caches, no bank conflicts and no contention for memory. It was compared with published times of
-flash-linear-attention's kernels on an H200: its scan came out at 1882 cycles per chunk where 2100 to 2400 were measured,
-whole passes at 0.6 to 1.06 of the published times. So read a result as 1 to 1.6 times itself, and a ratio between two
-versions of one kernel as what it is good for.
+flash-linear-attention's kernels on an H200: its scan came out at 1882 cycles per chunk where 2100 to 2400 were
+measured, whole passes at 0.6 to 1.06 of the published times. So read a result as 1 to 1.6 times itself, and a ratio
+between two versions of one kernel as what it is good for.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from hybridlm_kernels.tools.sass_values import Registers
 
 # Cycles from issue to result where the hardware reports it through a scoreboard.
 LATENCY = {
-    "LDG": 350, "LDGSTS": 12, "STG": 12, "ATOMG": 600, "LDS": 30, "LDSM": 33, "STS": 12, "STSM": 14, "LDL": 35, "STL": 12,
-    "LDC": 30, "ULDC": 12, "SHFL": 25, "MUFU": 24, "REDUX": 20, "VOTE": 12, "S2R": 30, "R2UR": 12, "I2F": 20, "F2I": 20,
-    "HMMA": 33}
+    "LDG": 350, "LDGSTS": 12, "STG": 12, "ATOMG": 600, "LDS": 30, "LDSM": 33, "STS": 12, "STSM": 14, "LDL": 35,
+    "STL": 12, "LDC": 30, "ULDC": 12, "SHFL": 25, "MUFU": 24, "REDUX": 20, "VOTE": 12, "S2R": 30, "R2UR": 12,
+    "I2F": 20, "F2I": 20, "HMMA": 33}
 UNKNOWN_LATENCY = 20
 OPERANDS_READ = 12  # cycles until the operands of a load or store may be overwritten
 BARRIER = 20  # cycles that warps wait for one another
@@ -52,7 +52,7 @@ H200 = Device(multiprocessors=132, hertz=1.755e9, registers=65536, shared_bytes=
 
 @dataclass(frozen=True)
 class ProgramCost:
-    """What one program of a kernel takes: cycles when alone, instructions per warp, cycles of the tensor cores per warp.
+    """What one program of a kernel takes: cycles when alone, instructions and cycles of the tensor cores per warp.
 
     `data_loops`: loops whose end the code does not decide.
     """
@@ -114,7 +114,8 @@ def tensor_cycles(name: str) -> float:
     return max(int(size[1]) / 2, 16.0) + 2.0
 
 
-def simulate(code: Sequence[Instruction], *, data_trips: int = 1, program: Mapping[str, int] | None = None) -> ProgramCost:
+def simulate(code: Sequence[Instruction], *, data_trips: int = 1,
+             program: Mapping[str, int] | None = None) -> ProgramCost:
     """Run one warp through the code.
 
     Args:

@@ -1,9 +1,9 @@
 """Machine code of sm_90 kernels as a list of instructions, with the control bits by which the hardware schedules them.
 
-`nvdisasm`, which comes with triton, prints the code; the upper half of each 128-bit instruction holds in its bits 41 to 57
-the cycles to wait before the next instruction, the scoreboards that the instruction sets when its result is there or its
-operands are read, and those that it waits for. (Jia et al. 2018, Dissecting the NVIDIA Volta GPU Architecture via
-Microbenchmarking, section 2.1; the layout of these bits has not changed since.)
+`nvdisasm`, which comes with triton, prints the code; the upper half of each 128-bit instruction holds in its bits 41
+to 57 the cycles to wait before the next instruction, the scoreboards that the instruction sets when its result is
+there or its operands are read, and those that it waits for. (Jia et al. 2018, Dissecting the NVIDIA Volta GPU
+Architecture via Microbenchmarking, section 2.1; the layout of these bits has not changed since.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,8 +27,8 @@ _TARGET = re.compile(r"`\((\.L_\S+?)\)")
 class Instruction:
     """One instruction: its name, operands and control bits.
 
-    `predicate` is the register that decides whether it takes effect, "" for none; `negated` turns it round. `target` is the
-    index of the instruction to which a branch goes, None for all others.
+    `predicate` is the register that decides whether it takes effect, "" for none; `negated` turns it round. `target` is
+    the index of the instruction to which a branch goes, None for all others.
     """
 
     name: str  # with its modifiers: "ISETP.GE.U32.AND"
@@ -96,11 +95,7 @@ def _instruction(text: str, upper: int, labels: dict[str, int]) -> Instruction:
         predicate = condition.lstrip("@!")
     name, _, rest = text.partition(" ")
     target = _TARGET.search(rest)
-    return Instruction(name, tuple(part.strip() for part in rest.split(",")) if rest.strip() else (), predicate, negated,
+    operands = tuple(part.strip() for part in rest.split(",")) if rest.strip() else ()
+    return Instruction(name, operands, predicate, negated,
                        upper >> 41 & 15, upper >> 46 & 7, upper >> 49 & 7, upper >> 52 & 63,
                        labels.get(target[1]) if target and name.startswith(("BRA", "UBRA")) else None)
-
-
-def mix(instructions: Sequence[Instruction]) -> Counter[str]:
-    """How often each opcode occurs."""
-    return Counter(instruction.opcode for instruction in instructions)

@@ -1,7 +1,8 @@
 """Values of integer registers as far as the code alone decides them: counters of loops, and the number of a program.
 
-Loops over head dims, levels and blocks have bounds that are constants of the code, so emulating the integer arithmetic
-says how often each runs, also where the compiler has unrolled it. Anything that comes from memory is unknown.
+Loops over head dims, levels and blocks have bounds that are constants of the code, so emulating the integer
+arithmetic says how often each runs, also where the compiler has unrolled it. Anything that comes from memory is
+unknown.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _add(registers: Registers, instruction: Instruction) -> Written:
         return {target: None}, dict.fromkeys(carries)
     total = sum(term for term in terms if term is not None)
     # One carry suffices: of three terms one is zero wherever loops count.
-    return {target: total & _WORD}, {name: total > _WORD for name in carries}
+    return {target: total & _WORD}, dict.fromkeys(carries, total > _WORD)
 
 
 def _multiply(registers: Registers, instruction: Instruction) -> Written:
@@ -188,6 +189,16 @@ def _combine(a: bool | None, b: bool | None, either: bool) -> bool | None:
     return None if None in (a, b) else not either
 
 
+def _predicate_logic(registers: Registers, instruction: Instruction) -> Written:
+    """PLOP3: a function of three predicates, known where the unknown ones make no difference to it."""
+    target, second, *rest = instruction.operands
+    inputs = [registers.read_predicate(x) for x in rest[:3]]
+    table = int(rest[3], 16)
+    results = {bool(table >> row & 1) for row in range(8)
+               if all(known is None or known == bool(row >> 2 - place & 1) for place, known in enumerate(inputs))}
+    return {}, {target: results.pop() if len(results) == 1 else None, second: None}
+
+
 def _select(registers: Registers, instruction: Instruction) -> Written:
     target, a, b, condition = instruction.operands[:4]
     chosen = registers.read_predicate(condition)
@@ -197,5 +208,6 @@ def _select(registers: Registers, instruction: Instruction) -> Written:
 _HANDLERS: dict[str, Callable[[Registers, Instruction], Written]] = {
     "MOV": _move, "UMOV": _move, "R2UR": _move, "VIADD": _add, "IADD3": _add, "UIADD3": _add, "IADD": _add,
     "IMAD": _multiply, "UIMAD": _multiply, "SHF": _shift, "USHF": _shift, "LOP3": _logic, "ULOP3": _logic,
-    "ISETP": _compare, "UISETP": _compare, "SEL": _select, "USEL": _select, "S2R": _special, "S2UR": _special,
+    "ISETP": _compare, "UISETP": _compare, "PLOP3": _predicate_logic,
+    "UPLOP3": _predicate_logic, "SEL": _select, "USEL": _select, "S2R": _special, "S2UR": _special,
     "CS2R": _zero, "UCS2R": _zero}

@@ -9,5 +9,6 @@ CHECKS = [CheckCase("linear_attention", f"{decay} decay", linear_attention, chec
           for decay in ("none", "constant", "scalar", "channel")]
 CASES: list[OperationCases] = [(CHECKS, [
     BenchCase(label, linear_attention, bench_inputs(decay), lambda s: 5.0 * s.tokens * s.H * s.D**2,
-              ("q", "k", "v") if decay == "constant" else ("q", "k", "v", "g"))
+              ("q", "k", "v") if decay == "constant" else ("q", "k", "v", "g"), {"final_state": False},
+              one_head_stands_for_all=True)
     for label, decay in (("Lightning", "constant"), ("Mamba-2 form", "scalar"), ("GLA", "channel"))])]

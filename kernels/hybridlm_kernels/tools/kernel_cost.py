@@ -1,0 +1,235 @@
+"""What the Triton kernels of a call cost on an H200, without one: bytes and products executed, cycles modelled.
+
+`python -m hybridlm_kernels.tools.kernel_cost [LABEL ...] [--shape 'B1 T1024 H2 D128'] [--grid 'B1 T8192 H96 D128']`
+
+takes the cases of the benchmark by their labels ("KDA", "GDN", ...; all that Triton computes by default). It runs
+each at a small shape in Triton's interpreter and counts (`executed_work.py`), compiles the kernels of the same
+launches for sm_90, each in its first configuration, and models the cycles of their machine code (`cycle_model.py`).
+Times are those of the grids that the call has at the shape of `--grid`, with the cycles of programs modelled for its
+number of tokens.
+
+With `--all` every configuration of every tuned kernel is compiled and modelled, and the exit code is 1 where the
+first one, which runs untuned, takes more than 1.2 times the cycles of the best that does not spill.
+
+Nothing here is measured: see `cycle_model.py` for what the model was compared with, and its error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hybridlm_kernels.cases import BenchCase, Shape
+from hybridlm_kernels.registry import KernelUnavailable, operations
+from hybridlm_kernels.tools.bench import shapes
+from hybridlm_kernels.tools.cases import bench_cases
+from hybridlm_kernels.tools.cycle_model import KernelCost, cost_of
+from hybridlm_kernels.tools.kernel_launches import Launch, launches_of
+from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
+
+TARGET = 90
+CHUNK_TOKENS = 64  # of a chunk, by which a scan advances: loops whose end is data are taken to be such loops
+MAX_PROGRAM_KINDS = 2  # of programs along the last axis of a grid, where there are no more than so many
+COUNTED_SHAPE, TIMED_SHAPE = "B1 T512 H1 D128", "B1 T8192 H96 D128"
+WORSE_THAN_BEST = 1.2  # first configurations may take so many times the cycles of the best
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch of a case. Figures of work are per token and head; None where they were not counted."""
+
+    case: str
+    part: str
+    kernel: str
+    configuration: str
+    registers: int
+    spilled: int
+    shared: int
+    blocks: int
+    instructions: int  # of the code
+    cycles: float  # of a full multiprocessor per program, all kinds
+    microseconds: float
+    requested: float | None = None
+    unique: float | None = None
+    kiloflops: float | None = None
+
+
+def triton_cases(labels: Sequence[str] = ()) -> list[BenchCase]:
+    """The cases of the benchmark that a Triton backend computes, all or those of some labels.
+
+    Raises:
+        KernelUnavailable: there is no such case.
+    """
+    known = {op.name for op in operations() if any(backend.name == "triton" for backend in op.backends)}
+    cases = [case for case in bench_cases() if case.operation in known and case.one_head_stands_for_all]
+    for label in labels:
+        if label not in {case.label for case in cases}:
+            raise KernelUnavailable(f"no case {label!r} with Triton kernels; there are "
+                                    f"{', '.join(case.label for case in cases)}")
+    return [case for case in cases if not labels or case.label in labels]
+
+
+def configurations_of(launch: Launch) -> list[tuple[str, Launch]]:
+    """The launch with each configuration of its kernel's tuning, the first one first, named."""
+    tuner = _tuners().get(launch.kernel)
+    if tuner is None:
+        return [("", launch)]
+    found = []
+    for config in tuner.configs:
+        blocks = {name: value for name, value in config.kwargs.items() if name in launch.constants}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        name = " ".join(f"{key}={value}" for key, value in (blocks | options).items())
+        found.append((name, replace(launch, constants={**launch.constants, **blocks}, options=options)))
+    return found
+
+
+@functools.cache
+def _tuners() -> dict[Any, Any]:
+    """The tuner of every kernel that has one."""
+    from hybridlm_kernels.tools.compile_check import compile_cases
+
+    tuned = (case.kernel for _, case in compile_cases(head_dims=None) if hasattr(case.kernel, "configs"))
+    return {kernel.fn: kernel for kernel in tuned}
+
+
+def compile_launch(launch: Launch, tokens: int) -> KernelCost:
+    """The modelled cost of a launch's kernel in documents of so many tokens."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    built = triton.compile(launch.source, target=GPUTarget("cuda", TARGET, 32), options=dict(launch.options))
+    kinds = launch.grid[-1] if len(launch.grid) == 3 and launch.grid[-1] <= MAX_PROGRAM_KINDS else 1
+    return cost_of(built.asm["cubin"], built.metadata.shared, launch.options["num_warps"],
+                   data_trips=max(1, math.ceil(tokens / CHUNK_TOKENS)), kinds=kinds)
+
+
+def rows_of(case: BenchCase, shape: Shape, every: bool = False) -> Iterator[Row]:
+    """The modelled launches of a case at a shape, in their first configuration or in all of them."""
+    # Grids of two small shapes, where inputs cost nothing, say which launches have more programs for more tokens.
+    small = replace(shape, B=1, T=CHUNK_TOKENS, H=1)
+    for launch, longer in zip(launches_of(case, small), launches_of(case, replace(small, T=2 * small.T)), strict=True):
+        chunks = 1 if launch.programs == longer.programs else math.ceil(shape.T / CHUNK_TOKENS)
+        programs = launch.programs * shape.B * shape.H * chunks
+        for name, configured in configurations_of(launch)[:None if every else 1]:
+            cost = compile_launch(configured, shape.T)
+            yield Row(case.label, launch.part, launch.name, name, cost.registers, cost.spilled, cost.shared,
+                      cost.blocks(), cost.code_length, cost.multiprocessor_cycles(), 1e6 * cost.seconds((programs,)))
+
+
+def with_work(rows: Sequence[Row], work: Sequence[Mapping[str, Any]], elements: int) -> list[Row]:
+    """The rows of a case with what the interpreter counted of the same launches, per token and head."""
+    return [replace(row, requested=counted["requested"] / elements, unique=counted["unique"] / elements,
+                    kiloflops=counted["product_flops"] / elements / 1e3)
+            for row, counted in zip(rows, work, strict=True)]
+
+
+def too_slow(rows: Sequence[Row]) -> list[str]:
+    """Kernels whose first configuration takes much more than the best that does not spill, a line each."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.part, row.kernel), []).append(row)
+    found = []
+    for (case, part, kernel), group in groups.items():
+        best = min((row for row in group if not row.spilled), key=lambda row: row.microseconds, default=group[0])
+        if group[0].microseconds > WORSE_THAN_BEST * best.microseconds:
+            found.append(f"{case} {part} {kernel}: the first configuration ({group[0].configuration}) takes "
+                         f"{group[0].microseconds / best.microseconds:.1f} times the time of {best.configuration}")
+    return found
+
+
+def count_in_interpreter(labels: Sequence[str], shape: str) -> dict[str, Any]:
+    """What the interpreter counts of cases, by their labels; it needs a process of its own.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    command = [sys.executable, "-m", "hybridlm_kernels.tools.kernel_cost", *labels, "--shape", shape, "--count"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    if done.returncode:
+        raise RuntimeError(f"counting failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def counts(cases: Sequence[BenchCase], shape: Shape) -> dict[str, Any]:
+    """What the interpreter counts in this process: launches, bytes and operations of torch, the error, by case."""
+    from hybridlm_kernels.tools.executed_work import count_work
+
+    found: dict[str, Any] = {}
+    for case in cases:
+        work = count_work(case, shape)
+        found[case.label] = {
+            "launches": [asdict(launch) | {"requested": launch.requested, "unique": launch.unique}
+                         for launch in work.launches],
+            "torch_bytes": work.torch_bytes, "torch_operations": work.torch_operations, "error": work.error}
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    head = ("case", "pass", "kernel", "configuration", "requested B", "unique B", "kFLOP", "registers", "spilled",
+            "blocks", "code", "cycles", "us")
+    cells = [head, *((r.case, r.part, r.kernel, r.configuration, _number(r.requested), _number(r.unique),
+                      _number(r.kiloflops), str(r.registers), str(r.spilled), str(r.blocks), str(r.instructions),
+                      f"{r.cycles:.0f}", f"{r.microseconds:.0f}") for r in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in
+                               enumerate(zip(row, widths, strict=True))).rstrip() for row in cells)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m hybridlm_kernels.tools.kernel_cost", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("labels", nargs="*", metavar="LABEL", help="cases of the benchmark; all by default")
+    parser.add_argument("--shape", default=COUNTED_SHAPE, help=f"what the interpreter runs ({COUNTED_SHAPE})")
+    parser.add_argument("--grid", default=TIMED_SHAPE, help=f"what times are modelled for ({TIMED_SHAPE})")
+    parser.add_argument("--count", action="store_true", help="count alone, in the interpreter")
+    parser.add_argument("--model", action="store_true", help="model cycles alone, without counting")
+    parser.add_argument("--all", action="store_true", help="model every configuration, and judge the first ones")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if not INSTALLED:
+        print("kernel cost: triton is not installed (pip install triton)", file=sys.stderr)
+        return 2
+    try:
+        cases = triton_cases(options.labels)
+        counted, timed = shapes([options.shape, options.grid], "cpu")
+    except KernelUnavailable as problem:
+        print(f"kernel cost: {problem}", file=sys.stderr)
+        return 2
+    labels = [case.label for case in cases]
+    if options.count:
+        found = counts(cases, counted) if INTERPRETED else count_in_interpreter(labels, options.shape)
+        print(json.dumps(found, indent=1))
+        return 0
+    if INTERPRETED:
+        print("kernel cost: unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
+        return 2
+    rows = []
+    for case in cases:
+        modelled = list(rows_of(case, timed, options.all))
+        if not options.model and not options.all:
+            work = count_in_interpreter([case.label], options.shape)[case.label]["launches"]
+            modelled = with_work(modelled, work, counted.tokens * counted.H)
+        rows += modelled
+    slow = too_slow(rows) if options.all else []
+    print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows))
+    for line in slow:
+        print(line, file=sys.stderr)
+    return int(bool(slow))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

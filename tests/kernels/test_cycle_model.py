@@ -1,0 +1,152 @@
+"""The model of cycles: it reads machine code, finds how often loops run, and adds up what hardware would wait for."""
+
+import pytest
+
+from hybridlm_kernels.cases import Shape
+from hybridlm_kernels.tools import cycle_model, kernel_cost
+from hybridlm_kernels.tools.cycle_model import H200, KernelCost, ProgramCost, resident_blocks, simulate
+from hybridlm_kernels.tools.kernel_cost import Row, too_slow, triton_cases
+from hybridlm_kernels.tools.kernel_launches import launches_of
+from hybridlm_kernels.tools.sass import parse
+from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
+
+compiles = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
+
+
+def code(*lines):
+    """Code as nvdisasm prints it: labels, and (instruction, stall, scoreboard set, scoreboards waited for)."""
+    text = []
+    for line in lines:
+        if isinstance(line, str):
+            text.append(f"{line}:")
+            continue
+        name, stall, written, waits = line + (1, 7, 0)[len(line) - 1:]
+        upper = stall << 41 | written << 46 | 7 << 49 | waits << 52
+        text += [f"        /*{16 * len(text):04x}*/    {name} ;   /* 0x0 */", f"                 /* 0x{upper:016x} */"]
+    return parse("\n".join(text))
+
+
+def test_instructions_and_their_control_bits():
+    load, branch = code(("@!P0 LDG.E.128 R4, [R2.64]", 2, 3, 5), ".L_x_0", ("@P1 BRA `(.L_x_0)", 5))
+    assert (load.opcode, load.operands, load.predicate, load.negated) == ("LDG", ("R4", "[R2.64]"), "P0", True)
+    assert (load.stall, load.write_barrier, load.waits, load.target) == (2, 3, 5, None)
+    assert (branch.target, branch.predicate, branch.negated, branch.stall) == (1, "P1", False, 5)
+
+
+def test_a_load_is_waited_for():
+    cost = simulate(code(("LDG.E R4, [R2.64]", 2, 0), ("FADD R5, R4, R4", 4, 7, 1), ("EXIT", 5)))
+    assert (cost.cycles, cost.instructions) == (350 + 4 + 5, 3)
+
+
+def test_products_of_a_warp_group_queue():
+    one = simulate(code(("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24", 2, 0), ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 2),
+                        ("EXIT", 5)))
+    two = simulate(code(*[("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24", 2, 0)] * 2,
+                        ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 2), ("EXIT", 5)))
+    assert two.tensor_cycles == 2 * one.tensor_cycles == 132
+    assert two.cycles - one.cycles == pytest.approx(66, abs=2)
+
+
+COUNTERS = {
+    "up by one": ("IMAD.MOV.U32 R1, RZ, RZ, RZ", "VIADD R1, R1, 0x1", "ISETP.NE.U32.AND P0, PT, R1, 0x7, PT", "@P0", 7),
+    "down, signed": ("IMAD.MOV.U32 R1, RZ, RZ, 0x30", "IADD3 R1, R1, -0x10, RZ", "ISETP.GT.AND P0, PT, R1, -0x10, PT",
+                     "@P0", 4),
+    "uniform": ("UMOV UR4, URZ", "UIADD3 UR4, UR4, 0x20, URZ", "UISETP.GE.AND UP0, UPT, UR4, 0x60, UPT", "@!UP0", 3),
+    "by shifts": ("IMAD.MOV.U32 R1, RZ, RZ, 0x1", "IMAD.SHL.U32 R1, R1, 0x2, RZ",
+                  "ISETP.LT.AND P0, PT, R1, 0x40, PT", "@P0", 6)}
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_counters_say_how_often_a_loop_runs(name):
+    start, step, compare, condition, trips = COUNTERS[name]
+    loop = code((start,), ".L_x_0", (step,), (compare,), (f"{condition} BRA `(.L_x_0)",), ("EXIT",))
+    cost = simulate(loop, data_trips=50)
+    assert (cost.instructions, cost.data_loops) == (1 + 3 * trips + 1, 0)
+
+
+def test_counters_of_64_bits_and_loops_within_loops():
+    inner = [".L_x_1", ("IADD3 R1, P1, R1, 0x40, RZ",), ("IADD3.X R2, RZ, R2, RZ, P1, !PT",),
+             ("ISETP.GE.U32.AND P0, PT, R1, 0x40, PT",), ("ISETP.GE.U32.AND.EX P0, PT, R2, RZ, PT, P0",),
+             ("@!P0 BRA `(.L_x_1)",)]
+    cost = simulate(code(("MOV R5, RZ",), ".L_x_0", ("MOV R1, -0x80",), ("MOV R2, -0x1",), *inner,
+                         ("VIADD R5, R5, 0x1",), ("ISETP.NE.AND P2, PT, R5, 0x2, PT",), ("@P2 BRA `(.L_x_0)",),
+                         ("EXIT",)))
+    # -128 as 64 bits, unsigned, is above 64, so the inner loop ends at once.
+    assert (cost.instructions, cost.data_loops) == (1 + 2 * (2 + 5 + 3) + 1, 0)
+
+
+def test_a_flag_instead_of_a_counter():
+    cost = simulate(code(("PLOP3.LUT P1, PT, PT, PT, PT, 0x80, 0x0",), ".L_x_0", ("FADD R1, R1, R1",),
+                         ("PLOP3.LUT P0, PT, PT, PT, P1, 0x80, 0x0",), ("PLOP3.LUT P1, PT, PT, PT, PT, 0x40, 0x0",),
+                         ("@P0 BRA `(.L_x_0)",), ("EXIT",)))
+    assert cost.instructions == 1 + 2 * 4 + 1
+
+
+def test_a_loop_whose_end_is_data_runs_as_often_as_said():
+    loop = code(("LDG.E R9, [R2.64]", 1, 0), ("MOV R1, RZ",), ".L_x_0", ("VIADD R1, R1, 0x1",),
+                ("ISETP.LT.AND P0, PT, R1, R9, PT", 1, 7, 1), ("@P0 BRA `(.L_x_0)",), ("EXIT",))
+    costs = [simulate(loop, data_trips=trips) for trips in (1, 5)]
+    assert [cost.instructions for cost in costs] == [2 + 3 + 1, 2 + 15 + 1]
+    assert [cost.data_loops for cost in costs] == [1, 1]
+
+
+def test_programs_of_another_number_may_end_earlier():
+    lines = code(("S2R R1, SR_CTAID.Z",), ("ISETP.NE.AND P0, PT, R1, 0x1, PT",), ("@P0 EXIT",),
+                 ("FADD R2, R2, R2",),
+                 ("EXIT",))
+    assert [simulate(lines, program={"Z": z}).instructions for z in (0, 1)] == [3, 5]
+
+
+def test_code_that_does_not_end_is_an_error(monkeypatch):
+    monkeypatch.setattr(cycle_model, "LONGEST_RUN", 1000)
+    with pytest.raises(ValueError, match="does not end"):
+        simulate(code(".L_x_0", ("BRA `(.L_x_0)",)), data_trips=1)
+
+
+@pytest.mark.parametrize(("registers", "shared", "warps", "blocks"), [
+    (255, 0, 8, 1), (255, 0, 4, 2), (128, 0, 4, 4), (32, 0, 4, 16), (64, 113 * 1024, 4, 2), (64, 145 * 1024, 4, 1)])
+def test_blocks_of_a_multiprocessor(registers, shared, warps, blocks):
+    assert resident_blocks(registers, shared, warps, H200.registers, H200.shared_bytes, H200.warps) == blocks
+
+
+def test_a_full_multiprocessor_is_bound_by_what_is_longest():
+    def cycles(program, warps=4):
+        return KernelCost(128, 0, 0, warps, 100, (program,)).multiprocessor_cycles()
+
+    assert cycles(ProgramCost(1000.0, 10, 0.0, 0)) == 1000 / 4  # latency, hidden by four blocks
+    assert cycles(ProgramCost(1000.0, 800, 0.0, 0)) == 800  # issue: four instructions per cycle, four warps
+    assert cycles(ProgramCost(1000.0, 10, 900.0, 0)) == 900  # tensor cores
+
+
+def row(name, microseconds, spilled=0):
+    return Row("KDA", "forward", "chunk_kernel", name, 200, spilled, 0, 2, 100, 10.0, microseconds)
+
+
+def test_a_slow_first_configuration_is_found():
+    assert not too_slow([row("A", 11.0), row("B", 10.0)])
+    assert not too_slow([row("A", 13.0), row("B", 10.0, spilled=8)])  # tuning leaves it out
+    (found,) = too_slow([row("A", 13.0), row("B", 10.0)])
+    assert found == "KDA forward chunk_kernel: the first configuration (A) takes 1.3 times the time of B"
+
+
+@compiles
+def test_launches_of_a_case_and_the_cycles_of_one():
+    shape = Shape(1, 64, 1, 32)
+    launches = launches_of(triton_cases(["Lightning"])[0], shape)
+    assert [launch.part for launch in launches] == ["forward"] + ["backward"] * 3
+    scan = launches[0]
+    assert scan.name == "scan_kernel"
+    assert scan.grid == (1,)
+    assert str(scan.dtypes["x_ptr"]) == "torch.bfloat16"
+    short, long = (kernel_cost.compile_launch(scan, tokens).programs[0] for tokens in (64, 640))
+    assert short.data_loops == 1
+    assert 5 < long.instructions / short.instructions < 10
+    assert long.cycles > 5 * short.cycles
+
+
+@compiles
+def test_a_wrong_label_or_shape_is_one_line(capsys):
+    assert kernel_cost.main(["KDB"]) == 2
+    assert "no case 'KDB' with Triton kernels; there are DeltaNet, GDN, KDA" in capsys.readouterr().err
+    assert kernel_cost.main(["--grid", "T5"]) == 2
+    assert capsys.readouterr().err.startswith("kernel cost: 'T5' is no shape")

@@ -1,0 +1,33 @@
+"""What the kernels of the recurrences read, write and multiply, counted in the interpreter, must not grow unnoticed."""
+
+import pytest
+
+from hybridlm_kernels.cases import Shape
+from hybridlm_kernels.tools.executed_work import count_work
+from hybridlm_kernels.tools.kernel_cost import triton_cases
+from hybridlm_kernels.triton_support import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+SHAPE = Shape(B=1, T=66, H=1, D=32)  # a chunk and a part of one
+# By pass: launches of Triton, bytes requested, bytes touched first, FLOPs in products, torch's operations on more than
+# 256 bytes. Lower is better: put new numbers here when they fall, and think when they rise.
+LIMITS = {
+    ("GDN", "forward"): (2, 116_824, 62_516, 11_272_192, 0),
+    ("GDN", "backward"): (3, 298_932, 134_908, 8_912_896, 0),
+    ("KDA", "forward"): (2, 151_112, 86_244, 28_049_408, 0),
+    ("KDA", "backward"): (4, 591_428, 179_244, 30_932_992, 0),
+    ("Mamba-2 form", "forward"): (1, 25_904, 25_640, 1_572_864, 0),
+    ("Mamba-2 form", "backward"): (5, 120_616, 120_616, 3_670_016, 0),
+    ("GLA", "forward"): (2, 59_464, 59_464, 12_582_912, 0),
+    ("GLA", "backward"): (5, 185_832, 164_776, 41_680_896, 0),
+}
+
+
+@pytest.mark.parametrize("label", ["GDN", "KDA", "Mamba-2 form", "GLA"])
+def test_work_does_not_grow(label):
+    work = count_work(triton_cases([label])[0], SHAPE)
+    assert work.error < 1e-4, "what was counted is not the recurrence"
+    for part in ("forward", "backward"):
+        found = (sum(launch.part == part for launch in work.launches), *(work.total(part, name) for name in (
+            "requested", "unique", "product_flops")), work.torch_operations[part])
+        assert all(x <= limit for x, limit in zip(found, LIMITS[label, part], strict=True)), (part, found)
