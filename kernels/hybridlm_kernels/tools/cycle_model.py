@@ -35,7 +35,7 @@ LONGEST_RUN = 4_000_000  # instructions, beyond which the code is taken not to e
 
 @dataclass(frozen=True)
 class Device:
-    """What of a GPU the model takes into account."""
+    """The properties of a GPU that the model takes into account."""
 
     multiprocessors: int
     hertz: float
@@ -52,7 +52,7 @@ H200 = Device(multiprocessors=132, hertz=1.755e9, registers=65536, shared_bytes=
 
 @dataclass(frozen=True)
 class ProgramCost:
-    """What one program of a kernel takes: cycles when alone, instructions and cycles of the tensor cores per warp.
+    """The cost of one program of a kernel: cycles when alone, instructions and cycles of the tensor cores per warp.
 
     `data_loops`: loops whose end the code does not decide.
     """
@@ -158,7 +158,7 @@ def simulate(code: Sequence[Instruction], *, data_trips: int = 1,
 
 @dataclass(frozen=True)
 class KernelCost:
-    """A compiled kernel: what it occupies, and what each kind of its programs takes.
+    """The cost of a compiled kernel: the resources of a block, and what each kind of its programs takes.
 
     Programs that differ in the last axis of the grid may do different work (queries and keys, say): one entry each.
     """

@@ -40,7 +40,7 @@ MIN_TORCH_BYTES = 256  # operations of torch on less are sizes and flags
 
 @dataclass
 class LaunchWork:
-    """What one launch did."""
+    """The work of one launch."""
 
     part: str
     kernel: str
@@ -64,7 +64,7 @@ class LaunchWork:
 
 @dataclass(frozen=True)
 class CallWork:
-    """What a call did: its launches, what torch's own operations read and write, and the error against torch's backend.
+    """The work of a call: its launches, the bytes of torch's own operations, and the error against torch's backend.
 
     `error` is the largest RMS difference of an output or gradient, divided by its RMS.
     """

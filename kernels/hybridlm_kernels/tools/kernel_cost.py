@@ -1,4 +1,4 @@
-"""What the Triton kernels of a call cost on an H200, without one: bytes and products executed, cycles modelled.
+"""Estimates the cost of Triton kernels on an H200 without one: bytes and products executed, cycles modelled.
 
 `python -m hybridlm_kernels.tools.kernel_cost [LABEL ...] [--shape 'B1 T1024 H2 D128'] [--grid 'B1 T8192 H96 D128']`
 
@@ -146,7 +146,7 @@ def too_slow(rows: Sequence[Row]) -> list[str]:
 
 
 def count_in_interpreter(labels: Sequence[str], shape: str) -> dict[str, Any]:
-    """What the interpreter counts of cases, by their labels; it needs a process of its own.
+    """Count the work of cases, by their labels, in a process of its own whose kernels are interpreted.
 
     Raises:
         RuntimeError: the process failed.
@@ -159,7 +159,7 @@ def count_in_interpreter(labels: Sequence[str], shape: str) -> dict[str, Any]:
 
 
 def counts(cases: Sequence[BenchCase], shape: Shape) -> dict[str, Any]:
-    """What the interpreter counts in this process: launches, bytes and operations of torch, the error, by case."""
+    """Count in this process, whose kernels are interpreted: launches, operations of torch and the error, by case."""
     from hybridlm_kernels.tools.executed_work import count_work
 
     found: dict[str, Any] = {}

@@ -60,7 +60,7 @@ def tool(name: str) -> Path:
 
 
 def run_on_cubin(name: str, options: Sequence[str], cubin: bytes) -> str:
-    """What a tool prints of a cubin."""
+    """Run a tool on a cubin and return its output."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -20,7 +20,7 @@ _PREDICATE = re.compile(r"!?U?P[T0-9]\d*$")
 
 
 class Registers:
-    """What is known of the registers and predicates of one warp; None where the code does not decide it."""
+    """The known values of the registers and predicates of one warp; None where the code does not decide them."""
 
     def __init__(self, program: Mapping[str, int]):
         self.special = {f"SR_CTAID.{axis}": number for axis, number in program.items()}
