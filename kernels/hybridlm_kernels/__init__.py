@@ -10,6 +10,7 @@ from hybridlm_kernels.ops.indexer_kl import indexer_kl as indexer_kl
 from hybridlm_kernels.ops.linear_attention import linear_attention as linear_attention
 from hybridlm_kernels.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from hybridlm_kernels.ops.linear_scan import linear_scan as linear_scan
+from hybridlm_kernels.ops.log_linear_attention import log_linear_attention as log_linear_attention
 from hybridlm_kernels.ops.max_scan import max_scan as max_scan
 from hybridlm_kernels.ops.mesa_solve import mesa_solve as mesa_solve
 from hybridlm_kernels.ops.moe import moe_experts as moe_experts

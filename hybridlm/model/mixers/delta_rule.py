@@ -4,10 +4,12 @@
     y_t = W_o (norm(o_t) * act(W_g x_t)),   q, k = l2norm(silu(conv(W x))),   v = silu(conv(W x))
 
 With `steps` n a token writes n times; `read` takes S_t^T k_t before the decay; `strength` gives every channel its own
-beta; `precondition` scales the key that is written. See `docs/mixers/delta_rule.md`.
+beta; `precondition` scales the key that is written; `levels` reads blocks of the past with scales of their own
+(log-linear attention). See `docs/mixers/delta_rule.md`.
 
 Sources: Yang et al. 2024 (DeltaNet; Gated Delta Networks), Kimi Linear 2025 (KDA), Qwen3-Next, OLMo-Hybrid, Siems et
-al. 2025 (DeltaProduct), Hu et al. 2025 (Comba), Liu et al. 2024 (Longhorn); Gated DeltaNet 2, Preconditioned DeltaNet.
+al. 2025 (DeltaProduct), Hu et al. 2025 (Comba), Liu et al. 2024 (Longhorn); Gated DeltaNet 2, Preconditioned DeltaNet;
+Guo et al. 2025 (log-linear attention).
 B rows, T tokens, D hidden size, H key heads, HV value heads, K key dim, V value dim.
 """
 
@@ -26,6 +28,16 @@ from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.decode_step import DecodeStep, linear_step
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.key_preconditioner import SQUASH, KeyPreconditioner
+from hybridlm.model.mixers.common.levels import (
+    check_levels,
+    compute_level_scales,
+    count_calls,
+    count_states,
+    level_activations,
+    level_flops,
+    refuse_split_rows,
+    run_levels,
+)
 from hybridlm.model.mixers.common.matrix_state import run_over_shards
 from hybridlm.model.mixers.common.recurrent import FP32_BYTES, RecurrentConfig, RecurrentMixer
 from hybridlm.model.mixers.common.recurrent_step import (
@@ -39,7 +51,7 @@ from hybridlm.model.mixers.common.scan import scan_traffic
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import delta_rule, l2_norm
+from hybridlm_kernels import Gate, delta_rule, l2_norm
 from hybridlm_kernels.decoding import delta_rule_step
 from hybridlm_kernels.precision import wide
 from hybridlm_kernels.recurrence.arguments import math_dtype
@@ -66,6 +78,8 @@ class DeltaRuleConfig(RecurrentConfig):
         correction_init: start of d.
         precondition: scale the written key by 1.5^-s, where s in (-1, 1) grows with the past squares of its channel
             (preconditioned Gated DeltaNet and KDA).
+        levels: levels L of log-linear attention: the past is cut into blocks of 1, 2, 4, ... tokens, and whatever is
+            older than 2^(L-2) tokens, that are read with learned scales; null reads one state.
 
     Raises:
         ConfigError: an option out of its range, or two that do not go together.
@@ -84,6 +98,7 @@ class DeltaRuleConfig(RecurrentConfig):
     query_correction: bool = False
     correction_init: float = 1.0
     precondition: bool = False
+    levels: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +111,27 @@ class DeltaRuleConfig(RecurrentConfig):
                     got=True, expected="false, or steps=1")
         require(not self.implicit or self.strength == "head", "implicit", "needs one beta per head", got=True,
                 expected="false with strength=channel")
+        check_levels(self.levels)
+        require(self.levels is None or (self.is_plain and not self.implicit), "levels",
+                "are defined for one plain write per token", got=self.levels,
+                expected="null, or steps=1, read=after, strength=head and none of implicit, query_correction and "
+                "precondition")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a token erases and writes once, at its key, with one beta per head."""
+        return ((self.steps, self.read, self.strength) == (1, "after", "head") and not self.query_correction
+                and not self.precondition)
+
+    @property
+    def level_width(self) -> int:
+        """Outputs of the projection that scales the levels."""
+        return self.value_heads * (self.levels or 0)
+
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        if self.levels is not None:
+            refuse_split_rows(self.kind)
+        super().check_context_parallel(shards, length)
 
     def transfer_gaps(self) -> list[str]:
         published = self.decay == "scalar" and self.steps == 1 and self.strength == "head"  # arXiv 2606.04048
@@ -116,10 +152,11 @@ class DeltaRuleConfig(RecurrentConfig):
 
     def _strength_params(self, context: LayerContext) -> int:
         heads = 2 * self.num_heads if self.precondition else 0
-        return context.hidden_size * (sum(self.strengths.values()) + heads)
+        return context.hidden_size * (sum(self.strengths.values()) + heads + self.level_width)
 
     def num_params(self, context: LayerContext) -> int:
         vectors = self.value_dim + self.num_heads * (2 * self.query_correction + 3 * self.precondition)
+        vectors += self.level_width
         return super().num_params(context) + self._strength_params(context) + vectors
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
@@ -127,6 +164,7 @@ class DeltaRuleConfig(RecurrentConfig):
         parts["projections"] += 2.0 * self._strength_params(context)
         if self.precondition:
             parts["recurrence"] += 4.0 * self.num_heads * self.head_dim
+        parts["recurrence"] += level_flops(self.levels) * self.head_dim * self.output_width
         return parts
 
     def _flops_per_state_entry(self) -> int:
@@ -135,7 +173,8 @@ class DeltaRuleConfig(RecurrentConfig):
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         scan = FP32_BYTES * self.num_heads * self.head_dim if self.precondition else 0
-        return super().state_bytes(context, context_length, element_bytes) + scan
+        more = FP32_BYTES * (count_states(self.levels) - 1) * self.head_dim * self.output_width
+        return super().state_bytes(context, context_length, element_bytes) + scan + more
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         keys = self.num_heads * self.head_dim
@@ -144,7 +183,9 @@ class DeltaRuleConfig(RecurrentConfig):
             more += 3 * sum(self.strengths.values())
         if self.steps > 1:
             more += self.steps * (keys + self.gate_width)
-        return super().activation_bytes(context, element_bytes) + FP32_BYTES * more
+        calls = count_calls(self.levels, context.max_position)
+        more += level_activations(self.levels, self.value_heads)
+        return super().activation_bytes(context, element_bytes) * calls + FP32_BYTES * more
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
@@ -181,11 +222,12 @@ class DeltaRule(RecurrentMixer):
     """The module: parameters of `RecurrentMixer`, b_proj with n HV rows, and o_norm over the dims of one head.
 
     With `strength: channel` b_proj has n H K rows, and w_proj n HV V; rows of k, v, b and w are (n, head, dim).
-    `query_correction` adds correction and correction_gate [H], `precondition` a preconditioner.
+    `query_correction` adds correction and correction_gate [H], `precondition` a preconditioner, `levels` l_proj
+    [HV L, D] and level_scale [HV L].
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = (*RecurrentMixer.fp32_parameters, "correction", "correction_gate",
-                                                 "preconditioner.center")
+                                                 "preconditioner.center", "level_scale")
     config: DeltaRuleConfig
     b_proj: nn.Linear
     w_proj: nn.Linear
@@ -201,6 +243,9 @@ class DeltaRule(RecurrentMixer):
         if config.precondition:
             self.preconditioner = KeyPreconditioner(context.hidden_size, config.num_heads, config.a_init,
                                                     config.dt_init)
+        if config.levels is not None:
+            self.l_proj = nn.Linear(context.hidden_size, config.level_width, bias=False)
+            self.level_scale = nn.Parameter(torch.zeros(config.level_width))
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
@@ -211,6 +256,9 @@ class DeltaRule(RecurrentMixer):
         g, gate = None, None
         if config.decay != "none":
             g, gate = self.prepare_decay(self.project_forget_gate(x_BTD), x_BTD.dtype)
+        if config.levels is not None:
+            o_BTHvV = self._run_levels(x_BTD, q_BTHK, k_BRHK, v_BRHvV, g, gate, seq, state)
+            return self.project_output(o_BTHvV, x_BTD, self.o_norm, all_heads=False), {}
         q_BTHK, k_BRHK, v_BRHvV, options = self._prepare_writes(x_BTD, q_BTHK, k_BRHK, v_BRHvV, seq, state)
         rule: Callable[..., tuple[Tensor, Tensor]] = partial(delta_rule, q_BTHK, k_BRHK, g=g, gate=gate,
                                                              cu_seqlens=seq.cu_seqlens, **options)
@@ -222,6 +270,19 @@ class DeltaRule(RecurrentMixer):
             if state is not None:
                 state.matrix = matrix
         return self.project_output(o_BTHvV, x_BTD, self.o_norm, all_heads=False), {}
+
+    def _run_levels(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None,
+                    gate: Gate | None, seq: SequenceInfo, state: RecurrentState | None) -> Tensor:
+        """Outputs [B, T, HV, V] of the log-linear form; its queries have no factor, as the authors' scales undo it."""
+        if self.config.qk_l2norm:
+            q_BTHK, k_BTHK = l2_norm(q_BTHK), l2_norm(k_BTHK)
+        beta_BTHv = write_strength(self.b_proj(x_BTD), self.config.beta_scale)
+        scales_BTHvL = compute_level_scales(self.l_proj(x_BTD), self.level_scale, self.config.value_heads)
+        o_BTHvV, levels = run_levels(q_BTHK, k_BTHK, v_BTHvV, scales_BTHvL, seq, None if state is None else state.matrix,
+                                     decodes=state is not None, g=g, gate=gate, beta=beta_BTHv, scale=1.0)
+        if state is not None:
+            state.matrix = levels
+        return o_BTHvV
 
     def _rows(self, x_BTC: Tensor, heads: int, dim: int) -> Tensor:
         """Split a projection into the writes of each token, one after the other: [B, R, heads, dim], R = T n."""
@@ -292,11 +353,16 @@ class DeltaRule(RecurrentMixer):
             nn.init.ones_(self.correction_gate)
         if self.config.precondition:
             self.preconditioner.init_vectors()
+        if self.config.levels is not None:
+            nn.init.ones_(self.level_scale)
+
+    @property
+    def decodes_padded_rows(self) -> bool:
+        return self.config.levels is None  # blocks of rows of unlike lengths end apart
 
     def prepare_step(self) -> DecodeStep | None:
         config = self.config
-        if (config.steps, config.read, config.strength) != (1, "after", "head") or config.implicit or \
-                config.query_correction or config.precondition:
+        if not config.is_plain or config.implicit or config.levels is not None:
             return super().prepare_step()
         project = prepare_inputs(self)
         project_gate = None if config.decay == "none" else prepare_forget_gate(self)

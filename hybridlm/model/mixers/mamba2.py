@@ -4,8 +4,10 @@
     S_t = exp(-dt_t e^{A_log}) S_{t-1} + dt_t B_t x_t^T;   y_t = S_t^T C_t + D x_t
     out = W_out norm(y * silu(z))
 
-B and C are the keys and queries of a group of heads, x its values.
-Sources: Dao and Gu 2024 (Mamba-2, section 7), Waleffe et al. 2024 and Nemotron-H 2025, Zuo et al. 2025 (Falcon-H1).
+B and C are the keys and queries of a group of heads, x its values. With `levels` blocks of the past are read with
+scales of their own (log-linear attention), lambda = softplus(level_scale * u) with one more part u of W_in.
+Sources: Dao and Gu 2024 (Mamba-2, section 7), Waleffe et al. 2024 and Nemotron-H 2025, Zuo et al. 2025 (Falcon-H1),
+Guo et al. 2025 (log-linear attention).
 
 B rows, T tokens, D hidden size, I inner channels, H heads, P dims per head, G groups, N states per channel, C channels
 of the convolution.
@@ -33,6 +35,16 @@ from hybridlm.model.mixers.common.init import (
     init_inverse_softplus,
     init_log_uniform,
     init_projections,
+)
+from hybridlm.model.mixers.common.levels import (
+    check_levels,
+    compute_level_scales,
+    count_calls,
+    count_states,
+    level_activations,
+    level_flops,
+    refuse_split_rows,
+    run_levels,
 )
 from hybridlm.model.mixers.common.matrix_state import matrix_traffic, scan_matrix_state
 from hybridlm.model.mixers.common.memory import MEMORY
@@ -68,6 +80,7 @@ class Mamba2Config(StateHeadsConfig):
         dt_max: largest step; null has none.
         skip: D is one number per head, or per channel.
         a_init: A starts uniform in this range.
+        levels: levels L of log-linear attention; null reads one state.
 
     Raises:
         ConfigError: a size that is not positive, or groups that do not divide the heads.
@@ -87,12 +100,14 @@ class Mamba2Config(StateHeadsConfig):
     dt_max: float | None = None
     skip: Literal["head", "channel"] = "head"
     a_init: tuple[float, float] = (1.0, 16.0)
+    levels: int | None = None
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "state_size", "num_groups", "norm_eps"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
         check_taps(self.conv_size)
+        check_levels(self.levels)
         require(self.num_heads % self.num_groups == 0, "num_groups", "must divide num_heads", got=self.num_groups,
                 expected=f"a divisor of {self.num_heads}")
         require(self.dt_min >= 0, "dt_min", "must not be negative", got=self.dt_min)
@@ -111,14 +126,19 @@ class Mamba2Config(StateHeadsConfig):
         """Channels of the convolution: x, B and C."""
         return self.inner_size + 2 * self.num_groups * self.state_size
 
+    @property
+    def level_width(self) -> int:
+        """Outputs of in_proj that scale the levels."""
+        return self.num_heads * (self.levels or 0)
+
     def _projection_params(self, context: LayerContext) -> int:
-        return context.hidden_size * (2 * self.inner_size + self.conv_channels + self.num_heads)
+        return context.hidden_size * (2 * self.inner_size + self.conv_channels + self.num_heads + self.level_width)
 
     def num_params(self, context: LayerContext) -> int:
         inner = self.inner_size
         vectors = 2 * self.num_heads + (self.num_heads if self.skip == "head" else inner)
-        vectors += inner if self.norm == "gated" else 0
-        biases = inner + self.conv_channels + self.num_heads + context.hidden_size if self.bias else 0
+        vectors += self.level_width + (inner if self.norm == "gated" else 0)
+        biases = inner + self.conv_channels + self.num_heads + self.level_width + context.hidden_size if self.bias else 0
         conv = self.conv_channels * (self.conv_size + self.conv_bias)
         return self._projection_params(context) + conv + vectors + biases
 
@@ -126,22 +146,26 @@ class Mamba2Config(StateHeadsConfig):
         """The recurrence is counted as the paper writes it: decay, write and read of every state."""
         return {"projections": 2.0 * self._projection_params(context),
                 "conv": 2.0 * self.conv_size * self.conv_channels,
-                "recurrence": 5.0 * self.inner_size * self.state_size}
+                "recurrence": (5.0 + level_flops(self.levels)) * self.inner_size * self.state_size}
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         """Bytes of the states in fp32 and of the inputs of the convolution in the dtype of the model."""
         taps = element_bytes * self.conv_channels * (self.conv_size - 1)
-        return FP32_BYTES * self.inner_size * self.state_size + taps
+        return FP32_BYTES * count_states(self.levels) * self.inner_size * self.state_size + taps
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         """Bytes per token kept for the backward pass: inner tensors, and the chunked operation and the norm in fp32."""
         inner, conv = self.inner_size, self.conv_channels
         chunk = self.num_heads * (self.state_size * self.head_dim / CHUNK_TOKENS + 2 * CHUNK_TOKENS)
         norm = 3 * inner if self.norm == "gated" else inner
+        calls = count_calls(self.levels, context.max_position)
         return (element_bytes * (context.hidden_size + 4 * inner + 2 * conv)
-                + FP32_BYTES * (2 * conv + 4 * self.num_heads + chunk + norm))
+                + FP32_BYTES * (calls * (2 * conv + 4 * self.num_heads + chunk) + norm
+                                + level_activations(self.levels, self.num_heads)))
 
     def check_context_parallel(self, shards: int, length: int) -> None:
+        if self.levels is not None:
+            refuse_split_rows(self.kind)
         check_taps_in_shards(self.conv_size, length)
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
@@ -194,10 +218,10 @@ class Mamba2Config(StateHeadsConfig):
 @register_mixer("mamba2", Mamba2Config)
 class Mamba2(TensorStateMixer):
     """Parameters: in_proj [2 I + 2 G N + H, D] (z, x, B, C, dt), conv, A_log and dt_bias [H], D [H] or [H, P], norm
-    [I] and out_proj [D, I].
+    [I] and out_proj [D, I]. `levels` adds H L rows to in_proj, and level_scale [H L].
     """
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias", "norm.weight")
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias", "norm.weight", "level_scale")
     config: Mamba2Config
 
     def __init__(self, config: Mamba2Config, context: LayerContext):
@@ -205,11 +229,14 @@ class Mamba2(TensorStateMixer):
         self.config = config
         self.layer_index, self.memory_is_read = context.layer_index, context.is_read(MEMORY)
         inner, heads = config.inner_size, config.num_heads
-        self.in_proj = nn.Linear(context.hidden_size, inner + config.conv_channels + heads, bias=config.bias)
+        outputs = inner + config.conv_channels + heads + config.level_width
+        self.in_proj = nn.Linear(context.hidden_size, outputs, bias=config.bias)
         self.conv = CausalConv(config.conv_channels, config.conv_size, bias=config.conv_bias)
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.zeros(heads) if config.skip == "head" else torch.zeros(heads, config.head_dim))
+        if config.levels is not None:
+            self.level_scale = nn.Parameter(torch.zeros(config.level_width))
         self.norm = None
         if config.norm == "gated":
             eps = context.norm.eps_or(config.norm_eps)
@@ -219,7 +246,8 @@ class Mamba2(TensorStateMixer):
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: TensorState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
         inner, keys = config.inner_size, config.num_groups * config.state_size
-        z_BTI, xBC_BTC, dt_BTH = self.in_proj(x_BTD).split((inner, config.conv_channels, config.num_heads), -1)
+        widths = (inner, config.conv_channels, config.num_heads, config.level_width)
+        z_BTI, xBC_BTC, dt_BTH, u_BTX = self.in_proj(x_BTD).split(widths, -1)
         x_BTI, B_BTX, C_BTX = self.conv(xBC_BTC.contiguous(), seq, state).split((inner, keys, keys), -1)
         wide = torch.promote_types(dt_BTH.dtype, torch.float32)
         dt_BTH = F.softplus(dt_BTH.to(wide) + self.dt_bias)
@@ -228,7 +256,16 @@ class Mamba2(TensorStateMixer):
         x_BTHP = x_BTI.unflatten(-1, (config.num_heads, config.head_dim))
         B_BTGN, C_BTGN = (y.unflatten(-1, (config.num_groups, config.state_size)) for y in (B_BTX, C_BTX))
         v_BTHP = (x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype)
-        y_BTHP = scan_matrix_state(C_BTGN, B_BTGN, v_BTHP, -dt_BTH * self.A_log.to(wide).exp(), seq, state)
+        g_BTH = -dt_BTH * self.A_log.to(wide).exp()
+        if config.levels is None:
+            y_BTHP = scan_matrix_state(C_BTGN, B_BTGN, v_BTHP, g_BTH, seq, state)
+        else:
+            start = None if state is None else state.tensors.get("levels")
+            scales_BTHL = compute_level_scales(u_BTX, self.level_scale, config.num_heads)
+            y_BTHP, levels = run_levels(C_BTGN, B_BTGN, v_BTHP, scales_BTHL, seq, start, decodes=state is not None,
+                                        g=g_BTH, scale=1.0)
+            if state is not None:
+                state.tensors["levels"] = levels
         D_HX = self.D[:, None] if config.skip == "head" else self.D
         y_BTI = (y_BTHP + D_HX * x_BTHP).to(x_BTI.dtype).flatten(-2)
         if self.memory_is_read:
@@ -255,7 +292,7 @@ class Mamba2(TensorStateMixer):
 
     @property
     def decodes_padded_rows(self) -> bool:
-        return True  # the state is a function of the row alone
+        return self.config.levels is None  # blocks of rows of unlike lengths end apart
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:
@@ -265,3 +302,5 @@ class Mamba2(TensorStateMixer):
         init_log_uniform(self.A_log, *self.config.a_init)
         init_inverse_softplus(self.dt_bias, *DT_INIT)
         nn.init.ones_(self.D)
+        if self.config.levels is not None:
+            nn.init.ones_(self.level_scale)

@@ -63,8 +63,9 @@ class ChunkLayout:
         if ("rows", heads) not in self._cache:
             within = np.arange(self.chunk)
             token_PC = np.where(within < self.tokens_per_chunk[:, None], self._first_token[:, None] + within, 0)
-            head_H1 = torch.arange(heads, device=self.device)[:, None]
-            self._cache["rows", heads] = self.to_device(token_PC)[:, None] * heads + head_H1
+            with torch.inference_mode(False):  # it may serve training after generation
+                head_H1 = torch.arange(heads, device=self.device)[:, None]
+                self._cache["rows", heads] = self.to_device(token_PC)[:, None] * heads + head_H1
         return self._cache["rows", heads]
 
     def positions(self, heads: int) -> Tensor:
@@ -73,8 +74,9 @@ class ChunkLayout:
             chunk, position = np.nonzero(np.arange(self.chunk) < self.tokens_per_chunk[:, None])
             first_head = np.empty(self.batch * self.length, dtype=np.int64)
             first_head[self._first_token[chunk] + position] = chunk * heads * self.chunk + position
-            head_H = torch.arange(heads, device=self.device) * self.chunk
-            self._cache["positions", heads] = (self.to_device(first_head)[:, None] + head_H).view(-1)
+            with torch.inference_mode(False):
+                head_H = torch.arange(heads, device=self.device) * self.chunk
+                self._cache["positions", heads] = (self.to_device(first_head)[:, None] + head_H).view(-1)
         return self._cache["positions", heads]
 
     def step_groups(self, width: int) -> list[StepGroup]:
@@ -248,6 +250,26 @@ class StateSlots:
             states[: -self.live] = value
         else:
             states.index_copy_(0, self.before_P, value)
+
+
+def to_chunks(x_BTHD: Tensor, layout: ChunkLayout) -> Tensor:
+    """The chunks [P, H, C, D] of all tokens, in the layout's order; autograd sees through it.
+
+    Those of packed documents are padded with copies of other tokens, those of plain rows with zeros.
+    """
+    B, T, H, D = x_BTHD.shape
+    if layout.packed:
+        return x_BTHD.reshape(B * T * H, D).index_select(0, layout.rows(H).flatten()).view(-1, H, layout.chunk, D)
+    padded = pad(x_BTHD, (0, 0, 0, 0, 0, -T % layout.chunk))
+    return padded.unflatten(1, (-1, layout.chunk)).permute(1, 0, 3, 2, 4).flatten(0, 1)
+
+
+def from_chunks(x_PHCD: Tensor, layout: ChunkLayout) -> Tensor:
+    """The inverse of `to_chunks`: [B, T, H, D]."""
+    _, H, _, D = x_PHCD.shape
+    if layout.packed:
+        return x_PHCD.reshape(-1, D).index_select(0, layout.positions(H)).view(layout.batch, layout.length, H, D)
+    return x_PHCD.unflatten(0, (-1, layout.batch)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : layout.length]
 
 
 def chunk_size(length: int, borders: CuSeqlens | None, device: torch.device) -> int:

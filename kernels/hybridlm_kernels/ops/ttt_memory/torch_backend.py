@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hybridlm_kernels.packing import CuSeqlens
-from hybridlm_kernels.recurrence.chunk_layout import ChunkLayout, get_chunk_layout
+from hybridlm_kernels.recurrence.chunk_layout import from_chunks, get_chunk_layout, to_chunks
 
 MINI_BATCHES_PER_SEGMENT = 4  # mini-batches from one kept state to the next
 
@@ -135,7 +135,7 @@ def _whole_mini_batches(per_token: list[Tensor], scale_M: Tensor, norm: tuple[Te
     q_BTHK, M = per_token[0], len(scale_M)
     B, T, _, K = q_BTHK.shape
     layout = get_chunk_layout(B, T, M, borders, q_BTHK.device)
-    q, k, v, rate = (_to_mini_batches(x, layout) for x in per_token)
+    q, k, v, rate = (to_chunks(x, layout) for x in per_token)
     filled = torch.arange(M, device=rate.device) < layout.to_device(layout.tokens_per_chunk)[:, None]
     batches = [q, k, v, torch.where(filled[:, None, :, None], rate, 0.0)]
     weights_nHP = layout.sort_documents(state_N2HP[:, 0])
@@ -173,25 +173,8 @@ def _whole_mini_batches(per_token: list[Tensor], scale_M: Tensor, norm: tuple[Te
         ended += states
     o_XHMK = q + _layer_norm(torch.cat(outputs), *norm)
     final_N2HP = layout.unsort_documents(torch.cat(ended[::-1]))  # documents that end first are the last ones
-    return _from_mini_batches(o_XHMK, layout, T), final_N2HP
+    return from_chunks(o_XHMK, layout), final_N2HP
 
 
 def _layer_norm(x_nHMK: Tensor, gamma_HK: Tensor, beta_HK: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x_nHMK, x_nHMK.shape[-1:], eps=eps) * gamma_HK[:, None] + beta_HK[:, None]
-
-
-def _to_mini_batches(x_BTHD: Tensor, layout: ChunkLayout) -> Tensor:
-    """The mini-batches [X, H, M, D] of all tokens, those of packed documents padded with copies of other tokens."""
-    B, T, H, D = x_BTHD.shape
-    if layout.packed:
-        return x_BTHD.reshape(B * T * H, D).index_select(0, layout.rows(H).flatten()).view(-1, H, layout.chunk, D)
-    padded = F.pad(x_BTHD, (0, 0, 0, 0, 0, -T % layout.chunk))
-    return padded.unflatten(1, (-1, layout.chunk)).permute(1, 0, 3, 2, 4).flatten(0, 1)
-
-
-def _from_mini_batches(x_XHMD: Tensor, layout: ChunkLayout, T: int) -> Tensor:
-    """The inverse of `_to_mini_batches`: [B, T, H, D]."""
-    _, H, _, D = x_XHMD.shape
-    if layout.packed:
-        return x_XHMD.reshape(-1, D).index_select(0, layout.positions(H)).view(layout.batch, T, H, D)
-    return x_XHMD.unflatten(0, (-1, layout.batch)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
