@@ -1,7 +1,7 @@
 """What theory says of recurrent mixers holds when they are trained: who tracks a state, and how much a state recalls.
 
-Transitions with eigenvalues in [0, 1] cannot count modulo 2 beyond the lengths that were learned by heart (Sarrof et al.
-2024; Grazzi et al. 2024, arXiv 2411.12537), and without a transition that mixes channels no permutation of three things
+Transitions with eigenvalues in [0, 1] cannot count modulo 2 beyond the lengths that were learned by heart (Sarrof et
+al. 2024; Grazzi et al. 2024, arXiv 2411.12537), and without a transition that mixes channels no permutation of three things
 can be composed. A state of N numbers per channel holds about N pairs (Arora et al. 2023, arXiv 2312.04927).
 All models are trained from scratch on the same examples, and the figures are those of one seed.
 """
@@ -21,8 +21,8 @@ def train(mixer, probe, steps, lr, length, options=(), layers=1, **parameters):
     """Token accuracy of layers of one mixer at the length of training and at twice that."""
     config = load_config("train", [
         "model=hybrid_tiny", f"model.num_layers={layers}", "model.hidden_size=32", "model.schedule.ratio=inf",
-        "model.feed_forward={kind: dense, intermediate_size: 64}", f"model.schedule.linear={mixer}", "model.mtp.depth=0",
-        *(f"model.mixers.{mixer}.{option}" for option in options)]).model
+        "model.feed_forward={kind: dense, intermediate_size: 64}", "model.mtp.depth=0",
+        f"model.schedule.linear={mixer}", *(f"model.mixers.{mixer}.{option}" for option in options)]).model
     result = train_on_probe(config, make_probe(probe, parameters), steps, lr, length=length,
                             eval_lengths=[length, 2 * length], examples=64)
     return [score.token for score in result.accuracy.values()]

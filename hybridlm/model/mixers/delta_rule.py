@@ -278,8 +278,9 @@ class DeltaRule(RecurrentMixer):
             q_BTHK, k_BTHK = l2_norm(q_BTHK), l2_norm(k_BTHK)
         beta_BTHv = write_strength(self.b_proj(x_BTD), self.config.beta_scale)
         scales_BTHvL = compute_level_scales(self.l_proj(x_BTD), self.level_scale, self.config.value_heads)
-        o_BTHvV, levels = run_levels(q_BTHK, k_BTHK, v_BTHvV, scales_BTHvL, seq, None if state is None else state.matrix,
-                                     decodes=state is not None, g=g, gate=gate, beta=beta_BTHv, scale=1.0)
+        start = None if state is None else state.matrix
+        o_BTHvV, levels = run_levels(q_BTHK, k_BTHK, v_BTHvV, scales_BTHvL, seq, start, decodes=state is not None, g=g,
+                                     gate=gate, beta=beta_BTHv, scale=1.0)
         if state is not None:
             state.matrix = levels
         return o_BTHvV

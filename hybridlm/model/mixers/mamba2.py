@@ -138,7 +138,8 @@ class Mamba2Config(StateHeadsConfig):
         inner = self.inner_size
         vectors = 2 * self.num_heads + (self.num_heads if self.skip == "head" else inner)
         vectors += self.level_width + (inner if self.norm == "gated" else 0)
-        biases = inner + self.conv_channels + self.num_heads + self.level_width + context.hidden_size if self.bias else 0
+        outputs = inner + self.conv_channels + self.num_heads + self.level_width
+        biases = outputs + context.hidden_size if self.bias else 0
         conv = self.conv_channels * (self.conv_size + self.conv_bias)
         return self._projection_params(context) + conv + vectors + biases
 

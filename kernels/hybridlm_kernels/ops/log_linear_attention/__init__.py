@@ -109,6 +109,7 @@ def log_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda
     with autocast(q_BTHK.device.type, enabled=False):
         run = choose(OPERATION, call, backend).run
         g = log_decay(g, gate)
+        scale = K**-0.5 if scale is None else scale
         return without_empty_documents(
-            lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, lambda_BTHvL, g, beta, K**-0.5 if scale is None else scale,
-                                      state, filled, tokens_seen, with_state), initial_state, borders)
+            lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, lambda_BTHvL, g, beta, scale, state, filled, tokens_seen,
+                                      with_state), initial_state, borders)

@@ -70,8 +70,8 @@ class Recurrence:
         """The recurrence on tokens first .. end - 1 of every row."""
         if (first, end) == (0, self.q_BTHK.shape[1]):
             return self
-        parts = [None if x is None else x[:, first:end] for x in (self.q_BTHK, self.k_BTHK, self.g, self.beta_BTHv)]
-        return Recurrence(*parts, self.scale)  # type: ignore[arg-type]
+        g, beta = (None if x is None else x[:, first:end] for x in (self.g, self.beta_BTHv))
+        return Recurrence(self.q_BTHK[:, first:end], self.k_BTHK[:, first:end], g, beta, self.scale)
 
     def __call__(self, v_BTHvV: Tensor, state_nHvKV: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"g": self.g, "scale": self.scale, "initial_state": state_nHvKV,
@@ -150,7 +150,7 @@ class _Levels:
         table_CC = _level_table(levels).to(place_BT.device)
         level_BTHvC = table_CC[place_BT][:, :, None].expand(-1, -1, HV, -1)
         weight_BTHvC = weight_BTHvC * self.scales.to(self.dtype).gather(-1, level_BTHvC)
-        layout = get_chunk_layout(*self.v.shape[:2], TILE, tiles, self.v.device)
+        layout = get_chunk_layout(self.v.shape[0], self.v.shape[1], TILE, tiles, self.v.device)
         v_MHvCV = to_chunks(self.v.to(self.dtype), layout)
         o = from_chunks(to_chunks(weight_BTHvC, layout) @ v_MHvCV, layout)
         if not self.with_state:
@@ -190,7 +190,7 @@ class _Levels:
         return o - own_o, final_NHvKV
 
     def _earlier(self, level: int) -> Tensor | None:
-        """What the open blocks of 2^level tokens hold before the first token, as the start of a call for `level`."""
+        """The state before the first token of the open block of 2^level tokens, as the start of a call for `level`."""
         if self.state is None:
             return None
         block = 1 << (level - 1)
