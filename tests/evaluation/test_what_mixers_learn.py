@@ -1,8 +1,8 @@
 """What theory says of recurrent mixers holds when they are trained: who tracks a state, and how much a state recalls.
 
 Transitions with eigenvalues in [0, 1] cannot count modulo 2 beyond the lengths that were learned by heart (Sarrof et
-al. 2024; Grazzi et al. 2024, arXiv 2411.12537), and without a transition that mixes channels no permutation of three things
-can be composed. A state of N numbers per channel holds about N pairs (Arora et al. 2023, arXiv 2312.04927).
+al. 2024; Grazzi et al. 2024, arXiv 2411.12537), and without a transition that mixes channels no permutation of three
+things can be composed. A state of N numbers per channel holds about N pairs (Arora et al. 2023, arXiv 2312.04927).
 All models are trained from scratch on the same examples, and the figures are those of one seed.
 """
 
