@@ -205,14 +205,14 @@ class Mamba2Config(StateHeadsConfig):
 
     def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
                              norm: NormConfig) -> dict[str, Tensor]:
-        """Take v as x, k as B and q as C (MOHAWK, section 3); the gate and the steps start fresh."""
+        """Take v as x, k as B and q as C (MOHAWK, section 3); the gate, the steps and the levels start fresh."""
         keys, values = (self.num_groups, self.state_size), (self.num_heads, self.head_dim)
         found = take_attention_projections(old, tensors, {"q_proj": keys, "k_proj": keys, "v_proj": values}, norm)
         if len(found) < 4:
             return {}
         q, k, v, o = (found[f"{name}_proj.weight"] for name in "qkvo")
         gate, steps = (torch.full((rows, v.shape[1]), torch.nan, dtype=v.dtype, device=v.device)
-                       for rows in (self.inner_size, self.num_heads))
+                       for rows in (self.inner_size, self.num_heads + self.level_width))
         return {"in_proj.weight": torch.cat([gate, v, k, q, steps]), "out_proj.weight": o}
 
 
