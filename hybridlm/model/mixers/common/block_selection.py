@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,14 @@ class BlockIndex:
     blocks: EntryWindows
 
 
+class ScoresBlocks(Protocol):
+    """The part of a selector that `choose_blocks` asks: the number of lists per query, and their scores."""
+
+    lists: int
+
+    def scores(self, index: BlockIndex, rows: slice) -> Tensor: ...
+
+
 class Selector(nn.Module, abc.ABC):
     """Scores blocks. A selector has features per token, combines those of a window to an entry, and scores entries.
 
@@ -241,7 +249,7 @@ def competing_blocks(blocks: EntryWindows, budget: BlockBudget, rows: slice) -> 
 
 
 @torch.no_grad()
-def choose_blocks(selector: Selector, index: BlockIndex, budget: BlockBudget) -> Tensor:
+def choose_blocks(selector: ScoresBlocks, index: BlockIndex, budget: BlockBudget) -> Tensor:
     """Choose the blocks of best score for each query; equal scores go to the earlier block.
 
     Args:

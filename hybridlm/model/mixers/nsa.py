@@ -1,0 +1,237 @@
+"""Native sparse attention: compressed entries, selected blocks and a window, joined by gates.
+
+    o_t = g1 Attn(q_t; entries of complete windows) + g2 Attn(q_t; selected blocks) + g3 Attn(q_t; last w tokens)
+    g = sigmoid(W_g x_t + b), three per head;   y_t = W_o o_t
+
+Blocks are selected per key/value head: p = softmax(q . keys of entries), summed over the windows that overlap a block
+and over the heads that share a key head. The selection has no gradient: it learns through the entries' own output.
+
+Source: Yuan et al. 2025, NSA (arXiv 2502.11089), section 3. The three branches share keys and values, as in its public
+implementations; the paper projects them for each branch.
+B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim, E windows, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.errors import require
+from hybridlm.model.decode_state import TokenCache
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, choose_blocks
+from hybridlm.model.mixers.common.compression import (
+    Compression,
+    Compressor,
+    count_compression_flops,
+    count_compression_params,
+)
+from hybridlm.model.mixers.common.cost import count_visible_keys
+from hybridlm.model.mixers.common.entries import EntryCache, EntryWindows, count_entries, count_seen_entries
+from hybridlm.model.mixers.common.entry_attention import entry_attention
+from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
+from hybridlm.model.mixers.common.init import init_projections
+from hybridlm.model.mixers.common.overlap import reduce_to_blocks, window_softmax
+from hybridlm.model.mixers.contract import Aux, SequenceMixer, register_mixer
+from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.rope import RopeConfig, rotate
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import selected_attention
+from hybridlm_kernels.precision import wide
+
+BRANCHES = 3
+
+
+@dataclass(kw_only=True)
+class NSAConfig(GroupedHeadsConfig):
+    """Configuration of native sparse attention.
+
+    Args:
+        num_heads: query heads H.
+        head_dim: dims per head K.
+        num_kv_heads: key/value heads G; null is `num_heads`.
+        rope: rotary embedding; entries are rotated to the position of their first token.
+        compression: how entries are made of windows: `mean`, `weighted` by learned places, or `linear`.
+        length: tokens of a window, a multiple of `stride`.
+        stride: tokens from one window to the next, a divisor of `block`.
+        block: tokens per block.
+        topk: blocks that a token reads, `first` and `local` included.
+        first: first blocks of the document that are always read.
+        local: newest blocks that are always read, the token's own included.
+        near: tokens of the window, the token's own included.
+    """
+
+    kind: str = "nsa"
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    compression: Compression = "linear"
+    length: int = 32
+    stride: int = 16
+    block: int = 64
+    topk: int = 16
+    first: int = 1
+    local: int = 2
+    near: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rope.check(self.head_dim)
+        for key in ("length", "stride", "block", "topk", "local", "near"):
+            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        require(self.first >= 0, "first", "must not be negative", got=self.first)
+        require(self.length % self.stride == 0, "length", "must be a multiple of stride", got=self.length,
+                expected=f"a multiple of {self.stride}")
+        require(self.block % self.stride == 0, "stride", "must divide the block", got=self.stride,
+                expected=f"a divisor of {self.block}")
+        require(self.first + self.local <= self.topk, "topk", "must hold the blocks that are always read",
+                got=self.topk, expected=f"at least {self.first + self.local}")
+
+    def num_params(self, context: LayerContext) -> int:
+        D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
+        gates = (D + 1) * BRANCHES * H
+        return 2 * D * (H + G) * K + gates + count_compression_params(self.compression, self.length, G, K)
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
+        entries = count_seen_entries(context_length, self.length, self.stride)
+        read = count_visible_keys(context_length, min(self.topk * self.block, context_length))
+        near = count_visible_keys(context_length, min(self.near, context_length))
+        return {"projections": 2.0 * D * (2 * (H + G) * K + BRANCHES * H),
+                "compression": count_compression_flops(self.compression, self.length, self.stride, G, K)
+                * count_entries(context_length, self.length, self.stride)[0] * self.stride / max(1, context_length),
+                "attention": 4.0 * H * K * (entries + read + near), "selector": 2.0 * H * K * entries}
+
+    def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        return self.flops_per_token(context, context_length)["selector"]
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        kept = context_length + sum(count_entries(context_length, self.length, self.stride))
+        return 2 * self.kv_heads * self.head_dim * kept * element_bytes
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        queries, keys = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
+        entries = 2 * keys * (self.length + 2) / self.stride
+        return element_bytes * (7 * queries + 8 * keys + entries + 3 * BRANCHES * self.num_heads)
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        size = 3 * rows * length * element_bytes * self.kv_heads * self.head_dim
+        return [ShardTraffic("gather", size, size)]
+
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        return super().canonical(norm) | {"rope": self.rope.canonical(uses_mscale=False)}
+
+    @classmethod
+    def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """Heads as in the model; of a context shorter than 32K tokens, the published sizes in proportion."""
+        filled = super().fill_sizes(options, model)
+        if cls.missing_sizes(options):
+            block = filled.setdefault("block", max(4, min(64, model.max_position // 64)))
+            filled.setdefault("stride", max(1, block // 4))
+            filled.setdefault("length", 2 * filled["stride"])
+            always = filled.get("first", 1) + filled.get("local", 2)
+            filled.setdefault("topk", max(always + 1, min(1024, model.max_position // 16) // block))
+            filled.setdefault("near", max(8, min(512, model.max_position // 16)))
+        return filled
+
+    def rotates(self) -> bool:
+        return self.rope.kind != "none"
+
+
+@dataclass
+class NSAState:
+    """Decode state: rotated keys and values of all tokens, [B, S, 2, G, K], and the entries."""
+
+    tokens: TokenCache
+    entries: EntryCache
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both."""
+        return self.tokens.num_bytes + self.entries.num_bytes
+
+
+@register_mixer("nsa", NSAConfig)
+class NSA(SequenceMixer):
+    """The module: q_proj, k_proj, v_proj, o_proj, gate_proj with a bias, and the compressor."""
+
+    config: NSAConfig
+
+    def __init__(self, config: NSAConfig, context: LayerContext):
+        super().__init__()
+        self.config = config
+        D, H, G, K = context.hidden_size, config.num_heads, config.kv_heads, config.head_dim
+        self.q_proj = nn.Linear(D, H * K, bias=False)
+        self.k_proj = nn.Linear(D, G * K, bias=False)
+        self.v_proj = nn.Linear(D, G * K, bias=False)
+        self.gate_proj = nn.Linear(D, BRANCHES * H)
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.compressor = Compressor(config.compression, config.length, G, K)
+        self.rotary_dim = config.rope.rotary_dim(K)
+        self.lists = G
+        self.budget = BlockBudget(config.topk, config.first, config.local)
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: NSAState | None = None) -> tuple[Tensor, Aux]:
+        config = self.config
+        q_BTHK, k_BTGK, v_BTGK = (proj(x_BTD).unflatten(-1, (-1, config.head_dim))
+                                  for proj in (self.q_proj, self.k_proj, self.v_proj))
+        raw_BT2GK = torch.stack([k_BTGK, v_BTGK], 2)
+        q_BTHK, k_BTGK = (rotate(x, config.rope, self.rotary_dim, seq) for x in (q_BTHK, k_BTGK))
+        if state is None:
+            raw_BT2GK, k_BSGK = seq.history(raw_BT2GK), seq.history(k_BTGK)
+            v_BSGK = raw_BT2GK[:, :, 1]
+        else:
+            k_BSGK, v_BSGK = state.tokens.append(torch.stack([k_BTGK, v_BTGK], 2)).unbind(2)
+        index, v_BEGK = self._entries(raw_BT2GK, q_BTHK, k_BSGK.shape[1], seq, state)
+        chosen = choose_blocks(self, index, self.budget)
+        scale = config.head_dim**-0.5
+        far = entry_attention(q_BTHK, index.entries_BE, v_BEGK, index.windows, scale)
+        picked, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, chosen, block=config.block,
+                                       cu_seqlens=seq.history_borders)
+        none = chosen.new_full((*chosen.shape[:2], 1, 0), -1)
+        near, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, none, window=config.near, cu_seqlens=seq.history_borders)
+        gates_BTH3 = self.gate_proj(x_BTD).sigmoid().unflatten(-1, (-1, BRANCHES))
+        o_BTHK = sum(gate[..., None] * branch for gate, branch in zip(gates_BTH3.unbind(-1), (far, picked, near),
+                                                                      strict=True))
+        return self.o_proj(o_BTHK.flatten(-2)), {}  # type: ignore[union-attr]
+
+    def _entries(self, raw_BT2GK: Tensor, q_BTHK: Tensor, keys: int, seq: SequenceInfo,
+                 state: NSAState | None) -> tuple[BlockIndex, Tensor]:
+        """Keys of the entries with the queries that score them, and values [B, E, G, K]."""
+        config = self.config
+        windows = EntryWindows.of(seq, q_BTHK, keys, config.length, config.stride)
+        if state is None:
+            entries_BE2GK = self._combine(windows.gather(raw_BT2GK), windows.place_BE)
+        else:
+            entries_BE2GK = state.entries.append(raw_BT2GK, self._combine)
+            missing = windows.number - entries_BE2GK.shape[1]
+            entries_BE2GK = torch.cat([entries_BE2GK, entries_BE2GK.new_zeros(
+                entries_BE2GK.shape[0], missing, *entries_BE2GK.shape[2:])], 1)
+        k_BEGK, v_BEGK = entries_BE2GK.unbind(2)
+        blocks = EntryWindows.of(seq, q_BTHK, keys, config.block, config.block)
+        return BlockIndex(q_BTHK, k_BEGK, windows, blocks), v_BEGK
+
+    def _combine(self, raw_BEL2GK: Tensor, place_BE: Tensor) -> Tensor:
+        """Entries [B, E, 2, G, K], their keys rotated to the position of the first token."""
+        k_BEGK, v_BEGK = self.compressor(raw_BEL2GK).unbind(2)
+        return torch.stack([rotate(k_BEGK, self.config.rope, self.rotary_dim, SequenceInfo(place_BE)), v_BEGK], 2)
+
+    def scores(self, index: BlockIndex, rows: slice) -> Tensor:
+        """Scores of blocks [B, Q, G, P] for `choose_blocks`."""
+        q_BQGRK = wide(index.queries_BT[:, rows]).unflatten(2, (self.lists, -1)) * self.config.head_dim**-0.5
+        score_BQGRE = torch.einsum("bqgrk,begk->bqgre", q_BQGRK, wide(index.entries_BE))
+        p_BQGE = window_softmax(score_BQGRE, index.windows, rows).sum(3)
+        return reduce_to_blocks(p_BQGE, index.windows, index.blocks, rows, "sum")
+
+    def head_rows(self) -> dict[str, int]:
+        return {"q_proj": self.config.num_heads, "k_proj": self.config.kv_heads, "v_proj": self.config.kv_heads}
+
+    def new_state(self, batch: int, max_length: int) -> NSAState:
+        return NSAState(TokenCache(max_length), EntryCache(max_length, self.config.length, self.config.stride))
+
+    def init_weights(self, std: float) -> None:
+        init_projections(self, std)
+        self.compressor.init_weights(std)
