@@ -7,7 +7,7 @@ the call runs it. `configure` or a call's own `backend=` names one instead.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +66,8 @@ class Backend:
     run: Callable[..., Any]
     supports: Callable[[Call], tuple[bool, str]] = always
     devices: tuple[str, ...] = ANY_DEVICE  # device types it is made for
+    # Of a package that chooses among implementations by itself: what took the place of its own kernels in this process.
+    replacements: Callable[[], Sequence[str]] = tuple
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,13 @@ def choose(op: Operation, call: Call, override: str | None = None) -> Backend:
     for watcher in _watchers:
         watcher(choice)
     return backend
+
+
+def replacements() -> list[str]:
+    """Parts of packages that others computed in this process, each as "fla: part -> implementation"."""
+    found = {f"{backend.name}: {part}": None for op in _operations.values() for backend in op.backends
+             for part in backend.replacements()}
+    return list(found)
 
 
 def first_choice(name: str, device: str) -> str:

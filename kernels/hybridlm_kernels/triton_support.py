@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,6 +156,25 @@ def _spilled(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, 
         return getattr(built, "n_spills", None)  # missing where loading failed before
     except Exception:  # a compiler can fail in any way; where every configuration does, the launch says how
         return None
+
+
+def copy_table(table: np.ndarray, device: torch.device, shared: bool = False) -> Tensor:
+    """Copy a table of integers that kernels read to the device, int64.
+
+    A table of one batch is copied behind what the current stream does, from pinned memory, so that the host does not
+    wait. One that later calls share (`shared`) is there before this returns: other streams may read it. While a CUDA
+    graph is captured nothing is copied: its replays would copy from memory that is gone.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    host = torch.from_numpy(np.ascontiguousarray(table, dtype=np.int64))
+    if device.type != "cuda":
+        return host.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a table of chunks would be copied inside the capture of a CUDA graph; run the same call "
+                           "once before the capture, and keep the CuSeqlens of packed documents as long as the graph")
+    return host.to(device) if shared else host.pin_memory().to(device, non_blocking=True)
 
 
 def as_rows(x: Tensor) -> Tensor:

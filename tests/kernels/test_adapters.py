@@ -1,6 +1,9 @@
 """Adapters to other kernels, with packages that are missing, broken, too old, or made up of our reference."""
 
+import argparse
 import importlib.metadata
+import json
+import logging
 import sys
 import types
 
@@ -9,7 +12,9 @@ import torch
 
 from hybridlm_kernels import attention, delta_rule, linear_attention, registry
 from hybridlm_kernels import optional_packages as optional
+from hybridlm_kernels.recurrence import fla_call
 from hybridlm_kernels.registry import Backend, KernelUnavailable, Operation
+from hybridlm_kernels.tools import bench, doctor
 from tests.support.kernel_compare import error, tensors
 
 B, T, H, HV, K, V = 2, 12, 2, 4, 16, 8
@@ -124,6 +129,37 @@ def test_attention_through_flash_attention(installed, window, borders):
     run = {backend: attention(q, k, v, window=window, cu_seqlens=borders, backend=backend)
            for backend in ("flash_attn", "reference")}
     assert torch.equal(run["flash_attn"], run["reference"])
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+def test_implementations_that_the_package_chose_are_named(installed, monkeypatch, caplog, level, capsys):
+    logger = logging.getLogger("fla.backends")
+    monkeypatch.setattr(fla_call, "_replacements", {})
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    caplog.set_level(level)
+    peer = recurrence_of(delta_rule)
+
+    def run(*args, **options):
+        logger.info("[FLA Backend] kda.chunk_kda_fwd -> tilelang rejected: no nvcc")
+        logger.info("[FLA Backend] kda.chunk_kda_fwd -> flash_kda")
+        return peer(*args, **options)
+
+    installed("flash-linear-attention", "0.6.0", {"fla.ops.delta_rule": {"chunk_delta_rule": run}})
+    fla_call._watch_log.cache_clear()
+    call_fla()
+    assert fla_call.replacements() == ["kda.chunk_kda_fwd -> flash_kda"]
+    assert len(caplog.records) == (2 if level == logging.INFO else 0)  # nobody sees more of the log than before
+
+
+def test_doctor_and_bench_say_what_was_replaced(monkeypatch, capsys):
+    monkeypatch.setattr(fla_call, "_replacements", {"kda.chunk_kda_fwd -> flash_kda": None})
+    assert doctor.main(["swiglu"]) == 0
+    assert "replaced in fla: kda.chunk_kda_fwd -> flash_kda\n" in capsys.readouterr().out
+    options = argparse.Namespace(operations=["swiglu"], backends=[], shapes=["B1 T8 H1 D8"], dtype="float32",
+                                 device="cpu", seconds=60.0, json=True)
+    assert bench.show(options) == 0
+    assert json.loads(capsys.readouterr().out)["replacements"] == ["fla: kda.chunk_kda_fwd -> flash_kda"]
 
 
 def call_fla(dtype=torch.float32):

@@ -1,13 +1,15 @@
-"""Triton backends serve the device of their tensors, whichever device is the current one."""
+"""Triton backends serve the device of their tensors, copy tables safely, and look at indices when told to."""
 
+import re
 import sys
 import types
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
-from hybridlm_kernels import triton_support
+from hybridlm_kernels import moe_experts, sparse_attention, triton_support
 from hybridlm_kernels.registry import Call
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, lazy_triton_backend
 
@@ -45,3 +47,64 @@ def test_the_capability_is_that_of_the_call_s_device(monkeypatch):
 def test_a_call_knows_the_index_of_its_device():
     assert Call.of(torch.zeros(1, device="meta")).device_index is None
     assert triton_support.parallel_programs(torch.device("cpu")) == 0
+
+
+def test_no_table_is_copied_inside_a_captured_graph(monkeypatch):
+    table = triton_support.copy_table(np.arange(6).reshape(2, 3)[:, ::2], torch.device("cpu"))
+    assert table.tolist() == [[0, 2], [3, 5]]
+    assert table.dtype == torch.int64
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="run the same call once before the capture"):
+        triton_support.copy_table(np.arange(3), torch.device("cuda"))
+
+
+WRONG_INDICES = {
+    "beyond the keys": (torch.tensor([[[0, 3]] * 3]), r"sparse_attention: indices must be from -1 to 2; got 3"),
+    "below none": (torch.tensor([[[0, -2]] * 3]), r"sparse_attention: indices must be from -1 to 2; got -2"),
+    "twice": (torch.tensor([[[0, -1], [0, -1], [2, 2]]]), r"indices must be distinct in a list; 2 stands twice")}
+
+
+@pytest.mark.parametrize("name", WRONG_INDICES)
+def test_indices_are_looked_at_on_request(name, monkeypatch):
+    indices, message = WRONG_INDICES[name]
+    q = torch.zeros(1, 3, 1, 2)
+    monkeypatch.setenv("HYBRIDLM_CHECK_INDICES", "1")
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(q, q, q, indices)
+    assert sparse_attention(q, q, q, torch.tensor([[[0, -1], [-1, -1], [2, 1]]])).isfinite().all()
+
+
+def test_expert_ids_are_looked_at_on_request(monkeypatch):
+    monkeypatch.setenv("HYBRIDLM_CHECK_INDICES", "1")
+    gate_up, down = torch.ones(2, 2, 1), torch.ones(2, 1, 1)
+    with pytest.raises(ValueError, match="moe_experts: expert_ids must be from 0 to 1; got 2"):
+        moe_experts(torch.ones(1, 1), gate_up, down, torch.tensor([[2]]), torch.ones(1, 1))
+
+
+@pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
+def test_segments_are_joined_in_one_layout():
+    """`join_kernel` overwrites the states that it has just read: each thread may only write what it read itself."""
+    from hybridlm_kernels.recurrence.triton_join import compile_case
+    from hybridlm_kernels.tools.compile_check import configurations
+
+    for transition in ("matrix", "channel", "scalar"):
+        case = compile_case(64, transition)
+        text = built_ttgir(configurations(case)[0])
+        layouts = set(re.findall(r"tt\.(?:load|store) .*: tensor<64x32x!tt\.ptr<f32>, (#\w+)>", text))
+        assert len(layouts) == 1, (transition, layouts)
+
+
+@pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
+def test_loops_that_read_what_they_wrote_are_not_pipelined():
+    """A pipelined loop would load before an earlier round has stored."""
+    from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
+
+    assert {config.num_stages for config in gradients_kernel.configs} == {1}
+
+
+def built_ttgir(configured):
+    """The kernel in the form in which values have layouts, for sm_90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    return triton.compile(configured.source, target=GPUTarget("cuda", 90, 32), options=configured.options).asm["ttgir"]

@@ -171,3 +171,12 @@ def test_without_final_states(uncut, device, request):
     if not uncut:
         request.getfixturevalue("in_segments")
     assert_final_states_change_nothing("delta_rule", make_inputs("channel", T=130, K=12), device)
+
+
+def test_gradients_that_overflow_float16_are_not_finite(device):
+    """Sums over a document that no fp16 number holds must reach a loss scaler as inf or NaN, not as numbers."""
+    inputs = {name: x.half().to(device).requires_grad_() for name, x in make_inputs("scalar", T=130).items()}
+    inputs["g"] = torch.zeros_like(inputs["g"], requires_grad=True)
+    o, _ = call("delta_rule", inputs, backend="triton", final_state=False)
+    q, k, v = torch.autograd.grad(o, [inputs[name] for name in "qkv"], torch.full_like(o, 6e4))
+    assert not all(bool(grad.isfinite().all()) for grad in (q, k, v))

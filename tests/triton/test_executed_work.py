@@ -23,6 +23,11 @@ LIMITS = {
 }
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Memory stays as it is: to poison it is work of torch, and would be counted."""
+
+
 @pytest.mark.parametrize("label", ["GDN", "KDA", "Mamba-2 form", "GLA"])
 def test_work_does_not_grow(label):
     work = count_work(triton_cases([label])[0], SHAPE)

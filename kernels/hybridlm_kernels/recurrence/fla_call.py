@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +16,38 @@ from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.registry import Call
 
 PACKAGE = ("flash-linear-attention", "0.6")
+# The package hands parts of an operation to other packages that it finds (FlashQLA, FlashKDA, TileLang) and says so in
+# its log, once per part and process: "[FLA Backend] kda.chunk_kda_fwd -> flash_kda".
+_LOGGERS = ("fla.backends", "fla.ops.backends")
+_REPLACED = re.compile(r"\[FLA Backend\] (\S+ -> [^\s:]+)$")
+_replacements: dict[str, None] = {}
+
+
+class _NoteReplacements(logging.Filter):
+    """Notes what the package's log says of replaced parts, and lets through what the log would show anyway."""
+
+    def __init__(self, level: int):
+        super().__init__()
+        self.level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if match := _REPLACED.match(record.getMessage()):
+            _replacements[match[1]] = None
+        return record.levelno >= self.level
+
+
+@functools.cache
+def _watch_log() -> None:
+    """Follow the package's log from its first call on."""
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.addFilter(_NoteReplacements(logger.getEffectiveLevel()))
+        logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))
+
+
+def replacements() -> list[str]:
+    """Parts of the package that other implementations computed in this process, "kda.chunk_fwd -> flash_kda"."""
+    return list(_replacements)
 
 
 def accepts(call: Call, entry: tuple[str, str]) -> tuple[bool, str]:
@@ -40,6 +75,7 @@ def call(entry: tuple[str, str], tokens: Mapping[str, Tensor | None], scale: flo
     if borders is not None:
         present = {name: x.reshape(1, -1, *x.shape[2:]) for name, x in present.items()}
         options |= {"cu_seqlens": borders.tensor().long(), "cu_seqlens_cpu": torch.tensor(borders.host)}
+    _watch_log()
     run, why = find(*entry, *PACKAGE)
     assert run is not None, why
     o, state = run(**present, scale=scale, initial_state=state_NHvKV, output_final_state=final_state, **options)

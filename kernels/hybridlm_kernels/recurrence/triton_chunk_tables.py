@@ -16,18 +16,23 @@ import torch
 from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.triton_support import copy_table
 
 CHUNK_TOKENS = 64
 MIN_CHUNKS_PER_SEGMENT = 8  # in shorter segments the states between them are too much traffic
 
 
 class ChunkTables:
-    """Chunks of documents that lie end to end at `borders` [N+1]. Chunks are in the order of their tokens."""
+    """Chunks of documents that lie end to end at `borders` [N+1]. Chunks are in the order of their tokens.
 
-    def __init__(self, borders: Sequence[int], device: torch.device, chunk: int = CHUNK_TOKENS):
+    `shared` tables serve later calls, on any stream.
+    """
+
+    def __init__(self, borders: Sequence[int], device: torch.device, chunk: int = CHUNK_TOKENS, shared: bool = False):
         self.borders = np.asarray(borders, dtype=np.int64)
         self.device = device
         self.chunk = chunk
+        self.shared = shared
         self.lengths = np.diff(self.borders)
         counts = -(-self.lengths // chunk)
         self.first_chunks = np.concatenate([[0], np.cumsum(counts)])
@@ -40,7 +45,7 @@ class ChunkTables:
         self._segments: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device, non_blocking=True)
+        return copy_table(array, self.device, self.shared)
 
     @property
     def documents(self) -> Tensor:
@@ -94,6 +99,6 @@ def get_chunk_tables(batch: int, length: int, borders: CuSeqlens | None, device:
     return borders.cache[key]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)  # a captured CUDA graph reads them for good: more sizes than any program captures
 def _tables_of_plain_rows(batch: int, length: int, device: torch.device, chunk: int) -> ChunkTables:
-    return ChunkTables(range(0, batch * length + 1, length), device, chunk)
+    return ChunkTables(range(0, batch * length + 1, length), device, chunk, shared=True)

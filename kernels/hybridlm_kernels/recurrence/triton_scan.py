@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.triton_support import copy_table
 
 
 @triton.jit
@@ -39,18 +40,18 @@ def document_tiles(batch: int, length: int, borders: CuSeqlens | None, device: t
         return _tiles_of_rows(batch, length, device, tile_tokens)
     key = ("document_tiles", device, tile_tokens)
     if key not in borders.cache:
-        borders.cache[key] = _table(borders.host, device, tile_tokens)
+        borders.cache[key] = _table(borders.host, device, tile_tokens, shared=False)
     return borders.cache[key]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)  # a captured CUDA graph reads them for good: more sizes than any program captures
 def _tiles_of_rows(batch: int, length: int, device: torch.device, tile_tokens: int) -> tuple[Tensor, int]:
-    return _table(tuple(range(0, batch * length + 1, length)), device, tile_tokens)
+    return _table(tuple(range(0, batch * length + 1, length)), device, tile_tokens, shared=True)
 
 
-def _table(borders: tuple[int, ...], device: torch.device, tile_tokens: int) -> tuple[Tensor, int]:
+def _table(borders: tuple[int, ...], device: torch.device, tile_tokens: int, shared: bool) -> tuple[Tensor, int]:
     edges = np.asarray(borders, dtype=np.int64)
     lengths = np.diff(edges)
     tiles = -(-lengths // tile_tokens)
     table = np.stack([edges[:-1], lengths, np.cumsum(tiles) - tiles], axis=1)
-    return torch.from_numpy(np.ascontiguousarray(table)).to(device), int(tiles.sum())
+    return copy_table(table, device, shared), int(tiles.sum())

@@ -322,8 +322,12 @@ def show(chosen: argparse.Namespace) -> int:
     rows.sort(key=lambda row: order.index((row.operation, row.label)))
     if tty:
         print("\r\033[K", end="", file=sys.stderr)
-    print(json.dumps({"machine": asdict(here), "rows": [asdict(row) for row in rows]}, indent=1) if chosen.json
-          else table(rows, here))
+    replaced = registry.replacements()
+    if chosen.json:
+        found_rows = [asdict(row) for row in rows]
+        print(json.dumps({"machine": asdict(here), "rows": found_rows, "replacements": replaced}, indent=1))
+    else:
+        print("\n".join([table(rows, here), *(f"replaced in {line}" for line in replaced)]))
     return int(not complete or any(row.failed for row in rows))
 
 

@@ -178,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in run(operations=operations):
         results.append(result)
         print(describe(result), flush=True)
+    for line in registry.replacements():
+        print(f"replaced in {line}", flush=True)
     bad, skipped = [r for r in results if not r.ok], [r for r in results if r.skipped]
     print(f"{len(results) - len(bad) - len(skipped)} checks passed, {len(bad)} failed, {len(skipped)} skipped")
     return 1 if bad else 0

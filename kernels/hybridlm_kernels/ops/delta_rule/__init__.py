@@ -13,6 +13,7 @@ from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.delta_rule import fla_backend, reference, torch_backend
 from hybridlm_kernels.ops.delta_rule.steps import spread_over_steps
 from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.recurrence import fla_call
 from hybridlm_kernels.recurrence.arguments import (
     Borders,
     borders_of,
@@ -39,7 +40,7 @@ def _fits_triton(call: Call) -> tuple[bool, str]:
 OPERATION = register(Operation("delta_rule", (
     lazy_triton_backend("hybridlm_kernels.ops.delta_rule.triton_backend", "delta_rule", _fits_triton),
     Backend("torch", torch_backend.delta_rule),
-    Backend("fla", fla_backend.delta_rule, fla_backend.supports, ("cuda",)),
+    Backend("fla", fla_backend.delta_rule, fla_backend.supports, ("cuda",), fla_call.replacements),
     Backend("reference", reference.delta_rule),
 )))
 

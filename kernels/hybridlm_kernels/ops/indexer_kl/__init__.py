@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, float16, float32, promote_types
 
 from hybridlm_kernels.compiling.operation import compilable
+from hybridlm_kernels.index_checks import check_indices
 from hybridlm_kernels.ops.indexer_kl import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import filled_borders_of
@@ -167,3 +168,5 @@ def check_main(name: str, q_BTHK: Tensor, k_BSGK: Tensor, indices_BTN: Tensor | 
                                     or indices_BTN.is_floating_point()):
         raise ValueError(f"{name}: indices must be integers [{batch}, {queries}, N]; got {indices_BTN.dtype} "
                          f"{list(indices_BTN.shape)}")
+    if indices_BTN is not None:
+        check_indices(name, "indices", indices_BTN, keys, lowest=-1, distinct=True)

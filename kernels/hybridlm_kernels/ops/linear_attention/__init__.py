@@ -12,6 +12,7 @@ from torch import Tensor, autocast, float16
 from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.linear_attention import fla_backend, reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.recurrence import fla_call
 from hybridlm_kernels.recurrence.arguments import (
     Borders,
     borders_of,
@@ -35,7 +36,7 @@ def _fits(call: Call) -> tuple[bool, str]:
 OPERATION = register(Operation("linear_attention", (
     lazy_triton_backend("hybridlm_kernels.ops.linear_attention.triton_backend", "linear_attention", _fits),
     Backend("torch", torch_backend.linear_attention),
-    Backend("fla", fla_backend.linear_attention, fla_backend.supports, ("cuda",)),
+    Backend("fla", fla_backend.linear_attention, fla_backend.supports, ("cuda",), fla_call.replacements),
     Backend("reference", reference.linear_attention),
 )))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hybridlm_kernels import triton_support
 from hybridlm_kernels.compiling.operation import compilable
+from hybridlm_kernels.index_checks import check_indices
 from hybridlm_kernels.ops.moe import reference, torch_backend
 from hybridlm_kernels.precision import product_dtype
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
@@ -72,6 +73,7 @@ def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids
     if expert_ids_NA.shape != weights_NA.shape or expert_ids_NA.dim() != 2 or len(expert_ids_NA) != len(x_ND):
         raise ValueError(f"moe_experts: expert_ids and weights must both be [{len(x_ND)}, A]; "
                          f"got {list(expert_ids_NA.shape)} and {list(weights_NA.shape)}")
+    check_indices("moe_experts", "expert_ids", expert_ids_NA, experts)
     call = Call.of(x_ND, gate_up_E2ID, down_EDI, weights_NA, experts=experts, product_dtype=product_dtype(x_ND))
     chosen = choose(MOE_EXPERTS, call, backend)
     return chosen.run(x_ND, gate_up_E2ID, down_EDI, expert_ids_NA, weights_NA, limit)

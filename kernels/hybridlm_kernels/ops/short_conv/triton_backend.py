@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
-from hybridlm_kernels.triton_support import CompileCase
+from hybridlm_kernels.triton_support import CompileCase, copy_table
 
 BLOCK_POSITIONS = 32  # positions per program
 
@@ -173,22 +173,22 @@ def _blocks(batch: int, length: int, taps: int, borders: CuSeqlens | None, devic
         return _plain_blocks(batch, length, taps, device)
     key = ("short_conv_blocks", taps, device)
     if key not in borders.cache:
-        borders.cache[key] = _table(borders.host[:-1], borders.lengths, taps, device)
+        borders.cache[key] = _table(borders.host[:-1], borders.lengths, taps, device, shared=False)
     return borders.cache[key]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)  # a captured CUDA graph reads them for good: more sizes than any program captures
 def _plain_blocks(batch: int, length: int, taps: int, device: torch.device) -> Tensor:
-    return _table(range(0, batch * length, length), [length] * batch, taps, device)
+    return _table(range(0, batch * length, length), [length] * batch, taps, device, shared=True)
 
 
-def _table(firsts: Any, lengths: list[int], taps: int, device: torch.device) -> Tensor:
+def _table(firsts: Any, lengths: list[int], taps: int, device: torch.device, shared: bool) -> Tensor:
     counts = -(-(np.asarray(lengths) + taps - 1) // BLOCK_POSITIONS)
     document = np.repeat(np.arange(len(counts)), counts)
     within = np.arange(len(document)) - (np.cumsum(counts) - counts)[document]
     table = np.stack([document, np.asarray(firsts)[document], np.asarray(lengths)[document],
                       within * BLOCK_POSITIONS - (taps - 1)], axis=1)
-    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int64)).to(device)
+    return copy_table(table, device, shared)
 
 
 _TYPES = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "state_ptr": "*bf16", "blocks_ptr": "*i64",

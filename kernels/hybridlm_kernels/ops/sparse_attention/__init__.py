@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, int32
 
 from hybridlm_kernels.compiling.operation import compilable
+from hybridlm_kernels.index_checks import check_indices
 from hybridlm_kernels.ops.sparse_attention import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import filled_borders_of
@@ -128,6 +129,7 @@ def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN
     if indices_BTN.dim() != 3 or indices_BTN.shape[:2] != (batch, queries) or indices_BTN.is_floating_point():
         raise ValueError(f"sparse_attention: indices must be integers [{batch}, {queries}, N]; "
                          f"got {indices_BTN.dtype} {list(indices_BTN.shape)}")
+    check_indices("sparse_attention", "indices", indices_BTN, k_BSGK.shape[1], lowest=-1, distinct=True)
     chosen = choose(SPARSE_ATTENTION, Call.of(q_BTHK, k_BSGK, v_BSGV, key_dim=dim, value_dim=v_BSGV.shape[3]),
                     backend)
     return chosen.run(q_BTHK, k_BSGK, v_BSGV, indices_BTN, scale)
