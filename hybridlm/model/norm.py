@@ -100,19 +100,31 @@ class GatedRMSNorm(KeepsFP32):
         return f"{self.weight.shape[0]}, eps={self.eps}, activation={self.activation}"
 
 
+def activate_gate(gate: Tensor, activation: str) -> Tensor:
+    """The gate under its activation: silu, sigmoid, or linear, which is the gate itself.
+
+    >>> gate = torch.tensor([0.0])
+    >>> activate_gate(gate, "sigmoid"), activate_gate(gate - 2, "linear")
+    (tensor([0.5000]), tensor([-2.]))
+    """
+    if activation == "linear":
+        return gate
+    return torch.nn.functional.silu(gate) if activation == "silu" else gate.sigmoid()
+
+
 class WeightlessRMSNorm(nn.Module):
-    """RMSNorm without a weight, times the activation of a gate where there is one (RetNet).
+    """RMSNorm without a weight, times the activation of a gate where there is one (RetNet, TransNormerLLM).
 
     Args:
         eps: added to the mean square.
-        activation: of the gate; None: no gate.
+        activation: of the gate, where linear is the gate itself; None: no gate.
 
     Example:
         >>> WeightlessRMSNorm(eps=0.0)(torch.tensor([3.0, -3.0])).tolist()
         [1.0, -1.0]
     """
 
-    def __init__(self, eps: float, activation: Literal["silu", "sigmoid"] | None = None):
+    def __init__(self, eps: float, activation: Literal["silu", "sigmoid", "linear"] | None = None):
         super().__init__()
         self.eps = eps
         self.activation = activation
@@ -120,7 +132,7 @@ class WeightlessRMSNorm(nn.Module):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         normed = torch.nn.functional.rms_norm(wide(x), x.shape[-1:], eps=self.eps)
         if gate is not None:
-            normed = normed * (torch.sigmoid if self.activation == "sigmoid" else torch.nn.functional.silu)(wide(gate))
+            normed = normed * activate_gate(wide(gate), self.activation or "linear")
         return normed.to(x.dtype)
 
 

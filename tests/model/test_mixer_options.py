@@ -54,6 +54,8 @@ BAD = {
     "empty range": (DeltaRuleConfig, {"num_heads": 4, "head_dim": 8, "a_init": (16.0, 1.0)}, "a_init"),
     "discretize without step": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "discretize": True},
                                 "discretize"),
+    "linear gate behind a weight": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "output_gate": "linear"},
+                                    "output_gate"),
     "rotation of odd heads": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 7, "rotation": "retnet"}, "rotation"),
     "negative norm eps": (LinearAttentionConfig, {"num_heads": 4, "head_dim": 8, "norm_eps": -1.0}, "norm_eps"),
     "no topk": (IndexerConfig, {"topk": 0}, "topk"),
@@ -246,6 +248,22 @@ def test_alibi_slopes_are_as_published():
     twelve = compute_decay_slopes("alibi", 12, 3, 7)
     factor = 1 - 3 / (6 + 1e-5) + 1e-5
     assert twelve == pytest.approx([s * factor for s in [*first, 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]])
+
+
+def test_transnormer_is_the_layer_of_the_released_code():
+    """Masked products of silu(q) and silu(k), a norm without weight over all heads, a gate without an activation."""
+    mixer, x = build("transnormer"), inputs(1, 9)
+    slopes = compute_decay_slopes("alibi", 3, layer_index=1, num_layers=4)
+    with torch.no_grad():
+        q, k, v = (p(x[0]).view(9, 3, 8) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        distance = torch.arange(9)[:, None] - torch.arange(9)
+        o = torch.zeros(9, 3, 8, dtype=x.dtype)
+        for h in range(3):
+            mask = (-slopes[h] * distance).double().exp().tril()
+            o[:, h] = ((torch.nn.functional.silu(q[:, h]) @ torch.nn.functional.silu(k[:, h]).T) * mask) @ v[:, h]
+        o = o.flatten(1)
+        o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.g_proj(x[0])
+        torch.testing.assert_close(run(mixer, x)[0], mixer.o_proj(o), rtol=1e-6, atol=1e-6)  # decays are fp32 numbers
 
 
 def test_retnet_is_the_recurrence_of_the_paper_on_rotated_queries_and_keys():

@@ -57,7 +57,7 @@ class LinearAttentionConfig(RecurrentConfig):
         norm: RMSNorm of the output over all heads together, over each head, or none.
         norm_weight: whether the norm has a weight; that of RetNet has none.
         norm_eps: null takes the model's.
-        output_gate: activation of the output gate.
+        output_gate: activation of the output gate; linear (TransNormerLLM) goes with `norm_weight: false`.
         projection_init: normal, or retnet: Xavier uniform with gain 2^-2.5, and 2^-1 for o_proj.
         discretize: multiply v by the step softplus(u), as Mamba-2 does (with decay=scalar and gate=softplus).
     """
@@ -74,7 +74,7 @@ class LinearAttentionConfig(RecurrentConfig):
     norm: Literal["all", "head", "none"] = "all"
     norm_weight: bool = True
     norm_eps: float | None = 1e-6
-    output_gate: Literal["none", "silu", "sigmoid"] = "sigmoid"
+    output_gate: Literal["none", "silu", "sigmoid", "linear"] = "sigmoid"
     discretize: bool = False
     projection_init: Literal["normal", "retnet"] = "normal"
 
@@ -85,6 +85,9 @@ class LinearAttentionConfig(RecurrentConfig):
                 "needs decay=scalar and gate=softplus", got=(self.decay, self.gate))
         require(self.rotation == "none" or (self.head_dim % 2 == 0 and self.head_dim > 2), "rotation",
                 "turns pairs of dims", got=f"head_dim={self.head_dim}", expected="an even head_dim of 4 or more")
+
+    def has_weighted_norm(self) -> bool:
+        return self.norm != "none" and self.norm_weight
 
     def num_params(self, context: LayerContext) -> int:
         norm = {"all": self.value_heads * self.value_dim, "head": self.value_dim, "none": 0}[self.norm]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.errors import require
@@ -29,7 +28,7 @@ from hybridlm.model.mixers.common.init import (
 )
 from hybridlm.model.mixers.contract import MixerConfig, SequenceMixer
 from hybridlm.model.mixers.sizing import ModelSizes
-from hybridlm.model.norm import GatedRMSNorm, RMSNorm, WeightlessRMSNorm
+from hybridlm.model.norm import GatedRMSNorm, RMSNorm, WeightlessRMSNorm, activate_gate
 from hybridlm.model.parameter_roles import CONVOLUTION, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, short_conv
@@ -60,7 +59,7 @@ class RecurrentConfig(MixerConfig):
         dt_bias_init: start of dt_bias; inverse_softplus makes step sizes log-uniform in `dt_init`.
         dt_init: see there.
         conv_size: taps of the convolutions over q, k and v, which SiLU follows; 0 has none.
-        output_gate: activation of the gate g(x) on the normalised output.
+        output_gate: activation of the gate g(x) on the normalised output; linear has none.
         output_gate_rank: rank of g; null is one full projection.
         norm_eps: of the output norm; null takes the model's.
     """
@@ -78,7 +77,7 @@ class RecurrentConfig(MixerConfig):
     dt_bias_init: Literal["ones", "zeros", "inverse_softplus"] = "inverse_softplus"
     dt_init: tuple[float, float] = (1e-3, 1e-1)
     conv_size: int = 0
-    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    output_gate: Literal["none", "silu", "sigmoid", "linear"] = "silu"
     output_gate_rank: int | None = None
     norm_eps: float | None = None
     is_linear: ClassVar[bool] = True
@@ -100,6 +99,14 @@ class RecurrentConfig(MixerConfig):
         for key, (low, high) in (("a_init", self.a_init), ("dt_init", self.dt_init)):
             require(0 <= low <= high and high > 0, key, "must be a positive range", got=[low, high],
                     expected="[low, high]")
+
+        require(self.output_gate != "linear" or not self.has_weighted_norm(), "output_gate",
+                "is linear only behind a norm without a weight, or without a norm", got=self.output_gate,
+                expected="silu, sigmoid or none")
+
+    def has_weighted_norm(self) -> bool:
+        """Whether the output norm has a weight."""
+        return True
 
     @property
     def value_heads(self) -> int:
@@ -278,7 +285,7 @@ class RecurrentMixer(SequenceMixer):
             return WeightlessRMSNorm(eps, None if config.output_gate == "none" else config.output_gate)
         if config.output_gate == "none":
             return RMSNorm(dim, eps)
-        return GatedRMSNorm(dim, eps, config.output_gate)
+        return GatedRMSNorm(dim, eps, "silu" if config.output_gate == "silu" else "sigmoid")
 
     def project_inputs(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None) -> Iterator[Tensor]:
         """Project and convolve the input: yields q, k and v [B, T, channels], one after the other.
@@ -346,7 +353,7 @@ class RecurrentMixer(SequenceMixer):
             gate = self._project("g", x_BTD, config.output_gate_rank)
             gate = gate if all_heads else gate.unflatten(-1, (config.value_heads, config.value_dim))
             if norm is None:
-                o = o * (F.silu(gate) if config.output_gate == "silu" else gate.sigmoid())
+                o = o * activate_gate(gate, config.output_gate)
             else:
                 o = norm(o, gate)
         return self.o_proj(o if all_heads else o.flatten(-2))

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.decode_step import gated_norm_step, linear_step, norm_step
 from hybridlm.model.mixers.common.recurrent import RecurrentMixer
+from hybridlm.model.norm import activate_gate
 from hybridlm_kernels.decoding import short_conv_step
 
 
@@ -78,13 +78,12 @@ def prepare_output(mixer: RecurrentMixer, norm: nn.Module | None,
 
         return finish
     project = _low_rank_step(mixer, "g", config.output_gate_rank)
-    activation = F.silu if config.output_gate == "silu" else torch.sigmoid
     gated = None if norm is None else gated_norm_step(norm)
 
     def finish_gated(o_BHvV: Tensor, x_BD: Tensor) -> Tensor:
         o = o_BHvV.flatten(-2) if all_heads else o_BHvV
         gate = project(x_BD).view(o.shape)
-        o = o * activation(gate) if gated is None else gated(o, gate)
+        o = o * activate_gate(gate, config.output_gate) if gated is None else gated(o, gate)
         return o_proj(o if all_heads else o.flatten(-2))
 
     return finish_gated
