@@ -79,6 +79,14 @@ def _mesa_solve(x, state_N, **options):
     return ops.mesa_solve(q, k, x[..., :1].square(), -x[..., :1].square(), lambda_HK, initial_state=state_N, **options)
 
 
+def _diagonal_ssm(x, state_N, **options):
+    """With one real mode per channel: real states come in and go out."""
+    log_a_CS = torch.linspace(-2, -0.1, 16, device=x.device)[:, None] + 0j
+    y, last = ops.diagonal_ssm(x[..., None], log_a_CS, torch.ones_like(log_a_CS),
+                               initial_state=state_N[..., None] + 0j, **options)
+    return y, last.real[..., 0]
+
+
 def _ttt_memory(x, state_N, **options):
     q, k, v, rate = x[..., :4, None].mT, x[..., 4:8, None].mT, x[..., 8:12, None].mT, x[..., 12:13].square()
     ones = torch.ones(1, 4, device=x.device)
@@ -96,6 +104,7 @@ RECURRENT = {
     "linear_scan": ((16,), lambda x, state_N, **options: ops.linear_scan(
         x, torch.sigmoid(x), initial_state=state_N, **options)),
     "selective_scan": ((16, 2), _selective),
+    "diagonal_ssm": ((16, 1), _diagonal_ssm),
     "mesa_solve": ((1, 16, 16), _mesa_solve),
     "ttt_memory": ((2, 1, 20), _ttt_memory),
     "value_decay_attention": ((1, 16, 16), lambda x, state_N, **options: _recurrence(

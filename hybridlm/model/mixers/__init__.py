@@ -29,6 +29,8 @@ from hybridlm.model.mixers.gated_memory import GatedMemory as GatedMemory
 from hybridlm.model.mixers.gated_memory import GatedMemoryConfig as GatedMemoryConfig
 from hybridlm.model.mixers.gated_slots import GatedSlots as GatedSlots
 from hybridlm.model.mixers.gated_slots import GatedSlotsConfig as GatedSlotsConfig
+from hybridlm.model.mixers.h3 import H3 as H3
+from hybridlm.model.mixers.h3 import H3Config as H3Config
 from hybridlm.model.mixers.hgrn import HGRN as HGRN
 from hybridlm.model.mixers.hgrn import HGRNConfig as HGRNConfig
 from hybridlm.model.mixers.hgrn2 import HGRN2 as HGRN2
@@ -71,6 +73,8 @@ from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6
 from hybridlm.model.mixers.rwkv6 import RWKV6Config as RWKV6Config
 from hybridlm.model.mixers.rwkv7 import RWKV7 as RWKV7
 from hybridlm.model.mixers.rwkv7 import RWKV7Config as RWKV7Config
+from hybridlm.model.mixers.s4d import S4D as S4D
+from hybridlm.model.mixers.s4d import S4DConfig as S4DConfig
 from hybridlm.model.mixers.selectors import MeanSelectorConfig as MeanSelectorConfig
 from hybridlm.model.mixers.shared_attention import SharedAttention as SharedAttention
 from hybridlm.model.mixers.shared_attention import SharedAttentionConfig as SharedAttentionConfig

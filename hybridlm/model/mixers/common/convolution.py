@@ -17,6 +17,7 @@ from hybridlm.model.mixers.common.init import init_conv
 from hybridlm.model.parameter_roles import CONVOLUTION, VECTOR, ParameterRole
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import short_conv
+from hybridlm_kernels.ops.short_conv import MAX_TAPS
 
 
 def check_taps(taps: int, optional: bool = False) -> None:
@@ -25,9 +26,9 @@ def check_taps(taps: int, optional: bool = False) -> None:
             expected="0 (none), or 2 taps and more" if optional else "2 taps or more")
 
 
-def check_taps_in_shards(taps: int, length: int) -> None:
+def check_taps_in_shards(taps: int, length: int, option: str = "conv_size") -> None:
     """Raise ConfigError where a convolution reaches over more than one shard of `length` tokens."""
-    require(taps <= length + 1, "conv_size", "reaches over more than one shard of a split row", got=taps,
+    require(taps <= length + 1, option, "reaches over more than one shard of a split row", got=taps,
             expected=f"at most {length + 1} taps", hint="a smaller engine.context_parallel, or longer sequences")
 
 
@@ -79,8 +80,9 @@ class CausalConv(nn.Module):
         start = None if state is None else state.tensors.get(name)
         if seq.shard is not None:
             start = seq.shard.at_start(seq.shard.tail(x_BTC, self.weight.shape[1] - 1).mT)
+        long = self.weight.shape[1] > MAX_TAPS  # of which there is no kernel: a choice, not a fall-back
         y_BTC, inputs = short_conv(x_BTC, self.weight, self.bias, activation=self.activation,
-                                   cu_seqlens=seq.cu_seqlens, initial_state=start)
+                                   cu_seqlens=seq.cu_seqlens, initial_state=start, backend="torch" if long else None)
         if state is not None:
             state.tensors[name] = inputs
         return y_BTC
