@@ -143,7 +143,7 @@ class H3(TensorStateMixer):
         return self.o_proj(y_BTHK.flatten(-2).to(x_BTD.dtype)), {}
 
     def init_weights(self, std: float) -> None:
-        """As in the authors' code: the shift uniform in +-taps^-0.5, k_skip normal, S4D-Lin; projections normal."""
+        """The shift is uniform in +-taps^-0.5, k_skip normal, the model S4D-Lin (the authors' code)."""
         init_projections(self, std)
         self.shift.reset_parameters()
         nn.init.normal_(self.k_skip)

@@ -99,6 +99,6 @@ class S4D(TensorStateMixer):
         return F.glu(self.out_proj(F.gelu(y_BTD).to(x_BTD.dtype))), {}
 
     def init_weights(self, std: float) -> None:
-        """As in the authors' code: S4D-Lin, and the projection uniform in +-D^-0.5."""
+        """The model is S4D-Lin, the projection uniform in +-D^-0.5, as in the authors' code."""
         self.ssm.reset_parameters()
         self.out_proj.reset_parameters()

@@ -25,7 +25,7 @@ CHUNK_TOKENS = 64  # tokens per chunk; a fixed number, so that results do not de
 
 @dataclass(frozen=True)
 class _Chunks:
-    """Where the tokens of chunks are, as indices into the flattened tokens and one zero behind them."""
+    """Places of the tokens of chunks, as indices into the flattened tokens and one zero behind them."""
 
     token_PL: Tensor
     last_NL: Tensor  # of the last chunk of every document, its tokens at the end
