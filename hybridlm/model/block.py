@@ -19,6 +19,7 @@ from hybridlm.model.mixers.contract import Aux, build_mixer
 from hybridlm.model.residual import build_branch_norm, build_residual_branch
 from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import LAYER_INPUT
 
 COMPILER = "inductor"  # backend of torch.compile
 
@@ -42,6 +43,8 @@ class Block(nn.Module):
         self.mixer_name = mixer_name
         self.mixer_norm = build_branch_norm(config.residual, in_stream)
         self.mixer = build_mixer(config.mixers[mixer_name], context)
+        self.layer_index = layer_index
+        self.input_is_read = context.is_read(LAYER_INPUT)
         self.feed_forward_norm = build_branch_norm(config.residual, in_stream)
         self.feed_forward = build_feed_forward(config.feed_forward, context)
         self.mixer_residual = build_residual_branch(config.residual, mixer_branch, in_stream, "mixer")
@@ -77,6 +80,8 @@ class Block(nn.Module):
                  state: LayerState | None = None) -> tuple[Stream, dict[str, Aux]]:
         mixer_state, feed_forward_state = (None, None) if state is None else (state.mixer, state.feed_forward)
         x_BTD, kept = self.mixer_residual.read(stream, self.mixer_norm)
+        if self.input_is_read:
+            seq.leave(LAYER_INPUT, self.layer_index, x_BTD)
         y_BTD, mixer_aux = self.mixer(x_BTD, seq, mixer_state)
         stream = self.mixer_residual.write(kept, y_BTD, self.mixer_norm)
         x_BTD, kept = self.feed_forward_residual.read(stream, self.feed_forward_norm)

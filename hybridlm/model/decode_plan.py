@@ -96,7 +96,8 @@ def find_plan(model: nn.Module, layers: Sequence[nn.Module], norm: nn.Module,
 
 def _prepare_layer(layer: nn.Module) -> LayerStep:
     """The step of one layer; hooks of a branch, or of the layer, make it call the module that has them."""
-    if not isinstance(layer, Block) or type(layer) is not Block or has_hooks(layer) or "forward" in vars(layer):
+    if (not isinstance(layer, Block) or type(layer) is not Block or has_hooks(layer) or "forward" in vars(layer)
+            or layer.input_is_read):
         return lambda stream, seq, state: layer(stream, seq, state)[0]
     read_mixer, write_mixer = layer.mixer_residual.read, layer.mixer_residual.write
     read_feed_forward, write_feed_forward = layer.feed_forward_residual.read, layer.feed_forward_residual.write

@@ -72,16 +72,17 @@ class LayerContext:
             ConfigError: no earlier layer leaves such a value, or not the layer that is asked for.
         """
         earlier = range(min(self.layer_index, len(self.layers)))
-        if read.layer is None:
-            candidates: Sequence[int] = earlier[::-1]
+        if isinstance(read.layer, int):
+            candidates: Sequence[int] = [read.layer] if read.layer in earlier else []
         else:
-            candidates = [read.layer] if read.layer in earlier else []
+            candidates = [index for index in earlier[::-1] if read.layer in (None, self.layers[index])]
         for index in candidates:
-            if read.kind in self._mixer(index).leaves(replace(self, layer_index=index)):
+            if read.kind.every_layer or read.kind in self._mixer(index).leaves(replace(self, layer_index=index)):
                 return index
-        wanted = "earlier layer" if read.layer is None else f"layer {read.layer}"
+        wanted = f"layer {read.layer}" if isinstance(read.layer, int) else "earlier layer"
+        wanted += f" with mixer {read.layer!r}" if isinstance(read.layer, str) else ""
         raise ConfigError(read.option, f"layer {self.layer_index} reads {read.kind.name}, which no {wanted} leaves",
-                          expected=f"{'an' if read.layer is None else 'the'} {wanted} with a mixer that leaves it")
+                          expected=f"{'the' if isinstance(read.layer, int) else 'an'} {wanted} that leaves it")
 
     def shared_width(self, read: SharedRead) -> int:
         """Find how many numbers per token the value has that this layer reads.

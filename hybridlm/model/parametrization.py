@@ -32,7 +32,7 @@ from hybridlm.errors import require
 from hybridlm.model.parameter_roles import ParameterRole
 from hybridlm.model.residual.branch import BranchConfig
 
-SCALED_ROLES = ("matrix", "head_matrix", "expert_stack", "router")
+SCALED_ROLES = ("matrix", "head_matrix", "expert_stack", "router", "stream_mixing")
 
 
 @dataclass(kw_only=True)

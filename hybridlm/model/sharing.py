@@ -27,22 +27,29 @@ class SharedKind:
         context_parallel: what readers get where rows are divided into shards. "local": the tensors of the tokens held
             here, exactly as they were left. "gathered": the value is one tensor [B, T, ...] over tokens, and readers
             get [B, S, ...] of all tokens up to the end of the shard; the source gathers once for all readers.
+        every_layer: whether every layer leaves one, whatever its mixer.
     """
 
     name: str
     gradient: bool
     context_parallel: Literal["local", "gathered"] = "local"
+    every_layer: bool = False
+
+
+# The input [B, T, D] of a layer's mixer, behind its norm.
+LAYER_INPUT = SharedKind("the input of a layer", gradient=True, every_layer=True)
 
 
 @dataclass(frozen=True)
 class SharedRead:
-    """A value that a mixer reads: of `kind`, from layer `layer`, or from the nearest earlier layer that leaves one.
+    """A value that a mixer reads: of `kind`, from an earlier layer that leaves one.
 
-    `option` is the option of the mixer that asks for it, for error messages.
+    `layer` is the index of that layer, or the name of a mixer, whose nearest earlier layer is read; None: the nearest
+    one of any mixer. `option` is the option of the mixer that asks for it, for error messages.
     """
 
     kind: SharedKind
-    layer: int | None = None
+    layer: int | str | None = None
     option: str = ""
 
 

@@ -22,7 +22,7 @@ from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import MIXERS, build_mixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm.model.sharing import SharedRead
+from hybridlm.model.sharing import LAYER_INPUT, SharedRead
 from hybridlm_kernels.packing import CuSeqlens
 
 CPU = torch.device("cpu")
@@ -127,6 +127,7 @@ class Subject:
             seq.token_ids_BT = (bits_BTN << torch.arange(TOKEN_BITS)).sum(-1)
         for index, source in self.sources.items():
             source_state = state.sources[index] if isinstance(state, StateWithSources) else None
+            seq.leave(LAYER_INPUT, index, x_BTD)
             source.run_on(self._source_module(index, x_BTD.dtype), x_BTD, seq, source_state)
 
     def _source_module(self, index: int, dtype: torch.dtype) -> Any:

@@ -35,7 +35,7 @@ from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate_step
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm.model.sharing import SharedKind
+from hybridlm.model.sharing import LAYER_INPUT, SharedKind, SharedRead
 
 
 @dataclass(kw_only=True)
@@ -56,6 +56,8 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         first_tokens: keys at the start of its document that a token sees beside the window (StreamingLLM).
         sinks: one learned logit per head that takes part in the softmax and carries no value.
         indexer: reads only the keys that it selects (DeepSeek sparse attention).
+        key_input: layer whose input keys and values are projected from, in place of this layer's own: its index, or
+            the name of a mixer, whose nearest earlier layer is taken.
     """
 
     kind: str = "attention"
@@ -69,6 +71,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     first_tokens: int = 0
     sinks: bool = False
     indexer: IndexerConfig | None = None
+    key_input: int | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +85,8 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         if self.indexer is not None:
             require(self.window is None, "window", "cannot stand beside an indexer", got=self.window, expected="null")
             require(not self.sinks, "sinks", "cannot stand beside an indexer", got=True, expected="false")
+            require(self.key_input is None, "key_input", "cannot stand beside an indexer", got=self.key_input,
+                    expected="null")
             self.indexer.check_rope(self.index_rope_dim)
 
     @property
@@ -91,6 +96,10 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
         kept = () if self.first_tokens else (KEYS_VALUES,)  # readers know one window alone
         return (*super().leaves(context), *kept)
+
+    def reads(self, context: LayerContext) -> Sequence[SharedRead]:
+        own = () if self.key_input is None else (SharedRead(LAYER_INPUT, self.key_input, "key_input"),)
+        return (*super().reads(context), *own)
 
     def shared_layout(self, kind: SharedKind, context: LayerContext) -> KeyLayout:
         return KeyLayout(self.num_heads, self.kv_heads, self.head_dim, self.rope, self.window)
@@ -198,12 +207,16 @@ class Attention(IndexedMixer):
         self.sinks = nn.Parameter(torch.zeros(H)) if config.sinks else None
         self.rotary_dim = config.rope.rotary_dim(K)
         self.keys_are_read = context.is_read(KEYS_VALUES)
+        self.key_source: int | None = None
+        if config.key_input is not None:
+            self.key_source = context.source_of(SharedRead(LAYER_INPUT, config.key_input, "key_input"))
         self.build_indexer(context, D, config.rope, config.index_rope_dim)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: AttentionState | None = None) -> tuple[Tensor, Aux]:
         q_BTHK = self._heads(self.q_proj(x_BTD), self.q_norm, seq)
-        k_BSGK = self._heads(self.k_proj(x_BTD), self.k_norm, seq)
-        v_BSGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
+        key_input_BTD = self._key_input(x_BTD, seq)
+        k_BSGK = self._heads(self.k_proj(key_input_BTD), self.k_norm, seq)
+        v_BSGK = self.v_proj(key_input_BTD).unflatten(-1, (-1, self.config.head_dim))
         if state is not None:
             k_BSGK, v_BSGK = state.keys.append(k_BSGK), state.values.append(v_BSGK)
         if self.keys_are_read:
@@ -222,11 +235,17 @@ class Attention(IndexedMixer):
                                       sinks_H=self.sinks)
         return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
 
+    def _key_input(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
+        """What keys and values are projected from: x, or the input of an earlier layer."""
+        return x_BTD if self.key_source is None else seq.read(LAYER_INPUT, self.key_source)
+
     def _heads(self, projected: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:
         return rotated_heads(projected, norm, self.config.qk_norm, self.config.head_dim, self.config.rope, seq)
 
     def prepare_step(self) -> DecodeStep | None:
         if self.indexer_config is not None or self.sinks is not None or self.config.first_tokens:
+            return None
+        if self.key_source is not None:
             return None
         config = self.config
         q_proj, k_proj, v_proj, o_proj = map(linear_step, (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
@@ -259,7 +278,7 @@ class Attention(IndexedMixer):
     @torch.no_grad()
     def look_back(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
         q_BTHK = self._heads(self.q_proj(x_BTD), self.q_norm, seq)
-        k_BTGK = self._heads(self.k_proj(x_BTD), self.k_norm, seq)
+        k_BTGK = self._heads(self.k_proj(self._key_input(x_BTD, seq)), self.k_norm, seq)
         return mean_look_back(q_BTHK, k_BTGK, seq.positions_BT, window=self.config.window)
 
     def output_projection(self) -> tuple[nn.Linear, int]:

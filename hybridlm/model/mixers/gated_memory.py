@@ -32,14 +32,15 @@ class GatedMemoryConfig(MixerConfig):
     """Configuration of a gated memory unit.
 
     Args:
-        source: index of the layer whose memory is read; null is the nearest earlier layer that leaves one.
+        source: layer whose memory is read: its index, or the name of a mixer, whose nearest earlier layer is read; null
+            is the nearest earlier layer that leaves one.
         norm: whether the gated memory is normalised (RMSNorm over all channels), as for memories of Mamba-2 or
             Gated DeltaNet.
         norm_eps: of that norm; null takes the model's.
     """
 
     kind: str = "gated_memory"
-    source: int | None = None
+    source: int | str | None = None
     norm: bool = False
     norm_eps: float | None = None
     is_linear: ClassVar[bool] = True

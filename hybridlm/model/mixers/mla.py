@@ -14,7 +14,7 @@ L = C + R, Q width of the queries' input, k selected keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -36,9 +36,22 @@ from hybridlm.model.norm import RMSNorm
 from hybridlm.model.readable_weights import readable_weight
 from hybridlm.model.rope import RopeConfig, rotate, rotate_step
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.sharing import SharedKind, SharedRead
 
 INT32_BYTES = 4
+# Normed latents and rotated key parts: of all tokens that are kept in one tensor [B, S, L] (None without a decode
+# state), and of the tokens held here, [B, T, C] and [B, T, R].
+LATENTS = SharedKind("the latents of MLA", gradient=True)
 SIZE_OPTIONS = ("num_heads", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True)
+class LatentLayout:
+    """Facts about latents that a layer which reads them from another one has to share."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    rope: RopeConfig
 
 
 @dataclass(kw_only=True)
@@ -57,6 +70,8 @@ class MLAConfig(IndexedMixerConfig):
         bias: biases of q_a_proj, kv_a_proj and o_proj.
         output_gate: a sigmoid gate per element or per head of the output.
         indexer: reads only the keys that it selects (DeepSeek sparse attention).
+        latent_source: layer whose latents are read in place of own ones, which are then not made (Mistral Large 4): its
+            index, or the name of a mixer, whose nearest earlier layer is read.
     """
 
     kind: str = "mla"
@@ -71,6 +86,7 @@ class MLAConfig(IndexedMixerConfig):
     bias: bool = False
     output_gate: OutputGate = "none"
     indexer: IndexerConfig | None = None
+    latent_source: int | str | None = None
     uses_mscale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -97,17 +113,45 @@ class MLAConfig(IndexedMixerConfig):
         D, H, C, Q = context.hidden_size, self.num_heads, self.kv_lora_rank, self.q_lora_rank
         gate = {"none": 0, "element": H * self.v_head_dim, "head": H}[self.output_gate]
         queries = D * H * self.qk_head_dim if Q is None else Q * (D + H * self.qk_head_dim)
-        latents = D * (C + self.qk_rope_head_dim) + C * H * (self.qk_nope_head_dim + self.v_head_dim)
+        latents = C * H * (self.qk_nope_head_dim + self.v_head_dim)
+        if self.latent_source is None:
+            latents += D * (C + self.qk_rope_head_dim)
         return D if Q is None else Q, queries + latents + D * (H * self.v_head_dim + gate), gate
+
+    def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
+        return (*super().leaves(context), *([LATENTS] if self.latent_source is None else []))
+
+    def reads(self, context: LayerContext) -> Sequence[SharedRead]:
+        return (*super().reads(context), *([] if self.latent_source is None else [self.latent_read()]))
+
+    def latent_read(self) -> SharedRead:
+        """The latents of the earlier layer that is asked for."""
+        return SharedRead(LATENTS, self.latent_source, "latent_source")
+
+    def shared_layout(self, kind: SharedKind, context: LayerContext) -> LatentLayout:
+        return LatentLayout(self.kv_lora_rank, self.qk_rope_head_dim, self.rope)
+
+    def check_latents(self, context: LayerContext) -> None:
+        """Refuse latents of another layer that are not as wide, or rotated in another way.
+
+        Raises:
+            ConfigError: no earlier layer leaves latents, or they do not fit.
+        """
+        if self.latent_source is not None:
+            own, read = self.shared_layout(LATENTS, context), context.shared_layout(self.latent_read())
+            require(own == read, "latent_source", "reads latents of another form", got=own, expected=read,
+                    hint="kv_lora_rank, qk_rope_head_dim and rope must be those of the layer that is read")
 
     def transfer_gaps(self) -> list[str]:
         return ["MLA's latents, whose rank stays", *self.indexer_gaps()]
 
     def num_params(self, context: LayerContext) -> int:
+        self.check_latents(context)
         query_dim, weights, _ = self._widths(context)
         Q = self.q_lora_rank or 0
-        norms = Q + self.kv_lora_rank
-        biases = (Q + self.kv_lora_rank + self.qk_rope_head_dim + context.hidden_size) * self.bias
+        C, R = (self.kv_lora_rank, self.qk_rope_head_dim) if self.latent_source is None else (0, 0)
+        norms = Q + C
+        biases = (Q + C + R + context.hidden_size) * self.bias
         index = 0 if self.indexer is None else self.indexer.num_params(context, query_dim)
         return weights + norms + biases + index
 
@@ -139,20 +183,19 @@ class MLAConfig(IndexedMixerConfig):
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
+        if self.latent_source is not None:
+            return index  # the layer that leaves the latents keeps them
         return context_length * (self.kv_lora_rank + self.qk_rope_head_dim) * element_bytes + index
-
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         queries, values = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
-        latents = 2 * (self.kv_lora_rank + (self.q_lora_rank or 0)) + self.qk_rope_head_dim
+        latents = 2 * (self.q_lora_rank or 0)
+        if self.latent_source is None:
+            latents += 2 * self.kv_lora_rank + self.qk_rope_head_dim
         keys_and_values = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
         sparse = self.indexer is not None and self.indexer.mode == "sparse"
         indices = INT32_BYTES * self.indexer.topk if self.indexer is not None and sparse else 0
         return element_bytes * (latents + keys_and_values + 2 * queries + values) + indices
-
-    def canonical(self, norm: NormConfig) -> dict[str, Any]:
-        data = super().canonical(norm)
-        return data
 
     @property
     def index_rope_dim(self) -> int:
@@ -204,8 +247,14 @@ class MLA(IndexedMixer):
             self.q_a_proj = nn.Linear(D, Q, bias=config.bias)
             self.q_a_norm = RMSNorm.of(latent_norm, Q)
             self.q_b_proj = nn.Linear(Q, H * (N + R), bias=False)
-        self.kv_a_proj = nn.Linear(D, C + R, bias=config.bias)
-        self.kv_a_norm = RMSNorm.of(latent_norm, C)
+        self.latent_layer: int | None = None
+        if config.latent_source is None:
+            self.kv_a_proj = nn.Linear(D, C + R, bias=config.bias)
+            self.kv_a_norm = RMSNorm.of(latent_norm, C)
+        else:
+            config.check_latents(context)
+            self.latent_layer = context.source_of(config.latent_read())
+        self.latents_are_read = context.is_read(LATENTS)
         self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)
         self.g_proj = build_output_gate(config.output_gate, D, H, V, bias=False)
         self.o_proj = nn.Linear(H * V, D, bias=config.bias)
@@ -218,10 +267,7 @@ class MLA(IndexedMixer):
         input_BTQ = x_BTD if config.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x_BTD))
         q_BTHK = (self.q_proj if config.q_lora_rank is None else self.q_b_proj)(input_BTQ)
         q_BTHK = q_BTHK.unflatten(-1, (config.num_heads, config.qk_head_dim))
-        c_BTC, r_BTR = self.kv_a_proj(x_BTD).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-        c_BTC = self.kv_a_norm(c_BTC)
-        r_BTR = rotate(r_BTR[:, :, None], config.rope, config.qk_rope_head_dim, seq)[:, :, 0]
-        latent_BSL = None if state is None else state.latent.append(torch.cat([c_BTC, r_BTR], -1))
+        latent_BSL, c_BTC, r_BTR = self._latents(x_BTD, seq, state)
         selection = self.select(x_BTD, input_BTQ, seq, None if state is None else state.index_keys)
         sparse = selection.indices is not None
         up_XC = readable_weight(self.kv_b_proj, x_BTD.device)  # with an adapter or a hook it must be called: expanded
@@ -236,6 +282,25 @@ class MLA(IndexedMixer):
                 c_BTC, r_BTR = seq.history(c_BTC), seq.history(r_BTR)
             o_BTHV, aux = self._expanded(q_BTHK, c_BTC, r_BTR, seq, selection)
         return self.o_proj(apply_output_gate(o_BTHV, x_BTD, self.g_proj, config.output_gate)), aux
+
+    def _latents(self, x_BTD: Tensor, seq: SequenceInfo,
+                 state: LatentState | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Normed latents and rotated key parts, made here or by the layer that is read.
+
+        Returns:
+            Both in one tensor for all tokens that are kept, [B, S, L], None without a decode state; those of the tokens
+            held here, [B, T, C] and [B, T, R], which nothing reads where the first one is there.
+        """
+        config = self.config
+        if self.latent_layer is not None:
+            return seq.read(LATENTS, self.latent_layer)
+        c_BTC, r_BTR = self.kv_a_proj(x_BTD).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        c_BTC = self.kv_a_norm(c_BTC)
+        r_BTR = rotate(r_BTR[:, :, None], config.rope, config.qk_rope_head_dim, seq)[:, :, 0]
+        latent_BSL = None if state is None else state.latent.append(torch.cat([c_BTC, r_BTR], -1))
+        if self.latents_are_read:
+            seq.leave(LATENTS, self.layer_index, (latent_BSL, c_BTC, r_BTR))
+        return latent_BSL, c_BTC, r_BTR
 
     def _absorbs(self, queries: int, sparse: bool, decoding: bool) -> bool:
         """Whether to take the absorbed form, where it does less work.
@@ -282,7 +347,7 @@ class MLA(IndexedMixer):
         return torch.einsum("bthc,hvc->bthv", o_BTHC, up_HVC), aux
 
     def prepare_step(self) -> DecodeStep | None:
-        if self.indexer_config is not None:
+        if self.indexer_config is not None or self.latents_are_read or self.latent_layer is not None:
             return None
         config = self.config
         if config.q_lora_rank is None:

@@ -2,18 +2,19 @@
 
     q_t = rope(norm(W_q x_t)),   o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s,   y_t = W_o o_t
 
-k and v are those of an earlier attention layer, as that layer reads them itself: normalised, rotated, in its window.
+k and v are those of an earlier attention layer as it reads them itself: normalised and rotated.
 
-k and v are those of an earlier attention layer as it reads them itself: normalised, rotated, in its window.
+Sources: Sun et al. 2024 (YOCO), section 2.3; Brandon et al. 2024 (CLA); Gemma 3n and Character.AI for windows.
 B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from hybridlm.errors import require
@@ -23,6 +24,7 @@ from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, check_heads, dense_attention
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyLayout, rotated_heads
+from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
@@ -35,24 +37,31 @@ class SharedAttentionConfig(MixerConfig):
     """Configuration of attention to the keys and values of an earlier layer.
 
     Args:
-        source: index of the layer that is read; null is the nearest earlier one with attention of its own.
+        source: layer that is read: its index, or the name of a mixer, whose nearest earlier layer is read; null is the
+            nearest earlier layer with attention of its own.
         num_heads: query heads H, a multiple of the key/value heads that are read; null takes those of that layer.
         q_norm: `head` normalises queries per head, `full` over all heads together.
         q_norm_eps: null takes the model's.
         q_bias: bias of q_proj.
         o_bias: bias of o_proj.
+        output_gate: a sigmoid gate per element or per head of the output.
+        sinks: one learned logit per head that takes part in the softmax and carries no value.
+        window: keys that a token sees, at most those of the layer that is read; null takes that layer's.
     """
 
     kind: str = "shared_attention"
-    source: int | None = None
+    source: int | str | None = None
     num_heads: int | None = None
     q_norm: HeadNorm = "none"
     q_norm_eps: float | None = None
     q_bias: bool = False
     o_bias: bool = False
+    output_gate: OutputGate = "none"
+    sinks: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("num_heads", "q_norm_eps"):
+        for key in ("num_heads", "q_norm_eps", "window"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
 
@@ -69,7 +78,12 @@ class SharedAttentionConfig(MixerConfig):
         require((self.num_heads or layout.num_heads) % layout.num_kv_heads == 0, "num_heads",
                 "must be a multiple of the key/value heads that are read", got=self.num_heads,
                 expected=f"a multiple of {layout.num_kv_heads}")
-        return layout
+        if self.window is None:
+            return layout
+        require(layout.window is None or self.window <= layout.window, "window",
+                "must not be wider than that of the layer that is read", got=self.window,
+                expected=f"at most {layout.window}")
+        return replace(layout, window=self.window)
 
     def heads(self, context: LayerContext) -> int:
         """Query heads H."""
@@ -78,15 +92,21 @@ class SharedAttentionConfig(MixerConfig):
     def _width(self, context: LayerContext) -> int:
         return self.heads(context) * self.keys(context).head_dim
 
+    def _gate_width(self, context: LayerContext) -> int:
+        return {"none": 0, "element": self._width(context), "head": self.heads(context)}[self.output_gate]
+
     def num_params(self, context: LayerContext) -> int:
         width, hidden, head_dim = self._width(context), context.hidden_size, self.keys(context).head_dim
         norm = {"none": 0, "head": head_dim, "full": width}[self.q_norm]
-        return 2 * width * hidden + width * self.q_bias + hidden * self.o_bias + norm
+        gate = self._gate_width(context)
+        biases = (width + gate) * self.q_bias + hidden * self.o_bias
+        return (2 * width + gate) * hidden + biases + norm + self.heads(context) * self.sinks
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         width = self._width(context)
         keys = count_visible_keys(context_length, self.keys(context).window)
-        return {"projections": 4.0 * context.hidden_size * width, "attention": 4.0 * width * keys}
+        projections = 2.0 * context.hidden_size * (2 * width + self._gate_width(context))
+        return {"projections": projections, "attention": 4.0 * width * keys}
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         """Nothing: the layer that leaves the keys keeps them."""
@@ -94,7 +114,8 @@ class SharedAttentionConfig(MixerConfig):
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         """Bytes per token kept for the backward pass: queries, also before a norm, and the output of attention."""
-        return element_bytes * (2 + (self.q_norm != "none")) * self._width(context)
+        gate = 2 if self.output_gate == "element" else 0
+        return element_bytes * (2 + gate + (self.q_norm != "none")) * self._width(context)
 
     def check_context_parallel(self, shards: int, length: int) -> None:
         """Query heads are divided; where their number follows the source, the source refuses what does not divide."""
@@ -119,9 +140,9 @@ class SharedAttentionConfig(MixerConfig):
 
 @register_mixer("shared_attention", SharedAttentionConfig)
 class SharedAttention(SequenceMixer):
-    """Parameters: q_proj [H K, D], o_proj [D, H K], and q_norm by option."""
+    """Parameters: q_proj [H K, D], o_proj [D, H K], and q_norm, g_proj and sinks [H] by option."""
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight",)
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight", "sinks")
     config: SharedAttentionConfig
 
     def __init__(self, config: SharedAttentionConfig, context: LayerContext):
@@ -132,7 +153,10 @@ class SharedAttention(SequenceMixer):
         self.num_heads, head_dim = config.heads(context), self.layout.head_dim
         width = self.num_heads * head_dim
         self.q_proj = nn.Linear(context.hidden_size, width, bias=config.q_bias)
+        self.g_proj = build_output_gate(config.output_gate, context.hidden_size, self.num_heads, head_dim,
+                                        bias=config.q_bias)
         self.o_proj = nn.Linear(width, context.hidden_size, bias=config.o_bias)
+        self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if config.sinks else None
         self.q_norm = None
         if config.q_norm != "none":
             self.q_norm = RMSNorm.of(context.norm, head_dim if config.q_norm == "head" else width, config.q_norm_eps)
@@ -141,18 +165,22 @@ class SharedAttention(SequenceMixer):
         k_BSGK, v_BSGK = seq.read(KEYS_VALUES, self.source)
         layout = self.layout
         q_BTHK = rotated_heads(self.q_proj(x_BTD), self.q_norm, self.config.q_norm, layout.head_dim, layout.rope, seq)
-        o_BTHK = dense_attention(q_BTHK, k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype), seq, window=layout.window)
-        return self.o_proj(o_BTHK.flatten(-2)), {}
+        o_BTHK = dense_attention(q_BTHK, k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype), seq, window=layout.window,
+                                 sinks_H=self.sinks)
+        return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), {}
 
     @property
     def decodes_padded_rows(self) -> bool:
-        return True
+        return self.sinks is None and self.config.window is None  # padded rows read all keys that are kept
 
     def head_rows(self) -> dict[str, int]:
-        return {"q_proj": self.num_heads}
+        gate = {"g_proj": self.num_heads} if self.config.output_gate == "element" else {}
+        return {"q_proj": self.num_heads, **gate}
 
     def new_state(self, batch: int, max_length: int) -> NoState:
         return NoState()
 
     def init_weights(self, std: float) -> None:
         init_projections(self, std)
+        if self.sinks is not None:
+            nn.init.normal_(self.sinks, std=std)

@@ -3,12 +3,15 @@
 from hybridlm.model.mixers import (
     AttentionConfig,
     GatedMemoryConfig,
+    IndexerConfig,
     Mamba2Config,
     MambaConfig,
+    MLAConfig,
     SharedAttentionConfig,
 )
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.rope import RopeConfig
+from tests.support.mixer_forms.softmax_attention import INDEXER, MLA_DIMS
 
 FORMS: dict[str, MixerConfig] = {}
 READERS: dict[str, tuple[MixerConfig, MixerConfig]] = {
@@ -19,4 +22,14 @@ READERS: dict[str, tuple[MixerConfig, MixerConfig]] = {
     "shared_attention_in_a_window": (
         SharedAttentionConfig(num_heads=12, q_norm="head", q_bias=True, o_bias=True),
         AttentionConfig(num_heads=12, num_kv_heads=1, head_dim=8, window=9, qk_norm="head")),
+    "shared_attention_with_a_window_of_its_own": (
+        SharedAttentionConfig(window=7, sinks=True, output_gate="element"),
+        AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)),
+    "attention_to_keys_of_an_earlier_input": (
+        AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="head", key_input=0),
+        AttentionConfig(num_heads=2, head_dim=8, window=4)),
+    "mla_with_earlier_latents": (
+        MLAConfig(**MLA_DIMS, latent_source=0), MLAConfig(**{**MLA_DIMS, "num_heads": 4})),
+    "mla_with_earlier_latents_and_its_own_selection": (
+        MLAConfig(**MLA_DIMS, indexer=IndexerConfig(**INDEXER), latent_source=0), MLAConfig(**MLA_DIMS)),
 }
