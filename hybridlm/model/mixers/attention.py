@@ -236,7 +236,7 @@ class Attention(IndexedMixer):
         return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
 
     def _key_input(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
-        """What keys and values are projected from: x, or the input of an earlier layer."""
+        """The tensor that keys and values are projected from: x, or the input of an earlier layer."""
         return x_BTD if self.key_source is None else seq.read(LAYER_INPUT, self.key_source)
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:
