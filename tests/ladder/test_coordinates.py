@@ -17,9 +17,9 @@ def model():
     return replace(config.resize(64, 2), tie_embeddings=True, init_std=0.5 / 64**0.5)
 
 
-@pytest.mark.parametrize(("make", "steps"), [(AdamWConfig, 3), (MuonConfig, 1)])
-def test_sizes_are_stable_under_mup_and_not_under_the_standard_parametrization(model, make, steps):
-    check = CoordinateCheck(WIDTHS, seeds=(0, 1)[:steps], steps=steps, rows=2, length=32)
+@pytest.mark.parametrize(("make", "steps", "seeds"), [(AdamWConfig, 3, (0, 1)), (MuonConfig, 1, (0, 1, 2))])
+def test_sizes_are_stable_under_mup_and_not_under_the_standard_parametrization(model, make, steps, seeds):
+    check = CoordinateCheck(WIDTHS, seeds=seeds, steps=steps, rows=2, length=32)
     found = check_coordinates(model, make(lr=4e-3), check, "mup")
     unstable = [(each.name, each.quantity, each.step, each.slope) for each in found if not each.is_stable]
     assert not unstable

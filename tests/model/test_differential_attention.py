@@ -53,12 +53,12 @@ def test_the_formula_of_the_paper():
     mixer, x = build("phi4_flash_swa"), inputs(1, 25)[0]
     K, scale = 4, 1 - mixer.lambda_init
     with torch.no_grad():
-        q, k, v = (proj(x).view(25, 6, K) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        q, k, v = (proj(x).view(25, 8, K) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
         weight = (math.exp(mixer.lambda_q1 @ mixer.lambda_k1) - math.exp(mixer.lambda_q2 @ mixer.lambda_k2)
                   + 0.8 - 0.6 * math.exp(-0.3))
         for t in (0, 7, 24):
             seen, heads = slice(max(0, t - 19), t + 1), []
-            for pair in (0, 2, 4):
+            for pair in (0, 2, 4, 6):
                 maps = [torch.softmax(k[seen, head] @ q[t, head] / K**0.5, 0) for head in (pair, pair + 1)]
                 o = (maps[0] - weight * maps[1]) @ v[seen, pair : pair + 2].flatten(1)
                 heads.append(o / (o.square().mean() + 1e-5).sqrt() * scale)

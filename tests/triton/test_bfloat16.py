@@ -54,7 +54,8 @@ def test_packed_documents_of_the_linear_family(operation, decay, gate, device):
 
 
 OTHERS = [case for case in check_cases() if case.operation not in ("delta_rule", "linear_attention", "attention",
-                                                                    "pooled_indexer_kl", "attention_recall")]
+                                                                    "pooled_indexer_kl", "attention_recall",
+                                                                    "max_scan")]  # exact in fp32 from bf16 numbers
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: f"{case.operation}, {case.label}")
