@@ -21,6 +21,7 @@ from hybridlm.config.compose import Composition, compose_run, override_keys, ove
 from hybridlm.config.schema import Config, DataConfig, RecipeConfig
 from hybridlm.config.serialization import from_dict, to_dict
 from hybridlm.errors import ConfigError
+from hybridlm.interop.linearization import plan_conversion
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.edit import add_indexer
 from hybridlm.model.mixers import IndexerConfig
@@ -56,11 +57,33 @@ def load_config(name: str = "train", overrides: Sequence[str] = (), config_dir: 
     if branch is not None:
         return _compose_branch(name, overrides, str(branch), config_dir)
     composed = compose_run(name, overrides, config_dir)
+    _start_from_teacher(composed)
     if composed.has("init_from") and not _holds_checkpoint(composed.value("run_dir")):
         _take_from_checkpoint(composed, name)
-    elif composed.has("recipe.indexer") and not composed.from_file:
+    elif _converts(composed) and not composed.from_file:
         _convert(composed)
     return composed.finish()
+
+
+def _start_from_teacher(composed: Composition) -> None:
+    """Let a run that converts its teacher start from it.
+
+    Raises:
+        ConfigError: a conversion without a teacher.
+    """
+    if not composed.has("recipe.convert"):
+        return
+    if not composed.has("teacher"):
+        name = composed.value("recipe.name")
+        raise ConfigError("teacher", "is missing", expected=f"the run or checkpoint that recipe={name} converts",
+                          hint="hybridlm import brings a checkpoint of transformers here")
+    if not composed.has("init_from"):
+        composed.set("init_from", composed.value("teacher"))
+
+
+def _converts(composed: Composition) -> bool:
+    """Whether the recipe makes its model from that of a checkpoint."""
+    return composed.has("recipe.indexer") or composed.has("recipe.convert")
 
 
 def _started_run(name: str, overrides: list[str]) -> Path | None:
@@ -86,6 +109,10 @@ def _compose_branch(name: str, overrides: list[str], source: str, config_dir: st
         raise ConfigError("recipe.indexer", "converts a model, and a branch keeps its model",
                           got=composed.value("recipe.name"),
                           hint=f"init_from={source} in place of branch_from starts the conversion")
+    if composed.has("recipe.convert") and composed.value("recipe.convert.converted") is None:
+        raise ConfigError("recipe.convert", "converts a model, and a branch keeps its model",
+                          got=composed.value("recipe.name"),
+                          hint=f"teacher={source} in place of branch_from starts the conversion")
     if not composed.overrides("init_from"):
         composed.set("init_from", None)
     if not composed.overrides("run_dir") and name == "train":
@@ -99,7 +126,7 @@ def _take_from_checkpoint(composed: Composition, name: str) -> None:
     """Take the model and the tokenizer of the checkpoint `init_from`, as far as nothing else is said of them."""
     source = str(composed.value("init_from"))
     folder = _find_checkpoint(source, "init_from")
-    if composed.has("recipe.indexer"):
+    if _converts(composed):
         _convert(composed)
     elif name == "train" and not composed.choices.keys() & {"model", "experiment"}:
         composed.replace_model(to_dict(checkpoint.read_model_config(folder)))
@@ -107,17 +134,28 @@ def _take_from_checkpoint(composed: Composition, name: str) -> None:
 
 
 def _convert(composed: Composition) -> None:
-    """Take the model of the checkpoint, with the indexers of the recipe in its layers."""
+    """Take the model of the checkpoint, with the mixers and indexers of the recipe in its layers."""
     recipe = from_dict(RecipeConfig, composed.value("recipe"), "recipe", root=Config)
     # The config.yaml of a run that converted a checkpoint holds the converted model already.
-    if composed.from_file and model_has_indexer(from_dict(ModelConfig, composed.value("model"), "model")):
+    if recipe.convert is None:
+        done = composed.from_file and model_has_indexer(from_dict(ModelConfig, composed.value("model"), "model"))
+    else:
+        done = recipe.convert.converted is not None
+    if done:
         return
     if "model" in composed.choices:
         raise ConfigError("model", f"comes from the checkpoint with recipe={recipe.name}",
                           got=composed.choices["model"],
                           hint="leave model=... out; init_from says which checkpoint is converted")
     init_from = composed.value("init_from")
-    composed.replace_model(to_dict(convert_model(recipe, None if init_from is None else str(init_from))))
+    source = None if init_from is None else str(init_from)
+    if recipe.convert is not None and source is not None:
+        plan = plan_conversion(recipe.convert, checkpoint.read_model_config(_find_checkpoint(source, "teacher")))
+        composed.set("recipe.convert.keep", plan.keep)
+        composed.set("recipe.convert.converted", plan.converted)
+        composed.replace_model(to_dict(plan.model if recipe.indexer is None else add_indexers(recipe, plan.model)))
+        return
+    composed.replace_model(to_dict(convert_model(recipe, source)))
 
 
 def _take_tokenizer(composed: Composition, source: str, folder: Path) -> None:
@@ -209,7 +247,15 @@ def convert_model(recipe: RecipeConfig, init_from: str | None) -> ModelConfig:
     """
     if init_from is None:
         raise ConfigError("init_from", "is missing", expected=f"the checkpoint that recipe={recipe.name} converts")
-    config = checkpoint.read_model_config(_find_checkpoint(init_from, "init_from"))
+    return add_indexers(recipe, checkpoint.read_model_config(_find_checkpoint(init_from, "init_from")))
+
+
+def add_indexers(recipe: RecipeConfig, config: ModelConfig) -> ModelConfig:
+    """The model with the indexer of `recipe.indexer` in `recipe.layers`, as `convert_model` puts it there.
+
+    Raises:
+        ConfigError: as `convert_model`.
+    """
     layers = layers_to_convert(config, recipe.layers)
     if not layers:
         return config

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from hybridlm.config.legacy import upgrade_pattern
-from hybridlm.config.schema import Config, StageConfig
+from hybridlm.config.schema import NEW_MIXERS, Config, StageConfig
 from hybridlm.distributed.engine_config import EngineConfig
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters
+from hybridlm.model.loss_names import TEACHER_LOSSES
 from hybridlm.model.model import HybridLM
 from hybridlm_kernels.registry import operations
 
@@ -90,8 +91,19 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
         pool = config.model.mixers[name].topk_multiple()
         require(stage.topk % pool == 0, f"{path}.topk", f"is not a number of whole pools of mixer {name}",  # type: ignore[operator]
                 got=stage.topk, expected=f"a multiple of {pool}")
-    if stage.trainable != ["*"]:
-        check_patterns(stage.trainable, parameter_names(config), f"{path}.trainable")
+    compared = [name for name in TEACHER_LOSSES if stage.loss_weights.get(name)]
+    require(not compared or config.teacher is not None, f"{path}.loss_weights.{compared[0] if compared else ''}",
+            "needs a teacher", expected="teacher=RUN, a run or checkpoint folder")
+    for name in ("layer_output", *(["inputs"] if stage.inputs == "teacher" else [])):
+        wanted = stage.loss_weights.get(name) or name == "inputs"
+        require(not wanted or config.recipe.convert is not None, f"{path}.{name}", "needs converted layers",
+                expected="recipe.convert, as in recipe=linearize")
+    for key, patterns in (("trainable", stage.trainable), ("lr_scale", list(stage.lr_scale))):
+        require(NEW_MIXERS not in patterns or config.recipe.convert is not None, f"{path}.{key}",
+                "names the mixers that recipe.convert puts in, and there is none", got=NEW_MIXERS)
+        written = config.recipe.parameter_patterns(patterns)
+        if written and written != ["*"]:
+            check_patterns(written, parameter_names(config), f"{path}.{key}")
 
 
 def model_has_indexer(config: ModelConfig) -> bool:

@@ -7,6 +7,7 @@ the files of the kinds. docs/configuration.md lists all keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from hybridlm.model.loss_names import known_losses
 from hybridlm.optimizers import OPTIMIZERS, OptimizerConfig
 from hybridlm.optimizers.lr_schedule import LRScheduleConfig
 from hybridlm.sources import check_format
+
+NEW_MIXERS = "@new"  # among patterns over parameter names: those of converted mixers
 
 
 @dataclass(kw_only=True)
@@ -114,15 +117,24 @@ class StageConfig:
     schedule: LRScheduleConfig | None = None
     """Learning-rate schedule of this stage, with the keys of `optimizer.schedule`; null: `optimizer.schedule`."""
     trainable: list[str] = field(default_factory=lambda: ["*"])
-    """Shell patterns over parameter names; all other parameters are frozen."""
+    """Shell patterns over parameter names; all other parameters are frozen. `@new` stands for the mixers that
+    `recipe.convert` has put in."""
     attention_mode: Literal["dense", "sparse"] | None = None
     """What layers with an indexer attend to: all keys, or those that the indexer selects; null: the model's own."""
     topk: int | None = None
     """Keys that an indexer selects per query; null: the model's own."""
     loss_weights: dict[str, float] = field(default_factory=dict)
-    """Weights of losses by name (lm, mtp, z, balance, router_z, indexer_kl), in place of the model's own."""
+    """Weights of losses by name (lm, mtp, z, balance, router_z, indexer_kl), in place of the model's own; with a
+    teacher also layer_output, hidden and teacher_kl, which have none of their own."""
     eval_recall: bool = False
     """Validation also compares the selections of indexers with dense attention, which costs as much as that."""
+    inputs: Literal["student", "teacher"] = "student"
+    """What converted layers read and pass on: the model's own stream, or the teacher's, so that each learns its layer
+    by itself, side by side with the others."""
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Factors of the learning rate by shell pattern over parameter names; the first that matches counts."""
+    temperature: float = 1.0
+    """Temperature of both distributions in the loss teacher_kl."""
     recall_every: int | None = None
     """Training steps from one such comparison to the next; null: none in training."""
 
@@ -132,12 +144,36 @@ class StageConfig:
             require(value is None or 0 < value < math.inf, key, "must be positive and finite", got=value)
         require(self.steps is None or self.tokens is None, "tokens", "cannot stand beside 'steps'",
                 got=self.tokens, expected="one of the two")
+        require(self.temperature > 0, "temperature", "must be positive", got=self.temperature)
+        for pattern, factor in self.lr_scale.items():
+            require(0 < factor < math.inf, f"lr_scale.{pattern}", "must be positive and finite", got=factor)
         require(len(self.trainable) > 0, "trainable", "names no parameter", got=self.trainable,
                 expected="patterns over parameter names; ['*'] is all of them")
         for name, weight in self.loss_weights.items():
             losses = known_losses()
             require(name in losses, f"loss_weights.{name}", "is not a loss", expected=f"one of {', '.join(losses)}")
             require(weight >= 0, f"loss_weights.{name}", "must not be negative", got=weight)
+
+
+@dataclass(kw_only=True)
+class ConvertConfig:
+    """Other mixers in place of softmax attention of the teacher."""
+
+    mixer: str | dict[str, Any] = "kda"
+    """The new mixer: a name of `configs/mixer`, or options of a kind. Sizes that are left open follow the attention."""
+    keep: int | list[int] | str | None = None
+    """Attention that stays: so many layers, evenly spread, or a list of layers, negative ones from the end, or a file
+    of `hybridlm select`; null: a quarter, evenly spread. A run writes the list of layers here."""
+    init: Literal["copy", "calibrated"] = "calibrated"
+    """Start of the new mixers: `copy` takes q, k, v and o and leaves the rest as in pretraining; `calibrated` also sets
+    decays, convolutions, gates and the scale of each head so that the layer starts near the attention."""
+    calibration_tokens: int = 1024
+    """Tokens of training text that `calibrated` looks at."""
+    converted: list[int] | None = None
+    """Layers that get the new mixer; a run writes them here."""
+
+    def __post_init__(self) -> None:
+        require(self.calibration_tokens > 1, "calibration_tokens", "must be two or more", got=self.calibration_tokens)
 
 
 @dataclass(kw_only=True)
@@ -153,6 +189,9 @@ class RecipeConfig:
     conversion."""
     layers: list[int] | None = None
     """Layers that get the indexer, negative ones from the end; null: every full attention layer."""
+    convert: ConvertConfig | None = None
+    """Mixers that replace attention: the model is that of `teacher`, with these in all but the kept layers. null: no
+    conversion."""
 
     def __post_init__(self) -> None:
         require(len(self.stages) > 0, "stages", "is empty", expected="at least one stage")
@@ -160,6 +199,18 @@ class RecipeConfig:
         require(len(set(names)) == len(names), "stages", "two stages have one name", got=names)
         require(self.layers is None or self.indexer is not None, "layers", "needs an indexer to put into them",
                 got=self.layers, hint="recipe=dsa_tiny, or set recipe.indexer")
+
+    def parameter_patterns(self, patterns: Sequence[str]) -> list[str]:
+        """Write `@new` among patterns out as the parameters of converted mixers; all others stay.
+
+        Example:
+            >>> recipe = RecipeConfig(convert=ConvertConfig(converted=[0, 2]))
+            >>> recipe.parameter_patterns(["@new", "norm.weight"])
+            ['layers.0.mixer.*', 'layers.2.mixer.*', 'norm.weight']
+        """
+        converted = [] if self.convert is None else self.convert.converted or []
+        new = [f"layers.{layer}.mixer.*" for layer in converted]
+        return [name for pattern in patterns for name in (new if pattern == NEW_MIXERS else [pattern])]
 
 
 @dataclass(kw_only=True)
@@ -247,6 +298,9 @@ class Config:
     """Folder of everything that the run writes."""
     init_from: str | None = None
     """Run or checkpoint folder whose weights the run starts from, at step 0; null: fresh weights."""
+    teacher: str | None = None
+    """Run or checkpoint folder whose layers and predictions the run learns from; it is only read. With `recipe.convert`
+    the model and its first weights come from it, too."""
     branch_from: str | None = None
     """Run or checkpoint folder that the run goes on from, with its weights, optimizer state, step and data cursor; the
     settings are those of that run, with what the command line changes."""

@@ -376,6 +376,10 @@ class Engine(Communicator, ABC):
             self.watchdog.pause()
         return update
 
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Compute in the precision of the run, for models that this engine has not prepared."""
+        return self.accelerator.autocast()
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         """Yield the model in evaluation mode, without gradients."""

@@ -10,18 +10,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.decode_state import LayerState
 from hybridlm.model.feed_forward import build_feed_forward
-from hybridlm.model.mixers.contract import Aux, build_mixer
+from hybridlm.model.mixers.contract import Aux, SequenceMixer, build_mixer
 from hybridlm.model.residual import build_branch_norm, build_residual_branch
 from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import LAYER_INPUT
 
 COMPILER = "inductor"  # backend of torch.compile
+
+
+# Stands for the mixer of a layer where no state is decoded: from (mixer, x [B, T, D], seq) to what a mixer gives.
+MixerStandIn = Callable[[SequenceMixer, Tensor, SequenceInfo], tuple[Tensor, Aux]]
 
 
 class Block(nn.Module):
@@ -32,6 +36,10 @@ class Block(nn.Module):
         mixer_name: key of `config.mixers`.
         layer_index: index of the layer, which decides its feed-forward.
         stream_index: how many layers the residual stream has met before; None: `layer_index`.
+
+    Attributes:
+        mixer_stand_in: what runs in place of the mixer in forwards without a decode state; None: the mixer itself. It
+            has no part in the model's parameters.
     """
 
     def __init__(self, config: ModelConfig, mixer_name: str, layer_index: int, stream_index: int | None = None):
@@ -39,6 +47,7 @@ class Block(nn.Module):
         context = config.layer_context(layer_index)
         in_stream = context if stream_index is None else replace(context, layer_index=stream_index)
         mixer_branch, feed_forward_branch = config.branches(mixer_name)
+        self.mixer_stand_in: MixerStandIn | None = None
         self._compiled: Callable[..., tuple[Stream, dict[str, Aux]]] | None = None
         self.mixer_name = mixer_name
         self.mixer_norm = build_branch_norm(config.residual, in_stream)
@@ -59,7 +68,7 @@ class Block(nn.Module):
         self._compiled = torch.compile(self._compute, backend=COMPILER)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compiled": None}  # it is bound to this object
+        return {**super().__getstate__(), "_compiled": None, "mixer_stand_in": None}  # they belong to this object
 
     def forward(self, stream: Stream, seq: SequenceInfo,
                 state: LayerState | None = None) -> tuple[Stream, dict[str, Aux]]:
@@ -82,7 +91,10 @@ class Block(nn.Module):
         x_BTD, kept = self.mixer_residual.read(stream, self.mixer_norm)
         if self.input_is_read:
             seq.leave(LAYER_INPUT, self.layer_index, x_BTD)
-        y_BTD, mixer_aux = self.mixer(x_BTD, seq, mixer_state)
+        if self.mixer_stand_in is None or state is not None:
+            y_BTD, mixer_aux = self.mixer(x_BTD, seq, mixer_state)
+        else:
+            y_BTD, mixer_aux = self.mixer_stand_in(self.mixer, x_BTD, seq)
         stream = self.mixer_residual.write(kept, y_BTD, self.mixer_norm)
         x_BTD, kept = self.feed_forward_residual.read(stream, self.feed_forward_norm)
         y_BTD, feed_forward_aux = self.feed_forward(x_BTD, seq, feed_forward_state)

@@ -23,6 +23,7 @@ from hybridlm.model.block import Block
 from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import CuSeqlens
 
 MIN_LOOK_BACK = 1.5  # tokens: shorter half-lives leave nothing of the state
 
@@ -76,21 +77,22 @@ def mixer_of(model: HybridLM, layer: int) -> SequenceMixer:
 
 
 @torch.no_grad()
-def calibrate(teacher: HybridLM, student: HybridLM, layers: Sequence[int], batches: Sequence[Tensor]) -> list[LayerFit]:
+def calibrate(teacher: HybridLM, student: HybridLM, layers: Sequence[int],
+              batches: Sequence[tuple[Tensor, CuSeqlens | None]]) -> list[LayerFit]:
     """Calibrate the mixers of some layers of a student to those of its teacher, in place.
 
     Args:
         teacher: the model with softmax attention in these layers.
         student: the same model with other mixers there, which have taken over the attention's weights.
         layers: their indices.
-        batches: token ids, int64 [B, T] each; a few sequences are enough.
+        batches: token ids, int64 [B, T], with the borders of documents (None: each row is one); a few are enough.
 
     Returns:
         What was found for each layer, in order.
     """
     with recorded_calls(teacher.eval(), layers) as calls:
-        for ids in batches:
-            teacher(ids.to(teacher.device), logits_to_keep=1)
+        for ids, borders in batches:
+            teacher(ids.to(teacher.device), cu_seqlens=borders, logits_to_keep=1)
     before = {layer: relative_error(mixer_of(student, layer), calls[layer]) for layer in sorted(layers)}
     fits = []
     for layer in sorted(layers):

@@ -7,6 +7,8 @@ from hybridlm.model.mixers import MIXERS
 
 # Cross-entropy of the next token, of the tokens after it (multi-token prediction), and the mean of logsumexp^2.
 MODEL_LOSSES = ("lm", "mtp", "z")
+# Those that compare with a teacher: outputs of converted layers, the stream after each layer, next-token distributions.
+TEACHER_LOSSES = ("layer_output", "hidden", "teacher_kl")
 
 
 def known_losses() -> tuple[str, ...]:
@@ -22,7 +24,7 @@ def known_losses() -> tuple[str, ...]:
         >>> [name for name in known_losses() if name in ("lm", "balance", "indexer_kl")]
         ['lm', 'indexer_kl', 'balance']
     """
-    names = list(MODEL_LOSSES)
+    names = [*MODEL_LOSSES, *TEACHER_LOSSES]
     for config_class, _ in (*MIXERS.values(), *FEED_FORWARDS.values()):
         names.extend(config_class.loss_names)  # type: ignore[attr-defined]
     return tuple(dict.fromkeys(names))

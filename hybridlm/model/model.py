@@ -6,7 +6,7 @@ B rows, T tokens per row, N = B*T tokens, D model width, V vocabulary. Single-de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from hybridlm.model.context_parallel import ShardGroup
 from hybridlm.model.decode_plan import find_plan
 from hybridlm.model.feed_forward.contract import ExpertStack, FeedForward
 from hybridlm.model.fp32_parameters import KeepsFP32, widen_fp32_tensors
+from hybridlm.model.guide import Guide, GuidedForward, follow_guide
 from hybridlm.model.init import init_weights
 from hybridlm.model.inputs import check_tokens
 from hybridlm.model.layer_stack import run_layer, run_layers
@@ -50,6 +51,7 @@ class HybridLM(nn.Module):
         compiled: whether `compile_layers` was called.
         loss_weights: weights that replace those of the config, by the names of `ModelOutput.losses`; a training stage
             gives losses that it does not train the weight 0.
+        guide: computes losses and statistics of a training forward against another model; None: there is none.
         shard_group: the processes that hold the rows of a batch together with this one, or None. All of them get the
             same rows; each computes its shard, with the losses and logits of its own tokens.
     """
@@ -60,6 +62,7 @@ class HybridLM(nn.Module):
         self.activation_checkpointing = False
         self.compiled = False
         self.loss_weights: dict[str, float] = {}
+        self.guide: Guide | None = None
         self.shard_group: ShardGroup | None = None
         self._watch = TrainingWatch()
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -91,7 +94,7 @@ class HybridLM(nn.Module):
     def forward(self, input_ids: Tensor | None, labels: Tensor | None = None,
                 cu_seqlens: DocumentBorders | None = None, state: ModelState | None = None,
                 targets: Tensor | None = None, *, inputs_embeds: Tensor | None = None, return_logits: bool = False,
-                logits_to_keep: int | None = None, return_hidden_states: bool = False,
+                logits_to_keep: int | None = None, return_hidden_states: bool | Literal["last"] = False,
                 global_batch: GlobalBatch | None = None, text_mask: Tensor | None = None) -> ModelOutput:
         """Compute logits, or the loss where there are labels or targets.
 
@@ -105,7 +108,8 @@ class HybridLM(nn.Module):
             inputs_embeds: [B, T, D] instead of `input_ids`.
             return_logits: whether to return logits beside the loss; otherwise they are never all in memory.
             logits_to_keep: number of last positions that get logits; None: all.
-            return_hidden_states: whether to return the stream before the first layer and after each one.
+            return_hidden_states: whether to return the stream before the first layer and after each one; "last" is
+                that after the final norm alone.
             global_batch: the batch of the optimizer step, of which this forward computes a part; losses then add up
                 over the parts.
             text_mask: bool [B, T], False for padding, which then counts nowhere (losses, expert loads, statistics) and
@@ -159,10 +163,12 @@ class HybridLM(nn.Module):
         totals = AuxTotals()
         tokens = seq.local_tokens(tokens)
         embedding_BTD = self.embed(tokens) if inputs_embeds is None else tokens
+        guide = self.guide if targets is not None else None
+        keep_hidden = return_hidden_states is True or (guide is not None and guide.reads_hidden_states)
         plan = None
         if state is not None and batch_and_length[1] == 1 and not return_hidden_states:
             plan = find_plan(self, self.layers, self.norm, tokens.device)  # type: ignore[arg-type]
-        hidden: list[Tensor] | None = [] if return_hidden_states else None
+        hidden: list[Tensor] | None = [] if keep_hidden else None
         if plan is not None and state is not None:
             x_BTD = plan.norm(self.residual.end(plan.run(self.residual.start(embedding_BTD), seq, state.layers)))
         else:
@@ -172,8 +178,8 @@ class HybridLM(nn.Module):
         if state is not None:
             state.length += batch_and_length[1]
         output = ModelOutput(state=state)
-        if hidden is not None:
-            output.hidden_states = (*hidden[:-1], x_BTD)
+        if return_hidden_states:
+            output.hidden_states = (*(hidden or [])[:-1], x_BTD)
         if targets is not None:
             following = [seq.local_tokens(ids) for ids in following]
             if global_batch is not None:
@@ -183,9 +189,14 @@ class HybridLM(nn.Module):
                     own = seq.local_tokens(text_mask.to(x_BTD.device)).sum()
                 output.batch_fraction = own / global_batch.tokens
             self._losses(output, x_BTD, seq.local_tokens(targets), following, seq, totals, global_batch)
+        guided: dict[str, Tensor] = {}
+        if targets is not None and guide is not None:
+            forward = GuidedForward(self, input_ids, cu_seqlens, hidden or [], x_BTD, seq.local_tokens(targets)[..., 0],
+                                    None if global_batch is None else global_batch.targets[0], output.losses["lm"])
+            guided = follow_guide(guide, forward, output, self.loss_weights)
         if targets is None or return_logits:
             output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
-        output.stats = totals.stats()
+        output.stats = totals.stats() | guided
         return output
 
     def compile_layers(self) -> None:

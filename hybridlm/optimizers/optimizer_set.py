@@ -126,6 +126,17 @@ class OptimizerSet:
             member.param_groups = groups
             self.lr_multiples[index] = multiples
 
+    def scale_lr(self, factor: Callable[[str], float]) -> None:
+        """Multiply the learning rate of each parameter by a factor of its name, from now on."""
+        if all(factor(self.names[id(parameter)]) == 1 for parameter in self.parameters()):
+            return
+        self.subdivide_groups(factor)
+        for member, multiples in zip(self.members, self.lr_multiples, strict=True):
+            for index, group in enumerate(member.param_groups):
+                scale = factor(self.names[id(group["params"][0])])
+                multiples[index] *= scale
+                group["lr"] *= scale
+
     @property
     def needs_complete_matrices(self) -> bool:
         """Whether a member reads all elements of a matrix, so that it cannot work on a shard of one."""

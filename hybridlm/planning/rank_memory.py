@@ -32,7 +32,8 @@ def rank_memory(config: Config, ranks: int) -> RankMemory:
         optimizer=undivided.optimizer, activation_checkpointing=config.training.activation_checkpointing))
     activations = undivided.activations + (_received_rows(config, ranks) if engine.expert_parallel > 1 else 0)
     snapshot = (FP32_BYTES * params + undivided.optimizer) / ranks if config.training.async_checkpoint else 0.0
-    return replace(memory, activations=activations, snapshot=snapshot)
+    teacher = FP32_BYTES * params if config.teacher is not None else 0.0  # whole on each rank; as large as the model
+    return replace(memory, weights=memory.weights + teacher, activations=activations, snapshot=snapshot)
 
 
 def rank_report(config: Config, ranks: int) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.distributed.engine import Engine, LossFunction
+
+log = logging.getLogger("hybridlm")
 
 
 class TrainingStopped(Exception):
@@ -32,6 +37,32 @@ class BadStepGuard:
         """Count one step and return whether the run must stop."""
         self.in_a_row = 0 if good else self.in_a_row + 1
         return self.in_a_row >= self.limit
+
+
+class GradientNormWatch:
+    """Warns once where the norm of the gradient jumps far above its median in this stage.
+
+    Delta rules in place of attention are known to diverge so while they are distilled (HypeNet, 2601.22156).
+    """
+
+    FACTOR, MIN_STEPS = 100.0, 20
+
+    def __init__(self, stage: str):
+        self.stage = stage
+        self.norms: list[float] = []
+        self.warned = False
+
+    def add(self, norm: float) -> None:
+        """Count the norm of one step; not finite ones are skipped steps already."""
+        if not math.isfinite(norm):
+            return
+        if len(self.norms) >= self.MIN_STEPS and not self.warned:
+            median = statistics.median(self.norms)
+            if norm > self.FACTOR * median:
+                self.warned = True
+                log.warning("stage %s: the gradient norm is %.3g, its median was %.3g: the new mixers may diverge; a "
+                            "lower learning rate, or a stage without them (trainable), helps", self.stage, norm, median)
+        self.norms.append(norm)
 
 
 def first_bad_layer(engine: Engine, compute_loss: LossFunction, micro_batches: Sequence[Any]) -> str:

@@ -14,6 +14,8 @@ from hybridlm.model.output import GlobalBatch
 
 # Group of a statistic in the records of metrics.jsonl, by how its name begins; all others are in "stat".
 STAT_GROUPS = {"router": "moe", "indexer": "dsa"}
+# Statistics against a teacher: their group is how their name begins.
+TEACHER_GROUPS = ("align", "distill", "gap", "hidden")
 # `metrics.router_panel` computes these from the loads of the whole step; means over micro batches would be wrong.
 COMPUTED_FROM_LOADS = ("max_violation", "dead_experts")
 
@@ -22,9 +24,12 @@ def record_name(stat: str) -> str:
     """Name a statistic of `ModelOutput.stats` as the records do.
 
     Example:
-        >>> record_name("indexer_recall"), record_name("my_stat")
-        ('dsa/indexer_recall', 'stat/my_stat')
+        >>> record_name("indexer_recall"), record_name("my_stat"), record_name("align_error/3")
+        ('dsa/indexer_recall', 'stat/my_stat', 'align/error/3')
     """
+    begin, _, rest = stat.partition("_")
+    if begin in TEACHER_GROUPS:
+        return f"{begin}/{rest}"
     group = next((group for start, group in STAT_GROUPS.items() if stat.startswith(start)), "stat")
     return f"{group}/{stat}"
 

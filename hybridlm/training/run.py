@@ -34,6 +34,7 @@ from hybridlm.planning.process_count import check_process_count
 from hybridlm.planning.rank_memory import rank_memory
 from hybridlm.training.branch import Branch, check_tokenizer, lr_change, open_branch, previous_stages
 from hybridlm.training.display import Display, format_count, format_duration
+from hybridlm.training.distillation import WINDOW, load_teacher
 from hybridlm.training.guards import TrainingStopped
 from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import PeakRate, peak_flops, peak_measurement
@@ -131,6 +132,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             if world.size > 1:
                 log.info("memory of each process, an estimate: %s", _memory_text(config, world.size))
             model = build_run_model(config, engine, data, origin if start is None and branch is None else None)
+            distillation = load_teacher(config, engine, data.tokenizer)
             flops, source = engine.on_main(lambda: peak_flops(engine.device, engine.precision))
             peak = PeakRate(flops, source, peak_measurement(engine.device, engine.precision))
             facts = _session_facts(config, engine, resume, peak)
@@ -144,7 +146,7 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
                                    _wandb_id(run, sessions)) if main else Tracker()
             trainer = Trainer(config=config, stages=stages, run=run, engine=engine, model=model, data=data,
                               display=display, tracker=tracker, stop=stop, peak=peak if main else None,
-                              carried=carried, command=command)
+                              distillation=distillation, carried=carried, command=command)
             _announce(config, trainer, start, facts)
             if start is not None:
                 trainer.restore(start)
@@ -330,6 +332,7 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
     if trainer.validation:
         result.bigram_bits_per_byte = _bigram_entropy(trainer.data)
         _report_validation(trainer.validation, result.bigram_bits_per_byte)
+    _report_teacher(trainer)
     _report_recall(trainer)
     log.info("checkpoint  %s", trainer.saver.newest)
     log.info("metrics     %s", trainer.run.metrics_file)
@@ -345,6 +348,21 @@ def _report_validation(validation: dict[str, Any], bigram: float | None) -> None
     if bigram is not None and bits is not None:
         verdict = "below" if bits < bigram else "not yet below"
         log.info("            %s the bigram entropy of the validation text, %.4f bits per byte", verdict, bigram)
+
+
+def _report_teacher(trainer: Trainer) -> None:
+    """Log the losses and the recall of the teacher, of the teacher with a window, and of the student side by side."""
+    values = {name.removeprefix("validation_"): value for name, value in trainer.validation.items()}
+    if "gap/teacher_loss" not in values:
+        return
+    rows = {"loss": ("gap/teacher_loss", "gap/window_loss", "loss"),
+            "repeated tokens": ("recall/repeat_teacher", "recall/repeat_window", "recall/repeat_nll"),
+            "needle": ("recall/needle_teacher", "recall/needle_window", "recall/needle_nll")}
+    for name, keys in rows.items():
+        found = [f"{label} {values[key]:.4f}" for label, key in zip(
+            ("teacher", f"window of {WINDOW} and first token", "student"), keys, strict=True) if key in values]
+        if found:
+            log.info("%-11s %s", name if len(name) < 12 else "repeats", ", ".join(found))
 
 
 def _report_recall(trainer: Trainer) -> None:

@@ -30,6 +30,10 @@ class Stage(StageConfig):
         """Compute the learning rate of step number `step` of the stage, 0 the first."""
         return self.lr * lr_factor(self.schedule, step, self.steps)
 
+    def lr_factor_of(self, name: str) -> float:
+        """Find the factor of the learning rate of a parameter: that of the first pattern that it matches, or 1."""
+        return next((factor for pattern, factor in self.lr_scale.items() if fnmatchcase(name, pattern)), 1.0)
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens of a global batch."""
@@ -58,7 +62,10 @@ def plan_stages(config: Config) -> list[Stage]:
         options = {field.name: getattr(stage, field.name) for field in fields(StageConfig)}
         stages.append(Stage(**options | {
             "index": index, "steps": steps, "tokens": None, "sequence_length": length, "batch_size": batch_size,
-            "lr": stage.lr or config.optimizer.lr, "schedule": schedule}))
+            "lr": stage.lr or config.optimizer.lr, "schedule": schedule,
+            "trainable": config.recipe.parameter_patterns(stage.trainable),
+            "lr_scale": {pattern: factor for name, factor in stage.lr_scale.items()
+                         for pattern in config.recipe.parameter_patterns([name])}}))
     return stages
 
 

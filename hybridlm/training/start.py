@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from hybridlm import checkpoint
 from hybridlm.config.schema import Config, DataConfig
-from hybridlm.data import PreparedData, Tokenizer, check_vocab, tokenizer_differences
+from hybridlm.data import PackedDataset, PreparedData, Tokenizer, check_vocab, tokenizer_differences
 from hybridlm.distributed.engine import Engine
 from hybridlm.errors import CheckpointError
+from hybridlm.interop.checkpoint_folders import save_checkpoint
+from hybridlm.interop.surgery import convert_attention
+from hybridlm.model.calibration import calibrate
 from hybridlm.model.model import HybridLM, build_model
 from hybridlm.training.branch import Branch
 from hybridlm.training.sparse_attention import INDEXER_PARAMETERS
 
 log = logging.getLogger("hybridlm")
+CONVERTED_START = "converted"  # in the run folder: the checkpoint that a converting run starts from
+CALIBRATION_LENGTH = 512  # most tokens of a sequence that calibration looks at
 
 
 def build_run_model(config: Config, engine: Engine, data: PreparedData, weights: Path | None) -> HybridLM:
@@ -29,6 +35,8 @@ def build_run_model(config: Config, engine: Engine, data: PreparedData, weights:
     if config.training.compile:
         model.compile_layers()
     if weights is not None:
+        if config.recipe.convert is not None:
+            weights = _make_converted_start(config, engine, data, weights)
         if config.recipe.indexer is not None:
             _load_to_convert(model, config, weights, engine)
         else:
@@ -45,6 +53,43 @@ def build_run_model(config: Config, engine: Engine, data: PreparedData, weights:
                 log.warning("the tokenizer is not the one these weights were trained with: it differs in %s; leave "
                             "data.tokenizer out, or set data.tokenizer=%s", ", ".join(differ[:3]), weights)
     return model
+
+
+def _make_converted_start(config: Config, engine: Engine, data: PreparedData, teacher: Path) -> Path:
+    """Write the converted teacher, calibrated where the recipe says so, as a checkpoint in the run folder.
+
+    Returns:
+        Its folder, from which all ranks take their weights.
+    """
+    folder = Path(config.run_dir).expanduser() / CONVERTED_START
+
+    def write() -> None:
+        convert = config.recipe.convert
+        assert convert is not None
+        assert convert.converted is not None
+        model = checkpoint.load_checkpoint(teacher)
+        calibrated = convert.init == "calibrated"
+        student, transfer = convert_attention(model, convert.converted, convert.mixer, calibrated=calibrated,
+                                              seed=config.training.seed)
+        log.info("converted layers %s to %s: %d tensors taken over, %d fresh", convert.converted,
+                 convert.mixer if isinstance(convert.mixer, str) else convert.mixer.get("kind"), len(transfer.kept),
+                 len(transfer.fresh))
+        if calibrated:
+            first = config.recipe.stages[0].sequence_length or config.training.sequence_length
+            length = max(2, min(first, CALIBRATION_LENGTH, convert.calibration_tokens))
+            dataset = PackedDataset(data.train, length, seed=config.training.seed)
+            rows = dataset.batch(range(max(1, convert.calibration_tokens // length)))
+            fits = calibrate(model, student, convert.converted, [(rows.input_ids, rows.cu_seqlens)])
+            for fit in fits:
+                reach = f"{min(fit.look_back):.0f} to {max(fit.look_back):.0f} tokens" if fit.look_back else "(unknown)"
+                log.info("layer %d: looks back %s; error of its output %.3g as copied, %.3g calibrated", fit.layer,
+                         reach, fit.error_before, fit.error)
+        if folder.exists():
+            shutil.rmtree(folder)
+        save_checkpoint(student, folder)
+
+    engine.on_main(write)
+    return folder
 
 
 def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engine) -> None:

@@ -6,8 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,15 @@ from hybridlm.optimizers.roles import fp32_names
 from hybridlm.training import backends
 from hybridlm.training.branch import Branch
 from hybridlm.training.display import Display
-from hybridlm.training.guards import NOTHING_BAD, BadStepGuard, TrainingStopped, bad_weight, first_bad_layer
+from hybridlm.training.distillation import Distillation
+from hybridlm.training.guards import (
+    NOTHING_BAD,
+    BadStepGuard,
+    GradientNormWatch,
+    TrainingStopped,
+    bad_weight,
+    first_bad_layer,
+)
 from hybridlm.training.interrupt import SIGNALS, StopSignal
 from hybridlm.training.loader import global_batches, micro_batches
 from hybridlm.training.losses import step_loss
@@ -67,6 +75,7 @@ class Trainer:
     tracker: Tracker
     stop: StopSignal
     peak: PeakRate | None
+    distillation: Distillation | None = None
     carried: dict[str, str] = field(default_factory=dict)
     command: Sequence[str] | None = None
 
@@ -128,7 +137,7 @@ class Trainer:
             raise
         if self.validated_at != self.progress.step:  # a finished run that was started again
             self._begin_stage(self.stages[-1])
-            self._validate(self.stages[-1])
+            self._validate(self.stages[-1], True)
         return None
 
     def _forget_later_records(self) -> None:
@@ -183,7 +192,11 @@ class Trainer:
         self.stage_config = replace(self.config, model=stage_model(self.config.model, stage))
         self.only_indexers = all(".indexer." in name for name in trained)
         self.balance = any(name.endswith("router.weight") for name in trained)
+        if self.distillation is not None:
+            self.distillation.begin_stage(self.model, self.stages[: stage.index + 1])
+        self.norms = GradientNormWatch(stage.name)
         self.optimizers = build_optimizer(self.model, self.config.optimizer, lr=stage.lr)
+        self.optimizers.scale_lr(stage.lr_factor_of)
         check_trained(self.model, trained, self.optimizers)
         # A stage starts at the newest checkpoint, of this session or of an earlier one.
         newest = self.saver.newest or self.branched_from
@@ -218,7 +231,7 @@ class Trainer:
         every = self.config.training.eval_every
         if last or (every and self.progress.step % every == 0):
             self.record |= {f"moe/load/{layer}": load_E.tolist() for layer, load_E in loads.items()}
-            self.record |= self._validate(stage)
+            self.record |= self._validate(stage, last)
         if self.engine.is_main:
             self.metrics.write(self.record)
         if self.config.training.record_samples:
@@ -229,6 +242,8 @@ class Trainer:
         said = self.routing.add(loads) if self.engine.is_main and self.balance else None
         if said is not None:
             log.warning("%s", said)
+        if self.distillation is not None and self.engine.is_main:
+            self.norms.add(update.grad_norm)
         if self.guard.count_step(update.applied):
             self._raise_diverged(compute_loss, batch)
 
@@ -265,7 +280,7 @@ class Trainer:
                 "epochs": max(self.data.epochs(self.progress.tokens)), "samples": self.progress.samples,
                 "stage": stage.name, "seconds": self.progress.seconds}
 
-    def _validate(self, stage: Stage) -> dict[str, Any]:
+    def _validate(self, stage: Stage, last: bool) -> dict[str, Any]:
         if self.data.validation is None:
             return {}
         dataset = self._dataset(stage, train=False)
@@ -274,9 +289,16 @@ class Trainer:
             size = self.config.training.micro_batch_size or stage.batch_size
             own, most = (range(rank, windows, self.engine.dp_size) for rank in (self.engine.dp_rank, 0))
             missing = math.ceil(len(most) / size) - math.ceil(len(own) / size)
-            with measuring_recall(self.model, stage.eval_recall):
-                self.validation = validate(self.engine, micro_batches(dataset, own, size),
-                                           micro_batches(dataset, [0] * missing, 1))
+
+            def batches() -> tuple[Iterable[Any], Iterable[Any]]:
+                return micro_batches(dataset, own, size), micro_batches(dataset, [0] * missing, 1)
+
+            teacher = self.distillation
+            with measuring_recall(self.model, stage.eval_recall), \
+                    nullcontext() if teacher is None else teacher.comparing(self.model):
+                self.validation = validate(self.engine, *batches())
+            if teacher is not None:
+                self.validation |= teacher.measure(self.engine, self.model, stage, batches, thoroughly=last)
         self.validated_at = self.progress.step
         return self.validation
 

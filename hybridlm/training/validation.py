@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from itertools import chain, repeat
 from typing import Any
 
+from torch import nn
+
 from hybridlm.distributed.engine import Engine
-from hybridlm.training.losses import language_model_loss, measure_global_batch
+from hybridlm.training.losses import TEACHER_GROUPS, language_model_loss, measure_global_batch
 from hybridlm.training.metrics import bits_per_byte, perplexity
 
 # Keys of the sums over a validation, beside those of other losses.
@@ -17,11 +19,12 @@ NATS = "nats"
 TARGETS = "targets"
 BYTES = "bytes"
 TOKENS = "tokens"
-REPORTED_GROUPS = ("loss/", "dsa/", "stat/")  # of values by name; how experts are used is reported per step alone
+# Groups of values that a validation reports; how experts are used is reported per step alone.
+REPORTED_GROUPS = ("loss/", "dsa/", "stat/", *(f"{group}/" for group in TEACHER_GROUPS))
 
 
 def validate(engine: Engine, micro_batches: Iterable[Any],
-             uncounted: Iterable[Any] = ()) -> dict[str, float | int | None]:
+             uncounted: Iterable[Any] = (), *, model: nn.Module | None = None) -> dict[str, float | int | None]:
     """Compute the mean loss per token over the micro batches of all ranks, with its perplexity and bits per byte.
 
     The loss is that of the next token alone; other losses of the model are reported beside it, and with `measuring`
@@ -31,13 +34,15 @@ def validate(engine: Engine, micro_batches: Iterable[Any],
         engine: the engine that has prepared the model.
         micro_batches: those of this rank.
         uncounted: micro batches whose forwards are only made for the ranks that have more to compute.
+        model: another model than the prepared one, which every rank has in full, in evaluation mode.
 
     Returns:
         `validation_loss` in nats per token, `validation_perplexity`, `validation_bits_per_byte`, `validation_tokens`
         that count, and `validation_NAME` for the other losses and statistics.
     """
     sums: Counter[str] = Counter({NATS: 0, TARGETS: 0, BYTES: 0, TOKENS: 0})
-    with engine.evaluating() as model:
+    with engine.evaluating() as prepared, engine.autocast():
+        model = prepared if model is None else model
         for micro_batch, counts in chain(zip(micro_batches, repeat(True)), zip(uncounted, repeat(False))):
             size = measure_global_batch([micro_batch])
             values = language_model_loss(model, engine.move(micro_batch), size).values

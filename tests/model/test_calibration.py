@@ -43,7 +43,7 @@ def test_every_preset_that_starts_from_attention_computes_and_can_be_calibrated(
     weights = mixer_of(student, 0).config.attention_weights
     assert {f"layers.{i}.mixer.{name}" for i in (0, 2) for name in weights} <= set(transfer.kept)
     assert all(value.isfinite().all() for value in unique_tensors(student).values())
-    fits = calibrate(model, student, [0, 2], [text()])
+    fits = calibrate(model, student, [0, 2], [(text(), None)])
     assert [fit.layer for fit in fits] == [0, 2]
     for fit in fits:
         assert fit.error <= 1 + 1e-6  # the scales of zero are among those that least squares chooses from

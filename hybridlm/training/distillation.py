@@ -1,0 +1,327 @@
+"""What a run learns from a teacher: outputs of its layers, its predictions, and how far the student is from both.
+
+The teacher is a checkpoint that is read and never written. Converted layers of the student learn side by side: each
+gets what the teacher's attention got, and the teacher's output goes on to the next layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hybridlm import checkpoint
+from hybridlm.config.schema import Config
+from hybridlm.data import Tokenizer, tokenizer_differences
+from hybridlm.distributed.engine import Engine
+from hybridlm.errors import ConfigError
+from hybridlm.model.block import Block, MixerStandIn
+from hybridlm.model.guide import GuidedForward, chunked_kl, relative_errors
+from hybridlm.model.mixers.contract import Aux, SequenceMixer, build_mixer
+from hybridlm.model.model import HybridLM
+from hybridlm.model.output_head import head_cross_entropy
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm.training.recall import RecallSamples, needle_samples, recall_nll, repeated_samples
+from hybridlm.training.stages import Stage
+from hybridlm.training.validation import validate
+
+log = logging.getLogger("hybridlm")
+WINDOW, FIRST_TOKENS = 64, 1  # of the baseline: converted layers of the teacher with a window, untrained
+REPEATED_TOKENS = 128  # of one copy, where the model is meant for twice as many
+Batches = Callable[[], tuple[Iterable[Any], Iterable[Any]]]  # micro batches that count, and those that do not
+
+
+class LayerTarget:
+    """Compares a converted layer with the attention it replaces, on the same input.
+
+    Args:
+        attention: the teacher's mixer.
+        passes_teacher: whether the teacher's output goes on to the next layer, in place of the student's.
+    """
+
+    def __init__(self, attention: SequenceMixer, passes_teacher: bool):
+        self.attention = attention
+        self.passes_teacher = passes_teacher
+
+    def __call__(self, mixer: SequenceMixer, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
+        """Run both; the loss is |student - teacher|^2 / |teacher|^2 over the tokens of this forward."""
+        with torch.no_grad():
+            target_BTD = self.attention(x_BTD.detach(), seq)[0]
+        y_BTD, aux = mixer(x_BTD, seq)
+        error = relative_errors([y_BTD], [target_BTD])[0]
+        cosine = torch.cosine_similarity(y_BTD.detach().float().flatten(), target_BTD.float().flatten(), dim=0)
+        aux = {**aux, "loss/layer_output": error, "layer/align_error": error.detach(), "layer/align_cosine": cosine}
+        return (target_BTD if self.passes_teacher else y_BTD), aux
+
+
+class TeacherGuide:
+    """Compares the predictions of a forward, and the stream after each layer, with the teacher's.
+
+    Args:
+        teacher: the model to compare with.
+        temperature: of both distributions.
+        hidden: whether the stream is compared.
+        measures: whether the loss of the teacher is computed too, for the gap.
+    """
+
+    def __init__(self, teacher: HybridLM, *, temperature: float = 1.0, hidden: bool = False, measures: bool = False):
+        self.teacher = teacher
+        self.temperature = temperature
+        self.reads_hidden_states = hidden
+        self.measures = measures
+
+    def __call__(self, forward: GuidedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        teacher, counts_BT = self.teacher, forward.labels_BT >= 0
+        with torch.no_grad():
+            teacher.shard_group = forward.model.shard_group
+            output = teacher(forward.input_ids, cu_seqlens=forward.cu_seqlens, logits_to_keep=1,
+                             return_hidden_states=True if self.reads_hidden_states else "last")
+        assert output.hidden_states is not None
+        teacher_BTD = output.hidden_states[-1]
+        kl, same = chunked_kl(forward.x_BTD[counts_BT], teacher_BTD[counts_BT], forward.model.logits, teacher.logits,
+                              temperature=self.temperature)
+        here = counts_BT.sum().clamp(min=1)
+        losses = {"teacher_kl": kl / (here if forward.count is None else max(forward.count, 1))}
+        stats = {"distill_agreement": same / here}
+        if self.reads_hidden_states:
+            student = [*forward.hidden_states[1:-1], forward.x_BTD]
+            errors = relative_errors(student, output.hidden_states[1:])
+            losses["hidden"] = errors.mean()
+            stats |= {f"hidden_error/{layer}": error for layer, error in enumerate(errors.detach())}
+        if self.measures:
+            labels_N = forward.labels_BT.flatten()
+            nats, _, count = head_cross_entropy(teacher_BTD.flatten(0, 1), labels_N, teacher.lm_head, teacher.embed,
+                                                soft_cap=teacher.config.logit_soft_cap)
+            loss = nats / (count.clamp(min=1) if forward.count is None else max(forward.count, 1))
+            stats |= {"gap_teacher_loss": loss, "gap_ce": forward.loss.detach() - loss}
+        return losses, stats
+
+
+@dataclass
+class Baselines:
+    """Measurements of models that do not change: loss in nats per token, and recall in nats per scored token."""
+
+    window_loss: float | None
+    recall: dict[str, float]
+
+
+class Distillation:
+    """The teacher of a run, and what stages do with it.
+
+    Args:
+        teacher: its model, in evaluation mode, without gradients.
+        folder: its checkpoint.
+        converted: layers of the student that replace attention.
+        config: of the run.
+    """
+
+    def __init__(self, teacher: HybridLM, folder: Path, converted: Sequence[int], config: Config):
+        self.teacher = teacher
+        self.folder = folder
+        self.converted = list(converted)
+        self.config = config
+        self.shared: set[str] = set()  # names of parameters whose memory is the student's
+        self._baselines: Baselines | None = None
+
+    # --- stages
+
+    def begin_stage(self, model: HybridLM, stages: Sequence[Stage]) -> None:
+        """Set what converted layers learn and what forwards are compared with.
+
+        Args:
+            model: the student.
+            stages: those up to the one that begins.
+        """
+        stage = stages[-1]
+        self._share_tensors(model, [pattern for each in stages for pattern in each.trainable])
+        aligns = stage.inputs == "teacher" or stage.loss_weights.get("layer_output", 0) > 0
+        targets: dict[int, MixerStandIn] = {
+            layer: LayerTarget(_block(self.teacher, layer).mixer, stage.inputs == "teacher")
+            for layer in (self.converted if aligns else ())}
+        for layer in self.converted:
+            _block(model, layer).mixer_stand_in = targets.get(layer)
+        weights = stage.loss_weights
+        model.guide = None
+        if weights.get("teacher_kl") or weights.get("hidden"):
+            model.guide = TeacherGuide(self.teacher, temperature=stage.temperature, hidden=bool(weights.get("hidden")))
+
+    def _share_tensors(self, model: HybridLM, trained: Sequence[str]) -> None:
+        """Let the teacher use the student's memory for the parameters that both have and nothing has trained.
+
+        Args:
+            model: the student.
+            trained: patterns over the names of all parameters that have been trained or will be in this stage.
+        """
+        mine, theirs = dict(self.teacher.named_parameters()), dict(model.named_parameters())
+        equal: set[str] = set()
+        starts_equal = self.config.recipe.convert is not None and self.config.init_from == self.config.teacher
+        if starts_equal and not any(hasattr(p, "ds_id") for p in theirs.values()):  # ZeRO-3 holds shards
+            converted = tuple(f"layers.{layer}.mixer." for layer in self.converted)
+            equal = {name for name in mine.keys() & theirs.keys() if not name.startswith(converted)
+                     and not any(fnmatchcase(name, pattern) for pattern in trained)
+                     and mine[name].dtype == theirs[name].dtype}
+        if self.shared - equal:  # they begin to train: the teacher needs its own again
+            for name in self.shared:
+                mine[name].data = torch.empty_like(mine[name])
+            checkpoint.load_weights(self.teacher, self.folder)
+        for name in equal:
+            mine[name].data = theirs[name].data
+        self.shared = equal
+
+    # --- measurements
+
+    @contextmanager
+    def comparing(self, model: HybridLM) -> Iterator[None]:
+        """Let forwards run the student by itself, and measure it against the teacher."""
+        with _stand_ins(model, dict.fromkeys(self.converted)), _guide(model, TeacherGuide(
+                self.teacher, hidden=self.teacher.config.hidden_size == model.config.hidden_size
+                and self.teacher.config.num_layers == model.config.num_layers, measures=True)):
+            yield
+
+    def measure(self, engine: Engine, model: HybridLM, stage: Stage, batches: Batches, *,
+                thoroughly: bool) -> dict[str, float | int | None]:
+        """Measure what one validation pass of the student does not: alignment, baselines, recall, the linear branch.
+
+        Args:
+            engine: that of the run.
+            model: the student.
+            stage: the current stage.
+            batches: makes the micro batches of a validation.
+            thoroughly: also the loss without what converted layers keep in their states, which takes one more pass.
+
+        Returns:
+            Values by name, each with the prefix `validation_`.
+        """
+        found: dict[str, float | int | None] = {}
+        if any(_block(model, layer).mixer_stand_in is not None for layer in self.converted):
+            with _guide(model, None):
+                values = validate(engine, *batches())
+            found |= {name: value for name, value in values.items()
+                      if name.startswith(("validation_align/", "validation_loss/layer_output"))}
+        with _guide(model, None), _stand_ins(model, dict.fromkeys(self.converted)):
+            samples = self._recall_samples(engine, batches)
+            if self._baselines is None:
+                self._baselines = self._measure_baselines(engine, batches, samples)
+            with engine.evaluating() as wrapped:
+                found |= {f"validation_recall/{name}": recall_nll(wrapped, rows, engine.device)
+                          for name, rows in samples.items()}
+        if thoroughly and self.converted:
+            cut: dict[int, MixerStandIn | None] = dict.fromkeys(self.converted, _without_linear_branch)
+            with _guide(model, None), _stand_ins(model, cut):
+                found["validation_ablation/linear_branch_cut"] = validate(engine, *batches())["validation_loss"]
+        if self._baselines.window_loss is not None:
+            found["validation_gap/window_loss"] = self._baselines.window_loss
+        return found | {f"validation_recall/{name}": value for name, value in self._baselines.recall.items()}
+
+    def _recall_samples(self, engine: Engine, batches: Batches) -> dict[str, RecallSamples]:
+        """Rows that ask for recall, by name; none where rows are divided between processes."""
+        if engine.context_parallel_size > 1:
+            return {}
+        vocab, limit = self.config.model.vocab_size, self.config.model.max_position
+        samples = {"repeat_nll": repeated_samples(vocab, min(REPEATED_TOKENS, limit // 2))}
+        text = next(iter(batches()[0]), None)
+        if text is not None and text.input_ids.shape[1] >= 64:
+            samples["needle_nll"] = needle_samples(text.input_ids[:4].cpu(), vocab)
+        return samples
+
+    def _measure_baselines(self, engine: Engine, batches: Batches, samples: dict[str, RecallSamples]) -> Baselines:
+        """Measure the teacher, and the teacher with a window and the first token in the converted layers."""
+        windows: dict[int, MixerStandIn | None] = {
+            layer: windowed_attention(self.teacher, layer, WINDOW, FIRST_TOKENS) for layer in self.converted}
+        recall: dict[str, float] = {}
+        self.teacher.shard_group = engine.shard_group
+        with engine.autocast():
+            for label, stand_ins in (("teacher", {}), ("window", windows)):
+                with _stand_ins(self.teacher, stand_ins):
+                    recall |= {f"{name.replace('_nll', '')}_{label}": recall_nll(self.teacher, rows, engine.device)
+                               for name, rows in samples.items() if label == "teacher" or windows}
+            loss = None
+            if windows:
+                with _stand_ins(self.teacher, windows):
+                    loss = validate(engine, *batches(), model=self.teacher)["validation_loss"]
+        return Baselines(loss, recall)
+
+
+def load_teacher(config: Config, engine: Engine, tokenizer: Tokenizer) -> Distillation | None:
+    """Load the teacher of a run; None where it has none.
+
+    Raises:
+        ConfigError: its tokenizer or vocabulary is another than the run's.
+        CheckpointError: it cannot be used.
+    """
+    if config.teacher is None:
+        return None
+    folder = checkpoint.resolve(config.teacher, engine)
+    saved = checkpoint.read_model_config(folder)
+    if saved.vocab_size != config.model.vocab_size:
+        raise ConfigError("teacher", "has another vocabulary than the model", got=f"{saved.vocab_size} tokens",
+                          expected=f"{config.model.vocab_size} tokens")
+    if (folder / "tokenizer.json").is_file():
+        differ = tokenizer_differences(Tokenizer.from_folder(folder), tokenizer)
+        if differ:
+            raise ConfigError("data.tokenizer", f"is not the teacher's: it differs in {', '.join(differ[:3])}",
+                              got=tokenizer.name, expected=f"data.tokenizer={config.teacher}",
+                              hint="leave data.tokenizer out, and the run takes the teacher's")
+    teacher = checkpoint.load_checkpoint(folder, device=str(engine.device)).requires_grad_(False)
+    converted = [] if config.recipe.convert is None else config.recipe.convert.converted or []
+    log.info("teacher %s", folder)
+    return Distillation(teacher, folder, converted, config)
+
+
+def windowed_attention(model: HybridLM, layer: int, window: int, first_tokens: int) -> MixerStandIn:
+    """Attention of a layer limited to a window and the first tokens, with the layer's own weights, as a stand-in.
+
+    Args:
+        model: the model that has it.
+        layer: index of the layer.
+        window: keys that a token sees, its own included.
+        first_tokens: keys at the start of its document that it sees besides.
+
+    Raises:
+        ConfigError: the layer's mixer has no such form.
+    """
+    config = model.config
+    with torch.device("meta"):
+        limited = build_mixer(config.mixers[config.layers()[layer]].with_window(window, first_tokens),
+                              config.layer_context(layer))
+    own = _block(model, layer).mixer.state_dict(keep_vars=True)
+    limited.load_state_dict({name: own[name] for name in limited.state_dict()}, assign=True)
+    return lambda mixer, x_BTD, seq: limited(x_BTD, seq)
+
+
+def _without_linear_branch(mixer: SequenceMixer, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
+    return mixer.without_linear_branch(x_BTD, seq), {}
+
+
+def _block(model: HybridLM, layer: int) -> Block:
+    return cast(Block, model.layers[layer])
+
+
+@contextmanager
+def _stand_ins(model: HybridLM, stand_ins: dict[int, MixerStandIn | None]) -> Iterator[None]:
+    """Let other functions stand for the mixers of some layers; None: the mixers themselves."""
+    before = {layer: _block(model, layer).mixer_stand_in for layer in stand_ins}
+    try:
+        for layer, function in stand_ins.items():
+            _block(model, layer).mixer_stand_in = function
+        yield
+    finally:
+        for layer, function in before.items():
+            _block(model, layer).mixer_stand_in = function
+
+
+@contextmanager
+def _guide(model: HybridLM, guide: TeacherGuide | None) -> Iterator[None]:
+    before, model.guide = model.guide, guide
+    try:
+        yield
+    finally:
+        model.guide = before
+
