@@ -125,7 +125,7 @@ def _compose_branch(name: str, overrides: list[str], source: str, config_dir: st
 def _take_from_checkpoint(composed: Composition, name: str) -> None:
     """Take the model and the tokenizer of the checkpoint `init_from`, as far as nothing else is said of them."""
     source = str(composed.value("init_from"))
-    folder = _find_checkpoint(source, "init_from")
+    folder = _find_checkpoint(source, "teacher" if composed.value("teacher") == source else "init_from")
     if _converts(composed):
         _convert(composed)
     elif name == "train" and not composed.choices.keys() & {"model", "experiment"}:

@@ -140,6 +140,7 @@ class Distillation:
             stages: those up to the one that begins.
         """
         stage = stages[-1]
+        self._baselines = None  # lengths and batches of validations follow the stage
         self._share_tensors(model, [pattern for each in stages for pattern in each.trainable])
         aligns = stage.inputs == "teacher" or stage.loss_weights.get("layer_output", 0) > 0
         targets: dict[int, MixerStandIn] = {
