@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "layers, parameters, FLOPs and memory of a model, from its config alone",
     "generate": "text from a checkpoint",
     "eval": "perplexity by position, bits per byte and decode speed of a checkpoint; probes of an architecture",
+    "select": "which attention layers to keep when the others get another mixer",
     "report": "figures and tables of a run or a sweep, in one HTML page",
     "prepare": "tokens of a data source, before a run needs them",
     "tokenizer": "train a tokenizer on a data source, or show what one makes of a text",

@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridlm.model.block import Block
 from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.stand_ins import block_of
 from hybridlm_kernels import CuSeqlens
 
 MIN_LOOK_BACK = 1.5  # tokens: shorter half-lives leave nothing of the state
@@ -73,7 +73,7 @@ def recorded_calls(model: HybridLM, layers: Sequence[int]) -> Iterator[dict[int,
 
 def mixer_of(model: HybridLM, layer: int) -> SequenceMixer:
     """The mixer of a layer."""
-    return cast(Block, model.layers[layer]).mixer
+    return block_of(model, layer).mixer
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ from hybridlm.config.schema import Config
 from hybridlm.data import Tokenizer, tokenizer_differences
 from hybridlm.distributed.engine import Engine
 from hybridlm.errors import ConfigError
-from hybridlm.model.block import Block, MixerStandIn
+from hybridlm.model.block import MixerStandIn
 from hybridlm.model.guide import GuidedForward, chunked_kl, relative_errors
-from hybridlm.model.mixers.contract import Aux, SequenceMixer, build_mixer
+from hybridlm.model.mixers.contract import Aux, SequenceMixer
 from hybridlm.model.model import HybridLM
 from hybridlm.model.output_head import head_cross_entropy
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.stand_ins import block_of, mixer_stand_ins, windowed_attention, without_linear_branch
 from hybridlm.training.recall import RecallSamples, needle_samples, recall_nll, repeated_samples
 from hybridlm.training.stages import Stage
 from hybridlm.training.validation import validate
@@ -144,10 +145,10 @@ class Distillation:
         self._share_tensors(model, [pattern for each in stages for pattern in each.trainable])
         aligns = stage.inputs == "teacher" or stage.loss_weights.get("layer_output", 0) > 0
         targets: dict[int, MixerStandIn] = {
-            layer: LayerTarget(_block(self.teacher, layer).mixer, stage.inputs == "teacher")
+            layer: LayerTarget(block_of(self.teacher, layer).mixer, stage.inputs == "teacher")
             for layer in (self.converted if aligns else ())}
         for layer in self.converted:
-            _block(model, layer).mixer_stand_in = targets.get(layer)
+            block_of(model, layer).mixer_stand_in = targets.get(layer)
         weights = stage.loss_weights
         model.guide = None
         if weights.get("teacher_kl") or weights.get("hidden"):
@@ -181,7 +182,7 @@ class Distillation:
     @contextmanager
     def comparing(self, model: HybridLM) -> Iterator[None]:
         """Let forwards run the student by itself, and measure it against the teacher."""
-        with _stand_ins(model, dict.fromkeys(self.converted)), _guide(model, TeacherGuide(
+        with mixer_stand_ins(model, dict.fromkeys(self.converted)), _guide(model, TeacherGuide(
                 self.teacher, hidden=self.teacher.config.hidden_size == model.config.hidden_size
                 and self.teacher.config.num_layers == model.config.num_layers, measures=True)):
             yield
@@ -201,12 +202,12 @@ class Distillation:
             Values by name, each with the prefix `validation_`.
         """
         found: dict[str, float | int | None] = {}
-        if any(_block(model, layer).mixer_stand_in is not None for layer in self.converted):
+        if any(block_of(model, layer).mixer_stand_in is not None for layer in self.converted):
             with _guide(model, None):
                 values = validate(engine, *batches())
             found |= {name: value for name, value in values.items()
                       if name.startswith(("validation_align/", "validation_loss/layer_output"))}
-        with _guide(model, None), _stand_ins(model, dict.fromkeys(self.converted)):
+        with _guide(model, None), mixer_stand_ins(model, dict.fromkeys(self.converted)):
             samples = self._recall_samples(engine, batches)
             if self._baselines is None:
                 self._baselines = self._measure_baselines(engine, batches, samples)
@@ -214,8 +215,8 @@ class Distillation:
                 found |= {f"validation_recall/{name}": recall_nll(wrapped, rows, engine.device)
                           for name, rows in samples.items()}
         if thoroughly and self.converted:
-            cut: dict[int, MixerStandIn | None] = dict.fromkeys(self.converted, _without_linear_branch)
-            with _guide(model, None), _stand_ins(model, cut):
+            cut: dict[int, MixerStandIn | None] = dict.fromkeys(self.converted, without_linear_branch)
+            with _guide(model, None), mixer_stand_ins(model, cut):
                 found["validation_ablation/linear_branch_cut"] = validate(engine, *batches())["validation_loss"]
         if self._baselines.window_loss is not None:
             found["validation_gap/window_loss"] = self._baselines.window_loss
@@ -240,12 +241,12 @@ class Distillation:
         self.teacher.shard_group = engine.shard_group
         with engine.autocast():
             for label, stand_ins in (("teacher", {}), ("window", windows)):
-                with _stand_ins(self.teacher, stand_ins):
+                with mixer_stand_ins(self.teacher, stand_ins):
                     recall |= {f"{name.replace('_nll', '')}_{label}": recall_nll(self.teacher, rows, engine.device)
                                for name, rows in samples.items() if label == "teacher" or windows}
             loss = None
             if windows:
-                with _stand_ins(self.teacher, windows):
+                with mixer_stand_ins(self.teacher, windows):
                     loss = validate(engine, *batches(), model=self.teacher)["validation_loss"]
         return Baselines(loss, recall)
 
@@ -274,48 +275,6 @@ def load_teacher(config: Config, engine: Engine, tokenizer: Tokenizer) -> Distil
     converted = [] if config.recipe.convert is None else config.recipe.convert.converted or []
     log.info("teacher %s", folder)
     return Distillation(teacher, folder, converted, config)
-
-
-def windowed_attention(model: HybridLM, layer: int, window: int, first_tokens: int) -> MixerStandIn:
-    """Attention of a layer limited to a window and the first tokens, with the layer's own weights, as a stand-in.
-
-    Args:
-        model: the model that has it.
-        layer: index of the layer.
-        window: keys that a token sees, its own included.
-        first_tokens: keys at the start of its document that it sees besides.
-
-    Raises:
-        ConfigError: the layer's mixer has no such form.
-    """
-    config = model.config
-    with torch.device("meta"):
-        limited = build_mixer(config.mixers[config.layers()[layer]].with_window(window, first_tokens),
-                              config.layer_context(layer))
-    own = _block(model, layer).mixer.state_dict(keep_vars=True)
-    limited.load_state_dict({name: own[name] for name in limited.state_dict()}, assign=True)
-    return lambda mixer, x_BTD, seq: limited(x_BTD, seq)
-
-
-def _without_linear_branch(mixer: SequenceMixer, x_BTD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Aux]:
-    return mixer.without_linear_branch(x_BTD, seq), {}
-
-
-def _block(model: HybridLM, layer: int) -> Block:
-    return cast(Block, model.layers[layer])
-
-
-@contextmanager
-def _stand_ins(model: HybridLM, stand_ins: dict[int, MixerStandIn | None]) -> Iterator[None]:
-    """Let other functions stand for the mixers of some layers; None: the mixers themselves."""
-    before = {layer: _block(model, layer).mixer_stand_in for layer in stand_ins}
-    try:
-        for layer, function in stand_ins.items():
-            _block(model, layer).mixer_stand_in = function
-        yield
-    finally:
-        for layer, function in before.items():
-            _block(model, layer).mixer_stand_in = function
 
 
 @contextmanager

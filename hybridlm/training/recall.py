@@ -24,11 +24,11 @@ class RecallSamples:
 
 
 def repeated_samples(vocab_size: int, length: int, *, rows: int = 4, seed: int = 0) -> RecallSamples:
-    """Make rows of `length` random tokens that come twice; the second copy is scored from its second token on.
+    """Make rows of random tokens, all different, that come twice; the second copy is scored from its second token on.
 
     Args:
         vocab_size: tokens are drawn from all of these.
-        length: tokens of one copy.
+        length: tokens of one copy; fewer where the vocabulary is smaller.
         rows: number of rows.
         seed: of the tokens.
 
@@ -38,7 +38,8 @@ def repeated_samples(vocab_size: int, length: int, *, rows: int = 4, seed: int =
         (torch.Size([1, 6]), [False, False, False, True, True, False])
     """
     generator = torch.Generator().manual_seed(seed)
-    once = torch.randint(vocab_size, (rows, length), generator=generator)
+    once = torch.stack([torch.randperm(vocab_size, generator=generator)[:length] for _ in range(rows)])
+    length = once.shape[1]
     ids = torch.cat([once, once], 1)
     labels = torch.full_like(ids, IGNORE)
     labels[:, length:-1] = ids[:, length + 1 :]

@@ -331,9 +331,9 @@ def test_rates_of_new_mixers_are_scaled(teacher, tmp_path):
 
 def test_last_stages_may_make_the_kept_attention_sparse(teacher, tmp_path):
     stages = ("[{name: align, inputs: teacher, trainable: ['@new'], attention_mode: dense, loss_weights: {lm: 0, "
-              "mtp: 0, balance: 0, layer_output: 1, indexer_kl: 0}, steps: 1}, {name: indexer_warmup, attention_mode: dense, "
-              "trainable: ['*.indexer.*'], loss_weights: {lm: 0, mtp: 0, balance: 0}, steps: 1}, {name: sparse, "
-              "attention_mode: sparse, steps: 1}]")
+              "mtp: 0, balance: 0, layer_output: 1, indexer_kl: 0}, steps: 1}, {name: indexer_warmup, "
+              "attention_mode: dense, trainable: ['*.indexer.*'], loss_weights: {lm: 0, mtp: 0, balance: 0}, "
+              "steps: 1}, {name: sparse, attention_mode: sparse, steps: 1}]")
     config = load_config("train", [
         "recipe=linearize_tiny", f"teacher={teacher}", f"run_dir={tmp_path}/run", f"data.path={teacher.parent}/text.py",
         f"data.cache_dir={teacher.parent}/cache", "data.validation_fraction=0.1", "recipe.convert.keep=[1]",
