@@ -47,6 +47,8 @@ def shorter(command, rest):
         return ["--max-new-tokens", "2"]
     if command == "check":
         return [] if "--only" in rest else ["--only", "initialisation"]
+    if command == "select":
+        return ["--windows", "1", "--sequence-length", "32"]
     if command == "eval" and "--probe" in rest:
         return ["--examples", "2", *([] if "--zero-shot" in rest else ["--steps", "1"])]
     if command == "eval":
@@ -103,6 +105,7 @@ def place(tmp_path_factory):
         (top / folder / "a.txt").write_text(text, encoding="utf-8")
     (top / "prompts.txt").write_text("def read(\nimport \n", encoding="utf-8")
     (top / "held_out.txt").write_text(text, encoding="utf-8")
+    (top / "layers.json").write_text('{"keep": [7]}', encoding="utf-8")
     (top / "corpus.jsonl").write_text('{"body": "some text"}\n' * 200, encoding="utf-8")
     tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     model, = re.findall(r"^```yaml\n(# A small hybrid.*?)^```", tutorial, flags=re.DOTALL | re.MULTILINE)

@@ -18,7 +18,7 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser("select", "Measure what each attention layer of a model is worth, and choose those that stay\n"
                     "when the others get another mixer. The file that is written goes into recipe.convert.keep.", """\
   hybridlm select teacher=runs/first
-  hybridlm select teacher=runs/first --method greedy --keep 2 --window 32 --out layers.json
+  hybridlm select teacher=runs/first --method greedy --keep 1 --window 32 --out layers.json
   hybridlm select teacher=runs/first data.path=held_out.txt --json""")
     parser.add_argument("overrides", nargs="*", metavar="teacher=RUN | key=value",
                         help="the run or checkpoint folder, and data.* settings; by default its validation text")
