@@ -24,7 +24,7 @@ def known_losses() -> tuple[str, ...]:
         >>> [name for name in known_losses() if name in ("lm", "balance", "indexer_kl")]
         ['lm', 'indexer_kl', 'balance']
     """
-    names = [*MODEL_LOSSES, *TEACHER_LOSSES]
+    names = list(MODEL_LOSSES)
     for config_class, _ in (*MIXERS.values(), *FEED_FORWARDS.values()):
         names.extend(config_class.loss_names)  # type: ignore[attr-defined]
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys([*names, *TEACHER_LOSSES]))
