@@ -369,7 +369,7 @@ class HybridLM(nn.Module):
         losses = output.losses
         weights = self.loss_weights
         counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if global_batch is None else global_batch.targets
-        losses["lm"], z, output.num_tokens = self._cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
+        losses["lm"], z, output.num_tokens = self.cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
                                                                  config.z_loss)
         loss = losses["lm"] * weights["lm"] if "lm" in weights else losses["lm"]
         if config.z_loss:
@@ -380,7 +380,7 @@ class HybridLM(nn.Module):
             for k, (module, ahead_BT) in enumerate(zip(self.mtp, following, strict=True), start=1):
                 x_BTD = run_layer(module, f"mtp{k}", x_BTD, seq, totals, self.activation_checkpointing,
                                   self.embed(ahead_BT))
-                by_depth.append(self._cross_entropy(x_BTD, targets_BTd[..., k], counts[k])[0])
+                by_depth.append(self.cross_entropy(x_BTD, targets_BTd[..., k], counts[k])[0])
             losses["mtp"] = torch.stack(by_depth).mean()
             loss = loss + weights.get("mtp", config.mtp.loss_weight) * losses["mtp"]
         means, weighted = totals.losses(output.batch_fraction, weights)
@@ -391,9 +391,15 @@ class HybridLM(nn.Module):
         multiplier = self.config.logit_multiplier
         return x_BTD if multiplier == 1.0 else multiplier * x_BTD
 
-    def _cross_entropy(self, x_BTD: Tensor, labels_BT: Tensor, divisor: int | None,
+    def cross_entropy(self, x_BTD: Tensor, labels_BT: Tensor, divisor: int | None,
                        z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropy of next tokens, without ever holding all logits.
+
+        Args:
+            x_BTD: output of the final norm.
+            labels_BT: int64, the next tokens, -100 where none counts.
+            divisor: tokens that the sums are divided by; None: those that count.
+            z_loss: not zero makes the second result differentiable.
 
         Returns:
             Cross entropy and logsumexp^2, each summed over the tokens that count and divided by `divisor` (None: their

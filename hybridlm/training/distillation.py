@@ -26,7 +26,6 @@ from hybridlm.model.block import MixerStandIn
 from hybridlm.model.guide import GuidedForward, chunked_kl, relative_errors
 from hybridlm.model.mixers.contract import Aux, SequenceMixer
 from hybridlm.model.model import HybridLM
-from hybridlm.model.output_head import head_cross_entropy
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.stand_ins import block_of, mixer_stand_ins, windowed_attention, without_linear_branch
 from hybridlm.training.recall import RecallSamples, needle_samples, recall_nll, repeated_samples
@@ -97,10 +96,7 @@ class TeacherGuide:
             losses["hidden"] = errors.mean()
             stats |= {f"hidden_error/{layer}": error for layer, error in enumerate(errors.detach())}
         if self.measures:
-            labels_N = forward.labels_BT.flatten()
-            nats, _, count = head_cross_entropy(teacher_BTD.flatten(0, 1), labels_N, teacher.lm_head, teacher.embed,
-                                                soft_cap=teacher.config.logit_soft_cap)
-            loss = nats / (count.clamp(min=1) if forward.count is None else max(forward.count, 1))
+            loss = teacher.cross_entropy(teacher_BTD, forward.labels_BT, forward.count)[0]
             stats |= {"gap_teacher_loss": loss, "gap_ce": forward.loss.detach() - loss}
         return losses, stats
 
