@@ -1,4 +1,4 @@
-"""Which attention layers of a model to keep when the others get another mixer: what each is worth, measured.
+"""Chooses the attention layers of a model that stay when the others get another mixer, by what each is worth.
 
 The loss on text hardly tells: most of it needs a window and the first token alone. Recall of repeated tokens does.
 """
@@ -38,7 +38,7 @@ class Quality:
     repeat_nll: float
 
     def damage(self, teacher: Quality) -> float:
-        """How much worse than the teacher, both numbers together, in nats."""
+        """Sum both differences from the teacher, in nats."""
         return self.loss - teacher.loss + self.repeat_nll - teacher.repeat_nll
 
 

@@ -1,4 +1,4 @@
-"""Which attention of a model stays and which is converted, the converted model's config, and its first weights."""
+"""Plans a conversion of attention: the layers that stay, those that get another mixer, and the config of the result."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ CHUNK_LOGITS = 2**23  # logits of each model that are in memory at once
 
 @dataclass(frozen=True)
 class GuidedForward:
-    """What a guide gets of a forward with targets.
+    """A forward with targets as a guide gets it.
 
     Args:
         model: the model that made it.

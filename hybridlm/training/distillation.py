@@ -1,4 +1,4 @@
-"""What a run learns from a teacher: outputs of its layers, its predictions, and how far the student is from both.
+"""Learning from a teacher: from outputs of its layers and from its predictions, and how far the student is from both.
 
 The teacher is a checkpoint that is read and never written. Converted layers of the student learn side by side: each
 gets what the teacher's attention got, and the teacher's output goes on to the next layer.
