@@ -11,7 +11,8 @@ python=${PYTHON:-python3}
 [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && python=.venv/bin/python
 export PYTHONPATH=kernels:.${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$results"
-limit=450 checks=210 # seconds: of everything, and of the checks before anything is timed
+limit=465 checks=200 # seconds: of everything, and of the checks before anything is timed
+cases=(KDA GDN GLA Lightning "Mamba-2 form") # whose modelled times are compared with measured ones
 
 if ! "$python" -c 'import sys, torch, triton; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "gpu_check: $python finds no torch with a CUDA device and triton; set PYTHON=/path/to/python" >&2
@@ -19,6 +20,10 @@ if ! "$python" -c 'import sys, torch, triton; sys.exit(not torch.cuda.is_availab
 fi
 rm -f "$results"/*.txt "$results"/*.code "$results"/*.json
 seconds_left() { echo $((limit - SECONDS)); }
+at_most() { # SECONDS RESERVE: as many, or what is left beyond the reserve; never 0, which is no limit to `timeout`
+  local left=$(($(seconds_left) - $2))
+  echo $((left < 1 ? 1 : left < $1 ? left : $1))
+}
 say() { echo "== $(printf %3d $SECONDS) s: $*"; }
 run() { # NAME SECONDS COMMAND...: keeps the output and the exit code, which is 124 where time ran out
   local name=$1 seconds=$2
@@ -36,6 +41,7 @@ operations=$("$python" -c 'from hybridlm_kernels.tools.cases import check_cases;
 for operation in $operations; do
   check "doctor_$operation" "$python" -m hybridlm_kernels.tools.doctor "$operation"
 done
+check model "$python" -m hybridlm_kernels.tools.kernel_cost "${cases[@]}" --model # fills Triton's cache for the one below
 if "$python" -c 'import pytest' 2>/dev/null; then
   for kind in delta_rule linear_attention; do
     tests "bf16_rows_$kind" tests/triton/test_bfloat16.py -k "rows and $kind"
@@ -50,8 +56,16 @@ else
 fi
 wait
 
-say "kernels, timed"
-timeout -k 30 -s INT $(($(seconds_left) - 30)) "$python" -m hybridlm_kernels.tools.bench --json --seconds $(($(seconds_left) - 90)) \
+say "modelled and measured time of each launch"
+run model_error "$(at_most 60 120)" "$python" -m hybridlm_kernels.tools.kernel_cost "${cases[@]}" --measure --json
+
+say "a training step, eager and compiled"
+run step "$(at_most 80 90)" "$python" scripts/dev/bench_step.py --json "$results/step.json"
+
+say "kernels, timed: the recurrences at lengths and heads that others publish, then everything"
+run recurrences "$(at_most 45 70)" "$python" -m hybridlm_kernels.tools.bench delta_rule --seconds 30 --backends triton fla \
+  --shapes 'B1 T8192 H16 D128' 'B1 T8192 H32 D128' 'B1 T32768 H16 D128' 'B1 T32768 H32 D128' 'B1 T4096 H16 D128'
+timeout -k 30 -s INT "$(at_most 300 30)" "$python" -m hybridlm_kernels.tools.bench --json --seconds "$(at_most 300 60)" \
   >"$results/kernels.json" 2>"$results/kernels.txt"
 echo $? >"$results/kernels.code"
 

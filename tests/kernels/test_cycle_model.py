@@ -1,6 +1,7 @@
 """The model of cycles: it reads machine code, finds how often loops run, and adds up what hardware would wait for."""
 
 import pytest
+import torch
 
 from hybridlm_kernels.cases import Shape
 from hybridlm_kernels.tools import cycle_model, kernel_cost
@@ -129,6 +130,14 @@ def test_a_slow_first_configuration_is_found():
     assert found == "KDA forward chunk_kernel: the first configuration (A) takes 1.3 times the time of B"
 
 
+def test_measured_launches_stand_beside_the_modelled_ones():
+    (timed,) = kernel_cost.with_times([row("A", 10.0)], [("chunk_kernel", 15e-6)])
+    assert timed.measured == pytest.approx(15.0)
+    assert kernel_cost.table([timed]).splitlines()[-1].split()[-2:] == ["15", "1.50"]
+    with pytest.raises(RuntimeError, match="launches scan_kernel where the model has chunk_kernel; take"):
+        kernel_cost.with_times([row("A", 10.0)], [("scan_kernel", 1.0)])
+
+
 @compiles
 def test_launches_of_a_case_and_the_cycles_of_one():
     shape = Shape(1, 64, 1, 32)
@@ -148,5 +157,8 @@ def test_launches_of_a_case_and_the_cycles_of_one():
 def test_a_wrong_label_or_shape_is_one_line(capsys):
     assert kernel_cost.main(["KDB"]) == 2
     assert "no case 'KDB' with Triton kernels; there are DeltaNet, GDN, KDA" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert kernel_cost.main(["--measure"]) == 2
+        assert capsys.readouterr().err == "kernel cost: --measure needs a CUDA device\n"
     assert kernel_cost.main(["--grid", "T5"]) == 2
     assert capsys.readouterr().err.startswith("kernel cost: 'T5' is no shape")

@@ -8,6 +8,8 @@ launches for sm_90, each in its first configuration, and models the cycles of th
 Times are those of the grids that the call has at the shape of `--grid`, with the cycles of programs modelled for its
 number of tokens.
 
+On a CUDA device `--measure` times the same launches, untuned, beside the model: what the model should be corrected by.
+
 With `--all` every configuration of every tuned kernel is compiled and modelled, and the exit code is 1 where the
 first one, which runs untuned, takes more than 1.2 times the cycles of the best that does not spill.
 
@@ -24,16 +26,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
 
 from hybridlm_kernels.cases import BenchCase, Shape
 from hybridlm_kernels.registry import KernelUnavailable, operations
 from hybridlm_kernels.tools.bench import shapes
 from hybridlm_kernels.tools.cases import bench_cases
 from hybridlm_kernels.tools.cycle_model import KernelCost, cost_of
-from hybridlm_kernels.tools.kernel_launches import Launch, launches_of
-from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
+from hybridlm_kernels.tools.kernel_launches import Launch, launches_of, seconds_of_launches
+from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, untuned
 
 TARGET = 90
 CHUNK_TOKENS = 64  # of a chunk, by which a scan advances: loops whose end is data are taken to be such loops
@@ -60,6 +65,7 @@ class Row:
     requested: float | None = None
     unique: float | None = None
     kiloflops: float | None = None
+    measured: float | None = None  # microseconds
 
 
 def triton_cases(labels: Sequence[str] = ()) -> list[BenchCase]:
@@ -131,6 +137,19 @@ def with_work(rows: Sequence[Row], work: Sequence[Mapping[str, Any]], elements: 
             for row, counted in zip(rows, work, strict=True)]
 
 
+def with_times(rows: Sequence[Row], times: Sequence[tuple[str, float]]) -> list[Row]:
+    """The rows of a case with the measured seconds of the same launches.
+
+    Raises:
+        RuntimeError: the device makes other launches, as it does where few heads make it cut documents into segments.
+    """
+    expected, got = [row.kernel for row in rows], [name for name, _ in times]
+    if expected != got:
+        raise RuntimeError(f"{rows[0].case}: launches {', '.join(got)} where the model has {', '.join(expected)}; "
+                           f"take a shape with more rows or heads")
+    return [replace(row, measured=1e6 * seconds) for row, (_, seconds) in zip(rows, times, strict=True)]
+
+
 def too_slow(rows: Sequence[Row]) -> list[str]:
     """Kernels whose first configuration takes much more than the best that does not spill, a line each."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
@@ -175,10 +194,11 @@ def counts(cases: Sequence[BenchCase], shape: Shape) -> dict[str, Any]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as text."""
     head = ("case", "pass", "kernel", "configuration", "requested B", "unique B", "kFLOP", "registers", "spilled",
-            "blocks", "code", "cycles", "us")
+            "blocks", "code", "cycles", "us", "measured us", "measured / model")
     cells = [head, *((r.case, r.part, r.kernel, r.configuration, _number(r.requested), _number(r.unique),
                       _number(r.kiloflops), str(r.registers), str(r.spilled), str(r.blocks), str(r.instructions),
-                      f"{r.cycles:.0f}", f"{r.microseconds:.0f}") for r in rows)]
+                      f"{r.cycles:.0f}", f"{r.microseconds:.0f}", _number(r.measured),
+                      "" if r.measured is None else f"{r.measured / r.microseconds:.2f}") for r in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in
                                enumerate(zip(row, widths, strict=True))).rstrip() for row in cells)
@@ -197,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", default=TIMED_SHAPE, help=f"what times are modelled for ({TIMED_SHAPE})")
     parser.add_argument("--count", action="store_true", help="count alone, in the interpreter")
     parser.add_argument("--model", action="store_true", help="model cycles alone, without counting")
+    parser.add_argument("--measure", action="store_true", help="model cycles, and time the launches on this GPU")
     parser.add_argument("--all", action="store_true", help="model every configuration, and judge the first ones")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -209,6 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KernelUnavailable as problem:
         print(f"kernel cost: {problem}", file=sys.stderr)
         return 2
+    if options.measure and not torch.cuda.is_available():
+        print("kernel cost: --measure needs a CUDA device", file=sys.stderr)
+        return 2
     labels = [case.label for case in cases]
     if options.count:
         found = counts(cases, counted) if INTERPRETED else count_in_interpreter(labels, options.shape)
@@ -218,12 +242,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("kernel cost: unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
     rows = []
-    for case in cases:
-        modelled = list(rows_of(case, timed, options.all))
-        if not options.model and not options.all:
-            work = count_in_interpreter([case.label], options.shape)[case.label]["launches"]
-            modelled = with_work(modelled, work, counted.tokens * counted.H)
-        rows += modelled
+    with untuned() if options.measure else nullcontext():
+        for case in cases:
+            modelled = list(rows_of(case, timed, options.all))
+            if options.measure:
+                modelled = with_times(modelled, seconds_of_launches(case, timed))
+            elif not options.model and not options.all:
+                work = count_in_interpreter([case.label], options.shape)[case.label]["launches"]
+                modelled = with_work(modelled, work, counted.tokens * counted.H)
+            rows += modelled
     slow = too_slow(rows) if options.all else []
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows))
     for line in slow:

@@ -109,6 +109,37 @@ def run_case(case: BenchCase, inputs: Inputs, backend: str,
     return out.detach(), dict(zip(trained, grads, strict=True))
 
 
+def seconds_of_launches(case: BenchCase, shape: Shape, rounds: int = 3) -> list[tuple[str, float]]:
+    """Kernel and seconds of each launch of a case on the current CUDA device, in bfloat16: the fastest of some rounds.
+
+    Events around a launch time it: a few microseconds of the launch itself are part of its time.
+    """
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+    timed: list[tuple[str, Any, Any]] = []
+
+    def run(kernel: Any, *args: Any, **named: Any) -> Any:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = launch(kernel, *args, **named)
+        end.record()
+        timed.append((kernel.fn.__name__, start, end))
+        return result
+
+    torch.manual_seed(0)
+    inputs = case.make(shape, torch.bfloat16, "cuda")
+    found: list[list[tuple[str, float]]] = []
+    for turn in range(rounds + 1):
+        timed.clear()
+        with mock.patch.object(JITFunction, "run", run):
+            run_case(case, {name: x.detach() for name, x in inputs.items()}, "triton")
+        torch.cuda.synchronize()
+        if turn:  # the first one compiles
+            found.append([(name, start.elapsed_time(end) / 1e3) for name, start, end in timed])
+    return [(launches[0][0], min(seconds for _, seconds in launches)) for launches in zip(*found, strict=True)]
+
+
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """Context in which Triton backends take tensors of any type on the CPU, to note or interpret their launches."""
