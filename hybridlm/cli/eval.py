@@ -15,7 +15,7 @@ from hybridlm.errors import ConfigError, counted
 CHECKPOINT = "an evaluation of a checkpoint, without --probe and --tasks"
 PROBE = "--probe"
 TASKS = "--tasks"
-OPTIONS = {CHECKPOINT: ("windows", "sequence_length", "contexts", "decode_tokens", "only"),
+OPTIONS = {CHECKPOINT: ("windows", "sequence_length", "contexts", "decode_tokens", "only", "sparse"),
            PROBE: ("steps", "lr", "seed", "length", "lengths", "examples", "zero_shot", "fine_tune"),
            TASKS: ("task_folder", "num_fewshot", "limit")}
 
@@ -50,6 +50,7 @@ def _parser() -> Parser:
   hybridlm eval runs/first
   hybridlm eval runs/first data.path=held_out.txt --windows 0 --json
   hybridlm eval runs/first --only decode --contexts 1024,8192
+  hybridlm eval runs/first --sparse exact:budget=128 --sparse streaming:budget=128
   hybridlm eval runs/first --tasks arc_easy,lambada_openai --limit 100
   hybridlm eval --probe mqar model=hybrid_tiny model.schedule.ratio=7 --steps 1000
   hybridlm eval --probe mqar:num_pairs=16 --probe s5 runs/first --length 64 --lengths 64,256
@@ -67,6 +68,9 @@ def _parser() -> Parser:
     group.add_argument("--sequence-length", type=int, metavar="TOKENS", help="of a window; default the run's")
     group.add_argument("--contexts", metavar="128,512,2048", help="where decoding is timed")
     group.add_argument("--decode-tokens", type=int, metavar="N", help="decoded at each context (default 32)")
+    group.add_argument("--sparse", action="append", metavar="NAME[:key=value,...]",
+                       help="try a sparse attention on the softmax layers beside the dense one: exact, streaming, "
+                            "quest, pages, h2o or snapkv, each with budget=KEYS; may be given again")
     group = parser.add_argument_group("probes")
     group.add_argument("--probe", action="append", metavar="NAME[:key=value,...]",
                        help="mqar, needle_single, needle_multi_key, needle_multi_value, variable_tracking, copy, "
@@ -105,8 +109,12 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from hybridlm.evaluation.evaluate import evaluate_checkpoint
 
     contexts = _lengths("--contexts", args.contexts)
-    options = _given(windows=args.windows, sequence_length=args.sequence_length, batch_size=args.batch_size,
-                     contexts=contexts, decode_tokens=args.decode_tokens, parts=args.only and [args.only])
+    if args.sparse and args.only == "decode":
+        raise ConfigError("--sparse", "measures perplexity", got="--only decode", expected="without --only decode")
+    sparse = [_sparse_method(text) for text in args.sparse or ()]
+    options = _given(sparse=sparse or None, windows=args.windows, sequence_length=args.sequence_length,
+                     batch_size=args.batch_size, contexts=contexts, decode_tokens=args.decode_tokens,
+                     parts=args.only and [args.only])
     path, *overrides = args.overrides
     return evaluate_checkpoint(path, overrides, device=choose_device(args.device), config_dir=args.config_dir,
                                **options)
@@ -134,7 +142,7 @@ def _train_on_probes(args: argparse.Namespace) -> dict[str, Any]:
     asked = []
     for text in args.probe:
         name, _, settings = text.partition(":")
-        asked.append((name, make_probe(name, _parameters(text, settings))))
+        asked.append((name, make_probe(name, _parameters("--probe", text, settings))))
     folder = args.overrides[0] if len(args.overrides) == 1 and os.path.isdir(args.overrides[0]) else None
     how = "fresh weights"
     if args.zero_shot or args.fine_tune:
@@ -163,13 +171,21 @@ def _train_on_probes(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": config.name, "layers": config.layers(), "weights": how, "probes": rows}
 
 
-def _parameters(text: str, settings: str) -> dict[str, Any]:
-    """The parameters of a probe from `key=value,...`; `text` is the argument they stand in."""
+def _sparse_method(text: str) -> tuple[str, Any]:
+    """The name of a sparse method and the method, from NAME[:key=value,...]."""
+    from hybridlm.evaluation.sparse import make_sparse_method
+
+    name, _, settings = text.partition(":")
+    return text, make_sparse_method(name, _parameters("--sparse", text, settings))
+
+
+def _parameters(option: str, text: str, settings: str) -> dict[str, Any]:
+    """The parameters of a probe or method from `key=value,...`; `text` is what stands behind the option."""
     found = {}
     for setting in settings.split(",") if settings else ():
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ConfigError("--probe", "cannot be read", got=text, expected="NAME or NAME:key=value,key=value")
+            raise ConfigError(option, "cannot be read", got=text, expected="NAME or NAME:key=value,key=value")
         found[key] = read_value(value)
     return found
 
@@ -211,8 +227,25 @@ def _show_evaluation(report: dict[str, Any]) -> None:
             if row["tokens"]:
                 print(f"{row['start']:>7}-{row['stop'] - 1:<7}  {row['tokens']:>10,}  {row['loss']:>8.4f}  "
                       f"{row['perplexity']:>10.3f}")
+    if "sparse" in report:
+        _show_sparse(report)
     if "decode" in report:
         print(f"\n{'context':>9}  {'prefill tok/s':>13}  {'decode tok/s':>12}  {'state bytes':>13}")
         for row in report["decode"]:
             print(f"{row['context']:>9,}  {row['prefill_tokens_per_second']:>13,.0f}  "
                   f"{row['decode_tokens_per_second']:>12,.1f}  {row['state_bytes']:>13,}")
+
+
+def _show_sparse(report: dict[str, Any]) -> None:
+    """Print the dense attention and every sparse method in one table."""
+    rows, dense = report["sparse"], report["perplexity"]["loss"]
+    visible = rows[0]["keys_visible"]
+    print(f"\nsparse attention in {rows[0]['sparse_layers']} of {counted(rows[0]['softmax_layers'], 'softmax layer')}, "
+          "or as dense_layers says; recall is the share of dense attention on the keys that are read")
+    print(f"{'method':<32}  {'loss':>8}  {'- dense':>8}  {'recall':>7}  {'keys read':>10}  {'of':>9}")
+    print(f"{'dense':<32}  {dense:>8.4f}  {0:>8.4f}  {1:>7.4f}  {'all':>10}  "
+          f"{'' if visible is None else format(visible, '.1f'):>9}")
+    for row in rows:
+        read = "  no query behind a prompt was sparse" if row["recall"] is None else (
+            f"  {row['recall']:>7.4f}  {row['keys_read']:>10.1f}  {row['keys_visible']:>9.1f}")
+        print(f"{row['method']:<32}  {row['loss']:>8.4f}  {row['loss'] - dense:>8.4f}{read}")

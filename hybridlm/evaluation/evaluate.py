@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hybridlm import checkpoint as ckpt
 from hybridlm.config.schema import Config
 from hybridlm.data import DATA_RULES, PackedDataset, check_vocab, prepare
-from hybridlm.errors import DataError, require
+from hybridlm.data.packing import Batch
+from hybridlm.errors import ConfigError, DataError, require
 from hybridlm.evaluation.decode_speed import decode_speed
 from hybridlm.evaluation.perplexity import perplexity_by_position
+from hybridlm.evaluation.sparse import SparseMethod, sparse_softmax
+from hybridlm.model.model import HybridLM
 from hybridlm.run_config import load_config
 from hybridlm.training.stages import plan_stages
 
@@ -25,7 +28,8 @@ log = logging.getLogger("hybridlm")
 
 def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, parts: Sequence[str] = MEASUREMENTS,
                         windows: int | None = None, sequence_length: int | None = None, batch_size: int | None = None,
-                        contexts: Sequence[int] = DEFAULT_CONTEXTS, decode_tokens: int = 32, device: str = "cpu",
+                        contexts: Sequence[int] = DEFAULT_CONTEXTS, decode_tokens: int = 32,
+                        sparse: Sequence[tuple[str, SparseMethod]] = (), device: str = "cpu",
                         config_dir: str | None = None) -> dict[str, Any]:
     """Measure a checkpoint and return the report of `hybridlm eval CHECKPOINT`, as plain data.
 
@@ -38,6 +42,7 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, part
         batch_size: windows per forward; default that of the run.
         contexts: tokens of context at which decoding is measured.
         decode_tokens: tokens decoded at each context.
+        sparse: methods by name, each of which is tried on the softmax layers, on the same windows of text.
         device: where the model runs.
         config_dir: a folder with configs of your own.
 
@@ -61,9 +66,30 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, part
         rows = batch_size or config.training.micro_batch_size or stage.batch_size
         report["data"] = {"source": source, "windows": count, "of": len(dataset)}
         report["perplexity"] = perplexity_by_position(model, dataset.batches(0, count, rows), length)
+        if sparse:
+            report["sparse"] = [_try_sparse(model, name, method, dataset.batches(0, count, rows), length)
+                                for name, method in sparse]
     if "decode" in parts:
         report["decode"] = decode_speed(model, contexts, decode_tokens)
     return report
+
+
+def _try_sparse(model: HybridLM, name: str, method: SparseMethod, batches: Iterable[Batch],
+                length: int) -> dict[str, Any]:
+    """Loss of the text under a sparse method, and what its queries read.
+
+    Raises:
+        ConfigError: the model has no layer that the method could change.
+    """
+    with sparse_softmax(model, method) as tally:
+        found = perplexity_by_position(model, batches, length)
+    counts = tally.to_dict()
+    if not counts["sparse_layers"]:
+        raise ConfigError("--sparse", "changes no layer of this model", got=name,
+                          expected=f"dense_layers below the number of softmax layers, {counts['softmax_layers']}",
+                          hint="recurrent layers, and layers that are sparse by themselves, stay as they are")
+    return {"method": name, "options": asdict(method), "loss": found["loss"], "perplexity": found["perplexity"],
+            **counts, "by_position": found["by_position"]}
 
 
 def run_config(folder: Path, overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:

@@ -57,6 +57,22 @@ def test_by_default_it_is_the_validation_of_the_run(run, capsys):
     assert sum(row["tokens"] * row["loss"] for row in rows) == pytest.approx(found["tokens"] * found["loss"])
 
 
+def test_sparse_methods_stand_beside_the_dense_attention(run, capsys):
+    asked = ["--sparse", "exact:budget=999", "--sparse", "streaming:budget=4,first=1", "--sparse", "snapkv:budget=4"]
+    report = evaluate(capsys, run[0] / "run", "--only", "perplexity", *asked)
+    full, few, behind_prompt = report["sparse"]
+    assert full["loss"] == pytest.approx(report["perplexity"]["loss"], rel=1e-5)
+    assert full["recall"] == pytest.approx(1.0)
+    assert full["keys_read"] == full["keys_visible"] == few["keys_visible"]
+    assert (full["sparse_layers"], full["softmax_layers"]) == (1, 1)
+    assert few["recall"] < 1.0
+    assert few["keys_read"] <= 4
+    assert behind_prompt["keys_visible"] > few["keys_visible"], "queries of prompts read all keys, and do not count"
+    assert main(["eval", str(run[0] / "run"), "--only", "perplexity", *asked, "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert all(row["method"] in table and f"{row['recall']:.4f}" in table for row in report["sparse"])
+
+
 def test_another_text_is_read_whole_with_the_tokenizer_of_the_checkpoint(run, capsys, tmp_path):
     folder, _ = run
     text = "something else, not seen before: zebra. " * 30
@@ -191,6 +207,11 @@ def test_help_names_every_probe():
     (["RUN", "--probe", "mqar", "--zero-shot", "--steps", "3"], ["--steps", "not with --zero-shot"]),
     (["RUN", "--zero-shot"], ["--zero-shot", "goes with --probe"]),
     (["RUN", "--probe", "mqar:key_vocab=500", "--zero-shot"], ["has 565 ids", "more than the checkpoint has tokens"]),
+    (["RUN", "--sparse", "quests"], ["no such method", "did you mean 'quest'"]),
+    (["RUN", "--sparse", "exact:budget"], ["--sparse", "NAME:key=value"]),
+    (["RUN", "--sparse", "quest"], ["changes no layer of this model", "dense_layers below"]),
+    (["RUN", "--sparse", "exact", "--only", "decode"], ["--sparse", "without --only decode"]),
+    (["--probe", "mqar", "--sparse", "exact"], ["--sparse", "without --probe"]),
     (["RUN", "--limit", "3"], ["--limit", "goes with --tasks"]),
     (["RUN", "--tasks", "a", "--probe", "mqar"], ["--tasks", "goes without --probe"]),
     (["--probe", "mqar", "--lengths", "a"], ["--lengths", "'a'"]),

@@ -6,8 +6,12 @@ B rows, T tokens, S keys, H query heads, G key/value heads, K/V key/value dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hybridlm.errors import require
@@ -15,6 +19,49 @@ from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_step import attend_one
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import attention
+from hybridlm_kernels.packing import CuSeqlens
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The arguments of one softmax attention over undivided rows, without a decode state.
+
+    Args:
+        q_BTHK: queries.
+        k_BSGK: keys, as many tokens as queries.
+        v_BSGV: values.
+        cu_seqlens: borders of the documents; None where each row is one.
+        scale: factor of the scores.
+        window: keys that a token sees, itself included; None: all.
+        sinks_H: logits of attention sinks.
+    """
+
+    q_BTHK: Tensor
+    k_BSGK: Tensor
+    v_BSGV: Tensor
+    cu_seqlens: CuSeqlens | None
+    scale: float
+    window: int | None
+    sinks_H: Tensor | None
+
+
+_replacement: ContextVar[Callable[[AttentionCall], Tensor] | None] = ContextVar("attention", default=None)
+
+
+@contextmanager
+def replaced_attention(attend: Callable[[AttentionCall], Tensor]) -> Iterator[None]:
+    """Context in which `attend` computes softmax attention to all keys or a window, in all layers, in their order.
+
+    For evaluations that try another attention on a trained model. Steps with a decode state are not replaced.
+
+    Args:
+        attend: returns outputs [B, T, H, V] for a call.
+    """
+    token = _replacement.set(attend)
+    try:
+        yield
+    finally:
+        _replacement.reset(token)
 
 
 def check_heads(heads: int, shards: int) -> None:
@@ -46,6 +93,10 @@ def dense_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seq: Sequenc
         if q_BTHK.shape[1] != 1 or sinks_H is not None:
             raise ValueError("rows that hold unlike numbers of tokens are decoded one token per row, without sinks")
         return attend_one(q_BTHK[:, 0], k_BSGK, v_BSGV, seq, scale)[:, None]
+    attend = None if torch.compiler.is_dynamo_compiling() else _replacement.get()
+    if attend is not None and shard is None and q_BTHK.shape[1] == k_BSGK.shape[1]:
+        scale = q_BTHK.shape[3] ** -0.5 if scale is None else scale
+        return attend(AttentionCall(q_BTHK, k_BSGK, v_BSGV, seq.cu_seqlens, scale, window, sinks_H))
     if shard is None:
         return attention(q_BTHK, k_BSGK, v_BSGV, scale=scale, window=window, sinks_H=sinks_H, cu_seqlens=seq.cu_seqlens)
     q, k, v = heads_of_all_tokens(shard, [q_BTHK], [k_BSGK, v_BSGV])

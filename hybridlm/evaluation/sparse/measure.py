@@ -1,0 +1,139 @@
+"""Runs a model with sparse attention in its softmax layers, and counts what its queries read.
+
+B rows, T tokens, S keys, H query heads, G key/value heads, R = H/G, K/V key/value dim, Q queries of a piece.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod
+from hybridlm.model.mixers.common.dense_attention import AttentionCall, replaced_attention
+from hybridlm.model.model import HybridLM
+from hybridlm_kernels.precision import wide
+
+PIECE_ELEMENTS = 2**22  # scores of a piece of queries
+
+
+@dataclass
+class SparseTally:
+    """Counts over the queries that a method decides about, each query head for itself.
+
+    Args:
+        queries: number of queries.
+        mass: sum of the shares of dense attention on the keys that are read, over all keys without sinks.
+        read: number of keys that are read.
+        visible: number of keys that dense attention reads.
+        layers: softmax layers of the model that were sparse, and all of them.
+    """
+
+    queries: int = 0
+    mass: float = 0.0
+    read: int = 0
+    visible: int = 0
+    layers: tuple[int, int] = (0, 0)
+    calls: int = field(default=0, repr=False)  # softmax layers of this forward so far
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Means per query and head, as plain data; None where no query was sparse."""
+        if not self.queries:
+            return {"recall": None, "keys_read": None, "keys_visible": None, "sparse_layers": self.layers[0],
+                    "softmax_layers": self.layers[1]}
+        return {"recall": self.mass / self.queries, "keys_read": self.read / self.queries,
+                "keys_visible": self.visible / self.queries, "sparse_layers": self.layers[0],
+                "softmax_layers": self.layers[1]}
+
+
+@contextmanager
+def sparse_softmax(model: HybridLM, method: SparseMethod | None) -> Iterator[SparseTally]:
+    """Context in which forwards of the model read keys by `method` in their softmax layers; all with None.
+
+    Layers that attend to everything or to a window change; recurrent layers, and those that are sparse by themselves,
+    stay as they are. Forwards only, without a decode state: a document is computed as a whole.
+
+    Args:
+        model: the model.
+        method: the method; None counts the softmax layers and what they read, and changes nothing but the order of
+            sums.
+    """
+    tally = SparseTally()
+
+    def begin(*_: object) -> None:
+        tally.calls = 0
+
+    def attend(call: AttentionCall) -> Tensor:
+        layer = tally.calls
+        tally.calls += 1
+        chosen = method if method is not None and layer >= method.dense_layers else None
+        sparse = 0 if chosen is None else layer + 1 - chosen.dense_layers
+        tally.layers = (max(tally.layers[0], sparse), max(tally.layers[1], layer + 1))
+        return _attend(call, chosen, tally)
+
+    hook = model.register_forward_pre_hook(begin)
+    try:
+        with replaced_attention(attend):
+            yield tally
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def _attend(call: AttentionCall, method: SparseMethod | None, tally: SparseTally) -> Tensor:
+    """Attention of all documents of the rows, one after the other."""
+    batch, queries = call.q_BTHK.shape[:2]
+    borders = [(0, queries)]
+    out = torch.empty(*call.q_BTHK.shape[:3], call.v_BSGV.shape[3], dtype=call.v_BSGV.dtype, device=call.q_BTHK.device)
+    for row in range(batch):
+        if call.cu_seqlens is not None:
+            begin = row * queries
+            borders = [(start - begin, stop - begin) for start, stop in itertools.pairwise(call.cu_seqlens.host)
+                       if begin <= start < stop <= begin + queries]
+        for start, stop in borders:
+            q, k, v = (wide(x[row, start:stop]) for x in (call.q_BTHK, call.k_BSGK, call.v_BSGV))
+            out[row, start:stop] = _document(q, k, v, call, method, tally).to(out.dtype)
+    return out
+
+
+def _document(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, call: AttentionCall, method: SparseMethod | None,
+              tally: SparseTally) -> Tensor:
+    tokens, heads = q_THK.shape[:2]
+    reader: KeyReader | None = None if method is None else method.reader(q_THK, k_TGK, call.scale)
+    cut = None if method is None else method.piece_length(tokens)
+    s_T = torch.arange(tokens, device=q_THK.device)
+    copies = heads // k_TGK.shape[1]
+    k_HTK, v_HTV = (x.repeat_interleave(copies, 1).transpose(0, 1) for x in (k_TGK, v_TGV))
+    found = []
+    for rows in _pieces(tokens, max(8, PIECE_ELEMENTS // (heads * tokens)), cut):
+        t_Q1 = s_T[rows, None]
+        seen_QT = s_T <= t_Q1
+        if call.window is not None:
+            seen_QT = seen_QT & (s_T > t_Q1 - call.window)
+        score_HQT = torch.einsum("qhk,htk->hqt", q_THK[rows], k_HTK) * call.scale
+        score_HQT = score_HQT.masked_fill(~seen_QT, -torch.inf)
+        reads_HQT = None if reader is None else reader.reads(rows, score_HQT)
+        if reads_HQT is not None:
+            reads_HQT = (reads_HQT | (s_T == t_Q1)) & seen_QT
+            tally.queries += score_HQT.shape[0] * score_HQT.shape[1]
+            tally.mass += float((score_HQT.softmax(-1) * reads_HQT).sum())
+            tally.read += int(reads_HQT.sum())
+            tally.visible += int(seen_QT.sum()) * heads
+            score_HQT = score_HQT.masked_fill(~reads_HQT, -torch.inf)
+        if call.sinks_H is not None:
+            sink_HQ1 = call.sinks_H.to(score_HQT.dtype)[:, None, None].expand(*score_HQT.shape[:2], 1)
+            score_HQT = torch.cat([score_HQT, sink_HQ1], -1)
+        found.append(torch.einsum("hqt,htv->qhv", score_HQT.softmax(-1)[..., :tokens], v_HTV))
+    return torch.cat(found)
+
+
+def _pieces(tokens: int, size: int, cut: int | None) -> Iterator[slice]:
+    """Yields pieces of at most `size` queries, none of which crosses `cut`."""
+    borders = sorted({0, tokens, *([] if cut is None else [min(cut, tokens)])})
+    for begin, end in itertools.pairwise(borders):
+        for start in range(begin, end, size):
+            yield slice(start, min(start + size, end))

@@ -1,0 +1,62 @@
+"""Keys by their exact scores: the upper bound of every method that searches for keys per query.
+
+Source: Liu et al. 2024, RetrievalAttention, whose index approximates this search.
+T tokens of a document, Q queries of a piece, H query heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, register_sparse_method
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactTopK(SparseMethod):
+    """The keys of highest score, per query head.
+
+    Args:
+        budget: keys in all.
+        first: first tokens of the document that are always among them.
+        local: newest tokens that are always among them.
+    """
+
+    first: int = 0
+    local: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(0, "first")
+        self.require_at_least(0, "local")
+
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
+        return _Best(self)
+
+
+class _Best(KeyReader):
+    def __init__(self, method: ExactTopK):
+        self.method = method
+
+    def reads(self, rows: slice, scores_HQT: Tensor) -> Tensor | None:
+        s_T = torch.arange(scores_HQT.shape[2], device=scores_HQT.device)
+        forced_QT = (s_T < self.method.first) | (s_T > s_T[rows, None] - self.method.local)
+        seen_HQT = scores_HQT > -torch.inf
+        ranked = scores_HQT.masked_fill(forced_QT & seen_HQT, torch.inf)
+        return best_keys(ranked, self.method.budget)
+
+
+def best_keys(scores_XT: Tensor, count: int) -> Tensor:
+    """Mask of the `count` best along the last dim, the earlier of equal ones; entries of -inf are none.
+
+    >>> best_keys(torch.tensor([1.0, 3.0, 3.0, -torch.inf]), 2)
+    tensor([False,  True,  True, False])
+    """
+    order = torch.sort(scores_XT, dim=-1, descending=True, stable=True).indices[..., :count]
+    mask = torch.zeros_like(scores_XT, dtype=torch.bool).scatter_(-1, order, True)
+    return mask & (scores_XT > -torch.inf)
+
+
+register_sparse_method("exact", ExactTopK)

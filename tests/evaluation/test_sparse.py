@@ -1,0 +1,158 @@
+"""Sparse attention tried on models: what each method reads, against its definition, and the command."""
+
+import pytest
+import torch
+
+from hybridlm.errors import ConfigError
+from hybridlm.evaluation.sparse import SPARSE_METHODS, make_sparse_method, sparse_softmax
+from hybridlm.evaluation.sparse.measure import _attend
+from hybridlm.model.mixers.common.dense_attention import AttentionCall
+from hybridlm.model.model import HybridLM
+from hybridlm.run_config import load_config
+from hybridlm_kernels import attention
+from hybridlm_kernels.packing import CuSeqlens
+
+T, H, G, K = 40, 4, 2, 8
+
+
+def tensors(batch=1, tokens=T):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, tokens, heads, K, generator=generator, dtype=torch.float64) for heads in (H, G, G)]
+
+
+def masks(method, q, k):
+    """What a method reads of one document, [H, T, T], in pieces that do not fit evenly; None counts as all."""
+    reader = method.reader(q[0], k[0], K**-0.5)
+    scores = torch.einsum("thk,shk->hts", q[0], k[0].repeat_interleave(H // G, 1)) * K**-0.5
+    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+    cut = method.piece_length(T) or 16
+    rows = [slice(0, min(7, cut)), slice(min(7, cut), cut), slice(cut, T)]
+    found = [reader.reads(piece, scores[:, piece]) for piece in rows if piece.start < piece.stop]
+    filled = [torch.ones(H, piece.stop - piece.start, T, dtype=torch.bool) if mask is None else mask
+              for piece, mask in zip(rows, found, strict=True)]
+    return torch.cat(filled, 1) & torch.ones(T, T, dtype=torch.bool).tril(), scores
+
+
+def test_exact_reads_the_best_keys():
+    q, k, _ = tensors()
+    mask, scores = masks(make_sparse_method("exact", {"budget": 6, "first": 1, "local": 2}), q, k)
+    for h in range(H):
+        for t in range(T):
+            forced = {0, t, max(t - 1, 0)}
+            others = sorted(set(range(t + 1)) - forced, key=lambda s: -float(scores[h, t, s]))
+            assert set(mask[h, t].nonzero()[:, 0].tolist()) == forced | set(others[: 6 - len(forced)])
+
+
+def test_streaming_reads_the_first_and_the_newest():
+    q, k, _ = tensors()
+    mask, _ = masks(make_sparse_method("streaming", {"budget": 7, "first": 2}), q, k)
+    for t in range(T):
+        assert set(mask[0, t].nonzero()[:, 0].tolist()) == {s for s in range(t + 1) if s < 2 or s > t - 5}
+
+
+@pytest.mark.parametrize("score", ["bound", "mean"])
+def test_pages_are_the_best_by_what_a_query_can_know_of_them(score):
+    q, k, _ = tensors()
+    mask, _ = masks(make_sparse_method("pages", {"budget": 16, "page": 4, "score": score}), q, k)
+    for h in range(H):
+        for t in range(T):
+            found = {}
+            for page in range(t // 4 + 1):
+                keys = k[0, 4 * page : min(4 * page + 4, t + 1), h // 2]
+                bound = torch.maximum(q[0, t, h] * keys.amax(0), q[0, t, h] * keys.amin(0)).sum()
+                found[page] = float(bound if score == "bound" else q[0, t, h] @ keys.mean(0))
+            best = sorted(found, key=lambda page: -found[page])[:4]
+            assert set(mask[h, t].nonzero()[:, 0].tolist()) == {s for s in range(t + 1) if s // 4 in best}
+
+
+def test_h2o_keeps_the_newest_and_those_with_most_attention_so_far():
+    q, k, _ = tensors()
+    mask, scores = masks(make_sparse_method("h2o", {"budget": 8, "recent": 3}), q, k)
+    for g in range(G):
+        kept, mass = set(), dict.fromkeys(range(T), 0.0)
+        for t in range(T):
+            kept.add(t)
+            assert set(mask[2 * g, t].nonzero()[:, 0].tolist()) == kept
+            assert torch.equal(mask[2 * g, t], mask[2 * g + 1, t]), "heads of a group share one cache"
+            places = sorted(kept)
+            for h in (2 * g, 2 * g + 1):
+                for s, p in zip(places, scores[h, t, places].softmax(0).tolist(), strict=True):
+                    mass[s] += p
+            if len(kept) > 8:
+                kept.remove(min((s for s in kept if s <= t - 3), key=lambda s: mass[s]))
+
+
+def test_snapkv_keeps_what_the_last_queries_of_the_prompt_attend_to():
+    q, k, _ = tensors()
+    method = make_sparse_method("snapkv", {"budget": 9, "prompt": 24, "window": 4, "kernel": 3})
+    mask, scores = masks(method, q, k)
+    assert mask[:, :24].sum() == H * 24 * 25 // 2, "a prompt is dense"
+    for g in range(G):
+        votes = sum(scores[h, t, :24].softmax(0) for h in (2 * g, 2 * g + 1) for t in range(20, 24))
+        smooth = [float(votes[max(0, s - 1) : s + 2].sum()) / 3 for s in range(24)]
+        best = sorted(range(20), key=lambda s: -smooth[s])[:5]
+        for t in range(24, T):
+            expected = {*best, *range(20, t + 1)}
+            assert set(mask[2 * g, t].nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("name", SPARSE_METHODS)
+def test_a_budget_that_covers_the_document_is_dense_attention(name):
+    q, k, v = tensors(batch=2)
+    borders = CuSeqlens([0, 1, 17, 40, 52, 80])
+    sinks = torch.linspace(-1, 1, H, dtype=torch.float64)
+    call = AttentionCall(q, k, v, borders, K**-0.5, None, sinks)
+    with sparse_softmax(HybridLM(load_config("train", ["model=hybrid_tiny"]).model), None) as tally:
+        o = _attend(call, make_sparse_method(name, {"budget": 999, "dense_layers": 0}), tally)
+    torch.testing.assert_close(o, attention(q, k, v, sinks_H=sinks, cu_seqlens=borders), rtol=1e-10, atol=1e-10)
+    assert tally.read == tally.visible
+    assert tally.mass / tally.queries == pytest.approx(1.0)
+
+
+def test_recall_and_keys_are_those_of_the_mask():
+    q, k, v = tensors()
+    method = make_sparse_method("streaming", {"budget": 5, "first": 1})
+    with sparse_softmax(HybridLM(load_config("train", ["model=hybrid_tiny"]).model), None) as tally:
+        o = _attend(AttentionCall(q, k, v, None, K**-0.5, 30, None), method, tally)
+    scores = torch.einsum("thk,shk->hts", q[0], k[0].repeat_interleave(2, 1)) * K**-0.5
+    t, s = torch.arange(T)[:, None], torch.arange(T)
+    seen = (s <= t) & (s > t - 30)
+    mask = seen & ((s < 1) | (s > t - 4))
+    dense = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    assert tally.to_dict()["recall"] == pytest.approx(float((dense * mask).sum(-1).mean()))
+    assert tally.to_dict()["keys_read"] == pytest.approx(float(mask.sum(-1).double().mean()))
+    assert tally.to_dict()["keys_visible"] == pytest.approx(float(seen.sum(-1).double().mean()))
+    p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    torch.testing.assert_close(o[0], torch.einsum("hts,shk->thk", p, v[0].repeat_interleave(2, 1)))
+
+
+def test_only_softmax_layers_of_a_hybrid_change_and_layers_may_stay_dense():
+    config = load_config("train", ["model=hybrid_tiny"]).model
+    model = HybridLM(config).eval()
+    model.init_weights(0)
+    ids = torch.randint(0, config.vocab_size, (1, 50), generator=torch.Generator().manual_seed(0))
+    softmax = sum(not config.mixers[name].is_linear for name in config.layers())
+    with torch.no_grad():
+        dense = model(ids).logits
+        method = make_sparse_method("streaming", {"budget": 3, "first": 1})
+        with sparse_softmax(model, method) as tally:
+            sparse = model(ids).logits
+        assert tally.layers == (softmax, softmax)
+        torch.testing.assert_close(sparse[:, :3], dense[:, :3], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(sparse[:, 20:], dense[:, 20:], atol=1e-5)
+        with sparse_softmax(model, make_sparse_method("streaming", {"budget": 3, "dense_layers": softmax})) as tally:
+            torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-5)
+        assert tally.layers == (0, softmax)
+        assert torch.equal(model(ids).logits, dense), "outside of the context nothing is replaced"
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("quests", {}, "--sparse: no such method; got 'quests'; expected one of exact"),
+    ("quest", {"budget": 0}, "budget: is too small; got 0; expected at least 1"),
+    ("quest", {"pages": 3}, "unknown key; did you mean 'page'?"),
+    ("h2o", {"recent": -1}, "recent: is too small"),
+])
+def test_a_mistake_is_one_line(name, options, message):
+    with pytest.raises(ConfigError) as caught:
+        make_sparse_method(name, options)
+    assert message in str(caught.value)
