@@ -30,6 +30,7 @@ from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig
 from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyLayout, rotated_heads
+from hybridlm.model.mixers.common.masks import MaskConfig, masked_attention
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.norm import RMSNorm
@@ -56,6 +57,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         first_tokens: keys at the start of its document that a token sees beside the window (StreamingLLM).
         sinks: one learned logit per head that takes part in the softmax and carries no value.
         indexer: reads only the keys that it selects (DeepSeek sparse attention).
+        mask: a pattern of visible keys in place of a window: chunks, strides, powers of two, blocks.
         key_input: layer whose input keys and values are projected from, in place of this layer's own: its index, or
             the name of a mixer, whose nearest earlier layer is taken.
     """
@@ -71,6 +73,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     first_tokens: int = 0
     sinks: bool = False
     indexer: IndexerConfig | None = None
+    mask: MaskConfig | None = None
     key_input: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +85,10 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
                 got=self.first_tokens, expected="0 where a token sees all earlier ones")
         require(self.first_tokens == 0 or not self.sinks, "first_tokens", "cannot stand beside sinks",
                 got=self.first_tokens, expected="0")
+        if self.mask is not None:
+            require(self.window is None, "window", "cannot stand beside a mask", got=self.window, expected="null",
+                    hint="masks other than chunk and fixed have a window of their own, mask.size")
+            require(self.indexer is None, "indexer", "cannot stand beside a mask", got="an indexer", expected="null")
         if self.indexer is not None:
             require(self.window is None, "window", "cannot stand beside an indexer", got=self.window, expected="null")
             require(not self.sinks, "sinks", "cannot stand beside an indexer", got=True, expected="false")
@@ -90,11 +97,16 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
             self.indexer.check_rope(self.index_rope_dim)
 
     @property
+    def seen_window(self) -> int | None:
+        """Newest keys that a decode state has to keep, the next token's own included; None: all."""
+        return self.window if self.mask is None else self.mask.kept_keys
+
+    @property
     def index_rope_dim(self) -> int:
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
-        kept = () if self.first_tokens else (KEYS_VALUES,)  # readers know one window alone
+        kept = () if self.first_tokens or self.mask else (KEYS_VALUES,)  # readers know one window alone
         return (*super().leaves(context), *kept)
 
     def reads(self, context: LayerContext) -> Sequence[SharedRead]:
@@ -118,7 +130,9 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
         gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
-        if self.indexer is None:
+        if self.mask is not None:
+            keys = self.mask.visible_keys(context_length)
+        elif self.indexer is None:
             keys = count_visible_keys(context_length, self.window)
             keys += self.first_tokens * max(0.0, 1 - (self.window or 0) / context_length)
         else:
@@ -143,7 +157,9 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         return self.indexer.shard_traffic(tokens, length * shards, dense, keys, 2 * keys)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        kept = context_length if self.window is None else min(context_length, self.window - 1 + self.first_tokens)
+        kept = context_length
+        if self.seen_window is not None:
+            kept = min(context_length, self.seen_window - 1 + self.first_tokens)
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
         return kept * 2 * self.kv_heads * self.head_dim * element_bytes + index
 
@@ -159,19 +175,21 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         return data
 
     def sees_all_keys(self) -> bool:
-        return self.window is None and not self.sinks
+        return self.window is None and self.mask is None and not self.sinks
 
     def adapted_to(self, old: MixerConfig) -> Self:
         """The same attention with everything but its window as in `old`, where that is attention of this kind."""
         if not isinstance(old, AttentionConfig):
             return self
         others = {f.name: copy.deepcopy(getattr(old, f.name)) for f in fields(old)}
-        own = {"window": self.window, "first_tokens": self.first_tokens, "indexer": self.indexer}
+        own = {"window": self.window, "first_tokens": self.first_tokens, "indexer": self.indexer,
+               "mask": self.mask}
         return replace(self, **others | own | {"sinks": old.sinks and not self.first_tokens})
 
     def with_window(self, window: int, first_tokens: int) -> Self:
         window = window if self.window is None else min(window, self.window)
-        return replace(copy.deepcopy(self), window=window, first_tokens=first_tokens, indexer=None, sinks=False)
+        return replace(copy.deepcopy(self), window=window, first_tokens=first_tokens, indexer=None, sinks=False,
+                       mask=None)
 
     def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
                              norm: NormConfig) -> dict[str, Tensor]:
@@ -225,7 +243,10 @@ class Attention(IndexedMixer):
         if selection.indices is not None:
             k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
         aux: Aux = {}
-        if self.config.first_tokens:
+        if self.config.mask is not None:
+            o_BTHK = masked_attention(q_BTHK, k_BSGK, v_BSGK, seq, self.config.mask, layer=self.layer_index,
+                                      sinks_H=self.sinks, seen=None if state is None else state.keys.length)
+        elif self.config.first_tokens:
             assert self.config.window is not None
             o_BTHK = window_and_first_attention(
                 q_BTHK, k_BSGK, v_BSGK, seq, window=self.config.window, first_tokens=self.config.first_tokens,
@@ -245,7 +266,7 @@ class Attention(IndexedMixer):
     def prepare_step(self) -> DecodeStep | None:
         if self.indexer_config is not None or self.sinks is not None or self.config.first_tokens:
             return None
-        if self.key_source is not None:
+        if self.key_source is not None or self.config.mask is not None:
             return None
         config = self.config
         q_proj, k_proj, v_proj, o_proj = map(linear_step, (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
@@ -273,7 +294,8 @@ class Attention(IndexedMixer):
 
     @property
     def decodes_padded_rows(self) -> bool:
-        return self.indexer_config is None and self.sinks is None and not self.config.first_tokens
+        plain = self.indexer_config is None and self.config.mask is None
+        return plain and self.sinks is None and not self.config.first_tokens
 
     @torch.no_grad()
     def look_back(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
@@ -293,7 +315,7 @@ class Attention(IndexedMixer):
                 **({"g_proj": heads} if self.config.output_gate == "element" else {})}
 
     def new_state(self, batch: int, max_length: int) -> AttentionState:
-        return AttentionState.empty(max_length, self.config.window, self.index_pool, self.config.first_tokens)
+        return AttentionState.empty(max_length, self.config.seen_window, self.index_pool, self.config.first_tokens)
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)

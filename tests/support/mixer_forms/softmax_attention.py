@@ -1,6 +1,7 @@
 """Forms of softmax attention and MLA, with and without an indexer."""
 
 from hybridlm.model.mixers import AttentionConfig, IndexerConfig, MLAConfig
+from hybridlm.model.mixers.common.masks import MaskConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.rope import RopeConfig, YarnConfig
 
@@ -11,6 +12,13 @@ NOPE = RopeConfig(kind="none")
 
 FORMS: dict[str, MixerConfig] = {
     "llama": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
+    "chunked": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, sinks=True,
+                               mask=MaskConfig(kind="chunk", size=9)),
+    "strided": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask=MaskConfig(kind="strided", size=7)),
+    "fixed": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask=MaskConfig(kind="fixed", size=8, columns=2)),
+    "log_sparse": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask=MaskConfig(kind="log", size=3)),
+    "random_blocks": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask=MaskConfig(
+        kind="blocks", size=5, columns=1, block=4, random=2)),
     "qwen3_next_full": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="head", output_gate="element",
                                        rope=RopeConfig(partial_rotary_factor=0.25)),
     "minimax_m2": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="full",
