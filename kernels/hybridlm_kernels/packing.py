@@ -124,6 +124,19 @@ class CuSeqlens:
             self.cache["filled_documents"] = torch.tensor(numbers, device=self.device)
         return self.cache["filled_documents"]
 
+    def in_rows(self, rows: int) -> CuSeqlens:
+        """Borders of the same documents where every token is so many rows.
+
+        >>> CuSeqlens([0, 2, 5]).in_rows(2).host
+        (0, 4, 10)
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return TracedBorders(self.table * rows, self.num_tokens * rows, self.device)
+        key = ("in_rows", rows)
+        if key not in self.cache:
+            self.cache[key] = CuSeqlens([rows * border for border in self.host], self.device)
+        return self.cache[key]
+
     def tensor(self) -> Tensor:
         """The borders as a tensor on the device, int32 [N+1]."""
         return self._derive("tensor", lambda: self.table.to(self.device, torch.int32))

@@ -13,7 +13,9 @@ FORMS: dict[str, MixerConfig] = {
                                      dt_min=0.02, dt_max=2.0),
     "mamba3": Mamba3Config(num_heads=4, head_dim=6, state_size=8, num_groups=2),
     "mamba3_norm": Mamba3Config(num_heads=2, head_dim=6, state_size=8, rope_fraction=1.0, norm=True),
+    "mamba3_mimo": Mamba3Config(num_heads=4, head_dim=6, state_size=8, num_groups=2, rank=3),
+    "mamba3_mimo_norm": Mamba3Config(num_heads=2, head_dim=6, state_size=4, rope_fraction=1.0, rank=2, norm=True),
 }
-FP32 = {"A_log", "D", "dt_bias", "B_bias", "C_bias"}
+FP32 = {"A_log", "D", "dt_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o"}
 OTHER_STARTS = {"dt_proj.weight"}
-NO_MATRICES = {"A_log", "D", "B_bias", "C_bias", "conv.weight"}
+NO_MATRICES = {"A_log", "D", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o", "conv.weight"}

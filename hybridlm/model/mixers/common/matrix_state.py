@@ -22,7 +22,8 @@ FP32_BYTES = 4  # bytes per element
 
 
 def scan_matrix_state(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, seq: SequenceInfo,
-                      state: TensorState | None = None, scale: float = 1.0, name: str = "matrix") -> Tensor:
+                      state: TensorState | None = None, scale: float = 1.0, name: str = "matrix",
+                      rows: int = 1) -> Tensor:
     """Linear attention over the tokens of each document, from the decode state or an earlier shard on.
 
     Args:
@@ -34,9 +35,11 @@ def scan_matrix_state(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor
         state: decode state that holds the last state matrix under `name`, and then that of this call.
         scale: factor on the queries.
         name: key of the matrix in the state.
+        rows: rows R of q, k and v per token, [B, T R, ...], which write and read one after the other. The decay, which
+            is then one per token, acts at the first of them.
 
     Returns:
-        o [B, T, HV, V] in the dtype of v.
+        o [B, T, HV, V] in the dtype of v; T R where there are several rows per token.
 
     >>> ones = torch.ones(1, 3, 1, 1)
     >>> half = torch.full((1, 3, 1), 0.5).log()
@@ -44,7 +47,12 @@ def scan_matrix_state(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor
     tensor([1.0000, 1.5000, 1.7500])
     """
     start = None if state is None else state.tensors.get(name)
-    o_BTHvV, matrix_NHvKV = linear_attention(q_BTHK, k_BTHK, v_BTHvV, g=g, scale=scale, cu_seqlens=seq.cu_seqlens,
+    borders = seq.cu_seqlens
+    row_g = g
+    if rows > 1:
+        borders = None if borders is None else borders.in_rows(rows)
+        row_g = None if g is None else F.pad(g[:, :, None], (*(0, 0) * (g.dim() - 2), 0, rows - 1)).flatten(1, 2)
+    o_BTHvV, matrix_NHvKV = linear_attention(q_BTHK, k_BTHK, v_BTHvV, g=row_g, scale=scale, cu_seqlens=borders,
                                              initial_state=start,
                                              final_state=state is not None or seq.shard is not None)
     if state is not None:
@@ -54,6 +62,7 @@ def scan_matrix_state(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor
     left_BTHvX = compute_decay_from_start(g, matrix_NHvKV.dtype, seq.shard)
     incoming_BHvKV = seq.shard.incoming(seq.shard.at_end(matrix_NHvKV), left_BTHvX[:, -1, :, :, None], torch.mul)
     q_BTHvK = q_BTHK.to(incoming_BHvKV.dtype).repeat_interleave(v_BTHvV.shape[2] // q_BTHK.shape[2], 2)
+    left_BTHvX = left_BTHvX.repeat_interleave(rows, 1) if rows > 1 else left_BTHvX
     return o_BTHvV + (read_incoming_state(q_BTHvK * left_BTHvX, incoming_BHvKV) * scale).to(o_BTHvV.dtype)
 
 

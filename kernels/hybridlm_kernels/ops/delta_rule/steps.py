@@ -32,9 +32,5 @@ def spread_over_steps(steps: int, q_BTHK: Tensor, g: Tensor | None, gate: Gate |
     if g is not None:
         g = pad(g[:, :, None], (*(0, 0) * (g.dim() - 2), 0, steps - 1)).flatten(1, 2)
     borders = borders_of(cu_seqlens, q_BTHK.shape[0], q_BTHK.shape[1], q_BTHK.device)
-    if borders is not None:
-        key = ("steps", steps)
-        if key not in borders.cache:
-            borders.cache[key] = CuSeqlens([steps * border for border in borders.host], borders.device)
-        borders = borders.cache[key]
+    borders = None if borders is None else borders.in_rows(steps)
     return pad(q_BTHK[:, :, None], (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2), g, borders
