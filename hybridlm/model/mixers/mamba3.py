@@ -168,6 +168,9 @@ class Mamba3(TensorStateMixer):
     fp32_parameters: ClassVar[tuple[str, ...]] = ("dt_bias", "D", "B_bias", "C_bias", "B_norm.weight", "C_norm.weight",
                                                   "norm.weight", *MIMO)
     config: Mamba3Config
+    mimo_x: nn.Parameter | None
+    mimo_z: nn.Parameter | None
+    mimo_o: nn.Parameter | None
 
     def __init__(self, config: Mamba3Config, context: LayerContext):
         super().__init__()
@@ -240,7 +243,7 @@ class Mamba3(TensorStateMixer):
 
 
 def multiply_ranks(q_BTRHN: Tensor, k_BTRHN: Tensor, v_BTRHP: Tensor, later: bool = False) -> Tensor:
-    """What the queries of each rank read of the keys of all ranks of the same token, [B, T, R, H, P] in fp32 at least.
+    """Read the keys of all ranks of a token by the queries of each, [B, T, R, H, P] in fp32 at least.
 
     Args:
         q_BTRHN: queries.
