@@ -46,9 +46,9 @@ def plan_conversion(convert: ConvertConfig, config: ModelConfig) -> Conversion:
     Example:
         >>> from hybridlm import load_config
         >>> teacher = load_config("train", ["model=hybrid_tiny", "model.schedule.ratio=0"]).model
-        >>> plan = plan_conversion(ConvertConfig(mixer="gdn", keep=[1]), teacher)
+        >>> plan = plan_conversion(ConvertConfig(mixer="gla", keep=[1]), teacher)
         >>> plan.model.layers(), plan.converted
-        (['gdn', 'full', 'gdn', 'gdn'], [0, 2, 3])
+        (['gla', 'full', 'gla', 'gla'], [0, 2, 3])
     """
     attention = attention_layers(config)
     keep = _layers_to_keep(convert.keep, attention, config.num_layers)

@@ -22,6 +22,7 @@ from hybridlm.report.palette import LIMIT, TRAINING, VALIDATION, Style
 from hybridlm.report.read import Run
 
 STEP = Axis("step")
+MUTED_LINE = Style(TRAINING.colour, dash="dot")
 MAX_VIOLATION_PREFIX = "moe/max_violation/"
 
 
@@ -40,6 +41,7 @@ def run_figures(run: Run, metrics: Sequence[str] = ()) -> tuple[list[Figure], li
             missing.append(lacking)
         else:
             figures.append(found)
+    figures += _against_teacher(run)
     figures += [_over_steps(run, f"metric-{index}", name, "", Axis(name), [(name, name, TRAINING)])
                 for index, name in enumerate(metrics)]
     return figures, missing
@@ -133,6 +135,37 @@ def _experts(run: Run) -> Heat | None:
         z.append([*(tokens / mean for tokens in load), *[None] * (width - len(load))])
     return Heat("experts", "Load of each expert", f"Tokens in step {step} over the mean of the layer: 1 is balanced.",
                 Axis("expert"), Axis("layer"), "load / mean", list(range(width)), layers, z)
+
+
+def _against_teacher(run: Run) -> list[Figure]:
+    """Draw a run with a teacher: loss and recall beside the teacher and its window, errors by layer; else nothing."""
+    if "validation_gap/teacher_loss" not in run.curves:
+        return []
+    baselines = [("teacher", MUTED_LINE), ("window", LIMIT)]
+    figures: list[Figure] = [_over_steps(
+        run, "teacher-loss", "Loss beside the teacher", "Of validation, in nats per token. The window is the teacher "
+        "with a window of 64 and the first token in the converted layers, untrained.", Axis("loss"),
+        [("validation_loss", "student", VALIDATION), *(
+            (f"validation_gap/{name}_loss", name, style) for name, style in baselines)])]
+    for kind, title in (("repeat", "Recall of repeated tokens"), ("needle", "Recall of a needle")):
+        if f"validation_recall/{kind}_nll" in run.curves:
+            figures.append(_over_steps(
+                run, f"teacher-{kind}", title, "Negative log-likelihood of random tokens that were seen before: low is "
+                "good.", Axis("nats"), [(f"validation_recall/{kind}_nll", "student", VALIDATION), *(
+                    (f"validation_recall/{kind}_{name}", name, style) for name, style in baselines)]))
+    for prefix, id, title, note in (
+            ("validation_align/error/", "alignment", "Alignment error by layer", "Of the output of each new mixer on "
+             "the teacher's input: an output of zero has 1."),
+            ("validation_hidden/error/", "hidden-error", "Error of the stream by depth", "After each layer, on the "
+             "student's own input, relative to the teacher's.")):
+        layers = _by_layer(run, prefix)
+        if layers:
+            step = int(max(run.curves[prefix + layer][0][-1] for layer in layers))
+            series = Series("error", VALIDATION, layers, [run.last(prefix + layer) for layer in layers], points=True)
+            figures.append(Chart(id, title, f"{note} In validation after step {step}.",
+                                 Axis("layer", categories=tuple(layers)), Axis("relative error", log=True),
+                                 [Panel("", [series])]))
+    return figures
 
 
 def _indexer_over_time(run: Run, what: str) -> Chart | None:

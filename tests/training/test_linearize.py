@@ -21,6 +21,8 @@ from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, build_mixer
 from hybridlm.model.model import build_model
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.optimizers import build_optimizer
+from hybridlm.report.read import read_run
+from hybridlm.report.run_figures import run_figures
 from hybridlm.run_config import load_config
 from hybridlm.training import train
 from hybridlm.training import trainer as trainer_module
@@ -393,3 +395,11 @@ def test_another_tokenizer_than_the_teachers_is_refused(teacher, tmp_path):
     config = settings(teacher, tmp_path, "data.tokenizer=bpe", "data.tokenizer_vocab_size=257")
     with pytest.raises(ConfigError, match=r"data\.tokenizer: is not the teacher's: it differs in"):
         train(config)
+
+
+def test_the_report_draws_what_was_compared(done):
+    figures = {figure.id: figure for figure in run_figures(read_run(done.run_dir))[0]}
+    assert [line.name for line in figures["teacher-loss"].panels[0].series] == ["student", "teacher", "window"]
+    assert [line.name for line in figures["teacher-repeat"].panels[0].series] == ["student", "teacher", "window"]
+    assert list(figures["alignment"].panels[0].series[0].x) == ["0", "2"]
+    assert list(figures["hidden-error"].panels[0].series[0].x) == ["0", "1", "2"]
