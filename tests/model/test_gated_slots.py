@@ -18,21 +18,25 @@ def heads(projection, x):
     return projection(x).view(T, H, -1)
 
 
-def test_gsa_is_the_recurrence_of_the_paper():
-    mixer, x = build("gsa"), inputs(1, T)
+@pytest.mark.parametrize(("name", "per_group"), [("gsa", 1), ("gsa_groups", 2)])
+def test_gsa_is_the_recurrence_of_the_paper(name, per_group):
+    """With groups as in flash-linear-attention: queries h of group h // R read the slots of one key/value head."""
+    mixer, x = build(name), inputs(1, T)
+    H = 2 * per_group
     mixer.s_proj.weight.data *= 10.0  # strong decays
     with torch.no_grad():
-        q, k, v = (F.silu(heads(p, x[0])) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        q = F.silu(mixer.q_proj(x[0]).view(T, H, 6))
+        k, v = (F.silu(heads(p, x[0])) for p in (mixer.k_proj, mixer.v_proj))
         alpha = torch.sigmoid(heads(mixer.s_proj, x[0])) ** (1 / 8)
         outputs = []
         for h in range(H):
             keys, values = torch.zeros(5, 6, dtype=x.dtype), torch.zeros(5, 8, dtype=x.dtype)
             for t in range(T):
-                a = alpha[t, h][:, None]
-                keys = a * keys + (1 - a) * k[t, h]
-                values = a * values + (1 - a) * v[t, h]
+                a = alpha[t, h // per_group][:, None]
+                keys = a * keys + (1 - a) * k[t, h // per_group]
+                values = a * values + (1 - a) * v[t, h // per_group]
                 outputs.append(values.T @ torch.softmax(keys @ q[t, h], 0))
-        o = torch.stack(outputs).view(H, T, 8).transpose(0, 1).reshape(T, 16)
+        o = torch.stack(outputs).view(H, T, 8).transpose(0, 1).reshape(T, 8 * H)
         o = F.silu(o)
         o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.o_norm.weight
         torch.testing.assert_close(run(mixer, x)[0], mixer.o_proj(o))
@@ -73,6 +77,7 @@ def test_all_projections_start_alike(rule):
 
 
 @pytest.mark.parametrize(("options", "message"), [
+    ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads: must divide num_heads"),
     ({"num_slots": 0}, "num_slots: must be positive"),
     ({"max_logit": 0.0}, "max_logit: must be positive"),
     ({"rule": "abc", "head_dim": 7}, "head_dim: must rotate an even number of dims"),

@@ -9,13 +9,15 @@
 Sources: Zhang et al. 2024 (Gated Slot Attention); Peng et al. 2022 (ABC), in the block of
 flash-linear-attention.
 
-B rows, T tokens, D hidden size, H heads, K key dim, V value dim, M slots.
+Several queries can share one key/value head, whose slots are then kept once.
+
+B rows, T tokens, D hidden size, H query heads, G key/value heads, R = H / G, K key dim, V value dim, M slots.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,7 @@ from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import value_decay_attention
 
 FP32_BYTES = 4  # bytes per element
+PASSES = ("keys", "values")  # of slots: tensors of the decode state
 CHUNK_TOKENS = 32  # tokens per chunk of the operations, assumed by the estimate of activations
 
 
@@ -49,10 +52,11 @@ class GatedSlotsConfig(StateHeadsConfig):
     """Configuration of slot attention.
 
     Args:
-        num_heads: heads H.
+        num_heads: query heads H.
         head_dim: dims K of queries and keys.
+        num_kv_heads: key/value heads G, each with slots of its own; null is `num_heads`.
         value_head_dim: dims V of values; null is K.
-        num_slots: slots M per head.
+        num_slots: slots M per key/value head.
         rule: gsa or abc, see the equations at the top of the file.
         gate_normalizer: divisor of the logarithm of the decay (gsa).
         max_logit: bound on the logits of the softmax over time, either way (abc).
@@ -66,6 +70,7 @@ class GatedSlotsConfig(StateHeadsConfig):
     kind: str = "gated_slots"
     num_heads: int
     head_dim: int
+    num_kv_heads: int | None = None
     value_head_dim: int | None = None
     num_slots: int = 64
     rule: Literal["gsa", "abc"] = "gsa"
@@ -75,10 +80,12 @@ class GatedSlotsConfig(StateHeadsConfig):
     norm_eps: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("num_heads", "head_dim", "value_head_dim", "num_slots", "gate_normalizer", "max_logit",
-                    "norm_eps"):
+        for key in ("num_heads", "head_dim", "num_kv_heads", "value_head_dim", "num_slots", "gate_normalizer",
+                    "max_logit", "norm_eps"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
+        require(self.num_heads % self.kv_heads == 0, "num_kv_heads", "must divide num_heads", got=self.num_kv_heads,
+                expected=f"a divisor of {self.num_heads}")
         self.rope.check(self.head_dim, "head_dim")
 
     @property
@@ -89,18 +96,24 @@ class GatedSlotsConfig(StateHeadsConfig):
         return RopeConfig(theta=self.rope_theta)
 
     @property
+    def kv_heads(self) -> int:
+        """Key/value heads G."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
     def value_dim(self) -> int:
         """Dims V of values."""
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
     @property
     def slots(self) -> int:
-        """Slots H M of all heads."""
-        return self.num_heads * self.num_slots
+        """Slots G M of all key/value heads."""
+        return self.kv_heads * self.num_slots
 
     def _weights(self, context: LayerContext) -> int:
-        values = (2 if self.rule == "gsa" else 3) * self.num_heads * self.value_dim
-        return context.hidden_size * (2 * self.num_heads * self.head_dim + values + self.slots)
+        H, G = self.num_heads, self.kv_heads
+        values = (G + (1 if self.rule == "gsa" else 2) * H) * self.value_dim
+        return context.hidden_size * ((H + G) * self.head_dim + values + self.slots)
 
     def num_params(self, context: LayerContext) -> int:
         return self._weights(context) + self.value_dim * (self.num_heads if self.rule == "gsa" else 1)
@@ -108,7 +121,8 @@ class GatedSlotsConfig(StateHeadsConfig):
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         """Both recurrences are counted as the paper writes them, the softmax as five operations per slot."""
         return {"projections": 2.0 * self._weights(context),
-                "recurrence": 5.0 * self.slots * (self.head_dim + self.value_dim + 1)}
+                "recurrence": 3.0 * self.slots * (self.head_dim + self.value_dim)
+                + self.num_heads * self.num_slots * (2.0 * (self.head_dim + self.value_dim) + 5.0)}
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         """Bytes of the slots' keys and values in fp32; ABC keeps a sum and a maximum per slot beside them."""
@@ -118,8 +132,9 @@ class GatedSlotsConfig(StateHeadsConfig):
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         """Bytes per token kept for the backward pass: projections, and both chunked operations in fp32."""
         keys, values = self.num_heads * self.head_dim, self.num_heads * self.value_dim
-        per_chunk = self.slots * (self.head_dim + self.value_dim) / CHUNK_TOKENS + 2 * self.num_heads * CHUNK_TOKENS
-        slots = (12 if self.rule == "gsa" else 16) * self.slots
+        all_slots = self.num_heads * self.num_slots  # slots are copied for the queries that share them
+        per_chunk = all_slots * (self.head_dim + self.value_dim) / CHUNK_TOKENS + 2 * self.num_heads * CHUNK_TOKENS
+        slots = (12 if self.rule == "gsa" else 16) * all_slots
         return (element_bytes * (context.hidden_size + 4 * keys + 5 * values)
                 + FP32_BYTES * (2 * keys + values + slots + per_chunk))
 
@@ -129,7 +144,7 @@ class GatedSlotsConfig(StateHeadsConfig):
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
         """Bytes of the slots at the end of a shard, of what it keeps of those before, and of ABC's softmax, in fp32."""
-        gathered = [matrix_traffic(rows, self.num_heads, dim, self.num_slots, self.slots)
+        gathered = [matrix_traffic(rows, self.num_heads, dim, self.num_slots, self.num_heads * self.num_slots)
                     for dim in (self.head_dim, self.value_dim)]
         if self.rule == "gsa":
             return gathered
@@ -137,9 +152,16 @@ class GatedSlotsConfig(StateHeadsConfig):
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
-        data["value_head_dim"] = self.value_dim
+        data |= {"value_head_dim": self.value_dim, "num_kv_heads": self.kv_heads}
         void = ("max_logit", "rope_theta") if self.rule == "gsa" else ("gate_normalizer",)
         return {key: value for key, value in data.items() if key not in void}
+
+    def state_heads(self) -> int:
+        return self.kv_heads
+
+    def with_state_heads(self, count: int) -> Self:
+        return replace(self, num_heads=count * (self.num_heads // self.kv_heads),
+                       num_kv_heads=None if self.num_kv_heads is None else count)
 
     def rotates(self) -> bool:
         return self.rope.kind != "none"
@@ -147,7 +169,9 @@ class GatedSlotsConfig(StateHeadsConfig):
 
 @register_mixer("gated_slots", GatedSlotsConfig)
 class GatedSlots(TensorStateMixer):
-    """Parameters: q_proj, k_proj [H K, D], v_proj [H V, D], s_proj [H M, D], o_norm, o_proj [D, H V]; in ABC g_proj."""
+    """Parameters: q_proj [H K, D], k_proj [G K, D], v_proj [G V, D], s_proj [G M, D], o_norm, o_proj [D, H V]; in ABC
+    g_proj [H V, D].
+    """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ("o_norm.weight",)
     config: GatedSlotsConfig
@@ -155,9 +179,9 @@ class GatedSlots(TensorStateMixer):
     def __init__(self, config: GatedSlotsConfig, context: LayerContext):
         super().__init__()
         self.config = config
-        D, H = context.hidden_size, config.num_heads
-        self.q_proj, self.k_proj = (nn.Linear(D, H * config.head_dim, bias=False) for _ in range(2))
-        self.v_proj = nn.Linear(D, H * config.value_dim, bias=False)
+        D, H, G = context.hidden_size, config.num_heads, config.kv_heads
+        self.q_proj, self.k_proj = (nn.Linear(D, heads * config.head_dim, bias=False) for heads in (H, G))
+        self.v_proj = nn.Linear(D, G * config.value_dim, bias=False)
         self.s_proj = nn.Linear(D, config.slots, bias=False)
         self.o_proj = nn.Linear(H * config.value_dim, D, bias=False)
         eps = context.norm.eps_or(config.norm_eps)
@@ -170,20 +194,28 @@ class GatedSlots(TensorStateMixer):
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: TensorState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
-        heads = (config.num_heads, -1)
-        q_BTHK, k_BTHK, v_BTHV = (projection(x_BTD).unflatten(-1, heads)
-                                  for projection in (self.q_proj, self.k_proj, self.v_proj))
+        heads, groups = (config.num_heads, -1), (config.kv_heads, -1)
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, heads)
+        k_BTGK, v_BTGV = (projection(x_BTD).unflatten(-1, groups) for projection in (self.k_proj, self.v_proj))
         logits_BTS = self.s_proj(x_BTD).to(torch.promote_types(x_BTD.dtype, torch.float32))
         if config.rule == "gsa":
-            q_BTHK, k_BTHK, v_BTHV = F.silu(q_BTHK), F.silu(k_BTHK), F.silu(v_BTHV)
+            q_BTHK, k_BTGK, v_BTGV = F.silu(q_BTHK), F.silu(k_BTGK), F.silu(v_BTGV)
             g_BTS = F.logsigmoid(logits_BTS) / config.gate_normalizer
             write_BTS = -torch.expm1(g_BTS)
         else:
             dims = config.rope.rotary_dim(config.head_dim)
-            q_BTHK, k_BTHK = (rotate(x, config.rope, dims, seq) for x in (q_BTHK, k_BTHK))
+            q_BTHK, k_BTGK = (rotate(x, config.rope, dims, seq) for x in (q_BTHK, k_BTGK))
             write_BTS, g_BTS = cumulative_softmax(logits_BTS.clamp(-config.max_logit, config.max_logit), seq, state)
-        o_BTHV = self._read_slots(q_BTHK, k_BTHK, v_BTHV, write_BTS.unflatten(-1, heads), g_BTS.unflatten(-1, heads),
-                                  seq, state)
+        per_group = config.num_heads // config.kv_heads
+        shared = (k_BTGK, v_BTGV, write_BTS.unflatten(-1, groups), g_BTS.unflatten(-1, groups))
+        k_BTHK, v_BTHV, write_BTHM, g_BTHM = (x.repeat_interleave(per_group, 2) if per_group > 1 else x for x in shared)
+        if state is not None and per_group > 1:  # the queries of a group read copies of one state
+            copies = {name: state.tensors[name].repeat_interleave(per_group, 1) for name in PASSES
+                      if name in state.tensors}
+            state.tensors.update(copies)
+        o_BTHV = self._read_slots(q_BTHK, k_BTHK, v_BTHV, write_BTHM, g_BTHM, seq, state)
+        if state is not None and per_group > 1:
+            state.tensors.update({name: state.tensors[name][:, ::per_group].clone() for name in PASSES})
         if isinstance(self.o_norm, RMSNorm):
             return self.o_proj(self.o_norm(F.silu(o_BTHV).flatten(-2))), {}
         return self.o_proj(self.o_norm(o_BTHV, self.g_proj(x_BTD).unflatten(-1, heads)).flatten(-2)), {}
@@ -207,7 +239,8 @@ class GatedSlots(TensorStateMixer):
         return scan_matrix_state(p_BTHM, write_BTHM, v_BTHV, g_BTHM, seq, state, name="values")
 
     def head_rows(self) -> dict[str, int]:
-        return dict.fromkeys(("q_proj", "k_proj", "v_proj", "s_proj", "g_proj"), self.config.num_heads)
+        shared = dict.fromkeys(("k_proj", "v_proj", "s_proj"), self.config.kv_heads)
+        return dict.fromkeys(("q_proj", "g_proj"), self.config.num_heads) | shared
 
     def init_weights(self, std: float) -> None:
         """All projections are normal(0, std), as in the published code."""
