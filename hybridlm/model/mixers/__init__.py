@@ -57,6 +57,8 @@ from hybridlm.model.mixers.mlstm import MLSTM as MLSTM
 from hybridlm.model.mixers.mlstm import MLSTMConfig as MLSTMConfig
 from hybridlm.model.mixers.mlstm_block import MLSTMBlock as MLSTMBlock
 from hybridlm.model.mixers.mlstm_block import MLSTMBlockConfig as MLSTMBlockConfig
+from hybridlm.model.mixers.mom import MixtureOfMemories as MixtureOfMemories
+from hybridlm.model.mixers.mom import MoMConfig as MoMConfig
 from hybridlm.model.mixers.nsa import NSA as NSA
 from hybridlm.model.mixers.nsa import NSAConfig as NSAConfig
 from hybridlm.model.mixers.parallel import Parallel as Parallel

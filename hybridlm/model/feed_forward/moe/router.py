@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridlm.model.balance import balance_loss
 from hybridlm.model.feed_forward.moe.config import MoEConfig
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.parameter_roles import ParameterRole, matrix_role
@@ -114,23 +115,14 @@ class Router(nn.Module):
         return aux
 
     def balance_loss(self, s_NE: Tensor, p_NE: Tensor, ids_NA: Tensor, seq: SequenceInfo) -> Tensor:
-        """The balance loss sum_i f_i P_i per document, averaged over tokens; 1 when balanced (equations 17 to 20).
+        """The balance loss per document, averaged over tokens; 1 when balanced (equations 17 to 20).
 
-        f_i = E/(A T) * tokens whose A best scores hold expert i, T tokens in the document; P_i the mean of the
-        normalised scores. The selection here knows neither bias nor groups, as in the paper: the loss pulls on what
-        the scores alone would choose. With softmax scores this is the loss of Switch Transformer for top-A, by
-        document. The mean over tokens of <f_document, p_token> is the same sum without a loop over documents.
+        The selection here knows neither bias nor groups, as in the paper: the loss pulls on what the scores alone would
+        choose. P is the mean of the normalised scores.
         """
-        experts = p_NE.shape[1]
         if self.bias is not None or self.config.topk_groups < self.config.num_groups:
             ids_NA = s_NE.detach().topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
-        document_N, documents = seq.documents()
-        with torch.no_grad():
-            cell = (document_N[:, None] * experts + ids_NA).flatten()
-            count_RE = torch.zeros(documents * experts, dtype=torch.int64, device=p_NE.device)
-            count_RE = seq.all_sum(count_RE.index_add_(0, cell, torch.ones_like(cell)).view(documents, experts))
-            f_RE = experts * count_RE.to(p_NE.dtype) / count_RE.sum(-1, keepdim=True)
-        return (f_RE[document_N] * p_NE).sum(-1).mean()
+        return balance_loss(p_NE, ids_NA, seq)
 
     @torch.no_grad()
     def balance(self, update: bool = True) -> None:
