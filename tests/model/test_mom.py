@@ -1,4 +1,4 @@
-"""Mixture of memories: each memory is a recurrence over the tokens sent to it, token by token; and the published start."""
+"""Mixture of memories: a recurrence per memory over the tokens sent to it, token by token; the published start."""
 
 from __future__ import annotations
 

@@ -134,8 +134,8 @@ class MoMConfig(StateHeadsConfig):
         return element_bytes * (context.hidden_size + 3 * self.widths["v"]) + FP32_BYTES * rows
 
     def check_context_parallel(self, shards: int, length: int) -> None:
-        raise ConfigError("kind", "cannot work on split rows: how many tokens of a shard a memory sees is known from the "
-                          "data alone", got=self.kind, expected="engine.context_parallel=1")
+        raise ConfigError("kind", "cannot work on split rows: only the data say how many tokens of a shard a memory "
+                          "sees", got=self.kind, expected="engine.context_parallel=1")
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
@@ -176,14 +176,13 @@ class Routing:
         document_X, documents = seq.documents()
         group_Y = (document_X[:, None] * memories + ids_XA).flatten()
         order_R = torch.argsort(group_Y, stable=True)
-        counts = torch.bincount(group_Y, minlength=documents * memories).tolist()
-        borders = [0]
-        for count in (*counts, MAX_CHUNK_TOKENS):
-            borders.append(borders[-1] + count)
+        count_G = torch.zeros(documents * memories, dtype=torch.int64, device=group_Y.device)
+        count_G = count_G.index_add(0, group_Y, torch.ones_like(group_Y))
+        ends_G = F.pad(F.pad(count_G, (0, 1), value=MAX_CHUNK_TOKENS).cumsum(0), (1, 0))
         place_Y = torch.empty_like(order_R)
         place_Y[order_R] = torch.arange(len(order_R), device=order_R.device)
         return cls(order_R // ids_XA.shape[1], ids_XA.flatten()[order_R], place_Y.view_as(ids_XA),
-                   CuSeqlens(borders, ids_XA.device), documents)
+                   CuSeqlens.of(ends_G, ids_XA.device, len(order_R) + MAX_CHUNK_TOKENS), documents)
 
     def rows(self, x_XEC: Tensor) -> Tensor:
         """The rows [1, R + zeros, C] of x, [tokens, C] or one for each memory [tokens, E, C]."""
@@ -193,8 +192,8 @@ class Routing:
 
 @register_mixer("mom", MoMConfig)
 class MixtureOfMemories(TensorStateMixer):
-    """Parameters: router [M, D]; q_proj [H K, D]; k_proj, v_proj, b_proj and a_proj with the rows of all E memories, the
-    shared one last; q_conv, k_conv, v_conv; A_log and dt_bias [H]; g_proj [H V, D], o_norm [V], o_proj [D, H V].
+    """Parameters: router [M, D]; q_proj [H K, D]; k_proj, v_proj, b_proj and a_proj with the rows of all E memories,
+    the shared one last; q_conv, k_conv, v_conv; A_log and dt_bias [H]; g_proj [H V, D], o_norm [V], o_proj [D, H V].
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "o_norm.weight")
