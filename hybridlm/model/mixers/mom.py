@@ -150,7 +150,7 @@ class MoMConfig(StateHeadsConfig):
 
 @dataclass
 class Routing:
-    """Where each pair of a token and a memory stands among the packed rows.
+    """The place of each pair of a token and a memory among the packed rows.
 
     Args:
         token_R: the token of each row.
