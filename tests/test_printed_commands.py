@@ -28,6 +28,7 @@ from hybridlm.run_config import load_config
 from hybridlm.sweep import estimate
 from tests.support import printed_commands as printed
 from tests.support import report_folders
+from tests.support.ladder_folders import ladder_folder
 from tests.support.printed_commands import ROOT
 
 PARSED_ONLY = {"import", "export", "verify", "doctor", "bench"}  # slow, or of other programs; tests of their own
@@ -43,6 +44,8 @@ def shorter(command, rest):
         return ["--dry-run", *(["run_dir=fresh"] if any(word.startswith("run_dir=") for word in rest) else [])]
     if command == "sweep":
         return [] if "--collect" in rest else ["--dry-run", "sweep.dir=dry"]
+    if command == "ladder":
+        return ["ladder.fit.bootstrap=2"] if "--fit-only" in rest else ["--dry-run", "ladder.dir=dry"]
     if command == "generate":
         return ["--max-new-tokens", "2"]
     if command == "check":
@@ -130,6 +133,7 @@ def place(tmp_path_factory):
     vary = {"model.schedule.linear": ["kda", "gdn"], "model.schedule.ratio": [0, 1]}
     for name in ("hybrid_ratio", "first", "ratios"):
         report_folders.sweep_folder(top / "runs" / "sweeps" / name, vary, steps=5)
+    ladder_folder(top / "runs" / "ladders" / "tiny", "ladder=tiny", "ladder.fit.bootstrap=2")
     return top
 
 
@@ -158,7 +162,7 @@ def is_run(words):
     command, rest = words[1], words[2:]
     if command in PARSED_ONLY or not any(seen.whole for seen in COMMANDS[words]):
         return False
-    if {"--tasks", "--interactive"} & set(rest):  # the network, a person
+    if {"--tasks", "--interactive", "--check-coordinates"} & set(rest):  # the network, a person, minutes
         return False
     return (bool(rest) or command == "configs")
 

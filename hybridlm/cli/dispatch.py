@@ -19,6 +19,7 @@ from hybridlm.errors import UserError, nearest, out_of_memory
 COMMANDS = {
     "train": "pretrain from a config; the same command goes on with a run that was stopped",
     "sweep": "many runs that differ in what is compared: mixers, ratios, seeds",
+    "ladder": "architectures compared over sizes: carried hyperparameters, laws, verdicts",
     "inspect": "layers, parameters, FLOPs and memory of a model, from its config alone",
     "generate": "text from a checkpoint",
     "eval": "perplexity by position, bits per byte and decode speed of a checkpoint; probes of an architecture",

@@ -16,6 +16,7 @@ from hybridlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybridlm.config.schema import Config
+    from hybridlm.model.config import ModelConfig
 
 
 RUN_GROUPS = ("experiment", "training", "recipe", "engine")  # settings that are those of a run, not of a model alone
@@ -28,6 +29,7 @@ def run(argv: Sequence[str]) -> int:
                     "the run's own.", """\
   hybridlm inspect model=deepseek_v32_671b
   hybridlm inspect model=hybrid_1b model.schedule.ratio=7 --context 32768 --json
+  hybridlm inspect model=ladder_bytes --rung r2
   hybridlm inspect experiment=quickstart
   hybridlm inspect model=hybrid_1b engine=zero3 engine.num_processes=8 training.batch_size=8 --device-memory 80
   hybridlm inspect runs/first""")
@@ -35,6 +37,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--context", type=int, metavar="TOKENS", help="sequence length of FLOPs and training memory")
     parser.add_argument("--batch-size", type=int, metavar="N",
                         help="sequences at a time, for training memory (default 1, or the micro batch of the run)")
+    parser.add_argument("--rung", metavar="NAME", help="the same architecture at the width and depth of a rung of "
+                        "`hybridlm ladder`: r0 to r7, or HIDDENxLAYERS such as 96x8")
     parser.add_device_memory()
     parser.add_json()
     args = parser.parse_intermixed_args(argv)
@@ -44,6 +48,9 @@ def run(argv: Sequence[str]) -> int:
         if value is not None and value < 1:
             raise ConfigError(option, "must be positive", got=value)
     folder = Path(args.overrides[0]) if len(args.overrides) == 1 and os.path.isdir(args.overrides[0]) else None
+    if folder is not None and args.rung is not None:
+        raise ConfigError("--rung", "resizes a model, and a folder holds one of its own size", got=args.rung,
+                          expected="model=NAME")
     report = _report_folder(args, folder) if folder is not None else _report_config(args)
     if folder is not None and (lineage := read_lineage(resolve(folder, hashes=False))):
         report["lineage"] = lineage
@@ -75,6 +82,8 @@ def _report_config(args: argparse.Namespace) -> dict[str, Any]:
     from hybridlm.inspect import inspect
 
     config = load_run_config(args)
+    if args.rung is not None:
+        config = replace(config, model=_resize(config.model, args.rung))
     if _names_run(args.overrides, config):
         return _report_run(args, config)
     report = inspect(config.model, batch_size=args.batch_size or 1, sequence_length=args.context,
@@ -83,6 +92,15 @@ def _report_config(args: argparse.Namespace) -> dict[str, Any]:
     training = replace(config.training, batch_size=memory["batch_size"], micro_batch_size=None,
                        sequence_length=memory["sequence_length"], precision=memory["precision"])
     return report | {"memory": _fit(args, replace(config, training=training), 1)}
+
+
+def _resize(model: ModelConfig, name: str) -> ModelConfig:
+    """The model at the width and depth of a rung."""
+    from hybridlm.ladder.rungs import find_rung
+
+    rung = find_rung(name, "--rung")
+    resized = model.resize(rung.hidden_size, rung.num_layers)
+    return replace(resized, name=f"{model.name} {rung.name}", published=None)
 
 
 def _report_run(args: argparse.Namespace, config: Config) -> dict[str, Any]:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hybridlm.cli.parser import Parser
 from hybridlm.errors import ConfigError, counted
-
-if TYPE_CHECKING:
-    from hybridlm.sweep.plan import SweepPlan
 
 
 def run(argv: Sequence[str]) -> int:
@@ -41,73 +36,31 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("--jobs", "must be positive", got=args.jobs)
     if args.collect:
         return _collect(args)
+    from hybridlm.sweep.execute import check_jobs, describe_with_times, execute
     from hybridlm.sweep.folder import check_owner
     from hybridlm.sweep.plan import make_plan
 
     plan = make_plan(args.overrides, args.config_dir)
     check_owner(plan)
-    if plan.sweep.launcher != "local":
-        from hybridlm.sweep.hydra_launcher import check_launcher
-
-        if args.jobs is not None:
-            raise ConfigError("--jobs", "goes with sweep.launcher=local", got=args.jobs)
-        check_launcher(plan.sweep.launcher, plan.sweep.launcher_options)
-    shown = _show(plan, args)
+    check_jobs(plan, args.jobs)
+    shown = describe_with_times(plan, measure=args.measure, jobs=args.jobs)
+    if not (args.json and args.dry_run):
+        _show(shown, args)
     if args.dry_run:
         if args.json:
             print(json.dumps(shown))
         return 0
-    return _run(plan, shown, args, argv)
+    return execute(plan, shown, command=["hybridlm", "sweep", *argv], jobs=args.jobs, retry_failed=args.retry_failed,
+                   say=_sayer(args.json), collect=lambda: _tell(args, plan.folder, plan.sweep.metrics))
 
 
-def _show(plan: SweepPlan, args: argparse.Namespace) -> dict[str, Any]:
-    """The table, before anything runs; returns it as plain data."""
+def _show(shown: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the table before anything runs."""
     from rich.console import Console
 
-    from hybridlm.sweep.estimate import estimate
-    from hybridlm.sweep.folder import point_outcome
-    from hybridlm.sweep.table import describe_plan, print_plan
+    from hybridlm.sweep.table import print_plan
 
-    local = plan.sweep.launcher == "local"
-    # Steps of this machine say little of a cluster's: there they are measured only where that is asked for.
-    seconds, how = estimate(plan.points, measure=args.measure if local else bool(args.measure))
-    jobs = args.jobs or (1 if local else len(plan.points))
-    shown = describe_plan(plan, seconds, how, [point_outcome(point)["status"] for point in plan.points], jobs)
-    if not (args.json and args.dry_run):
-        print_plan(shown, Console(stderr=args.json))
-    return shown
-
-
-def _run(plan: SweepPlan, shown: dict[str, Any], args: argparse.Namespace, argv: Sequence[str]) -> int:
-    from hybridlm.sweep.cluster_runner import run_on_cluster
-    from hybridlm.sweep.folder import SweepFolder, point_outcome
-    from hybridlm.sweep.local_runner import run_points
-    from hybridlm.sweep.progress import Progress
-    from hybridlm.user_code import imported_user_code
-
-    say = _sayer(args.json)
-    progress = Progress(plan.points, [row["estimated_seconds"] for row in shown["points"]], shown["jobs"], say)
-    with closing(SweepFolder(plan)) as folder:
-        folder.write_plan({**shown, "command": shlex.join(["hybridlm", "sweep", *argv])})
-        if plan.sweep.launcher == "local":
-            stopped = run_points(plan.points, jobs=args.jobs or 1, retry_failed=args.retry_failed, say=say,
-                                 imports=imported_user_code(), progress=progress)
-        else:
-            stopped = run_on_cluster(plan, retry_failed=args.retry_failed, say=say, imports=imported_user_code(),
-                                     progress=progress)
-        ended = [(point.name, point_outcome(point)) for point in plan.points]
-        failed = [(name, end) for name, end in ended if end["status"] == "failed"]
-        try:
-            _tell(args, plan.folder, plan.sweep.metrics)
-        finally:
-            for name, end in failed:
-                say(f"failed: {name}: {end['reason']}")
-            if failed:
-                say(f"{len(failed)} of {len(ended)} points failed; the same command with --retry-failed starts them "
-                    "again")
-            if stopped:
-                say(f"{stopped}: go on with: {shlex.join(['hybridlm', 'sweep', *argv])}")
-    return 1 if failed or (not stopped and any(end["status"] != "finished" for _, end in ended)) else 0
+    print_plan(shown, Console(stderr=args.json))
 
 
 def _collect(args: argparse.Namespace) -> int:

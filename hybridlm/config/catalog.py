@@ -28,6 +28,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "recipe": ("recipe=NAME", "the stages of a run"),
     "engine": ("engine=NAME", "the processes that run a step"),
     "sweep": ("sweep=NAME", "what `hybridlm sweep` varies"),
+    "ladder": ("ladder=NAME", "what `hybridlm ladder` compares over sizes"),
     "mixer": ("model.schedule.linear=NAME", "the mixer of the layers that the schedule gives this name"),
     "feed_forward": ("feed_forward@model.feed_forward=NAME", "the form of the feed-forward"),
     "schedule": ("schedule@model.schedule=NAME", "the attention schedule, in models that take it from this group"),

@@ -20,6 +20,7 @@ from hybridlm.report.comparison import (
     tables,
 )
 from hybridlm.report.figures import Figure, Table, number
+from hybridlm.report.ladder_figures import ladder_facts, ladder_figures, ladder_notes, ladder_tables
 from hybridlm.report.palette import Palette, Style
 from hybridlm.report.read import Run, Sweep
 from hybridlm.report.run_figures import run_figures
@@ -144,8 +145,6 @@ def _provenance(runs: list[tuple[str, Run]], column: str = "point") -> list[tupl
 
 
 def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> ReportDocument:
-    axes = Axes(sweep)
-    figures, missing = sweep_figures(sweep, axes, metrics)
     first = sweep.points[0]
     sections = [("Points", _points(sweep)), *_provenance([(point.row["point"], point.run) for point in sweep.points])]
     command = sweep.plan.get("command")
@@ -154,6 +153,13 @@ def _of_sweep(sweep: Sweep, metrics: Sequence[str]) -> ReportDocument:
     texts = [(f"config.yaml of {first.row['point']}", first.run.config_text)] if first.run.config_text else []
     notes = [str(note) for note in sweep.plan.get("notes", [])]
     notes += [note for point in sweep.points for note in _corrupt(point.run)]
+    if "ladder" in sweep.plan:
+        folder = sweep.folder
+        asked = [figure for figure in (sweep_figures(sweep, Axes(sweep), metrics)[0] if metrics else [])
+                 if figure.id.startswith("metric-")]
+        return ReportDocument("ladder", sweep.name, ladder_facts(folder), [], [*ladder_figures(folder), *asked],
+                              [*ladder_tables(folder), *sections], texts, [*ladder_notes(folder), *notes])
+    figures, missing = sweep_figures(sweep, Axes(sweep), metrics)
     return ReportDocument("sweep", sweep.name, _sweep_facts(sweep), [], figures, sections, texts,
                           [*notes, *_missing(missing)])
 

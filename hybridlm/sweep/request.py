@@ -118,7 +118,7 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
         else:
             fixed[key] = word
             lists.pop(key, None)
-    asked = _read_file(file, config_dir) if file is not None else {}
+    asked = read_plan_file("sweep", file, config_dir) if file is not None else {}
     for key, value in own.items():
         _set_value(asked, key, value)
     asked["probes"] = [to_dict(task) for task in read_tasks(asked.get("probes", []))]
@@ -173,7 +173,7 @@ def _parse_sweep_value(key: str, text: str) -> Any:
     if text.strip() == "":
         raise ConfigError(key, "has no value")
     if key == "sweep.probes":
-        return _parse_probes(text)
+        return parse_probes(text)
     if key == "sweep.metrics":
         return None if text == "null" else [name for name in re.split(r"[,\[\]\s]+", text) if name]
     try:
@@ -182,32 +182,42 @@ def _parse_sweep_value(key: str, text: str) -> Any:
         return text
 
 
-def _parse_probes(text: str) -> Any:
+def parse_probes(text: str, key: str = "sweep.probes") -> Any:
     """Names such as mqar,s5 or a YAML list such as [{name: mqar, steps: 500}, s5]."""
     if not text.lstrip().startswith("["):
         return [name for name in re.split(r"[,\s]+", text) if name]
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
-        raise ConfigError("sweep.probes", "cannot be read", got=text, expected="mqar,s5 or a list such as "
+        raise ConfigError(key, "cannot be read", got=text, expected="mqar,s5 or a list such as "
                           "[{name: mqar, steps: 500}, s5]") from None
 
 
-def _read_file(name: str, config_dir: str | None) -> dict[str, Any]:
-    """The content of a sweep's file, which is named by its path or by its name in the group `sweep`."""
+def read_plan_file(group: str, name: str, config_dir: str | None) -> dict[str, Any]:
+    """The content of the file of a sweep or ladder, with the file's name as `name` where it has no other.
+
+    Args:
+        group: sweep or ladder.
+        name: its name in the group, or its path.
+        config_dir: a folder of the user's own config groups.
+
+    Raises:
+        ConfigError: there is no such file, or it is no mapping.
+    """
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
     else:
         folders = [Path(config_dir).expanduser()] if config_dir else []
-        found = [folder / "sweep" / f"{name}.yaml" for folder in [*folders, built_in_configs()]]
-        known = options("sweep", config_dir)
+        found = [folder / group / f"{name}.yaml" for folder in [*folders, built_in_configs()]]
+        known = options(group, config_dir)
         if name not in known:
-            raise ConfigError("sweep", "no such sweep", got=name, expected=f"one of {', '.join(known)}, or a YAML file",
-                              hint=did_you_mean(name, known))
+            raise ConfigError(group, f"no such {group}", got=name,
+                              expected=f"one of {', '.join(known)}, or a YAML file", hint=did_you_mean(name, known))
         path = next(file for file in found if file.is_file())
     data = load_yaml(path)
     if not isinstance(data, dict):
-        raise ConfigError("sweep", "is not a sweep", got=str(path), expected="a mapping with the key 'vary'")
+        key = {"sweep": "vary", "ladder": "architectures"}[group]
+        raise ConfigError(group, f"is not a {group}", got=str(path), expected=f"a mapping with the key '{key}'")
     return {"name": re.sub(r"[^\w.-]", "_", path.stem), **data}
 
 

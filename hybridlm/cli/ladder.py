@@ -1,0 +1,146 @@
+"""`hybridlm ladder`: architectures compared over sizes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridlm.cli.parser import Parser, read_integers
+from hybridlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hybridlm.ladder.request import LadderConfig
+
+
+def run(argv: Sequence[str]) -> int:
+    """Show, run or refit a ladder, or check its coordinates; returns the exit code."""
+    parser = Parser("ladder", "Architectures at several sizes, with hyperparameters that are carried from the "
+                              "smallest: how losses fall with compute, paired differences, laws and verdicts. The "
+                              "same command goes on with a ladder that was stopped.", """\
+  hybridlm ladder ladder=tiny --dry-run
+  hybridlm ladder ladder=tiny ladder.seeds=0,1,2
+  hybridlm ladder ladder.dir=runs/ladders/tiny --fit-only ladder.fit.asymptote=0.5
+  hybridlm ladder ladder=tiny --check-coordinates""")
+    parser.add_overrides("all points; ladder=NAME and ladder.KEY=... are the ladder's own")
+    parser.add_argument("--dry-run", action="store_true", help="show the points and what they cost, run nothing")
+    parser.add_argument("--measure", action=argparse.BooleanOptionalAction, default=None,
+                        help="estimate times from steps measured on this machine (default: where that takes seconds), "
+                             "or from FLOPs alone")
+    parser.add_argument("--jobs", type=int, metavar="N", help="points at a time on this machine (default 1)")
+    parser.add_argument("--retry-failed", action="store_true", help="start failed points again")
+    parser.add_argument("--fit-only", action="store_true", help="run nothing: fit and judge what has finished")
+    parser.add_argument("--check-coordinates", action="store_true",
+                        help="train each architecture for a few steps at several widths, and say whether activations "
+                             "and their changes keep their size")
+    parser.add_argument("--widths", metavar="N,N,...", default="64,128,256",
+                        help="hidden sizes of --check-coordinates (default 64,128,256)")
+    parser.add_json()
+    args = parser.parse_intermixed_args(argv)
+    if args.jobs is not None and args.jobs < 1:
+        raise ConfigError("--jobs", "must be positive", got=args.jobs)
+    chosen = [name for name, value in (("--dry-run", args.dry_run), ("--fit-only", args.fit_only),
+                                       ("--check-coordinates", args.check_coordinates)) if value]
+    if len(chosen) > 1:
+        raise ConfigError(chosen[1], f"cannot stand beside {chosen[0]}", expected="one of them")
+    if args.fit_only:
+        return _fit_only(args)
+    if args.check_coordinates:
+        return _check_coordinates(args)
+    return _run(args, argv)
+
+
+def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    from hybridlm.ladder.analysis import describe_ladder
+    from hybridlm.ladder.plan import make_ladder_plan
+    from hybridlm.ladder.request import read_ladder_request
+    from hybridlm.sweep.execute import check_jobs, describe_with_times, execute
+    from hybridlm.sweep.folder import check_owner
+
+    plan = make_ladder_plan(read_ladder_request(args.overrides, args.config_dir))
+    check_owner(plan.sweep)
+    check_jobs(plan.sweep, args.jobs)
+    shown = describe_with_times(plan.sweep, measure=args.measure, jobs=args.jobs) | {"ladder": describe_ladder(plan)}
+    if not (args.json and args.dry_run):
+        _show_plan(shown, args)
+    if args.dry_run:
+        if args.json:
+            print(json.dumps(shown))
+        return 0
+    folder, costs = plan.sweep.folder, shown["ladder"]["costs"]
+    return execute(plan.sweep, shown, command=["hybridlm", "ladder", *argv], jobs=args.jobs,
+                   retry_failed=args.retry_failed, say=_sayer(args.json),
+                   collect=lambda: _tell(args, folder, plan.ladder, costs))
+
+
+def _fit_only(args: argparse.Namespace) -> int:
+    """Fit and judge again; only settings of the fit and the gate may differ from those of the folder."""
+    from hybridlm.config.serialization import to_dict
+    from hybridlm.ladder.analysis import read_ladder
+    from hybridlm.ladder.request import read_ladder_request
+
+    words = {word.partition("=")[0]: word.partition("=")[2] for word in args.overrides}
+    if "ladder.dir" in words:
+        folder = Path(words["ladder.dir"]).expanduser()
+    else:
+        folder = read_ladder_request(args.overrides, args.config_dir).ladder.folder
+    settings, costs, _ = read_ladder(folder)
+    own = [word for word in args.overrides if word.startswith(("ladder.fit.", "ladder.gate.", "ladder.reference="))]
+    strange = [word for word in args.overrides if word not in own and not word.startswith(("ladder=", "ladder.dir="))]
+    if strange:
+        key, _, value = strange[0].partition("=")
+        raise ConfigError(key, "cannot change without new runs", got=value,
+                          expected="with --fit-only: ladder.fit.*, ladder.gate.* or ladder.reference")
+    ladder = read_ladder_request(own, saved=to_dict(settings)).ladder
+    _tell(args, folder, ladder, costs)
+    return 0
+
+
+def _show_plan(shown: dict[str, Any], args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from hybridlm.ladder.table import print_ladder_plan
+
+    print_ladder_plan(shown, Console(stderr=args.json))
+
+
+def _tell(args: argparse.Namespace, folder: Path, ladder: LadderConfig, costs: dict[str, dict[str, Any]]) -> None:
+    """Analyse what has finished, and print it: JSON, or tables."""
+    from rich.console import Console
+
+    from hybridlm.ladder.analysis import RESULT_FILE, analyse
+    from hybridlm.ladder.table import print_ladder
+
+    report = analyse(folder, ladder, costs)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print_ladder(report, Console())
+    finished = sum(row["loss"] is not None for row in report["points"])
+    say = _sayer(args.json)
+    say(f"{finished} of {len(report['points'])} points have a result; {folder}/{RESULT_FILE}, {folder}/results.csv")
+    if finished:
+        say(f"try: hybridlm report {folder}")
+
+
+def _check_coordinates(args: argparse.Namespace) -> int:
+    from hybridlm.ladder.coordinate_report import check_ladder, print_check
+    from hybridlm.ladder.request import read_ladder_request
+
+    widths = read_integers("--widths", args.widths, "64,128,256")
+    request = read_ladder_request(args.overrides, args.config_dir)
+    report = check_ladder(request, widths, say=_sayer(True))
+    if args.json:
+        print(json.dumps(report))
+    else:
+        from rich.console import Console
+
+        print_check(report, Console())
+    return 0 if report["passes"] else 1
+
+
+def _sayer(as_json: bool) -> Callable[[str], None]:
+    return lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)

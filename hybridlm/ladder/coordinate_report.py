@@ -1,0 +1,118 @@
+"""The coordinate check of a ladder: its architectures under its parametrization, and the standard one as the control.
+
+A check that cannot fail says nothing, so the standard parametrization is checked too and must be seen to grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hybridlm.errors import ConfigError, require
+from hybridlm.files import write_json
+from hybridlm.ladder.coordinates import (
+    QUANTITIES,
+    Coordinate,
+    CoordinateCheck,
+    Kind,
+    check_coordinates,
+    steepest,
+)
+from hybridlm.ladder.plan import architecture_config
+from hybridlm.ladder.request import LadderRequest
+
+COORDINATES_FILE = "coordinates.json"
+CONTROL: Kind = "standard"
+LAYERS = 4  # of the checked models, or two patterns of the schedule: one depth, so that width is all that changes
+VOCABULARY = 257  # tokens of the checked models: a large table only costs time
+
+
+def check_ladder(request: LadderRequest, widths: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
+    """Check every architecture of a ladder, and the control; writes coordinates.json in the ladder's folder.
+
+    Args:
+        request: names architectures, optimizer and parametrization.
+        widths: hidden sizes; the first is the base.
+        say: gets a line for every architecture.
+
+    Returns:
+        The verdicts and every coordinate as plain data.
+
+    Raises:
+        ConfigError: widths that do not ascend, a ladder without a parametrization to check.
+    """
+    ladder = request.ladder
+    require(len(widths) > 1 and list(widths) == sorted(set(widths)), "--widths", "must ascend", got=list(widths),
+            expected="such as 64,128,256")
+    if ladder.parametrization == CONTROL:
+        raise ConfigError("ladder.parametrization", "carries nothing that could be checked", got=CONTROL,
+                          expected="mup or completep")
+    check = CoordinateCheck(tuple(widths))
+    report: dict[str, Any] = {"widths": list(widths), "parametrization": ladder.parametrization, "steps": check.steps,
+                              "seeds": list(check.seeds), "architectures": {}}
+    for name in ladder.architectures:
+        config = architecture_config(request, name)
+        model = replace(config.model.resize(widths[0], min(LAYERS, config.model.num_layers)), vocab_size=VOCABULARY)
+        model = replace(model, init_std=config.model.init_std * (ladder.base_size.hidden_size / widths[0]) ** 0.5)
+        found: dict[str, Any] = {"gaps": [gap for mixer in dict.fromkeys(model.layers())
+                                          for gap in model.mixers[mixer].transfer_gaps()]}
+        for kind in (ladder.parametrization, CONTROL):
+            say(f"{name}: {kind}")
+            coordinates = check_coordinates(model, config.optimizer, check, kind)
+            found[kind] = _describe(coordinates)
+        found["stable"] = not found[ladder.parametrization]["unstable"]
+        found["control_grows"] = any(each["quantity"] in ("change", "update") and each["slope"] > 0
+                                     for each in found[CONTROL]["unstable"])
+        report["architectures"][name] = found
+    report["passes"] = all(each["stable"] and each["control_grows"] for each in report["architectures"].values())
+    ladder.folder.mkdir(parents=True, exist_ok=True)
+    write_json(ladder.folder / COORDINATES_FILE, report)
+    return report
+
+
+def _describe(coordinates: Sequence[Coordinate]) -> dict[str, Any]:
+    rows = [{"name": each.name, "quantity": each.quantity, "step": each.step, "slope": each.slope,
+             "rms": {str(width): value for width, value in each.rms.items()}} for each in coordinates]
+    unstable = [row for row, each in zip(rows, coordinates, strict=True) if not each.is_stable]
+    return {"coordinates": rows, "unstable": [{key: row[key] for key in ("name", "quantity", "step", "slope")}
+                                              for row in unstable],
+            "steepest": {quantity: found and {"name": found.name, "step": found.step, "slope": found.slope}
+                         for quantity in QUANTITIES for found in [steepest(coordinates, quantity)]}}
+
+
+def print_check(report: dict[str, Any], console: Console) -> None:
+    """Print the steepest growth of every quantity, and what is not stable.
+
+    Args:
+        report: of `check_ladder`.
+        console: where to.
+    """
+    kinds = (report["parametrization"], CONTROL)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    titles = [f"{quantity} grows most" for quantity in QUANTITIES]
+    for title in ("architecture", "parametrization", *titles, "unstable"):
+        table.add_column(title)
+    for name, found in report["architectures"].items():
+        for kind in kinds:
+            steep = [found[kind]["steepest"][quantity] for quantity in QUANTITIES]
+            table.add_row(name if kind == kinds[0] else "", kind,
+                          *("-" if each is None else f"{each['slope']:+.2f} {each['name']}" for each in steep),
+                          f"{len(found[kind]['unstable'])} of {len(found[kind]['coordinates'])}")
+    console.print(table)
+    for name, found in report["architectures"].items():
+        for each in found[kinds[0]]["unstable"][:5]:
+            said = f"{each['name']} {each['quantity']} at step {each['step']}: slope {each['slope']:+.2f}"
+            console.print(f"{name}: {said}", highlight=False)
+        for gap in found["gaps"]:
+            console.print(f"{name}: no published rule carries {gap}", highlight=False)
+        if not found["control_grows"]:
+            console.print(f"{name}: the standard parametrization does not grow either, so this check says nothing",
+                          highlight=False)
+    console.print(f"slopes of log2 RMS over log2 width, {report['widths']}; "
+                  + ("activations and their changes keep their size" if report["passes"]
+                     else "NOT stable: carried learning rates are not to be trusted"), highlight=False)

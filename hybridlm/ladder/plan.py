@@ -1,0 +1,257 @@
+"""Plans a ladder: points of a sweep, at every rung with a matched budget and carried hyperparameters."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hybridlm.config.checks import validate
+from hybridlm.config.schema import Config, StageConfig
+from hybridlm.errors import ConfigError, did_you_mean
+from hybridlm.ladder.request import LadderConfig, LadderRequest, architecture_words
+from hybridlm.ladder.rungs import RungConfig
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops
+from hybridlm.run_config import load_config
+from hybridlm.sweep.match import match_points
+from hybridlm.sweep.plan import FIXED_KEYS, SweepPlan
+from hybridlm.sweep.point import SEED_KEY, Point
+from hybridlm.sweep.probe_tasks import PointWork
+from hybridlm.sweep.request import SweepConfig
+from hybridlm.training.stages import plan_stages
+
+ARCHITECTURE_KEY = "architecture"
+RUNG_KEY = "rung"
+CARRIED_KEYS = ("training.seed", "training.steps", "training.tokens", "training.sequence_length", "training.batch_size",
+                "training.eval_batches", "model.hidden_size", "model.num_layers", "model.parametrization")
+BACKWARD_AND_FORWARD = 3.0  # FLOPs of training over those of the forward
+
+
+@dataclass(frozen=True)
+class PointCost:
+    """Costs of one point, from its config alone.
+
+    Args:
+        parameters: that a token meets, without embedding and head.
+        tokens: of training on text.
+        compute: FLOPs of training on text, head included.
+        flops_per_token: of a training step, head included.
+        flops_per_token_without_head: of a training step, without the head.
+        steps: optimizer steps on text.
+        lr: peak learning rate, before the factors per parameter.
+        state_bytes: decode state at the context of the ladder, in bf16.
+    """
+
+    parameters: int
+    tokens: int
+    compute: float
+    flops_per_token: float
+    flops_per_token_without_head: float
+    steps: int
+    lr: float
+    state_bytes: int
+
+
+@dataclass(kw_only=True)
+class LadderPlan:
+    """All points of a ladder.
+
+    Attributes:
+        ladder: the ladder's own settings.
+        sweep: the points as a sweep, which runs them.
+        costs: by name of the point.
+        notes: sentences that a person should read before anything runs.
+    """
+
+    ladder: LadderConfig
+    sweep: SweepPlan
+    costs: dict[str, PointCost]
+    notes: list[str] = field(default_factory=list)
+
+
+def make_ladder_plan(request: LadderRequest) -> LadderPlan:
+    """Make the points of a ladder, each with its complete config.
+
+    Args:
+        request: of `read_ladder_request`.
+
+    Raises:
+        ConfigError: a setting that the ladder decides itself, architectures that cannot be resized or matched.
+    """
+    ladder = request.ladder
+    for word in request.fixed:
+        key = word.partition("=")[0].lstrip("+")
+        if key in FIXED_KEYS or any(key == carried or key.startswith(f"{carried}.") for carried in CARRIED_KEYS):
+            raise ConfigError(key, "is decided by the ladder", got=word.partition("=")[2],
+                              expected="ladder.rungs, ladder.seeds, ladder.tokens_per_parameter, "
+                              "ladder.parametrization")
+    configs = {name: architecture_config(request, name) for name in ladder.architectures}
+    reference = ladder.reference_name
+    base_tokens = _tokens(configs[reference].model, ladder.base_size, ladder)
+    points: list[Point] = []
+    notes: list[str] = []
+    for rung in ladder.sizes:
+        tokens = _tokens(configs[reference].model, rung, ladder)
+        rung_points = [_make_point(ladder, rung, name, configs[name], seed, tokens, tokens / base_tokens)
+                       for name in ladder.architectures for seed in ladder.seeds]
+        matching = SweepConfig(name=ladder.name, match=ladder.match, state_context=ladder.state_context,
+                               reference=_point_name(reference, rung, ladder.seeds[0]))
+        notes += [f"{rung.name}: {note}" for note in match_points(rung_points, matching)]
+        if ladder.validation_tokens % rung.tokens_per_step:
+            notes.append(f"{rung.name}: batches of {rung.tokens_per_step:,} tokens do not divide the "
+                         f"{ladder.validation_tokens:,} of a validation, so it has a few more than other rungs")
+        points += rung_points
+    notes += _transfer_notes(ladder, points)
+    sweep = SweepConfig(name=ladder.name, match=ladder.match, dir=str(ladder.folder), probes=ladder.probes,
+                        state_context=ladder.state_context, launcher=ladder.launcher, slurm=ladder.slurm,
+                        ray=ladder.ray)
+    vary = {ARCHITECTURE_KEY: list(ladder.architectures), RUNG_KEY: [rung.name for rung in ladder.sizes],
+            SEED_KEY: [str(seed) for seed in ladder.seeds]}
+    costs = {point.name: _cost(point, ladder) for point in points}
+    return LadderPlan(ladder=ladder, costs=costs, notes=notes,
+                      sweep=SweepPlan(sweep=sweep, folder=ladder.folder, vary=vary, points=points, notes=notes))
+
+
+def architecture_config(request: LadderRequest, name: str) -> Config:
+    """The config of a run with an architecture, at the size that its model file says.
+
+    Args:
+        request: of `read_ladder_request`.
+        name: one of the ladder's architectures.
+    """
+    words = [*request.fixed, *architecture_words(request.ladder, name)]
+    return load_config(request.root, words, request.config_dir)
+
+
+def _point_name(architecture: str, rung: RungConfig, seed: int) -> str:
+    return f"{architecture}_{rung.name}_seed-{seed}"
+
+
+def resize_model(model: ModelConfig, rung: RungConfig, ladder: LadderConfig) -> ModelConfig:
+    """The model at a rung, with its parametrization; `model.init_std` is that of the base rung.
+
+    Args:
+        model: of any size.
+        rung: the size.
+        ladder: names the base rung and the parametrization.
+    """
+    base = ladder.base_size
+    rule = replace(model.parametrization, kind=ladder.parametrization, base_hidden_size=base.hidden_size,
+                   base_num_layers=base.num_layers)
+    std = model.init_std
+    if ladder.parametrization == "standard":  # as is usual: by the root of the width
+        std *= (base.hidden_size / rung.hidden_size) ** 0.5
+    resized = model.resize(rung.hidden_size, rung.num_layers)
+    return replace(resized, parametrization=rule, init_std=std,
+                   max_position=max(model.max_position, rung.sequence_length))
+
+
+def _tokens(model: ModelConfig, rung: RungConfig, ladder: LadderConfig) -> int:
+    """Tokens of training at a rung, whole steps."""
+    if rung.tokens is not None:
+        wanted = float(rung.tokens)
+    else:
+        per_parameter = rung.tokens_per_parameter or ladder.tokens_per_parameter
+        wanted = per_parameter * count_parameters(resize_model(model, rung, ladder)).active
+    return math.ceil(wanted / rung.tokens_per_step) * rung.tokens_per_step
+
+
+def _make_point(ladder: LadderConfig, rung: RungConfig, name: str, start: Config, seed: int, tokens: int,
+                tokens_ratio: float) -> Point:
+    """One point: the architecture's config at the size of the rung."""
+    config = copy.deepcopy(start)
+    config.model = resize_model(config.model, rung, ladder)
+    batch_ratio = rung.tokens_per_step / ladder.base_size.tokens_per_step
+    lr_factor = batch_ratio**ladder.lr_batch_exponent * tokens_ratio**ladder.lr_tokens_exponent
+    config.training = replace(
+        config.training, seed=seed, tokens=None, steps=tokens // rung.tokens_per_step,
+        sequence_length=rung.sequence_length, batch_size=rung.batch_size, resume="auto",
+        eval_batches=math.ceil(ladder.validation_tokens / rung.tokens_per_step))
+    config.recipe = replace(config.recipe, stages=_divide_steps(
+        config.recipe.stages, config.training.steps, ladder.architectures[name].get("stages", {}), name,
+        config.optimizer.lr, lr_factor))
+    point_name = _point_name(name, rung, seed)
+    config.run_dir = str(ladder.folder / "points" / point_name)
+    if config.tracking.run_name is None:
+        config.tracking = replace(config.tracking, run_name=f"{ladder.name}/{point_name}")
+    validate(config)
+    last = rung.name == ladder.sizes[-1].name
+    return Point(name=point_name, settings={ARCHITECTURE_KEY: name, RUNG_KEY: rung.name, SEED_KEY: seed}, config=config,
+                 work=PointWork(probes=ladder.probes if last else []))
+
+
+def _divide_steps(stages: list[StageConfig], steps: int, fractions: dict[str, float], architecture: str, lr: float,
+                  lr_factor: float) -> list[StageConfig]:
+    """The stages of a recipe with their parts of all steps, and their learning rates.
+
+    Args:
+        stages: of the recipe; the last one gets what the others leave.
+        steps: of the whole training.
+        fractions: part of the steps by name of a stage.
+        architecture: its name, for errors.
+        lr: peak of stages that have none of their own.
+        lr_factor: what batch and tokens make of it.
+    """
+    names = [stage.name for stage in stages]
+    key = f"ladder.architectures.{architecture}.stages"
+    for name in fractions:
+        if name not in names[:-1]:
+            raise ConfigError(key, "names no stage before the last", got=name,
+                              expected=f"among {', '.join(names[:-1])}" if names[:-1] else "a recipe with stages",
+                              hint=did_you_mean(name, names))
+    divided = []
+    left = steps
+    for stage in stages:
+        own = left
+        if stage is not stages[-1]:
+            if stage.name not in fractions:
+                raise ConfigError(key, f"does not say what part of the tokens stage '{stage.name}' gets",
+                                  expected=f"stages: {{{stage.name}: 0.1}}")
+            own = max(1, round(fractions[stage.name] * steps))
+            left -= own
+        if own < 1:
+            raise ConfigError(key, f"leaves no step for stage '{stage.name}'", got=fractions)
+        divided.append(replace(stage, steps=own, tokens=None, lr=(stage.lr or lr) * lr_factor, batch_size=None,
+                               sequence_length=None))
+    return divided
+
+
+def _transfer_notes(ladder: LadderConfig, points: list[Point]) -> list[str]:
+    """Say by which rule hyperparameters are carried, and for which parts nobody has checked it."""
+    base = ladder.base_size
+    carried = f"learning rate and initial values are those of {base.name}"
+    if ladder.parametrization == "standard":
+        return [f"{carried}; width and depth change no learning rate (ladder.parametrization=standard)"]
+    said = [f"{carried}, carried by {ladder.parametrization}"]
+    gaps: dict[str, list[str]] = {}
+    for point in points:
+        for name in dict.fromkeys(point.config.model.layers()):
+            for gap in point.config.model.mixers[name].transfer_gaps():
+                found = gaps.setdefault(gap, [])
+                if point.settings[ARCHITECTURE_KEY] not in found:
+                    found.append(point.settings[ARCHITECTURE_KEY])
+    said += [f"no published rule carries {gap} ({', '.join(names)}): they get the factors of their shape"
+             for gap, names in gaps.items()]
+    return said
+
+
+def _cost(point: Point, ladder: LadderConfig) -> PointCost:
+    """Costs of a point; FLOPs are those of its last stage."""
+    model = point.config.model
+    stages = plan_stages(point.config)
+    length = stages[-1].sequence_length
+    tokens = sum(stage.steps * stage.tokens_per_step for stage in stages)
+    per_token = training_flops(model, length)
+    head = BACKWARD_AND_FORWARD * forward_flops(model, length)["head"]
+    return PointCost(parameters=count_parameters(model).active, tokens=tokens, compute=per_token * tokens,
+                     flops_per_token=per_token,
+                     flops_per_token_without_head=per_token - head,
+                     steps=sum(stage.steps for stage in stages), lr=stages[-1].lr,
+                     state_bytes=decode_state_bytes(model, ladder.state_context))
+
+
+def describe_costs(costs: dict[str, PointCost]) -> dict[str, dict[str, Any]]:
+    """Costs as plain data."""
+    return {name: dict(vars(cost)) for name, cost in costs.items()}
