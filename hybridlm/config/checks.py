@@ -84,7 +84,9 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
             "does not divide into micro batches", got=batch,
             expected=f"a multiple of training.micro_batch_size={micro}")
     wants = next((key for key in ("attention_mode", "topk") if getattr(stage, key) is not None), None)
-    require(wants is None or model_has_indexer(config.model), f"{path}.{wants}", "needs a model with sparse attention",
+    switches = wants == "attention_mode" and model_has_selector(config.model)
+    require(wants is None or switches or model_has_indexer(config.model), f"{path}.{wants}",
+            "needs a model with sparse attention",
             got=None if wants is None else getattr(stage, wants),
             hint="convert a checkpoint with recipe=dsa_tiny init_from=..., or take a model such as kda_dsa_tiny")
     for name in dict.fromkeys(config.model.layers()) if stage.topk else ():
@@ -110,6 +112,12 @@ def model_has_indexer(config: ModelConfig) -> bool:
     """Whether any layer or block of multi-token prediction reads only keys that an indexer selects."""
     used = {*config.layers(), config.mtp.mixer}
     return any(mixer.has_indexer() for name, mixer in config.mixers.items() if name in used)
+
+
+def model_has_selector(config: ModelConfig) -> bool:
+    """Whether any layer or block of multi-token prediction reads blocks that a selector chooses."""
+    used = {*config.layers(), config.mtp.mixer}
+    return any(mixer.has_selector() for name, mixer in config.mixers.items() if name in used)
 
 
 def check_patterns(patterns: list[str], names: list[str], path: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer
+from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.model import HybridLM
 from hybridlm.training.stages import Stage
 
@@ -23,9 +24,16 @@ def indexed_mixers(model: nn.Module) -> list[IndexedMixer]:
     return [m for m in model.modules() if isinstance(m, IndexedMixer) and m.indexer_config is not None]
 
 
+def _mixers(model: nn.Module) -> list[SequenceMixer]:
+    """List all mixers, branches of parallel ones too."""
+    return [module for module in model.modules() if isinstance(module, SequenceMixer)]
+
+
 def set_attention(model: HybridLM, stage: Stage) -> None:
     """Set attention mode, top-k and loss weights as the stage says; what it leaves open is as in the model's config."""
     model.loss_weights = dict(stage.loss_weights)
+    for any_mixer in _mixers(model):
+        any_mixer.set_attention(stage.attention_mode, stage.loss_weights)
     for mixer in indexed_mixers(model):
         config = mixer.indexer_config
         assert config is not None
@@ -37,6 +45,8 @@ def set_attention(model: HybridLM, stage: Stage) -> None:
 
 def freeze_idle_indexers(model: HybridLM) -> None:
     """Freeze indexers whose loss has no weight: they get no gradient, and must not be decayed either."""
+    for any_mixer in _mixers(model):
+        any_mixer.freeze_idle_parameters()
     last: IndexedMixer | None = None
     learning: dict[IndexedMixer, bool] = {}
     for mixer in indexed_mixers(model):
@@ -51,6 +61,9 @@ def freeze_idle_indexers(model: HybridLM) -> None:
 def stage_model(config: ModelConfig, stage: Stage) -> ModelConfig:
     """Return the config of the model in this stage, for its checkpoints and its FLOPs."""
     changed = copy.deepcopy(config)
+    if stage.attention_mode is not None:
+        changed.mixers = {name: mixer.with_attention_mode(stage.attention_mode)
+                          for name, mixer in changed.mixers.items()}
     for mixer in changed.mixers.values():
         indexer = getattr(mixer, "indexer", None)
         if indexer is not None:
@@ -73,10 +86,15 @@ def warn_of_selection(model: HybridLM, stage: Stage) -> None:
 def measuring_recall(model: nn.Module, on: bool = True) -> Iterator[None]:
     """Let forwards report each indexer's loss and its recall against dense attention."""
     mixers = indexed_mixers(model) if on else []
+    others = _mixers(model) if on else []
     for mixer in mixers:
         mixer.measuring = True
+    for any_mixer in others:
+        any_mixer.measure_selection(True)
     try:
         yield
     finally:
         for mixer in mixers:
             mixer.measuring = False
+        for any_mixer in others:
+            any_mixer.measure_selection(False)

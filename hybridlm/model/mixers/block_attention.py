@@ -204,6 +204,12 @@ class BlockAttentionConfig(GroupedHeadsConfig):
             filled.setdefault("topk", max(always + 1, min(4096, model.max_position // 8) // block))
         return filled
 
+    def has_selector(self) -> bool:
+        return True
+
+    def with_attention_mode(self, mode: AttentionMode) -> Self:
+        return replace(self, mode=mode)
+
     def rotates(self) -> bool:
         return self.rope.kind != "none"
 
@@ -272,6 +278,17 @@ class BlockAttention(SequenceMixer):
     @property
     def loss_weights(self) -> dict[str, float]:
         return {"selector_kl": self.kl_weight}
+
+    def set_attention(self, mode: AttentionMode | None, loss_weights: Mapping[str, float]) -> None:
+        self.attention_mode = self.config.mode if mode is None else self.config.with_attention_mode(mode).mode
+        self.kl_weight = loss_weights.get("selector_kl", self.config.selector.kl_weight)
+
+    def freeze_idle_parameters(self) -> None:
+        if self.kl_weight == 0:
+            self.selector.requires_grad_(False)
+
+    def measure_selection(self, on: bool) -> None:
+        self.measuring = on
 
     def _learns(self) -> bool:
         return (self.training and torch.is_grad_enabled() and self.kl_weight > 0

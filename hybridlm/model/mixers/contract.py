@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -254,6 +254,14 @@ class MixerConfig(abc.ABC):
         """Whether the mixer reads only keys that an indexer selects."""
         return False
 
+    def has_selector(self) -> bool:
+        """Whether the mixer reads blocks that a selector chooses, which a training stage may switch to all keys."""
+        return False
+
+    def with_attention_mode(self, mode: Literal["dense", "sparse"]) -> Self:
+        """The same mixer attending to all keys (`dense`) or to what it selects (`sparse`), where it has a selector."""
+        return self
+
     def topk_multiple(self) -> int:
         """Tokens that are selected together: a top-k that a training stage sets must be a multiple of it."""
         return 1
@@ -421,6 +429,20 @@ class SequenceMixer(KeepsFP32, abc.ABC):
             seq: positions and borders of the documents.
         """
         return torch.zeros_like(x_BTD)
+
+    def set_attention(self, mode: Literal["dense", "sparse"] | None, loss_weights: Mapping[str, float]) -> None:
+        """Follow a training stage: where the mixer has a selector, its mode and the weight of its loss.
+
+        Args:
+            mode: `dense` or `sparse`; None is as in the config.
+            loss_weights: weights of losses by name that replace those of the config.
+        """
+
+    def freeze_idle_parameters(self) -> None:
+        """Freeze parameters of a selector whose loss has no weight: nothing trains them, nothing must decay them."""
+
+    def measure_selection(self, on: bool) -> None:
+        """Let forwards report the share of dense attention that a selection reads, where the mixer has a selector."""
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter of the mixer, by its name within the mixer.
