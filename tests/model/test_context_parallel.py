@@ -11,6 +11,7 @@ from hybridlm.model.contract_check.context_parallel import check_context_paralle
 from hybridlm.model.contract_check.thread_shards import run_on_threads
 from hybridlm.model.mixers.contract import MixerConfig
 from tests.support.mixer_cases import CASES, HIDDEN, build, context_of, subject
+from tests.support.mixer_forms import collect_names
 
 INDEXED = [name for name, config in CASES.items() if getattr(config, "indexer", None) is not None]
 
@@ -43,7 +44,8 @@ def test_shards_of_an_indexer_that_only_learns(name):
     assert check_shard_traffic(Subject(dense, context_of(name)))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if (getattr(CASES[name], "num_heads", 0) or 0) % 4 == 0])
+@pytest.mark.parametrize("name", [name for name in CASES if (getattr(CASES[name], "num_heads", 0) or 0) % 4 == 0
+                                  and name not in collect_names("UNDIVIDED")])
 def test_four_shards_are_claimed_where_four_divides_the_heads(name):
     CASES[name].check_context_parallel(4, 9)
     assert "4 shards" in check_context_parallel(subject(name))

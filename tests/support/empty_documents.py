@@ -33,6 +33,8 @@ STATELESS = {
         main_q, main_k, main_k, window=5, cu_seqlens=borders, backend=backend),
     "forgetting_attention": lambda q, k, w, main_q, main_k, borders, backend: ops.forgetting_attention(
         main_q, main_k, main_k, -w.exp(), cu_seqlens=borders, backend=backend),
+    "position_weighted_mean": lambda q, k, w, main_q, main_k, borders, backend: ops.position_weighted_mean(
+        main_q[..., 0, :], main_q[..., 1, :], w[0], w[0].flip(0), window=3, cu_seqlens=borders, backend=backend),
     "max_scan": lambda q, k, w, main_q, main_k, borders, backend: ops.max_scan(
         w, -w.exp(), cu_seqlens=borders, backend=backend)[0],
     "slstm": lambda q, k, w, main_q, main_k, borders, backend: ops.slstm(

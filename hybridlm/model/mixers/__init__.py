@@ -1,5 +1,7 @@
 """Sequence mixers. Importing this package registers every kind, those of selectors too."""
 
+from hybridlm.model.mixers.aft import AFT as AFT
+from hybridlm.model.mixers.aft import AFTConfig as AFTConfig
 from hybridlm.model.mixers.aft_simple import AFTSimple as AFTSimple
 from hybridlm.model.mixers.aft_simple import AFTSimpleConfig as AFTSimpleConfig
 from hybridlm.model.mixers.attention import Attention as Attention
