@@ -206,10 +206,13 @@ def test_what_a_mixer_does_not_claim_is_skipped(monkeypatch):
     MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="softmax", balance_loss=0.01,
               router_z_loss=0.01),
     MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="sigmoid", num_shared_experts=1),
+    MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="sqrt_softplus", latent_size=12,
+              latent_norm=True, num_shared_experts=1),
     RWKVChannelMixConfig(intermediate_size=20), RWKVChannelMixConfig(intermediate_size=20, receptance=True),
     RWKVChannelMixConfig(intermediate_size=20, deep_embed="output"),
     RWKVChannelMixConfig(intermediate_size=20, deep_embed="inner", deep_embed_rank=3),
-], ids=["token_shift", "dense", "dense_limited", "moe_softmax", "moe_sigmoid", "rwkv7", "rwkv6", "rwkv8", "rwkv7a"])
+], ids=["token_shift", "dense", "dense_limited", "moe_softmax", "moe_sigmoid", "moe_latent", "rwkv7", "rwkv6", "rwkv8",
+        "rwkv7a"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_feed_forwards_keep_the_contract(check, config):
     with sharing_kinds.registered():

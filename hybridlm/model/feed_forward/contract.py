@@ -38,12 +38,14 @@ class RoutedExperts:
         per_token: experts that each token meets.
         num_groups: groups of equal size that the router divides the experts into.
         topk_groups: groups that a token's experts may come from.
+        latent_size: width of their inputs and outputs; None: the model's.
     """
 
     total: int
     per_token: int
     num_groups: int = 1
     topk_groups: int = 1
+    latent_size: int | None = None
 
 
 @dataclass(kw_only=True)

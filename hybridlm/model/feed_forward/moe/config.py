@@ -32,7 +32,11 @@ class MoEConfig(FeedForwardConfig):
         shared_gate: whether sigmoid(w x) scales the shared experts' output (Qwen).
         dense_layers: layers that are one SwiGLU, counted from 0.
         intermediate_size: inner width of the dense layers.
-        router: how scores are made from logits.
+        router: how scores are made from logits; `sqrt_softplus` is sqrt(log(1 + e^logit)) (DeepSeek-V4).
+        hash_layers: layers whose experts are chosen by a fixed table of token ids; scores weigh them alone.
+        latent_size: width in which routed experts work, between two projections that all of them share (Nemotron 3,
+            Kimi K3); null is the model's.
+        latent_norm: whether the sum of routed experts is normalised in that width.
         norm_topk_prob: whether the weights of a token's experts sum to one.
         routed_scaling_factor: factor on the routed experts' output.
         num_groups: groups of equal size that the experts are divided into.
@@ -55,7 +59,10 @@ class MoEConfig(FeedForwardConfig):
     shared_gate: bool = False
     dense_layers: list[int] = field(default_factory=list)
     intermediate_size: int | None = None
-    router: Literal["softmax", "sigmoid"] = "softmax"
+    router: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    hash_layers: list[int] = field(default_factory=list)
+    latent_size: int | None = None
+    latent_norm: bool = False
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     num_groups: int = 1
@@ -76,6 +83,12 @@ class MoEConfig(FeedForwardConfig):
         require(self.num_experts_per_tok <= self.num_experts, "num_experts_per_tok",
                 "is more than there are experts", got=self.num_experts_per_tok,
                 expected=f"at most num_experts = {self.num_experts}")
+        require(self.latent_size is None or self.latent_size > 0, "latent_size", "must be positive",
+                got=self.latent_size)
+        require(self.latent_size is not None or not self.latent_norm, "latent_norm", "needs latent_size", got=True,
+                expected="false")
+        require(not set(self.hash_layers) & set(self.dense_layers), "hash_layers", "are dense layers too",
+                got=self.hash_layers, expected="layers that dense_layers does not name")
         self._check_groups()
         self._check_shared()
         require(self.routed_scaling_factor > 0, "routed_scaling_factor", "must be positive",
@@ -123,7 +136,8 @@ class MoEConfig(FeedForwardConfig):
         return rate is None or rate > 0
 
     def routed_experts(self) -> RoutedExperts:
-        return RoutedExperts(self.num_experts, self.num_experts_per_tok, self.num_groups, self.topk_groups)
+        return RoutedExperts(self.num_experts, self.num_experts_per_tok, self.num_groups, self.topk_groups,
+                             self.latent_size)
 
     def balance_warning(self) -> str:
         if self.updates_bias or self.balance_loss or self.num_experts_per_tok == self.num_experts:
@@ -148,15 +162,25 @@ class MoEConfig(FeedForwardConfig):
         """The config of one SwiGLU of this inner width, as dense layers and shared experts have it."""
         return FEED_FORWARDS.config_class("dense")(intermediate_size=width, swiglu_limit=self.swiglu_limit)
 
+    def is_hashed(self, layer_index: int) -> bool:
+        """Whether a table of token ids chooses the experts of the layer."""
+        return layer_index in self.hash_layers
+
+    def expert_width(self, hidden_size: int) -> int:
+        """Width of the inputs and outputs of routed experts, in a model of this width."""
+        return self.latent_size or hidden_size
+
     def dense_config(self, context: LayerContext) -> FeedForwardConfig | None:
         """The config of this layer where it is a dense one, else None.
 
         Raises:
             ConfigError: a dense layer that the model does not have.
         """
-        require(max(self.dense_layers, default=0) < context.num_layers, "feed_forward.dense_layers",
-                "names a layer the model does not have", got=self.dense_layers,
-                expected=f"layers 0 to {context.num_layers - 1}")
+        for key in ("dense_layers", "hash_layers"):
+            layers = getattr(self, key)
+            require(max(layers, default=0) < context.num_layers, f"feed_forward.{key}",
+                    "names a layer the model does not have", got=layers,
+                    expected=f"layers 0 to {context.num_layers - 1}")
         if self.is_moe(context.layer_index):
             return None
         assert self.intermediate_size is not None
@@ -168,15 +192,17 @@ class MoEConfig(FeedForwardConfig):
         hidden = context.hidden_size
         experts = self.num_experts_per_tok if active else self.num_experts
         gate = hidden if self.shared_gate else 0
-        return (hidden * self.num_experts + 3 * hidden * self.moe_intermediate_size * experts
-                + 3 * hidden * self.shared_width + gate)
+        around = 0 if self.latent_size is None else self.latent_size * (2 * hidden + self.latent_norm)
+        return (hidden * self.num_experts + 3 * self.expert_width(hidden) * self.moe_intermediate_size * experts
+                + around + 3 * hidden * self.shared_width + gate)
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         if not self.is_moe(context.layer_index):
             return super().activation_bytes(context, element_bytes)
         gate_and_up = self.num_experts_per_tok * 2 * self.moe_intermediate_size
         scores = 2 * FP32_BYTES * self.num_experts
-        return element_bytes * (gate_and_up + 3 * self.shared_width) + scores
+        latents = (2 + self.latent_norm) * (self.latent_size or 0)
+        return element_bytes * (gate_and_up + latents + 3 * self.shared_width) + scores
 
     def canonical(self, context: LayerContext) -> dict[str, Any]:
         dense = self.dense_config(context)
@@ -185,6 +211,7 @@ class MoEConfig(FeedForwardConfig):
         data = to_dict(self)
         for key in (*self.TRAINING_FIELDS, "dense_layers", "intermediate_size", "residual", "num_shared_experts"):
             data.pop(key)
+        data["hash_layers"] = self.is_hashed(context.layer_index)
         data["correction_bias"] = self.has_bias
         data["shared_intermediate_size"] = self.shared_width
         if self.topk_groups == self.num_groups:
@@ -203,15 +230,16 @@ class MoEConfig(FeedForwardConfig):
         return dataclasses.replace(self, **sizes)  # type: ignore[arg-type]
 
     def routed_params(self, context: LayerContext) -> int:
-        each = 3 * context.hidden_size * self.moe_intermediate_size
+        each = 3 * self.expert_width(context.hidden_size) * self.moe_intermediate_size
         return each * self.num_experts if self.is_moe(context.layer_index) else 0
 
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
         if (dense := self.dense_config(context)) is not None:
             return dense.flops_per_token(context)
         hidden = context.hidden_size
-        return {
+        parts = {
             "router": 2.0 * hidden * self.num_experts,
-            "experts": 6.0 * hidden * self.moe_intermediate_size * self.num_experts_per_tok,
+            "experts": 6.0 * self.expert_width(hidden) * self.moe_intermediate_size * self.num_experts_per_tok,
             "shared_experts": 6.0 * hidden * self.shared_width + (2.0 * hidden if self.shared_gate else 0.0),
         }
+        return parts if self.latent_size is None else parts | {"latents": 4.0 * hidden * self.latent_size}

@@ -1,6 +1,6 @@
 """Mixture of experts: every token meets a few routed experts, and the shared ones.
 
-B rows, T tokens, N = B*T, D model width, A experts per token.
+B rows, T tokens, N = B*T, D model width, Z width of routed experts, A experts per token.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hybridlm.model.feed_forward.moe.experts import Experts
 from hybridlm.model.feed_forward.moe.router import Router
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux
+from hybridlm.model.norm import RMSNorm
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.decoding import moe_experts_step
 from hybridlm_kernels.precision import wide
@@ -31,11 +32,12 @@ from hybridlm_kernels.precision import wide
 class MixtureOfExperts(FeedForward):
     """The module of a mixture: y = sum_a w_a expert_a(x) + gate(x) * shared(x), no token dropped.
 
+    With `latent_size` routed experts work in a latent of Z dims: up(norm(sum_a w_a expert_a(down(x)))).
     Source: DeepSeek-V3, section 2.1.2. Parameters router.weight, experts.gate_up, experts.down, shared.*,
-    shared_gate.weight; buffers router.bias and router.load.
+    shared_gate.weight, latent_down, latent_up, latent_norm; buffers router.bias, router.load and router.table.
     """
 
-    fp32_parameters = ("router.weight", "router.bias")
+    fp32_parameters = ("router.weight", "router.bias", "latent_norm.weight")
 
     @classmethod
     def build(cls, config: FeedForwardConfig, context: LayerContext) -> FeedForward:
@@ -46,8 +48,16 @@ class MixtureOfExperts(FeedForward):
     def __init__(self, config: MoEConfig, context: LayerContext):
         super().__init__()
         self.config = config
-        self.router = Router(config, context.hidden_size)
-        self.experts = Experts(config, context.hidden_size)
+        hashed = config.is_hashed(context.layer_index)
+        self.router = Router(config, context.hidden_size, context.vocab_size if hashed else None)
+        self.experts = Experts(config, config.expert_width(context.hidden_size))
+        self.latent_down: nn.Linear | None = None
+        self.latent_up: nn.Linear | None = None
+        self.latent_norm: RMSNorm | None = None
+        if config.latent_size is not None:
+            self.latent_down = nn.Linear(context.hidden_size, config.latent_size, bias=False)
+            self.latent_up = nn.Linear(config.latent_size, context.hidden_size, bias=False)
+            self.latent_norm = RMSNorm.of(context.norm, config.latent_size) if config.latent_norm else None
         self.shared: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None
         if config.num_shared_experts:
@@ -61,8 +71,9 @@ class MixtureOfExperts(FeedForward):
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: None = None) -> tuple[Tensor, Aux]:
         ids_NA, weights_NA, aux = self.router(x_BTD, seq)
-        y_ND = self.experts(x_BTD.reshape(-1, x_BTD.shape[-1]), ids_NA, weights_NA)
-        y_BTD = y_ND.view(x_BTD.shape)
+        z_BTZ = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
+        y_NZ = self.experts(z_BTZ.reshape(-1, z_BTZ.shape[-1]), ids_NA, weights_NA)
+        y_BTD = self._from_latent(y_NZ.view(z_BTZ.shape))
         if self.shared is not None:
             shared_BTD, _ = self.shared(x_BTD, seq)
             if self.shared_gate is not None:
@@ -70,8 +81,16 @@ class MixtureOfExperts(FeedForward):
             y_BTD = y_BTD + shared_BTD
         return y_BTD, aux
 
+    def _from_latent(self, y_BTZ: Tensor) -> Tensor:
+        """The routed experts' sum in the width of the model."""
+        if self.latent_up is None:
+            return y_BTZ
+        return self.latent_up(y_BTZ if self.latent_norm is None else self.latent_norm(y_BTZ))
+
     def prepare_step(self) -> DecodeStep | None:
         """One token goes through its experts one after the other; several go as in `forward`."""
+        if self.latent_down is not None or self.router.table is not None:
+            return None
         if self.experts.dispatch is not None or not (is_plain(self.router, Router) and is_plain(self.experts, Experts)):
             return None
         router, experts, limit = self.router, self.experts, self.config.swiglu_limit
@@ -119,5 +138,8 @@ class MixtureOfExperts(FeedForward):
         self.experts.init_weights(std)
         if self.shared is not None:
             self.shared.init_weights(std)
-        if self.shared_gate is not None:
-            nn.init.normal_(self.shared_gate.weight, std=std)
+        for linear in (self.shared_gate, self.latent_down, self.latent_up):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=std)
+        if self.latent_norm is not None:
+            self.latent_norm.reset_parameters()

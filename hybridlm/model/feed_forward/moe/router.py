@@ -19,6 +19,7 @@ from hybridlm.model.parameter_roles import ParameterRole, matrix_role
 from hybridlm.model.sequence import SequenceInfo
 
 MAX_BIAS_STEP = 0.01  # of a score in 0..1; larger steps overshoot the spread of scores among tokens in deeper models
+TABLE_ROWS = 4096  # token ids whose experts are drawn at once
 NORM_EPS = 1e-20  # sigmoid scores of a token's experts may all be tiny
 
 
@@ -27,18 +28,30 @@ class Router(nn.Module):
 
     `load` counts the tokens each expert got since the last optimizer step (int64, not saved): ranks add theirs up
     before `balance`.
+
+    Args:
+        config: of the mixture.
+        hidden_size: width D of the tokens.
+        hashed_tokens: size of the vocabulary whose ids choose the experts, by the buffer `table` [V, A], which starts
+            with distinct random experts for each id and does not learn; None: scores choose.
     """
 
     weight: nn.Parameter
+    table: Tensor | None
     bias: Tensor | None
     load: Tensor
 
-    def __init__(self, config: MoEConfig, hidden_size: int):
+    def __init__(self, config: MoEConfig, hidden_size: int, hashed_tokens: int | None = None):
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
-        self.register_buffer("bias", torch.zeros(config.num_experts) if config.has_bias else None)
+        has_bias = config.has_bias and hashed_tokens is None
+        self.register_buffer("bias", torch.zeros(config.num_experts) if has_bias else None)
+        table = None
+        if hashed_tokens is not None:
+            table = torch.zeros(hashed_tokens, config.num_experts_per_tok, dtype=torch.int64)
+        self.register_buffer("table", table)
         self.register_buffer("load", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
@@ -49,6 +62,10 @@ class Router(nn.Module):
         self.load.zero_()
         if self.bias is not None:
             self.bias.zero_()
+        if self.table is not None:
+            for rows in self.table.split(TABLE_ROWS):
+                draw = torch.rand(len(rows), self.config.num_experts, device=rows.device)
+                rows.copy_(draw.topk(self.config.num_experts_per_tok, dim=-1).indices)
 
     @property
     def moves_bias(self) -> bool:
@@ -64,16 +81,28 @@ class Router(nn.Module):
             Ids [N, A], their weights [N, A], and in training the losses and statistics of the layer.
         """
         logits_NE = self.logits(x_BTD)
-        s_NE, ids_NA, weights_NA = self.choose(logits_NE)
+        s_NE, ids_NA, weights_NA = self.choose(logits_NE, self._table_ids(seq))
         return ids_NA, weights_NA, self.aux(logits_NE, s_NE, ids_NA, seq) if self.training else {}
 
-    def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores [N, E], ids [N, A] of the chosen experts, and their weights [N, A]."""
+    def _table_ids(self, seq: SequenceInfo) -> Tensor | None:
+        """Ids of the experts that the table has for the tokens, [N, A]; None without a table."""
+        if self.table is None:
+            return None
+        if seq.token_ids_BT is None:
+            raise ValueError("feed_forward.hash_layers choose experts by token ids: run the model with input_ids, not "
+                             "inputs_embeds")
+        return self.table[seq.token_ids_BT.reshape(-1).to(self.table.device)]
+
+    def choose(self, logits_NE: Tensor, ids_NA: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [N, E], ids [N, A] of the chosen experts (those given, if any), and their weights [N, A]."""
         if self.config.router == "softmax":
             s_NE = torch.softmax(logits_NE, dim=-1)
-        else:
+        elif self.config.router == "sigmoid":
             s_NE = torch.sigmoid(logits_NE)
-        ids_NA = self.select(s_NE)
+        else:
+            s_NE = F.softplus(logits_NE).sqrt()
+        if ids_NA is None:
+            ids_NA = self.select(s_NE)
         weights_NA = s_NE.gather(1, ids_NA)
         if self.config.norm_topk_prob:
             total_N1 = weights_NA.sum(-1, keepdim=True)
@@ -101,7 +130,7 @@ class Router(nn.Module):
     def aux(self, logits_NE: Tensor, s_NE: Tensor, ids_NA: Tensor, seq: SequenceInfo) -> Aux:
         aux: Aux = {}
         p_NE = s_NE if self.config.router == "softmax" else s_NE / (s_NE.sum(-1, keepdim=True) + NORM_EPS)
-        if self.config.balance_loss:
+        if self.config.balance_loss and self.table is None:
             aux["loss/balance"] = self.balance_loss(s_NE, p_NE, ids_NA, seq)
         if self.config.router_z_loss:
             aux["loss/router_z"] = torch.logsumexp(logits_NE, dim=-1).square().mean()
