@@ -25,8 +25,8 @@ from hybridlm.ladder.coordinates import (
 )
 from hybridlm.ladder.plan import architecture_config
 from hybridlm.ladder.request import LadderRequest
+from hybridlm.sweep.folder import COORDINATES_FILE
 
-COORDINATES_FILE = "coordinates.json"
 CONTROL: Kind = "standard"
 LAYERS = 4  # of the checked models, or two patterns of the schedule: one depth, so that width is all that changes
 VOCABULARY = 257  # tokens of the checked models: a large table only costs time

@@ -11,10 +11,11 @@ import numpy as np
 from hybridlm.errors import ConfigError
 from hybridlm.inspect import scaled
 from hybridlm.ladder.analysis import RESULT_FILE
-from hybridlm.ladder.coordinate_report import CONTROL, COORDINATES_FILE
+from hybridlm.ladder.coordinate_report import CONTROL
 from hybridlm.ladder.law import Law
 from hybridlm.report.figures import Axis, Chart, Figure, Panel, Series, Table, Value, number
 from hybridlm.report.palette import Palette, Style
+from hybridlm.sweep.folder import COORDINATES_FILE
 
 COMPUTE = Axis("training FLOPs", log=True)
 LINE_POINTS = 40  # of a law

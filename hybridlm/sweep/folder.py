@@ -32,6 +32,7 @@ from hybridlm.training.run_folder import LOCK_FILE
 POINT_FILE = "point.yaml"
 OUTCOME_FILE = "outcome.json"
 OUTPUT_FILE = "output.txt"
+COORDINATES_FILE = "coordinates.json"  # of a ladder, which may be checked before it runs
 LAUNCH_FILE = "launch.json"  # in jobs/N: the points of a launcher, and its options
 STOP_FILE = "stop"  # in jobs/N: asks the points there to save and end
 
@@ -127,7 +128,8 @@ def check_owner(plan: SweepPlan) -> None:
 def _check_no_other_files(folder: Path) -> None:
     if not folder.exists():
         return
-    strange = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK_FILE, "points", "jobs"))
+    known = (LOCK_FILE, "points", "jobs", COORDINATES_FILE)
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in known)
     if strange:
         raise ConfigError("sweep.dir", f"holds something that is no sweep ({strange[0]})", got=str(folder),
                           hint="take another sweep.dir=...")
