@@ -35,7 +35,7 @@ def values_and_gradients(run, case):
     learnt = [x.requires_grad_() for name, x in tensors.items() if x.is_floating_point() and name not in case.fixed]
     outputs = [x for x in tree_leaves(run(tensors)) if isinstance(x, torch.Tensor)]
     trained = [x for x in outputs if x.requires_grad]
-    upstream = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in trained]
+    upstream = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape) for x in trained]
     grads = torch.autograd.grad(trained, learnt, upstream) if trained else []
     return [x.detach() for x in outputs], list(grads)
 

@@ -221,7 +221,7 @@ def test_equal_scores_go_to_the_earlier_block():
     mixer = build("moba")
     torch.nn.init.zeros_(mixer.k_proj.weight)
     x = inputs(1, LENGTH)
-    index = mixer.selector.index(room.SelectorInputs(x, *(mixer._heads(p(x), None) for p in (
+    index = mixer.selector(room.SelectorInputs(x, *(mixer._heads(p(x), None) for p in (
         mixer.q_proj, mixer.k_proj, mixer.q_proj, mixer.k_proj))), SequenceInfo.make(1, LENGTH, x.device))
     chosen = room.choose_blocks(mixer.selector, index, mixer.config.budget)
     assert chosen[0, :, 0].tolist() == [[0 if t >= 5 else -1, t // 5] for t in range(LENGTH)]

@@ -40,6 +40,8 @@ STATELESS = {
     "slstm": lambda q, k, w, main_q, main_k, borders, backend: ops.slstm(
         main_q.unflatten(-1, (4, 8)), torch.eye(8).to(main_q).expand(4, 4, 8, 8), cu_seqlens=borders,
         backend=backend)[0],
+    "log_linear_attention": lambda q, k, w, main_q, main_k, borders, backend: ops.log_linear_attention(
+        main_k, main_k, main_k, q[..., :2, :5], g=-w[..., :2].exp(), cu_seqlens=borders, backend=backend)[0],
     "attention_total": lambda q, k, w, main_q, main_k, borders, backend: ops.attention_total(
         main_q, main_k, main_k, window=5, cu_seqlens=borders, backend=backend)[0],
     "selected_attention": lambda q, k, w, main_q, main_k, borders, backend: ops.selected_attention(

@@ -310,7 +310,7 @@ class BlockAttention(SequenceMixer):
         if sparse or keeps_entries or learns:
             inputs = SelectorInputs(x_BTD, q_BTHK, k_BTGK, raw_q, raw_k).detached()
             with torch.set_grad_enabled(self._learns()):
-                index = self.selector.index(inputs, seq, None if state is None else state.entries)
+                index = self.selector(inputs, seq, None if state is None else state.entries)
         chosen = None
         if index is not None and (sparse or learns):
             chosen = choose_blocks(self.selector, index, self.config.budget)

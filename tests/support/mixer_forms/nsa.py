@@ -11,3 +11,4 @@ FORMS: dict[str, MixerConfig] = {
     "nsa_weighted": NSAConfig(**{**SIZES, "length": 6}, compression="weighted", rope=RopeConfig(kind="none")),
     "nsa_mean": NSAConfig(**{**SIZES, "length": 2, "first": 0, "local": 1}, compression="mean"),
 }
+NO_MATRICES = {"compressor.places", "compressor.weight"}

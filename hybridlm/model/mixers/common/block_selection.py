@@ -172,7 +172,7 @@ class Selector(nn.Module, abc.ABC):
         """The decode state of the entries, empty."""
         return EntryCache(max_length, self.window, self.stride)
 
-    def index(self, inputs: SelectorInputs, seq: SequenceInfo, cache: EntryCache | None = None) -> BlockIndex:
+    def forward(self, inputs: SelectorInputs, seq: SequenceInfo, cache: EntryCache | None = None) -> BlockIndex:
         """Queries and entries of these tokens, with the entries of the cache before them."""
         features_BT = self.features(inputs, seq)
         queries_BT = self.queries(inputs, seq)

@@ -59,6 +59,7 @@ def diagonal_ssm(x_BTCM: Tensor, log_a_CS: Tensor, c_CS: Tensor, *, initial_stat
 
     Source: Gu et al. 2022, On the parameterization and initialization of diagonal state space models, section 3.
 
+    >>> import torch
     >>> x = torch.ones(1, 3, 1, 1)  # a = 1/2 and its conjugate, each with the weight 1/2
     >>> y, state = diagonal_ssm(x, torch.tensor([[0.5]]).log() + 0j, torch.tensor([[0.5 + 0j]]))
     >>> y.flatten(), state.flatten()
