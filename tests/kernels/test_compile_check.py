@@ -107,6 +107,18 @@ def test_no_number_of_tokens_chooses_a_configuration():
     assert not of_batch
 
 
+def test_integers_that_change_from_batch_to_batch_are_not_specialised():
+    """Else a batch with another number of tiles or queries compiles again, for seconds, while other ranks wait."""
+    changing = {"tokens", "chunks", "start", "low", "Q", "tiles", "steps"}
+    operations = [name for name in sorted({operation for operation, _ in compile_cases(head_dims=None)})
+                  if name not in ("delta_rule", "linear_attention")]  # theirs are specialised still
+    kernels = {compile_check._untuned(case.kernel) for _, case in compile_cases(operations, None)}
+    specialised = {(kernel.__name__, p.name) for kernel in kernels for p in kernel.params
+                   if p.name in changing and not p.is_constexpr and not p.do_not_specialize}
+    assert len(kernels) > 25
+    assert not specialised
+
+
 def _is_constant(kernel, name):
     while not hasattr(kernel, "params"):
         kernel = kernel.fn

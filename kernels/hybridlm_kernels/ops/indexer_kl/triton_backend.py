@@ -25,7 +25,7 @@ IndexTensors = tuple[Tensor, Tensor, Tensor]  # q, k, w
 KLResults = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "start", "low"])
 def _kl_rows(score_ptr, p_ptr, first_ptr, loss_ptr, entropy_ptr, T, S, Q, start, low, stride, N, LISTED: tl.constexpr,
           LEARNS: tl.constexpr, BLOCK: tl.constexpr):
     """Loss and entropy of one query; with LEARNS the gradient softmax(score) - p takes the place of the scores.

@@ -22,7 +22,7 @@ _tuned_index = tuned([triton.Config({}, num_warps=4, num_stages=1), triton.Confi
 
 
 @_tuned
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _log_sums(q_ptr, k_ptr, index_ptr, lse_ptr, scale, start, T, S, N, H, G, K: tl.constexpr, K0: tl.constexpr,
               K1: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     """lse[q, h]: log2 of the sum of exp2 over the listed keys, 0 if there are none. `scale` includes log2 e."""
@@ -54,7 +54,7 @@ def _log_sums(q_ptr, k_ptr, index_ptr, lse_ptr, scale, start, T, S, N, H, G, K: 
 
 
 @_tuned
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _attention(q_ptr, k_ptr, index_ptr, lse_ptr, p_ptr, scale, start, T, S, N, H, G, K: tl.constexpr,
                K0: tl.constexpr, K1: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     """p[q, n]: the mean over heads of the softmax over the listed keys, 0 where none is listed."""
@@ -80,7 +80,7 @@ def _attention(q_ptr, k_ptr, index_ptr, lse_ptr, p_ptr, scale, start, T, S, N, H
 
 
 @_tuned_index
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _scores(q_ptr, k_ptr, w_ptr, index_ptr, score_ptr, start, T, S, N, J, I: tl.constexpr, BLOCK_I: tl.constexpr,
             BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr):
     """score[q, n], -inf where none is listed."""
@@ -101,7 +101,7 @@ def _scores(q_ptr, k_ptr, w_ptr, index_ptr, score_ptr, start, T, S, N, J, I: tl.
 
 
 @_tuned_index
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _backward_queries(q_ptr, k_ptr, w_ptr, index_ptr, d_ptr, dq_ptr, dw_ptr, start, T, S, N, J, I: tl.constexpr,
                       BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr):
     """dq and dw of one query from the gradient d at its scores (0 where none is listed)."""
@@ -127,7 +127,7 @@ def _backward_queries(q_ptr, k_ptr, w_ptr, index_ptr, d_ptr, dq_ptr, dw_ptr, sta
 
 
 @_tuned_index
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _backward_pairs(q_ptr, k_ptr, w_ptr, index_ptr, d_ptr, pair_ptr, start, T, S, N, J, I: tl.constexpr,
                     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr):
     """The gradient of the index key at each listed place."""

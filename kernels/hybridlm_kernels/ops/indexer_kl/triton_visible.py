@@ -25,7 +25,7 @@ _TILES = [triton.Config({"BLOCK_T": 64, "BLOCK_S": 32}, num_warps=8, num_stages=
 
 
 @tuned(_TILES, key=["H", "G", "K"])
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "start"])
 def _log_sums(q_ptr, k_ptr, first_ptr, lse_ptr, scale, T, S, Q, start, H, G, K: tl.constexpr, K0: tl.constexpr,
               K1: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """lse[b, t - start, h]: log2 of the sum of exp2 over the visible keys. `scale` includes log2 e."""
@@ -58,7 +58,7 @@ def _log_sums(q_ptr, k_ptr, first_ptr, lse_ptr, scale, T, S, Q, start, H, G, K: 
 
 
 @tuned(_TILES[:-1], key=["H", "G", "K"])  # the largest spills
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "start", "low"])
 def _attention(q_ptr, k_ptr, first_ptr, lse_ptr, p_ptr, scale, T, S, Q, start, low, stride, H, G, K: tl.constexpr,
                K0: tl.constexpr, K1: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """p[b, t - start, s - low]: the mean over heads of softmax, 0 where a key is not visible."""
@@ -89,7 +89,7 @@ def _attention(q_ptr, k_ptr, first_ptr, lse_ptr, p_ptr, scale, T, S, Q, start, l
 
 @tuned([triton.Config({"BLOCK_R": 64, "BLOCK_S": 64}, num_warps=8, num_stages=1),
         triton.Config({"BLOCK_R": 128, "BLOCK_S": 64}, num_warps=8, num_stages=3)], key=["J", "I"])
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "start", "low"])
 def _backward_queries(q_ptr, k_ptr, w_ptr, first_ptr, d_ptr, dq_ptr, dw_ptr, T, S, Q, start, low, stride, J,
                       I: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
     """dq and dw from the gradient d at the scores. Rows are pairs of a query and a head."""
@@ -119,7 +119,7 @@ def _backward_queries(q_ptr, k_ptr, w_ptr, first_ptr, d_ptr, dq_ptr, dw_ptr, T, 
     tl.store(dw_ptr + at, dw, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "start", "low"])
 def _backward_keys(q_ptr, k_ptr, w_ptr, first_ptr, d_ptr, dk_ptr, B, T, S, Q, start, low, stride, J, I: tl.constexpr,
                    PARTS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
     """dk[part, b, s] += the gradient from every PARTS-th tile of rows (pairs of a query and a head)."""

@@ -65,7 +65,7 @@ def _place(ids_ptr, count_ptr, end_ptr, slot_ptr, pair_ptr, P, BLOCKS, PAIRS: tl
     tl.store(pair_ptr + row, pair.to(tl.int32), mask=pair < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _tile_table(end_ptr, expert_ptr, row_ptr, tiles, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
                 TILES: tl.constexpr):
     """Tile t belongs to the expert before which fewer than t + 1 tiles end."""

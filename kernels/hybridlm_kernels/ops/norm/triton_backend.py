@@ -51,7 +51,7 @@ def _forward(x_ptr, gate_ptr, w_ptr, y_ptr, M, x_row, gate_row, eps, scale, shif
     tl.store(y_ptr + rows * D + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def _backward(x_ptr, gate_ptr, w_ptr, dy_ptr, dx_ptr, dgate_ptr, dw_ptr, M, steps, x_row, gate_row, dy_row, eps,
               scale, shift, ACT: tl.constexpr, WEIGHT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
               ROWS: tl.constexpr):

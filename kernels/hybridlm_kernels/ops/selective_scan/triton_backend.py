@@ -99,7 +99,7 @@ def forward_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, state_ptr, documents_ptr,
     tl.store(last_ptr + document * D * N + at, h, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def backward_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, kept_ptr, dy_ptr, d_last_ptr, documents_ptr, dx_ptr, d_dt_ptr,
                     dA_ptr, dB_ptr, dC_ptr, d_state_ptr, tokens, D, N, BT: tl.constexpr, BD: tl.constexpr,
                     NP: tl.constexpr, LONGHORN: tl.constexpr):

@@ -102,7 +102,7 @@ def _forward(q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, lse_ptr, scale, T, S, N, H, 
 
 
 @_tuned
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _backward_scores(q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, do_ptr, lse_ptr, p_ptr, ds_ptr, scale, scale2, start, T, S,
                      N, L, H, G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
                      V0: tl.constexpr, SHARED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -142,7 +142,7 @@ def _backward_scores(q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, do_ptr, lse_ptr, p_p
 
 
 @_tuned
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _backward_queries(k_ptr, index_ptr, ds_ptr, dq_ptr, start, T, S, N, L, H, G, K: tl.constexpr, V: tl.constexpr,
                       K0: tl.constexpr, K1: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     """dq = sum over the listed places of ds k."""
@@ -169,7 +169,7 @@ def _backward_queries(k_ptr, index_ptr, ds_ptr, dq_ptr, start, T, S, N, L, H, G,
 
 
 @_tuned
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _backward_pairs(q_ptr, do_ptr, p_ptr, ds_ptr, pair_ptr, start, N, L, H, G, K: tl.constexpr, V: tl.constexpr,
                     K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, SHARED: tl.constexpr, BLOCK_H: tl.constexpr,
                     BLOCK_N: tl.constexpr):

@@ -28,7 +28,7 @@ MIN_BLOCK_QUERIES = 64
         triton.Config({"BLOCK_T": 64, "BLOCK_S": 128}, num_warps=8, num_stages=3),
         triton.Config({"BLOCK_T": 128, "BLOCK_S": 64}, num_warps=8, num_stages=3),
         triton.Config({"BLOCK_T": 64, "BLOCK_S": 256}, num_warps=8, num_stages=3)], key=["J", "I", "KEYS"])
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "start", "low"])
 def index_scores(q_ptr, k_ptr, w_ptr, first_ptr, score_ptr, T, S, Q, start, low, stride, num_first, num_local, J,
                  KEYS: tl.constexpr, I: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
                  BLOCK_S: tl.constexpr):
@@ -65,7 +65,7 @@ def index_scores(q_ptr, k_ptr, w_ptr, first_ptr, score_ptr, T, S, Q, start, low,
     tl.store(at, score, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "start", "low"])
 def _select(key_ptr, first_ptr, count_ptr, out_ptr, T, S, Q, start, low, stride, N, COUNTS: tl.constexpr,
             BLOCK: tl.constexpr):
     """The N (with COUNTS: as many as listed there) visible positions of greatest key of one query, ascending."""

@@ -28,7 +28,7 @@ def _mark(index_ptr, table_ptr, S, N, BLOCK_N: tl.constexpr):
     tl.store(table_ptr + q.to(tl.int64) * S + s, q * N + n, mask=s >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q"])
 def _compact(table_ptr, list_ptr, count_ptr, S, Q, C, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr):
     """The entries of each column of the table that are not -1, one after the other."""
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
