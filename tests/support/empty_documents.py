@@ -98,6 +98,12 @@ def _ttt_memory(x, state_N, **options):
                                   ones, ones, initial_state=state_N, **options)
 
 
+def _titans_memory(x, state_N, **options):
+    q, k, v = x[..., :4, None].mT, 0.5 * x[..., 4:8, None].mT, x[..., 8:12, None].mT
+    gates = [x[..., i : i + 1].sigmoid() for i in (12, 13, 14)]
+    return ops.titans_memory(q, k, v, *gates, torch.zeros(1, 16, device=x.device), initial_state=state_N, **options)
+
+
 # Every operation with a state per document: the shape of one state, and `call(x [B, T, 16], state_N, **options)`.
 RECURRENT = {
     "delta_rule": ((1, 16, 16), lambda x, state_N, **options: _recurrence(ops.delta_rule, x, state_N, **options)),
@@ -110,6 +116,7 @@ RECURRENT = {
     "selective_scan": ((16, 2), _selective),
     "diagonal_ssm": ((16, 1), _diagonal_ssm),
     "mesa_solve": ((1, 16, 16), _mesa_solve),
+    "titans_memory": ((3, 1, 16), _titans_memory),
     "ttt_memory": ((2, 1, 20), _ttt_memory),
     "value_decay_attention": ((1, 16, 16), lambda x, state_N, **options: _recurrence(
         lambda q, k, v, g, **kw: ops.value_decay_attention(q, k, v, g[..., None].expand_as(v), **kw),

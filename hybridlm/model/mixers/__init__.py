@@ -88,6 +88,8 @@ from hybridlm.model.mixers.simplicial_attention import SimplicialAttention as Si
 from hybridlm.model.mixers.simplicial_attention import SimplicialAttentionConfig as SimplicialAttentionConfig
 from hybridlm.model.mixers.slstm import SLSTM as SLSTM
 from hybridlm.model.mixers.slstm import SLSTMConfig as SLSTMConfig
+from hybridlm.model.mixers.titans import Titans as Titans
+from hybridlm.model.mixers.titans import TitansConfig as TitansConfig
 from hybridlm.model.mixers.ttt import TTT as TTT
 from hybridlm.model.mixers.ttt import TTTConfig as TTTConfig
 from hybridlm.model.mixers.window_gla import WindowGLA as WindowGLA
