@@ -16,6 +16,7 @@ documents that have a chunk at a step, X all chunks of all documents, in the ord
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -49,39 +50,42 @@ def titans_memory(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, alpha_BTH: Ten
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state_N3HP
 
 
+@dataclass(frozen=True)
 class Factors:
-    """The factors of M, S and the gradients in a chunk, from its gates [n, H, C, 1].
+    """The factors of M, S and the gradients in chunks, from their gates.
 
     `keep`, `carry` [n, H, C, 1] and `of_gradients` c [n, H, C, C] make M_t; `last` has keep, carry, the product of the
-    etas [n, H, 1, 1], and c and p [n, H, C, 1] of the token `last_n` of each chunk.
+    etas [n, H, 1, 1], and c and p [n, H, C, 1] of the last token of each chunk.
     """
 
-    def __init__(self, alpha: Tensor, eta: Tensor, theta: Tensor, last_n: Tensor):
-        C = alpha.shape[2]
-        keep, carry, products, c_rows, p_rows = [], [], [], [], []
+    keep: Tensor
+    carry: Tensor
+    of_gradients: Tensor
+    last: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, alpha: Tensor, eta: Tensor, theta: Tensor, last_n: Tensor) -> Factors:
+        """The factors of gates [n, H, C, 1]; `last_n` is the place of the last token of each chunk."""
+        per_token: list[tuple[Tensor, ...]] = []  # keep, carry, product, c and p of each token
         kept = product = torch.ones_like(alpha[:, :, 0])
         carried = torch.zeros_like(kept)
         c = p = torch.zeros_like(alpha[..., 0])
-        place_C = torch.arange(C, device=alpha.device)
-        for t in range(C):
+        place_C = torch.arange(alpha.shape[2], device=alpha.device)
+        for t in range(alpha.shape[2]):
             left, momentum = 1 - alpha[:, :, t], eta[:, :, t]
             product = momentum * product
             kept, carried = left * kept, left * carried + product
             p = torch.where(place_C == t, theta[:, :, t], momentum * p)
             c = left * c + p
-            for rows, row in ((keep, kept), (carry, carried), (products, product), (c_rows, c), (p_rows, p)):
-                rows.append(row)
-        self.keep, self.carry, self.of_gradients = torch.stack(keep, 2), torch.stack(carry, 2), torch.stack(c_rows, 2)
-        rows = (self.keep, self.carry, torch.stack(products, 2), self.of_gradients, torch.stack(p_rows, 2))
+            per_token.append((kept, carried, product, c, p))
+        rows = [torch.stack(list(column), 2) for column in zip(*per_token, strict=True)]
         place_n = torch.arange(len(last_n), device=alpha.device)
-        self.last = [x[place_n, :, last_n.to(alpha.device)][..., None] for x in rows]
+        last = tuple(x[place_n, :, last_n.to(alpha.device)][..., None] for x in rows)
+        return cls(rows[0], rows[1], rows[3], last)
 
     def chunks(self, rows: slice) -> Factors:
         """The factors of some of the chunks."""
-        found = object.__new__(Factors)
-        found.keep, found.carry, found.of_gradients = self.keep[rows], self.carry[rows], self.of_gradients[rows]
-        found.last = [x[rows] for x in self.last]
-        return found
+        return Factors(self.keep[rows], self.carry[rows], self.of_gradients[rows], tuple(x[rows] for x in self.last))
 
 
 def _read_chunk(q: Tensor, k: Tensor, v: Tensor, factors: Factors, state_n3HP: Tensor,
@@ -119,8 +123,8 @@ def _maps(weights_nHP: Tensor, K: int, hidden_dim: int) -> list[Tensor]:
 
 def _one_chunk(tokens: list[Tensor], state_N3HP: Tensor, last_N: Tensor, hidden_dim: int) -> tuple[Tensor, Tensor]:
     """Tokens of one open chunk: their outputs, and the state after them, of which the weights of the start stay."""
-    q, k, v, *gates = tokens
-    o, after = _read_chunk(q, k, v, Factors(*gates, last_N), state_N3HP, hidden_dim)
+    q, k, v, alpha, eta, theta = tokens
+    o, after = _read_chunk(q, k, v, Factors.of(alpha, eta, theta, last_N), state_N3HP, hidden_dim)
     return o, torch.cat([state_N3HP[:, :1], after], 1)
 
 
@@ -129,16 +133,15 @@ def _whole_chunks(tokens: list[Tensor], state_N3HP: Tensor, borders: CuSeqlens |
     """Documents that begin with a chunk; the last chunk of each may be shorter."""
     B, T = tokens[0].shape[:2]
     layout = get_chunk_layout(B, T, chunk, borders, tokens[0].device)
-    q, k, v, *gates = (to_chunks(x, layout) for x in tokens)
+    q, k, v, alpha, eta, theta = (to_chunks(x, layout) for x in tokens)
     size_X = layout.to_device(layout.tokens_per_chunk)
-    factors = Factors(*gates, size_X - 1)
+    factors = Factors.of(alpha, eta, theta, size_X - 1)
     whole_X = (size_X == chunk)[:, None, None]
 
     def segment(state_n3HP: Tensor, q: Tensor, k: Tensor, v: Tensor, *parts: Tensor, first: int,
                 end: int) -> tuple[Tensor, ...]:
         """Outputs of the steps first .. end - 1, the states after them, and those of documents that end."""
-        of_segment = object.__new__(Factors)
-        of_segment.keep, of_segment.carry, of_segment.of_gradients, *of_segment.last = parts
+        of_segment = Factors(parts[0], parts[1], parts[2], parts[3:])
         outputs, ended = [], []
         for step in range(first, end):
             after_n = (*layout.counts, 0)[step + 1]
