@@ -1,3 +1,3 @@
 """The version of hybridlm, at the bottom of the package order so that every file may read it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

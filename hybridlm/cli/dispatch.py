@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     >>> from hybridlm.cli import main
     >>> main(["--version"])
-    hybridlm 0.1.0
+    hybridlm 0.2.0
     0
     """
     # Threads that wait should sleep: spinning ones (the default of libgomp) slow a shared machine down several times.
