@@ -27,7 +27,8 @@ def fails(capsys, *argv):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["trian"], ["unknown command 'trian'", "did you mean 'train'"]),
-    (["zzz"], ["expected one of train, sweep, inspect, generate, eval, report, prepare, tokenizer, import"]),
+    (["zzz"], ["expected one of train, sweep, ladder, inspect, generate, eval, select, report, prepare, "
+                "tokenizer, import"]),
     (["train", "--dryrun"], ["--dryrun", "did you mean '--dry-run'", "hybridlm train --help"]),
     (["train", "training.step=3"], ["training.step", "did you mean 'steps'"]),
     (["train", "training.steps=many"], ["training.steps", "'many'", "a whole number"]),

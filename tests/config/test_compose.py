@@ -240,7 +240,7 @@ def test_text_in_quotes_null_and_references():
     (["mixer=kda"], "Could not override 'mixer'. Did you mean to override one of mixer@model.mixers.full, "
      "mixer@model.mixers.kda?"),
     (["mixr@model.mixers.kda=gdn"], "mixr: unknown config group; expected one of data, engine, experiment, "
-     "feed_forward, mixer, model, optimizer, recipe, schedule, sweep; did you mean 'mixer'?"),
+     "feed_forward, ladder, mixer, model, optimizer, recipe, schedule, sweep; did you mean 'mixer'?"),
     (["training.steps"], "training.steps: is not an override; expected key=value"),
     (["=3"], "cannot read the override '=3': no key; expected key=value"),
     (["training.steps=3)"], "cannot read the override 'training.steps=3)': extraneous input ')' expecting <EOF>; "

@@ -13,6 +13,7 @@ def tensors(*shapes, dtype=torch.float64, seed=0):
 
 def error(a, b):
     """RMS of the difference over RMS of b (of 1e-3, where b is smaller than that)."""
+    a, b = (torch.view_as_real(x) if x.is_complex() else x for x in (a, b))
     b = b.double()
     return ((a.double() - b).norm() / b.norm().clamp_min(max(1e-30, 1e-3 * b.numel() ** 0.5))).item()
 

@@ -187,7 +187,8 @@ def _complete_rows(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, borders: CuSe
             blocks_BT1N = blocks_BT1N.new_full((B, T, 1, 1), -1)
         return selected_attention(q_BTHK, k_BTGK, v_BTGV, blocks_BT1N, block=mask.block, window=mask.size,
                                   sinks_H=sinks_H, cu_seqlens=borders)[0]
-    longest = T if borders is None else max(borders.lengths)
+    # The lengths of documents would make a graph of their own for each packing: the bound of a row lists more, unseen.
+    longest = T if borders is None or torch.compiler.is_dynamo_compiling() else max(borders.lengths)
     if mask.kind == "fixed":
         chunk_J = torch.arange(math.ceil(longest / mask.size), device=q_BTHK.device)
         column_N = (chunk_J[:, None] * mask.size + torch.arange(mask.size - mask.columns, mask.size,
@@ -210,6 +211,8 @@ def _chunk_borders(borders: CuSeqlens | None, rows: int, length: int, size: int)
     """Borders of the chunks of all documents; None where every row is one chunk."""
     if borders is None and length <= size:
         return None
+    if torch.compiler.is_dynamo_compiling():
+        return _traced_chunks(borders, rows, length, size)
     if borders is None:
         documents, cache = tuple(range(0, (rows + 1) * length, length)), None
         device = torch.device("cpu")
@@ -222,6 +225,17 @@ def _chunk_borders(borders: CuSeqlens | None, rows: int, length: int, size: int)
     if cache is not None:
         cache[f"chunks {size}"] = chunks
     return chunks
+
+
+def _traced_chunks(borders: CuSeqlens | None, rows: int, length: int, size: int) -> CuSeqlens:
+    """Borders of the chunks while torch.compile traces: as many as there can be, the last ones empty."""
+    tokens = rows * length
+    table_N = torch.arange(0, tokens + 1, length) if borders is None else borders.table
+    token_T = torch.arange(tokens)
+    start_T = table_N[torch.searchsorted(table_N, token_T, right=True) - 1]
+    chunk_T = ((token_T - start_T) % size == 0).long().cumsum(0) - 1
+    starts = torch.full((table_N.shape[0] + tokens // size + 1,), tokens).scatter_reduce(0, chunk_T, token_T, "amin")
+    return CuSeqlens.of(starts, "cpu" if borders is None else borders.device, tokens)
 
 
 def _powers(least: int, below: int) -> list[int]:
