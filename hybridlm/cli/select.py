@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(report))
     else:
-        show(report, out)
+        show(report, out, others)
     return 0
 
 
@@ -80,8 +81,14 @@ def check_target(out: Path) -> None:
                               expected="another name") from None
 
 
-def show(report: dict[str, Any], out: Path) -> None:
-    """Print what each layer is worth, and the chosen layers beside an even spread."""
+def show(report: dict[str, Any], out: Path, settings: Sequence[str] = ()) -> None:
+    """Print what each layer is worth, the chosen layers beside an even spread, and the command that uses them.
+
+    Args:
+        report: what was measured.
+        out: the file that holds the selection.
+        settings: of the data, for that command.
+    """
     if report["layers"]:
         limit = "the student's mixer" if report["window"] is None else f"a window of {report['window']}"
         print(f"one layer at a time with {limit}, against the teacher, in nats:")
@@ -96,8 +103,9 @@ def show(report: dict[str, Any], out: Path) -> None:
         layers = {"chosen": report["keep"], "uniform": found.get("layers")}.get(name)
         label = name if layers is None else f"{name} {layers}"
         print(f"{label:<24}  {found['loss']:>8.4f}  {found['repeat_nll']:>15.4f}")
-    print(f"wrote {out}; use it: hybridlm train recipe=linearize_tiny teacher={report['teacher']} "
-          f"recipe.convert.keep={out}")
+    command = shlex.join(["hybridlm", "train", "recipe=linearize_tiny", f"teacher={report['teacher']}",
+                          f"recipe.convert.keep={out}", *settings])
+    print(f"wrote {out}; use it: {command}")
 
 
 def draw(report: dict[str, Any], file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,6 +27,7 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first thing that does not fit.
     """
+    _check_run_dir(config)
     _check_vocabulary(config)
     count_parameters(config.model)  # each part looks at the layer it stands in
     _check_kernels(config.kernels)
@@ -34,6 +36,14 @@ def validate(config: Config) -> None:
         _check_compile(config.engine)
     for index, stage in enumerate(config.recipe.stages):
         _check_stage(config, stage, f"recipe.stages.{index}")
+
+
+def _check_run_dir(config: Config) -> None:
+    """Check that the run is not written among the files that it reads; a folder below them is passed over."""
+    run_dir = os.path.realpath(os.path.expanduser(config.run_dir))
+    for source in config.data.mixture or [config.data]:
+        require(os.path.realpath(os.path.expanduser(source.path)) != run_dir, "run_dir", "is the folder of the text",
+                got=config.run_dir, expected="another folder")
 
 
 def _check_vocabulary(config: Config) -> None:

@@ -54,6 +54,8 @@ def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str
     mixers = model.get("mixers") if isinstance(model, dict) else None
     if not isinstance(mixers, dict):
         return model  # the check of the whole config says what is wrong
+    if not {"hidden_size", "num_layers", "schedule"} <= model.keys():
+        return model  # the same: one may be misspelt
     keys = [field.name for field in dataclasses.fields(_ModelOutline)]
     outline = from_dict(_ModelOutline, {key: model[key] for key in keys if key in model}, "model")
     needed = _named_mixers(outline, model.get("mtp"))

@@ -67,7 +67,8 @@ def verify(checkpoint: str | os.PathLike[str] | HybridLM, hf_dir: str | os.PathL
         {"random": {...}, "given": {...}} with the fields of `Comparison`.
 
     Raises:
-        CheckpointError: either side cannot be loaded, the vocabularies differ, or there is no tokenizer for `text`.
+        CheckpointError: either side cannot be loaded, the vocabularies or sizes differ, or there is no
+            tokenizer for `text`.
     """
     ours = checkpoint if isinstance(checkpoint, HybridLM) else load_checkpoint(checkpoint)
     theirs = hf_dir if isinstance(hf_dir, nn.Module) else load_theirs(Path(hf_dir).expanduser())
@@ -75,6 +76,11 @@ def verify(checkpoint: str | os.PathLike[str] | HybridLM, hf_dir: str | os.PathL
     if ours.config.vocab_size != theirs.config.vocab_size:  # type: ignore[union-attr]
         raise CheckpointError(f"the vocabularies differ: {ours.config.vocab_size} ids here, "
                               f"{theirs.config.vocab_size} there")  # type: ignore[union-attr]
+    our_sizes = ours.config.num_layers, ours.config.hidden_size
+    their_sizes = len(_layers_of(theirs)), int(theirs.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    if our_sizes != their_sizes:
+        raise CheckpointError("the models are of different sizes: {} layers, {} wide here, {} layers, {} wide there"
+                              .format(*our_sizes, *their_sizes))
     generator = torch.Generator().manual_seed(seed)
     result = {"random": compare(ours, theirs, torch.randint(vocab, (rows, length), generator=generator), threshold)}
     if text is not None:

@@ -11,6 +11,7 @@ from hybridlm.errors import DataError, nearest
 from hybridlm.sources.compression import COMPRESSED_SUFFIXES
 from hybridlm.sources.contract import AUTO, FILE_READERS, Document, Source, SourceOptions, Unit, suffix_formats
 
+RUN_FILES = {"run.json", "config.yaml"}  # a folder that holds them is that of a run
 MAX_LISTED_SUFFIXES = 8  # of a folder without known files, in the error
 
 
@@ -70,7 +71,7 @@ def walk(root: str, skip: Callable[[str], bool]) -> list[str]:
 
     Args:
         root: a folder.
-        skip: tells by its name whether a folder is left out; hidden files and folders always are.
+        skip: tells by its name whether a folder is left out; hidden files and folders, and folders of runs, always are.
     """
     found: list[str] = []
     seen = set()
@@ -80,6 +81,9 @@ def walk(root: str, skip: Callable[[str], bool]) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
+        if folder != root and set(files) >= RUN_FILES:
+            folders.clear()  # what a run wrote is no text of a corpus, and changes while it trains
+            continue
         folders[:] = sorted(name for name in folders if not skip(name) and not name.startswith("."))
         found += [os.path.join(folder, name) for name in files if not name.startswith(".")]
     return sorted(found, key=lambda p: Path(os.path.relpath(p, root)).as_posix())

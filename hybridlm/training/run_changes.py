@@ -82,8 +82,8 @@ def check_same_run(saved: Any, config: Config, where: Path, branch: str = "") ->
         return
     other_model = [change for change in changed if change.key.startswith("model.")]
     if other_model and (differ := weight_changes(saved, config)):
-        raise CheckpointError(f"the model of the run in {where} has changed: {_join(differ)}. Take another run_dir, or "
-                              "the model that the run began with")
+        raise CheckpointError(f"the model of the run in {where} has changed: {_join(differ)}. Take another run_dir, "
+                              f"such as run_dir={free_folder(where)}, or the model that the run began with")
     hint = f"to go on from it with these changes: {branch}" if branch else "take another run_dir"
     raise ConfigError("run_dir", f"holds a different run: {_join(changed)}", got=str(where),
                       hint=f"{hint}; or take the config that the run began with")

@@ -8,6 +8,8 @@ from hybridlm.run_config import load_config
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
+    (["data.path=texts/", "run_dir=./texts"], "run_dir: is the folder of the text; got './texts'; expected another "
+     "folder"),
     (["model.vocab_size=256"], "model.vocab_size: is smaller than the tokenizer's vocabulary; got 256; expected at "
      "least 257 for data.tokenizer=bytes"),
     (["data.tokenizer=bpe"], "model.vocab_size: is smaller than the tokenizer's vocabulary; got 512; expected at least "

@@ -280,6 +280,14 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path, text, message):
     assert error("model=mine", folder=tmp_path / "folder") == message
 
 
+def test_a_misspelt_key_that_a_model_must_have(tmp_path):
+    text = "vocab_size: 300\nhidden_size: 32\nnum_layer: 2\nmixers: {}\nschedule: {pattern: [kda, full]}\n"
+    file = write(tmp_path / "mine.yaml", text)
+    assert error(f"model={file}") == "model.num_layer: unknown key; did you mean 'num_layers'?"
+    file = write(tmp_path / "mine.yaml", text.replace("num_layer: 2\n", ""))
+    assert error(f"model={file}") == "model.num_layers: is missing; expected a whole number"
+
+
 def test_broken_yaml_and_unknown_defaults(tmp_path):
     file = write(tmp_path / "mine.yaml", "a: [1,\nb: 2\n")
     where = "line 3, column 1 is not valid YAML: expected ',' or ']', but got '<stream end>'"

@@ -71,6 +71,14 @@ def test_text_needs_a_tokenizer_and_ids_must_be_in_the_vocabulary():
         verify(ours, build("llama"))
 
 
+@pytest.mark.parametrize(("sizes", "said"), [
+    ({"hidden_size": 48}, "here, 4 layers, 48 wide there"),
+    ({"num_hidden_layers": 2}, "here, 2 layers, 32 wide there")])
+def test_models_of_different_sizes_are_refused(sizes, said):
+    with pytest.raises(CheckpointError, match=f"different sizes: .*{said}"):
+        verify(import_hf(build("llama")), build("llama", **sizes))
+
+
 def test_a_folder_that_transformers_cannot_load(tmp_path):
     ours = import_hf(build("llama"))
     with pytest.raises(CheckpointError, match="does not exist"):

@@ -55,6 +55,13 @@ def test_folder_in_order_with_what_was_passed_over(tmp_path):
     assert texts(tmp_path, format="text") == ["one", "two", "three", ""]
 
 
+def test_what_a_run_wrote_is_no_text(tmp_path):
+    for name in ("a.txt", "runs/a/run.json", "runs/a/config.yaml", "runs/a/log.txt", "runs/a/metrics.jsonl",
+                 "runs/notes.txt"):
+        write(tmp_path, name, name)
+    assert texts(tmp_path) == ["a.txt", "runs/notes.txt"]
+
+
 def test_links_are_followed_once(tmp_path):
     write(tmp_path, "data/a.txt", "a")
     (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
