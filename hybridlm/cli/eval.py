@@ -249,3 +249,5 @@ def _show_sparse(report: dict[str, Any]) -> None:
         read = "  no query behind a prompt was sparse" if row["recall"] is None else (
             f"  {row['recall']:>7.4f}  {row['keys_read']:>10.1f}  {row['keys_visible']:>9.1f}")
         print(f"{row['method']:<32}  {row['loss']:>8.4f}  {row['loss'] - dense:>8.4f}{read}")
+    if any(row["recall"] is not None and row["keys_read"] == row["keys_visible"] for row in rows):
+        print("a method that reads all keys is dense attention: give it a smaller budget, or longer windows")

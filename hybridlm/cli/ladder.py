@@ -13,7 +13,11 @@ from hybridlm.cli.parser import Parser, read_integers
 from hybridlm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hybridlm.ladder.request import LadderConfig
+
+PIPED_WIDTH = 110
 
 
 def run(argv: Sequence[str]) -> int:
@@ -100,17 +104,13 @@ def _fit_only(args: argparse.Namespace) -> int:
 
 
 def _show_plan(shown: dict[str, Any], args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from hybridlm.ladder.table import print_ladder_plan
 
-    print_ladder_plan(shown, Console(stderr=args.json))
+    print_ladder_plan(shown, _console(stderr=args.json))
 
 
 def _tell(args: argparse.Namespace, folder: Path, ladder: LadderConfig, costs: dict[str, dict[str, Any]]) -> None:
     """Analyse what has finished, and print it: JSON, or tables."""
-    from rich.console import Console
-
     from hybridlm.ladder.analysis import RESULT_FILE, analyse
     from hybridlm.ladder.table import print_ladder
 
@@ -118,7 +118,7 @@ def _tell(args: argparse.Namespace, folder: Path, ladder: LadderConfig, costs: d
     if args.json:
         print(json.dumps(report))
     else:
-        print_ladder(report, Console())
+        print_ladder(report, _console())
     finished = sum(row["loss"] is not None for row in report["points"])
     say = _sayer(args.json)
     say(f"{finished} of {len(report['points'])} points have a result; {folder}/{RESULT_FILE}, {folder}/results.csv")
@@ -136,10 +136,16 @@ def _check_coordinates(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
     else:
-        from rich.console import Console
-
-        print_check(report, Console())
+        print_check(report, _console())
     return 0 if report["passes"] else 1
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal, or, where the text goes elsewhere, as the widest table."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, PIPED_WIDTH))
 
 
 def _sayer(as_json: bool) -> Callable[[str], None]:

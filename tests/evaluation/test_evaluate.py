@@ -71,6 +71,7 @@ def test_sparse_methods_stand_beside_the_dense_attention(run, capsys):
     assert main(["eval", str(run[0] / "run"), "--only", "perplexity", *asked, "--device", "cpu"]) == 0
     table = capsys.readouterr().out
     assert all(row["method"] in table and f"{row['recall']:.4f}" in table for row in report["sparse"])
+    assert "a method that reads all keys is dense attention" in table
 
 
 def test_another_text_is_read_whole_with_the_tokenizer_of_the_checkpoint(run, capsys, tmp_path):

@@ -142,6 +142,7 @@ def test_a_dry_run_writes_nothing_and_its_counts_are_those_of_the_run(machine, t
     out = capsys.readouterr().out
     assert "18 of 18 points finished" in out
     assert "3 kda + 1 full" in out
+    assert " rung  architecture " in out, "what is piped is not folded"
 
 
 def test_the_page_of_a_ladder_has_its_figures(machine, tmp_path, capsys):
