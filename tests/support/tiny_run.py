@@ -2,14 +2,21 @@
 
 import argparse
 import json
+import os
+import signal
 from pathlib import Path
 
+import torch
+
+from hybridlm import checkpoint
 from hybridlm.config.schema import Config, DataConfig, RecipeConfig, StageConfig, TrainingConfig
 from hybridlm.config.serialization import from_dict
 from hybridlm.model.config import ModelConfig, MTPConfig, ScheduleConfig
 from hybridlm.model.feed_forward import MoEConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
 from hybridlm.optimizers import OptimizerConfig
+from hybridlm.training import train
+from hybridlm.training import trainer as trainer_module
 
 TEXT = argparse.__file__
 
@@ -55,3 +62,26 @@ def records(run_dir):
 
 def losses(run_dir):
     return {r["step"]: (r["loss"], r["total_loss"], r["grad_norm"], r.get("validation_loss")) for r in records(run_dir)}
+
+
+def weights(folder, stem="model"):
+    return dict(checkpoint.read_tensors(checkpoint.resolve(folder), stem))
+
+
+def check_resume(monkeypatch, make_config, step, done):
+    """A run that is stopped after `step` and started again ends, to the bit, as the run in the folder `done`."""
+    original = trainer_module.Trainer._step
+
+    def stop_at(self, *args):
+        original(self, *args)
+        if self.progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", stop_at)
+    config = make_config()
+    assert train(config).status == "interrupted"
+    monkeypatch.undo()
+    assert train(config).status == "finished"
+    assert losses(config.run_dir) == losses(done)
+    ours, theirs = weights(config.run_dir), weights(done)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,9 +1,7 @@
 """Converting a dense checkpoint into sparse attention: what trains, what is saved, what goes on, what is refused."""
 
 import logging
-import os
 import re
-import signal
 
 import pytest
 import torch
@@ -19,9 +17,9 @@ from hybridlm.model.rope import RopeConfig
 from hybridlm.optimizers import build_optimizer
 from hybridlm.run_config import load_config
 from hybridlm.training import train
-from hybridlm.training import trainer as trainer_module
 from hybridlm.training.stages import check_trained
 from tests.support import tiny_run
+from tests.support.tiny_run import weights
 
 STEPS = (3, 4)  # of the two stages
 
@@ -48,10 +46,6 @@ def settings(dense, run_dir, *more):
 def done(dense, tmp_path_factory):
     """A whole conversion; tests leave it as it is."""
     return train(settings(dense, tmp_path_factory.mktemp("sparse") / "run"))
-
-
-def weights(folder, stem="model"):
-    return dict(checkpoint.read_tensors(checkpoint.resolve(folder), stem))
 
 
 def test_the_warm_up_trains_the_indexers_and_changes_no_other_bit(dense, done):
@@ -119,21 +113,7 @@ def test_recall_in_the_sparse_stage_on_demand_changes_nothing_else(dense, done, 
 
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_a_run_stopped_in_either_stage_goes_on_there(dense, done, step, tmp_path, monkeypatch):
-    original = trainer_module.Trainer._step
-
-    def stop_at(self, *args):
-        original(self, *args)
-        if self.progress.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_step", stop_at)
-    config = settings(dense, tmp_path / "run")
-    assert train(config).status == "interrupted"
-    monkeypatch.undo()
-    assert train(config).status == "finished"
-    assert tiny_run.losses(tmp_path / "run") == tiny_run.losses(done.run_dir)
-    ours, theirs = weights(tmp_path / "run"), weights(done.run_dir)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    tiny_run.check_resume(monkeypatch, lambda: settings(dense, tmp_path / "run"), step, done.run_dir)
 
 
 def test_recall_is_measured_on_demand(dense, tmp_path):

@@ -1,9 +1,7 @@
 """Turning an attention model into a hybrid: what trains, what is compared, what goes on, what is refused."""
 
 import hashlib
-import os
 import re
-import signal
 
 import pytest
 import torch
@@ -25,10 +23,10 @@ from hybridlm.report.read import read_run
 from hybridlm.report.run_figures import run_figures
 from hybridlm.run_config import load_config
 from hybridlm.training import train
-from hybridlm.training import trainer as trainer_module
 from hybridlm.training.distillation import LayerTarget, TeacherGuide, load_teacher
 from hybridlm.training.stages import plan_stages
 from tests.support import tiny_lm, tiny_run
+from tests.support.tiny_run import weights
 
 STEPS = (3, 3, 2)  # of the three stages
 ATTENTION = {"num_layers": 3, "mixers": {"full": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16,
@@ -58,10 +56,6 @@ def settings(teacher, run_dir, *more):
 def done(teacher, tmp_path_factory):
     """A whole conversion; tests leave it as it is."""
     return train(settings(teacher, tmp_path_factory.mktemp("student") / "run"))
-
-
-def weights(folder, stem="model"):
-    return dict(checkpoint.read_tensors(checkpoint.resolve(folder), stem))
 
 
 def digest(folder):
@@ -141,21 +135,7 @@ def test_validation_runs_the_student_by_itself(done):
 
 @pytest.mark.parametrize("step", [2, 4, 7])
 def test_a_run_stopped_in_any_stage_goes_on_there(teacher, done, step, tmp_path, monkeypatch):
-    original = trainer_module.Trainer._step
-
-    def stop_at(self, *args):
-        original(self, *args)
-        if self.progress.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_step", stop_at)
-    config = settings(teacher, tmp_path / "run")
-    assert train(config).status == "interrupted"
-    monkeypatch.undo()
-    assert train(config).status == "finished"
-    assert tiny_run.losses(tmp_path / "run") == tiny_run.losses(done.run_dir)
-    ours, theirs = weights(tmp_path / "run"), weights(done.run_dir)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    tiny_run.check_resume(monkeypatch, lambda: settings(teacher, tmp_path / "run"), step, done.run_dir)
 
 
 def test_the_saved_config_is_the_same_run_again(done, teacher):

@@ -206,10 +206,7 @@ class NSA(SequenceMixer):
         if state is None:
             entries_BE2GK = self._combine(windows.gather(raw_BT2GK), windows.place_BE)
         else:
-            entries_BE2GK = state.entries.append(raw_BT2GK, self._combine)
-            missing = windows.number - entries_BE2GK.shape[1]
-            entries_BE2GK = torch.cat([entries_BE2GK, entries_BE2GK.new_zeros(
-                entries_BE2GK.shape[0], missing, *entries_BE2GK.shape[2:])], 1)
+            entries_BE2GK = windows.pad(state.entries.append(raw_BT2GK, self._combine))
         k_BEGK, v_BEGK = entries_BE2GK.unbind(2)
         blocks = EntryWindows.of(seq, q_BTHK, keys, config.block, config.block)
         return BlockIndex(q_BTHK, k_BEGK, windows, blocks), v_BEGK

@@ -180,8 +180,7 @@ class Selector(nn.Module, abc.ABC):
             entries = cache.append(features_BT, self.combine)
             keys = cache.length
             windows = EntryWindows.of(seq, queries_BT, keys, self.window, self.stride)
-            missing = windows.number - entries.shape[1]
-            entries = torch.cat([entries, entries.new_zeros(entries.shape[0], missing, *entries.shape[2:])], 1)
+            entries = windows.pad(entries)
         else:
             features_BS = seq.history(features_BT)
             keys = features_BS.shape[1]

@@ -93,6 +93,11 @@ class EntryWindows:
         first = self.first_BT[:, rows, None]
         return (entry_E >= first) & (entry_E < first + self.count_BT[:, rows, None])
 
+    def pad(self, entries_BE: Tensor) -> Tensor:
+        """Entries of complete windows [B, E', ...], with zeros for windows that are not complete yet: [B, E, ...]."""
+        missing = self.number - entries_BE.shape[1]
+        return torch.cat([entries_BE, entries_BE.new_zeros(entries_BE.shape[0], missing, *entries_BE.shape[2:])], 1)
+
     def gather(self, x_BS: Tensor) -> Tensor:
         """The tokens of each window [B, E, L, ...], from those of the rows [B, S, ...]."""
         offset_L = torch.arange(self.length, device=self.start_BE.device)
@@ -150,4 +155,6 @@ def count_seen_entries(context_length: int, length: int, stride: int) -> float:
     >>> count_seen_entries(4, length=2, stride=2)
     1.0
     """
-    return sum(count_entries(t + 1, length, stride)[0] for t in range(context_length)) / max(1, context_length)
+    see_some = max(0, context_length - length + 1)  # tokens at or behind the end of the first window
+    whole, rest = divmod(see_some, stride)
+    return (see_some + stride * whole * (whole - 1) / 2 + whole * rest) / max(1, context_length)

@@ -61,9 +61,9 @@ class AttentionPart(ABC):
                  dv: Tensor) -> Tensor:
         """Adds the gradients of keys and values; returns that of the scaled queries, [M, R, K]."""
 
-    def bias_gradient(self, ds: Tensor) -> Tensor:
-        """The gradient of the bias of each unit, [M, N]; of a part with lists."""
-        raise NotImplementedError
+    def bias_gradient(self, ds: Tensor) -> Tensor | None:
+        """The gradient of the bias of each listed unit, [M, N]; None of a part without lists."""
+        return None
 
 
 class BlockTiles(AttentionPart):

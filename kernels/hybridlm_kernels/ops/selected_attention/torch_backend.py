@@ -223,8 +223,8 @@ class _Pieces:
             ds = part.score_gradient(p, do_MRV, delta_MR, self.v_ZV)
             dk, dv = (grads.k, grads.v) if part.is_listed else (grads.window_k, grads.window_v)
             dq_MRK += part.backward(p, ds, q_MRK, do_MRV, self.k_ZK, dk, dv)
-            if part.is_listed and self.bias_XTN is not None:
-                grads.bias[row, place] = part.bias_gradient(ds).view(grads.bias[row, place].shape)
+            if self.bias_XTN is not None and (d_bias_MN := part.bias_gradient(ds)) is not None:
+                grads.bias[row, place] = d_bias_MN.view(grads.bias[row, place].shape)
         grads.q[row, place] = (dq_MRK * self.layout.scale).view(grads.q[row, place].shape)
 
 
