@@ -86,7 +86,7 @@ def _show_plan(config: Config, args: argparse.Namespace) -> int:
         print(f"stage {stage.name}: {counted(stage.steps, 'step')} of {stage.batch_size} x {stage.sequence_length} "
               f"tokens ({stage.steps * stage.tokens_per_step:,} in all), lr {stage.lr:g}, "
               f"trains {' '.join(stage.trainable)}")
-    sources = " and ".join(source.path for source in config.data.mixture or [config.data])
+    sources = " and ".join(source.path for source in config.data.sources())
     print(f"data {sources}, tokenizer {config.data.tokenizer}")
     print(f"run folder {config.run_dir}; nothing was built or written")
     if fit is not None and fit.exceeded:

@@ -41,7 +41,7 @@ def validate(config: Config) -> None:
 def _check_run_dir(config: Config) -> None:
     """Check that the run is not written among the files that it reads; a folder below them is passed over."""
     run_dir = os.path.realpath(os.path.expanduser(config.run_dir))
-    for source in config.data.mixture or [config.data]:
+    for source in config.data.sources():
         require(os.path.realpath(os.path.expanduser(source.path)) != run_dir, "run_dir", "is the folder of the text",
                 got=config.run_dir, expected="another folder")
 
@@ -106,9 +106,9 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
     compared = [name for name in TEACHER_LOSSES if stage.loss_weights.get(name)]
     require(not compared or config.teacher is not None, f"{path}.loss_weights.{compared[0] if compared else ''}",
             "needs a teacher", expected="teacher=RUN, a run or checkpoint folder")
-    for name in ("layer_output", *(["inputs"] if stage.inputs == "teacher" else [])):
-        wanted = stage.loss_weights.get(name) or name == "inputs"
-        require(not wanted or config.recipe.convert is not None, f"{path}.{name}", "needs converted layers",
+    for key, asked in (("loss_weights.layer_output", stage.loss_weights.get("layer_output")),
+                       ("inputs", stage.inputs == "teacher")):
+        require(not asked or config.recipe.convert is not None, f"{path}.{key}", "needs converted layers",
                 expected="recipe.convert, as in recipe=linearize")
     for key, patterns in (("trainable", stage.trainable), ("lr_scale", list(stage.lr_scale))):
         require(NEW_MIXERS not in patterns or config.recipe.convert is not None, f"{path}.{key}",

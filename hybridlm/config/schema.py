@@ -97,6 +97,10 @@ class DataConfig(DataSourceConfig):
         for key in ("shard_tokens", "tokenizer_vocab_size"):
             require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
 
+    def sources(self) -> list[DataSourceConfig]:
+        """The sources of training text: those of the mixture, or this one."""
+        return list(self.mixture) or [self]
+
 
 @dataclass(kw_only=True)
 class StageConfig:

@@ -237,7 +237,7 @@ def check_sources(config: DataConfig) -> None:
         DataError: as `prepare`, where a file or folder is missing, empty or of no known kind.
     """
     held_out = [replace(config, path=config.validation_path, format="auto")] if config.validation_path else []
-    for source in [*(config.mixture or [config]), *held_out]:
+    for source in [*config.sources(), *held_out]:
         if not is_hub_name(source):
             open_source(source)
 
@@ -254,7 +254,7 @@ def _jobs(config: DataConfig, rules: int) -> list[_SourceJob]:
     files = frozenset(unit.path for job in held_out for unit in job.source.units if unit.path)
     everything: Part | None = None if fraction else "train"
     return [_SourceJob(c, open_source(c, files), fraction, everything, rules)
-            for c in config.mixture or [config]] + held_out
+            for c in config.sources()] + held_out
 
 
 def _tokenizer(config: DataConfig, jobs: list[_SourceJob], root: Path) -> Tokenizer:

@@ -17,7 +17,8 @@ from hybridlm import checkpoint as ckpt
 from hybridlm.data.packing import Batch
 from hybridlm.errors import ConfigError, require
 from hybridlm.evaluation.evaluate import evaluation_data, run_config
-from hybridlm.interop.linearization import SELECTION_KEY, attention_layers, spread_evenly
+from hybridlm.evaluation.perplexity import perplexity_by_position
+from hybridlm.interop.linearization import SELECTION_KEY, attention_layers, default_keep, spread_evenly
 from hybridlm.model.block import MixerStandIn
 from hybridlm.model.model import HybridLM
 from hybridlm.model.stand_ins import block_of, mixer_stand_ins, windowed_attention
@@ -48,29 +49,24 @@ class LayerTrial:
     Args:
         model: the teacher.
         batches: held-out text.
+        length: tokens per row of it.
         samples: rows that ask for recall.
         replacements: what stands in each attention layer when that is not kept.
     """
 
-    def __init__(self, model: HybridLM, batches: Sequence[Batch], samples: RecallSamples,
+    def __init__(self, model: HybridLM, batches: Sequence[Batch], length: int, samples: RecallSamples,
                  replacements: Mapping[int, MixerStandIn]):
         self.model = model
         self.batches = batches
+        self.length = length
         self.samples = samples
         self.replacements = replacements
 
     def measure(self, replaced: Iterable[int]) -> Quality:
         """Measure with the attention of these layers replaced, that of all others as it is."""
-        nats, tokens = 0.0, 0
         with torch.no_grad(), mixer_stand_ins(self.model, {layer: self.replacements[layer] for layer in replaced}):
-            for batch in self.batches:
-                batch = batch.to(self.model.device)
-                output = self.model(batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens,
-                                    text_mask=batch.text_mask)
-                count = int((batch.targets[..., 0] >= 0).sum())
-                nats, tokens = nats + float(output.losses["lm"]) * count, tokens + count
-            recall = recall_nll(self.model, self.samples, self.model.device)
-        return Quality(nats / max(tokens, 1), recall)
+            loss = perplexity_by_position(self.model, self.batches, self.length)["loss"]
+            return Quality(loss, recall_nll(self.model, self.samples, self.model.device))
 
     def measure_kept(self, keep: Iterable[int]) -> Quality:
         """Measure with only these of the attention layers left."""
@@ -111,7 +107,7 @@ def select_layers(teacher: str | Path, overrides: Sequence[str] = (), *, method:
     folder = ckpt.resolve(teacher)
     model = ckpt.load_checkpoint(folder, device)
     attention = attention_layers(model.config)
-    count = max(1, round(len(attention) / 4)) if keep is None else keep
+    count = default_keep(attention) if keep is None else keep
     require(0 < count < len(attention), "keep", "is not a number of layers that leaves others to convert", got=count,
             expected=f"1 to {len(attention) - 1}")
     length = min(sequence_length, model.config.max_position)
@@ -124,7 +120,7 @@ def select_layers(teacher: str | Path, overrides: Sequence[str] = (), *, method:
         replacements = _mixers_of(student, model, attention, device)
     else:
         replacements = {layer: windowed_attention(model, layer, window, first_tokens) for layer in attention}
-    trial = LayerTrial(model, batches, samples, replacements)
+    trial = LayerTrial(model, batches, length, samples, replacements)
     base = trial.measure([])
     uniform = spread_evenly(attention, count)
     alone = {} if method == "uniform" else {layer: trial.measure([layer]) for layer in attention}

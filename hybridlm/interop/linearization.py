@@ -92,11 +92,16 @@ def spread_evenly(layers: Sequence[int], count: int) -> list[int]:
     return [layers[(index + 1) * len(layers) // count - 1] for index in range(count)]
 
 
+def default_keep(attention: Sequence[int]) -> int:
+    """The number of attention layers that stay where nothing else is said: a quarter, none of one layer."""
+    return max(1, round(len(attention) / 4)) if len(attention) > 1 else 0
+
+
 def _layers_to_keep(keep: int | Sequence[int] | str | None, attention: Sequence[int], num_layers: int) -> list[int]:
     if isinstance(keep, str):
         keep = read_selection(keep)
     if keep is None:
-        keep = max(1, round(len(attention) / 4)) if len(attention) > 1 else 0
+        keep = default_keep(attention)
     if isinstance(keep, int):
         if not 0 <= keep <= len(attention):
             raise ConfigError("recipe.convert.keep", "is not a number of attention layers of the teacher", got=keep,

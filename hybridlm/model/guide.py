@@ -32,6 +32,7 @@ class GuidedForward:
         labels_BT: next tokens, -100 where none counts.
         count: tokens that losses are divided by; None: those that count here.
         loss: the language-model loss of this forward.
+        batch_fraction: share of this forward in the global batch.
     """
 
     model: Any
@@ -42,6 +43,7 @@ class GuidedForward:
     labels_BT: Tensor
     count: int | None
     loss: Tensor
+    batch_fraction: float | Tensor
 
 
 class Guide(Protocol):
@@ -54,7 +56,7 @@ class Guide(Protocol):
     reads_hidden_states: bool
 
     def __call__(self, forward: GuidedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return losses, of which `teacher_kl` is a sum over tokens divided by `count`, and statistics."""
+        """Return losses, each the share of this forward in that of the global batch, and statistics."""
 
 
 def follow_guide(guide: Guide, forward: GuidedForward, output: ModelOutput,
@@ -72,7 +74,7 @@ def follow_guide(guide: Guide, forward: GuidedForward, output: ModelOutput,
     """
     losses, stats = guide(forward)
     for name, value in losses.items():
-        output.losses[name] = value if name == "teacher_kl" else value * output.batch_fraction
+        output.losses[name] = value
         weight = weights.get(name, 0.0)
         if weight:
             assert output.loss is not None
@@ -130,12 +132,17 @@ def chunked_kl(x_ND: Tensor, teacher_x_ND: Tensor, logits: Callable[[Tensor], Te
 
 
 def relative_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """|student - teacher|^2 / |teacher|^2 of each pair of tensors, in fp32: [number of pairs].
+    """|student - teacher|^2 / |teacher|^2 of each pair of tensors [B, ...], in fp32: [number of pairs].
+
+    It is the mean of one ratio per row, which does not depend on how rows are divided into micro batches.
 
     Example:
-        >>> relative_errors([torch.tensor([1.0, 0.0])], [torch.tensor([1.0, 2.0])]).tolist()
+        >>> relative_errors([torch.tensor([[1.0, 0.0]])], [torch.tensor([[1.0, 2.0]])]).tolist()
         [0.800000011920929]
     """
-    return torch.stack([(a.float() - b.float()).square().sum() / b.float().square().sum().clamp(min=1e-30)
+    def per_row(x: Tensor) -> Tensor:
+        return x.float().square().flatten(1).sum(1)
+
+    return torch.stack([(per_row(a.float() - b.float()) / per_row(b).clamp(min=1e-30)).mean()
                         for a, b in zip(student, teacher, strict=True)])
 

@@ -192,7 +192,8 @@ class HybridLM(nn.Module):
         guided: dict[str, Tensor] = {}
         if targets is not None and guide is not None:
             forward = GuidedForward(self, input_ids, cu_seqlens, hidden or [], x_BTD, seq.local_tokens(targets)[..., 0],
-                                    None if global_batch is None else global_batch.targets[0], output.losses["lm"])
+                                    None if global_batch is None else global_batch.targets[0], output.losses["lm"],
+                                    output.batch_fraction)
             guided = follow_guide(guide, forward, output, self.loss_weights)
         if targets is None or return_logits:
             output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
@@ -369,8 +370,11 @@ class HybridLM(nn.Module):
         losses = output.losses
         weights = self.loss_weights
         counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if global_batch is None else global_batch.targets
-        losses["lm"], z, output.num_tokens = self.cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
-                                                                 config.z_loss)
+        # A loss without weight needs no gradient where another one trains the head.
+        idle = weights.get("lm") == 0 and weights.get("teacher_kl", 0) > 0 and not weights.get("z", config.z_loss)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not idle):
+            losses["lm"], z, output.num_tokens = self.cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
+                                                                     config.z_loss)
         loss = losses["lm"] * weights["lm"] if "lm" in weights else losses["lm"]
         if config.z_loss:
             losses["z"] = z

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hybridlm import checkpoint
-from hybridlm.config.schema import Config
+from hybridlm.config.schema import NEW_MIXERS, Config
 from hybridlm.data import Tokenizer, tokenizer_differences
 from hybridlm.distributed.engine import Engine
 from hybridlm.errors import ConfigError
@@ -93,7 +94,7 @@ class TeacherGuide:
         if self.reads_hidden_states:
             student = [*forward.hidden_states[1:-1], forward.x_BTD]
             errors = relative_errors(student, output.hidden_states[1:])
-            losses["hidden"] = errors.mean()
+            losses["hidden"] = errors.mean() * forward.batch_fraction
             stats |= {f"hidden_error/{layer}": error for layer, error in enumerate(errors.detach())}
         if self.measures:
             loss = teacher.cross_entropy(teacher_BTD, forward.labels_BT, forward.count)[0]
@@ -161,10 +162,10 @@ class Distillation:
         equal: set[str] = set()
         starts_equal = self.config.recipe.convert is not None and self.config.init_from == self.config.teacher
         if starts_equal and not any(hasattr(p, "ds_id") for p in theirs.values()):  # ZeRO-3 holds shards
-            converted = tuple(f"layers.{layer}.mixer." for layer in self.converted)
-            equal = {name for name in mine.keys() & theirs.keys() if not name.startswith(converted)
-                     and not any(fnmatchcase(name, pattern) for pattern in trained)
-                     and mine[name].dtype == theirs[name].dtype}
+            own = [*self.config.recipe.parameter_patterns([NEW_MIXERS]), *trained]
+            equal = {name for name in mine.keys() & theirs.keys()  # not the experts of other processes
+                     if not any(fnmatchcase(name, pattern) for pattern in own)
+                     and (mine[name].dtype, mine[name].shape) == (theirs[name].dtype, theirs[name].shape)}
         if self.shared - equal:  # they begin to train: the teacher needs its own again
             for name in self.shared:
                 mine[name].data = torch.empty_like(mine[name])
@@ -224,7 +225,7 @@ class Distillation:
             return {}
         vocab, limit = self.config.model.vocab_size, self.config.model.max_position
         samples = {"repeat_nll": repeated_samples(vocab, min(REPEATED_TOKENS, limit // 2))}
-        text = next(iter(batches()[0]), None)
+        text = next(chain(*batches()), None)  # one that does not count where this process has no other
         if text is not None and text.input_ids.shape[1] >= 64:
             samples["needle_nll"] = needle_samples(text.input_ids[:4].cpu(), vocab)
         return samples
@@ -261,6 +262,11 @@ def load_teacher(config: Config, engine: Engine, tokenizer: Tokenizer) -> Distil
     if saved.vocab_size != config.model.vocab_size:
         raise ConfigError("teacher", "has another vocabulary than the model", got=f"{saved.vocab_size} tokens",
                           expected=f"{config.model.vocab_size} tokens")
+    theirs, ours = ((model.num_layers, model.hidden_size) for model in (saved, config.model))
+    if theirs != ours and any(stage.loss_weights.get("hidden") for stage in config.recipe.stages):
+        raise ConfigError("teacher", "has other layers than the model, so their streams cannot be compared",
+                          got="{} layers, {} wide".format(*theirs), expected="{} layers, {} wide".format(*ours),
+                          hint="leave hidden out of loss_weights")
     if (folder / "tokenizer.json").is_file():
         differ = tokenizer_differences(Tokenizer.from_folder(folder), tokenizer)
         if differ:

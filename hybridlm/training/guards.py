@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,20 +49,19 @@ class GradientNormWatch:
 
     def __init__(self, stage: str):
         self.stage = stage
-        self.norms: list[float] = []
+        self.norms: list[float] = []  # in ascending order
         self.warned = False
 
     def add(self, norm: float) -> None:
         """Count the norm of one step; not finite ones are skipped steps already."""
-        if not math.isfinite(norm):
+        if self.warned or not math.isfinite(norm):
             return
-        if len(self.norms) >= self.MIN_STEPS and not self.warned:
-            median = statistics.median(self.norms)
-            if norm > self.FACTOR * median:
-                self.warned = True
-                log.warning("stage %s: the gradient norm is %.3g, its median was %.3g: the new mixers may diverge; a "
-                            "lower learning rate, or a stage without them (trainable), helps", self.stage, norm, median)
-        self.norms.append(norm)
+        median = self.norms[len(self.norms) // 2] if len(self.norms) >= self.MIN_STEPS else math.inf
+        if norm > self.FACTOR * median:
+            self.warned = True
+            log.warning("stage %s: the gradient norm is %.3g, its median was %.3g: the new mixers may diverge; a "
+                        "lower learning rate, or a stage without them (trainable), helps", self.stage, norm, median)
+        bisect.insort(self.norms, norm)
 
 
 def first_bad_layer(engine: Engine, compute_loss: LossFunction, micro_batches: Sequence[Any]) -> str:

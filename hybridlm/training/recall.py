@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-IGNORE = -100
+from hybridlm.model.targets import IGNORE
+
 NEEDLE_TOKENS = 16  # random tokens that stand early in a text and come again at its end
 NEEDLE_CUE = 4  # of them, which are not scored: they say what comes
 
 
 @dataclass(frozen=True)
 class RecallSamples:
-    """Rows of token ids and of the next tokens that are scored, -100 elsewhere: int64 [B, T] each."""
+    """Rows of token ids, and labels: the same tokens where they are scored, -100 elsewhere; int64 [B, T] each."""
 
     ids: Tensor
     labels: Tensor
@@ -35,14 +36,14 @@ def repeated_samples(vocab_size: int, length: int, *, rows: int = 4, seed: int =
     Example:
         >>> samples = repeated_samples(50, length=3, rows=1)
         >>> samples.ids.shape, [int(n) >= 0 for n in samples.labels[0]]
-        (torch.Size([1, 6]), [False, False, False, True, True, False])
+        (torch.Size([1, 6]), [False, False, False, False, True, True])
     """
     generator = torch.Generator().manual_seed(seed)
     once = torch.stack([torch.randperm(vocab_size, generator=generator)[:length] for _ in range(rows)])
     length = once.shape[1]
     ids = torch.cat([once, once], 1)
     labels = torch.full_like(ids, IGNORE)
-    labels[:, length:-1] = ids[:, length + 1 :]
+    labels[:, length + 1 :] = ids[:, length + 1 :]
     return RecallSamples(ids, labels)
 
 
@@ -62,7 +63,7 @@ def needle_samples(text: Tensor, vocab_size: int, *, seed: int = 0) -> RecallSam
     ids[:, start : start + NEEDLE_TOKENS] = needle
     ids[:, -NEEDLE_TOKENS:] = needle
     labels = torch.full_like(ids, IGNORE)
-    labels[:, -NEEDLE_TOKENS + NEEDLE_CUE - 1 : -1] = needle[:, NEEDLE_CUE:]
+    labels[:, -NEEDLE_TOKENS + NEEDLE_CUE :] = needle[:, NEEDLE_CUE:]
     return RecallSamples(ids, labels)
 
 
@@ -75,9 +76,4 @@ def recall_nll(model: nn.Module, samples: RecallSamples, device: torch.device) -
         samples: rows and what is scored.
         device: where the model computes.
     """
-    depth = getattr(getattr(model, "config", None), "mtp", None)
-    extra = 0 if depth is None else depth.depth
-    targets = torch.full((*samples.labels.shape, 1 + extra), IGNORE)
-    targets[..., 0] = samples.labels
-    output = model(samples.ids.to(device), targets=targets.to(device))
-    return float(output.losses["lm"])
+    return float(model(samples.ids.to(device), labels=samples.labels.to(device)).losses["lm"])

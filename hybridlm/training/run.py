@@ -252,7 +252,7 @@ def _announce(config: Config, trainer: Trainer, start: Path | None, facts: dict[
              _format_layers(model.layers()))
     held_out = data.validation.num_tokens if data.validation is not None else 0
     planned = sum(stage.steps * stage.tokens_per_step for stage in trainer.stages)
-    sources = " and ".join(source.path for source in config.data.mixture or [config.data])
+    sources = " and ".join(source.path for source in config.data.sources())
     log.info("data: %s, %s training tokens of %.2f bytes, %s held out (%.2g%% of the bytes), tokenizer %s; the run "
              "reads %s tokens, %s", sources, format_count(data.tokens), data.bytes_per_token, format_count(held_out),
              100 * data.held_out, data.tokenizer.name, format_count(planned), _format_epochs(data, planned))
@@ -356,13 +356,13 @@ def _report_teacher(trainer: Trainer) -> None:
     if "gap/teacher_loss" not in values:
         return
     rows = {"loss": ("gap/teacher_loss", "gap/window_loss", "loss"),
-            "repeated tokens": ("recall/repeat_teacher", "recall/repeat_window", "recall/repeat_nll"),
+            "repeats": ("recall/repeat_teacher", "recall/repeat_window", "recall/repeat_nll"),
             "needle": ("recall/needle_teacher", "recall/needle_window", "recall/needle_nll")}
     for name, keys in rows.items():
         found = [f"{label} {values[key]:.4f}" for label, key in zip(
             ("teacher", f"window of {WINDOW} and first token", "student"), keys, strict=True) if key in values]
         if found:
-            log.info("%-11s %s", name if len(name) < 12 else "repeats", ", ".join(found))
+            log.info("%-11s %s", name, ", ".join(found))
 
 
 def _report_recall(trainer: Trainer) -> None:

@@ -32,21 +32,17 @@ def _mixers(model: nn.Module) -> list[SequenceMixer]:
 def set_attention(model: HybridLM, stage: Stage) -> None:
     """Set attention mode, top-k and loss weights as the stage says; what it leaves open is as in the model's config."""
     model.loss_weights = dict(stage.loss_weights)
-    for any_mixer in _mixers(model):
-        any_mixer.set_attention(stage.attention_mode, stage.loss_weights)
-    for mixer in indexed_mixers(model):
-        config = mixer.indexer_config
-        assert config is not None
-        mixer.attention_mode = stage.attention_mode or config.mode
-        mixer.kl_weight = stage.loss_weights.get("indexer_kl", config.loss_weight)
-        if mixer.indexer is not None:
-            mixer.indexer.topk = stage.topk or config.topk
+    for mixer in _mixers(model):
+        mixer.set_attention(stage.attention_mode, stage.loss_weights)
+    for indexed in indexed_mixers(model):
+        if indexed.indexer is not None:
+            indexed.indexer.topk = stage.topk or indexed.indexer.config.topk
 
 
 def freeze_idle_indexers(model: HybridLM) -> None:
     """Freeze indexers whose loss has no weight: they get no gradient, and must not be decayed either."""
-    for any_mixer in _mixers(model):
-        any_mixer.freeze_idle_parameters()
+    for every in _mixers(model):
+        every.freeze_idle_parameters()
     last: IndexedMixer | None = None
     learning: dict[IndexedMixer, bool] = {}
     for mixer in indexed_mixers(model):
@@ -84,17 +80,12 @@ def warn_of_selection(model: HybridLM, stage: Stage) -> None:
 
 @contextmanager
 def measuring_recall(model: nn.Module, on: bool = True) -> Iterator[None]:
-    """Let forwards report each indexer's loss and its recall against dense attention."""
-    mixers = indexed_mixers(model) if on else []
-    others = _mixers(model) if on else []
+    """Let forwards report the loss of each selection and its recall against dense attention."""
+    mixers = _mixers(model) if on else []
     for mixer in mixers:
-        mixer.measuring = True
-    for any_mixer in others:
-        any_mixer.measure_selection(True)
+        mixer.measure_selection(True)
     try:
         yield
     finally:
         for mixer in mixers:
-            mixer.measuring = False
-        for any_mixer in others:
-            any_mixer.measure_selection(False)
+            mixer.measure_selection(False)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hybridlm import checkpoint
-from hybridlm.config.schema import Config, DataConfig
+from hybridlm.config.schema import Config, ConvertConfig, DataConfig
 from hybridlm.data import PackedDataset, PreparedData, Tokenizer, check_vocab, tokenizer_differences
 from hybridlm.distributed.engine import Engine
 from hybridlm.errors import CheckpointError
@@ -36,7 +36,7 @@ def build_run_model(config: Config, engine: Engine, data: PreparedData, weights:
         model.compile_layers()
     if weights is not None:
         if config.recipe.convert is not None:
-            weights = _make_converted_start(config, engine, data, weights)
+            weights = _make_converted_start(config, config.recipe.convert, engine, data, weights)
         if config.recipe.indexer is not None:
             _load_to_convert(model, config, weights, engine)
         else:
@@ -55,7 +55,8 @@ def build_run_model(config: Config, engine: Engine, data: PreparedData, weights:
     return model
 
 
-def _make_converted_start(config: Config, engine: Engine, data: PreparedData, teacher: Path) -> Path:
+def _make_converted_start(config: Config, convert: ConvertConfig, engine: Engine, data: PreparedData,
+                          teacher: Path) -> Path:
     """Write the converted teacher, calibrated where the recipe says so, as a checkpoint in the run folder.
 
     Returns:
@@ -64,8 +65,6 @@ def _make_converted_start(config: Config, engine: Engine, data: PreparedData, te
     folder = Path(config.run_dir).expanduser() / CONVERTED_START
 
     def write() -> None:
-        convert = config.recipe.convert
-        assert convert is not None
         assert convert.converted is not None
         model = checkpoint.load_checkpoint(teacher)
         calibrated = convert.init == "calibrated"

@@ -242,7 +242,7 @@ class Trainer:
         said = self.routing.add(loads) if self.engine.is_main and self.balance else None
         if said is not None:
             log.warning("%s", said)
-        if self.distillation is not None and self.engine.is_main:
+        if self.distillation is not None and self.distillation.converted and self.engine.is_main:
             self.norms.add(update.grad_norm)
         if self.guard.count_step(update.applied):
             self._raise_diverged(compute_loss, batch)

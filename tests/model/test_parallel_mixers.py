@@ -67,3 +67,10 @@ def test_a_branch_that_cannot_work_on_divided_rows_is_named():
     config = ParallelConfig(branches={"conv": GatedConvConfig(conv_size=9), "other": CONV})
     with pytest.raises(ConfigError, match=r"branches\.conv\.conv_size: reaches over more than one shard"):
         config.check_context_parallel(2, 4)
+
+
+def test_a_branch_with_a_selector_follows_the_attention_mode():
+    config = ParallelConfig(branches={"blocks": CASES["moba"], "other": CONV})
+    assert config.has_selector()
+    assert not ParallelConfig(branches={"one": CONV, "other": CONV}).has_selector()
+    assert config.with_attention_mode("dense").branches["blocks"] == CASES["moba"].with_attention_mode("dense")

@@ -209,7 +209,7 @@ def test_layers_align_side_by_side_as_they_would_alone(teacher, tmp_path):
         hook.remove()
         x, seq, y = calls[layer]
         mixer = student.layers[layer].mixer
-        error = (mixer(x, seq)[0] - y).square().sum() / y.square().sum()
+        error = ((mixer(x, seq)[0] - y).square().flatten(1).sum(1) / y.square().flatten(1).sum(1)).mean()
         wanted = torch.autograd.grad(error / 2, list(mixer.parameters()))
         for parameter, gradient in zip(mixer.parameters(), wanted, strict=True):
             assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
@@ -383,3 +383,11 @@ def test_the_report_draws_what_was_compared(done):
     assert [line.name for line in figures["teacher-repeat"].panels[0].series] == ["student", "teacher", "window"]
     assert list(figures["alignment"].panels[0].series[0].x) == ["0", "2"]
     assert list(figures["hidden-error"].panels[0].series[0].x) == ["0", "1", "2"]
+
+
+def test_streams_of_other_sizes_cannot_be_compared(teacher, tmp_path):
+    recipe = tiny_run.stages({"name": "only", "steps": 1, "loss_weights": {"hidden": 1.0}})
+    config = tiny_run.config(tmp_path, recipe=recipe)  # two layers; the teacher has three
+    config.teacher = str(teacher)
+    with pytest.raises(ConfigError, match=r"teacher: has other layers .* got '3 layers, 32 wide'; expected 2 layers"):
+        train(config)

@@ -163,6 +163,13 @@ class ParallelConfig(MixerConfig):
     def has_indexer(self) -> bool:
         return any(branch.has_indexer() for branch in self.branches.values())
 
+    def has_selector(self) -> bool:
+        return any(branch.has_selector() for branch in self.branches.values())
+
+    def with_attention_mode(self, mode: Literal["dense", "sparse"]) -> Self:
+        return replace(self, branches={name: branch.with_attention_mode(mode)
+                                       for name, branch in self.branches.items()})
+
 
 def _known_branches(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the branches whose kind is registered; what is wrong with the others is said when they are read."""

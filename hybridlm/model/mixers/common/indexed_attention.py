@@ -182,6 +182,14 @@ class IndexedMixer(SequenceMixer):
     def loss_weights(self) -> dict[str, float]:
         return {"indexer_kl": self.kl_weight}
 
+    def set_attention(self, mode: AttentionMode | None, loss_weights: Mapping[str, float]) -> None:
+        if self.indexer_config is not None:
+            self.attention_mode = mode or self.indexer_config.mode
+            self.kl_weight = loss_weights.get("indexer_kl", self.indexer_config.loss_weight)
+
+    def measure_selection(self, on: bool) -> None:
+        self.measuring = on and self.indexer_config is not None
+
     def learns(self, indexer: Indexer) -> bool:
         """Whether a forward now computes the loss of the indexer for its gradient."""
         return (self.training and torch.is_grad_enabled() and self.kl_weight > 0
