@@ -6,7 +6,7 @@ multiplied into the columns of the output projection.
 
 Source: after Taylor-Calibrate (2026); the least squares here are joint over the heads of a layer.
 
-B rows, T tokens, N = B T tokens, D hidden size, H heads, V dims per head.
+B rows, T tokens, N = B T tokens, D hidden size, H heads, V dims per head, X = H V.
 """
 
 from __future__ import annotations
@@ -127,17 +127,19 @@ def fit_head_scales(mixer: SequenceMixer, calls: Sequence[MixerCall]) -> Tensor 
     projection, heads = found
     gram_HH = torch.zeros(heads, heads, dtype=torch.float64)
     moment_H = torch.zeros(heads, dtype=torch.float64)
-    weight_DHV = projection.weight.double().unflatten(1, (heads, -1))
+    weight_DX = projection.weight.double()
+    weight_XX = weight_DX.mT @ weight_DX
     for call in calls:
-        u_NHV = _inputs_of(projection, mixer, call).flatten(0, 1).double().unflatten(1, (heads, -1))
-        part_HND = torch.einsum("nhv,dhv->hnd", u_NHV, weight_DHV)
-        flat_HX = part_HND.flatten(1)
-        gram_HH += (flat_HX @ flat_HX.mT).cpu()
-        moment_H += (flat_HX @ call.output.double().flatten()).cpu()
+        u_NX = _inputs_of(projection, mixer, call).flatten(0, 1).double()
+        both_XX = (u_NX.mT @ u_NX) * weight_XX  # its sum over the dims of two heads is the product of their outputs
+        gram_HH += both_XX.unflatten(1, (heads, -1)).unflatten(0, (heads, -1)).sum((1, 3)).cpu()
+        moment_X = ((call.output.flatten(0, 1).double() @ weight_DX) * u_NX).sum(0)
+        moment_H += moment_X.unflatten(0, (heads, -1)).sum(1).cpu()
     scale_H = torch.linalg.pinv(gram_HH, hermitian=True) @ moment_H
     if not scale_H.isfinite().all():
         return None
-    projection.weight.copy_((weight_DHV * scale_H.to(weight_DHV.device)[:, None]).flatten(1))
+    scale_X = scale_H.to(weight_DX.device).repeat_interleave(weight_DX.shape[1] // heads)
+    projection.weight.copy_(weight_DX * scale_X)
     return scale_H
 
 

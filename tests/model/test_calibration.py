@@ -9,7 +9,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.interop.surgery import convert_attention
 from hybridlm.model.calibration import calibrate, fit_head_scales, mixer_of, recorded_calls, relative_error
 from hybridlm.model.layer_context import NormConfig
-from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, build_mixer
+from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, Mamba2Config, build_mixer
 from hybridlm.model.mixers.common.first_tokens import mean_look_back, window_and_first_attention
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
 from hybridlm.model.sequence import SequenceInfo
@@ -127,6 +127,22 @@ def test_the_convolution_is_the_identity_and_decays_have_the_half_life_asked_for
     mixer_of(student, 1).calibrate(half_life_H)
     assert torch.equal(mixer_of(student, 1).q_conv[:8], torch.nn.functional.pad(torch.ones(8, 1), (3, 0)))
     assert torch.equal(y, x_BTD[..., :8])
+
+
+def test_calibration_of_mamba2_leaves_the_scales_of_the_levels():
+    config = Mamba2Config(num_heads=4, head_dim=8, state_size=8, bias=True, levels=5)
+    mixer = build_mixer(config, tiny_lm.model().config.layer_context(0))
+    with torch.no_grad():
+        for parameter in mixer.in_proj.parameters():
+            parameter.fill_(1.0)
+        mixer.calibrate(torch.full((4,), 8.0))
+    steps = config.inner_size + config.conv_channels
+    for parameter in mixer.in_proj.parameters():
+        rows = parameter.view(len(parameter), -1)
+        assert len(rows) == steps + 4 + 4 * 5
+        assert (rows[steps : steps + 4] == 0).all()
+        assert (rows[:steps] == 1).all()
+        assert (rows[steps + 4 :] == 1).all()
 
 
 def test_head_scales_are_the_least_squares_solution():

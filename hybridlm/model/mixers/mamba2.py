@@ -283,7 +283,9 @@ class Mamba2(TensorStateMixer):
         init_identity_conv(self.conv.weight)
         if self.conv.bias is not None:
             self.conv.bias.zero_()
-        self.in_proj.weight[-self.config.num_heads :].zero_()
+        before = self.config.inner_size + self.config.conv_channels
+        for parameter in self.in_proj.parameters():
+            parameter[before : before + self.config.num_heads].zero_()  # the part of the steps that follows the token
         self.A_log.zero_()
         rate_H = math.log(2) / spread_over_heads(half_life_H.double(), self.config.num_heads)
         self.dt_bias.copy_(torch.log(torch.expm1(rate_H)))
