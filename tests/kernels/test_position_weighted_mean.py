@@ -44,6 +44,19 @@ def test_later_tokens_change_no_bit_and_large_keys_stay_finite():
         assert not torch.equal(before[:, t + 1], after[:, t + 1])
 
 
+def test_half_precision_is_converted_once_not_for_every_block():
+    k, v, left, right = case(200, P=200, dtype=torch.bfloat16)
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        position_weighted_mean(k, v, left, right, backend="torch")
+    assert sum(kept.values()) <= 2 * 4 * (k.numel() + v.numel() + left.numel() + right.numel())
+
+
 def test_inputs_that_do_not_fit():
     k, v, left, right = case()
     for inputs, options, message in [

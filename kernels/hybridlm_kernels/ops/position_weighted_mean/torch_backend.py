@@ -23,16 +23,18 @@ BLOCK_QUERIES = 16
 def position_weighted_mean(k_BSC: Tensor, v_BSC: Tensor, left_PR: Tensor, right_PR: Tensor, window: int | None,
                            queries: int, cu_seqlens: CuSeqlens | None) -> Tensor:
     """The torch backend; arguments as in the public function, already checked."""
+    left_wide, right_wide = wide(left_PR), wide(right_PR)
 
     def rows(k: Tensor, v: Tensor) -> Tensor:
         S = k.shape[1]
         first = 0 if cu_seqlens is not None else S - queries
+        k_wide, v_wide = wide(k), wide(v)  # the blocks keep slices of these, and no copy of their own
         found = []
         for start in range(first, S, BLOCK_QUERIES):
             stop = min(start + BLOCK_QUERIES, S)
             found.append(recomputed(
                 lambda k, v, left, right, start=start: _block(k, v, left, right, start, window),
-                wide(k[:, :stop]), wide(v[:, :stop]), wide(left_PR[start:stop]), wide(right_PR[:stop])))
+                k_wide[:, :stop], v_wide[:, :stop], left_wide[start:stop], right_wide[:stop]))
         return torch.cat(found, 1).to(v.dtype)
 
     return rows(k_BSC, v_BSC) if cu_seqlens is None else each_document_row(rows, (k_BSC, v_BSC), cu_seqlens)
