@@ -22,13 +22,13 @@ def make(T, levels, delta, decay="scalar", B=2, H=1, HV=2, K=3, V=2, seen=0):
 
     inputs = tokens(T)
     if seen:
-        inputs["initial_state"] = log_linear_attention(**tokens(seen), with_state=True, backend="reference")[1]
+        inputs["initial_state"] = log_linear_attention(**tokens(seen), final_state=True, backend="reference")[1]
     return inputs
 
 
 def results_and_gradients(inputs, **options):
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    o, final = log_linear_attention(**leaves, with_state=True, **options)
+    o, final = log_linear_attention(**leaves, final_state=True, **options)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (o, final)]
     grads = dict(zip(leaves, torch.autograd.grad([o, final], list(leaves.values()), upstream, materialize_grads=True),
@@ -54,7 +54,7 @@ def test_equals_the_definition(delta, length, levels, borders, seen):
     for got, wanted in zip(results_and_gradients(inputs, backend="torch", **options), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
     with torch.no_grad():
-        o, nothing = log_linear_attention(**inputs, **options)
+        o, nothing = log_linear_attention(**inputs, final_state=False, **options)
     torch.testing.assert_close(o, expected[0], rtol=1e-9, atol=1e-10)
     assert nothing.shape[1] == 0
 
@@ -64,7 +64,7 @@ def test_equals_the_definition(delta, length, levels, borders, seen):
 def test_equal_scales_make_it_the_recurrence_itself(delta, backend):
     inputs = make(75, 7, delta)
     inputs["lambda_BTHvL"] = torch.ones_like(inputs["lambda_BTHvL"])
-    o, state = log_linear_attention(**inputs, with_state=True, backend=backend)
+    o, state = log_linear_attention(**inputs, final_state=True, backend=backend)
     inputs.pop("lambda_BTHvL")
     expected, final = (delta_rule if delta else linear_attention)(**inputs)
     torch.testing.assert_close(o, expected, rtol=1e-9, atol=1e-10)
@@ -92,11 +92,11 @@ def test_blocks_are_those_of_a_fenwick_tree():
 @pytest.mark.parametrize("delta", [False, True])
 def test_decoding_equals_one_call(delta):
     inputs = make(75, 6, delta)
-    one_call, last = log_linear_attention(**inputs, with_state=True)
+    one_call, last = log_linear_attention(**inputs, final_state=True)
     outputs, state, seen = [], None, 0
     for length in (2, 1, 1, 29, 1, 7, 34):
         part = {name: x[:, seen : seen + length] for name, x in inputs.items()}
-        o, state = log_linear_attention(**part, initial_state=state, tokens_seen=seen, with_state=True)
+        o, state = log_linear_attention(**part, initial_state=state, tokens_seen=seen, final_state=True)
         outputs.append(o)
         seen += length
     torch.testing.assert_close(torch.cat(outputs, 1), one_call)

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.errors import ConfigError, require
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import log_linear_attention
-
-TILE_LEVELS = 5  # levels inside the tiles of the operation, which take one call together
-TILE = 1 << TILE_LEVELS  # tokens
+from hybridlm_kernels.ops.log_linear_attention.torch_backend import TILE, TILE_LEVELS
+from hybridlm_kernels.precision import wide
 
 
 def check_levels(levels: int | None) -> None:
@@ -78,12 +76,12 @@ def level_flops(levels: int | None) -> float:
 def compute_level_scales(u_BTX: Tensor, level_scale_X: Tensor, heads: int) -> Tensor:
     """The scale of every level at every token, [B, T, heads, L] in fp32 at least, from projections u [B, T, heads L].
 
+    >>> import torch
     >>> compute_level_scales(torch.zeros(1, 1, 4), torch.ones(4), heads=2)
     tensor([[[[0.6931, 0.6931],
               [0.6931, 0.6931]]]])
     """
-    wide = torch.promote_types(u_BTX.dtype, torch.float32)
-    return F.softplus(level_scale_X.to(wide) * u_BTX.to(wide)).unflatten(-1, (heads, -1))
+    return F.softplus(wide(level_scale_X) * wide(u_BTX)).unflatten(-1, (heads, -1))
 
 
 def run_levels(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda_BTHvL: Tensor, seq: SequenceInfo,
@@ -105,4 +103,4 @@ def run_levels(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda_BTHvL: Te
     """
     seen = 0 if start is None else seq.last_position + 1 - v_BTHvV.shape[1]
     return log_linear_attention(q_BTHK, k_BTHK, v_BTHvV, lambda_BTHvL, initial_state=start, tokens_seen=seen,
-                                with_state=decodes, cu_seqlens=seq.cu_seqlens, **options)
+                                final_state=decodes, cu_seqlens=seq.cu_seqlens, **options)

@@ -31,9 +31,9 @@ OPERATION = register(Operation("log_linear_attention", (
 
 
 def _outputs(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda_BTHvL: Tensor, *,
-             cu_seqlens: CuSeqlens | None = None, with_state: bool = False, **_: Any) -> tuple[Tensor, Tensor]:
+             cu_seqlens: CuSeqlens | None = None, final_state: bool = True, **_: Any) -> tuple[Tensor, Tensor]:
     N = v_BTHvV.shape[0] if cu_seqlens is None else cu_seqlens.num_documents
-    levels = lambda_BTHvL.shape[3] - 1 if with_state else 0
+    levels = lambda_BTHvL.shape[3] - 1 if final_state else 0
     shape = (N, levels, v_BTHvV.shape[2], k_BTHK.shape[3], v_BTHvV.shape[3])
     return v_BTHvV.new_empty(v_BTHvV.shape), v_BTHvV.new_empty(shape, dtype=math_dtype(v_BTHvV))
 
@@ -42,7 +42,7 @@ def _outputs(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda_BTHvL: Tens
 def log_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda_BTHvL: Tensor, *,
                          g: Tensor | None = None, gate: Gate | None = None, beta: Tensor | None = None,
                          scale: float | None = None, initial_state: Tensor | None = None, tokens_seen: int = 0,
-                         with_state: bool = False, cu_seqlens: Borders = None,
+                         final_state: bool = True, cu_seqlens: Borders = None,
                          backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Linear attention or the delta rule, whose past is cut into blocks that are read with scales of their own.
 
@@ -67,7 +67,7 @@ def log_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda
         initial_state: states of levels 1 .. L - 1 after `tokens_seen` tokens, [B, L - 1, HV, K, V], of an earlier call;
             not with borders.
         tokens_seen: tokens of every row that the initial state has seen, above 0 with it and 0 without.
-        with_state: whether the states after the last token are returned.
+        final_state: whether the states after the last token are wanted; without them less is computed.
         cu_seqlens: cumulative lengths of packed documents over the flattened B T tokens, with the start of every row
             among them. N is the number of documents, or B without borders.
         backend: name of one backend, in place of the registry's choice.
@@ -75,7 +75,7 @@ def log_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda
     Returns:
         o [B, T, HV, V] in v's dtype, and the states of levels 1 .. L - 1 after the last token of every document, as the
         next token reads them, [N, L - 1, HV, K, V] in float32 (float64 for float64 values); [N, 0, HV, K, V] without
-        `with_state`.
+        `final_state`.
 
     Raises:
         ValueError: the shapes do not fit one another, or the borders do not cover the tokens.
@@ -112,4 +112,4 @@ def log_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda
         scale = K**-0.5 if scale is None else scale
         return without_empty_documents(
             lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, lambda_BTHvL, g, beta, scale, state, filled, tokens_seen,
-                                      with_state), initial_state, borders)
+                                      final_state), initial_state, borders)

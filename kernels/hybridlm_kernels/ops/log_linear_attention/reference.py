@@ -27,7 +27,7 @@ def level_of(t: int, s: int, levels: int) -> int:
 
 def log_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda_BTHvL: Tensor, g: Tensor | None,
                          beta_BTHv: Tensor | None, scale: float, state_NXHvKV: Tensor | None,
-                         borders: CuSeqlens | None, tokens_seen: int, with_state: bool) -> tuple[Tensor, Tensor]:
+                         borders: CuSeqlens | None, tokens_seen: int, final_state: bool) -> tuple[Tensor, Tensor]:
     """The reference backend; arguments as in the public function, already checked."""
     L, dtype = lambda_BTHvL.shape[-1], math_dtype(v_BTHvV)
 
@@ -54,7 +54,7 @@ def log_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda
             scales_SBHv = scales[:, t, :, [level_of(tokens_seen + t, s, L) for s in first]].movedim(-1, 0)
             o.append((scales_SBHv[..., None] * (q[:, t].mT @ writes).squeeze(-2)).sum(0))
         levels = torch.tensor([level_of(tokens_seen + T, s, L) for s in first])
-        final = [writes[levels == level].sum(0) for level in range(1, L) if with_state]
+        final = [writes[levels == level].sum(0) for level in range(1, L) if final_state]
         return torch.stack(o, 1), torch.stack(final, 1) if final else q.new_zeros(B, 0, HV, K, V)
 
     tokens = [None if x is None else x.to(dtype) for x in (q_BTHK, k_BTHK, v_BTHvV, lambda_BTHvL, g, beta_BTHv)]

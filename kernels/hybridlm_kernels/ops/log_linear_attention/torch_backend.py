@@ -36,7 +36,7 @@ STEPPED_MAX_TOKENS = 8  # up to so many tokens a decode state is continued token
 
 def log_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda_BTHvL: Tensor, g: Tensor | None,
                          beta_BTHv: Tensor | None, scale: float, state_NXHvKV: Tensor | None,
-                         borders: CuSeqlens | None, tokens_seen: int, with_state: bool) -> tuple[Tensor, Tensor]:
+                         borders: CuSeqlens | None, tokens_seen: int, final_state: bool) -> tuple[Tensor, Tensor]:
     """The torch backend; arguments as in the public function, already checked."""
     T = v_BTHvV.shape[1]
     rule = Recurrence(q_BTHK, k_BTHK, g, beta_BTHv, scale)
@@ -50,10 +50,10 @@ def log_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, lambda
         outputs.append(o)
     if stepped < T:
         o, state_NXHvKV = _Levels(rule.tokens(stepped, T), v_BTHvV[:, stepped:], lambda_BTHvL[:, stepped:],
-                                  state_NXHvKV, tokens_seen + stepped, borders, with_state).run()
+                                  state_NXHvKV, tokens_seen + stepped, borders, final_state).run()
         outputs.append(o)
     assert state_NXHvKV is not None
-    return torch.cat(outputs, 1) if len(outputs) > 1 else o, state_NXHvKV if with_state else state_NXHvKV[:, :0]
+    return torch.cat(outputs, 1) if len(outputs) > 1 else o, state_NXHvKV if final_state else state_NXHvKV[:, :0]
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,10 @@ class Recurrence:
         g, beta = (None if x is None else x[:, first:end] for x in (self.g, self.beta_BTHv))
         return Recurrence(self.q_BTHK[:, first:end], self.k_BTHK[:, first:end], g, beta, self.scale)
 
-    def __call__(self, v_BTHvV: Tensor, state_nHvKV: Tensor | None, borders: CuSeqlens | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, v_BTHvV: Tensor, state_nHvKV: Tensor | None, borders: CuSeqlens | None,
+                 final_state: bool = True) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"g": self.g, "scale": self.scale, "initial_state": state_nHvKV,
-                                   "cu_seqlens": borders}
+                                   "cu_seqlens": borders, "final_state": final_state}
         if self.beta_BTHv is None:
             return linear_attention(self.q_BTHK, self.k_BTHK, v_BTHvV, **options)
         return delta_rule(self.q_BTHK, self.k_BTHK, v_BTHvV, beta=self.beta_BTHv, **options)
@@ -106,9 +107,9 @@ class _Levels:
     """All tokens at once, from the border of a tile on."""
 
     def __init__(self, rule: Recurrence, v_BTHvV: Tensor, lambda_BTHvL: Tensor, state_NXHvKV: Tensor | None,
-                 tokens_seen: int, borders: CuSeqlens | None, with_state: bool):
+                 tokens_seen: int, borders: CuSeqlens | None, final_state: bool):
         self.rule, self.v, self.scales, self.state = rule, v_BTHvV, lambda_BTHvL, state_NXHvKV
-        self.tokens_seen, self.with_state = tokens_seen, with_state
+        self.tokens_seen, self.final_state = tokens_seen, final_state
         B, T, device = *v_BTHvV.shape[:2], v_BTHvV.device
         self.documents = _rows(B, T, device) if borders is None else borders
         self.positions_BT = self.documents.positions().view(B, T) + tokens_seen
@@ -125,18 +126,18 @@ class _Levels:
                 added, final = self._one_level(1 << (level - 1), self._earlier(level))
                 o, states = self._add(o, states, level, added, final)
         if self._is_reached(last_block):
-            whole = self.longest > 2 * last_block or (self.with_state and self.longest == 2 * last_block)
+            whole = self.longest > 2 * last_block or (self.final_state and self.longest == 2 * last_block)
             added, final = (self._older(last_block) if whole else
                             self._one_level(last_block, self._earlier(largest)))
             o, states = self._add(o, states, largest, added, final)
         return o.to(self.v.dtype), states
 
     def _is_reached(self, block: int) -> bool:
-        return self.longest > block or (self.with_state and self.longest == block)
+        return self.longest > block or (self.final_state and self.longest == block)
 
     def _add(self, o: Tensor, states: Tensor, level: int, added: Tensor, final_NHvKV: Tensor) -> tuple[Tensor, Tensor]:
         o = o + self.scales[..., level, None].to(self.dtype) * added.to(self.dtype)
-        if self.with_state:
+        if self.final_state:
             states = states.index_add(1, torch.tensor([level - 1], device=o.device), final_NHvKV[:, None])
         return o, states
 
@@ -146,14 +147,14 @@ class _Levels:
         place_BT = self.positions_BT % TILE
         tiles = self._cut(TILE)
         place_BTHvC = F.one_hot(place_BT, TILE).to(self.v.dtype)[:, :, None].expand(-1, -1, HV, -1)
-        weight_BTHvC, keys_MHvKC = self.rule(place_BTHvC, None, tiles)
+        weight_BTHvC, keys_MHvKC = self.rule(place_BTHvC, None, tiles, self.final_state)
         table_CC = _level_table(levels).to(place_BT.device)
         level_BTHvC = table_CC[place_BT][:, :, None].expand(-1, -1, HV, -1)
         weight_BTHvC = weight_BTHvC * self.scales.to(self.dtype).gather(-1, level_BTHvC)
         layout = get_chunk_layout(self.v.shape[0], self.v.shape[1], TILE, tiles, self.v.device)
         v_MHvCV = to_chunks(self.v.to(self.dtype), layout)
         o = from_chunks(to_chunks(weight_BTHvC, layout) @ v_MHvCV, layout)
-        if not self.with_state:
+        if not self.final_state:
             return o, keys_MHvKC.new_zeros(self.documents.num_documents, 0, HV, keys_MHvKC.shape[2], V)
         last = self._last_part(TILE)
         v_NHvCV = layout.unsort_documents(v_MHvCV).index_select(0, last)
@@ -168,9 +169,10 @@ class _Levels:
         """Reads of the block of `block` tokens before the token's own, and its state at the end of every document."""
         reads_BT = (self.positions_BT // block % 2).bool()[..., None, None]
         parts = self._cut(2 * block)
-        o, states_nHvKV = self.rule(torch.where(reads_BT, 0.0, self.v), self._at_first_parts(start_NHvKV, parts), parts)
+        o, states_nHvKV = self.rule(torch.where(reads_BT, 0.0, self.v), self._at_first_parts(start_NHvKV, parts), parts,
+                                    self.final_state)
         final_NHvKV = states_nHvKV
-        if self.with_state:
+        if self.final_state:
             open_N = (self.documents.table.diff() + self.tokens_seen) // block % 2 == 1
             final_NHvKV = torch.where(open_N.to(o.device)[:, None, None, None],
                                       states_nHvKV.index_select(0, self._last_part(2 * block)), 0.0)
@@ -181,9 +183,9 @@ class _Levels:
         parts = self._cut(block)
         everything = None if self.state is None else self.state.sum(1)
         inside = None if self.state is None else self.state[:, :-1].sum(1)
-        o, final_NHvKV = self.rule(self.v, everything, self.documents)
-        own_o, own_nHvKV = self.rule(self.v, self._at_first_parts(inside, parts), parts)
-        if self.with_state:
+        o, final_NHvKV = self.rule(self.v, everything, self.documents, self.final_state)
+        own_o, own_nHvKV = self.rule(self.v, self._at_first_parts(inside, parts), parts, self.final_state)
+        if self.final_state:
             open_N = (self.documents.table.diff() + self.tokens_seen) % block != 0
             own_NHvKV = own_nHvKV.index_select(0, self._last_part(block))
             final_NHvKV = final_NHvKV - torch.where(open_N.to(o.device)[:, None, None, None], own_NHvKV, 0.0)
