@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from hybridlm_kernels import attention, selected_attention, sparse_attention
-from hybridlm_kernels.ops.selected_attention import listed_parts, listed_tokens_attention, torch_backend
+from hybridlm_kernels import attention, selected_attention
+from hybridlm_kernels.ops.selected_attention import listed_parts, torch_backend
 from hybridlm_kernels.ops.selected_attention.cases import random_blocks
 from tests.kernels.test_sparse_attention import borders
 from tests.support.kernel_compare import LargestTensor, error, tensors
@@ -86,18 +86,6 @@ def test_a_window_alone_is_window_attention_with_sinks():
     nothing = torch.full((1, 90, 1, 0), -1)
     o, _ = selected_attention(q, k, v, nothing, window=17, sinks_H=sinks)
     torch.testing.assert_close(o, attention(q, k, v, window=17, sinks_H=sinks))
-
-
-def test_lists_of_tokens_per_group_and_the_one_list_of_all_heads():
-    q, k, v = tensors((2, 20, 4, 8), (2, 20, 2, 8), (2, 20, 2, 8))
-    index = torch.rand(2, 20, 2, 20, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :6]
-    o = listed_tokens_attention(q, k, v, index)
-    for group in range(2):
-        heads, key = slice(2 * group, 2 * group + 2), slice(group, group + 1)
-        alone = sparse_attention(q[:, :, heads], k[:, :, key], v[:, :, key], index[:, :, group])
-        torch.testing.assert_close(o[:, :, heads], alone)
-    one = index[:, :, :1]
-    assert torch.equal(listed_tokens_attention(q, k, v, one), sparse_attention(q, k, v, one[:, :, 0]))
 
 
 @pytest.mark.parametrize("head_dim", [8, 12])

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.selected_attention import reference, torch_backend
-from hybridlm_kernels.ops.sparse_attention import sparse_attention
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import filled_borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
@@ -124,33 +123,3 @@ def _check_window(k_BSGK: Tensor, v_BSGV: Tensor, window: int | None, window_k: 
     if window_k.shape[1] != window_v.shape[1]:
         raise ValueError(f"selected_attention: window_k and window_v must be equally long; got {window_k.shape[1]} and "
                          f"{window_v.shape[1]} tokens")
-
-
-def listed_tokens_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTUN: Tensor, *,
-                            scale: float | None = None, backend: str | None = None) -> Tensor:
-    """Attention over lists of tokens per group, with the kernels of `sparse_attention`: key heads become rows.
-
-    Args:
-        q_BTHK: queries [B, T, H, K].
-        k_BSGK: keys [B, S, G, K].
-        v_BSGV: values [B, S, G, V].
-        indices_BTUN: positions [B, T, U, N], U of 1 or G, as `sparse_attention` takes them.
-        scale: factor on the scores, K**-0.5 by default.
-        backend: name of one backend of `sparse_attention`.
-
-    Returns:
-        o [B, T, H, V]. With U = 1 it is `sparse_attention`, bit for bit.
-
-    >>> import torch
-    >>> q, v = torch.zeros(1, 2, 2, 2), torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])[None]
-    >>> lists = torch.tensor([[[[0], [0]], [[0], [1]]]])
-    >>> listed_tokens_attention(q, q, v, lists)[0, 1].flatten()  # one head reads the first token, the other the second
-    tensor([1., 4.])
-    """
-    groups = k_BSGK.shape[2]
-    if indices_BTUN.shape[2] == 1:
-        return sparse_attention(q_BTHK, k_BSGK, v_BSGV, indices_BTUN[:, :, 0], scale=scale, backend=backend)
-    q, k, v = (x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BSGK, v_BSGV))
-    lists_XTN = indices_BTUN.transpose(1, 2).flatten(0, 1)
-    o_XTRV = sparse_attention(q, k, v, lists_XTN, scale=scale, backend=backend)
-    return o_XTRV.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3)
