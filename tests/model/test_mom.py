@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.mixers import MoMConfig, build_mixer
+from hybridlm.model.mixers.mom import Routing
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels.recurrence.chunk_layout import MAX_CHUNK_TOKENS
 from tests.support.layer_parity import context
 from tests.support.mixer_cases import build, inputs, run
 
@@ -39,6 +41,16 @@ def gated_deltanet(mixer, x, memory):
         S = S + beta[t, :, None, None] * k[t][..., None] * (v[t] - torch.einsum("hkv,hk->hv", S, k[t]))[:, None]
         o[t] = torch.einsum("hkv,hk->hv", S, q[t]) / K**0.5
     return o
+
+
+@pytest.mark.parametrize("length", [1, 7, 100])
+def test_rows_of_zeros_are_as_long_as_a_memory_could_be_whatever_the_routing(length):
+    seq = SequenceInfo.make(2, length, torch.device("cpu"))
+    for ids in (torch.zeros(2 * length, 1, dtype=torch.int64), torch.arange(2 * length)[:, None] % M):
+        routing = Routing.of(ids, M, seq)
+        longest = min(length, MAX_CHUNK_TOKENS)  # of a chunk of the recurrence
+        assert min(max(routing.borders.lengths), MAX_CHUNK_TOKENS) == longest == routing.borders.lengths[-1]
+        assert routing.rows(torch.ones(2 * length, 3)).shape == (1, 2 * length + longest, 3)
 
 
 def test_memories_see_the_tokens_that_are_sent_to_them():

@@ -31,7 +31,7 @@ from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, Indexed
 from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyLayout, rotated_heads
 from hybridlm.model.mixers.common.masks import MaskConfig, masked_attention
-from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
+from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate_step
@@ -121,7 +121,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
 
     def num_params(self, context: LayerContext) -> int:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
-        gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
+        gate = gate_width(self.output_gate, H, K)
         count = D * (2 * H * K + 2 * G * K + gate)
         count += (H * K + 2 * G * K + gate) * self.qkv_bias + D * self.o_bias + H * self.sinks
         count += {"none": 0, "head": 2 * K, "full": (H + G) * K}[self.qk_norm]
@@ -129,7 +129,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
-        gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
+        gate = gate_width(self.output_gate, H, K)
         if self.mask is not None:
             keys = self.mask.visible_keys(context_length)
         elif self.indexer is None:

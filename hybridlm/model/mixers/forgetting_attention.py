@@ -26,7 +26,7 @@ from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, heads_of_all_tokens
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
+from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.mixers.common.token_shift import lerp_with_previous, previous_tokens
 from hybridlm.model.mixers.contract import Aux, SequenceMixer, register_mixer
 from hybridlm.model.norm import HeadRMSNorm
@@ -80,7 +80,7 @@ class ForgettingAttentionConfig(GroupedHeadsConfig):
             require(value is None or value > 0, key, "must be positive", got=value)
 
     def _gate_width(self) -> int:
-        return {"none": 0, "element": self.num_heads * self.head_dim, "head": self.num_heads}[self.output_gate]
+        return gate_width(self.output_gate, self.num_heads, self.head_dim)
 
     def _weights(self, context: LayerContext) -> int:
         H, G, K = self.num_heads, self.kv_heads, self.head_dim

@@ -41,6 +41,7 @@ from hybridlm.model.norm import GatedRMSNorm, RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import value_decay_attention
+from hybridlm_kernels.precision import wide
 
 FP32_BYTES = 4  # bytes per element
 PASSES = ("keys", "values")  # of slots: tensors of the decode state
@@ -197,7 +198,7 @@ class GatedSlots(TensorStateMixer):
         heads, groups = (config.num_heads, -1), (config.kv_heads, -1)
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, heads)
         k_BTGK, v_BTGV = (projection(x_BTD).unflatten(-1, groups) for projection in (self.k_proj, self.v_proj))
-        logits_BTS = self.s_proj(x_BTD).to(torch.promote_types(x_BTD.dtype, torch.float32))
+        logits_BTS = wide(self.s_proj(x_BTD))
         if config.rule == "gsa":
             q_BTHK, k_BTGK, v_BTGV = F.silu(q_BTHK), F.silu(k_BTGK), F.silu(v_BTGV)
             g_BTS = F.logsigmoid(logits_BTS) / config.gate_normalizer

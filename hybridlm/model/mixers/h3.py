@@ -11,9 +11,8 @@ B rows, T tokens, D hidden size, H heads, K dims per head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,6 @@ from hybridlm.model.mixers.common.diagonal_ssm import (
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.precision import wide
 
@@ -105,13 +103,6 @@ class H3Config(MixerConfig):
         D = context.hidden_size
         return [*conv_traffic(rows, self.state_size, D, element_bytes),
                 ssm_traffic(rows, self.heads(context), D * self.head_dim, self.modes)]
-
-    def head_sizes(self) -> HeadSizes | None:
-        return None  # heads of one dim are no measure for other mixers
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        return {}  # heads fill the hidden size
 
 
 @register_mixer("h3", H3Config)

@@ -29,7 +29,7 @@ from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import check_heads
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig, Selection
 from hybridlm.model.mixers.common.indexer import IndexerConfig
-from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
+from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
@@ -111,7 +111,7 @@ class MLAConfig(IndexedMixerConfig):
     def _widths(self, context: LayerContext) -> tuple[int, int, int]:
         """Input width of the indexer's queries, weights of the projections, outputs of the gate."""
         D, H, C, Q = context.hidden_size, self.num_heads, self.kv_lora_rank, self.q_lora_rank
-        gate = {"none": 0, "element": H * self.v_head_dim, "head": H}[self.output_gate]
+        gate = gate_width(self.output_gate, H, self.v_head_dim)
         queries = D * H * self.qk_head_dim if Q is None else Q * (D + H * self.qk_head_dim)
         latents = C * H * (self.qk_nope_head_dim + self.v_head_dim)
         if self.latent_source is None:

@@ -16,7 +16,6 @@ value dim, N documents, R rows: pairs of a token and a memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,7 +32,6 @@ from hybridlm.model.mixers.common.init import init_inverse_softplus, init_log_un
 from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import GatedRMSNorm
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
@@ -140,12 +138,7 @@ class MoMConfig(StateHeadsConfig):
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
         data.pop("balance_loss")
-        return data | {"value_head_dim": self.value_dim, "norm_eps": norm.eps_or(self.norm_eps)}
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
+        return data | {"value_head_dim": self.value_dim}
 
 
 @dataclass
@@ -156,8 +149,9 @@ class Routing:
         token_R: the token of each row.
         memory_R: its memory.
         place_XA: the row of each pair, A with the shared memory.
-        borders: of the rows of each document and memory, then of MAX_CHUNK_TOKENS rows of zeros.
+        borders: of the rows of each document and memory, then of the rows of zeros.
         documents: number of documents N.
+        zeros: number of rows of zeros, as many as a memory may see of one document, at most MAX_CHUNK_TOKENS.
     """
 
     token_R: Tensor
@@ -165,6 +159,7 @@ class Routing:
     place_XA: Tensor
     borders: CuSeqlens
     documents: int
+    zeros: int
 
     @classmethod
     def of(cls, ids_XA: Tensor, memories: int, seq: SequenceInfo) -> Routing:
@@ -174,20 +169,21 @@ class Routing:
         document decides it, and a token's arithmetic must not depend on where later tokens go.
         """
         document_X, documents = seq.documents()
+        zeros = min(MAX_CHUNK_TOKENS, seq.positions_BT.shape[1])
         group_Y = (document_X[:, None] * memories + ids_XA).flatten()
         order_R = torch.argsort(group_Y, stable=True)
         count_G = torch.zeros(documents * memories, dtype=torch.int64, device=group_Y.device)
         count_G = count_G.index_add(0, group_Y, torch.ones_like(group_Y))
-        ends_G = F.pad(F.pad(count_G, (0, 1), value=MAX_CHUNK_TOKENS).cumsum(0), (1, 0))
+        ends_G = F.pad(F.pad(count_G, (0, 1), value=zeros).cumsum(0), (1, 0))
         place_Y = torch.empty_like(order_R)
         place_Y[order_R] = torch.arange(len(order_R), device=order_R.device)
         return cls(order_R // ids_XA.shape[1], ids_XA.flatten()[order_R], place_Y.view_as(ids_XA),
-                   CuSeqlens.of(ends_G, ids_XA.device, len(order_R) + MAX_CHUNK_TOKENS), documents)
+                   CuSeqlens.of(ends_G, ids_XA.device, len(order_R) + zeros), documents, zeros)
 
     def rows(self, x_XEC: Tensor) -> Tensor:
         """The rows [1, R + zeros, C] of x, [tokens, C] or one for each memory [tokens, E, C]."""
         x_RC = x_XEC[self.token_R] if x_XEC.dim() == 2 else x_XEC[self.token_R, self.memory_R]
-        return F.pad(x_RC, (0, 0, 0, MAX_CHUNK_TOKENS))[None]
+        return F.pad(x_RC, (0, 0, 0, self.zeros))[None]
 
 
 @register_mixer("mom", MoMConfig)
@@ -227,7 +223,7 @@ class MixtureOfMemories(TensorStateMixer):
         rows = {"q": routing.rows(self.q_proj(x_XD))}
         for name in ("k", "v", "b", "a"):
             rows[name] = routing.rows(getattr(self, f"{name}_proj")(x_XD).unflatten(-1, (E, -1)))
-        packed = SequenceInfo.make(1, len(routing.token_R) + MAX_CHUNK_TOKENS, x_BTD.device, routing.borders)
+        packed = SequenceInfo.make(1, len(routing.token_R) + routing.zeros, x_BTD.device, routing.borders)
         kept = None if state is None else TensorState({name: _with_zeros(x) for name, x in state.tensors.items()})
         for name in "qkv":
             convolution = getattr(self, f"{name}_conv")
@@ -235,7 +231,7 @@ class MixtureOfMemories(TensorStateMixer):
         o_1RHV, matrix = delta_rule(
             rows["q"], rows["k"], rows["v"], g=rows["a"], gate=Gate("softplus", self.A_log, self.dt_bias),
             beta=rows["b"], beta_sigmoid=1.0, qk_l2norm=True, cu_seqlens=routing.borders,
-            initial_state=None if kept is None else kept.tensors.get("matrix"))
+            initial_state=None if kept is None else kept.tensors.get("matrix"), final_state=state is not None)
         if state is not None and kept is not None:
             kept.tensors["matrix"] = matrix
             state.tensors = {name: x[:-1].unflatten(0, (routing.documents, E)) for name, x in kept.tensors.items()}

@@ -24,7 +24,7 @@ from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, check_heads, dense_attention
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyLayout, rotated_heads
-from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
+from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
@@ -93,7 +93,7 @@ class SharedAttentionConfig(MixerConfig):
         return self.heads(context) * self.keys(context).head_dim
 
     def _gate_width(self, context: LayerContext) -> int:
-        return {"none": 0, "element": self._width(context), "head": self.heads(context)}[self.output_gate]
+        return gate_width(self.output_gate, self.heads(context), self.keys(context).head_dim)
 
     def num_params(self, context: LayerContext) -> int:
         width, hidden, head_dim = self._width(context), context.hidden_size, self.keys(context).head_dim

@@ -13,7 +13,6 @@ B rows, T tokens, D hidden size, H heads, K head dim, F hidden dim of the memory
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,11 +26,11 @@ from hybridlm.model.mixers.common.convolution import CausalConv, check_taps
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.state_heads import StateHeadsConfig
 from hybridlm.model.mixers.contract import Aux, SequenceMixer, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import GatedRMSNorm
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import l2_norm, titans_memory
+from hybridlm_kernels.precision import wide
 
 FP32_BYTES = 4  # bytes per element
 START_STD = 0.02  # of the memory's weights
@@ -125,13 +124,8 @@ class TitansConfig(StateHeadsConfig):
                           "would have to wait for one another", got=self.kind, expected="engine.context_parallel=1")
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
-        data = super().canonical(norm) | {"norm_eps": norm.eps_or(self.norm_eps)}
+        data = super().canonical(norm)
         return data if self.memory == "mlp" else {key: value for key, value in data.items() if key != "expand"}
-
-    @classmethod
-    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
-        heads = model.heads_for(cls)
-        return {"num_heads": heads.num_heads, "head_dim": heads.head_dim}
 
 
 @register_mixer("titans", TitansConfig)
@@ -164,8 +158,7 @@ class Titans(SequenceMixer):
         q_BTHK, k_BTHK, v_BTHK = (
             getattr(self, f"{name}_conv")(getattr(self, f"{name}_proj")(x_BTD), seq, state, f"{name}_conv").unflatten(
                 -1, heads) for name in "qkv")
-        wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        alpha, eta, theta = ((getattr(self, f"{name}_proj")(x_BTD).to(wide) + getattr(self, f"{name}_bias")).sigmoid()
+        alpha, eta, theta = ((wide(getattr(self, f"{name}_proj")(x_BTD)) + getattr(self, f"{name}_bias")).sigmoid()
                              for name in ("alpha", "eta", "theta"))
         weights_HP = torch.cat([getattr(self, name).flatten(1) for name in config.memory_shapes], 1)
         start = None if state is None else state.tensors.get("memory")

@@ -14,6 +14,15 @@ from torch import Tensor, nn
 OutputGate = Literal["none", "element", "head"]
 
 
+def gate_width(kind: OutputGate, heads: int, dim: int) -> int:
+    """Outputs of the projection to the gate: one per element, one per head, or none.
+
+    >>> gate_width("element", heads=4, dim=8), gate_width("head", heads=4, dim=8), gate_width("none", heads=4, dim=8)
+    (32, 4, 0)
+    """
+    return {"none": 0, "element": heads * dim, "head": heads}[kind]
+
+
 def build_output_gate(kind: OutputGate, hidden_size: int, heads: int, dim: int, *, bias: bool) -> nn.Linear | None:
     """Build the projection from the input to the gate; None for the kind `none`.
 
@@ -26,7 +35,7 @@ def build_output_gate(kind: OutputGate, hidden_size: int, heads: int, dim: int, 
     """
     if kind == "none":
         return None
-    return nn.Linear(hidden_size, heads * (dim if kind == "element" else 1), bias=bias)
+    return nn.Linear(hidden_size, gate_width(kind, heads, dim), bias=bias)
 
 
 def apply_output_gate(o_BTHV: Tensor, x_BTD: Tensor, g_proj: Callable[[Tensor], Tensor] | None,
