@@ -217,6 +217,38 @@ def test_memory_of_training_grows_with_the_length_not_with_its_square(name, monk
     assert largest(1600) <= 2.2 * largest(800) < 800 * 800
 
 
+def selection(name, length):
+    """Blocks [L, U, N] that a mixer chooses for each token of a random row, and the mixer."""
+    mixer, x = build(name), inputs(1, length)
+    seq = SequenceInfo.make(1, length, x.device)
+    raw = [mixer._heads(projection(x), norm) for projection, norm in ((mixer.q_proj, mixer.q_norm),
+                                                                      (mixer.k_proj, mixer.k_norm))]
+    turned = [rotate(heads, mixer.config.rope, mixer.rotary_dim, seq) for heads in raw]
+    index = mixer.selector(room.SelectorInputs(x, *turned, *raw), seq)
+    with LargestTensor() as seen:
+        chosen = room.choose_blocks(mixer.selector, index, mixer.config.budget)
+    return chosen[0], mixer, seen.numel
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_scores_of_a_piece_of_queries_keep_to_their_bound(name, monkeypatch):
+    monkeypatch.setattr("hybridlm.model.mixers.common.block_selection.PIECE_ELEMENTS", 2**14)
+    with torch.no_grad():
+        largest = selection(name, 400)[2]
+    assert 2**11 < largest <= 2**14
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMS) - {"infllm_v2"}))  # its window overlaps its blocks
+def test_the_number_of_keys_read_is_that_of_the_chosen_blocks(name):
+    length = 61
+    with torch.no_grad():
+        chosen_LUN, mixer, _ = selection(name, length)
+    block = mixer.config.block
+    read_LUN = (torch.arange(1, length + 1)[:, None, None] - chosen_LUN * block).clamp(max=block)
+    keys = read_LUN.masked_fill(chosen_LUN < 0, 0).sum(-1).double().mean()
+    assert mixer.config.read_keys(length) == pytest.approx(float(keys))
+
+
 def test_equal_scores_go_to_the_earlier_block():
     mixer = build("moba")
     torch.nn.init.zeros_(mixer.k_proj.weight)

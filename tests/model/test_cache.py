@@ -7,6 +7,8 @@ import torch
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.decode_state import RecurrentState, TokenCache
+from hybridlm.model.mixers.common.entries import EntryCache, EntryWindows
+from hybridlm.model.sequence import SequenceInfo
 
 
 def test_appending_returns_all_tokens_over_many_growths():
@@ -47,3 +49,26 @@ def test_an_empty_state_has_no_bytes():
 def test_the_cache_takes_no_part_in_gradients():
     x = torch.randn(1, 3, 2, requires_grad=True)
     assert not TokenCache(4).append(x).requires_grad
+
+
+def test_entries_are_made_where_a_window_is_complete_and_windows_once_per_forward():
+    x, made = torch.randn(2, 12, 3), []
+
+    def combine(windows_BEL, place_BE):
+        made.append(place_BE[0].tolist())
+        return windows_BEL.mean(2)
+
+    cache, seq = EntryCache(12, length=4, stride=2), SequenceInfo.make(2, 12, x.device)
+    for t in range(12):
+        entries = cache.append(x[:, t : t + 1], combine)
+    windows = EntryWindows.of(seq, x, 12, 4, 2)
+    assert made == [[], [0], [2], [4], [6], [8]]  # the first call says what shape entries have
+    assert torch.equal(entries, windows.gather(x).mean(2)[:, :5])
+    assert cache.num_bytes == 2 * (5 + 2) * 3 * 4
+    padded = windows.pad(entries)
+    assert torch.equal(padded, torch.cat([entries, torch.zeros(2, 1, 3)], 1))
+    assert windows.pad(padded) is padded
+    assert EntryWindows.of(seq, x, 12, 4, 2) is windows
+    for queries, length, stride in ((3, 4, 2), (12, 2, 2), (12, 4, 4)):
+        other = EntryWindows.of(seq, x[:, -queries:], 12, length, stride)
+        assert (other.count_BT.shape[1], other.length, other.stride) == (queries, length, stride)

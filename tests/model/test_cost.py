@@ -10,7 +10,7 @@ from hybridlm.config.paths import options
 from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops, training_parts
 from hybridlm.model.memory import activation_bytes_per_token, training_memory
 from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
-from hybridlm.model.mixers.common.cost import count_open_tail, count_visible_pools
+from hybridlm.model.mixers.common.cost import count_block_keys, count_open_tail, count_visible_pools
 from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.run_config import load_model_config
@@ -167,6 +167,15 @@ def test_mean_numbers_of_pools_and_tail_tokens_by_counting(length):
         counted = sum(min(c, limit or c) for c in complete) / length
         assert count_visible_pools(length, 16, limit) == pytest.approx(counted)
     assert count_open_tail(length, 16) == pytest.approx(sum(t % 16 for t in range(1, length + 1)) / length)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 12, 63, 64, 80])
+def test_mean_number_of_keys_in_blocks_by_counting(length):
+    for block, topk in ((1, 2), (4, 1), (4, 3), (16, 2)):
+        own = [block * min(t // block, topk - 1) + t % block + 1 for t in range(length)]
+        assert count_block_keys(length, block, topk, own_counts=True) == pytest.approx(sum(own) / length)
+        beside = [block * min(t // block, topk) + t % block for t in range(1, length + 1)]
+        assert count_block_keys(length, block, topk, own_counts=False) == pytest.approx(sum(beside) / length)
 
 
 def test_only_attention_grows_with_the_context():

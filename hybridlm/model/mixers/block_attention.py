@@ -35,14 +35,14 @@ from hybridlm.model.mixers.common.block_selection import (
     SelectorInputs,
     choose_blocks,
 )
-from hybridlm.model.mixers.common.cost import count_visible_keys
+from hybridlm.model.mixers.common.cost import count_block_keys, count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, dense_attention
 from hybridlm.model.mixers.common.entries import EntryCache
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.indexer import AttentionMode, longest_document
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.key_sharing import HeadNorm
-from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate
+from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.mixers.common.selector_loss import Pooling, selector_loss
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
@@ -120,7 +120,7 @@ class BlockAttentionConfig(GroupedHeadsConfig):
 
     def num_params(self, context: LayerContext) -> int:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
-        gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
+        gate = gate_width(self.output_gate, H, K)
         count = D * (2 * H * K + 2 * G * K + gate) + (H * K + 2 * G * K + gate) * self.qkv_bias + H * self.sinks
         count += 2 * K * (self.qk_norm == "head")
         return count + self.selector.num_params(context, self.block_heads)
@@ -132,12 +132,12 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         """Mean number of keys that a token reads."""
         if not self._selects(context_length):
             return count_visible_keys(context_length)
-        limit = self.topk * self.block + (self.local_window or 0)
-        return count_visible_keys(context_length, min(limit, context_length))
+        in_blocks = count_block_keys(context_length, self.block, self.topk, self.local > 0)
+        return min(count_visible_keys(context_length), in_blocks + (self.local_window or 0))
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
-        gate = {"none": 0, "element": H * K, "head": H}[self.output_gate]
+        gate = gate_width(self.output_gate, H, K)
         parts = {"projections": 2.0 * D * (2 * H * K + 2 * G * K + gate),
                  "attention": 4.0 * H * K * self.read_keys(context_length)}
         if self._selects(context_length):
@@ -280,7 +280,7 @@ class BlockAttention(SequenceMixer):
         return {"selector_kl": self.kl_weight}
 
     def set_attention(self, mode: AttentionMode | None, loss_weights: Mapping[str, float]) -> None:
-        self.attention_mode = self.config.mode if mode is None else self.config.with_attention_mode(mode).mode
+        self.attention_mode = mode or self.config.mode
         self.kl_weight = loss_weights.get("selector_kl", self.config.selector.kl_weight)
 
     def freeze_idle_parameters(self) -> None:
@@ -356,5 +356,4 @@ class BlockAttention(SequenceMixer):
         init_projections(self, std)
         if self.sinks is not None:
             nn.init.normal_(self.sinks, std=std)
-        if self.config.selector.learns:
-            self.selector.init_weights(std)  # type: ignore[operator]
+        self.selector.init_weights(std)

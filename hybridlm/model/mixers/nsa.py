@@ -30,7 +30,7 @@ from hybridlm.model.mixers.common.compression import (
     count_compression_flops,
     count_compression_params,
 )
-from hybridlm.model.mixers.common.cost import count_visible_keys
+from hybridlm.model.mixers.common.cost import count_block_keys, count_visible_keys
 from hybridlm.model.mixers.common.entries import EntryCache, EntryWindows, count_entries, count_seen_entries
 from hybridlm.model.mixers.common.entry_attention import entry_attention
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
@@ -40,7 +40,7 @@ from hybridlm.model.mixers.contract import Aux, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels import selected_attention
+from hybridlm_kernels import attention, selected_attention
 from hybridlm_kernels.precision import wide
 
 BRANCHES = 3
@@ -97,7 +97,7 @@ class NSAConfig(GroupedHeadsConfig):
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
         entries = count_seen_entries(context_length, self.length, self.stride)
-        read = count_visible_keys(context_length, min(self.topk * self.block, context_length))
+        read = min(count_visible_keys(context_length), count_block_keys(context_length, self.block, self.topk, True))
         near = count_visible_keys(context_length, min(self.near, context_length))
         return {"projections": 2.0 * D * (2 * (H + G) * K + BRANCHES * H),
                 "compression": count_compression_flops(self.compression, self.length, self.stride, G, K)
@@ -171,7 +171,7 @@ class NSA(SequenceMixer):
         self.o_proj = nn.Linear(H * K, D, bias=False)
         self.compressor = Compressor(config.compression, config.length, G, K)
         self.rotary_dim = config.rope.rotary_dim(K)
-        self.lists = G
+        self.lists, self.scores_per_entry = G, H
         self.budget = BlockBudget(config.topk, config.first, config.local)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: NSAState | None = None) -> tuple[Tensor, Aux]:
@@ -191,12 +191,19 @@ class NSA(SequenceMixer):
         far = entry_attention(q_BTHK, index.entries_BE, v_BEGK, index.windows, scale)
         picked, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, chosen, block=config.block,
                                        cu_seqlens=seq.history_borders)
-        none = chosen.new_full((*chosen.shape[:2], 1, 0), -1)
-        near, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, none, window=config.near, cu_seqlens=seq.history_borders)
+        near = self._near(q_BTHK, k_BSGK, v_BSGK, seq)
         gates_BTH3 = self.gate_proj(x_BTD).sigmoid().unflatten(-1, (-1, BRANCHES))
         o_BTHK = sum(gate[..., None] * branch for gate, branch in zip(gates_BTH3.unbind(-1), (far, picked, near),
                                                                       strict=True))
         return self.o_proj(o_BTHK.flatten(-2)), {}  # type: ignore[union-attr]
+
+    def _near(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, seq: SequenceInfo) -> Tensor:
+        """Attention to the window; in a shard queries are the last ones of packed keys, which `attention` has not."""
+        if seq.shard is None:
+            return attention(q_BTHK, k_BSGK, v_BSGK, window=self.config.near, cu_seqlens=seq.cu_seqlens)
+        nothing = torch.full((*q_BTHK.shape[:2], 1, 0), -1, device=q_BTHK.device)
+        return selected_attention(q_BTHK, k_BSGK, v_BSGK, nothing, window=self.config.near,
+                                  cu_seqlens=seq.history_borders)[0]
 
     def _entries(self, raw_BT2GK: Tensor, q_BTHK: Tensor, keys: int, seq: SequenceInfo,
                  state: NSAState | None) -> tuple[BlockIndex, Tensor]:

@@ -131,9 +131,13 @@ class BlockIndex:
 
 
 class ScoresBlocks(Protocol):
-    """The part of a selector that `choose_blocks` asks: the number of lists per query, and their scores."""
+    """The part of a selector that `choose_blocks` asks: the number of lists per query, and their scores.
+
+    `scores_per_entry`: scores of one query and entry that `scores` has in memory at once.
+    """
 
     lists: int
+    scores_per_entry: int
 
     def scores(self, index: BlockIndex, rows: slice) -> Tensor: ...
 
@@ -142,6 +146,7 @@ class Selector(nn.Module, abc.ABC):
     """Scores blocks. A selector has features per token, combines those of a window to an entry, and scores entries.
 
     `window` and `stride`: tokens of a window, and from one to the next; by default one window per block.
+    `scores_per_entry`: scores of one query and entry that are in memory at once; by default one per list.
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
@@ -150,7 +155,10 @@ class Selector(nn.Module, abc.ABC):
         super().__init__()
         self.heads = heads
         self.window = self.stride = heads.block
-        self.lists = config.lists(heads)
+        self.lists = self.scores_per_entry = config.lists(heads)
+
+    def init_weights(self, std: float) -> None:
+        """Draw the first weights; by default there are none."""
 
     @abc.abstractmethod
     def features(self, inputs: SelectorInputs, seq: SequenceInfo) -> Tensor:
@@ -227,10 +235,10 @@ class BlockBudget:
         return self.topk - (self.local > 0)
 
 
-def query_pieces(index: BlockIndex, lists: int) -> Iterator[slice]:
-    """Yields pieces of queries whose scores stay within PIECE_ELEMENTS."""
+def query_pieces(index: BlockIndex, scores_per_entry: int) -> Iterator[slice]:
+    """Yields pieces of queries whose scores stay within PIECE_ELEMENTS, or of 8 queries where more would not."""
     batch, queries = index.queries_BT.shape[:2]
-    size = max(8, PIECE_ELEMENTS // max(1, batch * lists * index.blocks.number))
+    size = max(8, PIECE_ELEMENTS // max(1, batch * scores_per_entry * index.windows.number))
     for start in range(0, queries, size):
         yield slice(start, min(start + size, queries))
 
@@ -261,7 +269,7 @@ def choose_blocks(selector: ScoresBlocks, index: BlockIndex, budget: BlockBudget
     """
     blocks, found = index.blocks, []
     with torch.autocast(index.queries_BT.device.type, enabled=False):
-        for rows in query_pieces(index, selector.lists):
+        for rows in query_pieces(index, selector.scores_per_entry):
             seen_BQP = competing_blocks(blocks, budget, rows)
             first_BQ1 = blocks.first_BT[:, rows, None]
             position_BQ1 = blocks.position_BT[:, rows, None]

@@ -40,6 +40,28 @@ def count_open_tail(context_length: int, size: int) -> float:
     return (pools * size * (size - 1) / 2 + open_tokens * (open_tokens + 1) / 2) / context_length
 
 
+def count_block_keys(context_length: int, block: int, topk: int, own_counts: bool) -> float:
+    """Mean number of keys that a token of a causal sequence reads in at most `topk` blocks of `block` tokens.
+
+    Args:
+        context_length: tokens of the sequence.
+        block: tokens per block.
+        topk: blocks per token.
+        own_counts: whether the token's own block, read up to the token, is one of the `topk`; else it is read besides
+            them while it is open, and one of them where the token completes it.
+
+    >>> count_block_keys(6, block=2, topk=2, own_counts=True), count_block_keys(6, block=2, topk=1, own_counts=False)
+    (2.8333333333333335, 2.1666666666666665)
+    """
+    n = context_length
+    tail = count_open_tail(n, block)
+    if not own_counts:
+        return block * count_visible_pools(n, block, topk) + tail
+    # The complete blocks before the token are those that the token before it sees.
+    before = block * count_visible_pools(n - 1, block, topk - 1) * (n - 1) / n if n > 1 else 0.0
+    return before + tail + n // block * block / n  # a token that completes its block reads all of it
+
+
 def count_low_rank_params(inputs: int, outputs: int, rank: int | None) -> int:
     """Number of weights of a projection: one matrix, or two through `rank` dims.
 

@@ -50,7 +50,7 @@ class EntryWindows:
 
     @classmethod
     def of(cls, seq: SequenceInfo, queries_BT: Tensor, keys: int, length: int, stride: int) -> EntryWindows:
-        """The windows of `keys` tokens per row for queries at the last places of their rows.
+        """The windows of `keys` tokens per row for queries at the last places of their rows; layers share them.
 
         Args:
             seq: borders of the documents.
@@ -59,6 +59,16 @@ class EntryWindows:
             length: tokens of a window.
             stride: tokens from one window to the next.
         """
+        queries = queries_BT.shape[1]
+        if torch.compiler.is_dynamo_compiling():  # no graph depends on what others have left
+            return cls._make(seq, queries_BT, keys, length, stride)
+        key = f"windows {queries} {keys} {length} {stride}"
+        if key not in seq.tables:
+            seq.tables[key] = cls._make(seq, queries_BT, keys, length, stride)
+        return seq.tables[key]
+
+    @classmethod
+    def _make(cls, seq: SequenceInfo, queries_BT: Tensor, keys: int, length: int, stride: int) -> EntryWindows:
         batch, queries = queries_BT.shape[:2]
         device, borders = queries_BT.device, seq.history_borders
         token_S = torch.arange(keys, device=device)
@@ -96,6 +106,8 @@ class EntryWindows:
     def pad(self, entries_BE: Tensor) -> Tensor:
         """Entries of complete windows [B, E', ...], with zeros for windows that are not complete yet: [B, E, ...]."""
         missing = self.number - entries_BE.shape[1]
+        if missing == 0:
+            return entries_BE
         return torch.cat([entries_BE, entries_BE.new_zeros(entries_BE.shape[0], missing, *entries_BE.shape[2:])], 1)
 
     def gather(self, x_BS: Tensor) -> Tensor:
@@ -126,6 +138,10 @@ class EntryCache:
         begin = self.entries.length * self.stride  # position of the first token in x
         self.length = begin + x_BT.shape[1]
         count = max(0, (x_BT.shape[1] - self.window) // self.stride + 1)
+        before = self.entries.kept
+        if count == 0 and before is not None:  # the first call makes none, but says what shape entries have
+            self._open = x_BT
+            return before
         device = x_BT.device
         start_E = torch.arange(count, device=device) * self.stride
         token_EL = start_E[:, None] + torch.arange(self.window, device=device)

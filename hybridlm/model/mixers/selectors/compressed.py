@@ -96,6 +96,7 @@ class CompressedSelector(Selector):
         super().__init__(config, context, heads)
         self.config = config
         self.window, self.stride = config.length_of(heads), config.stride_of(heads)
+        self.scores_per_entry = heads.num_heads
 
     def features(self, inputs: SelectorInputs, seq: SequenceInfo) -> Tensor:
         return inputs.k_BTGK

@@ -111,6 +111,7 @@ class IndexHeadsSelector(Selector):
         self.k_proj = nn.Linear(context.hidden_size, d, bias=False)
         self.q_norm, self.k_norm = RMSNorm.of(context.norm, d), RMSNorm.of(context.norm, d)
         self.rotary_dim = heads.rope.rotary_dim(d)
+        self.scores_per_entry = J * (heads.block if config.reduce == "max" else 1)
 
     def init_weights(self, std: float) -> None:
         """Draw the projections from normal(0, std); norms start plain."""
