@@ -50,8 +50,8 @@ def count_block_keys(context_length: int, block: int, topk: int, own_counts: boo
         own_counts: whether the token's own block, read up to the token, is one of the `topk`; else it is read besides
             them while it is open, and one of them where the token completes it.
 
-    >>> count_block_keys(6, block=2, topk=2, own_counts=True), count_block_keys(6, block=2, topk=1, own_counts=False)
-    (2.8333333333333335, 2.1666666666666665)
+    >>> count_block_keys(4, block=2, topk=1, own_counts=True), count_block_keys(4, block=2, topk=1, own_counts=False)
+    (1.5, 2.0)
     """
     n = context_length
     tail = count_open_tail(n, block)
