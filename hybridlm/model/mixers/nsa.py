@@ -198,7 +198,7 @@ class NSA(SequenceMixer):
         return self.o_proj(o_BTHK.flatten(-2)), {}  # type: ignore[union-attr]
 
     def _near(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, seq: SequenceInfo) -> Tensor:
-        """Attention to the window; in a shard queries are the last ones of packed keys, which `attention` has not."""
+        """Attention to the window. `attention` takes no packed keys beyond the queries, which a shard has."""
         if seq.shard is None:
             return attention(q_BTHK, k_BSGK, v_BSGK, window=self.config.near, cu_seqlens=seq.cu_seqlens)
         nothing = torch.full((*q_BTHK.shape[:2], 1, 0), -1, device=q_BTHK.device)

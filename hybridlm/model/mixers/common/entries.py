@@ -139,7 +139,7 @@ class EntryCache:
         self.length = begin + x_BT.shape[1]
         count = max(0, (x_BT.shape[1] - self.window) // self.stride + 1)
         before = self.entries.kept
-        if count == 0 and before is not None:  # the first call makes none, but says what shape entries have
+        if count == 0 and before is not None:  # without it, `combine` says what shape entries have
             self._open = x_BT
             return before
         device = x_BT.device
