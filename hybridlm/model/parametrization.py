@@ -32,6 +32,7 @@ from hybridlm.errors import require
 from hybridlm.model.parameter_roles import ParameterRole
 from hybridlm.model.residual.branch import BranchConfig
 
+Kind = Literal["standard", "mup", "completep"]
 SCALED_ROLES = ("matrix", "head_matrix", "expert_stack", "router", "stream_mixing")
 
 
@@ -45,7 +46,7 @@ class ParametrizationConfig:
     base_num_layers: its number of layers, for `completep`.
     """
 
-    kind: Literal["standard", "mup", "completep"] = "standard"
+    kind: Kind = "standard"
     base_hidden_size: int | None = None
     base_num_layers: int | None = None
 
@@ -70,16 +71,21 @@ class ParametrizationConfig:
             return 1.0
         return hidden_size / self.base_hidden_size
 
-    def depth_ratio(self, num_layers: int) -> float:
-        """Number of layers relative to the base model; 1 except under `completep`."""
+    def depth_ratio(self, num_layers: int) -> float | None:
+        """Number of layers relative to the base model; None where the kind does not carry hyperparameters over depth.
+
+        >>> rule = ParametrizationConfig(kind="completep", base_hidden_size=32, base_num_layers=4)
+        >>> rule.depth_ratio(8), rule.depth_ratio(4), ParametrizationConfig().depth_ratio(8)
+        (2.0, 1.0, None)
+        """
         if self.kind != "completep" or self.base_num_layers is None:
-            return 1.0
+            return None
         return num_layers / self.base_num_layers
 
     def scale_branch(self, branch: BranchConfig, num_layers: int) -> BranchConfig:
         """The options with which a mixer or feed-forward of a model with `num_layers` joins the residual stream."""
         ratio = self.depth_ratio(num_layers)
-        return branch if ratio == 1.0 else replace(branch, beta=branch.beta / ratio)
+        return branch if ratio is None or ratio == 1.0 else replace(branch, beta=branch.beta / ratio)
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,12 @@ class ParameterScale:
     Args:
         shape: (rows, columns) in this model: outputs and inputs.
         base_shape: those in the base model.
-        depth: number of layers relative to the base model; 1 where depth is not carried.
+        depth: number of layers relative to the base model; None where the parametrization does not carry depth.
     """
 
     shape: tuple[int, int]
     base_shape: tuple[int, int]
-    depth: float = 1.0
+    depth: float | None = None
 
     @property
     def fan_in(self) -> float:
@@ -122,19 +128,23 @@ class ParameterScale:
 
     @property
     def adam_eps(self) -> float:
-        """Factor of AdamW's eps under completep: gradients shrink with width and with depth."""
-        return 1.0 if self.depth == 1.0 else 1.0 / (self.fan_in * self.depth)
+        """Factor of AdamW's eps: gradients shrink with width and depth; 1 where depth is not carried.
+
+        >>> ParameterScale((64, 64), (32, 32), depth=1.0).adam_eps, ParameterScale((64, 64), (32, 32)).adam_eps
+        (0.5, 1.0)
+        """
+        return 1.0 if self.depth is None else 1.0 / (self.fan_in * self.depth)
 
 
 def compare_shapes(model: nn.Module, base: nn.Module, roles: Mapping[str, ParameterRole],
-                   depth: float = 1.0) -> dict[str, ParameterScale]:
+                   depth: float | None = None) -> dict[str, ParameterScale]:
     """Compare the matrices of a model with those of its base model.
 
     Args:
         model: the model; nothing of it but shapes is read.
         base: the base model, with as many layers.
         roles: role of each parameter of the model.
-        depth: number of layers relative to the base.
+        depth: number of layers relative to the base; None where depth is not carried.
 
     Returns:
         The growth of each parameter that is scaled, by name. A linear map to one number is a matrix here, whatever an

@@ -164,8 +164,13 @@ def test_completep_scales_branches_and_eps(base):
     assert of["layers.0.mixer.q_proj.weight"].lr_factor == 0.5  # that of the width: depth leaves it
     assert of["embed.weight"].options == {}
     assert all(not group.options for group in plan_groups(model, MuonConfig()) if group.rule.kind == "muon")
-    wider_only = replace(deep, parametrization=replace(rule, kind="mup"))
-    assert wider_only.branches("kda")[0].beta == 1.0
+    wider = replace(base.resize(64, 4), parametrization=rule)  # as deep as the base: eps follows the width all the same
+    of = {name: group for group in plan_groups(build_model(wider, device="meta"), AdamWConfig(eps=1e-8))
+          for name in group.names}
+    assert of["layers.0.mixer.q_proj.weight"].options == {"eps": pytest.approx(1e-8 / 2)}
+    without_depth = replace(deep, parametrization=replace(rule, kind="mup"))
+    assert without_depth.branches("kda")[0].beta == 1.0
+    assert not any(group.options for group in plan_groups(build_model(without_depth, device="meta"), AdamWConfig()))
 
 
 def test_what_is_carried_changes_the_function_and_is_saved(wide):
