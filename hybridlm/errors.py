@@ -54,6 +54,17 @@ class ConfigError(UserError):
         key = ".".join(part for part in (path, self.key) if part)
         return type(self)(key, self.what, got=self.got, expected=self.expected, hint=self.hint)
 
+    def renamed(self, old: str, new: str) -> ConfigError:
+        """The same error in a command whose keys begin with `new` where those of the raiser begin with `old`.
+
+        >>> error = ConfigError("sweep.dir", "is not a folder", hint="take another sweep.dir")
+        >>> print(error.renamed("sweep.", "ladder."))
+        ladder.dir: is not a folder; take another ladder.dir
+        """
+        keys = re.compile(rf"(?<![\w./-]){re.escape(old)}(?=\w)")  # and no part of a path
+        key, what, expected, hint = (keys.sub(new, text) for text in (self.key, self.what, self.expected, self.hint))
+        return type(self)(key, what, got=self.got, expected=expected, hint=hint)
+
     def __str__(self) -> str:
         text = f"{self.key}: {self.what}" if self.key else self.what
         if self.got is not None:

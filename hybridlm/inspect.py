@@ -19,7 +19,7 @@ from hybridlm.optimizers.memory import optimizer_state_bytes
 
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 TOLERANCE = 0.03  # relative difference within which a count agrees with the published one
-_FLOPS = ("", " K", " M", " G", " T", " P")
+COUNTS = ("", " K", " M", " G", " T", " P")
 BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB")
 
 
@@ -155,11 +155,11 @@ def _flops(report: dict[str, Any]) -> tuple[str, Table]:
     table = _table("part", "forward", "share")
     for part, value in sorted(flops["forward_by_part"].items(), key=lambda item: -item[1]):
         if value:
-            table.add_row(part, scaled(value, 1000, _FLOPS), f"{value / flops['forward']:.1%}")
-    table.add_row("forward", scaled(flops["forward"], 1000, _FLOPS), "")
+            table.add_row(part, scaled(value, 1000, COUNTS), f"{value / flops['forward']:.1%}")
+    table.add_row("forward", scaled(flops["forward"], 1000, COUNTS), "")
     if loss := flops["training_by_part"]["indexer_kl"]:
-        table.add_row("loss of the indexers, in training", scaled(loss, 1000, _FLOPS), "")
-    table.add_row("training (forward and backward)", scaled(flops["training"], 1000, _FLOPS), "")
+        table.add_row("loss of the indexers, in training", scaled(loss, 1000, COUNTS), "")
+    table.add_row("training (forward and backward)", scaled(flops["training"], 1000, COUNTS), "")
     return f"FLOPs per token at a context of {flops['context_length']}", table
 
 

@@ -44,6 +44,13 @@ def run(argv: Sequence[str]) -> int:
                         help="hidden sizes of --check-coordinates (default 64,128,256)")
     parser.add_json()
     args = parser.parse_intermixed_args(argv)
+    try:
+        return _run_command(args, argv)
+    except ConfigError as error:  # of the sweep that runs the points: its keys are the ladder's here
+        raise error.renamed("sweep.", "ladder.") from None
+
+
+def _run_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise ConfigError("--jobs", "must be positive", got=args.jobs)
     chosen = [name for name, value in (("--dry-run", args.dry_run), ("--fit-only", args.fit_only),
@@ -86,14 +93,15 @@ def _fit_only(args: argparse.Namespace) -> int:
     from hybridlm.ladder.analysis import read_ladder
     from hybridlm.ladder.request import read_ladder_request
 
-    words = {word.partition("=")[0]: word.partition("=")[2] for word in args.overrides}
+    overrides = [word.removeprefix("++").removeprefix("+") for word in args.overrides]
+    words = {word.partition("=")[0]: word.partition("=")[2] for word in overrides}
     if "ladder.dir" in words:
         folder = Path(words["ladder.dir"]).expanduser()
     else:
-        folder = read_ladder_request(args.overrides, args.config_dir).ladder.folder
-    settings, costs, _ = read_ladder(folder)
-    own = [word for word in args.overrides if word.startswith(("ladder.fit.", "ladder.gate.", "ladder.reference="))]
-    strange = [word for word in args.overrides if word not in own and not word.startswith(("ladder=", "ladder.dir="))]
+        folder = read_ladder_request(overrides, args.config_dir).ladder.folder
+    settings, costs = read_ladder(folder)
+    own = [word for word in overrides if word.startswith(("ladder.fit.", "ladder.gate.", "ladder.reference="))]
+    strange = [word for word in overrides if word not in own and not word.startswith(("ladder=", "ladder.dir="))]
     if strange:
         key, _, value = strange[0].partition("=")
         raise ConfigError(key, "cannot change without new runs", got=value,

@@ -16,10 +16,10 @@ from hybridlm.config.serialization import from_dict, to_dict
 from hybridlm.errors import ConfigError, counted
 from hybridlm.files import write_json
 from hybridlm.ladder.bootstrap import Bootstrap, bootstrap, curve_points, jackknife
-from hybridlm.ladder.law import Fit, choose_form, fit_laws
+from hybridlm.ladder.law import FREE_MIN_RUNGS, Fit, choose_form, compute_gain, fit_laws
 from hybridlm.ladder.measurements import Measurement, Results
 from hybridlm.ladder.plan import ARCHITECTURE_KEY, RUNG_KEY, LadderPlan, describe_costs
-from hybridlm.ladder.request import EXTRAPOLATION_MAX, LadderConfig
+from hybridlm.ladder.request import EXTRAPOLATION_MAX, LadderConfig, check_projections
 from hybridlm.ladder.verdict import Comparison, Verdict, compare, judge, project
 from hybridlm.sweep.collect import collect
 from hybridlm.sweep.folder import read_plan
@@ -32,11 +32,11 @@ MAX_EPOCHS = 4.0  # repeated tokens are nearly as good as new ones up to here (a
 
 def describe_ladder(plan: LadderPlan) -> dict[str, Any]:
     """Describe a ladder for sweep.json: its settings, and the costs of every point."""
-    return {"settings": to_dict(plan.ladder), "costs": describe_costs(plan.costs), "notes": plan.notes}
+    return {"settings": to_dict(plan.ladder), "costs": describe_costs(plan.costs)}
 
 
-def read_ladder(folder: Path) -> tuple[LadderConfig, dict[str, dict[str, Any]], list[str]]:
-    """Read the settings of a ladder, the costs of its points, and what was to be said before it ran.
+def read_ladder(folder: Path) -> tuple[LadderConfig, dict[str, dict[str, Any]]]:
+    """Read the settings of a ladder and the costs of its points.
 
     Args:
         folder: of the ladder.
@@ -50,7 +50,7 @@ def read_ladder(folder: Path) -> tuple[LadderConfig, dict[str, dict[str, Any]], 
         raise ConfigError("ladder.dir", what, got=str(folder), expected="the folder of a ladder that has been started",
                           hint="run the ladder first, without --fit-only")
     saved = plan["ladder"]
-    return from_dict(LadderConfig, saved["settings"], "ladder"), saved["costs"], saved["notes"]
+    return from_dict(LadderConfig, saved["settings"], "ladder"), saved["costs"]
 
 
 def analyse(folder: Path, ladder: LadderConfig, costs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -65,8 +65,9 @@ def analyse(folder: Path, ladder: LadderConfig, costs: dict[str, dict[str, Any]]
         The content of ladder.json.
 
     Raises:
-        ConfigError: a projection far beyond the data, a form of law that the points cannot support.
+        ConfigError: a projection far beyond all points, a form of law that the points cannot support.
     """
+    check_projections(ladder.gate, max(cost["compute"] for cost in costs.values()))
     rows = [_describe_point(point, costs[point["point"]], ladder) for point in collect(folder)["points"]]
     rungs = [rung.name for rung in ladder.sizes]
     measured = [_measurement(row) for row in rows if row["loss"] is not None]
@@ -90,12 +91,9 @@ def _analyse_laws(report: dict[str, Any], results: Results, ladder: LadderConfig
     level = ladder.gate.level
     largest = max(each.compute for each in results.measurements)
     smallest = min(each.compute for each in results.measurements)
-    for compute in ladder.gate.project:
-        if compute > EXTRAPOLATION_MAX * largest and not ladder.gate.extrapolate:
-            raise ConfigError("ladder.gate.project", f"lies more than {EXTRAPOLATION_MAX:g} times beyond the largest "
-                              "compute with results", got=compute,
-                              expected=f"at most {EXTRAPOLATION_MAX * largest:.3g}",
-                              hint="ladder.gate.extrapolate=true projects all the same")
+    report["warnings"] += [f"the projection to {compute:.3g} FLOPs lies {compute / largest:,.0f} times beyond the "
+                           "largest compute with results" for compute in ladder.gate.project
+                           if compute > EXTRAPOLATION_MAX * largest]
     form, asymptote = choose_form(ladder.fit.form, ladder.fit.asymptote, len(results.rungs),
                                   math.log10(largest / smallest))
     fit = fit_laws(curve_points(results.measurements), form, asymptote)
@@ -124,7 +122,7 @@ def _describe_point(point: dict[str, Any], cost: dict[str, Any], ladder: LadderC
     row = {"point": point["point"], "architecture": point["settings"][ARCHITECTURE_KEY],
            "rung": point["settings"][RUNG_KEY], "seed": point["settings"][SEED_KEY], "status": point["status"],
            "loss": loss if loss is not None and math.isfinite(loss) else None, **cost,
-           "total_parameters": point["parameters"], "layers": point["layers"], "changed": point["changed"],
+           "layers": point["layers"], "changed": point["changed"],
            "tokens_per_second": metrics.get("tokens_per_second"), "mfu": metrics.get("mfu"),
            "epochs": metrics.get("epochs"), "scores": scores}
     return {**row, "reason": point["reason"]} if "reason" in point else row
@@ -149,8 +147,8 @@ def _cells(results: Results, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
                 "rung": rung, "architecture": name, "losses": losses,
                 "mean": statistics.fmean(losses.values()) if losses else None,
                 "tokens_per_second": speed, "flops_per_second": speed and speed * first["flops_per_token"],
-                **{key: first[key] for key in ("parameters", "tokens", "compute", "flops_per_token",
-                                              "flops_per_token_without_head", "steps", "lr", "state_bytes", "layers")}})
+                **{key: first[key] for key in ("parameters", "tokens", "compute", "flops_per_token", "steps", "lr",
+                                              "state_bytes", "layers")}})
     return cells
 
 
@@ -174,8 +172,7 @@ def _describe_gain(results: Results, fit: Fit, draws: Bootstrap, left_out: dict[
         return None
 
     def gain(each: Fit) -> float:
-        own, reference = each.laws[name], each.laws[results.reference]
-        return float((reference.coefficient / own.coefficient) ** (1.0 / own.exponent))
+        return compute_gain(each.laws[results.reference], each.laws[name], compute=1.0)  # the same at every compute
 
     return {"gain": gain(fit), "interval": draws.interval(gain, level),
             "without_rung": {rung: gain(each) for rung, each in left_out.items()}}
@@ -202,7 +199,7 @@ def _warn_of_fit(law: dict[str, Any], fit: Fit, asymptote: float | None, rungs: 
     warnings = []
     if asymptote is not None:
         warnings.append(f"the asymptote is pinned at {asymptote:g}: {counted(rungs, 'rung')} cannot tell it from the "
-                        "exponent" if fit.form == "pinned" else f"the asymptote is pinned at {asymptote:g}")
+                        "exponent" if rungs < FREE_MIN_RUNGS else f"the asymptote is pinned at {asymptote:g}")
     if fit.at_bound:
         warnings.append("the fitted asymptote lies at an end of its range: the points do not say where it is")
     wide = [name for name, found in law["laws"].items() if (ends := found["exponent_interval"]) is not None

@@ -15,20 +15,14 @@ from rich.table import Table
 
 from hybridlm.errors import ConfigError, require
 from hybridlm.files import write_json
-from hybridlm.ladder.coordinates import (
-    QUANTITIES,
-    Coordinate,
-    CoordinateCheck,
-    Kind,
-    check_coordinates,
-    steepest,
-)
-from hybridlm.ladder.plan import architecture_config
+from hybridlm.ladder.coordinates import QUANTITIES, Coordinate, CoordinateCheck, check_coordinates, steepest
+from hybridlm.ladder.plan import COORDINATES_FILE, architecture_config
 from hybridlm.ladder.request import LadderRequest
-from hybridlm.sweep.folder import COORDINATES_FILE
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.parametrization import Kind
 
 CONTROL: Kind = "standard"
-LAYERS = 4  # of the checked models, or two patterns of the schedule: one depth, so that width is all that changes
+LAYERS = 4  # of the checked models, or as many as it takes to have every mixer of the schedule
 VOCABULARY = 257  # tokens of the checked models: a large table only costs time
 
 
@@ -37,7 +31,7 @@ def check_ladder(request: LadderRequest, widths: Sequence[int], say: Callable[[s
 
     Args:
         request: names architectures, optimizer and parametrization.
-        widths: hidden sizes; the first is the base.
+        widths: hidden sizes, to which hyperparameters are carried from the ladder's base rung.
         say: gets a line for every architecture.
 
     Returns:
@@ -52,13 +46,12 @@ def check_ladder(request: LadderRequest, widths: Sequence[int], say: Callable[[s
     if ladder.parametrization == CONTROL:
         raise ConfigError("ladder.parametrization", "carries nothing that could be checked", got=CONTROL,
                           expected="mup or completep")
-    check = CoordinateCheck(tuple(widths))
+    check = CoordinateCheck(tuple(widths), base=ladder.base_size.hidden_size)
     report: dict[str, Any] = {"widths": list(widths), "parametrization": ladder.parametrization, "steps": check.steps,
                               "seeds": list(check.seeds), "architectures": {}}
     for name in ladder.architectures:
         config = architecture_config(request, name)
-        model = replace(config.model.resize(widths[0], min(LAYERS, config.model.num_layers)), vocab_size=VOCABULARY)
-        model = replace(model, init_std=config.model.init_std * (ladder.base_size.hidden_size / widths[0]) ** 0.5)
+        model = replace(config.model.resize(num_layers=checked_layers(config.model)), vocab_size=VOCABULARY)
         found: dict[str, Any] = {"gaps": [gap for mixer in dict.fromkeys(model.layers())
                                           for gap in model.mixers[mixer].transfer_gaps()]}
         for kind in (ladder.parametrization, CONTROL):
@@ -73,6 +66,18 @@ def check_ladder(request: LadderRequest, widths: Sequence[int], say: Callable[[s
     ladder.folder.mkdir(parents=True, exist_ok=True)
     write_json(ladder.folder / COORDINATES_FILE, report)
     return report
+
+
+def checked_layers(model: ModelConfig) -> int:
+    """Number of layers with which a model is checked: few, and every mixer of its schedule is among them.
+
+    >>> from hybridlm.run_config import load_config
+    >>> words = ["model=hybrid_tiny", "model.schedule.ratio=7", "model.num_layers=16"]
+    >>> checked_layers(load_config("train", words).model)
+    8
+    """
+    names = model.layers()
+    return max(min(LAYERS, len(names)), 1 + max(map(names.index, names)))
 
 
 def _describe(coordinates: Sequence[Coordinate]) -> dict[str, Any]:

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridlm.ladder.rungs import carry
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM, build_model
+from hybridlm.model.parametrization import Kind
 from hybridlm.optimizers import OptimizerConfig, build_optimizer
 
-Kind = Literal["standard", "mup", "completep"]
 QUANTITIES = ("size", "change", "update")
 STABLE_SLOPES = (-0.15, 0.15)  # of log2 RMS over log2 width
 # Logits of fresh weights fall with the root of the width, and hide those that are learned until these are larger. An
@@ -39,7 +40,8 @@ class CoordinateCheck:
     """Sizes of a coordinate check.
 
     Args:
-        widths: hidden sizes, ascending; the first is the base whose hyperparameters are carried.
+        widths: hidden sizes, ascending.
+        base: hidden size whose hyperparameters are carried to them; None: the first of them.
         seeds: seeds of first weights and tokens.
         steps: optimizer steps, at a constant learning rate without clipping.
         rows: sequences of the batch.
@@ -51,6 +53,7 @@ class CoordinateCheck:
     steps: int = 5
     rows: int = 4
     length: int = 64
+    base: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,40 +83,23 @@ class Coordinate:
         return low <= self.slope <= high
 
 
-def resize_for_check(model: ModelConfig, width: int, base: int, kind: Kind) -> ModelConfig:
-    """The model at a width of the check, under a parametrization whose base is the narrowest model.
-
-    Under `standard` the initial standard deviation falls with the root of the width, as is usual, and no factor else.
-
-    Args:
-        model: the model of any width.
-        width: hidden size.
-        base: hidden size of the narrowest model.
-        kind: standard, mup or completep.
-    """
-    resized = model.resize(width)
-    layers = model.num_layers
-    rule = replace(model.parametrization, kind=kind, base_hidden_size=base, base_num_layers=layers)
-    std = model.init_std * (base / width) ** 0.5 if kind == "standard" else model.init_std
-    return replace(resized, parametrization=rule, init_std=std)
-
-
 def check_coordinates(model: ModelConfig, optimizer: OptimizerConfig, check: CoordinateCheck,
                       kind: Kind) -> list[Coordinate]:
     """Train at every width and seed, and compute the slopes.
 
     Args:
-        model: the architecture; its `init_std` is that of the narrowest width.
-        optimizer: its learning rate is that of the narrowest width.
-        check: widths, seeds, steps and batch.
+        model: the architecture, of any width; its `init_std` is that of the base.
+        optimizer: its learning rate is that of the base.
+        check: widths, base, seeds, steps and batch.
         kind: the parametrization.
 
     Returns:
         A coordinate per activation, quantity and step.
     """
     logs: dict[tuple[str, str, int], dict[int, list[float]]] = {}
+    base = (check.base or check.widths[0], model.num_layers)  # one depth: the width is all that changes
     for width in check.widths:
-        config = resize_for_check(model, width, check.widths[0], kind)
+        config = carry(model, kind, (width, model.num_layers), base)
         for seed in check.seeds:
             for key, value in _train(config, optimizer, check, seed).items():
                 logs.setdefault(key, {}).setdefault(width, []).append(math.log2(value) if value > 0 else -math.inf)
@@ -154,13 +140,13 @@ def _train(config: ModelConfig, optimizer: OptimizerConfig, check: CoordinateChe
     generator = torch.Generator().manual_seed(seed)
     # Frequencies as in text (Zipf): gradients then have a common direction, as those of real tokens have.
     frequencies_V = 1.0 / torch.arange(1, config.vocab_size + 1)
-    ids_BT = torch.multinomial(frequencies_V, check.rows * (check.length + 1), replacement=True,
-                               generator=generator).view(check.rows, check.length + 1)
+    ids_BT = torch.multinomial(frequencies_V, check.rows * check.length, replacement=True,
+                               generator=generator).view(check.rows, check.length)
     optimizers = build_optimizer(model, optimizer)
     recorder = _Recorder(model)
     found: dict[tuple[str, str, int], float] = {}
     for step in range(1 + check.steps):
-        output = model(ids_BT[:, :-1], targets=_targets(ids_BT, config.mtp.depth), return_logits=True)
+        output = model(ids_BT, labels=ids_BT, return_logits=True)
         assert output.logits is not None
         assert output.loss is not None
         recorder.outputs["logits"] = [output.logits.detach()]
@@ -170,16 +156,6 @@ def _train(config: ModelConfig, optimizer: OptimizerConfig, check: CoordinateChe
             optimizers.step()
             optimizers.zero_grad()
     return found
-
-
-def _targets(ids_BT: Tensor, depth: int) -> Tensor:
-    """Targets [B, T, 1 + depth] of tokens [B, T + 1]; those beyond the row do not count."""
-    length = ids_BT.shape[1] - 1
-    columns = []
-    for ahead in range(1 + depth):
-        following = ids_BT[:, 1 + ahead:]
-        columns.append(F.pad(following, (0, length - following.shape[1]), value=-100))
-    return torch.stack(columns, dim=-1)
 
 
 class _Recorder:

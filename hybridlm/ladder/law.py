@@ -129,7 +129,7 @@ def choose_form(form: str, asymptote: float | None, rungs: int, decades: float) 
                               "cannot be told apart", got=f"free, {rungs} rungs over {decades:.1f} decades of compute",
                               expected=f"{FREE_MIN_RUNGS} rungs over {FREE_MIN_DECADES:g} decades",
                               hint="ladder.fit.form=shared")
-        return ("free", None) if asymptote is None else ("free", asymptote)
+        return "free", asymptote
     if asymptote is not None:
         return "pinned", asymptote
     return ("pinned", 0.0) if form == "pinned" or rungs < FREE_MIN_RUNGS else ("shared", None)

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybridlm.config.checks import validate
 from hybridlm.config.schema import Config, StageConfig
 from hybridlm.errors import ConfigError, did_you_mean
-from hybridlm.ladder.request import LadderConfig, LadderRequest, architecture_words
-from hybridlm.ladder.rungs import RungConfig
+from hybridlm.ladder.request import LadderConfig, LadderRequest, architecture_words, check_projections
+from hybridlm.ladder.rungs import RungConfig, carry
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops
+from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
 from hybridlm.run_config import load_config
 from hybridlm.sweep.match import match_points
 from hybridlm.sweep.plan import FIXED_KEYS, SweepPlan
 from hybridlm.sweep.point import SEED_KEY, Point
 from hybridlm.sweep.probe_tasks import PointWork
 from hybridlm.sweep.request import SweepConfig
+from hybridlm.training.sparse_attention import stage_model
 from hybridlm.training.stages import plan_stages
 
 ARCHITECTURE_KEY = "architecture"
 RUNG_KEY = "rung"
 CARRIED_KEYS = ("training.seed", "training.steps", "training.tokens", "training.sequence_length", "training.batch_size",
                 "training.eval_batches", "model.hidden_size", "model.num_layers", "model.parametrization")
-BACKWARD_AND_FORWARD = 3.0  # FLOPs of training over those of the forward
+COORDINATES_FILE = "coordinates.json"  # of the coordinate check, which may come before the ladder
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,8 @@ class PointCost:
     Args:
         parameters: that a token meets, without embedding and head.
         tokens: of training on text.
-        compute: FLOPs of training on text, head included.
-        flops_per_token: of a training step, head included.
-        flops_per_token_without_head: of a training step, without the head.
+        compute: FLOPs of training on text in all stages, head included.
+        flops_per_token: of a training step of the last stage, head included.
         steps: optimizer steps on text.
         lr: peak learning rate, before the factors per parameter.
         state_bytes: decode state at the context of the ladder, in bf16.
@@ -48,7 +48,6 @@ class PointCost:
     tokens: int
     compute: float
     flops_per_token: float
-    flops_per_token_without_head: float
     steps: int
     lr: float
     state_bytes: int
@@ -62,13 +61,11 @@ class LadderPlan:
         ladder: the ladder's own settings.
         sweep: the points as a sweep, which runs them.
         costs: by name of the point.
-        notes: sentences that a person should read before anything runs.
     """
 
     ladder: LadderConfig
     sweep: SweepPlan
     costs: dict[str, PointCost]
-    notes: list[str] = field(default_factory=list)
 
 
 def make_ladder_plan(request: LadderRequest) -> LadderPlan:
@@ -78,7 +75,8 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
         request: of `read_ladder_request`.
 
     Raises:
-        ConfigError: a setting that the ladder decides itself, architectures that cannot be resized or matched.
+        ConfigError: a setting that the ladder decides itself, architectures that cannot be resized or matched, a
+            projection far beyond all points.
     """
     ladder = request.ladder
     for word in request.fixed:
@@ -98,20 +96,22 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
                        for name in ladder.architectures for seed in ladder.seeds]
         matching = SweepConfig(name=ladder.name, match=ladder.match, state_context=ladder.state_context,
                                reference=_point_name(reference, rung, ladder.seeds[0]))
-        notes += [f"{rung.name}: {note}" for note in match_points(rung_points, matching)]
+        notes += [f"{rung.name}: {note.replace('sweep.', 'ladder.')}" for note in match_points(rung_points, matching)]
         if ladder.validation_tokens % rung.tokens_per_step:
             notes.append(f"{rung.name}: batches of {rung.tokens_per_step:,} tokens do not divide the "
                          f"{ladder.validation_tokens:,} of a validation, so it has a few more than other rungs")
         points += rung_points
+    costs = {point.name: _cost(point, ladder) for point in points}
+    check_projections(ladder.gate, max(cost.compute for cost in costs.values()))
     notes += _transfer_notes(ladder, points)
     sweep = SweepConfig(name=ladder.name, match=ladder.match, dir=str(ladder.folder), probes=ladder.probes,
                         state_context=ladder.state_context, launcher=ladder.launcher, slurm=ladder.slurm,
                         ray=ladder.ray)
     vary = {ARCHITECTURE_KEY: list(ladder.architectures), RUNG_KEY: [rung.name for rung in ladder.sizes],
             SEED_KEY: [str(seed) for seed in ladder.seeds]}
-    costs = {point.name: _cost(point, ladder) for point in points}
-    return LadderPlan(ladder=ladder, costs=costs, notes=notes,
-                      sweep=SweepPlan(sweep=sweep, folder=ladder.folder, vary=vary, points=points, notes=notes))
+    return LadderPlan(ladder=ladder, costs=costs,
+                      sweep=SweepPlan(sweep=sweep, folder=ladder.folder, vary=vary, points=points, notes=notes,
+                                      other_files=(COORDINATES_FILE,)))
 
 
 def architecture_config(request: LadderRequest, name: str) -> Config:
@@ -137,15 +137,8 @@ def resize_model(model: ModelConfig, rung: RungConfig, ladder: LadderConfig) -> 
         rung: the size.
         ladder: names the base rung and the parametrization.
     """
-    base = ladder.base_size
-    rule = replace(model.parametrization, kind=ladder.parametrization, base_hidden_size=base.hidden_size,
-                   base_num_layers=base.num_layers)
-    std = model.init_std
-    if ladder.parametrization == "standard":  # as is usual: by the root of the width
-        std *= (base.hidden_size / rung.hidden_size) ** 0.5
-    resized = model.resize(rung.hidden_size, rung.num_layers)
-    return replace(resized, parametrization=rule, init_std=std,
-                   max_position=max(model.max_position, rung.sequence_length))
+    resized = carry(model, ladder.parametrization, rung.shape, ladder.base_size.shape)
+    return replace(resized, max_position=max(model.max_position, rung.sequence_length))
 
 
 def _tokens(model: ModelConfig, rung: RungConfig, ladder: LadderConfig) -> int:
@@ -238,17 +231,14 @@ def _transfer_notes(ladder: LadderConfig, points: list[Point]) -> list[str]:
 
 
 def _cost(point: Point, ladder: LadderConfig) -> PointCost:
-    """Costs of a point; FLOPs are those of its last stage."""
+    """Costs of a point: a stage computes what its mode of attention asks for."""
     model = point.config.model
     stages = plan_stages(point.config)
-    length = stages[-1].sequence_length
-    tokens = sum(stage.steps * stage.tokens_per_step for stage in stages)
-    per_token = training_flops(model, length)
-    head = BACKWARD_AND_FORWARD * forward_flops(model, length)["head"]
-    return PointCost(parameters=count_parameters(model).active, tokens=tokens, compute=per_token * tokens,
-                     flops_per_token=per_token,
-                     flops_per_token_without_head=per_token - head,
-                     steps=sum(stage.steps for stage in stages), lr=stages[-1].lr,
+    tokens = [stage.steps * stage.tokens_per_step for stage in stages]
+    per_token = [training_flops(stage_model(model, stage), stage.sequence_length) for stage in stages]
+    return PointCost(parameters=count_parameters(model).active, tokens=sum(tokens),
+                     compute=sum(flops * count for flops, count in zip(per_token, tokens, strict=True)),
+                     flops_per_token=per_token[-1], steps=sum(stage.steps for stage in stages), lr=stages[-1].lr,
                      state_bytes=decode_state_bytes(model, ladder.state_context))
 
 

@@ -15,12 +15,13 @@ from hybridlm.config.plain_yaml import Loader
 from hybridlm.config.serialization import from_dict, to_dict
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.ladder.rungs import RungConfig, find_rung
+from hybridlm.model.parametrization import Kind
 from hybridlm.sweep.probe_tasks import ProbeTask, read_tasks
-from hybridlm.sweep.request import Budget, Launcher, parse_probes, read_plan_file, to_override_text
+from hybridlm.sweep.request import Budget, Launcher, parse_probes, read_plan_file, set_value, to_override_text
 
 SCHEDULE_KEYS = ("linear", "full", "ratio", "pattern")  # of an architecture: short for model.schedule.KEY
 LIST_KEYS = ("rungs", "seeds", "gate.rungs", "gate.project")  # values between commas
-EXTRAPOLATION_MAX = 100.0  # of a projection over the largest compute with results
+EXTRAPOLATION_MAX = 100.0  # of a projection over the largest compute of a point
 
 
 @dataclass(kw_only=True)
@@ -96,7 +97,7 @@ class LadderConfig:
     tokens_per_parameter: float = 20.0
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     match: Budget = "params"
-    parametrization: Literal["standard", "mup", "completep"] = "completep"
+    parametrization: Kind = "completep"
     lr_batch_exponent: float = 0.5
     lr_tokens_exponent: float = -0.35
     validation_tokens: int = 196_608
@@ -191,12 +192,13 @@ def read_ladder_request(words: Sequence[str], config_dir: str | None = None,
     asked: dict[str, Any] = dict(saved or {})
     for word in words:
         key, _, text = word.partition("=")
+        key = key.removeprefix("++").removeprefix("+")
         if key == "ladder" and "=" in word:
-            asked = read_plan_file("ladder", text, config_dir)
+            asked = read_plan_file("ladder", text, config_dir, required="architectures")
         elif key.startswith("ladder."):
             own[key.removeprefix("ladder.")] = text
         else:
-            fixed[key.lstrip("+")] = word
+            fixed[key] = word
     if not asked and "architectures" not in own:
         raise ConfigError("ladder", "is missing", expected="ladder=NAME or ladder=FILE.yaml, such as ladder=tiny",
                           hint="`hybridlm configs ladder` lists them")
@@ -206,6 +208,26 @@ def read_ladder_request(words: Sequence[str], config_dir: str | None = None,
     ladder = from_dict(LadderConfig, asked, "ladder")
     base = {word.partition("=")[0].lstrip("+"): word for word in ladder.overrides}
     return LadderRequest(ladder=ladder, root=root, fixed=list({**base, **fixed}.values()), config_dir=config_dir)
+
+
+def check_projections(gate: GateConfig, largest: float) -> None:
+    """Refuse projections far beyond the points of a ladder, unless they are asked for all the same.
+
+    Args:
+        gate: says what is projected.
+        largest: FLOPs of the ladder's largest point, whether it has finished or not.
+
+    Raises:
+        ConfigError: a projection more than EXTRAPOLATION_MAX times beyond it.
+
+    >>> check_projections(GateConfig(project=[1e14]), largest=1e13)
+    """
+    for compute in gate.project:
+        if compute > EXTRAPOLATION_MAX * largest and not gate.extrapolate:
+            raise ConfigError("ladder.gate.project", f"lies more than {EXTRAPOLATION_MAX:g} times beyond the compute "
+                              "of the largest point", got=compute,
+                              expected=f"at most {EXTRAPOLATION_MAX * largest:.3g}",
+                              hint="ladder.gate.extrapolate=true projects all the same")
 
 
 def architecture_words(ladder: LadderConfig, name: str) -> list[str]:
@@ -260,8 +282,8 @@ def _read_scalar(text: str) -> Any:
 def _set_value(asked: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key of the ladder; what stands behind the name of an architecture is one key, dots and all."""
     first, _, rest = key.partition(".")
-    if not rest:
-        asked[key] = value
+    if not rest or first in ("slurm", "ray"):
+        set_value(asked, key, value)
         return
     inner = asked.setdefault(first, {})
     if not isinstance(inner, dict):
@@ -269,7 +291,5 @@ def _set_value(asked: dict[str, Any], key: str, value: Any) -> None:
     name, _, option = rest.partition(".")
     if first == "architectures" and option:
         inner.setdefault(name, {})[option] = value
-    elif first in ("slurm", "ray") and option:
-        _set_value(inner, rest, value)
     else:
         inner[rest] = value

@@ -7,9 +7,11 @@ bytes and 16 dims per head, r4 to r7 for a tokenizer of 32k tokens and 64 dims p
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybridlm.errors import ConfigError, did_you_mean, require
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.parametrization import Kind
 
 
 @dataclass(kw_only=True)
@@ -47,6 +49,11 @@ class RungConfig:
         """Tokens of a global batch."""
         return self.sequence_length * self.batch_size
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Hidden size and number of layers."""
+        return self.hidden_size, self.num_layers
+
 
 RUNGS: dict[str, RungConfig] = {rung.name: rung for rung in (
     RungConfig(name="r0", hidden_size=32, num_layers=8, sequence_length=512, batch_size=8),
@@ -57,6 +64,26 @@ RUNGS: dict[str, RungConfig] = {rung.name: rung for rung in (
     RungConfig(name="r5", hidden_size=512, num_layers=8, sequence_length=2048, batch_size=32),
     RungConfig(name="r6", hidden_size=768, num_layers=16, sequence_length=4096, batch_size=64),
     RungConfig(name="r7", hidden_size=1024, num_layers=24, sequence_length=4096, batch_size=128))}
+
+
+def carry(model: ModelConfig, kind: Kind, size: tuple[int, int], base: tuple[int, int]) -> ModelConfig:
+    """The model at a size, with hyperparameters that a parametrization carries from a base of another size.
+
+    Under `standard` the initial standard deviation falls with the root of the width, as is usual, and nothing else
+    changes.
+
+    Args:
+        model: of any size; its `init_std` is that of the base.
+        kind: the parametrization.
+        size: hidden size and number of layers.
+        base: those for which hyperparameters were tuned.
+
+    Raises:
+        ConfigError: a width at which a mixer would have no whole number of heads.
+    """
+    rule = replace(model.parametrization, kind=kind, base_hidden_size=base[0], base_num_layers=base[1])
+    std = model.init_std * (base[0] / size[0]) ** 0.5 if kind == "standard" else model.init_std
+    return replace(model.resize(*size), parametrization=rule, init_std=std)
 
 
 def find_rung(name: str, key: str = "ladder.rungs") -> RungConfig:

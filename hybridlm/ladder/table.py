@@ -9,13 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm.inspect import scaled
+from hybridlm.inspect import BYTES, COUNTS, scaled
 from hybridlm.ladder.plan import ARCHITECTURE_KEY, RUNG_KEY
 from hybridlm.sweep.table import format_layers
 from hybridlm.training.display import format_duration
-
-COUNTS = ("", " K", " M", " G", " T", " P")
-BYTES = (" B", " KiB", " MiB", " GiB", " TiB")
 
 
 def print_ladder_plan(shown: dict[str, Any], console: Console) -> None:
@@ -45,7 +42,7 @@ def print_ladder_plan(shown: dict[str, Any], console: Console) -> None:
     layers = {name: format_layers(rows[0]["layers"]) for (_, name), rows in groups.items()}
     console.print("layers at the largest rung: " + "; ".join(f"{name} {text}" for name, text in layers.items()),
                   highlight=False)
-    for note in shown["ladder"]["notes"]:
+    for note in shown["notes"]:
         console.print(note, highlight=False)
     context = shown["ladder"]["settings"]["state_context"]
     console.print(f"N without embedding and head, per token; state at {context:,} tokens; {total:.3g} FLOPs in all",

@@ -47,8 +47,8 @@ class TokenCache:
                               expected=f"at most {self.max_length} tokens", hint="make it with a larger max_length")
         if self.window is not None:
             x = x if self._buffer is None else torch.cat([self._buffer, x], 1)
-            kept = max(x.shape[1] - self.window + 1, self.first_tokens)
-            self._buffer = torch.cat([x[:, : self.first_tokens], x[:, kept:]], 1)
+            newest = max(x.shape[1] - self.window + 1, self.first_tokens)
+            self._buffer = torch.cat([x[:, : self.first_tokens], x[:, newest:]], 1)
             return x
         if self._buffer is None or self.length > self._buffer.shape[1]:
             self._buffer = self._grown(x, start)

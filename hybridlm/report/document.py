@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridlm.checkpoint import describe_lineage
 from hybridlm.errors import ConfigError
-from hybridlm.inspect import scaled
+from hybridlm.inspect import COUNTS, scaled
 from hybridlm.model.cost import count_parameters, decode_state_bytes
 from hybridlm.report.comparison import (
     Comparison,
@@ -31,7 +31,6 @@ from hybridlm.sweep.table import STATE_CONTEXTS, format_changes, format_layers
 from hybridlm.training.display import format_duration
 
 RESULT_METRICS = ("validation_loss", "validation_bits_per_byte", "tokens_per_second", "peak_memory_bytes")
-COUNT_UNITS = ("", " K", " M", " G", " T", " P")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _run_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _count(value: float) -> str:
-    return scaled(value, 1000, COUNT_UNITS)
+    return scaled(value, 1000, COUNTS)
 
 
 def _provenance(runs: list[tuple[str, Run]], column: str = "point") -> list[tuple[str, Table]]:

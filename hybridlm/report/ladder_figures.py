@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 
 from hybridlm.errors import ConfigError
-from hybridlm.inspect import scaled
+from hybridlm.inspect import COUNTS, scaled
 from hybridlm.ladder.analysis import RESULT_FILE
 from hybridlm.ladder.coordinate_report import CONTROL
 from hybridlm.ladder.law import Law
+from hybridlm.ladder.plan import COORDINATES_FILE
 from hybridlm.report.figures import Axis, Chart, Figure, Panel, Series, Table, Value, number
 from hybridlm.report.palette import Palette, Style
-from hybridlm.sweep.folder import COORDINATES_FILE
 
 COMPUTE = Axis("training FLOPs", log=True)
 LINE_POINTS = 40  # of a law
-COUNTS = ("", " K", " M", " G", " T", " P")
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, An
     """Collect the results as `collect` does, without writing them."""
     plan = read_plan(folder)
     if plan is None:
-        raise ConfigError("sweep.dir", "holds no sweep", got=str(folder), expected="a folder with sweep.json",
+        raise ConfigError("sweep.dir", "holds no sweep", got=str(folder), expected="the folder of a started one",
                           hint="run the sweep first, without --collect")
     probes = read_tasks(plan.get("probes", []))
     points = [_read_point(folder, row, probes) for row in plan["points"]]

@@ -32,7 +32,6 @@ from hybridlm.training.run_folder import LOCK_FILE
 POINT_FILE = "point.yaml"
 OUTCOME_FILE = "outcome.json"
 OUTPUT_FILE = "output.txt"
-COORDINATES_FILE = "coordinates.json"  # of a ladder, which may be checked before it runs
 LAUNCH_FILE = "launch.json"  # in jobs/N: the points of a launcher, and its options
 STOP_FILE = "stop"  # in jobs/N: asks the points there to save and end
 
@@ -86,7 +85,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         [(row["point"], row["settings"]) for row in data["points"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError("sweep.dir", "holds a sweep.json that cannot be read", got=str(path),
+        raise ConfigError("sweep.dir", "holds a plan that cannot be read", got=str(path),
                           hint="delete it: the same sweep started again writes a new one") from None
     return data
 
@@ -102,7 +101,7 @@ def check_owner(plan: SweepPlan) -> None:
         raise ConfigError("sweep.dir", "is not a folder", got=str(folder))
     saved = read_plan(folder)
     if saved is None:
-        _check_no_other_files(folder)
+        _check_no_other_files(folder, plan.other_files)
         return
     hint = "take another sweep.dir=..., its results stay as they are"
     for task in saved.get("probes", []):
@@ -125,10 +124,10 @@ def check_owner(plan: SweepPlan) -> None:
                                   got=str(folder), hint=hint) from None
 
 
-def _check_no_other_files(folder: Path) -> None:
+def _check_no_other_files(folder: Path, allowed: tuple[str, ...]) -> None:
     if not folder.exists():
         return
-    known = (LOCK_FILE, "points", "jobs", COORDINATES_FILE)
+    known = (LOCK_FILE, "points", "jobs", *allowed)
     strange = sorted(path.name for path in folder.iterdir() if path.name not in known)
     if strange:
         raise ConfigError("sweep.dir", f"holds something that is no sweep ({strange[0]})", got=str(folder),

@@ -35,6 +35,7 @@ class SweepPlan:
         vary: the values of each varied key, as text.
         points: the runs.
         notes: sentences that a person should read before anything runs.
+        other_files: names of files that may lie in the folder before the first start.
     """
 
     sweep: SweepConfig
@@ -42,6 +43,7 @@ class SweepPlan:
     vary: dict[str, list[str]]
     points: list[Point]
     notes: list[str] = field(default_factory=list)
+    other_files: tuple[str, ...] = ()
 
 
 def make_plan(words: Sequence[str], config_dir: str | None = None) -> SweepPlan:

@@ -118,9 +118,9 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
         else:
             fixed[key] = word
             lists.pop(key, None)
-    asked = read_plan_file("sweep", file, config_dir) if file is not None else {}
+    asked = read_plan_file("sweep", file, config_dir, required="vary") if file is not None else {}
     for key, value in own.items():
-        _set_value(asked, key, value)
+        set_value(asked, key, value)
     asked["probes"] = [to_dict(task) for task in read_tasks(asked.get("probes", []))]
     sweep = from_dict(SweepConfig, asked, "sweep")
     vary = {key: [to_override_text(value) for value in values] for key, values in sweep.vary.items()
@@ -153,14 +153,30 @@ def _is_list_key(key: str) -> bool:
     return get_origin(hint_at(Config, key)) in (list, tuple)
 
 
-def _set_value(asked: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of the sweep; those of launchers may have several parts, such as `slurm.partition`."""
+def set_value(asked: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of the settings of a sweep; those of launchers may have several parts, such as `slurm.partition`.
+
+    Args:
+        asked: the settings, which are changed.
+        key: without the `sweep.` in front.
+        value: the value.
+
+    Raises:
+        ConfigError: an option of a launcher below another one that has a value.
+
+    >>> settings = {}
+    >>> set_value(settings, "slurm.setup.first", 1)
+    >>> settings
+    {'slurm': {'setup': {'first': 1}}}
+    """
     launcher, _, option = key.partition(".")
     if launcher in ("slurm", "ray") and option and isinstance(asked.setdefault(launcher, {}), dict):
         *parents, last = option.split(".")
         options = asked[launcher]
         for parent in parents:
             options = options.setdefault(parent, {})
+            if not isinstance(options, dict):
+                raise ConfigError(f"sweep.{key}", f"'{parent}' has no keys", got=value)
         options[last] = value
     else:
         asked[key] = value
@@ -193,13 +209,14 @@ def parse_probes(text: str, key: str = "sweep.probes") -> Any:
                           "[{name: mqar, steps: 500}, s5]") from None
 
 
-def read_plan_file(group: str, name: str, config_dir: str | None) -> dict[str, Any]:
+def read_plan_file(group: str, name: str, config_dir: str | None, *, required: str) -> dict[str, Any]:
     """The content of the file of a sweep or ladder, with the file's name as `name` where it has no other.
 
     Args:
         group: sweep or ladder.
         name: its name in the group, or its path.
         config_dir: a folder of the user's own config groups.
+        required: a key that every such file has; the error of a file that is no mapping names it.
 
     Raises:
         ConfigError: there is no such file, or it is no mapping.
@@ -216,8 +233,7 @@ def read_plan_file(group: str, name: str, config_dir: str | None) -> dict[str, A
         path = next(file for file in found if file.is_file())
     data = load_yaml(path)
     if not isinstance(data, dict):
-        key = {"sweep": "vary", "ladder": "architectures"}[group]
-        raise ConfigError(group, f"is not a {group}", got=str(path), expected=f"a mapping with the key '{key}'")
+        raise ConfigError(group, f"is not a {group}", got=str(path), expected=f"a mapping with the key '{required}'")
     return {"name": re.sub(r"[^\w.-]", "_", path.stem), **data}
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridlm.config.serialization import to_dict
-from hybridlm.inspect import scaled
+from hybridlm.inspect import BYTES, scaled
 from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
 from hybridlm.sweep.plan import SweepPlan
 from hybridlm.sweep.point import SEED_KEY, Point, shorten_keys
@@ -136,7 +136,7 @@ def _format_time(seconds: float) -> str:
 
 
 def _format_state(size: int) -> Callable[[list[dict[str, Any]]], str]:
-    return lambda rows: scaled(rows[0]["decode_state_bytes"][str(size)], 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+    return lambda rows: scaled(rows[0]["decode_state_bytes"][str(size)], 1024, BYTES)
 
 
 def _format_count(value: float, giga: str = " B") -> str:

@@ -7,6 +7,8 @@ import pytest
 
 from hybridlm.cli import main
 from hybridlm.files import write_json
+from hybridlm.ladder.plan import make_ladder_plan
+from hybridlm.ladder.request import read_ladder_request
 from hybridlm.model.cost import training_flops
 from hybridlm.sweep import estimate, execute
 from hybridlm.sweep.folder import point_outcome, prepare_point
@@ -61,10 +63,12 @@ def read(folder: Path):
 
 def test_a_ladder_runs_stops_goes_on_and_says_what_it_found(machine, tmp_path, capsys):
     machine.stop_after = 7
-    assert main(ladder(tmp_path)) == 0
+    largest = max(cost.compute for cost in make_ladder_plan(read_ladder_request(WORDS)).costs.values())
+    assert main(ladder(tmp_path, f"ladder.gate.project={99 * largest}")) == 0
     out = capsys.readouterr().out
     assert "SIGTERM: go on with: hybridlm ladder ladder=tiny" in out
     assert "7 of 18 points have a result" in out
+    assert "times beyond the largest compute with results" in out
     assert "without a result: kda_t2_seed-2: waiting" in out
     machine.stop_after = 1000
     assert main(ladder(tmp_path, "--json")) == 0
@@ -163,6 +167,8 @@ def test_the_page_of_a_ladder_has_its_figures(machine, tmp_path, capsys):
 @pytest.mark.parametrize(("words", "said"), [
     (["--fit-only", "--dry-run"], "--fit-only: cannot stand beside --dry-run"),
     (["--jobs", "0"], "--jobs: must be positive"),
+    (["--jobs", "2", "ladder.launcher=slurm"], "--jobs: goes with ladder.launcher=local"),
+    (["--dry-run", "ladder.probes=[{name: mqar, steps: x}]"], "ladder.probes"),
     (["--check-coordinates", "--widths", "64"], "--widths: must ascend"),
     (["--check-coordinates", "ladder.parametrization=standard"], "carries nothing that could be checked")])
 def test_options_that_do_not_fit_are_refused(words, said, capsys):

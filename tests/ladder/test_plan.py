@@ -10,6 +10,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.ladder.plan import architecture_config, make_ladder_plan, resize_model
 from hybridlm.ladder.request import LadderConfig, read_ladder_request
 from hybridlm.ladder.rungs import RUNGS, find_rung
+from hybridlm.model.cost import forward_flops, training_flops
 from hybridlm.training.stages import plan_stages
 
 # Query heads and key/value heads of full layers, and of linear ones, by rung.
@@ -42,8 +43,9 @@ def test_every_rung_has_the_heads_of_its_width():
 def test_costs_are_those_of_the_sizes(plan):
     for rung, expected in MFLOPS.items():
         for architecture, flops in zip(("full", "kda"), expected, strict=True):
-            cost = plan.costs[f"{architecture}_{rung}_seed-0"]
-            assert cost.flops_per_token_without_head / 1e6 == pytest.approx(flops, rel=0.04)
+            name = f"{architecture}_{rung}_seed-0"
+            cost, head = plan.costs[name], forward_flops(point(plan, name).config.model, 512)["head"]
+            assert (cost.flops_per_token - 3 * head) / 1e6 == pytest.approx(flops, rel=0.04)
             assert cost.compute == cost.flops_per_token * cost.tokens
 
 
@@ -91,7 +93,7 @@ def test_the_standard_parametrization_falls_with_the_root_of_the_width():
     small, large = (point(plan, f"full_{rung}_seed-0").config.model for rung in ("t0", "t1"))
     assert large.init_std == pytest.approx(small.init_std * (32 / 48) ** 0.5)
     assert large.logit_multiplier == 1.0
-    assert "change no learning rate" in " ".join(plan.notes)
+    assert "change no learning rate" in " ".join(plan.sweep.notes)
 
 
 def test_stages_get_their_part_of_the_tokens(plan):
@@ -101,10 +103,17 @@ def test_stages_get_their_part_of_the_tokens(plan):
     assert dense.steps / (dense.steps + rest.steps) == pytest.approx(0.1, abs=0.01)
     assert dense.steps + rest.steps == point(plan, "full_r1_seed-0").steps
     assert dense.lr == rest.lr == plan.costs[sparse.name].lr
+    model, cost = sparse.config.model, plan.costs[sparse.name]
+    dsa = model.mixers["dsa"]
+    by_mode = {mode: training_flops(replace(model, mixers=model.mixers | {
+        "dsa": replace(dsa, indexer=replace(dsa.indexer, mode=mode))}), 512) for mode in ("dense", "sparse")}
+    assert by_mode["dense"] > by_mode["sparse"] == cost.flops_per_token
+    assert cost.compute == pytest.approx(rest.tokens_per_step * (by_mode["dense"] * dense.steps
+                                                                 + by_mode["sparse"] * rest.steps), rel=1e-12)
 
 
 def test_what_nobody_has_checked_is_said(plan):
-    said = " ".join(plan.notes)
+    said = " ".join(plan.sweep.notes)
     assert "low-rank gates (kda, kda_dsa)" in said
     assert "indexers, which learn from a loss of their own (kda_dsa)" in said
     assert "(gdn)" not in said
@@ -142,11 +151,21 @@ def test_a_rung_may_have_tokens_of_its_own_and_the_base_may_lie_below():
     (["ladder=tiny", "ladder.architectures.kda.stages={dense: 0.1}"], "names no stage before the last"),
     (["ladder=tiny", "ladder.architectures.kda.full=dsa", "ladder.architectures.kda.recipe=dsa_scratch"],
      "stages: {dense: 0.1}"),
-    (["ladder=tiny", "ladder.seeds="], "ladder.seeds: has no value")])
+    (["ladder=tiny", "ladder.seeds="], "ladder.seeds: has no value"),
+    (["ladder=tiny", "ladder.slurm.setup=1", "ladder.slurm.setup.first=2"], "'setup' has no keys"),
+    (["ladder=tiny", "ladder.gate.project=1e30"], "ladder.gate.project: lies more than 100 times beyond")])
 def test_mistakes_are_one_line(words, said):
     with pytest.raises(ConfigError) as caught:
         make_ladder_plan(read_ladder_request(words))
     assert said in str(caught.value)
+
+
+def test_keys_of_the_ladder_are_read_as_those_of_a_sweep():
+    words = ["+ladder.seeds=0", "++ladder.slurm.partition=gpu", "ladder.slurm.setup.a.b=1", "+training.log_every=5"]
+    request = read_ladder_request(["ladder=tiny", *words])
+    assert request.ladder.seeds == [0]
+    assert request.ladder.slurm == {"partition": "gpu", "setup": {"a": {"b": 1}}}
+    assert request.fixed[-1] == "+training.log_every=5"
 
 
 def test_rungs_by_name_and_by_size():
