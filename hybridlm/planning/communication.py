@@ -141,7 +141,7 @@ def _expert_rows(config: ModelConfig, plan: ParallelPlan, layers: int) -> Iterat
     """
     routed, ranks = config.feed_forward.routed_experts(), plan.engine.expert_parallel
     assert routed is not None
-    width = routed.latent_size or config.hidden_size
+    width = routed.width(config.hidden_size)
     rows = plan.tokens * (ranks - 1) * visit_probability(routed, ranks) * width * plan.element_bytes
     pairs = plan.tokens * routed.per_token * (1 - 1 / ranks)
     forward = 2 * rows + pairs * (FP32_BYTES + INT32_BYTES) + (ranks - 1) * 2 * INT32_BYTES

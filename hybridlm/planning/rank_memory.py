@@ -79,5 +79,5 @@ def _received_rows(config: Config, ranks: int) -> int:
     assert routed is not None
     layers = 1 if config.training.activation_checkpointing else sum(
         moe.is_moe(index) for index in range(config.model.num_layers))
-    width = (routed.latent_size or config.model.hidden_size) * _activation_dtype(config)[1]
+    width = routed.width(config.model.hidden_size) * _activation_dtype(config)[1]
     return layers * rows * length * routed.per_token * width

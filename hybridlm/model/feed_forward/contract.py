@@ -47,6 +47,14 @@ class RoutedExperts:
     topk_groups: int = 1
     latent_size: int | None = None
 
+    def width(self, hidden_size: int) -> int:
+        """Width of their inputs and outputs in a model of this width.
+
+        >>> RoutedExperts(8, 2).width(64), RoutedExperts(8, 2, latent_size=16).width(64)
+        (64, 16)
+        """
+        return self.latent_size or hidden_size
+
 
 @dataclass(kw_only=True)
 class FeedForwardConfig(abc.ABC):

@@ -166,10 +166,6 @@ class MoEConfig(FeedForwardConfig):
         """Whether a table of token ids chooses the experts of the layer."""
         return layer_index in self.hash_layers
 
-    def expert_width(self, hidden_size: int) -> int:
-        """Width of the inputs and outputs of routed experts, in a model of this width."""
-        return self.latent_size or hidden_size
-
     def dense_config(self, context: LayerContext) -> FeedForwardConfig | None:
         """The config of this layer where it is a dense one, else None.
 
@@ -193,7 +189,8 @@ class MoEConfig(FeedForwardConfig):
         experts = self.num_experts_per_tok if active else self.num_experts
         gate = hidden if self.shared_gate else 0
         around = 0 if self.latent_size is None else self.latent_size * (2 * hidden + self.latent_norm)
-        return (hidden * self.num_experts + 3 * self.expert_width(hidden) * self.moe_intermediate_size * experts
+        width = self.routed_experts().width(hidden)
+        return (hidden * self.num_experts + 3 * width * self.moe_intermediate_size * experts
                 + around + 3 * hidden * self.shared_width + gate)
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
@@ -230,16 +227,17 @@ class MoEConfig(FeedForwardConfig):
         return dataclasses.replace(self, **sizes)  # type: ignore[arg-type]
 
     def routed_params(self, context: LayerContext) -> int:
-        each = 3 * self.expert_width(context.hidden_size) * self.moe_intermediate_size
+        each = 3 * self.routed_experts().width(context.hidden_size) * self.moe_intermediate_size
         return each * self.num_experts if self.is_moe(context.layer_index) else 0
 
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
         if (dense := self.dense_config(context)) is not None:
             return dense.flops_per_token(context)
         hidden = context.hidden_size
+        width = self.routed_experts().width(hidden)
         parts = {
             "router": 2.0 * hidden * self.num_experts,
-            "experts": 6.0 * self.expert_width(hidden) * self.moe_intermediate_size * self.num_experts_per_tok,
+            "experts": 6.0 * width * self.moe_intermediate_size * self.num_experts_per_tok,
             "shared_experts": 6.0 * hidden * self.shared_width + (2.0 * hidden if self.shared_gate else 0.0),
         }
         return parts if self.latent_size is None else parts | {"latents": 4.0 * hidden * self.latent_size}

@@ -50,7 +50,7 @@ class MixtureOfExperts(FeedForward):
         self.config = config
         hashed = config.is_hashed(context.layer_index)
         self.router = Router(config, context.hidden_size, context.vocab_size if hashed else None)
-        self.experts = Experts(config, config.expert_width(context.hidden_size))
+        self.experts = Experts(config, config.routed_experts().width(context.hidden_size))
         self.latent_down: nn.Linear | None = None
         self.latent_up: nn.Linear | None = None
         self.latent_norm: RMSNorm | None = None
