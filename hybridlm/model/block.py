@@ -6,7 +6,6 @@ Parameters: `mixer_norm`, `mixer`, `feed_forward_norm`, `feed_forward`, then tho
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.decode_state import LayerState
 from hybridlm.model.feed_forward import build_feed_forward
+from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux, SequenceMixer, build_mixer
 from hybridlm.model.residual import build_branch_norm, build_residual_branch
 from hybridlm.model.residual.contract import Stream
@@ -35,17 +35,19 @@ class Block(nn.Module):
         config: the config of the model.
         mixer_name: key of `config.mixers`.
         layer_index: index of the layer, which decides its feed-forward.
-        stream_index: how many layers the residual stream has met before; None: `layer_index`.
+        stream_context: what the residual is told: `layer_index` and `num_layers` count the layers of its stream; None:
+            what the mixer is told.
 
     Attributes:
         mixer_stand_in: what runs in place of the mixer in forwards without a decode state; None: the mixer itself. It
             has no part in the model's parameters.
     """
 
-    def __init__(self, config: ModelConfig, mixer_name: str, layer_index: int, stream_index: int | None = None):
+    def __init__(self, config: ModelConfig, mixer_name: str, layer_index: int,
+                 stream_context: LayerContext | None = None):
         super().__init__()
         context = config.layer_context(layer_index)
-        in_stream = context if stream_index is None else replace(context, layer_index=stream_index)
+        in_stream = stream_context or context
         mixer_branch, feed_forward_branch = config.branches(mixer_name)
         self.mixer_stand_in: MixerStandIn | None = None
         self._compiled: Callable[..., tuple[Stream, dict[str, Aux]]] | None = None

@@ -83,7 +83,7 @@ def follow_guide(guide: Guide, forward: GuidedForward, output: ModelOutput,
 
 
 def chunked_kl(x_ND: Tensor, teacher_x_ND: Tensor, logits: Callable[[Tensor], Tensor],
-               teacher_logits: Callable[[Tensor], Tensor], *, temperature: float = 1.0,
+               teacher_logits: Callable[[Tensor], Tensor], *, vocab_size: int, temperature: float = 1.0,
                chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Sum of KL(teacher || student) over tokens, without ever holding all logits.
 
@@ -95,6 +95,7 @@ def chunked_kl(x_ND: Tensor, teacher_x_ND: Tensor, logits: Callable[[Tensor], Te
         teacher_x_ND: the teacher's.
         logits: from [n, D] to the student's logits [n, V].
         teacher_logits: the same of the teacher, whose width may be another.
+        vocab_size: V.
         temperature: t.
         chunk: tokens at a time; None: as many as CHUNK_LOGITS allows.
 
@@ -103,7 +104,7 @@ def chunked_kl(x_ND: Tensor, teacher_x_ND: Tensor, logits: Callable[[Tensor], Te
 
     Example:
         >>> x, other = torch.eye(3), torch.eye(3)[[1, 2, 0]]
-        >>> kl, same = chunked_kl(x, other, lambda x: 2 * x, lambda x: 2 * x)
+        >>> kl, same = chunked_kl(x, other, lambda x: 2 * x, lambda x: 2 * x, vocab_size=3)
         >>> round(float(kl), 3), int(same)  # 3 (p_1 - p_2) 2, with p of (2, 0, 0)
         (4.083, 0)
     """
@@ -122,9 +123,7 @@ def chunked_kl(x_ND: Tensor, teacher_x_ND: Tensor, logits: Callable[[Tensor], Te
 
     if not len(x_ND):
         return x_ND.sum() * 0.0, torch.zeros((), dtype=torch.int64, device=x_ND.device)
-    if chunk is None:
-        with torch.no_grad():
-            chunk = max(1, CHUNK_LOGITS // logits(x_ND[:1]).shape[-1])
+    chunk = chunk or max(1, CHUNK_LOGITS // vocab_size)
     run = checkpointed if torch.is_grad_enabled() else sums
     parts = [run(x, t) for x, t in zip(x_ND.split(chunk), teacher_x_ND.split(chunk), strict=True)]
     kls, agreements = zip(*parts, strict=True)

@@ -159,7 +159,7 @@ def _draw_scaled(name: str, module: nn.Module, std: float, seed: int, scales: Ma
         doubled = {key: value.clone() for key, value in module.named_parameters() if key in factors}
     _draw(module, std, seed)
     for key, value in module.named_parameters():
-        if key in factors and torch.equal(2 * value, doubled[key]):
+        if key in factors and torch.equal(value, doubled[key].mul_(0.5)):
             value.mul_(factors[key])
 
 

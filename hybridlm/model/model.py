@@ -179,7 +179,8 @@ class HybridLM(nn.Module):
             state.length += batch_and_length[1]
         output = ModelOutput(state=state)
         if return_hidden_states:
-            output.hidden_states = (*(hidden or [])[:-1], x_BTD)
+            before = hidden[:-1] if return_hidden_states is True and hidden is not None else []
+            output.hidden_states = (*before, x_BTD)
         if targets is not None:
             following = [seq.local_tokens(ids) for ids in following]
             if global_batch is not None:

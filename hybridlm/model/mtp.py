@@ -32,9 +32,10 @@ class MTPModule(nn.Module):
         self.enorm = RMSNorm.of(config.norm, hidden)
         self.hnorm = RMSNorm.of(config.norm, hidden)
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
-        self.block = Block(config, config.mtp.mixer or config.layers()[-1], config.num_layers - 1, stream_index=0)
+        stream = config.mtp_context()
+        self.block = Block(config, config.mtp.mixer or config.layers()[-1], config.num_layers - 1, stream)
         self.norm = RMSNorm.of(config.norm, hidden)
-        self.residual = build_residual(config.residual, config.mtp_context())
+        self.residual = build_residual(config.residual, stream)
 
     def forward(self, h_BTD: Tensor, seq: SequenceInfo, embedding_BTD: Tensor) -> tuple[Tensor, dict[str, Aux]]:
         """Run the block of this depth.

@@ -87,7 +87,7 @@ class TeacherGuide:
         assert output.hidden_states is not None
         teacher_BTD = output.hidden_states[-1]
         kl, same = chunked_kl(forward.x_BTD[counts_BT], teacher_BTD[counts_BT], forward.model.logits, teacher.logits,
-                              temperature=self.temperature)
+                              vocab_size=teacher.config.vocab_size, temperature=self.temperature)
         here = counts_BT.sum().clamp(min=1)
         losses = {"teacher_kl": kl / (here if forward.count is None else max(forward.count, 1))}
         stats = {"distill_agreement": same / here}

@@ -100,7 +100,7 @@ def test_fitting_again_takes_other_settings_of_fit_and_gate_alone(machine, tmp_p
     assert main(["ladder", f"ladder.dir={tmp_path}", "--fit-only"]) == 0
     assert read(tmp_path) == before
     largest = max(row["compute"] for row in before["points"])
-    more = ["ladder.gate.level=0.8", f"ladder.gate.project={10 * largest}", "ladder.reference=kda"]
+    more = ["+ladder.gate.level=0.8", f"ladder.gate.project={10 * largest}", "ladder.reference=kda"]
     assert main(["ladder", f"ladder.dir={tmp_path}", "--fit-only", "--json", *more]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["ladder"]["gate"]["level"] == 0.8

@@ -228,6 +228,8 @@ def test_converting_nothing_is_the_teacher():
     assert float(output.losses["hidden"]) == 0.0
     assert float(output.stats["distill_agreement"]) == 1.0
     assert float(output.stats["gap_ce"]) == 0.0
+    [last] = student(ids, labels=ids, return_hidden_states="last").hidden_states  # though the guide reads all layers
+    assert torch.equal(last, model(ids, return_hidden_states=True).hidden_states[-1])
     output.loss.backward()
     assert all(p.grad.abs().max() < 1e-6 for p in student.parameters() if p.grad is not None)
 
@@ -249,7 +251,8 @@ def test_divergence_in_chunks_is_the_whole(temperature):
     student, teacher = (x @ mine.T / temperature).float(), (other @ theirs.T / temperature).float()
     p = teacher.softmax(-1)
     wanted = (p * (p.log() - student.log_softmax(-1))).sum() * temperature**2
-    found, same = chunked_kl(x, other, lambda y: y @ mine.T, lambda y: y @ theirs.T, temperature=temperature, chunk=5)
+    found, same = chunked_kl(x, other, lambda y: y @ mine.T, lambda y: y @ theirs.T, vocab_size=len(mine),
+                             temperature=temperature, chunk=5)
     assert float(found) == pytest.approx(float(wanted), rel=1e-5)
     assert int(same) == int((student.argmax(-1) == teacher.argmax(-1)).sum())
     gradients = [torch.autograd.grad(value, x, retain_graph=True)[0] for value in (found, wanted)]
