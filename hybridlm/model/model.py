@@ -31,7 +31,7 @@ from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.parametrization import ParameterScale, compare_shapes
 from hybridlm.model.residual import build_residual
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm.model.targets import IGNORE, check_targets, tokens_ahead
+from hybridlm.model.targets import IGNORE, check_targets, tokens_of_modules
 from hybridlm.model.training_watch import TrainingWatch
 from hybridlm_kernels import CuSeqlens
 
@@ -152,7 +152,7 @@ class HybridLM(nn.Module):
         targets = check_targets(batch_and_length, labels, targets, seq.cu_seqlens, self.config.mtp.depth)
         if targets is not None and state is not None:
             raise ValueError("a decode state cannot be trained through: pass labels or targets without state")
-        following = self._tokens_for_mtp(input_ids, targets, seq)
+        following = tokens_of_modules(input_ids, targets, seq.cu_seqlens)
         if self.shard_group is not None:
             if self.compiled or torch.compiler.is_dynamo_compiling():
                 raise ValueError("rows that are divided between processes cannot be compiled: layers exchange tensors "
@@ -355,15 +355,6 @@ class HybridLM(nn.Module):
         if self.compiled:  # the first graph already takes any number of documents
             torch._dynamo.maybe_mark_dynamic(borders.table, 0)
         return SequenceInfo.make(batch, length, device, borders)
-
-    def _tokens_for_mtp(self, input_ids: Tensor | None, targets: Tensor | None, seq: SequenceInfo) -> list[Tensor]:
-        """The tokens ahead that each module of multi-token prediction gets, [B, T] per module."""
-        if targets is None or not self.config.mtp.depth:
-            return []
-        if input_ids is None:
-            raise ValueError("multi-token prediction embeds the tokens ahead: train it with input_ids, or without "
-                             "inputs_embeds")
-        return [tokens_ahead(input_ids, targets, k, seq.cu_seqlens) for k in range(1, self.config.mtp.depth + 1)]
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, targets_BTd: Tensor, following: list[Tensor],
                 seq: SequenceInfo, totals: AuxTotals, global_batch: GlobalBatch | None) -> None:

@@ -85,6 +85,22 @@ def tokens_ahead(input_ids_BT: Tensor, targets_BTd: Tensor, steps: int,
     return torch.where(inside_BT | (known_BT < 0), shifted_BT, known_BT)
 
 
+def tokens_of_modules(input_ids_BT: Tensor | None, targets_BTd: Tensor | None,
+                      cu_seqlens: CuSeqlens | None = None) -> list[Tensor]:
+    """Find the tokens ahead that each module of multi-token prediction gets, [B, T] per module; none without targets.
+
+    Raises:
+        ValueError: there are modules, and embeddings in place of ids.
+    """
+    depth = 0 if targets_BTd is None else targets_BTd.shape[-1] - 1
+    if targets_BTd is None or not depth:
+        return []
+    if input_ids_BT is None:
+        raise ValueError("multi-token prediction embeds the tokens ahead: train it with input_ids, or without "
+                         "inputs_embeds")
+    return [tokens_ahead(input_ids_BT, targets_BTd, steps, cu_seqlens) for steps in range(1, depth + 1)]
+
+
 def check_targets(batch_and_length: torch.Size, labels: Tensor | None, targets: Tensor | None,
                   cu_seqlens: CuSeqlens | None, depth: int) -> Tensor | None:
     """Make targets of labels, or check those that were given.
