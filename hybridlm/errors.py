@@ -6,6 +6,7 @@ import difflib
 import errno
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -22,6 +23,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     close = nearest(name, known)
     return f"did you mean '{close}'?" if close else ""
+
+
+def did_you_mean_path(path: str | Path) -> str:
+    """The hint of an error about a path that does not exist: the closest one beside its first part that is missing.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     (Path(folder) / "first").mkdir()
+    ...     did_you_mean_path(Path(folder) / "frist").removeprefix("did you mean '" + folder)
+    "/first'?"
+    """
+    missing = Path(path).expanduser()
+    while not missing.parent.exists():
+        missing = missing.parent
+    try:
+        close = nearest(missing.name, [entry.name for entry in missing.parent.iterdir()])
+    except OSError:  # a file, or a folder that must not be read
+        return ""
+    return f"did you mean '{missing.parent / close}'?" if close else ""
 
 
 def counted(number: int, noun: str) -> str:

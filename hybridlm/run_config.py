@@ -20,7 +20,7 @@ from hybridlm.config.checks import model_has_indexer
 from hybridlm.config.compose import Composition, compose_run, override_keys, override_value, quote
 from hybridlm.config.schema import Config, DataConfig, RecipeConfig
 from hybridlm.config.serialization import from_dict, to_dict
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, did_you_mean_path
 from hybridlm.interop.linearization import plan_conversion
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.edit import add_indexer
@@ -183,7 +183,8 @@ def _find_checkpoint(source: str, key: str) -> Path:
         CheckpointError: what is there cannot be used.
     """
     if not Path(source).expanduser().exists():
-        raise ConfigError(key, "no such checkpoint", got=source, expected="a run folder or a checkpoint folder")
+        raise ConfigError(key, "no such checkpoint", got=source, expected="a run folder or a checkpoint folder",
+                          hint=did_you_mean_path(source))
     return checkpoint.resolve(source, hashes=False)
 
 

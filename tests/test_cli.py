@@ -11,6 +11,7 @@ import pytest
 
 import hybridlm
 from hybridlm.cli import dispatch, doctor, generate, main, train
+from hybridlm.config.serialization import to_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,6 +125,19 @@ def test_import_and_help_take_less_than_three_tenths_of_a_second():
         assert min(seconds) < 0.3, words
 
 
+def test_a_rank_leaves_by_itself_once_its_output_and_its_hooks_are_through(tmp_path):
+    """Tearing down threads of a process group at the end of the interpreter aborts now and then."""
+    hook = "import atexit, os; atexit.register(lambda: open(os.environ['SEEN'], 'w').close())"
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    env = {**os.environ, "WORLD_SIZE": "2", "SEEN": str(tmp_path / "seen"),
+           "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-m", "hybridlm.cli", "--help"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == subprocess.run([sys.executable, "-m", "hybridlm.cli", "--help"], capture_output=True,
+                                         text=True, env=env | {"WORLD_SIZE": "1"}).stdout
+    assert (tmp_path / "seen").exists()
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "model=hybrid_tiny", "--dry-run", "training.steps=7", "training.batch_size=2"]) == 0
@@ -139,6 +153,44 @@ def test_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch
     assert main(["train", "model=hybrid_tiny", "--dry-run", "data.path=owner/name", "training.steps=1"]) == 0
     assert "stage pretrain: 1 step of" in capsys.readouterr().out  # a name on the hub is not looked up
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_that_the_folder_holds_another_run(tmp_path, capsys):
+    words = ["train", "model=hybrid_tiny", "training.steps=2", f"run_dir={tmp_path}", "--dry-run"]
+    (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(to_yaml(hybridlm.load_config("train", words[1:-1])))
+    assert main(words) == 0
+    assert main([*words, "training.batch_size=3"]) == 2
+    assert "run_dir: holds a different run: training.batch_size" in capsys.readouterr().err
+
+
+SCRATCH = ["model=kda_dsa_tiny", "recipe=dsa_scratch", *(
+    f"recipe.stages.{stage}.{word}" for stage in (0, 1) for word in ("batch_size=4", "schedule={kind: constant}"))]
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["inspect", "first/nope"], "error: no such file or folder; got 'first/nope'; expected a run folder, a YAML file or"),
+    (["inspect", "firts/run"], "did you mean 'first'?"),
+    (["train", "model=firts.yaml"], "model: no such file; got 'firts.yaml'; expected a YAML file; did you mean"),
+    (["train", "model=empty.yaml"], "error: model: this file is empty; got "),
+    (["train", "init_from=firts"], "init_from: no such checkpoint; got 'firts'; expected a run folder or a checkpoint "
+     "folder; did you mean 'first'?"),
+    (["report", "firts"], "report: no such folder; got 'firts'; expected a run or a sweep; did you mean 'first'?"),
+    (["export", "firts", "out"], "no checkpoint at firts: the path does not exist; did you mean"),
+    (["train", *SCRATCH, "training.batch_size=2"],
+     "error: training.batch_size: has no effect: every stage of recipe=dsa_scratch sets its own; expected "
+     "recipe.stages.N.batch_size with N from 0 to 1"),
+    (["train", *SCRATCH, "optimizer.schedule.warmup=5"], "error: optimizer.schedule.warmup: has no effect"),
+])
+def test_a_path_that_is_not_there_and_a_setting_without_effect(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first.yaml").write_text("hidden_size: 8\n")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert says in err
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["train", "--dry-run"]])

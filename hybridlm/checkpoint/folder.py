@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hybridlm.distributed.communicator import SINGLE_PROCESS, Communicator
-from hybridlm.errors import CheckpointError
+from hybridlm.errors import CheckpointError, did_you_mean_path
 from hybridlm.files import step_folders, step_of
 from hybridlm.version import __version__
 
@@ -211,7 +211,8 @@ def resolve(path: str | os.PathLike[str], ranks: Communicator = SINGLE_PROCESS, 
 def _checkpoint_or_root(folder: Path) -> tuple[bool, Path]:
     """Return whether the folder is a checkpoint, and the folder itself or the one its checkpoints are in."""
     if not folder.exists():
-        raise CheckpointError(f"no checkpoint at {folder}: the path does not exist")
+        hint = did_you_mean_path(folder)
+        raise CheckpointError(f"no checkpoint at {folder}: the path does not exist{'; ' if hint else ''}{hint}")
     if (folder / MANIFEST).exists() or step_of(folder) is not None:
         return True, folder
     return False, folder if step_folders(folder) else folder / "checkpoints"

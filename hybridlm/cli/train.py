@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridlm.cli.parser import Parser, load_run_config, planned_memory
@@ -30,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     config = load_run_config(args)
     if args.dry_run:
-        return _show_plan(config, args)
+        return _show_plan(config, args, argv)
     if args.restarts < 0:
         raise ConfigError("--restarts", "must not be negative", got=args.restarts)
     from hybridlm.distributed.rank_environment import RankEnvironment
@@ -49,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _show_plan(config: Config, args: argparse.Namespace) -> int:
+def _show_plan(config: Config, args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Check the run as far as that needs no building, and print its model and stages; returns the exit code.
 
     A plan that the machine certainly has no memory for ends with 1, as starting it would be refused.
@@ -57,16 +58,21 @@ def _show_plan(config: Config, args: argparse.Namespace) -> int:
     from hybridlm.cli.inspect import show_report
     from hybridlm.config.serialization import to_dict
     from hybridlm.data import check_sources
+    from hybridlm.files import step_folders
     from hybridlm.inspect import inspect
     from hybridlm.planning.machine_memory import planned_precision
     from hybridlm.planning.process_count import processes_to_start
     from hybridlm.planning.rank_memory import micro_batch, rank_report
+    from hybridlm.training.run_folder import check_folder
     from hybridlm.training.stages import plan_stages
 
     training = config.training
     stages = plan_stages(config)
     processes = processes_to_start(config)
     check_sources(config.data)
+    folder = Path(config.run_dir).expanduser()
+    if step_folders(folder / "checkpoints"):  # without a checkpoint, an earlier attempt there binds nobody
+        check_folder(folder, config, [word for word in argv if word != "--dry-run"])
     fit = planned_memory(args, config, processes)
     exit_code = 1 if fit is not None and fit.certain else 0
     rows, length = micro_batch(config, processes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
 from hybridlm.config.legacy import upgrade_pattern
-from hybridlm.config.schema import NEW_MIXERS, Config, StageConfig
+from hybridlm.config.schema import NEW_MIXERS, Config, RecipeConfig, StageConfig
 from hybridlm.distributed.engine_config import EngineConfig
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.config import ModelConfig
@@ -36,6 +37,31 @@ def validate(config: Config) -> None:
         _check_compile(config.engine)
     for index, stage in enumerate(config.recipe.stages):
         _check_stage(config, stage, f"recipe.stages.{index}")
+
+
+def check_effective(recipe: RecipeConfig, keys: Collection[str]) -> None:
+    """Check that the settings which someone has typed are not replaced by every stage of the recipe.
+
+    Args:
+        recipe: of the run.
+        keys: dotted paths of the settings.
+
+    Raises:
+        ConfigError: the first one without any effect.
+    """
+    def replaced(own: str, *others: str) -> bool:
+        return all(any(getattr(stage, name) is not None for name in (own, *others)) for stage in recipe.stages)
+
+    for key, own, others in (("training.batch_size", "batch_size", ()), ("training.steps", "steps", ("tokens",)),
+                             ("training.sequence_length", "sequence_length", ()), ("optimizer.lr", "lr", ()),
+                             ("training.tokens", "steps", ("tokens",)), ("optimizer.schedule", "schedule", ())):
+        typed = next((one for one in keys if one == key or one.startswith(f"{key}.")), None)
+        if typed is not None and replaced(own, *others):
+            rest = typed.removeprefix(key)
+            count = len(recipe.stages)
+            raise ConfigError(typed, f"has no effect: every stage of recipe={recipe.name} sets its own",
+                              expected=f"recipe.stages.N.{key.partition('.')[2]}{rest} with N "
+                              + ("0" if count == 1 else f"from 0 to {count - 1}"))
 
 
 def _check_run_dir(config: Config) -> None:

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hybridlm.config.checks import validate
+from hybridlm.config.checks import check_effective, validate
 from hybridlm.config.legacy import refuse_renamed
 from hybridlm.config.paths import options, search_folders
 from hybridlm.config.presets import PRESET_GROUP, add_named_presets
@@ -105,6 +105,7 @@ class Composition:
         data["model"] = add_named_presets(data.get("model"), presets, self._read_preset)
         result = from_dict(Config, data)
         validate(result)
+        check_effective(result.recipe, [override.key_or_group for override in self.values])
         return result
 
     def finish_data(self) -> DataConfig:

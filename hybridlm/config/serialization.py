@@ -245,12 +245,13 @@ def _scalar(hint: type, data: Any, path: str) -> Any:
         if number and not math.isnan(data):
             return float(data)
     elif hint is int:
-        if number and not math.isinf(data) and data == int(data):  # 1e9 is a fair way to write a whole number
+        if number and math.isfinite(data) and data == int(data):  # 1e9 is a fair way to write a whole number
             return int(data)
     elif type(data) is hint:
         return data
     quotes = f"""quote it to make it text, on a command line {path}="'{data}'\""""
-    raise ConfigError(path, "has the wrong type", got=data, expected=describe(hint),
+    what = "is not a number" if number and math.isnan(data) else "has the wrong type"
+    raise ConfigError(path, what, got=data, expected=describe(hint),
                       hint=quotes if hint is str and isinstance(data, int | float) else "")
 
 

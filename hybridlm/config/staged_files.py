@@ -14,7 +14,7 @@ from typing import Any
 
 from hybridlm.config.legacy import is_saved_config, upgrade_config
 from hybridlm.config.serialization import load_yaml, to_yaml
-from hybridlm.errors import ConfigError, did_you_mean
+from hybridlm.errors import ConfigError, did_you_mean, did_you_mean_path
 
 ROOT_GROUPS = ("model", "data", "optimizer", "recipe", "engine", "experiment")
 YAML_ENDINGS = (".yaml", ".yml")
@@ -40,6 +40,10 @@ def stage_root(name: str, folders: list[Path], stage: Path) -> tuple[str, list[s
     if not any((folder / f"{name}.yaml").is_file() for folder in folders):
         group = next((g for g in ("experiment", "model")
                       for folder in folders if (folder / g / f"{name}.yaml").is_file()), None)
+        if group is None and "/" in name:
+            raise ConfigError("", "no such file or folder" if not Path(name).expanduser().exists() else
+                              "is a folder without a run", got=name, expected="a run folder, a YAML file or a name",
+                              hint=did_you_mean_path(name))
         if group is None:
             known = sorted({p.stem for folder in folders for g in (".", "experiment", "model")
                             for p in (folder / g).glob("*.yaml")})
@@ -72,7 +76,7 @@ def existing_file(text: str, key: str) -> Path:
     """
     path = Path(text).expanduser().resolve()
     if not path.is_file():
-        raise ConfigError(key, "no such file", got=text, expected="a YAML file")
+        raise ConfigError(key, "no such file", got=text, expected="a YAML file", hint=did_you_mean_path(path))
     return path
 
 
@@ -91,6 +95,8 @@ def stage_file(path: Path, group: str, stage: Path) -> str:
 def _copy(path: Path, target: Path, group: str) -> None:
     """Copy a user's file, or only its section `group` where it is a whole run; a saved config is upgraded."""
     data = load_yaml(path)
+    if data is None:
+        raise ConfigError(group, "this file is empty", got=str(path), expected="settings in YAML")
     saved = is_saved_config(data)
     if saved:
         data = upgrade_config(data)

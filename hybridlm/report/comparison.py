@@ -124,9 +124,40 @@ def tables(final: list[dict[str, Any]], differences: dict[str, list[Any]]) -> li
                                       for row in final)] for key in shown]
     made = [("Final numbers", Table(["", *names], rows, f"loss: mean of the last {LAST_STEPS} steps; speed: median"))]
     if differences:
-        made.append(("Differences of the configs", Table(
-            ["setting", *names], [[key, *(_plain(value) for value in values)] for key, values in differences.items()])))
+        made.append(("Differences of the configs", Table(["setting", *names], _difference_rows(differences))))
     return made
+
+
+def _difference_rows(differences: dict[str, list[Any]]) -> list[list[str]]:
+    """Make the rows of the differing settings: a section that some runs lack whole, such as a mixer, is one row."""
+    def sections(key: str) -> list[str]:
+        parts = key.split(".")
+        return [".".join(parts[:count]) for count in range(2, len(parts))]
+
+    members: dict[str, list[str]] = {}
+    for key in differences:
+        for section in sections(key):
+            members.setdefault(section, []).append(key)
+    whole = {section for section, keys in members.items() if len(keys) > 1 and any(
+        all(values[run] == ABSENT for values in (differences[key] for key in keys))
+        for run in range(len(differences[keys[0]])))}
+    rows: dict[str, list[str]] = {}
+    for key, values in differences.items():
+        section = next((name for name in sections(key) if name in whole), None)
+        if section is None:
+            rows[key] = [_plain(value) for value in values]
+        elif section not in rows:
+            columns = zip(*(differences[member] for member in members[section]), strict=True)
+            rows[section] = [_section_text(section, members[section], column) for column in columns]
+    return [[key, *cells] for key, cells in rows.items()]
+
+
+def _section_text(section: str, keys: list[str], values: Sequence[Any]) -> str:
+    """Format the settings of a section in a few words: its first ones that are set."""
+    found = [f"{key.removeprefix(section + '.')}={_plain(value)}" for key, value in zip(keys, values, strict=True)
+             if value != ABSENT and value is not None]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return " ".join(found[:3]) + more if found else ABSENT
 
 
 def _plain(value: Any) -> str:

@@ -18,7 +18,7 @@ from hybridlm.checkpoint import read_lineage
 from hybridlm.config.legacy import load_saved_config
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict
-from hybridlm.errors import ConfigError, UserError, did_you_mean
+from hybridlm.errors import ConfigError, UserError, did_you_mean, did_you_mean_path
 from hybridlm.sweep.collect import read_metrics, read_results
 from hybridlm.sweep.folder import POINT_FILE
 from hybridlm.training.run_folder import read_sessions
@@ -112,7 +112,7 @@ def read(path: str | Path, metrics: list[str] | None = None) -> Run | Sweep:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ConfigError("report", "no such folder" if not folder.exists() else "is not a folder", got=str(path),
-                          expected="a run or a sweep")
+                          expected="a run or a sweep", hint=did_you_mean_path(folder))
     if (folder / "sweep.json").exists():
         return _read_sweep(folder, metrics or [])
     if not any((folder / name).exists() for name in RUN_FILES):

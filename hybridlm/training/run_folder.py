@@ -125,17 +125,7 @@ class RunFolder:
 
     def _check(self, config: Config, command: Sequence[str] | None) -> Any:
         """Check the folder for `start_from`; return the config that the run has had so far, or None."""
-        used = self.config_file.exists() or bool(checkpoint.step_folders(self.checkpoints))
-        if config.training.resume == "never" and used:
-            raise ConfigError("run_dir", "already holds a run", got=str(self.path), expected="an empty folder",
-                              hint="training.resume=auto goes on with it")
-        saved = None
-        if self.config_file.exists():
-            saved = load_saved_config(self.config_file)
-            asked = None if config.branch_from is None else Path(config.branch_from).expanduser()
-            own = asked is not None and self.path.resolve() in asked.resolve().parents
-            check_same_run(saved, config, self.path, branch_command(self.path, command, config, saved,
-                                                                    source=asked if own else None))
+        saved = check_folder(self.path, config, command)
         checkpoint.remove_drafts(self.checkpoints)
         return saved
 
@@ -169,6 +159,35 @@ class RunFolder:
     def sessions(self) -> list[dict[str, Any]]:
         """Read the sessions of the run, oldest first."""
         return read_sessions(self.path)
+
+
+def check_folder(path: Path, config: Config, command: Sequence[str] | None) -> Any:
+    """Check that a run may begin or go on in a folder, which is only read.
+
+    Args:
+        path: the folder, which need not be there.
+        config: of the run.
+        command: the words that started the run, for the command of a branch.
+
+    Returns:
+        Plain data of the config that the run there has had so far; None where there is none.
+
+    Raises:
+        CheckpointError: a changed architecture.
+        ConfigError: the folder holds a run of another config, or one that must not be resumed.
+    """
+    file = path / "config.yaml"
+    used = file.exists() or bool(checkpoint.step_folders(path / "checkpoints"))
+    if config.training.resume == "never" and used:
+        raise ConfigError("run_dir", "already holds a run", got=str(path), expected="an empty folder",
+                          hint="training.resume=auto goes on with it")
+    if not file.exists():
+        return None
+    saved = load_saved_config(file)
+    asked = None if config.branch_from is None else Path(config.branch_from).expanduser()
+    own = asked is not None and path.resolve() in asked.resolve().parents
+    check_same_run(saved, config, path, branch_command(path, command, config, saved, source=asked if own else None))
+    return saved
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:

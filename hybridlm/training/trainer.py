@@ -99,6 +99,7 @@ class Trainer:
 
         Raises:
             CheckpointError: weights that do not fit, or data that has changed.
+            ConfigError: the plan has fewer steps than the run has made.
         """
         saved = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         if saved["data"] != self.data.fingerprint:
@@ -107,6 +108,11 @@ class Trainer:
                 f"them: hybridlm train branch_from={self.run.path} run_dir={free_folder(self.run.path)}")
         checkpoint.load_weights(self.model, folder, local_shard=self.engine.local_shard)
         self.progress = Progress.from_dict(saved["progress"])
+        planned = sum(stage.steps for stage in self.stages)
+        if self.progress.step > planned:
+            raise ConfigError("training.steps", "is less than what this run has made", got=planned,
+                              expected=f"at least {self.progress.step}",
+                              hint=f"branch_from={self.run.path}/checkpoints/step-N goes on from an earlier step")
         self.state_stage = self.progress.stage
         self.saver.newest = folder
 

@@ -49,12 +49,12 @@ def test_a_run_without_overrides():
 
 def test_values_win_over_files_and_reach_keys_no_file_has():
     config = load_config("train", ["model=hybrid_tiny", "training.steps=7", "training.seed=3", "optimizer.lr=3e-4",
-                                   "init_from=null", "model.mixers.full.window=16", "recipe.stages.0.steps=5",
+                                   "init_from=null", "model.mixers.full.window=16", "recipe.stages.0.name=first",
                                    "data.mixture=[{path: a, weight: 2}, {path: b}]", "kernels.strict=true"])
     assert (config.training.steps, config.training.seed, config.optimizer.lr) == (7, 3, 3e-4)
     assert config.model.mixers["full"].window == 16
     assert [source.weight for source in config.data.mixture] == [2.0, 1.0]
-    assert config.recipe.stages[0].steps == 5
+    assert config.recipe.stages[0].name == "first"
     assert config.kernels == {"strict": True}
 
 

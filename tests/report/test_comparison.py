@@ -10,7 +10,7 @@ from hybridlm.cli import main
 from hybridlm.config.schema import DataSourceConfig
 from hybridlm.config.serialization import to_yaml
 from hybridlm.report.build import write_report
-from hybridlm.report.comparison import config_differences, final_numbers, read_comparison
+from hybridlm.report.comparison import config_differences, final_numbers, read_comparison, tables
 from hybridlm.report.document import document
 from tests.support import report_folders as folders
 
@@ -50,6 +50,20 @@ def test_final_numbers_and_differences(runs):
     assert second["peak_memory_bytes"] == 440 << 20
     lr = folders.kimi().optimizer.lr
     assert config_differences(comparison) == {"training.seed": [0, 7], "optimizer.lr": [lr, 0.25]}
+
+
+def test_a_mixer_that_one_run_lacks_is_one_row(runs):
+    config = copy.deepcopy(folders.kimi())
+    config.model.mixers["gdn"] = folders.load_config("train", ["model=qwen3_next_tiny"]).model.mixers["gdn"]
+    del config.model.mixers["kda"]
+    config.model.schedule.linear = "gdn"
+    (runs[1] / "config.yaml").write_text(to_yaml(config))
+    (name, made), = tables(final_numbers(read_comparison(runs)), config_differences(read_comparison(runs)))[1:]
+    rows = {row[0]: row[1:] for row in made.rows}
+    assert name == "Differences of the configs"
+    assert rows["model.mixers.kda"][0].startswith("kind=") and " more" in rows["model.mixers.kda"][0]
+    assert rows["model.mixers.kda"][1] == rows["model.mixers.gdn"][0] == "-"
+    assert not [key for key in rows if key.startswith("model.mixers.kda.")]
 
 
 def test_a_mixture_is_one_difference(runs):
