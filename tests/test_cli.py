@@ -169,7 +169,7 @@ SCRATCH = ["model=kda_dsa_tiny", "recipe=dsa_scratch", *(
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    (["inspect", "first/nope"], "error: no such file or folder; got 'first/nope'; expected a run folder, a YAML file or"),
+    (["inspect", "first/nope"], "error: no such file or folder; got 'first/nope'; expected a run folder, a YAML"),
     (["inspect", "firts/run"], "did you mean 'first'?"),
     (["train", "model=firts.yaml"], "model: no such file; got 'firts.yaml'; expected a YAML file; did you mean"),
     (["train", "model=empty.yaml"], "error: model: this file is empty; got "),

@@ -40,8 +40,8 @@ class Parsed(Exception):
 
 def shorter(command, rest):
     """What is added to a command so that it is cheap."""
-    if command == "train":  # run_dir names a folder that is not there yet
-        return ["--dry-run", *(["run_dir=fresh"] if any(word.startswith("run_dir=") for word in rest) else [])]
+    if command == "train":  # a run that begins, in a folder that is not there yet
+        return ["--dry-run", *([] if any(word.endswith("config.yaml") for word in rest) else ["run_dir=fresh"])]
     if command == "sweep":
         return [] if "--collect" in rest else ["--dry-run", "sweep.dir=dry"]
     if command == "ladder":

@@ -143,12 +143,12 @@ def _difference_rows(differences: dict[str, list[Any]]) -> list[list[str]]:
         for run in range(len(differences[keys[0]])))}
     rows: dict[str, list[str]] = {}
     for key, values in differences.items():
-        section = next((name for name in sections(key) if name in whole), None)
-        if section is None:
-            rows[key] = [_plain(value) for value in values]
-        elif section not in rows:
-            columns = zip(*(differences[member] for member in members[section]), strict=True)
-            rows[section] = [_section_text(section, members[section], column) for column in columns]
+        row = next((name for name in sections(key) if name in whole), key)
+        if row == key:
+            rows[row] = [_plain(value) for value in values]
+        elif row not in rows:
+            columns = zip(*(differences[member] for member in members[row]), strict=True)
+            rows[row] = [_section_text(row, members[row], column) for column in columns]
     return [[key, *cells] for key, cells in rows.items()]
 
 

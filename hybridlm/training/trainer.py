@@ -18,7 +18,7 @@ from hybridlm import checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.data import PackedDataset, PreparedData
 from hybridlm.distributed.engine import Engine, LossFunction, Update
-from hybridlm.errors import CheckpointError, counted
+from hybridlm.errors import CheckpointError, ConfigError, counted
 from hybridlm.model.cost import training_flops
 from hybridlm.model.model import HybridLM
 from hybridlm.optimizers import OptimizerSet, build_optimizer

@@ -61,7 +61,8 @@ def test_a_mixer_that_one_run_lacks_is_one_row(runs):
     (name, made), = tables(final_numbers(read_comparison(runs)), config_differences(read_comparison(runs)))[1:]
     rows = {row[0]: row[1:] for row in made.rows}
     assert name == "Differences of the configs"
-    assert rows["model.mixers.kda"][0].startswith("kind=") and " more" in rows["model.mixers.kda"][0]
+    assert rows["model.mixers.kda"][0].startswith("kind=")
+    assert " more" in rows["model.mixers.kda"][0]
     assert rows["model.mixers.kda"][1] == rows["model.mixers.gdn"][0] == "-"
     assert not [key for key in rows if key.startswith("model.mixers.kda.")]
 

@@ -52,7 +52,8 @@ def test_model_and_tokenizer_are_the_checkpoints(bpe, tmp_path, caplog):
     assert "tokenizer" not in caplog.text
     ours, theirs = (checkpoint.load_tokenizer(folder) for folder in (tmp_path / "run", bpe))
     assert ours.fingerprint == theirs.fingerprint
-    small = [f"recipe.stages.{stage}.{key}=null" for stage in (0, 1) for key in ("sequence_length", "batch_size", "steps")]
+    small = [f"recipe.stages.{stage}.{key}=null" for stage in (0, 1)
+             for key in ("sequence_length", "batch_size", "steps")]
     assert settings(bpe, tmp_path / "dsa", "recipe=dsa_tiny", *small).data.tokenizer == str(bpe)
     told = settings(bpe, tmp_path / "told", "data.tokenizer=bytes", "model=hybrid_tiny")
     assert (told.data.tokenizer, told.model.name) == ("bytes", "hybrid_tiny")
