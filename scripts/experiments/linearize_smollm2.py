@@ -6,6 +6,7 @@
     python scripts/experiments/linearize_smollm2.py uniform --minutes 30
     python scripts/experiments/linearize_smollm2.py copy
     python scripts/experiments/linearize_smollm2.py table
+    python scripts/experiments/linearize_smollm2.py figure
 
 Each piece leaves its results in the folder of the experiment and does nothing where they are there. A training piece
 that `--minutes` stops goes on where it was when it is called again. `import` needs the packages transformers and gguf,
@@ -22,7 +23,7 @@ import sys
 from pathlib import Path
 
 KEEP = 7  # of 30 attention layers
-ALIGN_STEPS, DISTILL_STEPS = 300, 270  # of 2 sequences of 512 tokens
+ALIGN_STEPS, DISTILL_STEPS = 150, 90  # of 2 sequences of 512 tokens
 COPY_STEPS = 50  # of the comparison of starts
 BATCH, LENGTH = 2, 512
 
@@ -77,7 +78,7 @@ def train(folder: Path, name: str, keep: str, stages: list[str], minutes: float 
     done = hybridlm(
         "train", "recipe=linearize_tiny", f"teacher={folder / 'teacher'}", f"recipe.convert.keep={keep}",
         f"recipe.stages=[{', '.join(stages)}]", "data.path=stdlib", f"training.batch_size={BATCH}",
-        f"training.sequence_length={LENGTH}", "training.eval_batches=8", "training.eval_every=50",
+        f"training.sequence_length={LENGTH}", "training.eval_batches=4", "training.eval_every=75",
         "training.checkpoint_every=25", f"run_dir={folder / name}", *more, minutes=minutes)
     if done:
         (folder / f"{name}.done").touch()
