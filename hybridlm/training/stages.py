@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -90,6 +92,33 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
         if parameter.requires_grad:
             trained.append(name)
     return trained
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """Describe names of parameters in one line: those of several layers once, with the numbers of the layers.
+
+    Example:
+        >>> describe_names(["embed.weight", "layers.0.norm.weight", "layers.1.norm.weight", "layers.3.norm.weight"])
+        'embed.weight, layers.{0-1,3}.norm.weight'
+    """
+    layers: dict[str, list[int]] = {}  # by the name within the layer
+    for name in names:
+        found = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+        layers.setdefault(name if found is None else f".{found[2]}", []).append(-1 if found is None else int(found[1]))
+    return ", ".join(name if numbers == [-1] else f"layers.{_ranges(numbers)}{name}"
+                     for name, numbers in layers.items())
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Format rising numbers as ranges in braces; a single number as it is."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return text if len(numbers) == 1 else f"{{{text}}}"
 
 
 def check_trained(model: nn.Module, trained: list[str], optimizers: OptimizerSet) -> None:

@@ -50,7 +50,7 @@ from hybridlm.training.sparse_attention import (
     stage_model,
     warn_of_selection,
 )
-from hybridlm.training.stages import Progress, Stage, check_trained, set_trainable
+from hybridlm.training.stages import Progress, Stage, check_trained, describe_names, set_trainable
 from hybridlm.training.tracking import Tracker
 from hybridlm.training.validation import validate
 
@@ -190,7 +190,7 @@ class Trainer:
             log.info("stage %s: %s, %d of %d parameters train", stage.name, counted(stage.steps, "step"), len(trained),
                      total)
         if len(trained) < total:
-            log.info("trained: %s", ", ".join(trained))
+            log.info("trained: %s", describe_names(trained))
         set_attention(self.model, stage)
         freeze_idle_indexers(self.model)
         trained = [name for name in trained if self.model.get_parameter(name).requires_grad]
