@@ -6,7 +6,7 @@
     python scripts/experiments/linearize_smollm2.py uniform --minutes 30
     python scripts/experiments/linearize_smollm2.py copy
     python scripts/experiments/linearize_smollm2.py table
-    python scripts/experiments/linearize_smollm2.py figure
+    python scripts/experiments/linearize_smollm2.py figures
 
 Each piece leaves its results in the folder of the experiment and does nothing where they are there. A training piece
 that `--minutes` stops goes on where it was when it is called again. `import` needs the packages transformers and gguf,
@@ -122,10 +122,48 @@ def table(folder: Path) -> None:
               f"with the teacher's forward {60e6 * flops * 4 / 3:.1e} FLOP")
 
 
+def figures(folder: Path) -> None:
+    """Draw what each layer is worth, the error of each new mixer, and how errors add up, as PNG files in the folder."""
+    from hybridlm.report.figures import Axis, Chart, Panel, Series
+    from hybridlm.report.palette import Palette
+    from hybridlm.report.png import write_png
+
+    layer = Axis("layer")
+    chosen = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
+    palette = Palette(["one layer", "kept"])
+    rows = chosen["layers"]
+    worth = [Series("one layer", palette["one layer"], [row["layer"] for row in rows],
+                    [row["repeat_nll"] for row in rows], points=True)]
+    kept = [row for row in rows if row["layer"] in chosen["keep"]]
+    worth.append(Series("kept", palette["kept"], [row["layer"] for row in kept], [row["repeat_nll"] for row in kept],
+                        line=False, points=True))
+    level = (chosen["measured"]["teacher"]["repeat_nll"], "teacher")
+    write_png(Chart("selection", "One layer limited to a window of 32 and the first token", "", layer,
+                    Axis("NLL of repeated tokens"), [Panel("", worth, level=level)]), folder / "selection.png")
+    ends = {}
+    for name in ("copy", "calibrated", "chosen", "uniform"):
+        file = folder / name / "metrics.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+            record = json.loads(line)
+            if "validation_loss" in record:
+                ends[f"{name}, {record['stage']} {record['step']}"] = record
+    palette = Palette(ends)
+    for metric, title in (("validation_align/error/", "Error of a new mixer on what the teacher's layer reads"),
+                          ("validation_hidden/error/", "Error of the stream behind each layer")):
+        series = []
+        for name, record in ends.items():
+            found = {int(key.removeprefix(metric)): value for key, value in record.items() if key.startswith(metric)}
+            if found:
+                series.append(Series(name, palette[name], list(found), list(found.values()), points=True))
+        if series:
+            write_png(Chart(metric, title, "", layer, Axis("relative error", log=True), [Panel("", series)]),
+                      folder / f"{metric.split('/')[0].removeprefix('validation_')}.png")
+
+
 def main() -> None:
     """Run one piece of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("piece", choices=("import", "select", "chosen", "uniform", "copy", "table"))
+    parser.add_argument("piece", choices=("import", "select", "chosen", "uniform", "copy", "table", "figures"))
     parser.add_argument("--folder", type=Path, default=Path("runs/linearize_smollm2"))
     parser.add_argument("--gguf", type=Path, help="file of quantised weights, for import")
     parser.add_argument("--model", type=Path, help="folder of transformers, for import")
@@ -141,7 +179,8 @@ def main() -> None:
         "uniform": lambda: train(args.folder, "uniform", str(KEEP), [align(ALIGN_STEPS)], args.minutes),
         "copy": lambda: [train(args.folder, init, layers, [align(COPY_STEPS)], args.minutes,
                                f"recipe.convert.init={init}") for init in ("copy", "calibrated")],
-        "table": lambda: table(args.folder)}
+        "table": lambda: table(args.folder),
+        "figures": lambda: figures(args.folder)}
     pieces[args.piece]()
 
 
