@@ -98,7 +98,7 @@ def distill(steps: int) -> str:
 
 def table(folder: Path) -> None:
     """Print what was measured at the end of each stage, and the work in FLOPs from the configs."""
-    from hybridlm.checkpoint import read_model_config, resolve
+    from hybridlm.checkpoint import read_model_config
     from hybridlm.model.cost import training_flops
 
     if (folder / "layers.json").exists():
@@ -115,9 +115,9 @@ def table(folder: Path) -> None:
         for stage, record in last.items():
             cells = ["" if record.get(key) is None else f"{record[key]:.3f}" for key in keys]
             print(f"| {name} | {stage} | {record['step']} | {' | '.join(cells)} |")
-    run = folder / "chosen"
-    if run.exists():
-        flops = training_flops(read_model_config(resolve(run)), LENGTH)
+    student = folder / "chosen" / "converted"
+    if student.exists():
+        flops = training_flops(read_model_config(student), LENGTH)
         print(f"a training step of the student takes {flops / 1e9:.2f} GFLOP per token; 60 M tokens of distillation "
               f"with the teacher's forward {60e6 * flops * 4 / 3:.1e} FLOP")
 
