@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridlm.cli.parser import Parser, read_integers
+from hybridlm.cli.parser import Parser, printer, read_integers
 from hybridlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return 0
     folder, costs = plan.sweep.folder, shown["ladder"]["costs"]
     return execute(plan.sweep, shown, command=["hybridlm", "ladder", *argv], jobs=args.jobs,
-                   retry_failed=args.retry_failed, say=_sayer(args.json),
+                   retry_failed=args.retry_failed, say=printer(args.json),
                    collect=lambda: _tell(args, folder, plan.ladder, costs))
 
 
@@ -128,7 +127,7 @@ def _tell(args: argparse.Namespace, folder: Path, ladder: LadderConfig, costs: d
     else:
         print_ladder(report, _console())
     finished = sum(row["loss"] is not None for row in report["points"])
-    say = _sayer(args.json)
+    say = printer(args.json)
     say(f"{finished} of {len(report['points'])} points have a result; {folder}/{RESULT_FILE}, {folder}/results.csv")
     if finished:
         say(f"try: hybridlm report {folder}")
@@ -140,7 +139,7 @@ def _check_coordinates(args: argparse.Namespace) -> int:
 
     widths = read_integers("--widths", args.widths, "64,128,256")
     request = read_ladder_request(args.overrides, args.config_dir)
-    report = check_ladder(request, widths, say=_sayer(True))
+    report = check_ladder(request, widths, say=printer(True))
     if args.json:
         print(json.dumps(report))
     else:
@@ -154,7 +153,3 @@ def _console(*, stderr: bool = False) -> Console:
 
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, PIPED_WIDTH))
-
-
-def _sayer(as_json: bool) -> Callable[[str], None]:
-    return lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hybridlm.cli.key_check import setting_for_option
@@ -162,3 +163,8 @@ def read_value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def printer(as_json: bool) -> Callable[[str], None]:
+    """A function that prints a line at once: to standard error where standard output belongs to a JSON result."""
+    return lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)

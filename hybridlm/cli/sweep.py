@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from hybridlm.cli.parser import Parser
+from hybridlm.cli.parser import Parser, printer
 from hybridlm.errors import ConfigError, counted
 
 
@@ -51,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
             print(json.dumps(shown))
         return 0
     return execute(plan, shown, command=["hybridlm", "sweep", *argv], jobs=args.jobs, retry_failed=args.retry_failed,
-                   say=_sayer(args.json), collect=lambda: _tell(args, plan.folder, plan.sweep.metrics))
+                   say=printer(args.json), collect=lambda: _tell(args, plan.folder, plan.sweep.metrics))
 
 
 def _show(shown: dict[str, Any], args: argparse.Namespace) -> None:
@@ -87,7 +86,7 @@ def _tell(args: argparse.Namespace, folder: Any, metrics: list[str] | None) -> N
         print(json.dumps(results))
     else:
         print_results(results, Console())
-    say = _sayer(args.json)
+    say = printer(args.json)
     for point in results["points"]:
         if point["corrupt_lines"]:
             say(f"warning: {point['run_dir']}/metrics.jsonl: {counted(point['corrupt_lines'], 'corrupt line')} skipped")
@@ -95,7 +94,3 @@ def _tell(args: argparse.Namespace, folder: Any, metrics: list[str] | None) -> N
     others = "".join(f", {count[status]} {status}" for status in ("running", "queued", "submitted") if count[status])
     say(f"{count['finished']} of {len(results['points'])} points are finished{others}; {folder}/results.csv, "
         f"{folder}/results.json")
-
-
-def _sayer(as_json: bool) -> Callable[[str], None]:
-    return lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
