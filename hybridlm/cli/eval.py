@@ -15,7 +15,7 @@ from hybridlm.errors import ConfigError, counted
 CHECKPOINT = "an evaluation of a checkpoint, without --probe and --tasks"
 PROBE = "--probe"
 TASKS = "--tasks"
-OPTIONS = {CHECKPOINT: ("windows", "sequence_length", "contexts", "decode_tokens", "only", "sparse"),
+OPTIONS = {CHECKPOINT: ("windows", "sequence_length", "contexts", "decode_tokens", "only", "sparse", "indexers"),
            PROBE: ("steps", "lr", "seed", "length", "lengths", "examples", "zero_shot", "fine_tune"),
            TASKS: ("task_folder", "num_fewshot", "limit")}
 
@@ -51,6 +51,7 @@ def _parser() -> Parser:
   hybridlm eval runs/first data.path=held_out.txt --windows 0 --json
   hybridlm eval runs/first --only decode --contexts 1024,8192
   hybridlm eval runs/first --sparse exact:budget=128 --sparse streaming:budget=128
+  hybridlm eval runs/first_dsa --indexers
   hybridlm eval runs/first --tasks arc_easy,lambada_openai --limit 100
   hybridlm eval --probe mqar model=hybrid_tiny model.schedule.ratio=7 --steps 1000
   hybridlm eval --probe mqar:num_pairs=16 --probe s5 runs/first --length 64 --lengths 64,256
@@ -71,6 +72,9 @@ def _parser() -> Parser:
     group.add_argument("--sparse", action="append", metavar="NAME[:key=value,...]",
                        help="try a sparse attention on the softmax layers beside the dense one: exact, streaming, "
                             "quest, pages, h2o or snapkv, each with budget=KEYS; may be given again")
+    group.add_argument("--indexers", action="store_true",
+                       help="also the attention that indexers recall, by layer and by position, beside random keys, a "
+                            "window, a window with the first token, and the most that is attainable")
     group = parser.add_argument_group("probes")
     group.add_argument("--probe", action="append", metavar="NAME[:key=value,...]",
                        help="mqar, needle_single, needle_multi_key, needle_multi_value, variable_tracking, copy, "
@@ -111,10 +115,12 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     contexts = _lengths("--contexts", args.contexts)
     if args.sparse and args.only == "decode":
         raise ConfigError("--sparse", "measures perplexity", got="--only decode", expected="without --only decode")
+    if args.indexers and args.only == "decode":
+        raise ConfigError("--indexers", "reads text", got="--only decode", expected="without --only decode")
     sparse = [_sparse_method(text) for text in args.sparse or ()]
-    options = _given(sparse=sparse or None, windows=args.windows, sequence_length=args.sequence_length,
-                     batch_size=args.batch_size, contexts=contexts, decode_tokens=args.decode_tokens,
-                     parts=args.only and [args.only])
+    options = _given(sparse=sparse or None, indexers=args.indexers or None, windows=args.windows,
+                     sequence_length=args.sequence_length, batch_size=args.batch_size, contexts=contexts,
+                     decode_tokens=args.decode_tokens, parts=args.only and [args.only])
     path, *overrides = args.overrides
     return evaluate_checkpoint(path, overrides, device=choose_device(args.device), config_dir=args.config_dir,
                                **options)
@@ -229,6 +235,8 @@ def _show_evaluation(report: dict[str, Any]) -> None:
                       f"{row['perplexity']:>10.3f}")
     if "sparse" in report:
         _show_sparse(report)
+    if "indexers" in report:
+        _show_indexers(report["indexers"])
     if "decode" in report:
         print(f"\n{'context':>9}  {'prefill tok/s':>13}  {'decode tok/s':>12}  {'state bytes':>13}")
         for row in report["decode"]:
@@ -251,3 +259,20 @@ def _show_sparse(report: dict[str, Any]) -> None:
         print(f"{row['method']:<32}  {row['loss']:>8.4f}  {row['loss'] - dense:>8.4f}{read}")
     if any(row["recall"] is not None and row["keys_read"] == row["keys_visible"] for row in rows):
         print("a method that reads all keys is dense attention: give it a smaller budget, or longer windows")
+
+
+def _show_indexers(found: dict[str, Any]) -> None:
+    """Print what the indexers recall: a row per layer, and the mean over layers by position."""
+    print(f"\nshare of dense attention on {found['topk']} keys, over queries that see more")
+    print(f"{'layer':>15}  {'KL':>7}  {'indexer':>8}  {'attainable':>10}  {'window':>7}  {'+ first':>7}  {'first':>7}  "
+          f"{'random':>7}  {'queries':>9}")
+    rows = [(str(row["layer"]), row) for row in found["layers"]] + [("all", found["mean"])]
+    rows += [(f"{row['start']}-{row['stop'] - 1} before", row) for row in found["mean"]["by_position"]]
+    for name, row in rows:
+        if row["queries"] == 0:
+            print(f"{name:>15}  no query sees more keys than are selected: give longer windows with --sequence-length")
+            continue
+        shares = (f"{row[key]:>{width}.3f}" for key, width in (
+            ("recall", 8), ("attainable", 10), ("window", 7), ("window_first", 7), ("first", 7), ("random", 7)))
+        print(f"{name:>15}  {format(row['kl'], '.3f') if 'kl' in row else '':>7}  {'  '.join(shares)}  "
+              f"{row['queries']:>9,}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from hybridlm.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hybridlm.ladder.plan import LadderPlan
     from hybridlm.ladder.request import LadderConfig
 
 PIPED_WIDTH = 110
@@ -25,6 +27,7 @@ def run(argv: Sequence[str]) -> int:
                               "smallest: how losses fall with compute, paired differences, laws and verdicts. The "
                               "same command goes on with a ladder that was stopped.", """\
   hybridlm ladder ladder=tiny --dry-run
+  hybridlm ladder ladder=tiny --pilot
   hybridlm ladder ladder=tiny ladder.seeds=0,1,2
   hybridlm ladder ladder.dir=runs/ladders/tiny --fit-only ladder.fit.asymptote=0.5
   hybridlm ladder ladder=tiny --check-coordinates""")
@@ -36,6 +39,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, metavar="N", help="points at a time on this machine (default 1)")
     parser.add_argument("--retry-failed", action="store_true", help="start failed points again")
     parser.add_argument("--fit-only", action="store_true", help="run nothing: fit and judge what has finished")
+    parser.add_argument("--pilot", action="store_true",
+                        help="search the learning rate of every architecture at the smallest rung (ladder.pilot.*); "
+                             "the rungs of the same ladder then train with the best")
     parser.add_argument("--check-coordinates", action="store_true",
                         help="train each architecture for a few steps at several widths, and say whether activations "
                              "and their changes keep their size")
@@ -54,23 +60,39 @@ def _run_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         raise ConfigError("--jobs", "must be positive", got=args.jobs)
     chosen = [name for name, value in (("--dry-run", args.dry_run), ("--fit-only", args.fit_only),
                                        ("--check-coordinates", args.check_coordinates)) if value]
+    if args.pilot:
+        chosen = [*(name for name in chosen if name != "--dry-run"), "--pilot"]
     if len(chosen) > 1:
         raise ConfigError(chosen[1], f"cannot stand beside {chosen[0]}", expected="one of them")
     if args.fit_only:
         return _fit_only(args)
     if args.check_coordinates:
         return _check_coordinates(args)
-    return _run(args, argv)
+    return _pilot(args, argv) if args.pilot else _run(args, argv)
 
 
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    from hybridlm.ladder.analysis import describe_ladder
     from hybridlm.ladder.plan import make_ladder_plan
     from hybridlm.ladder.request import read_ladder_request
+
+    plan = make_ladder_plan(read_ladder_request(args.overrides, args.config_dir))
+    return _execute(args, argv, plan, lambda costs: _tell(args, plan.sweep.folder, plan.ladder, costs))
+
+
+def _execute(args: argparse.Namespace, argv: Sequence[str], plan: LadderPlan,
+             tell: Callable[[dict[str, dict[str, Any]]], None]) -> int:
+    """Show a ladder, run it unless only the plan is asked for, and tell what came out; returns the exit code.
+
+    Args:
+        args: of the command.
+        argv: its words, which are printed where it stops.
+        plan: the ladder, or its pilot.
+        tell: gets the costs of the points.
+    """
+    from hybridlm.ladder.analysis import describe_ladder
     from hybridlm.sweep.execute import check_jobs, describe_with_times, execute
     from hybridlm.sweep.folder import check_owner
 
-    plan = make_ladder_plan(read_ladder_request(args.overrides, args.config_dir))
     check_owner(plan.sweep)
     check_jobs(plan.sweep, args.jobs)
     shown = describe_with_times(plan.sweep, measure=args.measure, jobs=args.jobs) | {"ladder": describe_ladder(plan)}
@@ -80,10 +102,37 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         if args.json:
             print(json.dumps(shown))
         return 0
-    folder, costs = plan.sweep.folder, shown["ladder"]["costs"]
     return execute(plan.sweep, shown, command=["hybridlm", "ladder", *argv], jobs=args.jobs,
                    retry_failed=args.retry_failed, say=printer(args.json),
-                   collect=lambda: _tell(args, folder, plan.ladder, costs))
+                   collect=lambda: tell(shown["ladder"]["costs"]))
+
+
+def _pilot(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Search learning rates; a rate at which training diverges is a result, and no failure of the command."""
+    from hybridlm.ladder.analysis import describe_points
+    from hybridlm.ladder.pilot import judge_pilot, pilot_request, plan_rates
+    from hybridlm.ladder.plan import architecture_config, make_ladder_plan
+    from hybridlm.ladder.request import read_ladder_request
+    from hybridlm.ladder.table import print_pilot
+
+    request = read_ladder_request(args.overrides, args.config_dir)
+    ladder = request.ladder
+    untuned = replace(request, ladder=replace(ladder, pilot=replace(ladder.pilot, use=False)))
+    centres = {name: architecture_config(untuned, name).optimizer.lr for name in ladder.architectures}
+    tried = plan_rates(ladder, centres)
+    plan = make_ladder_plan(pilot_request(untuned, tried))
+    missing: list[str] = []
+
+    def tell(costs: dict[str, dict[str, Any]]) -> None:
+        report = judge_pilot(ladder, tried, describe_points(plan.sweep.folder, plan.ladder, costs))
+        missing.extend(report["missing"])
+        if args.json:
+            print(json.dumps(report))
+        else:
+            print_pilot(report, _console())
+
+    code = _execute(args, argv, plan, tell)
+    return code if missing else 0
 
 
 def _fit_only(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from hybridlm.data import DATA_RULES, PackedDataset, check_vocab, prepare
 from hybridlm.data.packing import Batch
 from hybridlm.errors import ConfigError, DataError, require
 from hybridlm.evaluation.decode_speed import decode_speed
+from hybridlm.evaluation.indexer_recall import indexer_recall
 from hybridlm.evaluation.perplexity import perplexity_by_position
 from hybridlm.evaluation.sparse import SparseMethod, sparse_softmax
 from hybridlm.model.model import HybridLM
@@ -29,7 +30,7 @@ log = logging.getLogger("hybridlm")
 def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, parts: Sequence[str] = MEASUREMENTS,
                         windows: int | None = None, sequence_length: int | None = None, batch_size: int | None = None,
                         contexts: Sequence[int] = DEFAULT_CONTEXTS, decode_tokens: int = 32,
-                        sparse: Sequence[tuple[str, SparseMethod]] = (), device: str = "cpu",
+                        sparse: Sequence[tuple[str, SparseMethod]] = (), indexers: bool = False, device: str = "cpu",
                         config_dir: str | None = None) -> dict[str, Any]:
     """Measure a checkpoint and return the report of `hybridlm eval CHECKPOINT`, as plain data.
 
@@ -43,6 +44,7 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, part
         contexts: tokens of context at which decoding is measured.
         decode_tokens: tokens decoded at each context.
         sparse: methods by name, each of which is tried on the softmax layers, on the same windows of text.
+        indexers: also measure the recall of the model's indexers, by layer and by position.
         device: where the model runs.
         config_dir: a folder with configs of your own.
 
@@ -69,6 +71,8 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, part
         if sparse:
             report["sparse"] = [_try_sparse(model, name, method, dataset.batches(0, count, rows), length)
                                 for name, method in sparse]
+        if indexers:
+            report["indexers"] = indexer_recall(model, dataset.batches(0, count, rows))
     if "decode" in parts:
         report["decode"] = decode_speed(model, contexts, decode_tokens)
     return report

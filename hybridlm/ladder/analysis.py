@@ -18,12 +18,14 @@ from hybridlm.files import write_json
 from hybridlm.ladder.bootstrap import Bootstrap, bootstrap, curve_points, jackknife
 from hybridlm.ladder.law import FREE_MIN_RUNGS, Fit, choose_form, compute_gain, fit_laws
 from hybridlm.ladder.measurements import Measurement, Results
+from hybridlm.ladder.pilot import read_pilot
 from hybridlm.ladder.plan import ARCHITECTURE_KEY, RUNG_KEY, LadderPlan, describe_costs
 from hybridlm.ladder.request import EXTRAPOLATION_MAX, LadderConfig, check_projections
 from hybridlm.ladder.verdict import Comparison, Verdict, compare, judge, project
 from hybridlm.sweep.collect import collect
 from hybridlm.sweep.folder import read_plan
 from hybridlm.sweep.point import SEED_KEY
+from hybridlm.sweep.probe_tasks import DECODE_METRIC
 
 LOSS_METRIC = "validation_bits_per_byte"
 RESULT_FILE = "ladder.json"
@@ -68,12 +70,12 @@ def analyse(folder: Path, ladder: LadderConfig, costs: dict[str, dict[str, Any]]
         ConfigError: a projection far beyond all points, a form of law that the points cannot support.
     """
     check_projections(ladder.gate, max(cost["compute"] for cost in costs.values()))
-    rows = [_describe_point(point, costs[point["point"]], ladder) for point in collect(folder)["points"]]
+    rows = describe_points(folder, ladder, costs)
     rungs = [rung.name for rung in ladder.sizes]
     measured = [_measurement(row) for row in rows if row["loss"] is not None]
     results = Results(measured, rungs, ladder.reference_name)
     report: dict[str, Any] = {
-        "ladder": to_dict(ladder), "points": rows, "cells": _cells(results, rows),
+        "ladder": to_dict(ladder), "pilot": read_pilot(folder), "points": rows, "cells": _cells(results, rows),
         "missing": [f"{row['point']}: {row['status']}" for row in rows if row["loss"] is None],
         "law": None, "comparisons": {}, "gains": {}, "projections": {}, "verdicts": [], "warnings": []}
     report["warnings"] = _warn_of_data(rows)
@@ -84,6 +86,20 @@ def analyse(folder: Path, ladder: LadderConfig, costs: dict[str, dict[str, Any]]
         _analyse_laws(report, results, ladder, others)
     write_json(folder / RESULT_FILE, report)
     return report
+
+
+def describe_points(folder: Path, ladder: LadderConfig, costs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Collect the points of a ladder with their costs and results; writes results.csv and results.json.
+
+    Args:
+        folder: of the ladder, or of its pilot.
+        ladder: its settings.
+        costs: of every point.
+
+    Returns:
+        A row per point; its loss is null unless it has finished with a finite one.
+    """
+    return [_describe_point(point, costs[point["point"]], ladder) for point in collect(folder)["points"]]
 
 
 def _analyse_laws(report: dict[str, Any], results: Results, ladder: LadderConfig, others: Sequence[str]) -> None:
@@ -124,13 +140,14 @@ def _describe_point(point: dict[str, Any], cost: dict[str, Any], ladder: LadderC
            "loss": loss if loss is not None and math.isfinite(loss) else None, **cost,
            "layers": point["layers"], "changed": point["changed"],
            "tokens_per_second": metrics.get("tokens_per_second"), "mfu": metrics.get("mfu"),
-           "epochs": metrics.get("epochs"), "scores": scores}
+           DECODE_METRIC: metrics.get(DECODE_METRIC), "epochs": metrics.get("epochs"),
+           "scores": scores}
     return {**row, "reason": point["reason"]} if "reason" in point else row
 
 
 def _measurement(row: dict[str, Any]) -> Measurement:
     return Measurement(row["architecture"], row["rung"], row["seed"], row["loss"], row["compute"],
-                       row["flops_per_token"], row["tokens_per_second"], row["scores"])
+                       row["flops_per_token"], row["tokens_per_second"], row["scores"], row[DECODE_METRIC])
 
 
 def _cells(results: Results, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,6 +164,7 @@ def _cells(results: Results, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
                 "rung": rung, "architecture": name, "losses": losses,
                 "mean": statistics.fmean(losses.values()) if losses else None,
                 "tokens_per_second": speed, "flops_per_second": speed and speed * first["flops_per_token"],
+                DECODE_METRIC: results.decode_time(name, rung),
                 **{key: first[key] for key in ("parameters", "tokens", "compute", "flops_per_token", "steps", "lr",
                                               "state_bytes", "layers")}})
     return cells

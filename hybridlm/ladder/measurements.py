@@ -28,6 +28,7 @@ class Measurement:
         flops_per_token: of a training step.
         tokens_per_second: in training; None where it was not measured.
         scores: accuracy of probes, by name.
+        decode_milliseconds_per_token: time of a decoded token; None where it was not measured.
     """
 
     architecture: str
@@ -38,6 +39,7 @@ class Measurement:
     flops_per_token: float
     tokens_per_second: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    decode_milliseconds_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,17 @@ class Results:
 
     def speed(self, architecture: str, rung: str) -> float | None:
         """Median training tokens per second over seeds."""
-        speeds = [each.tokens_per_second for each in self.cell(architecture, rung).values()
-                  if each.tokens_per_second is not None]
-        return statistics.median(speeds) if speeds else None
+        return _median(each.tokens_per_second for each in self.cell(architecture, rung).values())
+
+    def decode_time(self, architecture: str, rung: str) -> float | None:
+        """Median milliseconds per decoded token over seeds."""
+        return _median(each.decode_milliseconds_per_token for each in self.cell(architecture, rung).values())
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """Median of the values that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def pool_differences(values: dict[str, tuple[float, ...]], level: float) -> dict[str, Difference]:

@@ -10,6 +10,7 @@ from typing import Any
 from hybridlm.config.checks import validate
 from hybridlm.config.schema import Config, StageConfig
 from hybridlm.errors import ConfigError, did_you_mean
+from hybridlm.ladder.pilot import PILOT_FILE, PILOT_FOLDER, best_rates, describe_use
 from hybridlm.ladder.request import LadderConfig, LadderRequest, architecture_words, check_projections
 from hybridlm.ladder.rungs import RungConfig, carry
 from hybridlm.model.config import ModelConfig
@@ -28,6 +29,7 @@ RUNG_KEY = "rung"
 CARRIED_KEYS = ("training.seed", "training.steps", "training.tokens", "training.sequence_length", "training.batch_size",
                 "training.eval_batches", "model.hidden_size", "model.num_layers", "model.parametrization")
 COORDINATES_FILE = "coordinates.json"  # of the coordinate check, which may come before the ladder
+DECODED_TOKENS = 64  # room behind the context at which decoding is timed
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
         points += rung_points
     costs = {point.name: _cost(point, ladder) for point in points}
     check_projections(ladder.gate, max(cost.compute for cost in costs.values()))
-    notes += _transfer_notes(ladder, points)
+    notes += [*_transfer_notes(ladder, points), *describe_use(ladder)]
     sweep = SweepConfig(name=ladder.name, match=ladder.match, dir=str(ladder.folder), probes=ladder.probes,
                         state_context=ladder.state_context, launcher=ladder.launcher, slurm=ladder.slurm,
                         ray=ladder.ray)
@@ -111,7 +113,7 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
             SEED_KEY: [str(seed) for seed in ladder.seeds]}
     return LadderPlan(ladder=ladder, costs=costs,
                       sweep=SweepPlan(sweep=sweep, folder=ladder.folder, vary=vary, points=points, notes=notes,
-                                      other_files=(COORDINATES_FILE,)))
+                                      other_files=(COORDINATES_FILE, PILOT_FILE, PILOT_FOLDER)))
 
 
 def architecture_config(request: LadderRequest, name: str) -> Config:
@@ -122,6 +124,9 @@ def architecture_config(request: LadderRequest, name: str) -> Config:
         name: one of the ladder's architectures.
     """
     words = [*request.fixed, *architecture_words(request.ladder, name)]
+    rate = best_rates(request.ladder).get(name)
+    if rate is not None:
+        words.append(f"optimizer.lr={rate!r}")
     return load_config(request.root, words, request.config_dir)
 
 
@@ -138,7 +143,8 @@ def resize_model(model: ModelConfig, rung: RungConfig, ladder: LadderConfig) -> 
         ladder: names the base rung and the parametrization.
     """
     resized = carry(model, ladder.parametrization, rung.shape, ladder.base_size.shape)
-    return replace(resized, max_position=max(model.max_position, rung.sequence_length))
+    longest = 0 if ladder.decode_context is None else ladder.decode_context + DECODED_TOKENS
+    return replace(resized, max_position=max(model.max_position, rung.sequence_length, longest))
 
 
 def _tokens(model: ModelConfig, rung: RungConfig, ladder: LadderConfig) -> int:
@@ -172,7 +178,7 @@ def _make_point(ladder: LadderConfig, rung: RungConfig, name: str, start: Config
     validate(config)
     last = rung.name == ladder.sizes[-1].name
     return Point(name=point_name, settings={ARCHITECTURE_KEY: name, RUNG_KEY: rung.name, SEED_KEY: seed}, config=config,
-                 work=PointWork(probes=ladder.probes if last else []))
+                 work=PointWork(probes=ladder.probes if last else [], decode_context=ladder.decode_context))
 
 
 def _divide_steps(stages: list[StageConfig], steps: int, fractions: dict[str, float], architecture: str, lr: float,

@@ -20,7 +20,7 @@ from hybridlm.sweep.probe_tasks import ProbeTask, read_tasks
 from hybridlm.sweep.request import Budget, Launcher, parse_probes, read_plan_file, set_value, to_override_text
 
 SCHEDULE_KEYS = ("linear", "full", "ratio", "pattern")  # of an architecture: short for model.schedule.KEY
-LIST_KEYS = ("rungs", "seeds", "gate.rungs", "gate.project")  # values between commas
+LIST_KEYS = ("rungs", "seeds", "gate.rungs", "gate.project", "pilot.factors", "pilot.seeds")  # values between commas
 EXTRAPOLATION_MAX = 100.0  # of a projection over the largest compute of a point
 
 
@@ -66,6 +66,28 @@ class GateConfig:
 
 
 @dataclass(kw_only=True)
+class PilotConfig:
+    """The search for the learning rate of every architecture at the smallest rung.
+
+    Args:
+        factors: learning rates that are tried, over `optimizer.lr` of the architecture.
+        seeds: seeds of each; null: the first of the ladder.
+        use: train the rungs with the best rates of the pilot, where there was one.
+    """
+
+    factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0])
+    seeds: list[int] | None = None
+    use: bool = True
+
+    def __post_init__(self) -> None:
+        require(len(self.factors) > 1, "factors", "has nothing to compare", got=self.factors,
+                expected="two factors or more")
+        for factor in self.factors:
+            require(factor > 0, "factors", "must be positive", got=factor)
+        require(self.seeds is None or len(self.seeds) > 0, "seeds", "is empty", expected="at least one")
+
+
+@dataclass(kw_only=True)
 class LadderConfig:
     """A ladder's own settings; its points are architectures x rungs x seeds.
 
@@ -86,6 +108,9 @@ class LadderConfig:
         validation_tokens: held-out tokens of each validation, the same on all rungs.
         probes: tasks that the architectures of the largest rung are trained on besides text.
         state_context: tokens of context at which the decode state is shown.
+        decode_context: tokens of context behind which the time of a decoded token is measured after each training, on
+            the machine that trained; null: it is not.
+        pilot: the search for learning rates at the smallest rung.
     """
 
     name: str = "custom"
@@ -103,6 +128,8 @@ class LadderConfig:
     validation_tokens: int = 196_608
     probes: list[ProbeTask] = field(default_factory=list)
     state_context: int = 32768
+    decode_context: int | None = 2048
+    pilot: PilotConfig = field(default_factory=PilotConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     dir: str | None = None
@@ -115,8 +142,9 @@ class LadderConfig:
                 expected="letters, digits, '_', '-' and '.'")
         for key in ("architectures", "rungs", "seeds"):
             require(len(getattr(self, key)) > 0, key, "is empty", expected="at least one")
-        for key in ("tokens_per_parameter", "validation_tokens", "state_context"):
-            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        for key in ("tokens_per_parameter", "validation_tokens", "state_context", "decode_context"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, "must be positive", got=value)
         for name in self.architectures:
             require(re.fullmatch(r"[\w.+-]+", name) is not None, f"architectures.{name}", "cannot name a folder",
                     got=name, expected="letters, digits, '_', '+', '-' and '.'")

@@ -72,11 +72,34 @@ def print_ladder(report: dict[str, Any], console: Console) -> None:
         console.print(f"without a result: {missing}", highlight=False, markup=False)
 
 
+def print_pilot(report: dict[str, Any], console: Console) -> None:
+    """Print the losses of all learning rates, and the best of each architecture.
+
+    Args:
+        report: of `judge_pilot`.
+        console: where to.
+    """
+    table = _table("architecture", "learning rate", "bits per\nbyte", "by seed", "")
+    for name, found in report["architectures"].items():
+        for index, row in enumerate(found["rates"]):
+            said = "diverged" if row["diverged"] else "best" if row["lr"] == found["best"] else ""
+            table.add_row("" if index else name, f"{row['lr']:g}", _number(row["loss"], ".4f"),
+                          " ".join(f"{loss:.3f}" for loss in row["losses"]) or "-", said)
+    console.print(table)
+    for warning in report["warnings"]:
+        console.print(f"note: {warning}", highlight=False, markup=False)
+    for missing in report["missing"]:
+        console.print(f"without a result: {missing}", highlight=False, markup=False)
+    console.print(f"at rung {report['rung']}; the rungs of this ladder train with the best rates "
+                  "(ladder.pilot.use=false: with optimizer.lr)", highlight=False)
+
+
 def _print_cells(report: dict[str, Any], console: Console) -> None:
     """Print losses beside the reference, then costs and speeds."""
     compared = {(name, each["rung"]): each for name, rows in report["comparisons"].items() for each in rows}
     losses = _table("rung", "architecture", "bits per\nbyte", "by seed", "difference", "compute\ngain")
-    costs = _table("rung", "architecture", "N", "D", "C", "tokens/s", "FLOP/s", "speed-up", "state")
+    costs = _table("rung", "architecture", "N", "D", "C", "tokens/s", "FLOP/s", "speed-up", "state",
+                   "ms per\ndecoded token")
     rung_before = None
     for cell in report["cells"]:
         each = compared.get((cell["architecture"], cell["rung"]), {})
@@ -88,10 +111,16 @@ def _print_cells(report: dict[str, Any], console: Console) -> None:
         costs.add_row(*place, _count(cell["parameters"]), _count(cell["tokens"]), f"{cell['compute']:.2e}",
                       _number(cell["tokens_per_second"], ",.0f"),
                       "-" if cell["flops_per_second"] is None else _count(cell["flops_per_second"]),
-                      _number(each.get("speed_up"), ".3g"), scaled(cell["state_bytes"], 1024, BYTES))
+                      _number(each.get("speed_up"), ".3g"), scaled(cell["state_bytes"], 1024, BYTES),
+                      _number(cell["decode_milliseconds_per_token"], ".3g"))
         rung_before = cell["rung"]
     console.print(losses)
     console.print(costs)
+    settings = report["ladder"]
+    decoded = "" if settings["decode_context"] is None else (
+        f"; milliseconds per decoded token of one sequence behind {settings['decode_context']:,} tokens, in fp32, "
+        "after each training")
+    console.print(f"state at {settings['state_context']:,} tokens{decoded}", highlight=False)
 
 
 def _print_laws(report: dict[str, Any], console: Console) -> None:

@@ -6,7 +6,7 @@ the model: norms, embedding, head, multi-token prediction. FLOPs count a multipl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hybridlm.errors import ConfigError
@@ -152,19 +152,32 @@ def training_parts(config: ModelConfig, context_length: int) -> dict[str, float]
     return {"forward": forward, "backward": BACKWARD * (forward - forward_only), "indexer_kl": loss}
 
 
-def training_flops(config: ModelConfig, context_length: int, *, only_indexers: bool = False) -> float:
-    """FLOPs per token of one training step, the numerator of model FLOPs utilisation (MFU).
+def training_flops(config: ModelConfig, context_length: int) -> float:
+    """FLOPs per token of one training step of the whole model, the numerator of model FLOPs utilisation (MFU).
+
+    `hybridlm.training.stage_flops` counts stages that train a part of it or learn from a teacher.
 
     Args:
         config: the model.
         context_length: tokens per sequence.
-        only_indexers: all other parameters are frozen, so that the model has no backward.
 
     Returns:
         The sum of `training_parts`.
     """
-    parts = training_parts(config, context_length)
-    return parts["forward"] + parts["indexer_kl"] + (0.0 if only_indexers else parts["backward"])
+    return sum(training_parts(config, context_length).values())
+
+
+def mixer_forward_flops(config: ModelConfig, layers: Iterable[int], context_length: int) -> float:
+    """Forward FLOPs per token of the mixers of some layers.
+
+    Args:
+        config: the model.
+        layers: their indices.
+        context_length: tokens per sequence.
+    """
+    names = config.layers()
+    return sum(sum(config.mixers[names[index]].flops_per_token(config.layer_context(index), context_length).values())
+               for index in layers)
 
 
 def decode_state_bytes(config: ModelConfig, context_length: int, element_bytes: int = 2) -> int:

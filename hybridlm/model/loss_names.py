@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hybridlm.model.feed_forward import FEED_FORWARDS
 from hybridlm.model.mixers import MIXERS
 
@@ -9,6 +11,19 @@ from hybridlm.model.mixers import MIXERS
 MODEL_LOSSES = ("lm", "mtp", "z")
 # Those that compare with a teacher: outputs of converted layers, the stream after each layer, next-token distributions.
 TEACHER_LOSSES = ("layer_output", "hidden", "teacher_kl")
+
+
+def trains_next_token(weights: Mapping[str, float], z_loss: float) -> bool:
+    """Whether training with these weights of losses asks for the logits of the next token.
+
+    Args:
+        weights: those of a stage, by name.
+        z_loss: the model's own weight of the mean of logsumexp^2.
+
+    >>> trains_next_token({}, 0.0), trains_next_token({"lm": 0}, 0.0), trains_next_token({"lm": 0}, 1e-4)
+    (True, False, True)
+    """
+    return weights.get("lm", 1.0) != 0 or weights.get("z", z_loss) != 0
 
 
 def known_losses() -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from hybridlm.model.guide import Guide, GuidedForward, follow_guide
 from hybridlm.model.init import init_weights
 from hybridlm.model.inputs import check_tokens
 from hybridlm.model.layer_stack import run_layer, run_layers
+from hybridlm.model.loss_names import trains_next_token
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.output import AuxTotals, GlobalBatch, ModelOutput, ModelState
@@ -358,19 +359,22 @@ class HybridLM(nn.Module):
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, targets_BTd: Tensor, following: list[Tensor],
                 seq: SequenceInfo, totals: AuxTotals, global_batch: GlobalBatch | None) -> None:
-        config = self.config
+        config, weights = self.config, self.loss_weights
         losses = output.losses
-        weights = self.loss_weights
         counts: Sequence[int | None] = [None] * (1 + config.mtp.depth) if global_batch is None else global_batch.targets
-        # A loss without weight needs no gradient where another one trains the head.
-        idle = weights.get("lm") == 0 and weights.get("teacher_kl", 0) > 0 and not weights.get("z", config.z_loss)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not idle):
-            losses["lm"], z, output.num_tokens = self.cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
-                                                                     config.z_loss)
-        loss = losses["lm"] * weights["lm"] if "lm" in weights else losses["lm"]
-        if config.z_loss:
-            losses["z"] = z
-            loss = loss + weights.get("z", config.z_loss) * z
+        # A loss without weight needs no gradient where another one trains the head, and no logits where nothing trains.
+        weightless = not trains_next_token(weights, config.z_loss)
+        frozen = not (x_BTD.requires_grad or self.head_weight.requires_grad) and torch.is_grad_enabled()
+        if weightless and frozen and self.training and self.guide is None:
+            output.num_tokens, loss = (targets_BTd[..., 0] >= 0).sum(), x_BTD.new_zeros(())
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not (weightless and weights.get("teacher_kl"))):
+                losses["lm"], z, output.num_tokens = self.cross_entropy(x_BTD, targets_BTd[..., 0], counts[0],
+                                                                         config.z_loss)
+            loss = losses["lm"] * weights["lm"] if "lm" in weights else losses["lm"]
+            if config.z_loss:
+                losses["z"] = z
+                loss = loss + weights.get("z", config.z_loss) * z
         if config.mtp.depth:
             by_depth = []
             for k, (module, ahead_BT) in enumerate(zip(self.mtp, following, strict=True), start=1):

@@ -213,11 +213,12 @@ def ladder_tables(folder: Path) -> list[tuple[str, Table]]:
                      f"{cell['lr']:.2e}", number(cell["mean"]), ", ".join(map(number, cell["losses"].values())),
                      _spread(each.get("difference"), each.get("difference_interval")), number(each.get("gain")),
                      number(cell["tokens_per_second"]), number(each.get("speed_up")),
-                     number(cell["state_bytes"], "bytes")])
+                     number(cell["state_bytes"], "bytes"), number(cell.get("decode_milliseconds_per_token"))])
     tables = [("Verdicts", Table(["architecture", "verdict", "reason"],
                                  [[v["architecture"], v["verdict"], v["reason"]] for v in report["verdicts"]])),
               ("Results", Table(["rung", "architecture", "N", "D", "C", "FLOPs/token", "steps", "lr", "bits per byte",
-                                 "by seed", "difference", "gain", "tokens/s", "speed-up", "state"], rows))]
+                                 "by seed", "difference", "gain", "tokens/s", "speed-up", "state",
+                                 "ms per decoded token"], rows))]
     if report["law"] is not None:
         laws = [[name, number(found["asymptote"]), number(found["coefficient"]), number(found["exponent"]),
                  _spread(found["exponent"], found["exponent_interval"])]
@@ -226,10 +227,19 @@ def ladder_tables(folder: Path) -> list[tuple[str, Table]]:
     projected = [[f"{row['compute']:.3g}", name, number(row["loss"]), number(row["reference_loss"]),
                   _spread(row["difference"], row["interval"])]
                  for name, found in report["projections"].items() for row in found]
+    if report.get("pilot"):
+        tables.append(("Learning rates of the pilot", _pilot_table(report["pilot"])))
     if projected:
         tables.append(("Projections", Table(["FLOPs", "architecture", "bits per byte", "reference", "difference"],
                                             projected)))
     return tables
+
+
+def _pilot_table(pilot: dict[str, Any]) -> Table:
+    rows = [[name, f"{row['lr']:g}", "diverged" if row["diverged"] else number(row["loss"]),
+             "best" * (row["lr"] == found["best"])]
+            for name, found in pilot["architectures"].items() for row in found["rates"]]
+    return Table(["architecture", "learning rate", "bits per byte", ""], rows, f"at rung {pilot['rung']}")
 
 
 def ladder_notes(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.files import write_json, write_text
 from hybridlm.sweep.folder import is_busy, read_outcome, read_plan
 from hybridlm.sweep.point import SEED_KEY
-from hybridlm.sweep.probe_tasks import ProbeTask, read_probe_result, read_tasks
+from hybridlm.sweep.probe_tasks import ProbeTask, read_decode_metrics, read_probe_result, read_tasks
 from hybridlm.sweep.slurm_jobs import find_pending_jobs
 
 LAST_STEPS_FRACTION = 0.1  # fraction of the steps, the last ones, over which noisy training metrics are averaged
@@ -85,7 +85,7 @@ def _read_point(folder: Path, row: dict[str, Any], probes: list[ProbeTask]) -> d
     records, corrupt_lines = read_metrics(run_dir / "metrics.jsonl")
     costs = {key: row[key] for key in ("point", "settings", "same_as", "changed", "layers", *COST_COLUMNS,
                                       "decode_state_bytes", "sequence_length", "steps", "tokens")}
-    metrics = summarize(records) if ended["status"] == "finished" else {}
+    metrics = summarize(records) | read_decode_metrics(run_dir) if ended["status"] == "finished" else {}
     for task in probes:
         metrics |= name_probe_metrics(task, read_probe_result(run_dir, task))
     point = {**costs, "run_dir": str(run_dir), "status": ended["status"]}

@@ -6,8 +6,9 @@
       jobs/N/           a submission to a cluster, see `hybridlm.sweep.slurm_jobs`
       points/NAME/      the run folder of a point, and in it:
         point.yaml      the resolved config that `hybridlm train` gets
-        work.yaml       the trainings of the point besides text: probes
+        work.yaml       the work of the point besides text: probes, timing of decoding
         probes/         the results of probes, one file each
+        decode.json     the time of a decoded token
         outcome.json    the outcome of the last start
         output.txt      its printed output
 """

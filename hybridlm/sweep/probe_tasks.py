@@ -1,8 +1,9 @@
-"""Probes of a sweep: every point is trained on each of them besides text, from fresh weights.
+"""The work of a point besides training on text: probes, on each of which it trains from fresh weights, and decoding.
 
     points/NAME/
       work.yaml             PointWork: what the process of the point does beside point.yaml
       probes/LABEL.json     a task and its ProbeResult
+      decode.json           a row of `decode_speed`
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from hybridlm.files import write_json
 
 WORK_FILE = "work.yaml"
 PROBE_RESULTS_FOLDER = "probes"
+DECODE_FILE = "decode.json"
+DECODE_METRIC = "decode_milliseconds_per_token"
 
 
 @dataclass(kw_only=True)
@@ -68,10 +71,17 @@ class ProbeTask:
 
 @dataclass(kw_only=True)
 class PointWork:
-    """The training of each point of a sweep that its config does not describe."""
+    """The work of the process of each point that its config does not describe.
+
+    Args:
+        language_model: train on text.
+        probes: train on these, with fresh weights each.
+        decode_context: tokens of context behind which decoding is timed after training on text; null: it is not.
+    """
 
     language_model: bool = True
     probes: list[ProbeTask] = field(default_factory=list)
+    decode_context: int | None = None
 
 
 def read_tasks(data: Any, path: str = "sweep.probes") -> list[ProbeTask]:
@@ -115,3 +125,12 @@ def write_probe_result(run_dir: Path, task: ProbeTask, result: dict[str, Any]) -
 
 def _result_file(run_dir: Path, task: ProbeTask) -> Path:
     return run_dir / PROBE_RESULTS_FOLDER / f"{task.label}.json"
+
+
+def read_decode_metrics(run_dir: Path) -> dict[str, float]:
+    """The time of a decoded token as a metric of a point; empty where it was not measured."""
+    try:
+        row = json.loads((run_dir / DECODE_FILE).read_text(encoding="utf-8"))
+        return {DECODE_METRIC: 1000.0 * row["batch"] / row["decode_tokens_per_second"]}
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return {}

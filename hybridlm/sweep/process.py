@@ -77,7 +77,7 @@ def start_point(folder: Path, *, jobs: int = 1, cwd: str | None = None,
 
 
 def point_command(file: Path, imports: Sequence[str] = ()) -> list[str]:
-    """Build the command of the point whose config is `file`: `hybridlm train` for a point without probes."""
+    """Build the command of the point whose config is `file`: `hybridlm train` for one without other work."""
     arguments = [word for name in imports for word in ("--import", name)]
     # Compared as plain data: the kinds of the user's probes need not be known to this process.
     if load_yaml(file.parent / WORK_FILE) != to_dict(PointWork()):

@@ -1,7 +1,7 @@
-"""The process of a point that is trained on probes: `python -m hybridlm.sweep.run_point FOLDER [--import FILE ...]`.
+"""The process of a point with more to do than text: `python -m hybridlm.sweep.run_point FOLDER [--import FILE ...]`.
 
-It trains on text where the sweep asks for that, then on one probe after the other. The result of a probe is on the disk
-as soon as it is known, so a process that is killed loses at most one training.
+It trains on text where the sweep asks for that, times decoding, then trains on one probe after the other. A result is
+on the disk as soon as it is known, so a process that is killed loses at most one training.
 """
 
 from __future__ import annotations
@@ -14,14 +14,25 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from hybridlm.checkpoint import load_checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, load_yaml
 from hybridlm.distributed.engine import pick_device
 from hybridlm.errors import UserError
+from hybridlm.evaluation.decode_speed import decode_speed
 from hybridlm.evaluation.probe_training import train_on_probe
+from hybridlm.files import write_json
 from hybridlm.run_config import load_config
 from hybridlm.sweep.folder import POINT_FILE
-from hybridlm.sweep.probe_tasks import WORK_FILE, PointWork, ProbeTask, read_probe_result, write_probe_result
+from hybridlm.sweep.probe_tasks import (
+    DECODE_FILE,
+    WORK_FILE,
+    PointWork,
+    ProbeTask,
+    read_decode_metrics,
+    read_probe_result,
+    write_probe_result,
+)
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.user_code import import_user_code
 
@@ -48,9 +59,24 @@ def run_point(run_dir: Path) -> int:
     failed = 0
     if ended["status"] == "finished":
         with closing(RunFolder(run_dir)):  # locked: other processes see that the point is busy
+            if work.decode_context is not None and ended["checkpoint"] is not None:
+                _time_decoding(run_dir, ended["checkpoint"], config, work.decode_context)
             failed = _train_on_probes(run_dir, config, work.probes)
     print(json.dumps(ended))
     return 1 if failed else 0
+
+
+def _time_decoding(run_dir: Path, checkpoint: str, config: Config, context: int) -> None:
+    """Time decoding with the trained weights, unless that is done; a failure is reported and costs nothing else."""
+    if read_decode_metrics(run_dir):
+        return
+    try:
+        model = load_checkpoint(checkpoint, device=pick_device(config.engine).type)
+        [row] = decode_speed(model, [context])
+    except (UserError, RuntimeError) as error:  # torch's own errors, such as a GPU without enough memory
+        print(f"error: decoding: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return
+    write_json(run_dir / DECODE_FILE, row)
 
 
 def _train_on_probes(run_dir: Path, config: Config, tasks: list[ProbeTask]) -> int:

@@ -150,7 +150,8 @@ def format_record(record: dict[str, Any], left: str = "") -> str:
     """
     if record.get("skipped"):
         return "  ".join(filter(None, ["not finite: step skipped", left]))
-    parts = [f"loss {record['loss']:.4f}"]
+    shown = "total_loss" if record["loss"] is None else "loss"  # a stage may not compute that of the next token
+    parts = [f"loss {record[shown]:.4f}"]
     if record.get("bits_per_byte") is not None:
         parts.append(f"{record['bits_per_byte']:.3f} bits/byte")
     parts += [f"{format_count(record['tokens_per_second'])} tokens/s", left]

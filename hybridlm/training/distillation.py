@@ -30,6 +30,7 @@ from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.stand_ins import block_of, mixer_stand_ins, windowed_attention, without_linear_branch
 from hybridlm.training.recall import RecallSamples, needle_samples, recall_nll, repeated_samples
+from hybridlm.training.stage_flops import TeacherCost
 from hybridlm.training.stages import Stage
 from hybridlm.training.validation import validate
 
@@ -127,6 +128,10 @@ class Distillation:
         self.config = config
         self.shared: set[str] = set()  # names of parameters whose memory is the student's
         self._baselines: Baselines | None = None
+
+    def cost(self) -> TeacherCost:
+        """Describe the teacher for counts of FLOPs."""
+        return TeacherCost(self.teacher.config, self.converted)
 
     # --- stages
 

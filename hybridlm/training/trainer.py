@@ -19,7 +19,6 @@ from hybridlm.config.schema import Config
 from hybridlm.data import PackedDataset, PreparedData
 from hybridlm.distributed.engine import Engine, LossFunction, Update
 from hybridlm.errors import CheckpointError, ConfigError, counted
-from hybridlm.model.cost import training_flops
 from hybridlm.model.model import HybridLM
 from hybridlm.optimizers import OptimizerSet, build_optimizer
 from hybridlm.optimizers.roles import fp32_names
@@ -50,6 +49,7 @@ from hybridlm.training.sparse_attention import (
     stage_model,
     warn_of_selection,
 )
+from hybridlm.training.stage_flops import stage_flops
 from hybridlm.training.stages import Progress, Stage, check_trained, describe_names, set_trainable
 from hybridlm.training.tracking import Tracker
 from hybridlm.training.validation import validate
@@ -196,7 +196,8 @@ class Trainer:
         trained = [name for name in trained if self.model.get_parameter(name).requires_grad]
         warn_of_selection(self.model, stage)
         self.stage_config = replace(self.config, model=stage_model(self.config.model, stage))
-        self.only_indexers = all(".indexer." in name for name in trained)
+        self.flops_per_token = stage_flops(self.config.model, stage, trained, None if self.distillation is None else
+                                           self.distillation.cost())
         self.balance = any(name.endswith("router.weight") for name in trained)
         if self.distillation is not None:
             self.distillation.begin_stage(self.model, self.stages[: stage.index + 1])
@@ -266,18 +267,20 @@ class Trainer:
 
     def _describe(self, stage: Stage, batch: Sequence[Any], update: Update, lr: float,
                   seconds: float) -> dict[str, Any]:
-        """Build the record of one step. `loss` is that of the next token, `total_loss` what was minimised."""
+        """Build the record of one step. `loss` is that of the next token, `total_loss` what was minimised.
+
+        The first is None where no stage's weight asks for it.
+        """
         values = dict(update.values)
         total = values.pop("loss")
-        loss = values.get("loss/lm", total)
+        loss = values.get("loss/lm")
         tokens, num_bytes = self.engine.all_sum([sum(micro_batch.num_tokens for micro_batch in batch),
                                                sum(micro_batch.num_bytes for micro_batch in batch)])
         speed = stage.tokens_per_step / seconds
-        flops = speed * training_flops(self.stage_config.model, stage.sequence_length,
-                                       only_indexers=self.only_indexers)
+        flops = speed * self.flops_per_token
         return {"step": self.progress.step, "loss": loss, "total_loss": total, **values,
-                "perplexity": perplexity(loss),
-                "bits_per_byte": bits_per_byte(loss * tokens, num_bytes),
+                "perplexity": None if loss is None else perplexity(loss),
+                "bits_per_byte": None if loss is None else bits_per_byte(loss * tokens, num_bytes),
                 "grad_norm": update.grad_norm, "lr": lr, "skipped": not update.applied,
                 "skipped_steps": self.progress.skipped_steps, "tokens_per_second": speed,
                 "flops_per_second": flops,

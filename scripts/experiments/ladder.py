@@ -3,19 +3,19 @@
 
     python scripts/experiments/ladder.py --out runs/ladder_bytes                  # goes on where it was stopped
     python scripts/experiments/ladder.py --out runs/ladder_bytes --only pilot     # one part of it
-    python scripts/experiments/ladder.py --out runs/ladder_bytes --list           # the parts, and what is left of each
+    python scripts/experiments/ladder.py --out runs/ladder_bytes --list           # what is left of every part
+    python scripts/experiments/ladder.py --out runs/smoke --smoke                 # minutes: does it run?
 
-Parts, each a ladder in a folder of --out, run one after the other:
+Parts, run one after the other:
 
-    pilot-LR      learning rates of `full` and `kda` at r0, one seed
-    check-LR      half and twice the better one at r1
-    transfer-...  the same rates at widths 32, 64 and 128, under the standard parametrization and under mup
-    ladder        five architectures on r0, r1 and r2; three seeds on the first two, two on r2; probes at r2
+    pilot         the learning rate of each architecture at r0
+    check         half and twice the rate of `full` and `kda` at r1: has it been carried?
+    transfer      five rates at widths 32, 64 and 128, under the standard parametrization and under mup
+    ladder        five architectures on r0, r1 and r2, with the rates of the pilot, three seeds; probes at r2
     coordinates   the coordinate check of all architectures
 
-After the pilot every architecture has the learning rate that was best for `full` or `kda` at r0: its own for these two,
-that of `kda` for the other hybrids. Beside the parts it writes summary.json, learning_rates.md, transfer.md and, of the
-ladder, the page and its figures.
+Beside the folders of the parts it writes summary.json, learning_rates.md, transfer.md and, of the ladder, the page and
+its figures.
 """
 
 from __future__ import annotations
@@ -23,21 +23,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybridlm.cli import main as hybridlm
 from hybridlm.files import write_json, write_text
+from hybridlm.ladder.pilot import read_pilot
 from hybridlm.report.build import write_report
 
-PILOT_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
-TRANSFER_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-TRANSFER_WIDTHS = ("32x4", "64x4", "128x4")  # a factor of 4, at one depth
-TRANSFER_TOKENS = 1_000_000  # of every run, so that width is all that changes
+TWO = "ladder.architectures={full: {ratio: 0}, kda: {linear: kda, ratio: 3}}"
 PARAMETRIZATIONS = ("standard", "mup")
-FOLLOWS = {"full": "full", "kda": "kda", "gdn": "kda", "lightning": "kda", "kda_dsa": "kda"}  # whose rate each takes
+CHECKED = (0.5, 1.0, 2.0)  # times the best rate, on the next rung
 PROBES = (  # those of configs/sweep/hybrid_ratio_probes.yaml
     "[{name: mqar, label: recall, parameters: {num_pairs: 8, key_vocab: 8, value_vocab: 8}, length: 24, "
     "lengths: [24, 96], steps: 450, lr: 5e-3, examples: 128}, "
@@ -49,109 +46,161 @@ PROBES = (  # those of configs/sweep/hybrid_ratio_probes.yaml
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Sizes of the experiment.
+
+    Args:
+        name: the ladder, `ladder=NAME`.
+        words: of all its parts.
+        rungs: its first rung, and the list of the one at which the rates are checked, as words.
+        factors: of the pilot, over the ladder's `optimizer.lr`.
+        widths: of the experiment of transfer, all of `transfer_layers` layers.
+        transfer_layers: see there.
+        transfer_factors: over the ladder's `optimizer.lr`.
+        transfer_tokens: tokens of every run of it, so that the width is all that changes.
+        coordinate_widths: of the coordinate check.
+        probes: tasks at the largest rung.
+    """
+
+    name: str = "bytes"
+    words: tuple[str, ...] = ()
+    rungs: tuple[str, str] = ("r0", "[r1]")
+    factors: str = "0.5,1,2,4"
+    widths: tuple[int, ...] = (32, 64, 128)
+    transfer_layers: int = 4
+    transfer_factors: str = "0.25,0.5,1,2,4"
+    transfer_tokens: int = 600_000
+    coordinate_widths: str = "64,128,256"
+    probes: str = PROBES
+
+
+SMOKE_RUNGS = ("{name: r0, hidden_size: 32, num_layers: 4, sequence_length: 64, batch_size: 4, tokens: 1024}",
+               "{name: r1, hidden_size: 48, num_layers: 4, sequence_length: 64, batch_size: 4, tokens: 2048}")
+SMOKE = Sizes(
+    words=(f"ladder.rungs=[{SMOKE_RUNGS[0]}, {SMOKE_RUNGS[1]}]", TWO,
+           "ladder.validation_tokens=2048", "ladder.gate.project=[]", "ladder.decode_context=64"),
+    rungs=(SMOKE_RUNGS[0], f"[{SMOKE_RUNGS[1]}]"),
+    factors="1,2", widths=(32, 64), transfer_factors="1,2", transfer_tokens=1024, coordinate_widths="32,64",
+    probes="[{name: mqar, label: recall, length: 24, lengths: [24], steps: 2, examples: 8, "
+           "parameters: {num_pairs: 2, key_vocab: 8, value_vocab: 8}}]")
+
+
+@dataclass(frozen=True)
 class Part:
-    """One ladder of the experiment: its name, and the words of its command."""
+    """One command of the experiment: the folder of its ladder, and its words."""
 
     name: str
     words: list[str]
 
 
-def pilot_parts(out: Path) -> list[Part]:
-    """A ladder per learning rate at r0."""
-    return [_part(out, f"pilot-{rate:g}", ["ladder=bytes", f"optimizer.lr={rate:g}", *_two_architectures(),
-                                            "ladder.rungs=r0", "ladder.seeds=0"]) for rate in PILOT_RATES]
+def _part(out: Path, name: str, sizes: Sizes, *words: str) -> Part:
+    return Part(name, [f"ladder={sizes.name}", *sizes.words, *words, f"ladder.name={name}",
+                       f"ladder.dir={out / name}"])
 
 
-def check_parts(out: Path, best: float) -> list[Part]:
-    """Ladders at r1 with half and twice the rate that was best at r0, and that rate itself."""
-    return [_part(out, f"check-{rate:g}", ["ladder=bytes", f"optimizer.lr={rate:g}", *_two_architectures(),
-                                            "ladder.rungs=r1", "ladder.base=r0", "ladder.seeds=0"])
-            for rate in (best / 2, best, best * 2)]
+def pilot_parts(out: Path, sizes: Sizes) -> list[Part]:
+    """The pilot in the folder of the ladder."""
+    return [_part(out, "ladder", sizes, f"ladder.pilot.factors={sizes.factors}", "--pilot")]
 
 
-def transfer_parts(out: Path) -> list[Part]:
-    """A ladder per learning rate and parametrization, over widths, batch and tokens being equal."""
-    rungs = ", ".join(f"{{hidden_size: {size.split('x')[0]}, num_layers: {size.split('x')[1]}, sequence_length: 256, "
-                      f"batch_size: 8, tokens: {TRANSFER_TOKENS}}}" for size in TRANSFER_WIDTHS)
-    return [_part(out, f"transfer-{kind}-{rate:g}",
-                  ["ladder=bytes", f"optimizer.lr={rate:g}", f"ladder.parametrization={kind}",
-                   "ladder.architectures={full: {ratio: 0}, kda: {linear: kda, ratio: 3}}", f"ladder.rungs=[{rungs}]",
-                   "ladder.seeds=0", "ladder.gate.project=[]", "ladder.validation_tokens=131072"])
-            for kind in PARAMETRIZATIONS for rate in TRANSFER_RATES]
-
-
-def ladder_parts(out: Path, rates: dict[str, float], seeds: str) -> list[Part]:
-    """The ladder itself, with the rate of each architecture."""
-    own = [f"ladder.architectures.{name}.optimizer.lr={rates[source]:g}" for name, source in FOLLOWS.items()]
-    return [_part(out, "ladder", ["ladder=bytes", *own, f"ladder.seeds={seeds}", f"ladder.probes={PROBES}"])]
-
-
-def _two_architectures() -> list[str]:
-    return ["ladder.architectures={full: {ratio: 0}, kda: {linear: kda, ratio: 3}}", "ladder.gate.project=[]"]
-
-
-def _part(out: Path, name: str, words: list[str]) -> Part:
-    return Part(name, [*words, f"ladder.name={name}", f"ladder.dir={out / name}"])
-
-
-def read_losses(out: Path, part: Part) -> dict[tuple[str, str], float]:
-    """Mean bits per byte of a finished part, by architecture and rung; empty before it has results."""
-    try:
-        report: dict[str, Any] = json.loads((out / part.name / "ladder.json").read_text(encoding="utf-8"))
-    except OSError:
-        return {}
-    return {(cell["architecture"], cell["rung"]): cell["mean"] for cell in report["cells"] if cell["mean"] is not None}
-
-
-def best_rate(losses: dict[float, float]) -> float:
-    """The learning rate with the least loss."""
-    return min(losses, key=lambda rate: losses[rate])
-
-
-def choose_rates(out: Path) -> dict[str, float]:
-    """The best rate at r0 of `full` and of `kda`.
+def check_parts(out: Path, sizes: Sizes) -> list[Part]:
+    """Ladders at the second rung with half and twice the rates that were best at the first, and those themselves.
 
     Raises:
         SystemExit: the pilot has not finished.
     """
-    found: dict[str, dict[float, float]] = {"full": {}, "kda": {}}
-    for rate, part in zip(PILOT_RATES, pilot_parts(out), strict=True):
-        for (name, _), loss in read_losses(out, part).items():
-            found[name][rate] = loss
-    if any(len(losses) < len(PILOT_RATES) for losses in found.values()):
+    rates = choose_rates(out, ("full", "kda"))
+    parts = []
+    for factor in CHECKED:
+        own = [f"ladder.architectures.{name}.optimizer.lr={rate * factor:g}" for name, rate in rates.items()]
+        parts.append(_part(out, f"check-{factor:g}", sizes, TWO, *own, f"ladder.base={sizes.rungs[0]}",
+                           "ladder.seeds=0", "ladder.gate.project=[]", "ladder.decode_context=null",
+                           f"ladder.rungs={sizes.rungs[1]}"))
+    return parts
+
+
+def transfer_parts(out: Path, sizes: Sizes) -> list[Part]:
+    """A pilot per width and parametrization, batch and tokens being equal; the narrowest is the base of all."""
+    def rung(width: int) -> str:
+        return (f"{{name: w{width}, hidden_size: {width}, num_layers: {sizes.transfer_layers}, sequence_length: 256, "
+                f"batch_size: 8, tokens: {sizes.transfer_tokens}}}")
+
+    return [_part(out, f"transfer-{kind}-{width}", sizes, TWO, f"ladder.parametrization={kind}",
+                  f"ladder.rungs=[{rung(width)}]", f"ladder.base={rung(sizes.widths[0])}", "ladder.seeds=0",
+                  "ladder.gate.project=[]", "ladder.validation_tokens=131072",
+                  f"ladder.pilot.factors={sizes.transfer_factors}", "--pilot")
+            for kind in PARAMETRIZATIONS for width in sizes.widths]
+
+
+def ladder_parts(out: Path, sizes: Sizes, seeds: str) -> list[Part]:
+    """The ladder itself, which takes the rates of the pilot in its folder.
+
+    Raises:
+        SystemExit: the pilot has not finished.
+    """
+    choose_rates(out, ("full", "kda"))
+    return [_part(out, "ladder", sizes, f"ladder.seeds={seeds}", f"ladder.probes={sizes.probes}")]
+
+
+def choose_rates(out: Path, names: tuple[str, ...]) -> dict[str, float]:
+    """The best rates of some architectures by the pilot.
+
+    Raises:
+        SystemExit: the pilot has not finished.
+    """
+    pilot = read_pilot(out / "ladder")
+    if pilot is None or pilot["missing"]:
         raise SystemExit("the pilot has not finished: --only pilot")
-    return {name: best_rate(losses) for name, losses in found.items()}
+    return {name: pilot["architectures"][name]["best"] for name in names}
 
 
-def tabulate_pilot(out: Path) -> str:
-    """Loss over learning rates at r0 and r1, as a table; a best rate at an edge is marked."""
-    lines = ["| architecture | rung | " + " | ".join(f"{rate:g}" for rate in PILOT_RATES) + " | best |",
-             "|---" * (len(PILOT_RATES) + 3) + "|"]
-    parts = pilot_parts(out)
-    for name in ("full", "kda"):
-        losses = {rate: read_losses(out, part).get((name, "r0")) for rate, part in zip(PILOT_RATES, parts, strict=True)}
-        known = {rate: loss for rate, loss in losses.items() if loss is not None}
-        best = best_rate(known) if known else None
-        edge = " (at the edge)" if best in (PILOT_RATES[0], PILOT_RATES[-1]) else ""
-        cells = " | ".join("-" if loss is None else f"{loss:.4f}" for loss in losses.values())
-        lines.append(f"| {name} | r0 | {cells} | {'-' if best is None else f'{best:g}'}{edge} |")
+def tabulate_rates(out: Path) -> str:
+    """Losses of the pilot, and those at the next rung with half and twice the best rates."""
+    pilot = read_pilot(out / "ladder")
+    lines = ["| rung | architecture | learning rate | bits per byte | |", "|---" * 5 + "|"]
+    for name, found in ([] if pilot is None else pilot["architectures"].items()):
+        lines += [f"| {pilot['rung']} | {name} | {row['lr']:g} | {_loss(row['loss'])} | "
+                  f"{_mark(row, found)} |" for row in found["rates"]]
+    for factor in CHECKED:
+        file = out / f"check-{factor:g}" / "ladder.json"
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cells": []}
+        lines += [f"| {cell['rung']} | {cell['architecture']} | {factor:g} x best | {_loss(cell['mean'])} | |"
+                  for cell in report["cells"]]
     return "\n".join(lines) + "\n"
 
 
-def tabulate_transfer(out: Path) -> str:
-    """Best learning rate at every width, by parametrization: it should stay under mup and move under standard."""
-    lines = ["| parametrization | architecture | width | " + " | ".join(f"{rate:g}" for rate in TRANSFER_RATES)
-             + " | best |", "|---" * (len(TRANSFER_RATES) + 4) + "|"]
-    parts = {part.name: part for part in transfer_parts(out)}
+def _mark(row: dict[str, Any], found: dict[str, Any]) -> str:
+    if row["diverged"]:
+        return "diverged"
+    if row["lr"] != found["best"]:
+        return ""
+    return "best, at the edge" if found["at_edge"] else "best"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def tabulate_transfer(out: Path, sizes: Sizes) -> str:
+    """Best learning rate at every width, by parametrization: it should stay under mup and move under standard.
+
+    Rates are those of the narrowest model, so a rate that is carried to a wide one is the same number.
+    """
+    found = {(kind, width): read_pilot(out / f"transfer-{kind}-{width}")
+             for kind in PARAMETRIZATIONS for width in sizes.widths}
+    rates = sorted({row["lr"] for pilot in found.values() if pilot for each in pilot["architectures"].values()
+                    for row in each["rates"]})
+    lines = ["| parametrization | architecture | width | " + " | ".join(f"{rate:g}" for rate in rates) + " | best |",
+             "|---" * (len(rates) + 4) + "|"]
     for kind in PARAMETRIZATIONS:
         for name in ("full", "kda"):
-            for size in TRANSFER_WIDTHS:
-                losses = {rate: read_losses(out, parts[f"transfer-{kind}-{rate:g}"]).get((name, size))
-                          for rate in TRANSFER_RATES}
-                known = {rate: loss for rate, loss in losses.items() if loss is not None}
-                cells = " | ".join("-" if loss is None else f"{loss:.4f}" for loss in losses.values())
-                best = f"{best_rate(known):g}" if known else "-"
-                lines.append(f"| {kind} | {name} | {size.split('x')[0]} | {cells} | {best} |")
+            for width in sizes.widths:
+                pilot = found[kind, width]
+                each = {"rates": [], "best": None} if pilot is None else pilot["architectures"][name]
+                losses = {row["lr"]: row["loss"] for row in each["rates"]}
+                best = "-" if each["best"] is None else f"{each['best']:g}"
+                lines.append(f"| {kind} | {name} | {width} | " + " | ".join(_loss(losses.get(rate)) for rate in rates)
+                             + f" | {best} |")
     return "\n".join(lines) + "\n"
 
 
@@ -159,48 +208,57 @@ def run(part: Part, jobs: int) -> None:
     """Run one part, or go on with it.
 
     Raises:
-        SystemExit: a point of it failed.
+        SystemExit: a point of it failed, or it was stopped.
     """
     print(f"== {part.name}", flush=True)
     if hybridlm(["ladder", *part.words, "--no-measure", "--jobs", str(jobs)]) != 0:
         raise SystemExit(f"{part.name} did not finish; the same command goes on")
 
 
+PARTS = ("pilot", "check", "transfer", "ladder", "coordinates")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the parts that are asked for, then write the tables and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of everything")
-    parser.add_argument("--only", choices=("pilot", "check", "transfer", "ladder", "coordinates"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--jobs", type=int, default=2, help="points at a time; one core each (default 2)")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the ladder (default 0,1,2)")
     parser.add_argument("--list", action="store_true", help="show what every part still needs, and run nothing")
+    parser.add_argument("--smoke", action="store_true", help="everything at sizes that say nothing")
     args = parser.parse_args(argv)
     out: Path = args.out
-    stages: dict[str, Callable[[], list[Part]]] = {
-        "pilot": lambda: pilot_parts(out),
-        "check": lambda: check_parts(out, choose_rates(out)["full"]),
-        "transfer": lambda: transfer_parts(out),
-        "ladder": lambda: ladder_parts(out, choose_rates(out), args.seeds)}
-    for name, parts in stages.items():
-        if args.only not in (None, name):
+    sizes = SMOKE if args.smoke else Sizes()
+    for name in PARTS if args.only is None else (args.only,):
+        if name == "coordinates":
+            if not args.list:
+                hybridlm(["ladder", f"ladder={sizes.name}", *sizes.words, f"ladder.dir={out / 'ladder'}",
+                          "--check-coordinates", "--widths", sizes.coordinate_widths])
             continue
-        for part in parts():
+        makers = {"pilot": lambda: pilot_parts(out, sizes), "check": lambda: check_parts(out, sizes),
+                  "transfer": lambda: transfer_parts(out, sizes),
+                  "ladder": lambda: ladder_parts(out, sizes, "0,1" if args.smoke else args.seeds)}
+        for part in makers[name]():
             if args.list:
                 hybridlm(["ladder", *part.words, "--no-measure", "--dry-run"])
             else:
                 run(part, args.jobs)
     if args.list:
         return 0
-    if args.only in (None, "coordinates"):
-        hybridlm(["ladder", "ladder=bytes", f"ladder.dir={out / 'ladder'}", "--check-coordinates"])
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "learning_rates.md", tabulate_pilot(out))
-    write_text(out / "transfer.md", tabulate_transfer(out))
-    if (out / "ladder" / "ladder.json").is_file():
-        write_report(out / "ladder", png=out / "figures")
-        report = json.loads((out / "ladder" / "ladder.json").read_text(encoding="utf-8"))
-        write_json(out / "summary.json", {key: report[key] for key in ("law", "gains", "comparisons", "verdicts")})
+    write_results(out, sizes)
     return 0
+
+
+def write_results(out: Path, sizes: Sizes) -> None:
+    """Write the tables, and of the ladder the page, its figures and a summary."""
+    write_text(out / "learning_rates.md", tabulate_rates(out))
+    write_text(out / "transfer.md", tabulate_transfer(out, sizes))
+    file = out / "ladder" / "ladder.json"
+    if file.is_file():
+        write_report(out / "ladder", png=out / "figures")
+        report = json.loads(file.read_text(encoding="utf-8"))
+        write_json(out / "summary.json", {key: report[key] for key in ("law", "gains", "comparisons", "verdicts")})
 
 
 if __name__ == "__main__":

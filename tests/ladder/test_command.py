@@ -82,6 +82,7 @@ def test_a_ladder_runs_stops_goes_on_and_says_what_it_found(machine, tmp_path, c
     assert [criterion["name"] for criterion in verdict["criteria"]] == ["loss", "speed-up"]
     assert len(report["comparisons"]["kda"]) == 3
     assert all(len(row["differences"]) == 3 for row in report["comparisons"]["kda"])
+    assert {cell["decode_milliseconds_per_token"] for cell in report["cells"]} == {2.5}
     assert any("5.0 times" in warning for warning in report["warnings"])
     assert any("pinned at 0" in warning for warning in report["warnings"])
     csv = (tmp_path / "results.csv").read_text()
@@ -166,6 +167,10 @@ def test_the_page_of_a_ladder_has_its_figures(machine, tmp_path, capsys):
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--fit-only", "--dry-run"], "--fit-only: cannot stand beside --dry-run"),
+    (["--fit-only", "--pilot"], "--pilot: cannot stand beside --fit-only"),
+    (["--pilot", "ladder.pilot.factors=2"], "ladder.pilot.factors: has nothing to compare"),
+    (["--pilot", "ladder.pilot.factors=1,0"], "ladder.pilot.factors: must be positive"),
+    (["ladder.decode_context=0"], "ladder.decode_context: must be positive"),
     (["--jobs", "0"], "--jobs: must be positive"),
     (["--jobs", "2", "ladder.launcher=slurm"], "--jobs: goes with ladder.launcher=local"),
     (["--dry-run", "ladder.probes=[{name: mqar, steps: x}]"], "ladder.probes"),

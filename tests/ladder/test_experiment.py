@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hybridlm.files import write_json
+from hybridlm.ladder.pilot import PILOT_FILE, pilot_request, plan_rates
 from hybridlm.ladder.plan import make_ladder_plan
 from hybridlm.ladder.request import read_ladder_request
 
@@ -22,37 +23,48 @@ def script(monkeypatch):
     return module
 
 
-def finish(out, part, losses):
-    (out / part.name).mkdir(parents=True)
-    cells = [{"architecture": name, "rung": rung, "mean": loss} for (name, rung), loss in losses.items()]
-    write_json(out / part.name / "ladder.json", {"cells": cells})
+def write_pilot(folder, losses, best):
+    folder.mkdir(parents=True)
+    rates = [{"lr": rate, "loss": loss, "losses": [loss], "diverged": 0} for rate, loss in losses.items()]
+    write_json(folder / PILOT_FILE, {"rung": "r0", "missing": [], "architectures": {
+        name: {"rates": rates, "best": best, "at_edge": False} for name in ("full", "kda")}})
 
 
 def test_every_part_is_a_ladder(script, tmp_path):
-    rates = {"full": 8e-3, "kda": 1.6e-2}
-    parts = [*script.pilot_parts(tmp_path), *script.check_parts(tmp_path, 8e-3), *script.transfer_parts(tmp_path),
-             *script.ladder_parts(tmp_path, rates, "0,1")]
-    requests = {part.name: read_ladder_request(part.words) for part in parts}
-    assert len(requests) == len(parts) == 4 + 3 + 10 + 1
-    assert len({request.ladder.folder for request in requests.values()}) == len(parts)
-    narrow, *_, wide = make_ladder_plan(requests["transfer-mup-0.008"]).sweep.points
-    assert (narrow.config.model.logit_multiplier, wide.config.model.logit_multiplier) == (1.0, 0.25)
-    assert narrow.tokens == wide.tokens
-    assert narrow.stages[0].lr == wide.stages[0].lr == 8e-3
-    ladder = requests["ladder"].ladder
-    assert ladder.architectures["gdn"]["optimizer.lr"] == 1.6e-2
-    assert [task.label for task in ladder.probes] == ["recall", "updates", "tracking"]
-
-
-def test_rates_are_chosen_from_the_pilot_and_an_edge_is_marked(script, tmp_path):
+    sizes = script.Sizes()
     with pytest.raises(SystemExit, match="pilot has not finished"):
-        script.choose_rates(tmp_path)
-    for index, part in enumerate(script.pilot_parts(tmp_path)):
-        finish(tmp_path, part, {("full", "r0"): 3.0 - 0.1 * index, ("kda", "r0"): 3.0 + 0.1 * abs(index - 1)})
-    assert script.choose_rates(tmp_path) == {"full": 3.2e-2, "kda": 8e-3}
-    table = script.tabulate_pilot(tmp_path)
-    assert "| full | r0 | 3.0000 | 2.9000 | 2.8000 | 2.7000 | 0.032 (at the edge) |" in table
-    assert "| kda | r0 | 3.1000 | 3.0000 | 3.1000 | 3.2000 | 0.008 |" in table
-    first, *_ = script.transfer_parts(tmp_path)
-    finish(tmp_path, first, {("full", "32x4"): 2.5})
-    assert "| standard | full | 32 | 2.5000 | - | - | - | - | 0.002 |" in script.tabulate_transfer(tmp_path)
+        script.check_parts(tmp_path, sizes)
+    write_pilot(tmp_path / "ladder", {8e-3: 2.5, 1.6e-2: 2.4}, 1.6e-2)
+    parts = [*script.pilot_parts(tmp_path, sizes), *script.check_parts(tmp_path, sizes),
+             *script.transfer_parts(tmp_path, sizes), *script.ladder_parts(tmp_path, sizes, "0,1")]
+    assert len(parts) == 1 + 3 + 6 + 1
+    requests = {part.name: read_ladder_request([word for word in part.words if word != "--pilot"]) for part in parts}
+    assert len(requests) == len(parts) - 1  # the pilot is in the folder of the ladder
+    twice = requests["check-2"]
+    assert twice.ladder.architectures["kda"]["optimizer.lr"] == 3.2e-2
+    assert twice.ladder.base_size.name == "r0"
+    assert [rung.name for rung in twice.ladder.sizes] == ["r1"]
+    ladder = requests["ladder"].ladder
+    assert [task.label for task in ladder.probes] == ["recall", "updates", "tracking"]
+    points = {}
+    for width in sizes.widths:
+        request = requests[f"transfer-mup-{width}"]
+        assert request.ladder.base_size.hidden_size == 32
+        tried = plan_rates(request.ladder, {"full": 8e-3, "kda": 8e-3})
+        assert [each.rate for each in tried[:5]] == [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+        points[width] = make_ladder_plan(pilot_request(request, tried)).sweep.points
+    assert [points[width][0].config.model.logit_multiplier for width in sizes.widths] == [1.0, 0.5, 0.25]
+    assert len({points[width][0].tokens for width in sizes.widths}) == 1
+    assert {points[width][0].stages[0].lr for width in sizes.widths} == {2e-3}
+
+
+def test_tables_have_every_rate_and_the_best(script, tmp_path):
+    sizes = script.Sizes()
+    write_pilot(tmp_path / "ladder", {8e-3: 2.5, 1.6e-2: 2.4}, 1.6e-2)
+    write_pilot(tmp_path / "transfer-mup-64", {8e-3: 2.25, 1.6e-2: 2.5}, 8e-3)
+    rates = script.tabulate_rates(tmp_path)
+    assert "| r0 | kda | 0.008 | 2.5000 |  |" in rates
+    assert "| r0 | kda | 0.016 | 2.4000 | best |" in rates
+    transfer = script.tabulate_transfer(tmp_path, sizes)
+    assert "| mup | full | 64 | 2.2500 | 2.5000 | 0.008 |" in transfer
+    assert "| standard | full | 32 | - | - | - |" in transfer

@@ -12,6 +12,8 @@ from hybridlm.model.layer_context import NormConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, Mamba2Config, build_mixer
 from hybridlm.model.mixers.common.first_tokens import mean_look_back, window_and_first_attention
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
+from hybridlm.model.mixers.linear_attention import compute_decay_slopes
+from hybridlm.model.model import build_model
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.tensor_storage import unique_tensors
 from hybridlm_kernels import CuSeqlens, short_conv
@@ -127,6 +129,30 @@ def test_the_convolution_is_the_identity_and_decays_have_the_half_life_asked_for
     mixer_of(student, 1).calibrate(half_life_H)
     assert torch.equal(mixer_of(student, 1).q_conv[:8], torch.nn.functional.pad(torch.ones(8, 1), (3, 0)))
     assert torch.equal(y, x_BTD[..., :8])
+
+
+def test_slopes_that_are_fixed_become_stored_ones_with_the_half_life_asked_for():
+    half_life_H = torch.tensor([2.0, 5.0, 64.0, 900.0])
+    for preset in ("lightning", "retnet"):
+        student, _ = convert_attention(attention_model(), [0, 1], preset, calibrated=True)
+        copied, _ = convert_attention(attention_model(), [0, 1], preset)
+        assert "layers.0.mixer.slopes" not in copied.state_dict()
+        mixer = mixer_of(student, 1)
+        lightning = compute_decay_slopes("lightning", 4, 1, 3)
+        assert mixer.slopes.tolist() == pytest.approx(lightning)
+        mixer.calibrate(half_life_H)
+        assert torch.allclose(mixer.slopes, math.log(2) / half_life_H)
+        assert mixer_of(student, 0).slopes.tolist() == pytest.approx(compute_decay_slopes("lightning", 4, 0, 3))
+        # A token that was written n steps ago counts 2^(-n / half-life) as much: read by the recurrence itself.
+        g_H = mixer._constant_decay(torch.zeros(1, 1, 32))
+        assert torch.allclose((g_H * half_life_H).exp(), torch.full((4,), 0.5))
+        again = build_model(student.config)
+        again.load_state_dict(student.state_dict())
+        ids = text(1, 12)
+        with torch.no_grad():
+            assert torch.equal(again.eval()(ids).logits, student.eval()(ids).logits)
+            half = student.to(torch.bfloat16)
+        assert mixer_of(half, 1).slopes.dtype == torch.float32
 
 
 def test_calibration_of_mamba2_leaves_the_scales_of_the_levels():

@@ -146,3 +146,25 @@ def test_a_mistake_is_one_line(capsys, tmp_path, monkeypatch, word, says):
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert all(part in line for part in says), line
+
+
+def test_decoding_is_timed_after_training_and_once(folder, tmp_path, monkeypatch):
+    text = tmp_path / "text.py"
+    text.write_text("x = 1\n" * 400)
+    plan = make_plan([*MODEL, f"sweep.dir={folder}", f"data.path={text}", f"data.cache_dir={tmp_path}/cache",
+                      "training.steps=2", "training.batch_size=1", "training.sequence_length=8",
+                      "training.eval_batches=1"])
+    del plan.points[1:]
+    plan.points[0].work.decode_context = 12
+    write_json(folder / "sweep.json", describe_plan(plan, [0.0], "", ["waiting"], 1))
+    run_dir = prepare_point(plan.points[0])
+    assert point_command(run_dir / POINT_FILE)[2] == "hybridlm.sweep.run_point"
+    assert point_process.run_point(run_dir) == 0
+    row = json.loads((run_dir / "decode.json").read_text())
+    assert row["context"] == 12
+    write_json(run_dir / OUTCOME_FILE, {"status": "finished", "step": 2, "seconds": 1.0})
+    metrics = collect(folder)["points"][0]["metrics"]
+    assert metrics["decode_milliseconds_per_token"] == pytest.approx(1000 / row["decode_tokens_per_second"])
+    assert "validation_bits_per_byte" in metrics
+    monkeypatch.setattr(point_process, "decode_speed", None)  # a point that is started again does not measure again
+    assert point_process.run_point(run_dir) == 0

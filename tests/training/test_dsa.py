@@ -92,6 +92,7 @@ def test_records_tell_what_the_indexers_do(done):
         warm = row["stage"] == "indexer_warmup"
         assert row["total_loss"] == (pytest.approx(row["loss/indexer_kl"]) if warm else pytest.approx(
             row["loss/lm"] + 0.3 * row["loss/mtp"] + 0.01 * row["loss/balance"] + row["loss/indexer_kl"]))
+        assert (row["loss"] is None) == ("loss/lm" not in row) == warm  # the warm-up computes no logits
         assert row["dsa/indexer_kl"] == pytest.approx((row["dsa/indexer_kl/1"] + row["dsa/indexer_kl/mtp1"]) / 2)
         assert not any(key.startswith("dsa/") and key.endswith("/0") for key in row)  # a linear layer
         assert 0 < row["dsa/indexer_entropy"] < 3.5

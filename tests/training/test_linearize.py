@@ -1,6 +1,7 @@
 """Turning an attention model into a hybrid: what trains, what is compared, what goes on, what is refused."""
 
 import hashlib
+import itertools
 import re
 
 import pytest
@@ -95,6 +96,7 @@ def test_records_tell_what_is_learned(done):
     assert [row["stage"] for row in rows] == ["align"] * 3 + ["distill"] * 3 + ["long"] * 2
     for row in rows[:3]:
         assert row["total_loss"] == pytest.approx(row["loss/layer_output"])
+        assert row["loss"] is row["perplexity"] is row["bits_per_byte"] is None  # no logits are computed
         assert row["align/error"] == pytest.approx((row["align/error/0"] + row["align/error/2"]) / 2)
         assert "align/error/1" not in row
         assert -1 <= row["align/cosine/0"] <= 1
@@ -118,6 +120,31 @@ def test_records_tell_what_is_learned(done):
             assert last[f"validation_{name}"] > 0
     text = (done.run_dir / "log.txt").read_text()
     assert re.search(r"loss +teacher \d\.\d+, window of 64 and first token \d\.\d+, student \d\.\d+", text)
+
+
+def test_kda_and_sparse_attention_come_from_one_command(teacher, tmp_path):
+    config = settings(teacher, tmp_path / "run", "recipe=linearize_dsa_tiny", "recipe.indexer.topk=6",
+                      *(f"recipe.stages.3.{key}={value}" for key, value in {
+                          "steps": 1, "sequence_length": 32, "batch_size": 4, "schedule":
+                          "{kind: constant, warmup: 0}"}.items()), *(f"recipe.stages.{i}.steps=1" for i in range(3)))
+    assert config.model.layers() == ["kda", "full_dsa", "kda"]
+    result = train(config)
+    names = ("align", "distill", "indexer_warmup", "sparse")
+    rows = dict(zip(names, tiny_run.records(result.run_dir), strict=True))
+    assert [row["stage"] for row in rows.values()] == list(names)
+    after = {name: weights(result.run_dir / "checkpoints" / f"step-{step}") for step, name in enumerate(names, 1)}
+    changed = [{name for name in now if not torch.equal(now[name], before[name])}
+               for before, now in itertools.pairwise(after.values())]
+    assert not any(".indexer." in name for name in changed[0])
+    assert changed[1] == {name for name in after["sparse"] if ".indexer." in name}
+    assert changed[2] >= changed[1]
+    assert rows["align"]["total_loss"] == pytest.approx(rows["align"]["loss/layer_output"])
+    assert "loss/indexer_kl" not in rows["distill"]
+    assert rows["indexer_warmup"]["total_loss"] == pytest.approx(rows["indexer_warmup"]["loss/indexer_kl"])
+    assert 0 < rows["sparse"]["validation_dsa/indexer_recall/1"] < 1
+    full = load_config("train", ["recipe=linearize_dsa", f"teacher={teacher}", "recipe.stages.1.sequence_length=64",
+                                 *(f"recipe.stages.{i}.sequence_length=64" for i in (0, 2, 3))])
+    assert [stage.name for stage in full.recipe.stages] == list(names)
 
 
 def test_validation_runs_the_student_by_itself(done):

@@ -16,6 +16,7 @@ from torch import Tensor
 from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod
 from hybridlm.model.mixers.common.dense_attention import AttentionCall, replaced_attention
 from hybridlm.model.model import HybridLM
+from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import wide
 
 PIECE_ELEMENTS = 2**22  # scores of a piece of queries
@@ -87,17 +88,25 @@ def sparse_softmax(model: HybridLM, method: SparseMethod | None) -> Iterator[Spa
 def _attend(call: AttentionCall, method: SparseMethod | None, tally: SparseTally) -> Tensor:
     """Attention of all documents of the rows, one after the other."""
     batch, queries = call.q_BTHK.shape[:2]
-    borders = [(0, queries)]
     out = torch.empty(*call.q_BTHK.shape[:3], call.v_BSGV.shape[3], dtype=call.v_BSGV.dtype, device=call.q_BTHK.device)
     for row in range(batch):
-        if call.cu_seqlens is not None:
-            begin = row * queries
-            borders = [(start - begin, stop - begin) for start, stop in itertools.pairwise(call.cu_seqlens.host)
-                       if begin <= start < stop <= begin + queries]
-        for start, stop in borders:
+        for start, stop in documents_of_row(call.cu_seqlens, row, queries):
             q, k, v = (wide(x[row, start:stop]) for x in (call.q_BTHK, call.k_BSGK, call.v_BSGV))
             out[row, start:stop] = _document(q, k, v, call, method, tally).to(out.dtype)
     return out
+
+
+def documents_of_row(borders: CuSeqlens | None, row: int, length: int) -> list[tuple[int, int]]:
+    """List the first token and the end of each document of a row, counted from the row's start.
+
+    >>> documents_of_row(CuSeqlens([0, 3, 5, 6, 10]), 1, 5)
+    [(0, 1), (1, 5)]
+    """
+    if borders is None:
+        return [(0, length)]
+    begin = row * length
+    return [(start - begin, stop - begin) for start, stop in itertools.pairwise(borders.host)
+            if begin <= start < stop <= begin + length]
 
 
 def _document(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, call: AttentionCall, method: SparseMethod | None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.decode_step import DecodeStep
 from hybridlm.model.layer_context import LayerContext, NormConfig
+from hybridlm.model.mixers.common.attention_weights import spread_over_heads
 from hybridlm.model.mixers.common.matrix_state import compute_decay_from_start, read_incoming_state
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer
 from hybridlm.model.mixers.common.recurrent_step import (
@@ -49,7 +50,8 @@ class LinearAttentionConfig(RecurrentConfig):
         gate_normalizer: divisor of that form.
         slopes: of head h in layer l of L. lightning: 2^(-8 (h+1) / H) * (1 - l / (L - 1 + 1e-5) + 1e-5); alibi: the
             same but for H that is no power of two, where heads follow ALiBi (TransNormerLLM); retnet:
-            -log(1 - 2^(-5-h)).
+            -log(1 - 2^(-5-h)); stored: numbers that are kept with the weights and do not train, at first those of
+            lightning.
         feature_map: phi of q and k.
         value_map: psi of v.
         rotation: of q and k by their positions: none, or retnet, neighbouring pairs at fixed frequencies.
@@ -66,7 +68,7 @@ class LinearAttentionConfig(RecurrentConfig):
     decay: Literal["none", "constant", "scalar", "channel"] = "constant"
     gate: Literal["softplus", "lower_bounded", "logsigmoid"] = "softplus"
     gate_normalizer: float = 16.0
-    slopes: Literal["lightning", "alibi", "retnet"] = "lightning"
+    slopes: Literal["lightning", "alibi", "retnet", "stored"] = "lightning"
     feature_map: Literal["none", "silu", "elu1", "relu"] = "silu"
     value_map: Literal["none", "silu"] = "silu"
     rotation: Literal["none", "retnet"] = "none"
@@ -108,6 +110,11 @@ class LinearAttentionConfig(RecurrentConfig):
     def rotates(self) -> bool:
         return self.rotation != "none"
 
+    def calibrated_form(self) -> Self:
+        """The same mixer with an output gate that has an open state, and slopes that calibration can set."""
+        form = super().calibrated_form()
+        return replace(form, slopes="stored") if form.decay == "constant" else form
+
 
 def compute_decay_slopes(kind: Literal["lightning", "alibi", "retnet"], heads: int, layer_index: int,
                          num_layers: int) -> list[float]:
@@ -141,16 +148,24 @@ def _alibi_slopes(heads: int) -> list[float]:
 
 @register_mixer("linear_attention", LinearAttentionConfig)
 class LinearAttention(RecurrentMixer):
-    """The module: parameters of `RecurrentMixer`, and o_norm over all heads or over one, if it has a weight."""
+    """The module: parameters of `RecurrentMixer`, o_norm over all heads or over one, if it has a weight, and the buffer
+    slopes [HV] where they are stored.
+    """
 
+    fp32_parameters: ClassVar[tuple[str, ...]] = (*RecurrentMixer.fp32_parameters, "slopes")
     config: LinearAttentionConfig
+    slopes: Tensor
 
     def __init__(self, config: LinearAttentionConfig, context: LayerContext):
         super().__init__(config, context)
         dims = config.value_dim * (config.value_heads if config.norm == "all" else 1)
         self.o_norm = None if config.norm == "none" else self.build_output_norm(
             dims, context, config.norm_weight)
-        self._slopes = compute_decay_slopes(config.slopes, config.value_heads, context.layer_index, context.num_layers)
+        kind = "lightning" if config.slopes == "stored" else config.slopes
+        self._slopes = compute_decay_slopes(kind, config.value_heads, context.layer_index, context.num_layers)
+        self.stores_slopes = config.decay == "constant" and config.slopes == "stored"
+        if self.stores_slopes:
+            self.register_buffer("slopes", torch.zeros(config.value_heads))
         # Not a buffer: a cast of the model would round it, and `to_empty` after a build on meta would lose it.
         self._constant_g: Tensor | None = None
 
@@ -227,12 +242,23 @@ class LinearAttention(RecurrentMixer):
                 if hasattr(self, name):
                     nn.init.xavier_uniform_(getattr(self, name).weight, gain=2**-2.5)
             nn.init.xavier_uniform_(self.o_proj.weight, gain=2**-1)
+        if self.stores_slopes:
+            self.slopes.copy_(torch.tensor(self._slopes))
+
+    @torch.no_grad()
+    def calibrate(self, half_life_H: Tensor) -> None:
+        """Set what every linear mixer sets, and slopes that are stored."""
+        super().calibrate(half_life_H)
+        if self.stores_slopes:
+            self.slopes.copy_(math.log(2) / spread_over_heads(half_life_H.double(), self.config.value_heads))
 
     def build_forget_gate(self) -> Gate:
         return replace(super().build_forget_gate(), normalizer=self.config.gate_normalizer)
 
     def _constant_decay(self, x_BTD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        if self.stores_slopes:
+            return -self.slopes.to(dtype)
         if torch.compiler.is_compiling():  # what is kept would be a reason to compile again
             return torch.tensor([-s for s in self._slopes], dtype=dtype, device=x_BTD.device)
         if self._constant_g is None or self._constant_g.device != x_BTD.device or self._constant_g.dtype != dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -26,7 +26,7 @@ from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import SharedKind, SharedRead
-from hybridlm_kernels import attention_recall, sparse_attention
+from hybridlm_kernels import CuSeqlens, attention_recall, sparse_attention
 from hybridlm_kernels.ops.indexer_kl import Recall
 
 
@@ -45,6 +45,27 @@ class Selection:
     chosen: Tensor | None = None
     indexer: Indexer | None = None
     index: IndexTensors | None = None
+
+
+@dataclass(frozen=True)
+class ObservedSelection:
+    """The attention of a layer and the keys that its indexer selects, where selections are measured.
+
+    Args:
+        layer: index of the layer.
+        q_BTHK: queries of the attention.
+        k_BSGK: its keys, of the whole rows.
+        chosen_BTN: the selected keys of each query, int [B, T, N], positions in the row or -1 for none.
+        borders: borders of the documents; None where each row is one.
+        scale: factor of the scores.
+    """
+
+    layer: int
+    q_BTHK: Tensor
+    k_BSGK: Tensor
+    chosen_BTN: Tensor
+    borders: CuSeqlens | None
+    scale: float
 
 
 # The loss of an indexer reaches it from every layer that reads its selection, so gradients pass.
@@ -132,7 +153,8 @@ class IndexedMixer(SequenceMixer):
     """Base of mixers with the option `indexer`: holds the indexer, its loss, and what a training stage may switch.
 
     `measuring`: also report the recall of the selection where that costs a pass over the dense attention, and in
-    evaluation. `kl_weight`: as `loss_weight` of the config.
+    evaluation. `kl_weight`: as `loss_weight` of the config. `selection_observer`: gets what is measured, in forwards
+    that measure; None: nobody.
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ("k_norm.weight", "k_norm.bias", "weights_proj.weight")
@@ -144,6 +166,7 @@ class IndexedMixer(SequenceMixer):
         self._attention_mode: AttentionMode = "dense" if config is None else config.mode
         self.kl_weight = 0.0 if config is None else config.loss_weight
         self.measuring = False
+        self.selection_observer: Callable[[ObservedSelection], None] | None = None
         self.indexer: Indexer | None = None
         self.selection_is_read = context.is_read(SELECTION)
         self.selection_source = -1  # no layer
@@ -252,6 +275,9 @@ class IndexedMixer(SequenceMixer):
             return {}
         everything = selection.indices is None
         chosen = selection.chosen
+        if self.selection_observer is not None and chosen is not None:
+            self.selection_observer(ObservedSelection(self.layer_index, q_BTHK, k_BSGK, chosen, seq.history_borders,
+                                                      q_BTHK.shape[3] ** -0.5 if scale is None else scale))
         result = selection.indexer.loss(selection.index, q_BTHK, k_BSGK, seq, indices_BTN=selection.indices,
                                         recall_of_BTN=chosen if everything else None, scale=scale)
         recall = result.recall

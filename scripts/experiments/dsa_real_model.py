@@ -1,0 +1,416 @@
+#!/usr/bin/env python
+"""Turns SmolLM2-135M into sparse attention on two cores, and measures what its indexers find.
+
+    python scripts/experiments/dsa_real_model.py --out runs/dsa_real import --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+    python scripts/experiments/dsa_real_model.py --out runs/dsa_real warmup --minutes 30     # indexers, 1024 tokens
+    python scripts/experiments/dsa_real_model.py --out runs/dsa_real warmup_2048             # indexers, 2048 tokens
+    python scripts/experiments/dsa_real_model.py --out runs/dsa_real sparse                  # everything, 256 keys
+    python scripts/experiments/dsa_real_model.py --out runs/dsa_real control                 # the same steps dense
+    python scripts/experiments/dsa_real_model.py --out runs/dsa_real measure --minutes 30
+    python scripts/experiments/dsa_real_model.py --out runs/dsa_real table
+    python scripts/experiments/dsa_real_model.py --out runs/dsa_real figure
+    python scripts/experiments/dsa_real_model.py --out runs/smoke --smoke                    # a minute: does it run?
+
+A piece that `--minutes` stops, or Ctrl-C, goes on where it was when it is called again; one that is done does nothing.
+`--teacher FOLDER` takes an imported checkpoint in place of the piece `import`, such as that of linearize_smollm2.py.
+`import` needs the packages transformers and gguf. Text: sources of the standard library and the manual's pages that
+Python ships for its `help`; whole files and whole pages are held out. Layers 0 and 1 stay dense: their attention is
+spread over more keys than are read (`measure` reports what is attainable in every layer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from linearize_smollm2 import hybridlm, import_model  # the script beside this one
+
+from hybridlm.checkpoint import load_checkpoint, resolve
+from hybridlm.config.schema import DataConfig
+from hybridlm.data import PackedDataset
+from hybridlm.data.split import content_hash
+from hybridlm.evaluation.evaluate import evaluation_data, run_config
+from hybridlm.evaluation.indexer_recall import indexer_recall
+from hybridlm.evaluation.perplexity import perplexity_by_position
+from hybridlm.evaluation.sparse import make_sparse_method, sparse_softmax
+from hybridlm.files import write_json, write_text
+from hybridlm.interop.surgery import add_indexer
+from hybridlm.model.model import HybridLM
+from hybridlm.report.figures import Axis, Chart, Panel, Series
+from hybridlm.report.palette import Palette
+from hybridlm.report.png import write_png
+from hybridlm.sources.stdlib import open_stdlib
+from hybridlm.training.recall import RecallSamples, recall_nll, repeated_samples
+from hybridlm.training.sparse_attention import indexed_mixers
+
+TEXTS = ("prose", "code")
+SHARES = {"recall": "indexer", "attainable": "attainable", "window": "window", "window_first": "window + first",
+          "first": "first", "random": "random"}
+HELD_OUT = {"prose": 0.2, "code": 0.02}  # of the documents
+PROSE_WEIGHT = 0.2  # of the training text; there is little of it
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the experiment: lengths in tokens, steps, and what is measured."""
+
+    layers: str = "[" + ", ".join(map(str, range(2, 30))) + "]"
+    topk: int = 256
+    num_heads: int = 8
+    head_dim: int = 64
+    length: int = 1024
+    long_length: int = 2048
+    batch: int = 2
+    warmup_steps: int = 350
+    long_steps: int = 60
+    sparse_steps: int = 130
+    checkpoint_every: int = 25
+    loss_windows: int = 12
+    recall_windows: int = 8  # of `length`; half as many of `long_length`
+    repeat_rows: int = 4
+
+
+SMOKE = Sizes(layers="[2, 3]", topk=16, num_heads=2, head_dim=8, length=64, long_length=128, warmup_steps=4,
+              long_steps=2, sparse_steps=2, checkpoint_every=2, loss_windows=2, recall_windows=2, repeat_rows=2)
+STOPPED = 3  # exit code of a piece that --minutes has stopped
+
+
+class Experiment:
+    """The pieces of the experiment, over one folder.
+
+    Args:
+        out: folder of everything.
+        teacher: the imported checkpoint.
+        sizes: of the experiment.
+        minutes: stop a piece after so long; None: run to the end.
+    """
+
+    def __init__(self, out: Path, teacher: Path, sizes: Sizes, minutes: float | None):
+        self.out, self.teacher, self.sizes, self.minutes = out, teacher, sizes, minutes
+
+    def write_texts(self) -> None:
+        """Write the training text and the held-out text as JSONL, one document per line, unless it is there."""
+        folder = self.out / "texts"
+        if (folder / "held_out_code.jsonl").exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, documents in (("prose", manual_pages()), ("code", library_sources())):
+            parts: dict[str, list[str]] = {"train": [], "held_out": []}
+            for text in documents:
+                held_out = content_hash(text.encode()) < HELD_OUT[name] * 2.0**64
+                parts["held_out" if held_out else "train"].append(json.dumps({"text": text}))
+            for part, lines in parts.items():
+                write_text(folder / f"{part}_{name}.jsonl", "\n".join(lines) + "\n")
+
+    def train(self, name: str, *words: str) -> bool:
+        """Train the run `name`, or go on with it; returns whether it has come to its end."""
+        if (self.out / f"{name}.done").exists():
+            return True
+        self.write_texts()
+        texts = (self.out / "texts").resolve()
+        done = hybridlm(
+            "train", f"run_dir={self.out / name}", *words,
+            f"data.mixture=[{{path: '{texts}/train_code.jsonl', weight: {1 - PROSE_WEIGHT}}}, "
+            f"{{path: '{texts}/train_prose.jsonl', weight: {PROSE_WEIGHT}}}]",
+            f"data.validation_path='{texts}/held_out_code.jsonl'", f"training.batch_size={self.sizes.batch}",
+            f"training.checkpoint_every={self.sizes.checkpoint_every}", "training.eval_batches=4",
+            "training.eval_every=0", "optimizer.weight_decay=0.01", minutes=self.minutes)
+        if done:
+            (self.out / f"{name}.done").touch()
+        return done
+
+    def warmup(self) -> bool:
+        """Train the indexers under dense attention."""
+        return self._train_stage("warmup", self.teacher, self._warmup_stage(self.sizes.warmup_steps, self.sizes.length))
+
+    def warmup_2048(self) -> bool:
+        """Train them further on longer text."""
+        stage = self._warmup_stage(self.sizes.long_steps, self.sizes.long_length)
+        return self._train_stage("warmup_2048", self.out / "warmup", stage)
+
+    def sparse(self) -> bool:
+        """Train everything under sparse attention."""
+        stage = (f"{{name: sparse, attention_mode: sparse, steps: {self.sizes.sparse_steps}, batch_size: 1, "
+                 f"sequence_length: {self.sizes.length}, lr: 2e-5, schedule: {{kind: cosine, warmup: 0.05, "
+                 "min_ratio: 0.1}}")
+        return self._train_stage("sparse", self.out / "warmup_2048", stage)
+
+    def control(self) -> bool:
+        """Train the dense model for the steps of the sparse stage, on the same samples at the same rate."""
+        return self.train("control", "recipe=pretrain", f"init_from={self.teacher}",
+                          f"training.steps={self.sizes.sparse_steps}", f"training.sequence_length={self.sizes.length}",
+                          "optimizer.lr=2e-5", "optimizer.schedule={kind: cosine, warmup: 0.05, min_ratio: 0.1}",
+                          "recipe.stages=[{name: pretrain, batch_size: 1}]")
+
+    def _warmup_stage(self, steps: int, length: int) -> str:
+        return (f"{{name: indexer_warmup, attention_mode: dense, trainable: ['*.indexer.*'], steps: {steps}, "
+                f"loss_weights: {{lm: 0, mtp: 0, z: 0, balance: 0, router_z: 0}}, batch_size: {self.sizes.batch}, "
+                f"sequence_length: {length}, lr: 1e-3, eval_recall: true, "
+                "schedule: {kind: cosine, warmup: 0.05, min_ratio: 0.1}}")
+
+    def _train_stage(self, name: str, start: Path, stage: str) -> bool:
+        if not (self.out / f"{name}.done").exists() and start != self.teacher and not Path(f"{start}.done").exists():
+            raise SystemExit(f"{name} starts from {start}, which is not done: run the piece {start.name} first")
+        sizes = self.sizes
+        indexer = (f"{{num_heads: {sizes.num_heads}, head_dim: {sizes.head_dim}, topk: {sizes.topk}, num_first: 1}}")
+        return self.train(name, "recipe=dsa_small", f"init_from={start}", f"recipe.indexer={indexer}",
+                          f"recipe.layers={sizes.layers}", f"recipe.stages=[{stage}]")
+
+    def measure(self) -> bool:
+        """Measure what is not measured yet, one result after the other; returns whether all of it is there."""
+        self.write_texts()
+        file = self.out / "measured.json"
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        begin = time.perf_counter()
+        for name, take in self.measurements():
+            if name in found:
+                continue
+            if self.minutes is not None and time.perf_counter() - begin > 60 * self.minutes:
+                print(f"stopped before {name}; the same command goes on", flush=True)
+                return False
+            start = time.perf_counter()
+            found[name] = {**take(), "seconds": time.perf_counter() - start}
+            found["versions"] = {"torch": torch.__version__, "python": platform.python_version(),
+                                 "machine": platform.machine(), "threads": torch.get_num_threads()}
+            write_json(file, found)
+            print(f"{name}: {found[name]['seconds']:.0f} s", flush=True)
+        return True
+
+    def measurements(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+        """Yield the name of every result and the function that measures it."""
+        sizes = self.sizes
+        for model in ("fresh", "warmup", "warmup_2048", "sparse"):
+            for text in TEXTS:
+                for length in (sizes.length,) if model == "warmup" else (sizes.length, sizes.long_length):
+                    yield (f"recall/{model}/{text}/{length}",
+                           lambda model=model, text=text, length=length: self._recall(model, text, length))
+        for model, mode in (("teacher", "dense"), ("teacher", "window"), ("fresh", "sparse"),
+                            ("warmup_2048", "sparse"), ("sparse", "sparse"), ("sparse", "dense"),
+                            ("control", "dense")):
+            for text in TEXTS:
+                yield f"loss/{model}/{mode}/{text}", lambda model=model, mode=mode, text=text: self._loss(
+                    model, mode, text)
+            yield f"repeat/{model}/{mode}", lambda model=model, mode=mode: self._repeat(model, mode)
+
+    def load(self, name: str) -> HybridLM:
+        """Load a model: `teacher`, `fresh` (with an untrained indexer in every layer), or that of a run."""
+        if name == "teacher":
+            return load_checkpoint(str(self.teacher)).eval()
+        if name == "fresh":
+            sizes = self.sizes
+            return add_indexer(load_checkpoint(str(self.teacher)), {
+                "num_heads": sizes.num_heads, "head_dim": sizes.head_dim, "topk": sizes.topk, "num_first": 1})[0].eval()
+        if not (self.out / f"{name}.done").exists():
+            raise SystemExit(f"{name} has not finished: run that piece first")
+        return load_checkpoint(str(self.out / name)).eval()
+
+    def dataset(self, text: str, length: int) -> PackedDataset:
+        """Windows of held-out text with the teacher's tokenizer."""
+        overrides = [f"data.path={self.out / 'texts' / f'held_out_{text}.jsonl'}"]
+        return evaluation_data(run_config(resolve(self.teacher), overrides), overrides, length)[0]
+
+    def _recall(self, name: str, text: str, length: int) -> dict[str, Any]:
+        model = self.load(name)
+        for mixer in indexed_mixers(model):
+            mixer.attention_mode = "dense"
+        windows = max(1, self.sizes.recall_windows * self.sizes.length // length)
+        data = self.dataset(text, length)
+        return indexer_recall(model, (data.batch([index]) for index in range(min(windows, len(data)))))
+
+    def _attending(self, name: str, mode: str) -> tuple[HybridLM, Any]:
+        """A model, and the context in which it attends as `mode` says."""
+        model = self.load(name)
+        converted = json.loads(self.sizes.layers)
+        for mixer in indexed_mixers(model):
+            mixer.attention_mode = "sparse" if mode == "sparse" and mixer.layer_index in converted else "dense"
+        method = make_sparse_method("streaming", {"budget": self.sizes.topk, "first": 1,
+                                                  "dense_layers": min(converted)}) if mode == "window" else None
+        return model, sparse_softmax(model, method) if method else None
+
+    def _loss(self, name: str, mode: str, text: str) -> dict[str, Any]:
+        model, context = self._attending(name, mode)
+        data = self.dataset(text, self.sizes.length)
+        batches = (data.batch([index]) for index in range(min(self.sizes.loss_windows, len(data))))
+        if context is None:
+            return perplexity_by_position(model, batches, self.sizes.length)
+        with context:
+            return perplexity_by_position(model, batches, self.sizes.length)
+
+    def _repeat(self, name: str, mode: str) -> dict[str, Any]:
+        """Negative log-likelihood of the second of two copies: of random tokens, and of held-out code."""
+        model, context = self._attending(name, mode)
+        half, rows = self.sizes.length // 2, self.sizes.repeat_rows
+        text = self.dataset("code", half).batch(range(rows)).input_ids
+        samples = {"random": repeated_samples(model.config.vocab_size, half, rows=rows), "code": repeated_text(text)}
+
+        def nll() -> dict[str, Any]:
+            return {kind: recall_nll(model, each, torch.device("cpu")) for kind, each in samples.items()}
+
+        if context is None:
+            return nll()
+        with context:
+            return nll()
+
+
+def repeated_text(text_BT: torch.Tensor) -> RecallSamples:
+    """Rows of text that come twice; the second copy is scored from its second token on."""
+    labels = torch.full((text_BT.shape[0], 2 * text_BT.shape[1]), -100)
+    labels[:, text_BT.shape[1] + 1 :] = text_BT[:, 1:]
+    return RecallSamples(torch.cat([text_BT, text_BT], 1), labels)
+
+
+def manual_pages() -> list[str]:
+    """The pages of the language reference that Python ships for `help`."""
+    from pydoc_data.topics import topics
+
+    return [text for _, text in sorted(topics.items())]
+
+
+def library_sources() -> list[str]:
+    """Sources of the standard library, without the file that holds the manual's pages."""
+    source = open_stdlib(DataConfig(path="stdlib", invalid_utf8="replace"))
+    return [document.text.decode() for unit, _, document in source.documents()
+            if "pydoc_data" not in source.units[unit].name]
+
+
+def make_smoke_model(folder: Path) -> Path:
+    """Write a tiny Llama with random weights and a tokenizer of bytes as a folder of transformers."""
+    if (folder / "config.json").exists():
+        return folder
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate([*letters, "<end>"])},
+                                     merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(letters) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=len(letters),
+        eos_token_id=len(letters))).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+def tabulate(found: dict[str, Any], sizes: Sizes) -> str:
+    """Tables of everything that is measured, in Markdown."""
+    recalls = [(name.split("/")[1:], result) for name, result in found.items() if name.startswith("recall/")]
+    lines = ["Attention on the selected keys, means over layers; queries that see more keys than are selected", "",
+             *_header("indexers", "text", "tokens", "KL", *SHARES.values())]
+    lines += [_row(*where, f"{result['mean']['kl']:.3f}", *_shares(result["mean"])) for where, result in recalls]
+    lines += ["", "By tokens before the query", "",
+              *_header("indexers", "text", "tokens", "before", "queries", *SHARES.values())]
+    for where, result in recalls:
+        lines += [_row(*where, f"{row['start']}-{row['stop'] - 1}", f"{row['queries']}", *_shares(row))
+                  for row in result["mean"]["by_position"]]
+    for text in TEXTS:
+        lines += _tabulate_layers(found, text, sizes)
+    lines += ["", f"Loss in nats per token, {sizes.length} tokens", "", *_header("model", "attention", *TEXTS)]
+    for pair in _pairs(found, "loss"):
+        results = [found.get("/".join(("loss", *pair, text))) for text in TEXTS]
+        lines.append(_row(*pair, *("-" if result is None else f"{result['loss']:.4f}" for result in results)))
+    lines += ["", f"Negative log-likelihood of the second copy, {sizes.length // 2} tokens behind the first", "",
+              *_header("model", "attention", "random tokens", "code")]
+    for pair in _pairs(found, "repeat"):
+        result = found["/".join(("repeat", *pair))]
+        lines.append(_row(*pair, f"{result['random']:.3f}", f"{result['code']:.3f}"))
+    return "\n".join(lines) + "\n"
+
+
+def _header(*cells: str) -> list[str]:
+    return [_row(*cells), "|---" * len(cells) + "|"]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _shares(row: dict[str, Any]) -> list[str]:
+    return ["-" if row[key] is None else f"{row[key]:.3f}" for key in SHARES]
+
+
+def _pairs(found: dict[str, Any], kind: str) -> list[list[str]]:
+    """Models and their attention of which something of a kind is measured."""
+    return list(map(list, dict.fromkeys(tuple(name.split("/")[1:3]) for name in found if name.startswith(kind))))
+
+
+def layer_rows(found: dict[str, Any], text: str, sizes: Sizes) -> dict[int, dict[str, Any]]:
+    """The measurement of each layer at the greater length: of the trained indexers, and of fresh ones elsewhere."""
+    rows: dict[int, dict[str, Any]] = {}
+    for model in ("fresh", "warmup_2048"):
+        result = found.get(f"recall/{model}/{text}/{sizes.long_length}", {"layers": []})
+        rows |= {row["layer"]: row for row in result["layers"]}
+    return dict(sorted((layer, row) for layer, row in rows.items() if row["queries"]))
+
+
+def _tabulate_layers(found: dict[str, Any], text: str, sizes: Sizes) -> list[str]:
+    rows = layer_rows(found, text, sizes)
+    converted = [layer for layer in json.loads(sizes.layers) if layer in rows]
+    below = [layer for layer in converted if rows[layer]["recall"] <= rows[layer]["window_first"]]
+    return ["", f"By layer, {text}, {sizes.long_length} tokens, after both warm-ups; other layers have fresh indexers, "
+            "which nothing uses", "", *_header("layer", "KL", *SHARES.values()),
+            *(_row(f"{layer}", f"{row['kl']:.3f}", *_shares(row)) for layer, row in rows.items()), "",
+            f"The indexer finds more than the window with the first token in {len(converted) - len(below)} of "
+            f"{len(converted)} converted layers" + (f", but not in {below}." if below else ".")]
+
+
+def make_figure(found: dict[str, Any], sizes: Sizes) -> Chart:
+    """Recall by layer of the trained indexers, beside what needs none."""
+    palette = Palette(SHARES.values())
+    panels = []
+    for text in TEXTS:
+        rows = layer_rows(found, text, sizes)
+        panels.append(Panel(text, [Series(name, palette[name], list(rows), [row[key] for row in rows.values()],
+                                          points=True) for key, name in SHARES.items()]))
+    return Chart("recall-by-layer", f"Attention on {sizes.topk} of up to {sizes.long_length} keys", "",
+                 Axis("layer", "count"), Axis("share of dense attention", "share"), panels, wide=True)
+
+
+PIECES = ("import", "warmup", "warmup_2048", "sparse", "control", "measure", "table", "figure")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one piece of the experiment, or with --smoke all of them; returns the exit code, 3 for a stopped piece."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("piece", nargs="?", choices=PIECES)
+    parser.add_argument("--out", type=Path, default=Path("runs/dsa_real_model"), help="folder of the experiment")
+    parser.add_argument("--teacher", type=Path, help="an imported checkpoint; default: that of the piece import")
+    parser.add_argument("--gguf", type=Path, help="file of quantised weights, for import")
+    parser.add_argument("--model", type=Path, help="folder of transformers, for import")
+    parser.add_argument("--minutes", type=float, help="stop the piece after so long")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model with random weights; without a piece all")
+    args = parser.parse_args(argv)
+    if args.piece is None and not args.smoke:
+        parser.error("name a piece")
+    sizes = SMOKE if args.smoke else Sizes()
+    args.out.mkdir(parents=True, exist_ok=True)
+    experiment = Experiment(args.out, args.teacher or args.out / "teacher", sizes, args.minutes)
+    for piece in PIECES if args.piece is None else (args.piece,):
+        if piece == "import":
+            if args.teacher is None:
+                model = make_smoke_model(args.out / "smoke_model") if args.smoke else args.model
+                import_model(args.out, args.gguf, model)
+        elif piece in ("table", "figure"):
+            found = json.loads((args.out / "measured.json").read_text(encoding="utf-8"))
+            if piece == "table":
+                write_text(args.out / "table.md", tabulate(found, sizes))
+                print(tabulate(found, sizes))
+            else:
+                write_png(make_figure(found, sizes), args.out / "recall_by_layer.png")
+        elif not getattr(experiment, piece)():
+            return STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
