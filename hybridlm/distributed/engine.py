@@ -346,15 +346,15 @@ class Engine(Communicator, ABC):
         self.accelerator.backward(loss)
 
     def _sum_over_ranks(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum the values over ranks, and with them the loads of the model's routers, in place."""
+        """Sum the values over ranks, and with them what the model's routers have counted, in place."""
         if self.world_size == 1:
             return totals
-        loads = list(getattr(self.model, "router_loads", dict)().values())
-        summed = torch.cat([torch.stack(list(totals.values())).double(), *loads])  # counts are exact in fp64
+        sums: list[Tensor] = getattr(self.model, "step_sums", list)()
+        summed = torch.cat([torch.stack(list(totals.values())).double(), *sums])  # counts are exact in fp64
         dist.all_reduce(summed)
-        values, *counts = summed.split([len(totals), *(load.numel() for load in loads)])
-        for load, count in zip(loads, counts, strict=True):
-            load.copy_(count)
+        values, *found = summed.split([len(totals), *(total.numel() for total in sums)])
+        for total, over_ranks in zip(sums, found, strict=True):
+            total.copy_(over_ranks)
         return dict(zip(totals, values.float().unbind(), strict=True))
 
     @abstractmethod

@@ -35,8 +35,8 @@ def update_router_biases(model: nn.Module) -> bool:
     found = [module for module in model.modules() if isinstance(module, HybridLM)]
     for own in found:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for load in own.router_loads().values():
-                dist.all_reduce(load)
+            for total in own.step_sums():
+                dist.all_reduce(total)
         own.post_optimizer_step()
     return bool(found)
 

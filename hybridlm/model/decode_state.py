@@ -96,32 +96,57 @@ class TokenCache:
         return used.numel() * used.element_size()
 
 
-class PooledCache:
-    """One tensor for each complete pool of past tokens, [B, P, ...], and the tokens of the open pool."""
+class EntryCache:
+    """One tensor for each complete window of past tokens, [B, E, ...], and the tokens of windows still open.
 
-    def __init__(self, max_length: int, size: int):
-        self.pools = TokenCache(max_length // size)
-        self.size = size
+    Args:
+        max_length: tokens of a row.
+        length: tokens of a window.
+        stride: tokens from one window to the next, the first of which starts at token 0.
+        before: tokens in front of a window that `combine` gets too; zeros in front of token 0.
+    """
+
+    def __init__(self, max_length: int, length: int, stride: int, before: int = 0):
+        self.entries = TokenCache(max(1, max_length // stride))
+        self.window, self.stride, self.before = length, stride, before
         self.length = 0  # tokens seen
         self._open: Tensor | None = None
 
-    def append(self, entries: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
-        """Add tokens [B, T, ...]; return all complete pools. `combine` makes them from [B, P, size, ...]."""
-        self.length += entries.shape[1]
-        x = entries.detach() if self._open is None else torch.cat([self._open, entries.detach()], 1)
-        complete = x.shape[1] // self.size * self.size
-        self._open = x[:, complete:].clone()
-        return self.pools.append(combine(x[:, :complete].unflatten(1, (-1, self.size))))
+    def append(self, x_BT: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Add tokens and return the entries of all complete windows.
+
+        Args:
+            x_BT: the new tokens [B, T, ...].
+            combine: makes entries [B, E, ...] of windows [B, E, before + L, ...] and the positions [B, E] of their
+                first tokens, those before it not counted.
+        """
+        x_BT, begin = x_BT.detach(), self.entries.length * self.stride  # position of the first token behind `before`
+        if self._open is None and self.before:
+            self._open = x_BT.new_zeros(x_BT.shape[0], self.before, *x_BT.shape[2:])
+        x_BT = x_BT if self._open is None else torch.cat([self._open, x_BT], 1)
+        tokens = x_BT.shape[1] - self.before
+        self.length = begin + tokens
+        count = max(0, (tokens - self.window) // self.stride + 1)
+        complete = self.entries.kept
+        if count == 0 and complete is not None:  # without it, `combine` says what shape entries have
+            self._open = x_BT
+            return complete
+        device = x_BT.device
+        start_E = torch.arange(count, device=device) * self.stride
+        token_EL = start_E[:, None] + torch.arange(self.before + self.window, device=device)
+        entries = combine(x_BT[:, token_EL], (begin + start_E).expand(x_BT.shape[0], count))
+        self._open = x_BT[:, count * self.stride :].clone()
+        return self.entries.append(entries)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the pools and of the open tokens."""
-        return self.pools.num_bytes + (0 if self._open is None else self._open.numel() * self._open.element_size())
+        """Bytes of the entries and of the open tokens."""
+        return self.entries.num_bytes + (0 if self._open is None else self._open.numel() * self._open.element_size())
 
 
-def index_cache(max_length: int, pool: int | None) -> TokenCache | PooledCache:
+def index_cache(max_length: int, pool: int | None) -> TokenCache | EntryCache:
     """Make a cache for the keys of an indexer: one key per token, or one per pool of `pool` tokens."""
-    return TokenCache(max_length) if pool is None else PooledCache(max_length, pool)
+    return TokenCache(max_length) if pool is None else EntryCache(max_length, pool, pool)
 
 
 class NoState:
@@ -218,7 +243,7 @@ class AttentionState:
 
     keys: TokenCache
     values: TokenCache
-    index_keys: TokenCache | PooledCache
+    index_keys: TokenCache | EntryCache
 
     @classmethod
     def empty(cls, max_length: int, window: int | None = None, pool: int | None = None,
@@ -236,7 +261,7 @@ class LatentState:
     """Decode state of MLA: the normed latent, then the rotated shared key, [B, S, kv_lora_rank + qk_rope_head_dim]."""
 
     latent: TokenCache
-    index_keys: TokenCache | PooledCache
+    index_keys: TokenCache | EntryCache
 
     @classmethod
     def empty(cls, max_length: int, pool: int | None = None) -> LatentState:

@@ -68,10 +68,11 @@ def init_missing_weights(model: nn.Module, std: float, seed: int, is_known: Call
         for name, module in _initialised_modules(model, ""):
             tensors = [tensor for _, tensor in _tensors(module)]
             if isinstance(module, FeedForward):
-                load = module.router_load()  # in no file, and drawing all experts for it would take minutes
-                if load is not None and not load.is_meta and not is_known(load):
-                    load.zero_()
-                tensors = [tensor for tensor in tensors if tensor is not load]
+                sums = module.step_sums()  # in no file, and drawing all experts for them would take minutes
+                for total in sums:
+                    if not total.is_meta and not is_known(total):
+                        total.zero_()
+                tensors = [tensor for tensor in tensors if all(tensor is not total for total in sums)]
             if all(is_known(tensor) for tensor in tensors) or any(tensor.is_meta for tensor in tensors):
                 continue
             known = [(tensor, tensor.clone()) for tensor in tensors if is_known(tensor)]

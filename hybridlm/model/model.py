@@ -298,10 +298,14 @@ class HybridLM(nn.Module):
         """Number of tokens that each expert got since the last optimizer step, by MoE layer.
 
         Returns:
-            The buffers, int64 [E], by module name. Sum them over ranks in place before `post_optimizer_step`.
+            The buffers, int64 [E], by module name.
         """
         loads = {name: m.router_load() for name, m in self.named_modules() if isinstance(m, FeedForward)}
         return {name: load for name, load in loads.items() if load is not None}
+
+    def step_sums(self) -> list[Tensor]:
+        """Sums that routers keep since the last optimizer step: ranks add them up, in place, before the next one."""
+        return [total for module in self.modules() if isinstance(module, FeedForward) for total in module.step_sums()]
 
     def post_optimizer_step(self, update: bool = True) -> None:
         """Move the routers' biases by the loads since the last optimizer step, and set the loads to zero.

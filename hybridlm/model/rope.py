@@ -191,6 +191,24 @@ def retnet_rotate(x_BTHK: Tensor, seq: SequenceInfo) -> Tensor:
     return rotary(x_BTHK, *tables, interleaved=True)
 
 
+def rotate_last(x_BTHD: Tensor, config: RopeConfig, dim: int, seq: SequenceInfo, *, back: bool = False) -> Tensor:
+    """Rotate the last `dim` dims of each head by the tokens' positions.
+
+    Args:
+        x_BTHD: heads of the tokens.
+        config: the rotary embedding.
+        dim: dims that rotate.
+        seq: positions of the tokens.
+        back: rotate by the negative positions: of values that were rotated at s, and read by a query at t, a position
+            s - t is left (DeepSeek-V4, section 2.3).
+    """
+    if config.kind == "none" or dim == 0:
+        return x_BTHD
+    cos, sin = rope_tables(config, dim, seq)
+    plain, turned = x_BTHD.split([x_BTHD.shape[-1] - dim, dim], -1)
+    return torch.cat([plain, rotary(turned, cos, -sin if back else sin, interleaved=config.kind == "interleaved")], -1)
+
+
 def rotate(x_BTHD: Tensor, config: RopeConfig, dim: int, seq: SequenceInfo, kind: str | None = None) -> Tensor:
     """Rotate the first `dim` dims of each head by the tokens' positions; `kind` replaces the config's."""
     kind = config.kind if kind is None else kind

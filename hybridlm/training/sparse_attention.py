@@ -60,11 +60,8 @@ def stage_model(config: ModelConfig, stage: Stage) -> ModelConfig:
     if stage.attention_mode is not None:
         changed.mixers = {name: mixer.with_attention_mode(stage.attention_mode)
                           for name, mixer in changed.mixers.items()}
-    for mixer in changed.mixers.values():
-        indexer = getattr(mixer, "indexer", None)
-        if indexer is not None:
-            indexer.mode = stage.attention_mode or indexer.mode
-            indexer.topk = stage.topk or indexer.topk
+    if stage.topk is not None:
+        changed.mixers = {name: mixer.with_topk(stage.topk) for name, mixer in changed.mixers.items()}
     return changed
 
 

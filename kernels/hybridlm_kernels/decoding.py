@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridlm_kernels.ops.swiglu.torch_backend import bounded
+from hybridlm_kernels.ops.swiglu.soft_caps import SoftCaps
+from hybridlm_kernels.ops.swiglu.torch_backend import bounded, soft_parts
 from hybridlm_kernels.registry import first_choice
 
 L2NORM_EPSILON = 1e-6  # added to the sum of squares, as in delta_rule
@@ -174,18 +175,21 @@ def rotary_step_tables(cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> t
     return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
-def swiglu_step(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
-    """SwiGLU, silu(gate) * up; arguments as in `swiglu`.
+def swiglu_step(gate: Tensor, up: Tensor, limit: float | None = None, soft_caps: SoftCaps | None = None) -> Tensor:
+    """SwiGLU, silu(gate) * up, or SiTU; arguments as in `swiglu`.
 
     >>> swiglu_step(torch.tensor([0.0, 100.0]), torch.tensor([1.0, 3.0]))
     tensor([  0., 300.])
     """
+    if soft_caps is not None:
+        factor, capped, _, _ = soft_parts(gate, up, soft_caps)
+        return factor.mul_(capped).to(gate.dtype)
     gate, up = bounded(gate, up, limit)
     return F.silu(gate).mul_(up)
 
 
 def moe_experts_step(x_1D: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_A: list[int],
-                     weights_A: Tensor, limit: float | None = None) -> Tensor:
+                     weights_A: Tensor, limit: float | None = None, soft_caps: SoftCaps | None = None) -> Tensor:
     """The routed experts of one token, one after the other: nothing is sorted, padded or copied.
 
     Args:
@@ -195,6 +199,7 @@ def moe_experts_step(x_1D: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, exper
         expert_ids_A: its experts, on the host.
         weights_A: their weights.
         limit: clamps inside SwiGLU.
+        soft_caps: caps of SiTU in its place.
 
     Returns:
         y [1, D] in x's dtype.
@@ -206,7 +211,7 @@ def moe_experts_step(x_1D: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, exper
     """
     h_A2I = torch.cat([F.linear(x_1D, gate_up_E2ID[expert]) for expert in expert_ids_A])
     gate_AI, up_AI = h_A2I.chunk(2, -1)
-    act_AI = swiglu_step(gate_AI, up_AI, limit).mul_(weights_A.to(h_A2I.dtype).unsqueeze(-1))
+    act_AI = swiglu_step(gate_AI, up_AI, limit, soft_caps).mul_(weights_A.to(h_A2I.dtype).unsqueeze(-1))
     y_1D = F.linear(act_AI[:1], down_EDI[expert_ids_A[0]])
     for place in range(1, len(expert_ids_A)):
         y_1D.addmm_(act_AI[place : place + 1], down_EDI[expert_ids_A[place]].t())

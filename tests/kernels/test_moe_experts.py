@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybridlm_kernels import moe_experts, registry
+from hybridlm_kernels import SoftCaps, moe_experts, registry
 from tests.support.kernel_compare import assert_same_function, error, tensors
 
 # tokens, experts a token, experts, model width, expert width
@@ -32,6 +32,11 @@ def compare(x, gate_up, down, ids, weights, tolerance, **options):
 @pytest.mark.parametrize("shape", CASES)
 def test_equals_reference(shape, limit):
     compare(*case(*shape), 1e-6, limit=limit)
+
+
+@pytest.mark.parametrize("caps", [SoftCaps(4.0, 25.0), SoftCaps(0.5, None)])
+def test_soft_caps_equal_reference(caps):
+    compare(*case(37, 2, 8, 64, 32), 1e-6, soft_caps=caps)
 
 
 @pytest.mark.parametrize("shape", CASES)

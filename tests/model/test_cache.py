@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.decode_state import RecurrentState, TokenCache
-from hybridlm.model.mixers.common.entries import EntryCache, EntryWindows
+from hybridlm.model.decode_state import EntryCache, RecurrentState, TokenCache
+from hybridlm.model.mixers.common.entries import EntryWindows
 from hybridlm.model.sequence import SequenceInfo
 
 

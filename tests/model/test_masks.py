@@ -20,7 +20,9 @@ MASKS = {
     "log": MaskConfig(kind="log", size=3), "log, the token alone": MaskConfig(kind="log", size=1),
     "window and first block": MaskConfig(kind="blocks", size=7, columns=1, block=4),
     "random blocks": MaskConfig(kind="blocks", size=5, columns=1, block=4, random=3),
-    "window alone": MaskConfig(kind="blocks", size=5)}
+    "window alone": MaskConfig(kind="blocks", size=5),
+    "dilated": MaskConfig(kind="dilated", size=4, branches=3),
+    "dilated, thirds": MaskConfig(kind="dilated", size=6, branches=2, factor=3)}
 
 
 def sees(mask, t, s):
@@ -28,7 +30,10 @@ def sees(mask, t, s):
     n, near = mask.size, 0 <= t - s < mask.size
     return {"chunk": t // n == s // n, "strided": near or (t - s) % n == 0,
             "fixed": t // n == s // n or s % n in range(n - mask.columns, n),
-            "log": near or t - s in (1, 2, 4, 8, 16, 32), "blocks": near or s // mask.block < mask.columns}[mask.kind]
+            "log": near or t - s in (1, 2, 4, 8, 16, 32),
+            "dilated": any(t // (n * r) == s // (n * r) and t % r == s % r
+                           for r in [mask.factor**i for i in range(mask.branches)]),
+            "blocks": near or s // mask.block < mask.columns}[mask.kind]
 
 
 def table(mask, length, layer=3):

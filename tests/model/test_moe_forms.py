@@ -85,7 +85,59 @@ def test_experts_in_a_latent_are_a_loop_over_tokens_and_experts():
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
-FORMS = {"latent": LATENT, "hash": {"hash_layers": [1], "router": "sqrt_softplus", "num_groups": 1, "topk_groups": 1}}
+def situ(gate, up):
+    return 4 * (gate / 4).tanh() * gate.sigmoid() * 25 * (up / 25).tanh()
+
+
+def test_situ_is_the_activation_of_all_experts_and_of_dense_layers():
+    module = build(num_shared_experts=1, activation="situ").double()
+    dense = build(layer=0, activation="situ", dense_layers=[0], intermediate_size=12).double()
+    x = 5 * torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    for feed_forward in (module, dense):
+        with torch.no_grad():
+            y, step = feed_forward(x, tokens(x))[0], feed_forward.prepare_step()
+            steps = torch.stack([step(token[None, None], None, None)[0, 0] for token in x.flatten(0, 1)])
+            torch.testing.assert_close(steps, y.flatten(0, 1), rtol=1e-9, atol=1e-9)
+    plain = module.shared
+    for token, out in zip(x.flatten(0, 1), module(x, tokens(x))[0].flatten(0, 1), strict=True):
+        best = (module.router.weight @ token).softmax(0).topk(ACTIVE)
+        total = plain.down_proj.weight @ situ(plain.gate_proj.weight @ token, plain.up_proj.weight @ token)
+        for e, score in zip(best.indices, best.values, strict=True):
+            gate, up = (module.experts.gate_up[e] @ token).chunk(2)
+            total = total + score / best.values.sum() * (module.experts.down[e] @ situ(gate, up))
+        torch.testing.assert_close(out, total, rtol=1e-9, atol=1e-9)
+
+
+def test_quantiles_give_each_expert_its_share_of_the_tokens_they_were_taken_from():
+    module = build(router="sigmoid", bias_update="quantile").train()
+    router, x = module.router, torch.randn(1, 256, HIDDEN) + 1.0
+    seq = SequenceInfo.make(1, 256, x.device)
+    violations = []
+    for _ in range(12):
+        scores = torch.sigmoid(router.logits(x))
+        before, aux = router.bias.clone(), router(x, seq)[2]
+        module.record(aux)
+        module.record(aux)
+        assert torch.equal(router.step_sums()[1][-1], torch.tensor(2.0))
+        module.post_optimizer_step()
+        threshold = (scores + before).sort(-1).values[:, -ACTIVE - 1, None]
+        above, share = scores + router.bias - threshold, 256 * ACTIVE // EXPERTS
+        assert (above > 1e-6).sum(0).max() <= share, "others are at the threshold"
+        assert (above > -1e-6).sum(0).min() >= share
+        violations.append(float(aux["stat/max_violation"]))
+    assert violations[0] > 0.5 > 0.1 > violations[-1]
+    kept = router.bias.clone()
+    module.record(aux)
+    module.post_optimizer_step(update=False)
+    assert torch.equal(router.bias, kept)
+    assert not router.quantiles.any()
+    module.post_optimizer_step()
+    assert torch.equal(router.bias, kept), "a step without tokens moves nothing"
+
+
+FORMS = {"latent": LATENT, "hash": {"hash_layers": [1], "router": "sqrt_softplus", "num_groups": 1, "topk_groups": 1},
+         "kimi_k3": {"activation": "situ", "bias_update": "quantile", "bias_update_rate": 0.0, "num_groups": 1,
+                     "topk_groups": 1}}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -117,7 +169,11 @@ def test_a_table_of_token_ids_needs_them():
 @pytest.mark.parametrize(("options", "message"), [
     ({"latent_size": 0}, "latent_size: must be positive"), ({"latent_norm": True}, "latent_norm: needs latent_size"),
     ({"hash_layers": [1], "dense_layers": [1], "intermediate_size": 8}, "hash_layers: are dense layers too"),
-    ({"hash_layers": [9]}, "hash_layers: names a layer the model does not have")])
+    ({"hash_layers": [9]}, "hash_layers: names a layer the model does not have"),
+    ({"bias_update": "quantile", "bias_update_rate": 0.1}, "bias_update_rate: is not used by bias_update=quantile"),
+    ({"bias_update": "quantile", "num_groups": 2}, "topk_groups: cannot limit experts beside bias_update=quantile"),
+    ({"activation": "situ", "swiglu_limit": 7.0}, "swiglu_limit: is not used by situ"),
+    ({"situ_caps": [4.0]}, "situ_caps: must be a cap of the gate and one of the up projection")])
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         build(**options).config.num_params(LayerContext(

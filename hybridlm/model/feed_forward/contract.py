@@ -278,6 +278,11 @@ class FeedForward(KeepsFP32, abc.ABC):
         """Tokens that each expert got since the last optimizer step: an int64 [E] buffer, or None without experts."""
         return None
 
+    def step_sums(self) -> list[Tensor]:
+        """Buffers that `record` adds to, and ranks sum in place before `post_optimizer_step`; by default the loads."""
+        load = self.router_load()
+        return [] if load is None else [load]
+
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter of the feed-forward, by its name within the feed-forward.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.errors import require
-from hybridlm.model.decode_state import TokenCache
+from hybridlm.model.decode_state import EntryCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.attention_weights import take_grouped_projections
 from hybridlm.model.mixers.common.block_selection import (
@@ -37,19 +37,19 @@ from hybridlm.model.mixers.common.block_selection import (
 )
 from hybridlm.model.mixers.common.cost import count_block_keys, count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, dense_attention
-from hybridlm.model.mixers.common.entries import EntryCache
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.indexer import AttentionMode, longest_document
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.key_sharing import HeadNorm
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
-from hybridlm.model.mixers.common.selector_loss import Pooling, selector_loss
+from hybridlm.model.mixers.common.selector_loss import KeyTargets, Pooling, selector_loss
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import selected_attention
+from hybridlm_kernels.precision import wide
 
 
 @dataclass(kw_only=True)
@@ -333,8 +333,8 @@ class BlockAttention(SequenceMixer):
     def _observe(self, index: BlockIndex, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo, chosen: Tensor | None,
                  sparse: bool) -> Aux:
         """The loss of a selector that learns, and the share of dense attention that its selection reads."""
-        found = selector_loss(self.selector, index, q_BTHK, k_BSGK, seq, self.config.budget, chosen,
-                              only_chosen=sparse, pooling=self.config.target)
+        targets = KeyTargets(wide(q_BTHK.detach()), wide(k_BSGK.detach()), self.config.target)
+        found = selector_loss(self.selector, index, targets, self.config.budget, chosen, only_chosen=sparse)
         loss = found.total / found.pairs.clamp(min=1)
         if seq.shard is not None:  # in an early shard fewer queries see a block
             loss = seq.shard.weighted_mean(loss, found.pairs)

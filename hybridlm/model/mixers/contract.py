@@ -256,6 +256,10 @@ class MixerConfig(abc.ABC):
         """The same mixer attending to all keys (`dense`) or to what it selects (`sparse`), where it has a selector."""
         return self
 
+    def with_topk(self, topk: int) -> Self:
+        """The same mixer reading `topk` tokens, where a training stage may set their number."""
+        return self
+
     def topk_multiple(self) -> int:
         """Tokens that are selected together: a top-k that a training stage sets must be a multiple of it."""
         return 1

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.errors import require
-from hybridlm.model.decode_state import TokenCache
+from hybridlm.model.decode_state import EntryCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, choose_blocks
 from hybridlm.model.mixers.common.compression import (
@@ -31,8 +31,8 @@ from hybridlm.model.mixers.common.compression import (
     count_compression_params,
 )
 from hybridlm.model.mixers.common.cost import count_block_keys, count_visible_keys
-from hybridlm.model.mixers.common.entries import EntryCache, EntryWindows, count_entries, count_seen_entries
-from hybridlm.model.mixers.common.entry_attention import entry_attention
+from hybridlm.model.mixers.common.entries import EntryWindows, count_entries, count_seen_entries
+from hybridlm.model.mixers.common.entry_attention import entry_attention, window_attention
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.overlap import reduce_to_blocks, window_softmax
@@ -188,7 +188,7 @@ class NSA(SequenceMixer):
         index, v_BEGK = self._entries(raw_BT2GK, q_BTHK, k_BSGK.shape[1], seq, state)
         chosen = choose_blocks(self, index, self.budget)
         scale = config.head_dim**-0.5
-        far = entry_attention(q_BTHK, index.entries_BE, v_BEGK, index.windows, scale)
+        far, _ = entry_attention(q_BTHK, index.entries_BE, v_BEGK, index.windows, scale)
         picked, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, chosen, block=config.block,
                                        cu_seqlens=seq.history_borders)
         near = self._near(q_BTHK, k_BSGK, v_BSGK, seq)
@@ -201,9 +201,7 @@ class NSA(SequenceMixer):
         """Attention to the window. `attention` takes no packed keys beyond the queries, which a shard has."""
         if seq.shard is None:
             return attention(q_BTHK, k_BSGK, v_BSGK, window=self.config.near, cu_seqlens=seq.cu_seqlens)
-        nothing = torch.full((*q_BTHK.shape[:2], 1, 0), -1, device=q_BTHK.device)
-        return selected_attention(q_BTHK, k_BSGK, v_BSGK, nothing, window=self.config.near,
-                                  cu_seqlens=seq.history_borders)[0]
+        return window_attention(q_BTHK, k_BSGK, v_BSGK, self.config.near, seq)[0]
 
     def _entries(self, raw_BT2GK: Tensor, q_BTHK: Tensor, keys: int, seq: SequenceInfo,
                  state: NSAState | None) -> tuple[BlockIndex, Tensor]:

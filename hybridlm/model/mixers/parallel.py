@@ -166,6 +166,9 @@ class ParallelConfig(MixerConfig):
     def has_selector(self) -> bool:
         return any(branch.has_selector() for branch in self.branches.values())
 
+    def with_topk(self, topk: int) -> Self:
+        return replace(self, branches={name: branch.with_topk(topk) for name, branch in self.branches.items()})
+
     def with_attention_mode(self, mode: Literal["dense", "sparse"]) -> Self:
         return replace(self, branches={name: branch.with_attention_mode(mode)
                                        for name, branch in self.branches.items()})

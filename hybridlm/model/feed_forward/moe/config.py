@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from hybridlm.errors import require
+from hybridlm.model.feed_forward.activation import SITU_CAPS, Activation, soft_caps_of
 from hybridlm.model.feed_forward.contract import FEED_FORWARDS, FeedForwardConfig, RoutedExperts
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.plain_data import to_dict
+from hybridlm_kernels import SoftCaps
 
 FP32_BYTES = 4
 
@@ -47,7 +49,11 @@ class MoEConfig(FeedForwardConfig):
         correction_bias: null has a bias where it is updated; true keeps one that does not move.
         balance_loss: coefficient of the balance loss per document.
         router_z_loss: coefficient of the mean of logsumexp(router logits)^2.
+        bias_update: `load` moves the bias by the loads of experts, `quantile` sets it after each step to what would
+            have balanced it: a quantile of the experts' scores over the thresholds of tokens (Su 2026, Kimi K3).
         swiglu_limit: bound inside every SwiGLU; null has none.
+        activation: of all experts and of dense layers; `situ` caps both factors of SwiGLU by tanh (Kimi K3).
+        situ_caps: caps of SiTU, of the gate and of the up projection; null for the second one has none there.
     """
 
     kind: str = "moe"
@@ -71,8 +77,11 @@ class MoEConfig(FeedForwardConfig):
     correction_bias: bool | None = None
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
+    bias_update: Literal["load", "quantile"] = "load"
     swiglu_limit: float | None = None
-    TRAINING_FIELDS: ClassVar[tuple[str, ...]] = ("bias_update_rate", "balance_loss", "router_z_loss")
+    activation: Activation = "swiglu"
+    situ_caps: list[float | None] = field(default_factory=lambda: list(SITU_CAPS))
+    TRAINING_FIELDS: ClassVar[tuple[str, ...]] = ("bias_update", "bias_update_rate", "balance_loss", "router_z_loss")
     loss_names: ClassVar[tuple[str, ...]] = ("balance", "router_z")
 
     def __post_init__(self) -> None:
@@ -107,6 +116,15 @@ class MoEConfig(FeedForwardConfig):
                 got=self.num_groups, expected=f"a divisor of {self.num_experts}")
         require(self.topk_groups <= self.num_groups, "topk_groups", "is more than there are groups",
                 got=self.topk_groups, expected=f"at most num_groups = {self.num_groups}")
+        if self.bias_update == "quantile":
+            require(not self.bias_update_rate, "bias_update_rate", "is not used by bias_update=quantile",
+                    got=self.bias_update_rate, expected="0 or null")
+            require(self.topk_groups == self.num_groups, "topk_groups", "cannot limit experts beside "
+                    "bias_update=quantile, whose threshold is over all of them", got=self.topk_groups,
+                    expected=f"num_groups = {self.num_groups}")
+            require(self.num_experts_per_tok < self.num_experts, "num_experts_per_tok",
+                    "leaves bias_update=quantile nothing to balance", got=self.num_experts_per_tok,
+                    expected=f"fewer than num_experts = {self.num_experts}")
         reach = self.topk_groups * (self.num_experts // self.num_groups)
         require(self.num_experts_per_tok <= reach, "num_experts_per_tok",
                 f"is more than the {self.topk_groups} chosen groups hold", got=self.num_experts_per_tok,
@@ -133,7 +151,7 @@ class MoEConfig(FeedForwardConfig):
     def updates_bias(self) -> bool:
         """Whether the bias follows the loads."""
         rate = self.bias_update_rate
-        return rate is None or rate > 0
+        return self.bias_update == "quantile" or rate is None or rate > 0
 
     def routed_experts(self) -> RoutedExperts:
         return RoutedExperts(self.num_experts, self.num_experts_per_tok, self.num_groups, self.topk_groups,
@@ -146,7 +164,7 @@ class MoEConfig(FeedForwardConfig):
                 "no token any more; model.feed_forward.balance_loss=0.01 balances them")
 
     def balance_advice(self) -> str:
-        if self.bias_update_rate:
+        if self.bias_update_rate and self.bias_update == "load":
             rate = f"bias_update_rate=null (now {self.bias_update_rate:g})"
             return f"model.feed_forward.{rate} balances them faster: its steps follow the violation"
         loss = f"balance_loss={max(3 * self.balance_loss, 0.01):g} (now {self.balance_loss:g})"
@@ -160,7 +178,12 @@ class MoEConfig(FeedForwardConfig):
 
     def swiglu_config(self, width: int) -> FeedForwardConfig:
         """The config of one SwiGLU of this inner width, as dense layers and shared experts have it."""
-        return FEED_FORWARDS.config_class("dense")(intermediate_size=width, swiglu_limit=self.swiglu_limit)
+        return FEED_FORWARDS.config_class("dense")(intermediate_size=width, swiglu_limit=self.swiglu_limit,
+                                                   activation=self.activation, situ_caps=list(self.situ_caps))
+
+    def soft_caps(self) -> SoftCaps | None:
+        """Caps of SiTU; None for SwiGLU."""
+        return soft_caps_of(self.activation, self.situ_caps)
 
     def is_hashed(self, layer_index: int) -> bool:
         """Whether a table of token ids chooses the experts of the layer."""
@@ -210,6 +233,8 @@ class MoEConfig(FeedForwardConfig):
             data.pop(key)
         data["hash_layers"] = self.is_hashed(context.layer_index)
         data["correction_bias"] = self.has_bias
+        if self.activation == "swiglu":
+            data["situ_caps"] = None
         data["shared_intermediate_size"] = self.shared_width
         if self.topk_groups == self.num_groups:
             data["num_groups"] = data["topk_groups"] = 1

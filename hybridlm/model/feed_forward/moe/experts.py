@@ -26,7 +26,7 @@ class Experts(ExpertStack):
         super().__init__()
         experts = config.num_experts
         width = config.moe_intermediate_size
-        self.limit = config.swiglu_limit
+        self.limit, self.soft_caps = config.swiglu_limit, config.soft_caps()
         self.num_experts = experts
         self.widths = {"gate_up": (2 * width, hidden_size), "down": (hidden_size, width)}
         self.owned = range(experts)
@@ -52,7 +52,7 @@ class Experts(ExpertStack):
     def _compute(self, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
         """Outputs [N, D] of the experts that are here; `ids_NA` count from the first of these."""
         return moe_experts(x_ND, self.gate_up.to(x_ND.dtype), self.down.to(x_ND.dtype), ids_NA, weights_NA,
-                           limit=self.limit)
+                           limit=self.limit, soft_caps=self.soft_caps)
 
     def keep_only(self, owned: range, dispatch: Dispatch) -> None:
         for name in ("gate_up", "down"):

@@ -34,10 +34,11 @@ class MixtureOfExperts(FeedForward):
 
     With `latent_size` routed experts work in a latent of Z dims: up(norm(sum_a w_a expert_a(down(x)))).
     Source: DeepSeek-V3, section 2.1.2. Parameters router.weight, experts.gate_up, experts.down, shared.*,
-    shared_gate.weight, latent_down, latent_up, latent_norm; buffers router.bias, router.load and router.table.
+    shared_gate.weight, latent_down, latent_up, latent_norm; buffers router.bias, router.load,
+    router.quantiles and router.table.
     """
 
-    fp32_parameters = ("router.weight", "router.bias", "latent_norm.weight")
+    fp32_parameters = ("router.weight", "router.bias", "router.quantiles", "latent_norm.weight")
 
     @classmethod
     def build(cls, config: FeedForwardConfig, context: LayerContext) -> FeedForward:
@@ -93,7 +94,7 @@ class MixtureOfExperts(FeedForward):
             return None
         if self.experts.dispatch is not None or not (is_plain(self.router, Router) and is_plain(self.experts, Experts)):
             return None
-        router, experts, limit = self.router, self.experts, self.config.swiglu_limit
+        router, experts = self.router, self.experts
         shared = None if self.shared is None or has_hooks(self.shared) else self.shared.prepare_step()
         if self.shared is not None and shared is None:
             return None
@@ -104,7 +105,7 @@ class MixtureOfExperts(FeedForward):
             _, ids_BA, weights_BA = router.choose(F.linear(wide(x_BD), wide(router.weight)))
             if len(x_BD) == 1:
                 y_BD = moe_experts_step(x_BD, experts.gate_up.to(x_BD.dtype), experts.down.to(x_BD.dtype),
-                                        ids_BA[0].tolist(), weights_BA[0], limit)
+                                        ids_BA[0].tolist(), weights_BA[0], experts.limit, experts.soft_caps)
             else:
                 y_BD = experts(x_BD, ids_BA, weights_BA)
             y_B1D = y_BD.unsqueeze(1)
@@ -124,7 +125,10 @@ class MixtureOfExperts(FeedForward):
         return self.router.load
 
     def record(self, aux: Aux) -> None:
-        self.router.load += aux["load"]
+        self.router.record(aux)
+
+    def step_sums(self) -> list[Tensor]:
+        return self.router.step_sums()
 
     def balanced_weight(self) -> nn.Parameter | None:
         # Not as an attribute: under ZeRO-3 that brings the weight together, and not every rank may ask for it.

@@ -40,6 +40,7 @@ class Router(nn.Module):
     table: Tensor | None
     bias: Tensor | None
     load: Tensor
+    quantiles: Tensor | None
 
     def __init__(self, config: MoEConfig, hidden_size: int, hashed_tokens: int | None = None):
         super().__init__()
@@ -53,6 +54,8 @@ class Router(nn.Module):
             table = torch.zeros(hashed_tokens, config.num_experts_per_tok, dtype=torch.int64)
         self.register_buffer("table", table)
         self.register_buffer("load", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+        quantile = has_bias and config.bias_update == "quantile"  # sums over micro batches, and their number last
+        self.register_buffer("quantiles", torch.zeros(config.num_experts + 1) if quantile else None, persistent=False)
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         return {"weight": matrix_role(self.config.num_experts, self.hidden_size, "router")}
@@ -60,6 +63,8 @@ class Router(nn.Module):
     def init_weights(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
         self.load.zero_()
+        if self.quantiles is not None:
+            self.quantiles.zero_()
         if self.bias is not None:
             self.bias.zero_()
         if self.table is not None:
@@ -138,6 +143,8 @@ class Router(nn.Module):
             load_E = torch.zeros_like(self.load).index_add_(0, ids_NA.flatten(), torch.ones_like(ids_NA.flatten()))
             entropy = -torch.xlogy(p_NE, p_NE).sum(-1).mean()
             aux["load"] = load_E
+            if self.quantiles is not None:
+                aux["quantiles"] = self.score_quantiles(s_NE)
             aux["stat/max_violation"] = load_E.max() * load_E.shape[0] / load_E.sum() - 1
             aux["stat/dead_experts"] = (load_E == 0).sum().float()
             aux["stat/router_entropy"] = entropy / math.log(max(2, p_NE.shape[1]))
@@ -154,6 +161,31 @@ class Router(nn.Module):
         return balance_loss(p_NE, ids_NA, seq)
 
     @torch.no_grad()
+    def score_quantiles(self, s_NE: Tensor) -> Tensor:
+        """The bias of each expert at which it would have got its share of these tokens, [E + 1], and a one.
+
+        An expert is chosen where s + b passes the token's threshold, its (A+1)-th largest s + b. With these thresholds,
+        minus the (A N / E + 1)-th largest s - threshold is the bias that leaves the expert A N / E tokens.
+        """
+        assert self.bias is not None
+        tokens, experts = s_NE.shape
+        per_token = self.config.num_experts_per_tok
+        threshold_N1 = (s_NE + self.bias).topk(per_token + 1, dim=-1).values[:, -1:]
+        share = max(1, min(tokens, tokens * per_token // experts + 1))
+        quantile_E = (s_NE - threshold_N1).topk(share, dim=0, sorted=True).values[-1]
+        return torch.cat([-quantile_E, quantile_E.new_ones(1)]).float()
+
+    def record(self, aux: Aux) -> None:
+        """Add up the loads, and the quantiles of a forward."""
+        self.load += aux["load"]
+        if self.quantiles is not None:
+            self.quantiles += aux["quantiles"]
+
+    def step_sums(self) -> list[Tensor]:
+        """The sums since the last optimizer step, which ranks add up before `balance`."""
+        return [self.load] if self.quantiles is None else [self.load, self.quantiles]
+
+    @torch.no_grad()
     def balance(self, update: bool = True) -> None:
         """Move the bias against the loads, and set these to zero.
 
@@ -162,6 +194,9 @@ class Router(nn.Module):
         Auxiliary-loss-free load balancing, clipped): as long as the scores drift, in the first hundreds of steps, they
         are as large as the drift, and near balance they vanish instead of pushing experts to and fro.
 
+        With `bias_update: quantile` the bias becomes the mean of `score_quantiles` over the micro batches of all ranks,
+        which is one alternation per step of the allocation of Su 2026 (kexue.fm, 11619).
+
         Args:
             update: False after a skipped optimizer step: the bias stays.
         """
@@ -169,9 +204,13 @@ class Router(nn.Module):
             total = self.load.sum()
             experts = self.load.shape[0]
             rate = self.config.bias_update_rate
-            if rate is None:
+            if self.quantiles is not None:
+                if self.quantiles[-1] > 0:
+                    self.bias.copy_(self.quantiles[:-1] / self.quantiles[-1])
+            elif rate is None:
                 violation_E = (total - experts * self.load) / total.clamp(min=1)
                 self.bias += MAX_BIAS_STEP * violation_E.clamp(-1, 1)
             else:
                 self.bias += rate * torch.sign(total - experts * self.load)
-        self.load.zero_()
+        for total in self.step_sums():
+            total.zero_()

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.kind_registry import KindRegistry
+from hybridlm.model.decode_state import EntryCache
 from hybridlm.model.layer_context import LayerContext
-from hybridlm.model.mixers.common.entries import EntryCache, EntryWindows
+from hybridlm.model.mixers.common.entries import EntryWindows
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.plain_data import to_dict

@@ -1,17 +1,15 @@
-"""Windows of consecutive tokens that one entry stands for: their places in a batch, and their decode state.
+"""Windows of consecutive tokens that one entry stands for: their places in a batch, and their number.
 
 B rows, T queries (the last T positions), S tokens per row, E windows per row, L tokens of a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hybridlm.model.decode_state import TokenCache
 from hybridlm.model.sequence import SequenceInfo
 
 
@@ -110,49 +108,17 @@ class EntryWindows:
             return entries_BE
         return torch.cat([entries_BE, entries_BE.new_zeros(entries_BE.shape[0], missing, *entries_BE.shape[2:])], 1)
 
-    def gather(self, x_BS: Tensor) -> Tensor:
-        """The tokens of each window [B, E, L, ...], from those of the rows [B, S, ...]."""
-        offset_L = torch.arange(self.length, device=self.start_BE.device)
-        token_BX = (self.start_BE[..., None] + offset_L).clamp_(max=x_BS.shape[1] - 1).flatten(1)
-        row_B1 = torch.arange(token_BX.shape[0], device=token_BX.device)[:, None]
-        return x_BS[row_B1, token_BX].unflatten(1, (self.number, self.length))
-
-
-class EntryCache:
-    """One tensor for each complete window of past tokens, [B, E, ...], and the tokens of windows still open."""
-
-    def __init__(self, max_length: int, length: int, stride: int):
-        self.entries = TokenCache(max(1, max_length // stride))
-        self.window, self.stride = length, stride
-        self.length = 0  # tokens seen
-        self._open: Tensor | None = None
-
-    def append(self, x_BT: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Add tokens and return the entries of all complete windows.
+    def gather(self, x_BS: Tensor, before: int = 0) -> Tensor:
+        """The tokens of each window [B, E, before + L, ...], from those of the rows [B, S, ...].
 
         Args:
-            x_BT: the new tokens [B, T, ...].
-            combine: makes entries [B, E, ...] of windows [B, E, L, ...] and the positions [B, E] of their first tokens.
+            x_BS: the tokens of the rows.
+            before: so many tokens in front of the window come too; in front of a document these are any tokens.
         """
-        x_BT = x_BT.detach() if self._open is None else torch.cat([self._open, x_BT.detach()], 1)
-        begin = self.entries.length * self.stride  # position of the first token in x
-        self.length = begin + x_BT.shape[1]
-        count = max(0, (x_BT.shape[1] - self.window) // self.stride + 1)
-        before = self.entries.kept
-        if count == 0 and before is not None:  # without it, `combine` says what shape entries have
-            self._open = x_BT
-            return before
-        device = x_BT.device
-        start_E = torch.arange(count, device=device) * self.stride
-        token_EL = start_E[:, None] + torch.arange(self.window, device=device)
-        entries = combine(x_BT[:, token_EL], (begin + start_E).expand(x_BT.shape[0], count))
-        self._open = x_BT[:, count * self.stride :].clone()
-        return self.entries.append(entries)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the entries and of the open tokens."""
-        return self.entries.num_bytes + (0 if self._open is None else self._open.numel() * self._open.element_size())
+        offset_L = torch.arange(-before, self.length, device=self.start_BE.device)
+        token_BX = (self.start_BE[..., None] + offset_L).clamp_(min=0, max=x_BS.shape[1] - 1).flatten(1)
+        row_B1 = torch.arange(token_BX.shape[0], device=token_BX.device)[:, None]
+        return x_BS[row_B1, token_BX].unflatten(1, (self.number, before + self.length))
 
 
 def count_entries(context_length: int, length: int, stride: int) -> tuple[int, int]:

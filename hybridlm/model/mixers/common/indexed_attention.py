@@ -135,6 +135,12 @@ class IndexedMixerConfig(MixerConfig):
             filled["head_dim"] = max(filled["head_dim"], rotated)
         return filled
 
+    def with_attention_mode(self, mode: AttentionMode) -> Self:
+        return self if self.indexer is None else replace(self, indexer=replace(self.indexer, mode=mode))  # type: ignore[call-arg]
+
+    def with_topk(self, topk: int) -> Self:
+        return self if self.indexer is None else replace(self, indexer=replace(self.indexer, topk=topk))  # type: ignore[call-arg]
+
     def topk_multiple(self) -> int:
         return 1 if self.indexer is None else self.indexer.pool or 1
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.errors import require
-from hybridlm.model.decode_state import PooledCache, TokenCache
+from hybridlm.model.decode_state import EntryCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.cost import count_open_tail, count_visible_keys, count_visible_pools
 from hybridlm.model.mixers.common.key_pooling import KeyPool
@@ -31,7 +31,7 @@ from hybridlm_kernels.ops.indexer_kl import IndexerKL
 
 AttentionMode = Literal["dense", "sparse"]
 IndexTensors = tuple[Tensor, Tensor, Tensor]  # queries [B, T, J, I], keys [B, T or P, I], head weights [B, T, J]
-IndexCache = TokenCache | PooledCache
+IndexCache = TokenCache | EntryCache
 
 
 @dataclass(kw_only=True)
@@ -231,7 +231,7 @@ class Indexer(nn.Module):
         if self.pool is None:
             return seq.history(k_BTI) if cache is None else cache.append(k_BTI)  # type: ignore[call-arg]
         entries_BT2I = self.pool.entries(x_BTD, k_BTI)
-        if isinstance(cache, PooledCache):
+        if isinstance(cache, EntryCache):
             return cache.append(entries_BT2I, self.pool)
         entries_BS2I = seq.history(entries_BT2I)
         return self.pool(self.pool.gather(entries_BS2I, self.pools(x_BTD, entries_BS2I.shape[1], seq)))

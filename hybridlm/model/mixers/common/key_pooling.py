@@ -31,8 +31,8 @@ class KeyPool(nn.Module):
         """Compute the key and the logit of the weight of each token for its pool: [B, T, 2, I]."""
         return torch.stack([k_BTI, self.gate(x_BTD).to(k_BTI.dtype)], 2)
 
-    def forward(self, entries_BPR2I: Tensor) -> Tensor:
-        """Combine the entries [B, P, R, 2, I] of complete pools into their keys [B, P, I]."""
+    def forward(self, entries_BPR2I: Tensor, place_BP: Tensor | None = None) -> Tensor:
+        """Combine the entries [B, P, R, 2, I] of complete pools into their keys [B, P, I], wherever these begin."""
         k_BPRI, gate_BPRI = entries_BPR2I.unbind(3)
         wide = torch.promote_types(k_BPRI.dtype, torch.float32)
         weight_BPRI = torch.softmax(gate_BPRI.to(wide) + self.bias.to(wide), 2)

@@ -8,9 +8,11 @@ t and s are positions of a query and a key in one document, s <= t:
     log       t - s < size, or t - s a power of two                                     (LogSparse)
     blocks    t - s < size, or s in the first `columns` blocks, or in one of `random`   (BigBird, Longformer)
               blocks before the query's, drawn once for each block of queries
+    dilated   s // w_i == t // w_i and (t - s) % r_i == 0 for some i < branches,        (LongNet)
+              w_i = size * factor^i, r_i = factor^i
 
 Sources: Child et al. 2019, section 4.2; Li et al. 2019 (LogSparse), section 4.2; Zaheer et al. 2020 (BigBird),
-section 2, and Beltagy et al. 2020 (Longformer), section 3, in causal form.
+section 2, and Beltagy et al. 2020 (Longformer), section 3, in causal form; Ding et al. 2023 (LongNet), section 3.2.
 B rows, T tokens, S keys, N listed keys or blocks, H query heads, G key/value heads, K head dim.
 """
 
@@ -32,7 +34,7 @@ from hybridlm_kernels import attention, selected_attention
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import wide
 
-MaskKind = Literal["chunk", "strided", "fixed", "log", "blocks"]
+MaskKind = Literal["chunk", "strided", "fixed", "log", "blocks", "dilated"]
 HASH = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)  # odd factors that mix layer, block and draw
 
 
@@ -46,6 +48,8 @@ class MaskConfig:
         columns: `fixed`: last keys of each earlier chunk that are seen; `blocks`: first blocks that are seen.
         block: tokens of a block of `blocks`.
         random: `blocks`: blocks drawn for each block of queries; those drawn twice, or seen anyway, count once.
+        branches: `dilated`: segments that each token lies in, the first of `size` tokens.
+        factor: `dilated`: how much longer, and how much sparser, each segment is than the one before.
     """
 
     kind: MaskKind
@@ -53,6 +57,8 @@ class MaskConfig:
     columns: int = 0
     block: int = 64
     random: int = 0
+    branches: int = 1
+    factor: int = 2
 
     def __post_init__(self) -> None:
         require(self.size >= 1, "size", "must be positive", got=self.size)
@@ -62,13 +68,23 @@ class MaskConfig:
             require(value >= 0, key, "must not be negative", got=value)
             require(value == 0 or self.kind in kinds, key, f"is not used by the mask {self.kind}", got=value,
                     expected=f"0, or kind {' or '.join(kinds)}")
+        require(self.branches >= 1, "branches", "must be positive", got=self.branches)
+        require(self.branches == 1 or self.kind == "dilated", "branches", f"is not used by the mask {self.kind}",
+                got=self.branches, expected="1, or kind dilated")
+        require(self.factor >= 2, "factor", "must be at least 2", got=self.factor)
+        require(self.kind != "dilated" or self.size % self.factor == 0, "size", "must be a multiple of factor",
+                got=self.size, expected=f"a multiple of {self.factor}")
         require(self.kind != "fixed" or 1 <= self.columns <= self.size, "columns", "must be keys of a chunk",
                 got=self.columns, expected=f"1 to {self.size}")
 
     @property
     def kept_keys(self) -> int | None:
         """Newest keys that later tokens may see, their own included; None: all."""
-        return self.size if self.kind == "chunk" else None
+        return {"chunk": self.size, "dilated": self._segments()[-1][0]}.get(self.kind)
+
+    def _segments(self) -> list[tuple[int, int]]:
+        """Tokens of each segment of `dilated`, and the distance of the keys that are seen in it."""
+        return [(self.size * self.factor**i, self.factor**i) for i in range(self.branches)]
 
     def visible_keys(self, context_length: int) -> float:
         """Mean number of keys that a token of a causal sequence sees; of random blocks the most."""
@@ -78,6 +94,10 @@ class MaskConfig:
         earlier_chunks = (size * chunks * (chunks - 1) / 2 + chunks * rest) / length
         if self.kind == "chunk":
             return in_chunk
+        if self.kind == "dilated":
+            return in_chunk + sum(
+                (_mean_start(length, shorter) - _mean_start(length, segment)) / distance
+                for (shorter, _), (segment, distance) in pairwise(self._segments()))
         if self.kind == "fixed":
             return in_chunk + self.columns * earlier_chunks
         window = count_visible_keys(length, size)
@@ -109,6 +129,10 @@ class MaskConfig:
             seen_TS = (distance_TS < size) | (distance_TS % size == 0)
         elif self.kind == "log":
             seen_TS = (distance_TS < size) | (distance_TS & (distance_TS - 1) == 0)
+        elif self.kind == "dilated":
+            inside = [(s_S // segment == t_T1 // segment) & (distance_TS % step == 0)
+                      for segment, step in self._segments()]
+            seen_TS = torch.stack(inside).any(0)
         else:
             blocks_TN = self._listed_blocks(t_T1[:, 0], layer)
             listed_TS = (blocks_TN[:, None] == (s_S // self.block)[None, :, None]).any(-1)
@@ -198,6 +222,8 @@ def _complete_rows(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, borders: CuSe
         in_chunk = torch.where(torch.arange(mask.size, device=q_BTHK.device) <= positions_BT[..., None] % mask.size,
                                own_BT1 * mask.size + torch.arange(mask.size, device=q_BTHK.device), -1)
         listed_BTN, window = torch.cat([in_chunk, listed_BTN], -1), None
+    elif mask.kind == "dilated":
+        listed_BTN, window = _dilated_keys(positions_BT[..., None], mask, longest), None
     else:
         steps = _powers(mask.size, longest) if mask.kind == "log" else range(mask.size, longest, mask.size)
         distance_N = torch.tensor([*steps] or [longest], device=q_BTHK.device)
@@ -205,6 +231,28 @@ def _complete_rows(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, borders: CuSe
     indices_BT1N = torch.where(listed_BTN >= 0, listed_BTN + start_BT1, -1)[:, :, None]
     return selected_attention(q_BTHK, k_BTGK, v_BTGV, indices_BT1N, window=window, sinks_H=sinks_H,
                               cu_seqlens=borders)[0]
+
+
+def _dilated_keys(positions_BT1: Tensor, mask: MaskConfig, longest: int) -> Tensor:
+    """Keys of `dilated` [B, T, N], -1 for none, each once: of a longer segment those before the shorter one."""
+    found, stop_BT1 = [], positions_BT1 + 1
+    for segment, step in mask._segments():
+        begin_BT1 = positions_BT1 // segment * segment
+        place_N = torch.arange(min(mask.size, math.ceil(longest / step)), device=positions_BT1.device) * step
+        key_BTN = begin_BT1 + positions_BT1 % step + place_N
+        found.append(torch.where(key_BTN < stop_BT1, key_BTN, -1))
+        stop_BT1 = begin_BT1
+    return torch.cat(found, -1)
+
+
+def _mean_start(length: int, segment: int) -> float:
+    """Mean over the tokens of a sequence of the first position of the segment that each lies in.
+
+    >>> _mean_start(4, 2)
+    1.0
+    """
+    whole, rest = divmod(length, segment)
+    return segment * (segment * whole * (whole - 1) / 2 + whole * rest) / length
 
 
 def _chunk_borders(borders: CuSeqlens | None, rows: int, length: int, size: int) -> CuSeqlens | None:

@@ -13,14 +13,13 @@ B rows, Q queries, S keys, H query heads, G key/value heads, R = H/G, K head dim
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, Selector, competing_blocks
-from hybridlm.model.sequence import SequenceInfo
-from hybridlm_kernels.precision import wide
+from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, ScoresBlocks, competing_blocks
 from hybridlm_kernels.recompute import recomputed
 
 PIECE_ELEMENTS = 2**20  # scores of attention in a piece of queries
@@ -43,38 +42,61 @@ class SelectorLoss(NamedTuple):
     queries: int
 
 
-def selector_loss(selector: Selector, index: BlockIndex, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo,
-                  budget: BlockBudget, chosen_BTUN: Tensor | None, *, only_chosen: bool,
-                  pooling: Pooling) -> SelectorLoss:
-    """Compute the loss of a selector from the queries and keys of attention, piece by piece of queries.
+class AttentionTargets(Protocol):
+    """The attention that a selector learns from."""
+
+    @property
+    def q_BTHK(self) -> Tensor:
+        """Its queries."""
+        ...
+
+    @property
+    def keys(self) -> int:
+        """Keys or entries whose scores one query and head has in memory at once."""
+        ...
+
+    def shares(self, index: BlockIndex, listed_BQUP: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Attention on each block [B, Q, U, P], and the sum over queries and heads of the share that is read.
+
+        Args:
+            index: of the selector.
+            listed_BQUP: the blocks that are selected.
+            rows: the queries.
+        """
+        ...
+
+
+@torch.no_grad()
+def _shares(targets: AttentionTargets, index: BlockIndex, listed_BQUP: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    return targets.shares(index, listed_BQUP, rows)
+
+
+def selector_loss(selector: ScoresBlocks, index: BlockIndex, targets: AttentionTargets, budget: BlockBudget,
+                  chosen_BTUN: Tensor | None, *, only_chosen: bool) -> SelectorLoss:
+    """Compute the loss of a selector, piece by piece of queries.
 
     Args:
         selector: scores the blocks.
         index: its queries and entries, with gradients to its parameters.
-        q_BTHK: queries of attention.
-        k_BSGK: all keys that they may see.
-        seq: borders of the documents.
+        targets: the attention that it learns from.
         budget: which blocks compete.
         chosen_BTUN: numbers of the blocks that are selected; None: all.
         only_chosen: the loss is over the selected blocks, else over all that compete.
-        pooling: of attention over the tokens of a block.
     """
-    q_BTHK, k_BSGK = wide(q_BTHK.detach()), wide(k_BSGK.detach())
-    queries, per_query = q_BTHK.shape[1], q_BTHK.shape[0] * q_BTHK.shape[2] * k_BSGK.shape[1]
-    size = max(8, PIECE_ELEMENTS // per_query)
+    batch, queries, heads = targets.q_BTHK.shape[:3]
+    size = max(8, PIECE_ELEMENTS // (batch * heads * targets.keys))
     total, count, read = [], [], []
-    with torch.autocast(q_BTHK.device.type, enabled=False):
+    with torch.autocast(targets.q_BTHK.device.type, enabled=False):
         for start in range(0, queries, size):
             rows = slice(start, min(start + size, queries))
             compete_BQUP, listed_BQUP = _blocks(selector.lists, index, budget, chosen_BTUN, rows)
-            target_BQUP, read_share = _targets(q_BTHK[:, rows], k_BSGK, index, seq, selector.lists, listed_BQUP, rows,
-                                               pooling)
+            target_BQUP, read_share = _shares(targets, index, listed_BQUP, rows)
             over_BQUP = compete_BQUP & listed_BQUP if only_chosen else compete_BQUP
             total.append(_divergence(selector, index, rows, over_BQUP, target_BQUP))
             count.append(over_BQUP.any(-1).sum())
             read.append(read_share)
     return SelectorLoss(torch.stack(total).sum(), torch.stack(count).sum(), torch.stack(read).sum(),
-                        q_BTHK.shape[0] * queries * q_BTHK.shape[2])
+                        batch * queries * heads)
 
 
 def _blocks(lists: int, index: BlockIndex, budget: BlockBudget, chosen_BTUN: Tensor | None,
@@ -91,29 +113,83 @@ def _blocks(lists: int, index: BlockIndex, budget: BlockBudget, chosen_BTUN: Ten
     return compete, mask[..., :-1]
 
 
-@torch.no_grad()
-def _targets(q_BQHK: Tensor, k_BSGK: Tensor, index: BlockIndex, seq: SequenceInfo, lists: int, listed_BQUP: Tensor,
-             rows: slice, pooling: Pooling) -> tuple[Tensor, Tensor]:
-    """Attention pooled over blocks and heads [B, Q, U, P], and the sum of the shares that the selection reads."""
-    blocks, groups = index.blocks, k_BSGK.shape[2]
-    keys, queries = k_BSGK.shape[1], index.queries_BT.shape[1]
-    q_BQGRK = q_BQHK.unflatten(2, (groups, -1)) * q_BQHK.shape[-1] ** -0.5
-    s_S = torch.arange(keys, device=k_BSGK.device)
-    t_Q1 = s_S[keys - queries :][rows, None]
-    seen_BQS = (s_S <= t_Q1) & (s_S >= blocks.begin_BT[:, rows, None])
-    score_BQHS = torch.einsum("bqgrk,bsgk->bqgrs", q_BQGRK, k_BSGK).flatten(2, 3)
-    p_BQHS = torch.softmax(score_BQHS.masked_fill(~seen_BQS[:, :, None], -torch.inf), -1)
-    p_BPLQH = blocks.gather(p_BQHS.permute(0, 3, 1, 2))
-    mass_BQHP = p_BPLQH.sum(2).permute(0, 2, 3, 1)
-    copies = q_BQHK.shape[2] // lists
-    complete_BQ1P = blocks.visible(rows)[:, :, None]
-    unread_BQHP = mass_BQHP.masked_fill(listed_BQUP.repeat_interleave(copies, 2) | ~complete_BQ1P, 0.0)
-    read = (1 - unread_BQHP.sum(-1)).sum()
-    pooled_BQHP = p_BPLQH.amax(2).permute(0, 2, 3, 1) if pooling == "max" else mass_BQHP
-    return pooled_BQHP.unflatten(2, (lists, copies)).mean(3), read
+@dataclass(frozen=True)
+class KeyTargets:
+    """Attention to all keys, pooled over the tokens of each block and over the heads of a list.
+
+    Args:
+        q_BTHK: queries of attention, in fp32 at least.
+        k_BSGK: all keys that they may see, likewise.
+        pooling: of attention over the tokens of a block.
+    """
+
+    q_BTHK: Tensor
+    k_BSGK: Tensor
+    pooling: Pooling
+
+    @property
+    def keys(self) -> int:
+        return self.k_BSGK.shape[1]
+
+    def shares(self, index: BlockIndex, listed_BQUP: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Attention on each block [B, Q, U, P], and the sum over queries and heads of the share that is read."""
+        q_BQHK, k_BSGK = self.q_BTHK[:, rows], self.k_BSGK
+        blocks, groups, lists = index.blocks, k_BSGK.shape[2], listed_BQUP.shape[2]
+        q_BQGRK = q_BQHK.unflatten(2, (groups, -1)) * q_BQHK.shape[-1] ** -0.5
+        s_S = torch.arange(self.keys, device=k_BSGK.device)
+        t_Q1 = s_S[self.keys - self.q_BTHK.shape[1] :][rows, None]
+        seen_BQS = (s_S <= t_Q1) & (s_S >= blocks.begin_BT[:, rows, None])
+        score_BQHS = torch.einsum("bqgrk,bsgk->bqgrs", q_BQGRK, k_BSGK).flatten(2, 3)
+        p_BQHS = torch.softmax(score_BQHS.masked_fill(~seen_BQS[:, :, None], -torch.inf), -1)
+        p_BPLQH = blocks.gather(p_BQHS.permute(0, 3, 1, 2))
+        mass_BQHP = p_BPLQH.sum(2).permute(0, 2, 3, 1)
+        copies = q_BQHK.shape[2] // lists
+        complete_BQ1P = blocks.visible(rows)[:, :, None]
+        unread_BQHP = mass_BQHP.masked_fill(listed_BQUP.repeat_interleave(copies, 2) | ~complete_BQ1P, 0.0)
+        read = (1 - unread_BQHP.sum(-1)).sum()
+        pooled_BQHP = p_BPLQH.amax(2).permute(0, 2, 3, 1) if self.pooling == "max" else mass_BQHP
+        return pooled_BQHP.unflatten(2, (lists, copies)).mean(3), read
 
 
-def _divergence(selector: Selector, index: BlockIndex, rows: slice, over_BQUP: Tensor, target_BQUP: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class EntryTargets:
+    """Attention to entries beside other keys, in one softmax, summed over heads.
+
+    Args:
+        q_BTHK: queries of attention, in fp32 at least.
+        k_BEGK: keys of the entries, likewise.
+        near_lse_BTH: logarithm of the sum of exponentials of everything else in the softmax.
+        only_chosen: the softmax is over the selected entries, else over all that a query sees.
+    """
+
+    q_BTHK: Tensor
+    k_BEGK: Tensor
+    near_lse_BTH: Tensor
+    only_chosen: bool
+
+    @property
+    def keys(self) -> int:
+        return self.k_BEGK.shape[1]
+
+    def shares(self, index: BlockIndex, listed_BQUP: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Attention on each entry [B, Q, U, E], and the sum over queries and heads of the share that is read."""
+        q_BQHK, k_BEGK = self.q_BTHK[:, rows], self.k_BEGK
+        lists, heads = listed_BQUP.shape[2], q_BQHK.shape[2]
+        q_BQGRK = q_BQHK.unflatten(2, (k_BEGK.shape[2], -1)) * q_BQHK.shape[-1] ** -0.5
+        score_BQHE = torch.einsum("bqgrk,begk->bqgre", q_BQGRK, k_BEGK).flatten(2, 3)
+        score_BQHE = score_BQHE.masked_fill(~index.windows.visible(rows)[:, :, None], -torch.inf)
+        near_BQH1 = self.near_lse_BTH[:, rows, :, None]
+        listed_BQHE = listed_BQUP.repeat_interleave(heads // lists, 2)
+        p_BQHE = torch.cat([near_BQH1, score_BQHE], -1).softmax(-1)[..., 1:]
+        read = (1 - p_BQHE.masked_fill(listed_BQHE, 0.0).sum(-1)).sum()
+        if self.only_chosen:
+            chosen_BQHE = score_BQHE.masked_fill(~listed_BQHE, -torch.inf)
+            p_BQHE = torch.cat([near_BQH1, chosen_BQHE], -1).softmax(-1)[..., 1:]
+        return p_BQHE.unflatten(2, (lists, -1)).sum(3), read
+
+
+def _divergence(selector: ScoresBlocks, index: BlockIndex, rows: slice, over_BQUP: Tensor,
+                target_BQUP: Tensor) -> Tensor:
     """Sum of the KL; the scores are computed again in the backward, and not kept."""
     target = target_BQUP.masked_fill(~over_BQUP, 0.0)
     target = target / target.sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridlm_kernels.ops.swiglu.torch_backend import bounded
+from hybridlm_kernels.ops.swiglu.soft_caps import SoftCaps
+from hybridlm_kernels.ops.swiglu.torch_backend import bounded, soft_parts
 from hybridlm_kernels.precision import plain_backward, product_dtype
 from hybridlm_kernels.registry import Call
 
@@ -21,7 +22,7 @@ def supports(call: Call) -> tuple[bool, str]:
 
 
 def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor,
-                weights_NA: Tensor, limit: float | None = None) -> Tensor:
+                weights_NA: Tensor, limit: float | None = None, soft_caps: SoftCaps | None = None) -> Tensor:
     """The torch backend; arguments as in the public function, already checked."""
     dtype = product_dtype(x_ND)  # grouped_mm is not on autocast's list
     x_ND, gate_up_E2ID, down_EDI = x_ND.to(dtype), gate_up_E2ID.to(dtype), down_EDI.to(dtype)
@@ -29,7 +30,8 @@ def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids
     gate_up_E2ID, down_EDI = _pad_widths(gate_up_E2ID, down_EDI)
     x_ND = F.pad(x_ND, (0, gate_up_E2ID.shape[2] - dim)) if gate_up_E2ID.shape[2] != dim else x_ND
     slot_NA, token_P, offs_E = _sort_by_expert(expert_ids_NA, gate_up_E2ID.shape[0])
-    y_ND = _TorchExperts.apply(x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, limit)
+    y_ND = _TorchExperts.apply(x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, limit,
+                               soft_caps)
     return y_ND if y_ND.shape[1] == dim else y_ND[:, :dim]
 
 
@@ -90,23 +92,32 @@ class _TorchExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, limit):
+    def forward(ctx, x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, limit, soft_caps):
         x_PD = x_ND.index_select(0, token_P)
         h_P2I = F.grouped_mm(x_PD, gate_up_E2ID.transpose(1, 2), offs=offs_E)
-        gate_PI, up_PI = _bounded_gate_up(h_P2I, limit)
         weight_P1 = _weight_per_row(weights_NA, slot_NA, len(token_P))
-        act_PI = F.silu(gate_PI).mul_(up_PI).mul_(weight_P1)
+        if soft_caps is None:
+            gate_PI, up_PI = _bounded_gate_up(h_P2I, limit)
+            act_PI = F.silu(gate_PI).mul_(up_PI).mul_(weight_P1)
+        else:
+            gate_PI, up_PI = h_P2I.chunk(2, -1)
+            f_PI, u_PI, _, _ = soft_parts(gate_PI, up_PI, soft_caps)
+            act_PI = f_PI.mul_(u_PI).to(h_P2I.dtype).mul_(weight_P1)
         y_PD = F.grouped_mm(act_PI, down_EDI.transpose(1, 2), offs=offs_E)
         ctx.save_for_backward(x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, h_P2I)
-        ctx.limit = limit
+        ctx.limit, ctx.soft_caps = limit, soft_caps
         return _gather_sum(y_PD, slot_NA)
 
     @staticmethod
     @plain_backward
     def backward(ctx, dy_ND):
         x_ND, gate_up_E2ID, down_EDI, weights_NA, slot_NA, token_P, offs_E, h_P2I = ctx.saved_tensors
-        gate_PI, up_PI = _bounded_gate_up(h_P2I, ctx.limit)
-        silu_PI = F.silu(gate_PI)
+        if ctx.soft_caps is None:
+            gate_PI, up_PI = _bounded_gate_up(h_P2I, ctx.limit)
+            silu_PI = F.silu(gate_PI)
+        else:  # silu_PI and up_PI are the two factors, whose derivatives follow
+            gate_PI, up_PI = h_P2I.chunk(2, -1)
+            silu_PI, up_PI, *derivatives = (x.to(h_P2I.dtype) for x in soft_parts(gate_PI, up_PI, ctx.soft_caps))
         weight_P1 = _weight_per_row(weights_NA, slot_NA, len(token_P))
         dy_PD = dy_ND.index_select(0, token_P)
         # of the weighted activation; the weight of a padding row is 0, which keeps it out of all that follows
@@ -121,7 +132,11 @@ class _TorchExperts(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             ddown_EDI = F.grouped_mm(dy_PD.T, act_PI.mul_(weight_P1), offs=offs_E)
         torch.mul(dact_PI.mul_(weight_P1), silu_PI, out=dup_PI)
-        torch.ops.aten.silu_backward(dact_PI.mul_(up_PI), gate_PI, grad_input=dgate_PI)
+        if ctx.soft_caps is None:
+            torch.ops.aten.silu_backward(dact_PI.mul_(up_PI), gate_PI, grad_input=dgate_PI)
+        else:
+            torch.mul(dact_PI.mul_(up_PI), derivatives[0], out=dgate_PI)
+            dup_PI.mul_(derivatives[1])
         if ctx.limit is not None:
             raw_gate_PI, raw_up_PI = h_P2I.chunk(2, -1)
             dgate_PI.mul_(raw_gate_PI <= ctx.limit)
@@ -130,7 +145,7 @@ class _TorchExperts(torch.autograd.Function):
             dgate_up_E2ID = F.grouped_mm(dh_P2I.T, x_ND.index_select(0, token_P), offs=offs_E)
         if ctx.needs_input_grad[0]:
             dx_ND = _gather_sum(F.grouped_mm(dh_P2I, gate_up_E2ID, offs=offs_E), slot_NA)
-        return dx_ND, dgate_up_E2ID, ddown_EDI, dweights_NA, None, None, None, None
+        return dx_ND, dgate_up_E2ID, ddown_EDI, dweights_NA, None, None, None, None, None
 
 
 def _bounded_gate_up(h_P2I: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:

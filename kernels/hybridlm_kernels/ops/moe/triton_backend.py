@@ -14,7 +14,7 @@ from hybridlm_kernels.precision import plain_backward, product_dtype
 
 
 def moe_experts(x_ND: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor,
-                weights_NA: Tensor, limit: float | None = None) -> Tensor:
+                weights_NA: Tensor, limit: float | None = None, soft_caps: None = None) -> Tensor:
     """The Triton backend; arguments as in the public function, already checked."""
     dtype = product_dtype(x_ND)
     inputs = (x_ND.to(dtype), gate_up_E2ID.to(dtype), down_EDI.to(dtype), weights_NA)

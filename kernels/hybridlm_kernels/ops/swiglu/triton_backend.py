@@ -14,7 +14,7 @@ from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase, as_rows
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, limit: float | None = None, soft_caps: None = None) -> Tensor:
     """The Triton backend; arguments as in the public function, already checked."""
     return _TritonSwiGLU.apply(gate, up, limit)
 

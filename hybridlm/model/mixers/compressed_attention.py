@@ -1,0 +1,380 @@
+"""Softmax attention to a window of tokens and to compressed entries of all earlier ones, in one softmax with sinks.
+
+    c_t = norm(W_qa x_t),   q_t = rope(norm(W_qb c_t)) per head,   k_s = v_s = rope(norm(W_kv x_s)), one for all heads
+    o_t = rope^-1( sum over s in the window of t, and over entries e that t reads, of softmax(q_t . k / sqrt(K)) k )
+    y_t = W_b [A_1 o_t,1 | ... | A_P o_t,P]                      the heads in P groups
+
+An entry stands for `ratio` tokens, with overlap for 2 `ratio`, and is seen by the token that completes it and by later
+ones. With an indexer a token reads the entries that it selects (CSA), else all (HCA); without a ratio there are none.
+Tokens of the window are inside entries too, as published.
+
+Source: DeepSeek-V4, 2026 (arXiv 2606.19348), section 2.3, and its class in transformers.
+B rows, T tokens, S keys, D hidden size, H query heads, K head dim, Q dims of the queries' latent, P groups of heads,
+E entries, N selected entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import gcd
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.errors import require
+from hybridlm.model.decode_state import EntryCache, TokenCache
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.block_selection import BlockIndex
+from hybridlm.model.mixers.common.cost import count_visible_keys, count_visible_pools
+from hybridlm.model.mixers.common.entries import EntryWindows
+from hybridlm.model.mixers.common.entry_attention import entry_attention, join_attention, window_attention
+from hybridlm.model.mixers.common.entry_indexer import EntryIndexer, EntryIndexerConfig
+from hybridlm.model.mixers.common.gated_entries import (
+    GatedEntries,
+    entry_params,
+    entry_projection_weights,
+    entry_state_numbers,
+)
+from hybridlm.model.mixers.common.grouped_output import GroupedOutput
+from hybridlm.model.mixers.common.indexer import AttentionMode, longest_document
+from hybridlm.model.mixers.common.init import init_projections
+from hybridlm.model.mixers.common.selector_loss import EntryTargets, selector_loss
+from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.norm import RMSNorm, WeightlessRMSNorm
+from hybridlm.model.rope import RopeConfig, rotate_last
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import selected_attention
+from hybridlm_kernels.precision import wide
+
+
+@dataclass(kw_only=True)
+class CompressedAttentionConfig(MixerConfig):
+    """Configuration of attention to a window and to compressed entries.
+
+    Args:
+        num_heads: query heads H; all read the same keys.
+        head_dim: dims per head K, of queries, of keys, which are values too, and of entries.
+        rope_head_dim: last dims of each head that rotate.
+        q_lora_rank: dims of the latent that queries are made from Q.
+        output_groups: groups of heads P that are projected apart.
+        output_rank: dims of each group after its projection.
+        rope: rotary embedding of queries, keys and entries; values are rotated too, and outputs back.
+        window: tokens of the window, the token's own included.
+        ratio: tokens that one entry stands for; null has no entries (DeepSeek-V4's first layers).
+        overlap: an entry also pools the `ratio` tokens before its own.
+        sinks: one learned logit per head that takes part in the softmax and carries no value.
+        indexer: selects the entries that a token reads; null reads all.
+    """
+
+    kind: str = "compressed_attention"
+    num_heads: int
+    head_dim: int
+    rope_head_dim: int
+    q_lora_rank: int
+    output_groups: int
+    output_rank: int
+    rope: RopeConfig = field(default_factory=lambda: RopeConfig(kind="interleaved"))
+    window: int = 128
+    ratio: int | None = 4
+    overlap: bool = True
+    sinks: bool = True
+    indexer: EntryIndexerConfig | None = None
+    loss_names: ClassVar[tuple[str, ...]] = ("indexer_kl",)
+
+    def __post_init__(self) -> None:
+        for key in ("num_heads", "head_dim", "q_lora_rank", "output_groups", "output_rank", "window"):
+            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
+        require(self.ratio is None or self.ratio > 0, "ratio", "must be positive", got=self.ratio,
+                hint="null has no entries")
+        require(self.num_heads % self.output_groups == 0, "output_groups", "must divide num_heads",
+                got=self.output_groups, expected=f"a divisor of {self.num_heads}")
+        require(self.rope.partial_rotary_factor == 1, "rope.partial_rotary_factor", f"is not used by {self.kind}",
+                got=self.rope.partial_rotary_factor, expected="1", hint="rope_head_dim says how many dims rotate")
+        narrowest = self.head_dim if self.indexer is None else min(self.head_dim, self.indexer.head_dim)
+        require(self.rope.kind == "none" or (0 < self.rope_head_dim <= narrowest and self.rope_head_dim % 2 == 0),
+                "rope_head_dim", "must be even and fit into the heads, those of the indexer too",
+                got=self.rope_head_dim, expected=f"an even number up to {narrowest}",
+                hint="rope.kind=none rotates nothing")
+        require(self.indexer is None or self.ratio is not None, "indexer", "needs entries to select from",
+                got="ratio=null", expected="a ratio, or no indexer")
+
+    def _weights(self, context: LayerContext) -> int:
+        """Number of weights of the projections, those of the indexer left out."""
+        D, H, K, Q = context.hidden_size, self.num_heads, self.head_dim, self.q_lora_rank
+        queries_and_keys = Q * (D + H * K) + D * K
+        output = self.output_rank * (H * K + self.output_groups * D)
+        entries = 0 if self.ratio is None else entry_projection_weights(D, K, self.overlap)
+        return queries_and_keys + output + entries
+
+    def num_params(self, context: LayerContext) -> int:
+        D, K, Q = context.hidden_size, self.head_dim, self.q_lora_rank
+        count = self._weights(context) + Q + K + self.sinks * self.num_heads
+        if self.ratio is not None:
+            count += entry_params(D, K, self.ratio, self.overlap) - entry_projection_weights(D, K, self.overlap)
+            if self.indexer is not None:
+                count += self.indexer.num_params(D, Q, self.ratio, self.overlap)
+        return count
+
+    def _selects(self, context_length: int) -> bool:
+        """Whether a context of this length has more entries than a token reads."""
+        return (self.ratio is not None and self.indexer is not None and self.indexer.mode == "sparse"
+                and context_length // self.ratio > self.indexer.topk)
+
+    def _seen_entries(self, context_length: int) -> float:
+        """Mean number of complete entries that a token sees."""
+        return 0.0 if self.ratio is None else count_visible_pools(context_length, self.ratio)
+
+    @property
+    def seen_window(self) -> int | None:
+        """Last tokens that a token sees, through entries too; None: all."""
+        return self.window if self.ratio is None else None
+
+    def read_keys(self, context_length: int) -> float:
+        """Mean number of keys of the window and of entries that a token reads."""
+        near = count_visible_keys(context_length, min(self.window, context_length))
+        if self.ratio is None or self.indexer is None or not self._selects(context_length):
+            return near + self._seen_entries(context_length)
+        return near + count_visible_pools(context_length, self.ratio, self.indexer.topk)
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        parts = {"projections": 2.0 * self._weights(context),
+                 "attention": 4.0 * self.num_heads * self.head_dim * self.read_keys(context_length)}
+        if self.ratio is not None and self.indexer is not None and self._selects(context_length):
+            weights = self.indexer.projection_weights(context.hidden_size, self.q_lora_rank, self.overlap)
+            parts["indexer"] = 2.0 * weights + self.indexer.score_flops(context_length, self.ratio)
+        return parts
+
+    def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        return self.flops_per_token(context, context_length).get("indexer", 0.0)
+
+    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        """Scores of attention for the targets; scores of the indexer forward, again and backward; its projections."""
+        if self.ratio is None or self.indexer is None or self.indexer.loss_weight == 0:
+            return 0.0
+        targets = 2.0 * self.num_heads * self.head_dim * self._seen_entries(context_length)
+        weights = self.indexer.projection_weights(context.hidden_size, self.q_lora_rank, self.overlap)
+        projections = (2.0 if self._selects(context_length) else 4.0) * weights
+        return targets + 4.0 * self.indexer.score_flops(context_length, self.ratio) + projections
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        numbers = min(context_length, self.window - 1) * self.head_dim
+        if self.ratio is not None:
+            numbers += entry_state_numbers(context_length, self.head_dim, self.ratio, self.overlap)
+            if self.indexer is not None:
+                numbers += self.indexer.state_numbers(context_length, self.ratio, self.overlap)
+        return numbers * element_bytes
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        queries, keys = self.num_heads * self.head_dim, self.head_dim
+        entries = 0 if self.ratio is None else 8 * (1 + self.overlap) * keys
+        kept = 2 * self.q_lora_rank + 7 * queries + 3 * keys + entries + self.output_groups * self.output_rank
+        indices = 0 if self.indexer is None or self.indexer.mode == "dense" else 8 * self.indexer.topk
+        return element_bytes * kept + indices
+
+    def check_context_parallel(self, shards: int, length: int) -> None:
+        """Every division is possible: windows and entries are made of gathered tokens."""
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        per_number, series = rows * length * element_bytes, 2 * (1 + self.overlap)
+        numbers = self.head_dim * (1 if self.ratio is None else 1 + series)
+        index = learned = 0
+        if self.indexer is not None:
+            learns = self.indexer.loss_weight > 0
+            index = series * self.indexer.head_dim * (learns or self._selects(length * shards))
+            learned = index * learns
+        return [ShardTraffic("gather", per_number * (numbers + index), per_number * (numbers + learned))]
+
+    def canonical(self, norm: NormConfig) -> dict[str, Any]:
+        data = super().canonical(norm)
+        data["rope"] = self.rope.canonical(uses_mscale=False)
+        data["rope_head_dim"] = 0 if self.rope.kind == "none" else self.rope_head_dim
+        data["overlap"] = self.overlap and self.ratio is not None
+        data["indexer"] = None if self.indexer is None else self.indexer.canonical()
+        return data
+
+    @classmethod
+    def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """Heads as in the model; latents of a quarter of its width, an eighth of a head rotated, groups of 8 heads."""
+        heads = model.heads_for(cls)
+        count = options.get("num_heads") or heads.num_heads
+        return {"num_heads": count, "head_dim": heads.head_dim, "rope_head_dim": max(2, heads.head_dim // 16 * 2),
+                "q_lora_rank": max(8, model.hidden_size // 4), "output_groups": gcd(count, max(1, count // 8)),
+                "output_rank": max(8, model.hidden_size // 4)}
+
+    @classmethod
+    def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        """Sizes follow the model; an indexer reads an eighth of the entries of the longest context, at most 512.
+
+        Entries without overlap stand for a 32nd of that context, at most 128 tokens, as the published ones.
+
+        >>> options = {"kind": "compressed_attention", "overlap": False}
+        >>> CompressedAttentionConfig.fill_sizes(options, ModelSizes(64, max_position=1024))["ratio"]
+        32
+        """
+        filled = super().fill_sizes(options, model)
+        if cls.missing_sizes(options) and not filled.get("overlap", True):
+            filled.setdefault("ratio", max(2, min(128, model.max_position // 32)))
+        if cls.missing_sizes(options) and filled.get("indexer") is not None:
+            sizes = {"num_heads": filled["num_heads"],
+                     "head_dim": max(min(128, filled["head_dim"]), filled["rope_head_dim"]),
+                     "topk": max(1, min(512, model.max_position // (8 * (filled.get("ratio") or 4))))}
+            filled["indexer"] = sizes | dict(filled["indexer"])
+        return filled
+
+    def has_selector(self) -> bool:
+        return self.indexer is not None
+
+    def with_attention_mode(self, mode: AttentionMode) -> Self:
+        return self if self.indexer is None else replace(self, indexer=replace(self.indexer, mode=mode))
+
+    def rotates(self) -> bool:
+        return self.rope.kind != "none"
+
+
+@dataclass
+class CompressedAttentionState:
+    """Decode state: keys of the window [B, W, 1, K], entries [B, E, K], and those of the indexer; None without them."""
+
+    window: TokenCache
+    entries: EntryCache | None
+    index_entries: EntryCache | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(part.num_bytes for part in (self.window, self.entries, self.index_entries) if part is not None)
+
+
+@register_mixer("compressed_attention", CompressedAttentionConfig)
+class CompressedAttention(SequenceMixer):
+    """The module: q_a_proj, q_a_norm, q_b_proj, kv_proj, kv_norm, output, and by option sinks [H], entries and indexer.
+
+    `attention_mode` and `kl_weight` may be set at any time: attention to all entries or to the selected ones, and the
+    weight of the indexer's loss. `measuring`: report the share of attention to all that is read, in evaluation too.
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_a_norm.weight", "kv_norm.weight", "sinks", "norm.weight",
+                                                "position_bias", "weights_proj.weight")
+
+    def __init__(self, config: CompressedAttentionConfig, context: LayerContext):
+        super().__init__()
+        self.config = config
+        D, H, K, Q = context.hidden_size, config.num_heads, config.head_dim, config.q_lora_rank
+        self.rotary_dim = 0 if config.rope.kind == "none" else config.rope_head_dim
+        self.q_a_proj = nn.Linear(D, Q, bias=False)
+        self.q_a_norm = RMSNorm.of(context.norm, Q)
+        self.q_b_proj = nn.Linear(Q, H * K, bias=False)
+        self.q_b_norm = WeightlessRMSNorm(context.norm.eps)
+        self.kv_proj = nn.Linear(D, K, bias=False)
+        self.kv_norm = RMSNorm.of(context.norm, K)
+        self.output = GroupedOutput(H * K, config.output_groups, config.output_rank, D)
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.sinks else None
+        self.entries: GatedEntries | None = None
+        self.indexer: EntryIndexer | None = None
+        if config.ratio is not None:
+            self.entries = GatedEntries(context, K, config.ratio, config.overlap, config.rope, self.rotary_dim)
+            if config.indexer is not None:
+                self.indexer = EntryIndexer(config.indexer, context, Q, config.ratio, config.overlap, config.rope,
+                                            self.rotary_dim)
+        self.attention_mode: AttentionMode = "dense" if config.indexer is None else config.indexer.mode
+        self.kl_weight = 0.0 if config.indexer is None else config.indexer.loss_weight
+        self.measuring = False
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"indexer_kl": self.kl_weight}
+
+    def set_attention(self, mode: AttentionMode | None, loss_weights: Mapping[str, float]) -> None:
+        if self.config.indexer is not None:
+            self.attention_mode = mode or self.config.indexer.mode
+            self.kl_weight = loss_weights.get("indexer_kl", self.config.indexer.loss_weight)
+
+    def freeze_idle_parameters(self) -> None:
+        if self.indexer is not None and self.kl_weight == 0:
+            self.indexer.requires_grad_(False)
+
+    def measure_selection(self, on: bool) -> None:
+        self.measuring = on and self.indexer is not None
+
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo,
+                state: CompressedAttentionState | None = None) -> tuple[Tensor, Aux]:
+        latent_BTQ = self.q_a_norm(self.q_a_proj(x_BTD))
+        q_BTHK = self.q_b_norm(self.q_b_proj(latent_BTQ).unflatten(-1, (-1, self.config.head_dim)))
+        k_BT1K = self.kv_norm(self.kv_proj(x_BTD))[:, :, None]
+        q_BTHK, k_BT1K = (rotate_last(x, self.config.rope, self.rotary_dim, seq) for x in (q_BTHK, k_BT1K))
+        k_BS1K = seq.history(k_BT1K) if state is None else state.window.append(k_BT1K)
+        o_BTHK, lse_BTH = window_attention(q_BTHK, k_BS1K, k_BS1K, self.config.window, seq, self.sinks)
+        aux: Aux = {}
+        if self.entries is not None:
+            entries_BEK, windows = self.entries(x_BTD, seq, None if state is None else state.entries)
+            e_BE1K = entries_BEK[:, :, None]
+            index, chosen = self._select(x_BTD, latent_BTQ, windows, seq, state)
+            sparse = chosen is not None and self.attention_mode == "sparse"
+            far_BTHK, far_lse_BTH = self._attend(q_BTHK, e_BE1K, windows, chosen if sparse else None)
+            if index is not None and state is None:
+                targets = EntryTargets(wide(q_BTHK.detach()), wide(e_BE1K.detach()), lse_BTH.detach(), sparse)
+                aux = self._observe(index, targets, chosen, seq)
+            o_BTHK = join_attention(o_BTHK, lse_BTH, far_BTHK, far_lse_BTH)
+        o_BTHK = rotate_last(o_BTHK, self.config.rope, self.rotary_dim, seq, back=True)
+        return self.output(o_BTHK), aux
+
+    def _select(self, x_BTD: Tensor, latent_BTQ: Tensor, windows: EntryWindows, seq: SequenceInfo,
+                state: CompressedAttentionState | None) -> tuple[BlockIndex | None, Tensor | None]:
+        """Index queries and keys where something needs them, and the numbers of the entries that are chosen.
+
+        The latter are None where all entries fit into the top-k, or nothing needs a choice.
+        """
+        indexer = self.indexer
+        if indexer is None:
+            return None, None
+        trains = (self.training and torch.is_grad_enabled() and self.kl_weight > 0
+                  and any(p.requires_grad for p in indexer.parameters()))
+        learns, sparse = state is None and (trains or self.measuring), self.attention_mode == "sparse"
+        fits = longest_document(windows.first_BS.shape[1], seq) // windows.length <= indexer.config.topk
+        keeps_entries = state is not None and sparse
+        if not (learns or keeps_entries or (sparse and not fits)):
+            return None, None
+        with torch.set_grad_enabled(trains):
+            index = indexer(x_BTD.detach(), latent_BTQ.detach(), seq, None if state is None else state.index_entries)
+        return index if learns else None, None if fits else indexer.choose(index)
+
+    def _attend(self, q_BTHK: Tensor, e_BE1K: Tensor, windows: EntryWindows,
+                chosen_BT1N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention to all entries or the chosen ones, and the logarithm of its sum of exponentials."""
+        if chosen_BT1N is None:
+            return entry_attention(q_BTHK, e_BE1K, e_BE1K, windows, self.config.head_dim**-0.5)
+        place_BT1N = torch.where(chosen_BT1N < 0, -1, chosen_BT1N + windows.first_BT[..., None, None])
+        return selected_attention(q_BTHK, e_BE1K, e_BE1K, place_BT1N)
+
+    def _observe(self, index: BlockIndex, targets: EntryTargets, chosen: Tensor | None, seq: SequenceInfo) -> Aux:
+        """The loss of the indexer, and the share of attention to everything that its selection reads."""
+        assert self.indexer is not None
+        found = selector_loss(self.indexer, index, targets, self.indexer.budget, chosen,
+                              only_chosen=targets.only_chosen)
+        loss = found.total / found.pairs.clamp(min=1)
+        if seq.shard is not None:  # in an early shard fewer queries see an entry
+            loss = seq.shard.weighted_mean(loss, found.pairs)
+        return {"loss/indexer_kl": loss, "layer/indexer_kl": loss.detach(),
+                "layer/indexer_recall": found.read / found.queries}
+
+    def head_rows(self) -> dict[str, int]:
+        return {"q_b_proj": self.config.num_heads}
+
+    def new_state(self, batch: int, max_length: int) -> CompressedAttentionState:
+        index = self.indexer if self.attention_mode == "sparse" else None
+        return CompressedAttentionState(TokenCache(max_length, self.config.window),
+                                        None if self.entries is None else self.entries.new_cache(max_length),
+                                        None if index is None else index.entries.new_cache(max_length))
+
+    def init_weights(self, std: float) -> None:
+        init_projections(self, std)
+        self.output.init_weights(std)
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
+        for module in self.modules():
+            if isinstance(module, GatedEntries):
+                nn.init.zeros_(module.position_bias)
