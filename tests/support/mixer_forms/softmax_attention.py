@@ -20,7 +20,7 @@ FORMS: dict[str, MixerConfig] = {
     "random_blocks": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask=MaskConfig(
         kind="blocks", size=5, columns=1, block=4, random=2)),
     "dilated": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8,
-                               mask=MaskConfig(kind="dilated", size=4, branches=2)),
+                               mask=MaskConfig(kind="dilated", size=6, branches=2, factor=3)),
     "qwen3_next_full": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="head", output_gate="element",
                                        rope=RopeConfig(partial_rotary_factor=0.25)),
     "minimax_m2": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="full",
