@@ -42,6 +42,7 @@ def run_sweeps(sweeps: Mapping[Path, Sequence[str]], jobs: int, collect: bool) -
 
 def write_tables(out: Path, every: Sequence[dict[str, Any]], metrics: Sequence[str] = ()) -> None:
     """Write table.md and results.csv of all sweeps; `metrics` of training on text stand beside the probes."""
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table.md", "\n".join(f"{results['sweep']}\n\n{table(results, metrics)}" for results in every)
                + f"\n{facts(every)}")
     with (out / "results.csv").open("w", newline="") as file:
