@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 KEEP = 7  # of 30 attention layers
-ALIGN_STEPS, DISTILL_STEPS = 150, 70  # of 2 sequences of 512 tokens
+ALIGN_STEPS, DISTILL_STEPS = 150, 150  # of 2 sequences of 512 tokens
 COPY_STEPS = 50  # of the comparison of starts
 BATCH, LENGTH = 2, 512
 
