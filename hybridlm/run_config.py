@@ -52,7 +52,10 @@ def load_config(name: str = "train", overrides: Sequence[str] = (), config_dir: 
     overrides = [str(override) for override in overrides]
     started = _started_run(name, overrides)
     if started is not None:
-        return compose_run(str(started), overrides, config_dir).finish()
+        composed = compose_run(str(started), overrides, config_dir)
+        if composed.has("recipe.convert") and composed.value("recipe.convert.converted") is None:
+            _plan_conversion(composed)  # recipe=... on the command line stands for the recipe before it was planned
+        return composed.finish()
     branch = override_value(overrides, "branch_from")
     if branch is not None:
         return _compose_branch(name, overrides, str(branch), config_dir)
@@ -150,12 +153,21 @@ def _convert(composed: Composition) -> None:
     init_from = composed.value("init_from")
     source = None if init_from is None else str(init_from)
     if recipe.convert is not None and source is not None:
-        plan = plan_conversion(recipe.convert, checkpoint.read_model_config(_find_checkpoint(source, "teacher")))
-        composed.set("recipe.convert.keep", plan.keep)
-        composed.set("recipe.convert.converted", plan.converted)
-        composed.replace_model(to_dict(plan.model if recipe.indexer is None else add_indexers(recipe, plan.model)))
+        model = _plan_conversion(composed)
+        composed.replace_model(to_dict(model if recipe.indexer is None else add_indexers(recipe, model)))
         return
     composed.replace_model(to_dict(convert_model(recipe, source)))
+
+
+def _plan_conversion(composed: Composition) -> ModelConfig:
+    """Write into the recipe which layers of the checkpoint `init_from` are converted; returns the converted model."""
+    convert = from_dict(RecipeConfig, composed.value("recipe"), "recipe", root=Config).convert
+    assert convert is not None
+    source = str(composed.value("init_from"))
+    plan = plan_conversion(convert, checkpoint.read_model_config(_find_checkpoint(source, "teacher")))
+    composed.set("recipe.convert.keep", plan.keep)
+    composed.set("recipe.convert.converted", plan.converted)
+    return plan.model
 
 
 def _take_tokenizer(composed: Composition, source: str, folder: Path) -> None:

@@ -84,7 +84,9 @@ def check_same_run(saved: Any, config: Config, where: Path, branch: str = "") ->
     if other_model and (differ := weight_changes(saved, config)):
         raise CheckpointError(f"the model of the run in {where} has changed: {_join(differ)}. Take another run_dir, "
                               f"such as run_dir={free_folder(where)}, or the model that the run began with")
-    hint = f"to go on from it with these changes: {branch}" if branch else "take another run_dir"
+    # A branch converts nothing.
+    converts = any(change.key.startswith(("recipe.convert.", "recipe.indexer.")) for change in changed)
+    hint = f"to go on from it with these changes: {branch}" if branch and not converts else "take another run_dir"
     raise ConfigError("run_dir", f"holds a different run: {_join(changed)}", got=str(where),
                       hint=f"{hint}; or take the config that the run began with")
 

@@ -42,6 +42,16 @@ def hybridlm(*words: str, minutes: float | None = None) -> bool:
     return True
 
 
+def is_finished(run: Path) -> bool:
+    """Whether the newest checkpoint of a run has all steps of its plan."""
+    from hybridlm import load_config
+    from hybridlm.checkpoint import resolve
+    from hybridlm.files import step_of
+    from hybridlm.training.stages import plan_stages
+
+    return step_of(resolve(run)) == sum(stage.steps for stage in plan_stages(load_config(str(run / "config.yaml"))))
+
+
 def import_model(folder: Path, gguf: Path | None, model: Path | None) -> None:
     """Make the teacher, a checkpoint of ours, from quantised weights or from a folder of transformers."""
     if (folder / "teacher").exists():
@@ -75,12 +85,12 @@ def train(folder: Path, name: str, keep: str, stages: list[str], minutes: float 
     """Train a conversion in the folder `name`, or go on with it."""
     if (folder / f"{name}.done").exists():
         return
-    done = hybridlm(
+    hybridlm(
         "train", "recipe=linearize_tiny", f"teacher={folder / 'teacher'}", f"recipe.convert.keep={keep}",
         f"recipe.stages=[{', '.join(stages)}]", "data.path=stdlib", f"training.batch_size={BATCH}",
         f"training.sequence_length={LENGTH}", "training.eval_batches=4", "training.eval_every=75",
         "training.checkpoint_every=25", f"run_dir={folder / name}", *more, minutes=minutes)
-    if done:
+    if is_finished(folder / name):
         (folder / f"{name}.done").touch()
 
 

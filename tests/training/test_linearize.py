@@ -165,6 +165,15 @@ def test_a_run_stopped_in_any_stage_goes_on_there(teacher, done, step, tmp_path,
     tiny_run.check_resume(monkeypatch, lambda: settings(teacher, tmp_path / "run"), step, done.run_dir)
 
 
+def test_the_same_command_is_the_same_run_again(teacher, done):
+    """Naming the recipe puts it in place of the saved one, in which the layers are planned already."""
+    again = settings(teacher, done.run_dir)
+    assert again == load_config(str(done.run_dir / "config.yaml"))
+    assert again.recipe.convert.converted == [0, 2]
+    with pytest.raises(ConfigError, match=r"holds a different run: .*recipe\.convert\.keep\.0 1 -> 0.*; take another "):
+        train(settings(teacher, done.run_dir, "recipe.convert.keep=[0]"))
+
+
 def test_the_saved_config_is_the_same_run_again(done, teacher):
     again = load_config(str(done.run_dir / "config.yaml"))
     assert to_yaml(again) == (done.run_dir / "config.yaml").read_text()
