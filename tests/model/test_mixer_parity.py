@@ -303,3 +303,38 @@ def test_gpt_oss_attention_with_sinks(x, window):
                             window=window, rope=RopeConfig(scaling=yarn))
     expected = layer(x, hf.GptOssRotaryEmbedding(config)(x, positions()), causal_mask(window=window))[0]
     torch.testing.assert_close(ours(mixer, renamed(layer, {}), x), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
+def test_gemma3_attention(x, layer_type):
+    from transformers import Gemma3TextConfig
+    from transformers.models.gemma3 import modeling_gemma3 as hf
+
+    window = 16 if layer_type == "sliding_attention" else None
+    config = Gemma3TextConfig(hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                              head_dim=16, query_pre_attn_scalar=16, layer_types=[layer_type], sliding_window=16,
+                              rms_norm_eps=1e-5, attn_implementation="eager")
+    layer = hf.Gemma3Attention(config, 0)
+    random_weights(layer)
+    mixer = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm="head", window=window,
+                            rope=RopeConfig(theta=config.rope_parameters[layer_type]["rope_theta"]))
+    rotation = hf.Gemma3RotaryEmbedding(config)(x, positions(), layer_type)
+    expected = layer(x, rotation, causal_mask(window=window))[0]
+    torch.testing.assert_close(ours(mixer, renamed(layer, {}), x, zero_centered=True), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
+def test_command_a_attention(x, layer_type):
+    from transformers import Cohere2Config
+    from transformers.models.cohere2 import modeling_cohere2 as hf
+
+    window = 16 if layer_type == "sliding_attention" else None
+    config = Cohere2Config(hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                           layer_types=[layer_type], sliding_window=16, attn_implementation="eager")
+    layer = hf.Cohere2Attention(config, 0)
+    random_weights(layer)
+    rope = RopeConfig(kind="none") if window is None else RopeConfig(
+        kind="interleaved", theta=config.rope_parameters["rope_theta"])
+    mixer = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, window=window, rope=rope)
+    expected = layer(x, hf.Cohere2RotaryEmbedding(config)(x, positions()), causal_mask(window=window))[0]
+    torch.testing.assert_close(ours(mixer, renamed(layer, {}), x), expected, **TOLERANCE)
