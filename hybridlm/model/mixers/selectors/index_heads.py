@@ -41,7 +41,8 @@ class IndexHeadsSelectorConfig(SelectorConfig):
 
     Args:
         num_heads: index heads J; null has one per key/value head.
-        head_dim: dims per index head d; null takes the head dim of attention.
+        head_dim: dims per index head d; null takes the head dim of attention. As many of them rotate as in a head of
+            attention, or all where there are fewer.
         lists_for: `group` has one list per key/value head, from the same number of index heads each; `all` one for all.
         reduce: `max` over the tokens of a block, or one key per block from the `mean` of its tokens.
         relu: products below zero count as zero.
@@ -71,8 +72,13 @@ class IndexHeadsSelectorConfig(SelectorConfig):
         """Dims per index head d."""
         return heads.head_dim if self.head_dim is None else self.head_dim
 
+    def rotary_dim(self, heads: BlockHeads) -> int:
+        """Rotated dims of an index head: as many as the layer rotates of its own heads, at most all of them."""
+        return min(heads.rope.rotary_dim(heads.head_dim), self.index_dim(heads))
+
     def check(self, heads: BlockHeads) -> None:
-        heads.rope.check(self.index_dim(heads), "selector.head_dim")
+        require(self.rotary_dim(heads) % 2 == 0, "selector.head_dim", "is an odd number of dims, which all rotate",
+                got=self.index_dim(heads), expected="an even number")
         lists = self.lists(heads)
         require(self.index_heads(heads) % lists == 0, "selector.num_heads", "must be a multiple of the lists",
                 got=self.num_heads, expected=f"a multiple of {lists}")
@@ -110,7 +116,7 @@ class IndexHeadsSelector(Selector):
         self.q_proj = nn.Linear(context.hidden_size, J * d, bias=False)
         self.k_proj = nn.Linear(context.hidden_size, d, bias=False)
         self.q_norm, self.k_norm = RMSNorm.of(context.norm, d), RMSNorm.of(context.norm, d)
-        self.rotary_dim = heads.rope.rotary_dim(d)
+        self.rotary_dim = config.rotary_dim(heads)
         self.scores_per_entry = J * (heads.block if config.reduce == "max" else 1)
 
     def init_weights(self, std: float) -> None:
