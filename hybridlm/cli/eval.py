@@ -71,7 +71,8 @@ def _parser() -> Parser:
     group.add_argument("--decode-tokens", type=int, metavar="N", help="decoded at each context (default 32)")
     group.add_argument("--sparse", action="append", metavar="NAME[:key=value,...]",
                        help="try a sparse attention on the softmax layers beside the dense one: exact, streaming, "
-                            "quest, pages, h2o or snapkv, each with budget=KEYS; may be given again")
+                            "quest, pages, h2o, snapkv, double_sparsity, clusterkv, magicpig, minference, flexprefill, "
+                            "xattention or sparge; docs/evaluation.md has their options; may be given again")
     group.add_argument("--indexers", action="store_true",
                        help="also the attention that indexers recall, by layer and by position, beside random keys, a "
                             "window, a window with the first token, and the most that is attainable")

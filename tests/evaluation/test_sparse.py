@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
-from hybridlm.evaluation.sparse import SPARSE_METHODS, make_sparse_method, sparse_softmax
+from hybridlm.evaluation.sparse import SPARSE_METHODS, BudgetMethod, make_sparse_method, sparse_softmax
 from hybridlm.evaluation.sparse.measure import _attend
 from hybridlm.model.mixers.common.dense_attention import AttentionCall
 from hybridlm.model.model import HybridLM
@@ -96,6 +96,11 @@ def test_snapkv_keeps_what_the_last_queries_of_the_prompt_attend_to():
             assert set(mask[2 * g, t].nonzero()[:, 0].tolist()) == expected
 
 
+COVERING = {"magicpig": {"local": 99}, "flexprefill": {"gamma": 1.0, "tau": 0.0, "least": 4, "block": 4},
+            "xattention": {"threshold": 1.0, "block": 8, "stride": 4}, "double_sparsity": {"calibration": 5},
+            "sparge": {"cdf": 1.0, "query_block": 8, "key_block": 4}}  # by options other than a budget
+
+
 @pytest.mark.parametrize("name", SPARSE_METHODS)
 def test_a_budget_that_covers_the_document_is_dense_attention(name):
     q, k, v = tensors(batch=2)
@@ -103,7 +108,9 @@ def test_a_budget_that_covers_the_document_is_dense_attention(name):
     sinks = torch.linspace(-1, 1, H, dtype=torch.float64)
     call = AttentionCall(q, k, v, borders, K**-0.5, None, sinks)
     with sparse_softmax(HybridLM(load_config("train", ["model=hybrid_tiny"]).model), None) as tally:
-        o = _attend(call, make_sparse_method(name, {"budget": 999, "dense_layers": 0}), tally)
+        budget = {"budget": 999} if issubclass(SPARSE_METHODS[name], BudgetMethod) else {}
+        method = make_sparse_method(name, {**budget, **COVERING.get(name, {}), "dense_layers": 0})
+        o = _attend(call, method, tally)
     torch.testing.assert_close(o, attention(q, k, v, sinks_H=sinks, cu_seqlens=borders), rtol=1e-10, atol=1e-10)
     assert tally.read == tally.visible
     assert tally.mass / tally.queries == pytest.approx(1.0)
@@ -147,10 +154,15 @@ def test_only_softmax_layers_of_a_hybrid_change_and_layers_may_stay_dense():
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [
-    ("quests", {}, "--sparse: no such method; got 'quests'; expected one of exact"),
+    ("quests", {}, "--sparse: no such method; got 'quests'; expected one of clusterkv"),
     ("quest", {"budget": 0}, "budget: is too small; got 0; expected at least 1"),
     ("quest", {"pages": 3}, "unknown key; did you mean 'page'?"),
     ("h2o", {"recent": -1}, "recent: is too small"),
+    ("xattention", {"budget": 8}, "unknown key"),
+    ("xattention", {"stride": 48}, "stride: does not divide the block; got 48; expected a divisor of 128"),
+    ("flexprefill", {"gamma": 1.5}, "gamma: is no share; got 1.5; expected above 0, at most 1"),
+    ("magicpig", {"tables": 1}, "tables: is too small; got 1; expected at least 2"),
+    ("magicpig", {"hashes": 64}, "hashes: is too large; got 64; expected at most 32"),
 ])
 def test_a_mistake_is_one_line(name, options, message):
     with pytest.raises(ConfigError) as caught:

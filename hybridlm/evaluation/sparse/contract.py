@@ -40,21 +40,26 @@ class KeyReader(ABC):
             read all keys, as in a prompt: they do not count for what is read.
         """
 
+    def correction(self, rows: slice) -> Tensor | None:
+        """Logarithms [H, Q, T] that are added to the scores of the keys that are read; None adds nothing.
+
+        Args:
+            rows: the queries, for which `reads` has just been asked.
+        """
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparseMethod(ABC):
     """A method and its options.
 
     Args:
-        budget: keys that a query reads, as the method counts them.
         dense_layers: first softmax layers of the model that stay dense.
     """
 
-    budget: int = 64
     dense_layers: int = 0
 
     def __post_init__(self) -> None:
-        self.require_at_least(1, "budget")
         self.require_at_least(0, "dense_layers")
 
     def require_at_least(self, least: int, *names: str) -> None:
@@ -62,6 +67,12 @@ class SparseMethod(ABC):
         for name in names:
             require(getattr(self, name) >= least, name, "is too small", got=getattr(self, name),
                     expected=f"at least {least}")
+
+    def require_share(self, *names: str) -> None:
+        """Raise ConfigError unless the options are above 0 and at most 1."""
+        for name in names:
+            require(0 < getattr(self, name) <= 1, name, "is no share", got=getattr(self, name),
+                    expected="above 0, at most 1")
 
     @abstractmethod
     def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
@@ -76,6 +87,43 @@ class SparseMethod(ABC):
     def piece_length(self, length: int) -> int | None:
         """Borders between pieces of queries that the method needs; None for any."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetMethod(SparseMethod):
+    """A method that reads a given number of keys.
+
+    Args:
+        budget: keys that a query reads, as the method counts them.
+    """
+
+    budget: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "budget")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMethod(SparseMethod):
+    """A method that reads a prompt densely, and selects among its keys for the queries behind it.
+
+    Args:
+        prompt: tokens of the prompt; 0 takes half of each document.
+    """
+
+    prompt: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(0, "prompt")
+
+    def piece_length(self, length: int) -> int | None:
+        return self.prompt_tokens(length)
+
+    def prompt_tokens(self, length: int) -> int:
+        """Tokens of the prompt of a document."""
+        return min(length, self.prompt or length // 2)
 
 
 SPARSE_METHODS: dict[str, type[SparseMethod]] = {}

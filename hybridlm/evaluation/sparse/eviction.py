@@ -13,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, register_sparse_method
+from hybridlm.evaluation.sparse.contract import (
+    BudgetMethod,
+    KeyReader,
+    PromptMethod,
+    register_sparse_method,
+)
 from hybridlm.evaluation.sparse.search import best_keys
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeavyHitters(SparseMethod):
+class HeavyHitters(BudgetMethod):
     """H2O: the newest keys, and those that got most attention so far.
 
     Args:
@@ -65,32 +70,22 @@ class _HeavyReader(KeyReader):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(SparseMethod):
+class SnapKV(PromptMethod, BudgetMethod):
     """SnapKV: of a prompt, the keys to which its last queries attend; everything behind the prompt is kept.
 
     Args:
         budget: keys of the prompt that are kept, its last `window` included.
-        prompt: tokens of the prompt; 0 takes half of each document.
         window: last queries of the prompt, which vote; their keys are kept.
         kernel: votes are averaged over so many neighbours.
     """
 
-    prompt: int = 0
     window: int = 32
     kernel: int = 7
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least(0, "prompt")
         self.require_at_least(1, "window")
         self.require_at_least(1, "kernel")
-
-    def piece_length(self, length: int) -> int | None:
-        return self.prompt_tokens(length)
-
-    def prompt_tokens(self, length: int) -> int:
-        """Tokens of the prompt of a document."""
-        return min(length, self.prompt or length // 2)
 
     def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
         return _SnapReader(self, q_THK, k_TGK, scale)

@@ -133,6 +133,8 @@ def _document(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, call: AttentionCall, 
             tally.read += int(reads_HQT.sum())
             tally.visible += int(seen_QT.sum()) * heads
             score_HQT = score_HQT.masked_fill(~reads_HQT, -torch.inf)
+            correction_HQT = None if reader is None else reader.correction(rows)
+            score_HQT = score_HQT if correction_HQT is None else score_HQT + correction_HQT
         if call.sinks_H is not None:
             sink_HQ1 = call.sinks_H.to(score_HQT.dtype)[:, None, None].expand(*score_HQT.shape[:2], 1)
             score_HQT = torch.cat([score_HQT, sink_HQ1], -1)

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, register_sparse_method
+from hybridlm.evaluation.sparse.contract import BudgetMethod, KeyReader, register_sparse_method
 from hybridlm.evaluation.sparse.search import best_keys
 
 MIN_PAGES = 3  # of Quest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pages(SparseMethod):
+class Pages(BudgetMethod):
     """The pages of best score, per query head. The page of the query itself is scored by the tokens up to it.
 
     Args:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, register_sparse_method
+from hybridlm.evaluation.sparse.contract import BudgetMethod, KeyReader, register_sparse_method
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactTopK(SparseMethod):
+class ExactTopK(BudgetMethod):
     """The keys of highest score, per query head.
 
     Args:
