@@ -22,9 +22,10 @@ from hybridlm.config.schema import Config, DataConfig, RecipeConfig
 from hybridlm.config.serialization import from_dict, to_dict
 from hybridlm.errors import ConfigError, did_you_mean_path
 from hybridlm.interop.linearization import plan_conversion
+from hybridlm.interop.surgery import fit_indexer
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.edit import add_indexer
-from hybridlm.model.mixers import IndexerConfig
+from hybridlm.model.loss_names import TEACHER_LOSSES
 from hybridlm.model.model import build_model
 
 
@@ -60,7 +61,7 @@ def load_config(name: str = "train", overrides: Sequence[str] = (), config_dir: 
     if branch is not None:
         return _compose_branch(name, overrides, str(branch), config_dir)
     composed = compose_run(name, overrides, config_dir)
-    _start_from_teacher(composed)
+    _find_start_of_conversion(composed)
     if composed.has("init_from") and not _holds_checkpoint(composed.value("run_dir")):
         _take_from_checkpoint(composed, name)
     elif _converts(composed) and not composed.from_file:
@@ -68,20 +69,32 @@ def load_config(name: str = "train", overrides: Sequence[str] = (), config_dir: 
     return composed.finish()
 
 
-def _start_from_teacher(composed: Composition) -> None:
-    """Let a run that converts its teacher start from it.
+def _find_start_of_conversion(composed: Composition) -> None:
+    """Let a run that converts its teacher start from it; without one it starts from `init_from`.
 
     Raises:
-        ConfigError: a conversion without a teacher.
+        ConfigError: a conversion without a checkpoint, or stages that compare with a teacher without one.
     """
     if not composed.has("recipe.convert"):
         return
-    if not composed.has("teacher"):
+    if composed.has("teacher"):
+        if not composed.has("init_from"):
+            composed.set("init_from", composed.value("teacher"))
+        return
+    stages = [stage for stage in composed.value("recipe.stages") or [] if isinstance(stage, dict)]
+    compares = any(stage.get("inputs") == "teacher" or any((stage.get("loss_weights") or {}).get(loss)
+                                                           for loss in TEACHER_LOSSES) for stage in stages)
+    if compares or not composed.has("init_from"):
         name = composed.value("recipe.name")
-        raise ConfigError("teacher", "is missing", expected=f"the run or checkpoint that recipe={name} converts",
+        raise ConfigError("teacher" if compares else "init_from", "is missing",
+                          expected=f"the run or checkpoint that recipe={name} converts",
                           hint="hybridlm import brings a checkpoint of transformers here")
-    if not composed.has("init_from"):
-        composed.set("init_from", composed.value("teacher"))
+
+
+def _source_key(composed: Composition) -> str:
+    """The key that names the checkpoint from which a run starts: `teacher` where that is it."""
+    is_teacher = composed.has("teacher") and composed.value("teacher") == composed.value("init_from")
+    return "teacher" if is_teacher else "init_from"
 
 
 def _converts(composed: Composition) -> bool:
@@ -115,7 +128,8 @@ def _compose_branch(name: str, overrides: list[str], source: str, config_dir: st
     if composed.has("recipe.convert") and composed.value("recipe.convert.converted") is None:
         raise ConfigError("recipe.convert", "converts a model, and a branch keeps its model",
                           got=composed.value("recipe.name"),
-                          hint=f"teacher={source} in place of branch_from starts the conversion")
+                          hint=f"{'teacher' if composed.has('teacher') else 'init_from'}={source} in place of "
+                               "branch_from starts the conversion")
     if not composed.overrides("init_from"):
         composed.set("init_from", None)
     if not composed.overrides("run_dir") and name == "train":
@@ -128,7 +142,7 @@ def _compose_branch(name: str, overrides: list[str], source: str, config_dir: st
 def _take_from_checkpoint(composed: Composition, name: str) -> None:
     """Take the model and the tokenizer of the checkpoint `init_from`, as far as nothing else is said of them."""
     source = str(composed.value("init_from"))
-    folder = _find_checkpoint(source, "teacher" if composed.value("teacher") == source else "init_from")
+    folder = _find_checkpoint(source, _source_key(composed))
     if _converts(composed):
         _convert(composed)
     elif name == "train" and not composed.choices.keys() & {"model", "experiment"}:
@@ -154,6 +168,9 @@ def _convert(composed: Composition) -> None:
     source = None if init_from is None else str(init_from)
     if recipe.convert is not None and source is not None:
         model = _plan_conversion(composed)
+        converted = [model.mixers[model.layers()[layer]] for layer in composed.value("recipe.convert.converted")]
+        if any(mixer.selector_parameters() for mixer in converted):
+            _require_warm_up(recipe, "a selector")
         composed.replace_model(to_dict(model if recipe.indexer is None else add_indexers(recipe, model)))
         return
     composed.replace_model(to_dict(convert_model(recipe, source)))
@@ -163,11 +180,25 @@ def _plan_conversion(composed: Composition) -> ModelConfig:
     """Write into the recipe which layers of the checkpoint `init_from` are converted; returns the converted model."""
     convert = from_dict(RecipeConfig, composed.value("recipe"), "recipe", root=Config).convert
     assert convert is not None
-    source = str(composed.value("init_from"))
-    plan = plan_conversion(convert, checkpoint.read_model_config(_find_checkpoint(source, "teacher")))
+    key = _source_key(composed)
+    source = _find_checkpoint(str(composed.value("init_from")), key)
+    plan = plan_conversion(convert, checkpoint.read_model_config(source), key)
     composed.set("recipe.convert.keep", plan.keep)
     composed.set("recipe.convert.converted", plan.converted)
     return plan.model
+
+
+def _require_warm_up(recipe: RecipeConfig, selector: str) -> None:
+    """Check that a dense stage comes first, for selectors that start from fresh weights.
+
+    Raises:
+        ConfigError: the first stage is sparse.
+    """
+    first = recipe.stages[0]
+    if first.attention_mode != "dense":
+        raise ConfigError("recipe.stages.0.attention_mode", f"would select keys by {selector} that nothing has trained",
+                          got=first.attention_mode, expected="a dense stage first",
+                          hint="or init_from a checkpoint that went through one")
 
 
 def _take_tokenizer(composed: Composition, source: str, folder: Path) -> None:
@@ -272,27 +303,22 @@ def add_indexers(recipe: RecipeConfig, config: ModelConfig) -> ModelConfig:
     layers = layers_to_convert(config, recipe.layers)
     if not layers:
         return config
-    first = recipe.stages[0]
-    if first.attention_mode != "dense":
-        raise ConfigError("recipe.stages.0.attention_mode", "would select keys by an indexer that nothing has trained",
-                          got=first.attention_mode, expected="a dense stage first (indexer_warmup)",
-                          hint="or init_from a checkpoint that went through one")
-    names = config.layers()
-    all_rotate = all(config.mixers[names[i]].rotates() for i in layers)
-    options: dict[str, Any] = {"mode": "dense", "rope_kind": "half" if all_rotate else "none"} | (recipe.indexer or {})
+    _require_warm_up(recipe, "an indexer")
+    options = dict(recipe.indexer or {})
     share = options.pop("share", 1)
     if not isinstance(share, int) or isinstance(share, bool) or share < 1:
         raise ConfigError("recipe.indexer.share", "is how many converted layers read one indexer's selection",
                           got=share, expected="1 (each has its own), 2, 3, ...")
-    options = _fit_indexer(options, config, layers)
-    _check_one_topk(recipe, config, options)
     readers = [layer for position, layer in enumerate(layers) if position % share]
     try:
-        indexer = from_dict(IndexerConfig, options, "indexer")
+        indexer = fit_indexer(options, config, layers, "indexer")
+        _check_one_topk(recipe, config, indexer.topk)
         model = add_indexer(build_model(config, device="meta"), indexer, layers[::share])[0]
         if readers:
             model = add_indexer(model, dataclasses.replace(indexer, share=True), readers)[0]
     except ConfigError as error:
+        if error.key.startswith("recipe."):
+            raise
         inside = error.key.partition("indexer.")[2]
         raise ConfigError(f"recipe.indexer.{inside}" if inside else f"recipe.layers: {error.key}", error.what,
                           got=error.got, expected=error.expected, hint=error.hint) from None
@@ -300,16 +326,7 @@ def add_indexers(recipe: RecipeConfig, config: ModelConfig) -> ModelConfig:
     return model.config
 
 
-def _fit_indexer(options: dict[str, Any], config: ModelConfig, layers: Sequence[int]) -> dict[str, Any]:
-    """Fill the sizes of an indexer that the recipe leaves open, so that it suits each of the layers to convert."""
-    names = config.layers()
-    fitted = [config.mixers[name].indexer_sizes(options, config.max_position)
-              for name in dict.fromkeys(names[index] for index in layers)]
-    return options | {key: max(sizes[key] for sizes in fitted) for key in ("num_heads", "head_dim", "topk")
-                      if key not in options}
-
-
-def _check_one_topk(recipe: RecipeConfig, config: ModelConfig, options: dict[str, Any]) -> None:
+def _check_one_topk(recipe: RecipeConfig, config: ModelConfig, fresh: int) -> None:
     """Check that fresh indexers select as many keys as those that the checkpoint has, where no stage says how many.
 
     Raises:
@@ -320,10 +337,10 @@ def _check_one_topk(recipe: RecipeConfig, config: ModelConfig, options: dict[str
     there = {index: topk for index, topk in topks.items() if topk is not None}
     left_open = [index for index, stage in enumerate(recipe.stages)
                  if stage.attention_mode != "dense" and stage.topk is None]
-    if left_open and set(there.values()) - {options["topk"]}:
-        index, topk = next((index, topk) for index, topk in there.items() if topk != options["topk"])
+    if left_open and set(there.values()) - {fresh}:
+        index, topk = next((index, topk) for index, topk in there.items() if topk != fresh)
         raise ConfigError("recipe.indexer.topk", f"is not that of the indexer which layer {index} has already",
-                          got=options["topk"], expected=f"{topk}, as there",
+                          got=fresh, expected=f"{topk}, as there",
                           hint=f"recipe.stages.{left_open[0]}.topk=N sets one for all layers of a stage")
 
 

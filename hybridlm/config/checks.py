@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hybridlm.config.legacy import upgrade_pattern
-from hybridlm.config.schema import NEW_MIXERS, Config, RecipeConfig, StageConfig
+from hybridlm.config.schema import NEW_MIXERS, SELECTORS_OF_KEYS, Config, RecipeConfig, StageConfig
 from hybridlm.distributed.engine_config import EngineConfig
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.config import ModelConfig
@@ -37,6 +37,12 @@ def validate(config: Config) -> None:
         _check_compile(config.engine)
     for index, stage in enumerate(config.recipe.stages):
         _check_stage(config, stage, f"recipe.stages.{index}")
+    recipe, model = config.recipe, config.model
+    require(any(recipe.parameter_patterns(stage.trainable, model) for stage in recipe.stages),
+            "recipe.stages.0.trainable", "names selectors without parameters: no stage has anything to train",
+            got=SELECTORS_OF_KEYS, hint="a selector without parameters needs a stage that trains the model")
+    require(recipe.dense_below is None or _selects(model), "recipe.dense_below", "needs a model with sparse attention",
+            got=recipe.dense_below)
 
 
 def check_effective(recipe: RecipeConfig, keys: Collection[str]) -> None:
@@ -119,16 +125,14 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
     require(batch is None or micro is None or batch % micro == 0, f"{path}.batch_size",
             "does not divide into micro batches", got=batch,
             expected=f"a multiple of training.micro_batch_size={micro}")
-    wants = next((key for key in ("attention_mode", "topk") if getattr(stage, key) is not None), None)
-    switches = wants == "attention_mode" and model_has_selector(config.model)
-    require(wants is None or switches or model_has_indexer(config.model), f"{path}.{wants}",
-            "needs a model with sparse attention",
-            got=None if wants is None else getattr(stage, wants),
-            hint="convert a checkpoint with recipe=dsa_tiny init_from=..., or take a model such as kda_dsa_tiny")
-    for name in dict.fromkeys(config.model.layers()) if stage.topk else ():
-        pool = config.model.mixers[name].topk_multiple()
-        require(stage.topk % pool == 0, f"{path}.topk", f"is not a number of whole pools of mixer {name}",  # type: ignore[operator]
-                got=stage.topk, expected=f"a multiple of {pool}")
+    selects = _selects(config.model)
+    for key in ("attention_mode", "topk", "dense_layers"):
+        require(selects or not getattr(stage, key), f"{path}.{key}", "needs a model with sparse attention",
+                got=getattr(stage, key),
+                hint="convert a checkpoint with recipe=sparse_tiny init_from=..., or take a model such as kda_dsa_tiny")
+    if stage.topk is not None:
+        _check_topk(config.model, stage.topk, f"{path}.topk")
+    _check_dense_layers(config.model, stage.dense_layers, f"{path}.dense_layers")
     compared = [name for name in TEACHER_LOSSES if stage.loss_weights.get(name)]
     require(not compared or config.teacher is not None, f"{path}.loss_weights.{compared[0] if compared else ''}",
             "needs a teacher", expected="teacher=RUN, a run or checkpoint folder")
@@ -139,9 +143,43 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
     for key, patterns in (("trainable", stage.trainable), ("lr_scale", list(stage.lr_scale))):
         require(NEW_MIXERS not in patterns or config.recipe.convert is not None, f"{path}.{key}",
                 "names the mixers that recipe.convert puts in, and there is none", got=NEW_MIXERS)
-        written = config.recipe.parameter_patterns(patterns)
+        require(SELECTORS_OF_KEYS not in patterns or selects, f"{path}.{key}",
+                "names selectors of sparse attention, and no layer has one", got=SELECTORS_OF_KEYS)
+        written = config.recipe.parameter_patterns(patterns, config.model)
         if written and written != ["*"]:
             check_patterns(written, parameter_names(config), f"{path}.{key}")
+
+
+def _check_topk(model: ModelConfig, topk: int, path: str) -> None:
+    """Check that every mixer that selects can select so many keys."""
+    for name in dict.fromkeys(model.layers()):
+        multiple = model.mixers[name].topk_multiple()
+        require(topk % multiple == 0, path, f"is not a number of whole pools or blocks of mixer {name}", got=topk,
+                expected=f"a multiple of {multiple}")
+        try:
+            model.mixers[name].with_topk(topk)
+        except ConfigError as error:
+            raise ConfigError(path, f"does not fit mixer {name}: {error.key} {error.what}", got=topk,
+                              expected=error.expected) from None
+
+
+def _check_dense_layers(model: ModelConfig, layers: list[int], path: str) -> None:
+    """Check that layers which are to be dense are there, and that no sparse one reads the selection of one of them."""
+    for layer in layers:
+        require(-model.num_layers <= layer < model.num_layers, path, "names a layer the model does not have", got=layer,
+                expected=f"0 to {model.num_layers - 1}")
+    dense = {layer % model.num_layers for layer in layers}
+    for index, name in enumerate(model.layers()):
+        mixer, context = model.mixers[name], model.layer_context(index)
+        if not layers or index in dense or not mixer.has_indexer():
+            continue
+        sources = {context.source_of(read) for read in mixer.reads(context)} & dense
+        require(not sources, path, f"names a layer whose selection layer {index} reads", got=next(iter(sources), None),
+                hint=f"name layer {index} too")
+
+
+def _selects(model: ModelConfig) -> bool:
+    return model_has_indexer(model) or model_has_selector(model)
 
 
 def model_has_indexer(config: ModelConfig) -> bool:

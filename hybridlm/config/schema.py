@@ -20,6 +20,8 @@ from hybridlm.optimizers.lr_schedule import LRScheduleConfig
 from hybridlm.sources import check_format
 
 NEW_MIXERS = "@new"  # among patterns over parameter names: those of converted mixers
+SELECTORS_OF_KEYS = "@selector"  # those of selectors that a loss of their own trains
+AttentionMode = Literal["dense", "sparse"]
 
 
 @dataclass(kw_only=True)
@@ -122,16 +124,19 @@ class StageConfig:
     """Learning-rate schedule of this stage, with the keys of `optimizer.schedule`; null: `optimizer.schedule`."""
     trainable: list[str] = field(default_factory=lambda: ["*"])
     """Shell patterns over parameter names; all other parameters are frozen. `@new` stands for the mixers that
-    `recipe.convert` has put in."""
-    attention_mode: Literal["dense", "sparse"] | None = None
-    """What layers with an indexer attend to: all keys, or those that the indexer selects; null: the model's own."""
+    `recipe.convert` has put in, `@selector` for the selectors of sparse attention that learn from a loss of their own:
+    a stage that trains them alone is left out of a model whose selectors have no parameters."""
+    attention_mode: AttentionMode | None = None
+    """What layers with a selector of keys attend to: all keys, or those that it selects; null: the model's own."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Layers that attend to all keys in this stage whatever `attention_mode` says, negative ones from the end."""
     topk: int | None = None
-    """Keys that an indexer selects per query; null: the model's own."""
+    """Keys that a query selects, whole blocks of them where blocks are selected; null: the model's own."""
     loss_weights: dict[str, float] = field(default_factory=dict)
-    """Weights of losses by name (lm, mtp, z, balance, router_z, indexer_kl), in place of the model's own; with a
-    teacher also layer_output, hidden and teacher_kl, which have none of their own."""
+    """Weights of losses by name (lm, mtp, z, balance, router_z, indexer_kl, selector_kl), in place of the model's own;
+    with a teacher also layer_output, hidden and teacher_kl, which have none of their own."""
     eval_recall: bool = False
-    """Validation also compares the selections of indexers with dense attention, which costs as much as that."""
+    """Validation also compares selections of keys with dense attention, which costs as much as that."""
     inputs: Literal["student", "teacher"] = "student"
     """What converted layers read and pass on: the model's own stream, or the teacher's, so that each learns its layer
     by itself, side by side with the others."""
@@ -161,10 +166,11 @@ class StageConfig:
 
 @dataclass(kw_only=True)
 class ConvertConfig:
-    """Other mixers in place of softmax attention of the teacher."""
+    """Other mixers in place of softmax attention of the checkpoint that a run starts from."""
 
     mixer: str | dict[str, Any] = "kda"
-    """The new mixer: a name of `configs/mixer`, or options of a kind. Sizes that are left open follow the attention."""
+    """The new mixer: a name of `configs/mixer`, or options of a kind. Sizes that are left open follow the attention. A
+    mixer that is itself attention with an indexer gives its indexer to the attention that is there."""
     keep: int | list[int] | str | None = None
     """Attention that stays: so many layers, evenly spread, or a list of layers, negative ones from the end, or a file
     of `hybridlm select`; null: a quarter, evenly spread. A run writes the list of layers here."""
@@ -194,8 +200,11 @@ class RecipeConfig:
     layers: list[int] | None = None
     """Layers that get the indexer, negative ones from the end; null: every full attention layer."""
     convert: ConvertConfig | None = None
-    """Mixers that replace attention: the model is that of `teacher`, with these in all but the kept layers. null: no
-    conversion."""
+    """Mixers that replace attention: the model is that of `teacher`, or of `init_from` where no stage compares with a
+    teacher, with these in all but the kept layers. null: no conversion."""
+    dense_below: int | None = None
+    """Stages whose sequences are shorter attend to all keys, whatever their `attention_mode`; null: there is no such
+    length."""
 
     def __post_init__(self) -> None:
         require(len(self.stages) > 0, "stages", "is empty", expected="at least one stage")
@@ -203,18 +212,40 @@ class RecipeConfig:
         require(len(set(names)) == len(names), "stages", "two stages have one name", got=names)
         require(self.layers is None or self.indexer is not None, "layers", "needs an indexer to put into them",
                 got=self.layers, hint="recipe=dsa_tiny, or set recipe.indexer")
+        require(self.dense_below is None or self.dense_below > 0, "dense_below", "must be positive",
+                got=self.dense_below, hint="null has no such length")
 
-    def parameter_patterns(self, patterns: Sequence[str]) -> list[str]:
-        """Write `@new` among patterns out as the parameters of converted mixers; all others stay.
+    def parameter_patterns(self, patterns: Sequence[str], model: ModelConfig) -> list[str]:
+        """Write `@new` and `@selector` among patterns out as parameters of the model; all others stay.
+
+        Args:
+            patterns: shell patterns over parameter names.
+            model: whose selectors `@selector` names.
 
         Example:
+            >>> from hybridlm import load_config
+            >>> model = load_config("train", ["model=hybrid_tiny", "model.schedule.full=msa"]).model
             >>> recipe = RecipeConfig(convert=ConvertConfig(converted=[0, 2]))
-            >>> recipe.parameter_patterns(["@new", "norm.weight"])
-            ['layers.0.mixer.*', 'layers.2.mixer.*', 'norm.weight']
+            >>> recipe.parameter_patterns(["@new", "norm.weight", "@selector"], model)
+            ['layers.0.mixer.*', 'layers.2.mixer.*', 'norm.weight', 'layers.3.mixer.selector.*']
         """
         converted = [] if self.convert is None else self.convert.converted or []
-        new = [f"layers.{layer}.mixer.*" for layer in converted]
-        return [name for pattern in patterns for name in (new if pattern == NEW_MIXERS else [pattern])]
+        places = {NEW_MIXERS: [f"layers.{layer}.mixer.*" for layer in converted],
+                  SELECTORS_OF_KEYS: selector_patterns(model) if SELECTORS_OF_KEYS in patterns else []}
+        return [name for pattern in patterns for name in places.get(pattern, [pattern])]
+
+    def mode_of(self, stage: StageConfig, sequence_length: int) -> AttentionMode | None:
+        """What layers with a selector attend to in a stage of sequences of this length."""
+        short = self.dense_below is not None and sequence_length < self.dense_below
+        return "dense" if short else stage.attention_mode
+
+
+def selector_patterns(model: ModelConfig) -> list[str]:
+    """List patterns over the names of all parameters of selectors that a loss of their own trains."""
+    mixers = [(f"layers.{index}.mixer", name) for index, name in enumerate(model.layers())]
+    if model.mtp.depth:
+        mixers.append(("mtp.*.block.mixer", model.mtp.mixer or model.layers()[-1]))
+    return [f"{place}.{pattern}" for place, name in mixers for pattern in model.mixers[name].selector_parameters()]
 
 
 @dataclass(kw_only=True)

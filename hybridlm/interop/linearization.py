@@ -32,15 +32,16 @@ class Conversion:
     converted: list[int]
 
 
-def plan_conversion(convert: ConvertConfig, config: ModelConfig) -> Conversion:
-    """Choose the layers of a teacher to convert, and make the config of the result; nothing is allocated.
+def plan_conversion(convert: ConvertConfig, config: ModelConfig, source: str = "teacher") -> Conversion:
+    """Choose the layers of a model to convert, and make the config of the result; nothing is allocated.
 
     Args:
         convert: the new mixer, and what stays.
-        config: the teacher's model.
+        config: the model.
+        source: the key that names its checkpoint, for messages.
 
     Raises:
-        ConfigError: the teacher has no attention to convert, none would be converted, or the mixer cannot start from
+        ConfigError: the model has no attention to convert, none would be converted, or the mixer cannot start from
             it.
 
     Example:
@@ -50,7 +51,7 @@ def plan_conversion(convert: ConvertConfig, config: ModelConfig) -> Conversion:
         >>> plan.model.layers(), plan.converted
         (['gla', 'full', 'gla', 'gla'], [0, 2, 3])
     """
-    attention = attention_layers(config)
+    attention = attention_layers(config, source)
     keep = _layers_to_keep(convert.keep, attention, config.num_layers)
     converted = [layer for layer in attention if layer not in keep]
     if not converted:
@@ -67,8 +68,12 @@ def plan_conversion(convert: ConvertConfig, config: ModelConfig) -> Conversion:
     return Conversion(model.config, keep, converted)
 
 
-def attention_layers(config: ModelConfig) -> list[int]:
+def attention_layers(config: ModelConfig, source: str = "teacher") -> list[int]:
     """List the layers of softmax attention over all tokens.
+
+    Args:
+        config: the model.
+        source: the key that names its checkpoint, for messages.
 
     Raises:
         ConfigError: there is none.
@@ -78,8 +83,10 @@ def attention_layers(config: ModelConfig) -> list[int]:
              if config.mixers[name].can_take_indexer() or config.mixers[name].has_indexer()]
     if not found:
         kinds = sorted({f"{name} ({config.mixers[name].kind})" for name in names})
-        raise ConfigError("teacher", "holds a model without full attention: there is nothing to convert",
-                          got=", ".join(kinds), expected="layers of kind attention without a window")
+        selects = any(config.mixers[name].has_selector() for name in names)
+        raise ConfigError(source, "holds a model without full attention: there is nothing to convert",
+                          got=", ".join(kinds), expected="layers of kind attention without a window",
+                          hint="recipe.convert=null trains the selectors that are there further" if selects else "")
     return found
 
 

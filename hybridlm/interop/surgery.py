@@ -72,9 +72,11 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig | 
 
 def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mapping[str, Any], *,
                       calibrated: bool = False, seed: int = 0) -> tuple[HybridLM, Transfer]:
-    """Replace softmax attention by a mixer that starts from its weights.
+    """Replace softmax attention by a mixer that starts from its weights, or give it the indexer of that mixer.
 
     Layers whose attention differs (heads, rotation, how it joins the residual) each get the mixer in a form that fits.
+    A mixer that is itself attention with an indexer (`dsa`) leaves the attention as it is, of any kind, and adds the
+    indexer to it.
 
     Args:
         model: the trained model, which is not changed; on the device "meta" only its config is converted.
@@ -100,6 +102,16 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
     names = config.layers()
     label = mixer if isinstance(mixer, str) else str(mixer.get("kind"))
     options = _read_preset(mixer) if isinstance(mixer, str) else dict(mixer)
+    indexer = _kind_class(options, f"mixers.{label}").indexer_options(options)
+    if indexer is not None:
+        chosen = [index for index in sorted(edit.check_layers(config, layers))
+                  if config.mixers[names[index]].can_take_indexer()]
+        if not chosen:
+            raise ConfigError("mixer", "is attention with an indexer, and the layers have one already", got=label,
+                              hint="leave the conversion out: their indexers are trained further as they are")
+        if not all(config.mixers[names[index]].rotates() for index in chosen):
+            indexer = {**indexer, "rope_kind": "none"}
+        return edit.add_indexer(model, fit_indexer(indexer, config, chosen, "mixer.indexer"), chosen, seed=seed)
     groups: dict[str, list[int]] = {}
     for index in sorted(edit.check_layers(config, layers)):
         groups.setdefault(names[index], []).append(index)
@@ -114,20 +126,46 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
         if not new.can_start_from(old):
             raise ConfigError("mixer", "cannot start from the weights of attention", got=label,
                               expected="a mixer that takes its q, k, v and o, such as kda, gdn, gla, lightning, "
-                                       "mamba2, rwkv7, swa, lolcats or liger")
+                                       "mamba2, rwkv7, swa, lolcats or liger; of sparse ones dsa, moba, infllm_v2, "
+                                       "seer_attention, msa, qsa or quest")
         model, of_group = edit.replace_mixers(model, indices, new, label, seed=seed)
         transfer.kept += of_group.kept
         transfer.fresh += of_group.fresh
     return model, transfer
 
 
-def _fit_mixer(options: Mapping[str, Any], config: ModelConfig, replaced: MixerConfig, path: str) -> MixerConfig:
-    """A mixer from options whose open sizes follow the layer that it replaces."""
+def fit_indexer(options: Mapping[str, Any], config: ModelConfig, layers: Sequence[int], path: str) -> IndexerConfig:
+    """An indexer that suits each of some layers, and attends to all keys until a stage lets it select.
+
+    Args:
+        options: of an IndexerConfig; sizes and rotation that they leave open follow the layers.
+        config: the model.
+        layers: indices of its layers, which can take an indexer.
+        path: where the options stand, for messages.
+
+    Raises:
+        ConfigError: unknown options, or such that do not fit.
+    """
+    mixers = [config.mixers[name] for name in dict.fromkeys(config.layers()[index] for index in layers)]
+    rope_kind = "half" if all(mixer.rotates() for mixer in mixers) else "none"
+    options = {"mode": "dense", "rope_kind": rope_kind} | dict(options)
+    fitted = [mixer.indexer_sizes(options, config.max_position) for mixer in mixers]
+    sizes = {key: max(found[key] for found in fitted) for key in ("num_heads", "head_dim", "topk")
+             if key not in options}
+    return from_dict(IndexerConfig, options | sizes, path)
+
+
+def _kind_class(options: Mapping[str, Any], path: str) -> type[MixerConfig]:
     kind = options.get("kind")
     if kind not in MIXERS:
         raise ConfigError(f"{path}.kind", "no such kind", got=kind, expected=f"one of {', '.join(sorted(MIXERS))}")
+    return MIXERS.config_class(str(kind))  # type: ignore[return-value]
+
+
+def _fit_mixer(options: Mapping[str, Any], config: ModelConfig, replaced: MixerConfig, path: str) -> MixerConfig:
+    """A mixer from options whose open sizes follow the layer that it replaces."""
     sizes = ModelSizes(config.hidden_size, config.max_position, [replaced])
-    filled = MIXERS.config_class(str(kind)).fill_sizes(options, sizes)  # type: ignore[attr-defined]
+    filled = _kind_class(options, path).fill_sizes(options, sizes)
     return from_dict(MixerConfig, filled, path).adapted_to(replaced)  # type: ignore[type-abstract]
 
 

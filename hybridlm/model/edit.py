@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import ModelConfig, ScheduleConfig
+from hybridlm.model.cost import mtp_block
 from hybridlm.model.mixers import IndexerConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.model import HybridLM, build_model
@@ -114,6 +115,31 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig, n
         initial = mixer.initial_weights_from(config.mixers[names[i]], of_layer, config.norm)
         weights |= {prefix + key: tensor for key, tensor in initial.items()}
     return _transfer_weights(model, changed, weights, seed, chosen)
+
+
+def leave_dense(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
+    """Return the model with some layers that attend to all keys, where its mixers of the same name select them.
+
+    A mixer gets a second name, with `_dense` behind it, unless all layers that have it are to be dense.
+
+    Args:
+        config: the model.
+        layers: indices from 0 on.
+    """
+    names = config.layers()
+    mixers = dict(config.mixers)
+    new_names = list(names)
+    of_mtp = mtp_block(config)[1] if config.mtp.depth else None
+    for name in dict.fromkeys(names[index] for index in layers):
+        users = {index for index, other in enumerate(names) if other == name}
+        dense = mixers[name].with_attention_mode("dense")
+        new_name = name if users <= set(layers) and of_mtp != name else _find_free_name(f"{name}_dense", config, dense)
+        mixers[new_name] = dense
+        for index in users & set(layers):
+            new_names[index] = new_name
+    if mixers == config.mixers:
+        return config
+    return dataclasses.replace(_rebuild_config(config, new_names, mixers), name=config.name, published=config.published)
 
 
 def check_layers(config: ModelConfig, layers: Sequence[int]) -> set[int]:

@@ -167,7 +167,7 @@ class Distillation:
         equal: set[str] = set()
         starts_equal = self.config.recipe.convert is not None and self.config.init_from == self.config.teacher
         if starts_equal and not any(hasattr(p, "ds_id") for p in theirs.values()):  # ZeRO-3 holds shards
-            own = [*self.config.recipe.parameter_patterns([NEW_MIXERS]), *trained]
+            own = [*self.config.recipe.parameter_patterns([NEW_MIXERS], self.config.model), *trained]
             equal = {name for name in mine.keys() & theirs.keys()  # not the experts of other processes
                      if not any(fnmatchcase(name, pattern) for pattern in own)
                      and (mine[name].dtype, mine[name].shape) == (theirs[name].dtype, theirs[name].shape)}

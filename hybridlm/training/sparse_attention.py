@@ -9,10 +9,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from hybridlm.config.schema import StageConfig
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.edit import leave_dense
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer
 from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.model import HybridLM
+from hybridlm.model.stand_ins import block_of
 from hybridlm.training.stages import Stage
 
 log = logging.getLogger("hybridlm")
@@ -34,9 +37,10 @@ def set_attention(model: HybridLM, stage: Stage) -> None:
     model.loss_weights = dict(stage.loss_weights)
     for mixer in _mixers(model):
         mixer.set_attention(stage.attention_mode, stage.loss_weights)
-    for indexed in indexed_mixers(model):
-        if indexed.indexer is not None:
-            indexed.indexer.topk = stage.topk or indexed.indexer.config.topk
+        mixer.set_topk(stage.topk)
+    for layer in stage.dense_layers:
+        for mixer in _mixers(block_of(model, layer)):
+            mixer.set_attention("dense", stage.loss_weights)
 
 
 def freeze_idle_indexers(model: HybridLM) -> None:
@@ -62,14 +66,23 @@ def stage_model(config: ModelConfig, stage: Stage) -> ModelConfig:
                           for name, mixer in changed.mixers.items()}
     if stage.topk is not None:
         changed.mixers = {name: mixer.with_topk(stage.topk) for name, mixer in changed.mixers.items()}
-    return changed
+    return leave_dense(changed, stage.dense_layers)
 
 
-def warn_of_selection(model: HybridLM, stage: Stage) -> None:
-    """Warn of a top-k that leaves no key out."""
-    topk = max((m.indexer.topk for m in indexed_mixers(model) if m.indexer is not None), default=0)
-    sparse = any(m.attention_mode == "sparse" for m in indexed_mixers(model))
-    if sparse and topk >= stage.sequence_length:
+def describe_attention(model: HybridLM, stage: Stage, asked: StageConfig, dense_below: int | None) -> None:
+    """Log that a stage is dense because its sequences are short; warn of a top-k that leaves no key out.
+
+    Args:
+        model: as the stage has set it.
+        stage: the stage.
+        asked: its config.
+        dense_below: of the recipe.
+    """
+    if stage.attention_mode != asked.attention_mode:
+        log.info("stage %s: its sequences of %d tokens are shorter than recipe.dense_below=%s, so attention is dense",
+                 stage.name, stage.sequence_length, dense_below)
+    topk = max((keys for mixer in _mixers(model) if (keys := mixer.selected_keys()) is not None), default=0)
+    if topk >= stage.sequence_length:
         log.warning("stage %s: top-k %d is not below the length of %d tokens, so every key is selected and attention "
                     "is dense; take longer sequences or a smaller recipe.stages.%d.topk", stage.name, topk,
                     stage.sequence_length, stage.index)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
+from hybridlm.config.schema import selector_patterns
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import BACKWARD, forward_flops, mixer_forward_flops, training_parts
 from hybridlm.model.loss_names import trains_next_token
@@ -33,7 +35,7 @@ def stage_flops(config: ModelConfig, stage: Stage, trained: Sequence[str],
     teacher's attention in converted layers that learn its output. Backwards reach from the losses down to what is
     trained:
 
-        indexers alone                         none but that of their own loss
+        selectors of keys alone                none but that of their own loss
         converted mixers, on teacher inputs    the mixers, each from its own loss
         anything else                          the whole model
 
@@ -53,7 +55,8 @@ def stage_flops(config: ModelConfig, stage: Stage, trained: Sequence[str],
     compares = teacher is not None and bool(weights.get("teacher_kl") or weights.get("hidden"))
     aligns = teacher is not None and (stage.inputs == "teacher" or weights.get("layer_output", 0) > 0)
     partial = True
-    if all(".indexer." in name for name in trained):
+    selectors = selector_patterns(config)
+    if all(any(fnmatchcase(name, pattern) for pattern in selectors) for name in trained):
         backward = 0.0
     elif teacher is not None and stage.inputs == "teacher" and not compares and _are_mixers(trained, teacher.converted):
         backward = BACKWARD * mixer_forward_flops(model, teacher.converted, length)

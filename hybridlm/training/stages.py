@@ -19,7 +19,10 @@ from hybridlm.optimizers.lr_schedule import LRScheduleConfig, check_schedule, lr
 
 @dataclass(kw_only=True)
 class Stage(StageConfig):
-    """A stage of a run: its config with all defaults filled in, and its index among the stages."""
+    """A stage of a run: its config with all defaults filled in, and its index among the stages.
+
+    A stage without anything to train has no steps: it is passed over.
+    """
 
     index: int
     steps: int
@@ -27,6 +30,9 @@ class Stage(StageConfig):
     batch_size: int
     lr: float
     schedule: LRScheduleConfig
+
+    def __post_init__(self) -> None:
+        """Check nothing: the config has been checked, and a stage may have no steps."""
 
     def lr_at(self, step: int) -> float:
         """Compute the learning rate of step number `step` of the stage, 0 the first."""
@@ -58,16 +64,20 @@ def plan_stages(config: Config) -> list[Stage]:
     for index, stage in enumerate(config.recipe.stages):
         length = stage.sequence_length or config.training.sequence_length
         batch_size = stage.batch_size or config.training.batch_size
-        steps = _count_steps(stage, config, length * batch_size)
+        patterns = config.recipe.parameter_patterns(stage.trainable, config.model)
+        steps = _count_steps(stage, config, length * batch_size) if patterns else 0
         schedule = stage.schedule or config.optimizer.schedule
-        check_schedule(schedule, steps, f"recipe.stages.{index}.schedule" if stage.schedule else "optimizer.schedule")
+        if steps:
+            key = f"recipe.stages.{index}.schedule" if stage.schedule else "optimizer.schedule"
+            check_schedule(schedule, steps, key)
         options = {field.name: getattr(stage, field.name) for field in fields(StageConfig)}
         stages.append(Stage(**options | {
             "index": index, "steps": steps, "tokens": None, "sequence_length": length, "batch_size": batch_size,
             "lr": stage.lr or config.optimizer.lr, "schedule": schedule,
-            "trainable": config.recipe.parameter_patterns(stage.trainable),
+            "trainable": patterns, "attention_mode": config.recipe.mode_of(stage, length),
+            "dense_layers": sorted({layer % config.model.num_layers for layer in stage.dense_layers}),
             "lr_scale": {pattern: factor for name, factor in stage.lr_scale.items()
-                         for pattern in config.recipe.parameter_patterns([name])}}))
+                         for pattern in config.recipe.parameter_patterns([name], config.model)}}))
     return stages
 
 

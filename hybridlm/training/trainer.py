@@ -43,11 +43,11 @@ from hybridlm.training.run_changes import branch_command, free_folder
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.training.saver import Saver
 from hybridlm.training.sparse_attention import (
+    describe_attention,
     freeze_idle_indexers,
     measuring_recall,
     set_attention,
     stage_model,
-    warn_of_selection,
 )
 from hybridlm.training.stage_flops import stage_flops
 from hybridlm.training.stages import Progress, Stage, check_trained, describe_names, set_trainable
@@ -136,14 +136,17 @@ class Trainer:
         try:
             for stage in self.stages[self.progress.stage:]:
                 self.progress.enter(stage)
+                if not stage.steps:
+                    log.info("stage %s: left out, for the selectors that it trains have no parameters", stage.name)
                 if self.progress.step_in_stage < stage.steps and not self._run_stage(stage):
                     return self.stop.requested
         except BaseException:
             self.saver.abandon()
             raise
         if self.validated_at != self.progress.step:  # a finished run that was started again
-            self._begin_stage(self.stages[-1])
-            self._validate(self.stages[-1], True)
+            last = next(stage for stage in reversed(self.stages) if stage.steps)
+            self._begin_stage(last)
+            self._validate(last, True)
         return None
 
     def _forget_later_records(self) -> None:
@@ -194,7 +197,8 @@ class Trainer:
         set_attention(self.model, stage)
         freeze_idle_indexers(self.model)
         trained = [name for name in trained if self.model.get_parameter(name).requires_grad]
-        warn_of_selection(self.model, stage)
+        recipe = self.config.recipe
+        describe_attention(self.model, stage, recipe.stages[stage.index], recipe.dense_below)
         self.stage_config = replace(self.config, model=stage_model(self.config.model, stage))
         self.flops_per_token = stage_flops(self.config.model, stage, trained, None if self.distillation is None else
                                            self.distillation.cost())

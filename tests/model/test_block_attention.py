@@ -147,7 +147,7 @@ def test_it_equals_its_definition(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_a_budget_that_covers_the_row_is_dense_attention(name, monkeypatch):
     mixer = build(name)
-    monkeypatch.setattr(mixer.config, "topk", 99)
+    mixer.set_topk(99 * mixer.config.block)
     found = []
     for mode in ("sparse", "dense"):
         mixer.attention_mode = mode

@@ -399,7 +399,7 @@ def test_losses_against_a_teacher_need_one():
     with pytest.raises(ConfigError, match=r"recipe.stages.0.trainable: names the mixers that recipe.convert puts in"):
         load_config("train", ["model=quickstart", "recipe.stages=[{name: a, trainable: ['@new']}]"])
     recipe = RecipeConfig(stages=[StageConfig(name="a")])
-    assert recipe.parameter_patterns(["@new", "*"]) == ["*"]
+    assert recipe.parameter_patterns(["@new", "*"], tiny_run.model()) == ["*"]
 
 
 def test_a_teacher_without_attention_is_refused(tmp_path):

@@ -210,6 +210,15 @@ class BlockAttentionConfig(GroupedHeadsConfig):
     def with_attention_mode(self, mode: AttentionMode) -> Self:
         return replace(self, mode=mode)
 
+    def topk_multiple(self) -> int:
+        return self.block
+
+    def with_topk(self, topk: int) -> Self:
+        return replace(self, topk=topk // self.block)
+
+    def selector_parameters(self) -> tuple[str, ...]:
+        return ("selector.*",) if self.selector.learns else ()
+
     def rotates(self) -> bool:
         return self.rope.kind != "none"
 
@@ -249,8 +258,9 @@ class BlockAttentionState:
 class BlockAttention(SequenceMixer):
     """The module: q_proj, k_proj, v_proj, o_proj, and by option g_proj, q_norm, k_norm, sinks [H] and selector.
 
-    `attention_mode` and `kl_weight` may be set at any time: attention to all keys or to the selected blocks, and the
-    weight of the selector's loss. `measuring`: report the share of dense attention that is read, in evaluation too.
+    `attention_mode`, `budget` and `kl_weight` may be set at any time: attention to all keys or to the selected blocks,
+    the number of these, and the weight of the selector's loss. `measuring`: report the share of dense attention that is
+    read, in evaluation too.
     """
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight", "k_norm.weight", "sinks")
@@ -272,6 +282,7 @@ class BlockAttention(SequenceMixer):
                                                                                  config.block_heads)
         self.rotary_dim = config.rope.rotary_dim(K)
         self.attention_mode: AttentionMode = config.mode
+        self.budget = config.budget
         self.kl_weight = config.selector.kl_weight
         self.measuring = False
 
@@ -282,6 +293,12 @@ class BlockAttention(SequenceMixer):
     def set_attention(self, mode: AttentionMode | None, loss_weights: Mapping[str, float]) -> None:
         self.attention_mode = mode or self.config.mode
         self.kl_weight = loss_weights.get("selector_kl", self.config.selector.kl_weight)
+
+    def set_topk(self, topk: int | None) -> None:
+        self.budget = (self.config if topk is None else self.config.with_topk(topk)).budget
+
+    def selected_keys(self) -> int | None:
+        return self.budget.topk * self.config.block if self.attention_mode == "sparse" else None
 
     def freeze_idle_parameters(self) -> None:
         if self.kl_weight == 0:
@@ -303,7 +320,7 @@ class BlockAttention(SequenceMixer):
         if state is not None:
             k_BSGK, v_BSGK = state.keys.append(k_BTGK), state.values.append(v_BSGK)
         keys = k_BSGK.shape[1] if seq.shard is None else seq.shard.history_length
-        sparse = self.attention_mode == "sparse" and longest_document(keys, seq) > self.config.topk * self.config.block
+        sparse = self.attention_mode == "sparse" and longest_document(keys, seq) > self.budget.topk * self.config.block
         learns = state is None and (self._learns() or self.measuring)
         index = None
         keeps_entries = state is not None and self.attention_mode == "sparse"
@@ -313,7 +330,7 @@ class BlockAttention(SequenceMixer):
                 index = self.selector(inputs, seq, None if state is None else state.entries)
         chosen = None
         if index is not None and (sparse or learns):
-            chosen = choose_blocks(self.selector, index, self.config.budget)
+            chosen = choose_blocks(self.selector, index, self.budget)
         if not sparse:
             o_BTHK = dense_attention(q_BTHK, k_BSGK, v_BSGK, seq, sinks_H=self.sinks)
             k_BSGK = seq.history(k_BSGK.detach()) if learns else k_BSGK
@@ -334,7 +351,7 @@ class BlockAttention(SequenceMixer):
                  sparse: bool) -> Aux:
         """The loss of a selector that learns, and the share of dense attention that its selection reads."""
         targets = KeyTargets(wide(q_BTHK.detach()), wide(k_BSGK.detach()), self.config.target)
-        found = selector_loss(self.selector, index, targets, self.config.budget, chosen, only_chosen=sparse)
+        found = selector_loss(self.selector, index, targets, self.budget, chosen, only_chosen=sparse)
         loss = found.total / found.pairs.clamp(min=1)
         if seq.shard is not None:  # in an early shard fewer queries see a block
             loss = seq.shard.weighted_mean(loss, found.pairs)

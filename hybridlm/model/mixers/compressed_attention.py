@@ -228,6 +228,17 @@ class CompressedAttentionConfig(MixerConfig):
     def has_selector(self) -> bool:
         return self.indexer is not None
 
+    def topk_multiple(self) -> int:
+        return 1 if self.indexer is None else self.ratio or 1
+
+    def with_topk(self, topk: int) -> Self:
+        if self.indexer is None:
+            return self
+        return replace(self, indexer=replace(self.indexer, topk=topk // self.topk_multiple()))
+
+    def selector_parameters(self) -> tuple[str, ...]:
+        return () if self.indexer is None else ("indexer.*",)
+
     def with_attention_mode(self, mode: AttentionMode) -> Self:
         return self if self.indexer is None else replace(self, indexer=replace(self.indexer, mode=mode))
 
@@ -293,6 +304,17 @@ class CompressedAttention(SequenceMixer):
             self.attention_mode = mode or self.config.indexer.mode
             self.kl_weight = loss_weights.get("indexer_kl", self.config.indexer.loss_weight)
 
+    def set_topk(self, topk: int | None) -> None:
+        if self.indexer is not None:
+            config = self.config if topk is None else self.config.with_topk(topk)
+            assert config.indexer is not None
+            self.indexer.topk = config.indexer.topk
+
+    def selected_keys(self) -> int | None:
+        if self.indexer is None or self.attention_mode == "dense":
+            return None
+        return self.indexer.topk * self.config.topk_multiple()
+
     def freeze_idle_parameters(self) -> None:
         if self.indexer is not None and self.kl_weight == 0:
             self.indexer.requires_grad_(False)
@@ -334,7 +356,7 @@ class CompressedAttention(SequenceMixer):
         trains = (self.training and torch.is_grad_enabled() and self.kl_weight > 0
                   and any(p.requires_grad for p in indexer.parameters()))
         learns, sparse = state is None and (trains or self.measuring), self.attention_mode == "sparse"
-        fits = longest_document(windows.first_BS.shape[1], seq) // windows.length <= indexer.config.topk
+        fits = longest_document(windows.first_BS.shape[1], seq) // windows.length <= indexer.topk
         keeps_entries = state is not None and sparse
         if not (learns or keeps_entries or (sparse and not fits)):
             return None, None

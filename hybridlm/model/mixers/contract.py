@@ -256,13 +256,33 @@ class MixerConfig(abc.ABC):
         """The same mixer attending to all keys (`dense`) or to what it selects (`sparse`), where it has a selector."""
         return self
 
-    def with_topk(self, topk: int) -> Self:
-        """The same mixer reading `topk` tokens, where a training stage may set their number."""
-        return self
-
     def topk_multiple(self) -> int:
         """Tokens that are selected together: a top-k that a training stage sets must be a multiple of it."""
         return 1
+
+    def with_topk(self, topk: int) -> Self:
+        """The same mixer reading `topk` selected tokens per query, a multiple of `topk_multiple`, where it selects.
+
+        Raises:
+            ConfigError: too few for what the mixer always reads.
+        """
+        return self
+
+    def selector_parameters(self) -> tuple[str, ...]:
+        """Shell patterns over the mixer's parameter names: those of a selector that a loss of its own trains."""
+        return ()
+
+    @classmethod
+    def indexer_options(cls, options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The options of an indexer, where attention of any kind becomes what `options` describe by getting it.
+
+        Args:
+            options: plain data of this kind.
+
+        Returns:
+            Options of an IndexerConfig; None where a mixer of this kind has to take the place of attention.
+        """
+        return None
 
     def can_take_indexer(self) -> bool:
         """Whether `with_indexer` would make the mixer sparse: it attends to all earlier tokens by softmax."""

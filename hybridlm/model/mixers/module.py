@@ -113,6 +113,17 @@ class SequenceMixer(KeepsFP32, abc.ABC):
             loss_weights: weights of losses by name that replace those of the config.
         """
 
+    def set_topk(self, topk: int | None) -> None:
+        """Select so many tokens per query, where the mixer has a selector.
+
+        Args:
+            topk: a multiple of `topk_multiple` of the config; None is as in the config.
+        """
+
+    def selected_keys(self) -> int | None:
+        """Keys that a query reads at most as the mixer is set now; None where it does not select by itself."""
+        return None
+
     def freeze_idle_parameters(self) -> None:
         """Freeze parameters of a selector whose loss has no weight: nothing trains them, nothing must decay them."""
 

@@ -10,6 +10,7 @@ B rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -172,6 +173,13 @@ class ParallelConfig(MixerConfig):
     def with_attention_mode(self, mode: Literal["dense", "sparse"]) -> Self:
         return replace(self, branches={name: branch.with_attention_mode(mode)
                                        for name, branch in self.branches.items()})
+
+    def topk_multiple(self) -> int:
+        return math.lcm(*(branch.topk_multiple() for branch in self.branches.values()))
+
+    def selector_parameters(self) -> tuple[str, ...]:
+        return tuple(f"branches.{name}.{pattern}" for name, branch in self.branches.items()
+                     for pattern in branch.selector_parameters())
 
 
 def _known_branches(options: Mapping[str, Any]) -> dict[str, Any]:

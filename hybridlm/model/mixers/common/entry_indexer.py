@@ -94,6 +94,7 @@ class EntryIndexer(nn.Module):
                  rope: RopeConfig, rotary_dim: int):
         super().__init__()
         self.config, self.rope, self.rotary_dim = config, rope, rotary_dim
+        self.topk = config.topk
         self.scores_per_entry = config.num_heads
         self.q_proj = nn.Linear(query_dim, config.num_heads * config.head_dim, bias=False)
         self.weights_proj = nn.Linear(context.hidden_size, config.num_heads, bias=False)
@@ -102,7 +103,7 @@ class EntryIndexer(nn.Module):
     @property
     def budget(self) -> BlockBudget:
         """Number of entries that are read; none is read without being chosen."""
-        return BlockBudget(self.config.topk, first=0, local=0)
+        return BlockBudget(self.topk, first=0, local=0)
 
     def forward(self, x_BTD: Tensor, latent_BTQ: Tensor, seq: SequenceInfo, cache: EntryCache | None) -> BlockIndex:
         """Index queries [B, T, J, I + 1], the last number being the weight of the head, and entries [B, E, I]."""

@@ -135,14 +135,26 @@ class IndexedMixerConfig(MixerConfig):
             filled["head_dim"] = max(filled["head_dim"], rotated)
         return filled
 
-    def with_attention_mode(self, mode: AttentionMode) -> Self:
-        return self if self.indexer is None else replace(self, indexer=replace(self.indexer, mode=mode))  # type: ignore[call-arg]
-
-    def with_topk(self, topk: int) -> Self:
-        return self if self.indexer is None else replace(self, indexer=replace(self.indexer, topk=topk))  # type: ignore[call-arg]
-
     def topk_multiple(self) -> int:
         return 1 if self.indexer is None else self.indexer.pool or 1
+
+    def with_attention_mode(self, mode: AttentionMode) -> Self:
+        return self._with_indexer_options(mode=mode)
+
+    def with_topk(self, topk: int) -> Self:
+        return self._with_indexer_options(topk=topk)
+
+    def _with_indexer_options(self, **options: Any) -> Self:
+        if self.indexer is None:
+            return self
+        return replace(self, indexer=replace(self.indexer, **options))  # type: ignore[call-arg]
+
+    def selector_parameters(self) -> tuple[str, ...]:
+        return () if self.indexer is None or self.indexer.share else ("indexer.*",)
+
+    @classmethod
+    def indexer_options(cls, options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return options.get("indexer")
 
     def sees_all_keys(self) -> bool:
         """Whether a token attends to all earlier tokens of its document, and to nothing else."""
@@ -215,6 +227,13 @@ class IndexedMixer(SequenceMixer):
         if self.indexer_config is not None:
             self.attention_mode = mode or self.indexer_config.mode
             self.kl_weight = loss_weights.get("indexer_kl", self.indexer_config.loss_weight)
+
+    def set_topk(self, topk: int | None) -> None:
+        if self.indexer is not None:
+            self.indexer.topk = topk or self.indexer.config.topk
+
+    def selected_keys(self) -> int | None:
+        return self.indexer.topk if self.indexer is not None and self.attention_mode == "sparse" else None
 
     def measure_selection(self, on: bool) -> None:
         self.measuring = on and self.indexer_config is not None
