@@ -109,6 +109,8 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
         if not chosen:
             raise ConfigError("mixer", "is attention with an indexer, and the layers have one already", got=label,
                               hint="leave the conversion out: their indexers are trained further as they are")
+        if not isinstance(indexer, Mapping):
+            raise ConfigError("mixer.indexer", "has the wrong type", got=indexer, expected="options of an indexer")
         if not all(config.mixers[names[index]].rotates() for index in chosen):
             indexer = {**indexer, "rope_kind": "none"}
         return edit.add_indexer(model, fit_indexer(indexer, config, chosen, "mixer.indexer"), chosen, seed=seed)

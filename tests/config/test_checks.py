@@ -47,7 +47,7 @@ from hybridlm.run_config import load_config
     (["model.feed_forward.dense_layers=[9]", "model.feed_forward.intermediate_size=8"],
      "model.feed_forward.dense_layers: names a layer the model does not have; got [9]; expected layers 0 to 3"),
     (["model=kda_dsa_tiny", "recipe=dsa_scratch", "model.mixers.dsa.indexer.pool=16", "recipe.stages.1.topk=40"],
-     "recipe.stages.1.topk: is not a number of whole pools of mixer dsa; got 40; expected a multiple of 16"),
+     "recipe.stages.1.topk: is not a number of whole pools or blocks of mixer dsa; got 40; expected a multiple of 16"),
     (["kernels.strict=maybe"], "kernels.strict: has the wrong type; got 'maybe'; expected true, false or null"),
 ])
 def test_sections_that_do_not_fit_give_one_line(overrides, message):

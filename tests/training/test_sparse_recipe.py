@@ -78,6 +78,16 @@ def test_a_llama_with_any_selector_computes_what_it_did_until_it_selects(llama, 
         assert torch.equal(model.eval()(ids).logits, dense(ids).logits) == same
 
 
+def test_dsa_is_an_option_of_the_attention_that_is_there():
+    model = build_model(load_config("train", ["model=kimi_linear_tiny"]).model, device="meta")
+    config = convert_attention(model, [-1], "dsa")[0].config
+    assert config.layers()[3] == "full"
+    converted = config.mixers[config.layers()[-1]]
+    assert (converted.kind, converted.indexer.mode, converted.indexer.rope_kind) == ("mla", "dense", "none")
+    with pytest.raises(ConfigError, match="layer 3: has no softmax attention with plain q, k, v and o projections"):
+        convert_attention(model, [3], "moba")
+
+
 @pytest.mark.parametrize("mixer", LEARNING)
 def test_what_teaches_a_selector_reaches_it_alone_in_both_stages(llama, mixer):
     config = settings(llama, llama.parent / "none", mixer)
@@ -170,6 +180,7 @@ def test_recipe_dsa_is_this_recipe_with_one_selector(llama, tmp_path):
      "recipe.convert.mixer: cannot start from the weights of attention; got 'nsa'"),
     ("dsa", ["recipe.convert.mixer.indexer.tpok=4"],
      "recipe.convert.mixer.indexer.tpok: unknown key; did you mean 'topk'"),
+    ("dsa", ["recipe.convert.mixer.indexer=4"], "recipe.convert.mixer.indexer: has the wrong type; got 4"),
     ("msa", ["recipe.stages.0.attention_mode=sparse"],
      "recipe.stages.0.attention_mode: would select keys by a selector that nothing has trained; got 'sparse'"),
     ("moba", ["recipe.stages.1.topk=6"],
