@@ -79,7 +79,7 @@ def diagonal_sums(p_HQT: Tensor) -> Tensor:
     """Sums of attention by distance from query to key, [H, T]; the queries are the last of the document.
 
     >>> diagonal_sums(torch.tensor([[[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]]))
-    tensor([[7., 4., 3.]])
+    tensor([[7., 5., 3.]])
     """
     heads, queries, tokens = p_HQT.shape
     t_Q = torch.arange(tokens, device=p_HQT.device)[tokens - queries :]
