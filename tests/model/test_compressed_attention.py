@@ -1,6 +1,5 @@
 """Attention to a window and compressed entries: against transformers, and against its definition written again."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -200,7 +199,7 @@ def test_a_budget_that_covers_the_row_reads_all_entries():
     made, windows = mixer.entries(x, seq)
     latent = mixer.q_a_norm(mixer.q_a_proj(x))
     indexer = mixer.indexer
-    indexer.config = dataclasses.replace(indexer.config, topk=windows.number)
+    indexer.topk = windows.number
     chosen = indexer.choose(indexer(x, latent, seq, None))
     found = []
     for listed in (chosen, None):
