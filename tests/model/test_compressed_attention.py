@@ -1,6 +1,5 @@
 """Attention to a window and compressed entries: against transformers, and against its definition written again."""
 
-
 import pytest
 import torch
 
