@@ -235,7 +235,7 @@ class RecipeConfig:
         return [name for pattern in patterns for name in places.get(pattern, [pattern])]
 
     def mode_of(self, stage: StageConfig, sequence_length: int) -> AttentionMode | None:
-        """What layers with a selector attend to in a stage of sequences of this length."""
+        """Find the mode of layers with a selector in a stage of sequences of this length."""
         short = self.dense_below is not None and sequence_length < self.dense_below
         return "dense" if short else stage.attention_mode
 

@@ -63,7 +63,7 @@ class FlexPrefill(SparseMethod):
         return BlockMapReader(self.block_map(q_HTK, k_HTK, scale), self.block, self.block)
 
     def block_map(self, q_HTK: Tensor, k_HTK: Tensor, scale: float) -> Tensor:
-        """Which blocks are read, [H, I, I]."""
+        """Decide which blocks are read, [H, I, I]."""
         size = self.block
         p_HQT = last_queries(q_HTK, k_HTK, size, scale)
         column_HT, diagonal_HT = p_HQT.mean(1), diagonal_sums(p_HQT) / p_HQT.shape[1]

@@ -49,7 +49,7 @@ class SpargeAttention(SparseMethod):
         return BlockMapReader(found, self.query_block, self.key_block)
 
     def block_map(self, q_HTK: Tensor, k_HTK: Tensor, scale: float) -> Tensor:
-        """Which blocks are read, [H, I, J]."""
+        """Decide which blocks are read, [H, I, J]."""
         q_similar_HI, k_similar_HJ = (_similarity(x, size) > self.similarity
                                       for x, size in ((q_HTK, self.query_block), (k_HTK, self.key_block)))
         score_HIJ = torch.einsum("hik,hjk->hij", block_means(q_HTK, self.query_block),

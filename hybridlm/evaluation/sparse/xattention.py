@@ -48,7 +48,7 @@ class XAttention(SparseMethod):
         return BlockMapReader(self.block_map(*per_query_head(q_THK, k_TGK), scale), self.block, self.block)
 
     def block_map(self, q_HTK: Tensor, k_HTK: Tensor, scale: float) -> Tensor:
-        """Which blocks are read, [H, I, I]."""
+        """Decide which blocks are read, [H, I, I]."""
         tokens, S = q_HTK.shape[1], self.stride
         q_HXSK, k_HXSK = (F.pad(x, (0, 0, 0, -tokens % self.block)).unflatten(1, (-1, S)) for x in (q_HTK, k_HTK))
         score_HXX = torch.einsum("hisk,hjsk->hij", q_HXSK.flip(2), k_HXSK) * (scale / S)
