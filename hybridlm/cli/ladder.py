@@ -47,6 +47,8 @@ def run(argv: Sequence[str]) -> int:
                              "and their changes keep their size")
     parser.add_argument("--widths", metavar="N,N,...", default="64,128,256",
                         help="hidden sizes of --check-coordinates (default 64,128,256)")
+    parser.add_argument("--check-seeds", type=int, metavar="N", default=4,
+                        help="seeds of --check-coordinates (default 4)")
     parser.add_json()
     args = parser.parse_intermixed_args(argv)
     try:
@@ -188,7 +190,7 @@ def _check_coordinates(args: argparse.Namespace) -> int:
 
     widths = read_integers("--widths", args.widths, "64,128,256")
     request = read_ladder_request(args.overrides, args.config_dir)
-    report = check_ladder(request, widths, say=printer(True))
+    report = check_ladder(request, widths, say=printer(True), seeds=args.check_seeds)
     if args.json:
         print(json.dumps(report))
     else:

@@ -26,13 +26,15 @@ LAYERS = 4  # of the checked models, or as many as it takes to have every mixer 
 VOCABULARY = 257  # tokens of the checked models: a large table only costs time
 
 
-def check_ladder(request: LadderRequest, widths: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
+def check_ladder(request: LadderRequest, widths: Sequence[int], say: Callable[[str], None],
+                 seeds: int = 4) -> dict[str, Any]:
     """Check every architecture of a ladder, and the control; writes coordinates.json in the ladder's folder.
 
     Args:
         request: names architectures, optimizer and parametrization.
         widths: hidden sizes, to which hyperparameters are carried from the ladder's base rung.
         say: gets a line for every architecture.
+        seeds: number of seeds of first weights and tokens.
 
     Returns:
         The verdicts and every coordinate as plain data.
@@ -46,7 +48,8 @@ def check_ladder(request: LadderRequest, widths: Sequence[int], say: Callable[[s
     if ladder.parametrization == CONTROL:
         raise ConfigError("ladder.parametrization", "carries nothing that could be checked", got=CONTROL,
                           expected="mup or completep")
-    check = CoordinateCheck(tuple(widths), base=ladder.base_size.hidden_size)
+    require(seeds > 0, "--check-seeds", "must be positive", got=seeds)
+    check = CoordinateCheck(tuple(widths), seeds=tuple(range(seeds)), base=ladder.base_size.hidden_size)
     report: dict[str, Any] = {"widths": list(widths), "parametrization": ladder.parametrization, "steps": check.steps,
                               "seeds": list(check.seeds), "architectures": {}}
     for name in ladder.architectures:
@@ -82,10 +85,13 @@ def checked_layers(model: ModelConfig) -> int:
 
 def _describe(coordinates: Sequence[Coordinate]) -> dict[str, Any]:
     rows = [{"name": each.name, "quantity": each.quantity, "step": each.step, "slope": each.slope,
-             "rms": {str(width): value for width, value in each.rms.items()}} for each in coordinates]
-    unstable = [row for row, each in zip(rows, coordinates, strict=True) if not each.is_stable]
-    return {"coordinates": rows, "unstable": [{key: row[key] for key in ("name", "quantity", "step", "slope")}
-                                              for row in unstable],
+             "half_width": each.half_width, "rms": {str(width): value for width, value in each.rms.items()}}
+            for each in coordinates]
+    shown = ("name", "quantity", "step", "slope", "half_width")
+    unstable, uncertain = ([{key: row[key] for key in shown} for row, each in zip(rows, coordinates, strict=True)
+                            if test(each)] for test in (lambda each: not each.is_stable,
+                                                        lambda each: each.is_uncertain))
+    return {"coordinates": rows, "unstable": unstable, "uncertain": uncertain,
             "steepest": {quantity: found and {"name": found.name, "step": found.step, "slope": found.slope}
                          for quantity in QUANTITIES for found in [steepest(coordinates, quantity)]}}
 
@@ -110,9 +116,10 @@ def print_check(report: dict[str, Any], console: Console) -> None:
                           f"{len(found[kind]['unstable'])} of {len(found[kind]['coordinates'])}")
     console.print(table)
     for name, found in report["architectures"].items():
-        for each in found[kinds[0]]["unstable"][:5]:
-            said = f"{each['name']} {each['quantity']} at step {each['step']}: slope {each['slope']:+.2f}"
-            console.print(f"{name}: {said}", highlight=False)
+        for kind in ("unstable", "uncertain"):
+            for each in found[kinds[0]][kind][:5]:
+                console.print(f"{name}: {each['name']} {each['quantity']} at step {each['step']}: slope "
+                              f"{each['slope']:+.2f} ± {each['half_width']:.2f}, {kind}", highlight=False)
         for gap in found["gaps"]:
             console.print(f"{name}: no published rule carries {gap}", highlight=False)
         if not found["control_grows"]:
@@ -121,3 +128,6 @@ def print_check(report: dict[str, Any], console: Console) -> None:
     console.print(f"slopes of log2 RMS over log2 width, {report['widths']}; "
                   + ("activations and their changes keep their size" if report["passes"]
                      else "NOT stable: carried learning rates are not to be trusted"), highlight=False)
+    if any(found[kinds[0]]["uncertain"] for found in report["architectures"].values()):
+        console.print(f"what is uncertain lies beyond the bounds by less than {len(report['seeds'])} seeds can tell: "
+                      "--check-seeds N takes more", highlight=False)

@@ -1,25 +1,29 @@
 """Coordinate check: whether activations and their changes in training keep their size when a model gets wider.
 
 The same batch is trained on for a few steps at several widths (Yang et al., arXiv 2203.03466, appendix D.1). For each
-activation, the slope of log2 of its root mean square over log2 of the width should be near 0:
+activation, the slope of log2 of its root mean square over log2 of the width should be near 0, over seeds:
 
   size    the activation itself
   change  its difference to step 0
   update  (W_t - W_0) x_0 of a linear map: the part of the change that its own learning rate decides
 
 Under the standard parametrization changes must grow with the width; a check that does not see this sees nothing.
+Slopes differ between seeds, those of the last residual by 0.14 (one standard deviation, widths 64 to 256, 4 layers, one
+step), so that the mean of a few lies beyond a bound by chance now and then. Only an interval that lies beyond it tells.
 Activations of stable size say that training at one learning rate is possible at all widths, not that the rate is good.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from hybridlm.ladder.rungs import carry
@@ -30,6 +34,7 @@ from hybridlm.optimizers import OptimizerConfig, build_optimizer
 
 QUANTITIES = ("size", "change", "update")
 STABLE_SLOPES = (-0.15, 0.15)  # of log2 RMS over log2 width
+LEVEL = 0.95  # probability of the interval of a slope
 # Logits of fresh weights fall with the root of the width, and hide those that are learned until these are larger. An
 # update of a linear map falls as much where it has nothing to do with its inputs, and not at all where it is aligned.
 FALLING_SLOPES = {"logits": (-0.65, 0.15), "update": (-0.65, 0.35)}
@@ -49,7 +54,7 @@ class CoordinateCheck:
     """
 
     widths: tuple[int, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
     steps: int = 5
     rows: int = 4
     length: int = 64
@@ -65,22 +70,50 @@ class Coordinate:
         quantity: size, change or update.
         step: optimizer steps before it was measured.
         rms: root mean square by width, the geometric mean over seeds.
-        slope: of log2 rms over log2 width; None where it was zero at some width.
+        slopes: of log2 rms over log2 width, by seed; none where it was zero at some width.
     """
 
     name: str
     quantity: str
     step: int
     rms: dict[int, float]
-    slope: float | None
+    slopes: tuple[float, ...]
+
+    @property
+    def slope(self) -> float | None:
+        """Mean of the slopes, which is the slope of `rms`; None where there are none."""
+        return statistics.fmean(self.slopes) if self.slopes else None
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval around the mean slope, by Student's t; 0 for a single seed, which is taken at its word.
+
+        >>> round(Coordinate("logits", "change", 1, {}, (0.1, 0.2, 0.3)).half_width, 3)
+        0.248
+        """
+        count = len(self.slopes)
+        if count < 2:
+            return 0.0
+        quantile = float(student_t.ppf(0.5 + LEVEL / 2, count - 1))
+        return quantile * statistics.stdev(self.slopes) / math.sqrt(count)
+
+    @property
+    def excess(self) -> float:
+        """Distance of the mean slope from the bounds for its name or quantity; 0 within them."""
+        if self.slope is None:
+            return 0.0
+        low, high = FALLING_SLOPES.get(self.name) or FALLING_SLOPES.get(self.quantity) or STABLE_SLOPES
+        return max(low - self.slope, self.slope - high, 0.0)
 
     @property
     def is_stable(self) -> bool:
-        """Whether the slope is within the bounds for its name or quantity."""
-        if self.slope is None:
-            return True
-        low, high = FALLING_SLOPES.get(self.name) or FALLING_SLOPES.get(self.quantity) or STABLE_SLOPES
-        return low <= self.slope <= high
+        """Whether the interval of the slope reaches into the bounds."""
+        return self.excess <= self.half_width
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether the mean lies beyond the bounds, and its interval reaches into them: more seeds would tell."""
+        return 0 < self.excess <= self.half_width
 
 
 def check_coordinates(model: ModelConfig, optimizer: OptimizerConfig, check: CoordinateCheck,
@@ -106,8 +139,10 @@ def check_coordinates(model: ModelConfig, optimizer: OptimizerConfig, check: Coo
     found = []
     for (name, quantity, step), by_width in logs.items():
         means = {width: sum(values) / len(values) for width, values in by_width.items()}
+        slopes = [_slope({width: values[index] for width, values in by_width.items()})
+                  for index in range(len(check.seeds))]
         found.append(Coordinate(name, quantity, step, {width: 2.0**mean for width, mean in means.items()},
-                                _slope(means)))
+                                tuple(slope for slope in slopes if slope is not None)))
     return found
 
 
