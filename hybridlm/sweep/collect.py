@@ -81,6 +81,7 @@ def read_results(folder: Path, metrics: list[str] | None = None) -> dict[str, An
 def _read_point(folder: Path, row: dict[str, Any], probes: list[ProbeTask]) -> dict[str, Any]:
     """Read one point: its costs, its outcome, its metrics if it is finished, and those of every finished probe."""
     run_dir = folder / "points" / row["point"]
+    probes = [task for task in probes if task.label in row.get("probes", [task.label])]  # a ladder's largest rung alone
     ended = read_outcome(run_dir, row["steps"], probes)
     records, corrupt_lines = read_metrics(run_dir / "metrics.jsonl")
     costs = {key: row[key] for key in ("point", "settings", "same_as", "changed", "layers", *COST_COLUMNS,

@@ -132,6 +132,12 @@ def test_a_failed_point_is_named_and_left_out(machine, tmp_path, capsys):
     assert [len(row["differences"]) for row in report["comparisons"]["kda"]] == [3, 2, 3]
 
 
+def test_probes_of_the_largest_rung_do_not_hold_the_others_back(machine, tmp_path):
+    assert main(ladder(tmp_path, "ladder.seeds=0", "ladder.probes=parity")) == 1  # nobody has trained on it
+    assert {row["rung"]: row["status"] for row in read(tmp_path)["points"]} == {
+        "t0": "finished", "t1": "finished", "t2": "waiting"}
+
+
 def test_a_dry_run_writes_nothing_and_its_counts_are_those_of_the_run(machine, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     folder = tmp_path / "ladder"
