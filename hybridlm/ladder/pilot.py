@@ -118,10 +118,18 @@ def judge_pilot(ladder: LadderConfig, tried: Sequence[TriedRate], points: Sequen
 
 
 def best_rates(ladder: LadderConfig) -> dict[str, float]:
-    """The best learning rate of each architecture by the pilot in the ladder's folder; empty without one."""
+    """The best learning rate of each architecture by the pilot in the ladder's folder; empty without one.
+
+    Raises:
+        ConfigError: the pilot has not finished, so that its best rates may not be the best.
+    """
     if not ladder.pilot.use:
         return {}
-    found = _read(ladder).get("architectures", {})
+    saved = _read(ladder)
+    if saved.get("missing"):
+        raise ConfigError("ladder.dir", "holds a pilot that has not finished", got=saved["missing"][0],
+                          hint="go on with it (--pilot), or train without it: ladder.pilot.use=false")
+    found = saved.get("architectures", {})
     return {name: row["best"] for name, row in found.items()
             if name in ladder.architectures and row.get("best") is not None}
 

@@ -58,6 +58,7 @@ class Sizes:
         transfer_layers: see there.
         transfer_factors: over the ladder's `optimizer.lr`.
         transfer_tokens: tokens of every run of it, so that the width is all that changes.
+        transfer_validation: held-out tokens of every run of it.
         coordinate_widths: of the coordinate check.
         probes: tasks at the largest rung.
     """
@@ -70,6 +71,7 @@ class Sizes:
     transfer_layers: int = 4
     transfer_factors: str = "0.25,0.5,1,2,4"
     transfer_tokens: int = 600_000
+    transfer_validation: int = 131_072
     coordinate_widths: str = "64,128,256"
     probes: str = PROBES
 
@@ -80,7 +82,8 @@ SMOKE = Sizes(
     words=(f"ladder.rungs=[{SMOKE_RUNGS[0]}, {SMOKE_RUNGS[1]}]", TWO,
            "ladder.validation_tokens=2048", "ladder.gate.project=[]", "ladder.decode_context=64"),
     rungs=(SMOKE_RUNGS[0], f"[{SMOKE_RUNGS[1]}]"),
-    factors="1,2", widths=(32, 64), transfer_factors="1,2", transfer_tokens=1024, coordinate_widths="32,64",
+    factors="1,2", widths=(32, 64), transfer_factors="1,2", transfer_tokens=1024, transfer_validation=2048,
+    coordinate_widths="32,64",
     probes="[{name: mqar, label: recall, length: 24, lengths: [24], steps: 2, examples: 8, "
            "parameters: {num_pairs: 2, key_vocab: 8, value_vocab: 8}}]")
 
@@ -127,7 +130,7 @@ def transfer_parts(out: Path, sizes: Sizes) -> list[Part]:
 
     return [_part(out, f"transfer-{kind}-{width}", sizes, TWO, f"ladder.parametrization={kind}",
                   f"ladder.rungs=[{rung(width)}]", f"ladder.base={rung(sizes.widths[0])}", "ladder.seeds=0",
-                  "ladder.gate.project=[]", "ladder.validation_tokens=131072",
+                  "ladder.gate.project=[]", f"ladder.validation_tokens={sizes.transfer_validation}",
                   f"ladder.pilot.factors={sizes.transfer_factors}", "--pilot")
             for kind in PARAMETRIZATIONS for width in sizes.widths]
 

@@ -99,6 +99,9 @@ def test_a_rate_that_diverges_is_a_result_and_another_failure_is_none(machine, t
     machine.reason = "killed by SIGKILL (out of memory?)"
     assert main(ladder(tmp_path / "b", "--pilot", *more)) == 1
     assert "without a result: kda_lr-0.256_t0_seed-3: failed" in capsys.readouterr().out
+    assert main(ladder(tmp_path / "b", "--dry-run", *more)) == 2
+    assert "holds a pilot that has not finished; got 'full_lr-0.256_t0_seed-3: failed'" in capsys.readouterr().err
+    assert main(ladder(tmp_path / "b", "--dry-run", "ladder.pilot.use=false", *more)) == 0
 
 
 def test_a_pilot_that_cannot_be_read_is_named(machine, tmp_path, capsys):
