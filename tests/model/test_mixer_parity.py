@@ -5,6 +5,8 @@ Each test maps the published checkpoint layout to ours, which is also what an im
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from hybridlm.model.rope import RopeConfig, YarnConfig
 from hybridlm.model.sequence import SequenceInfo
 from tests.support.layer_parity import (
     HIDDEN,
+    LENGTH,
     TOLERANCE,
     causal_mask,
     context,
@@ -338,3 +341,33 @@ def test_command_a_attention(x, layer_type):
     mixer = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, window=window, rope=rope)
     expected = layer(x, hf.Cohere2RotaryEmbedding(config)(x, positions()), causal_mask(window=window))[0]
     torch.testing.assert_close(ours(mixer, renamed(layer, {}), x), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_mistral_large4_layers_read_the_latents_of_an_earlier_one(x, rotated):
+    """All keys selected, and the learned scales of queries and frequencies at their neutral values."""
+    from transformers.models.mistral_large4 import modeling_mistral_large4 as hf
+
+    config = hf.MistralLarge4TextConfig(
+        hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16, index_topk=LENGTH, index_n_heads=2, index_head_dim=16,
+        kv_source_layers=[0, 0], no_rope_layers=[int(rotated)] * 2, indexer_types=["full", "shared"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, attn_implementation="eager")
+    layers = [hf.MistralLarge4TextAttention(config, index) for index in range(2)]
+    nope, rope = (8, 8) if rotated else (16, 0)
+    first = MLAConfig(num_heads=4, kv_lora_rank=32, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=16,
+                      rope=RopeConfig(kind="interleaved" if rotated else "none"))
+    mixers = [first, replace(first, latent_source=0)]
+    seq, shared, chosen = SequenceInfo.make(*x.shape[:2], x.device), {}, None
+    rotation = hf.MistralLarge4TextRotaryEmbedding(config)(x, positions())
+    for index, (layer, mixer) in enumerate(zip(layers, mixers, strict=True)):
+        random_weights(layer, seed=index)
+        layer.softmax_scaling.scale.data.zero_()
+        layer.softmax_scaling.bias.data.fill_(1.0)
+        inside = replace(context(layer_index=index, num_layers=2), layers=["0", "1"],
+                         mixers={"0": mixers[0], "1": mixers[1]})
+        ours = build_mixer(mixer, inside)
+        names = {"kv_a_proj_with_mqa": "kv_a_proj", "a_layernorm": "a_norm"}
+        ours.load_state_dict(renamed(layer, names, drop=("indexer", "softmax_scaling")))
+        expected, _, chosen = layer(x, rotation, causal_mask(), shared, positions(), prev_topk_indices=chosen)
+        torch.testing.assert_close(ours(x, seq)[0], expected, **TOLERANCE)
