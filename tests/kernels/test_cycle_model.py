@@ -120,7 +120,7 @@ def test_a_full_multiprocessor_is_bound_by_what_is_longest():
 
 
 def row(name, microseconds, spilled=0):
-    return Row("KDA", "forward", "chunk_kernel", name, 200, spilled, 0, 2, 100, 10.0, microseconds)
+    return Row("KDA", "forward", "chunk_kernel", name, 200, spilled, 0, 2, 100, 10.0, microseconds, 640.0)
 
 
 def test_a_slow_first_configuration_is_found():
@@ -136,6 +136,20 @@ def test_measured_launches_stand_beside_the_modelled_ones():
     assert kernel_cost.table([timed]).splitlines()[-1].split()[-2:] == ["15", "1.50"]
     with pytest.raises(RuntimeError, match="launches scan_kernel where the model has chunk_kernel; take"):
         kernel_cost.with_times([row("A", 10.0)], [("scan_kernel", 1.0)])
+
+
+def test_launches_of_a_pass_are_added_up():
+    rows = kernel_cost.with_work([row("A", 10.0), row("B", 20.0, spilled=8)], [
+        {"requested": 800, "unique": 400, "product_flops": 4000},
+        {"requested": 2400, "unique": 1200, "product_flops": 8000}], elements=4)
+    (cost,) = kernel_cost.pass_costs(rows, {"forward": 50.0}, {"forward": 1}, elements=1_000_000)
+    assert (cost.requested, cost.unique, cost.torch_bytes, cost.kiloflops, cost.chunk_cycles) == (800, 400, 50, 3, 1280)
+    # 2 x 10^8 and 6 x 10^8 bytes at 6 TB/s take longer than the cycles; each launch and operation takes 3.5 us more.
+    assert cost.milliseconds == pytest.approx(1e3 * (8e8 / 6e12 + 5e7 / 4.3e12 + 3 * 3.5e-6))
+    (cost,) = kernel_cost.pass_costs(rows, {"forward": 0.0}, {"forward": 0}, elements=1)
+    assert cost.milliseconds == pytest.approx(0.03)
+    assert kernel_cost.pass_table([cost]).splitlines()[-1] == (
+        "| KDA forward | 2 | 800 | 400 | 3 | 200, 200 (8 B spilled) | 2, 2 | 1,280 | 0.03 |")
 
 
 @compiles

@@ -46,14 +46,17 @@ def test_every_kernel_compiles_without_spills():
     assert all(row["registers"] > 0 for row in rows)
 
 
-# Instructions of a warp of one program, times its warps, by kernel at heads of 128; in scans those of one chunk. Lower
-# is better: put new numbers here when they fall, and think when they rise.
+# Instructions of a warp of one program, times its warps, by kernel at heads of 128; in scans those of one chunk. Loops
+# over the levels of pairs run once, as where decays are weak. Lower is better: put new numbers here when they fall, and
+# think when they rise.
 INSTRUCTIONS = {
-    ("delta_rule", "chunk, scalar decay, D=128"): 33_000,
-    ("delta_rule", "chunk, channel decay, D=128"): 212_080,
-    ("delta_rule", "chunk, channel decay, D=128, bounded"): 128_784,
-    ("delta_rule", "gradients, scalar decay, D=128"): 74_416,
-    ("delta_rule", "gradients, channel decay, D=128"): 457_344,
+    ("delta_rule", "chunk, scalar decay, D=128"): 23_528,
+    ("delta_rule", "decayed, channel decay, D=128"): 27_908,
+    ("delta_rule", "chunk, channel decay, D=128"): 36_776,
+    ("delta_rule", "chunk, channel decay, D=128, bounded"): 41_696,
+    ("delta_rule", "pair gradients, channel decay, D=128"): 77_704,
+    ("delta_rule", "gradients, scalar decay, D=128"): 43_344,
+    ("delta_rule", "gradients, channel decay, D=128"): 52_792,
     ("delta_rule", "scan, scalar decay, D=128"): 2_304,
     ("delta_rule", "scan, channel decay, D=128"): 2_392,
     ("delta_rule", "scan back, scalar decay, D=128"): 2_544,
@@ -76,10 +79,10 @@ def test_kernels_execute_no_more_instructions(operation, label):
     (case,) = [case for _, case in compile_cases([operation], [128]) if case.label == label]
     chosen = configurations(case)[0]
     built = triton.compile(chosen.source, target=GPUTarget("cuda", 90, 32), options=chosen.options)
-    costs = [cost_of(built.asm["cubin"], built.metadata.shared, chosen.options["num_warps"], data_trips=trips, kinds=2)
+    costs = [cost_of(built.asm["cubin"], built.metadata.shared, chosen.options["num_warps"], data_trips=trips)
              for trips in (1, 2)]
-    once, twice = (max(program.instructions for program in cost.programs) for cost in costs)
-    found = chosen.options["num_warps"] * (twice - once if costs[0].programs[0].data_loops else once)
+    once, twice = (cost.programs[0].instructions for cost in costs)
+    found = chosen.options["num_warps"] * (twice - once if label.startswith("scan") else once)
     assert costs[0].spilled == 0
     assert found <= MARGIN * INSTRUCTIONS[operation, label]
 

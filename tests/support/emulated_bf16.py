@@ -1,7 +1,7 @@
 """bfloat16 in Triton's interpreter, which cannot compute in it: float32 numbers, rounded where bf16 kernels round.
 
-Operands of products are rounded, and what is stored, except in memory that kernels want in float32. Sums of decays keep
-16 bits, and the solver's products 11, as their kernels say.
+Operands of products are rounded, unless kernels have them in float16, and what is stored, except in memory that kernels
+want in float32. Products of masks and decays keep 16 bits, and the solver's products 11, as their kernels say.
 """
 
 import numpy as np
@@ -39,8 +39,11 @@ class Emulation:
         def handle(x, data):
             return interpreter.TensorHandle(data, x.dtype.scalar)
 
+        def operand(x):
+            return x if x.dtype.scalar == tl.float16 else handle(x, rounded(x.data, self.bits))
+
         def create_dot(this, a, b, *rest):
-            return dot(this, handle(a, rounded(a.data, self.bits)), handle(b, rounded(b.data, self.bits)), *rest)
+            return dot(this, operand(a), operand(b), *rest)
 
         def create_masked_store(this, ptrs, value, mask, *rest):
             inside = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)]
@@ -63,6 +66,12 @@ class Emulation:
         return run
 
 
+def times(x, factor):
+    """`triton_tiles.times` as it rounds in bf16."""
+    product = x * factor
+    return tl.tensor(interpreter.TensorHandle(rounded(product.handle.data, 8), product.handle.dtype), product.type)
+
+
 def sum_over(emulation):
     """`triton_tiles.sum_over` as it sums in bf16: the rows of x, in two parts of 8 bits."""
     def run(members, x, EXACT):
@@ -79,7 +88,7 @@ def launches_in_half(monkeypatch, launches, emulation, narrow):
         narrow(self)
 
     monkeypatch.setattr(launches, "__init__", init)
-    monkeypatch.setattr(launches, "wide", lambda self, *shape: emulation.wide(wide(self, *shape)))
+    monkeypatch.setattr(launches, "wide", lambda self, *shape, **dtype: emulation.wide(wide(self, *shape, **dtype)))
 
 
 BOUNDS = {"o": 0.005, "state": 0.005, "q": 0.008, "k": 0.008, "v": 0.008, "initial_state": 0.008}

@@ -6,7 +6,7 @@ import torch
 from hybridlm_kernels import CuSeqlens
 from hybridlm_kernels.ops.delta_rule import triton_backend as backend
 from hybridlm_kernels.random_inputs import recurrence_inputs, select_tokens
-from hybridlm_kernels.recurrence import arguments, triton_chunk_tables
+from hybridlm_kernels.recurrence import arguments, triton_chunk_tables, triton_tiles
 from hybridlm_kernels.recurrence.gates import Gate
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.against_reference import counted
@@ -69,7 +69,7 @@ def test_segments_of_packed_documents(device, monkeypatch, in_segments):
 
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 def test_grouped_value_heads_and_more_channels_than_a_block(decay, device):
-    compare(make_inputs(decay, T=18, HV=2, K=20, V=20), device)
+    compare(make_inputs(decay, T=18, HV=2, K=68, V=68), device)
 
 
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
@@ -87,17 +87,40 @@ def test_gates_and_norms_inside(decay, gate, device):
     compare(inputs, device, gate=gate, beta_sigmoid=2.0, qk_l2norm=True, scale=0.3)
 
 
-@pytest.mark.parametrize(("bound", "levels"), [(-1.0, 6), (-5.0, 4), (-20.0, 2), (-30.0, 0), (-100.0, 0)])
+@pytest.mark.parametrize(("bound", "levels"), [(-1.0, 6), (-5.0, 4), (-20.0, None), (-100.0, None), (None, None)])
 def test_levels_that_meet_in_one_product(bound, levels):
-    gate = Gate("lower_bounded", torch.zeros(1), lower_bound=bound)
-    assert [backend.merged_levels(gate, dtype) for dtype in (torch.bfloat16, torch.float16)] == [levels, 0]
-    if levels:  # the exponent that a token at the end of its block may have
-        assert -bound * 1.4427 * 2**(levels - 1) <= backend.MAX_LOG2_EXPONENT < 127
+    rate = torch.zeros(1)
+    gate = Gate("softplus", rate) if bound is None else Gate("lower_bounded", rate, lower_bound=bound)
+    merged, checked = backend.merged_levels(gate, torch.bfloat16)
+    assert checked == (levels is None)
+    for dtype in (torch.float16, torch.float32):  # without the room, or the digits
+        assert backend.merged_levels(gate, dtype) == (0, False)
+    if levels:  # the exponents that a token at the end of its block may have
+        assert merged == levels
+        assert -bound * 1.4427 * 2**levels <= 2 * triton_tiles.MAX_EXPONENT.value < 2 * 127
 
 
-@pytest.mark.parametrize("gate", [None, Gate("softplus", torch.zeros(1)), Gate("logsigmoid")])
-def test_without_a_bound_no_exponent_is_positive(gate):
-    assert backend.merged_levels(gate, torch.bfloat16) == 0
+@pytest.mark.parametrize(("merged", "checked", "gates"), [
+    (5, True, "0"), (5, True, "-12"), (5, True, "-inf"), (5, True, "some strong"), (6, True, "some strong"),
+    (4, False, "-3")])  # four levels are safe down to -5
+def test_levels_in_one_product(merged, checked, gates, device, monkeypatch):
+    monkeypatch.setattr(backend, "merged_levels", lambda gate, dtype: (merged, checked))
+    inputs = make_inputs("channel", T=66)
+    if gates == "some strong":  # so that some rows and channels take levels, others do not
+        inputs["g"].fill_(-3.0)
+        inputs["g"][:, ::7, :, 3:] = -50.0
+        inputs["g"][:, 40:] = -0.1
+    else:
+        set_gates(inputs["g"], gates)
+    compare(inputs, device)
+
+
+@pytest.mark.parametrize("merged", [5, 6])
+def test_levels_in_one_product_are_causal_to_the_last_bit(merged, device, monkeypatch):
+    monkeypatch.setattr(backend, "merged_levels", lambda gate, dtype: (merged, True))
+    inputs = make_inputs("channel", T=66)
+    inputs["g"][:, 30:] *= 40.0  # strong enough to be taken by levels, until they are halved
+    assert_causal(lambda inputs: run(inputs, device)[0], inputs, (20, 40))
 
 
 def bounded_inputs(gates, T, documents=None):

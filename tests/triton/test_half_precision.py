@@ -3,15 +3,35 @@
 import pytest
 import torch
 
-from hybridlm_kernels.ops.delta_rule import triton_backend, triton_chunk, triton_gradients
+from hybridlm_kernels.ops.delta_rule import triton_backend, triton_chunk, triton_gradients, triton_pair_gradients
 from hybridlm_kernels.random_inputs import recurrence_inputs
 from hybridlm_kernels.recurrence import triton_tiles
 from hybridlm_kernels.triton_support import INTERPRETED
-from tests.support.emulated_bf16 import Emulation, assert_within_bounds, half, launches_in_half, sum_over
+from tests.support.emulated_bf16 import Emulation, assert_within_bounds, half, launches_in_half, sum_over, times
 from tests.support.kernel_compare import error
-from tests.support.recurrences import with_gradients
+from tests.support.recurrences import set_gates, with_gradients
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU computes in bf16 itself")
+
+
+def emulated(inputs, device, monkeypatch, **options):
+    """Outputs, states and gradients of inputs with bf16's values, as the kernels of bf16 find them."""
+    emulation = Emulation()
+    emulation.install(monkeypatch)
+
+    def narrow(launches):
+        launches.flags.update(EXACT=False)
+        if launches.decay == "channel":
+            launches.merged, launches.checked = triton_backend.merged_levels(launches.options.gate, torch.bfloat16)
+
+    launches_in_half(monkeypatch, triton_backend._DeltaRuleLaunches, emulation, narrow)
+    for module in (triton_tiles, triton_gradients, triton_pair_gradients):
+        monkeypatch.setattr(module, "sum_over", sum_over(emulation))
+    for module in (triton_chunk, triton_pair_gradients):
+        monkeypatch.setattr(module, "times", times)
+    monkeypatch.setattr(triton_chunk, "solve", emulation.with_bits(triton_chunk.solve, 11))
+    single = {name: x.float().to(device) for name, x in inputs.items()}
+    return with_gradients("delta_rule", single, backend="triton", **options)
 
 
 @pytest.mark.parametrize(("decay", "gate"), [("scalar", "softplus"), ("channel", "softplus"),
@@ -21,15 +41,17 @@ def test_errors_of_the_delta_rule(decay, gate, device, monkeypatch):
     inputs = {name: x if name in ("initial_state", "A_log", "dt_bias") else half(x) for name, x in inputs.items()}
     options = {"gate": gate, "beta_sigmoid": 1.0, "qk_l2norm": True}
     expected = with_gradients("delta_rule", inputs, backend="reference", **options)
-    emulation = Emulation()
-    emulation.install(monkeypatch)
-    launches_in_half(monkeypatch, triton_backend._DeltaRuleLaunches, emulation,
-                     lambda launches: launches.flags.update(EXACT=False))
-    for module in (triton_tiles, triton_chunk, triton_gradients):
-        monkeypatch.setattr(module, "sum_over", sum_over(emulation))
-    monkeypatch.setattr(triton_chunk, "_solve", emulation.with_bits(triton_chunk._solve, 11))
-    single = {name: x.float().to(device) for name, x in inputs.items()}
-    got = with_gradients("delta_rule", single, backend="triton", **options)
+    got = emulated(inputs, device, monkeypatch, **options)
     x, du = inputs["g"] + inputs["dt_bias"], expected["g"]
     by_rate = x if gate == "lower_bounded" else torch.nn.functional.softplus(x) / x.sigmoid()  # dg/dA_log over dg/du
     assert_within_bounds(got, expected, error, {"dt_bias": du, "A_log": du * by_rate})
+
+
+@pytest.mark.parametrize("gates", ["0", "-3", "-12", "mixed", "-inf"])
+def test_errors_of_decays_at_the_extremes(gates, device, monkeypatch):
+    """All pairs in one product (0), by levels (-12, -inf), or some channels and blocks of tokens in either way."""
+    inputs = recurrence_inputs("channel", T=72, K=32, V=32, beta=True)
+    set_gates(inputs["g"], gates)
+    inputs = {name: x if name in ("initial_state", "g") else half(x) for name, x in inputs.items()}
+    expected = with_gradients("delta_rule", inputs, backend="reference", qk_l2norm=True)
+    assert_within_bounds(emulated(inputs, device, monkeypatch, qk_l2norm=True), expected, error, {})

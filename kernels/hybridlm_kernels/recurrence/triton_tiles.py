@@ -1,8 +1,9 @@
 """Building blocks of the recurrences' Triton kernels: tiles of heads, gates, sums of decays, pairs of tokens.
 
-Decays are in log2 units and are only added, never subtracted: a sum of numbers at most 0 stays finite or goes to -inf,
-and exp2 of it lies in [0, 1], whatever the gate. (The exception are gates with a bound, see `_channel_scores` of
-delta_rule.)
+Decays are in log2 units. Either they are only added (`sum_over`), or their sums up to each token are kept with so many
+digits that differences of sums keep those of a weak decay behind a strong one (`token_sums`, `cumulative_sums`). In
+both ways exponents are at most 0 and exp2 lies in [0, 1], whatever the gate. The exception are products of pairs within
+blocks of tokens, where decays are weak enough for exponents of either sign (`_channel_scores` of delta_rule).
 
 With a decay per channel, pairs of tokens i > j of a chunk are taken by levels b = 1, 2, 4, ..., C/2. Blocks of 2b
 tokens have a border between their halves; i in the second half and j in the first meet there:
@@ -21,6 +22,12 @@ LEVELS = tl.constexpr(6)  # b = 1, 2, ..., C/2
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Lower limit of log2 decays that are summed by matrix products: 2^-200 is 0 in fp32, and 0 * -inf would be NaN.
 MIN_LOG2_DECAY = tl.constexpr(-200.0)
+# The same for a decay per token, whose sums are no matrix products.
+MIN_LOG2_TOKEN_DECAY = tl.constexpr(-1000.0)
+# Largest exponent of 2, of either sign, in products of pairs that meet at once; bf16 and fp32 go to 127.
+MAX_EXPONENT = tl.constexpr(60.0)
+# Coarse decays per token are multiples of 1 / COARSE_STEPS: 64 of them, none below the limit, add exactly in fp32.
+COARSE_STEPS = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -35,6 +42,12 @@ def store_tile(ptr, rows, stride, columns, WIDTH: tl.constexpr, inside, x):
     """Store a tile where `load_tile` loads it, in the dtype of the memory."""
     at = rows[:, None] * stride + columns[None, :]
     tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def times(x, factor):
+    """The product of x and a factor of float32, in the type of x."""
+    return (x * factor).to(x.dtype)
 
 
 @triton.jit
@@ -152,11 +165,70 @@ def sum_over(members, x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def decay_between(g, j, EXACT: tl.constexpr):
-    """The products a_{j+1} ... a_i of a scalar decay for all tokens i and some j [1, columns]; 1 where i <= j.
+def coarse_and_fine(g, STEPS: tl.constexpr):
+    """Split log2 decays into the nearest multiples of 1 / STEPS and what is left.
 
-    g [C] is in log2 units.
+    Sums of a chunk's coarse decays are exact in fp32, and sums of fine ones are small. So differences of sums keep the
+    digits of a weak decay behind a strong one.
     """
-    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    g = tl.where(g < MIN_LOG2_DECAY, MIN_LOG2_DECAY, g)
-    return tl.exp2(sum_over(t <= i, tl.where(i > j, g[:, None], 0.0), EXACT))
+    coarse = tl.floor(g * STEPS + 0.5) / STEPS
+    return coarse, g - coarse
+
+
+@triton.jit
+def token_sums(g):
+    """Cumulative sums of the decays g [C] of a chunk and their last values, each as a coarse sum and a fine one."""
+    coarse, fine = coarse_and_fine(g, COARSE_STEPS)
+    return tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0), tl.sum(coarse, axis=0), tl.sum(fine, axis=0)
+
+
+@triton.jit
+def token_decay_between(coarse_i, fine_i, coarse_j, fine_j, i, j):
+    """The products a_{j+1} ... a_i of decays per token, 0 for i < j, given the `token_sums` of i and of j."""
+    apart = tl.minimum((coarse_i - coarse_j) + (fine_i - fine_j), 0.0)  # above 0 behind the chunk's last token alone
+    return tl.exp2(tl.where(i >= j, apart, float("-inf")))
+
+
+@triton.jit
+def cumulative_sums(g, EXACT: tl.constexpr):
+    """The sums of g [C, columns] up to each token: in fp64 (EXACT), or in fp32 with a single rounding."""
+    if EXACT:
+        return tl.cumsum(g.to(tl.float64), axis=0)
+    else:
+        t = tl.arange(0, C)
+        lower = (t[:, None] >= t[None, :]).to(tl.float16)
+        # fp16 holds coarse decays down to MIN_LOG2_DECAY, and 11 bits of fine ones.
+        coarse, fine = coarse_and_fine(g, 8)
+        return tl.dot(lower, coarse.to(tl.float16)) + tl.dot(lower, fine.to(tl.float16))
+
+
+@triton.jit
+def load_sums(sums_ptr, row, stride, columns, WIDTH: tl.constexpr, filled):
+    """Load sums of `cumulative_sums` at the tokens `row` [C]; behind the chunk's last token they stay what they are."""
+    return load_tile(sums_ptr, tl.minimum(row, filled - 1), stride, columns, WIDTH, row >= 0)
+
+
+@triton.jit
+def border_decay(sums, sums_ptr, stride, columns, WIDTH: tl.constexpr, filled, b):
+    """The decays [C, columns] between each token and the border that it meets at level b.
+
+    `sums` are those of `load_sums` for all tokens, `sums_ptr` the memory where rows find those of other tokens.
+    """
+    border = (tl.arange(0, C) & -(2 * b)) + (b - 1)
+    return tl.exp2(-tl.abs((sums - load_sums(sums_ptr, border, stride, columns, WIDTH, filled)).to(tl.float32)))
+
+
+@triton.jit
+def decay_from_start(sums, sums_ptr, stride, columns, WIDTH: tl.constexpr, filled, LEVELS_MERGED: tl.constexpr):
+    """The log2 decays [C, columns] from the start of each block of 2^LEVELS_MERGED tokens; `sums` as in
+    `border_decay`."""
+    start = tl.arange(0, C) & -(1 << LEVELS_MERGED)
+    return (sums - load_sums(sums_ptr, start, stride, columns, WIDTH, filled)).to(tl.float32)
+
+
+@triton.jit
+def meets_border(b):
+    """The pairs [C, C] of tokens i > j, i in rows, that meet at level b."""
+    t = tl.arange(0, C)
+    first_half = tl.where((t & b) != 0, (t & -b) - b, -1)
+    return first_half[:, None] == (t & -b)[None, :]

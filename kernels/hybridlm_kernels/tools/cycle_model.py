@@ -42,12 +42,13 @@ class Device:
     registers: int  # of a multiprocessor, 32 bits each
     shared_bytes: int  # of a multiprocessor
     warps: int  # that a multiprocessor holds
-    bytes_per_second: float
+    bytes_per_second: float  # of memory
+    l2_bytes_per_second: float
     launch_seconds: float
 
 
 H200 = Device(multiprocessors=132, hertz=1.755e9, registers=65536, shared_bytes=228 * 1024, warps=64,
-              bytes_per_second=4.3e12, launch_seconds=3.5e-6)
+              bytes_per_second=4.3e12, l2_bytes_per_second=6.0e12, launch_seconds=3.5e-6)
 
 
 @dataclass(frozen=True)

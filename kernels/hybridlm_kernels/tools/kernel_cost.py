@@ -1,6 +1,6 @@
 """Estimates the cost of Triton kernels on an H200 without one: bytes and products executed, cycles modelled.
 
-`python -m hybridlm_kernels.tools.kernel_cost [LABEL ...] [--shape 'B1 T1024 H2 D128'] [--grid 'B1 T8192 H96 D128']`
+`python -m hybridlm_kernels.tools.kernel_cost [LABEL ...] [--shape 'B1 T1024 H1 D128'] [--grid 'B1 T8192 H96 D128']`
 
 takes the cases of the benchmark by their labels ("KDA", "GDN", ...; all that Triton computes by default). It runs
 each at a small shape in Triton's interpreter and counts (`executed_work.py`), compiles the kernels of the same
@@ -9,6 +9,8 @@ Times are those of the grids that the call has at the shape of `--grid`, with th
 number of tokens.
 
 On a CUDA device `--measure` times the same launches, untuned, beside the model: what the model should be corrected by.
+
+With `--passes` the launches of a pass are added up, one line per case and pass, as a Markdown table.
 
 With `--all` every configuration of every tuned kernel is compiled and modelled, and the exit code is 1 where the
 first one, which runs untuned, takes more than 1.2 times the cycles of the best that does not spill.
@@ -36,12 +38,15 @@ from hybridlm_kernels.cases import BenchCase, Shape
 from hybridlm_kernels.registry import KernelUnavailable, operations
 from hybridlm_kernels.tools.bench import shapes
 from hybridlm_kernels.tools.cases import bench_cases
-from hybridlm_kernels.tools.cycle_model import KernelCost, cost_of
+from hybridlm_kernels.tools.cycle_model import H200, KernelCost, cost_of
 from hybridlm_kernels.tools.kernel_launches import Launch, launches_of, seconds_of_launches
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, untuned
 
 TARGET = 90
-CHUNK_TOKENS = 64  # of a chunk, by which a scan advances: loops whose end is data are taken to be such loops
+# Tokens of a chunk, by which a scan advances: loops whose end is data are taken to be such loops in kernels whose
+# programs are as many for any number of tokens. In others they run once, as those over the levels of pairs do where
+# decays are weak.
+CHUNK_TOKENS = 64
 MAX_PROGRAM_KINDS = 2  # of programs along the last axis of a grid, where there are no more than so many
 COUNTED_SHAPE, TIMED_SHAPE = "B1 T512 H1 D128", "B1 T8192 H96 D128"
 WORSE_THAN_BEST = 1.2  # first configurations may take so many times the cycles of the best
@@ -62,10 +67,29 @@ class Row:
     instructions: int  # of the code
     cycles: float  # of a full multiprocessor per program, all kinds
     microseconds: float
+    chunk_cycles: float  # of a full multiprocessor per chunk and head
     requested: float | None = None
     unique: float | None = None
     kiloflops: float | None = None
     measured: float | None = None  # microseconds
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """The launches of one pass of a case, added up. Figures of work are per token and head."""
+
+    case: str
+    part: str
+    kernels: tuple[str, ...]
+    registers: tuple[int, ...]
+    spilled: tuple[int, ...]
+    blocks: tuple[int, ...]
+    requested: float
+    unique: float
+    torch_bytes: float  # of torch's own operations between launches
+    kiloflops: float
+    chunk_cycles: float  # of a full multiprocessor per chunk and head
+    milliseconds: float
 
 
 def triton_cases(labels: Sequence[str] = ()) -> list[BenchCase]:
@@ -122,12 +146,15 @@ def rows_of(case: BenchCase, shape: Shape, every: bool = False) -> Iterator[Row]
     # Grids of two small shapes, where inputs cost nothing, say which launches have more programs for more tokens.
     small = replace(shape, B=1, T=CHUNK_TOKENS, H=1)
     for launch, longer in zip(launches_of(case, small), launches_of(case, replace(small, T=2 * small.T)), strict=True):
-        chunks = 1 if launch.programs == longer.programs else math.ceil(shape.T / CHUNK_TOKENS)
+        scans = launch.programs == longer.programs
+        chunks = 1 if scans else math.ceil(shape.T / CHUNK_TOKENS)
         programs = launch.programs * shape.B * shape.H * chunks
         for name, configured in configurations_of(launch)[:None if every else 1]:
-            cost = compile_launch(configured, shape.T)
+            cost = compile_launch(configured, shape.T if scans else CHUNK_TOKENS)
+            cycles = cost.multiprocessor_cycles()
+            per_chunk = cycles * programs / len(cost.programs) / (shape.tokens * shape.H / CHUNK_TOKENS)
             yield Row(case.label, launch.part, launch.name, name, cost.registers, cost.spilled, cost.shared,
-                      cost.blocks(), cost.code_length, cost.multiprocessor_cycles(), 1e6 * cost.seconds((programs,)))
+                      cost.blocks(), cost.code_length, cycles, 1e6 * cost.seconds((programs,)), per_chunk)
 
 
 def with_work(rows: Sequence[Row], work: Sequence[Mapping[str, Any]], elements: int) -> list[Row]:
@@ -162,6 +189,53 @@ def too_slow(rows: Sequence[Row]) -> list[str]:
             found.append(f"{case} {part} {kernel}: the first configuration ({group[0].configuration}) takes "
                          f"{group[0].microseconds / best.microseconds:.1f} times the time of {best.configuration}")
     return found
+
+
+def pass_costs(rows: Sequence[Row], torch_bytes: Mapping[str, float], torch_operations: Mapping[str, int],
+               elements: int) -> list[PassCost]:
+    """The counted rows of a case, added up by pass.
+
+    A launch takes as long as its cycles, what it touches from memory or what it requests from the L2 cache, whichever
+    is longest, and an operation of torch as long as its bytes.
+
+    Args:
+        rows: the launches of one case, with what was counted.
+        torch_bytes: bytes of torch's own operations per token and head, by pass.
+        torch_operations: their number.
+        elements: tokens times heads that the times are for.
+    """
+    def cost_of_pass(part: str) -> PassCost:
+        launches = [row for row in rows if row.part == part]
+
+        def values(name: str) -> tuple[Any, ...]:
+            return tuple(getattr(row, name) for row in launches)
+
+        traffic = [1e6 * (elements * max(unique / H200.bytes_per_second, requested / H200.l2_bytes_per_second)
+                          + H200.launch_seconds)
+                   for unique, requested in zip(values("unique"), values("requested"), strict=True)]
+        of_torch = 1e6 * (elements * torch_bytes[part] / H200.bytes_per_second
+                          + torch_operations[part] * H200.launch_seconds)
+        return PassCost(
+            rows[0].case, part, values("kernel"), values("registers"), values("spilled"), values("blocks"),
+            sum(values("requested")), sum(values("unique")), torch_bytes[part], sum(values("kiloflops")),
+            sum(values("chunk_cycles")), (of_torch + sum(map(max, values("microseconds"), traffic))) / 1e3)
+
+    return [cost_of_pass(part) for part in dict.fromkeys(row.part for row in rows)]
+
+
+def pass_table(costs: Sequence[PassCost]) -> str:
+    """The costs of passes as a Markdown table."""
+    head = ("case, pass", "launches", "requested B", "unique B (+ torch)", "kFLOP", "registers", "blocks",
+            "cycles per chunk", "ms")
+    lines = [head, ("---",) * len(head)]
+    for cost in costs:
+        unique = f"{cost.unique:.0f}" + (f" (+{cost.torch_bytes:.0f})" if cost.torch_bytes else "")
+        registers = ", ".join(f"{used}" + (f" ({spilled} B spilled)" if spilled else "")
+                              for used, spilled in zip(cost.registers, cost.spilled, strict=True))
+        lines.append((f"{cost.case} {cost.part}", str(len(cost.kernels)), f"{cost.requested:.0f}", unique,
+                      f"{cost.kiloflops:.0f}", registers, ", ".join(map(str, cost.blocks)),
+                      f"{cost.chunk_cycles:,.0f}", f"{cost.milliseconds:.2f}"))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def count_in_interpreter(labels: Sequence[str], shape: str) -> dict[str, Any]:
@@ -218,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", action="store_true", help="count alone, in the interpreter")
     parser.add_argument("--model", action="store_true", help="model cycles alone, without counting")
     parser.add_argument("--measure", action="store_true", help="model cycles, and time the launches on this GPU")
+    parser.add_argument("--passes", action="store_true", help="add up the launches of a pass: a Markdown table")
     parser.add_argument("--all", action="store_true", help="model every configuration, and judge the first ones")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -233,6 +308,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.measure and not torch.cuda.is_available():
         print("kernel cost: --measure needs a CUDA device", file=sys.stderr)
         return 2
+    if options.passes and (options.count or options.model or options.measure or options.all):
+        print("kernel cost: --passes adds up what is counted and modelled: leave out --count, --model, --measure and "
+              "--all", file=sys.stderr)
+        return 2
     labels = [case.label for case in cases]
     if options.count:
         found = counts(cases, counted) if INTERPRETED else count_in_interpreter(labels, options.shape)
@@ -241,18 +320,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if INTERPRETED:
         print("kernel cost: unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
-    rows = []
+    rows, passes = [], []
     with untuned() if options.measure else nullcontext():
         for case in cases:
             modelled = list(rows_of(case, timed, options.all))
             if options.measure:
                 modelled = with_times(modelled, seconds_of_launches(case, timed))
             elif not options.model and not options.all:
-                work = count_in_interpreter([case.label], options.shape)[case.label]["launches"]
-                modelled = with_work(modelled, work, counted.tokens * counted.H)
+                work = count_in_interpreter([case.label], options.shape)[case.label]
+                elements = counted.tokens * counted.H
+                modelled = with_work(modelled, work["launches"], elements)
+                of_torch = {part: size / elements for part, size in work["torch_bytes"].items()}
+                passes += pass_costs(modelled, of_torch, work["torch_operations"], timed.tokens * timed.H)
             rows += modelled
     slow = too_slow(rows) if options.all else []
-    print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows))
+    shown: list[Any] = passes if options.passes else rows
+    as_text = pass_table(passes) if options.passes else table(rows)
+    print(json.dumps([asdict(row) for row in shown], indent=1) if options.json else as_text)
     for line in slow:
         print(line, file=sys.stderr)
     return int(bool(slow))

@@ -1,9 +1,10 @@
 """The delta rule as Triton kernels: forward and backward by chunks, and the recurrence itself for decoding.
 
-Forward: `chunk_kernel` finds what does not depend on the state, `scan_kernel` the states and outputs. Backward:
-`scan_kernel` again for the states of all chunks, `scan_back_kernel` for their gradients, `gradients_kernel` for those
-of the inputs. Kept between the two: the inputs, the scores A and X, and seven numbers per token and head. Where heads
-are few, documents are cut into segments that are scanned side by side.
+Forward: with a decay per channel `decayed_kernel` multiplies queries and keys by their decays; `chunk_kernel` finds
+what does not depend on the state, `scan_kernel` the states and outputs. Backward: `decayed_kernel` and `scan_kernel`
+again for the states of all chunks, `scan_back_kernel` for their gradients, `pair_gradients_kernel` (with a decay per
+channel) and `gradients_kernel` for those of the inputs. Kept between the two: the inputs, the scores A and X, and eight
+numbers per token and head. Where heads are few, documents are cut into segments that are scanned side by side.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
@@ -21,19 +22,24 @@ import triton
 from torch import Tensor
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import NUM_FACTORS, chunk_kernel
+from hybridlm_kernels.ops.delta_rule.triton_decayed import decayed_kernel
 from hybridlm_kernels.ops.delta_rule.triton_decode import decode_kernel
 from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
+from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import pair_gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
+from hybridlm_kernels.ops.delta_rule.triton_solve import BLOCK as SOLVE_BLOCK
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
 from hybridlm_kernels.recurrence.triton_chunk_tables import CHUNK_TOKENS, ChunkTables, get_chunk_tables
 from hybridlm_kernels.recurrence.triton_join import join_kernel
-from hybridlm_kernels.recurrence.triton_tiles import LEVELS
+from hybridlm_kernels.recurrence.triton_tiles import LEVELS, MAX_EXPONENT
 from hybridlm_kernels.triton_support import parallel_programs
 
-# Largest exponent of 2 in a product of pairs that meet at once; bf16 and fp32 go to 127.
-MAX_LOG2_EXPONENT = 60.0
+# Levels of the pairs that one product takes where decays are weak enough.
+CHECKED_LEVELS = 5
+# Fewer levels, known to be safe from the gate's bound, are not worth to do without the check.
+MIN_BOUNDED_LEVELS = 4
 # Up to so many tokens, and without gradients, the recurrence itself is faster than chunks.
 RECURRENT_MAX_TOKENS = 16
 # Segments per document: they are scanned twice, so two would gain nothing.
@@ -90,7 +96,7 @@ class _ForwardResults:
 
     A: Tensor  # [B, T, HV, C]
     X: Tensor  # [B, T, HV, C]
-    factors: Tensor  # [HV, 7, B T]
+    factors: Tensor  # [HV, 8, B T]
     total: Tensor  # [P, HV(, K)]
     starts: Tensor | None = None  # states before segments [U, HV, K, V]
     transitions: Tensor | None = None  # of segments [U, HV, K, K]
@@ -117,7 +123,7 @@ class _DeltaRuleLaunches:
         self.flags = {
             "DECAY": self.decay, "GATE": "none" if gate is None else gate.kind, "L2NORM": options.qk_l2norm,
             "SIGMOID": options.beta_sigmoid is not None, "EXACT": self.dtype == torch.float32}
-        self.merged = merged_levels(gate, self.dtype) if self.decay == "channel" else 0
+        self.merged, self.checked = merged_levels(gate, self.dtype) if self.decay == "channel" else (0, False)
         self.gate_constant = 1.0
         if gate is not None:
             self.gate_constant = gate.normalizer if gate.kind == "logsigmoid" else gate.lower_bound
@@ -130,9 +136,9 @@ class _DeltaRuleLaunches:
         """A new tensor in the dtype of the values."""
         return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
-    def wide(self, *shape: int) -> Tensor:
-        """A new tensor in float32."""
-        return torch.empty(*shape, dtype=torch.float32, device=self.device)
+    def wide(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A new tensor in float32, or in another type of more than 16 bits."""
+        return torch.empty(*shape, dtype=dtype, device=self.device)
 
     def states_of_documents(self) -> Tensor:
         """A new tensor [N, HV, K, V] in float32."""
@@ -145,27 +151,40 @@ class _DeltaRuleLaunches:
         results = _ForwardResults(A, X, self.wide(self.HV, NUM_FACTORS.value, self.tokens), total)
         o = self.empty(*self.x.v.shape)
         last = self.states_of_documents() if self.options.final_state else None
-        decayed = self.chunk(results, scores=True)
+        sums, decayed = None, (self.x.q, self.x.k, self.x.k)
+        if self.decay == "channel":
+            *decayed, sums = self.decayed(results, factors=True)
+        self.chunk(results, sums)
         if self.in_segments:
             results = self.scan_segments(results, decayed, last)
         self.scan(results, decayed, "outputs", self.x.state if results.starts is None else results.starts, o=o,
                   last=None if self.in_segments else last)
         return results, o, self.wide(0, self.HV, self.K, self.V) if last is None else last
 
-    def chunk(self, results: _ForwardResults, scores: bool) -> tuple[Tensor, ...]:
-        """The queries, keys and writes for the scans; with `scores` also fills A, X, factors and total."""
-        x, channel = self.x, self.decay == "channel"
-        if not channel and not scores:
-            return x.q, x.k, x.k
-        queries, keys, writes = x.q, x.k, x.k
-        if channel:
-            queries, keys, writes = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(3))
-        chunk_kernel[(self.tables.num_chunks, self.HV, 2)](
+    def decayed(self, results: _ForwardResults, factors: bool) -> tuple[Tensor, ...]:
+        """The queries, keys and writes for the scans and the cumulative sums of log2 decays, with a decay per channel.
+
+        With `factors` also fills the factors and total.
+        """
+        x = self.x
+        queries, keys, writes = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(3))
+        sums = self.wide(self.B, self.T, self.HV, self.K, dtype=torch.float64 if self.flags["EXACT"] else torch.float32)
+        decayed_kernel[(self.tables.num_chunks, self.HV)](
+            q_ptr=x.q, k_ptr=x.k, beta_ptr=x.beta, chunks_ptr=self.tables.chunks, factors_ptr=results.factors,
+            total_ptr=results.total, sums_ptr=sums, queries_ptr=queries, keys_ptr=keys, writes_ptr=writes,
+            scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, FACTORS=factors, **self.gate_arguments,
+            **self.sizes, **{name: flag for name, flag in self.flags.items() if name != "DECAY"})
+        return queries, keys, writes, sums
+
+    def chunk(self, results: _ForwardResults, sums: Tensor | None) -> None:
+        """Fill A and X and, unless the decay is one per channel, factors and total."""
+        x = self.x
+        chunk_kernel[(self.tables.num_chunks, self.HV)](
             q_ptr=x.q, k_ptr=x.k, beta_ptr=x.beta, chunks_ptr=self.tables.chunks, A_ptr=results.A, X_ptr=results.X,
-            factors_ptr=results.factors, total_ptr=results.total, queries_ptr=queries, keys_ptr=keys,
-            writes_ptr=writes, scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, SCORES=scores,
-            MERGED=self.merged, **self.gate_arguments, **self.sizes, **self.flags)
-        return queries, keys, writes
+            factors_ptr=results.factors, total_ptr=results.total,
+            blocks_ptr=self.wide(self.tokens, self.HV, SOLVE_BLOCK.value), sums_ptr=sums, scale=self.options.scale,
+            beta_scale=self.beta_scale, K=self.K, MERGED=self.merged, CHECKED=self.checked, **self.gate_arguments,
+            **self.sizes, **self.flags)
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """The outputs o [B, T, HV, V] and the last states [N, HV, K, V], token by token."""
@@ -255,8 +274,8 @@ class _DeltaRuleLaunches:
             launch(ends, d_states, z, None)
         return z, d_states
 
-    def gradients(self, results: _ForwardResults, do: Tensor, y: Tensor, z: Tensor, states: Tensor, d_states: Tensor,
-                  needed: tuple[bool, ...]) -> list[Tensor | None]:
+    def gradients(self, results: _ForwardResults, sums: Tensor | None, do: Tensor, y: Tensor, z: Tensor,
+                  states: Tensor, d_states: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
         """Gradients of q, k, v, g, beta, A_log and dt_bias, None for absent inputs and those not `needed`."""
         x, P = self.x, self.tables.num_chunks
         dq, dk = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(2))
@@ -265,13 +284,21 @@ class _DeltaRuleLaunches:
         d_beta = torch.empty_like(x.beta) if x.beta is not None and needed[4] else None
         d_A_log = self.wide(P, self.HV) if x.A_log is not None and needed[5] else None
         d_bias = self.wide(P, *x.dt_bias.shape) if x.dt_bias is not None and needed[6] else None
+        scratch = self.empty(2, self.tokens, self.HV, CHUNK_TOKENS)
+        itself = None
+        shared: dict[str, Any] = self.sizes | {
+            "q_ptr": x.q, "k_ptr": x.k, "do_ptr": do, "y_ptr": y, "z_ptr": z, "factors_ptr": results.factors,
+            "sums_ptr": sums, "chunks_ptr": self.tables.chunks, "scratch_ptr": scratch, "dq_ptr": dq, "dk_ptr": dk,
+            "dv_ptr": dv, "dg_ptr": dg, "d_beta_ptr": d_beta, "beta_scale": self.beta_scale, "K": self.K, "V": self.V,
+            "SIGMOID": self.flags["SIGMOID"], "EXACT": self.flags["EXACT"]}
+        if self.decay == "channel":
+            itself = self.wide(self.HV, self.tokens)
+            pair_gradients_kernel[(P, self.HV)](itself_ptr=itself, MERGED=self.merged, **shared)
         gradients_kernel[(P, self.HV)](
-            q_ptr=x.q, k_ptr=x.k, do_ptr=do, y_ptr=y, z_ptr=z, A_ptr=results.A, factors_ptr=results.factors,
-            total_ptr=results.total, S_ptr=states, dS_ptr=d_states, chunks_ptr=self.tables.chunks,
-            scratch_ptr=self.empty(2, self.tokens, self.HV, CHUNK_TOKENS), dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, dg_ptr=dg,
-            d_beta_ptr=d_beta, d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
-            inverse_scale=1.0 / self.options.scale if self.options.scale else 0.0, beta_scale=self.beta_scale,
-            K=self.K, V=self.V, **self.gate_arguments, **self.sizes, **self.flags)
+            A_ptr=results.A, total_ptr=results.total, S_ptr=states, dS_ptr=d_states, itself_ptr=itself,
+            d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
+            inverse_scale=1.0 / self.options.scale if self.options.scale else 0.0, DECAY=self.decay,
+            GATE=self.flags["GATE"], L2NORM=self.flags["L2NORM"], **self.gate_arguments, **shared)
 
         def sum_value_heads(d: Tensor) -> Tensor:
             return d if self.H == self.HV else d.unflatten(2, (self.H, -1)).sum(3)
@@ -301,26 +328,32 @@ class _TritonDeltaRule(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: a checkpointed layer unpacks each saved tensor a single time
         inputs, results = _DeltaRuleInputs(*saved[:8]), _ForwardResults(*saved[8:])
         launches = _DeltaRuleLaunches(inputs, ctx.options)
-        decayed = launches.chunk(results, scores=False)
+        sums, decayed = None, (inputs.q, inputs.k, inputs.k)
+        if launches.decay == "channel":
+            *decayed, sums = launches.decayed(results, factors=False)
         y, states = launches.states(results, decayed)
         do = torch.zeros_like(inputs.v) if do is None else do.contiguous()
         d_last = None if d_last is None or not d_last.numel() else d_last.contiguous()
         d_first = None if inputs.state is None or not ctx.needs_input_grad[7] else launches.states_of_documents()
         z, d_states = launches.scan_back(results, decayed, do, d_last, d_first)
-        gradients = launches.gradients(results, do, y, z, states, d_states, ctx.needs_input_grad)
+        gradients = launches.gradients(results, sums, do, y, z, states, d_states, ctx.needs_input_grad)
         return *gradients, None if inputs.state is None or d_first is None else d_first.to(inputs.state.dtype), None
 
 
-def merged_levels(gate: Gate | None, dtype: torch.dtype) -> int:
-    """Levels of the pairs of a chunk that one product may take (`triton_chunk._channel_scores`).
+def merged_levels(gate: Gate | None, dtype: torch.dtype) -> tuple[int, bool]:
+    """Levels of pairs of a chunk that one product takes (`triton_chunk._channel_scores`), and whether to check that.
 
-    As many as keep every exponent within MAX_LOG2_EXPONENT, whatever the gate's input; 0 without a bound and in fp16.
+    Where the gate's bound keeps every exponent within MAX_EXPONENT, whatever the gate's input, no check is needed. fp16
+    has no room for such exponents, and float32 would lose digits by them.
     """
-    if gate is None or gate.kind != "lower_bounded" or dtype == torch.float16:
-        return 0
-    tokens = MAX_LOG2_EXPONENT / (-gate.lower_bound * math.log2(math.e))  # in half a block
-    levels = min(int(LEVELS.value), 1 + math.floor(math.log2(tokens))) if tokens >= 1 else 0
-    return levels if levels > 1 else 0  # a single level is no different from the others
+    if dtype != torch.bfloat16:
+        return 0, False
+    if gate is not None and gate.kind == "lower_bounded":
+        tokens = 2 * MAX_EXPONENT.value / (-gate.lower_bound * math.log2(math.e))  # in a block
+        levels = min(int(LEVELS.value), math.floor(math.log2(tokens))) if tokens >= 1 else 0
+        if levels >= MIN_BOUNDED_LEVELS:
+            return levels, False
+    return CHECKED_LEVELS, True
 
 
 def _padded(dim: int) -> int:

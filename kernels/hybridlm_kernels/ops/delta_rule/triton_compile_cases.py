@@ -7,15 +7,17 @@ from itertools import product
 from typing import Any
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import chunk_kernel
+from hybridlm_kernels.ops.delta_rule.triton_decayed import decayed_kernel
 from hybridlm_kernels.ops.delta_rule.triton_decode import decode_kernel
 from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
+from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import pair_gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
 from hybridlm_kernels.recurrence.triton_join import compile_case as join_compile_case
 from hybridlm_kernels.triton_support import CompileCase
 
 HEAD_DIMS = (32, 64, 128, 256)
 BF16_TENSORS = "q k g beta queries keys writes w v A X o states y do d_states z dq dk dv dg d_beta S dS scratch"
-FP32_TENSORS = "A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
+FP32_TENSORS = "itself blocks sums A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
 TYPES = ({f"{name}_ptr": "*bf16" for name in BF16_TENSORS.split()}
          | {f"{name}_ptr": "*fp32" for name in FP32_TENSORS.split()}
          | dict.fromkeys(("chunks_ptr", "documents_ptr", "segments_ptr"), "*i64")
@@ -37,14 +39,21 @@ def _chunk_cases(D: int, decay: str) -> Iterator[CompileCase]:
     sizes = {"K": D, "V": D}
     flags = {"DECAY": decay, "GATE": "softplus", "L2NORM": True, "SIGMOID": True, "EXACT": False}
     label = f"{decay} decay, D={D}"
-    yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes)
     if decay == "scalar":
-        flags |= {"MERGED": 0}
-        yield _compile_case(f"chunk, {label}", chunk_kernel, flags | {"K": D, "SCORES": True}, "queries keys writes")
+        yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes, "sums itself")
+        flags |= {"MERGED": 0, "CHECKED": False}
+        yield _compile_case(f"chunk, {label}", chunk_kernel, flags | {"K": D}, "sums")
         return
-    for bound, gate in (("", {"GATE": "softplus", "MERGED": 0}), (", bounded", {"GATE": "lower_bounded", "MERGED": 4})):
+    for bound, gate in (("", {"MERGED": 5, "CHECKED": True}), (", bounded", {"MERGED": 4, "CHECKED": False})):
         constants = flags | gate
-        yield _compile_case(f"chunk, {label}{bound}", chunk_kernel, constants | {"K": D, "SCORES": True})
+        yield _compile_case(f"pair gradients, {label}{bound}", pair_gradients_kernel, {
+            "SIGMOID": True, "EXACT": False, "MERGED": gate["MERGED"]} | sizes)
+        yield _compile_case(f"chunk, {label}{bound}", chunk_kernel, constants | {"K": D}, "g beta A_log bias total")
+    yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes)
+    for factors in (True, False):
+        constants = {name: value for name, value in flags.items() if name != "DECAY"}
+        yield _compile_case(f"decayed, {label}{'' if factors else ', again'}", decayed_kernel,
+                            constants | {"K": D, "FACTORS": factors}, "" if factors else "beta total")
 
 
 def _scan_cases(D: int, channel: bool) -> Iterator[CompileCase]:

@@ -1,14 +1,8 @@
 """Gradients of the inputs after the scans of the backward pass: one program per chunk and value head.
 
-With S the state at the start of a chunk, dS' the gradient of that after it, D_ij = a_{j+1} ... a_i, B = diag(beta):
-    dA_ij = dO_i . Y_j beta_j,  dL_ij = -beta_i Z_i . Y_j beta_j,  dbeta_i = Z_i . Y_i,  dV = B Z
-The gradients of q, k and g follow from those of A and L and of the decayed queries, keys and writes. A gate t is a
-factor of the pair (i, j) when j < t <= i. With a decay per channel the gradient of a sum of gates goes to its gates
-level by level.
-
-A program writes the gradients of the scores to `scratch` and reads them back as operands, in either orientation: so
-they do not fill its registers, and no product takes the transposed result of another (which Triton before 3.7.1
-compiles wrongly on Hopper).
+With S the state at the start of a chunk and dS' the gradient of that after it, the gradients of the decayed queries,
+keys and writes are dO S^T, -B Z S^T and B Y dS'^T. Those of q, k and g follow from them and from those of the scores
+(`triton_pair_gradients.py`). A gate t is a factor of the pair (i, j) when j < t <= i.
 
 Legend: H key heads, HV value heads, K/V key/value head dim, C tokens per chunk, P chunks.
 """
@@ -20,7 +14,6 @@ import triton.language as tl
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import (
     BETA,
-    DECAY_LOG2,
     KEY,
     KEY_NORM,
     NUM_FACTORS,
@@ -28,111 +21,19 @@ from hybridlm_kernels.ops.delta_rule.triton_chunk import (
     QUERY_NORM,
     WRITE,
 )
+from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import score_gradients, value_gradients
 from hybridlm_kernels.recurrence.triton_tiles import (
-    LEVELS,
     C,
-    decay_between,
     gate_bias,
     gate_gradients,
     gate_rate,
-    lies_between,
     load_gates,
+    load_sums,
     load_tile,
-    log2_decay,
-    meet,
-    second_half,
     store_tile,
     sum_over,
 )
 from hybridlm_kernels.triton_support import tuned
-
-
-@triton.jit
-def _products(a_ptr, b_ptr, rows, inside, b_rows, b_inside, stride, D: tl.constexpr, BD: tl.constexpr,
-              BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """Products of rows of a with rows of b, [C, BLOCK]."""
-    products = tl.zeros([C, BLOCK], tl.float32)
-    for d0 in range(0, D, BD):
-        columns = d0 + tl.arange(0, BD)
-        a = load_tile(a_ptr, rows, stride, columns, D, inside)
-        b = load_tile(b_ptr, b_rows, stride, columns, D, b_inside)
-        products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
-    return products
-
-
-@triton.jit
-def _value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, rows, stride, inside, beta, V: tl.constexpr, BV: tl.constexpr):
-    """Row sums of dO Y and of Z Y. Writes dV = B Z."""
-    same, d_beta = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for v0 in range(0, V, BV):
-        columns = v0 + tl.arange(0, BV)
-        do = load_tile(do_ptr, rows, stride, columns, V, inside).to(tl.float32)
-        y = load_tile(y_ptr, rows, stride, columns, V, inside).to(tl.float32)
-        z = load_tile(z_ptr, rows, stride, columns, V, inside).to(tl.float32)
-        same += tl.sum(do * y, axis=1)
-        d_beta += tl.sum(z * y, axis=1)
-        store_tile(dv_ptr, rows, stride, columns, V, inside, beta[:, None] * z)
-    return same, d_beta
-
-
-@triton.jit
-def _store_mirrored(ptr, stride, columns, filled, x):
-    """Store columns x [C, columns] of a chunk's scores, 0 on and above the diagonal, below it and mirrored above it."""
-    t = tl.arange(0, C)
-    half = x.to(ptr.dtype.element_ty)
-    tl.store(ptr + t[:, None] * stride + columns[None, :], half,
-             mask=(t < filled)[:, None] & (t[:, None] >= columns[None, :]))
-    tl.store(ptr + columns[:, None] * stride + t[None, :], tl.trans(half),
-             mask=(columns < filled)[:, None] & (t[None, :] > columns[:, None]))
-
-
-@triton.jit
-def _score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV,
-                     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
-                     EXACT: tl.constexpr):
-    """Write MA and ML, the gradients of the queries' and the keys' scores, with all factors of the products of q and k.
-
-    They stand below the diagonal and mirrored above it; above it MA is 0 unless the decay is one per channel. With a
-    scalar decay the result is the gradient of the gates from pairs of tokens, else 0. Scores are taken some columns at
-    a time.
-    """
-    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
-    BLOCK: tl.constexpr = 32
-    t = tl.arange(0, C)
-    inside, i = t < filled, t[:, None]
-    per_row = factors_ptr + t
-    query_norm = tl.load(per_row + QUERY_NORM * tokens, mask=inside, other=0.0)
-    written = tl.load(per_row + KEY_NORM * tokens, mask=inside, other=0.0)
-    written *= tl.load(per_row + BETA * tokens, mask=inside, other=0.0)
-    dg = tl.zeros([C], tl.float32)
-    for j0 in range(0, C, BLOCK):
-        at = j0 + tl.arange(0, BLOCK)
-        in_columns, j = at < filled, at[None, :]
-        per_column = factors_ptr + at
-        beta = tl.load(per_column + BETA * tokens, mask=in_columns, other=0.0)[None, :]
-        by_column = beta * tl.load(per_column + KEY_NORM * tokens, mask=in_columns, other=0.0)[None, :]
-        MA = _products(do_ptr, y_ptr, t, inside, at, in_columns, HV * V, V, BV, BLOCK, PRECISION)
-        ML = _products(z_ptr, y_ptr, t, inside, at, in_columns, HV * V, V, BV, BLOCK, PRECISION)
-        MA = tl.where(i > j, MA, 0.0)
-        ML = tl.where(i > j, ML, 0.0)
-        if DECAY == "scalar":
-            pairs = MA * beta * load_tile(A_ptr, t, HV * C, at, C, inside)
-            g = tl.load(per_row + DECAY_LOG2 * tokens, mask=inside, other=0.0)
-            D = decay_between(g, j, EXACT)
-            MA *= D
-            ML *= D
-        MA *= query_norm[:, None] * by_column
-        ML *= -written[:, None] * by_column
-        if DECAY == "channel":
-            _store_mirrored(MA_ptr, HV * C, at, filled, MA)
-        else:
-            store_tile(MA_ptr, t, HV * C, at, C, inside, MA)
-        _store_mirrored(ML_ptr, HV * C, at, filled, ML)
-        if DECAY == "scalar":
-            pairs += ML * _products(k_ptr, k_ptr, t, inside, at, in_columns, H * K, K, BK, BLOCK, PRECISION)
-            from_rows = tl.sum(tl.where(i >= t[None, :], tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
-            dg += from_rows - tl.sum(tl.where(j >= i, tl.sum(pairs, axis=0)[None, :], 0.0), axis=1)
-    return dg
 
 
 @triton.jit
@@ -157,29 +58,6 @@ def _state_gradients(do_ptr, y_ptr, z_ptr, S_ptr, dS_ptr, rows, stride, inside, 
 
 
 @triton.jit
-def _channel_pairs(q, k, g, MA_ptr, ML_ptr, stride, inside, EXACT: tl.constexpr):
-    """The terms of dq, dk and dg [C, channels] from pairs of tokens, given the mirrored gradients of the scores."""
-    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
-    t = tl.arange(0, C)
-    i, j = t[:, None], t[None, :]
-    dq, dk, dg = tl.zeros(g.shape, tl.float32), tl.zeros(g.shape, tl.float32), tl.zeros(g.shape, tl.float32)
-    for e in tl.range(0, LEVELS, disable_licm=True, loop_unroll_factor=1):
-        b = 1 << e
-        factor = tl.exp2(sum_over(lies_between(i, j, b), g, EXACT))
-        second = second_half(i, b)
-        MA = tl.where(meet(i, j, b), load_tile(MA_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
-        across = factor * tl.dot(MA, (tl.where(second, q, k) * factor).to(q.dtype), input_precision=PRECISION)
-        ML = tl.where(meet(i, j, b), load_tile(ML_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
-        dkf = factor * tl.dot(ML, (k * factor).to(k.dtype), input_precision=PRECISION)
-        dqf = tl.where(second, across, 0.0)
-        dkf += tl.where(second, 0.0, across)
-        dq += dqf
-        dk += dkf
-        dg += sum_over(lies_between(j, i, b), q * dqf + k * dkf, EXACT)
-    return dq, dk, dg
-
-
-@triton.jit
 def _remove_along(x_ptr, dx_ptr, rows, x_stride, dx_stride, inside, weight, K: tl.constexpr, BK: tl.constexpr):
     """Subtract weight x from dx: the component of a gradient along x, which the l2 norm removes."""
     for k0 in range(0, K, BK):
@@ -190,24 +68,27 @@ def _remove_along(x_ptr, dx_ptr, rows, x_stride, dx_stride, inside, weight, K: t
 
 
 CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
-           for channels, values, warps, stages in ((16, 32, 8, 1), (16, 32, 4, 1), (32, 32, 8, 1), (64, 64, 8, 1))]
+           for channels, values, warps, stages in ((64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1))]
 
 
 @tuned(CONFIGS, ["K", "V", "DECAY", "EXACT"])
 @triton.jit
 def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr, total_ptr,
-                     S_ptr, dS_ptr, chunks_ptr, scratch_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, d_A_log_ptr,
-                     d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr,
-                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
-                     L2NORM: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
+                     sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr,
+                     d_beta_ptr, d_A_log_ptr, d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, HV,
+                     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+                     GATE: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
     """Write dq, dk [tokens, HV, K], dv [tokens, HV, V], dg like g, d_beta [tokens, HV], and per chunk d_A_log [P, HV]
     and d_bias [P, HV(, K)].
 
-    `scratch` is [2, tokens, HV, C].
+    With a decay per channel `pair_gradients_kernel` has written dv, d_beta and its terms of dq, dk and dg, and those of
+    A_ii stand in `itself` [HV, tokens]. Else `scratch`, [2, tokens, HV, C], is memory of this kernel.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    # A head of one block has no loop over blocks, and what such a loop keeps apart would not fit the registers.
+    CHANNELS: tl.constexpr = BK // 2 if K <= BK and BK > 16 else BK
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1)
+    first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int32)
     t = tl.arange(0, C)
     inside = t < filled
     i, j = t[:, None], t[None, :]
@@ -227,21 +108,24 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
 
     MA_ptr = scratch_ptr + of_head * C
     ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C
-    same, d_beta = _value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V, t, HV * V, inside, beta, V, BV)
-    if d_beta_ptr is not None:
-        if SIGMOID:
-            d_beta *= beta * (1.0 - beta / beta_scale)
-        tl.store(d_beta_ptr + of_head + t * HV, d_beta.to(d_beta_ptr.dtype.element_ty), mask=inside)
-    same *= query_norm * beta * key_norm
-    dg_pairs = _score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr + of_head * C, MA_ptr, ML_ptr, factors_ptr,
-                                filled, tokens, H, HV, K, V, BK, BV, DECAY, EXACT)
-    tl.debug_barrier()  # what other threads of the program wrote is read from here on
+    dg_pairs = tl.zeros([C], tl.float32)
+    if DECAY == "channel":
+        itself = tl.load(itself_ptr + head * tokens + first + t, mask=inside, other=0.0)
+    else:
+        itself = value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V,
+                                 None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, beta,
+                                 beta_scale, SIGMOID, V, BV)
+        dg_pairs += score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr + of_head * C, MA_ptr, ML_ptr, factors_ptr,
+                                    filled, tokens, H, HV, K, V, BK, BV, DECAY, EXACT)
+        tl.debug_barrier()  # what other threads of the program wrote is read from here on
+    itself *= query_norm * beta * key_norm
     if DECAY == "channel":
         g_ptr += of_head * K
         if dg_ptr is not None:
             dg_ptr += of_head * K
         if bias_ptr is not None:
             bias_ptr += head * K
+        sums_ptr += of_head * K
     rate = gate_rate(A_log_ptr, head)
     if DECAY == "channel":
         of_queries, of_keys, of_writes = query_norm, beta * key_norm, beta * key_norm
@@ -252,41 +136,29 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
     dg_rows, dg_columns = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     d_total_sum, d_A_log = 0.0, 0.0
     along_q, along_k = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    if DECAY == "channel":  # a loop of its own: with the gradients of the states registers do not suffice
-        for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
-            channels = k0 + tl.arange(0, BK)
-            u, bias = load_gates(g_ptr, bias_ptr, t, HV * K, channels, K, inside)
-            g = log2_decay(u, rate, bias, gate_constant, inside, GATE)
-            q = load_tile(q_ptr, t, H * K, channels, K, inside)
-            k = load_tile(k_ptr, t, H * K, channels, K, inside)
-            dq, dk, dg = _channel_pairs(q, k, g, MA_ptr, ML_ptr, HV * C, inside, EXACT)
-            store_tile(dq_ptr, t, HV * K, channels, K, inside, dq)
-            store_tile(dk_ptr, t, HV * K, channels, K, inside, dk)
-            if dg_ptr is not None:
-                store_tile(dg_ptr, t, HV * K, channels, K, inside, dg)
-        tl.debug_barrier()
-    for k0 in tl.range(0, K, BK, disable_licm=True):
-        channels = k0 + tl.arange(0, BK)
+    for k0 in tl.range(0, K, CHANNELS, disable_licm=True):
+        channels = k0 + tl.arange(0, CHANNELS)
         at_state = here * K * V
         d_queries, d_keys, d_writes, d_total = _state_gradients(
-            do_ptr, y_ptr, z_ptr, S_ptr + at_state, dS_ptr + at_state, t, HV * V, inside, channels, K, V, BK, BV,
-            PRECISION)
+            do_ptr, y_ptr, z_ptr, S_ptr + at_state, dS_ptr + at_state, t, HV * V, inside, channels, K, V, CHANNELS,
+            BV, PRECISION)
         q = load_tile(q_ptr, t, H * K, channels, K, inside)
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
         dq = d_queries * of_queries[:, None]
         dk = d_keys * of_keys[:, None]
         d_writes *= of_writes[:, None]
         if DECAY == "channel":
-            u, bias = load_gates(g_ptr, bias_ptr, t, HV * K, channels, K, inside)
-            g = log2_decay(u, rate, bias, gate_constant, inside, GATE)
-            prefix = tl.exp2(sum_over(j <= i, g, EXACT))
+            sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
+            end = tl.load(sums_ptr + (filled - 1) * HV * K + channels, mask=channels < K, other=0.0)
+            prefix = tl.exp2(sums.to(tl.float32))
             dq *= prefix
             dk *= prefix
-            d_writes *= tl.exp2(sum_over(j > i, g, EXACT))
+            d_writes *= tl.exp2((end[None, :] - sums).to(tl.float32))
             total = tl.load(total_ptr + here * K + channels, mask=channels < K, other=0.0)
             if dg_ptr is not None:
                 dg = sum_over(j >= i, q * dq + k * dk, EXACT) + sum_over(j < i, k * d_writes, EXACT)
                 dg += (d_total * total)[None, :] + load_tile(dg_ptr, t, HV * K, channels, K, inside)
+                u, bias = load_gates(g_ptr, bias_ptr, t, HV * K, channels, K, inside)
                 dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
                 dg = tl.where(inside[:, None], dg, 0.0)
                 d_A_log += tl.sum(tl.where(inside[:, None], dA, 0.0))
@@ -305,8 +177,8 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
             dq = tl.dot(for_queries, k, dq, input_precision=PRECISION)
             dk = tl.dot(tl.trans(for_queries), q, dk, input_precision=PRECISION)
             dk = tl.dot(load_tile(ML_ptr, t, HV * C, t, C, inside), k, dk, input_precision=PRECISION)
-        dq += same[:, None] * k
-        dk += same[:, None] * q
+        dq += itself[:, None] * k
+        dk += itself[:, None] * q
         store_tile(dq_ptr, t, HV * K, channels, K, inside, dq)
         store_tile(dk_ptr, t, HV * K, channels, K, inside, dk)
         if L2NORM:

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from hybridlm_kernels.recurrence.triton_tiles import (
     LOG2_E,
+    MIN_LOG2_TOKEN_DECAY,
     C,
     gate_bias,
     gate_gradients,
@@ -31,12 +32,10 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     gate_value,
     load_tile,
     store_tile,
+    token_sums,
 )
 from hybridlm_kernels.triton_support import tuned
 
-MIN_LOG2_DECAY = tl.constexpr(-1000.0)  # lower limit of a token's log2 decay: 2^-1000 is 0 in float32
-# Sums of decays keep multiples of 1 / COARSE_STEPS apart: 64 of them, none below MIN_LOG2_DECAY, add exactly in fp32.
-COARSE_STEPS = tl.constexpr(256.0)
 CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((8, 2), (4, 2), (4, 3), (8, 3))]
 
 
@@ -46,25 +45,14 @@ def log2_decay(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, H
     u = tl.load(g_ptr + token * HV + head + tl.arange(0, C) * HV, mask=inside, other=0.0)
     rate, bias = gate_rate(A_log_ptr, head), gate_bias(bias_ptr, head)
     g = gate_value(u, rate, bias, gate_constant, GATE) * LOG2_E
-    return tl.where(inside, tl.maximum(g, MIN_LOG2_DECAY), 0.0)
-
-
-@triton.jit
-def coarse_and_fine_sums(g):
-    """Cumulative sums of g [C] and their last values, each as a coarse sum and a fine one.
-
-    Coarse sums hold the multiples of 1 / COARSE_STEPS, fine sums what is left, so that a difference of two sums keeps
-    the digits of a weak decay behind a strong one.
-    """
-    coarse = tl.floor(g * COARSE_STEPS + 0.5) / COARSE_STEPS
-    return tl.cumsum(coarse, axis=0), tl.cumsum(g - coarse, axis=0), tl.sum(coarse, axis=0), tl.sum(g - coarse, axis=0)
+    return tl.where(inside, tl.maximum(g, MIN_LOG2_TOKEN_DECAY), 0.0)
 
 
 @triton.jit
 def _constant_decay(g_ptr, head, DECAY: tl.constexpr):
     """The log2 of a constant decay, the same at every token; 0 without one."""
     if DECAY == "constant":
-        return tl.maximum(tl.load(g_ptr + head).to(tl.float32) * LOG2_E, MIN_LOG2_DECAY)
+        return tl.maximum(tl.load(g_ptr + head).to(tl.float32) * LOG2_E, MIN_LOG2_TOKEN_DECAY)
     return 0.0
 
 
@@ -75,7 +63,7 @@ def _edges(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, filled, hea
     t = tl.arange(0, C)
     if DECAY == "scalar":
         g = log2_decay(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, HV, GATE)
-        coarse, fine, last, last_fine = coarse_and_fine_sums(g)
+        coarse, fine, last, last_fine = token_sums(g)
         prefix, suffix, total = coarse + fine, (last - coarse) + (last_fine - fine), last + last_fine
     else:
         g = _constant_decay(g_ptr, head, DECAY)
@@ -90,7 +78,7 @@ def _decay_between(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, hea
     t = tl.arange(0, C)
     if DECAY == "scalar":
         g = log2_decay(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, HV, GATE)
-        coarse, fine, _, _ = coarse_and_fine_sums(g)
+        coarse, fine, _, _ = token_sums(g)
         apart = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     else:
         apart = (t[:, None] - t[None, :]) * _constant_decay(g_ptr, head, DECAY)

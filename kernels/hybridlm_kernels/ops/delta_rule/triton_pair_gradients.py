@@ -1,0 +1,215 @@
+"""Gradients of what pairs of tokens of a chunk share: of the scores A and L, of values and beta, and with a decay per
+channel the terms of dq, dk and dg that come from scores.
+
+With B = diag(beta), Y and Z of `triton_scan.py`:
+    dA_ij = dO_i . Y_j beta_j,  dL_ij = -beta_i Z_i . Y_j beta_j,  dbeta_i = Z_i . Y_i,  dV = B Z
+A program writes the gradients of the scores to `scratch` and reads them back as operands, in either orientation: so
+they do not fill its registers, and no product takes the transposed result of another (which Triton before 3.7.1
+compiles wrongly on Hopper).
+
+Legend: H key heads, HV value heads, K/V key/value head dim, C tokens per chunk, P chunks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hybridlm_kernels.ops.delta_rule.triton_chunk import BETA, COARSE, FINE, KEY_NORM, NUM_FACTORS, QUERY_NORM
+from hybridlm_kernels.recurrence.triton_tiles import (
+    LEVELS,
+    MAX_EXPONENT,
+    C,
+    border_decay,
+    decay_from_start,
+    lies_between,
+    load_sums,
+    load_tile,
+    meet,
+    second_half,
+    store_tile,
+    sum_over,
+    times,
+    token_decay_between,
+)
+from hybridlm_kernels.triton_support import tuned
+
+
+@triton.jit
+def value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, stride, heads, inside, beta, beta_scale,
+                    SIGMOID: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """The row sums of dO Y. Writes dV = B Z and d_beta."""
+    rows = tl.arange(0, C)
+    same, d_beta = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for v0 in range(0, V, BV):
+        columns = v0 + tl.arange(0, BV)
+        do = load_tile(do_ptr, rows, stride, columns, V, inside).to(tl.float32)
+        y = load_tile(y_ptr, rows, stride, columns, V, inside).to(tl.float32)
+        z = load_tile(z_ptr, rows, stride, columns, V, inside).to(tl.float32)
+        same += tl.sum(do * y, axis=1)
+        d_beta += tl.sum(z * y, axis=1)
+        store_tile(dv_ptr, rows, stride, columns, V, inside, beta[:, None] * z)
+    if d_beta_ptr is not None:
+        if SIGMOID:
+            d_beta *= beta * (1.0 - beta / beta_scale)
+        tl.store(d_beta_ptr + rows * heads, d_beta.to(d_beta_ptr.dtype.element_ty), mask=inside)
+    return same
+
+
+@triton.jit
+def _store_mirrored(ptr, stride, columns, filled, x):
+    """Store columns x [C, columns] of a chunk's scores, 0 on and above the diagonal, below it and mirrored above it."""
+    t = tl.arange(0, C)
+    half = x.to(ptr.dtype.element_ty)
+    tl.store(ptr + t[:, None] * stride + columns[None, :], half,
+             mask=(t < filled)[:, None] & (t[:, None] >= columns[None, :]))
+    tl.store(ptr + columns[:, None] * stride + t[None, :], tl.trans(half),
+             mask=(columns < filled)[:, None] & (t[None, :] > columns[:, None]))
+
+
+@triton.jit
+def score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV,
+                    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+                    EXACT: tl.constexpr):
+    """Write MA and ML, the gradients of the queries' and the keys' scores, with all factors of the products of q and k.
+
+    They stand below the diagonal and mirrored above it; above it MA is 0 unless the decay is one per channel. With a
+    scalar decay the result is the gradient of the gates from pairs of tokens, else 0.
+    """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    t = tl.arange(0, C)
+    inside, i, j = t < filled, t[:, None], t[None, :]
+    beta = tl.load(factors_ptr + BETA * tokens + t, mask=inside, other=0.0)
+    key_norm = tl.load(factors_ptr + KEY_NORM * tokens + t, mask=inside, other=0.0)
+    query_norm = tl.load(factors_ptr + QUERY_NORM * tokens + t, mask=inside, other=0.0)
+    dg = tl.zeros([C], tl.float32)
+    MA, ML = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for v0 in range(0, V, BV):
+        columns = v0 + tl.arange(0, BV)
+        y = tl.trans(load_tile(y_ptr, t, HV * V, columns, V, inside))
+        MA = tl.dot(load_tile(do_ptr, t, HV * V, columns, V, inside), y, MA, input_precision=PRECISION)
+        ML = tl.dot(load_tile(z_ptr, t, HV * V, columns, V, inside), y, ML, input_precision=PRECISION)
+    MA = tl.where(i > j, MA, 0.0)
+    ML = tl.where(i > j, ML, 0.0)
+    if DECAY == "scalar":
+        pairs = MA * beta[None, :] * load_tile(A_ptr, t, HV * C, t, C, inside)
+        coarse = tl.load(factors_ptr + COARSE * tokens + t, mask=inside, other=0.0)
+        fine = tl.load(factors_ptr + FINE * tokens + t, mask=inside, other=0.0)
+        D = token_decay_between(coarse[:, None], fine[:, None], coarse[None, :], fine[None, :], i, j)
+        MA *= D
+        ML *= D
+    MA *= query_norm[:, None] * (beta * key_norm)[None, :]
+    ML *= -(beta * key_norm)[:, None] * (beta * key_norm)[None, :]
+    if DECAY == "channel":
+        _store_mirrored(MA_ptr, HV * C, t, filled, MA)
+    else:
+        store_tile(MA_ptr, t, HV * C, t, C, inside, MA)
+    _store_mirrored(ML_ptr, HV * C, t, filled, ML)
+    if DECAY == "scalar":
+        keys = tl.zeros([C, C], tl.float32)
+        for k0 in range(0, K, BK):
+            k = load_tile(k_ptr, t, H * K, k0 + tl.arange(0, BK), K, inside)
+            keys = tl.dot(k, tl.trans(k), keys, input_precision=PRECISION)
+        pairs += ML * keys
+        from_rows = tl.sum(tl.where(i >= j, tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
+        dg += from_rows - tl.sum(tl.where(j >= i, tl.sum(pairs, axis=0)[None, :], 0.0), axis=1)
+    return dg
+
+
+@triton.jit
+def _channel_pairs(q, k, sums, sums_ptr, sums_stride, columns, K: tl.constexpr, MA_ptr, ML_ptr, stride, filled,
+                   MERGED: tl.constexpr, EXACT: tl.constexpr):
+    """The terms of dq, dk and dg [C, channels] from pairs of tokens, given the mirrored gradients of the scores.
+
+    Pairs meet as in `triton_chunk._channel_scores`, but for all rows alike. A decay t is a factor of the pair (i, j)
+    when j < t <= i, so of pairs that meet at a border it gets those on its own side with the farther end behind it.
+    Where pairs meet in one product, it gets the pairs with the later end behind it less those with the earlier end
+    behind it, too. Both are products of the same rounded numbers: what one pair adds and takes away cancels.
+    """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    t = tl.arange(0, C)
+    inside, i, j = t < filled, t[:, None], t[None, :]
+    dq, dk = tl.zeros(sums.shape, tl.float32), tl.zeros(sums.shape, tl.float32)
+    dg = tl.zeros(sums.shape, tl.float32)
+    first_level = MERGED
+    if MERGED > 0:
+        E = decay_from_start(sums, sums_ptr, sums_stride, columns, K, filled, MERGED)
+        first_level = tl.where(tl.min(E) < -2 * MAX_EXPONENT, 0, MERGED)
+        if first_level == MERGED:
+            decay, inverse = tl.exp2(E + MAX_EXPONENT), tl.exp2(-(E + MAX_EXPONENT))
+            queries, keys, first_keys = times(q, decay), times(k, decay), times(k, inverse)
+            block = (i ^ j) < (1 << MERGED)
+            MA = load_tile(MA_ptr, t, stride, t, C, inside)
+            ML = load_tile(ML_ptr, t, stride, t, C, inside)
+            for_queries = tl.dot(tl.where(block & (i > j), MA, 0.0).to(q.dtype), first_keys, input_precision=PRECISION)
+            for_keys = tl.dot(tl.where(block & (i > j), ML, 0.0).to(q.dtype), first_keys, input_precision=PRECISION)
+            back = tl.dot(tl.where(block & (i < j), MA, 0.0).to(q.dtype), queries, input_precision=PRECISION)
+            back = tl.dot(tl.where(block & (i < j), ML, 0.0).to(q.dtype), keys, back, input_precision=PRECISION)
+            dq = for_queries * decay
+            dk = for_keys * decay + back * inverse
+            dg = sum_over(j >= i, queries * for_queries + keys * for_keys - first_keys * back, EXACT)
+    for e in tl.range(first_level, LEVELS, num_stages=1, disable_licm=True, loop_unroll_factor=1):
+        b = 1 << e
+        to_border = border_decay(sums, sums_ptr, sums_stride, columns, K, filled, b)
+        second = second_half(i, b)
+        partner, own_keys = times(tl.where(second, q, k), to_border), times(k, to_border)
+        MA_level = tl.where(meet(i, j, b), load_tile(MA_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
+        across = tl.dot(MA_level, partner, input_precision=PRECISION)
+        ML_level = tl.where(meet(i, j, b), load_tile(ML_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
+        own = tl.dot(ML_level, own_keys, input_precision=PRECISION)
+        dq += tl.where(second, across * to_border, 0.0)
+        dk += tl.where(second, own, own + across) * to_border
+        dg += sum_over(lies_between(j, i, b), partner * across + own_keys * own, EXACT)
+    return dq, dk, dg
+
+
+CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
+           for channels, values, warps, stages in ((32, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1))]
+
+
+@tuned(CONFIGS, ["K", "V", "MERGED", "EXACT"])
+@triton.jit
+def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_ptr, chunks_ptr, scratch_ptr, dq_ptr,
+                          dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, itself_ptr, beta_scale, tokens, H, HV, K: tl.constexpr,
+                          V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SIGMOID: tl.constexpr,
+                          MERGED: tl.constexpr, EXACT: tl.constexpr):
+    """Write the terms of dq, dk, dg [tokens, HV, K] from pairs of tokens, dv [tokens, HV, V], d_beta [tokens, HV] and
+    the gradients of A_ii, itself [HV, tokens] in fp32.
+
+    `scratch` is [2, tokens, HV, C]. One program per chunk and head.
+    """
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int32)
+    t = tl.arange(0, C)
+    inside = t < filled
+    of_key_head, of_head = first * H + head // (HV // H), first * HV + head
+    q_ptr += of_key_head * K  # from here on tokens are counted from the chunk's first, in 32 bits
+    k_ptr += of_key_head * K
+    dq_ptr += of_head * K
+    dk_ptr += of_head * K
+    sums_ptr += of_head * K
+    do_ptr += of_head * V
+    y_ptr += of_head * V
+    z_ptr += of_head * V
+    factors_ptr += head * NUM_FACTORS * tokens + first
+    MA_ptr = scratch_ptr + of_head * C
+    ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C
+    beta = tl.load(factors_ptr + BETA * tokens + t, mask=inside, other=0.0)
+    itself = value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V,
+                             None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, beta,
+                             beta_scale, SIGMOID, V, BV)
+    tl.store(itself_ptr + head * tokens + first + t, itself, mask=inside)
+    score_gradients(do_ptr, y_ptr, z_ptr, None, None, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV, K, V, BK, BV,
+                    "channel", EXACT)
+    tl.debug_barrier()  # what other threads of the program wrote is read from here on
+    for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
+        channels = k0 + tl.arange(0, BK)
+        sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
+        q = load_tile(q_ptr, t, H * K, channels, K, inside)
+        k = load_tile(k_ptr, t, H * K, channels, K, inside)
+        dq, dk, dg = _channel_pairs(q, k, sums, sums_ptr, HV * K, channels, K, MA_ptr, ML_ptr, HV * C, filled, MERGED,
+                                    EXACT)
+        store_tile(dq_ptr, t, HV * K, channels, K, inside, dq)
+        store_tile(dk_ptr, t, HV * K, channels, K, inside, dk)
+        if dg_ptr is not None:
+            store_tile(dg_ptr + of_head * K, t, HV * K, channels, K, inside, dg)
