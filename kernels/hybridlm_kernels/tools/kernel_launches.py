@@ -24,8 +24,8 @@ from hybridlm_kernels.cases import BenchCase, Inputs, Shape
 from hybridlm_kernels.triton_support import INTERPRETED
 
 PASSES = ("forward", "backward")
-TRITON_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
-                torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8"}
+TRITON_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+                torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8"}
 
 
 @dataclass(frozen=True)
