@@ -151,9 +151,10 @@ class _DeltaRuleLaunches:
         results = _ForwardResults(A, X, self.wide(self.HV, NUM_FACTORS.value, self.tokens), total)
         o = self.empty(*self.x.v.shape)
         last = self.states_of_documents() if self.options.final_state else None
-        sums, decayed = None, (self.x.q, self.x.k, self.x.k)
+        sums: Tensor | None = None
+        decayed: tuple[Tensor, ...] = (self.x.q, self.x.k, self.x.k)
         if self.decay == "channel":
-            *decayed, sums = self.decayed(results, factors=True)
+            decayed, sums = self.decayed(results, factors=True)
         self.chunk(results, sums)
         if self.in_segments:
             results = self.scan_segments(results, decayed, last)
@@ -161,7 +162,7 @@ class _DeltaRuleLaunches:
                   last=None if self.in_segments else last)
         return results, o, self.wide(0, self.HV, self.K, self.V) if last is None else last
 
-    def decayed(self, results: _ForwardResults, factors: bool) -> tuple[Tensor, ...]:
+    def decayed(self, results: _ForwardResults, factors: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         """The queries, keys and writes for the scans and the cumulative sums of log2 decays, with a decay per channel.
 
         With `factors` also fills the factors and total.
@@ -174,7 +175,7 @@ class _DeltaRuleLaunches:
             total_ptr=results.total, sums_ptr=sums, queries_ptr=queries, keys_ptr=keys, writes_ptr=writes,
             scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, FACTORS=factors, **self.gate_arguments,
             **self.sizes, **{name: flag for name, flag in self.flags.items() if name != "DECAY"})
-        return queries, keys, writes, sums
+        return (queries, keys, writes), sums
 
     def chunk(self, results: _ForwardResults, sums: Tensor | None) -> None:
         """Fill A and X and, unless the decay is one per channel, factors and total."""
@@ -328,9 +329,10 @@ class _TritonDeltaRule(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: a checkpointed layer unpacks each saved tensor a single time
         inputs, results = _DeltaRuleInputs(*saved[:8]), _ForwardResults(*saved[8:])
         launches = _DeltaRuleLaunches(inputs, ctx.options)
-        sums, decayed = None, (inputs.q, inputs.k, inputs.k)
+        sums: Tensor | None = None
+        decayed: tuple[Tensor, ...] = (inputs.q, inputs.k, inputs.k)
         if launches.decay == "channel":
-            *decayed, sums = launches.decayed(results, factors=False)
+            decayed, sums = launches.decayed(results, factors=False)
         y, states = launches.states(results, decayed)
         do = torch.zeros_like(inputs.v) if do is None else do.contiguous()
         d_last = None if d_last is None or not d_last.numel() else d_last.contiguous()

@@ -42,8 +42,9 @@ def solve(L, beta_ptr, blocks_ptr, stride, filled, PRECISION: tl.constexpr):
         x = tl.load(from_row + columns % BLOCK, mask=inside, other=0.0)
         for m in tl.static_range(1, n):
             x -= tl.load(from_row + m, mask=inside, other=0.0) * written[m]
-        rows = rows + (x,)  # noqa: RUF005  triton cannot unpack
-        written = written + (x * tl.load(beta_ptr + first + n, mask=inside, other=0.0),)  # noqa: RUF005
+        rows = rows + (x,)  # type: ignore[assignment]  # noqa: RUF005  triton cannot unpack
+        beta = tl.load(beta_ptr + first + n, mask=inside, other=0.0)
+        written = written + (x * beta,)  # type: ignore[assignment]  # noqa: RUF005
     tl.debug_barrier()
     for n in tl.static_range(1, BLOCK):
         tl.store(blocks_ptr + (first + n) * stride + columns % BLOCK, rows[n], mask=first + n < filled)
