@@ -120,7 +120,7 @@ class Experiment:
             "train", f"run_dir={self.out / name}", *words,
             f"data.mixture=[{{path: '{texts}/train_code.jsonl', weight: {1 - PROSE_WEIGHT}}}, "
             f"{{path: '{texts}/train_prose.jsonl', weight: {PROSE_WEIGHT}}}]",
-            f"data.validation_path='{texts}/held_out_code.jsonl'", f"training.batch_size={self.sizes.batch}",
+            f"data.validation_path='{texts}/held_out_code.jsonl'",
             f"training.checkpoint_every={self.sizes.checkpoint_every}", "training.eval_batches=4",
             "training.eval_every=0", "optimizer.weight_decay=0.01", minutes=self.minutes)
         if done:
