@@ -17,11 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from hybridlm import checkpoint as saved
 from hybridlm.cli import dispatch, main
 from hybridlm.cli.parser import Parser
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import to_yaml
 from hybridlm.distributed.engine_config import ENGINES
+from hybridlm.model.model import build_model
 from hybridlm.planning import machine_memory
 from hybridlm.report import watch
 from hybridlm.run_config import load_config
@@ -89,6 +91,7 @@ def collect():
 COMMANDS = collect()
 OURS = [words for words in COMMANDS if words[0] == "hybridlm" and len(words) > 1 and not words[1].startswith("-")]
 HERE = {"sweep.dir=/shared/sweeps/ratio": "sweep.dir=runs/sweeps/ratios",  # what a page names, what is here
+        "runs/first_dsa": "runs/trained_dsa",
         **dict.fromkeys(("my_mixer.py", "examples/my_mixer.py"), str(ROOT / "examples" / "my_mixer.py"))}
 OTHERS = [words for words in COMMANDS if words[0] in ("bash", "python")]
 
@@ -127,9 +130,13 @@ def place(tmp_path_factory):
             shutil.copytree(checkpoint, top / name)
         for name in _named(r"(?:(?:init|branch)_from=)?runs/(\w+)") - {"first", "first_dsa", "sweeps"}:
             shutil.copytree(top / "runs" / "first", top / "runs" / name)
-        converted = load_config("train", ["recipe=dsa_tiny", "init_from=runs/first", "run_dir=runs/first_dsa"])
+        converted = load_config("train", ["recipe=dsa_tiny", "init_from=runs/first", "run_dir=runs/first_dsa",
+                                          "data.path=texts/"])
         (top / "runs/first_dsa").mkdir()
         (top / "runs/first_dsa/config.yaml").write_text(to_yaml(converted), encoding="utf-8")
+        saved.write(top / "runs/trained_dsa/checkpoints", 1,
+                    saved.model_texts(converted, converted.model, saved.load_tokenizer(checkpoint)),
+                    {"model": saved.unique_tensors(build_model(converted.model))})
     vary = {"model.schedule.linear": ["kda", "gdn"], "model.schedule.ratio": [0, 1]}
     for name in ("hybrid_ratio", "first", "ratios"):
         report_folders.sweep_folder(top / "runs" / "sweeps" / name, vary, steps=5)
