@@ -163,8 +163,6 @@ def _extend(prefix_XCK: Tensor, suffix_XCK: Tensor, b: int) -> None:
     """Extend products inside blocks of b tokens to blocks of 2b, in place; those far below rounding become zero."""
     K = prefix_XCK.shape[2]
     extend_products(prefix_XCK.view(-1, 2, b, K), suffix_XCK.view(-1, 2, b, K))
-    drop_negligible(prefix_XCK)
-    drop_negligible(suffix_XCK)
 
 
 def _ends(p_M2bK: Tensor, before: Sequence[bool]) -> list[Tensor]:

@@ -67,10 +67,13 @@ def corner_blocks(scores_XCC: Tensor, b: int) -> Tensor:
 
 
 def extend_products(prefix: Tensor, suffix: Tensor) -> None:
-    """Extend products inside half blocks to products inside blocks: [M, 2, b, ...], changed in place."""
+    """Extend products inside half blocks to products inside blocks: [M, 2, b, ...], changed in place.
+
+    Products that are negligible become zero.
+    """
     first, second = prefix[:, 0, -1:].clone(), prefix[:, 1, -1:].clone()
-    prefix[:, 1] *= first
-    suffix[:, 0] *= second
+    drop_negligible(prefix[:, 1].mul_(first))
+    drop_negligible(suffix[:, 0].mul_(second))
 
 
 def sum_from_and_before(x_XCK: Tensor, y_XCK: Tensor | None = None) -> Tensor:
@@ -91,6 +94,18 @@ def drop_negligible(decay: Tensor) -> Tensor:
     which a CPU multiplies up to 20 times more slowly. NaN stays NaN.
     """
     return torch.threshold_(decay, torch.finfo(decay.dtype).tiny ** 0.5, 0.0)
+
+
+def drop_tiny(x: Tensor) -> Tensor:
+    """Sets denormal numbers, and those that one more factor could make denormal, to zero, in place.
+
+    The limit is the smallest normal number over the rounding error of 1 (1e-31 in fp32, 1e-292 in fp64). NaN stays NaN.
+
+    >>> drop_tiny(torch.tensor([1e-30, -1e-32, 1e-40]))
+    tensor([1.0000e-30, 0.0000e+00, 0.0000e+00])
+    """
+    limits = torch.finfo(x.dtype)
+    return torch.hardshrink(x, limits.tiny / limits.eps, out=x)
 
 
 class ScalarDecay:
@@ -115,8 +130,6 @@ class ScalarDecay:
             p, s = prefix.view(P * HV, -1, 2, b), suffix.view(P * HV, -1, 2, b)
             torch.mul(p[:, :, 1, :, None], s[:, :, 0, None, :], out=corner_blocks(between, b))
             extend_products(p.flatten(0, 1), s.flatten(0, 1))
-            drop_negligible(prefix)
-            drop_negligible(suffix)
         drop_negligible(between)
         return cls(prefix[..., None], suffix[..., None], prefix[:, :, -1:, None], between.view(P, HV, C, C))
 
@@ -235,7 +248,7 @@ class ChannelDecay:
     @classmethod
     def varying(cls, g_PHCK: Tensor) -> ChannelDecay:
         """From a decay for every token and channel, g [P, H, C, K]."""
-        return cls(g_PHCK.exp())
+        return cls(drop_negligible(g_PHCK.exp()))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -270,6 +283,8 @@ class ChannelDecay:
             for r, score in enumerate(scores):
                 corner_blocks(score, b).copy_(block[:, :, r])
             extend_products(p, s)
+        for score in scores:
+            drop_tiny(score)  # a product of two decays that are not negligible may be
         scores[0].diagonal(dim1=-2, dim2=-1).copy_((q_PHCK * k_PHCK).sum(-1).view(X, C))
         return scores[0], scores[1] if rows_of_k else None
 
@@ -317,7 +332,8 @@ class ChannelDecay:
         dg = None
         if need_g:
             x = torch.mul(q_PHCK, d_rows[0]).addcmul_(k_PHCK, dk.neg() if R == 1 else d_rows[1] - dk)
-            dg = sum_from_and_before(x.view(-1, C, K), (k_PHCK * dk_after).view(-1, C, K))
+            y = drop_tiny(k_PHCK * dk_after)
+            dg = sum_from_and_before(drop_tiny(x).view(-1, C, K), y.view(-1, C, K))
             dg = dg.add_(d.total[:, None]).view_as(self.a)
         diagonal = dA_XCC.diagonal(dim1=-2, dim2=-1).reshape(*q_PHCK.shape[:3], 1)
         dk.add_(dk_after).addcmul_(diagonal, q_PHCK)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridlm_kernels.recurrence.decay_products import drop_tiny
+
 BLOCK_UNKNOWNS = 16
 
 
@@ -24,12 +26,12 @@ def _level_masks(c: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
                  for b in sizes)
 
 
-def block_inverses(L_XCC: Tensor, beta_XC1: Tensor | None) -> Tensor:
+def block_inverses(L_XCC: Tensor, beta_XC1: Tensor | None, *, drop: bool = False) -> Tensor:
     """Inverses [X, n, c, c] of the diagonal blocks of I + L diag(beta). Only L's strictly lower part is read.
 
     Blocks are doubled: with T the inverse at block size b, the inverse at 2b is T - T L_b T, where L_b holds the
     entries that join the halves. No power of L is formed: its entries would grow beyond those of the inverse and lose
-    digits.
+    digits. `drop` sets numbers to zero with which a CPU is slow (`drop_tiny`).
     """
     X, C, _ = L_XCC.shape
     c = min(BLOCK_UNKNOWNS, C)
@@ -41,23 +43,33 @@ def block_inverses(L_XCC: Tensor, beta_XC1: Tensor | None) -> Tensor:
     T = torch.mul(D, masks[0]).neg_() if masks else torch.zeros_like(D)
     T.diagonal(dim1=1, dim2=2).fill_(1)
     for mask in masks[1:]:
-        T = torch.baddbmm(T, torch.bmm(T, D * mask), T, alpha=-1)
+        joined = torch.bmm(T, D * mask)
+        T = torch.baddbmm(T, drop_tiny(joined) if drop else joined, T, alpha=-1)
+        if drop:
+            drop_tiny(T)
     return T.view(X, n, c, c)
 
 
 def solve(L_XCC: Tensor, beta_XC1: Tensor | None, inverse_Xncc: Tensor, R_XCW: Tensor,
-          widths: tuple[int, ...]) -> list[Tensor]:
-    """Solve (I + L diag(beta)) Z = R for Z [X, C, W], L strictly lower; returns Z as tensors [X, C, w] of `widths`."""
+          widths: tuple[int, ...], *, drop: bool = False) -> list[Tensor]:
+    """Solve (I + L diag(beta)) Z = R for Z [X, C, W], L strictly lower; returns Z as tensors [X, C, w] of `widths`.
+
+    `drop` sets numbers to zero with which a CPU is slow (`drop_tiny`).
+    """
     n, c = inverse_Xncc.shape[1:3]
     remaining = R_XCW
     solved = []
     for i in range(n):
         a, b = i * c, (i + 1) * c
         z = torch.bmm(inverse_Xncc[:, i], remaining[:, :c])
+        if drop:
+            drop_tiny(z)
         solved.append(z.split(widths, dim=-1))
         if b < n * c:
             written = z if beta_XC1 is None else z * beta_XC1[:, a:b]
             remaining = torch.baddbmm(remaining[:, c:], L_XCC[:, b:, a:b], written, alpha=-1)
+            if drop:
+                drop_tiny(remaining)
     return [torch.cat(blocks, dim=1) for blocks in zip(*solved, strict=True)]
 
 

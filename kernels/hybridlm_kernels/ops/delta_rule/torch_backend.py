@@ -120,8 +120,8 @@ def _forward(group: StepGroup, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None
     A, L = decay.scores(q, k, rows_of_k=True)
     assert L is not None
     factors = decay.factors(q, k, keys=VK[..., V:])
-    inverses = block_inverses(L, beta)
-    Y, W = solve(L, beta, inverses, VK, (V, K))
+    inverses = block_inverses(L, beta, drop=decay.per_channel)
+    Y, W = solve(L, beta, inverses, VK, (V, K), drop=decay.per_channel)
     states, last = _scan(group, factors, beta, Y, W, state)
     o = torch.bmm(factors.queries, states).baddbmm_(A, _times(Y, beta))
     saved = [q, k, norm_q, norm_k, beta, A, L, inverses, Y, W, states, *decay.tensors]

@@ -24,7 +24,13 @@ from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.arguments import math_dtype
 from hybridlm_kernels.recurrence.chunk_layout import StepGroup, chunk_size, get_chunk_layout
-from hybridlm_kernels.recurrence.decay_products import corner_blocks, doublings, extend_products, sum_from_and_before
+from hybridlm_kernels.recurrence.decay_products import (
+    corner_blocks,
+    doublings,
+    drop_negligible,
+    extend_products,
+    sum_from_and_before,
+)
 
 RECURRENT_MAX_TOKENS = 8  # up to so many tokens the recurrence itself is faster than chunks
 SAVED_PER_GROUP = 6
@@ -85,7 +91,7 @@ def _forward(group: StepGroup, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state
     dtype = state.dtype
     _, H, K, V = state.shape
     q, k, v, g = (group.gather(x, dtype).flatten(0, 1) for x in (q, k, v, g))
-    q, a = q.mul_(scale), g.exp_()
+    q, a = q.mul_(scale), drop_negligible(g.exp_())
     A = torch.bmm(q, k.mT)
     o = A.diagonal(dim1=-2, dim2=-1)[..., None] * v
     prefix, suffix = a.clone(), torch.ones_like(a)
