@@ -32,6 +32,7 @@ from hybridlm_kernels.ops.sinkhorn import sinkhorn as sinkhorn
 from hybridlm_kernels.ops.slstm import slstm as slstm
 from hybridlm_kernels.ops.sparse_attention import indexer_topk as indexer_topk
 from hybridlm_kernels.ops.sparse_attention import sparse_attention as sparse_attention
+from hybridlm_kernels.ops.suffix_match import suffix_match as suffix_match
 from hybridlm_kernels.ops.swiglu import SoftCaps as SoftCaps
 from hybridlm_kernels.ops.swiglu import swiglu as swiglu
 from hybridlm_kernels.ops.titans_memory import titans_memory as titans_memory

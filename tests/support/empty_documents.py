@@ -35,6 +35,9 @@ STATELESS = {
         main_q, main_k, main_k, -w.exp(), cu_seqlens=borders, backend=backend),
     "position_weighted_mean": lambda q, k, w, main_q, main_k, borders, backend: ops.position_weighted_mean(
         main_q[..., 0, :], main_q[..., 1, :], w[0], w[0].flip(0), window=3, cu_seqlens=borders, backend=backend),
+    "suffix_match": lambda q, k, w, main_q, main_k, borders, backend: ops.suffix_match(
+        main_q[..., 0, :], main_q[..., 1, :], main_q[..., 0, :], w[0, 0, 0].exp().expand(main_q.shape[-1]),
+        cu_seqlens=borders, backend=backend)[0],
     "max_scan": lambda q, k, w, main_q, main_k, borders, backend: ops.max_scan(
         w, -w.exp(), cu_seqlens=borders, backend=backend)[0],
     "slstm": lambda q, k, w, main_q, main_k, borders, backend: ops.slstm(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ class SequenceMixer(KeepsFP32, abc.ABC):
 
     `fp32_parameters` are names of parameters, or their last parts, that stay in fp32 (`KeepsFP32`).
     """
+
+    # Parameters in which the output is piecewise constant, as it is in the inputs then: their gradient is that of a
+    # stand-in, such as differences of flipped bits, and no derivative.
+    piecewise_constant: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: Any | None = None) -> tuple[Tensor, Aux]:

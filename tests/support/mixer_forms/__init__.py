@@ -3,7 +3,8 @@
 A module may say more of its kinds, by sets of names of parameters within the mixer: FP32, those that stay in fp32
 beside norms; OTHER_STARTS, projections that do not start as normal(0, std), those of one form as "FORM/NAME";
 NO_MATRICES, those of two dims that are vectors or convolutions to an optimizer. UNDIVIDED names the forms whose
-rows cannot be divided between processes. READERS holds forms that read from an earlier layer, with that layer's mixer.
+rows cannot be divided between processes. SIGNS names forms that read signs: their work per key is on whole numbers,
+and rounding makes their outputs jump. READERS holds forms that read from an earlier layer, with that layer's mixer.
 """
 
 import importlib
