@@ -63,9 +63,13 @@ def data_rules(folder: Path) -> int:
 
 
 def layer_list(config: ModelConfig) -> list[dict[str, Any]]:
-    """List the layers of a model, one entry per layer: mixer name, mixer kind, kind of feed-forward."""
-    return [{"layer": index, "mixer": name, "kind": config.mixers[name].kind,
-             "feed_forward": "moe" if config.feed_forward.is_moe(index) else "dense"}
+    """List the layers of a model, one entry per layer: mixer name, mixer kind, and dense, moe or none."""
+
+    def feed_forward(index: int, name: str) -> str:
+        config_after = config.feed_forward_after(name)
+        return "moe" if config_after.is_moe(index) else "dense" if config_after.is_branch else "none"
+
+    return [{"layer": index, "mixer": name, "kind": config.mixers[name].kind, "feed_forward": feed_forward(index, name)}
             for index, name in enumerate(config.layers())]
 
 

@@ -47,6 +47,8 @@ def run(argv: Sequence[str]) -> int:
             raise ConfigError("--only", "no such check", got=name, expected=f"one of {', '.join(CHECKS)}",
                               hint=did_you_mean(name, CHECKS))
     noun, config = _config(args.kind, args.options, args.config_dir, args.hidden_size)
+    if not config.is_branch:
+        raise ConfigError("KIND", "stands for no mixer or feed-forward: there is nothing to check", got=args.kind)
     checks = {name: check for name, check in CHECKS.items() if not args.only or name in args.only}
     source = None
     if args.source is not None:

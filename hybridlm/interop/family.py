@@ -99,6 +99,7 @@ class Family:
         multimodal_types: model types whose `text_config` is of this family.
         embedding_key: their name of the embedding.
         norm_key: their name of the final norm.
+        layers_key: their name of the list of layers; that of MTP weights is `model.layers`.
         renamed_keys: (pattern, replacement) that turn other spellings of keys (transformers' names at run time, older
             releases) into the official ones.
         ignored_keys: patterns of keys that carry nothing to keep.
@@ -118,6 +119,7 @@ class Family:
     multimodal_types: tuple[str, ...] = ()
     embedding_key: str = "model.embed_tokens.weight"
     norm_key: str = "model.norm.weight"
+    layers_key: str = "model.layers"
     renamed_keys: tuple[tuple[str, str], ...] = ()
     ignored_keys: tuple[str, ...] = ()
     mtp_keys: str | None = None
@@ -135,8 +137,8 @@ class Family:
             rules.append(_map_repeated("lm_head.weight", HEAD_KEY,
                                        [f"{prefix}.shared_head.head.weight" for prefix in mtp_prefixes]))
         for index, name in enumerate(config.layers()):
-            layer = LayerToMap(config.mixers[name], config.feed_forward.is_moe(index), f"layers.{index}.",
-                               f"model.layers.{index}.")
+            layer = LayerToMap(config.mixers[name], config.feed_forward_after(name).is_moe(index), f"layers.{index}.",
+                               f"{self.layers_key}.{index}.")
             rules += self.map_layer(config, layer)
         for index in range(config.mtp.depth):
             rules += self._map_mtp(config, index)

@@ -1,4 +1,4 @@
-"""One layer: a mixer, then a feed-forward, each joined to the model's residual stream.
+"""One layer: a mixer, then a feed-forward, or one of them alone, each joined to the model's residual stream.
 
 Parameters: `mixer_norm`, `mixer`, `feed_forward_norm`, `feed_forward`, then those of the residual, if it has any.
 """
@@ -16,7 +16,7 @@ from hybridlm.model.decode_state import LayerState
 from hybridlm.model.feed_forward import build_feed_forward
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux, SequenceMixer, build_mixer
-from hybridlm.model.residual import build_branch_norm, build_residual_branch
+from hybridlm.model.residual import BRANCH_NAMES, build_branch_norm, build_residual_branch
 from hybridlm.model.residual.contract import Stream
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import LAYER_INPUT
@@ -31,6 +31,8 @@ MixerStandIn = Callable[[SequenceMixer, Tensor, SequenceInfo], tuple[Tensor, Aux
 class Block(nn.Module):
     """One layer of the model: a mixer and a feed-forward, each with its norm, joined to the residual stream.
 
+    A layer that has one of the two alone has no norm and no residual for the other.
+
     Args:
         config: the config of the model.
         mixer_name: key of `config.mixers`.
@@ -39,6 +41,7 @@ class Block(nn.Module):
             what the mixer is told.
 
     Attributes:
+        branches: which of the two the layer has, in their order.
         mixer_stand_in: what runs in place of the mixer in forwards without a decode state; None: the mixer itself. It
             has no part in the model's parameters.
     """
@@ -52,15 +55,20 @@ class Block(nn.Module):
         self.mixer_stand_in: MixerStandIn | None = None
         self._compiled: Callable[..., tuple[Stream, dict[str, Aux]]] | None = None
         self.mixer_name = mixer_name
-        self.mixer_norm = build_branch_norm(config.residual, in_stream)
+        self.branches = config.present_branches(mixer_name)
+        if "mixer" in self.branches:
+            self.mixer_norm = build_branch_norm(config.residual, in_stream)
         self.mixer = build_mixer(config.mixers[mixer_name], context)
         self.layer_index = layer_index
         self.input_is_read = context.is_read(LAYER_INPUT)
-        self.feed_forward_norm = build_branch_norm(config.residual, in_stream)
-        self.feed_forward = build_feed_forward(config.feed_forward, context)
-        self.mixer_residual = build_residual_branch(config.residual, mixer_branch, in_stream, "mixer")
-        self.feed_forward_residual = build_residual_branch(config.residual, feed_forward_branch, in_stream,
-                                                           "feed_forward")
+        if "feed_forward" in self.branches:
+            self.feed_forward_norm = build_branch_norm(config.residual, in_stream)
+        self.feed_forward = build_feed_forward(config.feed_forward_after(mixer_name), context)
+        if "mixer" in self.branches:
+            self.mixer_residual = build_residual_branch(config.residual, mixer_branch, in_stream, "mixer")
+        if "feed_forward" in self.branches:
+            self.feed_forward_residual = build_residual_branch(config.residual, feed_forward_branch, in_stream,
+                                                               "feed_forward")
 
     def compile_layer(self) -> None:
         """Run `forward` without a decode state as one graph of torch.compile from now on, in this object only.
@@ -89,19 +97,26 @@ class Block(nn.Module):
 
     def _compute(self, stream: Stream, seq: SequenceInfo,
                  state: LayerState | None = None) -> tuple[Stream, dict[str, Aux]]:
-        mixer_state, feed_forward_state = (None, None) if state is None else (state.mixer, state.feed_forward)
+        aux: dict[str, Aux] = {name: {} for name in BRANCH_NAMES}
+        for name in self.branches:
+            run = self._run_mixer if name == "mixer" else self._run_feed_forward
+            stream, aux[name] = run(stream, seq, state)
+        return stream, aux
+
+    def _run_mixer(self, stream: Stream, seq: SequenceInfo, state: LayerState | None) -> tuple[Stream, Aux]:
         x_BTD, kept = self.mixer_residual.read(stream, self.mixer_norm)
         if self.input_is_read:
             seq.leave(LAYER_INPUT, self.layer_index, x_BTD)
         if self.mixer_stand_in is None or state is not None:
-            y_BTD, mixer_aux = self.mixer(x_BTD, seq, mixer_state)
+            y_BTD, aux = self.mixer(x_BTD, seq, None if state is None else state.mixer)
         else:
-            y_BTD, mixer_aux = self.mixer_stand_in(self.mixer, x_BTD, seq)
-        stream = self.mixer_residual.write(kept, y_BTD, self.mixer_norm)
+            y_BTD, aux = self.mixer_stand_in(self.mixer, x_BTD, seq)
+        return self.mixer_residual.write(kept, y_BTD, self.mixer_norm), aux
+
+    def _run_feed_forward(self, stream: Stream, seq: SequenceInfo, state: LayerState | None) -> tuple[Stream, Aux]:
         x_BTD, kept = self.feed_forward_residual.read(stream, self.feed_forward_norm)
-        y_BTD, feed_forward_aux = self.feed_forward(x_BTD, seq, feed_forward_state)
-        stream = self.feed_forward_residual.write(kept, y_BTD, self.feed_forward_norm)
-        return stream, {"mixer": mixer_aux, "feed_forward": feed_forward_aux}
+        y_BTD, aux = self.feed_forward(x_BTD, seq, None if state is None else state.feed_forward)
+        return self.feed_forward_residual.write(kept, y_BTD, self.feed_forward_norm), aux
 
     def new_state(self, batch: int, max_length: int) -> LayerState:
         """Empty decode state for `batch` rows of at most `max_length` tokens."""

@@ -24,6 +24,7 @@ def canonical(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_layers": config.num_layers,
         "norm": to_dict(config.norm), "tie_embeddings": config.tie_embeddings,
         "logit_soft_cap": config.logit_soft_cap, "logit_multiplier": config.logit_multiplier,
+        "embedding_scale": config.embedding_scale,
         "residual": to_dict(config.residual), "layers": layers, "mtp": mtp,
     }
 
@@ -49,4 +50,4 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 def _describe_layer(config: ModelConfig, index: int, name: str) -> dict[str, Any]:
     own, following = (to_dict(branch) for branch in config.branches(name))
     return {"mixer": {**config.mixers[name].canonical(config.norm), "residual": own}, "residual": following,
-            "feed_forward": config.feed_forward.canonical(config.layer_context(index))}
+            "feed_forward": config.feed_forward_after(name).canonical(config.layer_context(index))}

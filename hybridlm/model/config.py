@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from hybridlm.errors import ConfigError, did_you_mean, require
-from hybridlm.model.feed_forward.contract import FeedForwardConfig
+from hybridlm.model.feed_forward.contract import FEED_FORWARDS, FeedForwardConfig
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.parametrization import ParametrizationConfig
-from hybridlm.model.residual import RESIDUALS, BranchConfig, ResidualConfig
+from hybridlm.model.residual import BRANCH_NAMES, RESIDUALS, BranchConfig, BranchName, ResidualConfig
 from hybridlm.model.schedule import ScheduleConfig as ScheduleConfig
 from hybridlm.model.schedule import expand
 
@@ -60,14 +60,19 @@ class ModelConfig:
     init_std: float = 0.02
     z_loss: float = 0.0  # coefficient of logsumexp(logits)^2
     logit_soft_cap: float | None = None
+    embedding_scale: float = 1.0  # factor of the embedding before the first layer
+    logit_scale: float = 1.0  # factor of the logits
     parametrization: ParametrizationConfig = field(default_factory=ParametrizationConfig)
     name: str = ""
     published: PublishedConfig | None = None
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "hidden_size", "num_layers", "max_position"):
+        for key in ("vocab_size", "hidden_size", "num_layers", "max_position", "embedding_scale", "logit_scale"):
             require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
         layers = self.layers()
+        for name in self.schedule.alone:
+            require(name in self.mixers, "schedule.alone", "names an unknown mixer", got=name,
+                    expected=f"some of {sorted(self.mixers)}", hint=did_you_mean(name, self.mixers))
         for index, name in enumerate(layers):
             require(name in self.mixers, "schedule", f"layer {index} names an unknown mixer", got=name,
                     expected=f"one of {sorted(self.mixers)}", hint=did_you_mean(name, self.mixers))
@@ -76,6 +81,10 @@ class ModelConfig:
         for name in dict.fromkeys([*layers, self.mtp.mixer or layers[-1]]):
             for branch in self.branches(name):
                 self.residual.check_branch(branch)
+            present = self.present_branches(name)
+            require(bool(present), "schedule", "has layers with neither a mixer nor a feed-forward", got=name,
+                    expected="at least one of them in each layer")
+            self.residual.check_present(present)
         self._check_sharing()
 
     def layers(self) -> list[str]:
@@ -101,10 +110,22 @@ class ModelConfig:
                           for branch in (mixer, self.feed_forward.residual or mixer))
         return own, following
 
+    def feed_forward_after(self, mixer_name: str) -> FeedForwardConfig:
+        """The feed-forward of the layers of a mixer: the model's, or none where the mixer stands alone."""
+        if mixer_name not in self.schedule.alone:
+            return self.feed_forward
+        return FEED_FORWARDS.config_class("none")()  # type: ignore[call-arg]
+
+    def present_branches(self, mixer_name: str) -> tuple[BranchName, ...]:
+        """The branches that the layers of a mixer have, in their order."""
+        mixer, feed_forward = self.mixers[mixer_name].is_branch, self.feed_forward_after(mixer_name).is_branch
+        return tuple(name for name, present in zip(BRANCH_NAMES, (mixer, feed_forward), strict=True) if present)
+
     @property
     def logit_multiplier(self) -> float:
-        """Factor of the logits: base width / width where a parametrization carries hyperparameters over width."""
-        return 1.0 / self.parametrization.width_ratio(self.hidden_size)
+        """Factor of the logits: `logit_scale`, times base width / width where a parametrization carries
+        hyperparameters over width."""
+        return self.logit_scale / self.parametrization.width_ratio(self.hidden_size)
 
     def resize(self, hidden_size: int | None = None, num_layers: int | None = None) -> ModelConfig:
         """The same architecture at another width and depth.

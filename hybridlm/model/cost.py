@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.layer_context import LayerContext
-from hybridlm.model.residual import BRANCH_NAMES
 
 BACKWARD = 2.0  # FLOPs of the backward pass over those of the forward: one product for inputs, one for weights
 
@@ -186,14 +185,14 @@ def decode_state_bytes(config: ModelConfig, context_length: int, element_bytes: 
     for index, name in enumerate(config.layers()):
         context = config.layer_context(index)
         total += config.mixers[name].state_bytes(context, context_length, element_bytes)
-        total += config.feed_forward.state_bytes(context, context_length, element_bytes)
+        total += config.feed_forward_after(name).state_bytes(context, context_length, element_bytes)
     return total
 
 
 def _layer_cost(config: ModelConfig, index: int, name: str, stream: LayerContext | None = None) -> LayerCost:
     """Parameters of a layer; `stream` is what its residual is told, None: the context of the layer."""
     mixer = config.mixers[name]
-    feed_forward = config.feed_forward
+    feed_forward, branches = config.feed_forward_after(name), config.present_branches(name)
     context = config.layer_context(index)
     stream = stream or context
     residual = config.residual
@@ -202,8 +201,8 @@ def _layer_cost(config: ModelConfig, index: int, name: str, stream: LayerContext
             index=index, mixer=name, kind=mixer.kind, feed_forward=feed_forward.layer_kind(index),
             mixer_params=mixer.num_params(context), feed_forward_params=feed_forward.num_params(context),
             feed_forward_active=feed_forward.num_params(context, active=True),
-            routed_params=feed_forward.routed_params(context), norm_params=2 * residual.norm_params(stream),
-            residual_params=sum(residual.branch_params(stream, branch) for branch in BRANCH_NAMES))
+            routed_params=feed_forward.routed_params(context), norm_params=len(branches) * residual.norm_params(stream),
+            residual_params=sum(residual.branch_params(stream, branch) for branch in branches))
     except ConfigError as error:
         raise error.within("model") from None
 
@@ -213,7 +212,8 @@ def _layer_flops(config: ModelConfig, index: int, name: str, context_length: int
     context = config.layer_context(index)
     for part, flops in config.mixers[name].flops_per_token(context, context_length).items():
         yield f"{name}.{part}", flops
-    for part, flops in config.feed_forward.flops_per_token(context).items():
+    for part, flops in config.feed_forward_after(name).flops_per_token(context).items():
         yield f"feed_forward.{part}", flops
-    if residual := sum(config.residual.flops_per_token(stream or context, branch) for branch in BRANCH_NAMES):
+    branches = config.present_branches(name)
+    if residual := sum(config.residual.flops_per_token(stream or context, branch) for branch in branches):
         yield "residual", residual

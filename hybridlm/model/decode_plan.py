@@ -19,12 +19,13 @@ from torch.nn.modules import module as module_hooks
 from hybridlm.model.block import Block
 from hybridlm.model.decode_state import LayerState
 from hybridlm.model.decode_step import DecodeStep, has_hooks, norm_step
-from hybridlm.model.residual.contract import Stream
+from hybridlm.model.residual.contract import ResidualBranch, Stream
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import decoding
 from hybridlm_kernels.registry import revision
 
 LayerStep = Callable[[Stream, SequenceInfo, LayerState], Stream]
+BranchStep = Callable[[Stream, SequenceInfo, Any], Stream]
 
 
 class DecodePlan:
@@ -99,17 +100,24 @@ def _prepare_layer(layer: nn.Module) -> LayerStep:
     if (not isinstance(layer, Block) or type(layer) is not Block or has_hooks(layer) or "forward" in vars(layer)
             or layer.input_is_read):
         return lambda stream, seq, state: layer(stream, seq, state)[0]
-    read_mixer, write_mixer = layer.mixer_residual.read, layer.mixer_residual.write
-    read_feed_forward, write_feed_forward = layer.feed_forward_residual.read, layer.feed_forward_residual.write
-    mixer_norm, feed_forward_norm = norm_step(layer.mixer_norm), norm_step(layer.feed_forward_norm)
-    mixer, feed_forward = _prepare_branch(layer.mixer), _prepare_branch(layer.feed_forward)
+    steps = [(_joined_step(getattr(layer, name), getattr(layer, f"{name}_norm"), getattr(layer, f"{name}_residual")),
+              name) for name in layer.branches]
 
     def step(stream: Stream, seq: SequenceInfo, state: LayerState) -> Stream:
-        x_B1D, kept = read_mixer(stream, mixer_norm)  # type: ignore[arg-type]
-        stream = write_mixer(kept, mixer(x_B1D, seq, state.mixer), mixer_norm)  # type: ignore[arg-type]
-        x_B1D, kept = read_feed_forward(stream, feed_forward_norm)  # type: ignore[arg-type]
-        return write_feed_forward(kept, feed_forward(x_B1D, seq, state.feed_forward),
-                                  feed_forward_norm)  # type: ignore[arg-type]
+        for branch, name in steps:
+            stream = branch(stream, seq, getattr(state, name))
+        return stream
+
+    return step
+
+
+def _joined_step(branch: nn.Module, norm: nn.Module, residual: ResidualBranch) -> BranchStep:
+    """The step of one branch of a layer, joined to the stream."""
+    read, write, norm_of, run = residual.read, residual.write, norm_step(norm), _prepare_branch(branch)
+
+    def step(stream: Stream, seq: SequenceInfo, state: Any) -> Stream:
+        x_B1D, kept = read(stream, norm_of)  # type: ignore[arg-type]
+        return write(kept, run(x_B1D, seq, state), norm_of)  # type: ignore[arg-type]
 
     return step
 

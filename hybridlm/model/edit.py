@@ -103,9 +103,15 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig, n
     replaced = [config.mixers[names[i]] for i in sorted(chosen)]
     if any(m.residual != replaced[0].residual for m in replaced):
         raise ConfigError("layers", "have different residual forms: replace them apart", got=sorted(chosen))
+    empty = [i for i in sorted(chosen) if not config.mixers[names[i]].is_branch]
+    if empty:
+        raise ConfigError("layers", "have no mixer to replace", got=empty)
+    alone = {names[i] in config.schedule.alone for i in chosen}
+    if len(alone) > 1:
+        raise ConfigError("layers", "are with and without a feed-forward: replace them apart", got=sorted(chosen))
     mixer = copy.deepcopy(mixer)
     mixer.residual = replaced[0].residual
-    name = _find_free_name(name or mixer.kind, config, mixer)
+    name = _find_free_name(name or mixer.kind, config, mixer, alone.pop())
     new_names = [name if i in chosen else other for i, other in enumerate(names)]
     changed = _rebuild_config(config, new_names, dict(config.mixers) | {name: mixer})
     weights = unique_tensors(model)
@@ -157,11 +163,11 @@ def check_layers(config: ModelConfig, layers: Sequence[int]) -> set[int]:
     return {index % config.num_layers for index in layers}
 
 
-def _find_free_name(name: str, config: ModelConfig, mixer: MixerConfig) -> str:
-    """Find a free name: `name`, with a number appended where another mixer has it."""
+def _find_free_name(name: str, config: ModelConfig, mixer: MixerConfig, alone: bool) -> str:
+    """Find a free name: `name`, with a number appended where another mixer has it, or it stands alone unlike this."""
     found = name
     number = 2
-    while found in config.mixers and config.mixers[found] != mixer:
+    while found in config.mixers and (config.mixers[found] != mixer or (found in config.schedule.alone) != alone):
         found = f"{name}_{number}"
         number = number + 1
     return found
@@ -173,7 +179,9 @@ def _rebuild_config(config: ModelConfig, layers: list[str], mixers: dict[str, Mi
     if mtp.depth and mtp.mixer is None:
         mtp = dataclasses.replace(mtp, mixer=config.layers()[-1])
     used = {*layers, mtp.mixer}
-    return dataclasses.replace(config, schedule=ScheduleConfig(pattern=layers), mtp=mtp, name="", published=None,
+    alone = {new: None for new, old in zip(layers, config.layers(), strict=True) if old in config.schedule.alone}
+    schedule = ScheduleConfig(pattern=layers, alone=[*alone])
+    return dataclasses.replace(config, schedule=schedule, mtp=mtp, name="", published=None,
                                mixers={name: m for name, m in mixers.items() if name in used or name in config.mixers})
 
 

@@ -14,7 +14,6 @@ from typing import Literal
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters, mtp_block
 from hybridlm.model.layer_context import LayerContext
-from hybridlm.model.residual import BRANCH_NAMES
 
 FP32_BYTES = 4  # bytes per element
 Precision = Literal["fp32", "bf16"]
@@ -82,6 +81,7 @@ def _layer_bytes(config: ModelConfig, index: int, name: str, element: int,
                  stream: LayerContext | None = None) -> float:
     """Bytes per token of one layer; `stream` is what its residual is told, None: the context of the layer."""
     context = config.layer_context(index)
-    return (sum(config.residual.activation_bytes(stream or context, element, branch) for branch in BRANCH_NAMES)
+    branches = config.present_branches(name)
+    return (sum(config.residual.activation_bytes(stream or context, element, branch) for branch in branches)
             + config.mixers[name].activation_bytes(context, element)
-            + config.feed_forward.activation_bytes(context, element))
+            + config.feed_forward_after(name).activation_bytes(context, element))

@@ -163,7 +163,7 @@ class HybridLM(nn.Module):
             seq = seq.shard_rows(self.shard_group)
         totals = AuxTotals()
         tokens = seq.local_tokens(tokens)
-        embedding_BTD = self.embed(tokens) if inputs_embeds is None else tokens
+        embedding_BTD = self._embedding(tokens) if inputs_embeds is None else tokens
         guide = self.guide if targets is not None else None
         keep_hidden = return_hidden_states is True or (guide is not None and guide.reads_hidden_states)
         plan = None
@@ -383,13 +383,17 @@ class HybridLM(nn.Module):
             by_depth = []
             for k, (module, ahead_BT) in enumerate(zip(self.mtp, following, strict=True), start=1):
                 x_BTD = run_layer(module, f"mtp{k}", x_BTD, seq, totals, self.activation_checkpointing,
-                                  self.embed(ahead_BT))
+                                  self._embedding(ahead_BT))
                 by_depth.append(self.cross_entropy(x_BTD, targets_BTd[..., k], counts[k])[0])
             losses["mtp"] = torch.stack(by_depth).mean()
             loss = loss + weights.get("mtp", config.mtp.loss_weight) * losses["mtp"]
         means, weighted = totals.losses(output.batch_fraction, weights)
         losses.update(means)
         output.loss = sum(weighted, start=loss)
+
+    def _embedding(self, ids_BT: Tensor) -> Tensor:
+        scale = self.config.embedding_scale
+        return self.embed(ids_BT) if scale == 1.0 else scale * self.embed(ids_BT)
 
     def _scale_for_logits(self, x_BTD: Tensor) -> Tensor:
         multiplier = self.config.logit_multiplier

@@ -15,6 +15,8 @@ class ScheduleConfig:
 
     Either `pattern`, tiled over depth, or `ratio` layers of `linear`, then one of `full`, repeated; ratio 0 is all
     full, inf all linear. Either with `override` ({layer: name}; negative layers count from the end).
+
+    Layers of the mixers in `alone` have no feed-forward; those of a mixer of kind `none` have nothing else.
     """
 
     pattern: list[str] | None = None
@@ -22,6 +24,7 @@ class ScheduleConfig:
     linear: str | None = None
     full: str | None = None
     ratio: float | None = None
+    alone: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         short = [k for k in ("linear", "full", "ratio") if getattr(self, k) is not None]

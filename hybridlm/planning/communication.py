@@ -99,7 +99,7 @@ def step_traffic(config: ModelConfig, plan: ParallelPlan, matrices: int | None =
     elif matrices is None:
         matrices = matrix_params(config)
     blocks = _blocks(config)
-    moe_layers = sum(config.feed_forward.is_moe(index) for index, _ in blocks)
+    moe_layers = sum(config.feed_forward_after(name).is_moe(index) for index, name in blocks)
     found = _parameter_traffic(plan, "", count.total_with_mtp - sharded, matrices - sharded, plan.ranks, len(blocks))
     if sharded:
         local = sharded / plan.engine.expert_parallel
@@ -171,7 +171,7 @@ def _shards(config: ModelConfig, plan: ParallelPlan) -> Iterator[Traffic]:
     for index, name in _blocks(config):
         context, length = config.layer_context(index), plan.length // shards
         of_branches = [branch.shard_traffic(context, plan.rows, length, shards, plan.element_bytes)
-                       for branch in (config.mixers[name], config.feed_forward)]
+                       for branch in (config.mixers[name], config.feed_forward_after(name))]
         for one in chain(*of_branches):
             forward, backward = plan.forwards * one.forward, plan.micro_batches * one.backward
             if one.kind == "gather":  # whose transpose is a reduce-scatter

@@ -78,6 +78,6 @@ def _received_rows(config: Config, ranks: int) -> int:
     routed = moe.routed_experts()
     assert routed is not None
     layers = 1 if config.training.activation_checkpointing else sum(
-        moe.is_moe(index) for index in range(config.model.num_layers))
+        config.model.feed_forward_after(name).is_moe(index) for index, name in enumerate(config.model.layers()))
     width = routed.width(config.model.hidden_size) * _activation_dtype(config)[1]
     return layers * rows * length * routed.per_token * width

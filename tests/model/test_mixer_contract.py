@@ -48,7 +48,8 @@ def test_contract_of_mixers_that_read_from_another_layer(name, check):
 
 
 def test_every_registered_kind_is_tested():
-    ours = {kind for kind, (_, mixer) in MIXERS.items() if mixer.__module__.startswith("hybridlm.")}
+    ours = {kind for kind, (config, mixer) in MIXERS.items()
+            if mixer.__module__.startswith("hybridlm.") and config.is_branch}
     assert {config.kind for config in [*CASES.values(), *(pair[0] for pair in collect_readers().values())]} == ours
 
 
@@ -76,7 +77,7 @@ def test_state_and_flops_grow_with_the_context_for_softmax_attention_without_a_w
     unbounded = None in windows
     assert (config.state_bytes(context, 100_000) > config.state_bytes(context, 50_000)) == unbounded
     short, long = (sum(config.flops_per_token(context, length).values()) for length in (1000, 2000))
-    assert (long > short) == (not config.is_linear)
+    assert (long > short) == (not config.is_linear and name not in collect_names("SIGNS"))
 
 
 @every_mixer

@@ -20,6 +20,7 @@ from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.mixers.linear_attention import compute_decay_slopes
 from hybridlm.model.rope import RopeConfig, YarnConfig
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.run_config import load_model_config
 from hybridlm_kernels import CuSeqlens
 from tests.support.mixer_cases import HIDDEN, INDEXER, MLA_DIMS, build, context_of, inputs, run
 
@@ -250,20 +251,37 @@ def test_alibi_slopes_are_as_published():
     assert twelve == pytest.approx([s * factor for s in [*first, 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]])
 
 
-def test_transnormer_is_the_layer_of_the_released_code():
-    """Masked products of silu(q) and silu(k), a norm without weight over all heads, a gate without an activation."""
-    mixer, x = build("transnormer"), inputs(1, 9)
+@pytest.mark.parametrize(("name", "dim"), [("transnormer", 8), ("transnormer_angles", 6)])
+def test_transnormer_is_the_layer_of_the_released_code(name, dim):
+    """Masked products of silu(q) and silu(k), a norm without weight over all heads, a gate without an activation.
+
+    With learned angles each dim of a score is multiplied by the cosine of its angle times the distance.
+    """
+    mixer, x = build(name), inputs(1, 9)
     slopes = compute_decay_slopes("alibi", 3, layer_index=1, num_layers=4)
     with torch.no_grad():
-        q, k, v = (p(x[0]).view(9, 3, 8) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        q, k, v = (p(x[0]).view(9, 3, dim) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
         distance = torch.arange(9)[:, None] - torch.arange(9)
-        o = torch.zeros(9, 3, 8, dtype=x.dtype)
+        o = torch.zeros(9, 3, dim, dtype=x.dtype)
         for h in range(3):
             mask = (-slopes[h] * distance).double().exp().tril()
-            o[:, h] = ((torch.nn.functional.silu(q[:, h]) @ torch.nn.functional.silu(k[:, h]).T) * mask) @ v[:, h]
+            pairs = torch.nn.functional.silu(q[:, None, h]) * torch.nn.functional.silu(k[None, :, h])
+            if mixer.theta is not None:
+                pairs = pairs * (distance[..., None] * mixer.theta[h]).cos()
+            o[:, h] = (pairs.sum(-1) * mask) @ v[:, h]
         o = o.flatten(1)
         o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.g_proj(x[0])
         torch.testing.assert_close(run(mixer, x)[0], mixer.o_proj(o), rtol=1e-6, atol=1e-6)  # decays are fp32 numbers
+
+
+def test_the_preset_of_transnormer_learns_angles_in_its_first_layer_from_the_published_ones():
+    model = load_model_config("hybrid_tiny", ["model.schedule.linear=transnormer", "model.schedule.ratio=inf"])
+    first, second = (build_mixer(model.mixers["transnormer"], model.layer_context(index)) for index in (0, 1))
+    assert second.theta is None
+    first.init_weights(0.02)
+    heads, dim = first.theta.shape
+    expected = [10000 ** (-2 * i / (heads * dim)) for i in range(heads * dim)]
+    torch.testing.assert_close(first.theta.detach().flatten(), torch.tensor(expected))
 
 
 def test_retnet_is_the_recurrence_of_the_paper_on_rotated_queries_and_keys():

@@ -32,6 +32,14 @@ KIMI = BASE | MLA | {"q_lora_rank": None, "linear_head_dim": 8, "linear_num_head
 BAILING = BASE | MLA | {"head_dim": 8, "q_lora_rank": None, "layer_group_size": 4, "first_k_dense_replace": 1,
                         "num_local_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_group": 4,
                         "topk_group": 2, "num_nextn_predict_layers": 0}
+SSM = {key: BASE[key] for key in ("vocab_size", "hidden_size", "pad_token_id", "bos_token_id", "eos_token_id")} | {
+    "num_hidden_layers": 3, "state_size": 6, "initializer_range": 0.03}
+FALCON_H1 = BASE | {"num_hidden_layers": 3, "mamba_d_ssm": 24, "mamba_n_heads": 4, "mamba_d_head": 6,
+                    "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+NEMOTRON = BASE | {"layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"],
+                   "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 6, "ssm_state_size": 8, "n_groups": 2,
+                   "chunk_size": 16}
+NEMOTRON.pop("num_hidden_layers")
 
 # case -> (model type, config)
 CASES: dict[str, tuple[str, dict]] = {
@@ -83,6 +91,24 @@ CASES: dict[str, tuple[str, dict]] = {
     "lfm2-bias": ("lfm2", BASE | {
         "num_hidden_layers": 3, "layer_types": ["full_attention", "conv", "conv"], "conv_bias": True, "conv_L_cache": 4,
         "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False}),
+    "mamba": ("mamba", SSM | {"tie_word_embeddings": False}),
+    "mamba-tied-bias": ("mamba", SSM | {"num_hidden_layers": 2, "use_bias": True, "time_step_rank": 5, "expand": 3,
+                                        "conv_kernel": 3}),
+    "falcon_mamba": ("falcon_mamba", SSM | {"mixer_rms_eps": 1e-4}),
+    "falcon_mamba-bias": ("falcon_mamba", SSM | {"num_hidden_layers": 2, "use_bias": True, "time_step_rank": 3,
+                                                 "tie_word_embeddings": False}),
+    "falcon_h1": ("falcon_h1", FALCON_H1),
+    "falcon_h1-multipliers": ("falcon_h1", FALCON_H1 | {
+        "num_hidden_layers": 2, "mamba_n_groups": 2, "tie_word_embeddings": True, "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False, "mamba_proj_bias": True, "projectors_bias": True, "embedding_multiplier": 1.7,
+        "lm_head_multiplier": 0.4, "key_multiplier": 0.6, "attention_in_multiplier": 0.9,
+        "attention_out_multiplier": 1.1, "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.7,
+        "ssm_multipliers": [0.7, 1.3, 0.8, 1.1, 0.9], "mlp_multipliers": [1.4, 0.6],
+        "time_step_limit": [0.01, 2.0]}),
+    "nemotron_h": ("nemotron_h", NEMOTRON),
+    "nemotron_h-bias": ("nemotron_h", NEMOTRON | {
+        "layers_block_type": ["mlp", "linear_attention", "mlp", "full_attention", "linear_attention"],
+        "use_bias": True, "use_conv_bias": False, "n_groups": 1, "time_step_min": 0.05}),
     "llama": ("llama", BASE),
     "llama-bias": ("llama", BASE | {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 12}),
     "qwen3": ("qwen3", BASE | {"head_dim": 12}),

@@ -10,5 +10,9 @@ from hybridlm.model.feed_forward.dense import DenseConfig as DenseConfig
 from hybridlm.model.feed_forward.dense import SwiGLU as SwiGLU
 from hybridlm.model.feed_forward.moe import MixtureOfExperts as MixtureOfExperts
 from hybridlm.model.feed_forward.moe import MoEConfig as MoEConfig
+from hybridlm.model.feed_forward.no_feed_forward import NoFeedForward as NoFeedForward
+from hybridlm.model.feed_forward.no_feed_forward import NoFeedForwardConfig as NoFeedForwardConfig
 from hybridlm.model.feed_forward.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from hybridlm.model.feed_forward.rwkv_channel_mix import RWKVChannelMixConfig as RWKVChannelMixConfig
+from hybridlm.model.feed_forward.squared_relu import SquaredReLU as SquaredReLU
+from hybridlm.model.feed_forward.squared_relu import SquaredReLUConfig as SquaredReLUConfig

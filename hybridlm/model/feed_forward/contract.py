@@ -65,6 +65,7 @@ class FeedForwardConfig(abc.ABC):
 
     kind: str
     residual: BranchConfig | None = None
+    is_branch: ClassVar[bool] = True  # False: the layer has no feed-forward, only a mixer
     loss_names: ClassVar[tuple[str, ...]] = ()  # of the losses in its layers' aux, without "loss/"
     keeps_state: ClassVar[bool] = False  # its output depends on earlier tokens, of which it keeps something in decoding
 

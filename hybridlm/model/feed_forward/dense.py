@@ -33,6 +33,7 @@ class DenseConfig(FeedForwardConfig):
         intermediate_size: the inner width I.
         activation: `situ` caps both factors of SwiGLU by tanh (Kimi K3).
         situ_caps: caps a and b of SiTU; a b of null leaves the up projection as it is.
+        gate_scale: factor of the gate as it is projected (Falcon-H1).
         swiglu_limit: bound of the gate from above, and of the up projection on both sides, before they are multiplied
             (GLM-5.3); null has none.
     """
@@ -42,6 +43,7 @@ class DenseConfig(FeedForwardConfig):
     activation: Activation = "swiglu"
     situ_caps: list[float | None] = field(default_factory=lambda: list(SITU_CAPS))
     swiglu_limit: float | None = None
+    gate_scale: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.intermediate_size > 0, "intermediate_size", "must be positive", got=self.intermediate_size)
@@ -73,19 +75,23 @@ class SwiGLU(FeedForward):
         hidden = context.hidden_size
         width = config.intermediate_size
         self.bounds: dict[str, Any] = {"limit": config.swiglu_limit, "soft_caps": config.soft_caps()}
+        self.gate_scale = config.gate_scale
         self.gate_proj = nn.Linear(hidden, width, bias=False)
         self.up_proj = nn.Linear(hidden, width, bias=False)
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: None = None) -> tuple[Tensor, Aux]:
-        return self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD), **self.bounds)), {}
+        return self.down_proj(swiglu(self._scaled(self.gate_proj(x_BTD)), self.up_proj(x_BTD), **self.bounds)), {}
+
+    def _scaled(self, gate_BTI: Tensor) -> Tensor:
+        return gate_BTI if self.gate_scale == 1.0 else self.gate_scale * gate_BTI
 
     def prepare_step(self) -> DecodeStep:
         gate_proj, up_proj, down_proj = map(linear_step, (self.gate_proj, self.up_proj, self.down_proj))
         bounds = self.bounds
 
         def step(x_B1D: Tensor, seq: SequenceInfo, state: None) -> Tensor:
-            return down_proj(swiglu_step(gate_proj(x_B1D), up_proj(x_B1D), **bounds))
+            return down_proj(swiglu_step(self._scaled(gate_proj(x_B1D)), up_proj(x_B1D), **bounds))
 
         return step
 

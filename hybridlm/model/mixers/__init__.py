@@ -64,6 +64,8 @@ from hybridlm.model.mixers.mlstm_block import MLSTMBlock as MLSTMBlock
 from hybridlm.model.mixers.mlstm_block import MLSTMBlockConfig as MLSTMBlockConfig
 from hybridlm.model.mixers.mom import MixtureOfMemories as MixtureOfMemories
 from hybridlm.model.mixers.mom import MoMConfig as MoMConfig
+from hybridlm.model.mixers.no_mixer import NoMixer as NoMixer
+from hybridlm.model.mixers.no_mixer import NoMixerConfig as NoMixerConfig
 from hybridlm.model.mixers.nsa import NSA as NSA
 from hybridlm.model.mixers.nsa import NSAConfig as NSAConfig
 from hybridlm.model.mixers.parallel import Parallel as Parallel
@@ -74,6 +76,8 @@ from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
 from hybridlm.model.mixers.rg_lru import RGLRUConfig as RGLRUConfig
 from hybridlm.model.mixers.rodimus import Rodimus as Rodimus
 from hybridlm.model.mixers.rodimus import RodimusConfig as RodimusConfig
+from hybridlm.model.mixers.rosa import ROSA as ROSA
+from hybridlm.model.mixers.rosa import ROSAConfig as ROSAConfig
 from hybridlm.model.mixers.rwkv4 import RWKV4 as RWKV4
 from hybridlm.model.mixers.rwkv4 import RWKV4Config as RWKV4Config
 from hybridlm.model.mixers.rwkv6 import RWKV6 as RWKV6

@@ -60,6 +60,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         mask: a pattern of visible keys in place of a window: chunks, strides, powers of two, blocks.
         key_input: layer whose input keys and values are projected from, in place of this layer's own: its index, or
             the name of a mixer, whose nearest earlier layer is taken.
+        key_scale: factor of the keys as they are projected (Falcon-H1).
     """
 
     kind: str = "attention"
@@ -75,6 +76,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     indexer: IndexerConfig | None = None
     mask: MaskConfig | None = None
     key_input: int | str | None = None
+    key_scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,7 +196,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
                              norm: NormConfig) -> dict[str, Tensor]:
         """All weights of attention that differs in its window alone, else the projections that fit."""
-        options = ("qk_norm", "output_gate", "qkv_bias", "o_bias")
+        options = ("qk_norm", "output_gate", "qkv_bias", "o_bias", "key_scale")
         if isinstance(old, AttentionConfig) and old.projection_heads() == self.projection_heads() and all(
                 getattr(old, option) == getattr(self, option) for option in options):
             left_out = ("indexer.", *(() if self.sinks and old.sinks else ("sinks",)))
@@ -233,7 +235,7 @@ class Attention(IndexedMixer):
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: AttentionState | None = None) -> tuple[Tensor, Aux]:
         q_BTHK = self._heads(self.q_proj(x_BTD), self.q_norm, seq)
         key_input_BTD = self._key_input(x_BTD, seq)
-        k_BSGK = self._heads(self.k_proj(key_input_BTD), self.k_norm, seq)
+        k_BSGK = self._heads(self._keys(key_input_BTD), self.k_norm, seq)
         v_BSGK = self.v_proj(key_input_BTD).unflatten(-1, (-1, self.config.head_dim))
         if state is not None:
             k_BSGK, v_BSGK = state.keys.append(k_BSGK), state.values.append(v_BSGK)
@@ -260,13 +262,17 @@ class Attention(IndexedMixer):
         """The tensor that keys and values are projected from: x, or the input of an earlier layer."""
         return x_BTD if self.key_source is None else seq.read(LAYER_INPUT, self.key_source)
 
+    def _keys(self, x_BTD: Tensor) -> Tensor:
+        scale = self.config.key_scale
+        return self.k_proj(x_BTD) if scale == 1.0 else scale * self.k_proj(x_BTD)
+
     def _heads(self, projected: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:
         return rotated_heads(projected, norm, self.config.qk_norm, self.config.head_dim, self.config.rope, seq)
 
     def prepare_step(self) -> DecodeStep | None:
         if self.indexer_config is not None or self.sinks is not None or self.config.first_tokens:
             return None
-        if self.key_source is not None or self.config.mask is not None:
+        if self.key_source is not None or self.config.mask is not None or self.config.key_scale != 1.0:
             return None
         config = self.config
         q_proj, k_proj, v_proj, o_proj = map(linear_step, (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
@@ -300,7 +306,7 @@ class Attention(IndexedMixer):
     @torch.no_grad()
     def look_back(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
         q_BTHK = self._heads(self.q_proj(x_BTD), self.q_norm, seq)
-        k_BTGK = self._heads(self.k_proj(self._key_input(x_BTD, seq)), self.k_norm, seq)
+        k_BTGK = self._heads(self._keys(self._key_input(x_BTD, seq)), self.k_norm, seq)
         return mean_look_back(q_BTHK, k_BTGK, seq.positions_BT, window=self.config.window)
 
     def output_projection(self) -> tuple[nn.Linear, int]:

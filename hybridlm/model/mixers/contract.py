@@ -39,6 +39,7 @@ class MixerConfig(abc.ABC):
 
     kind: str
     residual: BranchConfig = field(default_factory=BranchConfig)
+    is_branch: ClassVar[bool] = True  # False: the layer has no mixer, only a feed-forward
     is_linear: ClassVar[bool] = False  # decode state of fixed size: no cost per token grows with context
     # parameters that hold q, k, v and o of softmax attention where the mixer starts from it
     attention_weights: ClassVar[tuple[str, ...]] = tuple(f"{name}_proj.weight" for name in "qkvo")

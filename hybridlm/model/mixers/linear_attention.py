@@ -3,7 +3,8 @@
     S_t = Diag(e^{g_t}) S_{t-1} + k_t v_t^T;   o_t = scale * S_t^T q_t,   q = phi(W_q x), k = phi(W_k x)
     y_t = W_o (norm(o_t) * act(W_g x_t))
 
-Sources: Katharopoulos et al. 2020, RetNet 2023, MiniMax-01 2025 (Lightning attention), Mamba-2 2024, GLA 2023.
+Sources: Katharopoulos et al. 2020, RetNet 2023, TransNormerLLM 2023, MiniMax-01 2025 (Lightning attention), Mamba-2
+2024, GLA 2023.
 B rows, T tokens, D hidden size, H key heads, HV value heads, K key dim, V value dim.
 """
 
@@ -21,10 +22,11 @@ from hybridlm.errors import require
 from hybridlm.model.context_parallel import RowShard
 from hybridlm.model.decode_state import RecurrentState
 from hybridlm.model.decode_step import DecodeStep
-from hybridlm.model.layer_context import LayerContext, NormConfig
+from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.attention_weights import spread_over_heads
+from hybridlm.model.mixers.common.learned_rotation import published_angles, with_learned_angles
 from hybridlm.model.mixers.common.matrix_state import compute_decay_from_start, read_incoming_state
-from hybridlm.model.mixers.common.recurrent import RecurrentConfig, RecurrentMixer
+from hybridlm.model.mixers.common.recurrent import CHUNK_TOKENS, FP32_BYTES, RecurrentConfig, RecurrentMixer
 from hybridlm.model.mixers.common.recurrent_step import (
     decode_log_decay,
     prepare_forget_gate,
@@ -33,6 +35,7 @@ from hybridlm.model.mixers.common.recurrent_step import (
     state_matrix,
 )
 from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.parameter_roles import VECTOR, ParameterRole
 from hybridlm.model.rope import retnet_rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, linear_attention
@@ -54,7 +57,9 @@ class LinearAttentionConfig(RecurrentConfig):
             lightning.
         feature_map: phi of q and k.
         value_map: psi of v.
-        rotation: of q and k by their positions: none, or retnet, neighbouring pairs at fixed frequencies.
+        rotation: of q and k by their positions: none; retnet, neighbouring pairs at fixed frequencies; or learned,
+            a learned angle per head and dim, with which keys have twice the dims in the state (LRPE-d).
+        rotated_layers: layers that have the learned rotation, counted from 0 (TransNormerLLM: the first); null: all.
         scale: of the queries; null is head_dim^-0.5, Lightning has 1.
         norm: RMSNorm of the output over all heads together, over each head, or none.
         norm_weight: whether the norm has a weight; that of RetNet has none.
@@ -71,7 +76,8 @@ class LinearAttentionConfig(RecurrentConfig):
     slopes: Literal["lightning", "alibi", "retnet", "stored"] = "lightning"
     feature_map: Literal["none", "silu", "elu1", "relu"] = "silu"
     value_map: Literal["none", "silu"] = "silu"
-    rotation: Literal["none", "retnet"] = "none"
+    rotation: Literal["none", "retnet", "learned"] = "none"
+    rotated_layers: list[int] | None = None
     scale: float | None = 1.0
     norm: Literal["all", "head", "none"] = "all"
     norm_weight: bool = True
@@ -85,15 +91,47 @@ class LinearAttentionConfig(RecurrentConfig):
         require(self.gate_normalizer > 0, "gate_normalizer", "must be positive", got=self.gate_normalizer)
         require(not self.discretize or (self.decay == "scalar" and self.gate == "softplus"), "discretize",
                 "needs decay=scalar and gate=softplus", got=(self.decay, self.gate))
-        require(self.rotation == "none" or (self.head_dim % 2 == 0 and self.head_dim > 2), "rotation",
+        require(self.rotation != "retnet" or (self.head_dim % 2 == 0 and self.head_dim > 2), "rotation",
                 "turns pairs of dims", got=f"head_dim={self.head_dim}", expected="an even head_dim of 4 or more")
+        require(self.rotation != "learned" or self.decay != "channel", "rotation", "cannot stand beside channel decay",
+                got=self.rotation, expected="none or retnet with decay=channel")
+        require(self.rotated_layers is None or self.rotation == "learned", "rotated_layers", "needs rotation=learned",
+                got=self.rotated_layers, expected=f"null with rotation={self.rotation}")
 
     def has_weighted_norm(self) -> bool:
         return self.norm != "none" and self.norm_weight
 
     def num_params(self, context: LayerContext) -> int:
         norm = {"all": self.value_heads * self.value_dim, "head": self.value_dim, "none": 0}[self.norm]
-        return super().num_params(context) + norm * self.norm_weight
+        angles = self.num_heads * self.head_dim * self.learns_angles(context.layer_index)
+        return super().num_params(context) + norm * self.norm_weight + angles
+
+    def learns_angles(self, layer_index: int) -> bool:
+        """Whether the layer has the learned rotation, and so keys of twice the dims."""
+        return self.rotation == "learned" and (self.rotated_layers is None or layer_index in self.rotated_layers)
+
+    def _more_state(self, context: LayerContext) -> int:
+        """Elements that the learned rotation adds to the state."""
+        return self.value_heads * self.head_dim * self.value_dim * self.learns_angles(context.layer_index)
+
+    def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
+        parts = super().flops_per_token(context, context_length)
+        parts["recurrence"] += float(self._more_state(context) * self._flops_per_state_entry())
+        return parts
+
+    def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
+        return super().state_bytes(context, context_length, element_bytes) + FP32_BYTES * self._more_state(context)
+
+    def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
+        keys = 6 * self.num_heads * self.head_dim * self.learns_angles(context.layer_index)
+        more = keys + self._more_state(context) / CHUNK_TOKENS
+        return super().activation_bytes(context, element_bytes) + FP32_BYTES * more
+
+    def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
+                      element_bytes: int = 2) -> list[ShardTraffic]:
+        found = super().shard_traffic(context, rows, length, shards, element_bytes)
+        more = rows * FP32_BYTES * self._more_state(context)
+        return [*found[:-1], ShardTraffic("gather", found[-1].forward + more, found[-1].backward + more)]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
@@ -102,6 +140,8 @@ class LinearAttentionConfig(RecurrentConfig):
         if self.decay != "constant":
             data.pop("slopes")
         data.pop("projection_init")
+        if self.rotation != "learned":
+            data.pop("rotated_layers")
         return data
 
     def transfer_gaps(self) -> list[str]:
@@ -149,10 +189,10 @@ def _alibi_slopes(heads: int) -> list[float]:
 @register_mixer("linear_attention", LinearAttentionConfig)
 class LinearAttention(RecurrentMixer):
     """The module: parameters of `RecurrentMixer`, o_norm over all heads or over one, if it has a weight, and the buffer
-    slopes [HV] where they are stored.
+    slopes [HV] where they are stored. With a learned rotation also theta [H, K], radians per token.
     """
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = (*RecurrentMixer.fp32_parameters, "slopes")
+    fp32_parameters: ClassVar[tuple[str, ...]] = (*RecurrentMixer.fp32_parameters, "slopes", "theta")
     config: LinearAttentionConfig
     slopes: Tensor
 
@@ -161,6 +201,10 @@ class LinearAttention(RecurrentMixer):
         dims = config.value_dim * (config.value_heads if config.norm == "all" else 1)
         self.o_norm = None if config.norm == "none" else self.build_output_norm(
             dims, context, config.norm_weight)
+        self.theta = None
+        if config.learns_angles(context.layer_index):
+            self.theta = nn.Parameter(torch.zeros(config.num_heads, config.head_dim))
+        self.scale = config.head_dim**-0.5 if config.scale is None else config.scale
         kind = "lightning" if config.slopes == "stored" else config.slopes
         self._slopes = compute_decay_slopes(kind, config.value_heads, context.layer_index, context.num_layers)
         self.stores_slopes = config.decay == "constant" and config.slopes == "stored"
@@ -174,8 +218,7 @@ class LinearAttention(RecurrentMixer):
         q_BTC, k_BTC, v_BTC = self.project_inputs(x_BTD, seq, state)
         q_BTHK, k_BTHK = (apply_feature_map(config.feature_map, x).unflatten(-1, (config.num_heads, config.head_dim))
                           for x in (q_BTC, k_BTC))
-        if config.rotation == "retnet":
-            q_BTHK, k_BTHK = retnet_rotate(q_BTHK, seq), retnet_rotate(k_BTHK, seq)
+        q_BTHK, k_BTHK = self._rotated(q_BTHK, seq), self._rotated(k_BTHK, seq)
         v_BTHvV = apply_feature_map(config.value_map, v_BTC).unflatten(-1, (config.value_heads, config.value_dim))
         g, gate = None, None
         if config.decay == "constant":
@@ -185,7 +228,7 @@ class LinearAttention(RecurrentMixer):
             g, gate = self.prepare_decay(u, x_BTD.dtype)
             if config.discretize:
                 v_BTHvV = (v_BTHvV * F.softplus(self.build_forget_gate().step(u))[..., None]).to(v_BTHvV.dtype)
-        o_BTHvV, matrix = linear_attention(q_BTHK, k_BTHK, v_BTHvV, g=g, gate=gate, scale=config.scale,
+        o_BTHvV, matrix = linear_attention(q_BTHK, k_BTHK, v_BTHvV, g=g, gate=gate, scale=self.scale,
                                            cu_seqlens=seq.cu_seqlens,
                                            initial_state=None if state is None else state.matrix,
                                            final_state=state is not None or seq.shard is not None)
@@ -202,14 +245,14 @@ class LinearAttention(RecurrentMixer):
         project_gate = prepare_forget_gate(self) if config.decay in ("scalar", "channel") else None
         finish = prepare_output(self, self.o_norm, all_heads=config.norm == "all")
         keys, values = (-1, config.num_heads, config.head_dim), (-1, config.value_heads, config.value_dim)
-        scale = config.head_dim**-0.5 if config.scale is None else config.scale
+        key_dim = config.head_dim * (1 if self.theta is None else 2)
 
         def step(x_B1D: Tensor, seq: SequenceInfo, state: RecurrentState) -> Tensor:
             x_BD = x_B1D[:, 0]
             q_BC, k_BC, v_BC = project(x_BD, state)
             q_BHK, k_BHK = (apply_feature_map(config.feature_map, x).view(keys) for x in (q_BC, k_BC))
-            if config.rotation == "retnet":
-                q_BHK, k_BHK = (retnet_rotate(x_BHK[:, None], seq)[:, 0] for x_BHK in (q_BHK, k_BHK))
+            if config.rotation != "none":
+                q_BHK, k_BHK = (self._rotated(x_BHK[:, None], seq)[:, 0] for x_BHK in (q_BHK, k_BHK))
             v_BHvV = apply_feature_map(config.value_map, v_BC).view(values)
             g = self._constant_decay(x_BD) if config.decay == "constant" else None
             if project_gate is not None:
@@ -217,10 +260,19 @@ class LinearAttention(RecurrentMixer):
                 g = decode_log_decay(self, u)
                 if config.discretize:
                     v_BHvV = (v_BHvV * F.softplus(self.build_forget_gate().step(u))[..., None]).to(v_BHvV.dtype)
-            o_BHvV = linear_attention_step(q_BHK, k_BHK, v_BHvV, g, scale, state_matrix(state, v_BHvV, config.head_dim))
+            o_BHvV = linear_attention_step(q_BHK, k_BHK, v_BHvV, g, self.scale, state_matrix(state, v_BHvV, key_dim))
             return finish(o_BHvV, x_BD).unsqueeze(1)
 
         return step
+
+    def _rotated(self, x_BTHK: Tensor, seq: SequenceInfo) -> Tensor:
+        """Queries or keys under the rotation of the layer."""
+        if self.config.rotation == "retnet":
+            return retnet_rotate(x_BTHK, seq)
+        return x_BTHK if self.theta is None else with_learned_angles(x_BTHK, self.theta, seq)
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        return self.find_roles({} if self.theta is None else {"theta": VECTOR})
 
     def _from_earlier_shards(self, q_BTHK: Tensor, left_BTHvX: Tensor, state_NHvKV: Tensor, shard: RowShard) -> Tensor:
         """The part [B, T, HV, V] of the outputs that comes from tokens of earlier shards.
@@ -230,13 +282,14 @@ class LinearAttention(RecurrentMixer):
         """
         incoming_BHvKV = shard.incoming(shard.at_end(state_NHvKV), left_BTHvX[:, -1, :, :, None], torch.mul)
         value_heads_per_head = self.config.value_heads // self.config.num_heads
-        scale = q_BTHK.shape[-1] ** -0.5 if self.config.scale is None else self.config.scale
         q_BTHvK = q_BTHK.to(incoming_BHvKV.dtype).repeat_interleave(value_heads_per_head, 2)
-        return read_incoming_state(q_BTHvK * left_BTHvX, incoming_BHvKV) * scale
+        return read_incoming_state(q_BTHvK * left_BTHvX, incoming_BHvKV) * self.scale
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
+        if self.theta is not None:
+            self.theta.copy_(published_angles(*self.theta.shape))
         if self.config.projection_init == "retnet":
             for name in ("q_proj", "k_proj", "v_proj", "g_proj"):
                 if hasattr(self, name):

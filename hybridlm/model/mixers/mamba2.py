@@ -81,9 +81,10 @@ class Mamba2Config(StateHeadsConfig):
         skip: D is one number per head, or per channel.
         a_init: A starts uniform in this range.
         levels: levels L of log-linear attention; null reads one state.
+        input_scales: factors of z, x, B, C and dt as they are projected (Falcon-H1); null has none.
 
     Raises:
-        ConfigError: a size that is not positive, or groups that do not divide the heads.
+        ConfigError: a size that is not positive, groups that do not divide the heads, or other than five factors.
     """
 
     kind: str = "mamba2"
@@ -101,6 +102,7 @@ class Mamba2Config(StateHeadsConfig):
     skip: Literal["head", "channel"] = "head"
     a_init: tuple[float, float] = (1.0, 16.0)
     levels: int | None = None
+    input_scales: list[float] | None = None
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "state_size", "num_groups", "norm_eps"):
@@ -113,6 +115,8 @@ class Mamba2Config(StateHeadsConfig):
         require(self.dt_min >= 0, "dt_min", "must not be negative", got=self.dt_min)
         require(self.dt_max is None or self.dt_max > self.dt_min, "dt_max", "must be above dt_min", got=self.dt_max,
                 expected=f"null, or more than {self.dt_min}")
+        require(self.input_scales is None or len(self.input_scales) == 5, "input_scales", "must be five factors",
+                got=self.input_scales, expected="one for each of z, x, B, C and dt, or null")
         low, high = self.a_init
         require(0 < low <= high, "a_init", "must be a positive range", got=[low, high], expected="[low, high]")
 
@@ -248,7 +252,7 @@ class Mamba2(TensorStateMixer):
         config = self.config
         inner, keys = config.inner_size, config.num_groups * config.state_size
         widths = (inner, config.conv_channels, config.num_heads, config.level_width)
-        z_BTI, xBC_BTC, dt_BTH, u_BTX = self.in_proj(x_BTD).split(widths, -1)
+        z_BTI, xBC_BTC, dt_BTH, u_BTX = self._projected(x_BTD).split(widths, -1)
         x_BTI, B_BTX, C_BTX = self.conv(xBC_BTC.contiguous(), seq, state).split((inner, keys, keys), -1)
         wide = torch.promote_types(dt_BTH.dtype, torch.float32)
         dt_BTH = F.softplus(dt_BTH.to(wide) + self.dt_bias)
@@ -273,6 +277,17 @@ class Mamba2(TensorStateMixer):
             seq.leave(MEMORY, self.layer_index, y_BTI)
         y_BTI = y_BTI * F.silu(z_BTI) if self.norm is None else self.norm(y_BTI, z_BTI)
         return self.out_proj(y_BTI), {}
+
+    def _projected(self, x_BTD: Tensor) -> Tensor:
+        """z, x, B, C, dt and the scales of levels, one behind the other, times `input_scales`."""
+        y_BTX = self.in_proj(x_BTD)
+        if self.config.input_scales is None:
+            return y_BTX
+        inner, keys = self.config.inner_size, self.config.num_groups * self.config.state_size
+        widths = (inner, inner, keys, keys, self.config.num_heads, self.config.level_width)
+        parts = y_BTX.split(widths, -1)
+        return torch.cat([part * scale for part, scale in zip(parts, (*self.config.input_scales, 1.0), strict=True)],
+                         -1)
 
     def output_projection(self) -> tuple[nn.Linear, int]:
         return self.out_proj, self.config.num_heads

@@ -4,6 +4,7 @@ from hybridlm.model.residual.attention import AttentionResidualConfig as Attenti
 from hybridlm.model.residual.branch import BranchConfig as BranchConfig
 from hybridlm.model.residual.contract import BRANCH_NAMES as BRANCH_NAMES
 from hybridlm.model.residual.contract import RESIDUALS as RESIDUALS
+from hybridlm.model.residual.contract import BranchName as BranchName
 from hybridlm.model.residual.contract import Residual as Residual
 from hybridlm.model.residual.contract import ResidualBranch as ResidualBranch
 from hybridlm.model.residual.contract import ResidualConfig as ResidualConfig

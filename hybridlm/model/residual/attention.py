@@ -24,6 +24,7 @@ from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.residual.contract import (
+    BRANCH_NAMES,
     FP32_BYTES,
     BranchName,
     Residual,
@@ -51,6 +52,10 @@ class AttentionResidualConfig(ResidualConfig):
 
     def check_branch(self, branch: BranchConfig) -> None:
         check_plain_branch(branch, self.form)
+
+    def check_present(self, branches: tuple[BranchName, ...]) -> None:
+        require(branches == BRANCH_NAMES, "residual.form", "needs a mixer and a feed-forward in each layer",
+                got=self.form, expected="another form where layers have one branch alone")
 
     def begins_block(self, layer_index: int, branch: BranchName) -> bool:
         """Whether the branch is the first one of a block."""

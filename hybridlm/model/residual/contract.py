@@ -42,6 +42,9 @@ class ResidualConfig:
     def check_branch(self, branch: BranchConfig) -> None:
         """Raise ConfigError where this residual cannot join a branch with these options. By default it can."""
 
+    def check_present(self, branches: tuple[BranchName, ...]) -> None:
+        """Raise ConfigError where this residual cannot join a layer that has only these branches. By default it can."""
+
     def num_params(self, context: LayerContext) -> int:
         """Number of parameters of the residual itself, outside the layers."""
         return 0

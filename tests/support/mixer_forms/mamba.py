@@ -10,7 +10,7 @@ FORMS: dict[str, MixerConfig] = {
     "longhorn": MambaConfig(rule="longhorn", state_size=4, dt_rank=3),
     "mamba2": Mamba2Config(num_heads=4, head_dim=6, state_size=8, num_groups=2),
     "falcon_h1_mamba2": Mamba2Config(num_heads=2, head_dim=6, state_size=8, norm="none", skip="channel", bias=True,
-                                     dt_min=0.02, dt_max=2.0),
+                                     dt_min=0.02, dt_max=2.0, input_scales=[0.5, 1.5, 0.8, 1.2, 0.7]),
     "mamba3": Mamba3Config(num_heads=4, head_dim=6, state_size=8, num_groups=2),
     "mamba3_norm": Mamba3Config(num_heads=2, head_dim=6, state_size=8, rope_fraction=1.0, norm=True),
     "mamba3_mimo": Mamba3Config(num_heads=4, head_dim=6, state_size=8, num_groups=2, rank=3),

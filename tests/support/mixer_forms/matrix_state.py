@@ -26,6 +26,8 @@ FORMS: dict[str, MixerConfig] = {
     "lightning": LinearAttentionConfig(num_heads=4, head_dim=8),
     "transnormer": LinearAttentionConfig(num_heads=3, head_dim=8, slopes="alibi", value_map="none", norm_weight=False,
                                          output_gate="linear"),
+    "transnormer_angles": LinearAttentionConfig(num_heads=3, head_dim=6, slopes="alibi", value_map="none",
+                                                norm_weight=False, output_gate="linear", rotation="learned"),
     "retnet": LinearAttentionConfig(num_heads=4, head_dim=8, value_head_dim=12, slopes="retnet", feature_map="none",
                                     value_map="none", rotation="retnet", scale=None, norm="head", norm_weight=False,
                                     output_gate="silu"),
@@ -37,6 +39,6 @@ FORMS: dict[str, MixerConfig] = {
     "ssd": LinearAttentionConfig(num_heads=2, num_value_heads=4, head_dim=8, decay="scalar", discretize=True,
                                  conv_size=4, feature_map="none", value_map="none", norm="none", output_gate="silu"),
 }
-FP32 = {"A_log", "dt_bias", "correction", "correction_gate",
+FP32 = {"A_log", "dt_bias", "theta", "correction", "correction_gate",
         *(f"preconditioner.{name}" for name in ("A_log", "dt_bias", "center"))}
-NO_MATRICES = {"q_conv", "k_conv", "v_conv"}
+NO_MATRICES = {"q_conv", "k_conv", "v_conv", "theta"}

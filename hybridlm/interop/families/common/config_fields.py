@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.rope import RopeConfig, YarnConfig
 
 Kind = TypeVar("Kind", bound=MixerConfig)
+DEFAULT_POSITIONS = 4096  # of models without a longest position
 
 
 def shortest_schedule(names: Sequence[str]) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def read_base(hf: HFConfig, layers: Sequence[str], mixers: dict[str, dict], feed
         "schedule": shortest_schedule(layers),
         "mixers": {name: mixer for name, mixer in mixers.items() if name in used},
         "feed_forward": feed_forward, "norm": more.pop("norm", None) or {"eps": hf.rms_norm_eps},
-        "max_position": hf.max_position_embeddings, "tie_embeddings": bool(hf.tie_word_embeddings),
+        "max_position": more.pop("max_position", None) or hf.max_position_embeddings,
+        "tie_embeddings": bool(hf.tie_word_embeddings),
         "init_std": hf.initializer_range, "name": hf.model_type,
     } | more
 
@@ -65,16 +68,42 @@ def write_base(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def read_backbone(hf: HFConfig, layers: Sequence[str], mixers: dict[str, dict],
+                  feed_forward: dict) -> dict[str, Any]:
+    """Plain data of a model config from the fields of models that call their layers a backbone (Mamba, Nemotron-H).
+
+    They name the eps of norms `layer_norm_epsilon`, and may have no longest position.
+    """
+    positions = getattr(hf.config, "max_position_embeddings", None)
+    return read_base(hf, layers, mixers, feed_forward, norm={"eps": hf.layer_norm_epsilon},
+                     max_position=DEFAULT_POSITIONS if positions is None else positions)
+
+
+def write_backbone(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that `read_backbone` reads."""
+    fields = write_base(config)
+    return {"layer_norm_epsilon": fields.pop("rms_norm_eps"), "residual_in_fp32": True} | fields
+
+
+def read_steps(low: float, high: float | None) -> dict[str, Any]:
+    """Plain data of the bounds of Mamba-2's steps, of which infinity is none."""
+    return {"dt_min": float(low), "dt_max": None if high is None or math.isinf(high) else float(high)}
+
+
+def find_mixer(config: ModelConfig, kind: type[Kind]) -> Kind | None:
+    """The first mixer in the schedule with this config class; None where no layer has such a mixer."""
+    mixers = (config.mixers[name] for name in config.layers())
+    return next((mixer for mixer in mixers if isinstance(mixer, kind)), None)
+
+
 def require_mixer(config: ModelConfig, kind: type[Kind]) -> Kind:
     """The first mixer in the schedule with this config class.
 
     Raises:
         ConfigError: no layer has such a mixer.
     """
-    for name in config.layers():
-        mixer = config.mixers[name]
-        if isinstance(mixer, kind):
-            return mixer
+    if (mixer := find_mixer(config, kind)) is not None:
+        return mixer
     wanted = kind.kind  # type: ignore[misc]  # every kind has a default
     raise ConfigError("schedule", "has no layer that the format needs", expected=f"a mixer with kind={wanted}")
 

@@ -15,7 +15,7 @@ from hybridlm.interop.family import LayerToMap
 from hybridlm.interop.rearrangements import Chain, PackedRows, PerTensor, Reshape, StackedExperts
 from hybridlm.interop.tensor_rules import KeyLayout, TensorRule, map_tensors
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.mixers import AttentionConfig, MLAConfig
+from hybridlm.model.mixers import AttentionConfig, Mamba2Config, MLAConfig
 from hybridlm.model.mixers.common.recurrent import RecurrentConfig
 from hybridlm.model.mixers.contract import MixerConfig
 
@@ -102,6 +102,23 @@ def map_convolutions(mixer: RecurrentConfig, ours: str, theirs: str, *, packed: 
         return
     three_tensors = KeyLayout(tuple(f"{theirs}{name}_conv1d.weight" for name in widths), reshapes)
     yield TensorRule(names, (three_tensors, one_tensor))
+
+
+def map_joint_conv(ours: str, theirs: str, channels: int, taps: int, *, bias: bool = True) -> Iterator[TensorRule]:
+    """Yield rules for one short convolution [C, W], which theirs hold as a Conv1d weight [C, 1, W]."""
+    yield map_tensors(f"{ours}conv.weight", f"{theirs}conv1d.weight",
+                      PerTensor((Reshape((channels, taps), (channels, 1, taps)),)))
+    if bias:
+        yield from rename_tensors(ours, theirs, ("conv.bias", "conv1d.bias"))
+
+
+def map_mamba2(mamba2: Mamba2Config, ours: str, theirs: str) -> Iterator[TensorRule]:
+    """Yield rules for a Mamba-2 block."""
+    biases = ("in_proj.bias", "out_proj.bias") if mamba2.bias else ()
+    norm = ("norm.weight",) if mamba2.norm == "gated" else ()
+    yield from rename_tensors(ours, theirs, "in_proj.weight", "A_log", "D", "dt_bias", "out_proj.weight", *biases,
+                              *norm)
+    yield from map_joint_conv(ours, theirs, mamba2.conv_channels, mamba2.conv_size, bias=mamba2.conv_bias)
 
 
 def map_swiglu(ours: str, theirs: str) -> Iterator[TensorRule]:

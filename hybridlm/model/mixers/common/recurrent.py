@@ -364,8 +364,12 @@ class RecurrentMixer(SequenceMixer):
                 "f_b_proj": value_heads, "g_proj": value_heads, "g_b_proj": value_heads}
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
+        return self.find_roles({})
+
+    def find_roles(self, declared: Mapping[str, ParameterRole]) -> dict[str, ParameterRole]:
+        """The role of every parameter; `declared` are those of a kind that shapes do not say."""
         convolutions = {f"{name}_conv": CONVOLUTION for name in self.config.channels}
-        return find_roles(self, convolutions, self.head_rows())
+        return find_roles(self, {**convolutions, **declared}, self.head_rows())
 
     @property
     def decodes_padded_rows(self) -> bool:
