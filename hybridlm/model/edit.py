@@ -139,7 +139,9 @@ def leave_dense(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     for name in dict.fromkeys(names[index] for index in layers):
         users = {index for index, other in enumerate(names) if other == name}
         dense = mixers[name].with_attention_mode("dense")
-        new_name = name if users <= set(layers) and of_mtp != name else _find_free_name(f"{name}_dense", config, dense)
+        new_name = name
+        if not users <= set(layers) or of_mtp == name:
+            new_name = _find_free_name(f"{name}_dense", config, dense, name in config.schedule.alone)
         mixers[new_name] = dense
         for index in users & set(layers):
             new_names[index] = new_name
@@ -179,7 +181,8 @@ def _rebuild_config(config: ModelConfig, layers: list[str], mixers: dict[str, Mi
     if mtp.depth and mtp.mixer is None:
         mtp = dataclasses.replace(mtp, mixer=config.layers()[-1])
     used = {*layers, mtp.mixer}
-    alone = {new: None for new, old in zip(layers, config.layers(), strict=True) if old in config.schedule.alone}
+    renamed = [*zip(layers, config.layers(), strict=True), (mtp.mixer, mtp.mixer)]
+    alone = dict.fromkeys(new for new, old in renamed if new is not None and old in config.schedule.alone)
     schedule = ScheduleConfig(pattern=layers, alone=[*alone])
     return dataclasses.replace(config, schedule=schedule, mtp=mtp, name="", published=None,
                                mixers={name: m for name, m in mixers.items() if name in used or name in config.mixers})
