@@ -29,6 +29,8 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 OLDEST_TRITON = "3.6"
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 products and asynchronous copies
+REGISTERS = 65536  # of a multiprocessor, where torch does not tell
+ORDINARY_NUMBER = 48  # stands for a number of heads or tokens where a kernel is built before they matter
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -188,9 +190,66 @@ def programs(device: torch.device) -> int:
     return 2 if INTERPRETED else 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def parallel_programs(device: torch.device) -> int:
-    """Number of programs of a scan that the device runs side by side; 0 where there is no device."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+def parallel_programs(device: torch.device, kernel: Any, dtypes: Mapping[str, torch.dtype],
+                      constants: Mapping[str, Any]) -> int:
+    """Number of programs of a kernel that the device runs side by side; 0 where there is no device.
+
+    The kernel is built in its first configuration, so that the number does not depend on what tuning finds. Where that
+    cannot be launched, a multiprocessor is taken to hold one program.
+
+    Args:
+        device: where it will run.
+        kernel: a Triton kernel, tuned or not.
+        dtypes: of its tensors, by parameter; others are None.
+        constants: its constants, by parameter.
+    """
+    if device.type != "cuda":
+        return 0
+    key = (kernel, device.index, tuple(dtypes.items()), tuple(constants.items()))
+    if key not in _parallel_programs:
+        with torch.cuda.device(device):
+            built = _build_first_configuration(kernel, dtypes, constants)
+        about = torch.cuda.get_device_properties(device)
+        blocks = 1
+        if built is not None:
+            registers = getattr(about, "regs_per_multiprocessor", REGISTERS)
+            warps = about.max_threads_per_multi_processor // 32
+            blocks = resident_blocks(built.n_regs, built.metadata.shared, built.metadata.num_warps, registers,
+                                     about.shared_memory_per_multiprocessor, warps)
+        _parallel_programs[key] = blocks * about.multi_processor_count
+    return _parallel_programs[key]
+
+
+_parallel_programs: dict[Any, int] = {}
+
+
+def _build_first_configuration(kernel: Any, dtypes: Mapping[str, torch.dtype], constants: Mapping[str, Any]) -> Any:
+    """The kernel in its first configuration, built for the current device and loaded, or None; arguments as above."""
+    first = kernel.configs[0].all_kwargs() if hasattr(kernel, "configs") else {}
+    plain = kernel.fn if hasattr(kernel, "configs") else kernel
+    given = {**dtypes, **constants}
+    numbers = {name: ORDINARY_NUMBER for name in plain.arg_names if name.isidentifier() and not name.endswith("_ptr")}
+    named = {name: value for name, value in first.items() if name not in plain.arg_names}  # warps and stages
+    arguments = dict.fromkeys(plain.arg_names) | numbers | first | given
+    try:
+        built = plain.warmup(*(arguments[name] for name in plain.arg_names), grid=(1,), **named)
+        built.run  # noqa: B018  loads it, which is when the driver counts registers
+        return built
+    except Exception:  # a compiler can fail in any way; the launch says how
+        return None
+
+
+def resident_blocks(registers: int, shared: int, num_warps: int, all_registers: int, all_shared: int, all_warps: int
+                    ) -> int:
+    """Blocks that a multiprocessor holds at once, by the registers and shared memory that they take.
+
+    Registers are given out 256 to a warp at a time, and each block takes 1 KiB of shared memory for itself.
+
+    >>> resident_blocks(255, 24 * 1024, 4, 65536, 228 * 1024, 64)
+    2
+    """
+    per_warp = -(-registers * 32 // 256) * 256
+    return max(1, min(all_registers // (per_warp * num_warps), all_shared // (shared + 1024), all_warps // num_warps))
 
 
 @dataclass(frozen=True)

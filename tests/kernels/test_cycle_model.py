@@ -5,11 +5,11 @@ import torch
 
 from hybridlm_kernels.cases import Shape
 from hybridlm_kernels.tools import cycle_model, kernel_cost
-from hybridlm_kernels.tools.cycle_model import H200, KernelCost, ProgramCost, resident_blocks, simulate
+from hybridlm_kernels.tools.cycle_model import H200, KernelCost, ProgramCost, simulate
 from hybridlm_kernels.tools.kernel_cost import Row, too_slow, triton_cases
 from hybridlm_kernels.tools.kernel_launches import launches_of
 from hybridlm_kernels.tools.sass import parse
-from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
+from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, resident_blocks
 
 compiles = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
 

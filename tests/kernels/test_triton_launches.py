@@ -110,7 +110,7 @@ def test_gates(operation, decay, gate, device):
 @pytest.mark.parametrize("cut", [True, False])
 def test_documents_in_segments_and_uncut(operation, decay, cut, device, monkeypatch):
     backend = importlib.import_module(f"hybridlm_kernels.ops.{operation}.triton_backend")
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: 18 if cut else 2)
+    monkeypatch.setattr(backend, "parallel_programs", lambda *_: 18 if cut else 2)
     monkeypatch.setattr(triton_chunk_tables, "MIN_CHUNKS_PER_SEGMENT", 1)
     if operation == "delta_rule":
         monkeypatch.setattr(backend, "MIN_SEGMENTS_PER_DOCUMENT", 2)

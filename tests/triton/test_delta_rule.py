@@ -37,13 +37,13 @@ def run(inputs, device, backend="triton", **options):
 @pytest.fixture(autouse=True)
 def uncut_documents(monkeypatch):
     """No document is cut into segments, unless a test says so."""
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: 0)
+    monkeypatch.setattr(backend, "parallel_programs", lambda *_: 0)
 
 
 @pytest.fixture
 def in_segments(monkeypatch):
     """Documents of more than one chunk are cut into two segments or three."""
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: 6)
+    monkeypatch.setattr(backend, "parallel_programs", lambda *_: 6)
     monkeypatch.setattr(backend, "MIN_SEGMENTS_PER_DOCUMENT", 2)
     monkeypatch.setattr(triton_chunk_tables, "MIN_CHUNKS_PER_SEGMENT", 1)
 
@@ -62,7 +62,7 @@ def test_segments_of_a_document(decay, device, monkeypatch, in_segments):
 
 
 def test_segments_of_packed_documents(device, monkeypatch, in_segments):
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: 18)
+    monkeypatch.setattr(backend, "parallel_programs", lambda *_: 18)
     inputs = make_inputs("scalar", T=131, documents=3)
     compare(inputs, device, cu_seqlens=CuSeqlens([0, 1, 130, 131], device))
 

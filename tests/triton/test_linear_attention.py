@@ -38,7 +38,7 @@ def single(inputs, device):
 @pytest.fixture(autouse=True)
 def uncut_documents(monkeypatch):
     """No document is cut into segments, unless a test says so."""
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: 0)
+    monkeypatch.setattr(backend, "parallel_programs", lambda *_: 0)
 
 
 @pytest.mark.parametrize(("decay", "T"), [("none", 65), ("constant", 65), ("scalar", 1), ("scalar", 65),
@@ -86,7 +86,7 @@ def test_packed(decay, device):
 
 @decays
 def test_segments_change_nothing(decay, device, monkeypatch):
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: 2)
+    monkeypatch.setattr(backend, "parallel_programs", lambda *_: 2)
     monkeypatch.setattr(triton_chunk_tables, "MIN_CHUNKS_PER_SEGMENT", 1)
     launches = counted(monkeypatch, backend, "join_kernel")
     compare(decay, recurrence_inputs(decay, T=129), device)
@@ -143,6 +143,6 @@ def test_refused_calls(device):
 @pytest.mark.parametrize(("decay", "parallel"), [("scalar", 0), ("channel", 8)])
 def test_without_final_states(decay, parallel, device, monkeypatch):
     """Uncut, and in segments."""
-    monkeypatch.setattr(backend, "parallel_programs", lambda device: parallel)
+    monkeypatch.setattr(backend, "parallel_programs", lambda *_: parallel)
     monkeypatch.setattr(triton_chunk_tables, "MIN_CHUNKS_PER_SEGMENT", 1)
     assert_final_states_change_nothing("linear_attention", recurrence_inputs(decay, T=130, K=12), device)

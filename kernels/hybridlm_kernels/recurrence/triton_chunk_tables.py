@@ -8,7 +8,7 @@ Legend: B rows, T tokens per row, N documents, C tokens per chunk, P chunks, U s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -52,18 +52,20 @@ class ChunkTables:
         """Document, first token, end and first chunk of every document, int64 [N, 4]; the longest document first."""
         return self.segments(self.max_chunks)[0]
 
-    def chunks_per_segment(self, programs: int, parallel: int, min_segments: int) -> int:
+    def chunks_per_segment(self, programs: int, parallel: Callable[[], int], min_segments: int) -> int:
         """Chunks per segment, for as many segments as keep the device busy.
 
         Args:
             programs: programs of a scan over uncut documents.
-            parallel: programs that the device runs side by side.
+            parallel: finds how many programs the device runs side by side; not called where documents are too short.
             min_segments: fewest segments per document that are worth a second scan.
 
         Returns:
             `max_chunks`, which leaves every document uncut, where fewer than `min_segments` would be made of one.
         """
-        segments = min(parallel // programs, self.max_chunks // MIN_CHUNKS_PER_SEGMENT)
+        segments = self.max_chunks // MIN_CHUNKS_PER_SEGMENT
+        if segments >= min_segments:
+            segments = min(segments, parallel() // programs)
         return self.max_chunks if segments < min_segments else -(-self.max_chunks // segments)
 
     def segments(self, chunks: int) -> tuple[Tensor, Tensor]:

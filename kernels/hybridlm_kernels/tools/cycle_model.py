@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from hybridlm_kernels.tools.sass import NO_SCOREBOARD, Instruction, disassemble, run_on_cubin
 from hybridlm_kernels.tools.sass_values import Registers
+from hybridlm_kernels.triton_support import resident_blocks
 
 # Cycles from issue to result where the hardware reports it through a scoreboard.
 LATENCY = {
@@ -202,19 +203,6 @@ class KernelCost:
         elif rest:
             cycles += each(min(blocks, math.ceil(rest / device.multiprocessors)))
         return max(cycles / device.hertz, unique_bytes / device.bytes_per_second) + device.launch_seconds
-
-
-def resident_blocks(registers: int, shared: int, num_warps: int, all_registers: int, all_shared: int, all_warps: int
-                    ) -> int:
-    """Blocks that a multiprocessor holds at once, by the registers and shared memory that they take.
-
-    Registers are given out 256 to a warp at a time, and each block takes 1 KiB of shared memory for itself.
-
-    >>> resident_blocks(255, 24 * 1024, 4, 65536, 228 * 1024, 64)
-    2
-    """
-    per_warp = -(-registers * 32 // 256) * 256
-    return max(1, min(all_registers // (per_warp * num_warps), all_shared // (shared + 1024), all_warps // num_warps))
 
 
 def cost_of(cubin: bytes, shared: int, num_warps: int, *, data_trips: int = 1, kinds: int = 1) -> KernelCost:

@@ -111,14 +111,14 @@ class _DeltaRuleLaunches:
         self.tokens, self.dtype, self.device = self.B * self.T, x.v.dtype, x.v.device
         self.tables: ChunkTables = get_chunk_tables(self.B, self.T, options.borders, self.device)
         self.documents = self.B if options.borders is None else options.borders.num_documents
-        chunks = self.tables.chunks_per_segment(
-            2 * self.documents * self.HV * self._blocks_of_values(SCAN_VALUE_COLUMNS), parallel_programs(self.device),
-            MIN_SEGMENTS_PER_DOCUMENT)
-        self.in_segments = chunks < self.tables.max_chunks
-        self.segments, self.segments_of_documents = self.tables.segments(chunks)
         self.decay = "none"
         if x.g is not None:
             self.decay = "channel" if x.g.dim() == 4 else "scalar"
+        chunks = self.tables.chunks_per_segment(
+            2 * self.documents * self.HV * self._blocks_of_values(SCAN_VALUE_COLUMNS), self._scans_side_by_side,
+            MIN_SEGMENTS_PER_DOCUMENT)
+        self.in_segments = chunks < self.tables.max_chunks
+        self.segments, self.segments_of_documents = self.tables.segments(chunks)
         gate = options.gate
         self.flags = {
             "DECAY": self.decay, "GATE": "none" if gate is None else gate.kind, "L2NORM": options.qk_l2norm,
@@ -131,6 +131,14 @@ class _DeltaRuleLaunches:
         self.gate_arguments = {"g_ptr": x.g, "A_log_ptr": x.A_log, "bias_ptr": x.dt_bias,
                                "gate_constant": self.gate_constant}
         self.sizes = {"tokens": self.tokens, "H": self.H, "HV": self.HV}
+
+    def _scans_side_by_side(self) -> int:
+        """Programs of a scan of segments that the device runs side by side, by the kernel as it is built for it."""
+        dtypes = dict.fromkeys(("q_ptr", "k_ptr", "w_ptr", "v_ptr", "A_ptr", "X_ptr", "o_ptr"), self.dtype)
+        dtypes |= dict.fromkeys(("factors_ptr", "total_ptr", "state_ptr"), torch.float32)
+        return parallel_programs(self.device, scan_kernel, dtypes | {"segments_ptr": torch.int64}, {
+            "K": self.K, "V": self.V, "BK": _padded(self.K), "BV": SCAN_VALUE_COLUMNS,
+            "CHANNEL": self.decay == "channel", "MODE": "outputs", "EXACT": self.dtype == torch.float32})
 
     def empty(self, *shape: int) -> Tensor:
         """A new tensor in the dtype of the values."""

@@ -130,7 +130,7 @@ CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
 
 
 @tuned(CONFIGS, ["K", "DECAY", "MERGED", "CHECKED", "EXACT"])
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr, A_ptr, X_ptr, factors_ptr, total_ptr,
                  blocks_ptr, sums_ptr, scale, gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr,
                  BK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,

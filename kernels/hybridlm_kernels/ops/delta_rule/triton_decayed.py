@@ -30,7 +30,7 @@ CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
 
 
 @tuned(CONFIGS, ["K", "FACTORS", "EXACT"])
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def decayed_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr, factors_ptr, total_ptr, sums_ptr,
                    queries_ptr, keys_ptr, writes_ptr, scale, gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr,
                    BK: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr,

@@ -72,7 +72,7 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
 
 
 @tuned(CONFIGS, ["K", "V", "DECAY", "EXACT"])
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr, total_ptr,
                      sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr,
                      d_beta_ptr, d_A_log_ptr, d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, HV,

@@ -168,7 +168,7 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
 
 
 @tuned(CONFIGS, ["K", "V", "MERGED", "EXACT"])
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_ptr, chunks_ptr, scratch_ptr, dq_ptr,
                           dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, itself_ptr, beta_scale, tokens, H, HV, K: tl.constexpr,
                           V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SIGMOID: tl.constexpr,

@@ -78,7 +78,7 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, key_stride, v_ptr, A_ptr, X_ptr, factors_p
 
 
 @tuned(CONFIGS, ["K", "V", "CHANNEL", "MODE", "EXACT"])
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, state_ptr, segments_ptr, o_ptr,
                 last_ptr, transitions_ptr, states_ptr, y_ptr, tokens, H, HV, K: tl.constexpr, V: tl.constexpr,
                 BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
@@ -123,7 +123,7 @@ def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr
 
 
 @tuned(CONFIGS, ["K", "V", "CHANNEL", "FIRST_STATES_ONLY", "EXACT"])
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def scan_back_kernel(q_ptr, k_ptr, w_ptr, do_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, d_last_ptr, segments_ptr,
                      d_states_ptr, z_ptr, d_state_ptr, tokens, H, HV, K: tl.constexpr, V: tl.constexpr,
                      BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, FIRST_STATES_ONLY: tl.constexpr,

@@ -185,8 +185,9 @@ class _LinearAttentionLaunches:
                 PAIRS=output and pairs, STATES=learn and states is not None and carry is None,
                 DOTS=learn and dots is not None, EXACT=self.exact, **sizes, **self.gate_arguments)
 
-        chunks = self.tables.chunks_per_segment(self.documents * self.HV * blocks, parallel_programs(self.device),
-                                                MIN_SEGMENTS_PER_DOCUMENT)
+        chunks = self.tables.chunks_per_segment(
+            self.documents * self.HV * blocks,
+            lambda: self._scans_side_by_side(sizes, x, y, z, pairs and output, reverse), MIN_SEGMENTS_PER_DOCUMENT)
         if chunks >= self.tables.max_chunks:
             launch(self.tables.documents, start, last, None, output, True)
             return out, last  # type: ignore[return-value]
@@ -202,6 +203,21 @@ class _LinearAttentionLaunches:
         if output or states is not None:
             launch(segments, starts, None, None, output, True)
         return out, last  # type: ignore[return-value]
+
+    def _scans_side_by_side(self, sizes: dict[str, int], x: Tensor, y: Tensor, z: Tensor, pairs: bool,
+                            reverse: bool) -> int:
+        """Programs of a scan that the device runs side by side, by the kernel as it is built for it."""
+        dtypes = {"x_ptr": x.dtype, "y_ptr": y.dtype, "z_ptr": z.dtype, "A_ptr": self.dtype, "out_ptr": self.dtype,
+                  "segments_ptr": torch.int64, "start_ptr": torch.float32}
+        if self.decay == "channel":
+            dtypes["chunk_total_ptr"] = torch.float32
+        elif self.x.g is not None:
+            parameters = {"g_ptr": self.x.g, "A_log_ptr": self.x.A_log, "bias_ptr": self.x.dt_bias}
+            dtypes |= {name: parameter.dtype for name, parameter in parameters.items() if parameter is not None}
+        flags = {"OUTPUT": True, "PAIRS": pairs, "STATES": False, "DOTS": False, "EXACT": self.exact}
+        return parallel_programs(self.device, scan_kernel, dtypes, sizes | flags | {
+            "HV": self.HV, "XY_GROUP": self.HV // y.shape[2], "Z_GROUP": self.HV // z.shape[2], "DECAY": self.decay,
+            "GATE": self.gate_arguments["GATE"], "REVERSE": reverse})
 
     def columns(self, Y: int, Z: int) -> int:
         """Columns of z per program: fewer where the state would not fit its registers."""

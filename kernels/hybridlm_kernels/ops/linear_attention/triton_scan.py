@@ -116,7 +116,7 @@ def pairs_kernel(x_ptr, y_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
 
 
 @tuned(CONFIGS, ["Y", "Z", "BZ", "DECAY", "REVERSE", "OUTPUT", "PAIRS", "STATES", "DOTS", "EXACT"])
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunks"])
 def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunk_total_ptr,
                 start_ptr, segments_ptr, out_ptr, last_ptr, total_ptr, states_ptr, dots_ptr, carry_ptr, scale, tokens,
                 chunks, HV: tl.constexpr, XY_GROUP: tl.constexpr, Z_GROUP: tl.constexpr, Y: tl.constexpr,
@@ -209,7 +209,7 @@ def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, g
             tl.store(total_ptr + (segment * HV + head) + dims, total_of_segment, mask=dims == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunks"])
 def gate_gradient_kernel(pairs_ptr, dots_ptr, reverse_dots_ptr, carry_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant,
                          chunks_ptr, dg_ptr, d_A_log_ptr, d_bias_ptr, tokens, chunks, HV, BLOCKS: tl.constexpr,
                          GATE: tl.constexpr):
