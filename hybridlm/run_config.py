@@ -18,7 +18,7 @@ from typing import Any
 from hybridlm import checkpoint
 from hybridlm.config.checks import model_has_indexer
 from hybridlm.config.compose import Composition, compose_run, override_keys, override_value, quote
-from hybridlm.config.schema import Config, DataConfig, RecipeConfig
+from hybridlm.config.schema import Config, DataConfig, RecipeConfig, TrainingConfig
 from hybridlm.config.serialization import from_dict, to_dict
 from hybridlm.errors import ConfigError, did_you_mean_path
 from hybridlm.interop.linearization import plan_conversion
@@ -178,11 +178,13 @@ def _convert(composed: Composition) -> None:
 
 def _plan_conversion(composed: Composition) -> ModelConfig:
     """Write into the recipe which layers of the checkpoint `init_from` are converted; returns the converted model."""
-    convert = from_dict(RecipeConfig, composed.value("recipe"), "recipe", root=Config).convert
-    assert convert is not None
+    recipe = from_dict(RecipeConfig, composed.value("recipe"), "recipe", root=Config)
+    length = composed.value("training.sequence_length")
+    longest = recipe.longest_sequence(length if isinstance(length, int) else TrainingConfig().sequence_length)
+    assert recipe.convert is not None
     key = _source_key(composed)
     source = _find_checkpoint(str(composed.value("init_from")), key)
-    plan = plan_conversion(convert, checkpoint.read_model_config(source), key)
+    plan = plan_conversion(recipe.convert, checkpoint.read_model_config(source), key, longest)
     composed.set("recipe.convert.keep", plan.keep)
     composed.set("recipe.convert.converted", plan.converted)
     return plan.model
@@ -311,7 +313,7 @@ def add_indexers(recipe: RecipeConfig, config: ModelConfig) -> ModelConfig:
                           got=share, expected="1 (each has its own), 2, 3, ...")
     readers = [layer for position, layer in enumerate(layers) if position % share]
     try:
-        indexer = fit_indexer(options, config, layers, "indexer")
+        indexer = fit_indexer(options, config, layers, "indexer", config.max_position)
         _check_one_topk(recipe, config, indexer.topk)
         model = add_indexer(build_model(config, device="meta"), indexer, layers[::share])[0]
         if readers:

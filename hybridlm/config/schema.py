@@ -169,8 +169,9 @@ class ConvertConfig:
     """Other mixers in place of softmax attention of the checkpoint that a run starts from."""
 
     mixer: str | dict[str, Any] = "kda"
-    """The new mixer: a name of `configs/mixer`, or options of a kind. Sizes that are left open follow the attention. A
-    mixer that is itself attention with an indexer gives its indexer to the attention that is there."""
+    """The new mixer: a name of `configs/mixer`, or options of a kind. Sizes that are left open follow the attention, blocks
+    and budgets the longest sequence of the stages. A mixer that is itself attention with an indexer gives its indexer to
+    the attention that is there."""
     keep: int | list[int] | str | None = None
     """Attention that stays: so many layers, evenly spread, or a list of layers, negative ones from the end, or a file
     of `hybridlm select`; null: a quarter, evenly spread. A run writes the list of layers here."""
@@ -233,6 +234,10 @@ class RecipeConfig:
         places = {NEW_MIXERS: [f"layers.{layer}.mixer.*" for layer in converted],
                   SELECTORS_OF_KEYS: selector_patterns(model) if SELECTORS_OF_KEYS in patterns else []}
         return [name for pattern in patterns for name in places.get(pattern, [pattern])]
+
+    def longest_sequence(self, otherwise: int) -> int:
+        """Find the most tokens of a sequence in any stage; `otherwise` are those of a stage that leaves them open."""
+        return max(stage.sequence_length or otherwise for stage in self.stages)
 
     def mode_of(self, stage: StageConfig, sequence_length: int) -> AttentionMode | None:
         """Find the mode of layers with a selector in a stage of sequences of this length."""

@@ -32,13 +32,15 @@ class Conversion:
     converted: list[int]
 
 
-def plan_conversion(convert: ConvertConfig, config: ModelConfig, source: str = "teacher") -> Conversion:
+def plan_conversion(convert: ConvertConfig, config: ModelConfig, source: str = "teacher",
+                    context_length: int | None = None) -> Conversion:
     """Choose the layers of a model to convert, and make the config of the result; nothing is allocated.
 
     Args:
         convert: the new mixer, and what stays.
         config: the model.
         source: the key that names its checkpoint, for messages.
+        context_length: longest sequence of the run, which open sizes of the mixer follow; None is that of the model.
 
     Raises:
         ConfigError: the model has no attention to convert, none would be converted, or the mixer cannot start from
@@ -59,7 +61,7 @@ def plan_conversion(convert: ConvertConfig, config: ModelConfig, source: str = "
                           got=convert.keep, expected=f"fewer of the {len(attention)} attention layers")
     try:
         model, _ = convert_attention(build_model(config, device="meta"), converted, convert.mixer,
-                                     calibrated=convert.init == "calibrated")
+                                     context_length=context_length, calibrated=convert.init == "calibrated")
     except ConfigError as error:
         raise ConfigError(f"recipe.convert.{error.key}", error.what, got=error.got, expected=error.expected,
                           hint=error.hint) from None

@@ -66,12 +66,13 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig | 
             raise ConfigError("layers", "already have a linear mixer: give the new mixer's config in full",
                               got=replaced.kind)
         name = name or mixer
-        mixer = _fit_mixer(_read_preset(mixer), config, replaced, f"mixers.{mixer}")
+        mixer = _fit_mixer(_read_preset(mixer), config, replaced, f"mixers.{mixer}", config.max_position)
     return edit.replace_mixers(model, layers, mixer, name, seed=seed)
 
 
 def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mapping[str, Any], *,
-                      calibrated: bool = False, seed: int = 0) -> tuple[HybridLM, Transfer]:
+                      context_length: int | None = None, calibrated: bool = False,
+                      seed: int = 0) -> tuple[HybridLM, Transfer]:
     """Replace softmax attention by a mixer that starts from its weights, or give it the indexer of that mixer.
 
     Layers whose attention differs (heads, rotation, how it joins the residual) each get the mixer in a form that fits.
@@ -82,6 +83,8 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
         model: the trained model, which is not changed; on the device "meta" only its config is converted.
         layers: those to convert; negative ones count from the end.
         mixer: the name of a file of `configs/mixer`, or options of a kind, whose open sizes follow the attention.
+        context_length: longest sequence that it is trained on, which open blocks and budgets follow; None is that of
+            the model.
         calibrated: take the form of the mixer that `hybridlm.model.calibration` can set.
         seed: of fresh weights.
 
@@ -100,6 +103,7 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
     """
     config = model.config
     names = config.layers()
+    longest = min(config.max_position, context_length or config.max_position)
     label = mixer if isinstance(mixer, str) else str(mixer.get("kind"))
     options = _read_preset(mixer) if isinstance(mixer, str) else dict(mixer)
     indexer = _kind_class(options, f"mixers.{label}").indexer_options(options)
@@ -113,7 +117,8 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
             raise ConfigError("mixer.indexer", "has the wrong type", got=indexer, expected="options of an indexer")
         if not all(config.mixers[names[index]].rotates() for index in chosen):
             indexer = {**indexer, "rope_kind": "none"}
-        return edit.add_indexer(model, fit_indexer(indexer, config, chosen, "mixer.indexer"), chosen, seed=seed)
+        fitted = fit_indexer(indexer, config, chosen, "mixer.indexer", longest)
+        return edit.add_indexer(model, fitted, chosen, seed=seed)
     groups: dict[str, list[int]] = {}
     for index in sorted(edit.check_layers(config, layers)):
         groups.setdefault(names[index], []).append(index)
@@ -123,7 +128,7 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
         if len(old.projection_heads()) < 4:
             raise ConfigError(f"layer {indices[0]}", "has no softmax attention with plain q, k, v and o projections",
                               got=f"{old_name} ({old.kind})", expected="a layer of kind attention")
-        new = _fit_mixer(options, config, old, f"mixers.{label}")
+        new = _fit_mixer(options, config, old, f"mixers.{label}", longest)
         new = new.calibrated_form() if calibrated else new
         if not new.can_start_from(old):
             raise ConfigError("mixer", "cannot start from the weights of attention", got=label,
@@ -136,7 +141,8 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
     return model, transfer
 
 
-def fit_indexer(options: Mapping[str, Any], config: ModelConfig, layers: Sequence[int], path: str) -> IndexerConfig:
+def fit_indexer(options: Mapping[str, Any], config: ModelConfig, layers: Sequence[int], path: str,
+                context_length: int) -> IndexerConfig:
     """An indexer that suits each of some layers, and attends to all keys until a stage lets it select.
 
     Args:
@@ -144,6 +150,7 @@ def fit_indexer(options: Mapping[str, Any], config: ModelConfig, layers: Sequenc
         config: the model.
         layers: indices of its layers, which can take an indexer.
         path: where the options stand, for messages.
+        context_length: longest sequence, which an open top-k follows.
 
     Raises:
         ConfigError: unknown options, or such that do not fit.
@@ -151,7 +158,7 @@ def fit_indexer(options: Mapping[str, Any], config: ModelConfig, layers: Sequenc
     mixers = [config.mixers[name] for name in dict.fromkeys(config.layers()[index] for index in layers)]
     rope_kind = "half" if all(mixer.rotates() for mixer in mixers) else "none"
     options = {"mode": "dense", "rope_kind": rope_kind} | dict(options)
-    fitted = [mixer.indexer_sizes(options, config.max_position) for mixer in mixers]
+    fitted = [mixer.indexer_sizes(options, context_length) for mixer in mixers]
     sizes = {key: max(found[key] for found in fitted) for key in ("num_heads", "head_dim", "topk")
              if key not in options}
     return from_dict(IndexerConfig, options | sizes, path)
@@ -164,9 +171,10 @@ def _kind_class(options: Mapping[str, Any], path: str) -> type[MixerConfig]:
     return MIXERS.config_class(str(kind))  # type: ignore[return-value]
 
 
-def _fit_mixer(options: Mapping[str, Any], config: ModelConfig, replaced: MixerConfig, path: str) -> MixerConfig:
-    """A mixer from options whose open sizes follow the layer that it replaces."""
-    sizes = ModelSizes(config.hidden_size, config.max_position, [replaced])
+def _fit_mixer(options: Mapping[str, Any], config: ModelConfig, replaced: MixerConfig, path: str,
+               context_length: int) -> MixerConfig:
+    """A mixer from options whose open sizes follow the layer that it replaces, and the longest sequence."""
+    sizes = ModelSizes(config.hidden_size, context_length, [replaced])
     filled = _kind_class(options, path).fill_sizes(options, sizes)
     return from_dict(MixerConfig, filled, path).adapted_to(replaced)  # type: ignore[type-abstract]
 

@@ -68,8 +68,9 @@ def _make_converted_start(config: Config, convert: ConvertConfig, engine: Engine
         assert convert.converted is not None
         model = checkpoint.load_checkpoint(teacher)
         calibrated = convert.init == "calibrated"
-        student, transfer = convert_attention(model, convert.converted, convert.mixer, calibrated=calibrated,
-                                              seed=config.training.seed)
+        longest = config.recipe.longest_sequence(config.training.sequence_length)
+        student, transfer = convert_attention(model, convert.converted, convert.mixer, context_length=longest,
+                                              calibrated=calibrated, seed=config.training.seed)
         log.info("converted layers %s to %s: %d tensors taken over, %d fresh", convert.converted,
                  convert.mixer if isinstance(convert.mixer, str) else convert.mixer.get("kind"), len(transfer.kept),
                  len(transfer.fresh))

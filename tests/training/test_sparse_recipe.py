@@ -7,7 +7,7 @@ import torch
 
 from hybridlm import checkpoint
 from hybridlm.errors import ConfigError
-from hybridlm.interop import import_checkpoint
+from hybridlm.interop import import_checkpoint, save_checkpoint
 from hybridlm.interop.surgery import convert_attention
 from hybridlm.model.model import build_model
 from hybridlm.run_config import load_config
@@ -76,6 +76,19 @@ def test_a_llama_with_any_selector_computes_what_it_did_until_it_selects(llama, 
         for layer in (0, 2):
             model.layers[layer].mixer.set_attention(mode, {})
         assert torch.equal(model.eval()(ids).logits, dense(ids).logits) == same
+
+
+@pytest.mark.parametrize(("preset", "block", "topk"), [("moba", 4, 8), ("qsa", 4, 8), ("dsa", 1, 32)])
+def test_open_sizes_follow_the_longest_sequence_of_the_stages(tmp_path, preset, block, topk):
+    """Of a model for 4096 tokens that is trained on 256."""
+    save_checkpoint(build_model(load_config("train", ["model=hybrid_tiny"])), tmp_path / "dense")
+    words = ["recipe=sparse_tiny", f"recipe.convert.mixer={preset}", f"init_from={tmp_path}/dense"]
+    model = load_config("train", words).model
+    mixer = model.mixers[model.layers()[3]]
+    sizes = getattr(mixer, "indexer", mixer)
+    assert (mixer.topk_multiple(), sizes.topk) == (block, topk)
+    config = load_config("train", [*words, f"recipe.stages.1.topk={2 * topk * block}"])
+    assert len(plan_stages(config)) == 2
 
 
 def test_dsa_is_an_option_of_the_attention_that_is_there():
