@@ -169,9 +169,9 @@ class ConvertConfig:
     """Other mixers in place of softmax attention of the checkpoint that a run starts from."""
 
     mixer: str | dict[str, Any] = "kda"
-    """The new mixer: a name of `configs/mixer`, or options of a kind. Sizes that are left open follow the attention, blocks
-    and budgets the longest sequence of the stages. A mixer that is itself attention with an indexer gives its indexer to
-    the attention that is there."""
+    """The new mixer: a name of `configs/mixer`, or options of a kind. Sizes that are left open follow the attention,
+    blocks and budgets the longest sequence of the stages. A mixer that is itself attention with an indexer gives its
+    indexer to the attention that is there."""
     keep: int | list[int] | str | None = None
     """Attention that stays: so many layers, evenly spread, or a list of layers, negative ones from the end, or a file
     of `hybridlm select`; null: a quarter, evenly spread. A run writes the list of layers here."""
