@@ -169,7 +169,8 @@ def is_run(words):
     command, rest = words[1], words[2:]
     if command in PARSED_ONLY or not any(seen.whole for seen in COMMANDS[words]):
         return False
-    if {"--tasks", "--interactive", "--check-coordinates"} & set(rest):  # the network, a person, minutes
+    # the network, a person, minutes, a trained run with indexers
+    if {"--tasks", "--interactive", "--check-coordinates", "--indexers"} & set(rest):
         return False
     return (bool(rest) or command == "configs")
 

@@ -1,5 +1,6 @@
 """Converting a dense checkpoint into sparse attention: what trains, what is saved, what goes on, what is refused."""
 
+import json
 import logging
 import re
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from hybridlm import checkpoint
+from hybridlm.cli import main
 from hybridlm.config.serialization import to_dict, to_yaml
 from hybridlm.errors import ConfigError
 from hybridlm.model import generate
@@ -101,6 +103,25 @@ def test_records_tell_what_the_indexers_do(done):
     for row in (rows[2], rows[6]):
         assert 0 < row["validation_dsa/indexer_recall/1"] < 1
         assert 0 < row["validation_dsa/indexer_agreement"] < 1
+
+
+def test_eval_tells_what_the_indexers_find(dense, done, capsys):
+    words = ["eval", str(done.run_dir), "--indexers", "--only", "perplexity", "--windows", "2"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["indexers"]
+    assert [row["layer"] for row in found["layers"]] == [1]
+    assert 0 < found["mean"]["recall"] <= found["mean"]["attainable"] <= 1
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "share of dense attention on 6 keys" in out
+    assert re.search(rf"all +{found['mean']['kl']:.3f} +{found['mean']['recall']:.3f} ", out)
+    assert "6-11 before" in out
+    assert main([*words, "--sequence-length", "4"]) == 0
+    assert "no query sees more keys than are selected" in capsys.readouterr().out
+    assert main(["eval", str(dense), "--indexers", "--windows", "1", "--only", "perplexity"]) == 2
+    assert "--indexers: the model has no indexer" in capsys.readouterr().err
+    assert main(["eval", str(done.run_dir), "--indexers", "--only", "decode"]) == 2
+    assert "--indexers: reads text" in capsys.readouterr().err
 
 
 def test_recall_in_the_sparse_stage_on_demand_changes_nothing_else(dense, done, tmp_path):
