@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hybridlm.config.serialization import to_dict
 from hybridlm.errors import ConfigError
 from hybridlm.files import write_json
 from hybridlm.ladder.request import LadderConfig, LadderRequest
@@ -73,7 +74,7 @@ def pilot_request(request: LadderRequest, tried: Sequence[TriedRate]) -> LadderR
     architectures = {each.name: {**ladder.architectures[each.architecture], RATE_KEY: each.rate} for each in tried}
     reference = next(each.name for each in tried if each.architecture == ladder.reference_name)
     own = replace(ladder, name=f"{ladder.name}-pilot", architectures=architectures, reference=reference,
-                  rungs=ladder.rungs[:1], base=ladder.rungs[0] if ladder.base is None else ladder.base,
+                  rungs=ladder.rungs[:1], base=to_dict(ladder.base_size),
                   seeds=ladder.pilot.seeds or ladder.seeds[:1], probes=[], decode_context=None,
                   dir=str(ladder.folder / PILOT_FOLDER), gate=replace(ladder.gate, rungs=None, project=[]))
     return replace(request, ladder=own)
@@ -89,14 +90,14 @@ def judge_pilot(ladder: LadderConfig, tried: Sequence[TriedRate], points: Sequen
 
     Returns:
         The content of pilot.json: by architecture the losses of all rates, the best one, and whether it lies at an edge
-        of what was tried. A rate at which every training diverged has the loss null.
+        of what was tried. A rate at which a training diverged has the loss null.
     """
     report: dict[str, Any] = {"rung": ladder.sizes[0].name, "seeds": ladder.pilot.seeds or ladder.seeds[:1],
                               "architectures": {}, "missing": [], "warnings": []}
     for each in tried:
         rows = [row for row in points if row["architecture"] == each.name]
         losses = [row["loss"] for row in rows if row["loss"] is not None]
-        diverged = [row for row in rows if row["loss"] is None 
+        diverged = [row for row in rows if row["loss"] is None
                     and any(text in row.get("reason", "") for text in DIVERGED)]
         report["missing"] += [f"{row['point']}: {row['status']}" for row in rows
                               if row["loss"] is None and row not in diverged]

@@ -87,7 +87,7 @@ def test_the_best_rate_is_found_and_the_rungs_take_it(machine, tmp_path, capsys)
 
 
 def test_a_rate_that_diverges_is_a_result_and_another_failure_is_none(machine, tmp_path, capsys):
-    more = ["ladder.pilot.factors=1,2,32", "ladder.pilot.seeds=3,4"]
+    more = ["ladder.pilot.factors=1,2,32", "ladder.pilot.seeds=3,4", "ladder.base=t1"]
     assert main(ladder(tmp_path / "a", "--pilot", "--json", *more)) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report == pilot(tmp_path / "a")
