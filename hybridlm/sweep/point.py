@@ -82,7 +82,8 @@ def find_point(points: list[Point], name: str, key: str) -> Point:
 def identify_run(config: Config) -> str:
     """Make a text that is equal for configs of the same training.
 
-    The layer list counts, not how the schedule was written; neither do mixers that no layer uses, nor names.
+    The layer list and the branches of each layer count, not how the schedule was written; neither do mixers that no
+    layer uses, nor names.
     """
     data = to_dict(config)
     model = config.model
@@ -90,7 +91,7 @@ def identify_run(config: Config) -> str:
     used = set(layers)
     if model.mtp.depth:
         used.add(mtp_block(model)[1])
-    data["model"] |= {"schedule": layers, "name": "",
+    data["model"] |= {"schedule": [(name, model.present_branches(name)) for name in layers], "name": "",
                       "mixers": {name: data["model"]["mixers"][name] for name in sorted(used)}}
     data["run_dir"] = ""
     data["tracking"]["run_name"] = ""

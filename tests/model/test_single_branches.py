@@ -19,7 +19,8 @@ from hybridlm.model.feed_forward import NoFeedForwardConfig, SquaredReLUConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, NoMixerConfig
 from hybridlm.model.residual import AttentionResidualConfig, HyperConfig
 from hybridlm.model.sequence import SequenceInfo
-from hybridlm.run_config import load_model_config
+from hybridlm.run_config import load_config, load_model_config
+from hybridlm.sweep.point import identify_run
 
 
 def small(pattern=("gdn", "none", "full", "gdn"), alone=("gdn",), **more) -> ModelConfig:
@@ -66,6 +67,9 @@ def test_costs_are_those_of_the_built_model(changes):
 
 
 def test_models_that_differ_in_a_branch_are_told_apart():
+    both, lone = (load_config("train", ["model=hybrid_tiny", f"model.schedule.alone={names}"])
+                  for names in ("[]", "[kda]"))
+    assert identify_run(both) != identify_run(lone)
     assert canonical(small()) != canonical(small(alone=()))
     assert canonical(small(alone=("gdn", "full"))) != canonical(small())
 
