@@ -157,8 +157,8 @@ def _flops(report: dict[str, Any]) -> tuple[str, Table]:
         if value:
             table.add_row(part, scaled(value, 1000, COUNTS), f"{value / flops['forward']:.1%}")
     table.add_row("forward", scaled(flops["forward"], 1000, COUNTS), "")
-    if loss := flops["training_by_part"]["indexer_kl"]:
-        table.add_row("loss of the indexers, in training", scaled(loss, 1000, COUNTS), "")
+    if loss := flops["training_by_part"]["selector_losses"]:
+        table.add_row("losses of selectors of keys, in training", scaled(loss, 1000, COUNTS), "")
     table.add_row("training (forward and backward)", scaled(flops["training"], 1000, COUNTS), "")
     return f"FLOPs per token at a context of {flops['context_length']}", table
 

@@ -81,9 +81,9 @@ def _find_start_of_conversion(composed: Composition) -> None:
         if not composed.has("init_from"):
             composed.set("init_from", composed.value("teacher"))
         return
-    stages = [stage for stage in composed.value("recipe.stages") or [] if isinstance(stage, dict)]
-    compares = any(stage.get("inputs") == "teacher" or any((stage.get("loss_weights") or {}).get(loss)
-                                                           for loss in TEACHER_LOSSES) for stage in stages)
+    recipe = from_dict(RecipeConfig, composed.value("recipe"), "recipe", root=Config)
+    compares = any(stage.inputs == "teacher" or any(stage.loss_weights.get(loss) for loss in TEACHER_LOSSES)
+                   for stage in recipe.stages)
     if compares or not composed.has("init_from"):
         name = composed.value("recipe.name")
         raise ConfigError("teacher" if compares else "init_from", "is missing",

@@ -162,6 +162,9 @@ def test_a_dry_run_says_that_the_folder_holds_another_run(tmp_path, capsys):
     assert main(words) == 0
     assert main([*words, "training.batch_size=3"]) == 2
     assert "run_dir: holds a different run: training.batch_size" in capsys.readouterr().err
+    (tmp_path / "checkpoints" / "step-3").mkdir()
+    assert main(words) == 2
+    assert "training.steps: leaves 2 steps, and this run has made 3; expected at least 3" in capsys.readouterr().err
 
 
 SCRATCH = ["model=kda_dsa_tiny", "recipe=dsa_scratch", *(
@@ -181,6 +184,9 @@ SCRATCH = ["model=kda_dsa_tiny", "recipe=dsa_scratch", *(
      "error: training.batch_size: has no effect: every stage of recipe=dsa_scratch sets its own; expected "
      "recipe.stages.N.batch_size with N from 0 to 1"),
     (["train", *SCRATCH, "optimizer.schedule.warmup=5"], "error: optimizer.schedule.warmup: has no effect"),
+    (["train", "recipe=sparse_tiny", "init_from=first", "recipe.stages=3"], "recipe.stages: has the wrong type; got 3"),
+    (["train", "recipe=sparse_tiny", "init_from=first", "recipe.stages=[{name: a, loss_weights: 3}]"],
+     "recipe.stages.0.loss_weights: has the wrong type; got 3"),
 ])
 def test_a_path_that_is_not_there_and_a_setting_without_effect(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -58,13 +58,13 @@ def _show_plan(config: Config, args: argparse.Namespace, argv: Sequence[str]) ->
     from hybridlm.cli.inspect import show_report
     from hybridlm.config.serialization import to_dict
     from hybridlm.data import check_sources
-    from hybridlm.files import step_folders
+    from hybridlm.files import step_folders, step_of
     from hybridlm.inspect import inspect
     from hybridlm.planning.machine_memory import planned_precision
     from hybridlm.planning.process_count import processes_to_start
     from hybridlm.planning.rank_memory import micro_batch, rank_report
     from hybridlm.training.run_folder import check_folder
-    from hybridlm.training.stages import plan_stages
+    from hybridlm.training.stages import check_steps_left, plan_stages
 
     training = config.training
     stages = plan_stages(config)
@@ -73,6 +73,7 @@ def _show_plan(config: Config, args: argparse.Namespace, argv: Sequence[str]) ->
     folder = Path(config.run_dir).expanduser()
     if step_folders(folder / "checkpoints"):  # without a checkpoint, an earlier attempt there binds nobody
         check_folder(folder, config, [word for word in argv if word != "--dry-run"])
+        check_steps_left(config, stages, max(step_of(step) or 0 for step in step_folders(folder / "checkpoints")))
     fit = planned_memory(args, config, processes)
     exit_code = 1 if fit is not None and fit.certain else 0
     rows, length = micro_batch(config, processes)

@@ -6,8 +6,9 @@ the model: norms, embedding, head, multi-token prediction. FLOPs count a multipl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.config import ModelConfig
@@ -140,15 +141,32 @@ def training_parts(config: ModelConfig, context_length: int) -> dict[str, float]
         context_length: tokens per sequence.
 
     Returns:
-        `forward`, `backward`, and `indexer_kl`: the loss of the indexers of sparse attention, forward and backward.
+        `forward`, `backward`, and `selector_losses`: what selectors of keys learn from, forward and backward.
     """
     forward = sum(forward_flops(config, context_length).values())
-    blocks = [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
     forward_only = sum(config.mixers[name].forward_only_flops_per_token(config.layer_context(index), context_length)
-                       for index, name in blocks)
-    loss = sum(config.mixers[name].loss_flops_per_token(config.layer_context(index), context_length)
-               for index, name in blocks)
-    return {"forward": forward, "backward": BACKWARD * (forward - forward_only), "indexer_kl": loss}
+                       for index, name in _blocks(config))
+    return {"forward": forward, "backward": BACKWARD * (forward - forward_only),
+            "selector_losses": selector_loss_flops(config, context_length)}
+
+
+def selector_loss_flops(config: ModelConfig, context_length: int, weights: Mapping[str, float] = MappingProxyType({})
+                        ) -> float:
+    """FLOPs per token of the losses that mixers compute for their selectors of keys, forward and backward.
+
+    Args:
+        config: the model.
+        context_length: tokens per sequence.
+        weights: weights of losses by name; a mixer whose losses all have weight 0 computes none.
+    """
+    return sum(config.mixers[name].loss_flops_per_token(config.layer_context(index), context_length)
+               for index, name in _blocks(config)
+               if not (names := config.mixers[name].loss_names) or any(weights.get(loss) != 0 for loss in names))
+
+
+def _blocks(config: ModelConfig) -> list[tuple[int, str]]:
+    """Layer and mixer of every block, those of multi-token prediction included."""
+    return [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
 
 
 def training_flops(config: ModelConfig, context_length: int) -> float:

@@ -129,27 +129,26 @@ def tables(final: list[dict[str, Any]], differences: dict[str, list[Any]]) -> li
 
 
 def _difference_rows(differences: dict[str, list[Any]]) -> list[list[str]]:
-    """Make the rows of the differing settings: a section that some runs lack whole, such as a mixer, is one row."""
-    def sections(key: str) -> list[str]:
-        parts = key.split(".")
-        return [".".join(parts[:count]) for count in range(2, len(parts))]
-
-    members: dict[str, list[str]] = {}
+    """Make the rows of the differing settings: a mixer that some runs lack and the others share is one row."""
+    mixers: dict[str, list[str]] = {}
     for key in differences:
-        for section in sections(key):
-            members.setdefault(section, []).append(key)
-    whole = {section for section, keys in members.items() if len(keys) > 1 and any(
-        all(values[run] == ABSENT for values in (differences[key] for key in keys))
-        for run in range(len(differences[keys[0]])))}
+        mixers.setdefault(_mixer_of(key), []).append(key)
     rows: dict[str, list[str]] = {}
     for key, values in differences.items():
-        row = next((name for name in sections(key) if name in whole), key)
-        if row == key:
-            rows[row] = [_plain(value) for value in values]
-        elif row not in rows:
-            columns = zip(*(differences[member] for member in members[row]), strict=True)
-            rows[row] = [_section_text(row, members[row], column) for column in columns]
+        mixer = _mixer_of(key)
+        columns = list(zip(*(differences[one] for one in mixers[mixer]), strict=True))
+        theirs = [column for column in columns if set(column) != {ABSENT}]
+        if mixer and len(theirs) < len(columns) and all(column == theirs[0] for column in theirs):
+            rows[mixer] = [_section_text(mixer, mixers[mixer], column) for column in columns]
+        else:
+            rows[key] = [_plain(value) for value in values]
     return [[key, *cells] for key, cells in rows.items()]
+
+
+def _mixer_of(key: str) -> str:
+    """The part of a dotted key that names a mixer of the model; empty for other settings."""
+    parts = key.split(".")
+    return ".".join(parts[:3]) if parts[:2] == ["model", "mixers"] and len(parts) > 3 else ""
 
 
 def _section_text(section: str, keys: list[str], values: Sequence[Any]) -> str:

@@ -8,7 +8,13 @@ from fnmatch import fnmatchcase
 
 from hybridlm.config.schema import selector_patterns
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.cost import BACKWARD, forward_flops, mixer_forward_flops, training_parts
+from hybridlm.model.cost import (
+    BACKWARD,
+    forward_flops,
+    mixer_forward_flops,
+    selector_loss_flops,
+    training_parts,
+)
 from hybridlm.model.loss_names import trains_next_token
 from hybridlm.training.sparse_attention import stage_model
 from hybridlm.training.stages import Stage
@@ -64,7 +70,7 @@ def stage_flops(config: ModelConfig, stage: Stage, trained: Sequence[str],
         partial = False
     if partial and not compares and not trains_next_token(weights, model.z_loss):
         forward -= forward_flops(model, length)["head"]
-    total = forward + backward + (0.0 if weights.get("indexer_kl") == 0 else parts["indexer_kl"])
+    total = forward + backward + selector_loss_flops(model, length, weights)
     if teacher is not None and compares:
         total += sum(forward_flops(teacher.model, length, mtp=False).values())
     if teacher is not None and aligns:

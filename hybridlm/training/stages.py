@@ -13,6 +13,7 @@ from torch import nn
 
 from hybridlm.config.checks import check_patterns
 from hybridlm.config.schema import Config, StageConfig
+from hybridlm.errors import ConfigError
 from hybridlm.optimizers import OptimizerSet
 from hybridlm.optimizers.lr_schedule import LRScheduleConfig, check_schedule, lr_factor
 
@@ -86,6 +87,28 @@ def _count_steps(stage: StageConfig, config: Config, tokens_per_step: int) -> in
         return stage.steps
     tokens = stage.tokens if stage.tokens is not None else config.training.tokens
     return config.training.steps if tokens is None else math.ceil(tokens / tokens_per_step)
+
+
+def check_steps_left(config: Config, stages: Sequence[Stage], made: int) -> None:
+    """Check that the plan of a run has the steps that it has made.
+
+    Args:
+        config: of the run.
+        stages: its plan.
+        made: steps of the checkpoint from which it goes on.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    planned = sum(stage.steps for stage in stages)
+    if made <= planned:
+        return
+    last = config.recipe.stages[-1]
+    key = "training.steps" if last.steps is None else f"recipe.stages.{len(stages) - 1}.steps"
+    if last.steps is None and (last.tokens is not None or config.training.tokens is not None):
+        key = "training.tokens" if last.tokens is None else f"recipe.stages.{len(stages) - 1}.tokens"
+    raise ConfigError(key, f"leaves {planned} steps, and this run has made {made}", expected=f"at least {made} steps",
+                      hint="branch_from= an earlier checkpoint and another run_dir go on from there")
 
 
 def set_trainable(model: nn.Module, stage: Stage) -> list[str]:

@@ -18,7 +18,7 @@ from hybridlm import checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.data import PackedDataset, PreparedData
 from hybridlm.distributed.engine import Engine, LossFunction, Update
-from hybridlm.errors import CheckpointError, ConfigError, counted
+from hybridlm.errors import CheckpointError, counted
 from hybridlm.model.model import HybridLM
 from hybridlm.optimizers import OptimizerSet, build_optimizer
 from hybridlm.optimizers.roles import fp32_names
@@ -50,7 +50,7 @@ from hybridlm.training.sparse_attention import (
     stage_model,
 )
 from hybridlm.training.stage_flops import stage_flops
-from hybridlm.training.stages import Progress, Stage, check_trained, describe_names, set_trainable
+from hybridlm.training.stages import Progress, Stage, check_steps_left, check_trained, describe_names, set_trainable
 from hybridlm.training.tracking import Tracker
 from hybridlm.training.validation import validate
 
@@ -108,11 +108,7 @@ class Trainer:
                 f"them: hybridlm train branch_from={self.run.path} run_dir={free_folder(self.run.path)}")
         checkpoint.load_weights(self.model, folder, local_shard=self.engine.local_shard)
         self.progress = Progress.from_dict(saved["progress"])
-        planned = sum(stage.steps for stage in self.stages)
-        if self.progress.step > planned:
-            raise ConfigError("training.steps", "is less than what this run has made", got=planned,
-                              expected=f"at least {self.progress.step}",
-                              hint=f"branch_from={self.run.path}/checkpoints/step-N goes on from an earlier step")
+        check_steps_left(self.config, self.stages, self.progress.step)
         self.state_stage = self.progress.stage
         self.saver.newest = folder
 

@@ -30,10 +30,12 @@ def run_sweeps(sweeps: Mapping[Path, Sequence[str]], jobs: int, collect: bool) -
     """
     code, every = 0, []
     for folder, words in sweeps.items():
-        if collect and not folder.exists():
+        if collect and not (folder / "sweep.json").exists():
             continue
         how = ["--collect"] if collect else [*words, "--jobs", str(jobs)]
         code = max(code, hybridlm(["sweep", f"sweep.dir={folder}", *how]))
+        if not (folder / "results.json").exists():
+            break
         every.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
         if not collect and any(point["status"] not in ("finished", "failed") for point in every[-1]["points"]):
             break

@@ -67,6 +67,26 @@ def test_a_mixer_that_one_run_lacks_is_one_row(runs):
     assert not [key for key in rows if key.startswith("model.mixers.kda.")]
 
 
+def test_a_mixer_in_which_runs_differ_is_not_one_row(runs, tmp_path):
+    third = tmp_path / "c" / "run"
+    folders.run_folder(third, steps=20)
+    for run, rank in ((runs[1], 4), (third, None)):
+        config = copy.deepcopy(folders.kimi())
+        if rank is None:
+            config.model.mixers["gdn"] = folders.load_config("train", ["model=qwen3_next_tiny"]).model.mixers["gdn"]
+            del config.model.mixers["kda"]
+            config.model.schedule.linear = "gdn"
+        else:
+            config.model.mixers["kda"].gate_rank = rank
+        (run / "config.yaml").write_text(to_yaml(config))
+    comparison = read_comparison([*runs, third])
+    (_, made), = tables(final_numbers(comparison), config_differences(comparison))[1:]
+    rows = {row[0]: row[1:] for row in made.rows}
+    assert rows["model.mixers.kda.gate_rank"] == [str(folders.kimi().model.mixers["kda"].gate_rank), "4", "-"]
+    assert rows["model.mixers.gdn"][:2] == ["-", "-"]
+    assert not {"model.mixers", "model.mixers.kda"} & set(rows)
+
+
 def test_a_mixture_is_one_difference(runs):
     config = folders.kimi()
     config.data.mixture = [DataSourceConfig(path="a/", weight=3.0), DataSourceConfig(path="b.jsonl", text_field="body")]

@@ -107,8 +107,8 @@ def test_the_same_run_keeps_the_log_of_its_first_attempt(tmp_path):
 
 def test_fewer_steps_than_were_made_are_refused(tmp_path):
     train(tiny_run.config(tmp_path, steps=3, eval_every=0, eval_batches=0))
-    with pytest.raises(ConfigError, match=r"training\.steps: is less than what this run has made; got 2; expected at "
-                                          r"least 3; branch_from="):
+    with pytest.raises(ConfigError, match=r"training\.steps: leaves 2 steps, and this run has made 3; expected at "
+                                          r"least 3 steps; branch_from="):
         train(tiny_run.config(tmp_path, steps=2, eval_every=0, eval_batches=0))
 
 

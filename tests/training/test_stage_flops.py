@@ -12,6 +12,7 @@ from hybridlm.model.cost import forward_flops, mixer_forward_flops, training_flo
 from hybridlm.model.feed_forward import DenseConfig
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, IndexerConfig
 from hybridlm.model.model import HybridLM
+from hybridlm.run_config import load_config
 from hybridlm.training.distillation import LayerTarget, TeacherGuide
 from hybridlm.training.sparse_attention import set_attention
 from hybridlm.training.stage_flops import TeacherCost, stage_flops
@@ -99,8 +100,17 @@ def test_indexers_learn_from_their_own_loss():
     config = model_config("full", indexer=IndexerConfig(num_heads=2, head_dim=16, topk=4, mode="dense"))
     parts = training_parts(config, LENGTH)
     warm = stage(attention_mode="dense", loss_weights={"lm": 0})
-    expected = parts["forward"] - forward_flops(config, LENGTH)["head"] + parts["indexer_kl"]
-    assert parts["indexer_kl"] > 0
+    expected = parts["forward"] - forward_flops(config, LENGTH)["head"] + parts["selector_losses"]
+    assert parts["selector_losses"] > 0
     assert stage_flops(config, warm, ["layers.0.mixer.indexer.q_proj.weight"]) == pytest.approx(expected)
     idle = stage(attention_mode="dense", loss_weights={"indexer_kl": 0})
     assert stage_flops(config, idle, ["norm.weight"]) == pytest.approx(parts["forward"] + parts["backward"])
+
+
+def test_the_loss_of_a_selector_counts_where_its_own_weight_is_not_zero():
+    config = load_config("train", ["model=hybrid_tiny", "model.schedule.full=msa"]).model
+    loss = training_parts(config, LENGTH)["selector_losses"]
+    assert loss > 0
+    whole = stage_flops(config, stage(), ["norm.weight"])
+    assert stage_flops(config, stage(loss_weights={"indexer_kl": 0}), ["norm.weight"]) == whole
+    assert stage_flops(config, stage(loss_weights={"selector_kl": 0}), ["norm.weight"]) == pytest.approx(whole - loss)
