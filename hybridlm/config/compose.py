@@ -119,7 +119,10 @@ class Composition:
         return from_dict(DataConfig, data["data"], "data", root=Config)
 
     def _read_preset(self, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
-        return compose_option(PRESET_GROUP, name, own, self.config_dir)
+        try:
+            return compose_option(PRESET_GROUP, name, own, self.config_dir)
+        except ConfigError as error:
+            raise error.within(f"model.mixers.{name}") from None
 
 
 def compose_run(name: str = "train", overrides: Sequence[str] = (),
@@ -186,7 +189,7 @@ def compose_option(group: str, name: str, own: Mapping[str, Any] | None = None,
         stage = Path(staging)
         (stage / f"{STAGED}option.yaml").write_text(f"defaults:\n  - /{group}@_here_: {name}\n", encoding="utf-8")
         config = _compose(f"{STAGED}option", [], [stage, *search_folders(config_dir)])
-    return _resolve(OmegaConf.merge(config, OmegaConf.create(dict(own or {}))))  # type: ignore[arg-type]
+    return _resolve(merge_options(config, own or {}))
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -365,6 +368,21 @@ def _use_one_schedule_form(config: DictConfig, values: list[Override]) -> None:
         if isinstance(schedule, DictConfig) and named & form and not named & other:
             for key in other & set(schedule):
                 del schedule[key]
+
+
+def merge_options(base: DictConfig, own: Mapping[str, Any]) -> DictConfig:
+    """`base` with the keys and values of `own` on top; mappings are merged.
+
+    Raises:
+        ConfigError: a key has a mapping on one side and a list on the other.
+    """
+    merged = base
+    for key, value in own.items():
+        try:
+            merged = OmegaConf.merge(merged, {key: value})  # type: ignore[assignment]
+        except OmegaConfBaseException as error:
+            raise ConfigError(str(key), f"cannot be set: {_one_line(error)}", got=value) from None
+    return merged
 
 
 def _apply(config: DictConfig, override: Override) -> None:

@@ -57,6 +57,14 @@ def test_pattern_override_and_multi_token_prediction_name_presets_too():
     assert set(mixers("model.schedule.ratio=0", "model.schedule.linear=gdn")) == {"kda", "full"}, "in no layer"
 
 
+@pytest.mark.parametrize("option", ["indexer=[1, 2]", "rope=[1]", "residual=[1]"])
+def test_a_list_in_place_of_a_mapping_is_one_line(option):
+    key = option.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"^model\.mixers\.csa\.{key}: ") as error:
+        mixers("model.schedule.full=csa", f"model.mixers.csa.{option}")
+    assert "\n" not in str(error.value)
+
+
 def test_a_mixer_that_the_model_defines_stays_its_own():
     assert mixers("model=minimax_01_tiny")["full"] == mixers("model=minimax_01_tiny", "model.schedule.ratio=0")["full"]
     assert mixers("model=minimax_01_tiny")["full"].rope.partial_rotary_factor == 0.5

@@ -1,6 +1,7 @@
 """Sparse methods by tables, clusters, hashes and maps of blocks, each against its definition, query by query."""
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -90,6 +91,24 @@ def test_magic_pig_draws_by_hashes_and_weighs_by_the_chance():
             places = sorted(read(mask, h, t))
             logits = torch.stack([scores[h, t, s] - log_chance.get(s, 0.0) for s in places])
             torch.testing.assert_close(o[0, t, h], logits.softmax(0) @ v[0, places, h // 2])
+
+
+@pytest.mark.parametrize(("hashes", "tables"), [(10, 150), (3, 6), (1, 2), (32, 150)])
+@pytest.mark.parametrize("cosine", [-0.95, -0.55, -0.125, 0.0, 0.5, 0.9, 1.0])
+def test_the_chance_of_a_key_is_exact_in_fp32(hashes, tables, cosine):
+    """Against the definition in 200 decimal digits."""
+    method = make_sparse_method("magicpig", {"hashes": hashes, "tables": tables})
+    given = torch.tensor([cosine])
+    with localcontext(prec=200):
+        x = Decimal(1 - math.acos(float(given)) / math.pi) ** hashes
+        expected = float((1 - (1 - x) ** tables - tables * x * (1 - x) ** (tables - 1)).ln())
+    found = method.log_chance(given)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_a_key_opposite_to_the_query_has_a_finite_weight():
+    assert make_sparse_method("magicpig", {}).log_chance(torch.tensor([-1.0])).isfinite().all()
 
 
 def test_drawing_is_unbiased_over_the_random_vectors():

@@ -102,10 +102,29 @@ def test_random_blocks_lie_before_the_query_and_differ_between_layers_and_blocks
     ({"kind": "chunk", "size": 0}, "size: must be positive"), ({"kind": "fixed", "size": 4}, "columns: must be keys"),
     ({"kind": "log", "size": 4, "columns": 1}, "columns: is not used by the mask log"),
     ({"kind": "strided", "size": 4, "random": 1}, "random: is not used by the mask strided"),
+    ({"kind": "dilated", "size": 4, "branches": 70}, "branches: makes .* too large; got 70; expected at most 61 with"),
+    ({"kind": "dilated", "size": 6, "branches": 10**9, "factor": 3}, "branches: makes .* expected at most 39 with"),
+    ({"kind": "chunk", "size": 2**63}, "size: is too large"),
+    ({"kind": "blocks", "size": 4, "block": 2**63}, "block: is too large"),
     ({"kind": "spiral", "size": 4}, "kind")])
 def test_bad_masks_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(AttentionConfig, {"kind": "attention", "num_heads": 2, "head_dim": 8, "mask": options})
+
+
+@pytest.mark.parametrize("mask", [MaskConfig(kind="dilated", size=4, branches=61),
+                                  MaskConfig(kind="chunk", size=2**63 - 1), MaskConfig(kind="strided", size=2**63 - 1),
+                                  MaskConfig(kind="log", size=2**63 - 1),
+                                  MaskConfig(kind="blocks", size=2**63 - 1)])
+def test_the_largest_sizes_that_are_accepted_can_be_computed(mask):
+    """A segment that holds the whole sequence makes every key visible to later queries, but for a dilated pattern."""
+    t = torch.arange(5)
+    seen = mask.sees(t[:, None], t, layer=0)
+    if mask.kind != "dilated":
+        assert torch.equal(seen, torch.ones(5, 5, dtype=torch.bool).tril())
+    q, k = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
+    expected = attend_seen(q, k, k, seen, None)
+    torch.testing.assert_close(masked_attention(q, k, k, SequenceInfo.make(1, 5, q.device), mask, layer=0), expected)
 
 
 def test_a_mask_stands_beside_no_window():

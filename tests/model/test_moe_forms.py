@@ -173,7 +173,9 @@ def test_a_table_of_token_ids_needs_them():
     ({"bias_update": "quantile", "bias_update_rate": 0.1}, "bias_update_rate: is not used by bias_update=quantile"),
     ({"bias_update": "quantile", "num_groups": 2}, "topk_groups: cannot limit experts beside bias_update=quantile"),
     ({"activation": "situ", "swiglu_limit": 7.0}, "swiglu_limit: is not used by situ"),
-    ({"situ_caps": [4.0]}, "situ_caps: must be a cap of the gate and one of the up projection")])
+    ({"situ_caps": [4.0]}, "situ_caps: must be a cap of the gate and one of the up projection"),
+    ({"situ_caps": [float("inf"), 25.0]}, r"situ_caps: must be .*; got \[inf, 25.0\]; expected finite numbers"),
+    ({"situ_caps": [4.0, float("inf")]}, r"situ_caps: must be .*; got \[4.0, inf\]; expected finite numbers")])
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         build(**options).config.num_params(LayerContext(

@@ -27,6 +27,7 @@ from hybridlm.evaluation.sparse.block_map import per_query_head
 from hybridlm.evaluation.sparse.contract import KeyReader, PromptMethod, register_sparse_method
 
 AGREEING_TABLES = 2
+SMALL = 1e-5  # expected number of agreeing tables below which the chance is computed by its series
 MAX_HASHES = 32  # bits of a number that holds those of a table
 
 
@@ -61,11 +62,21 @@ class MagicPIG(PromptMethod):
         return _DrawnKeys(self, *per_query_head(q_THK, k_TGK))
 
     def log_chance(self, cosine: Tensor) -> Tensor:
-        """Logarithm of the chance P that a key is drawn, from its cosine with the query."""
-        p = (1 - torch.arccos(cosine.clamp(-1, 1)) / math.pi) ** self.hashes
-        missed = (1 - p) ** (self.tables - 1)
-        chance = 1 - missed * (1 - p) - self.tables * p * missed
-        return chance.clamp(min=torch.finfo(cosine.dtype).tiny).log()
+        """Logarithm of the chance P that a key is drawn, from its cosine with the query.
+
+        With x = p^K the chance is 1 - (1 - x)^(L - 1) (1 + (L - 1) x). Where x is small, this cancels, and the start of
+        its series L (L - 1) / 2 x^2 (1 - 2 (L - 2) x / 3) takes its place. Computed in fp64; finite for every cosine.
+
+        >>> MagicPIG(hashes=10, tables=150).log_chance(torch.tensor([-0.55]))
+        tensor([-13.8068])
+        """
+        others = self.tables - 1
+        p = 1 - torch.arccos(cosine.double().clamp(-1, 1)) / math.pi
+        log_x = self.hashes * p.clamp(min=torch.finfo(p.dtype).eps).log()
+        x = log_x.exp()
+        series = math.log(self.tables * others / 2) + 2 * log_x + torch.log1p(-2 * (self.tables - 2) * x / 3)
+        closed = torch.log(-torch.expm1(others * torch.log1p(-x) + torch.log1p(others * x)))
+        return torch.where(x * self.tables < SMALL, series, closed).to(cosine.dtype)
 
 
 class _DrawnKeys(KeyReader):

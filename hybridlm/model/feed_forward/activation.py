@@ -5,6 +5,7 @@ Source of SiTU: Kimi K3, 2026, whose caps are the default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,8 +23,10 @@ def soft_caps_of(activation: Activation, caps: Sequence[float | None]) -> SoftCa
 
 def check_situ(activation: Activation, caps: Sequence[float | None], limit: float | None) -> None:
     """Raise ConfigError unless `caps` are those of SiTU, which stand without a limit of SwiGLU."""
-    require(len(caps) == 2 and caps[0] is not None and all(cap is None or cap > 0 for cap in caps), "situ_caps",
-            "must be a cap of the gate and one of the up projection", got=list(caps), expected="as in [4.0, 25.0]",
+    usable = all(cap is None or (cap > 0 and math.isfinite(cap)) for cap in caps)
+    require(len(caps) == 2 and caps[0] is not None and usable, "situ_caps",
+            "must be a cap of the gate and one of the up projection", got=list(caps),
+            expected="finite numbers above 0, as in [4.0, 25.0]",
             hint="null for the second one leaves the up projection as it is")
     require(activation == "swiglu" or limit is None, "swiglu_limit", "is not used by situ, which has caps of its own",
             got=limit, expected="null", hint="situ_caps says which")

@@ -35,6 +35,7 @@ from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import wide
 
 MaskKind = Literal["chunk", "strided", "fixed", "log", "blocks", "dilated"]
+MAX_TOKENS = torch.iinfo(torch.int64).max  # largest length that positions can be compared with
 HASH = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)  # odd factors that mix layer, block and draw
 
 
@@ -72,10 +73,23 @@ class MaskConfig:
         require(self.branches == 1 or self.kind == "dilated", "branches", f"is not used by the mask {self.kind}",
                 got=self.branches, expected="1, or kind dilated")
         require(self.factor >= 2, "factor", "must be at least 2", got=self.factor)
+        for key in ("size", "block"):
+            require(getattr(self, key) <= MAX_TOKENS, key, "is too large", got=getattr(self, key),
+                    expected=f"at most {MAX_TOKENS}")
+        most = self._most_branches()
+        require(self.branches <= most, "branches", "makes the longest segment too large", got=self.branches,
+                expected=f"at most {most} with size={self.size} and factor={self.factor}")
         require(self.kind != "dilated" or self.size % self.factor == 0, "size", "must be a multiple of factor",
                 got=self.size, expected=f"a multiple of {self.factor}")
         require(self.kind != "fixed" or 1 <= self.columns <= self.size, "columns", "must be keys of a chunk",
                 got=self.columns, expected=f"1 to {self.size}")
+
+    def _most_branches(self) -> int:
+        """Largest number of branches whose longest segment has at most `MAX_TOKENS` tokens."""
+        branches, segment = 1, self.size * self.factor
+        while segment <= MAX_TOKENS:
+            branches, segment = branches + 1, segment * self.factor
+        return branches
 
     @property
     def kept_keys(self) -> int | None:
