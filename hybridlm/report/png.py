@@ -29,6 +29,7 @@ MARKERS = {"circle": "o", "square": "s", "triangle-up": "^", "diamond": "D", "tr
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 MAX_PANELS_PER_ROW = 5
 DPI = 150
+LEGEND_LETTERS_PER_INCH, LEGEND_MARK_LETTERS = 12, 7  # of text of the legend, and what its line and gaps take
 
 
 def write_png(figure: Figure, path: Path) -> None:
@@ -60,8 +61,10 @@ def _chart(chart: Chart) -> Any:
         ax.set_visible(False)
     canvas.suptitle(_plain(chart.title), fontsize=12, color=INK[0])
     if names := legend(chart):
+        longest = max(len(_plain(name)) for name in names)
+        columns = int(min(6, max(1, size[0] * LEGEND_LETTERS_PER_INCH // (longest + LEGEND_MARK_LETTERS))))
         canvas.legend([handles[name] for name in names], [_plain(name) for name in names], loc="outside lower center",
-                      ncols=6, frameon=False, fontsize=9)
+                      ncols=columns, frameon=False, fontsize=9)
     return canvas
 
 

@@ -156,7 +156,8 @@ def figures(folder: Path) -> None:
         for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
             record = json.loads(line)
             if "validation_loss" in record:
-                ends[f"{name}, {record['stage']} {record['step']}"] = record
+                ends.pop(f"{name}, {record['stage']}", None)
+                ends[f"{name}, {record['stage']}"] = record
     palette = Palette(ends)
     for metric, title in (("validation_align/error/", "Error of a new mixer on what the teacher's layer reads"),
                           ("validation_hidden/error/", "Error of the stream behind each layer")):
