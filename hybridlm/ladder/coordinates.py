@@ -9,7 +9,8 @@ activation, the slope of log2 of its root mean square over log2 of the width sho
 
 Under the standard parametrization changes must grow with the width; a check that does not see this sees nothing.
 Slopes differ between seeds, those of the last residual by 0.14 (one standard deviation, widths 64 to 256, 4 layers, one
-step), so that the mean of a few lies beyond a bound by chance now and then. Only an interval that lies beyond it tells.
+step), so that the mean of a few lies beyond a bound by chance now and then. An interval that lies beyond it tells;
+one that reaches into the bounds but is wider than these leaves the check undecided. What is not finite is unstable.
 Activations of stable size say that training at one learning rate is possible at all widths, not that the rate is good.
 """
 
@@ -69,8 +70,9 @@ class Coordinate:
         name: of the activation, such as `kda.q_proj`, the same for all layers with that mixer.
         quantity: size, change or update.
         step: optimizer steps before it was measured.
-        rms: root mean square by width, the geometric mean over seeds.
-        slopes: of log2 rms over log2 width, by seed; none where it was zero at some width.
+        rms: root mean square by width, the geometric mean over seeds; infinite where that of a seed was not finite.
+        slopes: of log2 rms over log2 width, by seed; none where it was zero or not finite at some width.
+        diverged: number of seeds with which it was not finite at some width.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Coordinate:
     step: int
     rms: dict[int, float]
     slopes: tuple[float, ...]
+    diverged: int = 0
 
     @property
     def slope(self) -> float | None:
@@ -86,7 +89,7 @@ class Coordinate:
 
     @property
     def half_width(self) -> float:
-        """Half of the interval around the mean slope, by Student's t; 0 for a single seed, which is taken at its word.
+        """Half of the interval around the mean slope, by Student's t; 0 for a single seed, whose spread is not known.
 
         >>> round(Coordinate("logits", "change", 1, {}, (0.1, 0.2, 0.3)).half_width, 3)
         0.248
@@ -98,22 +101,37 @@ class Coordinate:
         return quantile * statistics.stdev(self.slopes) / math.sqrt(count)
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest slope that is stable for its name or quantity."""
+        return FALLING_SLOPES.get(self.name) or FALLING_SLOPES.get(self.quantity) or STABLE_SLOPES
+
+    @property
     def excess(self) -> float:
-        """Distance of the mean slope from the bounds for its name or quantity; 0 within them."""
+        """Distance of the mean slope from the bounds; 0 within them."""
         if self.slope is None:
             return 0.0
-        low, high = FALLING_SLOPES.get(self.name) or FALLING_SLOPES.get(self.quantity) or STABLE_SLOPES
+        low, high = self.bounds
         return max(low - self.slope, self.slope - high, 0.0)
 
     @property
     def is_stable(self) -> bool:
-        """Whether the interval of the slope reaches into the bounds."""
-        return self.excess <= self.half_width
+        """Whether it was finite everywhere, and the interval of the slope reaches into the bounds."""
+        return self.diverged == 0 and self.excess <= self.half_width
 
     @property
     def is_uncertain(self) -> bool:
         """Whether the mean lies beyond the bounds, and its interval reaches into them: more seeds would tell."""
-        return 0 < self.excess <= self.half_width
+        return self.diverged == 0 and 0 < self.excess <= self.half_width
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether it is uncertain, and its interval is wider than the bounds: an interval like this tells nothing.
+
+        >>> Coordinate("kda output", "size", 1, {}, (0.9, 1.1)).is_undecided
+        True
+        """
+        low, high = self.bounds
+        return self.is_uncertain and 2 * self.half_width > high - low
 
 
 def check_coordinates(model: ModelConfig, optimizer: OptimizerConfig, check: CoordinateCheck,
@@ -135,14 +153,16 @@ def check_coordinates(model: ModelConfig, optimizer: OptimizerConfig, check: Coo
         config = carry(model, kind, (width, model.num_layers), base)
         for seed in check.seeds:
             for key, value in _train(config, optimizer, check, seed).items():
-                logs.setdefault(key, {}).setdefault(width, []).append(math.log2(value) if value > 0 else -math.inf)
+                logs.setdefault(key, {}).setdefault(width, []).append(_log2(value))
     found = []
     for (name, quantity, step), by_width in logs.items():
-        means = {width: sum(values) / len(values) for width, values in by_width.items()}
-        slopes = [_slope({width: values[index] for width, values in by_width.items()})
-                  for index in range(len(check.seeds))]
+        means = {width: math.inf if math.inf in values else statistics.fmean(values)
+                 for width, values in by_width.items()}
+        by_seed = [{width: values[index] for width, values in by_width.items()} for index in range(len(check.seeds))]
+        slopes = [_slope(logs) for logs in by_seed]
         found.append(Coordinate(name, quantity, step, {width: 2.0**mean for width, mean in means.items()},
-                                tuple(slope for slope in slopes if slope is not None)))
+                                tuple(slope for slope in slopes if slope is not None),
+                                diverged=sum(math.inf in logs.values() for logs in by_seed)))
     return found
 
 
@@ -150,6 +170,17 @@ def steepest(coordinates: Sequence[Coordinate], quantity: str) -> Coordinate | N
     """The coordinate of a quantity that grows most with the width; None where nothing of it was measured."""
     chosen = [each for each in coordinates if each.quantity == quantity and each.slope is not None]
     return max(chosen, key=lambda each: each.slope or 0.0, default=None)
+
+
+def _log2(value: float) -> float:
+    """Log2 of a root mean square: -inf for 0, inf for what is not finite.
+
+    >>> _log2(8.0), _log2(0.0), _log2(math.nan)
+    (3.0, -inf, inf)
+    """
+    if not math.isfinite(value):
+        return math.inf
+    return math.log2(value) if value > 0 else -math.inf
 
 
 def _slope(log_by_width: dict[int, float]) -> float | None:
