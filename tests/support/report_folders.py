@@ -12,7 +12,7 @@ from hybridlm.files import write_json
 from hybridlm.run_config import load_config
 from hybridlm.sweep.plan import SweepPlan, merge_same_runs
 from hybridlm.sweep.point import Point
-from hybridlm.sweep.probe_tasks import read_tasks
+from hybridlm.sweep.probe_tasks import PointWork, read_tasks
 from hybridlm.sweep.request import SweepConfig
 from hybridlm.sweep.table import describe_plan
 
@@ -63,7 +63,7 @@ def tiny():
     return load_config("train", ["model=hybrid_tiny"])
 
 
-def points(folder, vary, steps):
+def points(folder, vary, steps, probes=()):
     """The points of a sweep, made without composing a config for each."""
     made = []
     for values in itertools.product(*vary.values()):
@@ -74,7 +74,8 @@ def points(folder, vary, steps):
         config.training.steps = steps
         short = "_".join(f"{key.rsplit('.', 1)[-1]}-{value}" for key, value in zip(vary, values, strict=True))
         config.run_dir = str(folder / "points" / short)
-        made.append(Point(name=short, settings=dict(zip(vary, values, strict=True)), config=config))
+        made.append(Point(name=short, settings=dict(zip(vary, values, strict=True)), config=config,
+                          work=PointWork(probes=list(probes))))
     return merge_same_runs(made)
 
 
@@ -83,7 +84,7 @@ def sweep_folder(folder, vary, *, probes=(), unfinished=(), steps=20):
     ratio 0 and half of it at others, at twice the length 0.1 less."""
     sweep = SweepConfig(name="test", probes=read_tasks(list(probes)))
     plan = SweepPlan(sweep=sweep, folder=folder, vary={key: [str(value) for value in vary[key]] for key in vary},
-                     points=points(folder, vary, steps))
+                     points=points(folder, vary, steps, sweep.probes))
     shown = describe_plan(plan, [1.0] * len(plan.points), "by hand", ["waiting"] * len(plan.points), 1)
     folder.mkdir(parents=True)
     write_json(folder / "sweep.json", {**shown, "command": "hybridlm sweep model=hybrid_tiny"})
