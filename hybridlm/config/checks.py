@@ -152,7 +152,7 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
 
 def _check_topk(model: ModelConfig, topk: int, path: str) -> None:
     """Check that every mixer that selects can select so many keys."""
-    for name in dict.fromkeys(model.layers()):
+    for name in model.used_mixers():
         multiple = model.mixers[name].topk_multiple()
         require(topk % multiple == 0, path, f"is not a number of whole pools or blocks of mixer {name}", got=topk,
                 expected=f"a multiple of {multiple}")
@@ -184,14 +184,12 @@ def _selects(model: ModelConfig) -> bool:
 
 def model_has_indexer(config: ModelConfig) -> bool:
     """Whether any layer or block of multi-token prediction reads only keys that an indexer selects."""
-    used = {*config.layers(), config.mtp.mixer}
-    return any(mixer.has_indexer() for name, mixer in config.mixers.items() if name in used)
+    return any(config.mixers[name].has_indexer() for name in config.used_mixers())
 
 
 def model_has_selector(config: ModelConfig) -> bool:
     """Whether any layer or block of multi-token prediction reads blocks that a selector chooses."""
-    used = {*config.layers(), config.mtp.mixer}
-    return any(mixer.has_selector() for name, mixer in config.mixers.items() if name in used)
+    return any(config.mixers[name].has_selector() for name in config.used_mixers())
 
 
 def check_patterns(patterns: list[str], names: list[str], path: str) -> None:

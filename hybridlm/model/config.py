@@ -91,6 +91,11 @@ class ModelConfig:
         """The mixer name of each layer, in order: what is printed, saved and compared."""
         return expand(self.schedule, self.num_layers)
 
+    def used_mixers(self) -> list[str]:
+        """Names of the mixers of layers, then that of multi-token prediction where there is any, each once."""
+        layers = self.layers()
+        return list(dict.fromkeys([*layers, *([self.mtp.mixer or layers[-1]] if self.mtp.depth else [])]))
+
     def layer_context(self, layer_index: int) -> LayerContext:
         """The facts about the model that the mixer and feed-forward of a layer are told."""
         layers = self.layers()

@@ -59,13 +59,12 @@ def freeze_idle_indexers(model: HybridLM) -> None:
 
 
 def stage_model(config: ModelConfig, stage: Stage) -> ModelConfig:
-    """Return the config of the model in this stage, for its checkpoints and its FLOPs."""
+    """Return the config of the model in this stage, for its checkpoints and its FLOPs; unused mixers stay."""
     changed = copy.deepcopy(config)
-    if stage.attention_mode is not None:
-        changed.mixers = {name: mixer.with_attention_mode(stage.attention_mode)
-                          for name, mixer in changed.mixers.items()}
-    if stage.topk is not None:
-        changed.mixers = {name: mixer.with_topk(stage.topk) for name, mixer in changed.mixers.items()}
+    for name in changed.used_mixers():
+        mixer = changed.mixers[name]
+        mixer = mixer if stage.attention_mode is None else mixer.with_attention_mode(stage.attention_mode)
+        changed.mixers[name] = mixer if stage.topk is None else mixer.with_topk(stage.topk)
     return leave_dense(changed, stage.dense_layers)
 
 

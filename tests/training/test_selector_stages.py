@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
+from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.model import HybridLM
 from hybridlm.run_config import load_config
 from hybridlm.training.sparse_attention import freeze_idle_indexers, measuring_recall, set_attention, stage_model
@@ -44,3 +45,52 @@ def test_a_mode_needs_a_selection_and_topk_whole_blocks():
     with pytest.raises(ConfigError, match=r"recipe.stages.0.topk: is not a number of whole pools or blocks of"):
         load_config("train", ["model=minimax_01_tiny", "model.schedule.full=moba",
                               "recipe.stages=[{name: a, topk: 4, steps: 1}]"])
+
+
+MOBA = "{kind: block_attention, num_heads: 4, head_dim: 8, block: %d, topk: 2, selector: {kind: mean}}"
+FORMS = {
+    "csa": ["model.schedule.full=csa", "model.mixers.csa={window: 4, ratio: 4, indexer: {topk: 1}}"],
+    "parallel": ["model.schedule.full=two", "model.mixers.two={kind: parallel, branches: {blocks: %s, all: {kind: "
+                 "attention, num_heads: 4, head_dim: 8}}}" % (MOBA % 4)],
+    "mtp": ["model.schedule.full=blocks", f"model.mixers.blocks={MOBA % 4}", "model.mtp={depth: 1}"],
+    "mixer of mtp alone": ["model.schedule.full=full", f"model.mixers.blocks={MOBA % 4}",
+                           "model.mtp={depth: 1, mixer: blocks}"]}
+
+
+def _selections(model):
+    return [(name, mixer.selected_keys()) for name, mixer in model.named_modules() if isinstance(mixer, SequenceMixer)]
+
+
+@pytest.mark.parametrize(("form", "options"), [
+    (form, options) for form in FORMS for options in ("topk: 16", "topk: 16, dense_layers: [-1]", "attention_mode: dense")
+    if form != "mixer of mtp alone" or "dense_layers" not in options])
+def test_the_config_of_a_stage_is_the_model_that_the_stage_trains(form, options):
+    """A model built from it selects as many keys in each place, and computes the same bits."""
+    config = load_config("train", ["model=minimax_01_tiny", *FORMS[form],
+                                   f"recipe.stages=[{{name: a, steps: 1, {options}}}]"])
+    (stage,) = plan_stages(config)
+    staged = HybridLM(config.model)
+    staged.init_weights(0)
+    set_attention(staged, stage)
+    built = HybridLM(stage_model(config.model, stage))
+    built.load_state_dict(staged.state_dict())
+    assert _selections(built) == _selections(staged)
+    own = _selections(HybridLM(config.model))
+    assert _selections(staged) != own, "the stage changes the selection"
+    selected = {name: keys for name, keys in _selections(staged) if keys is not None}
+    assert set(selected.values()) <= {16}
+    assert bool(selected) == ("topk" in options and ("mtp" in form or "dense" not in options))
+    ids = torch.randint(0, config.model.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(built.eval()(ids).logits, staged.eval()(ids).logits)
+
+
+def test_topk_fits_the_mixer_of_multi_token_prediction_too():
+    words = ["model=minimax_01_tiny", "model.schedule.full=small", f"model.mixers.small={MOBA % 8}",
+             f"model.mixers.big={MOBA % 64}", "recipe.stages=[{name: a, topk: 32, steps: 1}]"]
+    with pytest.raises(ConfigError, match=r"recipe\.stages\.0\.topk: .* of mixer big; got 32; expected a multiple of 64"):
+        load_config("train", [*words, "model.mtp={depth: 1, mixer: big}"])
+    config = load_config("train", words)
+    changed = stage_model(config.model, plan_stages(config)[0])
+    assert changed.mixers["big"] == config.model.mixers["big"], "a mixer in no place stays as it is"
+    assert changed.mixers["small"].topk == 4
