@@ -106,7 +106,7 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
     longest = min(config.max_position, context_length or config.max_position)
     label = mixer if isinstance(mixer, str) else str(mixer.get("kind"))
     options = _read_preset(mixer) if isinstance(mixer, str) else dict(mixer)
-    indexer = _kind_class(options, f"mixers.{label}").indexer_options(options)
+    indexer = _kind_class(options, "mixer").indexer_options(options)
     if indexer is not None:
         chosen = [index for index in sorted(edit.check_layers(config, layers))
                   if config.mixers[names[index]].can_take_indexer()]
@@ -115,6 +115,13 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
                               hint="leave the conversion out: their indexers are trained further as they are")
         if not isinstance(indexer, Mapping):
             raise ConfigError("mixer.indexer", "has the wrong type", got=indexer, expected="options of an indexer")
+        unused = [] if isinstance(mixer, str) else [key for key in options if key not in ("kind", "indexer")]
+        if unused:
+            raise ConfigError(f"mixer.{unused[0]}", "has no effect: the attention that is there stays as it is, and gets "
+                              "the indexer", got=options[unused[0]], expected="kind and indexer alone")
+        if calibrated:
+            raise ConfigError("init", "has no effect: attention that gets an indexer keeps its weights",
+                              got="calibrated", expected="copy")
         if not all(config.mixers[names[index]].rotates() for index in chosen):
             indexer = {**indexer, "rope_kind": "none"}
         fitted = fit_indexer(indexer, config, chosen, "mixer.indexer", longest)
@@ -128,7 +135,7 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
         if len(old.projection_heads()) < 4:
             raise ConfigError(f"layer {indices[0]}", "has no softmax attention with plain q, k, v and o projections",
                               got=f"{old_name} ({old.kind})", expected="a layer of kind attention")
-        new = _fit_mixer(options, config, old, f"mixers.{label}", longest)
+        new = _fit_mixer(options, config, old, "mixer", longest)
         new = new.calibrated_form() if calibrated else new
         if not new.can_start_from(old):
             raise ConfigError("mixer", "cannot start from the weights of attention", got=label,

@@ -1,13 +1,18 @@
 """Every preset of configs/mixer stands in any model by its name alone; sizes follow the model's."""
 
+import dataclasses
+
 import pytest
 
 from hybridlm.config import from_dict, load_yaml, to_yaml
+from hybridlm.config.compose import compose_option
 from hybridlm.config.paths import options
 from hybridlm.config.schema import Config
 from hybridlm.errors import ConfigError
 from hybridlm.model.cost import count_parameters
+from hybridlm.model.mixers import MIXERS, AttentionConfig
 from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.run_config import load_config
 from tests.support.mixer_forms import PRESET_SOURCES
 
@@ -63,6 +68,62 @@ def test_a_list_in_place_of_a_mapping_is_one_line(option):
     with pytest.raises(ConfigError, match=rf"^model\.mixers\.csa\.{key}: ") as error:
         mixers("model.schedule.full=csa", f"model.mixers.csa.{option}")
     assert "\n" not in str(error.value)
+
+
+PLACE = ModelSizes(64, max_position=1024, mixers=[AttentionConfig(num_heads=4, head_dim=16)])
+PRESET_OF_KIND = {compose_option("mixer", name)["kind"]: name for name in options("mixer")[::-1]}
+
+
+def fitted(preset, **own):
+    """The config of a preset with a person's own options in a model like `PLACE`."""
+    given = compose_option("mixer", preset, own)
+    return from_dict(MixerConfig, MIXERS.config_class(given["kind"]).fill_sizes(given, PLACE), preset)
+
+
+@pytest.mark.parametrize("preset", sorted({*PRESET_OF_KIND.values(), "csa", "dsa", "dsa_pooled", "moba"}))
+def test_a_wrong_option_of_any_preset_is_no_error_of_the_program(preset):
+    given = compose_option("mixer", preset)
+    config_class = MIXERS.config_class(given["kind"])
+    names = {field.name for field in dataclasses.fields(config_class)} - {"kind"}
+    changes = [{name: value} for name in sorted(names) for value in ("x", 0, -2, [1], True)]
+    if "indexer" in given:
+        changes += [{"indexer": {name: value}} for name in ("num_heads", "head_dim", "topk", "pool", "rope_dim")
+                    for value in ("x", 0, -2, [1])]
+    refused = 0
+    for change in changes:
+        try:
+            from_dict(MixerConfig, config_class.fill_sizes({**given, **change}, PLACE))
+        except ConfigError:
+            refused += 1
+    assert refused >= len(changes) / 3
+
+
+@pytest.mark.parametrize(("preset", "option", "message"), [
+    ("csa", "ratio=x", r"csa\.ratio: .*got 'x'"), ("csa", "indexer=3", r"csa\.indexer: has the wrong type; got 3"),
+    ("csa", "indexer=true", r"csa\.indexer: has the wrong type; got True"),
+    ("csa", "num_heads=x", r"csa\.num_heads: .*got 'x'"), ("csa", "num_heads=-2", r"csa\.num_heads: .*got -2"),
+    ("dsa", "indexer=3", r"dsa\.indexer: has the wrong type; got 3"), ("dsa", "num_heads=x", r"dsa\.num_heads: .*'x'"),
+    ("moba", "block=x", r"moba\.block: .*got 'x'"), ("moba", "block=0", r"moba\.block: must be positive; got 0")])
+def test_a_size_that_others_follow_is_blamed_itself(preset, option, message):
+    with pytest.raises(ConfigError, match=message):
+        mixers("model=kimi_linear_tiny", f"model.schedule.full={preset}", f"model.mixers.{preset}.{option}")
+
+
+def test_sizes_that_are_given_leave_the_others_as_they_would_be():
+    """A preset with heads and dims of its own has the blocks, entries and indexers that the model's context gives it."""
+    alone = {name: fitted(name) for name in ("hca", "csa", "moba", "nsa", "dsa")}
+    for name, config in alone.items():
+        required = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+                    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING}
+        assert required
+        assert not type(config).missing_sizes({"kind": config.kind, **required})
+        assert fitted(name, **required) == config
+    assert alone["hca"].ratio == 32
+    assert fitted("hca", ratio=None).ratio is None
+    assert fitted("hca", ratio=8).ratio == 8
+    assert (alone["csa"].indexer.num_heads, alone["csa"].indexer.head_dim, alone["csa"].indexer.topk) == (4, 16, 32)
+    assert fitted("csa", indexer={"topk": 5}).indexer.topk == 5
+    assert (alone["moba"].block, alone["moba"].topk, alone["dsa"].indexer.topk) == (16, 8, 128)
 
 
 def test_a_mixer_that_the_model_defines_stays_its_own():

@@ -194,6 +194,14 @@ def test_recipe_dsa_is_this_recipe_with_one_selector(llama, tmp_path):
     ("dsa", ["recipe.convert.mixer.indexer.tpok=4"],
      "recipe.convert.mixer.indexer.tpok: unknown key; did you mean 'topk'"),
     ("dsa", ["recipe.convert.mixer.indexer=4"], "recipe.convert.mixer.indexer: has the wrong type; got 4"),
+    *[("dsa", [f"recipe.convert.mixer.{option}"],
+       f"recipe.convert.mixer.{option.partition('=')[0]}: has no effect: the attention that is there stays as it is")
+      for option in ("window=64", "num_heads=3", "nonsense=5", "sinks=true", "rope={theta: 5}")],
+    ("dsa", ["recipe.convert.init=calibrated"],
+     "recipe.convert.init: has no effect: attention that gets an indexer keeps its weights; got 'calibrated'; expected "
+     "copy"),
+    ("moba", ["recipe.convert.mixer.block=0"], "recipe.convert.mixer.block: must be positive; got 0"),
+    ("moba", ["recipe.convert.mixer.block=x"], "recipe.convert.mixer.block: has the wrong type"),
     ("msa", ["recipe.stages.0.attention_mode=sparse"],
      "recipe.stages.0.attention_mode: would select keys by a selector that nothing has trained; got 'sparse'"),
     ("moba", ["recipe.stages.1.topk=6"],

@@ -44,7 +44,7 @@ from hybridlm.model.mixers.common.key_sharing import HeadNorm
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.mixers.common.selector_loss import KeyTargets, Pooling, selector_loss
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
@@ -198,10 +198,11 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         (16, 8)
         """
         filled = super().fill_sizes(options, model)
-        if cls.missing_sizes(options):
-            block = filled.setdefault("block", max(4, min(64, model.max_position // 64)))
-            always = filled.get("first", 0) + filled.get("local", 1)
-            filled.setdefault("topk", max(always + 1, min(4096, model.max_position // 8) // block))
+        block = max(4, min(64, model.max_position // 64))
+        filled.setdefault("block", block)
+        always = size_of(filled, "first", 0, least=0) + size_of(filled, "local", 1, least=0)
+        most = min(4096, model.max_position // 8) // size_of(filled, "block", block)
+        filled.setdefault("topk", max(always + 1, most))
         return filled
 
     def has_selector(self) -> bool:

@@ -42,7 +42,7 @@ from hybridlm.model.mixers.common.indexer import AttentionMode, longest_document
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.selector_loss import EntryTargets, selector_loss
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.norm import RMSNorm, WeightlessRMSNorm
 from hybridlm.model.rope import RopeConfig, rotate_last
 from hybridlm.model.sequence import SequenceInfo
@@ -200,7 +200,7 @@ class CompressedAttentionConfig(MixerConfig):
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         """Heads as in the model; latents of a quarter of its width, an eighth of a head rotated, groups of 8 heads."""
         heads = model.heads_for(cls)
-        count = options.get("num_heads") or heads.num_heads
+        count = size_of(options, "num_heads", heads.num_heads)
         return {"num_heads": count, "head_dim": heads.head_dim, "rope_head_dim": max(2, heads.head_dim // 16 * 2),
                 "q_lora_rank": max(8, model.hidden_size // 4), "output_groups": gcd(count, max(1, count // 8)),
                 "output_rank": max(8, model.hidden_size // 4)}
@@ -216,12 +216,14 @@ class CompressedAttentionConfig(MixerConfig):
         32
         """
         filled = super().fill_sizes(options, model)
-        if cls.missing_sizes(options) and not filled.get("overlap", True):
+        if filled.get("overlap", True) is False:
             filled.setdefault("ratio", max(2, min(128, model.max_position // 32)))
-        if cls.missing_sizes(options) and filled.get("indexer") is not None:
-            sizes = {"num_heads": filled["num_heads"],
-                     "head_dim": max(min(128, filled["head_dim"]), filled["rope_head_dim"]),
-                     "topk": max(1, min(512, model.max_position // (8 * (filled.get("ratio") or 4))))}
+        if isinstance(filled.get("indexer"), Mapping):
+            heads = model.heads_for(cls)
+            head_dim = min(128, size_of(filled, "head_dim", heads.head_dim))
+            sizes = {"num_heads": size_of(filled, "num_heads", heads.num_heads),
+                     "head_dim": max(head_dim, size_of(filled, "rope_head_dim", head_dim)),
+                     "topk": max(1, min(512, model.max_position // (8 * size_of(filled, "ratio", 4))))}
             filled["indexer"] = sizes | dict(filled["indexer"])
         return filled
 

@@ -192,7 +192,7 @@ class MixerConfig(abc.ABC):
     def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         """`options` with the sizes they leave open, from the model: how a preset fits into any model.
 
-        Options that have all their sizes are returned unchanged.
+        Options that are given stay. Kinds whose blocks or selections follow the longest context fill these in too.
 
         Args:
             options: plain data of this kind, possibly without heads and dims.

@@ -49,7 +49,7 @@ from hybridlm.model.mixers.common.recurrent_step import (
 )
 from hybridlm.model.mixers.common.scan import scan_traffic
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, delta_rule, l2_norm
 from hybridlm_kernels.decoding import delta_rule_step
@@ -212,7 +212,7 @@ class DeltaRuleConfig(RecurrentConfig):
         """Sizes as for every linear mixer; the gates of KDA have the rank of one head, as published."""
         sizes = super().sizes_from(options, model)
         if options.get("decay", "channel") == "channel":
-            rank = options.get("head_dim") or sizes["head_dim"]
+            rank = size_of(options, "head_dim", sizes["head_dim"])
             sizes |= {"gate_rank": rank, "output_gate_rank": rank}
         return sizes
 

@@ -37,7 +37,7 @@ from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.overlap import reduce_to_blocks, window_softmax
 from hybridlm.model.mixers.contract import Aux, SequenceMixer, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import attention, selected_attention
@@ -128,13 +128,14 @@ class NSAConfig(GroupedHeadsConfig):
     def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         """Heads as in the model; of a context shorter than 32K tokens, the published sizes in proportion."""
         filled = super().fill_sizes(options, model)
-        if cls.missing_sizes(options):
-            block = filled.setdefault("block", max(4, min(64, model.max_position // 64)))
-            filled.setdefault("stride", max(1, block // 4))
-            filled.setdefault("length", 2 * filled["stride"])
-            always = filled.get("first", 1) + filled.get("local", 2)
-            filled.setdefault("topk", max(always + 1, min(1024, model.max_position // 16) // block))
-            filled.setdefault("near", max(8, min(512, model.max_position // 16)))
+        block = max(4, min(64, model.max_position // 64))
+        filled.setdefault("block", block)
+        block = size_of(filled, "block", block)
+        filled.setdefault("stride", max(1, block // 4))
+        filled.setdefault("length", 2 * size_of(filled, "stride", 1))
+        always = size_of(filled, "first", 1, least=0) + size_of(filled, "local", 2, least=0)
+        filled.setdefault("topk", max(always + 1, min(1024, model.max_position // 16) // block))
+        filled.setdefault("near", max(8, min(512, model.max_position // 16)))
         return filled
 
     def rotates(self) -> bool:

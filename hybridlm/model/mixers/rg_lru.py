@@ -28,7 +28,7 @@ from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.scan import FP32_BYTES, scan_tokens, scan_traffic
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.parameter_roles import CONVOLUTION, ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
 
@@ -110,7 +110,7 @@ class RGLRUConfig(MixerConfig):
     @classmethod
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         """Blocks as many as heads of the nearest mixer, or fewer, so that they divide the width."""
-        width = options.get("width") or model.hidden_size
+        width = size_of(options, "width", model.hidden_size)
         return {"num_heads": math.gcd(model.heads_for(cls).num_heads, width)}
 
 

@@ -73,6 +73,22 @@ class ModelSizes:
         return HeadSizes(1, self.hidden_size)
 
 
+def size_of(options: Mapping[str, Any], key: str, otherwise: int, least: int = 1) -> int:
+    """The size that an option gives, for computing others from it; a wrong one is refused when the options are read.
+
+    Args:
+        options: plain data of a config, not checked yet.
+        key: the option.
+        otherwise: the size where the option is absent, null or no whole number of at least `least`.
+        least: smallest size that can be computed with.
+
+    >>> size_of({"block": 8}, "block", 64), size_of({"block": "x"}, "block", 64), size_of({"block": 0}, "block", 64)
+    (8, 64, 64)
+    """
+    value = options.get(key)
+    return value if type(value) is int and value >= least else otherwise
+
+
 def missing_fields(config_class: type, options: Mapping[str, Any]) -> list[str]:
     """Fields of a config dataclass that have no default and no value in `options`; null counts as no value."""
     return [field.name for field in fields(config_class)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.sizing import ModelSizes, size_of
 
 EXPAND = 2  # inner channels per dim of the model
 HEAD_DIM = 64  # where it divides the inner channels
@@ -18,8 +18,8 @@ def expanded_heads(options: Mapping[str, Any], model: ModelSizes, config_class: 
     {'num_heads': 8, 'head_dim': 64}
     """
     inner = EXPAND * model.hidden_size
-    asked = options.get("head_dim")
+    asked = size_of(options, "head_dim", 0)
     candidates = [asked] if asked else [HEAD_DIM, model.heads_for(config_class).head_dim, model.hidden_size]
-    groups = options.get("num_groups") or 1
+    groups = size_of(options, "num_groups", 1)
     head_dim = next((dim for dim in candidates if inner % (dim * groups) == 0), candidates[-1])
-    return {"num_heads": options.get("num_heads") or max(inner // head_dim, groups), "head_dim": head_dim}
+    return {"num_heads": size_of(options, "num_heads", max(inner // head_dim, groups)), "head_dim": head_dim}

@@ -22,7 +22,7 @@ from hybridlm.model.mixers.common.dense_attention import dense_attention
 from hybridlm.model.mixers.common.indexer import AttentionMode, IndexCache, Indexer, IndexerConfig, IndexTensors
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer
-from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import SharedKind, SharedRead
@@ -107,10 +107,11 @@ class IndexedMixerConfig(MixerConfig):
     @classmethod
     def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         filled = super().fill_sizes(options, model)
-        if cls.missing_sizes(options) and filled.get("indexer") is not None:
-            head_dim = filled.get("v_head_dim") or filled["head_dim"]
-            filled["indexer"] = IndexerConfig.fill_sizes(filled["indexer"], filled["num_heads"], head_dim,
-                                                         model.max_position)
+        if isinstance(filled.get("indexer"), Mapping):
+            heads = model.heads_for(cls)
+            head_dim = size_of(filled, "v_head_dim", size_of(filled, "head_dim", heads.head_dim))
+            filled["indexer"] = IndexerConfig.fill_sizes(
+                filled["indexer"], size_of(filled, "num_heads", heads.num_heads), head_dim, model.max_position)
         return filled
 
     def indexer_gaps(self) -> list[str]:
@@ -131,8 +132,7 @@ class IndexedMixerConfig(MixerConfig):
         head_dim = getattr(heads, "v_head_dim", None) or heads.head_dim
         filled = IndexerConfig.fill_sizes(options, heads.num_heads, head_dim, max_position)
         if "head_dim" not in options and options.get("rope_kind") != "none":
-            rotated = self.index_rope_dim if options.get("rope_dim") is None else options["rope_dim"]
-            filled["head_dim"] = max(filled["head_dim"], rotated)
+            filled["head_dim"] = max(filled["head_dim"], size_of(options, "rope_dim", self.index_rope_dim))
         return filled
 
     def topk_multiple(self) -> int:

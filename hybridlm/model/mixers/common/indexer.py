@@ -21,6 +21,7 @@ from hybridlm.model.decode_state import EntryCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.cost import count_open_tail, count_visible_keys, count_visible_pools
 from hybridlm.model.mixers.common.key_pooling import KeyPool
+from hybridlm.model.mixers.sizing import size_of
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.readable_weights import weight_dtype
 from hybridlm.model.rope import RopeConfig, rotate
@@ -114,7 +115,7 @@ class IndexerConfig:
         >>> IndexerConfig.fill_sizes({"topk": 64}, num_heads=128, head_dim=192, max_position=4096)
         {'topk': 64, 'num_heads': 64, 'head_dim': 128}
         """
-        pool = options.get("pool") or 1
+        pool = size_of(options, "pool", 1)
         topk = max(1, min(2048, max_position // 8) // pool) * pool
         return dict(options) | {key: value for key, value in {
             "num_heads": max(16, num_heads // 2), "head_dim": min(128, head_dim), "topk": topk}.items()
