@@ -102,7 +102,8 @@ def test_a_wrong_option_of_any_preset_is_no_error_of_the_program(preset):
     ("csa", "ratio=x", r"csa\.ratio: .*got 'x'"), ("csa", "indexer=3", r"csa\.indexer: has the wrong type; got 3"),
     ("csa", "indexer=true", r"csa\.indexer: has the wrong type; got True"),
     ("csa", "num_heads=x", r"csa\.num_heads: .*got 'x'"), ("csa", "num_heads=-2", r"csa\.num_heads: .*got -2"),
-    ("dsa", "indexer=3", r"dsa\.indexer: has the wrong type; got 3"), ("dsa", "num_heads=x", r"dsa\.num_heads: .*'x'"),
+    ("dsa", "indexer=3", r"dsa\.indexer: has the wrong type; got 3"),
+    ("dsa", "num_heads=x", r"dsa\.num_heads: .*got 'x'"),
     ("moba", "block=x", r"moba\.block: .*got 'x'"), ("moba", "block=0", r"moba\.block: must be positive; got 0")])
 def test_a_size_that_others_follow_is_blamed_itself(preset, option, message):
     with pytest.raises(ConfigError, match=message):

@@ -62,7 +62,8 @@ def _selections(model):
 
 
 @pytest.mark.parametrize(("form", "options"), [
-    (form, options) for form in FORMS for options in ("topk: 16", "topk: 16, dense_layers: [-1]", "attention_mode: dense")
+    (form, options) for form in FORMS
+    for options in ("topk: 16", "topk: 16, dense_layers: [-1]", "attention_mode: dense")
     if form != "mixer of mtp alone" or "dense_layers" not in options])
 def test_the_config_of_a_stage_is_the_model_that_the_stage_trains(form, options):
     """A model built from it selects as many keys in each place, and computes the same bits."""
@@ -88,7 +89,7 @@ def test_the_config_of_a_stage_is_the_model_that_the_stage_trains(form, options)
 def test_topk_fits_the_mixer_of_multi_token_prediction_too():
     words = ["model=minimax_01_tiny", "model.schedule.full=small", f"model.mixers.small={MOBA % 8}",
              f"model.mixers.big={MOBA % 64}", "recipe.stages=[{name: a, topk: 32, steps: 1}]"]
-    with pytest.raises(ConfigError, match=r"recipe\.stages\.0\.topk: .* of mixer big; got 32; expected a multiple of 64"):
+    with pytest.raises(ConfigError, match=r"stages\.0\.topk: .* of mixer big; got 32; expected a multiple of 64"):
         load_config("train", [*words, "model.mtp={depth: 1, mixer: big}"])
     config = load_config("train", words)
     changed = stage_model(config.model, plan_stages(config)[0])

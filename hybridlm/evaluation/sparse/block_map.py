@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridlm.evaluation.sparse.contract import KeyReader
+from hybridlm.evaluation.sparse.contract import KeyReader, visible_keys
 
 
 class BlockMapReader(KeyReader):
@@ -52,6 +52,20 @@ def block_sums(x_XT: Tensor, size: int) -> Tensor:
     return F.pad(x_XT, (0, -x_XT.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
 
 
+def visible_blocks(tokens: int, query_block: int, key_block: int, window: int | None, device: torch.device) -> Tensor:
+    """Mask [I, J] of the blocks of keys of which some query of a block sees some key.
+
+    >>> visible_blocks(6, 2, 2, 2, torch.device("cpu")).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 1, 1]], dtype=torch.int32)
+    """
+    first_I1 = torch.arange(0, tokens, query_block, device=device)[:, None]  # the first query of each block
+    first_J = torch.arange(0, tokens, key_block, device=device)
+    seen_IJ = first_J < first_I1 + query_block
+    return seen_IJ if window is None else seen_IJ & (first_J + key_block > first_I1 - window + 1)
+
+
 def smallest_cover(mass_XJ: Tensor, needed_X: Tensor, forced_XJ: Tensor) -> Tensor:
     """Mask of the forced entries, and of the largest others until the mass of all is at least what is needed.
 
@@ -67,12 +81,11 @@ def smallest_cover(mass_XJ: Tensor, needed_X: Tensor, forced_XJ: Tensor) -> Tens
     return taken_XJ | forced_XJ
 
 
-def last_queries(q_HTK: Tensor, k_HTK: Tensor, count: int, scale: float) -> Tensor:
+def last_queries(q_HTK: Tensor, k_HTK: Tensor, count: int, scale: float, window: int | None) -> Tensor:
     """Attention of the last queries of a document to all keys that they see: [H, Q, T]."""
-    tokens = q_HTK.shape[1]
     score_HQT = torch.einsum("hqk,htk->hqt", q_HTK[:, -count:], k_HTK) * scale
-    s_T = torch.arange(tokens, device=q_HTK.device)
-    return score_HQT.masked_fill(s_T > s_T[-count:, None], -torch.inf).softmax(-1)
+    seen_QT = visible_keys(slice(-count, None), q_HTK.shape[1], window, q_HTK.device)
+    return score_HQT.masked_fill(~seen_QT, -torch.inf).softmax(-1)
 
 
 def diagonal_sums(p_HQT: Tensor) -> Tensor:

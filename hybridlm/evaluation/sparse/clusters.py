@@ -43,7 +43,7 @@ class ClusterKV(PromptMethod, BudgetMethod):
         self.require_at_least(0, "first")
         self.require_at_least(1, "tokens")
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         return _ClusterReader(self, q_THK, k_TGK)
 
 
@@ -60,8 +60,7 @@ class _ClusterReader(KeyReader):
         heads, queries, tokens = scores_HQT.shape
         s_T = torch.arange(tokens, device=scores_HQT.device)
         mask_HQT = ((s_T < self.method.first) | (s_T >= self.prompt)).expand(heads, queries, tokens).clone()
-        left = min(self.method.budget, self.prompt) - self.method.first
-        if self.clusters is None or left <= 0:
+        if self.clusters is None:
             return mask_HQT
         centroid_GCK, cluster_GP = self.clusters
         q_GRQK = self.q_THK[rows].unflatten(1, (len(centroid_GCK), -1)).permute(1, 2, 0, 3)
@@ -69,8 +68,13 @@ class _ClusterReader(KeyReader):
         # The rank of a key's cluster decides, inside a cluster its place.
         rank_GRQC = score_GRQC.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         index_GRQP = cluster_GP[:, None, None].expand(*rank_GRQC.shape[:3], -1)
-        order_HQP = rank_GRQC.gather(-1, index_GRQP).argsort(dim=-1, stable=True).flatten(0, 1)
-        taken_HQP = torch.zeros_like(order_HQP, dtype=torch.bool).scatter_(-1, order_HQP[..., :left], True)
+        rank_HQP = rank_GRQC.gather(-1, index_GRQP).flatten(0, 1)
+        seen_HQT = scores_HQT > -torch.inf
+        left_HQ1 = self.method.budget - seen_HQT[..., : self.method.first].sum(-1, keepdim=True)
+        unseen_HQP = ~seen_HQT[..., self.method.first : self.prompt]
+        order_HQP = rank_HQP.masked_fill(unseen_HQP, rank_HQP.shape[-1]).argsort(dim=-1, stable=True)
+        within_HQP = torch.arange(order_HQP.shape[-1], device=order_HQP.device) < left_HQ1
+        taken_HQP = torch.zeros_like(within_HQP).scatter_(-1, order_HQP, within_HQP)
         mask_HQT[..., self.method.first : self.prompt] = taken_HQP
         return mask_HQT
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hybridlm.config.serialization import from_dict
@@ -75,13 +76,14 @@ class SparseMethod(ABC):
                     expected="above 0, at most 1")
 
     @abstractmethod
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         """Begin a document.
 
         Args:
             q_THK: its queries, as attention multiplies them.
             k_TGK: its keys.
             scale: factor of the scores.
+            window: last keys that a query sees, its own included; None sees all. Keys outside are worth nothing.
         """
 
     def piece_length(self, length: int) -> int | None:
@@ -124,6 +126,18 @@ class PromptMethod(SparseMethod):
     def prompt_tokens(self, length: int) -> int:
         """Tokens of the prompt of a document."""
         return min(length, self.prompt or length // 2)
+
+
+def visible_keys(rows: slice, tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """Mask [Q, T] of the keys that the queries of a piece see: their own and earlier ones, in a window the last.
+
+    >>> visible_keys(slice(2, 4), 4, 2, torch.device("cpu")).int()
+    tensor([[0, 1, 1, 0],
+            [0, 0, 1, 1]], dtype=torch.int32)
+    """
+    s_T = torch.arange(tokens, device=device)
+    t_Q1 = s_T[rows, None]
+    return (s_T <= t_Q1) & (s_T > t_Q1 - (tokens if window is None else window))
 
 
 SPARSE_METHODS: dict[str, type[SparseMethod]] = {}

@@ -47,7 +47,7 @@ class DoubleSparsity(BudgetMethod):
     def piece_length(self, length: int) -> int | None:
         return min(length, self.calibration)
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         return _HeavyChannels(self, *per_query_head(q_THK, k_TGK))
 
 

@@ -18,6 +18,7 @@ from hybridlm.evaluation.sparse.contract import (
     KeyReader,
     PromptMethod,
     register_sparse_method,
+    visible_keys,
 )
 from hybridlm.evaluation.sparse.search import best_keys
 
@@ -37,7 +38,7 @@ class HeavyHitters(BudgetMethod):
         super().__post_init__()
         self.require_at_least(0, "recent")
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         return _HeavyReader(self, k_TGK.shape[1], len(k_TGK))
 
 
@@ -58,13 +59,15 @@ class _HeavyReader(KeyReader):
         found = []
         for place, t in enumerate(range(*rows.indices(tokens))):
             self.kept_GT[:, t] = True
+            self.kept_GT &= scores_GRQT[:, 0, place] > -torch.inf  # a window has left older keys behind
             found.append(self.kept_GT.clone())
             score_GRT = scores_GRQT[:, :, place].masked_fill(~self.kept_GT[:, None], -torch.inf)
             self.mass_GT += score_GRT.softmax(-1).sum(1)
-            if t + 1 > self.budget:  # the cache holds one more than it may
-                old_GT = self.mass_GT.masked_fill(~self.kept_GT, torch.inf)
-                old_GT[:, max(0, t - self.recent + 1) :] = torch.inf
-                self.kept_GT.scatter_(1, old_GT.argmin(1, keepdim=True), False)
+            full_G = self.kept_GT.sum(1) > self.budget  # the cache holds one more than it may
+            old_GT = self.mass_GT.masked_fill(~self.kept_GT, torch.inf)
+            old_GT[:, max(0, t - self.recent + 1) :] = torch.inf
+            group_G = torch.arange(groups, device=device)
+            self.kept_GT[group_G, old_GT.argmin(1)] &= ~full_G
         kept_GQT = torch.stack(found, 1)
         return kept_GQT.repeat_interleave(scores_HQT.shape[0] // groups, 0)
 
@@ -87,12 +90,12 @@ class SnapKV(PromptMethod, BudgetMethod):
         self.require_at_least(1, "window")
         self.require_at_least(1, "kernel")
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
-        return _SnapReader(self, q_THK, k_TGK, scale)
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
+        return _SnapReader(self, q_THK, k_TGK, scale, window)
 
 
 class _SnapReader(KeyReader):
-    def __init__(self, method: SnapKV, q_THK: Tensor, k_TGK: Tensor, scale: float):
+    def __init__(self, method: SnapKV, q_THK: Tensor, k_TGK: Tensor, scale: float, seen: int | None):
         tokens, groups = k_TGK.shape[:2]
         self.prompt = prompt = method.prompt_tokens(tokens)
         window = min(method.window, prompt)
@@ -100,13 +103,14 @@ class _SnapReader(KeyReader):
         if prompt > method.budget:
             q_GRWK = q_THK[prompt - window : prompt].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
             score_GRWP = torch.einsum("grwk,sgk->grws", q_GRWK, k_TGK[:prompt]) * scale
-            s_P = torch.arange(prompt, device=k_TGK.device)
-            hidden_WP = s_P > s_P[prompt - window :, None]
-            vote_GP = score_GRWP.masked_fill(hidden_WP, -torch.inf).softmax(-1).sum((1, 2))
+            seen_WP = visible_keys(slice(prompt - window, None), prompt, seen, k_TGK.device)
+            vote_GP = score_GRWP.masked_fill(~seen_WP, -torch.inf).softmax(-1).sum((1, 2))
             left = (method.kernel - 1) // 2
             padded = F.pad(vote_GP, (left, method.kernel - 1 - left))
             smooth_GP = F.avg_pool1d(padded[:, None], method.kernel, 1)[:, 0]
             smooth_GP[:, prompt - window :] = torch.inf
+            if seen is not None:  # no query behind the prompt sees these keys
+                smooth_GP[:, : max(0, prompt - seen + 1)] = -torch.inf
             kept_GP = best_keys(smooth_GP, max(method.budget, window))
         self.kept_HT = F.pad(kept_GP, (0, tokens - prompt), value=True).repeat_interleave(q_THK.shape[1] // groups, 0)
 

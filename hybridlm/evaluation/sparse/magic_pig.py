@@ -58,7 +58,7 @@ class MagicPIG(PromptMethod):
         self.require_at_least(0, "first", "local")
         require(self.hashes <= MAX_HASHES, "hashes", "is too large", got=self.hashes, expected=f"at most {MAX_HASHES}")
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         return _DrawnKeys(self, *per_query_head(q_THK, k_TGK))
 
     def log_chance(self, cosine: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod
+from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, visible_keys
 from hybridlm.model.mixers.common.dense_attention import AttentionCall, replaced_attention
 from hybridlm.model.model import HybridLM
 from hybridlm_kernels.packing import CuSeqlens
@@ -112,22 +112,19 @@ def documents_of_row(borders: CuSeqlens | None, row: int, length: int) -> list[t
 def _document(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, call: AttentionCall, method: SparseMethod | None,
               tally: SparseTally) -> Tensor:
     tokens, heads = q_THK.shape[:2]
-    reader: KeyReader | None = None if method is None else method.reader(q_THK, k_TGK, call.scale)
+    reader: KeyReader | None = None if method is None else method.reader(q_THK, k_TGK, call.scale, call.window)
     cut = None if method is None else method.piece_length(tokens)
     s_T = torch.arange(tokens, device=q_THK.device)
     copies = heads // k_TGK.shape[1]
     k_HTK, v_HTV = (x.repeat_interleave(copies, 1).transpose(0, 1) for x in (k_TGK, v_TGV))
     found = []
     for rows in _pieces(tokens, max(8, PIECE_ELEMENTS // (heads * tokens)), cut):
-        t_Q1 = s_T[rows, None]
-        seen_QT = s_T <= t_Q1
-        if call.window is not None:
-            seen_QT = seen_QT & (s_T > t_Q1 - call.window)
+        seen_QT = visible_keys(rows, tokens, call.window, q_THK.device)
         score_HQT = torch.einsum("qhk,htk->hqt", q_THK[rows], k_HTK) * call.scale
         score_HQT = score_HQT.masked_fill(~seen_QT, -torch.inf)
         reads_HQT = None if reader is None else reader.reads(rows, score_HQT)
         if reads_HQT is not None:
-            reads_HQT = (reads_HQT | (s_T == t_Q1)) & seen_QT
+            reads_HQT = (reads_HQT | (s_T == s_T[rows, None])) & seen_QT
             tally.queries += score_HQT.shape[0] * score_HQT.shape[1]
             tally.mass += float((score_HQT.softmax(-1) * reads_HQT).sum())
             tally.read += int(reads_HQT.sum())

@@ -22,8 +22,10 @@ from hybridlm.evaluation.sparse.block_map import (
     diagonal_sums,
     last_queries,
     per_query_head,
+    visible_blocks,
 )
-from hybridlm.evaluation.sparse.contract import BudgetMethod, KeyReader, register_sparse_method
+from hybridlm.evaluation.sparse.contract import BudgetMethod, KeyReader, register_sparse_method, visible_keys
+from hybridlm.evaluation.sparse.fixed import FirstAndNewest
 from hybridlm.evaluation.sparse.search import best_keys
 
 VOTERS = 64  # last queries of the prompt, whose attention chooses columns and diagonals
@@ -44,13 +46,13 @@ class MInference(BudgetMethod):
 
     pattern: Literal["choose", "a_shape", "vertical_slash", "block_sparse"] = "choose"
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         q_HTK, k_HTK = per_query_head(q_THK, k_TGK)
-        makers = {"a_shape": _AShape, "vertical_slash": _VerticalSlash, "block_sparse": _blocks}
+        makers = {"a_shape": _a_shape, "vertical_slash": _VerticalSlash, "block_sparse": _blocks}
         if self.pattern != "choose":
-            return makers[self.pattern](self.budget, q_HTK, k_HTK, scale)
-        readers = [make(self.budget, q_HTK, k_HTK, scale) for make in makers.values()]
-        return _Chosen(readers, q_HTK, k_HTK, scale)
+            return makers[self.pattern](self.budget, q_HTK, k_HTK, scale, window)
+        readers = [make(self.budget, q_HTK, k_HTK, scale, window) for make in makers.values()]
+        return _Chosen(readers, q_HTK, k_HTK, scale, window)
 
 
 def _parts(budget: int) -> tuple[int, int]:
@@ -59,21 +61,18 @@ def _parts(budget: int) -> tuple[int, int]:
     return first, budget - first
 
 
-class _AShape(KeyReader):
-    def __init__(self, budget: int, q_HTK: Tensor, k_HTK: Tensor, scale: float):
-        self.first, self.newest = _parts(budget)
-
-    def reads(self, rows: slice, scores_HQT: Tensor) -> Tensor | None:
-        s_T = torch.arange(scores_HQT.shape[2], device=scores_HQT.device)
-        return ((s_T < self.first) | (s_T > s_T[rows, None] - self.newest)).expand_as(scores_HQT)
+def _a_shape(budget: int, q_HTK: Tensor, k_HTK: Tensor, scale: float, window: int | None) -> KeyReader:
+    return FirstAndNewest(*_parts(budget), window)
 
 
 class _VerticalSlash(KeyReader):
-    def __init__(self, budget: int, q_HTK: Tensor, k_HTK: Tensor, scale: float):
+    def __init__(self, budget: int, q_HTK: Tensor, k_HTK: Tensor, scale: float, window: int | None):
         columns, diagonals = _parts(budget)
-        p_HQT = last_queries(q_HTK, k_HTK, VOTERS, scale)
+        p_HQT = last_queries(q_HTK, k_HTK, VOTERS, scale, window)
         column_HT, diagonal_HT = p_HQT.sum(1), diagonal_sums(p_HQT)
         column_HT[:, : min(SINKS, columns // 2)] = torch.inf
+        seen_T = visible_keys(slice(-VOTERS, None), q_HTK.shape[1], window, q_HTK.device).any(0)
+        column_HT = column_HT.masked_fill(~seen_T, -torch.inf)
         diagonal_HT[:, : min(NEAREST, max(1, diagonals // 2))] = torch.inf
         self.columns_HT, self.diagonals_HT = best_keys(column_HT, columns), best_keys(diagonal_HT, diagonals)
 
@@ -83,24 +82,23 @@ class _VerticalSlash(KeyReader):
         return self.columns_HT[:, None] | self.diagonals_HT[:, distance_QT]
 
 
-def _blocks(budget: int, q_HTK: Tensor, k_HTK: Tensor, scale: float) -> KeyReader:
+def _blocks(budget: int, q_HTK: Tensor, k_HTK: Tensor, scale: float, window: int | None) -> KeyReader:
     score_HII = torch.einsum("hik,hjk->hij", block_means(q_HTK, BLOCK), block_means(k_HTK, BLOCK))
-    late_II = torch.ones(score_HII.shape[1:], dtype=torch.bool, device=q_HTK.device).triu(1)
-    return BlockMapReader(best_keys(score_HII.masked_fill(late_II, -torch.inf), max(1, budget // BLOCK)), BLOCK, BLOCK)
+    seen_II = visible_blocks(q_HTK.shape[1], BLOCK, BLOCK, window, q_HTK.device)
+    return BlockMapReader(best_keys(score_HII.masked_fill(~seen_II, -torch.inf), max(1, budget // BLOCK)), BLOCK, BLOCK)
 
 
 class _Chosen(KeyReader):
     """The pattern of each head whose keys hold most attention, over all queries of the document."""
 
-    def __init__(self, readers: list[KeyReader], q_HTK: Tensor, k_HTK: Tensor, scale: float):
+    def __init__(self, readers: list[KeyReader], q_HTK: Tensor, k_HTK: Tensor, scale: float, window: int | None):
         heads, tokens = q_HTK.shape[:2]
         self.readers = readers
         held_XH = torch.zeros(len(readers), heads, dtype=q_HTK.dtype, device=q_HTK.device)
-        s_T = torch.arange(tokens, device=q_HTK.device)
         for start in range(0, tokens, VOTERS):
             rows = slice(start, min(start + VOTERS, tokens))
             score_HQT = torch.einsum("hqk,htk->hqt", q_HTK[:, rows], k_HTK) * scale
-            score_HQT = score_HQT.masked_fill(s_T > s_T[rows, None], -torch.inf)
+            score_HQT = score_HQT.masked_fill(~visible_keys(rows, tokens, window, q_HTK.device), -torch.inf)
             p_HQT = score_HQT.softmax(-1)
             for index, reader in enumerate(readers):
                 held_XH[index] += (p_HQT * reader.reads(rows, score_HQT)).sum((1, 2))  # type: ignore[operator]

@@ -36,7 +36,7 @@ class Pages(BudgetMethod):
         super().__post_init__()
         self.require_at_least(1, "page")
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         return _PageReader(self, q_THK, k_TGK)
 
 
@@ -90,7 +90,9 @@ class _PageReader(KeyReader):
             most, least = (x[:, rows] for x in self.running)
             own_HQ = torch.maximum(q_HQK * most, q_HQK * least).sum(-1)
         score_HQP = torch.where(page_P == own_Q1, own_HQ[..., None], score_HQP)
-        score_HQP = score_HQP.masked_fill(page_P > own_Q1, -torch.inf)
+        seen_QT = (scores_HQT > -torch.inf).any(0)
+        seen_QP = F.pad(seen_QT, (0, pages * size - tokens)).unflatten(1, (pages, size)).any(-1)
+        score_HQP = score_HQP.masked_fill(~seen_QP, -torch.inf)
         count = max(MIN_PAGES, self.method.budget // size)
         return best_keys(score_HQP, count).repeat_interleave(size, -1)[..., :tokens]
 

@@ -32,7 +32,7 @@ class ExactTopK(BudgetMethod):
         self.require_at_least(0, "first")
         self.require_at_least(0, "local")
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         return _Best(self)
 
 

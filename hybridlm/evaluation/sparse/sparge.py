@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridlm.evaluation.sparse.block_map import BlockMapReader, block_means, per_query_head
+from hybridlm.evaluation.sparse.block_map import BlockMapReader, block_means, per_query_head, visible_blocks
 from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, register_sparse_method
 
 
@@ -44,24 +44,24 @@ class SpargeAttention(SparseMethod):
         self.require_at_least(1, "query_block", "key_block")
         self.require_share("cdf")
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
-        found = self.block_map(*per_query_head(q_THK, k_TGK), scale)
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
+        found = self.block_map(*per_query_head(q_THK, k_TGK), scale, window)
         return BlockMapReader(found, self.query_block, self.key_block)
 
-    def block_map(self, q_HTK: Tensor, k_HTK: Tensor, scale: float) -> Tensor:
+    def block_map(self, q_HTK: Tensor, k_HTK: Tensor, scale: float, window: int | None) -> Tensor:
         """Decide which blocks are read, [H, I, J]."""
         q_similar_HI, k_similar_HJ = (_similarity(x, size) > self.similarity
                                       for x, size in ((q_HTK, self.query_block), (k_HTK, self.key_block)))
         score_HIJ = torch.einsum("hik,hjk->hij", block_means(q_HTK, self.query_block),
                                  block_means(k_HTK, self.key_block)) * scale
-        i, j = (torch.arange(size, device=q_HTK.device) for size in score_HIJ.shape[1:])
-        late_IJ = j * self.key_block >= (i[:, None] + 1) * self.query_block
-        score_HIJ = score_HIJ.masked_fill(late_IJ | ~k_similar_HJ[:, None], -torch.inf)
+        j = torch.arange(score_HIJ.shape[2], device=q_HTK.device)
+        seen_IJ = visible_blocks(q_HTK.shape[1], self.query_block, self.key_block, window, q_HTK.device)
+        score_HIJ = score_HIJ.masked_fill(~seen_IJ | ~k_similar_HJ[:, None], -torch.inf)
         p_HIJ = score_HIJ.softmax(-1).nan_to_num(0.0)  # no key block is similar
         sorted_HIJ, order_HIJ = p_HIJ.sort(dim=-1, descending=True, stable=True)
         count_HI1 = (sorted_HIJ.cumsum(-1) <= self.cdf).sum(-1, keepdim=True).clamp(min=1)
-        map_HIJ = torch.zeros_like(late_IJ.expand_as(p_HIJ)).scatter_(-1, order_HIJ, j < count_HI1)
-        return (map_HIJ | ~k_similar_HJ[:, None] | ~q_similar_HI[..., None]) & ~late_IJ
+        map_HIJ = torch.zeros_like(seen_IJ.expand_as(p_HIJ)).scatter_(-1, order_HIJ, j < count_HI1)
+        return (map_HIJ | ~k_similar_HJ[:, None] | ~q_similar_HI[..., None]) & seen_IJ
 
 
 def _similarity(x_HTK: Tensor, size: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.errors import require
-from hybridlm.evaluation.sparse.block_map import BlockMapReader, per_query_head, smallest_cover
+from hybridlm.evaluation.sparse.block_map import BlockMapReader, per_query_head, smallest_cover, visible_blocks
 from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, register_sparse_method
 
 
@@ -44,18 +44,18 @@ class XAttention(SparseMethod):
         require(self.block % self.stride == 0, "stride", "does not divide the block", got=self.stride,
                 expected=f"a divisor of {self.block}")
 
-    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float) -> KeyReader:
-        return BlockMapReader(self.block_map(*per_query_head(q_THK, k_TGK), scale), self.block, self.block)
+    def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
+        return BlockMapReader(self.block_map(*per_query_head(q_THK, k_TGK), scale, window), self.block, self.block)
 
-    def block_map(self, q_HTK: Tensor, k_HTK: Tensor, scale: float) -> Tensor:
+    def block_map(self, q_HTK: Tensor, k_HTK: Tensor, scale: float, window: int | None) -> Tensor:
         """Decide which blocks are read, [H, I, I]."""
         tokens, S = q_HTK.shape[1], self.stride
         q_HXSK, k_HXSK = (F.pad(x, (0, 0, 0, -tokens % self.block)).unflatten(1, (-1, S)) for x in (q_HTK, k_HTK))
         score_HXX = torch.einsum("hisk,hjsk->hij", q_HXSK.flip(2), k_HXSK) * (scale / S)
-        place_X = torch.arange(score_HXX.shape[1], device=q_HTK.device)
-        empty_X = place_X * S >= tokens
-        score_HXX = score_HXX.masked_fill((place_X > place_X[:, None]) | empty_X, -torch.inf)
-        p_HXX = score_HXX.softmax(-1).masked_fill(empty_X[:, None], 0.0)
+        empty_X = torch.arange(score_HXX.shape[1], device=q_HTK.device) * S >= tokens
+        seen_XX = visible_blocks(q_HXSK.shape[1] * S, S, S, window, q_HTK.device)
+        score_HXX = score_HXX.masked_fill(~seen_XX | empty_X, -torch.inf)
+        p_HXX = score_HXX.softmax(-1).nan_to_num(0.0).masked_fill(empty_X[:, None], 0.0)  # rows behind the end
         size = self.block // S
         mass_HII = p_HXX.unflatten(2, (-1, size)).sum(-1).unflatten(1, (-1, size)).sum(2)
         block_I = torch.arange(mass_HII.shape[1], device=q_HTK.device)
