@@ -117,8 +117,8 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
             raise ConfigError("mixer.indexer", "has the wrong type", got=indexer, expected="options of an indexer")
         unused = [] if isinstance(mixer, str) else [key for key in options if key not in ("kind", "indexer")]
         if unused:
-            raise ConfigError(f"mixer.{unused[0]}", "has no effect: the attention that is there stays as it is, and gets "
-                              "the indexer", got=options[unused[0]], expected="kind and indexer alone")
+            raise ConfigError(f"mixer.{unused[0]}", "has no effect: the attention that is there stays as it is, and "
+                              "gets the indexer", got=options[unused[0]], expected="kind and indexer alone")
         if calibrated:
             raise ConfigError("init", "has no effect: attention that gets an indexer keeps its weights",
                               got="calibrated", expected="copy")

@@ -111,7 +111,7 @@ def test_a_size_that_others_follow_is_blamed_itself(preset, option, message):
 
 
 def test_sizes_that_are_given_leave_the_others_as_they_would_be():
-    """A preset with heads and dims of its own has the blocks, entries and indexers that the model's context gives it."""
+    """A preset with heads and dims of its own has the blocks, entries and indexers of the model's context."""
     alone = {name: fitted(name) for name in ("hca", "csa", "moba", "nsa", "dsa")}
     for name, config in alone.items():
         required = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)

@@ -145,7 +145,7 @@ BLOCKS = {"xattention": {"threshold": 0.5, "block": 64, "stride": 16}, "pages": 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_keys_that_have_left_the_window_change_nothing(name):
-    """The last 64 of 320 queries see the last 127 keys: those before, which would win every comparison, count nothing."""
+    """The last 64 of 320 queries see the last 127 keys; those before are made large, and still do not compete."""
     q, k, v = tensors(tokens=320)
     method = make_sparse_method(name.partition(" ")[0], BLOCKS[name])
     other = torch.cat([50 * k[:, :192], k[:, 192:]], 1)
