@@ -156,3 +156,18 @@ def test_no_config_can_name_code(tmp_path, capsys):
 def test_importing_nothing_is_quick_and_changes_nothing():
     import_user_code()
     assert imported_user_code() == []
+
+
+def test_help_lists_what_the_users_file_registers(tmp_path, capsys):
+    from hybridlm.evaluation.sparse import SPARSE_METHODS
+
+    (tmp_path / "mine_alone.py").write_text("""
+from hybridlm.evaluation.sparse import SPARSE_METHODS, register_sparse_method
+register_sparse_method("newest_alone", type("NewestAlone", (SPARSE_METHODS["streaming"],), {}))
+""")
+    try:
+        with pytest.raises(SystemExit):
+            main(["eval", "--import", "mine_alone.py", "--help"])
+    finally:
+        SPARSE_METHODS.pop("newest_alone", None)
+    assert "newest_alone" in capsys.readouterr().out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def layer_diff(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[s
     return lines
 
 
-def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
+def load_weights(model: nn.Module, folder: Path, may_lack: Sequence[str] = (),
                  local_shard: Callable[[str, StoredTensor], StoredTensor] | None = None) -> list[str]:
     """Copy the checkpoint's weights into a model, by name.
 
@@ -93,7 +93,7 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
     Args:
         model: as `build_model` made it, on any number of ranks.
         folder: a checkpoint.
-        may_lack: shell pattern over names; the weights it matches keep their values where the checkpoint lacks them.
+        may_lack: shell patterns over names; weights that match one keep their values where the checkpoint lacks them.
         local_shard: slices a stored tensor to what the model holds of it (`Engine.local_shard`); None: all of it.
 
     Returns:
@@ -115,7 +115,7 @@ def load_weights(model: nn.Module, folder: Path, may_lack: str | None = None,
             else:
                 read_weight(wanted[name], stored)
             left.discard(name)
-    lacking = sorted(name for name in left if may_lack is not None and fnmatchcase(name, may_lack))
+    lacking = sorted(name for name in left if any(fnmatchcase(name, pattern) for pattern in may_lack))
     problems += [f"'{name}' is not in the checkpoint" for name in sorted(left - set(lacking))]
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""

@@ -69,18 +69,17 @@ def _parser() -> Parser:
     group.add_argument("--sequence-length", type=int, metavar="TOKENS", help="of a window; default the run's")
     group.add_argument("--contexts", metavar="128,512,2048", help="where decoding is timed")
     group.add_argument("--decode-tokens", type=int, metavar="N", help="decoded at each context (default 32)")
-    group.add_argument("--sparse", action="append", metavar="NAME[:key=value,...]",
-                       help="try a sparse attention on the softmax layers beside the dense one: exact, streaming, "
-                            "quest, pages, h2o, snapkv, double_sparsity, clusterkv, magicpig, minference, flexprefill, "
-                            "xattention or sparge; docs/evaluation.md has their options; may be given again")
+    sparse = group.add_argument("--sparse", action="append", metavar="NAME[:key=value,...]")
+    sparse.help = ("try a sparse attention on the softmax layers beside the dense one; names: %(names)s; "
+                   "docs/evaluation.md has their options; may be given again")
+    parser.list_names(sparse, _sparse_names)
     group.add_argument("--indexers", action="store_true",
                        help="also the attention that indexers recall, by layer and by position, beside random keys, a "
                             "window, a window with the first token, and the most that is attainable")
     group = parser.add_argument_group("probes")
-    group.add_argument("--probe", action="append", metavar="NAME[:key=value,...]",
-                       help="mqar, needle_single, needle_multi_key, needle_multi_value, variable_tracking, copy, "
-                            "selective_copy, parity, s3, s5, modular_arithmetic, ngram or key_value_updates; may be "
-                            "given again")
+    probe = group.add_argument("--probe", action="append", metavar="NAME[:key=value,...]")
+    probe.help = "a small task that a fresh model is trained on; names: %(names)s; may be given again"
+    parser.list_names(probe, _probe_names)
     weights = group.add_mutually_exclusive_group()
     weights.add_argument("--zero-shot", action="store_true", help="ask the checkpoint as it is, without training")
     weights.add_argument("--fine-tune", action="store_true", help="train on from the checkpoint's weights")
@@ -96,6 +95,18 @@ def _parser() -> Parser:
     group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
     group.add_argument("--limit", type=int, metavar="N", help="examples per task (default all)")
     return parser
+
+
+def _sparse_names() -> list[str]:
+    from hybridlm.evaluation.sparse import SPARSE_METHODS
+
+    return list(SPARSE_METHODS)
+
+
+def _probe_names() -> list[str]:
+    from hybridlm.evaluation.probes import PROBES
+
+    return list(PROBES)
 
 
 def _given(**options: Any) -> dict[str, Any]:

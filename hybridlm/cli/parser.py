@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hybridlm.cli.key_check import setting_for_option
@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
         self.imports = imports
         self.words: list[str] = []
         self.settings = False  # whether the command takes key=value
+        self.registered: dict[argparse.Action, Callable[[], Iterable[str]]] = {}  # options that take a registered name
         if imports:
             self.add_argument("--import", action="append", default=[], dest="user_code", metavar="FILE | MODULE",
                               help="import a Python file or module that registers kinds of your own (mixers, "
@@ -70,6 +71,24 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized") and self.settings and (key := setting_for_option(unknown)):
             hint = f"settings are written without dashes: {key}{'' if '=' in key else '=' + self._value_of(unknown)}; "
         raise UserError(f"{message}; {hint}see `{self.prog} --help`")
+
+    def list_names(self, option: argparse.Action, names: Callable[[], Iterable[str]]) -> None:
+        """Let the help of an option list the names that are registered, those of `--import` too.
+
+        Args:
+            option: one of this parser, with `%(names)s` in its help.
+            names: finds the names; it is called only when help is asked for, for it may import much.
+        """
+        self.registered[option] = names
+
+    def format_help(self) -> str:
+        if self.registered and self.imports:
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.add_argument("--import", action="append", default=[], dest="user_code")
+            self._with_user_code(first.parse_known_args(self.words)[0])
+        for option, names in self.registered.items():
+            option.names = ", ".join(names())  # type: ignore[attr-defined]  # its help is filled from its attributes
+        return super().format_help()
 
     def add_overrides(self, what: str = "a run") -> None:
         """Add `key=value ...` and `--config-dir`; `what` names in the help what the settings are of."""

@@ -15,10 +15,12 @@ from hybridlm.distributed.engine_config import EngineConfig
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import count_parameters
-from hybridlm.model.loss_names import TEACHER_LOSSES
+from hybridlm.model.loss_names import TEACHER_LOSSES, mixer_losses, model_losses
+from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.model import HybridLM
 from hybridlm_kernels.registry import operations
 
+NEEDS_SELECTION = "needs a model with sparse attention whose selection a stage can switch"
 BYTE_VOCABULARY = 257  # tokens of the tokenizer `bytes`: 256 byte values and end of text
 
 
@@ -41,7 +43,7 @@ def validate(config: Config) -> None:
     require(any(recipe.parameter_patterns(stage.trainable, model) for stage in recipe.stages),
             "recipe.stages.0.trainable", "names selectors without parameters: no stage has anything to train",
             got=SELECTORS_OF_KEYS, hint="a selector without parameters needs a stage that trains the model")
-    require(recipe.dense_below is None or _selects(model), "recipe.dense_below", "needs a model with sparse attention",
+    require(recipe.dense_below is None or _selects(model), "recipe.dense_below", NEEDS_SELECTION,
             got=recipe.dense_below)
 
 
@@ -127,12 +129,12 @@ def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
             expected=f"a multiple of training.micro_batch_size={micro}")
     selects = _selects(config.model)
     for key in ("attention_mode", "topk", "dense_layers"):
-        require(selects or not getattr(stage, key), f"{path}.{key}", "needs a model with sparse attention",
-                got=getattr(stage, key),
+        require(selects or not getattr(stage, key), f"{path}.{key}", NEEDS_SELECTION, got=getattr(stage, key),
                 hint="convert a checkpoint with recipe=sparse_tiny init_from=..., or take a model such as kda_dsa_tiny")
     if stage.topk is not None:
         _check_topk(config.model, stage.topk, f"{path}.topk")
     _check_dense_layers(config.model, stage.dense_layers, f"{path}.dense_layers")
+    _check_losses(config.model, stage.loss_weights, f"{path}.loss_weights")
     compared = [name for name in TEACHER_LOSSES if stage.loss_weights.get(name)]
     require(not compared or config.teacher is not None, f"{path}.loss_weights.{compared[0] if compared else ''}",
             "needs a teacher", expected="teacher=RUN, a run or checkpoint folder")
@@ -163,13 +165,30 @@ def _check_topk(model: ModelConfig, topk: int, path: str) -> None:
                               expected=error.expected) from None
 
 
+def _check_losses(model: ModelConfig, weights: dict[str, float], path: str) -> None:
+    """Check that the model has every loss to which a stage gives a weight.
+
+    A weight of 0 may name a loss that the model lacks, so that one recipe suits many models. But a mixer's loss has to
+    be there: a 0 that is meant for a selector would leave the one that is there learning.
+    """
+    known = (*model_losses(model), *TEACHER_LOSSES)
+    for name, weight in weights.items():
+        require(name in known or (weight == 0 and name not in mixer_losses()), f"{path}.{name}",
+                "is a loss that the model does not have", got=weight, expected=f"one of {', '.join(known)}")
+
+
 def _check_dense_layers(model: ModelConfig, layers: list[int], path: str) -> None:
-    """Check that layers which are to be dense are there, and that no sparse one reads the selection of one of them."""
+    """Check that layers which are to be dense select keys, and that no sparse layer reads the selection of one."""
     for layer in layers:
         require(-model.num_layers <= layer < model.num_layers, path, "names a layer the model does not have", got=layer,
                 expected=f"0 to {model.num_layers - 1}")
+    names = model.layers()
     dense = {layer % model.num_layers for layer in layers}
-    for index, name in enumerate(model.layers()):
+    switched = [index for index, name in enumerate(names) if _has_selection(model.mixers[name])]
+    for layer in layers:
+        require(layer % model.num_layers in switched, path, "names a layer without a selection to switch off",
+                got=layer, expected=f"some of {switched}")
+    for index, name in enumerate(names):
         mixer, context = model.mixers[name], model.layer_context(index)
         if not layers or index in dense or not mixer.has_indexer():
             continue
@@ -178,18 +197,18 @@ def _check_dense_layers(model: ModelConfig, layers: list[int], path: str) -> Non
                 hint=f"name layer {index} too")
 
 
+def _has_selection(mixer: MixerConfig) -> bool:
+    return mixer.has_indexer() or mixer.has_selector()
+
+
 def _selects(model: ModelConfig) -> bool:
-    return model_has_indexer(model) or model_has_selector(model)
+    """Whether a stage can switch what any layer or block of multi-token prediction reads."""
+    return any(_has_selection(model.mixers[name]) for name in model.used_mixers())
 
 
 def model_has_indexer(config: ModelConfig) -> bool:
     """Whether any layer or block of multi-token prediction reads only keys that an indexer selects."""
     return any(config.mixers[name].has_indexer() for name in config.used_mixers())
-
-
-def model_has_selector(config: ModelConfig) -> bool:
-    """Whether any layer or block of multi-token prediction reads blocks that a selector chooses."""
-    return any(config.mixers[name].has_selector() for name in config.used_mixers())
 
 
 def check_patterns(patterns: list[str], names: list[str], path: str) -> None:

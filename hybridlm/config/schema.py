@@ -15,13 +15,13 @@ from hybridlm.distributed.engines import ENGINES, EngineConfig
 from hybridlm.errors import require
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.loss_names import known_losses
+from hybridlm.model.mixers.contract import AttentionMode
 from hybridlm.optimizers import OPTIMIZERS, OptimizerConfig
 from hybridlm.optimizers.lr_schedule import LRScheduleConfig
 from hybridlm.sources import check_format
 
 NEW_MIXERS = "@new"  # among patterns over parameter names: those of converted mixers
 SELECTORS_OF_KEYS = "@selector"  # those of selectors that a loss of their own trains
-AttentionMode = Literal["dense", "sparse"]
 
 
 @dataclass(kw_only=True)
@@ -129,7 +129,8 @@ class StageConfig:
     attention_mode: AttentionMode | None = None
     """What layers with a selector of keys attend to: all keys, or those that it selects; null: the model's own."""
     dense_layers: list[int] = field(default_factory=list)
-    """Layers that attend to all keys in this stage whatever `attention_mode` says, negative ones from the end."""
+    """Layers with a selector that attend to all keys in this stage whatever `attention_mode` says, negative ones
+    from the end."""
     topk: int | None = None
     """Keys that a query selects, whole blocks of them where blocks are selected; null: the model's own."""
     loss_weights: dict[str, float] = field(default_factory=dict)

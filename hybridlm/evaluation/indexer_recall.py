@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hybridlm.data.packing import Batch
 from hybridlm.errors import ConfigError
+from hybridlm.evaluation.sparse.block_map import repeat_heads
 from hybridlm.evaluation.sparse.measure import PIECE_ELEMENTS, documents_of_row
-from hybridlm.model.mixers.common.indexed_attention import ObservedSelection
+from hybridlm.model.mixers.common.indexed_attention import ObservedSelection, indexed_mixers
 from hybridlm.model.model import HybridLM
-from hybridlm.training.sparse_attention import indexed_mixers, measuring_recall
+from hybridlm.training.sparse_attention import measuring_recall
 from hybridlm_kernels.precision import wide
 
 # Shares of the attention: on the indexer's keys, on the best keys, on the newest, on the newest but one and the first,
@@ -131,7 +132,7 @@ def _add(totals: dict[int, Tensor], selection: ObservedSelection, topk: int) -> 
 def _shares(q_THK: Tensor, k_TGK: Tensor, chosen_TN: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, for pieces of the queries of a document that count, their positions and the shares MEASURES [Q, M]."""
     tokens, heads = q_THK.shape[:2]
-    k_HTK = k_TGK.repeat_interleave(heads // k_TGK.shape[1], 1).transpose(0, 1)
+    k_HTK = repeat_heads(k_TGK, heads)
     s_T = torch.arange(tokens, device=q_THK.device)
     listed_T = (chosen_TN >= 0).sum(-1)
     counted = (s_T + 1 > listed_T).nonzero()[:, 0]

@@ -139,9 +139,8 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
         new = new.calibrated_form() if calibrated else new
         if not new.can_start_from(old):
             raise ConfigError("mixer", "cannot start from the weights of attention", got=label,
-                              expected="a mixer that takes its q, k, v and o, such as kda, gdn, gla, lightning, "
-                                       "mamba2, rwkv7, swa, lolcats or liger; of sparse ones dsa, moba, infllm_v2, "
-                                       "seer_attention, msa, qsa or quest")
+                              expected="options of a kind that takes its q, k, v and o, or one of "
+                                       + ", ".join(_presets_that_start_from(old, config, longest)))
         model, of_group = edit.replace_mixers(model, indices, new, label, seed=seed)
         transfer.kept += of_group.kept
         transfer.fresh += of_group.fresh
@@ -183,7 +182,27 @@ def _fit_mixer(options: Mapping[str, Any], config: ModelConfig, replaced: MixerC
     """A mixer from options whose open sizes follow the layer that it replaces, and the longest sequence."""
     sizes = ModelSizes(config.hidden_size, context_length, [replaced])
     filled = _kind_class(options, path).fill_sizes(options, sizes)
-    return from_dict(MixerConfig, filled, path).adapted_to(replaced)  # type: ignore[type-abstract]
+    fitted = from_dict(MixerConfig, filled, path).adapted_to(replaced)  # type: ignore[type-abstract]
+    # A selector that has to learn starts from fresh weights: nothing may be selected by it yet.
+    return fitted.with_attention_mode("dense") if fitted.selector_parameters() and "mode" not in options else fitted
+
+
+def _presets_that_start_from(old: MixerConfig, config: ModelConfig, context_length: int) -> list[str]:
+    """Names of the presets of `configs/mixer` to which a layer can be converted."""
+    found = []
+    for file in sorted((config_dir() / "mixer").glob("*.yaml")):
+        options, path = _read_preset(file.stem), f"mixers.{file.stem}"
+        if _kind_class(options, path).indexer_options(options) is not None and old.can_take_indexer():
+            found.append(file.stem)
+            continue
+        try:
+            fitted = _fit_mixer(options, config, old, path, context_length)
+        except ConfigError:  # it has no form for this layer
+            continue
+        is_full_attention = fitted.can_take_indexer()
+        if fitted.can_start_from(old) and not is_full_attention:
+            found.append(file.stem)
+    return found
 
 
 def _read_preset(name: str) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def selector_loss_flops(config: ModelConfig, context_length: int, weights: Mappi
     """
     return sum(config.mixers[name].loss_flops_per_token(config.layer_context(index), context_length)
                for index, name in _blocks(config)
-               if not (names := config.mixers[name].loss_names) or any(weights.get(loss) != 0 for loss in names))
+               if not (names := config.mixers[name].own_losses()) or any(weights.get(loss) != 0 for loss in names))
 
 
 def _blocks(config: ModelConfig) -> list[tuple[int, str]]:

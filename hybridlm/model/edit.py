@@ -139,6 +139,8 @@ def leave_dense(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     for name in dict.fromkeys(names[index] for index in layers):
         users = {index for index, other in enumerate(names) if other == name}
         dense = mixers[name].with_attention_mode("dense")
+        if dense == mixers[name]:
+            continue
         new_name = name
         if not users <= set(layers) or of_mtp == name:
             new_name = _find_free_name(f"{name}_dense", config, dense, name in config.schedule.alone)

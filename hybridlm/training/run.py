@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hybridlm import checkpoint
+from hybridlm.config.checks import model_has_indexer
 from hybridlm.config.schema import Config, DataConfig
 from hybridlm.config.serialization import to_dict
 from hybridlm.data import (
@@ -40,7 +41,6 @@ from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import PeakRate, peak_flops, peak_measurement
 from hybridlm.training.run_changes import flatten
 from hybridlm.training.run_folder import RunFolder, versions
-from hybridlm.training.sparse_attention import indexed_mixers
 from hybridlm.training.stages import plan_stages
 from hybridlm.training.start import build_run_model, data_config, initial_weights, lineage_file
 from hybridlm.training.tracking import Tracker, check_tracking, make_tracker
@@ -367,7 +367,7 @@ def _report_teacher(trainer: Trainer) -> None:
 
 def _report_recall(trainer: Trainer) -> None:
     """Log how much of dense attention the indexers select, against the most that as many keys can hold."""
-    if not indexed_mixers(trainer.model):
+    if not model_has_indexer(trainer.model.config):
         return
     found = {layer: (trainer.validation.get(f"validation_dsa/indexer_recall{layer}"),
                      trainer.validation.get(f"validation_dsa/indexer_attainable{layer}"))

@@ -12,19 +12,12 @@ from torch import nn
 from hybridlm.config.schema import StageConfig
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.edit import leave_dense
-from hybridlm.model.mixers.common.indexed_attention import IndexedMixer
 from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.model import HybridLM
 from hybridlm.model.stand_ins import block_of
 from hybridlm.training.stages import Stage
 
 log = logging.getLogger("hybridlm")
-INDEXER_PARAMETERS = "*.indexer.*"  # the parameters of an indexer
-
-
-def indexed_mixers(model: nn.Module) -> list[IndexedMixer]:
-    """List the mixers with an indexer, of their own or shared."""
-    return [m for m in model.modules() if isinstance(m, IndexedMixer) and m.indexer_config is not None]
 
 
 def _mixers(model: nn.Module) -> list[SequenceMixer]:
@@ -44,18 +37,10 @@ def set_attention(model: HybridLM, stage: Stage) -> None:
 
 
 def freeze_idle_indexers(model: HybridLM) -> None:
-    """Freeze indexers whose loss has no weight: they get no gradient, and must not be decayed either."""
-    for every in _mixers(model):
-        every.freeze_idle_parameters()
-    last: IndexedMixer | None = None
-    learning: dict[IndexedMixer, bool] = {}
-    for mixer in indexed_mixers(model):
-        last = mixer if mixer.indexer is not None else last
-        if last is not None:
-            learning[last] = learning.get(last, False) or mixer.kl_weight > 0
-    for mixer, learns in learning.items():
-        if not learns and mixer.indexer is not None:
-            mixer.indexer.requires_grad_(False)
+    """Freeze selectors whose loss has no weight: they get no gradient, and must not be decayed either."""
+    mixers = _mixers(model)
+    for place, mixer in enumerate(mixers, 1):
+        mixer.freeze_idle_parameters(mixers[place:])
 
 
 def stage_model(config: ModelConfig, stage: Stage) -> ModelConfig:

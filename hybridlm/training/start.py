@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hybridlm import checkpoint
-from hybridlm.config.schema import Config, ConvertConfig, DataConfig
+from hybridlm.config.schema import Config, ConvertConfig, DataConfig, selector_patterns
 from hybridlm.data import PackedDataset, PreparedData, Tokenizer, check_vocab, tokenizer_differences
 from hybridlm.distributed.engine import Engine
 from hybridlm.errors import CheckpointError
@@ -19,7 +19,6 @@ from hybridlm.interop.surgery import convert_attention
 from hybridlm.model.calibration import calibrate
 from hybridlm.model.model import HybridLM, build_model
 from hybridlm.training.branch import Branch
-from hybridlm.training.sparse_attention import INDEXER_PARAMETERS
 
 log = logging.getLogger("hybridlm")
 CONVERTED_START = "converted"  # in the run folder: the checkpoint that a converting run starts from
@@ -94,8 +93,9 @@ def _make_converted_start(config: Config, convert: ConvertConfig, engine: Engine
 
 def _load_to_convert(model: HybridLM, config: Config, folder: Path, engine: Engine) -> None:
     """Load all weights except those of indexers that the checkpoint does not have yet."""
-    fresh = checkpoint.load_weights(model, folder, may_lack=INDEXER_PARAMETERS, local_shard=engine.local_shard)
-    new = list(dict.fromkeys(name.split(".indexer.")[0].removesuffix(".mixer") for name in fresh))
+    may_lack = selector_patterns(config.model)
+    fresh = checkpoint.load_weights(model, folder, may_lack, local_shard=engine.local_shard)
+    new = list(dict.fromkeys(name.split(".mixer.")[0] for name in fresh))
     if new:
         log.info("fresh indexers in %s", ", ".join(new))
     names = config.model.layers()

@@ -48,6 +48,21 @@ from hybridlm.run_config import load_config
      "model.feed_forward.dense_layers: names a layer the model does not have; got [9]; expected layers 0 to 3"),
     (["model=kda_dsa_tiny", "recipe=dsa_scratch", "model.mixers.dsa.indexer.pool=16", "recipe.stages.1.topk=40"],
      "recipe.stages.1.topk: is not a number of whole pools or blocks of mixer dsa; got 40; expected a multiple of 16"),
+    (["model=kda_dsa_tiny", "recipe.stages.0.loss_weights={selector_kl: 0}"],
+     "recipe.stages.0.loss_weights.selector_kl: is a loss that the model does not have; got 0.0; "
+     "expected one of lm, z, indexer_kl, balance, layer_output, hidden, teacher_kl"),
+    (["model=qwen3_next_tiny", "recipe.stages.0.loss_weights={balance: 0.1, router_z: 0.1}"],
+     "recipe.stages.0.loss_weights.router_z: is a loss that the model does not have; got 0.1; "
+     "expected one of lm, mtp, z, balance, layer_output, hidden, teacher_kl"),
+    (["model=hybrid_tiny", "model.schedule.full=moba", "recipe.stages.0.loss_weights={selector_kl: 1}"],
+     "recipe.stages.0.loss_weights.selector_kl: is a loss that the model does not have; got 1.0; "
+     "expected one of lm, z, balance, layer_output, hidden, teacher_kl"),
+    (["model=hybrid_tiny", "model.schedule.full=nsa", "recipe.stages.0.attention_mode=dense"],
+     "recipe.stages.0.attention_mode: needs a model with sparse attention whose selection a stage can switch; "
+     "got 'dense'; convert a checkpoint with recipe=sparse_tiny init_from=..., or take a model such as kda_dsa_tiny"),
+    (["model=hybrid_tiny", "model.schedule.full=moba", "recipe.stages.0.dense_layers=[-1,0]"],
+     "recipe.stages.0.dense_layers: names a layer without a selection to switch off; got 0; "
+     "expected some of [3]"),
     (["kernels.strict=maybe"], "kernels.strict: has the wrong type; got 'maybe'; expected true, false or null"),
 ])
 def test_sections_that_do_not_fit_give_one_line(overrides, message):

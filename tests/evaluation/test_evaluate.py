@@ -16,6 +16,7 @@ from hybridlm.evaluation.decode_speed import decode_speed
 from hybridlm.evaluation.evaluate import run_config
 from hybridlm.evaluation.perplexity import buckets, perplexity_by_position, token_losses
 from hybridlm.evaluation.probes import PROBES
+from hybridlm.evaluation.sparse import SPARSE_METHODS
 from hybridlm.model.cost import decode_state_bytes
 from hybridlm.run_config import load_config
 
@@ -183,9 +184,9 @@ def test_probes_of_a_checkpoints_own_weights(run, capsys):
     assert "mqar: not trained" in capsys.readouterr().out
 
 
-def test_help_names_every_probe():
+def test_help_names_every_probe_and_every_sparse_method():
     text = " ".join(_parser().format_help().split())
-    assert all(name in text for name in PROBES)
+    assert all(name in text for name in (*PROBES, *SPARSE_METHODS))
 
 
 @pytest.mark.parametrize(("argv", "words"), [

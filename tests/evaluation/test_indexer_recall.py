@@ -9,9 +9,10 @@ from hybridlm.data.packing import Batch
 from hybridlm.errors import ConfigError
 from hybridlm.evaluation import indexer_recall as module
 from hybridlm.evaluation.indexer_recall import MEASURES, indexer_recall
+from hybridlm.model.mixers.common.indexed_attention import indexed_mixers
 from hybridlm.model.model import HybridLM
 from hybridlm.run_config import load_config
-from hybridlm.training.sparse_attention import indexed_mixers, measuring_recall
+from hybridlm.training.sparse_attention import measuring_recall
 from hybridlm_kernels.packing import CuSeqlens
 
 TOPK = 4

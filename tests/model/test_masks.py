@@ -106,6 +106,8 @@ def test_random_blocks_lie_before_the_query_and_differ_between_layers_and_blocks
     ({"kind": "dilated", "size": 6, "branches": 10**9, "factor": 3}, "branches: makes .* expected at most 39 with"),
     ({"kind": "chunk", "size": 2**63}, "size: is too large"),
     ({"kind": "blocks", "size": 4, "block": 2**63}, "block: is too large"),
+    ({"kind": "log", "size": 4, "factor": 3}, "factor: is not used by the mask log; got 3; expected 2, or kind"),
+    ({"kind": "chunk", "size": 4, "block": 8}, "block: is not used by the mask chunk; got 8; expected 64, or kind bl"),
     ({"kind": "spiral", "size": 4}, "kind")])
 def test_bad_masks_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):

@@ -175,7 +175,12 @@ def test_a_table_of_token_ids_needs_them():
     ({"activation": "situ", "swiglu_limit": 7.0}, "swiglu_limit: is not used by situ"),
     ({"situ_caps": [4.0]}, "situ_caps: must be a cap of the gate and one of the up projection"),
     ({"situ_caps": [float("inf"), 25.0]}, r"situ_caps: must be .*; got \[inf, 25.0\]; expected finite numbers"),
-    ({"situ_caps": [4.0, float("inf")]}, r"situ_caps: must be .*; got \[4.0, inf\]; expected finite numbers")])
+    ({"situ_caps": [4.0, float("inf")]}, r"situ_caps: must be .*; got \[4.0, inf\]; expected finite numbers"),
+    ({"situ_caps": [1.0, 1.0]}, "situ_caps: are not used by swiglu"),
+    ({"bias_update": "quantile", "correction_bias": False},
+     "correction_bias: is off, but bias_update=quantile would move it.*or bias_update=load"),
+    ({"bias_update_rate": None, "correction_bias": False},
+     "correction_bias: is off, but bias_update_rate would move it.*or bias_update_rate=0")])
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         build(**options).config.num_params(LayerContext(

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
+from hybridlm.model.loss_names import model_losses
 from hybridlm.model.mixers.contract import SequenceMixer
-from hybridlm.model.model import HybridLM
+from hybridlm.model.model import HybridLM, build_model
 from hybridlm.run_config import load_config
 from hybridlm.training.sparse_attention import freeze_idle_indexers, measuring_recall, set_attention, stage_model
 from hybridlm.training.stages import plan_stages
@@ -95,3 +96,50 @@ def test_topk_fits_the_mixer_of_multi_token_prediction_too():
     changed = stage_model(config.model, plan_stages(config)[0])
     assert changed.mixers["big"] == config.model.mixers["big"], "a mixer in no place stays as it is"
     assert changed.mixers["small"].topk == 4
+
+
+@pytest.mark.parametrize("words", [
+    ["model=deepseek_v4_tiny"], ["model=hybrid_tiny", "model.schedule.full=seer_attention"],
+    ["model=kda_dsa_tiny"], ["model=hybrid_tiny", "model.schedule.full=moba"],
+    ["model=hybrid_tiny", "model.schedule.linear=mom", "model.mtp.depth=1"],
+    ["model=hybrid_tiny", "model.schedule.full=both", "model.mixers.both={kind: parallel, branches: {"
+     "a: {kind: attention, num_heads: 2, head_dim: 16}, "
+     "b: {kind: block_attention, num_heads: 2, head_dim: 16, selector: {kind: gate}}}}"],
+    ["model=quickstart", "model.feed_forward.balance_loss=0"]])
+def test_the_losses_that_a_config_names_are_those_of_its_model(words):
+    config = load_config("train", words).model
+    model = build_model(config).train()
+    ids = torch.randint(0, config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(0))
+    assert {*model(ids, labels=ids).losses, "z"} == {*model_losses(config)}
+
+
+def test_layers_of_compressed_entries_may_stay_dense():
+    config = load_config("train", [
+        "model=deepseek_v4_tiny",
+        "recipe.stages=[{name: a, attention_mode: sparse, topk: 64, dense_layers: [-2], steps: 1}]"])
+    stage, model = plan_stages(config)[0], build_model(config).eval()
+    set_attention(model, stage)
+    assert [layer.mixer.attention_mode for layer in model.layers] == ["dense", "sparse", "dense", "dense", "dense"]
+    saved = stage_model(config.model, stage)
+    assert saved.layers() == ["near", "csa", "hca", "csa_dense", "hca"]
+    assert [saved.mixers[name].indexer.mode for name in ("csa", "csa_dense")] == ["sparse", "dense"]
+    assert {saved.mixers[name].indexer.topk for name in ("csa", "csa_dense")} == {64 // 4}
+    ids = torch.randint(0, config.model.vocab_size, (1, 160), generator=torch.Generator().manual_seed(0))
+    again = build_model(saved)
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        found = model(ids).logits
+        assert torch.equal(again.eval()(ids).logits, found)
+        model.layers[3].mixer.set_attention("sparse", {})
+        assert not torch.equal(model(ids).logits, found), "40 entries, of which 16 would be read"
+
+
+def test_layers_that_are_dense_already_get_no_second_name():
+    config = load_config("train", ["model=kda_dsa_tiny", "model.num_layers=8",
+                                   "recipe.stages=[{name: a, attention_mode: dense, steps: 1}]"])
+    stage = plan_stages(config)[0]
+    named = [i for i, name in enumerate(config.model.layers()) if config.model.mixers[name].has_indexer()][:1]
+    stage.dense_layers = named
+    assert stage_model(config.model, stage).layers() == config.model.layers()
+    stage.attention_mode = "sparse"
+    assert stage_model(config.model, stage).layers()[named[0]] == "dsa_dense"

@@ -91,6 +91,32 @@ def test_open_sizes_follow_the_longest_sequence_of_the_stages(tmp_path, preset, 
     assert len(plan_stages(config)) == 2
 
 
+@pytest.mark.parametrize("preset", [*WITHOUT_PARAMETERS, *LEARNING])
+def test_a_converted_mixer_attends_to_all_keys_until_something_has_trained_its_selector(preset):
+    model = build_model(load_config("train", ["model=hybrid_tiny"]).model, device="meta")
+    converted = convert_attention(model, [-1], preset)[0].config
+    mixer = converted.mixers[converted.layers()[-1]]
+    waits = preset in LEARNING
+    assert bool(mixer.selector_parameters()) == waits
+    assert (mixer == mixer.with_attention_mode("dense")) == waits
+    assert (mixer == mixer.with_attention_mode("sparse")) != waits
+    asked = {"kind": "block_attention", "selector": {"kind": "gate"}, "mode": "sparse"}
+    config = convert_attention(model, [-1], asked)[0].config
+    assert config.mixers[config.layers()[-1]].mode == "sparse"
+
+
+def test_what_attention_can_become_is_listed_and_true():
+    model = build_model(load_config("train", ["model=hybrid_tiny"]).model, device="meta")
+    with pytest.raises(ConfigError, match="cannot start from the weights of attention; got 'nsa'") as error:
+        convert_attention(model, [-1], "nsa")
+    names = error.value.expected.split("or one of ")[1].split(", ")
+    assert {*WITHOUT_PARAMETERS, *LEARNING, "kda", "gdn", "lightning", "mamba2", "rwkv7", "lolcats"} <= {*names}
+    assert not {"nsa", "csa", "hca", "mla", "no_mixer"} & {*names}
+    for name in names:
+        config = convert_attention(model, [-1], name)[0].config
+        assert not config.mixers[config.layers()[-1]].can_take_indexer(), f"{name} leaves full attention"
+
+
 def test_dsa_is_an_option_of_the_attention_that_is_there():
     model = build_model(load_config("train", ["model=kimi_linear_tiny"]).model, device="meta")
     config = convert_attention(model, [-1], "dsa")[0].config
@@ -149,6 +175,21 @@ def test_a_run_stopped_in_either_stage_goes_on_there_by_the_same_words(llama, do
     again = settings(llama, tmp_path / "run", "msa")
     assert again.recipe.convert.converted == [0, 1, 2]
     assert train(again).status == "finished"
+
+
+def test_a_run_stopped_in_a_stage_with_dense_layers_goes_on_as_it_was(llama, tmp_path, monkeypatch):
+    """The checkpoint of the stage has other names of mixers than the model of the run."""
+    def config(name):
+        return settings(llama, tmp_path / name, "seer_attention", "recipe.stages.0.steps=1", "recipe.stages.1.steps=2",
+                        "recipe.stages.1.dense_layers=[0,-1]", "training.checkpoint_every=1")
+
+    done = train(config("done")).run_dir
+    tiny_run.check_resume(monkeypatch, lambda: config("run"), 2, done)
+    for folder in (done / "checkpoints" / "step-2", tmp_path / "run"):
+        model = checkpoint.load_checkpoint(folder)
+        assert [layer.mixer.attention_mode for layer in model.layers] == ["dense", "sparse", "dense"]
+    start = checkpoint.load_checkpoint(tmp_path / "run" / "converted")
+    assert {layer.mixer.attention_mode for layer in start.layers} == {"dense"}, "nothing has trained its gates"
 
 
 def test_a_selector_without_parameters_has_no_stage_of_its_own(llama, tmp_path):

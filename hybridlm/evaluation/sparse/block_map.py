@@ -34,8 +34,12 @@ class BlockMapReader(KeyReader):
 
 def per_query_head(q_THK: Tensor, k_TGK: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys with the heads first, keys repeated for the heads that share them: [H, T, K] both."""
-    copies = q_THK.shape[1] // k_TGK.shape[1]
-    return q_THK.transpose(0, 1), k_TGK.repeat_interleave(copies, 1).transpose(0, 1)
+    return q_THK.transpose(0, 1), repeat_heads(k_TGK, q_THK.shape[1])
+
+
+def repeat_heads(x_TGX: Tensor, heads: int) -> Tensor:
+    """Keys or values of each query head, repeated for the heads that share them: [H, T, X]."""
+    return x_TGX.repeat_interleave(heads // x_TGX.shape[1], 1).transpose(0, 1)
 
 
 def block_means(x_HTK: Tensor, size: int) -> Tensor:

@@ -30,7 +30,7 @@ class ClusterKV(PromptMethod, BudgetMethod):
     Args:
         budget: keys of the prompt that a query reads, those of `first` included.
         first: first tokens of the document, which are always read.
-        tokens: of a cluster, in the mean.
+        tokens: mean number of tokens per cluster.
         dense_layers: first softmax layers that stay dense.
     """
 

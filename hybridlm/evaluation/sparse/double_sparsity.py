@@ -29,8 +29,8 @@ class DoubleSparsity(BudgetMethod):
 
     Args:
         budget: keys in all.
-        share: of the channels, one in so many is heavy.
-        bits: of a number of the approximation; 16 or more leaves it as it is.
+        share: channels of a head per heavy channel: of K channels, K / `share` are heavy.
+        bits: bits per number of the approximate scores' queries and keys; 16 or more rounds nothing.
         calibration: first tokens of a document, which choose its channels.
         dense_layers: first softmax layers that stay dense.
     """

@@ -40,7 +40,7 @@ class MagicPIG(PromptMethod):
         tables: number of tables L.
         first: first tokens of the document, which are always read.
         local: last tokens of the prompt, which are always read, as all tokens behind it are.
-        seed: of the random vectors.
+        seed: seed of the random vectors that hashes are made from.
         dense_layers: first softmax layers that stay dense.
     """
 

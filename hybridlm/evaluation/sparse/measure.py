@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hybridlm.evaluation.sparse.block_map import repeat_heads
 from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, visible_keys
 from hybridlm.model.mixers.common.dense_attention import AttentionCall, replaced_attention
 from hybridlm.model.model import HybridLM
@@ -115,8 +116,7 @@ def _document(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, call: AttentionCall, 
     reader: KeyReader | None = None if method is None else method.reader(q_THK, k_TGK, call.scale, call.window)
     cut = None if method is None else method.piece_length(tokens)
     s_T = torch.arange(tokens, device=q_THK.device)
-    copies = heads // k_TGK.shape[1]
-    k_HTK, v_HTV = (x.repeat_interleave(copies, 1).transpose(0, 1) for x in (k_TGK, v_TGV))
+    k_HTK, v_HTV = (repeat_heads(x, heads) for x in (k_TGK, v_TGV))
     found = []
     for rows in _pieces(tokens, max(8, PIECE_ELEMENTS // (heads * tokens)), cut):
         seen_QT = visible_keys(rows, tokens, call.window, q_THK.device)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridlm.evaluation.sparse.block_map import per_query_head
 from hybridlm.evaluation.sparse.contract import BudgetMethod, KeyReader, register_sparse_method
 from hybridlm.evaluation.sparse.search import best_keys
 
@@ -37,7 +38,7 @@ class Pages(BudgetMethod):
         self.require_at_least(1, "page")
 
     def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
-        return _PageReader(self, q_THK, k_TGK)
+        return _PageReader(self, *per_query_head(q_THK, k_TGK))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +53,9 @@ class Quest(Pages):
 
 
 class _PageReader(KeyReader):
-    def __init__(self, method: Pages, q_THK: Tensor, k_TGK: Tensor):
-        self.method = method
-        copies = q_THK.shape[1] // k_TGK.shape[1]
-        tokens, size = len(k_TGK), method.page
-        self.q_HTK = q_THK.transpose(0, 1)
-        k_HTK = k_TGK.repeat_interleave(copies, 1).transpose(0, 1)
+    def __init__(self, method: Pages, q_HTK: Tensor, k_HTK: Tensor):
+        self.method, self.q_HTK = method, q_HTK
+        tokens, size = k_HTK.shape[1], method.page
         # A page in which a query stands has a past that grows token by token: running extremes and sums inside pages.
         padded = F.pad(k_HTK, (0, 0, 0, -tokens % size)).unflatten(1, (-1, size))
         if method.score == "bound":

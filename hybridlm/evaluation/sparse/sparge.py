@@ -1,4 +1,4 @@
-"""Blocks of a prompt by their means, where a block is like itself.
+"""Selects blocks of keys by mean queries and mean keys, where the tokens of a block are similar to one another.
 
     similarity of a block = mean over its pairs of tokens of their cosine
     mass_ij = softmax_j(mean q_i . mean k_j / sqrt(K))      over key blocks j that are similar and not later

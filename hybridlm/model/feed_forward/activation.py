@@ -28,5 +28,7 @@ def check_situ(activation: Activation, caps: Sequence[float | None], limit: floa
             "must be a cap of the gate and one of the up projection", got=list(caps),
             expected="finite numbers above 0, as in [4.0, 25.0]",
             hint="null for the second one leaves the up projection as it is")
+    require(activation == "situ" or tuple(caps) == SITU_CAPS, "situ_caps", f"are not used by {activation}",
+            got=list(caps), expected=f"{list(SITU_CAPS)}, or activation=situ")
     require(activation == "swiglu" or limit is None, "swiglu_limit", "is not used by situ, which has caps of its own",
             got=limit, expected="null", hint="situ_caps says which")

@@ -66,7 +66,7 @@ class FeedForwardConfig(abc.ABC):
     kind: str
     residual: BranchConfig | None = None
     is_branch: ClassVar[bool] = True  # False: the layer has no feed-forward, only a mixer
-    loss_names: ClassVar[tuple[str, ...]] = ()  # of the losses in its layers' aux, without "loss/"
+    loss_names: ClassVar[tuple[str, ...]] = ()  # of all losses that its layers' aux may have, without "loss/"
     keeps_state: ClassVar[bool] = False  # its output depends on earlier tokens, of which it keeps something in decoding
 
     # Costs
@@ -101,6 +101,10 @@ class FeedForwardConfig(abc.ABC):
             element_bytes: bytes of one number of an activation, 2 under bf16.
         """
         return element_bytes * self.num_params(context) / context.hidden_size
+
+    def own_losses(self) -> tuple[str, ...]:
+        """Those of `loss_names` that it has as it is configured: one with the coefficient 0 may not be computed."""
+        return self.loss_names
 
     # Routed experts
 

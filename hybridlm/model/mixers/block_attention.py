@@ -14,7 +14,7 @@ B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K hea
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -29,7 +29,6 @@ from hybridlm.model.mixers.common.block_selection import (
     SELECTORS,
     BlockBudget,
     BlockHeads,
-    BlockIndex,
     Selector,
     SelectorConfig,
     SelectorInputs,
@@ -38,12 +37,12 @@ from hybridlm.model.mixers.common.block_selection import (
 from hybridlm.model.mixers.common.cost import count_block_keys, count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, dense_attention
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
-from hybridlm.model.mixers.common.indexer import AttentionMode, longest_document
+from hybridlm.model.mixers.common.indexer import longest_document
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.key_sharing import HeadNorm
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
-from hybridlm.model.mixers.common.selector_loss import KeyTargets, Pooling, selector_loss
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.selector_loss import KeyTargets, Pooling, observe_selector
+from hybridlm.model.mixers.contract import AttentionMode, Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
@@ -217,6 +216,9 @@ class BlockAttentionConfig(GroupedHeadsConfig):
     def with_topk(self, topk: int) -> Self:
         return replace(self, topk=topk // self.block)
 
+    def own_losses(self) -> tuple[str, ...]:
+        return self.loss_names if self.selector.learns else ()
+
     def selector_parameters(self) -> tuple[str, ...]:
         return ("selector.*",) if self.selector.learns else ()
 
@@ -301,7 +303,7 @@ class BlockAttention(SequenceMixer):
     def selected_keys(self) -> int | None:
         return self.budget.topk * self.config.block if self.attention_mode == "sparse" else None
 
-    def freeze_idle_parameters(self) -> None:
+    def freeze_idle_parameters(self, later: Sequence[SequenceMixer] = ()) -> None:
         if self.kl_weight == 0:
             self.selector.requires_grad_(False)
 
@@ -341,23 +343,16 @@ class BlockAttention(SequenceMixer):
             o_BTHK, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, chosen, block=self.config.block,
                                            window=self.config.local_window, sinks_H=self.sinks,
                                            cu_seqlens=seq.history_borders)
-        aux = {} if not learns or index is None else self._observe(index, q_BTHK, k_BSGK, seq, chosen, sparse)
+        aux: Aux = {}
+        if learns and index is not None:
+            targets = KeyTargets(wide(q_BTHK.detach()), wide(k_BSGK.detach()), self.config.target)
+            aux = observe_selector("selector", self.selector, index, targets, self.budget, chosen, seq,
+                                   only_chosen=sparse, learns=self.config.selector.learns)
         return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
 
     def _heads(self, projected_BTX: Tensor, norm: RMSNorm | None) -> Tensor:
         x_BTHK = projected_BTX.unflatten(-1, (-1, self.config.head_dim))
         return x_BTHK if norm is None else norm(x_BTHK)
-
-    def _observe(self, index: BlockIndex, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo, chosen: Tensor | None,
-                 sparse: bool) -> Aux:
-        """The loss of a selector that learns, and the share of dense attention that its selection reads."""
-        targets = KeyTargets(wide(q_BTHK.detach()), wide(k_BSGK.detach()), self.config.target)
-        found = selector_loss(self.selector, index, targets, self.budget, chosen, only_chosen=sparse)
-        loss = found.total / found.pairs.clamp(min=1)
-        if seq.shard is not None:  # in an early shard fewer queries see a block
-            loss = seq.shard.weighted_mean(loss, found.pairs)
-        aux = {"layer/selector_kl": loss.detach(), "layer/selector_recall": found.read / found.queries}
-        return aux | {"loss/selector_kl": loss} if self.config.selector.learns else aux
 
     def head_rows(self) -> dict[str, int]:
         heads, groups = self.config.num_heads, self.config.kv_heads

@@ -15,7 +15,7 @@ E entries, N selected entries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import Any, ClassVar, Self
@@ -38,10 +38,10 @@ from hybridlm.model.mixers.common.gated_entries import (
     entry_state_numbers,
 )
 from hybridlm.model.mixers.common.grouped_output import GroupedOutput
-from hybridlm.model.mixers.common.indexer import AttentionMode, longest_document
+from hybridlm.model.mixers.common.indexer import longest_document
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.common.selector_loss import EntryTargets, selector_loss
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.selector_loss import EntryTargets, observe_selector
+from hybridlm.model.mixers.contract import AttentionMode, Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.norm import RMSNorm, WeightlessRMSNorm
 from hybridlm.model.rope import RopeConfig, rotate_last
@@ -238,6 +238,9 @@ class CompressedAttentionConfig(MixerConfig):
             return self
         return replace(self, indexer=replace(self.indexer, topk=topk // self.topk_multiple()))
 
+    def own_losses(self) -> tuple[str, ...]:
+        return () if self.indexer is None else self.loss_names
+
     def selector_parameters(self) -> tuple[str, ...]:
         return () if self.indexer is None else ("indexer.*",)
 
@@ -317,7 +320,7 @@ class CompressedAttention(SequenceMixer):
             return None
         return self.indexer.topk * self.config.topk_multiple()
 
-    def freeze_idle_parameters(self) -> None:
+    def freeze_idle_parameters(self, later: Sequence[SequenceMixer] = ()) -> None:
         if self.indexer is not None and self.kl_weight == 0:
             self.indexer.requires_grad_(False)
 
@@ -339,9 +342,10 @@ class CompressedAttention(SequenceMixer):
             index, chosen = self._select(x_BTD, latent_BTQ, windows, seq, state)
             sparse = chosen is not None and self.attention_mode == "sparse"
             far_BTHK, far_lse_BTH = self._attend(q_BTHK, e_BE1K, windows, chosen if sparse else None)
-            if index is not None and state is None:
+            if self.indexer is not None and index is not None and state is None:
                 targets = EntryTargets(wide(q_BTHK.detach()), wide(e_BE1K.detach()), lse_BTH.detach(), sparse)
-                aux = self._observe(index, targets, chosen, seq)
+                aux = observe_selector("indexer", self.indexer, index, targets, self.indexer.budget, chosen, seq,
+                                       only_chosen=sparse)
             o_BTHK = join_attention(o_BTHK, lse_BTH, far_BTHK, far_lse_BTH)
         o_BTHK = rotate_last(o_BTHK, self.config.rope, self.rotary_dim, seq, back=True)
         return self.output(o_BTHK), aux
@@ -373,17 +377,6 @@ class CompressedAttention(SequenceMixer):
             return entry_attention(q_BTHK, e_BE1K, e_BE1K, windows, self.config.head_dim**-0.5)
         place_BT1N = torch.where(chosen_BT1N < 0, -1, chosen_BT1N + windows.first_BT[..., None, None])
         return selected_attention(q_BTHK, e_BE1K, e_BE1K, place_BT1N)
-
-    def _observe(self, index: BlockIndex, targets: EntryTargets, chosen: Tensor | None, seq: SequenceInfo) -> Aux:
-        """The loss of the indexer, and the share of attention to everything that its selection reads."""
-        assert self.indexer is not None
-        found = selector_loss(self.indexer, index, targets, self.indexer.budget, chosen,
-                              only_chosen=targets.only_chosen)
-        loss = found.total / found.pairs.clamp(min=1)
-        if seq.shard is not None:  # in an early shard fewer queries see an entry
-            loss = seq.shard.weighted_mean(loss, found.pairs)
-        return {"loss/indexer_kl": loss, "layer/indexer_kl": loss.detach(),
-                "layer/indexer_recall": found.read / found.queries}
 
     def head_rows(self) -> dict[str, int]:
         return {"q_b_proj": self.config.num_heads}

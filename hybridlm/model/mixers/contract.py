@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from hybridlm.errors import ConfigError
 from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.module import AttentionMode as AttentionMode
 from hybridlm.model.mixers.module import Aux as Aux
 from hybridlm.model.mixers.module import SequenceMixer as SequenceMixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes, fill_missing, missing_fields, scale_heads
@@ -43,7 +44,7 @@ class MixerConfig(abc.ABC):
     is_linear: ClassVar[bool] = False  # decode state of fixed size: no cost per token grows with context
     # parameters that hold q, k, v and o of softmax attention where the mixer starts from it
     attention_weights: ClassVar[tuple[str, ...]] = tuple(f"{name}_proj.weight" for name in "qkvo")
-    loss_names: ClassVar[tuple[str, ...]] = ()  # of the losses in its layers' aux, without "loss/"
+    loss_names: ClassVar[tuple[str, ...]] = ()  # of all losses that its layers' aux may have, without "loss/"
 
     # Costs
 
@@ -95,6 +96,10 @@ class MixerConfig(abc.ABC):
             element_bytes: bytes of one number of an activation, 2 under bf16.
         """
         return 3.0 * element_bytes * self.num_params(context) / context.hidden_size
+
+    def own_losses(self) -> tuple[str, ...]:
+        """Those of `loss_names` that it has as it is configured: without a selector none of a selector's."""
+        return self.loss_names
 
     # Values that layers share
 
@@ -253,7 +258,7 @@ class MixerConfig(abc.ABC):
         """Whether the mixer reads blocks that a selector chooses, which a training stage may switch to all keys."""
         return False
 
-    def with_attention_mode(self, mode: Literal["dense", "sparse"]) -> Self:
+    def with_attention_mode(self, mode: AttentionMode) -> Self:
         """The same mixer attending to all keys (`dense`) or to what it selects (`sparse`), where it has a selector."""
         return self
 

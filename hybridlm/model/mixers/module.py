@@ -8,7 +8,7 @@ B rows, T tokens, D hidden size, H heads.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ from hybridlm.model.sequence import SequenceInfo
 # Results of one layer beside its output: named losses ("loss/NAME"), and statistics that are reported over all layers
 # ("stat/NAME") or also for each ("layer/NAME").
 Aux = dict[str, Tensor]
+AttentionMode = Literal["dense", "sparse"]  # attention to all keys, or to those that a selector chooses
 
 
 class SequenceMixer(KeepsFP32, abc.ABC):
@@ -109,7 +110,7 @@ class SequenceMixer(KeepsFP32, abc.ABC):
         """
         return torch.zeros_like(x_BTD)
 
-    def set_attention(self, mode: Literal["dense", "sparse"] | None, loss_weights: Mapping[str, float]) -> None:
+    def set_attention(self, mode: AttentionMode | None, loss_weights: Mapping[str, float]) -> None:
         """Follow a training stage: where the mixer has a selector, its mode and the weight of its loss.
 
         Args:
@@ -128,8 +129,12 @@ class SequenceMixer(KeepsFP32, abc.ABC):
         """Keys that a query reads at most as the mixer is set now; None where it does not select by itself."""
         return None
 
-    def freeze_idle_parameters(self) -> None:
-        """Freeze parameters of a selector whose loss has no weight: nothing trains them, nothing must decay them."""
+    def freeze_idle_parameters(self, later: Sequence[SequenceMixer] = ()) -> None:
+        """Freeze parameters of a selector whose loss has no weight: nothing trains them, nothing must decay them.
+
+        Args:
+            later: the mixers of the model behind this one, whose losses may reach a selection that they share.
+        """
 
     def measure_selection(self, on: bool) -> None:
         """Let forwards report the share of dense attention that a selection reads, where the mixer has a selector."""

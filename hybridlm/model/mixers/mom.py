@@ -109,6 +109,9 @@ class MoMConfig(StateHeadsConfig):
         per_memory = keys + values + 2 * self.num_heads
         return context.hidden_size * (keys + self.memories * per_memory + self.num_memories + 2 * values)
 
+    def own_losses(self) -> tuple[str, ...]:
+        return self.loss_names if self.balance_loss else ()
+
     def num_params(self, context: LayerContext) -> int:
         vectors = 2 * self.num_heads + self.value_dim
         return self._projection_params(context) + self.conv_size * sum(self.widths.values()) + vectors

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.kind_registry import registry_of
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, build_mixer, register_mixer
+from hybridlm.model.mixers.contract import AttentionMode, Aux, MixerConfig, SequenceMixer, build_mixer, register_mixer
 from hybridlm.model.mixers.sizing import HeadSizes, ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole
@@ -91,6 +91,9 @@ class ParallelConfig(MixerConfig):
         scaled = len(self.input_scale) + len(self.output_scale) + (self.norm == "branch") * 2 * len(self.branches)
         own = element_bytes * context.hidden_size * scaled
         return own + self._sum(lambda branch: branch.activation_bytes(context, element_bytes))
+
+    def own_losses(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for branch in self.branches.values() for name in branch.own_losses()))
 
     # Values that layers share
 
@@ -170,7 +173,7 @@ class ParallelConfig(MixerConfig):
     def with_topk(self, topk: int) -> Self:
         return replace(self, branches={name: branch.with_topk(topk) for name, branch in self.branches.items()})
 
-    def with_attention_mode(self, mode: Literal["dense", "sparse"]) -> Self:
+    def with_attention_mode(self, mode: AttentionMode) -> Self:
         return replace(self, branches={name: branch.with_attention_mode(mode)
                                        for name, branch in self.branches.items()})
 

@@ -102,9 +102,10 @@ class MoEConfig(FeedForwardConfig):
         self._check_shared()
         require(self.routed_scaling_factor > 0, "routed_scaling_factor", "must be positive",
                 got=self.routed_scaling_factor)
+        mover, still = (("bias_update=quantile", "bias_update=load") if self.bias_update == "quantile" else
+                        ("bias_update_rate", "bias_update_rate=0"))
         require(not (self.correction_bias is False and self.updates_bias), "correction_bias",
-                "is off, but bias_update_rate would move it", got=self.correction_bias,
-                expected="true or null, or bias_update_rate=0")
+                f"is off, but {mover} would move it", got=self.correction_bias, expected=f"true or null, or {still}")
         require(not self.dense_layers or (self.intermediate_size or 0) > 0, "intermediate_size",
                 "is needed for the dense layers", got=self.intermediate_size, expected="their width")
         require(all(layer >= 0 for layer in self.dense_layers), "dense_layers", "counts from layer 0",
@@ -136,6 +137,10 @@ class MoEConfig(FeedForwardConfig):
         for key, on in (("shared_intermediate_size", width is not None), ("shared_gate", self.shared_gate)):
             require(not on or self.num_shared_experts > 0, key, "is set without a shared expert",
                     got=getattr(self, key), expected="num_shared_experts of at least 1")
+
+    def own_losses(self) -> tuple[str, ...]:
+        coefficients = {"balance": self.balance_loss, "router_z": self.router_z_loss}
+        return tuple(name for name, coefficient in coefficients.items() if coefficient)
 
     @property
     def shared_width(self) -> int:

@@ -28,7 +28,7 @@ from hybridlm.model.mixers.common.gated_entries import (
     entry_projection_weights,
     entry_state_numbers,
 )
-from hybridlm.model.mixers.common.indexer import AttentionMode
+from hybridlm.model.mixers.module import AttentionMode
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.readable_weights import weight_dtype
 from hybridlm.model.rope import RopeConfig, rotate_last

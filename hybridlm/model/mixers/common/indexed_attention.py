@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.common.dense_attention import dense_attention
-from hybridlm.model.mixers.common.indexer import AttentionMode, IndexCache, Indexer, IndexerConfig, IndexTensors
+from hybridlm.model.mixers.common.indexer import IndexCache, Indexer, IndexerConfig, IndexTensors
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer
+from hybridlm.model.mixers.contract import AttentionMode, Aux, MixerConfig, SequenceMixer
 from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo
@@ -113,6 +114,9 @@ class IndexedMixerConfig(MixerConfig):
             filled["indexer"] = IndexerConfig.fill_sizes(
                 filled["indexer"], size_of(filled, "num_heads", heads.num_heads), head_dim, model.max_position)
         return filled
+
+    def own_losses(self) -> tuple[str, ...]:
+        return () if self.indexer is None else self.loss_names
 
     def indexer_gaps(self) -> list[str]:
         """Name the indexer, which has no published rule for carrying hyperparameters over width, where there is one."""
@@ -235,6 +239,15 @@ class IndexedMixer(SequenceMixer):
     def selected_keys(self) -> int | None:
         return self.indexer.topk if self.indexer is not None and self.attention_mode == "sparse" else None
 
+    def freeze_idle_parameters(self, later: Sequence[SequenceMixer] = ()) -> None:
+        """Freeze an indexer that neither its own layer's loss nor that of a later layer which shares it trains."""
+        if self.indexer is None:
+            return
+        indexed = (mixer for mixer in later if isinstance(mixer, IndexedMixer) and mixer.indexer_config is not None)
+        readers = takewhile(lambda mixer: mixer.indexer is None, indexed)
+        if not any(mixer.kl_weight > 0 for mixer in (self, *readers)):
+            self.indexer.requires_grad_(False)
+
     def measure_selection(self, on: bool) -> None:
         self.measuring = on and self.indexer_config is not None
 
@@ -320,3 +333,8 @@ class IndexedMixer(SequenceMixer):
             aux |= {"layer/indexer_recall": recall.mass, "layer/indexer_agreement": recall.agreement,
                     "layer/indexer_attainable": recall.attainable}
         return aux
+
+
+def indexed_mixers(model: nn.Module) -> list[IndexedMixer]:
+    """List the mixers with an indexer, of their own or shared, in the order of the layers."""
+    return [m for m in model.modules() if isinstance(m, IndexedMixer) and m.indexer_config is not None]

@@ -21,6 +21,7 @@ from hybridlm.model.decode_state import EntryCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, ShardTraffic
 from hybridlm.model.mixers.common.cost import count_open_tail, count_visible_keys, count_visible_pools
 from hybridlm.model.mixers.common.key_pooling import KeyPool
+from hybridlm.model.mixers.module import AttentionMode
 from hybridlm.model.mixers.sizing import size_of
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.readable_weights import weight_dtype
@@ -30,7 +31,6 @@ from hybridlm.plain_data import to_dict
 from hybridlm_kernels import Pools, indexer_kl, indexer_topk, pooled_indexer_kl, pooled_topk
 from hybridlm_kernels.ops.indexer_kl import IndexerKL
 
-AttentionMode = Literal["dense", "sparse"]
 IndexTensors = tuple[Tensor, Tensor, Tensor]  # queries [B, T, J, I], keys [B, T or P, I], head weights [B, T, J]
 IndexCache = TokenCache | EntryCache
 

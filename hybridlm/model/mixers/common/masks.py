@@ -34,6 +34,7 @@ from hybridlm_kernels import attention, selected_attention
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import wide
 
+BLOCK, FACTOR = 64, 2  # default sizes, which a pattern that does not use them keeps
 MaskKind = Literal["chunk", "strided", "fixed", "log", "blocks", "dilated"]
 MAX_TOKENS = torch.iinfo(torch.int64).max  # largest length that positions can be compared with
 HASH = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)  # odd factors that mix layer, block and draw
@@ -56,10 +57,10 @@ class MaskConfig:
     kind: MaskKind
     size: int
     columns: int = 0
-    block: int = 64
+    block: int = BLOCK
     random: int = 0
     branches: int = 1
-    factor: int = 2
+    factor: int = FACTOR
 
     def __post_init__(self) -> None:
         require(self.size >= 1, "size", "must be positive", got=self.size)
@@ -72,6 +73,9 @@ class MaskConfig:
         require(self.branches >= 1, "branches", "must be positive", got=self.branches)
         require(self.branches == 1 or self.kind == "dilated", "branches", f"is not used by the mask {self.kind}",
                 got=self.branches, expected="1, or kind dilated")
+        for key, kind, usual in (("block", "blocks", BLOCK), ("factor", "dilated", FACTOR)):
+            require(self.kind == kind or getattr(self, key) == usual, key, f"is not used by the mask {self.kind}",
+                    got=getattr(self, key), expected=f"{usual}, or kind {kind}")
         require(self.factor >= 2, "factor", "must be at least 2", got=self.factor)
         for key in ("size", "block"):
             require(getattr(self, key) <= MAX_TOKENS, key, "is too large", got=getattr(self, key),

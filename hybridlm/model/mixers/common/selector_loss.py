@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, ScoresBlocks, competing_blocks
+from hybridlm.model.mixers.module import Aux
+from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.recompute import recomputed
 
 PIECE_ELEMENTS = 2**20  # scores of attention in a piece of queries
@@ -97,6 +99,30 @@ def selector_loss(selector: ScoresBlocks, index: BlockIndex, targets: AttentionT
             read.append(read_share)
     return SelectorLoss(torch.stack(total).sum(), torch.stack(count).sum(), torch.stack(read).sum(),
                         batch * queries * heads)
+
+
+def observe_selector(name: str, selector: ScoresBlocks, index: BlockIndex, targets: AttentionTargets,
+                     budget: BlockBudget, chosen_BTUN: Tensor | None, seq: SequenceInfo, *, only_chosen: bool,
+                     learns: bool = True) -> Aux:
+    """Compute what a layer reports of its selector: the mean loss, and the share of dense attention that is read.
+
+    Args:
+        name: of the selector in the results, `NAME_kl` and `NAME_recall`.
+        selector: scores the blocks.
+        index: its queries and entries, with gradients to its parameters.
+        targets: the attention that it learns from.
+        budget: which blocks compete.
+        chosen_BTUN: numbers of the blocks that are selected; None: all.
+        seq: positions and borders of the documents.
+        only_chosen: the loss is over the selected blocks, else over all that compete.
+        learns: whether the loss trains the selector; else it is only reported.
+    """
+    found = selector_loss(selector, index, targets, budget, chosen_BTUN, only_chosen=only_chosen)
+    loss = found.total / found.pairs.clamp(min=1)
+    if seq.shard is not None:  # in an early shard fewer queries see a block
+        loss = seq.shard.weighted_mean(loss, found.pairs)
+    aux = {f"layer/{name}_kl": loss.detach(), f"layer/{name}_recall": found.read / found.queries}
+    return aux | {f"loss/{name}_kl": loss} if learns else aux
 
 
 def _blocks(lists: int, index: BlockIndex, budget: BlockBudget, chosen_BTUN: Tensor | None,
