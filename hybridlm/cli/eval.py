@@ -275,7 +275,8 @@ def _show_sparse(report: dict[str, Any]) -> None:
 
 def _show_indexers(found: dict[str, Any]) -> None:
     """Print what the indexers recall: a row per layer, and the mean over layers by position."""
-    print(f"\nshare of dense attention on {found['topk']} keys, over queries that see more")
+    counts = " or ".join(str(count) for count in sorted({row["topk"] for row in found["layers"]}))
+    print(f"\nshare of dense attention on {counts} keys, over queries that see more")
     print(f"{'layer':>15}  {'KL':>7}  {'indexer':>8}  {'attainable':>10}  {'window':>7}  {'+ first':>7}  {'first':>7}  "
           f"{'random':>7}  {'queries':>9}")
     rows = [(str(row["layer"]), row) for row in found["layers"]] + [("all", found["mean"])]

@@ -31,8 +31,9 @@ MEASURES = ("recall", "attainable", "window", "window_first", "first", "random")
 
 @dataclass
 class _LayerSums:
-    """Sums over the queries of a layer, by bucket of their position."""
+    """Sums over the queries of a layer that reads `topk` keys, by bucket of their position."""
 
+    topk: int
     kl: float = 0.0
     tokens: int = 0
     totals: dict[int, Tensor] = field(default_factory=dict)  # by number of the bucket: sums of MEASURES, then the count
@@ -49,22 +50,26 @@ def indexer_recall(model: HybridLM, batches: Iterable[Batch]) -> dict[str, Any]:
         batches: held-out text.
 
     Returns:
-        `topk`; `layers`, each with its index, the KL of the indexer in nats and the shares `MEASURES`, also
+        `layers`, each with its index, `topk`, the KL of the indexer in nats and the shares `MEASURES`, also
         `by_position`: a bucket holds queries with `start` up to, not including, `stop` tokens before them in their
-        document; `mean`, the same over all layers. Shares are None where no query sees more keys than it reads.
+        document, powers of 2 times the least `topk` of all layers; `mean`, the same over all layers. Shares are None
+        where no query sees more keys than it reads.
 
     Raises:
-        ConfigError: the model has no indexer.
+        ConfigError: the model has no indexer, or only selectors of blocks or compressed entries, which are no keys.
     """
     mixers = indexed_mixers(model.layers)
     if not mixers:
-        raise ConfigError("--indexers", "the model has no indexer", got=", ".join(dict.fromkeys(model.config.layers())),
-                          expected="layers with an indexer", hint="recipe=dsa_tiny init_from=CHECKPOINT adds them")
-    topk = max(mixer.indexer.topk for mixer in mixers if mixer.indexer is not None)
-    layers = {mixer.layer_index: _LayerSums() for mixer in mixers}
+        raise _no_indexer(model)
+    layers: dict[int, _LayerSums] = {}
+    topk = 0  # of a layer without an indexer of its own: that of the layer whose selection it shares
+    for mixer in mixers:
+        topk = topk if mixer.indexer is None else mixer.indexer.topk
+        layers[mixer.layer_index] = _LayerSums(topk)
+    first = min(sums.topk for sums in layers.values())
 
     def observe(selection: ObservedSelection) -> None:
-        _add(layers[selection.layer].totals, selection, topk)
+        _add(layers[selection.layer].totals, selection, first)
 
     was_training = model.training
     model.eval()
@@ -78,14 +83,25 @@ def indexer_recall(model: HybridLM, batches: Iterable[Batch]) -> dict[str, Any]:
                     sums.tokens += batch.num_text_tokens
     finally:
         model.train(was_training)
-    rows = [{"layer": layer, "kl": sums.kl / max(sums.tokens, 1), **_describe(sums.totals, topk)}
+    rows = [{"layer": layer, "topk": sums.topk, "kl": sums.kl / max(sums.tokens, 1), **_describe(sums.totals, first)}
             for layer, sums in layers.items()]
     together: dict[int, Tensor] = {}
     for sums in layers.values():
         for bucket, total in sums.totals.items():
             together[bucket] = together.get(bucket, 0) + total
-    return {"topk": topk, "layers": rows,
-            "mean": {"kl": sum(row["kl"] for row in rows) / len(rows), **_describe(together, topk)}}
+    return {"layers": rows,
+            "mean": {"kl": sum(row["kl"] for row in rows) / len(rows), **_describe(together, first)}}
+
+
+def _no_indexer(model: HybridLM) -> ConfigError:
+    """The error for a model whose indexers select no keys, or that has none."""
+    layers = dict.fromkeys(model.config.layers())
+    selecting = [name for name in layers if model.config.mixers[name].has_selector()]
+    if selecting:
+        return ConfigError("--indexers", "the selectors of the model choose blocks or compressed entries, not keys",
+                           got=", ".join(selecting), expected="layers whose indexer selects keys")
+    return ConfigError("--indexers", "the model has no indexer", got=", ".join(layers),
+                       expected="layers with an indexer", hint="recipe=dsa_tiny init_from=CHECKPOINT adds them")
 
 
 @contextmanager
@@ -100,9 +116,9 @@ def _observed(model: HybridLM, observe: Any) -> Iterator[None]:
             mixer.selection_observer = None
 
 
-def _describe(totals: dict[int, Tensor], topk: int) -> dict[str, Any]:
-    """Means over all queries, and by position."""
-    buckets = [{"start": topk * 2**bucket, "stop": topk * 2 ** (bucket + 1), **_means(totals[bucket])}
+def _describe(totals: dict[int, Tensor], first: int) -> dict[str, Any]:
+    """Means over all queries, and by position; the first bucket starts at `first` tokens."""
+    buckets = [{"start": first * 2**bucket, "stop": first * 2 ** (bucket + 1), **_means(totals[bucket])}
                for bucket in sorted(totals)]
     return {**_means(sum(totals.values(), torch.zeros(len(MEASURES) + 1, dtype=torch.float64))), "by_position": buckets}
 
@@ -113,8 +129,11 @@ def _means(total: Tensor) -> dict[str, float | int | None]:
                                       for name, value in zip(MEASURES, sums, strict=True)}}
 
 
-def _add(totals: dict[int, Tensor], selection: ObservedSelection, topk: int) -> None:
-    """Add the queries of a layer that see more keys than they read, by the bucket of their position."""
+def _add(totals: dict[int, Tensor], selection: ObservedSelection, first: int) -> None:
+    """Add the queries of a layer that see more keys than they read, by the bucket of their position.
+
+    With pools a query may read fewer keys than `first`, and lie before the first bucket: it counts there.
+    """
     length = selection.q_BTHK.shape[1]
     for row in range(len(selection.q_BTHK)):
         for start, stop in documents_of_row(selection.borders, row, length):
@@ -122,7 +141,7 @@ def _add(totals: dict[int, Tensor], selection: ObservedSelection, topk: int) -> 
             chosen_TN = selection.chosen_BTN[row, start:stop].long()
             chosen_TN = torch.where(chosen_TN < 0, -1, chosen_TN - start)
             for t_Q, shares_QM in _shares(q, k, chosen_TN, selection.scale):
-                bucket_Q = (t_Q.clamp(min=topk).double() / topk).log2().floor().long()
+                bucket_Q = (t_Q.clamp(min=first).double() / first).log2().floor().long()
                 for bucket in bucket_Q.unique().tolist():
                     here = shares_QM[bucket_Q == bucket]
                     total = torch.cat([here.sum(0), here.new_tensor([len(here)])]).cpu()

@@ -38,7 +38,7 @@ def test_means_are_those_of_the_operation_and_positions_add_up(model):
     with measuring_recall(model), torch.no_grad():
         stats = model(batch(model).input_ids, cu_seqlens=CuSeqlens(BORDERS), logits_to_keep=1).stats
     counted = sum(max(stop - start - TOPK, 0) for start, stop in itertools.pairwise(BORDERS))
-    assert found["topk"] == TOPK
+    assert {row["topk"] for row in found["layers"]} == {TOPK}
     assert [row["layer"] for row in found["layers"]] == [m.layer_index for m in indexed_mixers(model.layers)]
     for row in [*found["layers"], found["mean"]]:
         assert 0 < row["first"] < row["recall"] <= row["attainable"] <= 1
@@ -77,9 +77,31 @@ def test_shares_follow_their_definitions(monkeypatch, elements):
     assert seen == tokens - listed
 
 
-def test_a_model_without_indexers_is_refused():
-    with pytest.raises(ConfigError, match="the model has no indexer"):
-        indexer_recall(HybridLM(load_config("quickstart").model), [])
+def test_positions_are_those_of_the_queries_where_layers_read_different_numbers_of_keys(model):
+    wanted = [4, 7, 7, 8]
+    mixers = indexed_mixers(model.layers)
+    for mixer, topk in zip(mixers, wanted, strict=True):
+        mixer.set_topk(topk)
+    try:
+        found = indexer_recall(model, [batch(model, [0, 40])])
+    finally:
+        for mixer in mixers:
+            mixer.set_topk(None)
+    assert [row["topk"] for row in found["layers"]] == wanted
+    for row in found["layers"]:
+        counts = {(part["start"], part["stop"]): part["queries"] for part in row["by_position"]}
+        expected = {(start, stop): sum(t >= row["topk"] for t in range(start, min(stop, 40)))
+                    for start, stop in ((4, 8), (8, 16), (16, 32), (32, 64))}
+        assert counts == {bucket: count for bucket, count in expected.items() if count}
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("quickstart", "the model has no indexer.*recipe=dsa_tiny"),
+    ("deepseek_v4_tiny", "not keys; got 'csa'; expected [^;]*$")])
+def test_a_model_without_indexers_is_refused(name, said):
+    config = load_config(name) if name == "quickstart" else load_config("train", [f"model={name}"])
+    with pytest.raises(ConfigError, match=said):
+        indexer_recall(HybridLM(config.model), [])
 
 
 def test_short_documents_have_no_shares(model):
