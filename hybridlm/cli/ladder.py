@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hybridlm.ladder.request import LadderConfig
 
 PIPED_WIDTH = 110
+WIDTHS = "64,128,256"  # of the coordinate check
+CHECK_SEEDS = 4
 
 
 def run(argv: Sequence[str]) -> int:
@@ -45,10 +47,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--check-coordinates", action="store_true",
                         help="train each architecture for a few steps at several widths, and say whether activations "
                              "and their changes keep their size")
-    parser.add_argument("--widths", metavar="N,N,...", default="64,128,256",
-                        help="hidden sizes of --check-coordinates (default 64,128,256)")
-    parser.add_argument("--check-seeds", type=int, metavar="N", default=4,
-                        help="seeds of --check-coordinates (default 4)")
+    parser.add_argument("--widths", metavar="N,N,...",
+                        help=f"hidden sizes of --check-coordinates (default {WIDTHS})")
+    parser.add_argument("--check-seeds", type=int, metavar="N",
+                        help=f"seeds of --check-coordinates (default {CHECK_SEEDS})")
     parser.add_json()
     args = parser.parse_intermixed_args(argv)
     try:
@@ -66,6 +68,9 @@ def _run_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         chosen = [*(name for name in chosen if name != "--dry-run"), "--pilot"]
     if len(chosen) > 1:
         raise ConfigError(chosen[1], f"cannot stand beside {chosen[0]}", expected="one of them")
+    for name, value in (("--widths", args.widths), ("--check-seeds", args.check_seeds)):
+        if value is not None and not args.check_coordinates:
+            raise ConfigError(name, "goes with --check-coordinates", got=value)
     if args.fit_only:
         return _fit_only(args)
     if args.check_coordinates:
@@ -110,7 +115,8 @@ def _execute(args: argparse.Namespace, argv: Sequence[str], plan: LadderPlan,
 
 
 def _pilot(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Search learning rates; a rate at which training diverges is a result, and no failure of the command."""
+    """Search learning rates; a rate at which training diverges is a result, and no failure unless all of them do."""
+    from hybridlm.config.serialization import to_dict
     from hybridlm.ladder.analysis import describe_points
     from hybridlm.ladder.pilot import judge_pilot, pilot_request, plan_rates
     from hybridlm.ladder.plan import architecture_config, make_ladder_plan
@@ -120,21 +126,21 @@ def _pilot(args: argparse.Namespace, argv: Sequence[str]) -> int:
     request = read_ladder_request(args.overrides, args.config_dir)
     ladder = request.ladder
     untuned = replace(request, ladder=replace(ladder, pilot=replace(ladder.pilot, use=False)))
-    centres = {name: architecture_config(untuned, name).optimizer.lr for name in ladder.architectures}
-    tried = plan_rates(ladder, centres)
+    optimizers = {name: architecture_config(untuned, name).optimizer for name in ladder.architectures}
+    tried = plan_rates(ladder, {name: optimizer.lr for name, optimizer in optimizers.items()})
     plan = make_ladder_plan(pilot_request(untuned, tried))
-    missing: list[str] = []
+    without: list[str] = []  # points and architectures without a result
 
     def tell(costs: dict[str, dict[str, Any]]) -> None:
-        report = judge_pilot(ladder, tried, describe_points(plan.sweep.folder, plan.ladder, costs))
-        missing.extend(report["missing"])
+        report = judge_pilot(ladder, optimizers, tried, describe_points(plan.sweep.folder, plan.ladder, costs))
+        without.extend([*report.missing, *report.untuned])
         if args.json:
-            print(json.dumps(report))
+            print(json.dumps(to_dict(report)))
         else:
             print_pilot(report, _console())
 
     code = _execute(args, argv, plan, tell)
-    return code if missing else 0
+    return code if without else 0
 
 
 def _fit_only(args: argparse.Namespace) -> int:
@@ -188,9 +194,10 @@ def _check_coordinates(args: argparse.Namespace) -> int:
     from hybridlm.ladder.coordinate_report import check_ladder, print_check
     from hybridlm.ladder.request import read_ladder_request
 
-    widths = read_integers("--widths", args.widths, "64,128,256")
+    widths = read_integers("--widths", args.widths or WIDTHS, WIDTHS)
     request = read_ladder_request(args.overrides, args.config_dir)
-    report = check_ladder(request, widths, say=printer(True), seeds=args.check_seeds)
+    report = check_ladder(request, widths, say=printer(True),
+                          seeds=CHECK_SEEDS if args.check_seeds is None else args.check_seeds)
     if args.json:
         print(json.dumps(report))
     else:

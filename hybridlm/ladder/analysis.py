@@ -18,7 +18,7 @@ from hybridlm.files import write_json
 from hybridlm.ladder.bootstrap import Bootstrap, bootstrap, curve_points, jackknife
 from hybridlm.ladder.law import FREE_MIN_RUNGS, Fit, choose_form, compute_gain, fit_laws
 from hybridlm.ladder.measurements import Measurement, Results
-from hybridlm.ladder.pilot import read_pilot
+from hybridlm.ladder.pilot_report import read_pilot
 from hybridlm.ladder.plan import ARCHITECTURE_KEY, RUNG_KEY, LadderPlan, describe_costs
 from hybridlm.ladder.request import EXTRAPOLATION_MAX, LadderConfig, check_projections
 from hybridlm.ladder.verdict import Comparison, Verdict, compare, judge, project
@@ -71,11 +71,13 @@ def analyse(folder: Path, ladder: LadderConfig, costs: dict[str, dict[str, Any]]
     """
     check_projections(ladder.gate, max(cost["compute"] for cost in costs.values()))
     rows = describe_points(folder, ladder, costs)
+    pilot = read_pilot(folder)
     rungs = [rung.name for rung in ladder.sizes]
     measured = [_measurement(row) for row in rows if row["loss"] is not None]
     results = Results(measured, rungs, ladder.reference_name)
     report: dict[str, Any] = {
-        "ladder": to_dict(ladder), "pilot": read_pilot(folder), "points": rows, "cells": _cells(results, rows),
+        "ladder": to_dict(ladder), "pilot": None if pilot is None else to_dict(pilot),
+        "points": rows, "cells": _cells(results, rows),
         "missing": [f"{row['point']}: {row['status']}" for row in rows if row["loss"] is None],
         "law": None, "comparisons": {}, "gains": {}, "projections": {}, "verdicts": [], "warnings": []}
     report["warnings"] = _warn_of_data(rows)
@@ -142,7 +144,7 @@ def _describe_point(point: dict[str, Any], cost: dict[str, Any], ladder: LadderC
            "tokens_per_second": metrics.get("tokens_per_second"), "mfu": metrics.get("mfu"),
            DECODE_METRIC: metrics.get(DECODE_METRIC), "epochs": metrics.get("epochs"),
            "scores": scores}
-    return {**row, "reason": point["reason"]} if "reason" in point else row
+    return {**row, "reason": point["reason"], "diverged": point["diverged"]} if "reason" in point else row
 
 
 def _measurement(row: dict[str, Any]) -> Measurement:

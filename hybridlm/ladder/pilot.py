@@ -7,23 +7,28 @@ rates. A pilot around another centre adds its rates to those that were tried.
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hybridlm.config.serialization import to_dict
-from hybridlm.errors import ConfigError
 from hybridlm.files import write_json
+from hybridlm.ladder.pilot_report import (
+    PILOT_FILE,
+    RATE_KEY,
+    PilotReport,
+    RateResult,
+    TunedArchitecture,
+    lower_rates,
+    optimizer_settings,
+    read_own_pilot,
+)
 from hybridlm.ladder.request import LadderConfig, LadderRequest
+from hybridlm.optimizers import OptimizerConfig
+from hybridlm.sweep.folder import read_plan
 
 PILOT_FOLDER = "pilot"
-PILOT_FILE = "pilot.json"
-RATE_KEY = "optimizer.lr"
-DIVERGED = ("the run diverged", "were not finite")  # in the reasons of trainings whose loss was not finite
 
 
 @dataclass(frozen=True)
@@ -48,17 +53,18 @@ def plan_rates(ladder: LadderConfig, centres: dict[str, float]) -> list[TriedRat
         ladder: its architectures and factors.
         centres: `optimizer.lr` of each architecture, before any pilot.
 
+    Raises:
+        ConfigError: an earlier pilot in the folder was meant for another rung, base or parametrization.
+
     >>> ladder = LadderConfig(architectures={"kda": {}}, rungs=["r0"], dir="/nowhere")
     >>> [tried.name for tried in plan_rates(ladder, {"kda": 0.008})]
     ['kda_lr-0.002', 'kda_lr-0.004', 'kda_lr-0.008', 'kda_lr-0.016', 'kda_lr-0.032']
     """
-    saved = _read(ladder)
     found = []
     for name, centre in centres.items():
-        before = saved.get("architectures", {}).get(name, {}).get("rates", [])
         # Six digits name a rate, so that the same one is found again around another centre.
         rates = {float(f"{rate:.6g}") for rate in (*(centre * factor for factor in ladder.pilot.factors),
-                                                   *(row["lr"] for row in before))}
+                                                   *_tried_before(ladder, name))}
         found += [TriedRate(f"{name}_lr-{rate:g}", name, rate) for rate in sorted(rates)]
     return found
 
@@ -80,87 +86,78 @@ def pilot_request(request: LadderRequest, tried: Sequence[TriedRate]) -> LadderR
     return replace(request, ladder=own)
 
 
-def judge_pilot(ladder: LadderConfig, tried: Sequence[TriedRate], points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def judge_pilot(ladder: LadderConfig, optimizers: Mapping[str, OptimizerConfig], tried: Sequence[TriedRate],
+                points: Sequence[dict[str, Any]]) -> PilotReport:
     """Choose the best rate of every architecture, and write pilot.json.
 
     Args:
         ladder: the ladder, not its pilot.
+        optimizers: of each architecture, before any pilot.
         tried: of `plan_rates`.
-        points: rows of the pilot's results: architecture, loss (null where there is none), status and reason.
+        points: rows of the pilot's results: architecture, loss (null where there is none), status and `diverged`.
 
     Returns:
         The content of pilot.json: by architecture the losses of all rates, the best one, and whether it lies at an edge
-        of what was tried. A rate at which a training diverged has the loss null.
+        of what was tried. A rate at which a training diverged has the loss null. Architectures of earlier pilots stay.
     """
-    report: dict[str, Any] = {"rung": ladder.sizes[0].name, "seeds": ladder.pilot.seeds or ladder.seeds[:1],
-                              "architectures": {}, "missing": [], "warnings": []}
-    for each in tried:
-        rows = [row for row in points if row["architecture"] == each.name]
-        losses = [row["loss"] for row in rows if row["loss"] is not None]
-        diverged = [row for row in rows if row["loss"] is None
-                    and any(text in row.get("reason", "") for text in DIVERGED)]
-        report["missing"] += [f"{row['point']}: {row['status']}" for row in rows
-                              if row["loss"] is None and row not in diverged]
-        found = report["architectures"].setdefault(each.architecture, {"rates": []})
-        found["rates"].append({"lr": each.rate, "loss": None if diverged or not losses else statistics.fmean(losses),
-                               "losses": losses, "diverged": len(diverged)})
-    for name, found in report["architectures"].items():
-        known = [row for row in found["rates"] if row["loss"] is not None]
-        best = min(known, key=lambda row: row["loss"], default=None)
-        found["best"] = None if best is None else best["lr"]
-        found["at_edge"] = best is not None and best in (found["rates"][0], found["rates"][-1])
-        if found["at_edge"]:
-            report["warnings"].append(
-                f"the best rate of {name}, {found['best']:g}, is at the edge of those that were tried: add "
-                f"ladder.architectures.{name}.{RATE_KEY}={found['best']:g} to the command of the pilot")
+    before = _saved(ladder)
+    current = {name: _judge(optimizer, [each for each in tried if each.architecture == name], points, before.get(name))
+               for name, optimizer in optimizers.items()}
+    report = PilotReport(rung=ladder.sizes[0], base=ladder.base_size, parametrization=ladder.parametrization,
+                         seeds=ladder.pilot.seeds or ladder.seeds[:1], architectures={**before, **current},
+                         warnings=[warning for name, found in current.items()
+                                   for warning in _warn(name, found, ladder.pilot.factors)])
     ladder.folder.mkdir(parents=True, exist_ok=True)
-    write_json(ladder.folder / PILOT_FILE, report)
+    write_json(ladder.folder / PILOT_FILE, to_dict(report))
     return report
 
 
-def best_rates(ladder: LadderConfig) -> dict[str, float]:
-    """The best learning rate of each architecture by the pilot in the ladder's folder; empty without one.
-
-    Raises:
-        ConfigError: the pilot has not finished, so that its best rates may not be the best.
-    """
-    if not ladder.pilot.use:
-        return {}
-    saved = _read(ladder)
-    if saved.get("missing"):
-        raise ConfigError("ladder.dir", "holds a pilot that has not finished", got=saved["missing"][0],
-                          hint="go on with it (--pilot), or train without it: ladder.pilot.use=false")
-    found = saved.get("architectures", {})
-    return {name: row["best"] for name, row in found.items()
-            if name in ladder.architectures and row.get("best") is not None}
-
-
-def read_pilot(folder: Path) -> dict[str, Any] | None:
-    """The content of pilot.json in the folder of a ladder; None where there was no pilot.
-
-    Raises:
-        ConfigError: a file that no pilot wrote.
-    """
-    file = folder / PILOT_FILE
-    if not file.exists():
-        return None
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        [math.isfinite(row["lr"]) for found in data["architectures"].values() for row in found["rates"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError("ladder.dir", "holds a pilot that cannot be read", got=str(file),
-                          hint="delete it: the same command with --pilot writes it again") from None
-    return data
+def _judge(optimizer: OptimizerConfig, tried: Sequence[TriedRate], points: Sequence[dict[str, Any]],
+           before: TunedArchitecture | None) -> TunedArchitecture:
+    """What was found for one architecture, whose rates in `tried` ascend."""
+    rates, missing = [], []
+    for each in tried:
+        rows = [row for row in points if row["architecture"] == each.name]
+        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        diverged = [row for row in rows if row["loss"] is None and row.get("diverged")]
+        missing += [f"{row['point']}: {row['status']}" for row in rows if row["loss"] is None and row not in diverged]
+        rates.append(RateResult(lr=each.rate, loss=None if diverged or not losses else statistics.fmean(losses),
+                                losses=losses, diverged=len(diverged)))
+    known = [(row.loss, row.lr) for row in rates if row.loss is not None]
+    best = min(known)[1] if known else None
+    centres = [] if before is None else [centre for centre in before.centres if centre != optimizer.lr]
+    return TunedArchitecture(optimizer=optimizer_settings(optimizer), centres=[*centres, optimizer.lr], rates=rates,
+                             best=best, at_edge=best is not None and best in (rates[0].lr, rates[-1].lr),
+                             missing=missing)
 
 
-def _read(ladder: LadderConfig) -> dict[str, Any]:
-    return read_pilot(ladder.folder) or {}
-
-
-def describe_use(ladder: LadderConfig) -> list[str]:
-    """Say which learning rates come from the pilot."""
-    rates = best_rates(ladder)
-    if not rates:
+def _warn(name: str, found: TunedArchitecture, factors: Sequence[float]) -> list[str]:
+    """Say that the best rate lies at an edge or that there is none, and how the pilot goes on."""
+    if found.best is None:
+        return [] if found.missing else [f"{name} diverged at every rate: {lower_rates(name, found)}"]
+    if not found.at_edge:
         return []
-    listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-    return [f"learning rates of the pilot: {listed} (ladder.pilot.use=false trains with optimizer.lr)"]
+    centre = found.best
+    if found.best == found.rates[0].lr and min(factors) >= 1:
+        centre /= max(factors)
+    elif found.best == found.rates[-1].lr and max(factors) <= 1:
+        centre /= min(factors)
+    return [f"the best rate of {name}, {found.best:g}, is at the edge of those that were tried: add "
+            f"ladder.architectures.{name}.{RATE_KEY}={centre:g} to the command of the pilot"]
+
+
+def _tried_before(ladder: LadderConfig, name: str) -> list[float]:
+    """Learning rates of an architecture in pilot.json, and in the folder of a pilot that has not written it."""
+    saved = _saved(ladder)
+    rates = [row.lr for row in saved[name].rates] if name in saved else []
+    plan = read_plan(ladder.folder / PILOT_FOLDER)
+    if plan is not None:
+        rates += [words[RATE_KEY] for tried, words in plan["ladder"]["settings"]["architectures"].items()
+                  if tried.rpartition("_lr-")[0] == name]
+    return rates
+
+
+def _saved(ladder: LadderConfig) -> dict[str, TunedArchitecture]:
+    """What earlier pilots in the folder found."""
+    report = read_own_pilot(ladder)
+    return {} if report is None else report.architectures

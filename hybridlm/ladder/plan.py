@@ -10,24 +10,26 @@ from typing import Any
 from hybridlm.config.checks import validate
 from hybridlm.config.schema import Config, StageConfig
 from hybridlm.errors import ConfigError, did_you_mean
-from hybridlm.ladder.pilot import PILOT_FILE, PILOT_FOLDER, best_rates, describe_use
+from hybridlm.ladder.pilot import PILOT_FOLDER
+from hybridlm.ladder.pilot_report import PILOT_FILE, RATE_KEY, best_rate, describe_use, read_pilot
 from hybridlm.ladder.request import LadderConfig, LadderRequest, architecture_words, check_projections
 from hybridlm.ladder.rungs import RungConfig, carry
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.cost import count_parameters, decode_state_bytes, training_flops
+from hybridlm.model.cost import count_parameters, decode_state_bytes
 from hybridlm.run_config import load_config
 from hybridlm.sweep.match import match_points
 from hybridlm.sweep.plan import FIXED_KEYS, SweepPlan
 from hybridlm.sweep.point import SEED_KEY, Point
 from hybridlm.sweep.probe_tasks import PointWork
 from hybridlm.sweep.request import SweepConfig
-from hybridlm.training.sparse_attention import stage_model
+from hybridlm.training.stage_flops import run_flops
 from hybridlm.training.stages import plan_stages
 
 ARCHITECTURE_KEY = "architecture"
 RUNG_KEY = "rung"
 CARRIED_KEYS = ("training.seed", "training.steps", "training.tokens", "training.sequence_length", "training.batch_size",
                 "training.eval_batches", "model.hidden_size", "model.num_layers", "model.parametrization")
+BEFORE_PILOT = "a ladder that began before its pilot goes on with ladder.pilot.use=false"
 COORDINATES_FILE = "coordinates.json"  # of the coordinate check, which may come before the ladder
 DECODED_TOKENS = 64  # room behind the context at which decoding is timed
 
@@ -78,7 +80,7 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
 
     Raises:
         ConfigError: a setting that the ladder decides itself, architectures that cannot be resized or matched, a
-            projection far beyond all points.
+            projection far beyond all points, a pilot whose rates cannot be used.
     """
     ladder = request.ladder
     for word in request.fixed:
@@ -87,6 +89,7 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
             raise ConfigError(key, "is decided by the ladder", got=word.partition("=")[2],
                               expected="ladder.rungs, ladder.seeds, ladder.tokens_per_parameter, "
                               "ladder.parametrization")
+    read_pilot(ladder.folder)  # what cannot be read is said before anything is trained, also where it is not used
     configs = {name: architecture_config(request, name) for name in ladder.architectures}
     reference = ladder.reference_name
     base_tokens = _tokens(configs[reference].model, ladder.base_size, ladder)
@@ -105,7 +108,8 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
         points += rung_points
     costs = {point.name: _cost(point, ladder) for point in points}
     check_projections(ladder.gate, max(cost.compute for cost in costs.values()))
-    notes += [*_transfer_notes(ladder, points), *describe_use(ladder)]
+    tuned = describe_use(ladder)
+    notes += [*_transfer_notes(ladder, points), *tuned]
     sweep = SweepConfig(name=ladder.name, match=ladder.match, dir=str(ladder.folder), probes=ladder.probes,
                         state_context=ladder.state_context, launcher=ladder.launcher, slurm=ladder.slurm,
                         ray=ladder.ray)
@@ -113,7 +117,8 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
             SEED_KEY: [str(seed) for seed in ladder.seeds]}
     return LadderPlan(ladder=ladder, costs=costs,
                       sweep=SweepPlan(sweep=sweep, folder=ladder.folder, vary=vary, points=points, notes=notes,
-                                      other_files=(COORDINATES_FILE, PILOT_FILE, PILOT_FOLDER)))
+                                      other_files=(COORDINATES_FILE, PILOT_FILE, PILOT_FOLDER),
+                                      other_run_hint=BEFORE_PILOT if tuned else ""))
 
 
 def architecture_config(request: LadderRequest, name: str) -> Config:
@@ -122,12 +127,19 @@ def architecture_config(request: LadderRequest, name: str) -> Config:
     Args:
         request: of `read_ladder_request`.
         name: one of the ladder's architectures.
+
+    Returns:
+        The config, with the best learning rate of the ladder's pilot where that is used.
+
+    Raises:
+        ConfigError: a setting that no run has, a pilot whose rates cannot be used.
     """
     words = [*request.fixed, *architecture_words(request.ladder, name)]
-    rate = best_rates(request.ladder).get(name)
-    if rate is not None:
-        words.append(f"optimizer.lr={rate!r}")
-    return load_config(request.root, words, request.config_dir)
+    config = load_config(request.root, words, request.config_dir)
+    rate = best_rate(request.ladder, name, config.optimizer)
+    if rate is None:
+        return config
+    return load_config(request.root, [*words, f"{RATE_KEY}={rate!r}"], request.config_dir)
 
 
 def _point_name(architecture: str, rung: RungConfig, seed: int) -> str:
@@ -237,11 +249,11 @@ def _transfer_notes(ladder: LadderConfig, points: list[Point]) -> list[str]:
 
 
 def _cost(point: Point, ladder: LadderConfig) -> PointCost:
-    """Costs of a point: a stage computes what its mode of attention asks for."""
+    """Costs of a point: FLOPs are those that its run reports."""
     model = point.config.model
     stages = plan_stages(point.config)
     tokens = [stage.steps * stage.tokens_per_step for stage in stages]
-    per_token = [training_flops(stage_model(model, stage), stage.sequence_length) for stage in stages]
+    per_token = run_flops(point.config)
     return PointCost(parameters=count_parameters(model).active, tokens=sum(tokens),
                      compute=sum(flops * count for flops, count in zip(per_token, tokens, strict=True)),
                      flops_per_token=per_token[-1], steps=sum(stage.steps for stage in stages), lr=stages[-1].lr,

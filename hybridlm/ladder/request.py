@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,11 +81,13 @@ class PilotConfig:
     use: bool = True
 
     def __post_init__(self) -> None:
-        require(len(self.factors) > 1, "factors", "has nothing to compare", got=self.factors,
-                expected="two factors or more")
         for factor in self.factors:
-            require(factor > 0, "factors", "must be positive", got=factor)
-        require(self.seeds is None or len(self.seeds) > 0, "seeds", "is empty", expected="at least one")
+            require(0 < factor < math.inf, "factors", "must be positive and finite", got=factor)
+        require(len(set(self.factors)) > 1, "factors", "has nothing to compare", got=self.factors,
+                expected="two different factors or more")
+        if self.seeds is not None:
+            require(len(self.seeds) > 0, "seeds", "is empty", expected="at least one")
+            require(len(set(self.seeds)) == len(self.seeds), "seeds", "has a seed twice", got=self.seeds)
 
 
 @dataclass(kw_only=True)
@@ -308,7 +311,13 @@ def _read_scalar(text: str) -> Any:
 
 
 def _set_value(asked: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of the ladder; what stands behind the name of an architecture is one key, dots and all."""
+    """Set a dotted key of the ladder; what stands behind the name of an architecture is one key, dots and all.
+
+    >>> asked = {"architectures": {"kda.v2": {}}}
+    >>> _set_value(asked, "architectures.kda.v2.optimizer.lr", 0.03)
+    >>> asked
+    {'architectures': {'kda.v2': {'optimizer.lr': 0.03}}}
+    """
     first, _, rest = key.partition(".")
     if not rest or first in ("slurm", "ray"):
         set_value(asked, key, value)
@@ -316,7 +325,9 @@ def _set_value(asked: dict[str, Any], key: str, value: Any) -> None:
     inner = asked.setdefault(first, {})
     if not isinstance(inner, dict):
         raise ConfigError(f"ladder.{key}", f"'{first}' has no keys", got=value)
-    name, _, option = rest.partition(".")
+    known = [name for name in inner if rest.startswith(f"{name}.")]
+    name = max(known, key=len, default=rest.partition(".")[0])  # a name may have dots
+    option = rest[len(name) + 1:]
     if first == "architectures" and option:
         inner.setdefault(name, {})[option] = value
     else:

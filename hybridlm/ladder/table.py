@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridlm.inspect import BYTES, COUNTS, scaled
+from hybridlm.ladder.pilot_report import PilotReport
 from hybridlm.ladder.plan import ARCHITECTURE_KEY, RUNG_KEY
 from hybridlm.sweep.table import format_layers
 from hybridlm.training.display import format_duration
@@ -72,7 +73,7 @@ def print_ladder(report: dict[str, Any], console: Console) -> None:
         console.print(f"without a result: {missing}", highlight=False, markup=False)
 
 
-def print_pilot(report: dict[str, Any], console: Console) -> None:
+def print_pilot(report: PilotReport, console: Console) -> None:
     """Print the losses of all learning rates, and the best of each architecture.
 
     Args:
@@ -80,18 +81,20 @@ def print_pilot(report: dict[str, Any], console: Console) -> None:
         console: where to.
     """
     table = _table("architecture", "learning rate", "bits per\nbyte", "by seed", "")
-    for name, found in report["architectures"].items():
-        for index, row in enumerate(found["rates"]):
-            said = "diverged" if row["diverged"] else "best" if row["lr"] == found["best"] else ""
-            table.add_row("" if index else name, f"{row['lr']:g}", _number(row["loss"], ".4f"),
-                          " ".join(f"{loss:.3f}" for loss in row["losses"]) or "-", said)
+    for name, found in report.architectures.items():
+        for index, row in enumerate(found.rates):
+            said = "diverged" if row.diverged else "best" if row.lr == found.best else ""
+            table.add_row("" if index else name, f"{row.lr:g}", _number(row.loss, ".4f"),
+                          " ".join(f"{loss:.3f}" for loss in row.losses) or "-", said)
     console.print(table)
-    for warning in report["warnings"]:
+    for warning in report.warnings:
         console.print(f"note: {warning}", highlight=False, markup=False)
-    for missing in report["missing"]:
+    for missing in report.missing:
         console.print(f"without a result: {missing}", highlight=False, markup=False)
-    console.print(f"at rung {report['rung']}; the rungs of this ladder train with the best rates "
-                  "(ladder.pilot.use=false: with optimizer.lr)", highlight=False)
+    usable = not report.missing and not report.untuned
+    said = "the rungs of this ladder train with the best rates" if usable else \
+        "the ladder does not train before every architecture has a best rate"
+    console.print(f"at rung {report.rung.name}; {said} (ladder.pilot.use=false: with optimizer.lr)", highlight=False)
 
 
 def _print_cells(report: dict[str, Any], console: Console) -> None:

@@ -239,7 +239,7 @@ def _pilot_table(pilot: dict[str, Any]) -> Table:
     rows = [[name, f"{row['lr']:g}", "diverged" if row["diverged"] else number(row["loss"]),
              "best" * (row["lr"] == found["best"])]
             for name, found in pilot["architectures"].items() for row in found["rates"]]
-    return Table(["architecture", "learning rate", "bits per byte", ""], rows, f"at rung {pilot['rung']}")
+    return Table(["architecture", "learning rate", "bits per byte", ""], rows, f"at rung {pilot['rung']['name']}")
 
 
 def ladder_notes(folder: Path) -> list[str]:

@@ -82,16 +82,17 @@ def _read_point(folder: Path, row: dict[str, Any], probes: list[ProbeTask]) -> d
     """Read one point: its costs, its outcome, its metrics if it is finished, and those of every finished probe."""
     run_dir = folder / "points" / row["point"]
     probes = [task for task in probes if task.label in row.get("probes", [task.label])]  # a ladder's largest rung alone
-    ended = read_outcome(run_dir, row["steps"], probes)
+    context = row.get("decode_context")
+    ended = read_outcome(run_dir, row["steps"], probes, context)
     records, corrupt_lines = read_metrics(run_dir / "metrics.jsonl")
     costs = {key: row[key] for key in ("point", "settings", "same_as", "changed", "layers", *COST_COLUMNS,
                                       "decode_state_bytes", "sequence_length", "steps", "tokens")}
-    metrics = summarize(records) | read_decode_metrics(run_dir) if ended["status"] == "finished" else {}
+    metrics = summarize(records) | read_decode_metrics(run_dir, context) if ended["status"] == "finished" else {}
     for task in probes:
         metrics |= name_probe_metrics(task, read_probe_result(run_dir, task))
     point = {**costs, "run_dir": str(run_dir), "status": ended["status"]}
     if ended["status"] == "failed" and "reason" in ended:
-        point["reason"] = ended["reason"]
+        point |= {"reason": ended["reason"], "diverged": ended.get("diverged", False)}
     return {**point, "corrupt_lines": corrupt_lines, "metrics": metrics}
 
 

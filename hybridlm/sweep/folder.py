@@ -26,7 +26,7 @@ from hybridlm.errors import ConfigError, UserError
 from hybridlm.files import is_locked, try_lock, write_json, write_text
 from hybridlm.sweep.plan import SweepPlan
 from hybridlm.sweep.point import Point
-from hybridlm.sweep.probe_tasks import WORK_FILE, ProbeTask, read_probe_result
+from hybridlm.sweep.probe_tasks import WORK_FILE, ProbeTask, decoding_is_done, read_probe_result
 from hybridlm.training.run_changes import check_same_run
 from hybridlm.training.run_folder import LOCK_FILE
 
@@ -121,8 +121,9 @@ def check_owner(plan: SweepPlan) -> None:
                 check_same_run(load_saved_config(file), point.config, file.parent)
             except UserError as error:
                 what = str(error).split("; got ")[0].split(". Take another")[0]
+                more = f"; {plan.other_run_hint}" if plan.other_run_hint else ""
                 raise ConfigError("sweep.dir", f"holds another sweep, point {name} is not the same: {what}",
-                                  got=str(folder), hint=hint) from None
+                                  got=str(folder), hint=f"{hint}{more}") from None
 
 
 def _check_no_other_files(folder: Path, allowed: tuple[str, ...]) -> None:
@@ -137,11 +138,12 @@ def _check_no_other_files(folder: Path, allowed: tuple[str, ...]) -> None:
 
 def point_outcome(point: Point) -> dict[str, Any]:
     """The outcome of the last start of a point; {"status": "waiting"} before the first, or if it is to do more now."""
-    return read_outcome(Path(point.config.run_dir), point.steps, point.work.probes)
+    return read_outcome(Path(point.config.run_dir), point.steps, point.work.probes, point.work.decode_context)
 
 
-def read_outcome(run_dir: Path, steps: int, probes: list[ProbeTask]) -> dict[str, Any]:
-    """The outcome of a point that is to train for `steps` on text, and on `probes`.
+def read_outcome(run_dir: Path, steps: int, probes: list[ProbeTask],
+                 decode_context: int | None = None) -> dict[str, Any]:
+    """The outcome of a point that is to train for `steps` on text, to decode, and to train on `probes`.
 
     Returns:
         outcome.json, or {"status": "waiting"} where there is none, or where it finished with less than this.
@@ -150,7 +152,8 @@ def read_outcome(run_dir: Path, steps: int, probes: list[ProbeTask]) -> dict[str
         data = json.loads((run_dir / OUTCOME_FILE).read_text(encoding="utf-8"))
         if data["status"] != "finished":
             return data
-        complete = data["step"] == steps and all(read_probe_result(run_dir, task) is not None for task in probes)
+        complete = (data["step"] == steps and decoding_is_done(run_dir, decode_context)
+                    and all(read_probe_result(run_dir, task) is not None for task in probes))
         return data if complete else {"status": "waiting"}
     except (OSError, ValueError, KeyError, TypeError):
         return {"status": "waiting"}

@@ -36,6 +36,7 @@ class SweepPlan:
         points: the runs.
         notes: sentences that a person should read before anything runs.
         other_files: names of files that may lie in the folder before the first start.
+        other_run_hint: what else to do where a point in the folder has another config; empty: nothing.
     """
 
     sweep: SweepConfig
@@ -44,6 +45,7 @@ class SweepPlan:
     points: list[Point]
     notes: list[str] = field(default_factory=list)
     other_files: tuple[str, ...] = ()
+    other_run_hint: str = ""
 
 
 def make_plan(words: Sequence[str], config_dir: str | None = None) -> SweepPlan:

@@ -3,7 +3,7 @@
     points/NAME/
       work.yaml             PointWork: what the process of the point does beside point.yaml
       probes/LABEL.json     a task and its ProbeResult
-      decode.json           a row of `decode_speed`
+      decode.json           a row of `decode_speed`, or the context at which it failed and why
 """
 
 from __future__ import annotations
@@ -127,10 +127,29 @@ def _result_file(run_dir: Path, task: ProbeTask) -> Path:
     return run_dir / PROBE_RESULTS_FOLDER / f"{task.label}.json"
 
 
-def read_decode_metrics(run_dir: Path) -> dict[str, float]:
-    """The time of a decoded token as a metric of a point; empty where it was not measured."""
+def decoding_is_done(run_dir: Path, context: int | None) -> bool:
+    """Whether decoding behind `context` tokens was timed, or cannot be; true where `context` is null."""
+    return context is None or _read_decoding(run_dir, context) is not None
+
+
+def read_decode_metrics(run_dir: Path, context: int | None) -> dict[str, float]:
+    """The time of a decoded token behind `context` tokens as a metric of a point; empty where it was not measured."""
+    row = None if context is None else _read_decoding(run_dir, context)
+    try:
+        return {} if row is None else {DECODE_METRIC: 1000.0 * row["batch"] / row["decode_tokens_per_second"]}
+    except (KeyError, TypeError, ZeroDivisionError):
+        return {}
+
+
+def write_decoding(run_dir: Path, row: dict[str, Any]) -> None:
+    """Write a row of `decode_speed`, or `context` and `error` where decoding failed."""
+    write_json(run_dir / DECODE_FILE, row)
+
+
+def _read_decoding(run_dir: Path, context: int) -> dict[str, Any] | None:
+    """The content of decode.json; None where it is of another context, or is not there."""
     try:
         row = json.loads((run_dir / DECODE_FILE).read_text(encoding="utf-8"))
-        return {DECODE_METRIC: 1000.0 * row["batch"] / row["decode_tokens_per_second"]}
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        return {}
+        return row if row["context"] == context else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

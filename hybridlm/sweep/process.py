@@ -24,6 +24,7 @@ from hybridlm.files import write_json
 from hybridlm.sweep.folder import OUTCOME_FILE, OUTPUT_FILE, POINT_FILE
 from hybridlm.sweep.probe_tasks import WORK_FILE, PointWork
 from hybridlm.training.display import format_duration
+from hybridlm.training.guards import TrainingDiverged
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 RESULT_KEYS = ("status", "step", "validation", "bigram_bits_per_byte", "checkpoint")  # that `train --json` prints
@@ -141,6 +142,7 @@ def finish_point(ended: PointProcess, *, asked_to_stop: bool) -> dict[str, Any]:
         result |= {"status": "interrupted", "step": None}
     if result["status"] == "failed":
         result["reason"] = _find_reason(ended.process.returncode, ended.folder / OUTPUT_FILE, ended.output_start)
+        result["diverged"] = TrainingDiverged.PREFIX in result["reason"]
     write_json(ended.folder / OUTCOME_FILE, result)
     return result
 

@@ -18,10 +18,9 @@ from hybridlm.checkpoint import load_checkpoint
 from hybridlm.config.schema import Config
 from hybridlm.config.serialization import from_dict, load_yaml
 from hybridlm.distributed.engine import pick_device
-from hybridlm.errors import UserError
+from hybridlm.errors import CheckpointError, UserError
 from hybridlm.evaluation.decode_speed import decode_speed
 from hybridlm.evaluation.probe_training import train_on_probe
-from hybridlm.files import write_json
 from hybridlm.run_config import load_config
 from hybridlm.sweep.folder import POINT_FILE
 from hybridlm.sweep.probe_tasks import (
@@ -29,10 +28,12 @@ from hybridlm.sweep.probe_tasks import (
     WORK_FILE,
     PointWork,
     ProbeTask,
-    read_decode_metrics,
+    decoding_is_done,
     read_probe_result,
+    write_decoding,
     write_probe_result,
 )
+from hybridlm.training.guards import TrainingStopped
 from hybridlm.training.run_folder import RunFolder
 from hybridlm.user_code import import_user_code
 
@@ -59,24 +60,28 @@ def run_point(run_dir: Path) -> int:
     failed = 0
     if ended["status"] == "finished":
         with closing(RunFolder(run_dir)):  # locked: other processes see that the point is busy
-            if work.decode_context is not None and ended["checkpoint"] is not None:
+            if work.decode_context is not None:
                 _time_decoding(run_dir, ended["checkpoint"], config, work.decode_context)
             failed = _train_on_probes(run_dir, config, work.probes)
     print(json.dumps(ended))
     return 1 if failed else 0
 
 
-def _time_decoding(run_dir: Path, checkpoint: str, config: Config, context: int) -> None:
+def _time_decoding(run_dir: Path, checkpoint: str | None, config: Config, context: int) -> None:
     """Time decoding with the trained weights, unless that is done; a failure is reported and costs nothing else."""
-    if read_decode_metrics(run_dir):
+    if decoding_is_done(run_dir, context):
         return
     try:
+        if checkpoint is None:
+            raise CheckpointError("there is no checkpoint of the trained weights")
         model = load_checkpoint(checkpoint, device=pick_device(config.engine).type)
         [row] = decode_speed(model, [context])
     except (UserError, RuntimeError) as error:  # torch's own errors, such as a GPU without enough memory
-        print(f"error: decoding: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        return
-    write_json(run_dir / DECODE_FILE, row)
+        said = str(error).splitlines()[0]
+        print(f"error: decoding: {said}; to measure again, delete {run_dir / DECODE_FILE} and give the same command",
+              file=sys.stderr, flush=True)
+        row = {"context": context, "error": said}
+    write_decoding(run_dir, row)
 
 
 def _train_on_probes(run_dir: Path, config: Config, tasks: list[ProbeTask]) -> int:
@@ -108,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import_user_code(args.imports)
         return run_point(args.folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, TrainingStopped) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 

@@ -34,7 +34,8 @@ def cost_row(point: Point) -> dict[str, Any]:
             "active_parameters": count.active_with_head, "sequence_length": length,
             "training_flops_per_token": training_flops(model, length),
             "decode_state_bytes": {str(size): decode_state_bytes(model, size) for size in STATE_CONTEXTS.values()},
-            "steps": point.steps, "tokens": point.tokens, "probes": [task.label for task in point.work.probes]}
+            "steps": point.steps, "tokens": point.tokens, "probes": [task.label for task in point.work.probes],
+            "decode_context": point.work.decode_context}
 
 
 def describe_plan(plan: SweepPlan, seconds: list[float], how: str, statuses: list[str], jobs: int) -> dict[str, Any]:

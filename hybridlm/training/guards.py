@@ -23,6 +23,19 @@ class TrainingStopped(Exception):
     exit_code = 1
 
 
+class TrainingDiverged(TrainingStopped):
+    """Raised when losses, gradients or weights are no longer finite: a result, and no fault of the machine.
+
+    Args:
+        text: what was not finite and what to do, without `PREFIX`, by which the process that started the run knows.
+    """
+
+    PREFIX = "the run diverged: "
+
+    def __init__(self, text: str):
+        super().__init__(self.PREFIX + text)
+
+
 NOTHING_BAD = "nothing: the same batch is finite when computed again, so look at the hardware"
 
 

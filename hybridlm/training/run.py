@@ -36,7 +36,7 @@ from hybridlm.planning.rank_memory import rank_memory
 from hybridlm.training.branch import Branch, check_tokenizer, lr_change, open_branch, previous_stages
 from hybridlm.training.display import Display, format_count, format_duration
 from hybridlm.training.distillation import WINDOW, load_teacher
-from hybridlm.training.guards import TrainingStopped
+from hybridlm.training.guards import TrainingDiverged, TrainingStopped
 from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import PeakRate, peak_flops, peak_measurement
 from hybridlm.training.run_changes import flatten
@@ -326,9 +326,9 @@ def _finish(trainer: Trainer, stopped: str | None, resume: str) -> RunResult:
     if progress.skipped_steps:
         log.warning("%s skipped, not finite", counted(progress.skipped_steps, "step"))
     if trainer.validation and not math.isfinite(trainer.validation["validation_loss"]):
-        raise TrainingStopped(f"the run diverged: its validation loss after step {progress.step} is "
-                              f"{trainer.validation['validation_loss']}; try a lower optimizer.lr than "
-                              f"{trainer.config.optimizer.lr:g} in another run_dir (saved: {trainer.saver.newest})")
+        raise TrainingDiverged(f"its validation loss after step {progress.step} is "
+                               f"{trainer.validation['validation_loss']}; try a lower optimizer.lr than "
+                               f"{trainer.config.optimizer.lr:g} in another run_dir (saved: {trainer.saver.newest})")
     if trainer.validation:
         result.bigram_bits_per_byte = _bigram_entropy(trainer.data)
         _report_validation(trainer.validation, result.bigram_bits_per_byte)

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from hybridlm.config.schema import selector_patterns
+import torch
+
+from hybridlm import checkpoint
+from hybridlm.config.schema import Config, selector_patterns
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import (
     BACKWARD,
@@ -16,8 +19,9 @@ from hybridlm.model.cost import (
     training_parts,
 )
 from hybridlm.model.loss_names import trains_next_token
+from hybridlm.model.model import HybridLM
 from hybridlm.training.sparse_attention import stage_model
-from hybridlm.training.stages import Stage
+from hybridlm.training.stages import Stage, plan_stages
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,41 @@ def stage_flops(config: ModelConfig, stage: Stage, trained: Sequence[str],
     if teacher is not None and aligns:
         total += mixer_forward_flops(teacher.model, teacher.converted, length)
     return total
+
+
+def run_flops(config: Config) -> list[float]:
+    """FLOPs per token of a training step of every stage of a run, from its config alone.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        `stage_flops` of each of `plan_stages`.
+
+    Raises:
+        CheckpointError: the teacher of the run cannot be read.
+
+    >>> from hybridlm.run_config import load_config
+    >>> dense, sparse = run_flops(load_config("train", ["model=kda_dsa_tiny", "recipe=dsa_scratch"]))
+    >>> dense != sparse
+    True
+    """
+    teacher = None
+    if config.teacher is not None:
+        convert = config.recipe.convert
+        teacher = TeacherCost(checkpoint.read_model_config(checkpoint.resolve(config.teacher)),
+                              [] if convert is None else convert.converted or [])
+    return [stage_flops(config.model, stage, _trained_names(config.model, stage.trainable), teacher)
+            for stage in plan_stages(config)]
+
+
+def _trained_names(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
+    """Names of the parameters that match; "*" stands for all of them, which need not be listed."""
+    if "*" in patterns:
+        return ["*"]
+    with torch.device("meta"):
+        names = [name for name, _ in HybridLM(config).named_parameters()]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _are_mixers(trained: Sequence[str], layers: Sequence[int]) -> bool:

@@ -30,7 +30,7 @@ from hybridlm.training.guards import (
     NOTHING_BAD,
     BadStepGuard,
     GradientNormWatch,
-    TrainingStopped,
+    TrainingDiverged,
     bad_weight,
     first_bad_layer,
 )
@@ -315,9 +315,9 @@ class Trainer:
         found = self.engine.gather(first_bad_layer(self.engine, compute_loss, batch))
         where = next((place for place in found if place != NOTHING_BAD), NOTHING_BAD)
         self.saver.finish()
-        raise TrainingStopped(f"{self.guard.in_a_row} steps in a row were not finite (the last is step "
-                              f"{self.progress.step}); first bad: {where}; {self.saver.newest_text}; "
-                              f"{self._lower_rate()}")
+        raise TrainingDiverged(f"{self.guard.in_a_row} steps in a row were not finite (the last is step "
+                               f"{self.progress.step}); first bad: {where}; {self.saver.newest_text}; "
+                               f"{self._lower_rate()}")
 
     def _lower_rate(self) -> str:
         """Say how to go on with a lower learning rate and other samples, as a command that can be typed."""
@@ -345,8 +345,8 @@ class Trainer:
         # Found after a step of finite gradients: far too large a learning rate.
         weight = next(filter(None, self.engine.gather(bad_weight(self.engine))), None)
         if weight is not None:
-            raise TrainingStopped(f"weight '{weight}' is not finite after step {step}, which is not saved; "
-                                  f"{self.saver.newest_text}; {self._lower_rate()}")
+            raise TrainingDiverged(f"weight '{weight}' is not finite after step {step}, which is not saved; "
+                                   f"{self.saver.newest_text}; {self._lower_rate()}")
         state = {"progress": self.progress.to_dict(), "data": self.data.fingerprint,
                  "data_rules": self.data.rules}
         texts = checkpoint.model_texts(self.stage_config, self.stage_config.model, self.data.tokenizer)

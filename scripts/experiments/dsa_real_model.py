@@ -401,7 +401,10 @@ def main(argv: list[str] | None = None) -> int:
                 model = make_smoke_model(args.out / "smoke_model") if args.smoke else args.model
                 import_model(args.out, args.gguf, model)
         elif piece in ("table", "figure"):
-            found = json.loads((args.out / "measured.json").read_text(encoding="utf-8"))
+            measured = args.out / "measured.json"
+            if not measured.is_file():
+                parser.error(f"nothing has been measured in {args.out}: run the piece measure first")
+            found = json.loads(measured.read_text(encoding="utf-8"))
             if piece == "table":
                 write_text(args.out / "table.md", tabulate(found, sizes))
                 print(tabulate(found, sizes))

@@ -27,9 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sweep_tables import unfinished
+
 from hybridlm.cli import main as hybridlm
 from hybridlm.files import write_json, write_text
-from hybridlm.ladder.pilot import read_pilot
+from hybridlm.ladder.pilot import PILOT_FOLDER
+from hybridlm.ladder.pilot_report import RateResult, TunedArchitecture, read_pilot
 from hybridlm.report.build import write_report
 
 TWO = "ladder.architectures={full: {ratio: 0}, kda: {linear: kda, ratio: 3}}"
@@ -90,15 +93,22 @@ SMOKE = Sizes(
 
 @dataclass(frozen=True)
 class Part:
-    """One command of the experiment: the folder of its ladder, and its words."""
+    """One command of the experiment.
+
+    Args:
+        name: of the ladder.
+        words: of the command.
+        folder: of the points that it runs.
+    """
 
     name: str
     words: list[str]
+    folder: Path
 
 
 def _part(out: Path, name: str, sizes: Sizes, *words: str) -> Part:
-    return Part(name, [f"ladder={sizes.name}", *sizes.words, *words, f"ladder.name={name}",
-                       f"ladder.dir={out / name}"])
+    return Part(name, [f"ladder={sizes.name}", *sizes.words, *words, f"ladder.name={name}", f"ladder.dir={out / name}"],
+                out / name / PILOT_FOLDER if "--pilot" in words else out / name)
 
 
 def pilot_parts(out: Path, sizes: Sizes) -> list[Part]:
@@ -149,21 +159,25 @@ def choose_rates(out: Path, names: tuple[str, ...]) -> dict[str, float]:
     """The best rates of some architectures by the pilot.
 
     Raises:
-        SystemExit: the pilot has not finished.
+        SystemExit: the pilot has not finished, or an architecture diverged at every rate.
     """
     pilot = read_pilot(out / "ladder")
-    if pilot is None or pilot["missing"]:
+    if pilot is None or pilot.missing:
         raise SystemExit("the pilot has not finished: --only pilot")
-    return {name: pilot["architectures"][name]["best"] for name in names}
+    rates = {name: found.best for name, found in pilot.architectures.items() if found.best is not None}
+    for name in names:
+        if name not in rates:
+            raise SystemExit(f"the pilot has no learning rate at which {name} trains")
+    return {name: rates[name] for name in names}
 
 
 def tabulate_rates(out: Path) -> str:
     """Losses of the pilot, and those at the next rung with half and twice the best rates."""
     pilot = read_pilot(out / "ladder")
     lines = ["| rung | architecture | learning rate | bits per byte | |", "|---" * 5 + "|"]
-    for name, found in ([] if pilot is None else pilot["architectures"].items()):
-        lines += [f"| {pilot['rung']} | {name} | {row['lr']:g} | {_loss(row['loss'])} | "
-                  f"{_mark(row, found)} |" for row in found["rates"]]
+    if pilot is not None:
+        lines += [f"| {pilot.rung.name} | {name} | {row.lr:g} | {_loss(row.loss)} | {_mark(row, found)} |"
+                  for name, found in pilot.architectures.items() for row in found.rates]
     for factor in CHECKED:
         file = out / f"check-{factor:g}" / "ladder.json"
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cells": []}
@@ -172,12 +186,12 @@ def tabulate_rates(out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _mark(row: dict[str, Any], found: dict[str, Any]) -> str:
-    if row["diverged"]:
+def _mark(row: RateResult, found: TunedArchitecture) -> str:
+    if row.diverged:
         return "diverged"
-    if row["lr"] != found["best"]:
+    if row.lr != found.best:
         return ""
-    return "best, at the edge" if found["at_edge"] else "best"
+    return "best, at the edge" if found.at_edge else "best"
 
 
 def _loss(value: float | None) -> str:
@@ -191,17 +205,17 @@ def tabulate_transfer(out: Path, sizes: Sizes) -> str:
     """
     found = {(kind, width): read_pilot(out / f"transfer-{kind}-{width}")
              for kind in PARAMETRIZATIONS for width in sizes.widths}
-    rates = sorted({row["lr"] for pilot in found.values() if pilot for each in pilot["architectures"].values()
-                    for row in each["rates"]})
+    rates = sorted({row.lr for pilot in found.values() if pilot for each in pilot.architectures.values()
+                    for row in each.rates})
     lines = ["| parametrization | architecture | width | " + " | ".join(f"{rate:g}" for rate in rates) + " | best |",
              "|---" * (len(rates) + 4) + "|"]
     for kind in PARAMETRIZATIONS:
         for name in ("full", "kda"):
             for width in sizes.widths:
                 pilot = found[kind, width]
-                each = {"rates": [], "best": None} if pilot is None else pilot["architectures"][name]
-                losses = {row["lr"]: row["loss"] for row in each["rates"]}
-                best = "-" if each["best"] is None else f"{each['best']:g}"
+                each = None if pilot is None else pilot.architectures[name]
+                losses = {} if each is None else {row.lr: row.loss for row in each.rates}
+                best = "-" if each is None or each.best is None else f"{each.best:g}"
                 lines.append(f"| {kind} | {name} | {width} | " + " | ".join(_loss(losses.get(rate)) for rate in rates)
                              + f" | {best} |")
     return "\n".join(lines) + "\n"
@@ -214,7 +228,8 @@ def run(part: Part, jobs: int) -> None:
         SystemExit: a point of it failed, or it was stopped.
     """
     print(f"== {part.name}", flush=True)
-    if hybridlm(["ladder", *part.words, "--no-measure", "--jobs", str(jobs)]) != 0:
+    code = hybridlm(["ladder", *part.words, "--no-measure", "--jobs", str(jobs)])
+    if code != 0 or unfinished(json.loads((part.folder / "results.json").read_text(encoding="utf-8"))):
         raise SystemExit(f"{part.name} did not finish; the same command goes on")
 
 

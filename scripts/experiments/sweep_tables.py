@@ -37,9 +37,18 @@ def run_sweeps(sweeps: Mapping[Path, Sequence[str]], jobs: int, collect: bool) -
         if not (folder / "results.json").exists():
             break
         every.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
-        if not collect and any(point["status"] not in ("finished", "failed") for point in every[-1]["points"]):
+        if not collect and unfinished(every[-1]):
             break
     return code, every
+
+
+def unfinished(results: Mapping[str, Any]) -> list[str]:
+    """Points of a sweep that was stopped: neither finished nor failed. The exit code of a stopped sweep is 0.
+
+    Args:
+        results: the content of results.json.
+    """
+    return [point["point"] for point in results["points"] if point["status"] not in ("finished", "failed")]
 
 
 def write_tables(out: Path, every: Sequence[dict[str, Any]], metrics: Sequence[str] = ()) -> None:

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from hybridlm.config.serialization import to_dict
 from hybridlm.files import write_json
-from hybridlm.ladder.pilot import PILOT_FILE, pilot_request, plan_rates
-from hybridlm.ladder.plan import make_ladder_plan
+from hybridlm.ladder.pilot import pilot_request, plan_rates
+from hybridlm.ladder.pilot_report import PILOT_FILE
+from hybridlm.ladder.plan import architecture_config, make_ladder_plan
 from hybridlm.ladder.request import read_ladder_request
+from hybridlm.ladder.rungs import RUNGS
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "experiments" / "ladder.py"
 
 
 @pytest.fixture
 def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("ladder_experiment", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "ladder_experiment", module)
@@ -24,15 +28,28 @@ def script(monkeypatch):
 
 
 def write_pilot(folder, losses, best):
-    folder.mkdir(parents=True)
-    rates = [{"lr": rate, "loss": loss, "losses": [loss], "diverged": 0} for rate, loss in losses.items()]
-    write_json(folder / PILOT_FILE, {"rung": "r0", "missing": [], "architectures": {
-        name: {"rates": rates, "best": best, "at_edge": False} for name in ("full", "kda")}})
+    """A pilot of `ladder=bytes` with the same losses for all architectures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    request = read_ladder_request(["ladder=bytes", f"ladder.dir={folder / 'none'}"])
+    found = []
+    for name in request.ladder.architectures:
+        optimizer = to_dict(architecture_config(request, name).optimizer)
+        centre = optimizer.pop("lr")
+        rates = [{"lr": rate, "loss": loss, "losses": [], "diverged": 0 if loss else 1}
+                 for rate, loss in losses.items()]
+        found.append((name, {"optimizer": optimizer, "centres": [centre], "rates": rates, "best": best,
+                             "at_edge": False, "missing": []}))
+    write_json(folder / PILOT_FILE, {
+        "rung": to_dict(RUNGS["r0"]), "base": to_dict(RUNGS["r0"]), "parametrization": request.ladder.parametrization,
+        "seeds": [0], "architectures": dict(found), "warnings": []})
 
 
 def test_every_part_is_a_ladder(script, tmp_path):
     sizes = script.Sizes()
     with pytest.raises(SystemExit, match="pilot has not finished"):
+        script.check_parts(tmp_path, sizes)
+    write_pilot(tmp_path / "ladder", {8e-3: None, 1.6e-2: None}, None)
+    with pytest.raises(SystemExit, match="the pilot has no learning rate at which full trains"):
         script.check_parts(tmp_path, sizes)
     write_pilot(tmp_path / "ladder", {8e-3: 2.5, 1.6e-2: 2.4}, 1.6e-2)
     parts = [*script.pilot_parts(tmp_path, sizes), *script.check_parts(tmp_path, sizes),
@@ -68,3 +85,18 @@ def test_tables_have_every_rate_and_the_best(script, tmp_path):
     transfer = script.tabulate_transfer(tmp_path, sizes)
     assert "| mup | full | 64 | 2.2500 | 2.5000 | 0.008 |" in transfer
     assert "| standard | full | 32 | - | - | - |" in transfer
+
+
+@pytest.mark.parametrize("piloting", [True, False])
+def test_a_part_that_was_stopped_does_not_go_on_to_the_next(script, tmp_path, monkeypatch, piloting):
+    sizes = script.Sizes()
+    part = (script.pilot_parts(tmp_path, sizes) if piloting else script.transfer_parts(tmp_path, sizes))[0]
+    part.folder.mkdir(parents=True)
+    monkeypatch.setattr(script, "hybridlm", lambda words: 0)  # the exit code of a ladder that was asked to stop
+    for status, stops in (("waiting", True), ("interrupted", True), ("failed", False), ("finished", False)):
+        write_json(part.folder / "results.json", {"points": [{"point": "kda_r0_seed-0", "status": status}]})
+        if stops:
+            with pytest.raises(SystemExit, match="did not finish; the same command goes on"):
+                script.run(part, jobs=1)
+        else:
+            script.run(part, jobs=1)

@@ -1,5 +1,6 @@
 """Points of a ladder: sizes, matched budgets, carried hyperparameters, and what the user gets wrong."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -7,10 +8,11 @@ import pytest
 
 from hybridlm import build_model
 from hybridlm.errors import ConfigError
-from hybridlm.ladder.plan import architecture_config, make_ladder_plan, resize_model
+from hybridlm.ladder.plan import _cost, architecture_config, make_ladder_plan, resize_model
 from hybridlm.ladder.request import LadderConfig, read_ladder_request
 from hybridlm.ladder.rungs import RUNGS, find_rung
-from hybridlm.model.cost import forward_flops, training_flops
+from hybridlm.model.cost import forward_flops, training_flops, training_parts
+from hybridlm.training.sparse_attention import stage_model
 from hybridlm.training.stages import plan_stages
 
 # Query heads and key/value heads of full layers, and of linear ones, by rung.
@@ -110,6 +112,14 @@ def test_stages_get_their_part_of_the_tokens(plan):
     assert by_mode["dense"] > by_mode["sparse"] == cost.flops_per_token
     assert cost.compute == pytest.approx(rest.tokens_per_step * (by_mode["dense"] * dense.steps
                                                                  + by_mode["sparse"] * rest.steps), rel=1e-12)
+    # A stage that trains the indexers alone computes no logits and no backward of the model, and costs so much less.
+    warm = copy.deepcopy(sparse)
+    stages = warm.config.recipe.stages
+    stages[0] = replace(stages[0], trainable=["*.indexer.*"], loss_weights={"lm": 0})
+    parts = training_parts(stage_model(model, dense), 512)
+    alone = parts["forward"] - forward_flops(model, 512)["head"] + parts["backward"]
+    assert _cost(warm, plan.ladder).compute == pytest.approx(rest.tokens_per_step * (
+        alone * dense.steps + by_mode["sparse"] * rest.steps), rel=1e-12)
 
 
 def test_what_nobody_has_checked_is_said(plan):

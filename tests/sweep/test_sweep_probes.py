@@ -166,5 +166,30 @@ def test_decoding_is_timed_after_training_and_once(folder, tmp_path, monkeypatch
     metrics = collect(folder)["points"][0]["metrics"]
     assert metrics["decode_milliseconds_per_token"] == pytest.approx(1000 / row["decode_tokens_per_second"])
     assert "validation_bits_per_byte" in metrics
+    decode_speed = point_process.decode_speed
     monkeypatch.setattr(point_process, "decode_speed", None)  # a point that is started again does not measure again
     assert point_process.run_point(run_dir) == 0
+    # The time behind another context is another number: the finished point waits until it is measured.
+    plan.points[0].work.decode_context = 16
+    assert point_outcome(plan.points[0])["status"] == "waiting"
+    write_json(folder / "sweep.json", describe_plan(plan, [0.0], "", ["waiting"], 1))
+    assert "decode_milliseconds_per_token" not in collect(folder)["points"][0]["metrics"]
+    prepare_point(plan.points[0])
+    monkeypatch.setattr(point_process, "decode_speed", decode_speed)
+    assert point_process.run_point(run_dir) == 0
+    assert json.loads((run_dir / "decode.json").read_text())["context"] == 16
+    write_json(run_dir / OUTCOME_FILE, {"status": "finished", "step": 2, "seconds": 1.0})
+    assert "decode_milliseconds_per_token" in collect(folder)["points"][0]["metrics"]
+
+
+def test_decoding_that_fails_is_named_and_the_point_finishes(folder, tmp_path, monkeypatch, capsys):
+    plan = make_plan(words(folder, MQAR))
+    point = plan.points[0]
+    point.work.decode_context = 12
+    run_dir = prepare_point(point)
+    assert point_process.run_point(run_dir) == 0  # probes alone leave no checkpoint
+    assert "error: decoding: there is no checkpoint of the trained weights; to measure" in capsys.readouterr().err
+    write_json(run_dir / OUTCOME_FILE, {"status": "finished", "step": 0, "seconds": 1.0})
+    assert point_outcome(point)["status"] == "finished"
+    write_json(folder / "sweep.json", describe_plan(plan, [0.0] * 2, "", ["waiting"] * 2, 1))
+    assert "decode_milliseconds_per_token" not in collect(folder)["points"][0]["metrics"]
