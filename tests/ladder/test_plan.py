@@ -117,7 +117,7 @@ def test_stages_get_their_part_of_the_tokens(plan):
     stages = warm.config.recipe.stages
     stages[0] = replace(stages[0], trainable=["*.indexer.*"], loss_weights={"lm": 0})
     parts = training_parts(stage_model(model, dense), 512)
-    alone = parts["forward"] - forward_flops(model, 512)["head"] + parts["backward"]
+    alone = parts["forward"] - forward_flops(model, 512)["head"] + parts["selector_losses"]
     assert _cost(warm, plan.ladder).compute == pytest.approx(rest.tokens_per_step * (
         alone * dense.steps + by_mode["sparse"] * rest.steps), rel=1e-12)
 
