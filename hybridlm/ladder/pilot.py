@@ -114,7 +114,7 @@ def judge_pilot(ladder: LadderConfig, optimizers: Mapping[str, OptimizerConfig],
 
 def _judge(optimizer: OptimizerConfig, tried: Sequence[TriedRate], points: Sequence[dict[str, Any]],
            before: TunedArchitecture | None) -> TunedArchitecture:
-    """What was found for one architecture, whose rates in `tried` ascend."""
+    """Judge the results of one architecture, whose rates in `tried` ascend."""
     rates, missing = [], []
     for each in tried:
         rows = [row for row in points if row["architecture"] == each.name]
@@ -158,6 +158,6 @@ def _tried_before(ladder: LadderConfig, name: str) -> list[float]:
 
 
 def _saved(ladder: LadderConfig) -> dict[str, TunedArchitecture]:
-    """What earlier pilots in the folder found."""
+    """Read the results of earlier pilots in the folder, by architecture."""
     report = read_own_pilot(ladder)
     return {} if report is None else report.architectures

@@ -1,4 +1,4 @@
-"""What a pilot found, as pilot.json has it, and which of its learning rates a ladder may train with.
+"""The results of a pilot, as pilot.json has them, and the learning rates that a ladder may train with.
 
 A rate is the best for one rung, base, parametrization and optimizer. A ladder with others is refused, and so is one
 with an architecture for which no rate is known: it would train beside tuned ones with a rate that nobody has tuned.
@@ -27,7 +27,7 @@ WITHOUT_PILOT = "train with optimizer.lr: ladder.pilot.use=false"
 
 @dataclass(kw_only=True)
 class RateResult:
-    """What trainings at one learning rate gave.
+    """Losses of the trainings at one learning rate.
 
     Args:
         lr: the learning rate.
@@ -50,7 +50,7 @@ class RateResult:
 
 @dataclass(kw_only=True)
 class TunedArchitecture:
-    """What a pilot found for one architecture.
+    """Results of a pilot for one architecture.
 
     Args:
         optimizer: settings of its optimizer, without the learning rate.
