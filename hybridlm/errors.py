@@ -25,6 +25,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close}'?" if close else ""
 
 
+def did_you_mean_or_own(name: str, known: Iterable[str], noun: str = "kind") -> str:
+    """The hint of an error about a name that the user's own code may define.
+
+    >>> did_you_mean_or_own("kdaa", ["kda"])
+    "did you mean 'kda'?, or is it a kind of your own? --import FILE registers it"
+    >>> did_you_mean_or_own("mine", ["kda"], "probe")
+    'a probe of your own is registered with --import FILE'
+    """
+    near = did_you_mean(name, known)
+    if near:
+        return f"{near}, or is it a {noun} of your own? --import FILE registers it"
+    return f"a {noun} of your own is registered with --import FILE"
+
+
 def did_you_mean_path(path: str | Path) -> str:
     """The hint of an error about a path that does not exist: the closest one beside its first part that is missing.
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hybridlm.cli.parser import Parser
-from hybridlm.errors import ConfigError, counted, did_you_mean
+from hybridlm.errors import ConfigError, counted, did_you_mean, did_you_mean_or_own
 
 HIDDEN_SIZE = 32  # of the layer that is checked, unless asked otherwise
 # Sizes of a small feed-forward, for options that a kind or preset leaves open; mixers know theirs from the layer.
@@ -107,7 +107,7 @@ def _config(name: str, options: Sequence[str], config_dir: str | None, hidden_si
         raise ConfigError("KIND", "was renamed", got=name, expected=renamed)
     names = sorted(set(known))
     raise ConfigError("KIND", "no such mixer or feed-forward", got=name, expected=f"one of {', '.join(names)}",
-                      hint=did_you_mean(name, names) or "a kind of your own is registered with --import FILE")
+                      hint=did_you_mean_or_own(name, names))
 
 
 def _given(options: Sequence[str]) -> dict[str, Any]:

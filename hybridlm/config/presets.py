@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridlm.config.serialization import from_dict, to_dict
-from hybridlm.errors import ConfigError, did_you_mean
+from hybridlm.errors import ConfigError, did_you_mean_or_own
 from hybridlm.kind_registry import registry_of
 from hybridlm.model.config import ScheduleConfig
 from hybridlm.model.mixers.contract import MixerConfig
@@ -73,8 +73,7 @@ def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str
             known = f"one of {', '.join(sorted(defined))} of the model, or " if defined else ""
             raise ConfigError(key, f"{place}names an unknown mixer", got=name,
                               expected=f"{known}a preset: {', '.join(presets)}",
-                              hint=did_you_mean(name, [*defined, *presets, *sorted(kinds)])
-                              or "a kind of your own is registered with --import FILE")
+                              hint=did_you_mean_or_own(name, [*defined, *presets, *sorted(kinds)]))
     return {**model, "mixers": {**mixers, **added}} if added else model
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from hybridlm.config.plain_yaml import Dumper, Loader
-from hybridlm.errors import ConfigError, did_you_mean
+from hybridlm.errors import ConfigError, did_you_mean, did_you_mean_or_own
 from hybridlm.kind_registry import registry_of, registry_with
 from hybridlm.model import feed_forward as feed_forward  # registers its kinds, as the next line does
 from hybridlm.model import mixers as mixers
@@ -223,9 +223,8 @@ def _choose_kind(cls: type, data: dict, path: str) -> tuple[type, dict]:
     if kind == MISSING:
         raise ConfigError(where, "is missing", expected=expected)
     if not isinstance(kind, str) or kind not in registry:
-        own_kind = f"your own {registry.noun} is registered with --import FILE"
         raise ConfigError(where, f"unknown {registry.key}", got=kind, expected=expected,
-                          hint=did_you_mean(str(kind), registry) or own_kind)
+                          hint=did_you_mean_or_own(str(kind), registry, registry.noun))
     return registry.config_class(kind), {registry.key: kind, **data}
 
 

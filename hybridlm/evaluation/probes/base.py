@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hybridlm.config.serialization import from_dict
-from hybridlm.errors import ConfigError, did_you_mean, require
+from hybridlm.errors import ConfigError, did_you_mean_or_own, require
 from hybridlm.kind_registry import KindError
 
 IGNORE = -100
@@ -200,7 +200,7 @@ def make_probe(name: str, parameters: Mapping[str, Any] | None = None) -> Probe:
     """
     if name not in PROBES:
         raise ConfigError("probe", "no probe of this name", got=name, expected=f"one of {', '.join(PROBES)}",
-                          hint=did_you_mean(name, PROBES) or "a probe of your own is registered with --import FILE")
+                          hint=did_you_mean_or_own(name, PROBES, "probe"))
     cls, defaults = PROBES[name]
     return from_dict(cls, {**defaults, **(parameters or {})}, f"probe.{name}")
 

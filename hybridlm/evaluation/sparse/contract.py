@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hybridlm.config.serialization import from_dict
-from hybridlm.errors import ConfigError, did_you_mean, require
+from hybridlm.errors import ConfigError, did_you_mean_or_own, require
 from hybridlm.kind_registry import KindError
 
 
@@ -170,5 +170,5 @@ def make_sparse_method(name: str, options: Mapping[str, Any]) -> SparseMethod:
     if name not in SPARSE_METHODS:
         known = sorted(SPARSE_METHODS)
         raise ConfigError("--sparse", "no such method", got=name, expected=f"one of {', '.join(known)}",
-                          hint=did_you_mean(name, known) or "a method of your own is registered with --import FILE")
+                          hint=did_you_mean_or_own(name, known, "method"))
     return from_dict(SPARSE_METHODS[name], dict(options), f"--sparse {name}")

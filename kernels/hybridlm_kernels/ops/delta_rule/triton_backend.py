@@ -297,15 +297,18 @@ class _DeltaRuleLaunches:
         itself = None
         shared: dict[str, Any] = self.sizes | {
             "q_ptr": x.q, "k_ptr": x.k, "do_ptr": do, "y_ptr": y, "z_ptr": z, "factors_ptr": results.factors,
-            "sums_ptr": sums, "chunks_ptr": self.tables.chunks, "scratch_ptr": scratch, "dq_ptr": dq, "dk_ptr": dk,
-            "dv_ptr": dv, "dg_ptr": dg, "d_beta_ptr": d_beta, "beta_scale": self.beta_scale, "K": self.K, "V": self.V,
-            "SIGMOID": self.flags["SIGMOID"], "EXACT": self.flags["EXACT"]}
+            "sums_ptr": sums, "chunks_ptr": self.tables.chunks, "scratch_ptr": scratch, "dv_ptr": dv,
+            "dq_pairs_ptr": None, "dk_pairs_ptr": None, "dg_pairs_ptr": None, "d_beta_ptr": d_beta,
+            "beta_scale": self.beta_scale, "K": self.K, "V": self.V, "SIGMOID": self.flags["SIGMOID"],
+            "EXACT": self.flags["EXACT"]}
         if self.decay == "channel":
             itself = self.wide(self.HV, self.tokens)
+            shared |= {"dq_pairs_ptr": torch.empty_like(dq), "dk_pairs_ptr": torch.empty_like(dk),
+                       "dg_pairs_ptr": None if dg is None else torch.empty_like(dg)}
             pair_gradients_kernel[(P, self.HV)](itself_ptr=itself, MERGED=self.merged, **shared)
         gradients_kernel[(P, self.HV)](
             A_ptr=results.A, total_ptr=results.total, S_ptr=states, dS_ptr=d_states, itself_ptr=itself,
-            d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
+            dq_ptr=dq, dk_ptr=dk, dg_ptr=dg, d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
             inverse_scale=1.0 / self.options.scale if self.options.scale else 0.0, DECAY=self.decay,
             GATE=self.flags["GATE"], L2NORM=self.flags["L2NORM"], **self.gate_arguments, **shared)
 

@@ -16,7 +16,8 @@ from hybridlm_kernels.recurrence.triton_join import compile_case as join_compile
 from hybridlm_kernels.triton_support import CompileCase
 
 HEAD_DIMS = (32, 64, 128, 256)
-BF16_TENSORS = "q k g beta queries keys writes w v A X o states y do d_states z dq dk dv dg d_beta S dS scratch"
+BF16_TENSORS = ("q k g beta queries keys writes w v A X o states y do d_states z dq dk dv dg d_beta S dS scratch "
+                "dq_pairs dk_pairs dg_pairs")
 FP32_TENSORS = "itself blocks sums A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
 TYPES = ({f"{name}_ptr": "*bf16" for name in BF16_TENSORS.split()}
          | {f"{name}_ptr": "*fp32" for name in FP32_TENSORS.split()}

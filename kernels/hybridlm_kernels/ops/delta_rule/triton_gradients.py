@@ -74,15 +74,17 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
 @tuned(CONFIGS, ["K", "V", "DECAY", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
 def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr, total_ptr,
-                     sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr,
-                     d_beta_ptr, d_A_log_ptr, d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, HV,
+                     sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_pairs_ptr, dk_pairs_ptr,
+                     dg_pairs_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, d_A_log_ptr, d_bias_ptr, inverse_scale,
+                     gate_constant, beta_scale, tokens, H, HV,
                      K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
                      GATE: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
     """Write dq, dk [tokens, HV, K], dv [tokens, HV, V], dg like g, d_beta [tokens, HV], and per chunk d_A_log [P, HV]
     and d_bias [P, HV(, K)].
 
-    With a decay per channel `pair_gradients_kernel` has written dv, d_beta and its terms of dq, dk and dg, and those of
-    A_ii stand in `itself` [HV, tokens]. Else `scratch`, [2, tokens, HV, C], is memory of this kernel.
+    With a decay per channel `pair_gradients_kernel` has written dv, d_beta, the terms dq_pairs, dk_pairs and dg_pairs,
+    and those of A_ii in `itself` [HV, tokens]. Else `scratch`, [2, tokens, HV, C], is memory of this kernel. No memory
+    is read and then overwritten, since a launch that is tuned runs many times.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     # A head of one block has no loop over blocks, and what such a loop keeps apart would not fit the registers.
@@ -126,6 +128,10 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
         if bias_ptr is not None:
             bias_ptr += head * K
         sums_ptr += of_head * K
+        dq_pairs_ptr += of_head * K
+        dk_pairs_ptr += of_head * K
+        if dg_ptr is not None:
+            dg_pairs_ptr += of_head * K
     rate = gate_rate(A_log_ptr, head)
     if DECAY == "channel":
         of_queries, of_keys, of_writes = query_norm, beta * key_norm, beta * key_norm
@@ -149,7 +155,7 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
         d_writes *= of_writes[:, None]
         if DECAY == "channel":
             sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
-            end = tl.load(sums_ptr + (filled - 1) * HV * K + channels, mask=channels < K, other=0.0)
+            end = tl.load(sums_ptr + (filled - 1).to(tl.int64) * HV * K + channels, mask=channels < K, other=0.0)
             prefix = tl.exp2(sums.to(tl.float32))
             dq *= prefix
             dk *= prefix
@@ -157,7 +163,7 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
             total = tl.load(total_ptr + here * K + channels, mask=channels < K, other=0.0)
             if dg_ptr is not None:
                 dg = sum_over(j >= i, q * dq + k * dk, EXACT) + sum_over(j < i, k * d_writes, EXACT)
-                dg += (d_total * total)[None, :] + load_tile(dg_ptr, t, HV * K, channels, K, inside)
+                dg += (d_total * total)[None, :] + load_tile(dg_pairs_ptr, t, HV * K, channels, K, inside)
                 u, bias = load_gates(g_ptr, bias_ptr, t, HV * K, channels, K, inside)
                 dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
                 dg = tl.where(inside[:, None], dg, 0.0)
@@ -165,8 +171,8 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
                 store_tile(dg_ptr, t, HV * K, channels, K, inside, dg)
                 if d_bias_ptr is not None:
                     tl.store(d_bias_ptr + here * K + channels, tl.sum(dg, axis=0), mask=channels < K)
-            dq += load_tile(dq_ptr, t, HV * K, channels, K, inside)
-            dk += d_writes + load_tile(dk_ptr, t, HV * K, channels, K, inside)
+            dq += load_tile(dq_pairs_ptr, t, HV * K, channels, K, inside)
+            dk += d_writes + load_tile(dk_pairs_ptr, t, HV * K, channels, K, inside)
         else:
             if DECAY == "scalar":
                 dg_rows += tl.sum(q * dq + k * dk, axis=1)

@@ -169,12 +169,12 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
 
 @tuned(CONFIGS, ["K", "V", "MERGED", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
-def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_ptr, chunks_ptr, scratch_ptr, dq_ptr,
-                          dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, itself_ptr, beta_scale, tokens, H, HV, K: tl.constexpr,
-                          V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SIGMOID: tl.constexpr,
-                          MERGED: tl.constexpr, EXACT: tl.constexpr):
-    """Write the terms of dq, dk, dg [tokens, HV, K] from pairs of tokens, dv [tokens, HV, V], d_beta [tokens, HV] and
-    the gradients of A_ii, itself [HV, tokens] in fp32.
+def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_ptr, chunks_ptr, scratch_ptr,
+                          dq_pairs_ptr, dk_pairs_ptr, dg_pairs_ptr, dv_ptr, d_beta_ptr, itself_ptr, beta_scale, tokens,
+                          H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                          SIGMOID: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
+    """Write the terms of dq, dk, dg [tokens, HV, K] that come from pairs of tokens, dv [tokens, HV, V], d_beta
+    [tokens, HV] and the gradients of A_ii, itself [HV, tokens] in fp32.
 
     `scratch` is [2, tokens, HV, C]. One program per chunk and head.
     """
@@ -185,8 +185,8 @@ def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_
     of_key_head, of_head = first * H + head // (HV // H), first * HV + head
     q_ptr += of_key_head * K  # from here on tokens are counted from the chunk's first, in 32 bits
     k_ptr += of_key_head * K
-    dq_ptr += of_head * K
-    dk_ptr += of_head * K
+    dq_pairs_ptr += of_head * K
+    dk_pairs_ptr += of_head * K
     sums_ptr += of_head * K
     do_ptr += of_head * V
     y_ptr += of_head * V
@@ -209,7 +209,7 @@ def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
         dq, dk, dg = _channel_pairs(q, k, sums, sums_ptr, HV * K, channels, K, MA_ptr, ML_ptr, HV * C, filled, MERGED,
                                     EXACT)
-        store_tile(dq_ptr, t, HV * K, channels, K, inside, dq)
-        store_tile(dk_ptr, t, HV * K, channels, K, inside, dk)
-        if dg_ptr is not None:
-            store_tile(dg_ptr + of_head * K, t, HV * K, channels, K, inside, dg)
+        store_tile(dq_pairs_ptr, t, HV * K, channels, K, inside, dq)
+        store_tile(dk_pairs_ptr, t, HV * K, channels, K, inside, dk)
+        if dg_pairs_ptr is not None:
+            store_tile(dg_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dg)
