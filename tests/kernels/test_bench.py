@@ -74,7 +74,7 @@ def test_a_backend_that_refuses_says_so_in_its_row(monkeypatch):
 @pytest.fixture
 def broken(monkeypatch):
     """swiglu has a backend that fails, before the others."""
-    def fail(gate, up, limit):
+    def fail(gate, up, limit, soft_caps):
         raise ValueError("illegal instruction\nmore")
 
     operation = next(op for op in registry.operations() if op.name == "swiglu")

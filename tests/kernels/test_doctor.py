@@ -62,7 +62,7 @@ def test_some_operations(capsys):
 
 
 def test_a_wrong_output_fails(plant):
-    case = plant(lambda gate, up, limit: torch.nn.functional.silu(gate) * up * 1.001)
+    case = plant(lambda gate, up, limit, soft_caps: torch.nn.functional.silu(gate) * up * 1.001)
     result = doctor.check(case, "planted", torch.float32, "cpu")
     assert not result.ok
     assert result.output_error > 1e-5
@@ -79,13 +79,14 @@ def test_a_wrong_gradient_alone_fails(plant):
         def backward(ctx, grad):
             return grad, grad
 
-    result = doctor.check(plant(lambda gate, up, limit: Wrong.apply(gate, up)), "planted", torch.float32, "cpu")
+    case = plant(lambda gate, up, limit, soft_caps: Wrong.apply(gate, up))
+    result = doctor.check(case, "planted", torch.float32, "cpu")
     assert not result.ok
     assert result.output_error < 1e-5 < result.gradient_error
 
 
 def test_a_crash_is_a_result(plant):
-    def crash(gate, up, limit):
+    def crash(gate, up, limit, soft_caps):
         raise RuntimeError("no such instruction")
 
     result = doctor.check(plant(crash), "planted", torch.float32, "cpu")

@@ -78,7 +78,9 @@ def test_the_block_is_the_recurrence_of_the_paper(name):
     H, P, G, N, inner = config.num_heads, config.head_dim, config.num_groups, config.state_size, config.inner_size
     with torch.no_grad():
         mixer.dt_bias[0] += 4.0
-        z, u, dt = mixer.in_proj(x[0]).split((inner, inner + 2 * G * N, H), -1)
+        scales = torch.tensor(config.input_scales or [1.0] * 5, dtype=x.dtype)
+        scales = scales.repeat_interleave(torch.tensor([inner, inner, G * N, G * N, H]))  # of z, x, B, C and dt
+        z, u, dt = (mixer.in_proj(x[0]) * scales).split((inner, inner + 2 * G * N, H), -1)
         padded = F.pad(u, (0, 0, 3, 0))
         u = F.silu(mixer.conv.bias + sum(padded[w : w + 7] * mixer.conv.weight[:, w] for w in range(4)))
         dt = F.softplus(dt + mixer.dt_bias).clamp(config.dt_min, config.dt_max or torch.inf)
