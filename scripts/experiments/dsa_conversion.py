@@ -30,11 +30,12 @@ from torch import Tensor
 from hybridlm.checkpoint import load_checkpoint, resolve, step_folders
 from hybridlm.config.schema import Config
 from hybridlm.data import PackedDataset, prepare
+from hybridlm.model.mixers.common.indexed_attention import indexed_mixers
 from hybridlm.model.model import HybridLM
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.run_config import load_config
 from hybridlm.training import train
-from hybridlm.training.sparse_attention import indexed_mixers, measuring_recall
+from hybridlm.training.sparse_attention import measuring_recall
 
 SHARE = 8  # top-k is the length over this
 COLUMNS = ("indexer_recall", "task_indexer_recall", "indexer_attainable", "task_indexer_attainable")

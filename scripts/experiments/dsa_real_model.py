@@ -43,13 +43,13 @@ from hybridlm.evaluation.perplexity import perplexity_by_position
 from hybridlm.evaluation.sparse import make_sparse_method, sparse_softmax
 from hybridlm.files import write_json, write_text
 from hybridlm.interop.surgery import add_indexer
+from hybridlm.model.mixers.common.indexed_attention import indexed_mixers
 from hybridlm.model.model import HybridLM
 from hybridlm.report.figures import Axis, Chart, Panel, Series
 from hybridlm.report.palette import Palette
 from hybridlm.report.png import write_png
 from hybridlm.sources.stdlib import open_stdlib
 from hybridlm.training.recall import RecallSamples, recall_nll, repeated_samples
-from hybridlm.training.sparse_attention import indexed_mixers
 
 TEXTS = ("prose", "code")
 SHARES = {"recall": "indexer", "attainable": "attainable", "window": "window", "window_first": "window + first",
