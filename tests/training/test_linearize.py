@@ -376,7 +376,7 @@ def test_last_stages_may_make_the_kept_attention_sparse(teacher, tmp_path):
      "recipe.convert.keep: names a layer that is not full attention of the teacher; got 5"),
     (["recipe.convert.keep=gone.json"], "recipe.convert.keep: cannot be read (No such file or directory)"),
     (["recipe.convert.mixer=mamba"],
-     "recipe.convert.mixer: cannot start from the weights of attention; got 'mamba'; expected a mixer that takes"),
+     "recipe.convert.mixer: cannot start from the weights of attention; got 'mamba'; expected options of a kind"),
     (["recipe.convert.mixer=kad"], "recipe.convert.mixer: no such preset; got 'kad'"),
     (["recipe.convert.mixer={kind: kad}"], "no such kind; got 'kad'"),
     (["recipe.convert.init=cpoy"], "recipe.convert.init: "),
