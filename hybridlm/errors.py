@@ -29,14 +29,13 @@ def did_you_mean_or_own(name: str, known: Iterable[str], noun: str = "kind") -> 
     """The hint of an error about a name that the user's own code may define.
 
     >>> did_you_mean_or_own("kdaa", ["kda"])
-    "did you mean 'kda'?, or is it a kind of your own? --import FILE registers it"
+    "did you mean 'kda'? A kind of your own is registered with --import FILE"
     >>> did_you_mean_or_own("mine", ["kda"], "probe")
     'a probe of your own is registered with --import FILE'
     """
     near = did_you_mean(name, known)
-    if near:
-        return f"{near}, or is it a {noun} of your own? --import FILE registers it"
-    return f"a {noun} of your own is registered with --import FILE"
+    own = f"{noun} of your own is registered with --import FILE"
+    return f"{near} A {own}" if near else f"a {own}"
 
 
 def did_you_mean_path(path: str | Path) -> str:

@@ -199,6 +199,9 @@ def test_text_in_quotes_null_and_references():
     assert load_config("train", ["run_dir=runs[${training.steps}]"]).run_dir == "runs[1000]"
 
 
+OWN = "A kind of your own is registered with --import FILE"
+
+
 @pytest.mark.parametrize(("overrides", "message"), [
     (["model=kimi_linaer_tiny"], f"model: no such option; got 'kimi_linaer_tiny'; expected one of {MODELS}; "
                                  "did you mean 'kimi_linear_tiny'?"),
@@ -214,10 +217,10 @@ def test_text_in_quotes_null_and_references():
      "tracking.wandb: unknown value; got 'ofline'; expected one of off, offline, online; did you mean 'offline'?"),
     (["model.schedule.pattern=[kdda, full]"],
      "model.schedule: layer 0 names an unknown mixer; got 'kdda'; expected one of full, kda of the model, or a preset: "
-     f"{', '.join(options('mixer'))}; did you mean 'kda'?"),
+     f"{', '.join(options('mixer'))}; did you mean 'kda'? {OWN}"),
     (["model.mtp={depth: 1, mixer: fulll}"],
      "model.mtp.mixer: names an unknown mixer; got 'fulll'; expected one of full, kda of the model, or a preset: "
-     f"{', '.join(options('mixer'))}; did you mean 'full'?"),
+     f"{', '.join(options('mixer'))}; did you mean 'full'? {OWN}"),
     (["model.schedule.pattern=[]"],
      "model.schedule.pattern: names no mixer; got []; expected a list of mixer names such as [kda, kda, kda, full]"),
     (["model.schedule.override={40: full}"],
@@ -228,7 +231,7 @@ def test_text_in_quotes_null_and_references():
      "experts; got 9; expected at most num_experts = 8"),
     (["model.feed_forward.kind=mo"],
      "model.feed_forward.kind: unknown kind; got 'mo'; expected one of " + ", ".join(sorted(FEED_FORWARDS))
-     + "; did you mean 'moe'?"),
+     + "; did you mean 'moe'? A feed-forward of your own is registered with --import FILE"),
     (["model.mixers.full._target_=os.system"], "model.mixers.full._target_: is refused: a config cannot name code to "
      "run; got 'os.system'; expected a registered 'kind'"),
     (["data=files"], "data.path: is missing; expected text"),

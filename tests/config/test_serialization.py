@@ -152,14 +152,14 @@ def test_the_kind_picks_the_class():
 @pytest.mark.parametrize(("cls", "data", "message"), [
     (MixerConfig, {"kind": "delta_rul"},
      "m.kind: unknown kind; got 'delta_rul'; expected one of " + ", ".join(sorted(MIXERS)) + "; "
-     "did you mean 'delta_rule'?"),
+     "did you mean 'delta_rule'? A mixer of your own is registered with --import FILE"),
     (MixerConfig, {"num_heads": 2}, "m.kind: is missing; expected one of " + ", ".join(sorted(MIXERS))),
     (FeedForwardConfig, {"kind": "os.system"},
      "m.kind: unknown kind; got 'os.system'; expected one of " + ", ".join(sorted(FEED_FORWARDS)) + "; "
-     "your own feed-forward is registered with --import FILE"),
+     "a feed-forward of your own is registered with --import FILE"),
     (FeedForwardConfig, {"kind": ["moe"]},
      "m.kind: unknown kind; got ['moe']; expected one of " + ", ".join(sorted(FEED_FORWARDS)) + "; "
-     "did you mean 'moe'?"),
+     "did you mean 'moe'? A feed-forward of your own is registered with --import FILE"),
     (FeedForwardConfig, {"kind": "dense"}, "m.intermediate_size: is missing; expected a whole number"),
     (FeedForwardConfig, {"kind": "dense", "intermediate_size": 8, "num_experts": 4},
      "m.num_experts: unknown key; it is an option of kind 'moe'"),
@@ -216,7 +216,7 @@ def test_a_registry_reads_any_section_by_its_kind(shapes):
     assert error(Drawing, {"shape": {"width": 3}}) == ("shape.width: unknown key; it is an option of form 'square'")
     assert error(Drawing, {"shape": {"form": "xyz"}}) == (
         "shape.form: unknown form; got 'xyz'; expected one of circle, square; "
-        "your own shape is registered with --import FILE")
+        "a shape of your own is registered with --import FILE")
     assert error(Drawing, {"radius": 1}) == "radius: unknown key; did you mean 'shape.radius'?"
     assert hint_at(Drawing, "shapes.a.width") is int
     assert hint_at(Drawing, "shape.points") is Any, "kinds differ"
