@@ -19,8 +19,8 @@ def balance_loss(p_NE: Tensor, ids_NA: Tensor, seq: SequenceInfo) -> Tensor:
     scores the loss of Switch Transformer for top-A, by document.)
 
     Args:
-        p_NE: probabilities of the choices.
-        ids_NA: the choices.
+        p_NE: probabilities of the choices, of all tokens; padding does not count.
+        ids_NA: the choices, likewise.
         seq: the documents of the tokens.
 
     >>> seq = SequenceInfo.make(1, 2, torch.device("cpu"))
@@ -30,8 +30,8 @@ def balance_loss(p_NE: Tensor, ids_NA: Tensor, seq: SequenceInfo) -> Tensor:
     choices = p_NE.shape[1]
     document_N, documents = seq.documents()
     with torch.no_grad():
-        cell = (document_N[:, None] * choices + ids_NA).flatten()
+        cell = seq.text_of(document_N[:, None] * choices + ids_NA).flatten()
         count_RE = torch.zeros(documents * choices, dtype=torch.int64, device=p_NE.device)
         count_RE = seq.all_sum(count_RE.index_add_(0, cell, torch.ones_like(cell)).view(documents, choices))
-        f_RE = choices * count_RE.to(p_NE.dtype) / count_RE.sum(-1, keepdim=True)
-    return (f_RE[document_N] * p_NE).sum(-1).mean()
+        f_RE = choices * count_RE.to(p_NE.dtype) / count_RE.sum(-1, keepdim=True).clamp(min=1)
+    return seq.mean_over_text((f_RE[document_N] * p_NE).sum(-1))

@@ -160,7 +160,8 @@ class HybridLM(nn.Module):
                                  "in the middle of a graph; set shard_group to None (engine.context_parallel=1)")
             if state is not None:
                 raise ValueError("rows that are divided between processes cannot be decoded: set shard_group to None")
-            seq = seq.shard_rows(self.shard_group)
+            text_mask = None if text_mask is None else text_mask.to(tokens.device)
+            seq = seq.shard_rows(self.shard_group, text_mask)
         totals = AuxTotals()
         tokens = seq.local_tokens(tokens)
         embedding_BTD = self._embedding(tokens) if inputs_embeds is None else tokens
@@ -185,10 +186,7 @@ class HybridLM(nn.Module):
         if targets is not None:
             following = [seq.local_tokens(ids) for ids in following]
             if global_batch is not None:
-                if text_mask is None:
-                    own: int | Tensor = x_BTD.shape[0] * x_BTD.shape[1]
-                else:
-                    own = seq.local_tokens(text_mask.to(x_BTD.device)).sum()
+                own = x_BTD.shape[0] * x_BTD.shape[1] if seq.text_BT is None else seq.text_BT.sum()
                 output.batch_fraction = own / global_batch.tokens
             self._losses(output, x_BTD, seq.local_tokens(targets), following, seq, totals, global_batch)
         guided: dict[str, Tensor] = {}

@@ -31,6 +31,8 @@ class SequenceInfo:
     everything it depends on.
     `token_ids_BT` are the ids of the tokens held here, for layers with a table of their own; None where the model was
     given embeddings.
+    `text_BT` is False for padding among the tokens held here, which only rows that are divided can hold: elsewhere
+    padding is taken out before the layers. None: all tokens are text.
     """
 
     positions_BT: Tensor  # int64, counted from the start of the document (plus what the decode state holds)
@@ -41,6 +43,7 @@ class SequenceInfo:
     shared: SharedStore = field(default_factory=lambda: SharedStore())  # not the class: torch.compile
     tables: dict[str, Any] = field(default_factory=dict)
     token_ids_BT: Tensor | None = None
+    text_BT: Tensor | None = None
 
     @classmethod
     def make(cls, batch: int, length: int, device: torch.device, cu_seqlens: CuSeqlens | None = None,
@@ -66,11 +69,12 @@ class SequenceInfo:
             return cls(positions_T - padding_B[:, None], padding_B=padding_B, last_position=offset + length - 1)
         return cls(cu_seqlens.positions().view(batch, length), cu_seqlens)
 
-    def shard_rows(self, shard_group: ShardGroup) -> SequenceInfo:
+    def shard_rows(self, shard_group: ShardGroup, text_mask: Tensor | None = None) -> SequenceInfo:
         """Describe this process's shard of the rows.
 
         Args:
             shard_group: the processes that hold the shards.
+            text_mask: bool [B, T], False for padding; None: there is none.
 
         Returns:
             Positions and borders of the tokens held here, with `shard` set.
@@ -81,7 +85,8 @@ class SequenceInfo:
         shard = RowShard.of(shard_group, self.positions_BT, self.cu_seqlens)
         ids = self.token_ids_BT
         return SequenceInfo(shard.positions_BL, shard.local_borders, shard=shard,
-                            token_ids_BT=None if ids is None else shard.local_tokens(ids))
+                            token_ids_BT=None if ids is None else shard.local_tokens(ids),
+                            text_BT=None if text_mask is None else shard.local_tokens(text_mask))
 
     def leave(self, kind: SharedKind, layer: int, value: Any) -> None:
         """Leave a value of layer `layer` for later layers, as its kind says.
@@ -126,6 +131,17 @@ class SequenceInfo:
             return self.cu_seqlens.document_ids(), self.cu_seqlens.num_documents
         batch, length = self.positions_BT.shape
         return torch.arange(batch, device=self.positions_BT.device).repeat_interleave(length), batch
+
+    def text_of(self, x_N: Tensor) -> Tensor:
+        """The rows of x [B * T, ...] that belong to text."""
+        return x_N if self.text_BT is None else x_N[self.text_BT.flatten()]
+
+    def mean_over_text(self, x_N: Tensor) -> Tensor:
+        """The mean of x [B * T] over the tokens held here that belong to text; 0 where none does."""
+        if self.text_BT is None:
+            return x_N.mean()
+        text = self.text_of(x_N)
+        return text.sum() / max(1, len(text))
 
     def all_sum(self, x: Tensor) -> Tensor:
         """The sum of x over the shards of the rows, without gradient."""

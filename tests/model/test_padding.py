@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hybridlm.model.contract_check.thread_shards import run_on_threads
 from hybridlm.model.output import GlobalBatch
 from hybridlm.model.padding import TextTokens, text_before_last_label
 from hybridlm_kernels import CuSeqlens
@@ -113,6 +114,38 @@ def test_parts_of_a_global_batch_are_weighted_by_their_text():
     assert sum(float(part.batch_fraction) for part in parts) == pytest.approx(1)
     for name in ("lm", "mtp", "balance"):
         close(parts[0].losses[name] + parts[1].losses[name], whole.losses[name])
+
+
+@pytest.mark.parametrize("text", [9, 5])  # of 12 tokens: padding in the second of two shards, or nothing else there
+def test_padding_counts_nowhere_where_rows_are_divided(text):
+    ids = torch.randint(VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(5))
+    mask = torch.arange(12)[None] < text
+    targets = torch.stack([F.pad(ids[:, 1 + d:], (0, 1 + d), value=-100) for d in range(2)], -1)
+    targets[0, text - 1:, 0] = targets[0, text - 2:, 1] = -100
+    options = {"cu_seqlens": [0, 4, text, 12], "targets": targets, "text_mask": mask,
+               "global_batch": GlobalBatch(tuple(int((targets[..., d] != -100).sum()) for d in range(2)), text)}
+
+    def losses_and_loads(model):
+        output = model.train()(ids, **options)
+        output.loss.backward()
+        return (dict(output.losses), {name: load.clone() for name, load in model.router_loads().items()},
+                model.layers[1].feed_forward.router.weight.grad)
+
+    copies = [system("llama") for _ in range(2)]
+
+    def shard(group):
+        copies[group.rank].shard_group = group
+        return losses_and_loads(copies[group.rank])
+
+    losses, loads, gradient = losses_and_loads(system("llama"))
+    parts = run_on_threads(shard, 2)
+    assert sum(int(load.sum()) for load in loads.values()) == 4 * text  # two layers of experts, two experts per token
+    for name, load in loads.items():
+        assert torch.equal(sum(part[1][name] for part in parts), load)
+    rounding = {"rtol": 1e-6, "atol": 1e-8}  # the fraction of the batch is a number in fp32
+    for name, loss in losses.items():
+        torch.testing.assert_close(sum(part[0][name] for part in parts), loss, **rounding)
+    torch.testing.assert_close(sum(part[2] for part in parts), gradient, **rounding)
 
 
 def test_what_cannot_be_is_refused():

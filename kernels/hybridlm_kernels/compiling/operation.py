@@ -17,15 +17,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch import Tensor, library
 
 from hybridlm_kernels import registry
 from hybridlm_kernels.compiling.arguments import Arguments
 from hybridlm_kernels.compiling.gradients import backward_of, record_call, with_own_memory
 
 NAMESPACE = "hybridlm"
-LIBRARY = Library(NAMESPACE, "FRAGMENT")
+LIBRARY = library.Library(NAMESPACE, "FRAGMENT")
 # A replayed CUDA graph would run no Python, and the handles of recorded calls are made by Python.
 TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 # In which backend the public function runs its operation, and which autocast surrounds it.
@@ -90,7 +89,7 @@ class _Node:
         self._define(self.name, f"{schema}) -> Tensor[]", self._run, self._fake)
         self._define(f"{self.name}_recorded", f"{schema}, int[] differentiable) -> Tensor[]", self._record,
                      self._fake_recorded)
-        register_autograd(f"{NAMESPACE}::{self.name}_recorded", self._backward,
+        library.register_autograd(f"{NAMESPACE}::{self.name}_recorded", self._backward,
                           setup_context=self._setup_context, lib=LIBRARY)
         operations = getattr(torch.ops, NAMESPACE)
         self.plain = getattr(operations, self.name).default
@@ -100,7 +99,7 @@ class _Node:
     def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
         LIBRARY.define(name + schema, tags=TAGS)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
     def call_in_graph(self, values: dict[str, Any], backend: str | None) -> Any:
         """Call the custom operation; torch.compile traces this."""

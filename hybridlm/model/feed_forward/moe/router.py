@@ -138,14 +138,15 @@ class Router(nn.Module):
         if self.config.balance_loss and self.table is None:
             aux["loss/balance"] = self.balance_loss(s_NE, p_NE, ids_NA, seq)
         if self.config.router_z_loss:
-            aux["loss/router_z"] = torch.logsumexp(logits_NE, dim=-1).square().mean()
+            aux["loss/router_z"] = seq.mean_over_text(torch.logsumexp(logits_NE, dim=-1).square())
         with torch.no_grad():
-            load_E = torch.zeros_like(self.load).index_add_(0, ids_NA.flatten(), torch.ones_like(ids_NA.flatten()))
-            entropy = -torch.xlogy(p_NE, p_NE).sum(-1).mean()
+            chosen = seq.text_of(ids_NA).flatten()
+            load_E = torch.zeros_like(self.load).index_add_(0, chosen, torch.ones_like(chosen))
+            entropy = -seq.mean_over_text(torch.xlogy(p_NE, p_NE).sum(-1))
             aux["load"] = load_E
             if self.quantiles is not None:
-                aux["quantiles"] = self.score_quantiles(s_NE)
-            aux["stat/max_violation"] = load_E.max() * load_E.shape[0] / load_E.sum() - 1
+                aux["quantiles"] = self.score_quantiles(seq.text_of(s_NE))
+            aux["stat/max_violation"] = load_E.max() * load_E.shape[0] / load_E.sum().clamp(min=1) - 1
             aux["stat/dead_experts"] = (load_E == 0).sum().float()
             aux["stat/router_entropy"] = entropy / math.log(max(2, p_NE.shape[1]))
         return aux
@@ -169,6 +170,8 @@ class Router(nn.Module):
         """
         assert self.bias is not None
         tokens, experts = s_NE.shape
+        if tokens == 0:  # a shard of padding alone
+            return s_NE.new_zeros(experts + 1).float()
         per_token = self.config.num_experts_per_tok
         threshold_N1 = (s_NE + self.bias).topk(per_token + 1, dim=-1).values[:, -1:]
         share = max(1, min(tokens, tokens * per_token // experts + 1))
