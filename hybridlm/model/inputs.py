@@ -1,11 +1,21 @@
-"""Checks of the tokens that a model gets. B rows, T tokens per row, D model width."""
+"""Checks of the tokens that a model gets, and what layers are told of their rows.
+
+B rows, T tokens per row, D model width.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.output import ModelState
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import CuSeqlens
+
+DocumentBorders = CuSeqlens | Tensor | Sequence[int]
 
 
 def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, config: ModelConfig) -> Tensor:
@@ -40,3 +50,34 @@ def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, config:
             raise ValueError(f"input_ids must be from 0 to {config.vocab_size - 1}, the model's vocabulary; "
                              f"got {least if least < 0 else most}")
     return input_ids
+
+
+def describe_rows(batch_and_length: torch.Size, device: torch.device, cu_seqlens: DocumentBorders | None,
+                  state: ModelState | None, *, compiled: bool) -> SequenceInfo:
+    """Describe positions and documents of the tokens of a forward, and check them against borders and state.
+
+    Args:
+        batch_and_length: rows B and tokens per row T.
+        device: of the tokens.
+        cu_seqlens: borders of packed documents; None: each row is one document.
+        state: decode state that the tokens go on from, or None.
+        compiled: layers are graphs of torch.compile, which have to serve any number of documents.
+
+    Raises:
+        ValueError: borders that do not fit the rows or stand beside a state, or more tokens than the state holds.
+    """
+    batch, length = batch_and_length
+    if state is not None:
+        if cu_seqlens is not None:
+            raise ValueError("packed documents (cu_seqlens) cannot be decoded: give each its own row")
+        if batch != state.batch or state.length + length > state.max_length:
+            raise ValueError(f"the state holds {state.length} of at most {state.max_length} tokens in "
+                             f"{state.batch} rows; got {length} more in {batch} rows")
+        return SequenceInfo.make(batch, length, device, offset=state.length, padding_B=state.padding_B)
+    if cu_seqlens is None:
+        return SequenceInfo.make(batch, length, device)
+    borders = CuSeqlens.of(cu_seqlens, device, batch * length).to(device)
+    borders.check(batch, length)
+    if compiled:  # the first graph already takes any number of documents
+        torch._dynamo.maybe_mark_dynamic(borders.table, 0)
+    return SequenceInfo.make(batch, length, device, borders)

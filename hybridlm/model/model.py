@@ -20,7 +20,7 @@ from hybridlm.model.feed_forward.contract import ExpertStack, FeedForward
 from hybridlm.model.fp32_parameters import KeepsFP32, widen_fp32_tensors
 from hybridlm.model.guide import Guide, GuidedForward, follow_guide
 from hybridlm.model.init import init_weights
-from hybridlm.model.inputs import check_tokens
+from hybridlm.model.inputs import DocumentBorders, check_tokens, describe_rows
 from hybridlm.model.layer_stack import run_layer, run_layers
 from hybridlm.model.loss_names import trains_next_token
 from hybridlm.model.mtp import MTPModule
@@ -37,7 +37,6 @@ from hybridlm.model.training_watch import TrainingWatch
 from hybridlm_kernels import CuSeqlens
 
 MAX_LAYER_GRAPHS = 64  # kinds of layers, times training and evaluation, times attention modes and shapes
-DocumentBorders = CuSeqlens | Tensor | Sequence[int]
 
 
 class HybridLM(nn.Module):
@@ -148,7 +147,7 @@ class HybridLM(nn.Module):
                                           cu_seqlens, state, targets, return_logits=return_logits,
                                           logits_to_keep=logits_to_keep, global_batch=global_batch,
                                           return_hidden_states=return_hidden_states)
-        seq = self._sequence(batch_and_length, tokens.device, cu_seqlens, state)
+        seq = describe_rows(batch_and_length, tokens.device, cu_seqlens, state, compiled=self.compiled)
         seq.token_ids_BT = input_ids
         targets = check_targets(batch_and_length, labels, targets, seq.cu_seqlens, self.config.mtp.depth)
         if targets is not None and state is not None:
@@ -339,25 +338,6 @@ class HybridLM(nn.Module):
         if output.hidden_states is not None:
             output.hidden_states = tuple(text.unpack(x) for x in output.hidden_states)
         return output
-
-    def _sequence(self, batch_and_length: torch.Size, device: torch.device, cu_seqlens: DocumentBorders | None,
-                  state: ModelState | None) -> SequenceInfo:
-        """Describe positions and documents of the tokens, and check them against borders and state."""
-        batch, length = batch_and_length
-        if state is not None:
-            if cu_seqlens is not None:
-                raise ValueError("packed documents (cu_seqlens) cannot be decoded: give each its own row")
-            if batch != state.batch or state.length + length > state.max_length:
-                raise ValueError(f"the state holds {state.length} of at most {state.max_length} tokens in "
-                                 f"{state.batch} rows; got {length} more in {batch} rows")
-            return SequenceInfo.make(batch, length, device, offset=state.length, padding_B=state.padding_B)
-        if cu_seqlens is None:
-            return SequenceInfo.make(batch, length, device)
-        borders = CuSeqlens.of(cu_seqlens, device, batch * length).to(device)
-        borders.check(batch, length)
-        if self.compiled:  # the first graph already takes any number of documents
-            torch._dynamo.maybe_mark_dynamic(borders.table, 0)
-        return SequenceInfo.make(batch, length, device, borders)
 
     def _losses(self, output: ModelOutput, x_BTD: Tensor, targets_BTd: Tensor, following: list[Tensor],
                 seq: SequenceInfo, totals: AuxTotals, global_batch: GlobalBatch | None) -> None:
