@@ -144,7 +144,7 @@ class _Reader:
         if not isinstance(data, dict):
             raise ConfigError(path, "has the wrong type", got=data,
                               expected=f"a mapping with keys among {', '.join(_hints(cls))}")
-        cls, data = _choose_kind(cls, data, path)
+        cls, data = choose_kind(cls, data, path)
         hints = _hints(cls)
         for key in data:
             if key not in hints:
@@ -212,8 +212,20 @@ def describe(hint: Any) -> str:
     return "a mapping" if dataclasses.is_dataclass(hint) else "any value"
 
 
-def _choose_kind(cls: type, data: dict, path: str) -> tuple[type, dict]:
-    """The config class of the kind that `data` names, and `data` with the kind written out."""
+def choose_kind(cls: type, data: dict, path: str) -> tuple[type, dict]:
+    """Find the config class of the kind that plain data names.
+
+    Args:
+        cls: base class of the configs of all kinds; one without kinds is returned as it is.
+        data: options, with the kind among them.
+        path: where they stand, for messages.
+
+    Returns:
+        The class, and `data` with the kind written out.
+
+    Raises:
+        ConfigError: the kind is missing or unknown.
+    """
     registry = registry_of(cls)
     if registry is None:
         return cls, data

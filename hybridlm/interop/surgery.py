@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybridlm.config.paths import config_dir
-from hybridlm.config.serialization import from_dict, load_yaml
+from hybridlm.config.paths import find_option
+from hybridlm.config.paths import options as find_options
+from hybridlm.config.presets import PRESET_GROUP
+from hybridlm.config.serialization import choose_kind, from_dict, load_yaml
 from hybridlm.errors import ConfigError, did_you_mean
 from hybridlm.model import edit
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.edit import Transfer
-from hybridlm.model.mixers import MIXERS, IndexerConfig
+from hybridlm.model.mixers import IndexerConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.model import HybridLM
@@ -108,13 +110,6 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
     options = _read_preset(mixer) if isinstance(mixer, str) else dict(mixer)
     indexer = _kind_class(options, "mixer").indexer_options(options)
     if indexer is not None:
-        chosen = [index for index in sorted(edit.check_layers(config, layers))
-                  if config.mixers[names[index]].can_take_indexer()]
-        if not chosen:
-            raise ConfigError("mixer", "is attention with an indexer, and the layers have one already", got=label,
-                              hint="leave the conversion out: their indexers are trained further as they are")
-        if not isinstance(indexer, Mapping):
-            raise ConfigError("mixer.indexer", "has the wrong type", got=indexer, expected="options of an indexer")
         unused = [] if isinstance(mixer, str) else [key for key in options if key not in ("kind", "indexer")]
         if unused:
             raise ConfigError(f"mixer.{unused[0]}", "has no effect: the attention that is there stays as it is, and "
@@ -122,10 +117,7 @@ def convert_attention(model: HybridLM, layers: Sequence[int], mixer: str | Mappi
         if calibrated:
             raise ConfigError("init", "has no effect: attention that gets an indexer keeps its weights",
                               got="calibrated", expected="copy")
-        if not all(config.mixers[names[index]].rotates() for index in chosen):
-            indexer = {**indexer, "rope_kind": "none"}
-        fitted = fit_indexer(indexer, config, chosen, "mixer.indexer", longest)
-        return edit.add_indexer(model, fitted, chosen, seed=seed)
+        return _convert_by_indexer(model, layers, indexer, label, longest, seed)
     groups: dict[str, list[int]] = {}
     for index in sorted(edit.check_layers(config, layers)):
         groups.setdefault(names[index], []).append(index)
@@ -170,11 +162,25 @@ def fit_indexer(options: Mapping[str, Any], config: ModelConfig, layers: Sequenc
     return from_dict(IndexerConfig, options | sizes, path)
 
 
+def _convert_by_indexer(model: HybridLM, layers: Sequence[int], options: Any, label: str, context_length: int,
+                        seed: int) -> tuple[HybridLM, Transfer]:
+    """Give the attention of some layers an indexer, where it has none yet."""
+    config = model.config
+    chosen = [index for index in sorted(edit.check_layers(config, layers))
+              if config.mixers[config.layers()[index]].can_take_indexer()]
+    if not chosen:
+        raise ConfigError("mixer", "is attention with an indexer, and the layers have one already", got=label,
+                          hint="leave the conversion out: their indexers are trained further as they are")
+    if not isinstance(options, Mapping):
+        raise ConfigError("mixer.indexer", "has the wrong type", got=options, expected="options of an indexer")
+    if not all(config.mixers[config.layers()[index]].rotates() for index in chosen):
+        options = {**options, "rope_kind": "none"}
+    fitted = fit_indexer(options, config, chosen, "mixer.indexer", context_length)
+    return edit.add_indexer(model, fitted, chosen, seed=seed)
+
+
 def _kind_class(options: Mapping[str, Any], path: str) -> type[MixerConfig]:
-    kind = options.get("kind")
-    if kind not in MIXERS:
-        raise ConfigError(f"{path}.kind", "no such kind", got=kind, expected=f"one of {', '.join(sorted(MIXERS))}")
-    return MIXERS.config_class(str(kind))  # type: ignore[return-value]
+    return choose_kind(MixerConfig, dict(options), path)[0]
 
 
 def _fit_mixer(options: Mapping[str, Any], config: ModelConfig, replaced: MixerConfig, path: str,
@@ -190,10 +196,10 @@ def _fit_mixer(options: Mapping[str, Any], config: ModelConfig, replaced: MixerC
 def _presets_that_start_from(old: MixerConfig, config: ModelConfig, context_length: int) -> list[str]:
     """Names of the presets of `configs/mixer` to which a layer can be converted."""
     found = []
-    for file in sorted((config_dir() / "mixer").glob("*.yaml")):
-        options, path = _read_preset(file.stem), f"mixers.{file.stem}"
+    for name in find_options(PRESET_GROUP):
+        options, path = _read_preset(name), f"mixers.{name}"
         if _kind_class(options, path).indexer_options(options) is not None and old.can_take_indexer():
-            found.append(file.stem)
+            found.append(name)
             continue
         try:
             fitted = _fit_mixer(options, config, old, path, context_length)
@@ -201,16 +207,15 @@ def _presets_that_start_from(old: MixerConfig, config: ModelConfig, context_leng
             continue
         is_full_attention = fitted.can_take_indexer()
         if fitted.can_start_from(old) and not is_full_attention:
-            found.append(file.stem)
+            found.append(name)
     return found
 
 
 def _read_preset(name: str) -> dict[str, Any]:
     """The options of `configs/mixer/<name>.yaml`, with those of the presets that it builds on."""
-    folder = config_dir() / "mixer"
-    file = folder / f"{name}.yaml"
-    if not file.is_file():
-        known = sorted(f.stem for f in folder.glob("*.yaml"))
+    file = find_option(PRESET_GROUP, name)
+    if file is None:
+        known = find_options(PRESET_GROUP)
         raise ConfigError("mixer", "no such preset", got=name, expected=f"one of {', '.join(known)}",
                           hint=did_you_mean(name, known))
     options = load_yaml(file)
