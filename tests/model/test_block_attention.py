@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hybridlm.errors import ConfigError
-from hybridlm.model.mixers import BlockAttentionConfig
+from hybridlm.model.contract_check import Subject
+from hybridlm.model.mixers import AttentionConfig, BlockAttentionConfig
 from hybridlm.model.mixers import block_attention as room
 from hybridlm.model.mixers.selectors import CompressedSelectorConfig, IndexHeadsSelectorConfig
 from hybridlm.model.rope import rotate
@@ -282,3 +283,20 @@ def test_it_takes_all_weights_of_the_attention_that_it_replaces():
     taken = new.initial_weights_from(old, tensors, subject("qwen3_next_full").context.norm)
     assert taken.keys() == tensors.keys()
     assert new.can_start_from(old)
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "head"])
+def test_a_fixed_factor_of_keys_goes_into_the_projection(qk_norm):
+    context = subject("qwen3_next_full").context
+    old = AttentionConfig(**HEADS, qk_norm=qk_norm, qkv_bias=True, key_scale=0.25)
+    module = Subject(old, context).build(torch.float64, 0)
+    tensors = dict(module.named_parameters())
+    new = BlockAttentionConfig(**HEADS, block=4, topk=2, mode="dense").adapted_to(old)
+    converted = Subject(new, context).build(torch.float64, 1)
+    converted.load_state_dict(new.initial_weights_from(old, tensors, context.norm))
+    x = inputs(1, LENGTH)
+    torch.testing.assert_close(run(converted, x), run(module, x))
+    moved = AttentionConfig(**HEADS, qk_norm=qk_norm, key_scale=2.0)
+    taken = moved.initial_weights_from(old, dict(tensors), context.norm)["k_proj.weight"]
+    by_norm = 1.0 if module.k_norm is None else (module.k_norm.weight + context.norm.zero_centered).repeat(2)[:, None]
+    torch.testing.assert_close(2.0 * taken, 0.25 * tensors["k_proj.weight"] * by_norm)

@@ -22,7 +22,7 @@ from hybridlm.errors import require
 from hybridlm.model.decode_state import AttentionState
 from hybridlm.model.decode_step import DecodeStep, attend_one, linear_step, norm_step
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.attention_weights import take_attention_projections
+from hybridlm.model.mixers.common.attention_weights import fold_key_factor, take_attention_projections
 from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size
 from hybridlm.model.mixers.common.first_tokens import mean_look_back, window_and_first_attention
@@ -80,6 +80,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.key_scale != 0, "key_scale", "must not be 0", got=self.key_scale)
         self.rope.check(self.head_dim)
         self.check_window(self.window)
         require(self.first_tokens >= 0, "first_tokens", "must not be negative", got=self.first_tokens)
@@ -193,6 +194,9 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         return replace(copy.deepcopy(self), window=window, first_tokens=first_tokens, indexer=None, sinks=False,
                        mask=None)
 
+    def key_factor(self) -> float:
+        return self.key_scale
+
     def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
                              norm: NormConfig) -> dict[str, Tensor]:
         """All weights of attention that differs in its window alone, else the projections that fit."""
@@ -201,7 +205,8 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
                 getattr(old, option) == getattr(self, option) for option in options):
             left_out = ("indexer.", *(() if self.sinks and old.sinks else ("sinks",)))
             return {name: value.detach().clone() for name, value in tensors.items() if not name.startswith(left_out)}
-        return take_attention_projections(old, tensors, self.projection_heads(), norm)
+        found = take_attention_projections(old, tensors, self.projection_heads(), norm)
+        return {**fold_key_factor(found, 1 / self.key_scale)}
 
 
 @register_mixer("attention", AttentionConfig)

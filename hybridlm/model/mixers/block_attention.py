@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import EntryCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.attention_weights import take_grouped_projections
+from hybridlm.model.mixers.common.attention_weights import fold_key_factor, take_grouped_projections
 from hybridlm.model.mixers.common.block_selection import (
     SELECTORS,
     BlockBudget,
@@ -237,7 +237,8 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         if same and getattr(old, "qk_norm", "none") == self.qk_norm:
             left_out = ("indexer.", "selector.", "o_proj.bias", *(() if self.sinks else ("sinks",)),
                         *(() if getattr(old, "output_gate", "none") == self.output_gate else ("g_proj",)))
-            kept = {name: value for name, value in tensors.items() if not name.startswith(left_out)}
+            kept = {name: value for name, value in fold_key_factor(tensors, old.key_factor()).items()
+                    if not name.startswith(left_out)}
             biases = () if self.qkv_bias else ("q_proj.bias", "k_proj.bias", "v_proj.bias", "g_proj.bias")
             return {name: value.detach().clone() for name, value in kept.items() if name not in biases}
         return take_grouped_projections(self, old, tensors, norm, biases=self.qkv_bias)

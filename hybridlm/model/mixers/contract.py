@@ -330,6 +330,10 @@ class MixerConfig(abc.ABC):
         """
         return {}
 
+    def key_factor(self) -> float:
+        """Fixed factor of keys as they are projected, which a mixer that takes over the projection has to keep."""
+        return 1.0
+
     def initial_weights_from(self, old: MixerConfig, tensors: Mapping[str, Tensor],
                              norm: NormConfig) -> dict[str, Tensor]:
         """Weights that this mixer takes over from the one it replaces, by parameter name; by default none.

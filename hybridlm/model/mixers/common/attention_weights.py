@@ -17,8 +17,8 @@ def take_attention_projections(old: MixerConfig, tensors: Mapping[str, Tensor],
                                wanted: Mapping[str, tuple[int, int]], norm: NormConfig) -> dict[str, Tensor]:
     """Take q, k, v and o projections of softmax attention, where heads and dims fit.
 
-    Grouped keys and values are repeated for the heads that shared them. Weights of norms of queries and keys are
-    multiplied into the projections before them: the direction of each query and key stays as it was.
+    Grouped keys and values are repeated for the heads that shared them. Weights of norms of queries and keys, and a
+    fixed factor of keys, are multiplied into their projections: the direction of each query and key stays as it was.
 
     Args:
         old: config of the replaced mixer.
@@ -31,6 +31,7 @@ def take_attention_projections(old: MixerConfig, tensors: Mapping[str, Tensor],
         Weights by parameter name; those that do not fit are missing.
     """
     available = old.projection_heads()
+    tensors = fold_key_factor(tensors, old.key_factor())
     found = {}
     for name in ("q_proj", "k_proj", "v_proj"):
         heads, dim = available.get(name, (0, 0))
@@ -49,6 +50,19 @@ def take_attention_projections(old: MixerConfig, tensors: Mapping[str, Tensor],
     return found
 
 
+def fold_key_factor(tensors: Mapping[str, Tensor], factor: float) -> Mapping[str, Tensor]:
+    """Multiply a fixed factor of keys into their projection, for a mixer that has no such factor.
+
+    Args:
+        tensors: parameters of attention by name within the mixer.
+        factor: the factor; with 1 nothing changes.
+    """
+    if factor == 1.0:
+        return tensors
+    return {name: factor * tensor.detach() if name.startswith("k_proj.") else tensor
+            for name, tensor in tensors.items()}
+
+
 def take_grouped_projections(new: MixerConfig, old: MixerConfig, tensors: Mapping[str, Tensor],
                              norm: NormConfig, *, biases: bool) -> dict[str, Tensor]:
     """Take the projections of softmax attention of as many query and key heads, and `biases` of q, k and v."""
@@ -56,7 +70,8 @@ def take_grouped_projections(new: MixerConfig, old: MixerConfig, tensors: Mappin
         return {}
     found = take_attention_projections(old, tensors, new.projection_heads(), norm)
     names = [f"{name}_proj.bias" for name in "qkv"] if biases else []
-    return found | {name: tensors[name].detach().clone() for name in names if name in tensors}
+    folded = fold_key_factor(tensors, old.key_factor())
+    return found | {name: folded[name].detach().clone() for name in names if name in folded}
 
 
 def expand_heads(by_head_HX: Tensor, heads: int) -> Tensor:
