@@ -41,7 +41,7 @@ from hybridlm.model.mixers.common.indexer import longest_document
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.key_sharing import HeadNorm
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
-from hybridlm.model.mixers.common.selector_loss import KeyTargets, Pooling, observe_selector
+from hybridlm.model.mixers.common.selector_loss import KeyTargets, Pooling, observe_selector, selector_trains
 from hybridlm.model.mixers.contract import AttentionMode, Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.norm import RMSNorm
@@ -311,10 +311,6 @@ class BlockAttention(SequenceMixer):
     def measure_selection(self, on: bool) -> None:
         self.measuring = on
 
-    def _learns(self) -> bool:
-        return (self.training and torch.is_grad_enabled() and self.kl_weight > 0
-                and any(p.requires_grad for p in self.selector.parameters()))
-
     def forward(self, x_BTD: Tensor, seq: SequenceInfo,
                 state: BlockAttentionState | None = None) -> tuple[Tensor, Aux]:
         raw_q, raw_k = self._heads(self.q_proj(x_BTD), self.q_norm), self._heads(self.k_proj(x_BTD), self.k_norm)
@@ -325,12 +321,13 @@ class BlockAttention(SequenceMixer):
             k_BSGK, v_BSGK = state.keys.append(k_BTGK), state.values.append(v_BSGK)
         keys = k_BSGK.shape[1] if seq.shard is None else seq.shard.history_length
         sparse = self.attention_mode == "sparse" and longest_document(keys, seq) > self.budget.topk * self.config.block
-        learns = state is None and (self._learns() or self.measuring)
+        trains = selector_trains(self, self.selector, self.kl_weight)
+        learns = state is None and (trains or self.measuring)
         index = None
         keeps_entries = state is not None and self.attention_mode == "sparse"
         if sparse or keeps_entries or learns:
             inputs = SelectorInputs(x_BTD, q_BTHK, k_BTGK, raw_q, raw_k).detached()
-            with torch.set_grad_enabled(self._learns()):
+            with torch.set_grad_enabled(trains):
                 index = self.selector(inputs, seq, None if state is None else state.entries)
         chosen = None
         if index is not None and (sparse or learns):

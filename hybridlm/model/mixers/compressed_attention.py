@@ -40,7 +40,7 @@ from hybridlm.model.mixers.common.gated_entries import (
 from hybridlm.model.mixers.common.grouped_output import GroupedOutput
 from hybridlm.model.mixers.common.indexer import longest_document
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.common.selector_loss import EntryTargets, observe_selector
+from hybridlm.model.mixers.common.selector_loss import EntryTargets, observe_selector, selector_trains
 from hybridlm.model.mixers.contract import AttentionMode, Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.norm import RMSNorm, WeightlessRMSNorm
@@ -359,8 +359,7 @@ class CompressedAttention(SequenceMixer):
         indexer = self.indexer
         if indexer is None:
             return None, None
-        trains = (self.training and torch.is_grad_enabled() and self.kl_weight > 0
-                  and any(p.requires_grad for p in indexer.parameters()))
+        trains = selector_trains(self, indexer, self.kl_weight)
         learns, sparse = state is None and (trains or self.measuring), self.attention_mode == "sparse"
         fits = longest_document(windows.first_BS.shape[1], seq) // windows.length <= indexer.topk
         keeps_entries = state is not None and sparse

@@ -76,9 +76,9 @@ class EntryIndexerConfig:
         own = query_dim * self.num_heads * self.head_dim + hidden_size * self.num_heads
         return own + entry_params(hidden_size, self.head_dim, ratio, overlap)
 
-    def score_flops(self, context_length: int, ratio: int, limit: int | None = None) -> float:
-        """FLOPs per token of the scores of the entries that a token sees, at most `limit` of them."""
-        return 2.0 * self.num_heads * (self.head_dim + 1) * count_visible_pools(context_length, ratio, limit)
+    def score_flops(self, context_length: int, ratio: int) -> float:
+        """FLOPs per token of the scores of the entries that a token sees."""
+        return 2.0 * self.num_heads * (self.head_dim + 1) * count_visible_pools(context_length, ratio)
 
     def state_numbers(self, context_length: int, ratio: int, overlap: bool) -> int:
         """Numbers in the decode state after `context_length` tokens."""

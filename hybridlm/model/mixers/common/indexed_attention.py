@@ -22,6 +22,7 @@ from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.common.dense_attention import dense_attention
 from hybridlm.model.mixers.common.indexer import IndexCache, Indexer, IndexerConfig, IndexTensors
 from hybridlm.model.mixers.common.init import init_projections
+from hybridlm.model.mixers.common.selector_loss import selector_trains
 from hybridlm.model.mixers.contract import AttentionMode, Aux, MixerConfig, SequenceMixer
 from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.rope import RopeConfig
@@ -251,11 +252,6 @@ class IndexedMixer(SequenceMixer):
     def measure_selection(self, on: bool) -> None:
         self.measuring = on and self.indexer_config is not None
 
-    def learns(self, indexer: Indexer) -> bool:
-        """Whether a forward now computes the loss of the indexer for its gradient."""
-        return (self.training and torch.is_grad_enabled() and self.kl_weight > 0
-                and any(p.requires_grad for p in indexer.parameters()))
-
     def select(self, x_BTD: Tensor, query_input_BTQ: Tensor, seq: SequenceInfo,
                cache: IndexCache | None) -> Selection:
         """Select the keys that attention reads. No gradient passes to the inputs.
@@ -271,10 +267,11 @@ class IndexedMixer(SequenceMixer):
         dense = self._attention_mode == "dense"
         if self.indexer is None:
             source: Selection = seq.read(SELECTION, self.selection_source)
-            wanted = source.indexer is not None and (self.measuring or self.learns(source.indexer))
+            wanted = source.indexer is not None and (
+                self.measuring or selector_trains(self, source.indexer, self.kl_weight))
             return replace(source, indices=None if dense else source.indices, index=source.index if wanted else None)
         index = chosen = None
-        learns = self.learns(self.indexer)
+        learns = selector_trains(self, self.indexer, self.kl_weight)
         if cache is None and (self.measuring or learns):
             with torch.set_grad_enabled(learns):
                 index = self.indexer.tensors(x_BTD, query_input_BTQ, seq)

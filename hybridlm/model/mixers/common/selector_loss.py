@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, ScoresBlocks, competing_blocks
 from hybridlm.model.mixers.module import Aux
@@ -66,6 +66,12 @@ class AttentionTargets(Protocol):
             rows: the queries.
         """
         ...
+
+
+def selector_trains(mixer: nn.Module, selector: nn.Module, loss_weight: float) -> bool:
+    """Whether a forward of a mixer now computes the loss of its selector for its gradient."""
+    return (mixer.training and torch.is_grad_enabled() and loss_weight > 0
+            and any(p.requires_grad for p in selector.parameters()))
 
 
 @torch.no_grad()
@@ -160,13 +166,11 @@ class KeyTargets:
     def shares(self, index: BlockIndex, listed_BQUP: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Attention on each block [B, Q, U, P], and the sum over queries and heads of the share that is read."""
         q_BQHK, k_BSGK = self.q_BTHK[:, rows], self.k_BSGK
-        blocks, groups, lists = index.blocks, k_BSGK.shape[2], listed_BQUP.shape[2]
-        q_BQGRK = q_BQHK.unflatten(2, (groups, -1)) * q_BQHK.shape[-1] ** -0.5
+        blocks, lists = index.blocks, listed_BQUP.shape[2]
         s_S = torch.arange(self.keys, device=k_BSGK.device)
         t_Q1 = s_S[self.keys - self.q_BTHK.shape[1] :][rows, None]
         seen_BQS = (s_S <= t_Q1) & (s_S >= blocks.begin_BT[:, rows, None])
-        score_BQHS = torch.einsum("bqgrk,bsgk->bqgrs", q_BQGRK, k_BSGK).flatten(2, 3)
-        p_BQHS = torch.softmax(score_BQHS.masked_fill(~seen_BQS[:, :, None], -torch.inf), -1)
+        p_BQHS = torch.softmax(_scores(q_BQHK, k_BSGK).masked_fill(~seen_BQS[:, :, None], -torch.inf), -1)
         p_BPLQH = blocks.gather(p_BQHS.permute(0, 3, 1, 2))
         mass_BQHP = p_BPLQH.sum(2).permute(0, 2, 3, 1)
         copies = q_BQHK.shape[2] // lists
@@ -201,9 +205,7 @@ class EntryTargets:
         """Attention on each entry [B, Q, U, E], and the sum over queries and heads of the share that is read."""
         q_BQHK, k_BEGK = self.q_BTHK[:, rows], self.k_BEGK
         lists, heads = listed_BQUP.shape[2], q_BQHK.shape[2]
-        q_BQGRK = q_BQHK.unflatten(2, (k_BEGK.shape[2], -1)) * q_BQHK.shape[-1] ** -0.5
-        score_BQHE = torch.einsum("bqgrk,begk->bqgre", q_BQGRK, k_BEGK).flatten(2, 3)
-        score_BQHE = score_BQHE.masked_fill(~index.windows.visible(rows)[:, :, None], -torch.inf)
+        score_BQHE = _scores(q_BQHK, k_BEGK).masked_fill(~index.windows.visible(rows)[:, :, None], -torch.inf)
         near_BQH1 = self.near_lse_BTH[:, rows, :, None]
         listed_BQHE = listed_BQUP.repeat_interleave(heads // lists, 2)
         p_BQHE = torch.cat([near_BQH1, score_BQHE], -1).softmax(-1)[..., 1:]
@@ -212,6 +214,12 @@ class EntryTargets:
             chosen_BQHE = score_BQHE.masked_fill(~listed_BQHE, -torch.inf)
             p_BQHE = torch.cat([near_BQH1, chosen_BQHE], -1).softmax(-1)[..., 1:]
         return p_BQHE.unflatten(2, (lists, -1)).sum(3), read
+
+
+def _scores(q_BQHK: Tensor, k_BSGK: Tensor) -> Tensor:
+    """Scores of attention to keys or entries, [B, Q, H, S]."""
+    q_BQGRK = q_BQHK.unflatten(2, (k_BSGK.shape[2], -1)) * q_BQHK.shape[-1] ** -0.5
+    return torch.einsum("bqgrk,bsgk->bqgrs", q_BQGRK, k_BSGK).flatten(2, 3)
 
 
 def _divergence(selector: ScoresBlocks, index: BlockIndex, rows: slice, over_BQUP: Tensor,
