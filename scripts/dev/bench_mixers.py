@@ -28,7 +28,6 @@ from typing import Any
 HEADS, HEAD_DIM = 4, 64
 SLOW_MS = 2000.0  # a step that takes longer is run once more, that of transformers not at longer lengths
 SOURCES = {"gmu": "mamba", "shared_attention": "swa"}  # presets of the layer before, for those that read from one
-NO_LAYERS = {"no_mixer"}  # presets that compute nothing
 
 
 def their_layers(hidden: int) -> dict[str, Callable[[], Any]]:
@@ -121,16 +120,18 @@ def measure(preset: str, hidden: int, lengths: list[int], rounds: int, only_thei
 
     if only_theirs:
         found = {}
-        for length in lengths[: 1 if preset in ("mamba", "falcon_mamba", "jamba_mamba") else None]:
+        for length in lengths:
             before = peak_mib()
             their_step(torch.randn(1, length, hidden, requires_grad=True), None)
             found[f"theirs_mib_{length}"] = peak_mib() - before
         return found
     subject = build_ours(preset, hidden)
+    if not subject.config.is_branch:
+        return {"problem": "computes nothing"}
     mixer = subject.new_module()
     mixer.init_weights(0.02)
     row: dict[str, Any] = {"preset": preset, "kind": subject.config.kind,
-                           "parameters": sum(p.numel() for p in mixer.parameters()), "compared": theirs is not None}
+                           "parameters": sum(p.numel() for p in mixer.parameters())}
 
     def our_step(x: torch.Tensor, seq: Any) -> None:
         mixer(x, seq)[0].square().sum().backward()
@@ -235,10 +236,11 @@ def main() -> None:
     rows = json.loads(file.read_text()) if file is not None and file.exists() else []
     known = {row["preset"] for row in rows}
     sizes = ["--hidden", str(args.hidden), "--rounds", str(args.rounds), "--lengths", *map(str, args.lengths)]
-    for preset in (name for name in args.presets or options("mixer") if name not in known | NO_LAYERS):
+    for preset in (name for name in args.presets or options("mixer") if name not in known):
         row = {"preset": preset} | run_child([preset, "--child", "ours", *sizes], args.seconds)
-        if row.pop("compared", False):
-            memory = run_child([preset, "--child", "theirs", *sizes], args.seconds)
+        timed = [str(n) for n in args.lengths if f"theirs_ms_{n}" in row]
+        if timed:  # at the lengths at which both ran
+            memory = run_child([preset, "--child", "theirs", *sizes, "--lengths", *timed], args.seconds)
             row |= {key: value for key, value in memory.items() if key != "problem"}
         rows.append(row)
         print(f"{preset}: {row.get('problem') or 'growth {growth:.2f}'.format(**row)}", file=sys.stderr, flush=True)
