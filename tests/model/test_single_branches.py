@@ -63,7 +63,7 @@ def test_costs_are_those_of_the_built_model(changes):
     kinds = [layer["feed_forward"] for layer in layer_list(config)]
     assert sum(kind == "dense" for kind in kinds) == sum("feed_forward" in layer.branches for layer in model.layers)
     branches = sum("feed_forward" in layer.branches for layer in model.layers)
-    assert forward_flops(config, 8).get("feed_forward.squared relu", 0.0) == branches * 2 * (2 * 16 * 24)
+    assert forward_flops(config, 8).get("feed_forward.squared_relu", 0.0) == branches * 2 * (2 * 16 * 24)
 
 
 def test_models_that_differ_in_a_branch_are_told_apart():

@@ -87,8 +87,7 @@ class SnapKV(PromptMethod, BudgetMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least(1, "window")
-        self.require_at_least(1, "kernel")
+        self.require_at_least(1, "window", "kernel")
 
     def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         return _SnapReader(self, q_THK, k_TGK, scale, window)

@@ -29,8 +29,7 @@ class ExactTopK(BudgetMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least(0, "first")
-        self.require_at_least(0, "local")
+        self.require_at_least(0, "first", "local")
 
     def reader(self, q_THK: Tensor, k_TGK: Tensor, scale: float, window: int | None = None) -> KeyReader:
         return _Best(self)

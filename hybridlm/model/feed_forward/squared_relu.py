@@ -38,7 +38,7 @@ class SquaredReLUConfig(FeedForwardConfig):
         return 2 * context.hidden_size * self.intermediate_size
 
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
-        return {"squared relu": 2.0 * self.num_params(context)}
+        return {"squared_relu": 2.0 * self.num_params(context)}
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         """Bytes per token kept for the backward pass: the input, and three inner tensors around the square."""

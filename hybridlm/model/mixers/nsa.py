@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import EntryCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, choose_blocks
+from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, choose_blocks, group_queries
 from hybridlm.model.mixers.common.compression import (
     Compression,
     Compressor,
@@ -224,7 +224,7 @@ class NSA(SequenceMixer):
 
     def scores(self, index: BlockIndex, rows: slice) -> Tensor:
         """Scores of blocks [B, Q, G, P] for `choose_blocks`."""
-        q_BQGRK = wide(index.queries_BT[:, rows]).unflatten(2, (self.lists, -1)) * self.config.head_dim**-0.5
+        q_BQGRK = group_queries(index.queries_BT[:, rows], self.lists) * self.config.head_dim**-0.5
         score_BQGRE = torch.einsum("bqgrk,begk->bqgre", q_BQGRK, wide(index.entries_BE))
         p_BQGE = window_softmax(score_BQGRE, index.windows, rows).sum(3)
         return reduce_to_blocks(p_BQGE, index.windows, index.blocks, rows, "sum")
