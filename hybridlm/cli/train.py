@@ -71,9 +71,10 @@ def _show_plan(config: Config, args: argparse.Namespace, argv: Sequence[str]) ->
     processes = processes_to_start(config)
     check_sources(config.data)
     folder = Path(config.run_dir).expanduser()
-    if step_folders(folder / "checkpoints"):  # without a checkpoint, an earlier attempt there binds nobody
+    saved = step_folders(folder / "checkpoints")  # newest first
+    if saved:  # without a checkpoint, an earlier attempt there binds nobody
         check_folder(folder, config, [word for word in argv if word != "--dry-run"])
-        check_steps_left(config, stages, max(step_of(step) or 0 for step in step_folders(folder / "checkpoints")))
+        check_steps_left(config, stages, step_of(saved[0]) or 0)
     fit = planned_memory(args, config, processes)
     exit_code = 1 if fit is not None and fit.certain else 0
     rows, length = micro_batch(config, processes)

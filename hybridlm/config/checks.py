@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from hybridlm.config.legacy import upgrade_pattern
-from hybridlm.config.schema import NEW_MIXERS, SELECTORS_OF_KEYS, Config, RecipeConfig, StageConfig
+from hybridlm.config.schema import (
+    NEW_MIXERS,
+    REPLACED_BY_STAGE,
+    SELECTORS_OF_KEYS,
+    Config,
+    RecipeConfig,
+    StageConfig,
+)
 from hybridlm.distributed.engine_config import EngineConfig
 from hybridlm.errors import ConfigError, did_you_mean, require
 from hybridlm.model.config import ModelConfig
@@ -57,19 +64,15 @@ def check_effective(recipe: RecipeConfig, keys: Collection[str]) -> None:
     Raises:
         ConfigError: the first one without any effect.
     """
-    def replaced(own: str, *others: str) -> bool:
-        return all(any(getattr(stage, name) is not None for name in (own, *others)) for stage in recipe.stages)
-
-    for key, own, others in (("training.batch_size", "batch_size", ()), ("training.steps", "steps", ("tokens",)),
-                             ("training.sequence_length", "sequence_length", ()), ("optimizer.lr", "lr", ()),
-                             ("training.tokens", "steps", ("tokens",)), ("optimizer.schedule", "schedule", ())):
-        typed = next((one for one in keys if one == key or one.startswith(f"{key}.")), None)
-        if typed is not None and replaced(own, *others):
-            rest = typed.removeprefix(key)
-            count = len(recipe.stages)
-            raise ConfigError(typed, f"has no effect: every stage of recipe={recipe.name} sets its own",
-                              expected=f"recipe.stages.N.{key.partition('.')[2]}{rest} with N "
-                              + ("0" if count == 1 else f"from 0 to {count - 1}"))
+    for setting, replacing in REPLACED_BY_STAGE.items():
+        typed = next((key for key in keys if key == setting or key.startswith(f"{setting}.")), None)
+        own = [next((key for key in replacing if getattr(stage, key) is not None), None) for stage in recipe.stages]
+        if typed is None or None in own:
+            continue
+        count = len(recipe.stages)
+        raise ConfigError(typed, f"has no effect: every stage of recipe={recipe.name} sets its own",
+                          expected=f"recipe.stages.N.{own[0]}{typed.removeprefix(setting)} with N "
+                          + ("0" if count == 1 else f"from 0 to {count - 1}"))
 
 
 def _check_run_dir(config: Config) -> None:
@@ -179,6 +182,8 @@ def _check_losses(model: ModelConfig, weights: dict[str, float], path: str) -> N
 
 def _check_dense_layers(model: ModelConfig, layers: list[int], path: str) -> None:
     """Check that layers which are to be dense select keys, and that no sparse layer reads the selection of one."""
+    if not layers:
+        return
     for layer in layers:
         require(-model.num_layers <= layer < model.num_layers, path, "names a layer the model does not have", got=layer,
                 expected=f"0 to {model.num_layers - 1}")
@@ -189,9 +194,10 @@ def _check_dense_layers(model: ModelConfig, layers: list[int], path: str) -> Non
         require(layer % model.num_layers in switched, path, "names a layer without a selection to switch off",
                 got=layer, expected=f"some of {switched}")
     for index, name in enumerate(names):
-        mixer, context = model.mixers[name], model.layer_context(index)
-        if not layers or index in dense or not mixer.has_indexer():
+        mixer = model.mixers[name]
+        if index in dense or not mixer.has_indexer():
             continue
+        context = model.layer_context(index)
         sources = {context.source_of(read) for read in mixer.reads(context)} & dense
         require(not sources, path, f"names a layer whose selection layer {index} reads", got=next(iter(sources), None),
                 hint=f"name layer {index} too")

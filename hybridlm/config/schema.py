@@ -104,6 +104,12 @@ class DataConfig(DataSourceConfig):
         return list(self.mixture) or [self]
 
 
+# By setting of a run: the keys of a stage any of which replaces it there, as `plan_stages` reads them.
+REPLACED_BY_STAGE = {"training.steps": ("steps", "tokens"), "training.tokens": ("steps", "tokens"),
+                     "training.sequence_length": ("sequence_length",), "training.batch_size": ("batch_size",),
+                     "optimizer.lr": ("lr",), "optimizer.schedule": ("schedule",)}
+
+
 @dataclass(kw_only=True)
 class StageConfig:
     """One stage of a recipe. Options that are null take their value from `training`, `optimizer` or the model."""

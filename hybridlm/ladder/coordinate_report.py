@@ -100,11 +100,13 @@ def _describe(coordinates: Sequence[Coordinate]) -> dict[str, Any]:
              "rms": {str(width): value if math.isfinite(value) else None for width, value in each.rms.items()}}
             for each in coordinates]
     shown = ("name", "quantity", "step", "slope", "half_width", "diverged")
-    unstable, uncertain, undecided = (
-        [{key: row[key] for key in shown} for row, each in zip(rows, coordinates, strict=True) if test(each)]
-        for test in (lambda each: not each.is_stable, lambda each: each.is_uncertain,
-                     lambda each: each.is_undecided))
-    return {"coordinates": rows, "unstable": unstable, "uncertain": uncertain, "undecided": undecided,
+
+    def rows_where(test: Callable[[Coordinate], bool]) -> list[dict[str, Any]]:
+        return [{key: row[key] for key in shown} for row, each in zip(rows, coordinates, strict=True) if test(each)]
+
+    return {"coordinates": rows, "unstable": rows_where(lambda each: not each.is_stable),
+            "uncertain": rows_where(lambda each: each.is_uncertain),
+            "undecided": rows_where(lambda each: each.is_undecided),
             "steepest": {quantity: found and {"name": found.name, "step": found.step, "slope": found.slope}
                          for quantity in QUANTITIES for found in [steepest(coordinates, quantity)]}}
 

@@ -130,19 +130,18 @@ def tables(final: list[dict[str, Any]], differences: dict[str, list[Any]]) -> li
 
 def _difference_rows(differences: dict[str, list[Any]]) -> list[list[str]]:
     """Make the rows of the differing settings: a mixer that some runs lack and the others share is one row."""
-    mixers: dict[str, list[str]] = {}
+    sections: dict[str, list[str]] = {}  # a mixer, or a setting by itself
     for key in differences:
-        mixers.setdefault(_mixer_of(key), []).append(key)
-    rows: dict[str, list[str]] = {}
-    for key, values in differences.items():
-        mixer = _mixer_of(key)
-        columns = list(zip(*(differences[one] for one in mixers[mixer]), strict=True))
+        sections.setdefault(_mixer_of(key) or key, []).append(key)
+    rows = []
+    for section, keys in sections.items():
+        columns = list(zip(*(differences[key] for key in keys), strict=True))
         theirs = [column for column in columns if set(column) != {ABSENT}]
-        if mixer and len(theirs) < len(columns) and all(column == theirs[0] for column in theirs):
-            rows[mixer] = [_section_text(mixer, mixers[mixer], column) for column in columns]
+        if section not in keys and len(theirs) < len(columns) and all(column == theirs[0] for column in theirs):
+            rows.append([section, *(_section_text(section, keys, column) for column in columns)])
         else:
-            rows[key] = [_plain(value) for value in values]
-    return [[key, *cells] for key, cells in rows.items()]
+            rows += [[key, *map(_plain, differences[key])] for key in keys]
+    return rows
 
 
 def _mixer_of(key: str) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
-
 from hybridlm import checkpoint
+from hybridlm.config.checks import parameter_names
 from hybridlm.config.schema import Config, selector_patterns
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import (
@@ -19,7 +18,6 @@ from hybridlm.model.cost import (
     training_parts,
 )
 from hybridlm.model.loss_names import trains_next_token
-from hybridlm.model.model import HybridLM
 from hybridlm.training.sparse_attention import stage_model
 from hybridlm.training.stages import Stage, plan_stages
 
@@ -102,19 +100,17 @@ def run_flops(config: Config) -> list[float]:
     teacher = None
     if config.teacher is not None:
         convert = config.recipe.convert
-        teacher = TeacherCost(checkpoint.read_model_config(checkpoint.resolve(config.teacher)),
+        teacher = TeacherCost(checkpoint.read_model_config(checkpoint.resolve(config.teacher, hashes=False)),
                               [] if convert is None else convert.converted or [])
-    return [stage_flops(config.model, stage, _trained_names(config.model, stage.trainable), teacher)
+    return [stage_flops(config.model, stage, _trained_names(config, stage.trainable), teacher)
             for stage in plan_stages(config)]
 
 
-def _trained_names(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
+def _trained_names(config: Config, patterns: Sequence[str]) -> list[str]:
     """Names of the parameters that match; "*" stands for all of them, which need not be listed."""
     if "*" in patterns:
         return ["*"]
-    with torch.device("meta"):
-        names = [name for name, _ in HybridLM(config).named_parameters()]
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in parameter_names(config) if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _are_mixers(trained: Sequence[str], layers: Sequence[int]) -> bool:

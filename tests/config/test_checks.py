@@ -1,10 +1,15 @@
 """Checks across the parts of a run."""
 
+from copy import deepcopy
+
 import pytest
 
-from hybridlm.config.checks import check_patterns, parameter_names
+from hybridlm.config.checks import check_effective, check_patterns, parameter_names
+from hybridlm.config.schema import REPLACED_BY_STAGE
 from hybridlm.errors import ConfigError
+from hybridlm.optimizers.lr_schedule import LRScheduleConfig
 from hybridlm.run_config import load_config
+from hybridlm.training.stages import plan_stages
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
@@ -89,3 +94,27 @@ def test_patterns_over_parameter_names():
     check_patterns(["*", "layers.?.mixer.*"], names, "here")
     with pytest.raises(ConfigError, match=r"here.1: matches no parameter"):
         check_patterns(["*", "layers.9.*"], names, "here")
+
+
+@pytest.fixture(scope="module")
+def default_config():
+    return load_config("train")
+
+
+@pytest.mark.parametrize(("setting", "key"), [(setting, key) for setting, keys in REPLACED_BY_STAGE.items()
+                                              for key in keys])
+def test_settings_that_a_stage_replaces_are_those_that_its_plan_does_not_read(default_config, setting, key):
+    values = {"steps": 7, "tokens": 4096, "sequence_length": 16, "batch_size": 3, "lr": 0.5,
+              "schedule": LRScheduleConfig(kind="constant")}
+    section, name = setting.split(".")
+    before, after = deepcopy(default_config), deepcopy(default_config)
+    setattr(getattr(after, section), name, values[name])
+    assert plan_stages(before) != plan_stages(after)
+    check_effective(after.recipe, [setting])
+    for config in (before, after):
+        setattr(config.recipe.stages[0], key, values[key])
+    assert plan_stages(before) == plan_stages(after)
+    with pytest.raises(ConfigError) as error:
+        check_effective(after.recipe, [setting])
+    assert error.value.key == setting
+    assert error.value.expected == f"recipe.stages.N.{key} with N 0"
