@@ -25,7 +25,6 @@ from hybridlm.interop.linearization import plan_conversion
 from hybridlm.interop.surgery import fit_indexer
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.edit import add_indexer
-from hybridlm.model.loss_names import TEACHER_LOSSES
 from hybridlm.model.model import build_model
 
 
@@ -82,8 +81,7 @@ def _find_start_of_conversion(composed: Composition) -> None:
             composed.set("init_from", composed.value("teacher"))
         return
     recipe = from_dict(RecipeConfig, composed.value("recipe"), "recipe", root=Config)
-    compares = any(stage.inputs == "teacher" or any(stage.loss_weights.get(loss) for loss in TEACHER_LOSSES)
-                   for stage in recipe.stages)
+    compares = any(stage.aligns_layers() or stage.compares_models() for stage in recipe.stages)
     if compares or not composed.has("init_from"):
         name = composed.value("recipe.name")
         raise ConfigError("teacher" if compares else "init_from", "is missing",

@@ -170,6 +170,14 @@ class StageConfig:
             require(name in losses, f"loss_weights.{name}", "is not a loss", expected=f"one of {', '.join(losses)}")
             require(weight >= 0, f"loss_weights.{name}", "must not be negative", got=weight)
 
+    def aligns_layers(self) -> bool:
+        """Whether converted layers read the teacher's stream, or learn the outputs of its attention."""
+        return self.inputs == "teacher" or self.loss_weights.get("layer_output", 0) > 0
+
+    def compares_models(self) -> bool:
+        """Whether the model learns from the teacher's predictions, or from its stream behind each layer."""
+        return any(self.loss_weights.get(name, 0) > 0 for name in ("teacher_kl", "hidden"))
+
 
 @dataclass(kw_only=True)
 class ConvertConfig:

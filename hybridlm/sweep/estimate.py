@@ -27,6 +27,8 @@ from hybridlm.sweep.point import Point, identify_run
 from hybridlm.sweep.probe_tasks import read_probe_result
 from hybridlm.sweep.process import child_environment
 from hybridlm.training.metrics import peak_flops
+from hybridlm.training.sparse_attention import stage_model
+from hybridlm.training.stage_flops import run_flops
 
 MEASURED_STEPS = 2  # timed steps, after one that warms up
 MEASURE_BY_DEFAULT_MAX_S = 20.0  # of all measuring, at the rate of large matrix products; small models are far slower
@@ -136,30 +138,33 @@ class _Training:
     micro_batch_size: int
     optimizer: OptimizerConfig
     evaluated_rows: int  # rows of validation, over all its runs
+    flops_per_token: float  # of a training step; one that is measured trains the whole model
 
 
 def _trainings(point: Point) -> list[_Training]:
     """The trainings of a point: on text stage by stage, and on each probe."""
     config = point.config
     found = []
-    for stage in point.stages:
+    for stage, flops in zip(point.stages, run_flops(config) if point.stages else [], strict=True):
         micro_batch_size = min(config.training.micro_batch_size or stage.batch_size, stage.batch_size)
         every = config.training.eval_every
         evaluations = 1 + (stage.steps // every if every else 0)
-        found.append(_Training(config.model, stage.sequence_length, stage.steps, stage.batch_size, micro_batch_size,
-                               config.optimizer, evaluations * config.training.eval_batches * stage.batch_size))
+        found.append(_Training(stage_model(config.model, stage), stage.sequence_length, stage.steps, stage.batch_size,
+                               micro_batch_size, config.optimizer,
+                               evaluations * config.training.eval_batches * stage.batch_size, flops))
     for task in point.work.probes:
         assert task.length is not None
         model = model_for_probe(config.model, task.probe(), task.length)
         rows = task.examples * (1 + len(task.lengths or ()))
         found.append(_Training(model, task.length, task.steps, task.batch_size, task.batch_size,
-                               OPTIMIZERS.config_class("adamw")(lr=task.lr), rows))
+                               OPTIMIZERS.config_class("adamw")(lr=task.lr), rows,
+                               training_flops(model, task.length)))
     return found
 
 
 def _training_flops(point: Point) -> float:
     """FLOPs of all training of a point."""
-    return sum(training_flops(each.model, each.sequence_length) * each.steps * each.batch_size * each.sequence_length
+    return sum(each.flops_per_token * each.steps * each.batch_size * each.sequence_length
                for each in _trainings(point))
 
 

@@ -145,16 +145,15 @@ class Distillation:
         stage = stages[-1]
         self._baselines = None  # lengths and batches of validations follow the stage
         self._share_tensors(model, [pattern for each in stages for pattern in each.trainable])
-        aligns = stage.inputs == "teacher" or stage.loss_weights.get("layer_output", 0) > 0
         targets: dict[int, MixerStandIn] = {
             layer: LayerTarget(block_of(self.teacher, layer).mixer, stage.inputs == "teacher")
-            for layer in (self.converted if aligns else ())}
+            for layer in (self.converted if stage.aligns_layers() else ())}
         for layer in self.converted:
             block_of(model, layer).mixer_stand_in = targets.get(layer)
-        weights = stage.loss_weights
         model.guide = None
-        if weights.get("teacher_kl") or weights.get("hidden"):
-            model.guide = TeacherGuide(self.teacher, temperature=stage.temperature, hidden=bool(weights.get("hidden")))
+        if stage.compares_models():
+            model.guide = TeacherGuide(self.teacher, temperature=stage.temperature,
+                                       hidden=bool(stage.loss_weights.get("hidden")))
 
     def _share_tensors(self, model: HybridLM, trained: Sequence[str]) -> None:
         """Let the teacher use the student's memory for the parameters that both have and nothing has trained.

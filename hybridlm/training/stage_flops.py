@@ -60,8 +60,8 @@ def stage_flops(config: ModelConfig, stage: Stage, trained: Sequence[str],
     model = stage_model(config, stage)
     parts = training_parts(model, length)
     forward, backward = parts["forward"], parts["backward"]
-    compares = teacher is not None and bool(weights.get("teacher_kl") or weights.get("hidden"))
-    aligns = teacher is not None and (stage.inputs == "teacher" or weights.get("layer_output", 0) > 0)
+    compares = teacher is not None and stage.compares_models()
+    aligns = teacher is not None and stage.aligns_layers()
     partial = True
     selectors = selector_patterns(config)
     if all(any(fnmatchcase(name, pattern) for pattern in selectors) for name in trained):

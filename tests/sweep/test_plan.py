@@ -10,6 +10,7 @@ from hybridlm.model.cost import count_parameters, decode_state_bytes, training_f
 from hybridlm.sweep import estimate
 from hybridlm.sweep.plan import make_plan
 from hybridlm.sweep.request import read_request, to_table_value
+from hybridlm.training.stage_flops import run_flops
 
 BASE = ["model=hybrid_tiny"]
 
@@ -95,6 +96,16 @@ def test_an_empty_list_in_a_file_is_refused(tmp_path):
     (tmp_path / "sweep" / "bad.yaml").write_text("vary: {training.seed: []}\n")
     with pytest.raises(ConfigError, match=r"sweep\.vary\.training\.seed: is an empty list"):
         read_request(["sweep=bad"], str(tmp_path))
+
+
+def test_an_estimate_by_flops_counts_what_each_stage_computes(monkeypatch):
+    monkeypatch.setattr(estimate, "peak_flops", lambda *_: (1e9, "made up"))
+    points = make_plan(["model=kda_dsa_tiny", "recipe=dsa_scratch", "training.seed=0,1"]).points
+    expected = sum(flops * stage.steps * stage.tokens_per_step for flops, stage in
+                   zip(run_flops(points[0].config), points[0].stages, strict=True)) / 1e9
+    assert estimate.estimate_by_flops(points)[0] == pytest.approx([expected, expected])
+    dense, sparse = (training.model.mixers["dsa"].indexer.mode for training in estimate._trainings(points[0]))
+    assert (dense, sparse) == ("dense", "sparse")
 
 
 def test_a_dry_run_shows_every_cost_and_writes_nothing(capsys, tmp_path, monkeypatch):
