@@ -66,3 +66,12 @@ def test_every_module_and_public_class_has_a_docstring():
         wrong += [f"{name}:{node.lineno}: {node.name}" for node in tree.body
                   if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node)]
     assert not wrong, "\n".join(["without a docstring:", *wrong])
+
+
+def test_unreleased_changes_have_each_heading_once():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    section = re.split(r"^## \[", text, flags=re.MULTILINE)[1]
+    assert section.startswith("Unreleased]")
+    headings = re.findall(r"^### (.*)", section, re.MULTILINE)
+    order = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    assert headings == [name for name in order if name in headings]

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from linearize_smollm2 import hybridlm, import_model  # the script beside this one
+from smollm2 import import_model, train_run  # the file beside this one
 
 from hybridlm.checkpoint import load_checkpoint, resolve
 from hybridlm.config.schema import DataConfig
@@ -45,6 +45,7 @@ from hybridlm.files import write_json, write_text
 from hybridlm.interop.surgery import add_indexer
 from hybridlm.model.mixers.common.indexed_attention import indexed_mixers
 from hybridlm.model.model import HybridLM
+from hybridlm.model.targets import IGNORE
 from hybridlm.report.figures import Axis, Chart, Panel, Series
 from hybridlm.report.palette import Palette
 from hybridlm.report.png import write_png
@@ -112,20 +113,15 @@ class Experiment:
 
     def train(self, name: str, *words: str) -> bool:
         """Train the run `name`, or go on with it; returns whether it has come to its end."""
-        if (self.out / f"{name}.done").exists():
-            return True
         self.write_texts()
         texts = (self.out / "texts").resolve()
-        done = hybridlm(
-            "train", f"run_dir={self.out / name}", *words,
+        return train_run(
+            self.out / name, *words,
             f"data.mixture=[{{path: '{texts}/train_code.jsonl', weight: {1 - PROSE_WEIGHT}}}, "
             f"{{path: '{texts}/train_prose.jsonl', weight: {PROSE_WEIGHT}}}]",
             f"data.validation_path='{texts}/held_out_code.jsonl'",
             f"training.checkpoint_every={self.sizes.checkpoint_every}", "training.eval_batches=4",
             "training.eval_every=0", "optimizer.weight_decay=0.01", minutes=self.minutes)
-        if done:
-            (self.out / f"{name}.done").touch()
-        return done
 
     def warmup(self) -> bool:
         """Train the indexers under dense attention."""
@@ -262,7 +258,7 @@ class Experiment:
 
 def repeated_text(text_BT: torch.Tensor) -> RecallSamples:
     """Rows of text that come twice; the second copy is scored from its second token on."""
-    labels = torch.full((text_BT.shape[0], 2 * text_BT.shape[1]), -100)
+    labels = torch.full((text_BT.shape[0], 2 * text_BT.shape[1]), IGNORE)
     labels[:, text_BT.shape[1] + 1 :] = text_BT[:, 1:]
     return RecallSamples(torch.cat([text_BT, text_BT], 1), labels)
 

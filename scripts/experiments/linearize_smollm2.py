@@ -17,60 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
+
+from smollm2 import hybridlm, import_model, train_run  # the file beside this one
 
 KEEP = 7  # of 30 attention layers
 ALIGN_STEPS, DISTILL_STEPS = 150, 150  # of 2 sequences of 512 tokens
 COPY_STEPS = 50  # of the comparison of starts
 BATCH, LENGTH = 2, 512
-
-
-def hybridlm(*words: str, minutes: float | None = None) -> bool:
-    """Run a command of hybridlm; returns whether it came to its end before `minutes` were over."""
-    process = subprocess.Popen([sys.executable, "-m", "hybridlm.cli", *words])
-    try:
-        code = process.wait(None if minutes is None else 60 * minutes)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        return False
-    if code:
-        raise SystemExit(code)
-    return True
-
-
-def is_finished(run: Path) -> bool:
-    """Whether the newest checkpoint of a run has all steps of its plan."""
-    from hybridlm import load_config
-    from hybridlm.checkpoint import resolve
-    from hybridlm.files import step_of
-    from hybridlm.training.stages import plan_stages
-
-    return step_of(resolve(run)) == sum(stage.steps for stage in plan_stages(load_config(str(run / "config.yaml"))))
-
-
-def import_model(folder: Path, gguf: Path | None, model: Path | None) -> None:
-    """Make the teacher, a checkpoint of ours, from quantised weights or from a folder of transformers."""
-    if (folder / "teacher").exists():
-        return
-    if model is None:
-        if gguf is None:
-            raise SystemExit("import: give --gguf FILE or --model FOLDER")
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = folder / "transformers"
-        quantised = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-        if hasattr(quantised.config, "quantization_config"):
-            del quantised.config.quantization_config
-        plain = type(quantised)(quantised.config)  # without what remembers the quantisation
-        plain.load_state_dict(quantised.state_dict())
-        plain.save_pretrained(model)
-        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(model)
-    hybridlm("import", str(model), str(folder / "teacher"))
 
 
 def select(folder: Path) -> None:
@@ -83,15 +37,11 @@ def select(folder: Path) -> None:
 
 def train(folder: Path, name: str, keep: str, stages: list[str], minutes: float | None, *more: str) -> None:
     """Train a conversion in the folder `name`, or go on with it."""
-    if (folder / f"{name}.done").exists():
-        return
-    hybridlm(
-        "train", "recipe=linearize_tiny", f"teacher={folder / 'teacher'}", f"recipe.convert.keep={keep}",
+    train_run(
+        folder / name, "recipe=linearize_tiny", f"teacher={folder / 'teacher'}", f"recipe.convert.keep={keep}",
         f"recipe.stages=[{', '.join(stages)}]", "data.path=stdlib", f"training.batch_size={BATCH}",
         f"training.sequence_length={LENGTH}", "training.eval_batches=4", "training.eval_every=75",
-        "training.checkpoint_every=25", f"run_dir={folder / name}", *more, minutes=minutes)
-    if is_finished(folder / name):
-        (folder / f"{name}.done").touch()
+        "training.checkpoint_every=25", *more, minutes=minutes)
 
 
 def align(steps: int) -> str:
