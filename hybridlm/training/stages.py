@@ -16,6 +16,7 @@ from hybridlm.config.schema import Config, StageConfig
 from hybridlm.errors import ConfigError
 from hybridlm.optimizers import OptimizerSet
 from hybridlm.optimizers.lr_schedule import LRScheduleConfig, check_schedule, lr_factor
+from hybridlm.training.backends import format_layer_ranges
 
 
 @dataclass(kw_only=True)
@@ -104,9 +105,10 @@ def check_steps_left(config: Config, stages: Sequence[Stage], made: int) -> None
     if made <= planned:
         return
     last = config.recipe.stages[-1]
-    key = "training.steps" if last.steps is None else f"recipe.stages.{len(stages) - 1}.steps"
-    if last.steps is None and (last.tokens is not None or config.training.tokens is not None):
-        key = "training.tokens" if last.tokens is None else f"recipe.stages.{len(stages) - 1}.tokens"
+    if last.steps is None and last.tokens is None:
+        key = "training.steps" if config.training.tokens is None else "training.tokens"
+    else:
+        key = f"recipe.stages.{len(stages) - 1}.{'steps' if last.tokens is None else 'tokens'}"
     raise ConfigError(key, f"leaves {planned} steps, and this run has made {made}", expected=f"at least {made} steps",
                       hint="branch_from= an earlier checkpoint and another run_dir go on from there")
 
@@ -134,24 +136,20 @@ def describe_names(names: Sequence[str]) -> str:
         >>> describe_names(["embed.weight", "layers.0.norm.weight", "layers.1.norm.weight", "layers.3.norm.weight"])
         'embed.weight, layers.{0-1,3}.norm.weight'
     """
-    layers: dict[str, list[int]] = {}  # by the name within the layer
+    layers: dict[str, list[str]] = {}  # numbers of layers by the name within them; none of a name outside
     for name in names:
-        found = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
-        layers.setdefault(name if found is None else f".{found[2]}", []).append(-1 if found is None else int(found[1]))
-    return ", ".join(name if numbers == [-1] else f"layers.{_ranges(numbers)}{name}"
-                     for name, numbers in layers.items())
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Format rising numbers as ranges in braces; a single number as it is."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
+        found = re.fullmatch(r"layers\.(\d+)(\..*)", name)
+        if found is None:
+            layers[name] = []
         else:
-            runs.append([number, number])
-    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return text if len(numbers) == 1 else f"{{{text}}}"
+            layers.setdefault(found[2], []).append(found[1])
+    return ", ".join(_describe_layers(numbers) + name for name, numbers in layers.items())
+
+
+def _describe_layers(numbers: Sequence[str]) -> str:
+    if len(numbers) < 2:
+        return "".join(f"layers.{number}" for number in numbers)
+    return "layers.{" + format_layer_ranges(numbers).replace(", ", ",") + "}"
 
 
 def check_trained(model: nn.Module, trained: list[str], optimizers: OptimizerSet) -> None:
