@@ -13,6 +13,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.interop.rearrangements import RepeatedTensor
 from hybridlm.interop.tensor_rules import KeyLayout, TensorRule, TensorSpec, map_tensors
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.cost import mtp_block
 from hybridlm.model.mixers.contract import MixerConfig
 
 HEAD_KEY = "lm_head.weight"  # the output head's name in every family
@@ -145,7 +146,7 @@ class Family:
         return rules
 
     def _map_mtp(self, config: ModelConfig, index: int) -> Iterator[TensorRule]:
-        mixer = config.mixers[config.mtp.mixer or config.layers()[-1]]
+        layer, name = mtp_block(config)
         if self.mtp_keys == "layers":
             block = f"model.layers.{config.num_layers + index}."
             names = (f"{block}enorm", f"{block}hnorm", f"{block}eh_proj", f"{block}shared_head.norm")
@@ -154,8 +155,8 @@ class Family:
             names = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
         for ours, theirs in zip(("enorm", "hnorm", "eh_proj", "norm"), names, strict=True):
             yield map_tensors(f"mtp.{index}.{ours}.weight", f"{theirs}.weight")
-        is_moe = config.feed_forward.is_moe(config.num_layers - 1)
-        yield from self.map_layer(config, LayerToMap(mixer, is_moe, f"mtp.{index}.block.", block))
+        is_moe = config.feed_forward_after(name).is_moe(layer)
+        yield from self.map_layer(config, LayerToMap(config.mixers[name], is_moe, f"mtp.{index}.block.", block))
 
     def make_ignored_test(self, config: ModelConfig) -> Callable[[str], bool]:
         """Make a function that says whether a key of a checkpoint may be ignored."""

@@ -108,6 +108,11 @@ def mtp_block(config: ModelConfig) -> tuple[int, str]:
     return config.num_layers - 1, config.mtp.mixer or config.layers()[-1]
 
 
+def all_blocks(config: ModelConfig) -> list[tuple[int, str]]:
+    """Layer index and mixer name of every layer, then of the block of each multi-token prediction module."""
+    return [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
+
+
 def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True) -> dict[str, float]:
     """Forward FLOPs per token, by part of the model, the mean over a causal sequence of `context_length` tokens.
 
@@ -145,7 +150,7 @@ def training_parts(config: ModelConfig, context_length: int) -> dict[str, float]
     """
     forward = sum(forward_flops(config, context_length).values())
     forward_only = sum(config.mixers[name].forward_only_flops_per_token(config.layer_context(index), context_length)
-                       for index, name in _blocks(config))
+                       for index, name in all_blocks(config))
     return {"forward": forward, "backward": BACKWARD * (forward - forward_only),
             "selector_losses": selector_loss_flops(config, context_length)}
 
@@ -160,13 +165,8 @@ def selector_loss_flops(config: ModelConfig, context_length: int, weights: Mappi
         weights: weights of losses by name; a mixer whose losses all have weight 0 computes none.
     """
     return sum(config.mixers[name].loss_flops_per_token(config.layer_context(index), context_length)
-               for index, name in _blocks(config)
+               for index, name in all_blocks(config)
                if not (names := config.mixers[name].own_losses()) or any(weights.get(loss) != 0 for loss in names))
-
-
-def _blocks(config: ModelConfig) -> list[tuple[int, str]]:
-    """Layer and mixer of every block, those of multi-token prediction included."""
-    return [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
 
 
 def training_flops(config: ModelConfig, context_length: int) -> float:

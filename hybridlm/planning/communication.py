@@ -18,12 +18,12 @@ import torch
 from hybridlm.distributed.collective_counter import wire_bytes
 from hybridlm.distributed.engine_config import ENGINES, FP32_BYTES, EngineConfig
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.cost import count_parameters, mtp_block
+from hybridlm.model.cost import all_blocks, count_parameters
 from hybridlm.model.feed_forward import RoutedExperts
 from hybridlm.model.model import HybridLM
 
 INT32_BYTES = 4
-INT64_BYTES = 8
+FP64_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,25 +98,19 @@ def step_traffic(config: ModelConfig, plan: ParallelPlan, matrices: int | None =
         matrices = sharded  # which parameters these are makes no difference: no model is built to count them
     elif matrices is None:
         matrices = matrix_params(config)
-    blocks = _blocks(config)
+    blocks = all_blocks(config)
     moe_layers = sum(config.feed_forward_after(name).is_moe(index) for index, name in blocks)
     found = _parameter_traffic(plan, "", count.total_with_mtp - sharded, matrices - sharded, plan.ranks, len(blocks))
     if sharded:
         local = sharded / plan.engine.expert_parallel
         found += _parameter_traffic(plan, "expert ", local, local, plan.expert_copies, moe_layers)
         found += _expert_rows(config, plan, moe_layers)
-    routed = config.feed_forward.routed_experts()
-    if routed is not None:
-        loads = moe_layers * INT64_BYTES * routed.total
-        found.append(Traffic("router loads", "all_reduce", plan.ranks, loads, moe_layers))
+    sums = sum(config.feed_forward_after(name).step_sum_numbers(index) for index, name in blocks)
+    if sums:
+        found.append(Traffic("router sums", "all_reduce", plan.ranks, FP64_BYTES * sums, moe_layers))
     if plan.engine.context_parallel > 1:
         found += _shards(config, plan)
     return [traffic for traffic in found if traffic.ranks > 1]
-
-
-def _blocks(config: ModelConfig) -> list[tuple[int, str]]:
-    """Index and mixer of every layer, those of multi-token prediction included."""
-    return [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
 
 
 def matrix_params(config: ModelConfig) -> int:
@@ -168,7 +162,7 @@ def _shards(config: ModelConfig, plan: ParallelPlan) -> Iterator[Traffic]:
     """Traffic between the shards of rows; each mixer says itself how much it asks for."""
     shards, away = plan.engine.context_parallel, 1 - 1 / plan.engine.context_parallel
     payload, layers = dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), 0.0), Counter[str]()
-    for index, name in _blocks(config):
+    for index, name in all_blocks(config):
         context, length = config.layer_context(index), plan.length // shards
         of_branches = [branch.shard_traffic(context, plan.rows, length, shards, plan.element_bytes)
                        for branch in (config.mixers[name], config.feed_forward_after(name))]

@@ -160,7 +160,7 @@ def test_what_a_step_sends_by_the_formulas():
     again = sent(config, expert_parallel=16, activation_checkpointing=True)["expert rows", "all_to_all"][1]
     assert again == pytest.approx(split["expert rows", "all_to_all"][1] * 1.5, rel=1e-3)
     alone = sent(config, engine="zero3", expert_parallel=64)  # nobody else holds these experts
-    assert {part for part, _ in alone} == {"weights", "gradients", "expert rows", "router loads"}
+    assert {part for part, _ in alone} == {"weights", "gradients", "expert rows", "router sums"}
 
 
 @pytest.mark.parametrize(("routing", "ranks"), [

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlm.config.paths import options
-from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops, training_flops
+from hybridlm.model.cost import all_blocks, count_parameters, decode_state_bytes, forward_flops, training_flops
 from hybridlm.model.memory import activation_bytes_per_token, training_memory
 from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
 from hybridlm.model.mixers.common.cost import count_block_keys, count_open_tail, count_visible_pools
@@ -35,6 +35,8 @@ def test_parameters_are_those_of_the_built_model(name):
     for layer, block in zip(count.layers, model.layers, strict=True):
         assert layer.params == sum(p.numel() for p in block.parameters()), layer
         assert layer.mixer_params == sum(p.numel() for p in block.mixer.parameters()), layer
+    kept = sum(config.feed_forward_after(mixer).step_sum_numbers(index) for index, mixer in all_blocks(config))
+    assert kept == sum(total.numel() for total in model.step_sums())
 
 
 @pytest.mark.parametrize("name", options("mixer"))

@@ -124,6 +124,11 @@ class FeedForwardConfig(abc.ABC):
         """Number of parameters that belong to routed experts: those that expert parallelism shards."""
         return 0
 
+    def step_sum_numbers(self, layer_index: int) -> int:
+        """Numbers in the `step_sums` of a layer, by default the loads of its experts."""
+        experts = self.routed_experts()
+        return experts.total if experts is not None and self.is_moe(layer_index) else 0
+
     def is_moe(self, layer_index: int) -> bool:
         """Whether the layer has routed experts."""
         return self.routed_experts() is not None

@@ -260,6 +260,12 @@ class MoEConfig(FeedForwardConfig):
         each = 3 * self.routed_experts().width(context.hidden_size) * self.moe_intermediate_size
         return each * self.num_experts if self.is_moe(context.layer_index) else 0
 
+    def step_sum_numbers(self, layer_index: int) -> int:
+        """Loads, and with quantile balancing the quantiles and their number."""
+        loads = super().step_sum_numbers(layer_index)
+        moves = self.bias_update == "quantile" and not self.is_hashed(layer_index)
+        return loads + (loads + 1 if loads and moves else 0)
+
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
         if (dense := self.dense_config(context)) is not None:
             return dense.flops_per_token(context)
