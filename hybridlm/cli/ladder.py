@@ -133,11 +133,12 @@ def _pilot(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     def tell(costs: dict[str, dict[str, Any]]) -> None:
         report = judge_pilot(ladder, optimizers, tried, describe_points(plan.sweep.folder, plan.ladder, costs))
-        without.extend([*report.missing, *report.untuned])
+        own = report.only(ladder.architectures)
+        without.extend([*own.missing, *own.untuned])
         if args.json:
             print(json.dumps(to_dict(report)))
         else:
-            print_pilot(report, _console())
+            print_pilot(own, _console())
 
     code = _execute(args, argv, plan, tell)
     return code if without else 0

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,10 @@ class PilotReport:
     seeds: list[int]
     architectures: dict[str, TunedArchitecture]
     warnings: list[str]
+
+    def only(self, names: Iterable[str]) -> PilotReport:
+        """The report of these architectures alone; pilot.json also keeps those of earlier pilots in its folder."""
+        return replace(self, architectures={name: self.architectures[name] for name in names})
 
     @property
     def missing(self) -> list[str]:

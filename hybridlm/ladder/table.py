@@ -77,7 +77,7 @@ def print_pilot(report: PilotReport, console: Console) -> None:
     """Print the losses of all learning rates, and the best of each architecture.
 
     Args:
-        report: of `judge_pilot`.
+        report: of `judge_pilot`, of the architectures of the ladder alone.
         console: where to.
     """
     table = _table("architecture", "learning rate", "bits per\nbyte", "by seed", "")

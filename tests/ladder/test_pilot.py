@@ -213,11 +213,16 @@ def test_rates_of_a_pilot_with_other_settings_are_refused(piloted, capsys):
 
 
 def test_architectures_of_earlier_pilots_stay(piloted, capsys):
-    before = pilot(piloted)["architectures"]
+    data = pilot(piloted)
+    data["architectures"]["full"]["missing"] = ["full_t0_seed-0: interrupted"]
+    (piloted / "pilot.json").write_text(json.dumps(data))
     shutil.rmtree(piloted / "pilot")
     one = ["ladder.architectures={kda: {linear: kda, ratio: 3}}", "ladder.reference=kda"]
     assert main(ladder(piloted, "--pilot", *FEW, *one)) == 0
-    assert pilot(piloted)["architectures"] == before
+    assert pilot(piloted)["architectures"] == data["architectures"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the rungs of this ladder train with the best rates" in out  # those that stay are not of this ladder
+    assert "interrupted" not in out
 
 
 def test_a_ladder_that_began_before_its_pilot_is_told_how_it_goes_on(machine, tmp_path, capsys):
