@@ -57,6 +57,15 @@ def did_you_mean_path(path: str | Path) -> str:
     return f"did you mean '{missing.parent / close}'?" if close else ""
 
 
+def rename_keys(text: str, old: str, new: str) -> str:
+    """Let dotted keys in a text that begin with `old` begin with `new`; paths stay.
+
+    >>> rename_keys("sweep.reference of runs/sweep.d/a", "sweep.", "ladder.")
+    'ladder.reference of runs/sweep.d/a'
+    """
+    return re.sub(rf"(?<![\w./-]){re.escape(old)}(?=\w)", new, text)
+
+
 def counted(number: int, noun: str) -> str:
     """1 step, 2 steps."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
@@ -94,8 +103,8 @@ class ConfigError(UserError):
         >>> print(error.renamed("sweep.", "ladder."))
         ladder.dir: is not a folder; take another ladder.dir
         """
-        keys = re.compile(rf"(?<![\w./-]){re.escape(old)}(?=\w)")  # and no part of a path
-        key, what, expected, hint = (keys.sub(new, text) for text in (self.key, self.what, self.expected, self.hint))
+        key, what, expected, hint = (rename_keys(text, old, new)
+                                     for text in (self.key, self.what, self.expected, self.hint))
         return type(self)(key, what, got=self.got, expected=expected, hint=hint)
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridlm.config.checks import validate
 from hybridlm.config.schema import Config, StageConfig
-from hybridlm.errors import ConfigError, did_you_mean
+from hybridlm.errors import ConfigError, did_you_mean, rename_keys
 from hybridlm.ladder.pilot import PILOT_FOLDER
 from hybridlm.ladder.pilot_report import PILOT_FILE, RATE_KEY, best_rate, describe_use, read_pilot
 from hybridlm.ladder.request import LadderConfig, LadderRequest, architecture_words, check_projections
@@ -101,7 +101,8 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
                        for name in ladder.architectures for seed in ladder.seeds]
         matching = SweepConfig(name=ladder.name, match=ladder.match, state_context=ladder.state_context,
                                reference=_point_name(reference, rung, ladder.seeds[0]))
-        notes += [f"{rung.name}: {note.replace('sweep.', 'ladder.')}" for note in match_points(rung_points, matching)]
+        notes += [f"{rung.name}: {rename_keys(note, 'sweep.', 'ladder.')}"
+                  for note in match_points(rung_points, matching)]
         if ladder.validation_tokens % rung.tokens_per_step:
             notes.append(f"{rung.name}: batches of {rung.tokens_per_step:,} tokens do not divide the "
                          f"{ladder.validation_tokens:,} of a validation, so it has a few more than other rungs")

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlm.config.schema import Config, RecipeConfig, StageConfig, TrainingConfig
+from hybridlm.interop.checkpoint_folders import save_checkpoint
 from hybridlm.model.config import ModelConfig, ScheduleConfig
 from hybridlm.model.cost import forward_flops, mixer_forward_flops, training_flops, training_parts
 from hybridlm.model.feed_forward import DenseConfig
@@ -15,7 +16,7 @@ from hybridlm.model.model import HybridLM
 from hybridlm.run_config import load_config
 from hybridlm.training.distillation import LayerTarget, TeacherGuide
 from hybridlm.training.sparse_attention import set_attention
-from hybridlm.training.stage_flops import TeacherCost, stage_flops
+from hybridlm.training.stage_flops import TeacherCost, run_flops, stage_flops
 from hybridlm.training.stages import Stage, plan_stages, set_trainable
 from tests.support import tiny_run
 
@@ -114,3 +115,16 @@ def test_the_loss_of_a_selector_counts_where_its_own_weight_is_not_zero():
     whole = stage_flops(config, stage(), ["norm.weight"])
     assert stage_flops(config, stage(loss_weights={"indexer_kl": 0}), ["norm.weight"]) == whole
     assert stage_flops(config, stage(loss_weights={"selector_kl": 0}), ["norm.weight"]) == pytest.approx(whole - loss)
+
+
+def test_the_flops_of_a_run_read_no_weights_of_its_teacher(tmp_path):
+    config = Config(model=model_config(), training=TrainingConfig(sequence_length=LENGTH))
+    teacher = tmp_path / "teacher"
+    save_checkpoint(HybridLM(config.model), teacher)
+    weights = next(teacher.glob("*.safetensors"))
+    weights.write_bytes(bytes(weights.stat().st_size))  # of the right size, and nothing else is right
+    config = replace(config, teacher=str(teacher),
+                     recipe=RecipeConfig(name="r", stages=[StageConfig(name="s", loss_weights={"teacher_kl": 1})]))
+    plain = replace(config, teacher=None, recipe=RecipeConfig(name="r", stages=[StageConfig(name="s")]))
+    forward = sum(forward_flops(config.model, LENGTH, mtp=False).values())
+    assert run_flops(config) == pytest.approx([run_flops(plain)[0] + forward])
