@@ -378,7 +378,7 @@ def test_last_stages_may_make_the_kept_attention_sparse(teacher, tmp_path):
     (["recipe.convert.mixer=mamba"],
      "recipe.convert.mixer: cannot start from the weights of attention; got 'mamba'; expected options of a kind"),
     (["recipe.convert.mixer=kad"], "recipe.convert.mixer: no such preset; got 'kad'"),
-    (["recipe.convert.mixer={kind: kad}"], "no such kind; got 'kad'"),
+    (["recipe.convert.mixer={kind: kad}"], "recipe.convert.mixer.kind: unknown kind; got 'kad'"),
     (["recipe.convert.init=cpoy"], "recipe.convert.init: "),
     (["recipe.stages.0.sequence_length=65"],
      "recipe.stages.0.sequence_length: is longer than the model is meant for; got 65; expected at most "
