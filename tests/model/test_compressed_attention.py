@@ -296,6 +296,8 @@ def test_sinks_and_places_start_at_zero():
     ({"output_groups": 3}, "output_groups: must divide num_heads; got 3; expected a divisor of 4"),
     ({"rope_head_dim": 5}, "rope_head_dim: must be even and fit into the heads, those of the indexer too; got 5; "
                            "expected an even number up to 8; rope.kind=none rotates nothing"),
+    ({"rope": RopeConfig(kind="interleaved", scaling=YarnConfig(factor=1024.0, original_max_position=32, mscale=1.0))},
+     "rope.scaling.attention_factor: would scale values, which rotate as keys do; got 1.69"),
     ({"ratio": None, "indexer": EntryIndexerConfig()},
      "indexer: needs entries to select from; got 'ratio=null'; expected a ratio, or no indexer"),
 ])

@@ -93,6 +93,9 @@ class CompressedAttentionConfig(MixerConfig):
                 got=self.output_groups, expected=f"a divisor of {self.num_heads}")
         require(self.rope.partial_rotary_factor == 1, "rope.partial_rotary_factor", f"is not used by {self.kind}",
                 got=self.rope.partial_rotary_factor, expected="1", hint="rope_head_dim says how many dims rotate")
+        scaling = self.rope.scaling
+        require(scaling is None or scaling.table_scale() == 1, "rope.scaling.attention_factor",
+                "would scale values, which rotate as keys do", got=scaling and scaling.table_scale(), expected="1.0")
         narrowest = self.head_dim if self.indexer is None else min(self.head_dim, self.indexer.head_dim)
         require(self.rope.kind == "none" or (0 < self.rope_head_dim <= narrowest and self.rope_head_dim % 2 == 0),
                 "rope_head_dim", "must be even and fit into the heads, those of the indexer too",
