@@ -1,11 +1,16 @@
 """Tuning runs a kernel many times on the same memory: what it wrote the first time must not change the next."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
 
 from hybridlm_kernels import indexer_kl, moe_experts, sparse_attention
 from hybridlm_kernels.cases import CheckCase
+from hybridlm_kernels.ops.delta_rule import triton_backend as delta_rule_backend
+from hybridlm_kernels.ops.linear_attention import triton_backend as linear_attention_backend
+from hybridlm_kernels.recurrence import triton_chunk_tables
 from hybridlm_kernels.tools import doctor
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.recurrences import doctor_case
@@ -20,6 +25,9 @@ RECURRENCES = [("delta_rule", "scalar", "softplus"), ("delta_rule", "channel", "
 def cases():
     for kind in RECURRENCES:
         yield doctor_case(*kind, T=18, K=16, V=16)
+    for operation in ("delta_rule", "linear_attention"):
+        yield replace(doctor_case(operation, "channel", None, T=65, HV=2, K=16, V=12), label="shared keys, segments")
+        yield replace(doctor_case(operation, "channel", None, T=18, K=16, V=16), label="fixed decay", fixed=("g",))
     x, gate_up, down, weights = (t.detach() for t in case(9, 2, 3, 16, 8))
     yield CheckCase("moe_experts", "2 of 3", moe_experts, lambda: {
         "x": x, "gate_up": gate_up, "down": down, "expert_ids": routing(9, 2, 3), "weights": weights})
@@ -40,6 +48,10 @@ def _random(shapes):
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.operation}, {case.label}")
 def test_running_a_kernel_twice_changes_nothing(case, monkeypatch):
+    for backend in (delta_rule_backend, linear_attention_backend):
+        monkeypatch.setattr(backend, "parallel_programs", lambda *_: 8)
+        monkeypatch.setattr(backend, "MIN_SEGMENTS_PER_DOCUMENT", 2)
+    monkeypatch.setattr(triton_chunk_tables, "MIN_CHUNKS_PER_SEGMENT", 1)
     torch.manual_seed(0)
     inputs, launches, once = case.inputs(), [], Autotuner.run
     outputs, grads = doctor._evaluate(case, "triton", inputs, torch.float32, "cpu")

@@ -31,6 +31,13 @@ COARSE_STEPS = tl.constexpr(256.0)
 
 
 @triton.jit
+def locate_chunk(chunks_ptr):
+    """Find the chunk and the head of a program in a grid of both, the chunk's first token, and its number of tokens."""
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    return chunk, head, tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int32)
+
+
+@triton.jit
 def load_tile(ptr, rows, stride, columns, WIDTH: tl.constexpr, inside):
     """Load the tile [rows, columns] of the head that `ptr` points to, zero outside."""
     at = rows[:, None] * stride + columns[None, :]

@@ -294,21 +294,21 @@ class _DeltaRuleLaunches:
         d_A_log = self.wide(P, self.HV) if x.A_log is not None and needed[5] else None
         d_bias = self.wide(P, *x.dt_bias.shape) if x.dt_bias is not None and needed[6] else None
         scratch = self.empty(2, self.tokens, self.HV, CHUNK_TOKENS)
-        itself = None
         shared: dict[str, Any] = self.sizes | {
             "q_ptr": x.q, "k_ptr": x.k, "do_ptr": do, "y_ptr": y, "z_ptr": z, "factors_ptr": results.factors,
             "sums_ptr": sums, "chunks_ptr": self.tables.chunks, "scratch_ptr": scratch, "dv_ptr": dv,
-            "dq_pairs_ptr": None, "dk_pairs_ptr": None, "dg_pairs_ptr": None, "d_beta_ptr": d_beta,
-            "beta_scale": self.beta_scale, "K": self.K, "V": self.V, "SIGMOID": self.flags["SIGMOID"],
-            "EXACT": self.flags["EXACT"]}
+            "d_beta_ptr": d_beta, "beta_scale": self.beta_scale, "K": self.K, "V": self.V,
+            "SIGMOID": self.flags["SIGMOID"], "EXACT": self.flags["EXACT"]}
         if self.decay == "channel":
-            itself = self.wide(self.HV, self.tokens)
             shared |= {"dq_pairs_ptr": torch.empty_like(dq), "dk_pairs_ptr": torch.empty_like(dk),
-                       "dg_pairs_ptr": None if dg is None else torch.empty_like(dg)}
-            pair_gradients_kernel[(P, self.HV)](itself_ptr=itself, MERGED=self.merged, **shared)
+                       "dg_pairs_ptr": None if dg is None else torch.empty_like(dg),
+                       "itself_ptr": self.wide(self.HV, self.tokens)}
+            pair_gradients_kernel[(P, self.HV)](MERGED=self.merged, **shared)
+        else:
+            shared |= dict.fromkeys(("dq_pairs_ptr", "dk_pairs_ptr", "dg_pairs_ptr", "itself_ptr"))
         gradients_kernel[(P, self.HV)](
-            A_ptr=results.A, total_ptr=results.total, S_ptr=states, dS_ptr=d_states, itself_ptr=itself,
-            dq_ptr=dq, dk_ptr=dk, dg_ptr=dg, d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
+            A_ptr=results.A, total_ptr=results.total, S_ptr=states, dS_ptr=d_states, dq_ptr=dq, dk_ptr=dk, dg_ptr=dg,
+            d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
             inverse_scale=1.0 / self.options.scale if self.options.scale else 0.0, DECAY=self.decay,
             GATE=self.flags["GATE"], L2NORM=self.flags["L2NORM"], **self.gate_arguments, **shared)
 
@@ -349,6 +349,7 @@ class _TritonDeltaRule(torch.autograd.Function):
         d_last = None if d_last is None or not d_last.numel() else d_last.contiguous()
         d_first = None if inputs.state is None or not ctx.needs_input_grad[7] else launches.states_of_documents()
         z, d_states = launches.scan_back(results, decayed, do, d_last, d_first)
+        del decayed  # with a decay per channel: memory that the terms of pairs can take
         gradients = launches.gradients(results, sums, do, y, z, states, d_states, ctx.needs_input_grad)
         return *gradients, None if inputs.state is None or d_first is None else d_first.to(inputs.state.dtype), None
 

@@ -29,6 +29,7 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     gate_value,
     load_sums,
     load_tile,
+    locate_chunk,
     meets_border,
     sigmoid,
     store_tile,
@@ -141,8 +142,7 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr,
     `blocks` is memory for the solve, [tokens, HV, 16] in fp32. One program per chunk and head.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
-    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int32)
+    chunk, head, first, filled = locate_chunk(chunks_ptr)
     i = tl.arange(0, C)
     inside = i < filled
     of_head, of_key_head = first * HV + head, (first * H + head // (HV // H)) * K

@@ -41,7 +41,8 @@ def _chunk_cases(D: int, decay: str) -> Iterator[CompileCase]:
     flags = {"DECAY": decay, "GATE": "softplus", "L2NORM": True, "SIGMOID": True, "EXACT": False}
     label = f"{decay} decay, D={D}"
     if decay == "scalar":
-        yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes, "sums itself")
+        yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes,
+                            "sums itself dq_pairs dk_pairs dg_pairs")
         flags |= {"MERGED": 0, "CHECKED": False}
         yield _compile_case(f"chunk, {label}", chunk_kernel, flags | {"K": D}, "sums")
         return

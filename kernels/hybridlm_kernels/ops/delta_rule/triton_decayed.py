@@ -20,6 +20,7 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     gate_rate,
     load_gates,
     load_tile,
+    locate_chunk,
     log2_decay,
     store_tile,
 )
@@ -40,8 +41,7 @@ def decayed_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_pt
     With FACTORS also write the factors [HV, 8, tokens] and total [P, HV, K]; without it the factors are read. One
     program per chunk and head.
     """
-    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int32)
+    chunk, head, first, filled = locate_chunk(chunks_ptr)
     i = tl.arange(0, C)
     inside = i < filled
     of_head, of_key_head = first * HV + head, (first * H + head // (HV // H)) * K

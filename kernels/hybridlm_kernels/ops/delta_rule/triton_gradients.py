@@ -30,6 +30,7 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     load_gates,
     load_sums,
     load_tile,
+    locate_chunk,
     store_tile,
     sum_over,
 )
@@ -76,21 +77,20 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
 def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr, total_ptr,
                      sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_pairs_ptr, dk_pairs_ptr,
                      dg_pairs_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, d_A_log_ptr, d_bias_ptr, inverse_scale,
-                     gate_constant, beta_scale, tokens, H, HV,
-                     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
-                     GATE: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
+                     gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                     BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,
+                     SIGMOID: tl.constexpr, EXACT: tl.constexpr):
     """Write dq, dk [tokens, HV, K], dv [tokens, HV, V], dg like g, d_beta [tokens, HV], and per chunk d_A_log [P, HV]
     and d_bias [P, HV(, K)].
 
     With a decay per channel `pair_gradients_kernel` has written dv, d_beta, the terms dq_pairs, dk_pairs and dg_pairs,
-    and those of A_ii in `itself` [HV, tokens]. Else `scratch`, [2, tokens, HV, C], is memory of this kernel. No memory
-    is read and then overwritten, since a launch that is tuned runs many times.
+    and those of A_ii in `itself` [HV, tokens]. Else `scratch`, [2, tokens, HV, C], is memory of this kernel. What is
+    there before a launch is never both read and overwritten, since a launch that is tuned runs many times.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     # A head of one block has no loop over blocks, and what such a loop keeps apart would not fit the registers.
     CHANNELS: tl.constexpr = BK // 2 if K <= BK and BK > 16 else BK
-    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int32)
+    chunk, head, first, filled = locate_chunk(chunks_ptr)
     t = tl.arange(0, C)
     inside = t < filled
     i, j = t[:, None], t[None, :]
@@ -107,9 +107,8 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
     beta = tl.load(factors_ptr + BETA * tokens + t, mask=inside, other=0.0)
     query_norm = tl.load(factors_ptr + QUERY_NORM * tokens + t, mask=inside, other=0.0)
     key_norm = tl.load(factors_ptr + KEY_NORM * tokens + t, mask=inside, other=0.0)
-
     MA_ptr = scratch_ptr + of_head * C
-    ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C
+    ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
     dg_pairs = tl.zeros([C], tl.float32)
     if DECAY == "channel":
         itself = tl.load(itself_ptr + head * tokens + first + t, mask=inside, other=0.0)
@@ -123,22 +122,20 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
     itself *= query_norm * beta * key_norm
     if DECAY == "channel":
         g_ptr += of_head * K
-        if dg_ptr is not None:
-            dg_ptr += of_head * K
         if bias_ptr is not None:
             bias_ptr += head * K
         sums_ptr += of_head * K
         dq_pairs_ptr += of_head * K
         dk_pairs_ptr += of_head * K
         if dg_ptr is not None:
+            dg_ptr += of_head * K
             dg_pairs_ptr += of_head * K
-    rate = gate_rate(A_log_ptr, head)
-    if DECAY == "channel":
         of_queries, of_keys, of_writes = query_norm, beta * key_norm, beta * key_norm
     else:
         of_queries = tl.load(factors_ptr + QUERY * tokens + t, mask=inside, other=0.0)
         of_keys = beta * tl.load(factors_ptr + KEY * tokens + t, mask=inside, other=0.0)
         of_writes = beta * tl.load(factors_ptr + WRITE * tokens + t, mask=inside, other=0.0)
+    rate = gate_rate(A_log_ptr, head)
     dg_rows, dg_columns = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     d_total_sum, d_A_log = 0.0, 0.0
     along_q, along_k = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)

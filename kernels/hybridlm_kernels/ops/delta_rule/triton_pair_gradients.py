@@ -25,6 +25,7 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     lies_between,
     load_sums,
     load_tile,
+    locate_chunk,
     meet,
     second_half,
     store_tile,
@@ -178,8 +179,7 @@ def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_
 
     `scratch` is [2, tokens, HV, C]. One program per chunk and head.
     """
-    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int32)
+    chunk, head, first, filled = locate_chunk(chunks_ptr)
     t = tl.arange(0, C)
     inside = t < filled
     of_key_head, of_head = first * H + head // (HV // H), first * HV + head
@@ -193,7 +193,7 @@ def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_
     z_ptr += of_head * V
     factors_ptr += head * NUM_FACTORS * tokens + first
     MA_ptr = scratch_ptr + of_head * C
-    ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C
+    ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
     beta = tl.load(factors_ptr + BETA * tokens + t, mask=inside, other=0.0)
     itself = value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V,
                              None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, beta,
