@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlm.config.paths import options
+from hybridlm.model.config import ScheduleConfig
 from hybridlm.model.cost import all_blocks, count_parameters, decode_state_bytes, forward_flops, training_flops
 from hybridlm.model.memory import activation_bytes_per_token, training_memory
 from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
@@ -145,6 +146,25 @@ def test_flops_of_the_indexers_loss_against_torchs_counter(core, mode, pool, mon
     expected = indexed.flops_per_token(context, length)["indexer"] + indexed.loss_flops_per_token(context, length)
     padded = 0.1 if pool is None else 0.2  # lists have room for a whole tail
     assert counter.get_total_flops() / length == pytest.approx(expected, rel=padded)
+
+
+@pytest.mark.parametrize("core", ["full", "mla"])
+def test_a_layer_that_shares_a_selection_costs_what_that_selection_says(core):
+    """Its attention reads as many keys, and its loss scores as many, but it projects and selects nothing."""
+    config = load_model_config("hybrid_tiny", [f"model.schedule.pattern=[{core}]", "model.num_layers=2"])
+    option = IndexerConfig(num_heads=4, head_dim=16, topk=64, rope_kind="none")
+    first = replace(config.mixers[core], indexer=option)
+    second = replace(first, indexer=IndexerConfig(share=True))
+    shared = replace(config, mixers={"first": first, "second": second},
+                     schedule=ScheduleConfig(pattern=["first", "second"]))
+    source, reader = shared.layer_context(0), shared.layer_context(1)
+    costs, own = second.flops_per_token(reader, 512), first.flops_per_token(source, 512)
+    assert costs["indexer"] == 0 and costs["attention"] == own["attention"] < config.mixers[core].flops_per_token(
+        config.layer_context(0), 512)["attention"]
+    width = build_mixer(first, source).indexer.q_proj.in_features
+    projections = option.num_params(source, width) - 2 * option.head_dim  # without its norm
+    assert second.loss_flops_per_token(reader, 512) == first.loss_flops_per_token(source, 512) - 2 * projections
+    assert second.shard_traffic(reader, 1, 256, 2)[0].kind == "gather"
 
 
 def main_shapes(mixer):

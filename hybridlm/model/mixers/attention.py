@@ -116,7 +116,9 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         own = () if self.key_input is None else (SharedRead(LAYER_INPUT, self.key_input, "key_input"),)
         return (*super().reads(context), *own)
 
-    def shared_layout(self, kind: SharedKind, context: LayerContext) -> KeyLayout:
+    def shared_layout(self, kind: SharedKind, context: LayerContext) -> Any:
+        if kind != KEYS_VALUES:
+            return super().shared_layout(kind, context)
         return KeyLayout(self.num_heads, self.kv_heads, self.head_dim, self.rope, self.window)
 
     def transfer_gaps(self) -> list[str]:
@@ -133,31 +135,33 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
         gate = gate_width(self.output_gate, H, K)
+        indexer = self.reading_indexer(context)
         if self.mask is not None:
             keys = self.mask.visible_keys(context_length)
-        elif self.indexer is None:
+        elif indexer is None:
             keys = count_visible_keys(context_length, self.window)
             keys += self.first_tokens * max(0.0, 1 - (self.window or 0) / context_length)
         else:
-            keys = self.indexer.read_keys(context_length)
+            keys = indexer.read_keys(context_length)
         parts = {"projections": 2.0 * D * (2 * H * K + 2 * G * K + gate), "attention": 4.0 * H * K * keys}
-        if self.indexer is not None:
-            parts["indexer"] = self.indexer.flops_per_token(context, D, context_length)
+        if indexer is not None:
+            parts["indexer"] = indexer.flops_per_token(context, D, context_length)
         return parts
 
     def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
-        width = self.num_heads * self.head_dim
-        return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
+        indexer, width = self.reading_indexer(context), self.num_heads * self.head_dim
+        return 0.0 if indexer is None else indexer.kl_flops_per_token(
             context, context.hidden_size, context_length, width)
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
         tokens = rows * length * element_bytes
         dense = tokens * attention_exchange_size(self.num_heads, self.kv_heads, self.head_dim, shards)
-        if self.indexer is None:
+        indexer = self.reading_indexer(context)
+        if indexer is None:
             return [ShardTraffic("exchange", dense, dense)]
         keys = self.kv_heads * self.head_dim
-        return self.indexer.shard_traffic(tokens, length * shards, dense, keys, 2 * keys)
+        return indexer.shard_traffic(tokens, length * shards, dense, keys, 2 * keys)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         kept = context_length

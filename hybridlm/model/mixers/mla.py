@@ -128,7 +128,9 @@ class MLAConfig(IndexedMixerConfig):
         """The latents of the earlier layer that is asked for."""
         return SharedRead(LATENTS, self.latent_source, "latent_source")
 
-    def shared_layout(self, kind: SharedKind, context: LayerContext) -> LatentLayout:
+    def shared_layout(self, kind: SharedKind, context: LayerContext) -> Any:
+        if kind != LATENTS:
+            return super().shared_layout(kind, context)
         return LatentLayout(self.kv_lora_rank, self.qk_rope_head_dim, self.rope)
 
     def check_latents(self, context: LayerContext) -> None:
@@ -157,16 +159,17 @@ class MLAConfig(IndexedMixerConfig):
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         query_dim, weights, _ = self._widths(context)
-        keys = count_visible_keys(context_length) if self.indexer is None else self.indexer.read_keys(context_length)
+        indexer = self.reading_indexer(context)
+        keys = count_visible_keys(context_length) if indexer is None else indexer.read_keys(context_length)
         parts = {"projections": 2.0 * weights,
                  "attention": 2.0 * self.num_heads * (self.qk_head_dim + self.v_head_dim) * keys}
-        if self.indexer is not None:
-            parts["indexer"] = self.indexer.flops_per_token(context, query_dim, context_length)
+        if indexer is not None:
+            parts["indexer"] = indexer.flops_per_token(context, query_dim, context_length)
         return parts
 
     def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
-        width = self.num_heads * self.qk_head_dim
-        return 0.0 if self.indexer is None else self.indexer.kl_flops_per_token(
+        indexer, width = self.reading_indexer(context), self.num_heads * self.qk_head_dim
+        return 0.0 if indexer is None else indexer.kl_flops_per_token(
             context, self._widths(context)[0], context_length, width)
 
     def check_context_parallel(self, shards: int, length: int) -> None:
@@ -176,10 +179,11 @@ class MLAConfig(IndexedMixerConfig):
                       element_bytes: int = 2) -> list[ShardTraffic]:
         tokens = rows * length * element_bytes
         dense = tokens * 2 * self.num_heads * (self.qk_head_dim + self.v_head_dim)
-        if self.indexer is None:
+        indexer = self.reading_indexer(context)
+        if indexer is None:
             return [ShardTraffic("exchange", dense, dense)]
         latent = self.kv_lora_rank + self.qk_rope_head_dim
-        return self.indexer.shard_traffic(tokens, length * shards, dense, self.num_heads * self.qk_head_dim, latent)
+        return indexer.shard_traffic(tokens, length * shards, dense, self.num_heads * self.qk_head_dim, latent)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         index = 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
@@ -193,8 +197,9 @@ class MLAConfig(IndexedMixerConfig):
         if self.latent_source is None:
             latents += 2 * self.kv_lora_rank + self.qk_rope_head_dim
         keys_and_values = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        sparse = self.indexer is not None and self.indexer.mode == "sparse"
-        indices = INT32_BYTES * self.indexer.topk if self.indexer is not None and sparse else 0
+        indexer = self.indexer
+        own = indexer is not None and indexer.mode == "sparse" and not indexer.share
+        indices = INT32_BYTES * indexer.topk if indexer is not None and own else 0
         return element_bytes * (latents + keys_and_values + 2 * queries + values) + indices
 
     @property

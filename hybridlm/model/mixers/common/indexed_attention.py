@@ -97,6 +97,18 @@ class IndexedMixerConfig(MixerConfig):
     def reads(self, context: LayerContext) -> Sequence[SharedRead]:
         return (SHARED_SELECTION,) if self.indexer is not None and self.indexer.share else ()
 
+    def shared_layout(self, kind: SharedKind, context: LayerContext) -> Any:
+        """The indexer's config, which says how many keys a selection has."""
+        return self.indexer if kind == SELECTION else super().shared_layout(kind, context)
+
+    def reading_indexer(self, context: LayerContext) -> IndexerConfig | None:
+        """The indexer with the sizes that hold in a layer: those of the layer whose selection it shares, or its own."""
+        own = self.indexer
+        if own is None or not own.share or not context.layers:
+            return own
+        source: IndexerConfig = context.shared_layout(SHARED_SELECTION)
+        return replace(source, share=True, mode=own.mode, loss_weight=own.loss_weight)
+
     def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
         return self.flops_per_token(context, context_length).get("indexer", 0.0)  # a selection has no gradient
 
