@@ -33,7 +33,8 @@ from hybridlm.sweep.table import format_layers
 PIECES = {
     "scratch": ["sweep=sparse"],
     "warmup": ["sweep=sparse", "sweep.name=sparse_warmup", "sweep.probes=[]", "recipe=dsa_scratch",
-               "recipe.stages.0.steps=80", "training.steps=320", "recipe.stages.0.schedule={kind: constant, warmup: 20}",
+               "recipe.stages.0.steps=80", "training.steps=320",
+               "recipe.stages.0.schedule={kind: constant, warmup: 20}",
                "recipe.stages.1.schedule={kind: wsd, warmup: 0, decay: 80}", "recipe.stages.1.eval_recall=false",
                "model.feed_forward.intermediate_size=208",  # of `dsa` in the piece `scratch`
                "model.schedule.pattern=choice([kda,kda,kda,dsa],[kda,kda,kda,dsa_pooled],[kda,kda,kda,msa],"
