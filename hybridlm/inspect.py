@@ -53,7 +53,7 @@ def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | 
                     "params": layer.params, "active": layer.active} for layer in count.layers],
         "parameters": {"total": count.total, "active": count.active, "active_with_head": count.active_with_head,
                        "active_with_embeddings": count.active_with_embeddings, "embedding": count.embedding,
-                       "head": count.head, "mtp": count.mtp, "total_with_mtp": count.total_with_mtp},
+                       "head": count.head, "lookup_tables": count.lookup, "mtp": count.mtp, "total_with_mtp": count.total_with_mtp},
         "published": _published(config, count),
         "flops_per_token": {"context_length": length, "forward_by_part": flops, "forward": sum(flops.values()),
                             "training_by_part": training, "training": sum(training.values())},
@@ -138,6 +138,8 @@ def _parameters(report: dict[str, Any]) -> tuple[str, Table]:
         table.add_row(label, _count(params[key]), *shown)
     table.add_row("embedding", _count(params["embedding"]), "", "")
     table.add_row("head", _count(params["head"]) if params["head"] else "tied", "", "")
+    if params["lookup_tables"]:
+        table.add_row("lookup tables of layers (in the total, not active)", _count(params["lookup_tables"]), "", "")
     if params["mtp"]:
         table.add_row("multi-token prediction (not in the total)", _count(params["mtp"]), "", "")
     return "Parameters", table

@@ -19,7 +19,7 @@ BACKWARD = 2.0  # FLOPs of the backward pass over those of the forward: one prod
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """Parameters of one layer; `active` are those that one token meets."""
+    """Parameters of one layer; `active` are those that one token meets, without tables that it looks rows up in."""
 
     index: int
     mixer: str  # its name in the schedule
@@ -29,6 +29,7 @@ class LayerCost:
     feed_forward_params: int
     feed_forward_active: int
     routed_params: int
+    lookup_params: int  # of mixer and feed-forward, in tables of which a token reads a few rows
     norm_params: int
     residual_params: int
 
@@ -38,7 +39,8 @@ class LayerCost:
 
     @property
     def active(self) -> int:
-        return self.mixer_params + self.feed_forward_active + self.norm_params + self.residual_params
+        read = self.mixer_params + self.feed_forward_active - self.lookup_params
+        return read + self.norm_params + self.residual_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,12 @@ class ParameterCount:
     mtp: int
     mtp_active: int
     mtp_routed: int
+    mtp_lookup: int
+
+    @property
+    def lookup(self) -> int:
+        """Parameters of tables that layers look rows up in, those of multi-token prediction included."""
+        return sum(layer.lookup_params for layer in self.layers) + self.mtp_lookup
 
     @property
     def routed(self) -> int:
@@ -100,7 +108,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(layers=layers, embedding=table, head=0 if config.tie_embeddings else table,
                           norm=config.hidden_size, residual=residual, mtp=config.mtp.depth * (around + block.params),
                           mtp_active=config.mtp.depth * (around + block.active),
-                          mtp_routed=config.mtp.depth * block.routed_params)
+                          mtp_routed=config.mtp.depth * block.routed_params,
+                          mtp_lookup=config.mtp.depth * block.lookup_params)
 
 
 def mtp_block(config: ModelConfig) -> tuple[int, str]:
@@ -219,7 +228,8 @@ def _layer_cost(config: ModelConfig, index: int, name: str, stream: LayerContext
             index=index, mixer=name, kind=mixer.kind, feed_forward=feed_forward.layer_kind(index),
             mixer_params=mixer.num_params(context), feed_forward_params=feed_forward.num_params(context),
             feed_forward_active=feed_forward.num_params(context, active=True),
-            routed_params=feed_forward.routed_params(context), norm_params=len(branches) * residual.norm_params(stream),
+            routed_params=feed_forward.routed_params(context),
+            lookup_params=mixer.lookup_params(context) + feed_forward.lookup_params(context), norm_params=len(branches) * residual.norm_params(stream),
             residual_params=sum(residual.branch_params(stream, branch) for branch in branches))
     except ConfigError as error:
         raise error.within("model") from None

@@ -21,7 +21,7 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes on one device. `weights` are fp32 and, under bf16 autocast, the copies in bf16."""
+    """Bytes on one device. `weights` are fp32 and, under bf16 autocast, the copies in bf16 of all but lookup tables."""
 
     weights: int
     gradients: int
@@ -50,7 +50,7 @@ def training_memory(config: ModelConfig, *, batch_size: int, sequence_length: in
     element = 2 if precision == "bf16" else FP32_BYTES
     per_token = activation_bytes_per_token(config, element, activation_checkpointing)
     return TrainingMemory(
-        weights=params * (FP32_BYTES + (element if precision == "bf16" else 0)),
+        weights=params * FP32_BYTES + (element * (params - count.lookup) if precision == "bf16" else 0),
         gradients=params * FP32_BYTES,
         optimizer=optimizer_bytes,
         activations=int(per_token * batch_size * sequence_length))

@@ -163,7 +163,7 @@ class HybridLM(nn.Module):
             seq = seq.shard_rows(self.shard_group, text_mask)
         totals = AuxTotals()
         tokens = seq.local_tokens(tokens)
-        embedding_BTD = self._embedding(tokens) if inputs_embeds is None else tokens
+        embedding_BTD = seq.embedding_BTD = self._embedding(tokens) if inputs_embeds is None else tokens
         guide = self.guide if targets is not None else None
         keep_hidden = return_hidden_states is True or (guide is not None and guide.reads_hidden_states)
         plan = None

@@ -7,13 +7,13 @@ built from linear maps, embeddings and vectors alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
 RoleKind = Literal["matrix", "head_matrix", "expert_stack", "router", "stream_mixing", "vector", "convolution",
-                   "embedding", "output_head"]
+                   "embedding", "lookup_table", "output_head"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,13 @@ class ParameterRole:
     vector        norms, biases, per-head numbers, and matrices of one row or one column
     convolution   2-D weight of a depthwise convolution [channels, taps]: one vector per channel
     embedding     the token embedding, also when it is tied to the output head
+    lookup_table  rows that layers look up by token ids or n-grams
     output_head   the output matrix
+
+    Args:
+        kind: one of these.
+        heads: blocks of rows.
+        lr_factor: factor of the learning rate that the parameter's module asks for.
 
     Raises:
         ValueError: `heads` on a role that has none.
@@ -36,6 +42,7 @@ class ParameterRole:
 
     kind: RoleKind
     heads: int = 1
+    lr_factor: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.heads < 1 or (self.heads > 1 and self.kind != "head_matrix"):
@@ -50,9 +57,9 @@ def matrix_role(rows: int, columns: int, kind: RoleKind = "matrix", *, heads: in
     """Find the role of a matrix by its shape; with one row or one column it is a vector.
 
     >>> matrix_role(64, 32, heads=4)
-    ParameterRole(kind='head_matrix', heads=4)
+    ParameterRole(kind='head_matrix', heads=4, lr_factor=1.0)
     >>> matrix_role(1, 32)
-    ParameterRole(kind='vector', heads=1)
+    ParameterRole(kind='vector', heads=1, lr_factor=1.0)
     """
     if 1 in (rows, columns):
         return VECTOR

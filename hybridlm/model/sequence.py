@@ -30,7 +30,8 @@ class SequenceInfo:
     `tables` holds what any layer has computed from positions alone, such as rotary tables, under a name that says
     everything it depends on.
     `token_ids_BT` are the ids of the tokens held here, for layers with a table of their own; None where the model was
-    given embeddings.
+    given embeddings. `embedding_BTD` is their embedding before the first layer, for layers that read it again; None
+    outside a model.
     `text_BT` is False for padding among the tokens held here, which only rows that are divided can hold: elsewhere
     padding is taken out before the layers. None: all tokens are text.
     """
@@ -43,6 +44,7 @@ class SequenceInfo:
     shared: SharedStore = field(default_factory=lambda: SharedStore())  # not the class: torch.compile
     tables: dict[str, Any] = field(default_factory=dict)
     token_ids_BT: Tensor | None = None
+    embedding_BTD: Tensor | None = None
     text_BT: Tensor | None = None
 
     @classmethod

@@ -46,6 +46,7 @@ def plan_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGrou
             rules[rule.kind] = rule
             scale = scales.get(name)
             factor, options = (1.0, {}) if scale is None else (rule.lr_factor(scale), rule.scaled_options(scale))
+            factor *= roles[name].lr_factor
             key = (rule.kind, roles[name].kind in DECAYED_ROLES, factor, tuple(options.items()))
             members.setdefault(key, []).append(name)
     order = sorted(members, key=lambda key: (rules[key[0]] is config, *key))  # the fallback comes first

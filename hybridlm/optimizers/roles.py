@@ -3,7 +3,7 @@
 Modules say the roles (hybridlm/model/parameter_roles.py). Weight decay applies to
 
   matrix, head_matrix, expert_stack, router, stream_mixing, output_head      yes
-  embedding (also when tied to the head)                                     no
+  embedding (also when tied to the head), lookup_table                       no
   vector, convolution                                                        no
 
 Embeddings do not decay because that shrinks those of rare tokens, whose gradients do not hold against it (as in

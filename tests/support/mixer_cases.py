@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hybridlm.model.contract_check import Subject
+from hybridlm.model.contract_check.subject import TOKEN_BITS
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.sequence import SequenceInfo
@@ -26,6 +27,7 @@ def context_of(name: str = "", layer_index: int = 1, hidden_size: int = HIDDEN,
     """The context of one layer; `layers` are the mixers of all of them, where they read from one another."""
     norm = NormConfig(eps=1e-5, zero_centered=name in ZERO_CENTERED)
     return LayerContext(hidden_size=hidden_size, layer_index=layer_index, num_layers=4, norm=norm, max_position=256,
+                        vocab_size=2**TOKEN_BITS,
                         layers=[str(index) for index in range(len(layers))],
                         mixers={str(index): mixer for index, mixer in enumerate(layers)})
 

@@ -120,8 +120,10 @@ class Subject:
     def run_sources(self, x_BTD: Tensor, seq: SequenceInfo, state: Any = None) -> None:
         """Run the layers that the mixer reads from on the same inputs, so that they leave their values.
 
-        Tokens get ids that follow from their inputs, for a module that looks them up.
+        Tokens get ids that follow from their inputs, for a module that looks them up, and their inputs as embedding.
         """
+        if seq.embedding_BTD is None:
+            seq.embedding_BTD = x_BTD
         if seq.token_ids_BT is None:
             bits_BTN = (x_BTD.detach()[..., :TOKEN_BITS] > 0).long()
             seq.token_ids_BT = (bits_BTN << torch.arange(TOKEN_BITS)).sum(-1)

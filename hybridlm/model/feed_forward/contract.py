@@ -91,6 +91,10 @@ class FeedForwardConfig(abc.ABC):
             FLOPs by name of the part, such as `experts`; the names stand in the table of `hybridlm inspect`.
         """
 
+    def lookup_params(self, context: LayerContext) -> int:
+        """The part of `num_params` that stands in tables of which a token reads one row and multiplies no matrix."""
+        return 0
+
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         """Bytes per token that the feed-forward keeps for its backward pass: an estimate from its tensors' widths.
 

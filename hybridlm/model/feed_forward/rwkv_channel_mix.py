@@ -28,6 +28,7 @@ from hybridlm.model.mixers.common.rwkv import channel_ramp, depth_ratio
 from hybridlm.model.mixers.common.token_shift import lerp_with_previous, previous_tokens
 from hybridlm.model.mixers.contract import Aux
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.model.token_table import look_up, token_ids
 
 
 @dataclass(kw_only=True)
@@ -60,13 +61,13 @@ class RWKVChannelMixConfig(FeedForwardConfig):
 
     def num_params(self, context: LayerContext, *, active: bool = False) -> int:
         count = self._matrix_params(context) + context.hidden_size * (1 + self.receptance)
-        if self.deep_embed == "output":
-            count += context.vocab_size * context.hidden_size
         if self.deep_embed == "inner":
-            rank = self.deep_embed_rank
-            count += context.vocab_size * rank**2 + rank * (context.hidden_size + self.intermediate_size)
-            count += self.intermediate_size
-        return count
+            count += self.deep_embed_rank * (context.hidden_size + self.intermediate_size) + self.intermediate_size
+        return count + self.lookup_params(context)
+
+    def lookup_params(self, context: LayerContext) -> int:
+        width = {"none": 0, "output": context.hidden_size, "inner": self.deep_embed_rank**2}[self.deep_embed]
+        return context.vocab_size * width
 
     def flops_per_token(self, context: LayerContext) -> dict[str, float]:
         parts = {"channel mix": 2.0 * self._matrix_params(context)}
@@ -149,10 +150,7 @@ class RWKVChannelMix(FeedForward):
     @staticmethod
     def _look_up(table: nn.Embedding, seq: SequenceInfo, x_BTD: Tensor) -> Tensor:
         """The rows of the tokens, on the device of x."""
-        if seq.token_ids_BT is None:
-            raise ValueError("a feed-forward with deep_embed looks tokens up by their ids: pass input_ids, not "
-                             "inputs_embeds")
-        return table(seq.token_ids_BT.to(table.weight.device)).to(x_BTD.device)
+        return look_up(table, token_ids(seq, "a feed-forward with deep_embed"), x_BTD.device)
 
     def new_state(self, batch: int, max_length: int) -> TensorState:
         return TensorState()

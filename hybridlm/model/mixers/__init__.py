@@ -24,6 +24,8 @@ from hybridlm.model.mixers.deltaformer import DeltaFormer as DeltaFormer
 from hybridlm.model.mixers.deltaformer import DeltaFormerConfig as DeltaFormerConfig
 from hybridlm.model.mixers.differential_attention import DifferentialAttention as DifferentialAttention
 from hybridlm.model.mixers.differential_attention import DifferentialAttentionConfig as DifferentialAttentionConfig
+from hybridlm.model.mixers.engram import Engram as Engram
+from hybridlm.model.mixers.engram import EngramConfig as EngramConfig
 from hybridlm.model.mixers.forgetting_attention import ForgettingAttention as ForgettingAttention
 from hybridlm.model.mixers.forgetting_attention import ForgettingAttentionConfig as ForgettingAttentionConfig
 from hybridlm.model.mixers.gate_loop import GateLoop as GateLoop
@@ -72,6 +74,8 @@ from hybridlm.model.mixers.parallel import Parallel as Parallel
 from hybridlm.model.mixers.parallel import ParallelConfig as ParallelConfig
 from hybridlm.model.mixers.path_attention import PathAttention as PathAttention
 from hybridlm.model.mixers.path_attention import PathAttentionConfig as PathAttentionConfig
+from hybridlm.model.mixers.per_layer_embedding import PerLayerEmbedding as PerLayerEmbedding
+from hybridlm.model.mixers.per_layer_embedding import PerLayerEmbeddingConfig as PerLayerEmbeddingConfig
 from hybridlm.model.mixers.rg_lru import RGLRU as RGLRU
 from hybridlm.model.mixers.rg_lru import RGLRUConfig as RGLRUConfig
 from hybridlm.model.mixers.rodimus import Rodimus as Rodimus

@@ -82,6 +82,10 @@ class MixerConfig(abc.ABC):
         """The part of `flops_per_token` that has no backward, such as a selection of keys."""
         return 0.0
 
+    def lookup_params(self, context: LayerContext) -> int:
+        """The part of `num_params` that stands in tables of which a token reads a few rows and multiplies none."""
+        return 0
+
     def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
         """FLOPs per token of a loss that the mixer computes for itself in training, its whole backward included."""
         return 0.0

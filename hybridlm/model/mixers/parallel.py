@@ -83,6 +83,9 @@ class ParallelConfig(MixerConfig):
     def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
         return self._sum(lambda branch: branch.forward_only_flops_per_token(context, context_length))
 
+    def lookup_params(self, context: LayerContext) -> int:
+        return sum(branch.lookup_params(context) for branch in self.branches.values())
+
     def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
         return self._sum(lambda branch: branch.loss_flops_per_token(context, context_length))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.errors import require
@@ -42,6 +43,16 @@ def conv_traffic(rows: int, taps: int, channels: int, element_bytes: int) -> lis
     return [ShardTraffic("from_previous", tail, tail)] if tail else []
 
 
+def spread_taps(weight_CW: Tensor, dilation: int) -> Tensor:
+    """Filters with `dilation` - 1 zeros between two taps.
+
+    >>> spread_taps(torch.tensor([[1.0, 2.0]]), 3).tolist()
+    [[1.0, 0.0, 0.0, 2.0]]
+    """
+    spread_CX = F.pad(weight_CW[..., None], (0, dilation - 1)).flatten(1)
+    return spread_CX[:, : spread_CX.shape[1] - dilation + 1]
+
+
 class CausalConv(nn.Module):
     """Depthwise causal convolution along time that starts anew at every document.
 
@@ -50,6 +61,7 @@ class CausalConv(nn.Module):
         taps: taps W of each filter; the last one multiplies the current token.
         bias: whether a bias is added before the activation.
         activation: "silu" or None.
+        dilation: tokens from one tap to the next.
 
     Example:
         >>> conv = CausalConv(channels=2, taps=3, bias=True)
@@ -58,8 +70,10 @@ class CausalConv(nn.Module):
         torch.Size([1, 4, 2])
     """
 
-    def __init__(self, channels: int, taps: int, bias: bool = True, activation: Literal["silu"] | None = "silu"):
+    def __init__(self, channels: int, taps: int, bias: bool = True, activation: Literal["silu"] | None = "silu",
+                 dilation: int = 1):
         super().__init__()
+        self.dilation = dilation
         self.weight = nn.Parameter(torch.zeros(channels, taps))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         self.activation: Literal["silu"] | None = activation
@@ -71,17 +85,19 @@ class CausalConv(nn.Module):
         Args:
             x_BTC: inputs of every token.
             seq: borders of the documents, and the shard of the rows held here.
-            state: decode state that holds the last W - 1 inputs under `name`, and then those of this call.
+            state: decode state that holds the last inputs under `name`, as many as the filters reach back, and then
+                those of this call.
             name: key of these inputs in the state.
 
         Returns:
             [B, T, C] in the dtype of x.
         """
+        weight_CW = self.weight if self.dilation == 1 else spread_taps(self.weight, self.dilation)
         start = None if state is None else state.tensors.get(name)
         if seq.shard is not None:
-            start = seq.shard.at_start(seq.shard.tail(x_BTC, self.weight.shape[1] - 1).mT)
-        long = self.weight.shape[1] > MAX_TAPS  # of which there is no kernel: a choice, not a fall-back
-        y_BTC, inputs = short_conv(x_BTC, self.weight, self.bias, activation=self.activation,
+            start = seq.shard.at_start(seq.shard.tail(x_BTC, weight_CW.shape[1] - 1).mT)
+        long = weight_CW.shape[1] > MAX_TAPS  # of which there is no kernel: a choice, not a fall-back
+        y_BTC, inputs = short_conv(x_BTC, weight_CW, self.bias, activation=self.activation,
                                    cu_seqlens=seq.cu_seqlens, initial_state=start, backend="torch" if long else None)
         if state is not None:
             state.tensors[name] = inputs
