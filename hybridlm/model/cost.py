@@ -229,7 +229,8 @@ def _layer_cost(config: ModelConfig, index: int, name: str, stream: LayerContext
             mixer_params=mixer.num_params(context), feed_forward_params=feed_forward.num_params(context),
             feed_forward_active=feed_forward.num_params(context, active=True),
             routed_params=feed_forward.routed_params(context),
-            lookup_params=mixer.lookup_params(context) + feed_forward.lookup_params(context), norm_params=len(branches) * residual.norm_params(stream),
+            lookup_params=mixer.lookup_params(context) + feed_forward.lookup_params(context),
+            norm_params=len(branches) * residual.norm_params(stream),
             residual_params=sum(residual.branch_params(stream, branch) for branch in branches))
     except ConfigError as error:
         raise error.within("model") from None

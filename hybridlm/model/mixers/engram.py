@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import TensorState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, check_taps_in_shards, conv_traffic
+from hybridlm.model.mixers.common.convolution import CausalConv, check_taps, conv_traffic
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.tensor_state_mixer import TensorStateMixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
@@ -124,7 +124,10 @@ class EngramConfig(MixerConfig):
         return primes_from(least, first + self.rows_per_token)[first:]
 
     def multipliers(self, context: LayerContext) -> list[int]:
-        """The odd numbers a, from draw 2 on: one per token of the longest n-gram, whose product with an id has 63 bits."""
+        """The odd numbers a, one per token of the longest n-gram; their products with ids fit into 63 bits.
+
+        They begin with the second draw, as in transformers.
+        """
         most = max(1, LARGEST_INT64 // max(context.vocab_size, 1) // 2)
         seed = self.hash_seed + LAYER_SEED_STEP * self._place(context)
         return [2 * (splitmix64(seed, draw) % most) + 1 for draw in range(2, self.max_ngram + 2)]
@@ -155,7 +158,9 @@ class EngramConfig(MixerConfig):
         return element_bytes * numbers + ID_BYTES * self.rows_per_token
 
     def check_context_parallel(self, shards: int, length: int) -> None:
-        check_taps_in_shards(self.reach, length)
+        require(self.reach <= length + 1, "conv_size", f"reaches over {self.reach} tokens, more than one shard of a "
+                "split row", got=self.conv_size, expected=f"at most {length // self.max_ngram + 1} taps",
+                hint="a smaller engine.context_parallel, or longer sequences")
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
@@ -235,7 +240,7 @@ class Engram(TensorStateMixer):
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:
-        """The convolution is zero at the start (section 4.1 of the paper); projections and tables are normal(0, std)."""
+        """The convolution is zero, as in the paper; projections and tables are normal(0, std)."""
         init_projections(self, std)
         nn.init.normal_(self.table.weight, std=std)
         nn.init.zeros_(self.conv.weight)
