@@ -282,7 +282,7 @@ def test_tables_count_as_memory_and_cost_no_flops():
     (lambda: EngramConfig(pad_token=VOCABULARY).num_params(context()), "pad_token: is no token; got 40"),
     (lambda: EngramConfig(heads_per_ngram=3).num_params(context()), "heads_per_ngram: does not fit.*multiple of 6"),
     (lambda: EngramConfig(embed_dim=20).num_params(context()), "embed_dim: does not fit.*got 20.*multiple of 16"),
-    (lambda: write_hf_config(small(["full", "ple"]), "qwen3"), "fit the format; got 'per_layer_embedding'"),
+    (lambda: EngramConfig().check_context_parallel(4, 8), "conv_size: reaches over 10 tokens.*got 4; .*at most 3 taps"),
     (lambda: PerLayerEmbeddingConfig(embed_dim=0), "embed_dim: must be positive; got 0"),
     (lambda: small(residual=AttentionResidualConfig()), "residual.form: needs a mixer and a feed-forward"),
     (lambda: small(residual=MHCConfig(num_streams=2)), "residual: is for model.residual.form=single, not for mhc"),
