@@ -59,15 +59,18 @@ class RowShard:
     positions_BL: Tensor  # int64, counted from the start of the document, which may lie in an earlier shard
     borders: CuSeqlens | None  # of the documents of the undivided rows; None where each row is one document
     local_borders: CuSeqlens | None  # of the parts of these documents that are held here
+    text_mask: Tensor | None = None  # bool [B, T] of the undivided rows, False for padding; None: there is none
 
     @classmethod
-    def of(cls, group: ShardGroup, positions_BT: Tensor, borders: CuSeqlens | None) -> RowShard:
+    def of(cls, group: ShardGroup, positions_BT: Tensor, borders: CuSeqlens | None,
+           text_mask: Tensor | None = None) -> RowShard:
         """Make the shard of this process.
 
         Args:
             group: the processes that hold the other shards.
             positions_BT: positions of all tokens of the rows.
             borders: of the documents of the rows, or None where each row is one document.
+            text_mask: bool [B, T], False for padding; None: there is none.
 
         Raises:
             ValueError: rows whose length is no multiple of the number of shards.
@@ -78,7 +81,7 @@ class RowShard:
         each = length // group.size
         begin = group.rank * each
         local_borders = None if borders is None else _borders_between(borders, length, begin, begin + each)
-        return cls(group, each, positions_BT[:, begin : begin + each], borders, local_borders)
+        return cls(group, each, positions_BT[:, begin : begin + each], borders, local_borders, text_mask)
 
     def local_tokens(self, x_BT: Tensor) -> Tensor:
         """The tokens held here, from all tokens of the rows [B, T, ...]."""
@@ -96,16 +99,6 @@ class RowShard:
             return torch.arange(batch, device=self.positions_BL.device).repeat_interleave(self.length), batch
         ids_BT = self.borders.document_ids().view(self.positions_BL.shape[0], -1)
         return self.local_tokens(ids_BT).flatten(), self.borders.num_documents
-
-    def weighted_mean(self, mean: Tensor, count: Tensor) -> Tensor:
-        """Weight the mean over this shard so that the average over shards is the mean over all values.
-
-        Args:
-            mean: mean over `count` values of this shard.
-            count: int64 scalar; where it is 0 in all shards, `mean` is returned unchanged.
-        """
-        total = self.group.all_sum(count)
-        return torch.where(total > 0, mean * count.to(mean.dtype) * self.group.size / total.clamp(min=1), mean)
 
     # All tokens for some of the heads
 
@@ -154,6 +147,20 @@ class RowShard:
         if self.borders is None:
             return None
         return _borders_between(self.borders, self.group.size * self.length, 0, self.history_length)
+
+    @cached_property
+    def selection_borders(self) -> CuSeqlens | None:
+        """`history_borders` in which each token of padding is a document of its own, which sees itself alone.
+
+        A selection of keys, its loss and its entropy are then trivial for padding: exactly 0, without a gradient.
+        """
+        if self.text_mask is None:
+            return self.history_borders
+        batch, length = self.text_mask.shape[0], self.history_length
+        padding_X = (~self.text_mask[:, :length]).flatten().nonzero()[:, 0]
+        known = range(0, batch * length + 1, length) if self.history_borders is None else self.history_borders.host
+        alone = {*padding_X.tolist(), *(padding_X + 1).tolist()}
+        return CuSeqlens(sorted(alone.union(known)), self.positions_BL.device)
 
     # From earlier shards
 

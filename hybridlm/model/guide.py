@@ -33,6 +33,7 @@ class GuidedForward:
         count: tokens that losses are divided by; None: those that count here.
         loss: the language-model loss of this forward.
         batch_fraction: share of this forward in the global batch.
+        text_BT: False for padding among the tokens held here; None: there is none.
     """
 
     model: Any
@@ -44,6 +45,7 @@ class GuidedForward:
     count: int | None
     loss: Tensor
     batch_fraction: float | Tensor
+    text_BT: Tensor | None = None
 
 
 class Guide(Protocol):
@@ -130,16 +132,23 @@ def chunked_kl(x_ND: Tensor, teacher_x_ND: Tensor, logits: Callable[[Tensor], Te
     return torch.stack(kls).sum(), torch.stack(agreements).sum()
 
 
-def relative_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+def relative_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], text_BT: Tensor | None = None) -> Tensor:
     """|student - teacher|^2 / |teacher|^2 of each pair of tensors [B, ...], in fp32: [number of pairs].
 
     It is the mean of one ratio per row, which does not depend on how rows are divided into micro batches.
+
+    Args:
+        student: tensors [B, ...], with padding [B, T, ...].
+        teacher: tensors of the same shapes.
+        text_BT: bool, False for padding; the text of all rows then has one ratio, as where padding has been taken out.
+            None: there is no padding.
 
     Example:
         >>> relative_errors([torch.tensor([[1.0, 0.0]])], [torch.tensor([[1.0, 2.0]])]).tolist()
         [0.800000011920929]
     """
     def per_row(x: Tensor) -> Tensor:
+        x = x if text_BT is None else x[text_BT][None]
         return x.float().square().flatten(1).sum(1)
 
     return torch.stack([(per_row(a.float() - b.float()) / per_row(b).clamp(min=1e-30)).mean()

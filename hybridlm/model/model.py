@@ -192,7 +192,7 @@ class HybridLM(nn.Module):
         if targets is not None and guide is not None:
             forward = GuidedForward(self, input_ids, cu_seqlens, hidden or [], x_BTD, seq.local_tokens(targets)[..., 0],
                                     None if global_batch is None else global_batch.targets[0], output.losses["lm"],
-                                    output.batch_fraction)
+                                    output.batch_fraction, seq.text_BT)
             guided = follow_guide(guide, forward, output, self.loss_weights)
         if targets is None or return_logits:
             output.logits = self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])

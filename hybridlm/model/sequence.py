@@ -84,7 +84,7 @@ class SequenceInfo:
         Raises:
             ValueError: rows whose length is no multiple of the number of shards.
         """
-        shard = RowShard.of(shard_group, self.positions_BT, self.cu_seqlens)
+        shard = RowShard.of(shard_group, self.positions_BT, self.cu_seqlens, text_mask)
         ids = self.token_ids_BT
         return SequenceInfo(shard.positions_BL, shard.local_borders, shard=shard,
                             token_ids_BT=None if ids is None else shard.local_tokens(ids),
@@ -125,6 +125,11 @@ class SequenceInfo:
         """Borders of the documents of `history`."""
         return self.cu_seqlens if self.shard is None else self.shard.history_borders
 
+    @property
+    def selection_borders(self) -> CuSeqlens | None:
+        """The same for a selection of keys and what it learns from: each token of padding is a document of its own."""
+        return self.cu_seqlens if self.shard is None else self.shard.selection_borders
+
     def documents(self) -> tuple[Tensor, int]:
         """The document of each token, int64 [B * T], and the number of documents, those of other shards included."""
         if self.shard is not None:
@@ -144,6 +149,27 @@ class SequenceInfo:
             return x_N.mean()
         text = self.text_of(x_N)
         return text.sum() / max(1, len(text))
+
+    def among_text(self, mask_BT: Tensor) -> Tensor:
+        """The mask [B, T] without padding."""
+        return mask_BT if self.text_BT is None else mask_BT & self.text_BT
+
+    def weighted_mean(self, mean: Tensor, count: Tensor) -> Tensor:
+        """Weight a mean over values held here so that the mean over shards, by their text, is that over all values.
+
+        Args:
+            mean: mean over `count` values of the text held here.
+            count: int64 scalar; where it is 0 in all shards, `mean` is returned unchanged.
+        """
+        if self.shard is None:
+            return mean
+        if self.text_BT is None:
+            total, weight = self.all_sum(count), count.to(mean.dtype) * self.shard.group.size
+        else:
+            text = self.text_BT.sum()
+            total, all_text = self.all_sum(torch.stack([count, text]))
+            weight = count.to(mean.dtype) * all_text / text.clamp(min=1)
+        return torch.where(total > 0, mean * weight / total.clamp(min=1), mean)
 
     def all_sum(self, x: Tensor) -> Tensor:
         """The sum of x over the shards of the rows, without gradient."""

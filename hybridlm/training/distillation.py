@@ -57,8 +57,9 @@ class LayerTarget:
         with torch.no_grad():
             target_BTD = self.attention(x_BTD.detach(), seq)[0]
         y_BTD, aux = mixer(x_BTD, seq)
-        error = relative_errors([y_BTD], [target_BTD])[0]
-        cosine = torch.cosine_similarity(y_BTD.detach().float().flatten(), target_BTD.float().flatten(), dim=0)
+        error = relative_errors([y_BTD], [target_BTD], seq.text_BT)[0]
+        compared = (seq.text_of(each_BTD.detach().float().flatten(0, 1)).flatten() for each_BTD in (y_BTD, target_BTD))
+        cosine = torch.cosine_similarity(*compared, dim=0)
         aux = {**aux, "loss/layer_output": error, "layer/align_error": error.detach(), "layer/align_cosine": cosine}
         return (target_BTD if self.passes_teacher else y_BTD), aux
 
@@ -94,7 +95,7 @@ class TeacherGuide:
         stats = {"distill_agreement": same / here}
         if self.reads_hidden_states:
             student = [*forward.hidden_states[1:-1], forward.x_BTD]
-            errors = relative_errors(student, output.hidden_states[1:])
+            errors = relative_errors(student, output.hidden_states[1:], forward.text_BT)
             losses["hidden"] = errors.mean() * forward.batch_fraction
             stats |= {f"hidden_error/{layer}": error for layer, error in enumerate(errors.detach())}
         if self.measures:

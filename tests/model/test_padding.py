@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from hybridlm.model.contract_check.thread_shards import run_on_threads
+from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.output import GlobalBatch
 from hybridlm.model.padding import TextTokens, text_before_last_label
 from hybridlm_kernels import CuSeqlens
+from hybridlm.training.losses import COMPUTED_FROM_LOADS
 from tests.model.test_wrapped_linears import decode, system
 from tests.support.tiny_lm import VOCABULARY
 
@@ -116,36 +118,53 @@ def test_parts_of_a_global_batch_are_weighted_by_their_text():
         close(parts[0].losses[name] + parts[1].losses[name], whole.losses[name])
 
 
-@pytest.mark.parametrize("text", [9, 5])  # of 12 tokens: padding in the second of two shards, or nothing else there
-def test_padding_counts_nowhere_where_rows_are_divided(text):
-    ids = torch.randint(VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(5))
-    mask = torch.arange(12)[None] < text
+SELECTORS = ["deepseek_v32", "attention_pooled", "shared_selection", "seer_r", "csa"]  # of keys, pools, blocks, entries
+
+
+@pytest.mark.parametrize(("name", "mode"), [("llama", None), *((name, mode) for name in SELECTORS
+                                                              for mode in ("dense", "sparse"))])
+@pytest.mark.parametrize("text", [17, 10])  # of 24 tokens: padding in the second of two shards, or nothing else there
+def test_padding_counts_nowhere_where_rows_are_divided(name, mode, text):
+    ids = torch.randint(VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(5))
+    mask = torch.arange(24)[None] < text
     targets = torch.stack([F.pad(ids[:, 1 + d:], (0, 1 + d), value=-100) for d in range(2)], -1)
     targets[0, text - 1:, 0] = targets[0, text - 2:, 1] = -100
-    options = {"cu_seqlens": [0, 4, text, 12], "targets": targets, "text_mask": mask,
+    options = {"cu_seqlens": [0, 8, text, 24], "targets": targets, "text_mask": mask,
                "global_batch": GlobalBatch(tuple(int((targets[..., d] != -100).sum()) for d in range(2)), text)}
 
-    def losses_and_loads(model):
-        output = model.train()(ids, **options)
-        output.loss.backward()
-        return (dict(output.losses), {name: load.clone() for name, load in model.router_loads().items()},
-                model.layers[1].feed_forward.router.weight.grad)
+    def ready():
+        model = system(name).train()
+        for mixer in (module for module in model.modules() if isinstance(module, SequenceMixer)):
+            mixer.set_attention(mode, {})
+            mixer.measure_selection(True)
+        return model
 
-    copies = [system("llama") for _ in range(2)]
+    def measured(model):
+        output = model(ids, **options)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        stats = {name: value * output.batch_fraction for name, value in output.stats.items()
+                 if not name.startswith(COMPUTED_FROM_LOADS) and not name.endswith(("_min", "_max"))}
+        return (dict(output.losses), {name: load.clone() for name, load in model.router_loads().items()}, gradients,
+                stats)
+
+    copies = [ready() for _ in range(2)]
 
     def shard(group):
         copies[group.rank].shard_group = group
-        return losses_and_loads(copies[group.rank])
+        return measured(copies[group.rank])
 
-    losses, loads, gradient = losses_and_loads(system("llama"))
+    losses, loads, gradients, stats = measured(ready())
     parts = run_on_threads(shard, 2)
     assert sum(int(load.sum()) for load in loads.values()) == 4 * text  # two layers of experts, two experts per token
-    for name, load in loads.items():
-        assert torch.equal(sum(part[1][name] for part in parts), load)
+    for layer, load in loads.items():
+        assert torch.equal(sum(part[1][layer] for part in parts), load)
+    assert mode is None or {"kl", "recall"} <= {stat.partition("_")[2] for stat in stats}
     rounding = {"rtol": 1e-6, "atol": 1e-8}  # the fraction of the batch is a number in fp32
-    for name, loss in losses.items():
-        torch.testing.assert_close(sum(part[0][name] for part in parts), loss, **rounding)
-    torch.testing.assert_close(sum(part[2] for part in parts), gradient, **rounding)
+    for which, whole in ((0, losses), (2, gradients), (3, stats)):
+        for key, value in whole.items():
+            found = sum(part[which].get(key, torch.zeros_like(value)) for part in parts)
+            torch.testing.assert_close(found, value, **rounding, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_what_cannot_be_is_refused():

@@ -323,19 +323,19 @@ class IndexedMixer(SequenceMixer):
         everything = selection.indices is None
         chosen = selection.chosen
         if self.selection_observer is not None and chosen is not None:
-            self.selection_observer(ObservedSelection(self.layer_index, q_BTHK, k_BSGK, chosen, seq.history_borders,
+            self.selection_observer(ObservedSelection(self.layer_index, q_BTHK, k_BSGK, chosen, seq.selection_borders,
                                                       q_BTHK.shape[3] ** -0.5 if scale is None else scale))
         result = selection.indexer.loss(selection.index, q_BTHK, k_BSGK, seq, indices_BTN=selection.indices,
                                         recall_of_BTN=chosen if everything else None, scale=scale)
         recall = result.recall
         if self.measuring and not everything:
             assert selection.indices is not None
-            recall = attention_recall(q_BTHK, k_BSGK, selection.indices, scale=scale, cu_seqlens=seq.history_borders)
+            recall = attention_recall(q_BTHK, k_BSGK, selection.indices, scale=scale, cu_seqlens=seq.selection_borders)
         aux = {"loss/indexer_kl": result.loss, "layer/indexer_kl": result.loss.detach(),
                "layer/indexer_entropy": result.entropy}
         if recall is not None and chosen is not None and seq.shard is not None:
-            chose = (seq.positions_BT + 1 > (chosen >= 0).sum(-1)).sum()  # the queries that recall is a mean over
-            recall = Recall(*(seq.shard.weighted_mean(x, chose) for x in recall))
+            chose_BT = seq.among_text(seq.positions_BT + 1 > (chosen >= 0).sum(-1))  # recall is a mean over these
+            recall = Recall(*(seq.weighted_mean(x, chose_BT.sum()) for x in recall))
         if recall is None and chosen is None:  # every key is selected
             recall = Recall(*[torch.ones_like(result.entropy)] * 3)
         if recall is not None:

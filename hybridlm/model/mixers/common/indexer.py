@@ -241,7 +241,7 @@ class Indexer(nn.Module):
         """Locate the pools of `keys` tokens per row, for queries at the last places of their rows."""
         assert self.pool is not None
         batch, queries = queries_BT.shape[:2]
-        return Pools.of(batch, queries, keys, self.pool.size, queries_BT.device, seq.history_borders)
+        return Pools.of(batch, queries, keys, self.pool.size, queries_BT.device, seq.selection_borders)
 
     def token_keys(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:
         """Index keys [B, T, I]: one head, normalised, rotated."""
@@ -296,7 +296,7 @@ class Indexer(nn.Module):
         first = min(self.config.num_first, self.topk)
         local = min(self.config.num_local, self.topk - first)
         if self.pool is None:
-            return indexer_topk(*index, self.topk, num_first=first, num_local=local, cu_seqlens=seq.history_borders)
+            return indexer_topk(*index, self.topk, num_first=first, num_local=local, cu_seqlens=seq.selection_borders)
         size = self.pool.size
         return pooled_topk(*index, self.pools(index[0], keys, seq), self.topk // size,
                            num_first=first // size, num_local=local // size)
@@ -305,14 +305,19 @@ class Indexer(nn.Module):
              **options: Any) -> IndexerKL:
         """Compute the KL of the main attention, with these queries and keys, against the index scores."""
         if self.pool is None:
-            return indexer_kl(*index, q_BTHK, k_BSGK, cu_seqlens=seq.history_borders, **options)
-        pools = self.pools(q_BTHK, k_BSGK.shape[1], seq)
-        result = pooled_indexer_kl(*index, q_BTHK, k_BSGK, pools, cu_seqlens=seq.history_borders, **options)
-        if seq.shard is None:
-            return result
-        count = (pools.count_BT > 0).sum()  # in an early shard fewer queries see a pool
-        return result._replace(loss=seq.shard.weighted_mean(result.loss, count),
-                               entropy=seq.shard.weighted_mean(result.entropy, count))
+            result = indexer_kl(*index, q_BTHK, k_BSGK, cu_seqlens=seq.selection_borders, **options)
+            if seq.text_BT is None:  # every query sees a key
+                return result
+            counts_BT = torch.ones_like(seq.text_BT)
+        else:
+            pools = self.pools(q_BTHK, k_BSGK.shape[1], seq)
+            result = pooled_indexer_kl(*index, q_BTHK, k_BSGK, pools, cu_seqlens=seq.selection_borders, **options)
+            if seq.shard is None:
+                return result
+            counts_BT = pools.count_BT > 0  # in an early shard fewer queries see a pool
+        count, text = counts_BT.sum(), seq.among_text(counts_BT).sum()  # padding is counted, with a value of 0
+        return result._replace(**{name: seq.weighted_mean(getattr(result, name) * count / text.clamp(min=1), text)
+                                  for name in ("loss", "entropy")})
 
 
 def longest_document(keys: int, seq: SequenceInfo) -> int:

@@ -29,19 +29,17 @@ Pooling = Literal["max", "sum"]
 
 
 class SelectorLoss(NamedTuple):
-    """Sums over queries and lists, and the number of these.
+    """Sums over queries and lists, and the number of these; queries that are padding do not count.
 
     Args:
         total: sum of the KL over queries and lists with a block that competes.
         pairs: number of such pairs.
-        read: sum over queries and heads of the share of dense attention that the selection reads.
-        queries: number of pairs of a query and a head.
+        read_BT: sum over heads of the share of dense attention that the selection reads, of every query.
     """
 
     total: Tensor
     pairs: Tensor
-    read: Tensor
-    queries: int
+    read_BT: Tensor
 
 
 class AttentionTargets(Protocol):
@@ -58,7 +56,7 @@ class AttentionTargets(Protocol):
         ...
 
     def shares(self, index: BlockIndex, listed_BQUP: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Attention on each block [B, Q, U, P], and the sum over queries and heads of the share that is read.
+        """Attention on each block [B, Q, U, P], and the sum over heads of the share that is read [B, Q].
 
         Args:
             index: of the selector.
@@ -80,7 +78,7 @@ def _shares(targets: AttentionTargets, index: BlockIndex, listed_BQUP: Tensor, r
 
 
 def selector_loss(selector: ScoresBlocks, index: BlockIndex, targets: AttentionTargets, budget: BlockBudget,
-                  chosen_BTUN: Tensor | None, *, only_chosen: bool) -> SelectorLoss:
+                  chosen_BTUN: Tensor | None, seq: SequenceInfo, *, only_chosen: bool) -> SelectorLoss:
     """Compute the loss of a selector, piece by piece of queries.
 
     Args:
@@ -89,6 +87,7 @@ def selector_loss(selector: ScoresBlocks, index: BlockIndex, targets: AttentionT
         targets: the attention that it learns from.
         budget: which blocks compete.
         chosen_BTUN: numbers of the blocks that are selected; None: all.
+        seq: says which queries are padding.
         only_chosen: the loss is over the selected blocks, else over all that compete.
     """
     batch, queries, heads = targets.q_BTHK.shape[:3]
@@ -98,13 +97,14 @@ def selector_loss(selector: ScoresBlocks, index: BlockIndex, targets: AttentionT
         for start in range(0, queries, size):
             rows = slice(start, min(start + size, queries))
             compete_BQUP, listed_BQUP = _blocks(selector.lists, index, budget, chosen_BTUN, rows)
-            target_BQUP, read_share = _shares(targets, index, listed_BQUP, rows)
+            target_BQUP, read_BQ = _shares(targets, index, listed_BQUP, rows)
             over_BQUP = compete_BQUP & listed_BQUP if only_chosen else compete_BQUP
+            if seq.text_BT is not None:
+                over_BQUP = over_BQUP & seq.text_BT[:, rows, None, None]
             total.append(_divergence(selector, index, rows, over_BQUP, target_BQUP))
             count.append(over_BQUP.any(-1).sum())
-            read.append(read_share)
-    return SelectorLoss(torch.stack(total).sum(), torch.stack(count).sum(), torch.stack(read).sum(),
-                        batch * queries * heads)
+            read.append(read_BQ)
+    return SelectorLoss(torch.stack(total).sum(), torch.stack(count).sum(), torch.cat(read, 1))
 
 
 def observe_selector(name: str, selector: ScoresBlocks, index: BlockIndex, targets: AttentionTargets,
@@ -123,11 +123,10 @@ def observe_selector(name: str, selector: ScoresBlocks, index: BlockIndex, targe
         only_chosen: the loss is over the selected blocks, else over all that compete.
         learns: whether the loss trains the selector; else it is only reported.
     """
-    found = selector_loss(selector, index, targets, budget, chosen_BTUN, only_chosen=only_chosen)
-    loss = found.total / found.pairs.clamp(min=1)
-    if seq.shard is not None:  # in an early shard fewer queries see a block
-        loss = seq.shard.weighted_mean(loss, found.pairs)
-    aux = {f"layer/{name}_kl": loss.detach(), f"layer/{name}_recall": found.read / found.queries}
+    found = selector_loss(selector, index, targets, budget, chosen_BTUN, seq, only_chosen=only_chosen)
+    loss = seq.weighted_mean(found.total / found.pairs.clamp(min=1), found.pairs)  # fewer see a block in early shards
+    read = seq.mean_over_text(found.read_BT.flatten() / targets.q_BTHK.shape[2])
+    aux = {f"layer/{name}_kl": loss.detach(), f"layer/{name}_recall": read}
     return aux | {f"loss/{name}_kl": loss} if learns else aux
 
 
@@ -164,7 +163,7 @@ class KeyTargets:
         return self.k_BSGK.shape[1]
 
     def shares(self, index: BlockIndex, listed_BQUP: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Attention on each block [B, Q, U, P], and the sum over queries and heads of the share that is read."""
+        """Attention on each block [B, Q, U, P], and the sum over heads of the share that is read [B, Q]."""
         q_BQHK, k_BSGK = self.q_BTHK[:, rows], self.k_BSGK
         blocks, lists = index.blocks, listed_BQUP.shape[2]
         s_S = torch.arange(self.keys, device=k_BSGK.device)
@@ -176,9 +175,9 @@ class KeyTargets:
         copies = q_BQHK.shape[2] // lists
         complete_BQ1P = blocks.visible(rows)[:, :, None]
         unread_BQHP = mass_BQHP.masked_fill(listed_BQUP.repeat_interleave(copies, 2) | ~complete_BQ1P, 0.0)
-        read = (1 - unread_BQHP.sum(-1)).sum()
+        read_BQ = (1 - unread_BQHP.sum(-1)).sum(-1)
         pooled_BQHP = p_BPLQH.amax(2).permute(0, 2, 3, 1) if self.pooling == "max" else mass_BQHP
-        return pooled_BQHP.unflatten(2, (lists, copies)).mean(3), read
+        return pooled_BQHP.unflatten(2, (lists, copies)).mean(3), read_BQ
 
 
 @dataclass(frozen=True)
@@ -202,18 +201,18 @@ class EntryTargets:
         return self.k_BEGK.shape[1]
 
     def shares(self, index: BlockIndex, listed_BQUP: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Attention on each entry [B, Q, U, E], and the sum over queries and heads of the share that is read."""
+        """Attention on each entry [B, Q, U, E], and the sum over heads of the share that is read [B, Q]."""
         q_BQHK, k_BEGK = self.q_BTHK[:, rows], self.k_BEGK
         lists, heads = listed_BQUP.shape[2], q_BQHK.shape[2]
         score_BQHE = _scores(q_BQHK, k_BEGK).masked_fill(~index.windows.visible(rows)[:, :, None], -torch.inf)
         near_BQH1 = self.near_lse_BTH[:, rows, :, None]
         listed_BQHE = listed_BQUP.repeat_interleave(heads // lists, 2)
         p_BQHE = torch.cat([near_BQH1, score_BQHE], -1).softmax(-1)[..., 1:]
-        read = (1 - p_BQHE.masked_fill(listed_BQHE, 0.0).sum(-1)).sum()
+        read_BQ = (1 - p_BQHE.masked_fill(listed_BQHE, 0.0).sum(-1)).sum(-1)
         if self.only_chosen:
             chosen_BQHE = score_BQHE.masked_fill(~listed_BQHE, -torch.inf)
             p_BQHE = torch.cat([near_BQH1, chosen_BQHE], -1).softmax(-1)[..., 1:]
-        return p_BQHE.unflatten(2, (lists, -1)).sum(3), read
+        return p_BQHE.unflatten(2, (lists, -1)).sum(3), read_BQ
 
 
 def _scores(q_BQHK: Tensor, k_BSGK: Tensor) -> Tensor:
