@@ -53,6 +53,7 @@ def load_config(name: str = "train", overrides: Sequence[str] = (), config_dir: 
     started = _started_run(name, overrides)
     if started is not None:
         composed = compose_run(str(started), overrides, config_dir)
+        _require_own_conversion(composed, started)
         if composed.has("recipe.convert") and composed.value("recipe.convert.converted") is None:
             _plan_conversion(composed)  # recipe=... on the command line stands for the recipe before it was planned
         return composed.finish()
@@ -108,6 +109,20 @@ def _started_run(name: str, overrides: list[str]) -> Path | None:
     return Path(run_dir).expanduser() / "config.yaml" if _holds_checkpoint(run_dir) else None
 
 
+def _require_own_conversion(composed: Composition, started: Path) -> None:
+    """Check that a run that has begun did so with the conversion that the command line asks for, if it asks for one.
+
+    Raises:
+        ConfigError: the folder holds a run that converted nothing, such as the one to convert.
+    """
+    recipe = checkpoint.read_config(started.parent).get("recipe") or {}
+    for key in ("convert", "indexer"):
+        if composed.has(f"recipe.{key}") and not recipe.get(key):
+            name = composed.value("recipe.name")
+            raise ConfigError("run_dir", f"holds a run that has not begun with recipe={name}", got=str(started.parent),
+                              expected="a new folder for the converted model, or the folder of such a run")
+
+
 def _holds_checkpoint(run_dir: Any) -> bool:
     """Whether a run has begun in a folder and left a checkpoint there: from then on its own config counts."""
     folder = Path(str(run_dir)).expanduser()
@@ -161,7 +176,7 @@ def _convert(composed: Composition) -> None:
     if "model" in composed.choices:
         raise ConfigError("model", f"comes from the checkpoint with recipe={recipe.name}",
                           got=composed.choices["model"],
-                          hint="leave model=... out; init_from says which checkpoint is converted")
+                          hint=f"leave model=... out; {_source_key(composed)} says which checkpoint is converted")
     init_from = composed.value("init_from")
     source = None if init_from is None else str(init_from)
     if recipe.convert is not None and source is not None:

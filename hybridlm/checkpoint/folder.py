@@ -219,5 +219,8 @@ def _checkpoint_or_root(folder: Path) -> tuple[bool, Path]:
 
 
 def _refuse_empty(folder: Path) -> None:
+    hint = ""
+    if (folder / "config.json").is_file():
+        hint = f"; it looks like a model of transformers, which hybridlm import {folder} checkpoints/NAME converts"
     raise CheckpointError(f"no whole checkpoint in {folder}: expected a checkpoint folder (step-N) or a run folder "
-                          "that has one")
+                          f"that has one{hint}")

@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -394,8 +394,22 @@ def _apply(config: DictConfig, override: Override) -> None:
         else:
             replace = isinstance(value, dict) and "kind" in value
             OmegaConf.update(config, key, value, merge=not replace, force_add=True)
-    except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError) as error:
+    except IndexError:
+        raise _beyond_list(config, key) from None
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(key, f"cannot be set: {_one_line(error)}") from None
+
+
+def _beyond_list(config: DictConfig, key: str) -> ConfigError:
+    """The error for a key that names an entry which a list of the config does not have."""
+    names = key.split(".")
+    for depth in range(1, len(names)):
+        entries = OmegaConf.select(config, ".".join(names[:depth]))
+        if isinstance(entries, ListConfig) and names[depth].lstrip("-").isdigit() and int(names[depth]) >= len(entries):
+            path = ".".join(names[:depth])
+            return ConfigError(key, f"names an entry that {path} does not have", got=int(names[depth]),
+                               expected=f"0 to {len(entries) - 1}" if entries else f"none, {path} is empty")
+    return ConfigError(key, "names an entry that a list of the config does not have")
 
 
 def _change_kinds(config: DictConfig, values: list[Override]) -> None:

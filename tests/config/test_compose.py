@@ -256,7 +256,8 @@ OWN = "A kind of your own is registered with --import FILE"
     (["model=null"], f"model: must name a config; got 'null'; expected one of {MODELS}"),
     (["~model"], f"model: must name a config; got 'null'; expected one of {MODELS}"),
     (["~training.stps"], "training.stps: cannot be deleted: there is no such key; did you mean 'steps'?"),
-    (["recipe.stages.3.steps=1"], "recipe.stages.3.steps: cannot be set: list index out of range"),
+    (["recipe.stages.3.steps=1"], "recipe.stages.3.steps: names an entry that recipe.stages does not have; got 3; "
+     "expected 0 to 0"),
     (["hydra.verbose=true"], "hydra.verbose: Hydra's own settings are not used here"),
     (["run_dir=${nowhere.x}"], "run_dir: Interpolation key 'nowhere.x' not found"),
     (["run_dir=${oc.env:HYBRIDLM_NOT_SET}"], "run_dir: KeyError raised while resolving interpolation: "

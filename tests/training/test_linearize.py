@@ -369,7 +369,8 @@ def test_last_stages_may_make_the_kept_attention_sparse(teacher, tmp_path):
 @pytest.mark.parametrize(("overrides", "text"), [
     (["teacher=null"], "teacher: is missing; expected the run or checkpoint that recipe=linearize_tiny converts"),
     (["teacher=/nowhere"], "teacher: no such checkpoint; got '/nowhere'"),
-    (["model=quickstart"], "model: comes from the checkpoint with recipe=linearize_tiny; got 'quickstart'"),
+    (["model=quickstart"], "model: comes from the checkpoint with recipe=linearize_tiny; got 'quickstart'; leave "
+     "model=... out; teacher says which checkpoint is converted"),
     (["recipe.convert.keep=3"], "recipe.convert.keep: keeps all of the attention: there is nothing to convert; got 3"),
     (["recipe.convert.keep=4"], "recipe.convert.keep: is not a number of attention layers of the teacher; got 4"),
     (["recipe.convert.keep=[5]"],
@@ -390,6 +391,14 @@ def test_mistakes_are_one_line(teacher, tmp_path, overrides, text):
     with pytest.raises(ConfigError, match=re.escape(text)) as error:
         settings(teacher, tmp_path, *overrides)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", ["linearize_tiny", "dsa_tiny"])
+def test_a_run_cannot_be_converted_into_its_own_folder(teacher, recipe):
+    source = "teacher" if recipe == "linearize_tiny" else "init_from"
+    with pytest.raises(ConfigError, match=f"run_dir: holds a run that has not begun with recipe={recipe}; got .*"
+                                          "expected a new folder for the converted model"):
+        load_config("train", [f"recipe={recipe}", f"{source}={teacher}", f"run_dir={teacher}"])
 
 
 def test_losses_against_a_teacher_need_one():
