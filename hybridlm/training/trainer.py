@@ -183,16 +183,17 @@ class Trainer:
 
     def _begin_stage(self, stage: Stage) -> None:
         self.engine.release()
-        trained = set_trainable(self.model, stage)
-        total = sum(1 for _ in self.model.parameters())
-        if len(self.stages) > 1 or len(trained) < total:
-            log.info("stage %s: %s, %d of %d parameters train", stage.name, counted(stage.steps, "step"), len(trained),
-                     total)
-        if len(trained) < total:
-            log.info("trained: %s", describe_names(trained))
+        set_trainable(self.model, stage)
         set_attention(self.model, stage)
         freeze_idle_indexers(self.model)
-        trained = [name for name in trained if self.model.get_parameter(name).requires_grad]
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        if len(self.stages) > 1 or frozen:
+            log.info("stage %s: %s, %d of %d parameters train", stage.name, counted(stage.steps, "step"), len(trained),
+                     len(trained) + len(frozen))
+        if frozen:
+            fewer = len(frozen) < len(trained)
+            log.info("%s: %s", "not trained" if fewer else "trained", describe_names(frozen if fewer else trained))
         recipe = self.config.recipe
         describe_attention(self.model, stage, recipe.stages[stage.index], recipe.dense_below)
         self.stage_config = replace(self.config, model=stage_model(self.config.model, stage))
