@@ -8,8 +8,8 @@ from hybridlm.model.contract_check.thread_shards import run_on_threads
 from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.output import GlobalBatch
 from hybridlm.model.padding import TextTokens, text_before_last_label
-from hybridlm_kernels import CuSeqlens
 from hybridlm.training.losses import COMPUTED_FROM_LOADS
+from hybridlm_kernels import CuSeqlens
 from tests.model.test_wrapped_linears import decode, system
 from tests.support.tiny_lm import VOCABULARY
 

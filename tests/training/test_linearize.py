@@ -138,11 +138,12 @@ def test_kda_and_sparse_attention_come_from_one_command(teacher, tmp_path):
     assert not any(".indexer." in name for name in changed[0])
     assert changed[1] == {name for name in after["sparse"] if ".indexer." in name}
     assert changed[2] >= changed[1]
-    said = dict(re.findall(r"stage (\w+): 1 step, (\d+ of \d+) parameters train", (result.run_dir / "log.txt").read_text()))
+    log = (result.run_dir / "log.txt").read_text()
+    said = dict(re.findall(r"stage (\w+): 1 step, (\d+ of \d+) parameters train", log))
     total = int(said["sparse"].split()[-1])
     assert said["indexer_warmup"] == f"{len(changed[1])} of {total}"
     assert said["distill"] == f"{total - len(changed[1])} of {total}", "the indexers wait for their loss"
-    assert "not trained: layers.1.mixer.indexer." in (result.run_dir / "log.txt").read_text()
+    assert "not trained: layers.1.mixer.indexer." in log
     assert rows["align"]["total_loss"] == pytest.approx(rows["align"]["loss/layer_output"])
     assert "loss/indexer_kl" not in rows["distill"]
     assert rows["indexer_warmup"]["total_loss"] == pytest.approx(rows["indexer_warmup"]["loss/indexer_kl"])
