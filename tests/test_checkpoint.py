@@ -95,7 +95,7 @@ def test_resolve_takes_run_folder_checkpoints_folder_or_checkpoint(tmp_path):
 def test_resolve_says_what_is_missing(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         checkpoint.resolve(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no whole checkpoint.*that has one$"):
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*that has one$"):
         checkpoint.resolve(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=f"hybridlm import {tmp_path} checkpoints/NAME converts$"):
