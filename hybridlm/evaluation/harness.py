@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -280,13 +280,16 @@ def _row(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the many messages of lm-eval and datasets."""
+    """Silence the many messages of lm-eval and datasets, and those of git, which lm-eval asks for a commit."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "lm_eval.evaluator")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    ask_git = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
+        evaluator.get_git_commit_hash = ask_git
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
