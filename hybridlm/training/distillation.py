@@ -58,8 +58,8 @@ class LayerTarget:
             target_BTD = self.attention(x_BTD.detach(), seq)[0]
         y_BTD, aux = mixer(x_BTD, seq)
         error = relative_errors([y_BTD], [target_BTD], seq.text_BT)[0]
-        compared = (seq.text_of(each_BTD.detach().float().flatten(0, 1)).flatten() for each_BTD in (y_BTD, target_BTD))
-        cosine = torch.cosine_similarity(*compared, dim=0)
+        y_ND, target_ND = (seq.text_of(x.detach().float().flatten(0, 1)) for x in (y_BTD, target_BTD))
+        cosine = torch.cosine_similarity(y_ND.flatten(), target_ND.flatten(), dim=0)
         aux = {**aux, "loss/layer_output": error, "layer/align_error": error.detach(), "layer/align_cosine": cosine}
         return (target_BTD if self.passes_teacher else y_BTD), aux
 

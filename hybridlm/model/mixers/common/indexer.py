@@ -316,8 +316,8 @@ class Indexer(nn.Module):
                 return result
             counts_BT = pools.count_BT > 0  # in an early shard fewer queries see a pool
         count, text = counts_BT.sum(), seq.among_text(counts_BT).sum()  # padding is counted, with a value of 0
-        return result._replace(**{name: seq.weighted_mean(getattr(result, name) * count / text.clamp(min=1), text)
-                                  for name in ("loss", "entropy")})
+        loss, entropy = (seq.weighted_mean(x * count / text.clamp(min=1), text) for x in (result.loss, result.entropy))
+        return result._replace(loss=loss, entropy=entropy)
 
 
 def longest_document(keys: int, seq: SequenceInfo) -> int:
