@@ -50,7 +50,7 @@ def inspect(config: ModelConfig, *, batch_size: int = 1, sequence_length: int | 
     return {
         "name": config.name,
         "layers": [{"index": layer.index, "mixer": layer.mixer, "kind": layer.kind, "feed_forward": layer.feed_forward,
-                    "params": layer.params, "active": layer.active} for layer in count.layers],
+                    "params": layer.params, "active": layer.active, "runs": layer.runs} for layer in count.layers],
         "parameters": {"total": count.total, "active": count.active, "active_with_head": count.active_with_head,
                        "active_with_embeddings": count.active_with_embeddings, "embedding": count.embedding,
                        "head": count.head, "lookup_tables": count.lookup, "mtp": count.mtp,
@@ -111,10 +111,12 @@ def render(report: dict[str, Any], console: Console) -> None:
 
 
 def _layers(report: dict[str, Any]) -> tuple[str, Table]:
-    table = _table("layer", "mixer", "kind", "feed-forward", "parameters each", "active each", left=4)
+    several = any(layer["runs"] > 1 for layer in report["layers"])
+    table = _table("layer", "mixer", "kind", "feed-forward", "parameters each", "active each",
+                   *(["runs"] if several else []), left=4)
     for indices, layer in _runs(report["layers"]):
         table.add_row(indices, layer["mixer"], layer["kind"], layer["feed_forward"], _count(layer["params"]),
-                      _count(layer["active"]))
+                      _count(layer["active"]), *([str(layer["runs"])] if several else []))
     mixers = Counter(layer["mixer"] for layer in report["layers"])
     parts = " + ".join(f"{number} {name}" for name, number in mixers.items())
     return f"{report['name'] or 'model'}: {len(report['layers'])} layers = {parts}", table

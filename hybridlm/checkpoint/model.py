@@ -63,13 +63,18 @@ def data_rules(folder: Path) -> int:
 
 
 def layer_list(config: ModelConfig) -> list[dict[str, Any]]:
-    """List the layers of a model, one entry per layer: mixer name, mixer kind, and dense, moe or none."""
+    """List the layers of a model, one entry per layer: mixer name, mixer kind, and dense, moe or none.
+
+    Layers that run several times say how often.
+    """
+    order = config.runs()
 
     def feed_forward(index: int, name: str) -> str:
         config_after = config.feed_forward_after(name)
         return "moe" if config_after.is_moe(index) else "dense" if config_after.is_branch else "none"
 
-    return [{"layer": index, "mixer": name, "kind": config.mixers[name].kind, "feed_forward": feed_forward(index, name)}
+    return [{"layer": index, "mixer": name, "kind": config.mixers[name].kind, "feed_forward": feed_forward(index, name),
+             **({"runs": order.count(index)} if order.count(index) > 1 else {})}
             for index, name in enumerate(config.layers())]
 
 
@@ -77,7 +82,7 @@ def layer_diff(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[s
     """Describe the differences between two layer lists, one line each."""
     lines = [f"{len(saved)} layers saved, {len(now)} asked for"] if len(saved) != len(now) else []
     for a, b in zip(saved, now, strict=False):
-        changes = [f"{key} {a.get(key)} -> {b.get(key)}" for key in ("mixer", "kind", "feed_forward")
+        changes = [f"{key} {a.get(key)} -> {b.get(key)}" for key in ("mixer", "kind", "feed_forward", "runs")
                    if a.get(key) != b.get(key)]
         if changes:
             lines.append(f"layer {a['layer']}: {', '.join(changes)}")

@@ -20,7 +20,10 @@ def canonical(config: ModelConfig) -> dict[str, Any]:
     """
     layers = [_describe_layer(config, index, name) for index, name in enumerate(config.layers())]
     mtp = [_describe_layer(config, *mtp_block(config)) for _ in range(config.mtp.depth)]
-    return {
+    order = config.runs()
+    several = {} if len(order) == config.num_layers else {
+        "runs": order, "run_adapters": to_dict(config.schedule.run_adapters)}
+    return several | {
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_layers": config.num_layers,
         "norm": to_dict(config.norm), "tie_embeddings": config.tie_embeddings,
         "logit_soft_cap": config.logit_soft_cap, "logit_multiplier": config.logit_multiplier,

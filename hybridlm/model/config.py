@@ -15,8 +15,11 @@ from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.parametrization import ParametrizationConfig
 from hybridlm.model.residual import BRANCH_NAMES, RESIDUALS, BranchConfig, BranchName, ResidualConfig
+from hybridlm.model.schedule import RepeatConfig as RepeatConfig
+from hybridlm.model.schedule import RunAdaptersConfig as RunAdaptersConfig
 from hybridlm.model.schedule import ScheduleConfig as ScheduleConfig
-from hybridlm.model.schedule import expand
+from hybridlm.model.schedule import expand, expand_runs
+from hybridlm.model.sharing import LAYER_INPUT
 
 
 @dataclass(kw_only=True)
@@ -85,11 +88,16 @@ class ModelConfig:
             require(bool(present), "schedule", "has layers with neither a mixer nor a feed-forward", got=name,
                     expected="at least one of them in each layer")
             self.residual.check_present(present)
+        self._check_runs()
         self._check_sharing()
 
     def layers(self) -> list[str]:
         """The mixer name of each layer, in order: what is printed, saved and compared."""
         return expand(self.schedule, self.num_layers)
+
+    def runs(self) -> list[int]:
+        """The layer of each run in the order of the forward; every layer runs once unless the schedule says more."""
+        return expand_runs(self.schedule, self.num_layers)
 
     def used_mixers(self) -> list[str]:
         """Names of the mixers of layers, then that of multi-token prediction where there is any, each once."""
@@ -100,9 +108,11 @@ class ModelConfig:
         """The facts about the model that the mixer and feed-forward of a layer are told."""
         layers = self.layers()
         mtp_mixer = (self.mtp.mixer or layers[-1]) if self.mtp.depth else None
+        wide = self.mixers[layers[layer_index]].residual.embedding
         return LayerContext(hidden_size=self.hidden_size, layer_index=layer_index, num_layers=self.num_layers,
                             norm=self.norm, max_position=self.max_position, layers=layers, mixers=self.mixers,
-                            mtp_mixer=mtp_mixer, vocab_size=self.vocab_size)
+                            mtp_mixer=mtp_mixer, vocab_size=self.vocab_size,
+                            mixer_input=2 * self.hidden_size if wide else None)
 
     def branches(self, mixer_name: str) -> tuple[BranchConfig, BranchConfig]:
         """The options with which the mixer and the feed-forward of a layer join the residual stream.
@@ -112,7 +122,7 @@ class ModelConfig:
         """
         mixer = self.mixers[mixer_name].residual
         own, following = (self.parametrization.scale_branch(branch, self.num_layers)
-                          for branch in (mixer, self.feed_forward.residual or mixer))
+                          for branch in (mixer, self.feed_forward.residual or replace(mixer, embedding=False)))
         return own, following
 
     def feed_forward_after(self, mixer_name: str) -> FeedForwardConfig:
@@ -158,6 +168,38 @@ class ModelConfig:
     def mtp_context(self) -> LayerContext:
         """The facts that the residual of a block of multi-token prediction is told: a stream of one layer."""
         return replace(self.layer_context(0), num_layers=1)
+
+    def _check_runs(self) -> None:
+        """Refuse what a layer that runs several times, or a branch beside the stream, cannot be joined with."""
+        runs, layers = self.runs(), self.layers()
+        if len(runs) > len(layers):
+            self.residual.check_runs()
+        feed_forward = self.feed_forward.residual
+        require(feed_forward is None or not feed_forward.embedding, "feed_forward.residual.embedding",
+                "is for a mixer alone", got=True, expected="false")
+        for index, name in enumerate(layers):
+            if self.mixers[name].residual.embedding:
+                self._check_wide_input(index, name)
+        ends = [("the last layer", layers[runs[-1]])]
+        if self.mtp.depth:
+            ends.append(("multi-token prediction", self.mtp.mixer or layers[-1]))
+        for place, name in ends:
+            last = self.branches(name)[BRANCH_NAMES.index(self.present_branches(name)[-1])]
+            require(last.form != "aside", f"mixers.{name}.residual.form", f"leaves the output of {place} unread",
+                    got=last.form, expected="another form, or a layer behind it")
+
+    def _check_wide_input(self, index: int, name: str) -> None:
+        """Refuse a layer that reads the embedding beside the stream, unless its mixer and all its readers can."""
+        mixer, context = self.mixers[name], self.layer_context(index)
+        key = f"mixers.{name}.residual.embedding"
+        require(mixer.takes_wide_input, key, "is not read by this kind", got=mixer.kind,
+                expected="a kind whose input may be wider than its output, such as attention")
+        shares = context.is_read(LAYER_INPUT) or any(read.kind == LAYER_INPUT for read in mixer.reads(context))
+        require(not shares, key, "makes an input that layers of another width cannot share", got=name,
+                expected="layers with key_input that read others")
+        of_mtp = self.mtp.depth > 0 and (index == self.num_layers - 1 or name == self.mtp.mixer)
+        require(not of_mtp, key, "has no place in the last layer or in mtp.mixer under multi-token prediction",
+                got=name, expected="another mixer there, or mtp.depth=0")
 
     def _check_sharing(self) -> None:
         """Refuse a layer that reads from another one which leaves nothing of the kind."""

@@ -1,4 +1,4 @@
-"""Costs of a model from its config alone: parameters, FLOPs, decode state. Nothing is built, no tensor is made.
+"""Costs of a model from its config alone: parameters, FLOPs, decode state. No tensor is made.
 
 The numbers come from the cost methods of the mixers, the feed-forwards and the residual; this file adds what belongs to
 the model: norms, embedding, head, multi-token prediction. FLOPs count a multiply-add as 2.
@@ -6,13 +6,19 @@ the model: norms, embedding, head, multi-token prediction. FLOPs count a multipl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
+
 from hybridlm.errors import ConfigError
+from hybridlm.model.block import Block
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.layer_context import LayerContext
+from hybridlm.model.residual import BRANCH_NAMES
+from hybridlm.model.run_adapters import PerRunLinear
 
 BACKWARD = 2.0  # FLOPs of the backward pass over those of the forward: one product for inputs, one for weights
 
@@ -32,15 +38,18 @@ class LayerCost:
     lookup_params: int  # of mixer and feed-forward, in tables of which a token reads a few rows
     norm_params: int
     residual_params: int
+    projection_params: int  # of the branches' outputs
+    runs: int  # of the layer in one forward; what single runs have for themselves is counted where it stands
 
     @property
     def params(self) -> int:
-        return self.mixer_params + self.feed_forward_params + self.norm_params + self.residual_params
+        own = self.mixer_params + self.feed_forward_params + self.norm_params
+        return own + self.residual_params + self.projection_params
 
     @property
     def active(self) -> int:
         read = self.mixer_params + self.feed_forward_active - self.lookup_params
-        return read + self.norm_params + self.residual_params
+        return read + self.norm_params + self.residual_params + self.projection_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +131,12 @@ def all_blocks(config: ModelConfig) -> list[tuple[int, str]]:
     return [*enumerate(config.layers()), *[mtp_block(config)] * config.mtp.depth]
 
 
+def all_runs(config: ModelConfig) -> list[tuple[int, str]]:
+    """Layer index and mixer name of all blocks in the order of the forward, each as often as it runs."""
+    layers = config.layers()
+    return [*((index, layers[index]) for index in config.runs()), *[mtp_block(config)] * config.mtp.depth]
+
+
 def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True) -> dict[str, float]:
     """Forward FLOPs per token, by part of the model, the mean over a causal sequence of `context_length` tokens.
 
@@ -130,9 +145,13 @@ def forward_flops(config: ModelConfig, context_length: int, *, mtp: bool = True)
     left out.
     """
     parts: dict[str, float] = {}
-    for index, name in enumerate(config.layers()):
-        for part, flops in _layer_flops(config, index, name, context_length):
-            parts[part] = parts.get(part, 0.0) + flops
+    layers, order = config.layers(), config.runs()
+    for index in dict.fromkeys(order):
+        runs = order.count(index)
+        for part, flops in _layer_flops(config, index, layers[index], context_length):
+            parts[part] = parts.get(part, 0.0) + runs * flops
+        if adapters := sum(linear.run_flops() for _, linear in _per_run_linears(config, index)):
+            parts["run adapters"] = parts.get("run adapters", 0.0) + adapters
     if end := config.residual.end_flops_per_token(config.layer_context(0)):
         parts["residual"] = parts.get("residual", 0.0) + end
     head = 2.0 * config.hidden_size * config.vocab_size
@@ -159,7 +178,7 @@ def training_parts(config: ModelConfig, context_length: int) -> dict[str, float]
     """
     forward = sum(forward_flops(config, context_length).values())
     forward_only = sum(config.mixers[name].forward_only_flops_per_token(config.layer_context(index), context_length)
-                       for index, name in all_blocks(config))
+                       for index, name in all_runs(config))
     return {"forward": forward, "backward": BACKWARD * (forward - forward_only),
             "selector_losses": selector_loss_flops(config, context_length)}
 
@@ -174,7 +193,7 @@ def selector_loss_flops(config: ModelConfig, context_length: int, weights: Mappi
         weights: weights of losses by name; a mixer whose losses all have weight 0 computes none.
     """
     return sum(config.mixers[name].loss_flops_per_token(config.layer_context(index), context_length)
-               for index, name in all_blocks(config)
+               for index, name in all_runs(config)
                if not (names := config.mixers[name].own_losses()) or any(weights.get(loss) != 0 for loss in names))
 
 
@@ -194,22 +213,25 @@ def training_flops(config: ModelConfig, context_length: int) -> float:
 
 
 def mixer_forward_flops(config: ModelConfig, layers: Iterable[int], context_length: int) -> float:
-    """Forward FLOPs per token of the mixers of some layers.
+    """Forward FLOPs per token of the mixers of some layers, in all of their runs.
 
     Args:
         config: the model.
         layers: their indices.
         context_length: tokens per sequence.
     """
-    names = config.layers()
-    return sum(sum(config.mixers[names[index]].flops_per_token(config.layer_context(index), context_length).values())
+    names, order = config.layers(), config.runs()
+    return sum(order.count(index)
+               * sum(config.mixers[names[index]].flops_per_token(config.layer_context(index), context_length).values())
                for index in layers)
 
 
 def decode_state_bytes(config: ModelConfig, context_length: int, element_bytes: int = 2) -> int:
-    """Bytes of decode state of one sequence after `context_length` tokens."""
+    """Bytes of decode state of one sequence after `context_length` tokens; each run of a layer has a state."""
     total = 0
-    for index, name in enumerate(config.layers()):
+    layers = config.layers()
+    for index in config.runs():
+        name = layers[index]
         context = config.layer_context(index)
         total += config.mixers[name].state_bytes(context, context_length, element_bytes)
         total += config.feed_forward_after(name).state_bytes(context, context_length, element_bytes)
@@ -217,23 +239,48 @@ def decode_state_bytes(config: ModelConfig, context_length: int, element_bytes: 
 
 
 def _layer_cost(config: ModelConfig, index: int, name: str, stream: LayerContext | None = None) -> LayerCost:
-    """Parameters of a layer; `stream` is what its residual is told, None: the context of the layer."""
+    """Parameters of a layer; `stream` is what the residual of a block of multi-token prediction is told, None: this is
+    a layer of the model."""
     mixer = config.mixers[name]
     feed_forward, branches = config.feed_forward_after(name), config.present_branches(name)
     context = config.layer_context(index)
-    stream = stream or context
     residual = config.residual
+    told = stream or context
+    wide = context.mixer_width - context.hidden_size  # beyond the norm of a mixer's input that has the model's width
+    of_runs: Counter[str] = Counter()
+    for path, linear in [] if stream is not None else _per_run_linears(config, index):
+        of_runs[path.partition(".")[0]] += linear.run_params()
+    in_mixer, in_feed_forward = of_runs.pop("mixer", 0), of_runs.pop("feed_forward", 0)
     try:
         return LayerCost(
             index=index, mixer=name, kind=mixer.kind, feed_forward=feed_forward.layer_kind(index),
-            mixer_params=mixer.num_params(context), feed_forward_params=feed_forward.num_params(context),
-            feed_forward_active=feed_forward.num_params(context, active=True),
-            routed_params=feed_forward.routed_params(context),
             lookup_params=mixer.lookup_params(context) + feed_forward.lookup_params(context),
-            norm_params=len(branches) * residual.norm_params(stream),
-            residual_params=sum(residual.branch_params(stream, branch) for branch in branches))
+            mixer_params=mixer.num_params(context) + in_mixer,
+            feed_forward_params=feed_forward.num_params(context) + in_feed_forward,
+            feed_forward_active=feed_forward.num_params(context, active=True) + in_feed_forward,
+            routed_params=feed_forward.routed_params(context),
+            norm_params=len(branches) * residual.norm_params(told) + wide,
+            residual_params=sum(residual.branch_params(told, branch) for branch in branches),
+            projection_params=_projections(config, name) * config.hidden_size**2 + of_runs.total(),
+            runs=config.runs().count(index) if stream is None else 1)
     except ConfigError as error:
         raise error.within("model") from None
+
+
+def _per_run_linears(config: ModelConfig, index: int) -> list[tuple[str, PerRunLinear]]:
+    """The linear maps of a layer, by name, that differ between its runs; for them alone a layer is built."""
+    runs = config.runs().count(index)
+    if runs == 1 or config.schedule.run_adapters is None:
+        return []
+    with torch.device("meta"):
+        layer = Block(config, config.layers()[index], index, runs=runs)
+    return [(path, module) for path, module in layer.named_modules() if isinstance(module, PerRunLinear)]
+
+
+def _projections(config: ModelConfig, name: str) -> int:
+    """Number of projections of the outputs of branches in a layer."""
+    branches = dict(zip(BRANCH_NAMES, config.branches(name), strict=True))
+    return sum(branches[key].project for key in config.present_branches(name))
 
 
 def _layer_flops(config: ModelConfig, index: int, name: str, context_length: int,
@@ -246,3 +293,5 @@ def _layer_flops(config: ModelConfig, index: int, name: str, context_length: int
     branches = config.present_branches(name)
     if residual := sum(config.residual.flops_per_token(stream or context, branch) for branch in branches):
         yield "residual", residual
+    if projections := _projections(config, name):
+        yield "branch projections", 2.0 * projections * config.hidden_size**2

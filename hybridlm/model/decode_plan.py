@@ -33,16 +33,16 @@ class DecodePlan:
 
     Args:
         model: the model; it is not kept.
-        layers: its layers.
+        runs: its layers in the order in which they run, each with the number of the run.
         norm: its final norm.
 
     Attributes:
         norm: the final norm's step.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], norm: nn.Module):
+    def __init__(self, model: nn.Module, runs: Sequence[tuple[nn.Module, int]], norm: nn.Module):
         self._watch(model)
-        self._steps = [_prepare_layer(layer) for layer in layers]
+        self._steps = [_prepare_layer(layer, number) for layer, number in runs]
         self.norm = norm_step(norm)
 
     def holds(self) -> bool:
@@ -73,13 +73,13 @@ class DecodePlan:
 _plans: WeakKeyDictionary[nn.Module, DecodePlan] = WeakKeyDictionary()
 
 
-def find_plan(model: nn.Module, layers: Sequence[nn.Module], norm: nn.Module,
+def find_plan(model: nn.Module, runs: Sequence[tuple[nn.Module, int]], norm: nn.Module,
               device: torch.device) -> DecodePlan | None:
     """The plan for one token per row of this model, or None where its forward has to run.
 
     Args:
         model: the model, in any mode.
-        layers: its layers.
+        runs: its layers in the order in which they run, each with the number of the run.
         norm: its final norm.
         device: where it is.
     """
@@ -91,15 +91,15 @@ def find_plan(model: nn.Module, layers: Sequence[nn.Module], norm: nn.Module,
     if plan is None or not plan.holds():
         if not decoding.is_preferred(device.type):
             return None
-        plan = _plans[model] = DecodePlan(model, layers, norm)
+        plan = _plans[model] = DecodePlan(model, runs, norm)
     return plan
 
 
-def _prepare_layer(layer: nn.Module) -> LayerStep:
-    """The step of one layer; hooks of a branch, or of the layer, make it call the module that has them."""
+def _prepare_layer(layer: nn.Module, number: int) -> LayerStep:
+    """The step of one run of a layer; hooks of a branch, or of the layer, make it call the module that has them."""
     if (not isinstance(layer, Block) or type(layer) is not Block or has_hooks(layer) or "forward" in vars(layer)
-            or layer.input_is_read):
-        return lambda stream, seq, state: layer(stream, seq, state)[0]
+            or not layer.runs_as_branches):
+        return lambda stream, seq, state: layer(stream, seq, state, number)[0]
     steps = [(_joined_step(getattr(layer, name), getattr(layer, f"{name}_norm"), getattr(layer, f"{name}_residual")),
               name) for name in layer.branches]
 

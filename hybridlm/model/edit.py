@@ -185,7 +185,8 @@ def _rebuild_config(config: ModelConfig, layers: list[str], mixers: dict[str, Mi
     used = {*layers, mtp.mixer}
     renamed = [*zip(layers, config.layers(), strict=True), (mtp.mixer, mtp.mixer)]
     alone = dict.fromkeys(new for new, old in renamed if new is not None and old in config.schedule.alone)
-    schedule = ScheduleConfig(pattern=layers, alone=[*alone])
+    runs = {key: getattr(config.schedule, key) for key in ("reuse", "repeat", "run_adapters")}
+    schedule = ScheduleConfig(pattern=layers, alone=[*alone], **runs)
     return dataclasses.replace(config, schedule=schedule, mtp=mtp, name="", published=None,
                                mixers={name: m for name, m in mixers.items() if name in used or name in config.mixers})
 

@@ -16,6 +16,7 @@ from hybridlm.model.mixers.contract import SequenceMixer
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parametrization import ParameterScale
 from hybridlm.model.residual import Residual, ResidualBranch
+from hybridlm.model.run_adapters import PerRunLinear
 
 
 class InitialisationError(UserError):
@@ -172,6 +173,9 @@ def _draw(module: nn.Module, std: float, seed: int) -> None:
         module.init_weights(std)
     else:
         module.weight.normal_(std=std)  # type: ignore[operator]
+    for part in module.modules():
+        if isinstance(part, PerRunLinear):
+            part.init_runs(std)
 
 
 def seed_of(seed: int, name: str) -> int:

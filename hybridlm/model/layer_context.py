@@ -47,6 +47,7 @@ class LayerContext:
     `layers` are the mixer names of all layers, `mixers` the configs by name; both are empty for a layer without a
     model around it. The block of multi-token prediction, whose mixer is `mtp_mixer` (None without one), has the index
     of the last layer and reads from the layers before that one. `vocab_size` is 0 for a layer without a model.
+    `mixer_input` is the width of the mixer's input where that is not the model's width.
     """
 
     hidden_size: int
@@ -58,6 +59,12 @@ class LayerContext:
     mixers: Mapping[str, SharingMixer] = field(default_factory=dict)
     mtp_mixer: str | None = None
     vocab_size: int = 0
+    mixer_input: int | None = None
+
+    @property
+    def mixer_width(self) -> int:
+        """Width of the mixer's input; its output has that of the model."""
+        return self.mixer_input or self.hidden_size
 
     def source_of(self, read: SharedRead) -> int:
         """Find the layer that this one reads from.

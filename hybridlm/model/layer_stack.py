@@ -13,25 +13,53 @@ from torch import Tensor, nn
 
 from hybridlm.model.activation_checkpointing import run_checkpointed
 from hybridlm.model.block import Block
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.decode_state import LayerState
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.output import AuxTotals
 from hybridlm.model.residual.contract import Residual, Stream
+from hybridlm.model.run_adapters import check_run_adapters
 from hybridlm.model.sequence import SequenceInfo
 
 
-def run_layers(layers: nn.ModuleList, residual: Residual, embedding_BTD: Tensor, seq: SequenceInfo, totals: AuxTotals,
-               states: Sequence[LayerState] | None, hidden: list[Tensor] | None, checkpointing: bool) -> Tensor:
+def build_layers(config: ModelConfig) -> nn.ModuleList:
+    """Build the layers of a model, each once, however often it runs.
+
+    Raises:
+        ConfigError: adapters that name nothing in the layers that run several times.
+    """
+    order = config.runs()
+    layers = [Block(config, name, index, runs=order.count(index)) for index, name in enumerate(config.layers())]
+    several = [layer for layer in layers if order.count(layer.layer_index) > 1]
+    if several and config.schedule.run_adapters is not None:
+        check_run_adapters([*several], config.schedule.run_adapters,
+                           {pattern for layer in several for pattern in layer.used_adapters})
+    return nn.ModuleList(layers)
+
+
+def number_runs(order: Sequence[int]) -> list[tuple[int, int]]:
+    """Pair the layer of each run with the number of its earlier runs.
+
+    >>> number_runs([0, 1, 1, 2])
+    [(0, 0), (1, 0), (1, 1), (2, 0)]
+    """
+    return [(layer, list(order[:place]).count(layer)) for place, layer in enumerate(order)]
+
+
+def run_layers(layers: nn.ModuleList, runs: Sequence[tuple[int, int]], residual: Residual, embedding_BTD: Tensor,
+               seq: SequenceInfo, totals: AuxTotals, states: Sequence[LayerState] | None, hidden: list[Tensor] | None,
+               checkpointing: bool) -> Tensor:
     """Run all layers of a model.
 
     Args:
         layers: the layers.
+        runs: the layer and the number of each run, in their order.
         residual: begins and ends the stream that goes through them.
         embedding_BTD: the embedding of the tokens.
         seq: positions and documents of the tokens.
         totals: gets the aux of the layers.
-        states: the decode state of each layer, updated in place; None when training.
-        hidden: gets the end of the stream before the first layer and after each one; None: nobody asks for it.
+        states: the decode state of each run, updated in place; None when training.
+        hidden: gets the end of the stream before the first run and after each one; None: nobody asks for it.
         checkpointing: whether to keep only the inputs of layers for the backward.
 
     Returns:
@@ -40,9 +68,10 @@ def run_layers(layers: nn.ModuleList, residual: Residual, embedding_BTD: Tensor,
     stream = residual.start(embedding_BTD)
     if hidden is not None:
         hidden.append(residual.end(stream))
-    for index, layer in enumerate(layers):
-        extra = [] if states is None else [states[index]]
-        stream = run_layer(layer, str(index), stream, seq, totals, checkpointing, *extra)
+    for place, (index, number) in enumerate(runs):
+        state = None if states is None else states[place]
+        label = f"{index}.{number}" if number else str(index)
+        stream = run_layer(layers[index], label, stream, seq, totals, checkpointing, state, number)
         if hidden is not None:
             hidden.append(residual.end(stream))
     return residual.end(stream) if hidden is None else hidden[-1]

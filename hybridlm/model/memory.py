@@ -65,9 +65,9 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, checkpoi
         checkpointing: whether layers are computed again in the backward.
     """
     D = config.hidden_size
-    layers = config.layers()
-    streams = sum(config.residual.stream_bytes(config.layer_context(index)) for index in range(config.num_layers))
-    each = [_layer_bytes(config, index, name, element_bytes) for index, name in enumerate(layers)]
+    runs, layers = config.runs(), config.layers()
+    streams = sum(config.residual.stream_bytes(config.layer_context(index)) for index in runs)
+    each = [_layer_bytes(config, index, layers[index], element_bytes) for index in runs]
     # Final norm and head: the stream, its norm, and the gradient that the fused loss computes in the forward.
     head = D * (2 * FP32_BYTES + element_bytes)
     kept = max(each) + streams if checkpointing else sum(each)
@@ -82,6 +82,7 @@ def _layer_bytes(config: ModelConfig, index: int, name: str, element: int,
     """Bytes per token of one layer; `stream` is what its residual is told, None: the context of the layer."""
     context = config.layer_context(index)
     branches = config.present_branches(name)
-    return (sum(config.residual.activation_bytes(stream or context, element, branch) for branch in branches)
+    wide = element * (context.mixer_width - context.hidden_size)
+    return (wide + sum(config.residual.activation_bytes(stream or context, element, branch) for branch in branches)
             + config.mixers[name].activation_bytes(context, element)
             + config.feed_forward_after(name).activation_bytes(context, element))

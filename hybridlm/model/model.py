@@ -21,7 +21,7 @@ from hybridlm.model.fp32_parameters import KeepsFP32, widen_fp32_tensors
 from hybridlm.model.guide import Guide, GuidedForward, follow_guide
 from hybridlm.model.init import init_weights
 from hybridlm.model.inputs import DocumentBorders, check_tokens, describe_rows
-from hybridlm.model.layer_stack import run_layer, run_layers
+from hybridlm.model.layer_stack import build_layers, number_runs, run_layer, run_layers
 from hybridlm.model.loss_names import trains_next_token
 from hybridlm.model.mtp import MTPModule
 from hybridlm.model.norm import RMSNorm
@@ -49,6 +49,7 @@ class HybridLM(nn.Module):
         activation_checkpointing: whether training keeps only the inputs of layers, and computes everything inside them
             again in the backward.
         compiled: whether `compile_layers` was called.
+        runs: the layer and the number of each run, in the order of the forward; layers may run several times.
         loss_weights: weights that replace those of the config, by the names of `ModelOutput.losses`; a training stage
             gives losses that it does not train the weight 0.
         guide: computes losses and statistics of a training forward against another model; None: there is none.
@@ -66,7 +67,8 @@ class HybridLM(nn.Module):
         self.shard_group: ShardGroup | None = None
         self._watch = TrainingWatch()
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, name, i) for i, name in enumerate(config.layers()))
+        self.layers = build_layers(config)
+        self.runs = number_runs(config.runs())
         self.norm = RMSNorm.of(config.norm, config.hidden_size)
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
@@ -168,12 +170,13 @@ class HybridLM(nn.Module):
         keep_hidden = return_hidden_states is True or (guide is not None and guide.reads_hidden_states)
         plan = None
         if state is not None and batch_and_length[1] == 1 and not return_hidden_states:
-            plan = find_plan(self, self.layers, self.norm, tokens.device)  # type: ignore[arg-type]
+            runs = [(self.layers[index], number) for index, number in self.runs]
+            plan = find_plan(self, runs, self.norm, tokens.device)
         hidden: list[Tensor] | None = [] if keep_hidden else None
         if plan is not None and state is not None:
             x_BTD = plan.norm(self.residual.end(plan.run(self.residual.start(embedding_BTD), seq, state.layers)))
         else:
-            x_BTD = self.norm(run_layers(self.layers, self.residual, embedding_BTD, seq, totals,
+            x_BTD = self.norm(run_layers(self.layers, self.runs, self.residual, embedding_BTD, seq, totals,
                                          None if state is None else state.layers, hidden,
                                          self.activation_checkpointing))
         if state is not None:
@@ -242,7 +245,7 @@ class HybridLM(nn.Module):
             The state of all layers, for `forward` and `generate`.
         """
         length = self.config.max_position if max_length is None else max_length
-        layers = [layer.new_state(batch, length) for layer in self.layers]  # type: ignore[operator]
+        layers = [cast(Block, self.layers[index]).new_state(batch, length) for index, _ in self.runs]
         return ModelState(layers, batch, length)
 
     @property

@@ -7,6 +7,9 @@ the layer of the source from their `LayerContext`. A layer leaves only what some
 While decoding, the source alone keeps a decode state. At each step it leaves what a reader needs of all tokens, those
 of earlier steps included; a reader keeps nothing of it, and its `new_state` and `state_bytes` do not count it.
 
+A layer that runs several times replaces what it left before. A reader in a repeated segment gets the value of the same
+run of the segment, one behind it that of the last run.
+
 Activation checkpointing runs layers again from the last to the first. Each of these runs gets the store as it was
 before its layer ran for the first time. Gradients reach the source through the value itself, as through any tensor.
 """

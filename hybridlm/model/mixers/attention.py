@@ -5,7 +5,8 @@
 
 Sources: Ainslie et al. 2023 (GQA); output gate and norm per head: Qwen3-Next; norm over all heads: MiniMax-M2, OLMo 2;
 window and sinks: gpt-oss.
-B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim, k selected keys.
+B rows, T tokens, S keys, D hidden size, W width of the input, H query heads, G key/value heads, K head dim,
+k selected keys.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     """
 
     kind: str = "attention"
+    takes_wide_input: ClassVar[bool] = True
     rope: RopeConfig = field(default_factory=RopeConfig)
     qk_norm: HeadNorm = "none"
     qk_norm_eps: float | None = None
@@ -97,6 +99,8 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
             require(not self.sinks, "sinks", "cannot stand beside an indexer", got=True, expected="false")
             require(self.key_input is None, "key_input", "cannot stand beside an indexer", got=self.key_input,
                     expected="null")
+            require(not self.residual.embedding, "residual.embedding", "cannot stand beside an indexer", got=True,
+                    expected="false")
             self.indexer.check_rope(self.index_rope_dim)
 
     @property
@@ -125,15 +129,15 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         return self.indexer_gaps()
 
     def num_params(self, context: LayerContext) -> int:
-        D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
+        D, W, H, G, K = (context.hidden_size, context.mixer_width, self.num_heads, self.kv_heads, self.head_dim)
         gate = gate_width(self.output_gate, H, K)
-        count = D * (2 * H * K + 2 * G * K + gate)
+        count = D * H * K + W * (H * K + 2 * G * K + gate)
         count += (H * K + 2 * G * K + gate) * self.qkv_bias + D * self.o_bias + H * self.sinks
         count += {"none": 0, "head": 2 * K, "full": (H + G) * K}[self.qk_norm]
         return count + (0 if self.indexer is None else self.indexer.num_params(context, D))
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
-        D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
+        D, W, H, G, K = (context.hidden_size, context.mixer_width, self.num_heads, self.kv_heads, self.head_dim)
         gate = gate_width(self.output_gate, H, K)
         indexer = self.reading_indexer(context)
         if self.mask is not None:
@@ -143,7 +147,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
             keys += self.first_tokens * max(0.0, 1 - (self.window or 0) / context_length)
         else:
             keys = indexer.read_keys(context_length)
-        parts = {"projections": 2.0 * D * (2 * H * K + 2 * G * K + gate), "attention": 4.0 * H * K * keys}
+        parts = {"projections": 2.0 * (D * H * K + W * (H * K + 2 * G * K + gate)), "attention": 4.0 * H * K * keys}
         if indexer is not None:
             parts["indexer"] = indexer.flops_per_token(context, D, context_length)
         return parts
@@ -222,11 +226,11 @@ class Attention(IndexedMixer):
     def __init__(self, config: AttentionConfig, context: LayerContext):
         super().__init__(config.indexer, context)
         self.config = config
-        D, H, G, K = context.hidden_size, config.num_heads, config.kv_heads, config.head_dim
-        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
-        self.g_proj = build_output_gate(config.output_gate, D, H, K, bias=config.qkv_bias)
+        D, W, H, G, K = (context.hidden_size, context.mixer_width, config.num_heads, config.kv_heads, config.head_dim)
+        self.q_proj = nn.Linear(W, H * K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(W, G * K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(W, G * K, bias=config.qkv_bias)
+        self.g_proj = build_output_gate(config.output_gate, W, H, K, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * K, D, bias=config.o_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm != "none":

@@ -42,6 +42,7 @@ class MixerConfig(abc.ABC):
     residual: BranchConfig = field(default_factory=BranchConfig)
     is_branch: ClassVar[bool] = True  # False: the layer has no mixer, only a feed-forward
     is_linear: ClassVar[bool] = False  # decode state of fixed size: no cost per token grows with context
+    takes_wide_input: ClassVar[bool] = False  # its input may have another width (`LayerContext.mixer_width`)
     # parameters that hold q, k, v and o of softmax attention where the mixer starts from it
     attention_weights: ClassVar[tuple[str, ...]] = tuple(f"{name}_proj.weight" for name in "qkvo")
     loss_names: ClassVar[tuple[str, ...]] = ()  # of all losses that its layers' aux may have, without "loss/"

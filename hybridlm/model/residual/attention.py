@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hybridlm.errors import require
+from hybridlm.errors import ConfigError, require
 from hybridlm.model.fp32_parameters import KeepsFP32
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.norm import RMSNorm
@@ -56,6 +56,10 @@ class AttentionResidualConfig(ResidualConfig):
     def check_present(self, branches: tuple[BranchName, ...]) -> None:
         require(branches == BRANCH_NAMES, "residual.form", "needs a mixer and a feed-forward in each layer",
                 got=self.form, expected="another form where layers have one branch alone")
+
+    def check_runs(self) -> None:
+        raise ConfigError("residual.form", "needs layers that run once, which the number of its sources follows",
+                          got=self.form, expected="another form where schedule.reuse or schedule.repeat is set")
 
     def begins_block(self, layer_index: int, branch: BranchName) -> bool:
         """Whether the branch is the first one of a block."""

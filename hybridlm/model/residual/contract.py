@@ -45,6 +45,9 @@ class ResidualConfig:
     def check_present(self, branches: tuple[BranchName, ...]) -> None:
         """Raise ConfigError where this residual cannot join a layer that has only these branches. By default it can."""
 
+    def check_runs(self) -> None:
+        """Raise ConfigError where this residual cannot join a layer that runs several times. By default it can."""
+
     def num_params(self, context: LayerContext) -> int:
         """Number of parameters of the residual itself, outside the layers."""
         return 0
