@@ -253,16 +253,16 @@ class Distillation:
         return Baselines(loss, recall)
 
 
-def load_teacher(config: Config, engine: Engine, tokenizer: Tokenizer) -> Distillation | None:
-    """Load the teacher of a run; None where it has none.
+def check_teacher(config: Config, engine: Engine, tokenizer: Tokenizer) -> None:
+    """Check that a run can compare itself with its teacher, if it has one, before anything is built or converted.
 
     Raises:
         ConfigError: its tokenizer or vocabulary is another than the run's.
         CheckpointError: it cannot be used.
     """
     if config.teacher is None:
-        return None
-    folder = checkpoint.resolve(config.teacher, engine)
+        return
+    folder = checkpoint.resolve(config.teacher, engine, hashes=False)
     saved = checkpoint.read_model_config(folder)
     if saved.vocab_size != config.model.vocab_size:
         raise ConfigError("teacher", "has another vocabulary than the model", got=f"{saved.vocab_size} tokens",
@@ -278,6 +278,17 @@ def load_teacher(config: Config, engine: Engine, tokenizer: Tokenizer) -> Distil
             raise ConfigError("data.tokenizer", f"is not the teacher's: it differs in {', '.join(differ[:3])}",
                               got=tokenizer.name, expected=f"data.tokenizer={config.teacher}",
                               hint="leave data.tokenizer out, and the run takes the teacher's")
+
+
+def load_teacher(config: Config, engine: Engine) -> Distillation | None:
+    """Load the teacher of a run, which `check_teacher` has seen; None where it has none.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    if config.teacher is None:
+        return None
+    folder = checkpoint.resolve(config.teacher, engine)
     teacher = checkpoint.load_checkpoint(folder, device=str(engine.device)).requires_grad_(False)
     converted = [] if config.recipe.convert is None else config.recipe.convert.converted or []
     log.info("teacher %s", folder)

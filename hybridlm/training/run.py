@@ -35,7 +35,7 @@ from hybridlm.planning.process_count import check_process_count
 from hybridlm.planning.rank_memory import rank_memory
 from hybridlm.training.branch import Branch, check_tokenizer, lr_change, open_branch, previous_stages
 from hybridlm.training.display import Display, format_count, format_duration
-from hybridlm.training.distillation import WINDOW, load_teacher
+from hybridlm.training.distillation import WINDOW, check_teacher, load_teacher
 from hybridlm.training.guards import TrainingDiverged, TrainingStopped
 from hybridlm.training.interrupt import StoppedBeforeTraining, StopSignal
 from hybridlm.training.metrics import PeakRate, peak_flops, peak_measurement
@@ -129,10 +129,11 @@ def train(config: Config, *, command: Sequence[str] | None = None, to_stderr: bo
             if branch is not None:
                 check_tokenizer(branch, data.tokenizer)
             check_same(engine, "data", {"fingerprint": data.fingerprint}, "let all machines read the same files")
+            check_teacher(config, engine, data.tokenizer)
             if world.size > 1:
                 log.info("memory of each process, an estimate: %s", _memory_text(config, world.size))
             model = build_run_model(config, engine, data, origin if start is None and branch is None else None)
-            distillation = load_teacher(config, engine, data.tokenizer)
+            distillation = load_teacher(config, engine)
             flops, source = engine.on_main(lambda: peak_flops(engine.device, engine.precision))
             peak = PeakRate(flops, source, peak_measurement(engine.device, engine.precision))
             facts = _session_facts(config, engine, resume, peak)

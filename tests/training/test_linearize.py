@@ -203,8 +203,7 @@ def begin(teacher, run_dir, index=0, *more):
     """The student, and the teacher of a run, at the start of a stage."""
     config = settings(teacher, run_dir, *more)
     engine = make_engine(SingleConfig(device="cpu"))
-    tokenizer = checkpoint.load_tokenizer(teacher)
-    distillation = load_teacher(config, engine, tokenizer)
+    distillation = load_teacher(config, engine)
     student = build_model(config.model)
     return distillation, student, plan_stages(config)[: index + 1]
 
@@ -429,6 +428,7 @@ def test_another_tokenizer_than_the_teachers_is_refused(teacher, tmp_path):
     config = settings(teacher, tmp_path, "data.tokenizer=bpe", "data.tokenizer_vocab_size=257")
     with pytest.raises(ConfigError, match=r"data\.tokenizer: is not the teacher's: it differs in"):
         train(config)
+    assert not (tmp_path / "converted").exists(), "nothing is converted and calibrated before it is refused"
 
 
 def test_the_report_draws_what_was_compared(done):
