@@ -278,7 +278,7 @@ def architecture_words(ladder: LadderConfig, name: str) -> list[str]:
 
 def _read_rung(value: Any, path: str) -> RungConfig:
     if isinstance(value, str):
-        return find_rung(value, f"ladder.{path}")
+        return find_rung(value, path)
     if not isinstance(value, dict):
         raise ConfigError(path, "is no rung", got=value, expected="a name such as r0, or a mapping with hidden_size")
     name = value.get("name")

@@ -22,7 +22,7 @@ from hybridlm import checkpoint
 from hybridlm.config.schema import NEW_MIXERS, Config
 from hybridlm.data import Tokenizer, tokenizer_differences
 from hybridlm.distributed.engine import Engine
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, did_you_mean_path
 from hybridlm.model.block import MixerStandIn
 from hybridlm.model.guide import GuidedForward, chunked_kl, relative_errors
 from hybridlm.model.mixers.contract import Aux, SequenceMixer
@@ -262,6 +262,10 @@ def check_teacher(config: Config, engine: Engine, tokenizer: Tokenizer) -> None:
     """
     if config.teacher is None:
         return
+    if not Path(config.teacher).expanduser().exists():
+        raise ConfigError("teacher", "no such checkpoint", got=config.teacher,
+                          expected="the run or checkpoint folder that this run learns from",
+                          hint=did_you_mean_path(config.teacher) or "put it back where it was")
     folder = checkpoint.resolve(config.teacher, engine, hashes=False)
     saved = checkpoint.read_model_config(folder)
     if saved.vocab_size != config.model.vocab_size:

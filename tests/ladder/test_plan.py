@@ -168,6 +168,7 @@ def test_mistakes_are_one_line(words, said):
     with pytest.raises(ConfigError) as caught:
         make_ladder_plan(read_ladder_request(words))
     assert said in str(caught.value)
+    assert "ladder.ladder." not in str(caught.value)
 
 
 def test_keys_of_the_ladder_are_read_as_those_of_a_sweep():

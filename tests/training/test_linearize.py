@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import re
+import shutil
 
 import pytest
 import torch
@@ -396,6 +397,19 @@ def test_mistakes_are_one_line(teacher, tmp_path, overrides, text):
     with pytest.raises(ConfigError, match=re.escape(text)) as error:
         settings(teacher, tmp_path, *overrides)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_whose_teacher_is_gone_says_so_and_goes_on_when_it_is_back(teacher, tmp_path):
+    copy = tmp_path / "copy" / "step-2"
+    shutil.copytree(checkpoint.resolve(teacher), copy)
+    moved = copy.with_name("step-3")
+
+    train(settings(teacher, tmp_path / "run", f"teacher={copy}", *(f"recipe.stages.{i}.steps=1" for i in range(3))))
+    copy.rename(moved)
+    with pytest.raises(ConfigError, match=rf"^teacher: no such checkpoint; got '{copy}'"):
+        train(load_config("train", [f"run_dir={tmp_path}/run", "recipe.stages.2.steps=2"]))
+    moved.rename(copy)
+    assert train(load_config("train", [f"run_dir={tmp_path}/run", "recipe.stages.2.steps=2"])).step == 4
 
 
 @pytest.mark.parametrize("recipe", ["linearize_tiny", "dsa_tiny"])
