@@ -125,6 +125,13 @@ class LayerContext:
                 return True
         return False
 
+    def is_first_reader(self, read: SharedRead) -> bool:
+        """Whether no layer between this one and the source of a value reads the same value."""
+        source = self.source_of(read)
+        between = (replace(self, layer_index=index) for index in range(source + 1, self.layer_index))
+        return not any(other.kind == read.kind and context.source_of(other) == source
+                       for context in between for other in self._mixer(context.layer_index).reads(context))
+
     def _later(self) -> Iterator[tuple[LayerContext, SharingMixer]]:
         for index in range(self.layer_index + 1, len(self.layers)):
             yield replace(self, layer_index=index), self._mixer(index)

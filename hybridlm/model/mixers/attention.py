@@ -24,6 +24,7 @@ from hybridlm.model.decode_state import AttentionState
 from hybridlm.model.decode_step import DecodeStep, attend_one, linear_step, norm_step
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.attention_weights import fold_key_factor, take_attention_projections
+from hybridlm.model.mixers.common.chosen_blocks import CHOSEN_BLOCKS, ChosenBlocksConfig
 from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size
 from hybridlm.model.mixers.common.first_tokens import mean_look_back, window_and_first_attention
@@ -34,6 +35,7 @@ from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyL
 from hybridlm.model.mixers.common.masks import MaskConfig, masked_attention
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
+from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate_step
 from hybridlm.model.sequence import SequenceInfo
@@ -62,6 +64,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         key_input: layer whose input keys and values are projected from, in place of this layer's own: its index, or
             the name of a mixer, whose nearest earlier layer is taken.
         key_scale: factor of the keys as they are projected (Falcon-H1).
+        choose_blocks: chooses, by its own attention, the blocks of keys that later layers read (HySparse).
     """
 
     kind: str = "attention"
@@ -79,6 +82,7 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
     mask: MaskConfig | None = None
     key_input: int | str | None = None
     key_scale: float = 1.0
+    choose_blocks: ChosenBlocksConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +98,10 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
             require(self.window is None, "window", "cannot stand beside a mask", got=self.window, expected="null",
                     hint="masks other than chunk and fixed have a window of their own, mask.size")
             require(self.indexer is None, "indexer", "cannot stand beside a mask", got="an indexer", expected="null")
+        for key, absent in (("window", None), ("indexer", None), ("mask", None)):
+            require(self.choose_blocks is None or getattr(self, key) is absent, key,
+                    "cannot stand beside choose_blocks, which chooses among all keys", got=getattr(self, key),
+                    expected="null")
         if self.indexer is not None:
             require(self.window is None, "window", "cannot stand beside an indexer", got=self.window, expected="null")
             require(not self.sinks, "sinks", "cannot stand beside an indexer", got=True, expected="false")
@@ -114,13 +122,17 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
 
     def leaves(self, context: LayerContext) -> Sequence[SharedKind]:
         kept = () if self.first_tokens or self.mask else (KEYS_VALUES,)  # readers know one window alone
-        return (*super().leaves(context), *kept)
+        chosen = () if self.choose_blocks is None else (CHOSEN_BLOCKS,)
+        return (*super().leaves(context), *kept, *chosen)
 
     def reads(self, context: LayerContext) -> Sequence[SharedRead]:
         own = () if self.key_input is None else (SharedRead(LAYER_INPUT, self.key_input, "key_input"),)
         return (*super().reads(context), *own)
 
     def shared_layout(self, kind: SharedKind, context: LayerContext) -> Any:
+        if kind == CHOSEN_BLOCKS:
+            assert self.choose_blocks is not None
+            return self.choose_blocks
         if kind != KEYS_VALUES:
             return super().shared_layout(kind, context)
         return KeyLayout(self.num_heads, self.kv_heads, self.head_dim, self.rope, self.window)
@@ -150,7 +162,18 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         parts = {"projections": 2.0 * (D * H * K + W * (H * K + 2 * G * K + gate)), "attention": 4.0 * H * K * keys}
         if indexer is not None:
             parts["indexer"] = indexer.flops_per_token(context, D, context_length)
+        if self._chooses(context, context_length):
+            parts["selector"] = 2.0 * H * K * count_visible_keys(context_length)
         return parts
+
+    def _chooses(self, context: LayerContext, context_length: int) -> bool:
+        """Whether blocks are chosen: later layers read them, and not all keys fit into their budget."""
+        chooser = self.choose_blocks
+        return chooser is not None and chooser.selects(context_length) and context.is_read(CHOSEN_BLOCKS)
+
+    def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        chosen = self.flops_per_token(context, context_length).get("selector", 0.0)
+        return super().forward_only_flops_per_token(context, context_length) + chosen
 
     def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
         indexer, width = self.reading_indexer(context), self.num_heads * self.head_dim
@@ -161,10 +184,10 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
                       element_bytes: int = 2) -> list[ShardTraffic]:
         tokens = rows * length * element_bytes
         dense = tokens * attention_exchange_size(self.num_heads, self.kv_heads, self.head_dim, shards)
-        indexer = self.reading_indexer(context)
+        indexer, keys = self.reading_indexer(context), self.kv_heads * self.head_dim
         if indexer is None:
-            return [ShardTraffic("exchange", dense, dense)]
-        keys = self.kv_heads * self.head_dim
+            chosen = [ShardTraffic("gather", tokens * keys, 0)] if self._chooses(context, length * shards) else []
+            return [ShardTraffic("exchange", dense, dense), *chosen]
         return indexer.shard_traffic(tokens, length * shards, dense, keys, 2 * keys)
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
@@ -185,6 +208,16 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
         data["qk_norm_eps"] = None if self.qk_norm == "none" else self.qk_norm_eps or norm.eps
         return data
 
+    @classmethod
+    def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
+        filled = super().fill_sizes(options, model)
+        if isinstance(filled.get("choose_blocks"), Mapping):
+            filled["choose_blocks"] = ChosenBlocksConfig.fill_sizes(filled["choose_blocks"], model.max_position)
+        return filled
+
+    def can_take_indexer(self) -> bool:
+        return super().can_take_indexer() and self.choose_blocks is None
+
     def sees_all_keys(self) -> bool:
         return self.window is None and self.mask is None and not self.sinks
 
@@ -194,13 +227,13 @@ class AttentionConfig(GroupedHeadsConfig, IndexedMixerConfig):
             return self
         others = {f.name: copy.deepcopy(getattr(old, f.name)) for f in fields(old)}
         own = {"window": self.window, "first_tokens": self.first_tokens, "indexer": self.indexer,
-               "mask": self.mask}
+               "mask": self.mask, "choose_blocks": self.choose_blocks}
         return replace(self, **others | own | {"sinks": old.sinks and not self.first_tokens})
 
     def with_window(self, window: int, first_tokens: int) -> Self:
         window = window if self.window is None else min(window, self.window)
         return replace(copy.deepcopy(self), window=window, first_tokens=first_tokens, indexer=None, sinks=False,
-                       mask=None)
+                       mask=None, choose_blocks=None)
 
     def key_factor(self) -> float:
         return self.key_scale
@@ -240,6 +273,7 @@ class Attention(IndexedMixer):
         self.sinks = nn.Parameter(torch.zeros(H)) if config.sinks else None
         self.rotary_dim = config.rope.rotary_dim(K)
         self.keys_are_read = context.is_read(KEYS_VALUES)
+        self.blocks_are_read = context.is_read(CHOSEN_BLOCKS)
         self.key_source: int | None = None
         if config.key_input is not None:
             self.key_source = context.source_of(SharedRead(LAYER_INPUT, config.key_input, "key_input"))
@@ -254,6 +288,10 @@ class Attention(IndexedMixer):
             k_BSGK, v_BSGK = state.keys.append(k_BSGK), state.values.append(v_BSGK)
         if self.keys_are_read:
             seq.leave(KEYS_VALUES, self.layer_index, (k_BSGK, v_BSGK))
+        if self.blocks_are_read:
+            assert self.config.choose_blocks is not None
+            chosen_BTGN = self.config.choose_blocks.choose(q_BTHK, k_BSGK, seq, self.sinks)
+            seq.leave(CHOSEN_BLOCKS, self.layer_index, chosen_BTGN)
         selection = self.select(x_BTD, x_BTD, seq, None if state is None else state.index_keys)
         if selection.indices is not None:
             k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
@@ -285,7 +323,7 @@ class Attention(IndexedMixer):
     def prepare_step(self) -> DecodeStep | None:
         if self.indexer_config is not None or self.sinks is not None or self.config.first_tokens:
             return None
-        if self.key_source is not None or self.config.mask is not None or self.config.key_scale != 1.0:
+        if self.blocks_are_read or self.key_source is not None or self.config.mask is not None or self.config.key_scale != 1.0:
             return None
         config = self.config
         q_proj, k_proj, v_proj, o_proj = map(linear_step, (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
@@ -314,7 +352,7 @@ class Attention(IndexedMixer):
     @property
     def decodes_padded_rows(self) -> bool:
         plain = self.indexer_config is None and self.config.mask is None
-        return plain and self.sinks is None and not self.config.first_tokens
+        return plain and self.sinks is None and not self.config.first_tokens and not self.blocks_are_read
 
     @torch.no_grad()
     def look_back(self, x_BTD: Tensor, seq: SequenceInfo) -> Tensor:

@@ -32,7 +32,9 @@ from hybridlm.model.mixers.common.block_selection import (
     Selector,
     SelectorConfig,
     SelectorInputs,
+    check_budget,
     choose_blocks,
+    fill_block_sizes,
 )
 from hybridlm.model.mixers.common.cost import count_block_keys, count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, dense_attention
@@ -43,7 +45,7 @@ from hybridlm.model.mixers.common.key_sharing import HeadNorm
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.mixers.common.selector_loss import KeyTargets, Pooling, observe_selector, selector_trains
 from hybridlm.model.mixers.contract import AttentionMode, Aux, MixerConfig, SequenceMixer, register_mixer
-from hybridlm.model.mixers.sizing import ModelSizes, size_of
+from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
@@ -99,12 +101,7 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         self.rope.check(self.head_dim)
         self.check_window(self.local_window)
         require(self.qk_norm != "full", "qk_norm", "is per head or none", got=self.qk_norm, expected="head or none")
-        for key in ("block", "topk"):
-            require(getattr(self, key) > 0, key, "must be positive", got=getattr(self, key))
-        for key in ("first", "local"):
-            require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key))
-        require(self.first + self.local <= self.topk, "topk", "must hold the blocks that are always read",
-                got=self.topk, expected=f"at least {self.first + self.local}")
+        check_budget(self.block, self.budget)
         self.selector.check(self.block_heads)
 
     @property
@@ -196,13 +193,7 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         >>> sizes["block"], sizes["topk"]
         (16, 8)
         """
-        filled = super().fill_sizes(options, model)
-        block = max(4, min(64, model.max_position // 64))
-        filled.setdefault("block", block)
-        always = size_of(filled, "first", 0, least=0) + size_of(filled, "local", 1, least=0)
-        most = min(4096, model.max_position // 8) // size_of(filled, "block", block)
-        filled.setdefault("topk", max(always + 1, most))
-        return filled
+        return fill_block_sizes(super().fill_sizes(options, model), model.max_position)
 
     def has_selector(self) -> bool:
         return True

@@ -1,10 +1,12 @@
-"""Softmax attention to the keys and values of an earlier layer: it has queries and an output of its own, and no cache.
+"""Softmax attention to the keys and values of an earlier layer: it has queries and an output of its own.
 
     q_t = rope(norm(W_q x_t)),   o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s,   y_t = W_o o_t
 
-k and v are those of an earlier attention layer as it reads them itself: normalised and rotated.
+k and v are those of an earlier attention layer as it reads them itself: normalised and rotated. By option s runs over
+the blocks that this layer's attention chooses, and a window with keys and values of its own is added.
 
-Sources: Sun et al. 2024 (YOCO), section 2.3; Brandon et al. 2024 (CLA); Gemma 3n and Character.AI for windows.
+Sources: Sun et al. 2024 (YOCO), section 2.3; Brandon et al. 2024 (CLA); Gemma 3n and Character.AI for windows; HySparse
+(arXiv 2602.03560) and HySparse2 (arXiv 2609.26368) for blocks.
 B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim.
 """
 
@@ -18,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.errors import require
-from hybridlm.model.decode_state import NoState
+from hybridlm.model.decode_state import AttentionState, NoState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
+from hybridlm.model.mixers.common.chosen_blocks import CHOSEN_BLOCKS, ChosenBlocksConfig
 from hybridlm.model.mixers.common.cost import count_visible_keys
 from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, check_heads, dense_attention
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyLayout, rotated_heads
+from hybridlm.model.mixers.common.near_branch import NearBranch, near_branch_params
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
@@ -47,6 +51,9 @@ class SharedAttentionConfig(MixerConfig):
         output_gate: a sigmoid gate per element or per head of the output.
         sinks: one learned logit per head that takes part in the softmax and carries no value.
         window: keys that a token sees, at most those of the layer that is read; null takes that layer's.
+        blocks: reads only the blocks that the attention of the source chooses, its option `choose_blocks`.
+        near: adds attention to so many of the last tokens, the token's own included, with keys and values of this
+            layer's own, and a gate and sinks as those of the first part; null has none.
     """
 
     kind: str = "shared_attention"
@@ -59,14 +66,23 @@ class SharedAttentionConfig(MixerConfig):
     output_gate: OutputGate = "none"
     sinks: bool = False
     window: int | None = None
+    blocks: bool = False
+    near: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("num_heads", "q_norm_eps", "window"):
+        for key in ("num_heads", "q_norm_eps", "window", "near"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "must be positive", got=value)
+        require(not self.blocks or self.window is None, "window", "cannot stand beside blocks", got=self.window,
+                expected="null", hint="`near` adds a window with keys of its own")
+        require(self.near is None or self.output_gate != "none", "output_gate", "must join the two parts where `near` "
+                "adds a window", got=self.output_gate, expected="element or head")
 
     def reads(self, context: LayerContext) -> Sequence[SharedRead]:
-        return (SharedRead(KEYS_VALUES, self.source, "source"),)
+        if not self.blocks:
+            return (SharedRead(KEYS_VALUES, self.source, "source"),)
+        chosen = SharedRead(CHOSEN_BLOCKS, self.source, "blocks")
+        return SharedRead(KEYS_VALUES, context.source_of(chosen), "source"), chosen
 
     def keys(self, context: LayerContext) -> KeyLayout:
         """Heads, rotation and window of the keys that are read.
@@ -85,6 +101,10 @@ class SharedAttentionConfig(MixerConfig):
                 expected=f"at most {layout.window}")
         return replace(layout, window=self.window)
 
+    def chooser(self, context: LayerContext) -> ChosenBlocksConfig | None:
+        """How the source chooses blocks; None where all of its keys are read."""
+        return context.shared_layout(self.reads(context)[1]) if self.blocks else None
+
     def heads(self, context: LayerContext) -> int:
         """Query heads H."""
         return self.num_heads or self.keys(context).num_heads
@@ -100,22 +120,48 @@ class SharedAttentionConfig(MixerConfig):
         norm = {"none": 0, "head": head_dim, "full": width}[self.q_norm]
         gate = self._gate_width(context)
         biases = (width + gate) * self.q_bias + hidden * self.o_bias
-        return (2 * width + gate) * hidden + biases + norm + self.heads(context) * self.sinks
+        near = sum(self._near_params(context))
+        return (2 * width + gate) * hidden + biases + norm + self.heads(context) * self.sinks + near
+
+    def _near_params(self, context: LayerContext) -> tuple[int, int]:
+        """Weights of the projections of the window's own keys, values and gate, and its other parameters."""
+        if self.near is None:
+            return 0, 0
+        return near_branch_params(self.keys(context), context.hidden_size, self.heads(context), gate=self.output_gate,
+                                  k_norm=self.q_norm, sinks=self.sinks)
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         width = self._width(context)
-        keys = count_visible_keys(context_length, self.keys(context).window)
+        chooser = self.chooser(context)
+        if chooser is None:
+            keys = count_visible_keys(context_length, self.keys(context).window)
+        else:
+            keys = chooser.read_keys(context_length)
+        if self.near is not None:
+            keys += count_visible_keys(context_length, self.near)
         projections = 2.0 * context.hidden_size * (2 * width + self._gate_width(context))
+        projections += 2.0 * self._near_params(context)[0]
         return {"projections": projections, "attention": 4.0 * width * keys}
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        """Nothing: the layer that leaves the keys keeps them."""
-        return 0
+        """Those of the window alone: the layer that leaves the keys keeps them."""
+        if self.near is None:
+            return 0
+        layout = self.keys(context)
+        return min(context_length, self.near - 1) * 2 * layout.num_kv_heads * layout.head_dim * element_bytes
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         """Bytes per token kept for the backward pass: queries, also before a norm, and the output of attention."""
         gate = 2 if self.output_gate == "element" else 0
-        return element_bytes * (2 + gate + (self.q_norm != "none")) * self._width(context)
+        numbers = (2 + gate + (self.q_norm != "none")) * self._width(context)
+        if self.near is not None:
+            layout = self.keys(context)
+            numbers += (1 + gate) * self._width(context)
+            numbers += (2 + (self.q_norm != "none")) * layout.num_kv_heads * layout.head_dim
+        chooser, lists = self.chooser(context), 0.0
+        if chooser is not None and context.is_first_reader(self.reads(context)[1]):  # all readers keep the same lists
+            lists = chooser.list_bytes(self.keys(context).num_kv_heads)
+        return element_bytes * numbers + lists
 
     def check_context_parallel(self, shards: int, length: int) -> None:
         """Query heads are divided; where their number follows the source, the source refuses what does not divide."""
@@ -125,8 +171,14 @@ class SharedAttentionConfig(MixerConfig):
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
         layout = self.keys(context)
-        size = attention_exchange_size(self.heads(context), layout.num_kv_heads, layout.head_dim, shards)
-        return [ShardTraffic("exchange", *[rows * length * element_bytes * size] * 2)]
+        tokens = rows * length * element_bytes
+        size = tokens * attention_exchange_size(self.heads(context), layout.num_kv_heads, layout.head_dim, shards)
+        near = [] if self.near is None else [ShardTraffic("exchange", size, size)]
+        chooser = self.chooser(context)
+        if chooser is None or not chooser.selects(length * shards):
+            return [ShardTraffic("exchange", size, size), *near]
+        gathered = 2 * tokens * layout.num_kv_heads * layout.head_dim
+        return [ShardTraffic("gather", gathered, gathered), *near]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
         data = super().canonical(norm)
@@ -140,9 +192,9 @@ class SharedAttentionConfig(MixerConfig):
 
 @register_mixer("shared_attention", SharedAttentionConfig)
 class SharedAttention(SequenceMixer):
-    """Parameters: q_proj [H K, D], o_proj [D, H K], and q_norm, g_proj and sinks [H] by option."""
+    """Parameters: q_proj [H K, D], o_proj [D, H K], and q_norm, g_proj, sinks [H] and near_branch by option."""
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight", "sinks")
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight", "k_norm.weight", "sinks")
     config: SharedAttentionConfig
 
     def __init__(self, config: SharedAttentionConfig, context: LayerContext):
@@ -160,27 +212,48 @@ class SharedAttention(SequenceMixer):
         self.q_norm = None
         if config.q_norm != "none":
             self.q_norm = RMSNorm.of(context.norm, head_dim if config.q_norm == "head" else width, config.q_norm_eps)
+        self.chooser = config.chooser(context)
+        self.near_branch = None
+        if config.near is not None:
+            self.near_branch = NearBranch(config.near, self.layout, context.hidden_size, self.num_heads,
+                                          gate=config.output_gate, k_norm=config.q_norm, norm=context.norm,
+                                          norm_eps=config.q_norm_eps, sinks=config.sinks)
 
-    def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: NoState | None = None) -> tuple[Tensor, Aux]:
+    def forward(self, x_BTD: Tensor, seq: SequenceInfo,
+                state: NoState | AttentionState | None = None) -> tuple[Tensor, Aux]:
         k_BSGK, v_BSGK = seq.read(KEYS_VALUES, self.source)
         layout = self.layout
         q_BTHK = rotated_heads(self.q_proj(x_BTD), self.q_norm, self.config.q_norm, layout.head_dim, layout.rope, seq)
-        o_BTHK = dense_attention(q_BTHK, k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype), seq, window=layout.window,
-                                 sinks_H=self.sinks)
-        return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), {}
+        k_BSGK, v_BSGK = k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype)
+        chosen_BTGN = None if self.chooser is None else seq.read(CHOSEN_BLOCKS, self.source)
+        if chosen_BTGN is None:
+            o_BTHK = dense_attention(q_BTHK, k_BSGK, v_BSGK, seq, window=layout.window, sinks_H=self.sinks)
+        else:
+            assert self.chooser is not None
+            o_BTHK = self.chooser.attend(q_BTHK, k_BSGK, v_BSGK, chosen_BTGN, seq, self.sinks)
+        o_BTX = apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)
+        if self.near_branch is not None:
+            o_BTX = o_BTX + self.near_branch(x_BTD, q_BTHK, seq, state)
+        return self.o_proj(o_BTX), {}
 
     @property
     def decodes_padded_rows(self) -> bool:
-        return self.sinks is None and self.config.window is None  # padded rows read all keys that are kept
+        config = self.config  # padded rows read all keys that are kept
+        return self.sinks is None and config.window is None and not config.blocks and config.near is None
 
     def head_rows(self) -> dict[str, int]:
         gate = {"g_proj": self.num_heads} if self.config.output_gate == "element" else {}
-        return {"q_proj": self.num_heads, **gate}
+        rows = {"q_proj": self.num_heads, **gate}
+        if self.config.near is not None:
+            keys = {"k_proj": self.layout.num_kv_heads, "v_proj": self.layout.num_kv_heads}
+            rows |= {f"near_branch.{name}": count for name, count in (gate | keys).items()}
+        return rows
 
-    def new_state(self, batch: int, max_length: int) -> NoState:
-        return NoState()
+    def new_state(self, batch: int, max_length: int) -> NoState | AttentionState:
+        return NoState() if self.config.near is None else AttentionState.empty(max_length, self.config.near)
 
     def init_weights(self, std: float) -> None:
         init_projections(self, std)
-        if self.sinks is not None:
-            nn.init.normal_(self.sinks, std=std)
+        for part in (self, self.near_branch):
+            if part is not None and part.sinks is not None:
+                nn.init.normal_(part.sinks, std=std)

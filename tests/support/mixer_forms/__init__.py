@@ -13,7 +13,8 @@ import pkgutil
 from hybridlm.model.mixers.contract import MixerConfig
 
 # Presets that read from an earlier layer, with a preset that they can read from.
-PRESET_SOURCES = {"gmu": ["mamba"], "shared_attention": ["swa"]}
+PRESET_SOURCES = {"gmu": ["mamba"], "shared_attention": ["swa"], "hysparse": ["hysparse_full"],
+                  "hysparse2": ["hysparse2_full"]}
 
 
 def collect_forms() -> dict[str, MixerConfig]:

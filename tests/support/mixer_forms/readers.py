@@ -9,6 +9,7 @@ from hybridlm.model.mixers import (
     MLAConfig,
     SharedAttentionConfig,
 )
+from hybridlm.model.mixers.common.chosen_blocks import ChosenBlocksConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.rope import RopeConfig
 from tests.support.mixer_forms.softmax_attention import INDEXER, MLA_DIMS
@@ -25,6 +26,14 @@ READERS: dict[str, tuple[MixerConfig, MixerConfig]] = {
     "shared_attention_with_a_window_of_its_own": (
         SharedAttentionConfig(window=7, sinks=True, output_gate="element"),
         AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)),
+    "hysparse": (
+        SharedAttentionConfig(blocks=True, near=6, q_norm="head", output_gate="element", sinks=True),
+        AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="head", sinks=True,
+                        choose_blocks=ChosenBlocksConfig(block=4, topk=3))),
+    "hysparse2": (
+        SharedAttentionConfig(blocks=True, num_heads=2),
+        AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=8, rope=RopeConfig(kind="none"), choose_blocks=(
+            ChosenBlocksConfig(block=1, topk=9, first=1, local=4, pooling="sum", heads="sum")))),
     "attention_to_keys_of_an_earlier_input": (
         AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="head", key_input=0),
         AttentionConfig(num_heads=2, head_dim=8, window=4)),

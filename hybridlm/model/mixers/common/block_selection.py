@@ -10,17 +10,19 @@ N units per list, P blocks per row, C tokens per block, Q queries of a piece.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hybridlm.errors import require
 from hybridlm.kind_registry import KindRegistry
 from hybridlm.model.decode_state import EntryCache
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.common.entries import EntryWindows
+from hybridlm.model.mixers.sizing import size_of
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.plain_data import to_dict
@@ -234,6 +236,33 @@ class BlockBudget:
     def scored(self) -> int:
         """Blocks of a list that are chosen among complete ones."""
         return self.topk - (self.local > 0)
+
+
+def check_budget(block: int, budget: BlockBudget) -> None:
+    """Raise ConfigError unless blocks have tokens and the budget holds those that are always read."""
+    for key, value in (("block", block), ("topk", budget.topk)):
+        require(value > 0, key, "must be positive", got=value)
+    for key, value in (("first", budget.first), ("local", budget.local)):
+        require(value >= 0, key, "must not be negative", got=value)
+    always = budget.first + budget.local
+    require(always <= budget.topk, "topk", "must hold the blocks that are always read", got=budget.topk,
+            expected=f"at least {always}")
+
+
+def fill_block_sizes(options: Mapping[str, Any], max_position: int) -> dict[str, Any]:
+    """`options` with the block and the budget that they leave open, from the longest context.
+
+    Blocks are a 64th of it, of at most 64 tokens, and an eighth of it is read, at most 4096 tokens.
+
+    >>> fill_block_sizes({"local": 2}, max_position=1024)
+    {'local': 2, 'block': 16, 'topk': 8}
+    """
+    filled = dict(options)
+    block = max(4, min(64, max_position // 64))
+    filled.setdefault("block", block)
+    always = size_of(filled, "first", 0, least=0) + size_of(filled, "local", 1, least=0)
+    filled.setdefault("topk", max(always + 1, min(4096, max_position // 8) // size_of(filled, "block", block)))
+    return filled
 
 
 def query_pieces(index: BlockIndex, scores_per_entry: int) -> Iterator[slice]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, ScoresBlocks, competing_blocks
+from hybridlm.model.mixers.common.entries import EntryWindows
 from hybridlm.model.mixers.module import Aux
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.recompute import recomputed
@@ -152,11 +153,13 @@ class KeyTargets:
         q_BTHK: queries of attention, in fp32 at least.
         k_BSGK: all keys that they may see, likewise.
         pooling: of attention over the tokens of a block.
+        sinks_H: logits that take part in the softmax.
     """
 
     q_BTHK: Tensor
     k_BSGK: Tensor
     pooling: Pooling
+    sinks_H: Tensor | None = None
 
     @property
     def keys(self) -> int:
@@ -164,20 +167,28 @@ class KeyTargets:
 
     def shares(self, index: BlockIndex, listed_BQUP: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Attention on each block [B, Q, U, P], and the sum over heads of the share that is read [B, Q]."""
+        lists = listed_BQUP.shape[2]
+        pooled_BQHP, mass_BQHP = self.by_block(index.blocks, rows)
+        copies = mass_BQHP.shape[2] // lists
+        complete_BQ1P = index.blocks.visible(rows)[:, :, None]
+        unread_BQHP = mass_BQHP.masked_fill(listed_BQUP.repeat_interleave(copies, 2) | ~complete_BQ1P, 0.0)
+        read_BQ = (1 - unread_BQHP.sum(-1)).sum(-1)
+        return pooled_BQHP.unflatten(2, (lists, copies)).mean(3), read_BQ
+
+    def by_block(self, blocks: EntryWindows, rows: slice) -> tuple[Tensor, Tensor]:
+        """Attention of each head pooled over the tokens of each block, and its sum over them: two [B, Q, H, P]."""
         q_BQHK, k_BSGK = self.q_BTHK[:, rows], self.k_BSGK
-        blocks, lists = index.blocks, listed_BQUP.shape[2]
         s_S = torch.arange(self.keys, device=k_BSGK.device)
         t_Q1 = s_S[self.keys - self.q_BTHK.shape[1] :][rows, None]
         seen_BQS = (s_S <= t_Q1) & (s_S >= blocks.begin_BT[:, rows, None])
-        p_BQHS = torch.softmax(_scores(q_BQHK, k_BSGK).masked_fill(~seen_BQS[:, :, None], -torch.inf), -1)
+        score_BQHS = _scores(q_BQHK, k_BSGK).masked_fill(~seen_BQS[:, :, None], -torch.inf)
+        if self.sinks_H is not None:
+            sinks_BQH1 = self.sinks_H[:, None].expand(*score_BQHS.shape[:3], 1)
+            score_BQHS = torch.cat([score_BQHS, sinks_BQH1], -1)
+        p_BQHS = torch.softmax(score_BQHS, -1)[..., : self.keys]
         p_BPLQH = blocks.gather(p_BQHS.permute(0, 3, 1, 2))
         mass_BQHP = p_BPLQH.sum(2).permute(0, 2, 3, 1)
-        copies = q_BQHK.shape[2] // lists
-        complete_BQ1P = blocks.visible(rows)[:, :, None]
-        unread_BQHP = mass_BQHP.masked_fill(listed_BQUP.repeat_interleave(copies, 2) | ~complete_BQ1P, 0.0)
-        read_BQ = (1 - unread_BQHP.sum(-1)).sum(-1)
-        pooled_BQHP = p_BPLQH.amax(2).permute(0, 2, 3, 1) if self.pooling == "max" else mass_BQHP
-        return pooled_BQHP.unflatten(2, (lists, copies)).mean(3), read_BQ
+        return p_BPLQH.amax(2).permute(0, 2, 3, 1) if self.pooling == "max" else mass_BQHP, mass_BQHP
 
 
 @dataclass(frozen=True)
