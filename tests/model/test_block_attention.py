@@ -145,7 +145,7 @@ def test_it_equals_its_definition(name):
     torch.testing.assert_close(run(mixer, x)[0], expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name for name in FORMS if not FORMS[name].selector.weighs])
 def test_a_budget_that_covers_the_row_is_dense_attention(name, monkeypatch):
     mixer = build(name)
     mixer.set_topk(99 * mixer.config.block)
@@ -225,7 +225,7 @@ def selection(name, length):
     raw = [mixer._heads(projection(x), norm) for projection, norm in ((mixer.q_proj, mixer.q_norm),
                                                                       (mixer.k_proj, mixer.k_norm))]
     turned = [rotate(heads, mixer.config.rope, mixer.rotary_dim, seq) for heads in raw]
-    index = mixer.selector(room.SelectorInputs(x, *turned, *raw), seq)
+    index = mixer.selector(room.SelectorInputs(x, *turned, *raw, raw[0]), seq)
     with LargestTensor() as seen:
         chosen = room.choose_blocks(mixer.selector, index, mixer.config.budget)
     return chosen[0], mixer, seen.numel
@@ -239,7 +239,8 @@ def test_scores_of_a_piece_of_queries_keep_to_their_bound(name, monkeypatch):
     assert 2**11 < largest <= 2**14
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMS) - {"infllm_v2"}))  # its window overlaps its blocks
+@pytest.mark.parametrize("name", sorted(set(FORMS) - {"infllm_v2", "hils", "dash"}))
+# of infllm_v2 the window overlaps the blocks; dash reads fewer where few have mass; the choice of hils needs the keys
 def test_the_number_of_keys_read_is_that_of_the_chosen_blocks(name):
     length = 61
     with torch.no_grad():
@@ -255,7 +256,7 @@ def test_equal_scores_go_to_the_earlier_block():
     torch.nn.init.zeros_(mixer.k_proj.weight)
     x = inputs(1, LENGTH)
     index = mixer.selector(room.SelectorInputs(x, *(mixer._heads(p(x), None) for p in (
-        mixer.q_proj, mixer.k_proj, mixer.q_proj, mixer.k_proj))), SequenceInfo.make(1, LENGTH, x.device))
+        mixer.q_proj, mixer.k_proj, mixer.q_proj, mixer.k_proj, mixer.q_proj))), SequenceInfo.make(1, LENGTH, x.device))
     chosen = room.choose_blocks(mixer.selector, index, mixer.config.budget)
     assert chosen[0, :, 0].tolist() == [[0 if t >= 5 else -1, t // 5] for t in range(LENGTH)]
 

@@ -102,12 +102,15 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         self.check_window(self.local_window)
         require(self.qk_norm != "full", "qk_norm", "is per head or none", got=self.qk_norm, expected="head or none")
         check_budget(self.block, self.budget)
+        require(not self.selector.weighs or (self.local > 0 and self.local_window is None), "selector",
+                "weighs blocks beside the newest ones", got=self.selector.kind,
+                expected="local of at least 1, and local_window=null")
         self.selector.check(self.block_heads)
 
     @property
     def block_heads(self) -> BlockHeads:
         """Sizes that the selector needs."""
-        return BlockHeads(self.num_heads, self.kv_heads, self.head_dim, self.block, self.rope)
+        return BlockHeads(self.num_heads, self.kv_heads, self.head_dim, self.block, self.rope, self.topk, self.local)
 
     @property
     def budget(self) -> BlockBudget:
@@ -122,7 +125,8 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         return count + self.selector.num_params(context, self.block_heads)
 
     def _selects(self, context_length: int) -> bool:
-        return self.mode == "sparse" and context_length > self.topk * self.block
+        """Whether a selector has work to do: one that weighs blocks weighs those of any context."""
+        return self.mode == "sparse" and (self.selector.weighs or context_length > self.topk * self.block)
 
     def read_keys(self, context_length: int) -> float:
         """Mean number of keys that a token reads."""
@@ -141,6 +145,8 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         return parts
 
     def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        if self.selector.weighs and self._selects(context_length):
+            return self.selector.flops_per_token(context, self.block_heads, context_length)["choice"]
         return self.flops_per_token(context, context_length).get("selector", 0.0)
 
     def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
@@ -162,6 +168,8 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         copies = 2 + (self.qk_norm != "none")  # inputs of the norm, of attention, and their order by key head
         gate = 2 * queries if self.output_gate == "element" else 0
         lists = 8 * self.selector.lists(self.block_heads) * (self.topk + 1)
+        if self.selector.weighs:  # lists and biases per query head, and entries
+            lists += (8 + element_bytes) * self.num_heads * (self.topk + 1) + 2 * element_bytes * queries
         return element_bytes * (copies * (queries + 2 * keys) + queries + gate) + lists
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
@@ -170,7 +178,7 @@ class BlockAttentionConfig(GroupedHeadsConfig):
         keys = tokens * self.kv_heads * self.head_dim
         numbers, have_gradient = self.selector.feature_numbers(self.block_heads)
         learns = self.selector.kl_weight > 0
-        features, back = tokens * numbers, tokens * numbers * (have_gradient and learns)
+        features, back = tokens * numbers, tokens * numbers * (have_gradient and (learns or self.selector.weighs))
         if self._selects(length * shards):
             return [ShardTraffic("gather", 2 * keys + features, 2 * keys + back)]
         exchanged = tokens * attention_exchange_size(self.num_heads, self.kv_heads, self.head_dim, shards)
@@ -258,7 +266,7 @@ class BlockAttention(SequenceMixer):
     read, in evaluation too.
     """
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight", "k_norm.weight", "sinks")
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight", "k_norm.weight", "sinks", "landmark")
 
     def __init__(self, config: BlockAttentionConfig, context: LayerContext):
         super().__init__()
@@ -296,7 +304,7 @@ class BlockAttention(SequenceMixer):
         return self.budget.topk * self.config.block if self.attention_mode == "sparse" else None
 
     def freeze_idle_parameters(self, later: Sequence[SequenceMixer] = ()) -> None:
-        if self.kl_weight == 0:
+        if self.kl_weight == 0 and not self.config.selector.weighs:
             self.selector.requires_grad_(False)
 
     def measure_selection(self, on: bool) -> None:
@@ -304,23 +312,32 @@ class BlockAttention(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo,
                 state: BlockAttentionState | None = None) -> tuple[Tensor, Aux]:
-        raw_q, raw_k = self._heads(self.q_proj(x_BTD), self.q_norm), self._heads(self.k_proj(x_BTD), self.k_norm)
+        projected_q = self.q_proj(x_BTD)
+        raw_q, raw_k = self._heads(projected_q, self.q_norm), self._heads(self.k_proj(x_BTD), self.k_norm)
         q_BTHK, k_BTGK = (rotate(x, self.config.rope, self.rotary_dim, seq) for x in (raw_q, raw_k))
         v_BSGK = self.v_proj(x_BTD).unflatten(-1, (-1, self.config.head_dim))
         k_BSGK = k_BTGK
         if state is not None:
             k_BSGK, v_BSGK = state.keys.append(k_BTGK), state.values.append(v_BSGK)
         keys = k_BSGK.shape[1] if seq.shard is None else seq.shard.history_length
-        sparse = self.attention_mode == "sparse" and longest_document(keys, seq) > self.budget.topk * self.config.block
+        weighs = self.config.selector.weighs and self.attention_mode == "sparse"
+        longest = longest_document(keys, seq)
+        sparse = weighs or (self.attention_mode == "sparse" and longest > self.budget.topk * self.config.block)
         trains = selector_trains(self, self.selector, self.kl_weight)
         learns = state is None and (trains or self.measuring)
         index = None
         keeps_entries = state is not None and self.attention_mode == "sparse"
         if sparse or keeps_entries or learns:
-            inputs = SelectorInputs(x_BTD, q_BTHK, k_BTGK, raw_q, raw_k).detached()
-            with torch.set_grad_enabled(trains):
-                index = self.selector(inputs, seq, None if state is None else state.entries)
-        chosen = None
+            inputs = SelectorInputs(x_BTD, q_BTHK, k_BTGK, raw_q, raw_k, self._heads(projected_q, None))
+            with torch.set_grad_enabled(torch.is_grad_enabled() if weighs else trains):
+                index = self.selector(inputs if weighs else inputs.detached(), seq,
+                                      None if state is None else state.entries)
+        chosen: Tensor | None = None
+        bias: Tensor | None = None
+        if sparse:
+            k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
+        if weighs and index is not None:
+            index = self.selector.see_keys(index, q_BTHK, k_BSGK, seq)
         if index is not None and (sparse or learns):
             chosen = choose_blocks(self.selector, index, self.budget)
         if not sparse:
@@ -328,9 +345,12 @@ class BlockAttention(SequenceMixer):
             k_BSGK = seq.history(k_BSGK.detach()) if learns else k_BSGK
         else:
             assert chosen is not None
-            k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
-            o_BTHK, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, chosen, block=self.config.block,
-                                           window=self.config.local_window, sinks_H=self.sinks,
+            lists = chosen
+            if weighs and index is not None:
+                bias = self.selector.bias(index, chosen, q_BTHK, k_BSGK)
+                lists = chosen.repeat_interleave(bias.shape[2] // chosen.shape[2], 2)
+            o_BTHK, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, lists, block=self.config.block,
+                                           window=self.config.local_window, sinks_H=self.sinks, bias_BTUN=bias,
                                            cu_seqlens=seq.history_borders)
         aux: Aux = {}
         if learns and index is not None:

@@ -103,7 +103,10 @@ class SharedAttentionConfig(MixerConfig):
 
     def chooser(self, context: LayerContext) -> ChosenBlocksConfig | None:
         """How the source chooses blocks; None where all of its keys are read."""
-        return context.shared_layout(self.reads(context)[1]) if self.blocks else None
+        if not self.blocks:
+            return None
+        chooser: ChosenBlocksConfig = context.shared_layout(self.reads(context)[1])
+        return chooser
 
     def heads(self, context: LayerContext) -> int:
         """Query heads H."""
@@ -243,17 +246,14 @@ class SharedAttention(SequenceMixer):
 
     def head_rows(self) -> dict[str, int]:
         gate = {"g_proj": self.num_heads} if self.config.output_gate == "element" else {}
-        rows = {"q_proj": self.num_heads, **gate}
-        if self.config.near is not None:
-            keys = {"k_proj": self.layout.num_kv_heads, "v_proj": self.layout.num_kv_heads}
-            rows |= {f"near_branch.{name}": count for name, count in (gate | keys).items()}
-        return rows
+        return {"q_proj": self.num_heads, **gate}
 
     def new_state(self, batch: int, max_length: int) -> NoState | AttentionState:
         return NoState() if self.config.near is None else AttentionState.empty(max_length, self.config.near)
 
     def init_weights(self, std: float) -> None:
         init_projections(self, std)
-        for part in (self, self.near_branch):
-            if part is not None and part.sinks is not None:
-                nn.init.normal_(part.sinks, std=std)
+        if self.sinks is not None:
+            nn.init.normal_(self.sinks, std=std)
+        if self.near_branch is not None and self.near_branch.sinks is not None:
+            nn.init.normal_(self.near_branch.sinks, std=std)

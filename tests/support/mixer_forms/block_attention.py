@@ -5,8 +5,10 @@ from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.mixers.selectors import (
     BoundSelectorConfig,
     CompressedSelectorConfig,
+    EntmaxSelectorConfig,
     GateSelectorConfig,
     IndexHeadsSelectorConfig,
+    LandmarkSelectorConfig,
     MeanSelectorConfig,
 )
 from hybridlm.model.rope import RopeConfig
@@ -25,7 +27,9 @@ FORMS: dict[str, MixerConfig] = {
     "qsa": BlockAttentionConfig(**HEADS, block=3, topk=4, local=0, output_gate="element",
                                 selector=IndexHeadsSelectorConfig(num_heads=4, head_dim=6, lists_for="all",
                                                                   reduce="mean", relu=True)),
+    "hils": BlockAttentionConfig(**HEADS, block=4, topk=5, local=2, qk_norm="head", selector=LandmarkSelectorConfig(rank=5)),
+    "dash": BlockAttentionConfig(**HEADS, block=4, topk=6, local=2, selector=EntmaxSelectorConfig(sigma=2.0)),
     "group_means": BlockAttentionConfig(**HEADS, block=4, topk=2, qkv_bias=True,
                                         selector=MeanSelectorConfig(heads="group")),
 }
-FP32 = {"sinks"}
+FP32 = {"sinks", "selector.landmark"}

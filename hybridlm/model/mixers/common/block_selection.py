@@ -42,6 +42,8 @@ class BlockHeads:
         head_dim: dims per head K.
         block: tokens per block C.
         rope: rotary embedding of the attention.
+        topk: blocks that a query reads.
+        local: newest blocks that are always read.
     """
 
     num_heads: int
@@ -49,6 +51,8 @@ class BlockHeads:
     head_dim: int
     block: int
     rope: RopeConfig
+    topk: int = 1
+    local: int = 1
 
 
 @dataclass(kw_only=True)
@@ -57,6 +61,7 @@ class SelectorConfig(abc.ABC):
 
     kind: str
     learns: ClassVar[bool] = False  # has parameters, which a loss of its own trains
+    weighs: ClassVar[bool] = False  # adds a bias to the scores of what it selects, and learns from the model's loss
 
     @property
     def kl_weight(self) -> float:
@@ -76,7 +81,10 @@ class SelectorConfig(abc.ABC):
 
     @abc.abstractmethod
     def flops_per_token(self, context: LayerContext, heads: BlockHeads, context_length: int) -> dict[str, float]:
-        """Forward FLOPs per token: `projections` with weights, and `scores`."""
+        """Forward FLOPs per token: `projections` with weights, and `scores`.
+
+        Those of a selector that weighs blocks have a backward, but for the part `choice`; others have none.
+        """
 
     @abc.abstractmethod
     def state_numbers(self, heads: BlockHeads, context_length: int) -> int:
@@ -103,6 +111,7 @@ class SelectorInputs:
         k_BTGK: rotated keys.
         raw_q_BTHK: queries before the rotation.
         raw_k_BTGK: keys before the rotation.
+        projected_q_BTHK: queries before their norm.
     """
 
     x_BTD: Tensor
@@ -110,6 +119,7 @@ class SelectorInputs:
     k_BTGK: Tensor
     raw_q_BTHK: Tensor
     raw_k_BTGK: Tensor
+    projected_q_BTHK: Tensor
 
     def detached(self) -> SelectorInputs:
         """The same tensors without gradients."""
@@ -177,7 +187,32 @@ class Selector(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def scores(self, index: BlockIndex, rows: slice) -> Tensor:
-        """Scores [B, Q, U, P] of all blocks for the queries `rows`, in fp32 at least; only visible ones count."""
+        """Scores [B, Q, U, P] of all blocks for the queries `rows`, in fp32 at least; only visible ones count.
+
+        A block whose score is -inf is not chosen, even where the budget has room.
+        """
+
+    def see_keys(self, index: BlockIndex, q_BTHK: Tensor, k_BSGK: Tensor, seq: SequenceInfo) -> BlockIndex:
+        """The index with what follows from the keys that attention reads; asked where the selector weighs blocks.
+
+        Args:
+            index: from `forward`.
+            q_BTHK: queries of attention.
+            k_BSGK: its keys of all tokens that they may see.
+            seq: positions and borders of the documents.
+        """
+        return index
+
+    def bias(self, index: BlockIndex, chosen_BTUN: Tensor, q_BTHK: Tensor, k_BSGK: Tensor) -> Tensor:
+        """Terms [B, T, H, N] that attention adds to the scores of each listed block, with gradients.
+
+        Args:
+            index: from `see_keys`.
+            chosen_BTUN: the blocks that are selected.
+            q_BTHK: queries of attention.
+            k_BSGK: its keys of all tokens that they may see.
+        """
+        raise TypeError(f"{type(self).__name__} does not weigh blocks")
 
     def new_cache(self, max_length: int) -> EntryCache:
         """The decode state of the entries, empty."""
@@ -310,8 +345,8 @@ def choose_blocks(selector: ScoresBlocks, index: BlockIndex, budget: BlockBudget
                 forced_BQP = (number_BQP < budget.first) | (number_BQP > own_BQ1 - budget.local)
                 score_BUQP = score_BUQP.masked_fill((forced_BQP & seen_BQP)[:, None], torch.inf)
                 lists, size = score_BUQP.shape[1:3]
-                seen = seen_BQP[:, None].expand(-1, lists, -1, -1).flatten(0, 1)
-                best = select_best(score_BUQP.flatten(0, 1), seen, budget.scored, False)
+                seen_BUQP = seen_BQP[:, None] & (score_BUQP > -torch.inf)
+                best = select_best(score_BUQP.flatten(0, 1), seen_BUQP.flatten(0, 1), budget.scored, False)
                 best_BUQN = best.view(-1, lists, size, budget.scored)
                 chosen = torch.where(best_BUQN < 0, -1, best_BUQN - first_BQ1[:, None]).transpose(1, 2)
             else:

@@ -17,6 +17,7 @@ from hybridlm.model.mixers.common.dense_attention import dense_attention
 from hybridlm.model.mixers.common.key_sharing import HeadNorm, KeyLayout, rotated_heads
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
 from hybridlm.model.norm import RMSNorm
+from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.sequence import SequenceInfo
 
 
@@ -29,7 +30,11 @@ class NearBranch(nn.Module):
     def __init__(self, window: int, layout: KeyLayout, hidden_size: int, heads: int, *, gate: OutputGate,
                  k_norm: HeadNorm, norm: NormConfig, norm_eps: float | None, sinks: bool):
         super().__init__()
-        self.window, self.layout, self.gate, self.norm_over = window, layout, gate, k_norm
+        self.window = window
+        self.layout = layout
+        self.heads = heads
+        self.gate = gate
+        self.norm_over = k_norm
         width = layout.num_kv_heads * layout.head_dim
         self.k_proj = nn.Linear(hidden_size, width, bias=False)
         self.v_proj = nn.Linear(hidden_size, width, bias=False)
@@ -38,6 +43,11 @@ class NearBranch(nn.Module):
         self.k_norm = None
         if k_norm != "none":
             self.k_norm = RMSNorm.of(norm, layout.head_dim if k_norm == "head" else width, norm_eps)
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        keys = self.layout.num_kv_heads
+        gates = {"g_proj": self.heads} if self.gate == "element" else {}
+        return find_roles(self, head_rows={"k_proj": keys, "v_proj": keys, **gates})
 
     def forward(self, x_BTD: Tensor, q_BTHK: Tensor, seq: SequenceInfo, state: AttentionState | None) -> Tensor:
         """The gated output [B, T, H K] for the rotated queries of the layer."""
