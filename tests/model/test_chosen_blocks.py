@@ -1,4 +1,4 @@
-"""Layers that read the blocks an earlier layer's attention chooses (HySparse), against the definition, query by query."""
+"""Layers that read the blocks an earlier layer's attention chooses (HySparse), against the definition, by query."""
 
 import pytest
 import torch

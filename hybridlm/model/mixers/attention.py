@@ -323,7 +323,9 @@ class Attention(IndexedMixer):
     def prepare_step(self) -> DecodeStep | None:
         if self.indexer_config is not None or self.sinks is not None or self.config.first_tokens:
             return None
-        if self.blocks_are_read or self.key_source is not None or self.config.mask is not None or self.config.key_scale != 1.0:
+        if self.blocks_are_read or self.key_source is not None:
+            return None
+        if self.config.mask is not None or self.config.key_scale != 1.0:
             return None
         config = self.config
         q_proj, k_proj, v_proj, o_proj = map(linear_step, (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
