@@ -1,7 +1,7 @@
-"""Terms that a selector adds to the scores of the blocks that it selects, through which it learns from the model's loss.
+"""Terms that a selector adds to the scores of selected blocks, through which it learns from the model's loss.
 
-B rows, T queries, Q queries of a piece, S keys, H query heads, G key/value heads, R = H/G, K head dim, P blocks, N blocks
-per list, L tokens per block.
+B rows, T queries, Q queries of a piece, S keys, H query heads, G key/value heads, R = H/G, K head dim, P blocks,
+N blocks per list, L tokens per block.
 """
 
 from __future__ import annotations

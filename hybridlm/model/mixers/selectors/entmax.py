@@ -1,12 +1,12 @@
 """As many blocks as a sparse softmax gives mass to, with that mass as a bias of their scores (DashAttention).
 
-    k'_j = sum over the block of softmax_s(m . k_s / sqrt(K)) k_s,     m the mean over the block of a learned vector, rotated
+    k'_j = sum over the block of softmax_s(m . k_s / sqrt(K)) k_s,     m a learned vector, the mean of its rotations
     p_t = entmax over visible blocks of (q_t . k'_j / sqrt(K)) per query head, many of them zero
-    blocks of a key/value head: those whose mean of p over its query heads is positive, the largest if the budget is full
-    bias_tj = (log(p_tj / L) - mean of this over blocks with mass) / sigma, and for blocks without mass as if that log were 0
+    blocks of a key/value head: those whose mean of p over its query heads is positive, the largest of them
+    bias_tj = (log(p_tj / L) - mean of this over blocks with mass) / sigma, with log = 0 for blocks without mass
 
-entmax with alpha 1.5 (Peters et al. 2019): p_j = max(s_j / 2 - tau, 0)^2, tau such that the sum is 1. The selector learns
-from the model's loss through the bias, which sigma makes as small as asked; gradients keep their direction.
+entmax with alpha 1.5 (Peters et al. 2019): p_j = max(s_j / 2 - tau, 0)^2, tau such that the sum is 1. The selector
+learns from the model's loss through the bias, which sigma makes as small as asked; gradients keep their direction.
 
 Source: DashAttention (arXiv 2605.18753), as the code of HiLS has it.
 B rows, T tokens, Q queries, H query heads, G key/value heads, K head dim, E/P blocks, L tokens of a block.
@@ -129,7 +129,8 @@ class EntmaxSelector(Selector):
             chosen_BQHN = chosen_BTUN[:, rows].repeat_interleave(copies, 2)
             return (listed_values(log_BQHP, chosen_BQHN, index.blocks, rows) - mean_BQH1) / self.sigma
 
-        return bias_in_pieces(make, (index.queries_BT,), (index.entries_BE,), self.heads.num_heads * index.blocks.number)
+        per_query = self.heads.num_heads * index.blocks.number
+        return bias_in_pieces(make, (index.queries_BT,), (index.entries_BE,), per_query)
 
 
 def entmax(score: Tensor, mask: Tensor) -> Tensor:

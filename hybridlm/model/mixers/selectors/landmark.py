@@ -2,12 +2,12 @@
 
     l_t = rope(norm(W_q x_t + W_u W_d x_t)) per query head
     p_s = softmax over the block of (m . k_s / sqrt(K)),   k'_j = sum_s p_s k_s,   e_j = -sum_s p_s log p_s
-    z_tj = l_t . k'_j / sqrt(K) + e_j                      the first order of log sum_s exp(q_t . k_s / sqrt(K)) around m
-    o_t = sum_j w_tj Attn(q_t; block j) + w_t Attn(q_t; newest blocks),   w_t = softmax([z_tj over j, log sum of newest])
+    z_tj = l_t . k'_j / sqrt(K) + e_j                    the first order of log sum_s exp(q_t . k_s / sqrt(K)) around m
+    o_t = sum_j w_tj Attn(q_t; block j) + w_t Attn(q_t; newest blocks),   w_t = softmax([z_tj, log sum of the newest])
 
-m is a learned vector per query head, rotated to the last token of the block. The blocks of a key/value head are those of
-largest maximum over its query heads of w_tj among all blocks. w is the bias z_tj - log sum_s exp(q_t . k_s / sqrt(K)) of
-the scores of block j: the selector learns from the model's loss.
+m is a learned vector per query head, rotated to the last token of the block. The blocks of a key/value head are those
+of largest w_tj among all blocks, the largest over its query heads. w is the bias z_tj - log sum_s exp(q_t . k_s /
+sqrt(K)) of the scores of block j: the selector learns from the model's loss.
 
 Source: HiLS (arXiv 2607.02980) and its code, in the form with a shared vector and without inserted landmark tokens.
 B rows, T tokens, D hidden size, H query heads, G key/value heads, R = H/G, K head dim, E blocks, L tokens of a block.
@@ -118,7 +118,8 @@ class LandmarkSelector(Selector):
         groups, dim = features_BEL.shape[3:]
         last = SequenceInfo(place_BE + self.window - 1)
         shape = (*place_BE.shape, *self.landmark.shape)
-        m_BEHK = rotate(self.landmark.to(wide(features_BEL).dtype).expand(shape), self.heads.rope, self.rotary_dim, last)
+        m_BEHK = self.landmark.to(wide(features_BEL).dtype).expand(shape)
+        m_BEHK = rotate(m_BEHK, self.heads.rope, self.rotary_dim, last)
         with torch.autocast(features_BEL.device.type, enabled=False):
             k_BELGK = wide(features_BEL)
             m_BEGRK = m_BEHK.unflatten(2, (groups, -1)) * dim**-0.5
