@@ -102,7 +102,7 @@ class SharedAttentionConfig(MixerConfig):
         return replace(layout, window=self.window)
 
     def chooser(self, context: LayerContext) -> ChosenBlocksConfig | None:
-        """How the source chooses blocks; None where all of its keys are read."""
+        """The choice of blocks by the source; None where all of its keys are read."""
         if not self.blocks:
             return None
         chooser: ChosenBlocksConfig = context.shared_layout(self.reads(context)[1])

@@ -1,4 +1,4 @@
-"""As many blocks as a sparse softmax gives mass to, with that mass as a bias of their scores (DashAttention).
+"""Blocks to which a sparse softmax gives mass, as many as there are, with that mass as a bias (DashAttention).
 
     k'_j = sum over the block of softmax_s(m . k_s / sqrt(K)) k_s,     m a learned vector, the mean of its rotations
     p_t = entmax over visible blocks of (q_t . k'_j / sqrt(K)) per query head, many of them zero
