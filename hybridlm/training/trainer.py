@@ -183,7 +183,7 @@ class Trainer:
 
     def _begin_stage(self, stage: Stage) -> None:
         self.engine.release()
-        set_trainable(self.model, stage)
+        chosen = set_trainable(self.model, stage)
         set_attention(self.model, stage)
         freeze_idle_indexers(self.model)
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -191,9 +191,10 @@ class Trainer:
         if len(self.stages) > 1 or frozen:
             log.info("stage %s: %s, %d of %d parameters train", stage.name, counted(stage.steps, "step"), len(trained),
                      len(trained) + len(frozen))
-        if frozen:
-            fewer = len(frozen) < len(trained)
-            log.info("%s: %s", "not trained" if fewer else "trained", describe_names(frozen if fewer else trained))
+        if len(chosen) < len(trained) + len(frozen):
+            log.info("trained: %s", describe_names(trained))
+        elif frozen:  # the stage trains everything, but these have no loss
+            log.info("not trained: %s", describe_names(frozen))
         recipe = self.config.recipe
         describe_attention(self.model, stage, recipe.stages[stage.index], recipe.dense_below)
         self.stage_config = replace(self.config, model=stage_model(self.config.model, stage))
