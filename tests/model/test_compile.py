@@ -12,7 +12,7 @@ from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
 from hybridlm_kernels.compiling.gradients import recorded_calls
 from tests.support import tiny_lm
-from tests.support.mixer_cases import CASES, build, inputs
+from tests.support.mixer_cases import CASES, build, inputs, subject
 
 IDS = torch.randint(tiny_lm.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
 PACKINGS = [[0, 5, 20, 29, 40], [0, 20, 21, 22, 23, 40], [0, 20, 40], [0, 1, 20, 20, 39, 40, 40]]
@@ -72,10 +72,12 @@ def test_a_mixer_is_one_graph(name):
     compiled = torch.compile(mixer, backend=graphs, fullgraph=True)
     x = inputs(2, 20, torch.float32)
     for borders in PACKINGS[:2]:
-        seq = SequenceInfo.make(2, 20, x.device, CuSeqlens(borders))
+        seq, same = (SequenceInfo.make(2, 20, x.device, CuSeqlens(borders)) for _ in range(2))
+        for each in (seq, same):
+            subject(name).run_sources(x, each)
         torch._dynamo.maybe_mark_dynamic(seq.cu_seqlens.table, 0)  # as a model with compiled layers does
         found = values_and_gradients(mixer, compiled, x, seq)
-        assert_same(found, values_and_gradients(mixer, mixer, x, SequenceInfo.make(2, 20, x.device, seq.cu_seqlens)))
+        assert_same(found, values_and_gradients(mixer, mixer, x, same))
     assert graphs.count == 1
     assert recorded_calls() == 0
 

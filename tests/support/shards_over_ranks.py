@@ -8,7 +8,7 @@ from hybridlm.distributed.context_parallel import ContextParallelGroup
 from hybridlm.errors import ConfigError
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import CuSeqlens
-from tests.support.mixer_cases import CASES, HIDDEN, build
+from tests.support.mixer_cases import CASES, HIDDEN, build, subject
 from tests.support.mixer_forms import collect_names
 
 B, T = 2, 36
@@ -33,9 +33,9 @@ def adjoint(shard_group):
         other + 10 * shard_group.rank for other in range(shard_group.size)]
 
 
-def backward(mixer, x, w, seq, share):
+def backward(name, mixer, x, w, seq, share):
     x = x.clone().requires_grad_()
-    o, aux = mixer(x, seq)
+    o, aux = subject(name).run_on(mixer, x, seq)
     loss = (o * w).sum() + share * sum(value for name, value in aux.items() if name.startswith("loss/"))
     loss.backward()
     return o.detach(), x.grad, [torch.zeros_like(p) if p.grad is None else p.grad for p in mixer.parameters()]
@@ -50,9 +50,9 @@ def compare(name, shard_group, dtype, tolerance):
     torch.manual_seed(0)
     x, w = torch.randn(2, B, T, HIDDEN, dtype=dtype)
     seq = SequenceInfo.make(B, T, torch.device("cpu"), CuSeqlens(BORDERS))
-    expected = backward(copy.deepcopy(mixer), x, w, seq, 1.0)
+    expected = backward(name, copy.deepcopy(mixer), x, w, seq, 1.0)
     seq = seq.shard_rows(shard_group)
-    o, dx, grads = backward(mixer, seq.local_tokens(x), seq.local_tokens(w), seq, 1 / shard_group.size)
+    o, dx, grads = backward(name, mixer, seq.local_tokens(x), seq.local_tokens(w), seq, 1 / shard_group.size)
     pairs = [(o, seq.local_tokens(expected[0])), (dx, seq.local_tokens(expected[1]))]
     if dtype == torch.float64:
         pairs += [(shard_group.all_sum(a), b) for a, b in zip(grads, expected[2], strict=True)]
