@@ -8,6 +8,7 @@ from hybridlm_kernels.ops.delta_rule import triton_backend as backend
 from hybridlm_kernels.random_inputs import recurrence_inputs, select_tokens
 from hybridlm_kernels.recurrence import arguments, triton_chunk_tables, triton_tiles
 from hybridlm_kernels.recurrence.gates import Gate
+from hybridlm_kernels.recurrence.triton_channel_pairs import merged_levels
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.against_reference import counted
 from tests.support.kernel_compare import error
@@ -91,10 +92,10 @@ def test_gates_and_norms_inside(decay, gate, device):
 def test_levels_that_meet_in_one_product(bound, levels):
     rate = torch.zeros(1)
     gate = Gate("softplus", rate) if bound is None else Gate("lower_bounded", rate, lower_bound=bound)
-    merged, checked = backend.merged_levels(gate, torch.bfloat16)
+    merged, checked = merged_levels(gate, torch.bfloat16)
     assert checked == (levels is None)
     for dtype in (torch.float16, torch.float32):  # without the room, or the digits
-        assert backend.merged_levels(gate, dtype) == (0, False)
+        assert merged_levels(gate, dtype) == (0, False)
     if levels:  # the exponents that a token at the end of its block may have
         assert merged == levels
         assert -bound * 1.4427 * 2**levels <= 2 * triton_tiles.MAX_EXPONENT.value < 2 * 127

@@ -119,9 +119,21 @@ def test_heads_beyond_128(device, monkeypatch):
     compare("scalar", recurrence_inputs("scalar", T=9, K=136, V=136), device)
 
 
-def test_keys_wider_than_the_block_of_channels(device, monkeypatch):
-    monkeypatch.setattr(backend, "CHUNK_KERNEL_CHANNELS", 16)
-    compare("channel", recurrence_inputs("channel", T=9, K=40, V=40), device)
+def test_keys_wider_than_the_block_of_channels(device):
+    compare("channel", recurrence_inputs("channel", T=9, K=68, V=68), device)
+
+
+@pytest.mark.parametrize("gates", ["0", "-inf", "some strong"])
+def test_levels_in_one_product(gates, device, monkeypatch):
+    monkeypatch.setattr(backend, "merged_levels", lambda gate, dtype: (5, True))
+    inputs = recurrence_inputs("channel", T=66)
+    if gates == "some strong":  # so that some rows and channels take levels, others do not
+        inputs["g"].fill_(-3.0)
+        inputs["g"][:, ::7, :, 3:] = -50.0
+        inputs["g"][:, 40:] = -0.1
+    else:
+        set_gates(inputs["g"], gates)
+    compare("channel", inputs, device)
 
 
 def test_offsets_beyond_32_bits():

@@ -3,7 +3,7 @@
 Decays are in log2 units. Either they are only added (`sum_over`), or their sums up to each token are kept with so many
 digits that differences of sums keep those of a weak decay behind a strong one (`token_sums`, `cumulative_sums`). In
 both ways exponents are at most 0 and exp2 lies in [0, 1], whatever the gate. The exception are products of pairs within
-blocks of tokens, where decays are weak enough for exponents of either sign (`_channel_scores` of delta_rule).
+blocks of tokens, where decays are weak enough for exponents of either sign (`triton_channel_pairs.py`).
 
 With a decay per channel, pairs of tokens i > j of a chunk are taken by levels b = 1, 2, 4, ..., C/2. Blocks of 2b
 tokens have a border between their halves; i in the second half and j in the first meet there:
@@ -55,6 +55,17 @@ def store_tile(ptr, rows, stride, columns, WIDTH: tl.constexpr, inside, x):
 def times(x, factor):
     """The product of x and a factor of float32, in the type of x."""
     return (x * factor).to(x.dtype)
+
+
+@triton.jit
+def store_mirrored(ptr, stride, columns, filled, x):
+    """Store columns x [C, columns] of a chunk's scores, 0 on and above the diagonal, below it and mirrored above it."""
+    t = tl.arange(0, C)
+    half = x.to(ptr.dtype.element_ty)
+    tl.store(ptr + t[:, None] * stride + columns[None, :], half,
+             mask=(t < filled)[:, None] & (t[:, None] >= columns[None, :]))
+    tl.store(ptr + columns[:, None] * stride + t[None, :], tl.trans(half),
+             mask=(columns < filled)[:, None] & (t[None, :] > columns[:, None]))
 
 
 @triton.jit

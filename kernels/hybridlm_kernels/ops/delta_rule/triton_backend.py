@@ -12,7 +12,6 @@ documents, C tokens per chunk, P chunks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,15 +30,11 @@ from hybridlm_kernels.ops.delta_rule.triton_solve import BLOCK as SOLVE_BLOCK
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
+from hybridlm_kernels.recurrence.triton_channel_pairs import merged_levels
 from hybridlm_kernels.recurrence.triton_chunk_tables import CHUNK_TOKENS, ChunkTables, get_chunk_tables
 from hybridlm_kernels.recurrence.triton_join import join_kernel
-from hybridlm_kernels.recurrence.triton_tiles import LEVELS, MAX_EXPONENT
 from hybridlm_kernels.triton_support import parallel_programs
 
-# Levels of the pairs that one product takes where decays are weak enough.
-CHECKED_LEVELS = 5
-# Fewer levels, known to be safe from the gate's bound, are not worth to do without the check.
-MIN_BOUNDED_LEVELS = 4
 # Up to so many tokens, and without gradients, the recurrence itself is faster than chunks.
 RECURRENT_MAX_TOKENS = 16
 # Segments per document: they are scanned twice, so two would gain nothing.
@@ -352,22 +347,6 @@ class _TritonDeltaRule(torch.autograd.Function):
         del decayed  # with a decay per channel: memory that the terms of pairs can take
         gradients = launches.gradients(results, sums, do, y, z, states, d_states, ctx.needs_input_grad)
         return *gradients, None if inputs.state is None or d_first is None else d_first.to(inputs.state.dtype), None
-
-
-def merged_levels(gate: Gate | None, dtype: torch.dtype) -> tuple[int, bool]:
-    """Levels of pairs of a chunk that one product takes (`triton_chunk._channel_scores`), and whether to check that.
-
-    Where the gate's bound keeps every exponent within MAX_EXPONENT, whatever the gate's input, no check is needed. fp16
-    has no room for such exponents, and float32 would lose digits by them.
-    """
-    if dtype != torch.bfloat16:
-        return 0, False
-    if gate is not None and gate.kind == "lower_bounded":
-        tokens = 2 * MAX_EXPONENT.value / (-gate.lower_bound * math.log2(math.e))  # in a block
-        levels = min(int(LEVELS.value), math.floor(math.log2(tokens))) if tokens >= 1 else 0
-        if levels >= MIN_BOUNDED_LEVELS:
-            return levels, False
-    return CHECKED_LEVELS, True
 
 
 def _padded(dim: int) -> int:

@@ -4,8 +4,7 @@ With a_t = e^g_t, B = diag(beta), and q, k scaled and normalized:
     A_ij = q_i . (a_{j+1} ... a_i) k_j   for i >= j
     L_ij = k_i . (a_{j+1} ... a_i) k_j   for i > j
     X    = L (I + B L)^-1                by `triton_solve.py`
-With a decay per channel, pairs of tokens i > j of a chunk are taken by levels (`triton_tiles.py`), so no exponent is
-positive, whatever the gate.
+With a decay per channel, pairs of tokens i > j of a chunk meet as in `recurrence/triton_channel_pairs.py`.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K key head dim, C = 64 tokens per chunk, P chunks.
 """
@@ -16,24 +15,19 @@ import triton
 import triton.language as tl
 
 from hybridlm_kernels.ops.delta_rule.triton_solve import BLOCK, solve
+from hybridlm_kernels.recurrence.triton_channel_pairs import channel_scores
 from hybridlm_kernels.recurrence.triton_tiles import (
-    LEVELS,
     LOG2_E,
-    MAX_EXPONENT,
     MIN_LOG2_TOKEN_DECAY,
     C,
-    border_decay,
-    decay_from_start,
     gate_bias,
     gate_rate,
     gate_value,
     load_sums,
     load_tile,
     locate_chunk,
-    meets_border,
     sigmoid,
     store_tile,
-    times,
     token_decay_between,
     token_sums,
 )
@@ -90,42 +84,6 @@ def store_factors(q_ptr, k_ptr, beta_ptr, factors_ptr, tokens, inside, H, HV, sc
         tl.store(factors_ptr + ITSELF * tokens + i, same * q_norm * k_norm, mask=inside)
 
 
-@triton.jit
-def _channel_scores(q, k, sums, sums_ptr, stride, columns, K: tl.constexpr, filled, A, L, MERGED: tl.constexpr,
-                    CHECKED: tl.constexpr, EXACT: tl.constexpr):
-    """Add x_i . (a_{j+1} ... a_i) k_j of some channels for all pairs i > j, of x = q to A and of x = k to L.
-
-    Pairs within blocks of 2^MERGED tokens meet in one product: a_{j+1} ... a_i = 2^{E_i + c} 2^{-E_j - c}, with E the
-    sum of decays from the block's start and c = MAX_EXPONENT. That holds for the rows whose E is at least -2c in all
-    channels, which needs no look where gates are bounded (not CHECKED). Other rows take their pairs by levels, where no
-    exponent is positive. What a row takes depends on the tokens up to it alone.
-    """
-    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
-    t = tl.arange(0, C)
-    first_level = MERGED
-    by_levels = t < 0
-    if MERGED > 0:
-        E = decay_from_start(sums, sums_ptr, stride, columns, K, filled, MERGED)
-        keys = tl.trans(times(k, tl.exp2(-(E + MAX_EXPONENT))))
-        decay = tl.exp2(E + MAX_EXPONENT)
-        pairs = (t[:, None] > t[None, :]) & ((t[:, None] ^ t[None, :]) < (1 << MERGED))
-        if CHECKED:
-            by_levels = tl.min(E, axis=1) < -2 * MAX_EXPONENT
-            pairs &= (by_levels == 0)[:, None]
-            first_level = tl.where(tl.max(by_levels.to(tl.int32)) > 0, 0, MERGED)
-        A = tl.where(pairs, A + tl.dot(times(q, decay), keys, input_precision=PRECISION), A)
-        L = tl.where(pairs, L + tl.dot(times(k, decay), keys, input_precision=PRECISION), L)
-    for e in tl.range(first_level, LEVELS, num_stages=1, disable_licm=True):
-        to_border = border_decay(sums, sums_ptr, stride, columns, K, filled, 1 << e)
-        half = times(k, to_border)
-        meets = meets_border(1 << e)
-        if MERGED > 0 and CHECKED:
-            meets &= (by_levels | (e >= MERGED))[:, None]
-        A = tl.where(meets, A + tl.dot(times(q, to_border), tl.trans(half), input_precision=PRECISION), A)
-        L = tl.where(meets, L + tl.dot(half, tl.trans(half), input_precision=PRECISION), L)
-    return A, L
-
-
 CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
            for channels, warps, stages in ((64, 8, 1), (32, 4, 1), (64, 4, 1), (16, 4, 1))]
 
@@ -171,8 +129,7 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr,
         k = load_tile(k_ptr, i, H * K, columns, K, inside)
         if DECAY == "channel":
             sums = load_sums(sums_ptr, i, HV * K, columns, K, filled)
-            A, L = _channel_scores(q, k, sums, sums_ptr, HV * K, columns, K, filled, A, L, MERGED,
-                                   CHECKED, EXACT)
+            A, L = channel_scores(q, k, sums, sums_ptr, HV * K, columns, K, filled, A, L, True, MERGED, CHECKED, EXACT)
         else:
             A = tl.dot(q, tl.trans(k), A, input_precision=PRECISION)
             L = tl.dot(k, tl.trans(k), L, input_precision=PRECISION)

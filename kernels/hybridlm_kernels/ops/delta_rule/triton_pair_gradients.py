@@ -16,21 +16,14 @@ import triton
 import triton.language as tl
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import BETA, COARSE, FINE, KEY_NORM, NUM_FACTORS, QUERY_NORM
+from hybridlm_kernels.recurrence.triton_channel_pairs import channel_pair_gradients
 from hybridlm_kernels.recurrence.triton_tiles import (
-    LEVELS,
-    MAX_EXPONENT,
     C,
-    border_decay,
-    decay_from_start,
-    lies_between,
     load_sums,
     load_tile,
     locate_chunk,
-    meet,
-    second_half,
+    store_mirrored,
     store_tile,
-    sum_over,
-    times,
     token_decay_between,
 )
 from hybridlm_kernels.triton_support import tuned
@@ -55,17 +48,6 @@ def value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, stride, heads, ins
             d_beta *= beta * (1.0 - beta / beta_scale)
         tl.store(d_beta_ptr + rows * heads, d_beta.to(d_beta_ptr.dtype.element_ty), mask=inside)
     return same
-
-
-@triton.jit
-def _store_mirrored(ptr, stride, columns, filled, x):
-    """Store columns x [C, columns] of a chunk's scores, 0 on and above the diagonal, below it and mirrored above it."""
-    t = tl.arange(0, C)
-    half = x.to(ptr.dtype.element_ty)
-    tl.store(ptr + t[:, None] * stride + columns[None, :], half,
-             mask=(t < filled)[:, None] & (t[:, None] >= columns[None, :]))
-    tl.store(ptr + columns[:, None] * stride + t[None, :], tl.trans(half),
-             mask=(columns < filled)[:, None] & (t[None, :] > columns[:, None]))
 
 
 @triton.jit
@@ -102,10 +84,10 @@ def score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_
     MA *= query_norm[:, None] * (beta * key_norm)[None, :]
     ML *= -(beta * key_norm)[:, None] * (beta * key_norm)[None, :]
     if DECAY == "channel":
-        _store_mirrored(MA_ptr, HV * C, t, filled, MA)
+        store_mirrored(MA_ptr, HV * C, t, filled, MA)
     else:
         store_tile(MA_ptr, t, HV * C, t, C, inside, MA)
-    _store_mirrored(ML_ptr, HV * C, t, filled, ML)
+    store_mirrored(ML_ptr, HV * C, t, filled, ML)
     if DECAY == "scalar":
         keys = tl.zeros([C, C], tl.float32)
         for k0 in range(0, K, BK):
@@ -115,53 +97,6 @@ def score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_
         from_rows = tl.sum(tl.where(i >= j, tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
         dg += from_rows - tl.sum(tl.where(j >= i, tl.sum(pairs, axis=0)[None, :], 0.0), axis=1)
     return dg
-
-
-@triton.jit
-def _channel_pairs(q, k, sums, sums_ptr, sums_stride, columns, K: tl.constexpr, MA_ptr, ML_ptr, stride, filled,
-                   MERGED: tl.constexpr, EXACT: tl.constexpr):
-    """The terms of dq, dk and dg [C, channels] from pairs of tokens, given the mirrored gradients of the scores.
-
-    Pairs meet as in `triton_chunk._channel_scores`, but for all rows alike. A decay t is a factor of the pair (i, j)
-    when j < t <= i, so of pairs that meet at a border it gets those on its own side with the farther end behind it.
-    Where pairs meet in one product, it gets the pairs with the later end behind it less those with the earlier end
-    behind it, too. Both are products of the same rounded numbers: what one pair adds and takes away cancels.
-    """
-    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
-    t = tl.arange(0, C)
-    inside, i, j = t < filled, t[:, None], t[None, :]
-    dq, dk = tl.zeros(sums.shape, tl.float32), tl.zeros(sums.shape, tl.float32)
-    dg = tl.zeros(sums.shape, tl.float32)
-    first_level = MERGED
-    if MERGED > 0:
-        E = decay_from_start(sums, sums_ptr, sums_stride, columns, K, filled, MERGED)
-        first_level = tl.where(tl.min(E) < -2 * MAX_EXPONENT, 0, MERGED)
-        if first_level == MERGED:
-            decay, inverse = tl.exp2(E + MAX_EXPONENT), tl.exp2(-(E + MAX_EXPONENT))
-            queries, keys, first_keys = times(q, decay), times(k, decay), times(k, inverse)
-            block = (i ^ j) < (1 << MERGED)
-            MA = load_tile(MA_ptr, t, stride, t, C, inside)
-            ML = load_tile(ML_ptr, t, stride, t, C, inside)
-            for_queries = tl.dot(tl.where(block & (i > j), MA, 0.0).to(q.dtype), first_keys, input_precision=PRECISION)
-            for_keys = tl.dot(tl.where(block & (i > j), ML, 0.0).to(q.dtype), first_keys, input_precision=PRECISION)
-            back = tl.dot(tl.where(block & (i < j), MA, 0.0).to(q.dtype), queries, input_precision=PRECISION)
-            back = tl.dot(tl.where(block & (i < j), ML, 0.0).to(q.dtype), keys, back, input_precision=PRECISION)
-            dq = for_queries * decay
-            dk = for_keys * decay + back * inverse
-            dg = sum_over(j >= i, queries * for_queries + keys * for_keys - first_keys * back, EXACT)
-    for e in tl.range(first_level, LEVELS, num_stages=1, disable_licm=True, loop_unroll_factor=1):
-        b = 1 << e
-        to_border = border_decay(sums, sums_ptr, sums_stride, columns, K, filled, b)
-        second = second_half(i, b)
-        partner, own_keys = times(tl.where(second, q, k), to_border), times(k, to_border)
-        MA_level = tl.where(meet(i, j, b), load_tile(MA_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
-        across = tl.dot(MA_level, partner, input_precision=PRECISION)
-        ML_level = tl.where(meet(i, j, b), load_tile(ML_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
-        own = tl.dot(ML_level, own_keys, input_precision=PRECISION)
-        dq += tl.where(second, across * to_border, 0.0)
-        dk += tl.where(second, own, own + across) * to_border
-        dg += sum_over(lies_between(j, i, b), partner * across + own_keys * own, EXACT)
-    return dq, dk, dg
 
 
 CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
@@ -207,8 +142,8 @@ def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_
         sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
         q = load_tile(q_ptr, t, H * K, channels, K, inside)
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
-        dq, dk, dg = _channel_pairs(q, k, sums, sums_ptr, HV * K, channels, K, MA_ptr, ML_ptr, HV * C, filled, MERGED,
-                                    EXACT)
+        dq, dk, dg = channel_pair_gradients(q, k, sums, sums_ptr, HV * K, channels, K, MA_ptr, ML_ptr, HV * C, filled,
+                                            True, MERGED, EXACT)
         store_tile(dq_pairs_ptr, t, HV * K, channels, K, inside, dq)
         store_tile(dk_pairs_ptr, t, HV * K, channels, K, inside, dk)
         if dg_pairs_ptr is not None:

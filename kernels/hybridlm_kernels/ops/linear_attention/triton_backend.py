@@ -24,15 +24,13 @@ from hybridlm_kernels.ops.linear_attention.triton_scan import gate_gradient_kern
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
+from hybridlm_kernels.recurrence.triton_channel_pairs import merged_levels
 from hybridlm_kernels.recurrence.triton_chunk_tables import CHUNK_TOKENS, get_chunk_tables
 from hybridlm_kernels.recurrence.triton_join import join_kernel
 from hybridlm_kernels.triton_support import parallel_programs
 
 # Up to so many tokens, and without gradients, the recurrence itself is faster than chunks.
 RECURRENT_MAX_TOKENS = 16
-# Channels that the kernels of a decay per channel take at a time: what fits their registers.
-CHUNK_KERNEL_CHANNELS = 32
-GRADIENTS_KERNEL_CHANNELS = 16
 # Segments per document from which two scans side by side are faster than one.
 MIN_SEGMENTS_PER_DOCUMENT = 2
 
@@ -72,7 +70,7 @@ class _TritonLinearAttention(torch.autograd.Function):
         inputs = _LinearAttentionInputs(q, k, v, g, A_log, dt_bias, state)
         launches = _LinearAttentionLaunches(inputs, scale, borders, gate)
         if launches.decay == "channel":
-            queries, writes, A, total = launches.chunk()
+            queries, writes, _, A, total = launches.chunk()
             o, last = launches.scan(queries, writes, v, state, A, total, final=final_state)
         else:
             A = launches.scores() if any(ctx.needs_input_grad[3:6]) else None
@@ -114,14 +112,15 @@ class _LinearAttentionLaunches:
             "g_ptr": x.g, "A_log_ptr": x.A_log, "bias_ptr": x.dt_bias, "gate_constant": float(constant),
             "GATE": "none" if gate is None else gate.kind}
         self.exact = self.dtype == torch.float32
+        self.merged, self.checked = merged_levels(gate, self.dtype) if self.decay == "channel" else (0, False)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A new tensor, by default in the dtype of the values."""
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
 
-    def wide(self, *shape: int) -> Tensor:
-        """A new tensor in float32."""
-        return self.empty(*shape, dtype=torch.float32)
+    def wide(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A new tensor in float32, or in another type of more than 16 bits."""
+        return self.empty(*shape, dtype=dtype)
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """The outputs and last states by the recurrence."""
@@ -134,17 +133,21 @@ class _LinearAttentionLaunches:
             **self.gate_arguments)
         return o, last
 
-    def chunk(self, scores: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Queries and writes [B, T, HV, K]; with `scores` also A [B, T, HV, C] and the decay of chunks [P, HV, K]."""
+    def chunk(self, scores: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Queries, writes and sums of log2 decays [B, T, HV, K].
+
+        With `scores` also A [B, T, HV, C] and the decay of chunks [P, HV, K].
+        """
         x, P = self.x, self.tables.num_chunks
         queries, writes = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(2))
+        sums = self.wide(self.B, self.T, self.HV, self.K, dtype=torch.float64 if self.exact else torch.float32)
         A = self.scores() if scores else None
         total = self.wide(P, self.HV, self.K) if scores else None
         chunk_kernel[(P, self.HV)](
-            q_ptr=x.q, k_ptr=x.k, chunks_ptr=self.tables.chunks, A_ptr=A, total_ptr=total, queries_ptr=queries,
-            writes_ptr=writes, scale=self.scale, H=self.H, HV=self.HV, K=self.K,
-            BK=min(CHUNK_KERNEL_CHANNELS, _padded(self.K)), SCORES=scores, EXACT=self.exact, **self.gate_arguments)
-        return queries, writes, A, total
+            q_ptr=x.q, k_ptr=x.k, chunks_ptr=self.tables.chunks, A_ptr=A, total_ptr=total, sums_ptr=sums,
+            queries_ptr=queries, writes_ptr=writes, scale=self.scale, H=self.H, HV=self.HV, K=self.K, SCORES=scores,
+            MERGED=self.merged, CHECKED=self.checked, EXACT=self.exact, **self.gate_arguments)
+        return queries, writes, sums, A, total
 
     def scores(self) -> Tensor:
         """A new tensor for the scores of pairs, [B, T, HV, C]."""
@@ -264,30 +267,20 @@ class _LinearAttentionLaunches:
                          needed: tuple[bool, ...]) -> list[Tensor | None]:
         """Gradients of q, k, v, g, A_log, dt_bias and state, with a decay per channel."""
         x, P = self.x, self.tables.num_chunks
-        queries, writes, _, _ = self.chunk(scores=False)
+        queries, writes, decays, _, _ = self.chunk(scores=False)
         states, d_states = (self.empty(P, self.HV, self.K, self.V) for _ in range(2))
         self.scan(writes, writes, x.v, x.state, A, total, output=False, states=states)
         dv, d_state = self.scan(writes, queries, do, d_last, A, total, reverse=True, states=d_states,
                                 final=needed[6])
         dq, dk = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(2))
-        channels = min(GRADIENTS_KERNEL_CHANNELS, _padded(self.K))
-        blocks = triton.cdiv(self.K, channels)
-        learns = any(needed[3:6])
-        dg = torch.empty_like(x.g) if learns else None  # type: ignore[arg-type]
-        sums = self.wide(self.tokens, self.HV, self.K) if learns else None
-        d_A_log = self.wide(P, self.HV, blocks) if needed[4] else None
+        dg = torch.empty_like(x.g) if any(needed[3:6]) else None  # type: ignore[arg-type]
+        d_A_log = self.wide(P, self.HV) if needed[4] else None
         d_bias = self.wide(P, self.HV, self.K) if needed[5] else None
-        for_queries = {"x_ptr": x.q, "y_ptr": x.k, "left_ptr": do, "right_ptr": x.v, "S_ptr": states,
-                       "other_S_ptr": d_states, "dx_ptr": dq, "KEYS": False}
-        for_keys = {"x_ptr": x.k, "y_ptr": x.q, "left_ptr": x.v, "right_ptr": do, "S_ptr": d_states,
-                    "other_S_ptr": states, "dx_ptr": dk, "KEYS": True}
-        for tensors in (for_queries, for_keys):
-            gradients_kernel[(P, self.HV * blocks)](
-                total_ptr=total, chunks_ptr=self.tables.chunks, sum_ptr=sums, dg_ptr=dg, d_A_log_ptr=d_A_log,
-                d_bias_ptr=d_bias, scale=self.scale, H=self.H, HV=self.HV, K=self.K, V=self.V, BK=channels,
-                BV=min(32, _padded(self.V)), EXACT=self.exact, **tensors, **self.gate_arguments)
-        if d_A_log is not None:
-            d_A_log = d_A_log.sum(2)
+        gradients_kernel[(P, self.HV)](
+            q_ptr=x.q, k_ptr=x.k, v_ptr=x.v, do_ptr=do, S_ptr=states, dS_ptr=d_states, total_ptr=total,
+            sums_ptr=decays, chunks_ptr=self.tables.chunks, scratch_ptr=self.scores(), dq_ptr=dq, dk_ptr=dk,
+            dg_ptr=dg, d_A_log_ptr=d_A_log, d_bias_ptr=d_bias, scale=self.scale, H=self.H, HV=self.HV, K=self.K,
+            V=self.V, MERGED=self.merged, EXACT=self.exact, **self.gate_arguments)
         return [self._sum_value_heads(dq), self._sum_value_heads(dk), dv, dg if needed[3] else None,
                 _sum_chunks(d_A_log, x.A_log), _sum_chunks(d_bias, x.dt_bias), self._d_state(d_state)]
 

@@ -14,6 +14,7 @@ from hybridlm_kernels.triton_support import CompileCase
 GATE = {"g_ptr": "*bf16", "A_log_ptr": "*fp32", "bias_ptr": "*fp32", "gate_constant": "fp32"}
 NO_GATE = {"g_ptr": "*fp32", "gate_constant": "fp32"}
 NO_GATE_CONSTANTS = {"A_log_ptr": None, "bias_ptr": None, "GATE": "none"}
+MERGED = {"MERGED": 5, "CHECKED": True}
 HEAD_DIMS = (32, 64, 128, 256)
 BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
 
@@ -45,20 +46,22 @@ def _scan(label: str, D: int, decay: str, **flags: bool) -> CompileCase:
     return CompileCase(f"scan {label} {decay} D={D}", scan_kernel, types, constants, head_dim=D)
 
 
-def _channel_chunks(D: int) -> CompileCase:
-    types = (_pointers(BF16, "q", "k", "A", "queries", "writes") | GATE | _pointers(FP32, "total")
+def _channel_chunks(D: int, scores: bool) -> CompileCase:
+    types = (_pointers(BF16, "q", "k", "A", "queries", "writes") | GATE | _pointers(FP32, "total", "sums")
              | _pointers(INT64, "chunks") | {"scale": "fp32", "H": "i32", "HV": "i32"})
-    constants = {"K": D, "BK": 32, "GATE": "softplus", "SCORES": True, "EXACT": False}
-    return CompileCase(f"chunks D={D}", chunk_kernel, types, constants, head_dim=D)
+    constants = {"K": D, "GATE": "softplus", "SCORES": scores, "EXACT": False} | MERGED
+    if not scores:
+        constants |= {"A_ptr": None, "total_ptr": None}
+        types = {name: kind for name, kind in types.items() if name not in constants}
+    return CompileCase(f"chunks{'' if scores else ' again'} D={D}", chunk_kernel, types, constants, head_dim=D)
 
 
-def _channel_gradients(D: int, keys: bool) -> CompileCase:
-    types = (_pointers(BF16, "x", "y", "left", "right", "S", "other_S", "dx", "dg") | GATE
-             | _pointers(FP32, "total", "sum", "d_A_log", "d_bias") | _pointers(INT64, "chunks")
+def _channel_gradients(D: int) -> CompileCase:
+    types = (_pointers(BF16, "q", "k", "v", "do", "S", "dS", "scratch", "dq", "dk", "dg") | GATE
+             | _pointers(FP32, "total", "sums", "d_A_log", "d_bias") | _pointers(INT64, "chunks")
              | {"scale": "fp32", "H": "i32", "HV": "i32"})
-    constants = {"K": D, "V": D, "BK": 16, "BV": 32, "GATE": "softplus", "KEYS": keys, "EXACT": False}
-    label = f"gradients, {'keys' if keys else 'queries'} D={D}"
-    return CompileCase(label, gradients_kernel, types, constants, head_dim=D)
+    constants = {"K": D, "V": D, "GATE": "softplus", "MERGED": MERGED["MERGED"], "EXACT": False}
+    return CompileCase(f"gradients D={D}", gradients_kernel, types, constants, head_dim=D)
 
 
 def _pairs(D: int) -> CompileCase:
@@ -92,9 +95,9 @@ def _cases() -> Iterator[CompileCase]:
         yield _scan("dq, states, dots", D, "scalar", STATES=True, DOTS=True)
         yield _scan("dk, dots", D, "scalar", REVERSE=True, DOTS=True)
         yield _pairs(D)
-        yield _channel_chunks(D)
-        yield _channel_gradients(D, keys=False)
-        yield _channel_gradients(D, keys=True)
+        yield _channel_chunks(D, scores=True)
+        yield _channel_chunks(D, scores=False)
+        yield _channel_gradients(D)
         yield join_compile_case(D, "channel")
         yield _decode(D)
     yield _gate_gradient()

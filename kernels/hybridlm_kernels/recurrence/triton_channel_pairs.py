@@ -1,0 +1,148 @@
+"""Pairs of tokens of a chunk under a decay per channel: their scores, and the gradients of the scores' operands.
+
+Pairs meet by levels (`triton_tiles.py`), where no exponent is positive. Those within blocks of 2^MERGED tokens meet in
+one product instead where decays are weak enough:
+    a_{j+1} ... a_i = 2^{E_i + c} 2^{-E_j - c},  E = sum of log2 decays from the block's start,  c = MAX_EXPONENT
+as long as E is at least -2c.
+
+Legend: C = 64 tokens per chunk, K key head dim, i, j, t tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from hybridlm_kernels.recurrence.gates import Gate
+from hybridlm_kernels.recurrence.triton_tiles import (
+    LEVELS,
+    MAX_EXPONENT,
+    C,
+    border_decay,
+    decay_from_start,
+    lies_between,
+    load_tile,
+    meet,
+    meets_border,
+    second_half,
+    sum_over,
+    times,
+)
+
+# Levels of the pairs that one product takes where decays are weak enough.
+CHECKED_LEVELS = 5
+# Fewer levels, known to be safe from the gate's bound, are not worth to do without the check.
+MIN_BOUNDED_LEVELS = 4
+
+
+def merged_levels(gate: Gate | None, dtype: torch.dtype) -> tuple[int, bool]:
+    """Levels of pairs of a chunk that one product takes, MERGED, and whether kernels check that they may, CHECKED.
+
+    Where the gate's bound keeps every exponent within MAX_EXPONENT, whatever the gate's input, no check is needed. fp16
+    has no room for such exponents, and float32 would lose digits by them.
+    """
+    if dtype != torch.bfloat16:
+        return 0, False
+    if gate is not None and gate.kind == "lower_bounded":
+        tokens = 2 * MAX_EXPONENT.value / (-gate.lower_bound * math.log2(math.e))  # in a block
+        levels = min(int(LEVELS.value), math.floor(math.log2(tokens))) if tokens >= 1 else 0
+        if levels >= MIN_BOUNDED_LEVELS:
+            return levels, False
+    return CHECKED_LEVELS, True
+
+
+@triton.jit
+def channel_scores(q, k, sums, sums_ptr, stride, columns, K: tl.constexpr, filled, A, L, ERASE: tl.constexpr,
+                   MERGED: tl.constexpr, CHECKED: tl.constexpr, EXACT: tl.constexpr):
+    """Add x_i . (a_{j+1} ... a_i) k_j of some channels for all pairs i > j, of x = q to A and with ERASE of x = k to L.
+
+    A row takes its pairs in one product where E is at least -2c in all channels, which needs no look where gates are
+    bounded (not CHECKED), else by levels. What a row takes depends on the tokens up to it alone.
+    """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    t = tl.arange(0, C)
+    first_level = MERGED
+    by_levels = t < 0
+    if MERGED > 0:
+        E = decay_from_start(sums, sums_ptr, stride, columns, K, filled, MERGED)
+        keys = tl.trans(times(k, tl.exp2(-(E + MAX_EXPONENT))))
+        decay = tl.exp2(E + MAX_EXPONENT)
+        pairs = (t[:, None] > t[None, :]) & ((t[:, None] ^ t[None, :]) < (1 << MERGED))
+        if CHECKED:
+            by_levels = tl.min(E, axis=1) < -2 * MAX_EXPONENT
+            pairs &= (by_levels == 0)[:, None]
+            first_level = tl.where(tl.max(by_levels.to(tl.int32)) > 0, 0, MERGED)
+        A = tl.where(pairs, A + tl.dot(times(q, decay), keys, input_precision=PRECISION), A)
+        if ERASE:
+            L = tl.where(pairs, L + tl.dot(times(k, decay), keys, input_precision=PRECISION), L)
+    for e in tl.range(first_level, LEVELS, num_stages=1, disable_licm=True):
+        to_border = border_decay(sums, sums_ptr, stride, columns, K, filled, 1 << e)
+        half = times(k, to_border)
+        meets = meets_border(1 << e)
+        if MERGED > 0 and CHECKED:
+            meets &= (by_levels | (e >= MERGED))[:, None]
+        A = tl.where(meets, A + tl.dot(times(q, to_border), tl.trans(half), input_precision=PRECISION), A)
+        if ERASE:
+            L = tl.where(meets, L + tl.dot(half, tl.trans(half), input_precision=PRECISION), L)
+    return A, L
+
+
+@triton.jit
+def channel_pair_gradients(q, k, sums, sums_ptr, sums_stride, columns, K: tl.constexpr, MA_ptr, ML_ptr, stride, filled,
+                           ERASE: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
+    """The terms of dq, dk and dg [C, channels] from pairs of tokens, given the mirrored gradients of the scores.
+
+    Pairs meet as in `channel_scores`, but for all rows alike. A decay t is a factor of the pair (i, j) when j < t <= i,
+    so of pairs that meet at a border it gets those on its own side with the farther end behind it. Where pairs meet in
+    one product, it gets the pairs with the later end behind it less those with the earlier end behind it, too. Both are
+    products of the same rounded numbers: what one pair adds and takes away cancels.
+    """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    t = tl.arange(0, C)
+    inside, i, j = t < filled, t[:, None], t[None, :]
+    dq, dk = tl.zeros(sums.shape, tl.float32), tl.zeros(sums.shape, tl.float32)
+    dg = tl.zeros(sums.shape, tl.float32)
+    first_level = MERGED
+    if MERGED > 0:
+        E = decay_from_start(sums, sums_ptr, sums_stride, columns, K, filled, MERGED)
+        first_level = tl.where(tl.min(E) < -2 * MAX_EXPONENT, 0, MERGED)
+        if first_level == MERGED:
+            decay, inverse = tl.exp2(E + MAX_EXPONENT), tl.exp2(-(E + MAX_EXPONENT))
+            queries, first_keys = times(q, decay), times(k, inverse)
+            block = (i ^ j) < (1 << MERGED)
+            MA = load_tile(MA_ptr, t, stride, t, C, inside)
+            for_queries = tl.dot(tl.where(block & (i > j), MA, 0.0).to(q.dtype), first_keys, input_precision=PRECISION)
+            back = tl.dot(tl.where(block & (i < j), MA, 0.0).to(q.dtype), queries, input_precision=PRECISION)
+            dq = for_queries * decay
+            changes = queries * for_queries
+            if ERASE:
+                keys = times(k, decay)
+                ML = load_tile(ML_ptr, t, stride, t, C, inside)
+                for_keys = tl.dot(tl.where(block & (i > j), ML, 0.0).to(q.dtype), first_keys, input_precision=PRECISION)
+                back = tl.dot(tl.where(block & (i < j), ML, 0.0).to(q.dtype), keys, back, input_precision=PRECISION)
+                dk = for_keys * decay
+                changes += keys * for_keys
+            dk += back * inverse
+            dg = sum_over(j >= i, changes - first_keys * back, EXACT)
+    for e in tl.range(first_level, LEVELS, num_stages=1, disable_licm=True, loop_unroll_factor=1):
+        b = 1 << e
+        to_border = border_decay(sums, sums_ptr, sums_stride, columns, K, filled, b)
+        second = second_half(i, b)
+        partner = times(tl.where(second, q, k), to_border)
+        MA_level = tl.where(meet(i, j, b), load_tile(MA_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
+        across = tl.dot(MA_level, partner, input_precision=PRECISION)
+        dq += tl.where(second, across * to_border, 0.0)
+        for_keys = tl.where(second, 0.0, across)
+        changes = partner * across
+        if ERASE:
+            own_keys = times(k, to_border)
+            ML_level = tl.where(meet(i, j, b), load_tile(ML_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
+            own = tl.dot(ML_level, own_keys, input_precision=PRECISION)
+            for_keys += own
+            changes += own_keys * own
+        dk += for_keys * to_border
+        dg += sum_over(lies_between(j, i, b), changes, EXACT)
+    return dq, dk, dg
