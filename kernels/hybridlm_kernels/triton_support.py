@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,30 +101,54 @@ def untuned() -> Iterator[None]:
             del os.environ["HYBRIDLM_TUNE"]
 
 
-def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
+def tuned(configs: Sequence[Any], key: Sequence[str], few: Any = None) -> Callable[[Any], Any]:
     """Decorator above `@triton.jit` that times and keeps the fastest of `configs` for each value of `key`.
 
-    The first configuration is the default: the interpreter, the compile check and HYBRIDLM_TUNE=0 use it, and it must
-    be safe at every shape the backend accepts. Of the others those are timed that `worth_timing` keeps on the device at
-    hand. Choices are kept on disk in Triton's cache. `key` names arguments that are sizes of heads and flags, never a
-    number of tokens: packed batches would tune again and again in the middle of a run.
+    The first configuration is the default: the interpreter and the compile check use it, and HYBRIDLM_TUNE=0 does unless
+    it spills or cannot be launched at these sizes: then the next one that can (`first_usable`). Of the others those are
+    timed that `worth_timing` keeps on the device at hand. Choices are kept on disk in Triton's cache.
+
+    Args:
+        configs: of triton, the default one first.
+        key: names of arguments that are sizes of heads and flags, never a number of tokens: packed batches would tune
+            again and again in the middle of a run. How many programs a launch has it may know as `full` (`fill_device`).
+        few: the configuration that HYBRIDLM_TUNE=0 takes in place of the first where `full` is 0.
     """
     import triton
 
-    if INTERPRETED or os.environ.get("HYBRIDLM_TUNE") == "0":
+    if INTERPRETED:
         return triton.autotune(list(configs[:1]), list(key))
+    timed = os.environ.get("HYBRIDLM_TUNE") != "0"
 
     def decorate(kernel: Any) -> Any:
         def prune(configs: list[Any], arguments: Mapping[str, Any], **constants: Any) -> list[Any]:
             constants.pop("warmup", None)
+            if not timed and few is not None and constants.get("full") == 0:
+                configs = [few, *configs]
             calls = [constants | config.all_kwargs() for config in configs]
+            spilled = (_spilled(kernel, arguments, call) for call in calls)
+            if not timed:
+                return [first_usable(configs, spilled)]
             _build(kernel, arguments, calls)
-            return worth_timing(configs, [_spilled(kernel, arguments, call) for call in calls])
+            return worth_timing(configs, list(spilled))
 
         return triton.autotune(list(configs), list(key), prune_configs_by={"early_config_prune": prune},
-                               cache_results=True)(kernel)
+                               cache_results=timed)(kernel)
 
     return decorate
+
+
+def first_usable(configs: Sequence[Any], spilled: Iterable[int | None]) -> Any:
+    """The first configuration that spills no registers, else the first of those that `worth_timing` keeps.
+
+    `spilled`, as there, is read no further than needed: each entry builds a kernel.
+    """
+    found = []
+    for config, amount in zip(configs, spilled, strict=True):
+        if amount == 0:
+            return config
+        found.append(amount)
+    return worth_timing(configs, found)[0]
 
 
 def worth_timing(configs: Sequence[Any], spilled: Sequence[int | None]) -> list[Any]:
@@ -190,12 +214,23 @@ def programs(device: torch.device) -> int:
     return 2 if INTERPRETED else 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def fill_device(programs: int, device: torch.device) -> int:
+    """1 where so many programs occupy at least three of four multiprocessors, else 0; 1 where there is no device.
+
+    Tuned kernels take it as `full`, a part of their key: the fastest configuration of a few programs is one of low
+    latency, that of many asks for little from the caches.
+    """
+    if device.type != "cuda":
+        return 1
+    return int(4 * programs >= 3 * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def parallel_programs(device: torch.device, kernel: Any, dtypes: Mapping[str, torch.dtype],
                       constants: Mapping[str, Any]) -> int:
     """Number of programs of a kernel that the device runs side by side; 0 where there is no device.
 
-    The kernel is built in its first configuration, so that the number does not depend on what tuning finds. Where that
-    cannot be launched, a multiprocessor is taken to hold one program.
+    The kernel is built in its first configuration with these constants, so that the number does not depend on what tuning
+    finds. Where that cannot be launched, a multiprocessor is taken to hold one program.
 
     Args:
         device: where it will run.
@@ -225,7 +260,9 @@ _parallel_programs: dict[Any, int] = {}
 
 def _build_first_configuration(kernel: Any, dtypes: Mapping[str, torch.dtype], constants: Mapping[str, Any]) -> Any:
     """The kernel in its first configuration, built for the current device and loaded, or None; arguments as above."""
-    first = kernel.configs[0].all_kwargs() if hasattr(kernel, "configs") else {}
+    configs = [config.all_kwargs() for config in getattr(kernel, "configs", ())] or [{}]
+    first = next((config for config in configs
+                  if all(constants.get(name, value) == value for name, value in config.items())), configs[0])
     plain = kernel.fn if hasattr(kernel, "configs") else kernel
     given = {**dtypes, **constants}
     numbers = {name: ORDINARY_NUMBER for name in plain.arg_names if name.isidentifier() and not name.endswith("_ptr")}

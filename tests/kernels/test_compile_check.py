@@ -56,10 +56,8 @@ class Driver:
         return None, 0, 32, spilled, 1024
 
 
-@pytest.mark.parametrize(("spilled", "kept"), [({1: 0, 2: 0, 4: 4, 8: None}, [1, 2]),
-                                               ({1: 4, 2: 2, 4: None, 8: "broken"}, [1, 2]),
-                                               ({1: None, 2: "broken"}, [1, 2])])
-def test_the_tuner_builds_each_configuration_and_prunes(spilled, kept, monkeypatch):
+def tuner_of(driver, spilled, monkeypatch):
+    """The tuner of a kernel with a configuration for each number of warps in `spilled`, as `driver` reports on them."""
     import triton
     import triton.language as tl
 
@@ -68,16 +66,63 @@ def test_the_tuner_builds_each_configuration_and_prunes(spilled, kept, monkeypat
         tl.static_assert(BLOCK > 0)
         tl.store(x_ptr + tl.arange(0, BLOCK), N * WIDTH)
 
-    driver = Driver(spilled)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver, raising=False)
     configs = [triton.Config({"BLOCK": 0 if amount == "broken" else 16}, num_warps=warps)
                for warps, amount in spilled.items()]
     tuner = tuned(configs, ["N"])(kernel)
     tuner.nargs = {"x_ptr": torch.zeros(64, dtype=torch.int32), "N": 5}
+    return tuner
+
+
+@pytest.mark.parametrize(("spilled", "kept"), [({1: 0, 2: 0, 4: 4, 8: None}, [1, 2]),
+                                               ({1: 4, 2: 2, 4: None, 8: "broken"}, [1, 2]),
+                                               ({1: None, 2: "broken"}, [1, 2])])
+def test_the_tuner_builds_each_configuration_and_prunes(spilled, kept, monkeypatch):
+    driver = Driver(spilled)
+    tuner = tuner_of(driver, spilled, monkeypatch)
     found = tuner.prune_configs({"WIDTH": 3, "grid": (1,), "warmup": False})
     assert [config.num_warps for config in found] == kept
     assert driver.loaded == [warps for warps, amount in spilled.items() if amount != "broken"]
     assert tuner.cache_results  # on disk
+
+
+@pytest.mark.parametrize(("spilled", "chosen", "built"), [
+    ({1: 0, 2: 0}, 1, [1]),
+    ({1: None, 2: 8, 4: 0, 8: 0}, 4, [1, 2, 4]),
+    ({1: "broken", 2: None, 4: 8}, 4, [2, 4]),
+    ({1: None, 2: None}, 1, [1, 2])])
+def test_without_tuning_the_first_that_can_be_used_is_taken(spilled, chosen, built, monkeypatch):
+    """The first configuration may spill, or need too much shared memory, at sizes of heads for which others do not."""
+    monkeypatch.setenv("HYBRIDLM_TUNE", "0")
+    driver = Driver(spilled)
+    tuner = tuner_of(driver, spilled, monkeypatch)
+    assert [config.num_warps for config in tuner.prune_configs({"WIDTH": 3, "grid": (1,)})] == [chosen]
+    assert driver.loaded == built
+    assert not tuner.cache_results  # for tuned runs to find
+
+
+@pytest.mark.parametrize(("full", "chosen"), [(1, 1), (0, 2)])
+def test_without_tuning_few_programs_have_a_configuration_of_their_own(full, chosen, monkeypatch):
+    import triton
+
+    @triton.jit(do_not_specialize=["full"])
+    def kernel(x_ptr, full, BLOCK: triton.language.constexpr):
+        triton.language.store(x_ptr, BLOCK)
+
+    monkeypatch.setenv("HYBRIDLM_TUNE", "0")
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver({1: 0, 2: 0}), raising=False)
+    configs = [triton.Config({"BLOCK": 16}, num_warps=warps) for warps in (1, 2)]
+    tuner = tuned(configs, ["full"], few=configs[1])(kernel)
+    tuner.nargs = {"x_ptr": torch.zeros(1, dtype=torch.int32)}
+    assert [config.num_warps for config in tuner.prune_configs({"full": full, "grid": (1,)})] == [chosen]
+
+
+@pytest.mark.parametrize(("programs", "full"), [(98, 0), (99, 1), (1000, 1)])
+def test_a_device_is_full_where_three_in_four_multiprocessors_are_busy(programs, full, monkeypatch):
+    about = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    assert triton_support.fill_device(programs, torch.device("cuda", 0)) == full
+    assert triton_support.fill_device(programs, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize(("shared_kib", "spilled", "parallel"), [(64, 0, 160), (3, 0, 30), (64, None, 10)])
@@ -96,8 +141,9 @@ def test_programs_side_by_side_follow_from_the_built_kernel(shared_kib, spilled,
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver({4: spilled}), raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
-    tuner = tuned([triton.Config({"BLOCK": block}, num_warps=4) for block in (16, 32)], ["N"])(kernel)
-    arguments = (torch.device("cuda", 0), tuner, {"x_ptr": torch.int32}, {"WIDTH": 3})
+    configs = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in ((16, 8), (32, 4))]
+    tuner = tuned(configs, ["N"])(kernel)
+    arguments = (torch.device("cuda", 0), tuner, {"x_ptr": torch.int32}, {"WIDTH": 3, "BLOCK": 32})
     assert triton_support.parallel_programs(*arguments) == parallel
     assert triton_support.parallel_programs(torch.device("cpu"), *arguments[1:]) == 0
 
@@ -115,18 +161,17 @@ def test_checks_tune_nothing_unless_told_to(said, monkeypatch):
         monkeypatch.setenv("HYBRIDLM_TUNE", said)
     configs = [triton.Config({"BLOCK": block}) for block in (16, 32)]
     with triton_support.untuned():
-        assert tuned(configs, ["N"])(kernel).configs == configs[:2 if said else 1]
-    assert tuned(configs, ["N"])(kernel).configs == configs
-    monkeypatch.setenv("HYBRIDLM_TUNE", "0")
-    assert tuned(configs, ["N"])(kernel).configs == configs[:1]
+        assert tuned(configs, ["N"])(kernel).cache_results == bool(said)  # of times
+    assert tuned(configs, ["N"])(kernel).cache_results
 
 
 def test_no_number_of_tokens_chooses_a_configuration():
-    """Keys are constants of the code or numbers of heads; other integers come from the batch at hand."""
+    """Keys are constants of the code, numbers of heads, or whether the device is full; other integers come from the
+    batch at hand."""
     kernels = {case.kernel for _, case in compile_cases(head_dims=None) if hasattr(case.kernel, "keys")}
     assert len(kernels) > 10
     of_batch = {(kernel, key) for kernel in kernels for key in kernel.keys
-                if key not in ("H", "HV", "G", "J") and not _is_constant(kernel, key)}
+                if key not in ("H", "HV", "G", "J", "full") and not _is_constant(kernel, key)}
     assert not of_batch
 
 

@@ -33,7 +33,7 @@ from hybridlm_kernels.recurrence.gates import Gate, parameters_of
 from hybridlm_kernels.recurrence.triton_channel_pairs import merged_levels
 from hybridlm_kernels.recurrence.triton_chunk_tables import CHUNK_TOKENS, ChunkTables, get_chunk_tables
 from hybridlm_kernels.recurrence.triton_join import join_kernel
-from hybridlm_kernels.triton_support import parallel_programs
+from hybridlm_kernels.triton_support import fill_device, parallel_programs
 
 # Up to so many tokens, and without gradients, the recurrence itself is faster than chunks.
 RECURRENT_MAX_TOKENS = 16
@@ -41,6 +41,8 @@ RECURRENT_MAX_TOKENS = 16
 MIN_SEGMENTS_PER_DOCUMENT = 3
 # Columns of the values per program of a scan, for counting programs before a scan is tuned.
 SCAN_VALUE_COLUMNS = 32
+# Columns per program where there are many programs: fewer requests for the keys and scores that they share.
+FULL_VALUE_COLUMNS = 64
 
 
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
@@ -114,6 +116,7 @@ class _DeltaRuleLaunches:
             MIN_SEGMENTS_PER_DOCUMENT)
         self.in_segments = chunks < self.tables.max_chunks
         self.segments, self.segments_of_documents = self.tables.segments(chunks)
+        self.full = fill_device(len(self.segments) * self.HV * self._blocks_of_values(FULL_VALUE_COLUMNS), self.device)
         gate = options.gate
         self.flags = {
             "DECAY": self.decay, "GATE": "none" if gate is None else gate.kind, "L2NORM": options.qk_l2norm,
@@ -216,7 +219,8 @@ class _DeltaRuleLaunches:
         return self.sizes | {
             "q_ptr": queries, "k_ptr": keys, "w_ptr": writes, "A_ptr": results.A, "X_ptr": results.X,
             "factors_ptr": results.factors, "total_ptr": results.total, "segments_ptr": self.segments, "K": self.K,
-            "V": self.V, "BK": _padded(self.K), "CHANNEL": self.decay == "channel", "EXACT": self.flags["EXACT"]}
+            "V": self.V, "BK": _padded(self.K), "CHANNEL": self.decay == "channel", "EXACT": self.flags["EXACT"],
+            "full": self.full}
 
     def scan(self, results: _ForwardResults, decayed: tuple[Tensor, ...], mode: str, start: Tensor | None, *,
              o: Tensor | None = None, last: Tensor | None = None, transitions: Tensor | None = None,

@@ -22,7 +22,7 @@ FP32_TENSORS = "itself blocks sums A_log bias factors total state last transitio
 TYPES = ({f"{name}_ptr": "*bf16" for name in BF16_TENSORS.split()}
          | {f"{name}_ptr": "*fp32" for name in FP32_TENSORS.split()}
          | dict.fromkeys(("chunks_ptr", "documents_ptr", "segments_ptr"), "*i64")
-         | dict.fromkeys(("tokens", "H", "HV"), "i32")
+         | dict.fromkeys(("tokens", "full", "H", "HV"), "i32")
          | dict.fromkeys(("scale", "inverse_scale", "gate_constant", "beta_scale"), "fp32"))
 
 

@@ -24,7 +24,7 @@ from hybridlm_kernels.recurrence.triton_tiles import C, load_tile, store_tile
 from hybridlm_kernels.triton_support import tuned
 
 CONFIGS = [triton.Config({"BV": values}, num_warps=warps, num_stages=stages)
-           for values, warps, stages in ((16, 4, 2), (16, 8, 1), (32, 4, 1), (32, 4, 2), (64, 8, 2))]
+           for values, warps, stages in ((64, 8, 2), (32, 4, 2), (16, 4, 2), (16, 8, 1), (32, 4, 1))]
 
 
 @triton.jit
@@ -77,17 +77,18 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, key_stride, v_ptr, A_ptr, X_ptr, factors_p
         return tl.dot(tl.trans(k), written.to(k.dtype), S, input_precision=PRECISION)
 
 
-@tuned(CONFIGS, ["K", "V", "CHANNEL", "MODE", "EXACT"])
-@triton.jit(do_not_specialize=["tokens"])
+@tuned(CONFIGS, ["K", "V", "CHANNEL", "MODE", "EXACT", "full"], few=CONFIGS[1])
+@triton.jit(do_not_specialize=["tokens", "full"])
 def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, state_ptr, segments_ptr, o_ptr,
-                last_ptr, transitions_ptr, states_ptr, y_ptr, tokens, H, HV, K: tl.constexpr, V: tl.constexpr,
-                BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
+                last_ptr, transitions_ptr, states_ptr, y_ptr, tokens, full, H, HV, K: tl.constexpr,
+                V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
     """Scan segments from the states before them [U, HV, K, V], zero for None.
 
     MODE "outputs" writes o [tokens, HV, V] and, unless None, the last states [U, HV, K, V].
     MODE "states", for the backward pass, writes the states before every chunk [P, HV, K, V] and Y [tokens, HV, V].
     MODE "segments", from a state of zero, writes the last states [U, HV, K, V] and the products of the transitions
     [U, HV, K, K], whose columns are those of a state that starts from the identity and has no values.
+    `full`, which only tuning reads, is 1 where programs of 64 columns fill the device.
     """
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     BLOCKS: tl.constexpr = V_BLOCKS + (K + BV - 1) // BV if MODE == "segments" else V_BLOCKS
@@ -122,11 +123,11 @@ def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr
         store_tile(transitions_ptr + (segment * HV + head) * K * K, channels, K, columns, K, real, S)
 
 
-@tuned(CONFIGS, ["K", "V", "CHANNEL", "FIRST_STATES_ONLY", "EXACT"])
-@triton.jit(do_not_specialize=["tokens"])
+@tuned(CONFIGS, ["K", "V", "CHANNEL", "FIRST_STATES_ONLY", "EXACT", "full"], few=CONFIGS[1])
+@triton.jit(do_not_specialize=["tokens", "full"])
 def scan_back_kernel(q_ptr, k_ptr, w_ptr, do_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, d_last_ptr, segments_ptr,
-                     d_states_ptr, z_ptr, d_state_ptr, tokens, H, HV, K: tl.constexpr, V: tl.constexpr,
-                     BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, FIRST_STATES_ONLY: tl.constexpr,
+                     d_states_ptr, z_ptr, d_state_ptr, tokens, full, H, HV, K: tl.constexpr,
+                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, FIRST_STATES_ONLY: tl.constexpr,
                      EXACT: tl.constexpr):
     """Write the gradients of the states after every chunk [P, HV, K, V], Z [tokens, HV, V] and, unless None, the
     gradients of the states before segments [U, HV, K, V].
