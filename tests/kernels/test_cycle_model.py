@@ -119,6 +119,16 @@ def test_a_full_multiprocessor_is_bound_by_what_is_longest():
     assert cycles(ProgramCost(1000.0, 10, 900.0, 0)) == 900  # tensor cores
 
 
+def test_a_launch_takes_as_long_as_what_it_requests():
+    lines = code(("LDGSTS.E.BYPASS.128 [R1], [R2.64]",), ("LDG.E R4, [R2.64]",), ("STG.E.64 [R2.64], R4",),
+                 ("@P3 STG.E.U16 [R2.64], R4",), ("PLOP3.LUT P1, PT, PT, PT, PT, 0x40, 0x0",),
+                 ("@P1 LDG.E.128 R4, [R2.64]",), ("EXIT",))
+    program = simulate(lines)
+    assert program.requested == 32 * (16 + 0 + 8 + 2)  # not the numbers that threads share, nor what never runs
+    many = KernelCost(128, 0, 0, 4, 100, (program,)).seconds((10**6,))
+    assert many == pytest.approx(H200.launch_seconds + 1e6 * 4 * program.requested / H200.l2_bytes_per_second)
+
+
 def row(name, microseconds, spilled=0):
     return Row("KDA", "forward", "chunk_kernel", name, 200, spilled, 0, 2, 100, 10.0, microseconds, 640.0)
 
