@@ -104,14 +104,14 @@ def untuned() -> Iterator[None]:
 def tuned(configs: Sequence[Any], key: Sequence[str], few: Any = None) -> Callable[[Any], Any]:
     """Decorator above `@triton.jit` that times and keeps the fastest of `configs` for each value of `key`.
 
-    The first configuration is the default: the interpreter and the compile check use it, and HYBRIDLM_TUNE=0 does unless
-    it spills or cannot be launched at these sizes: then the next one that can (`first_usable`). Of the others those are
-    timed that `worth_timing` keeps on the device at hand. Choices are kept on disk in Triton's cache.
+    The first configuration is the default: the interpreter and the compile check use it, and HYBRIDLM_TUNE=0 does
+    unless it spills or cannot be launched at these sizes: then the next one that can (`first_usable`). Of the others
+    those are timed that `worth_timing` keeps on the device at hand. Choices are kept on disk in Triton's cache.
 
     Args:
         configs: of triton, the default one first.
         key: names of arguments that are sizes of heads and flags, never a number of tokens: packed batches would tune
-            again and again in the middle of a run. How many programs a launch has it may know as `full` (`fill_device`).
+            again and again in the middle of a run. Whether programs are many it may know as `full` (`fill_device`).
         few: the configuration that HYBRIDLM_TUNE=0 takes in place of the first where `full` is 0.
     """
     import triton
@@ -229,8 +229,8 @@ def parallel_programs(device: torch.device, kernel: Any, dtypes: Mapping[str, to
                       constants: Mapping[str, Any]) -> int:
     """Number of programs of a kernel that the device runs side by side; 0 where there is no device.
 
-    The kernel is built in its first configuration with these constants, so that the number does not depend on what tuning
-    finds. Where that cannot be launched, a multiprocessor is taken to hold one program.
+    The kernel is built in its first configuration with these constants, so that the number does not depend on what
+    tuning finds. Where that cannot be launched, a multiprocessor is taken to hold one program.
 
     Args:
         device: where it will run.

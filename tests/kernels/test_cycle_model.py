@@ -83,6 +83,13 @@ def test_a_flag_instead_of_a_counter():
     assert cost.instructions == 1 + 2 * 4 + 1
 
 
+def test_a_flag_that_is_kept_in_a_register():
+    cost = simulate(code(("PLOP3.LUT P1, PT, PT, PT, PT, 0x80, 0x0",), ".L_x_0", ("P2R R7, PR, RZ, 0x2",),
+                         ("ISETP.NE.AND P0, PT, R7, RZ, PT",), ("PLOP3.LUT P1, PT, PT, PT, PT, 0x40, 0x0",),
+                         ("@P0 BRA `(.L_x_0)",), ("EXIT",)))
+    assert (cost.instructions, cost.data_loops) == (1 + 2 * 4 + 1, 0)
+
+
 def test_a_loop_whose_end_is_data_runs_as_often_as_said():
     loop = code(("LDG.E R9, [R2.64]", 1, 0), ("MOV R1, RZ",), ".L_x_0", ("VIADD R1, R1, 0x1",),
                 ("ISETP.LT.AND P0, PT, R1, R9, PT", 1, 7, 1), ("@P0 BRA `(.L_x_0)",), ("EXIT",))

@@ -5,8 +5,8 @@ barriers take the latencies below, and loops run as often as their counters say 
 is data, as that over the chunks of a document, as often as the caller says. A multiprocessor with several blocks then
 takes the longer of the latency of one program and the issue slots and tensor cores of all of them.
 
-The time of a launch is at least that of what its programs request from the L2 cache. The model knows no other caches, no
-bank conflicts and no contention for memory. It was compared with published times of
+The time of a launch is at least that of what its programs request from the L2 cache. The model knows no other caches,
+no bank conflicts and no contention for memory. It was compared with published times of
 flash-linear-attention's kernels on an H200: its scan came out at 1882 cycles per chunk where 2100 to 2400 were
 measured, whole passes at 0.6 to 1.06 of the published times. So read a result as 1 to 1.6 times itself, and a ratio
 between two versions of one kernel as what it is good for.
@@ -211,7 +211,7 @@ class KernelCost:
                    together * program.tensor_cycles * groups)
 
     def seconds(self, grid: Sequence[int], unique_bytes: float = 0.0, device: Device = H200) -> float:
-        """Seconds of one launch: the longest of its cycles, its requests and its memory traffic, and the launch itself."""
+        """Seconds of a launch: its start, and the longest of cycles, requests from the L2 cache and memory traffic."""
         count, kinds = math.prod(grid), len(self.programs)
         blocks = self.blocks(device)
         full = device.multiprocessors * blocks

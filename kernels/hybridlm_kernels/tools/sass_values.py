@@ -199,6 +199,16 @@ def _predicate_logic(registers: Registers, instruction: Instruction) -> Written:
     return {}, {target: results.pop() if len(results) == 1 else None, second: None}
 
 
+def _save_predicates(registers: Registers, instruction: Instruction) -> Written:
+    """P2R: predicates as bits of a register, those of a mask; other bits are those of a second register."""
+    target, _, base, mask = instruction.operands
+    bits, others = int(mask, 16), registers.read(base)
+    chosen = [registers.read_predicate(f"P{n}") if bits >> n & 1 else False for n in range(7)]
+    if others is None or None in chosen:
+        return {target: None}, {}
+    return {target: others & ~bits | sum(1 << n for n, holds in enumerate(chosen) if holds)}, {}
+
+
 def _select(registers: Registers, instruction: Instruction) -> Written:
     target, a, b, condition = instruction.operands[:4]
     chosen = registers.read_predicate(condition)
@@ -209,5 +219,5 @@ _HANDLERS: dict[str, Callable[[Registers, Instruction], Written]] = {
     "MOV": _move, "UMOV": _move, "R2UR": _move, "VIADD": _add, "IADD3": _add, "UIADD3": _add, "IADD": _add,
     "IMAD": _multiply, "UIMAD": _multiply, "SHF": _shift, "USHF": _shift, "LOP3": _logic, "ULOP3": _logic,
     "ISETP": _compare, "UISETP": _compare, "PLOP3": _predicate_logic,
-    "UPLOP3": _predicate_logic, "SEL": _select, "USEL": _select, "S2R": _special, "S2UR": _special,
-    "CS2R": _zero, "UCS2R": _zero}
+    "UPLOP3": _predicate_logic, "SEL": _select, "USEL": _select, "P2R": _save_predicates,
+    "S2R": _special, "S2UR": _special, "CS2R": _zero, "UCS2R": _zero}

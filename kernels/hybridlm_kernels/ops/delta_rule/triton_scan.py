@@ -81,7 +81,8 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, key_stride, v_ptr, A_ptr, X_ptr, factors_p
 @triton.jit(do_not_specialize=["tokens", "full"])
 def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, state_ptr, segments_ptr, o_ptr,
                 last_ptr, transitions_ptr, states_ptr, y_ptr, tokens, full, H, HV, K: tl.constexpr,
-                V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
+                V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, MODE: tl.constexpr,
+                EXACT: tl.constexpr):
     """Scan segments from the states before them [U, HV, K, V], zero for None.
 
     MODE "outputs" writes o [tokens, HV, V] and, unless None, the last states [U, HV, K, V].
@@ -127,8 +128,8 @@ def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr
 @triton.jit(do_not_specialize=["tokens", "full"])
 def scan_back_kernel(q_ptr, k_ptr, w_ptr, do_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, d_last_ptr, segments_ptr,
                      d_states_ptr, z_ptr, d_state_ptr, tokens, full, H, HV, K: tl.constexpr,
-                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, FIRST_STATES_ONLY: tl.constexpr,
-                     EXACT: tl.constexpr):
+                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr,
+                     FIRST_STATES_ONLY: tl.constexpr, EXACT: tl.constexpr):
     """Write the gradients of the states after every chunk [P, HV, K, V], Z [tokens, HV, V] and, unless None, the
     gradients of the states before segments [U, HV, K, V].
 

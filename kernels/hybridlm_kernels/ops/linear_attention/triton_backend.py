@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridlm_kernels.ops.linear_attention.triton_channel import chunk_kernel, gradients_kernel
+from hybridlm_kernels.ops.linear_attention.triton_channel import chunk_kernel, gradients_kernel, pair_gradients_kernel
 from hybridlm_kernels.ops.linear_attention.triton_decode import decode_kernel
 from hybridlm_kernels.ops.linear_attention.triton_scan import gate_gradient_kernel, pairs_kernel, scan_kernel
 from hybridlm_kernels.packing import CuSeqlens
@@ -276,11 +276,17 @@ class _LinearAttentionLaunches:
         dg = torch.empty_like(x.g) if any(needed[3:6]) else None  # type: ignore[arg-type]
         d_A_log = self.wide(P, self.HV) if needed[4] else None
         d_bias = self.wide(P, self.HV, self.K) if needed[5] else None
+        pairs: dict[str, Any] = {
+            "itself_ptr": self.wide(self.tokens, self.HV), "dq_pairs_ptr": torch.empty_like(dq),
+            "dk_pairs_ptr": torch.empty_like(dk), "dg_pairs_ptr": None if dg is None else torch.empty_like(dg)}
+        shared: dict[str, Any] = pairs | {
+            "q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, "do_ptr": do, "sums_ptr": decays,
+            "chunks_ptr": self.tables.chunks, "scale": self.scale, "H": self.H, "HV": self.HV, "K": self.K,
+            "V": self.V, "EXACT": self.exact}
+        pair_gradients_kernel[(P, self.HV)](scratch_ptr=self.scores(), MERGED=self.merged, **shared)
         gradients_kernel[(P, self.HV)](
-            q_ptr=x.q, k_ptr=x.k, v_ptr=x.v, do_ptr=do, S_ptr=states, dS_ptr=d_states, total_ptr=total,
-            sums_ptr=decays, chunks_ptr=self.tables.chunks, scratch_ptr=self.scores(), dq_ptr=dq, dk_ptr=dk,
-            dg_ptr=dg, d_A_log_ptr=d_A_log, d_bias_ptr=d_bias, scale=self.scale, H=self.H, HV=self.HV, K=self.K,
-            V=self.V, MERGED=self.merged, EXACT=self.exact, **self.gate_arguments)
+            S_ptr=states, dS_ptr=d_states, total_ptr=total, dq_ptr=dq, dk_ptr=dk, dg_ptr=dg, d_A_log_ptr=d_A_log,
+            d_bias_ptr=d_bias, **shared, **self.gate_arguments)
         return [self._sum_value_heads(dq), self._sum_value_heads(dk), dv, dg if needed[3] else None,
                 _sum_chunks(d_A_log, x.A_log), _sum_chunks(d_bias, x.dt_bias), self._d_state(d_state)]
 

@@ -81,83 +81,110 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
 
 
 GRADIENTS_CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=1)
-                     for channels, values, warps in ((32, 64, 8), (64, 64, 8), (32, 32, 4), (16, 32, 8))]
+                     for channels, values, warps in ((64, 64, 8), (32, 64, 8), (32, 32, 4), (16, 32, 8))]
+PAIRS_CONFIGS = [GRADIENTS_CONFIGS[n] for n in (1, 0, 2, 3)]
 
 
-@tuned(GRADIENTS_CONFIGS, ["K", "V", "MERGED", "EXACT"])
+@tuned(PAIRS_CONFIGS, ["K", "V", "MERGED", "EXACT"])
 @triton.jit
-def gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, S_ptr, dS_ptr, total_ptr,
-                     sums_ptr, chunks_ptr, scratch_ptr, dq_ptr, dk_ptr, dg_ptr, d_A_log_ptr, d_bias_ptr, scale, H, HV,
-                     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
-                     MERGED: tl.constexpr, EXACT: tl.constexpr):
-    """Write dq, dk, dg [tokens, HV, K], and per chunk d_A_log [P, HV] and d_bias [P, HV, K].
+def pair_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, sums_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_pairs_ptr,
+                          dk_pairs_ptr, dg_pairs_ptr, scale, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                          BV: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
+    """Write the terms of dq, dk, dg [tokens, HV, K] that come from pairs of tokens, and the gradients of A_ii, itself
+    [tokens, HV] in fp32.
 
-    S are the states before chunks and dS the gradients of those after them [P, HV, K, V], sums those of `chunk_kernel`.
-    `scratch` is memory for the gradient of A, [tokens, HV, C].
+    `sums` are those of `chunk_kernel`, `scratch` is memory for the gradient of A, [tokens, HV, C]. In one launch with
+    the terms of states they would not fit the registers.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    _, head, first, filled = locate_chunk(chunks_ptr)
+    t = tl.arange(0, C)
+    inside = t < filled
+    of_head, of_key_head = first * HV + head, (first * H + head // (HV // H)) * K
+    q_ptr += of_key_head  # from here on tokens are counted from the chunk's first, in 32 bits
+    k_ptr += of_key_head
+    sums_ptr += of_head * K
+    scratch_ptr += of_head * C
+    M = tl.zeros([C, C], tl.float32)
+    for v0 in range(0, V, BV):
+        columns = v0 + tl.arange(0, BV)
+        do = load_tile(do_ptr + of_head * V, t, HV * V, columns, V, inside)
+        v = load_tile(v_ptr + of_head * V, t, HV * V, columns, V, inside)
+        M = tl.dot(do, tl.trans(v), M, input_precision=PRECISION)
+    M *= scale
+    tl.store(itself_ptr + of_head + t * HV, tl.sum(tl.where(t[:, None] == t[None, :], M, 0.0), axis=1), mask=inside)
+    store_mirrored(scratch_ptr, HV * C, t, filled, M)
+    tl.debug_barrier()  # what other threads of the program wrote is read from here on
+    for k0 in tl.range(0, K, BK, disable_licm=True):
+        channels = k0 + tl.arange(0, BK)
+        q = load_tile(q_ptr, t, H * K, channels, K, inside)
+        k = load_tile(k_ptr, t, H * K, channels, K, inside)
+        sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
+        dq, dk, dg = channel_pair_gradients(q, k, sums, sums_ptr, HV * K, channels, K, scratch_ptr, None, HV * C,
+                                            filled, False, MERGED, EXACT)
+        store_tile(dq_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dq)
+        store_tile(dk_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dk)
+        if dg_pairs_ptr is not None:
+            store_tile(dg_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dg)
+
+
+@tuned(GRADIENTS_CONFIGS, ["K", "V", "EXACT"])
+@triton.jit
+def gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, S_ptr, dS_ptr, total_ptr,
+                     sums_ptr, chunks_ptr, itself_ptr, dq_pairs_ptr, dk_pairs_ptr, dg_pairs_ptr, dq_ptr, dk_ptr, dg_ptr,
+                     d_A_log_ptr, d_bias_ptr, scale, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                     BV: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr):
+    """Write dq, dk, dg [tokens, HV, K], and per chunk d_A_log [P, HV] and d_bias [P, HV, K].
+
+    S are the states before chunks and dS the gradients of those after them [P, HV, K, V], sums those of `chunk_kernel`,
+    itself, dq_pairs, dk_pairs and dg_pairs those of `pair_gradients_kernel`.
+    """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    # A head of one block has no loop over blocks, and what such a loop keeps apart would not fit the registers.
+    CHANNELS: tl.constexpr = BK // 2 if K <= BK and BK > 16 else BK
     chunk, head, first, filled = locate_chunk(chunks_ptr)
     t = tl.arange(0, C)
     inside, i, j = t < filled, t[:, None], t[None, :]
     here = chunk * HV + head
     of_head, of_key_head = first * HV + head, (first * H + head // (HV // H)) * K
-    q_ptr += of_key_head  # from here on tokens are counted from the chunk's first, in 32 bits
-    k_ptr += of_key_head
-    g_ptr += of_head * K
-    sums_ptr += of_head * K
-    v_ptr += of_head * V
-    do_ptr += of_head * V
-    dq_ptr += of_head * K
-    dk_ptr += of_head * K
-    if dg_ptr is not None:
-        dg_ptr += of_head * K
-    scratch_ptr += of_head * C
-    S_ptr += here * K * V
-    dS_ptr += here * K * V
-    if bias_ptr is not None:
-        bias_ptr += head * K
+    at_keys, at_values, at_state = of_head * K, of_head * V, here * K * V
+    itself = tl.load(itself_ptr + of_head + t * HV, mask=inside, other=0.0)
     rate = gate_rate(A_log_ptr, head)
-    M = tl.zeros([C, C], tl.float32)
-    for v0 in range(0, V, BV):
-        columns = v0 + tl.arange(0, BV)
-        do = load_tile(do_ptr, t, HV * V, columns, V, inside)
-        M = tl.dot(do, tl.trans(load_tile(v_ptr, t, HV * V, columns, V, inside)), M, input_precision=PRECISION)
-    M *= scale
-    itself = tl.sum(tl.where(i == j, M, 0.0), axis=1)
-    store_mirrored(scratch_ptr, HV * C, t, filled, M)
-    tl.debug_barrier()  # what other threads of the program wrote is read from here on
     d_A_log = 0.0
-    for k0 in tl.range(0, K, BK, disable_licm=True):
-        channels = k0 + tl.arange(0, BK)
-        dq, dk, d_total = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
+    for k0 in tl.range(0, K, CHANNELS, disable_licm=True):
+        channels = k0 + tl.arange(0, CHANNELS)
+        dq, dk = tl.zeros([C, CHANNELS], tl.float32), tl.zeros([C, CHANNELS], tl.float32)
+        d_total = tl.zeros([CHANNELS], tl.float32)
         for v0 in range(0, V, BV):
             columns = v0 + tl.arange(0, BV)
-            S = load_tile(S_ptr, channels, V, columns, V, channels < K)
-            dS = load_tile(dS_ptr, channels, V, columns, V, channels < K)
+            S = load_tile(S_ptr + at_state, channels, V, columns, V, channels < K)
+            dS = load_tile(dS_ptr + at_state, channels, V, columns, V, channels < K)
             d_total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
-            do = load_tile(do_ptr, t, HV * V, columns, V, inside)
+            do = load_tile(do_ptr + at_values, t, HV * V, columns, V, inside)
             dq = tl.dot(do, tl.trans(S), dq, input_precision=PRECISION)
-            dk = tl.dot(load_tile(v_ptr, t, HV * V, columns, V, inside), tl.trans(dS), dk, input_precision=PRECISION)
-        q = load_tile(q_ptr, t, H * K, channels, K, inside)
-        k = load_tile(k_ptr, t, H * K, channels, K, inside)
-        sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
-        end = tl.load(sums_ptr + (filled - 1) * HV * K + channels, mask=channels < K, other=0.0)
+            v = load_tile(v_ptr + at_values, t, HV * V, columns, V, inside)
+            dk = tl.dot(v, tl.trans(dS), dk, input_precision=PRECISION)
+        q = load_tile(q_ptr + of_key_head, t, H * K, channels, K, inside)
+        k = load_tile(k_ptr + of_key_head, t, H * K, channels, K, inside)
+        sums = load_sums(sums_ptr + at_keys, t, HV * K, channels, K, filled)
+        end = tl.load(sums_ptr + at_keys + (filled - 1) * HV * K + channels, mask=channels < K, other=0.0)
         dq *= tl.exp2(sums.to(tl.float32)) * scale
         dk *= tl.exp2((end[None, :] - sums).to(tl.float32))
-        dg = sum_over(j >= i, q * dq, EXACT) + sum_over(j < i, k * dk, EXACT)
-        pairs_dq, pairs_dk, pairs_dg = channel_pair_gradients(q, k, sums, sums_ptr, HV * K, channels, K, scratch_ptr,
-                                                              None, HV * C, filled, False, MERGED, EXACT)
-        store_tile(dq_ptr, t, HV * K, channels, K, inside, dq + pairs_dq + itself[:, None] * k)
-        store_tile(dk_ptr, t, HV * K, channels, K, inside, dk + pairs_dk + itself[:, None] * q)
         if dg_ptr is not None:
+            dg = sum_over(j >= i, q * dq, EXACT) + sum_over(j < i, k * dk, EXACT)
             total = tl.load(total_ptr + here * K + channels, mask=channels < K, other=0.0)
-            dg += pairs_dg + (d_total * total)[None, :]
-            u, bias = load_gates(g_ptr, bias_ptr, t, HV * K, channels, K, inside)
+            dg += (d_total * total)[None, :] + load_tile(dg_pairs_ptr + at_keys, t, HV * K, channels, K, inside)
+            u, bias = load_gates(g_ptr + at_keys, None if bias_ptr is None else bias_ptr + head * K, t, HV * K,
+                                 channels, K, inside)
             dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
             dg = tl.where(inside[:, None], dg, 0.0)
-            store_tile(dg_ptr, t, HV * K, channels, K, inside, dg)
+            store_tile(dg_ptr + at_keys, t, HV * K, channels, K, inside, dg)
             d_A_log += tl.sum(tl.where(inside[:, None] & (channels < K)[None, :], dA, 0.0))
             if d_bias_ptr is not None:
                 tl.store(d_bias_ptr + here * K + channels, tl.sum(dg, axis=0), mask=channels < K)
+        dq += load_tile(dq_pairs_ptr + at_keys, t, HV * K, channels, K, inside) + itself[:, None] * k
+        dk += load_tile(dk_pairs_ptr + at_keys, t, HV * K, channels, K, inside) + itself[:, None] * q
+        store_tile(dq_ptr + at_keys, t, HV * K, channels, K, inside, dq)
+        store_tile(dk_ptr + at_keys, t, HV * K, channels, K, inside, dk)
     if d_A_log_ptr is not None:
         tl.store(d_A_log_ptr + here, d_A_log)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlm_kernels.ops.linear_attention.triton_channel import chunk_kernel, gradients_kernel
+from hybridlm_kernels.ops.linear_attention.triton_channel import chunk_kernel, gradients_kernel, pair_gradients_kernel
 from hybridlm_kernels.ops.linear_attention.triton_decode import decode_kernel
 from hybridlm_kernels.ops.linear_attention.triton_scan import gate_gradient_kernel, pairs_kernel, scan_kernel
 from hybridlm_kernels.recurrence.triton_join import compile_case as join_compile_case
@@ -56,12 +56,15 @@ def _channel_chunks(D: int, scores: bool) -> CompileCase:
     return CompileCase(f"chunks{'' if scores else ' again'} D={D}", chunk_kernel, types, constants, head_dim=D)
 
 
-def _channel_gradients(D: int) -> CompileCase:
-    types = (_pointers(BF16, "q", "k", "v", "do", "S", "dS", "scratch", "dq", "dk", "dg") | GATE
-             | _pointers(FP32, "total", "sums", "d_A_log", "d_bias") | _pointers(INT64, "chunks")
-             | {"scale": "fp32", "H": "i32", "HV": "i32"})
-    constants = {"K": D, "V": D, "GATE": "softplus", "MERGED": MERGED["MERGED"], "EXACT": False}
-    return CompileCase(f"gradients D={D}", gradients_kernel, types, constants, head_dim=D)
+def _channel_gradients(D: int) -> Iterator[CompileCase]:
+    shared = (_pointers(BF16, "q", "k", "v", "do", "dq_pairs", "dk_pairs", "dg_pairs") | _pointers(INT64, "chunks")
+              | _pointers(FP32, "sums", "itself") | {"scale": "fp32", "H": "i32", "HV": "i32"})
+    constants = {"K": D, "V": D, "EXACT": False}
+    yield CompileCase(f"pair gradients D={D}", pair_gradients_kernel, shared | _pointers(BF16, "scratch"),
+                      constants | {"MERGED": MERGED["MERGED"]}, head_dim=D)
+    types = (shared | _pointers(BF16, "S", "dS", "dq", "dk", "dg") | GATE
+             | _pointers(FP32, "total", "d_A_log", "d_bias"))
+    yield CompileCase(f"gradients D={D}", gradients_kernel, types, constants | {"GATE": "softplus"}, head_dim=D)
 
 
 def _pairs(D: int) -> CompileCase:
@@ -97,7 +100,7 @@ def _cases() -> Iterator[CompileCase]:
         yield _pairs(D)
         yield _channel_chunks(D, scores=True)
         yield _channel_chunks(D, scores=False)
-        yield _channel_gradients(D)
+        yield from _channel_gradients(D)
         yield join_compile_case(D, "channel")
         yield _decode(D)
     yield _gate_gradient()
