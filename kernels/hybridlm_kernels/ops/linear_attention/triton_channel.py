@@ -167,7 +167,8 @@ def gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, A_log_ptr, bias_ptr, ga
         q = load_tile(q_ptr + of_key_head, t, H * K, channels, K, inside)
         k = load_tile(k_ptr + of_key_head, t, H * K, channels, K, inside)
         sums = load_sums(sums_ptr + at_keys, t, HV * K, channels, K, filled)
-        end = tl.load(sums_ptr + at_keys + (filled - 1) * HV * K + channels, mask=channels < K, other=0.0)
+        last = at_keys + (filled - 1).to(tl.int64) * HV * K
+        end = tl.load(sums_ptr + last + channels, mask=channels < K, other=0.0)
         dq *= tl.exp2(sums.to(tl.float32)) * scale
         dk *= tl.exp2((end[None, :] - sums).to(tl.float32))
         if dg_ptr is not None:
