@@ -10,7 +10,8 @@ from hybridlm_kernels.triton_support import INTERPRETED
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
 SHAPE = Shape(B=1, T=66, H=1, D=32)  # a chunk and a part of one
 # By pass: launches of Triton, bytes requested, bytes touched first, FLOPs in products, torch's operations on more than
-# 256 bytes. Scans of the delta rule multiply blocks of 64 values, which heads of 32 half fill. Lower is better: put new numbers here when they fall, and think when they rise.
+# 256 bytes. Scans of the delta rule multiply blocks of 64 values, which heads of 32 half fill. Lower is better: put new
+# numbers here when they fall, and think when they rise.
 LIMITS = {
     ("GDN", "forward"): (2, 119_604, 67_004, 9_961_472, 0),
     ("GDN", "backward"): (3, 207_772, 135_172, 12_058_624, 0),
