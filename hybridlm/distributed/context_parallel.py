@@ -62,6 +62,6 @@ class ContextParallelGroup(AdjointShardGroup):
         sent, received = ([x.numel() if rank == other else 0 for rank in range(self.size)]
                           for other in (self.rank + step, self.rank - step))
         arrived = x.new_empty(sum(received))
-        leaving = x.reshape(-1) if any(sent) else x.new_empty(0)
+        leaving = x.contiguous().view(-1) if any(sent) else x.new_empty(0)  # a view of a column stays strided else
         dist.all_to_all_single(arrived, leaving, received, sent, group=self.group)
         return arrived.view(x.shape) if any(received) else torch.zeros_like(x)

@@ -39,7 +39,10 @@ def look_up(table: nn.Embedding, rows: Tensor, device: torch.device) -> Tensor:
     Returns:
         [..., width of the table] on `device`.
     """
-    return table(rows.to(table.weight.device)).to(device)
+    place = table.weight.device
+    if place.type == "meta":  # offloaded: a hook brings the table to the rows
+        return table(rows)
+    return table(rows.to(place)).to(device)
 
 
 class LookupTable(nn.Embedding):
