@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hybridlm_kernels.ops.delta_rule import triton_backend, triton_chunk, triton_gradients, triton_pair_gradients
+from hybridlm_kernels.ops.delta_rule import triton_backend, triton_chunk, triton_gradients
 from hybridlm_kernels.random_inputs import recurrence_inputs
-from hybridlm_kernels.recurrence import triton_tiles
+from hybridlm_kernels.recurrence import triton_channel_pairs, triton_tiles
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.emulated_bf16 import Emulation, assert_within_bounds, half, launches_in_half, sum_over, times
 from tests.support.kernel_compare import error
@@ -25,10 +25,9 @@ def emulated(inputs, device, monkeypatch, **options):
             launches.merged, launches.checked = triton_backend.merged_levels(launches.options.gate, torch.bfloat16)
 
     launches_in_half(monkeypatch, triton_backend._DeltaRuleLaunches, emulation, narrow)
-    for module in (triton_tiles, triton_gradients, triton_pair_gradients):
+    for module in (triton_tiles, triton_gradients, triton_channel_pairs):
         monkeypatch.setattr(module, "sum_over", sum_over(emulation))
-    for module in (triton_chunk, triton_pair_gradients):
-        monkeypatch.setattr(module, "times", times)
+    monkeypatch.setattr(triton_channel_pairs, "times", times)
     monkeypatch.setattr(triton_chunk, "solve", emulation.with_bits(triton_chunk.solve, 11))
     single = {name: x.float().to(device) for name, x in inputs.items()}
     return with_gradients("delta_rule", single, backend="triton", **options)
