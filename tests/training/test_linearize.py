@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hybridlm.distributed.engines.single import SingleConfig
 from hybridlm.errors import ConfigError
 from hybridlm.model import generate
 from hybridlm.model.config import ScheduleConfig
-from hybridlm.model.guide import chunked_kl
+from hybridlm.model.guide import chunked_kl, relative_errors
 from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, build_mixer
 from hybridlm.model.model import build_model
 from hybridlm.model.sequence import SequenceInfo
@@ -340,6 +341,24 @@ def test_a_layer_that_is_linear_by_construction_is_recovered():
         error.backward()
         optimizer.step()
     assert float(error) < 1e-3
+
+
+def test_errors_against_a_teacher_leave_padding_out_where_rows_are_divided():
+    """Elsewhere padding is taken out before the layers; a shard of a row holds it, in one case nothing else."""
+    student, teacher = torch.randn(2, 1, 6, 4, generator=torch.Generator().manual_seed(0))
+
+    def compare(tokens, text_BT):
+        seq = replace(SequenceInfo.make(1, tokens, student.device), text_BT=text_BT)
+        target = LayerTarget(lambda x, _: (teacher[:, :tokens], {}), passes_teacher=True)
+        return target(lambda x, _: (student[:, :tokens], {}), student[:, :tokens], seq)[1]
+
+    text = torch.arange(6)[None] < 4
+    torch.testing.assert_close(compare(6, text), compare(4, None))
+    assert compare(6, text)["loss/layer_output"] != compare(6, None)["loss/layer_output"]
+    assert float(compare(6, torch.zeros_like(text))["loss/layer_output"]) == 0.0
+    found = relative_errors([student, teacher], [teacher, student], text)
+    alone = relative_errors([student[:, :4], teacher[:, :4]], [teacher[:, :4], student[:, :4]])
+    torch.testing.assert_close(found, alone)
 
 
 def test_rates_of_new_mixers_are_scaled(teacher, tmp_path):
