@@ -146,6 +146,13 @@ OTHERS = {
                                                 backend="triton"),
     "experts, one of one": lambda: ops.moe_experts(half(1, 16), half(1, 16, 16), half(1, 16, 8),
                                                    torch.zeros(1, 1, dtype=torch.int32), half(1, 1), backend="triton"),
+    "forgetting_attention, one token": lambda: ops.forgetting_attention(
+        half(1, 1, 1, 16), half(1, 1, 1, 16), half(1, 1, 1, 16), half(1, 1, 1), backend="triton"),
+    "forgetting_attention, packed": lambda: ops.forgetting_attention(
+        half(2, 9, 2, 40), half(2, 9, 1, 40), half(2, 9, 1, 24), half(2, 9, 2).detach(), window=4,
+        cu_seqlens=[0, 1, 9, 18], backend="triton"),
+    "forgetting_attention, cached keys": lambda: ops.forgetting_attention(
+        half(1, 1, 2, 16), half(1, 9, 1, 16), half(1, 9, 1, 16), half(1, 9, 2), backend="triton"),
     "sparse_attention, absorbed": lambda: _absorbed(half(1, 4, 2, 40)),
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from hybridlm_kernels import indexer_kl, moe_experts, sparse_attention
+from hybridlm_kernels import forgetting_attention, indexer_kl, moe_experts, sparse_attention
 from hybridlm_kernels.cases import CheckCase
 from hybridlm_kernels.ops.delta_rule import triton_backend as delta_rule_backend
 from hybridlm_kernels.ops.linear_attention import triton_backend as linear_attention_backend
@@ -33,6 +33,8 @@ def cases():
         "x": x, "gate_up": gate_up, "down": down, "expert_ids": routing(9, 2, 3), "weights": weights})
     main = {"q": (1, 8, 2, 16), "k": (1, 8, 1, 16), "v": (1, 8, 1, 16)}
     yield CheckCase("sparse_attention", "2 of 8", sparse_attention, lambda: _random(main) | {"indices": LISTS})
+    heads = {"q": (1, 8, 2, 16), "k": (1, 8, 1, 16), "v": (1, 8, 1, 16), "g": (1, 8, 2)}
+    yield CheckCase("forgetting_attention", "grouped", forgetting_attention, lambda: _random(heads))
     index = {"q": (1, 8, 2, 16), "k": (1, 8, 16), "w": (1, 8, 2), "main_q": (1, 8, 2, 16), "main_k": (1, 8, 1, 16)}
     for label, lists in (("all keys", {}), ("2 of 8", {"indices": LISTS})):
         yield CheckCase("indexer_kl", label, indexer_kl, lambda lists=lists: _random(index) | lists,

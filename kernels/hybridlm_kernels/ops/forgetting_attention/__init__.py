@@ -14,8 +14,18 @@ from hybridlm_kernels.compiling.operation import compilable
 from hybridlm_kernels.ops.forgetting_attention import reference, torch_backend
 from hybridlm_kernels.recurrence.arguments import Borders
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
+from hybridlm_kernels.triton_support import lazy_triton_backend
+
+MAX_HEAD_DIM = 256  # that a tile of the Triton kernels holds
+
+
+def _fits_triton(call: Call) -> tuple[bool, str]:
+    widest = max(call.get("key_dim"), call.get("value_dim"))
+    return (True, "") if widest <= MAX_HEAD_DIM else (False, f"holds heads of up to {MAX_HEAD_DIM} dims; got {widest}")
+
 
 OPERATION = register(Operation("forgetting_attention", (
+    lazy_triton_backend(f"{__name__}.triton_backend", "forgetting_attention", _fits_triton),
     Backend("torch", torch_backend.forgetting_attention),
     Backend("reference", reference.forgetting_attention))))
 
