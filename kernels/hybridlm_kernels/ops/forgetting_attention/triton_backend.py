@@ -361,7 +361,8 @@ class _TritonForgettingAttention(torch.autograd.Function):
                   "scale2": scale * LOG2_E, **_numbers(q, k, v, window)}
         tiles, number = _tiles(batch, queries, borders, q.device, sizes.dq[0], of_keys=False)
         query_gradients_kernel[number, heads](
-            tiles_ptr=tiles, o_ptr=o, lse_ptr=lse_HM, dq_ptr=dq, gained_ptr=gained_HM, **common, **sizes.sizes(sizes.dq))
+            tiles_ptr=tiles, o_ptr=o, lse_ptr=lse_HM, dq_ptr=dq, gained_ptr=gained_HM, **common,
+            **sizes.sizes(sizes.dq))
         tiles, number = _tiles(batch, keys, borders, q.device, sizes.dk[1], of_keys=True)
         key_gradients_kernel[number, groups](
             tiles_ptr=tiles, dk_ptr=dk, dv_ptr=dv, lost_ptr=lost_HL, **common, **sizes.sizes(sizes.dk))
