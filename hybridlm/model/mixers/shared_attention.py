@@ -24,12 +24,13 @@ from hybridlm.model.decode_state import AttentionState, NoState
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
 from hybridlm.model.mixers.common.chosen_blocks import CHOSEN_BLOCKS, ChosenBlocksConfig
 from hybridlm.model.mixers.common.cost import count_visible_keys
-from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, check_heads, dense_attention
-from hybridlm.model.mixers.common.init import init_projections
+from hybridlm.model.mixers.common.dense_attention import attention_exchange_size, check_heads
+from hybridlm.model.mixers.common.indexed_attention import IndexedMixer, IndexedMixerConfig
+from hybridlm.model.mixers.common.indexer import IndexerConfig
 from hybridlm.model.mixers.common.key_sharing import KEYS_VALUES, HeadNorm, KeyLayout, rotated_heads
 from hybridlm.model.mixers.common.near_branch import NearBranch, near_branch_params
 from hybridlm.model.mixers.common.output_gate import OutputGate, apply_output_gate, build_output_gate, gate_width
-from hybridlm.model.mixers.contract import Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.contract import Aux, MixerConfig, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.sequence import SequenceInfo
@@ -37,7 +38,7 @@ from hybridlm.model.sharing import SharedRead
 
 
 @dataclass(kw_only=True)
-class SharedAttentionConfig(MixerConfig):
+class SharedAttentionConfig(IndexedMixerConfig):
     """Configuration of attention to the keys and values of an earlier layer.
 
     Args:
@@ -54,6 +55,8 @@ class SharedAttentionConfig(MixerConfig):
         blocks: reads only the blocks that the attention of the source chooses, its option `choose_blocks`.
         near: adds attention to so many of the last tokens, the token's own included, with keys and values of this
             layer's own, and a gate and sinks as those of the first part; null has none.
+        indexer: reads only the keys that it selects; with `share: true` those that an earlier layer's indexer selects.
+            It has no rotation of its own unless `rope_dim` says how many of its dims rotate.
     """
 
     kind: str = "shared_attention"
@@ -68,6 +71,7 @@ class SharedAttentionConfig(MixerConfig):
     window: int | None = None
     blocks: bool = False
     near: int | None = None
+    indexer: IndexerConfig | None = None
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "q_norm_eps", "window", "near"):
@@ -77,10 +81,21 @@ class SharedAttentionConfig(MixerConfig):
                 expected="null", hint="`near` adds a window with keys of its own")
         require(self.near is None or self.output_gate != "none", "output_gate", "must join the two parts where `near` "
                 "adds a window", got=self.output_gate, expected="element or head")
+        if self.indexer is not None:
+            for key in ("window", "near"):
+                require(getattr(self, key) is None, key, "cannot stand beside an indexer", got=getattr(self, key),
+                        expected="null")
+            for key in ("sinks", "blocks"):
+                require(not getattr(self, key), key, "cannot stand beside an indexer", got=True, expected="false")
+            self.indexer.check_rope(self.index_rope_dim)
+
+    @property
+    def index_rope_dim(self) -> int:
+        return 0
 
     def reads(self, context: LayerContext) -> Sequence[SharedRead]:
         if not self.blocks:
-            return (SharedRead(KEYS_VALUES, self.source, "source"),)
+            return SharedRead(KEYS_VALUES, self.source, "source"), *super().reads(context)
         chosen = SharedRead(CHOSEN_BLOCKS, self.source, "blocks")
         return SharedRead(KEYS_VALUES, context.source_of(chosen), "source"), chosen
 
@@ -94,6 +109,8 @@ class SharedAttentionConfig(MixerConfig):
         require((self.num_heads or layout.num_heads) % layout.num_kv_heads == 0, "num_heads",
                 "must be a multiple of the key/value heads that are read", got=self.num_heads,
                 expected=f"a multiple of {layout.num_kv_heads}")
+        require(self.indexer is None or layout.window is None, "indexer", "needs a source that sees all keys",
+                got=f"a window of {layout.window}", expected="a source without a window")
         if self.window is None:
             return layout
         require(layout.window is None or self.window <= layout.window, "window",
@@ -124,7 +141,8 @@ class SharedAttentionConfig(MixerConfig):
         gate = self._gate_width(context)
         biases = (width + gate) * self.q_bias + hidden * self.o_bias
         near = sum(self._near_params(context))
-        return (2 * width + gate) * hidden + biases + norm + self.heads(context) * self.sinks + near
+        index = 0 if self.indexer is None else self.indexer.num_params(context, hidden)
+        return (2 * width + gate) * hidden + biases + norm + self.heads(context) * self.sinks + near + index
 
     def _near_params(self, context: LayerContext) -> tuple[int, int]:
         """Weights of the projections of the window's own keys, values and gate, and its other parameters."""
@@ -135,7 +153,7 @@ class SharedAttentionConfig(MixerConfig):
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         width = self._width(context)
-        chooser = self.chooser(context)
+        chooser = self.chooser(context) or self.reading_indexer(context)
         if chooser is None:
             keys = count_visible_keys(context_length, self.keys(context).window)
         else:
@@ -144,12 +162,21 @@ class SharedAttentionConfig(MixerConfig):
             keys += count_visible_keys(context_length, self.near)
         projections = 2.0 * context.hidden_size * (2 * width + self._gate_width(context))
         projections += 2.0 * self._near_params(context)[0]
-        return {"projections": projections, "attention": 4.0 * width * keys}
+        parts = {"projections": projections, "attention": 4.0 * width * keys}
+        indexer = self.reading_indexer(context)
+        if indexer is not None:
+            parts["indexer"] = indexer.flops_per_token(context, context.hidden_size, context_length)
+        return parts
+
+    def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
+        indexer = self.reading_indexer(context)
+        return 0.0 if indexer is None else indexer.kl_flops_per_token(context, context.hidden_size, context_length,
+                                                                      self._width(context))
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        """Those of the window alone: the layer that leaves the keys keeps them."""
+        """Those of the window and of an indexer alone: the layer that leaves the keys keeps them."""
         if self.near is None:
-            return 0
+            return 0 if self.indexer is None else self.indexer.state_bytes(context_length, element_bytes)
         layout = self.keys(context)
         return min(context_length, self.near - 1) * 2 * layout.num_kv_heads * layout.head_dim * element_bytes
 
@@ -177,6 +204,9 @@ class SharedAttentionConfig(MixerConfig):
         tokens = rows * length * element_bytes
         size = tokens * attention_exchange_size(self.heads(context), layout.num_kv_heads, layout.head_dim, shards)
         near = [] if self.near is None else [ShardTraffic("exchange", size, size)]
+        indexer, keys = self.reading_indexer(context), layout.num_kv_heads * layout.head_dim
+        if indexer is not None:
+            return indexer.shard_traffic(tokens, length * shards, size, keys, 2 * keys)
         chooser = self.chooser(context)
         if chooser is None or not chooser.selects(length * shards):
             return [ShardTraffic("exchange", size, size), *near]
@@ -184,7 +214,8 @@ class SharedAttentionConfig(MixerConfig):
         return [ShardTraffic("gather", gathered, gathered), *near]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
-        data = super().canonical(norm)
+        data = MixerConfig.canonical(self, norm)
+        data["indexer"] = None if self.indexer is None else self.indexer.canonical(self.index_rope_dim)
         data["q_norm_eps"] = None if self.q_norm == "none" else self.q_norm_eps or norm.eps
         return data
 
@@ -192,16 +223,26 @@ class SharedAttentionConfig(MixerConfig):
     def sizes_from(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         return {}  # heads are those of the layer that is read
 
+    @classmethod
+    def indexer_options(cls, options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return None  # its indexer selects among the keys of another layer
+
+    def can_take_indexer(self) -> bool:
+        return False
+
+    def rotates(self) -> bool:
+        return False  # the layer that is read decides
+
 
 @register_mixer("shared_attention", SharedAttentionConfig)
-class SharedAttention(SequenceMixer):
-    """Parameters: q_proj [H K, D], o_proj [D, H K], and q_norm, g_proj, sinks [H] and near_branch by option."""
+class SharedAttention(IndexedMixer):
+    """Parameters: q_proj [H K, D], o_proj [D, H K]; by option q_norm, g_proj, sinks [H], near_branch and indexer."""
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_norm.weight", "k_norm.weight", "sinks")
+    fp32_parameters: ClassVar[tuple[str, ...]] = (*IndexedMixer.fp32_parameters, "q_norm.weight", "sinks")
     config: SharedAttentionConfig
 
     def __init__(self, config: SharedAttentionConfig, context: LayerContext):
-        super().__init__()
+        super().__init__(config.indexer, context)
         self.config = config
         self.source = context.source_of(config.reads(context)[0])
         self.layout = config.keys(context)
@@ -221,6 +262,7 @@ class SharedAttention(SequenceMixer):
             self.near_branch = NearBranch(config.near, self.layout, context.hidden_size, self.num_heads,
                                           gate=config.output_gate, k_norm=config.q_norm, norm=context.norm,
                                           norm_eps=config.q_norm_eps, sinks=config.sinks)
+        self.build_indexer(context, context.hidden_size, self.layout.rope, config.index_rope_dim)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo,
                 state: NoState | AttentionState | None = None) -> tuple[Tensor, Aux]:
@@ -229,30 +271,39 @@ class SharedAttention(SequenceMixer):
         q_BTHK = rotated_heads(self.q_proj(x_BTD), self.q_norm, self.config.q_norm, layout.head_dim, layout.rope, seq)
         k_BSGK, v_BSGK = k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype)
         chosen_BTGN = None if self.chooser is None else seq.read(CHOSEN_BLOCKS, self.source)
+        aux: Aux = {}
         if chosen_BTGN is None:
-            o_BTHK = dense_attention(q_BTHK, k_BSGK, v_BSGK, seq, window=layout.window, sinks_H=self.sinks)
+            cache = state.index_keys if isinstance(state, AttentionState) else None
+            selection = self.select(x_BTD, x_BTD, seq, cache)
+            if selection.indices is not None:
+                k_BSGK, v_BSGK = seq.history(k_BSGK), seq.history(v_BSGK)
+            o_BTHK, aux = self.attend(q_BTHK, k_BSGK, v_BSGK, seq, selection, window=layout.window, sinks_H=self.sinks)
         else:
             assert self.chooser is not None
             o_BTHK = self.chooser.attend(q_BTHK, k_BSGK, v_BSGK, chosen_BTGN, seq, self.sinks)
         o_BTX = apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)
         if self.near_branch is not None:
             o_BTX = o_BTX + self.near_branch(x_BTD, q_BTHK, seq, state)
-        return self.o_proj(o_BTX), {}
+        return self.o_proj(o_BTX), aux
 
     @property
     def decodes_padded_rows(self) -> bool:
         config = self.config  # padded rows read all keys that are kept
-        return self.sinks is None and config.window is None and not config.blocks and config.near is None
+        return self.sinks is None and config.window is None and not config.blocks and config.near is None and (
+            config.indexer is None)
 
     def head_rows(self) -> dict[str, int]:
         gate = {"g_proj": self.num_heads} if self.config.output_gate == "element" else {}
         return {"q_proj": self.num_heads, **gate}
 
     def new_state(self, batch: int, max_length: int) -> NoState | AttentionState:
-        return NoState() if self.config.near is None else AttentionState.empty(max_length, self.config.near)
+        """The window of `near` and the keys of an indexer of its own; nothing where it has neither."""
+        if self.config.near is None and self.indexer is None:
+            return NoState()
+        return AttentionState.empty(max_length, self.config.near, self.index_pool)
 
     def init_weights(self, std: float) -> None:
-        init_projections(self, std)
+        super().init_weights(std)
         if self.sinks is not None:
             nn.init.normal_(self.sinks, std=std)
         if self.near_branch is not None and self.near_branch.sinks is not None:

@@ -34,6 +34,13 @@ READERS: dict[str, tuple[MixerConfig, MixerConfig]] = {
         SharedAttentionConfig(blocks=True, num_heads=2),
         AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=8, rope=RopeConfig(kind="none"), choose_blocks=(
             ChosenBlocksConfig(block=1, topk=9, first=1, local=4, pooling="sum", heads="sum")))),
+    "clsa": (
+        SharedAttentionConfig(indexer=IndexerConfig(num_heads=1, head_dim=6, topk=5, form="dot", rope_kind="none")),
+        AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)),
+    "clsa_shared": (
+        SharedAttentionConfig(q_norm="head", indexer=IndexerConfig(share=True)), AttentionConfig(
+            num_heads=4, num_kv_heads=2, head_dim=8, indexer=IndexerConfig(
+                num_heads=1, head_dim=6, topk=5, form="dot", rope_dim=4, mode="sparse"))),
     "attention_to_keys_of_an_earlier_input": (
         AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="head", key_input=0),
         AttentionConfig(num_heads=2, head_dim=8, window=4)),

@@ -53,6 +53,7 @@ class IndexerConfig:
         loss_weight: of KL(attention || softmax(I)), the loss that trains the indexer; 0 leaves it untrained.
         share: this layer has no indexer of its own and reads the selection of the nearest earlier indexed layer.
         mode: the first value of `mixer.attention_mode`; `dense` keeps the parameters and reads all keys (warm-up).
+        form: `relu` sums weighted heads; `dot` is the plain product of one head's query with the key (CLSA).
     """
 
     num_heads: int = 64
@@ -67,6 +68,7 @@ class IndexerConfig:
     loss_weight: float = 1.0
     share: bool = False
     mode: AttentionMode = "sparse"
+    form: Literal["relu", "dot"] = "relu"
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "head_dim", "topk", "norm_eps"):
@@ -75,6 +77,8 @@ class IndexerConfig:
             require(getattr(self, key) >= 0, key, "must not be negative", got=getattr(self, key))
         require(self.num_first + self.num_local <= self.topk, "num_local", "does not fit into topk beside num_first",
                 got=self.num_local, expected=f"at most {self.topk - self.num_first}")
+        require(self.share or self.form == "relu" or self.num_heads == 1, "num_heads", "must be 1 where form is dot",
+                got=self.num_heads, expected=1)
         require(self.pool is None or self.pool > 0, "pool", "must be positive", got=self.pool,
                 hint="null has a key for each token")
         for key in ("topk", "num_first", "num_local"):
@@ -117,8 +121,9 @@ class IndexerConfig:
         """
         pool = size_of(options, "pool", 1)
         topk = max(1, min(2048, max_position // 8) // pool) * pool
+        index_heads = 1 if options.get("form") == "dot" else max(16, num_heads // 2)
         return dict(options) | {key: value for key, value in {
-            "num_heads": max(16, num_heads // 2), "head_dim": min(128, head_dim), "topk": topk}.items()
+            "num_heads": index_heads, "head_dim": min(128, head_dim), "topk": topk}.items()
             if key not in options}
 
     def num_params(self, context: LayerContext, query_dim: int) -> int:
@@ -134,7 +139,8 @@ class IndexerConfig:
 
     def _projections(self, context: LayerContext, query_dim: int) -> int:
         keys = context.hidden_size * (1 if self.pool is None else 2)
-        return (query_dim * self.num_heads + keys) * self.head_dim + context.hidden_size * self.num_heads
+        weights = context.hidden_size * self.num_heads if self.form == "relu" else 0
+        return (query_dim * self.num_heads + keys) * self.head_dim + weights
 
     def _selects(self, context_length: int) -> bool:
         """A context of at most `topk` tokens needs no selection."""
@@ -220,7 +226,9 @@ class Indexer(nn.Module):
         self.q_proj = nn.Linear(query_dim, width, bias=False)
         self.k_proj = nn.Linear(context.hidden_size, config.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(config.head_dim, eps=config.norm_eps)
-        self.weights_proj = nn.Linear(context.hidden_size, config.num_heads, bias=False)
+        self.weights_proj = None
+        if config.form == "relu":
+            self.weights_proj = nn.Linear(context.hidden_size, config.num_heads, bias=False)
         self.pool = None if config.pool is None else KeyPool(config.pool, context.hidden_size, config.head_dim)
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
@@ -254,6 +262,10 @@ class Indexer(nn.Module):
         config = self.config
         q_BTJI = self.q_proj(query_input_BTQ).unflatten(-1, (config.num_heads, config.head_dim))
         q_BTJI = rotate(q_BTJI, self.rope, self.rope_dim, seq, config.rope_kind)
+        if self.weights_proj is None:  # q . k = relu(q . k) - relu(-q . k)
+            w_2 = torch.tensor([1.0, -1.0], dtype=torch.promote_types(x_BTD.dtype, torch.float32), device=x_BTD.device)
+            w_BT2 = (w_2 * config.head_dim**-0.5).expand(*x_BTD.shape[:2], 2).contiguous()
+            return torch.cat([q_BTJI, -q_BTJI], 2), w_BT2
         with torch.autocast(x_BTD.device.type, enabled=False):  # the selection is discontinuous: keep it exact
             w_BTJ = self.weights_proj(x_BTD.to(weight_dtype(self.weights_proj)))
         return q_BTJI, w_BTJ.to(torch.promote_types(w_BTJ.dtype, torch.float32)) * (
