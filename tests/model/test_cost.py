@@ -43,7 +43,8 @@ def test_parameters_are_those_of_the_built_model(name):
 @pytest.mark.parametrize("name", options("mixer"))
 def test_parameters_of_every_mixer_of_the_group(name):
     pattern = [*PRESET_SOURCES.get(name, []), name]
-    config = load_model_config("quickstart", ["model.num_layers=2", f"model.schedule.pattern={pattern}"])
+    config = load_model_config("quickstart", [f"model.num_layers={max(2, len(pattern))}",
+                                              f"model.schedule.pattern={pattern}"])
     assert count_parameters(config).total == build(config).num_params()
 
 

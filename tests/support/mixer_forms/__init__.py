@@ -14,8 +14,8 @@ from hybridlm.model.mixers.contract import MixerConfig
 
 # Presets that read from an earlier layer, with a preset that they can read from.
 PRESET_SOURCES = {"gmu": ["mamba"], "shared_attention": ["swa"], "hysparse": ["hysparse_full"],
-                  "hysparse2": ["hysparse2_full"], "clsa": ["full"],
-                  "clsa_shared": ["full", "clsa"]}
+                  "hysparse2": ["hysparse2_full"], "clsa": ["hysparse_full"],
+                  "clsa_shared": ["hysparse_full", "clsa"]}
 
 
 def collect_forms() -> dict[str, MixerConfig]:
