@@ -78,7 +78,7 @@ class IndexerConfig:
         require(self.num_first + self.num_local <= self.topk, "num_local", "does not fit into topk beside num_first",
                 got=self.num_local, expected=f"at most {self.topk - self.num_first}")
         require(self.share or self.form == "relu" or self.num_heads == 1, "num_heads", "must be 1 where form is dot",
-                got=self.num_heads, expected=1)
+                got=self.num_heads, expected="1")
         require(self.pool is None or self.pool > 0, "pool", "must be positive", got=self.pool,
                 hint="null has a key for each token")
         for key in ("topk", "num_first", "num_local"):
