@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -53,7 +54,8 @@ def check_flops(subject: Subject) -> str:
     module = subject.build(torch.float32)
     declared = {}
     executed = {}
-    for length in FLOPS_LENGTHS:
+    short, long = _flops_lengths(subject)
+    for length in (short, long):
         x_BTD = subject.inputs(1, length, torch.float32)
         seq = SequenceInfo.make(1, length, CPU)
         subject.run_sources(x_BTD, seq)
@@ -63,7 +65,6 @@ def check_flops(subject: Subject) -> str:
         require(least * (1 - FLOPS_RTOL) <= declared[length] <= most * (1 + FLOPS_RTOL),
                 f"flops_per_token says {declared[length]:,.0f} at {length} tokens; a forward executes "
                 f"{least:,.0f} with weights and {most:,.0f} in all")
-    short, long = FLOPS_LENGTHS
     if isinstance(subject.config, MixerConfig):
         grows = declared[long] > declared[short]
         if subject.config.is_linear:
@@ -73,6 +74,15 @@ def check_flops(subject: Subject) -> str:
     found = executed[long]
     return (f"{declared[long]:,.0f} per token at {long} tokens; executed: {found.weights / long:,.0f} with weights, "
             f"{found.others / long:,.0f} between activations, {found.elementwise / long:,.0f} elementwise")
+
+
+def _flops_lengths(subject: Subject) -> tuple[int, int]:
+    """Tokens of the two sequences; with routed experts as many per expert, since small groups of tokens are padded."""
+    config = subject.config
+    experts = config.routed_experts() if isinstance(config, FeedForwardConfig) else None
+    factor = 1 if experts is None else math.ceil(experts.total / experts.per_token)
+    short, long = FLOPS_LENGTHS
+    return factor * short, factor * long
 
 
 def _declared(subject: Subject, length: int) -> dict[str, float]:

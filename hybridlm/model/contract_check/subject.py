@@ -21,6 +21,7 @@ from hybridlm.model.fp32_parameters import is_listed
 from hybridlm.model.layer_context import LayerContext, NormConfig
 from hybridlm.model.mixers import MIXERS, build_mixer
 from hybridlm.model.mixers.contract import Aux, MixerConfig
+from hybridlm.model.residual import BranchConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.sharing import LAYER_INPUT, SharedRead
 from hybridlm_kernels.packing import CuSeqlens
@@ -177,11 +178,11 @@ def small_context(config: MixerConfig | FeedForwardConfig, hidden_size: int = 24
     With `source`, the first layer has that mixer, for a mixer that reads from another layer.
     """
     if isinstance(config, MixerConfig):
-        mixer = config
+        mixer = replace(config, residual=BranchConfig())  # how it joins a stream is no part of the mixer
         feed_forward = FEED_FORWARDS.config_class("dense")(intermediate_size=2 * hidden_size)
     else:
         mixer = MIXERS.config_class("attention")(num_heads=2, head_dim=8)
-        feed_forward = config
+        feed_forward = replace(config, residual=None)
     schedule = ScheduleConfig(pattern=["mixer"], override={} if source is None else {0: "source"})
     model = ModelConfig(vocab_size=2**TOKEN_BITS, hidden_size=hidden_size, num_layers=4, max_position=256,
                         schedule=schedule, mixers={"mixer": mixer, **({} if source is None else {"source": source})},
