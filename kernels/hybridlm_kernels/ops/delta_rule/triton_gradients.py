@@ -98,8 +98,6 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
     of_key_head, of_head = first * H + head // (HV // H), first * HV + head
     q_ptr += of_key_head * K  # from here on tokens are counted from the chunk's first, in 32 bits
     k_ptr += of_key_head * K
-    dq_ptr += of_head * K
-    dk_ptr += of_head * K
     do_ptr += of_head * V
     y_ptr += of_head * V
     z_ptr += of_head * V
@@ -121,15 +119,6 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
         tl.debug_barrier()  # what other threads of the program wrote is read from here on
     itself *= query_norm * beta * key_norm
     if DECAY == "channel":
-        g_ptr += of_head * K
-        if bias_ptr is not None:
-            bias_ptr += head * K
-        sums_ptr += of_head * K
-        dq_pairs_ptr += of_head * K
-        dk_pairs_ptr += of_head * K
-        if dg_ptr is not None:
-            dg_ptr += of_head * K
-            dg_pairs_ptr += of_head * K
         of_queries, of_keys, of_writes = query_norm, beta * key_norm, beta * key_norm
     else:
         of_queries = tl.load(factors_ptr + QUERY * tokens + t, mask=inside, other=0.0)
@@ -151,8 +140,9 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
         dk = d_keys * of_keys[:, None]
         d_writes *= of_writes[:, None]
         if DECAY == "channel":
-            sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
-            end = tl.load(sums_ptr + (filled - 1).to(tl.int64) * HV * K + channels, mask=channels < K, other=0.0)
+            sums = load_sums(sums_ptr + of_head * K, t, HV * K, channels, K, filled)
+            last = of_head * K + (filled - 1).to(tl.int64) * HV * K
+            end = tl.load(sums_ptr + last + channels, mask=channels < K, other=0.0)
             prefix = tl.exp2(sums.to(tl.float32))
             dq *= prefix
             dk *= prefix
@@ -160,16 +150,17 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
             total = tl.load(total_ptr + here * K + channels, mask=channels < K, other=0.0)
             if dg_ptr is not None:
                 dg = sum_over(j >= i, q * dq + k * dk, EXACT) + sum_over(j < i, k * d_writes, EXACT)
-                dg += (d_total * total)[None, :] + load_tile(dg_pairs_ptr, t, HV * K, channels, K, inside)
-                u, bias = load_gates(g_ptr, bias_ptr, t, HV * K, channels, K, inside)
+                dg += (d_total * total)[None, :] + load_tile(dg_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
+                u, bias = load_gates(g_ptr + of_head * K, None if bias_ptr is None else bias_ptr + head * K, t,
+                                     HV * K, channels, K, inside)
                 dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
                 dg = tl.where(inside[:, None], dg, 0.0)
                 d_A_log += tl.sum(tl.where(inside[:, None], dA, 0.0))
-                store_tile(dg_ptr, t, HV * K, channels, K, inside, dg)
+                store_tile(dg_ptr + of_head * K, t, HV * K, channels, K, inside, dg)
                 if d_bias_ptr is not None:
                     tl.store(d_bias_ptr + here * K + channels, tl.sum(dg, axis=0), mask=channels < K)
-            dq += load_tile(dq_pairs_ptr, t, HV * K, channels, K, inside)
-            dk += d_writes + load_tile(dk_pairs_ptr, t, HV * K, channels, K, inside)
+            dq += load_tile(dq_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
+            dk += d_writes + load_tile(dk_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
         else:
             if DECAY == "scalar":
                 dg_rows += tl.sum(q * dq + k * dk, axis=1)
@@ -182,8 +173,8 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
             dk = tl.dot(load_tile(ML_ptr, t, HV * C, t, C, inside), k, dk, input_precision=PRECISION)
         dq += itself[:, None] * k
         dk += itself[:, None] * q
-        store_tile(dq_ptr, t, HV * K, channels, K, inside, dq)
-        store_tile(dk_ptr, t, HV * K, channels, K, inside, dk)
+        store_tile(dq_ptr + of_head * K, t, HV * K, channels, K, inside, dq)
+        store_tile(dk_ptr + of_head * K, t, HV * K, channels, K, inside, dk)
         if L2NORM:
             along_q += tl.sum(q * dq, axis=1)
             along_k += tl.sum(k * dk, axis=1)
@@ -202,5 +193,5 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
     if L2NORM:
         tl.debug_barrier()
         inverse = query_norm * inverse_scale
-        _remove_along(q_ptr, dq_ptr, t, H * K, HV * K, inside, along_q * inverse * inverse, K, BK)
-        _remove_along(k_ptr, dk_ptr, t, H * K, HV * K, inside, along_k * key_norm * key_norm, K, BK)
+        _remove_along(q_ptr, dq_ptr + of_head * K, t, H * K, HV * K, inside, along_q * inverse * inverse, K, BK)
+        _remove_along(k_ptr, dk_ptr + of_head * K, t, H * K, HV * K, inside, along_k * key_norm * key_norm, K, BK)
