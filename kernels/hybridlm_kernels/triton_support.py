@@ -101,7 +101,7 @@ def untuned() -> Iterator[None]:
             del os.environ["HYBRIDLM_TUNE"]
 
 
-def tuned(configs: Sequence[Any], key: Sequence[str], few: Any = None) -> Callable[[Any], Any]:
+def tuned(configs: Sequence[Any], key: Sequence[str], many: Any = None) -> Callable[[Any], Any]:
     """Decorator above `@triton.jit` that times and keeps the fastest of `configs` for each value of `key`.
 
     The first configuration is the default: the interpreter and the compile check use it, and HYBRIDLM_TUNE=0 does
@@ -112,7 +112,7 @@ def tuned(configs: Sequence[Any], key: Sequence[str], few: Any = None) -> Callab
         configs: of triton, the default one first.
         key: names of arguments that are sizes of heads and flags, never a number of tokens: packed batches would tune
             again and again in the middle of a run. Whether programs are many it may know as `full` (`fill_device`).
-        few: the configuration that HYBRIDLM_TUNE=0 takes in place of the first where `full` is 0.
+        many: the configuration that HYBRIDLM_TUNE=0 tries before the first where `full` is 1.
     """
     import triton
 
@@ -123,8 +123,8 @@ def tuned(configs: Sequence[Any], key: Sequence[str], few: Any = None) -> Callab
     def decorate(kernel: Any) -> Any:
         def prune(configs: list[Any], arguments: Mapping[str, Any], **constants: Any) -> list[Any]:
             constants.pop("warmup", None)
-            if not timed and few is not None and constants.get("full") == 0:
-                configs = [few, *configs]
+            if not timed and many is not None and constants.get("full") == 1:
+                configs = [many, *configs]
             calls = [constants | config.all_kwargs() for config in configs]
             spilled = (_spilled(kernel, arguments, call) for call in calls)
             if not timed:

@@ -101,8 +101,8 @@ def test_without_tuning_the_first_that_can_be_used_is_taken(spilled, chosen, bui
     assert not tuner.cache_results  # for tuned runs to find
 
 
-@pytest.mark.parametrize(("full", "chosen"), [(1, 1), (0, 2)])
-def test_without_tuning_few_programs_have_a_configuration_of_their_own(full, chosen, monkeypatch):
+@pytest.mark.parametrize(("full", "chosen"), [(0, 1), (1, 2)])
+def test_without_tuning_many_programs_have_a_configuration_of_their_own(full, chosen, monkeypatch):
     import triton
 
     @triton.jit(do_not_specialize=["full"])
@@ -112,7 +112,7 @@ def test_without_tuning_few_programs_have_a_configuration_of_their_own(full, cho
     monkeypatch.setenv("HYBRIDLM_TUNE", "0")
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver({1: 0, 2: 0}), raising=False)
     configs = [triton.Config({"BLOCK": 16}, num_warps=warps) for warps in (1, 2)]
-    tuner = tuned(configs, ["full"], few=configs[1])(kernel)
+    tuner = tuned(configs, ["full"], many=configs[1])(kernel)
     tuner.nargs = {"x_ptr": torch.zeros(1, dtype=torch.int32)}
     assert [config.num_warps for config in tuner.prune_configs({"full": full, "grid": (1,)})] == [chosen]
 

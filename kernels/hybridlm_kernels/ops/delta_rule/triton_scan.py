@@ -24,7 +24,7 @@ from hybridlm_kernels.recurrence.triton_tiles import C, load_tile, store_tile
 from hybridlm_kernels.triton_support import tuned
 
 CONFIGS = [triton.Config({"BV": values}, num_warps=warps, num_stages=stages)
-           for values, warps, stages in ((64, 8, 2), (32, 4, 2), (16, 4, 2), (16, 8, 1), (32, 4, 1))]
+           for values, warps, stages in ((32, 4, 2), (64, 8, 2), (16, 4, 2), (16, 8, 1), (32, 4, 1))]
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, key_stride, v_ptr, A_ptr, X_ptr, factors_p
         return tl.dot(tl.trans(k), written.to(k.dtype), S, input_precision=PRECISION)
 
 
-@tuned(CONFIGS, ["K", "V", "CHANNEL", "MODE", "EXACT", "full"], few=CONFIGS[1])
+@tuned(CONFIGS, ["K", "V", "CHANNEL", "MODE", "EXACT", "full"], many=CONFIGS[1])
 @triton.jit(do_not_specialize=["tokens", "full"])
 def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, state_ptr, segments_ptr, o_ptr,
                 last_ptr, transitions_ptr, states_ptr, y_ptr, tokens, full, H, HV, K: tl.constexpr,
@@ -124,7 +124,7 @@ def scan_kernel(q_ptr, k_ptr, w_ptr, v_ptr, A_ptr, X_ptr, factors_ptr, total_ptr
         store_tile(transitions_ptr + (segment * HV + head) * K * K, channels, K, columns, K, real, S)
 
 
-@tuned(CONFIGS, ["K", "V", "CHANNEL", "FIRST_STATES_ONLY", "EXACT", "full"], few=CONFIGS[1])
+@tuned(CONFIGS, ["K", "V", "CHANNEL", "FIRST_STATES_ONLY", "EXACT", "full"], many=CONFIGS[1])
 @triton.jit(do_not_specialize=["tokens", "full"])
 def scan_back_kernel(q_ptr, k_ptr, w_ptr, do_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, d_last_ptr, segments_ptr,
                      d_states_ptr, z_ptr, d_state_ptr, tokens, full, H, HV, K: tl.constexpr,
