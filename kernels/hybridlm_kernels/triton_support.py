@@ -104,7 +104,7 @@ def untuned() -> Iterator[None]:
 def tuned(configs: Sequence[Any], key: Sequence[str], many: Any = None) -> Callable[[Any], Any]:
     """Decorator above `@triton.jit` that times and keeps the fastest of `configs` for each value of `key`.
 
-    The first configuration is the default: the interpreter and the compile check use it, and HYBRIDLM_TUNE=0 does
+    The first configuration is the default: the interpreter uses it, and HYBRIDLM_TUNE=0 and the compile check do
     unless it spills or cannot be launched at these sizes: then the next one that can (`first_usable`). Of the others
     those are timed that `worth_timing` keeps on the device at hand. Choices are kept on disk in Triton's cache.
 

@@ -2,13 +2,13 @@
 
 `python -m hybridlm_kernels.tools.compile_check [operation ...] [--targets sm_90 sm_100] [--all] [--jobs N] [--json]`
 exits 1 when a kernel does not compile, spills registers, or needs more shared memory than the GPU has. Kernels are
-taken from `COMPILE_CASES` of the modules named `triton*` of every operation, for heads of 64 and 128, each as its first
-configuration has it.
+taken from `COMPILE_CASES` of the modules named `triton*` of every operation, for heads of 64 and 128, each in the first
+of its configurations that can be launched and spills nothing, which untuned runs take (`triton_support.first_usable`).
 
 With `--all` every configuration is built, for heads of 32 and 256 too, which takes several times as long. Those that
-tuning leaves out (`triton_support.worth_timing`) are marked so; it is an error when a kernel has none left, when the
-first is among them, or when one is left out of everything it was built for, so that nobody can use it. Kernels for
-heads of 256 may spill. What was built once comes from Triton's cache.
+tuning leaves out (`triton_support.worth_timing`) are marked so; it is an error when a kernel has none left, or when one
+is left out of everything it was built for, so that nobody can use it. Kernels for heads of 256 may spill. What was built
+once comes from Triton's cache.
 """
 
 from __future__ import annotations
@@ -156,19 +156,15 @@ def compile_for(operation: str, configured: Configured, target: str) -> Compiled
 
 
 def judge_configurations(rows: Sequence[Compiled]) -> list[Compiled]:
-    """Marks the rows of configurations that tuning leaves out, and fails those that it must not leave out.
-
-    It may not leave out a first configuration, for heads up to 128, nor one configuration everywhere.
-    """
+    """Marks the rows of configurations that tuning leaves out, and fails those that it leaves out everywhere."""
     groups: dict[tuple[str, str, str], list[Compiled]] = defaultdict(list)
     for row in rows:
         groups[row.operation, row.label, row.target].append(row)
     kept = {row for group in groups.values() for row in worth_timing(group, [row.spilled for row in group])}
     of_use = {(row.operation, row.kernel, row.configuration) for row in kept}
-    first = {group[0] for group in groups.values() if group[0].head_dim <= MAX_UNSPILLED_HEAD_DIM}
 
     def judge(row: Compiled) -> Compiled:
-        if row in kept or row in first:
+        if row in kept:
             return row
         if (row.operation, row.kernel, row.configuration) not in of_use:
             return replace(row, problem=f"never chosen: {row.problem or 'others do not spill'}")
@@ -204,18 +200,29 @@ def table(rows: Sequence[Compiled]) -> str:
 
 @lru_cache(maxsize=1)
 def builds(operations: tuple[str, ...], targets: tuple[str, ...], head_dims: tuple[int, ...],
-           every: bool) -> list[tuple[str, Configured, str]]:
-    """The builds to make: operation, kernel in a configuration, and target.
+           every: bool) -> list[tuple[str, list[Configured], str]]:
+    """The rows to make: operation, configurations of a kernel of which the first usable one is wanted, and target.
 
-    With `every` they are all configurations and head dims, else the first configuration for some `head_dims`.
+    With `every` each configuration has a row of its own, for all head dims; else a kernel has one, for `head_dims`.
     """
-    return [(operation, configured, target)
+    return [(operation, wanted, target)
             for operation, compile_case in compile_cases(operations, None if every else head_dims)
-            for configured in configurations(compile_case)[:None if every else 1] for target in targets]
+            for wanted in ([[each] for each in configurations(compile_case)] if every
+                           else [configurations(compile_case)]) for target in targets]
+
+
+def compile_usable(operation: str, wanted: Sequence[Configured], target: str) -> Compiled:
+    """The first of some configurations that has no problem, else the first of all with its problem."""
+    found = []
+    for configured in wanted:
+        found.append(compile_for(operation, configured, target))
+        if not found[-1].problem:
+            return found[-1]
+    return found[0]
 
 
 def _build(chosen: BuildArguments, number: int) -> Compiled:
-    return compile_for(*builds(*chosen)[number])
+    return compile_usable(*builds(*chosen)[number])
 
 
 def _build_all(chosen: BuildArguments, jobs: int) -> list[Compiled]:
@@ -240,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(SHARED_KB), metavar="sm_NN")
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(DEFAULT_HEAD_DIMS), metavar="D",
                         help="head dims to build for; 0 stands for kernels that have none")
-    parser.add_argument("--all", action="store_true", help="every configuration of a kernel, not the default alone")
+    parser.add_argument("--all", action="store_true", help="every configuration of a kernel, not the first usable one alone")
     parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))),
                         help="processes that compile; one per core by default, 8 at most")
     parser.add_argument("--json", action="store_true")
