@@ -7,8 +7,8 @@ of its configurations that can be launched and spills nothing, which untuned run
 
 With `--all` every configuration is built, for heads of 32 and 256 too, which takes several times as long. Those that
 tuning leaves out (`triton_support.worth_timing`) are marked so; it is an error when a kernel has none left, or when one
-is left out of everything it was built for, so that nobody can use it. Kernels for heads of 256 may spill. What was built
-once comes from Triton's cache.
+is left out of everything it was built for, so that nobody can use it. Kernels for heads of 256 may spill. What was
+built once comes from Triton's cache.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(SHARED_KB), metavar="sm_NN")
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(DEFAULT_HEAD_DIMS), metavar="D",
                         help="head dims to build for; 0 stands for kernels that have none")
-    parser.add_argument("--all", action="store_true", help="every configuration of a kernel, not the first usable one alone")
+    parser.add_argument("--all", action="store_true", help="every configuration of a kernel, not one alone")
     parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))),
                         help="processes that compile; one per core by default, 8 at most")
     parser.add_argument("--json", action="store_true")
