@@ -132,8 +132,10 @@ def tuned(configs: Sequence[Any], key: Sequence[str], many: Any = None) -> Calla
             _build(kernel, arguments, calls)
             return worth_timing(configs, list(spilled))
 
-        return triton.autotune(list(configs), list(key), prune_configs_by={"early_config_prune": prune},
-                               cache_results=timed)(kernel)
+        tuner = triton.autotune(list(configs), list(key), prune_configs_by={"early_config_prune": prune},
+                                cache_results=timed)(kernel)
+        tuner.many = many
+        return tuner
 
     return decorate
 
@@ -222,7 +224,12 @@ def fill_device(programs: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 1
-    return int(4 * programs >= 3 * torch.cuda.get_device_properties(device).multi_processor_count)
+    return int(full_of(programs, torch.cuda.get_device_properties(device).multi_processor_count))
+
+
+def full_of(programs: int, multiprocessors: int) -> bool:
+    """Whether so many programs occupy at least three of four multiprocessors."""
+    return 4 * programs >= 3 * multiprocessors
 
 
 def parallel_programs(device: torch.device, kernel: Any, dtypes: Mapping[str, torch.dtype],

@@ -140,11 +140,31 @@ def row(name, microseconds, spilled=0):
     return Row("KDA", "forward", "chunk_kernel", name, 200, spilled, 0, 2, 100, 10.0, microseconds, 640.0)
 
 
-def test_a_slow_first_configuration_is_found():
+def test_a_slow_untuned_configuration_is_found():
     assert not too_slow([row("A", 11.0), row("B", 10.0)])
     assert not too_slow([row("A", 13.0), row("B", 10.0, spilled=8)])  # tuning leaves it out
     (found,) = too_slow([row("A", 13.0), row("B", 10.0)])
-    assert found == "KDA forward chunk_kernel: the first configuration (A) takes 1.3 times the time of B"
+    assert found == "KDA forward chunk_kernel: the untuned configuration (A) takes 1.3 times the time of B"
+
+
+@compiles
+def test_configurations_are_in_the_order_of_untuned_runs_with_grids_of_their_own():
+    """A scan has a program per block of columns: 2 of 64 or 4 of 32. 96 heads of two such programs fill an H200."""
+    (case,) = triton_cases(["GDN"])
+    scan = next(launch for launch in launches_of(case, Shape(B=1, T=64, H=1, D=128)) if launch.name == "scan_kernel")
+
+    def first(heads):
+        name, launch = kernel_cost.configurations_of(scan, heads)[0]
+        return name.split()[0], launch.constants["BV"], launch.programs
+
+    assert first(16) == ("BV=32", 32, 4)
+    assert first(96) == ("BV=64", 64, 2)
+    assert len(kernel_cost.configurations_of(scan, 96)) == len(kernel_cost.configurations_of(scan, 16))
+
+
+def test_counting_takes_the_tiles_of_the_modelled_launches():
+    assert kernel_cost.tiles_of([row("", 1.0)]) == "{}"  # a kernel without tuning
+    assert kernel_cost.tiles_of([row("BK=64 BV=32 num_warps=8", 1.0)]) == '{"chunk_kernel": {"BK": 64, "BV": 32}}'
 
 
 def test_measured_launches_stand_beside_the_modelled_ones():

@@ -4,16 +4,16 @@
 
 takes the cases of the benchmark by their labels ("KDA", "GDN", ...; all that Triton computes by default). It runs
 each at a small shape in Triton's interpreter and counts (`executed_work.py`), compiles the kernels of the same
-launches for sm_90, each in its first configuration, and models the cycles of their machine code (`cycle_model.py`).
-Times are those of the grids that the call has at the shape of `--grid`, with the cycles of programs modelled for its
-number of tokens.
+launches for sm_90 and models the cycles of their machine code (`cycle_model.py`). Both are done in the configuration
+that an untuned run takes at the shape of `--grid`. Times are those of the grids that the call has there, with the
+cycles of programs modelled for its number of tokens.
 
 On a CUDA device `--measure` times the same launches, untuned, beside the model: what the model should be corrected by.
 
 With `--passes` the launches of a pass are added up, one line per case and pass, as a Markdown table.
 
-With `--all` every configuration of every tuned kernel is compiled and modelled, and the exit code is 1 where the
-first one, which runs untuned, takes more than 1.2 times the cycles of the best that does not spill.
+With `--all` every configuration of every tuned kernel is compiled and modelled, and the exit code is 1 where the one
+that runs untuned takes more than 1.2 times the cycles of the best that does not spill.
 
 Nothing here is measured: see `cycle_model.py` for what the model was compared with, and its error.
 """
@@ -30,6 +30,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from hybridlm_kernels.tools.bench import shapes
 from hybridlm_kernels.tools.cases import bench_cases
 from hybridlm_kernels.tools.cycle_model import H200, KernelCost, cost_of
 from hybridlm_kernels.tools.kernel_launches import Launch, launches_of, seconds_of_launches
-from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, untuned
+from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED, full_of, untuned
 
 TARGET = 90
 # Tokens of a chunk, by which a scan advances: loops whose end is data are taken to be such loops in kernels whose
@@ -49,7 +50,7 @@ TARGET = 90
 CHUNK_TOKENS = 64
 MAX_PROGRAM_KINDS = 2  # of programs along the last axis of a grid, where there are no more than so many
 COUNTED_SHAPE, TIMED_SHAPE = "B1 T512 H1 D128", "B1 T8192 H96 D128"
-WORSE_THAN_BEST = 1.2  # first configurations may take so many times the cycles of the best
+WORSE_THAN_BEST = 1.2  # untuned configurations may take so many times the cycles of the best
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,13 @@ def triton_cases(labels: Sequence[str] = ()) -> list[BenchCase]:
     return [case for case in cases if not labels or case.label in labels]
 
 
-def configurations_of(launch: Launch) -> list[tuple[str, Launch]]:
-    """The launch with each configuration of its kernel's tuning, the first one first, named."""
+def configurations_of(launch: Launch, times: int) -> list[tuple[str, Launch]]:
+    """The launch with each configuration of its kernel's tuning, named, in the order in which untuned runs try them.
+
+    Args:
+        launch: the launch.
+        times: how often its programs are launched at the shape of interest.
+    """
     tuner = _tuners().get(launch.kernel)
     if tuner is None:
         return [("", launch)]
@@ -117,7 +123,12 @@ def configurations_of(launch: Launch) -> list[tuple[str, Launch]]:
         blocks = {name: value for name, value in config.kwargs.items() if name in launch.constants}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         name = " ".join(f"{key}={value}" for key, value in (blocks | options).items())
-        found.append((name, replace(launch, constants={**launch.constants, **blocks}, options=options)))
+        configured = replace(launch, constants={**launch.constants, **blocks}, options=options,
+                             grid=launch.grid_with(blocks))
+        if config is tuner.many and full_of(configured.programs * times, H200.multiprocessors):
+            found.insert(0, (name, configured))
+        else:
+            found.append((name, configured))
     return found
 
 
@@ -142,19 +153,26 @@ def compile_launch(launch: Launch, tokens: int) -> KernelCost:
 
 
 def rows_of(case: BenchCase, shape: Shape, every: bool = False) -> Iterator[Row]:
-    """The modelled launches of a case at a shape, in their first configuration or in all of them."""
+    """The modelled launches of a case at a shape, in the configuration of an untuned run or in all of them."""
     # Grids of two small shapes, where inputs cost nothing, say which launches have more programs for more tokens.
     small = replace(shape, B=1, T=CHUNK_TOKENS, H=1)
     for launch, longer in zip(launches_of(case, small), launches_of(case, replace(small, T=2 * small.T)), strict=True):
         scans = launch.programs == longer.programs
         chunks = 1 if scans else math.ceil(shape.T / CHUNK_TOKENS)
-        programs = launch.programs * shape.B * shape.H * chunks
-        for name, configured in configurations_of(launch)[:None if every else 1]:
-            cost = compile_launch(configured, shape.T if scans else CHUNK_TOKENS)
+        times = shape.B * shape.H * chunks
+        costs = ((name, configured.programs * times, compile_launch(configured, shape.T if scans else CHUNK_TOKENS))
+                 for name, configured in configurations_of(launch, times))
+        for name, programs, cost in costs if every else [_usable(costs)]:
             cycles = cost.multiprocessor_cycles()
             per_chunk = cycles * programs / len(cost.programs) / (shape.tokens * shape.H / CHUNK_TOKENS)
             yield Row(case.label, launch.part, launch.name, name, cost.registers, cost.spilled, cost.shared,
                       cost.blocks(), cost.code_length, cycles, 1e6 * cost.seconds((programs,)), per_chunk)
+
+
+def _usable(costs: Iterator[tuple[str, int, KernelCost]]) -> tuple[str, int, KernelCost]:
+    """The first configuration that spills nothing, else the first of all."""
+    first = next(costs)
+    return next((each for each in chain([first], costs) if not each[2].spilled), first)
 
 
 def with_work(rows: Sequence[Row], work: Sequence[Mapping[str, Any]], elements: int) -> list[Row]:
@@ -178,7 +196,7 @@ def with_times(rows: Sequence[Row], times: Sequence[tuple[str, float]]) -> list[
 
 
 def too_slow(rows: Sequence[Row]) -> list[str]:
-    """Kernels whose first configuration takes much more than the best that does not spill, a line each."""
+    """Kernels whose untuned configuration takes much more than the best that does not spill, a line each."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.case, row.part, row.kernel), []).append(row)
@@ -186,7 +204,7 @@ def too_slow(rows: Sequence[Row]) -> list[str]:
     for (case, part, kernel), group in groups.items():
         best = min((row for row in group if not row.spilled), key=lambda row: row.microseconds, default=group[0])
         if group[0].microseconds > WORSE_THAN_BEST * best.microseconds:
-            found.append(f"{case} {part} {kernel}: the first configuration ({group[0].configuration}) takes "
+            found.append(f"{case} {part} {kernel}: the untuned configuration ({group[0].configuration}) takes "
                          f"{group[0].microseconds / best.microseconds:.1f} times the time of {best.configuration}")
     return found
 
@@ -238,23 +256,48 @@ def pass_table(costs: Sequence[PassCost]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def count_in_interpreter(labels: Sequence[str], shape: str) -> dict[str, Any]:
+def count_in_interpreter(labels: Sequence[str], shape: str, tiles: str = "{}") -> dict[str, Any]:
     """Count the work of cases, by their labels, in a process of its own whose kernels are interpreted.
+
+    Args:
+        labels: of the cases.
+        shape: what is run.
+        tiles: see `--tiles`.
 
     Raises:
         RuntimeError: the process failed.
     """
-    command = [sys.executable, "-m", "hybridlm_kernels.tools.kernel_cost", *labels, "--shape", shape, "--count"]
+    command = [sys.executable, "-m", "hybridlm_kernels.tools.kernel_cost", *labels, "--shape", shape, "--count",
+               "--tiles", tiles]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     if done.returncode:
         raise RuntimeError(f"counting failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout)
 
 
-def counts(cases: Sequence[BenchCase], shape: Shape) -> dict[str, Any]:
-    """Count in this process, whose kernels are interpreted: launches, operations of torch and the error, by case."""
+def tiles_of(rows: Sequence[Row]) -> str:
+    """The tile sizes of modelled launches, as `--tiles` takes them."""
+    sizes = {row.kernel: dict(word.split("=") for word in row.configuration.split() if not word.startswith("num_"))
+             for row in rows}
+    return json.dumps({kernel: {name: int(size) for name, size in of_kernel.items()}
+                       for kernel, of_kernel in sizes.items() if of_kernel})
+
+
+def counts(cases: Sequence[BenchCase], shape: Shape, tiles: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Count in this process, whose kernels are interpreted: launches, operations of torch and the error, by case.
+
+    Args:
+        cases: what is run.
+        shape: at which shape.
+        tiles: constants of kernels by name, in place of those of their first configuration.
+    """
+    import triton
+
     from hybridlm_kernels.tools.executed_work import count_work
 
+    for tuner in _tuners().values():
+        if tuner.fn.fn.__name__ in tiles:
+            tuner.configs = [triton.Config(dict(tiles[tuner.fn.fn.__name__]))]
     found: dict[str, Any] = {}
     for case in cases:
         work = count_work(case, shape)
@@ -293,7 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", action="store_true", help="model cycles alone, without counting")
     parser.add_argument("--measure", action="store_true", help="model cycles, and time the launches on this GPU")
     parser.add_argument("--passes", action="store_true", help="add up the launches of a pass: a Markdown table")
-    parser.add_argument("--all", action="store_true", help="model every configuration, and judge the first ones")
+    parser.add_argument("--all", action="store_true", help="model every configuration, and judge the untuned ones")
+    parser.add_argument("--tiles", type=json.loads, default={}, metavar="JSON",
+                        help="with --count: sizes of tiles by kernel, {\"scan_kernel\": {\"BV\": 64}}")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if not INSTALLED:
@@ -314,7 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     labels = [case.label for case in cases]
     if options.count:
-        found = counts(cases, counted) if INTERPRETED else count_in_interpreter(labels, options.shape)
+        found = (counts(cases, counted, options.tiles) if INTERPRETED
+                 else count_in_interpreter(labels, options.shape, json.dumps(options.tiles)))
         print(json.dumps(found, indent=1))
         return 0
     if INTERPRETED:
@@ -327,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.measure:
                 modelled = with_times(modelled, seconds_of_launches(case, timed))
             elif not options.model and not options.all:
-                work = count_in_interpreter([case.label], options.shape)[case.label]
+                work = count_in_interpreter([case.label], options.shape, tiles_of(modelled))[case.label]
                 elements = counted.tokens * counted.H
                 modelled = with_work(modelled, work["launches"], elements)
                 of_torch = {part: size / elements for part, size in work["torch_bytes"].items()}

@@ -30,7 +30,10 @@ TRITON_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, its tensors' types, its other arguments by name, its grid and the compiler's options."""
+    """One launch: the kernel, its tensors' types, its other arguments by name, its grid and the compiler's options.
+
+    `grid_with` is the grid where some constants have other values.
+    """
 
     part: str  # one of PASSES
     kernel: Any
@@ -39,6 +42,7 @@ class Launch:
     constants: Mapping[str, Any]
     grid: tuple[int, ...]
     options: Mapping[str, int]
+    grid_with: Callable[[Mapping[str, Any]], tuple[int, ...]]
 
     @property
     def programs(self) -> int:
@@ -188,9 +192,11 @@ def bound_arguments(executor: Any, args: Sequence[Any], named: Mapping[str, Any]
 
 
 def _launch(part: str, kernel: Any, named: dict[str, Any], grid: Any, options: Mapping[str, int]) -> Launch:
-    size = grid(named) if callable(grid) else grid
-    name = kernel.fn.__name__
-    return Launch(part, None if INTERPRETED else kernel, name,
-                  {key: value.dtype for key, value in named.items() if isinstance(value, Tensor)},
-                  {key: value for key, value in named.items() if not isinstance(value, Tensor)},
-                  tuple(int(n) for n in size), dict(options))
+    constants = {key: value for key, value in named.items() if not isinstance(value, Tensor)}
+
+    def grid_with(changed: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(int(n) for n in (grid(constants | dict(changed)) if callable(grid) else grid))
+
+    return Launch(part, None if INTERPRETED else kernel, kernel.fn.__name__,
+                  {key: value.dtype for key, value in named.items() if isinstance(value, Tensor)}, constants,
+                  grid_with({}), dict(options), grid_with)
