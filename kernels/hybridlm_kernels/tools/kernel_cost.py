@@ -118,7 +118,7 @@ def configurations_of(launch: Launch, times: int) -> list[tuple[str, Launch]]:
     tuner = _tuners().get(launch.kernel)
     if tuner is None:
         return [("", launch)]
-    found = []
+    found: list[tuple[str, Launch]] = []
     for config in tuner.configs:
         blocks = {name: value for name, value in config.kwargs.items() if name in launch.constants}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
