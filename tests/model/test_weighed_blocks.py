@@ -7,7 +7,8 @@ import torch
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.contract_check import Subject
-from hybridlm.model.mixers import AttentionConfig, BlockAttentionConfig
+from hybridlm.model.mixers import AttentionConfig, BlockAttentionConfig, block_attention
+from hybridlm.model.mixers.common.block_selection import choose_blocks
 from hybridlm.model.mixers.selectors import EntmaxSelectorConfig, LandmarkSelectorConfig
 from hybridlm.model.mixers.selectors.entmax import entmax
 from hybridlm.model.rope import rotate
@@ -163,6 +164,26 @@ def test_the_selector_learns_from_the_output_unless_attention_is_dense(name):
         y.square().sum().backward()
         assert not aux
         assert all((p.grad is not None) == (mode == "sparse") for p in mixer.selector.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hils", "dash"])
+def test_what_is_measured_is_the_share_of_dense_attention_that_is_read_and_no_divergence(name, monkeypatch):
+    mixer, x = build(name), 5 * inputs(1, LENGTH)
+    found = []
+    monkeypatch.setattr(block_attention, "choose_blocks", lambda *options: found.append(choose_blocks(*options)) or
+                        found[-1])
+    mixer.measure_selection(True)
+    aux = mixer.eval()(x, SequenceInfo.make(1, LENGTH, x.device))[1]
+    q, k, _ = heads_of(mixer, x)
+    read = []
+    for t in range(LENGTH):
+        for h in range(H):
+            p = (k[: t + 1, h // 2] @ q[t, h] / 8**0.5).softmax(0)
+            blocks = [j for j in found[0][0, t, h // 2].tolist() if j >= 0]
+            read.append(sum(p[j * mixer.config.block : (j + 1) * mixer.config.block].sum() for j in blocks))
+    assert list(aux) == ["layer/selector_recall"]
+    torch.testing.assert_close(aux["layer/selector_recall"], torch.stack(read).mean(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["hils", "dash"])

@@ -356,7 +356,8 @@ class BlockAttention(SequenceMixer):
         if learns and index is not None:
             targets = KeyTargets(wide(q_BTHK.detach()), wide(k_BSGK.detach()), self.config.target)
             aux = observe_selector("selector", self.selector, index, targets, self.budget, chosen, seq,
-                                   only_chosen=sparse, learns=self.config.selector.learns)
+                                   only_chosen=sparse, learns=self.config.selector.learns,
+                                   compares=not self.config.selector.weighs)
         return self.o_proj(apply_output_gate(o_BTHK, x_BTD, self.g_proj, self.config.output_gate)), aux
 
     def _heads(self, projected_BTX: Tensor, norm: RMSNorm | None) -> Tensor:

@@ -79,7 +79,8 @@ def _shares(targets: AttentionTargets, index: BlockIndex, listed_BQUP: Tensor, r
 
 
 def selector_loss(selector: ScoresBlocks, index: BlockIndex, targets: AttentionTargets, budget: BlockBudget,
-                  chosen_BTUN: Tensor | None, seq: SequenceInfo, *, only_chosen: bool) -> SelectorLoss:
+                  chosen_BTUN: Tensor | None, seq: SequenceInfo, *, only_chosen: bool,
+                  compares: bool = True) -> SelectorLoss:
     """Compute the loss of a selector, piece by piece of queries.
 
     Args:
@@ -90,6 +91,7 @@ def selector_loss(selector: ScoresBlocks, index: BlockIndex, targets: AttentionT
         chosen_BTUN: numbers of the blocks that are selected; None: all.
         seq: says which queries are padding.
         only_chosen: the loss is over the selected blocks, else over all that compete.
+        compares: whether the KL is computed; else `total` is 0.
     """
     batch, queries, heads = targets.q_BTHK.shape[:3]
     size = max(8, PIECE_ELEMENTS // (batch * heads * targets.keys))
@@ -102,7 +104,8 @@ def selector_loss(selector: ScoresBlocks, index: BlockIndex, targets: AttentionT
             over_BQUP = compete_BQUP & listed_BQUP if only_chosen else compete_BQUP
             if seq.text_BT is not None:
                 over_BQUP = over_BQUP & seq.text_BT[:, rows, None, None]
-            total.append(_divergence(selector, index, rows, over_BQUP, target_BQUP))
+            total.append(_divergence(selector, index, rows, over_BQUP, target_BQUP) if compares
+                         else target_BQUP.new_zeros(()))
             count.append(over_BQUP.any(-1).sum())
             read.append(read_BQ)
     return SelectorLoss(torch.stack(total).sum(), torch.stack(count).sum(), torch.cat(read, 1))
@@ -110,7 +113,7 @@ def selector_loss(selector: ScoresBlocks, index: BlockIndex, targets: AttentionT
 
 def observe_selector(name: str, selector: ScoresBlocks, index: BlockIndex, targets: AttentionTargets,
                      budget: BlockBudget, chosen_BTUN: Tensor | None, seq: SequenceInfo, *, only_chosen: bool,
-                     learns: bool = True) -> Aux:
+                     learns: bool = True, compares: bool = True) -> Aux:
     """Compute what a layer reports of its selector: the mean loss, and the share of dense attention that is read.
 
     Args:
@@ -123,10 +126,14 @@ def observe_selector(name: str, selector: ScoresBlocks, index: BlockIndex, targe
         seq: positions and borders of the documents.
         only_chosen: the loss is over the selected blocks, else over all that compete.
         learns: whether the loss trains the selector; else it is only reported.
+        compares: whether there is such a loss; else the share alone is reported.
     """
-    found = selector_loss(selector, index, targets, budget, chosen_BTUN, seq, only_chosen=only_chosen)
-    loss = seq.weighted_mean(found.total / found.pairs.clamp(min=1), found.pairs)  # fewer see a block in early shards
+    found = selector_loss(selector, index, targets, budget, chosen_BTUN, seq, only_chosen=only_chosen,
+                          compares=compares)
     read = seq.mean_over_text(found.read_BT.flatten() / targets.q_BTHK.shape[2])
+    if not compares:
+        return {f"layer/{name}_recall": read}
+    loss = seq.weighted_mean(found.total / found.pairs.clamp(min=1), found.pairs)  # fewer see a block in early shards
     aux = {f"layer/{name}_kl": loss.detach(), f"layer/{name}_recall": read}
     return aux | {f"loss/{name}_kl": loss} if learns else aux
 
