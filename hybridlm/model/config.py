@@ -202,14 +202,15 @@ class ModelConfig:
                 got=name, expected="another mixer there, or mtp.depth=0")
 
     def _check_sharing(self) -> None:
-        """Refuse a layer that reads from another one which leaves nothing of the kind."""
+        """Refuse a layer that reads from another one which leaves nothing of the kind, or what does not fit."""
         blocks = [*enumerate(self.layers())]
         if self.mtp.depth:
             blocks.append((self.num_layers - 1, self.mtp.mixer or blocks[-1][1]))
         for index, name in blocks:
             context = self.layer_context(index)
-            for read in self.mixers[name].reads(context):
-                try:
+            try:
+                for read in self.mixers[name].reads(context):
                     context.source_of(read)
-                except ConfigError as error:
-                    raise error.within(f"mixers.{name}") from None
+                self.mixers[name].check_sources(context)
+            except ConfigError as error:
+                raise error.within(f"mixers.{name}") from None

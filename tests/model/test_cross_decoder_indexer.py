@@ -6,6 +6,7 @@ import torch
 from hybridlm.errors import ConfigError
 from hybridlm.model.mixers import AttentionConfig, IndexerConfig, SharedAttentionConfig, build_mixer
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm.run_config import load_model_config
 from tests.support.mixer_cases import context_of, inputs
 
 LENGTH, TOPK = 23, 6
@@ -106,3 +107,14 @@ def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(ConfigError) as caught:
         make()
     assert str(caught.value).startswith(message)
+
+
+def test_a_layer_cannot_read_the_selection_of_one_that_reads_all_keys():
+    options = [f"model.mixers.{name}.indexer.mode=dense" for name in ("select", "cross")]
+    with pytest.raises(ConfigError) as caught:
+        load_model_config("clsa_tiny", options[:1])
+    assert str(caught.value).startswith(
+        "model.mixers.cross.indexer.mode: shares the selection of layer 5, which reads all keys and selects none; got "
+        "'sparse'; expected dense, or sparse in both layers")
+    for changed in (options, options[1:]):
+        assert load_model_config("clsa_tiny", changed).mixers["cross"].indexer.mode == "dense"

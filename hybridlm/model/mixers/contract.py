@@ -116,6 +116,9 @@ class MixerConfig(abc.ABC):
         """Values of earlier layers that the layer reads."""
         return ()
 
+    def check_sources(self, context: LayerContext) -> None:  # noqa: B027
+        """Raise ConfigError where the layer does not fit the layers that it reads; each of `reads` has one."""
+
     def shared_width(self, kind: SharedKind, context: LayerContext) -> int:
         """Numbers per token of a value that the layer leaves, for readers whose parameters follow from it.
 

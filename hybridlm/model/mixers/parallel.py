@@ -106,6 +106,13 @@ class ParallelConfig(MixerConfig):
     def reads(self, context: LayerContext) -> Sequence[SharedRead]:
         return [read for branch in self.branches.values() for read in branch.reads(context)]
 
+    def check_sources(self, context: LayerContext) -> None:
+        for name, branch in self.branches.items():
+            try:
+                branch.check_sources(context)
+            except ConfigError as error:
+                raise error.within(f"branches.{name}") from None
+
     def shared_width(self, kind: SharedKind, context: LayerContext) -> int:
         return self._last_source(kind, context).shared_width(kind, context)
 

@@ -97,6 +97,15 @@ class IndexedMixerConfig(MixerConfig):
     def reads(self, context: LayerContext) -> Sequence[SharedRead]:
         return (SHARED_SELECTION,) if self.indexer is not None and self.indexer.share else ()
 
+    def check_sources(self, context: LayerContext) -> None:
+        indexer = self.reading_indexer(context)
+        if indexer is None or not indexer.share or indexer.mode == "dense":
+            return
+        source: IndexerConfig = context.shared_layout(SHARED_SELECTION)
+        require(source.mode == "sparse", "indexer.mode", f"shares the selection of layer "
+                f"{context.source_of(SHARED_SELECTION)}, which reads all keys and selects none", got=indexer.mode,
+                expected="dense, or sparse in both layers")
+
     def shared_layout(self, kind: SharedKind, context: LayerContext) -> Any:
         """The indexer's config, which says how many keys a selection has."""
         return self.indexer if kind == SELECTION else super().shared_layout(kind, context)
