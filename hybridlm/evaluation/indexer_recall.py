@@ -19,6 +19,7 @@ from hybridlm.data.packing import Batch
 from hybridlm.errors import ConfigError
 from hybridlm.evaluation.sparse.block_map import repeat_heads
 from hybridlm.evaluation.sparse.measure import PIECE_ELEMENTS, documents_of_row
+from hybridlm.model.layer_stack import run_label
 from hybridlm.model.mixers.common.indexed_attention import ObservedSelection, indexed_mixers
 from hybridlm.model.model import HybridLM
 from hybridlm.training.sparse_attention import measuring_recall
@@ -67,6 +68,7 @@ def indexer_recall(model: HybridLM, batches: Iterable[Batch]) -> dict[str, Any]:
         topk = topk if mixer.indexer is None else mixer.indexer.topk
         layers[mixer.layer_index] = _LayerSums(topk)
     first = min(sums.topk for sums in layers.values())
+    labels = {layer: [run_label(*run) for run in model.runs if run[0] == layer] for layer in layers}
 
     def observe(selection: ObservedSelection) -> None:
         _add(layers[selection.layer].totals, selection, first)
@@ -79,7 +81,8 @@ def indexer_recall(model: HybridLM, batches: Iterable[Batch]) -> dict[str, Any]:
                 moved = batch.to(model.device)
                 stats = model(moved.input_ids, cu_seqlens=moved.cu_seqlens, logits_to_keep=1).stats
                 for layer, sums in layers.items():
-                    sums.kl += float(stats[f"indexer_kl/{layer}"]) * batch.num_text_tokens
+                    of_runs = [float(stats[f"indexer_kl/{label}"]) for label in labels[layer]]
+                    sums.kl += sum(of_runs) / len(of_runs) * batch.num_text_tokens
                     sums.tokens += batch.num_text_tokens
     finally:
         model.train(was_training)

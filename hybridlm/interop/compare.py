@@ -33,8 +33,10 @@ class Comparison:
         max_logit: largest absolute logit of theirs.
         kl: KL(theirs || ours) in nats per token.
         top1: fraction of tokens for which both find the same next token most likely.
-        layers: after each layer, the RMS of the difference over the RMS of theirs.
-        first_different_layer: the first layer where that exceeds the threshold; None: there is none.
+        layers: after each layer, the RMS of the difference over the RMS of theirs; one entry per run of layers that
+            run several times.
+        first_different_run: the first entry that exceeds the threshold; None: there is none.
+        first_different_layer: the layer of that entry.
         mixer: the mixer of that layer.
     """
 
@@ -44,6 +46,7 @@ class Comparison:
     kl: float
     top1: float
     layers: list[float]
+    first_different_run: int | None
     first_different_layer: int | None
     mixer: str | None
 
@@ -114,7 +117,7 @@ def describe(result: dict[str, Any]) -> str:
     for name, found in result.items():
         layer = found["first_different_layer"]
         if layer is not None:
-            size = found["layers"][layer]
+            size = found["layers"][found["first_different_run"]]
             layers = f"the first layer that differs is {layer} ({found['mixer']}), by {size:.1e} of its size"
         elif _logits_differ(found):
             layers = "no layer differs, but the logits do: the last norm or the head is another"
@@ -162,14 +165,16 @@ def compare(ours: HybridLM, theirs: nn.Module, ids_BT: Tensor, threshold: float)
     our_logits, our_hidden = _run(ours, ours.layers, ids_BT, {})
     their_logits, their_hidden = _run(theirs, _layers_of(theirs), ids_BT, {"use_cache": False})
     gaps = [_relative_difference(a, b) for a, b in zip(our_hidden, their_hidden, strict=True)]
-    different = [index for index, gap in enumerate(gaps) if not gap <= threshold]  # NaN is different too
-    first = different[0] if different else None
+    different = [place for place, gap in enumerate(gaps) if not gap <= threshold]  # NaN is different too
+    run = different[0] if different else None
+    layer = None if run is None else ours.runs[run][0]
     p, q = (torch.log_softmax(x.double(), -1) for x in (their_logits, our_logits))
     return Comparison(
         tokens=ids_BT.numel(), max_logit_diff=float((our_logits - their_logits).abs().max()),
         max_logit=float(their_logits.abs().max()), kl=float((p.exp() * (p - q)).sum(-1).mean()),
         top1=float((our_logits.argmax(-1) == their_logits.argmax(-1)).double().mean()), layers=gaps,
-        first_different_layer=first, mixer=None if first is None else ours.config.layers()[first])
+        first_different_run=run, first_different_layer=layer,
+        mixer=None if layer is None else ours.config.layers()[layer])
 
 
 def _run(model: nn.Module, layers: nn.ModuleList, ids_BT: Tensor,
@@ -177,7 +182,9 @@ def _run(model: nn.Module, layers: nn.ModuleList, ids_BT: Tensor,
     hidden: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        hidden.append((output if isinstance(output, Tensor) else output[0]).float())
+        while not isinstance(output, Tensor):  # the stream stands first, also beside the output of a branch aside
+            output = output[0]
+        hidden.append(output.float())
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:

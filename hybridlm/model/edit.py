@@ -19,6 +19,8 @@ from hybridlm.model.cost import mtp_block
 from hybridlm.model.mixers import IndexerConfig
 from hybridlm.model.mixers.contract import MixerConfig
 from hybridlm.model.model import HybridLM, build_model
+from hybridlm.model.run_adapters import PerRunLinear
+from hybridlm.model.stand_ins import block_of
 from hybridlm.tensor_storage import unique_tensors
 
 
@@ -95,7 +97,8 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig, n
         The new model, and the names of parameters that it took over and of those that start fresh.
 
     Raises:
-        ConfigError: an unknown layer, or layers whose branches join the residual in different ways.
+        ConfigError: an unknown layer, one whose runs differ in the mixer, or layers whose branches join the residual
+            in different ways.
     """
     config = model.config
     chosen = check_layers(config, layers)
@@ -106,6 +109,11 @@ def replace_mixers(model: HybridLM, layers: Sequence[int], mixer: MixerConfig, n
     empty = [i for i in sorted(chosen) if not config.mixers[names[i]].is_branch]
     if empty:
         raise ConfigError("layers", "have no mixer to replace", got=empty)
+    per_run = [i for i in sorted(chosen)
+               if any(isinstance(part, PerRunLinear) for part in block_of(model, i).mixer.modules())]
+    if per_run:
+        raise ConfigError("layers", "have weights of single runs in their mixer (schedule.run_adapters), which no "
+                          "other mixer takes over", got=per_run, expected="layers whose mixer is the same in all runs")
     alone = {names[i] in config.schedule.alone for i in chosen}
     if len(alone) > 1:
         raise ConfigError("layers", "are with and without a feed-forward: replace them apart", got=sorted(chosen))

@@ -46,6 +46,15 @@ def number_runs(order: Sequence[int]) -> list[tuple[int, int]]:
     return [(layer, list(order[:place]).count(layer)) for place, layer in enumerate(order)]
 
 
+def run_label(layer: int, number: int) -> str:
+    """Name of a run of a layer in statistics.
+
+    >>> run_label(3, 0), run_label(3, 2)
+    ('3', '3.2')
+    """
+    return f"{layer}.{number}" if number else str(layer)
+
+
 def run_layers(layers: nn.ModuleList, runs: Sequence[tuple[int, int]], residual: Residual, embedding_BTD: Tensor,
                seq: SequenceInfo, totals: AuxTotals, states: Sequence[LayerState] | None, hidden: list[Tensor] | None,
                checkpointing: bool) -> Tensor:
@@ -70,8 +79,7 @@ def run_layers(layers: nn.ModuleList, runs: Sequence[tuple[int, int]], residual:
         hidden.append(residual.end(stream))
     for place, (index, number) in enumerate(runs):
         state = None if states is None else states[place]
-        label = f"{index}.{number}" if number else str(index)
-        stream = run_layer(layers[index], label, stream, seq, totals, checkpointing, state, number)
+        stream = run_layer(layers[index], run_label(index, number), stream, seq, totals, checkpointing, state, number)
         if hidden is not None:
             hidden.append(residual.end(stream))
     return residual.end(stream) if hidden is None else hidden[-1]

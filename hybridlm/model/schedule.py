@@ -105,6 +105,8 @@ class ScheduleConfig:
         for layer, later in self.reuse.items():
             require(bool(later) and all(other > layer >= 0 for other in later), f"reuse.{layer}",
                     "must be followed by later layers", got=later, expected=f"layers after {layer}, which is 0 or more")
+            require(len(set(later)) == len(later), f"reuse.{layer}", "names a layer twice", got=later,
+                    expected="each later layer once")
         require(self.run_adapters is None or bool(self.reuse) or self.repeat is not None, "run_adapters",
                 "need layers that run several times", expected="'reuse' or 'repeat' beside them")
 

@@ -18,7 +18,7 @@ import torch
 from hybridlm.distributed.collective_counter import wire_bytes
 from hybridlm.distributed.engine_config import ENGINES, FP32_BYTES, EngineConfig
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.cost import all_blocks, count_parameters
+from hybridlm.model.cost import all_blocks, all_runs, count_parameters
 from hybridlm.model.feed_forward import RoutedExperts
 from hybridlm.model.model import HybridLM
 
@@ -67,7 +67,7 @@ class ParallelPlan:
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that one rank hands to one kind of collective operation in one step: `payload`, for the purpose `name`,
-    in a group of `ranks`. `layers`: how many layers take part."""
+    in a group of `ranks`. `layers`: how many layers take part; what each run of a layer sends counts per run."""
 
     name: str
     kind: str
@@ -104,7 +104,7 @@ def step_traffic(config: ModelConfig, plan: ParallelPlan, matrices: int | None =
     if sharded:
         local = sharded / plan.engine.expert_parallel
         found += _parameter_traffic(plan, "expert ", local, local, plan.expert_copies, moe_layers)
-        found += _expert_rows(config, plan, moe_layers)
+        found += _expert_rows(config, plan)
     sums = sum(config.feed_forward_after(name).step_sum_numbers(index) for index, name in blocks)
     if sums:
         found.append(Traffic("router sums", "all_reduce", plan.ranks, FP64_BYTES * sums, moe_layers))
@@ -127,7 +127,7 @@ def _parameter_traffic(plan: ParallelPlan, prefix: str, params: float, matrices:
             for collective in plan.engine.parameter_traffic(params, matrices, plan.micro_batches)]
 
 
-def _expert_rows(config: ModelConfig, plan: ParallelPlan, layers: int) -> Iterator[Traffic]:
+def _expert_rows(config: ModelConfig, plan: ParallelPlan) -> Iterator[Traffic]:
     """Traffic of tokens on their way to experts and back.
 
     A forward sends a token's row once to each rank that has experts of it, a weight and a number for each expert, and
@@ -135,6 +135,7 @@ def _expert_rows(config: ModelConfig, plan: ParallelPlan, layers: int) -> Iterat
     """
     routed, ranks = config.feed_forward.routed_experts(), plan.engine.expert_parallel
     assert routed is not None
+    layers = sum(config.feed_forward_after(name).is_moe(index) for index, name in all_runs(config))
     width = routed.width(config.hidden_size)
     rows = plan.tokens * (ranks - 1) * visit_probability(routed, ranks) * width * plan.element_bytes
     pairs = plan.tokens * routed.per_token * (1 - 1 / ranks)
@@ -162,7 +163,7 @@ def _shards(config: ModelConfig, plan: ParallelPlan) -> Iterator[Traffic]:
     """Traffic between the shards of rows; each mixer says itself how much it asks for."""
     shards, away = plan.engine.context_parallel, 1 - 1 / plan.engine.context_parallel
     payload, layers = dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), 0.0), Counter[str]()
-    for index, name in all_blocks(config):
+    for index, name in all_runs(config):
         context, length = config.layer_context(index), plan.length // shards
         of_branches = [branch.shard_traffic(context, plan.rows, length, shards, plan.element_bytes)
                        for branch in (config.mixers[name], config.feed_forward_after(name))]

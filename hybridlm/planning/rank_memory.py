@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridlm.config.schema import Config
 from hybridlm.distributed.engine_config import FP32_BYTES, RankMemory, StepMemory
-from hybridlm.model.cost import count_parameters
+from hybridlm.model.cost import all_runs, count_parameters
 from hybridlm.model.memory import Precision, TrainingMemory, training_memory
 from hybridlm.optimizers.memory import optimizer_state_bytes
 
@@ -78,6 +78,6 @@ def _received_rows(config: Config, ranks: int) -> int:
     routed = moe.routed_experts()
     assert routed is not None
     layers = 1 if config.training.activation_checkpointing else sum(
-        config.model.feed_forward_after(name).is_moe(index) for index, name in enumerate(config.model.layers()))
+        config.model.feed_forward_after(name).is_moe(index) for index, name in all_runs(config.model))
     width = routed.width(config.model.hidden_size) * _activation_dtype(config)[1]
     return layers * rows * length * routed.per_token * width

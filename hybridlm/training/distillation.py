@@ -24,6 +24,7 @@ from hybridlm.data import Tokenizer, tokenizer_differences
 from hybridlm.distributed.engine import Engine
 from hybridlm.errors import ConfigError, did_you_mean_path
 from hybridlm.model.block import MixerStandIn
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.guide import GuidedForward, chunked_kl, relative_errors
 from hybridlm.model.mixers.contract import Aux, SequenceMixer
 from hybridlm.model.model import HybridLM
@@ -97,7 +98,7 @@ class TeacherGuide:
             student = [*forward.hidden_states[1:-1], forward.x_BTD]
             errors = relative_errors(student, output.hidden_states[1:], forward.text_BT)
             losses["hidden"] = errors.mean() * forward.batch_fraction
-            stats |= {f"hidden_error/{layer}": error for layer, error in enumerate(errors.detach())}
+            stats |= {f"hidden_error/{place}": error for place, error in enumerate(errors.detach())}
         if self.measures:
             loss = teacher.cross_entropy(teacher_BTD, forward.labels_BT, forward.count)[0]
             stats |= {"gap_teacher_loss": loss, "gap_ce": forward.loss.detach() - loss}
@@ -186,7 +187,7 @@ class Distillation:
         """Let forwards run the student by itself, and measure it against the teacher."""
         with mixer_stand_ins(model, dict.fromkeys(self.converted)), _guide(model, TeacherGuide(
                 self.teacher, hidden=self.teacher.config.hidden_size == model.config.hidden_size
-                and self.teacher.config.num_layers == model.config.num_layers, measures=True)):
+                and len(self.teacher.runs) == len(model.runs), measures=True)):
             yield
 
     def measure(self, engine: Engine, model: HybridLM, stage: Stage, batches: Batches, *,
@@ -271,10 +272,10 @@ def check_teacher(config: Config, engine: Engine, tokenizer: Tokenizer) -> None:
     if saved.vocab_size != config.model.vocab_size:
         raise ConfigError("teacher", "has another vocabulary than the model", got=f"{saved.vocab_size} tokens",
                           expected=f"{config.model.vocab_size} tokens")
-    theirs, ours = ((model.num_layers, model.hidden_size) for model in (saved, config.model))
+    theirs, ours = ((len(model.runs()), model.hidden_size) for model in (saved, config.model))
     if theirs != ours and any(stage.loss_weights.get("hidden") for stage in config.recipe.stages):
         raise ConfigError("teacher", "has other layers than the model, so their streams cannot be compared",
-                          got="{} layers, {} wide".format(*theirs), expected="{} layers, {} wide".format(*ours),
+                          got=_describe_stream(saved), expected=_describe_stream(config.model),
                           hint="leave hidden out of loss_weights")
     if (folder / "tokenizer.json").is_file():
         differ = tokenizer_differences(Tokenizer.from_folder(folder), tokenizer)
@@ -282,6 +283,13 @@ def check_teacher(config: Config, engine: Engine, tokenizer: Tokenizer) -> None:
             raise ConfigError("data.tokenizer", f"is not the teacher's: it differs in {', '.join(differ[:3])}",
                               got=tokenizer.name, expected=f"data.tokenizer={config.teacher}",
                               hint="leave data.tokenizer out, and the run takes the teacher's")
+
+
+def _describe_stream(model: ModelConfig) -> str:
+    """Number of layers, of their runs where some run several times, and the width of the stream."""
+    runs = len(model.runs())
+    several = f" in {runs} runs" if runs > model.num_layers else ""
+    return f"{model.num_layers} layers{several}, {model.hidden_size} wide"
 
 
 def load_teacher(config: Config, engine: Engine) -> Distillation | None:

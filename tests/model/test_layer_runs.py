@@ -9,15 +9,24 @@ import torch
 import hybridlm
 from hybridlm import checkpoint
 from hybridlm.checkpoint.model import load_checkpoint, model_texts
+from hybridlm.data.packing import Batch
+from hybridlm.distributed.engine_config import ENGINES
 from hybridlm.errors import ConfigError
+from hybridlm.evaluation.indexer_recall import indexer_recall
+from hybridlm.interop import to_hf_model, verify
+from hybridlm.interop.compare import describe
 from hybridlm.model.config import ModelConfig, MTPConfig, RepeatConfig, RunAdaptersConfig, ScheduleConfig
 from hybridlm.model.contract_check.thread_shards import run_on_threads
 from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops
 from hybridlm.model.edit import replace_mixers
-from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig
+from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, IndexerConfig
 from hybridlm.model.residual import AttentionResidualConfig, BranchConfig, HyperConfig
 from hybridlm.model.run_adapters import LowRankPerRun, PerRunLinear, SeparatePerRun
+from hybridlm.planning.communication import ParallelPlan, step_traffic
 from hybridlm.tensor_storage import unique_tensors
+from hybridlm.training.distillation import _describe_stream
+from hybridlm.training.sparse_attention import measuring_recall
+from hybridlm_kernels.packing import CuSeqlens
 from tests.support.tiny_lm import BORDERS, VOCABULARY, config, dense, model, moe
 
 IDS = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -209,6 +218,63 @@ def test_replaced_mixers_keep_the_runs():
     assert changed.config.layers()[2] == "attention"
 
 
+def test_mixers_with_weights_of_single_runs_are_not_replaced():
+    lm = hybridlm.build_model(looped(2, RunAdaptersConfig(low_rank=["mixer.q_proj"])), seed=0)
+    with pytest.raises(ConfigError, match=r"single runs .*got \[2\]"):
+        replace_mixers(lm, [2, 3], AttentionConfig(num_heads=2, head_dim=16))
+    of_feed_forward = hybridlm.build_model(looped(2, RunAdaptersConfig(low_rank=["feed_forward.gate_proj"])), seed=0)
+    assert replace_mixers(of_feed_forward, [2], AttentionConfig(num_heads=2, head_dim=16))[0].config.layers()[2] \
+        == "attention"
+
+
+@pytest.mark.parametrize("make", [looped, shared_block])
+def test_a_run_that_differs_from_another_model_is_found(make):
+    ours = hybridlm.build_model(make(), seed=0)
+    same = verify(ours, to_hf_model(ours), rows=1, length=12)["random"]
+    assert same["layers"] == [0.0] * len(ours.runs)
+    assert same["first_different_run"] is None
+    theirs = to_hf_model(ours)
+    with torch.no_grad():
+        ours.layers[3].mixer.o_proj.weight.mul_(2.0)
+    found = verify(ours, theirs, rows=1, length=12)
+    place = ours.runs.index((3, 0))
+    assert (found["random"]["first_different_run"], found["random"]["first_different_layer"]) == (place, 3)
+    assert found["random"]["mixer"] == "linear"
+    assert f"layer that differs is 3 (linear), by {found['random']['layers'][place]:.1e}" in describe(found)
+
+
+def test_exchanges_count_in_each_run_and_sums_of_routers_once():
+    once, often = looped(1, feed_forward=moe(dense_layers=[])), looped(3, feed_forward=moe(dense_layers=[]))
+    engine = ENGINES.config_class("ddp")(expert_parallel=2)
+    divided = ENGINES.config_class("ddp")(context_parallel=2)
+    of_once, of_often = ({one.name: one.payload for one in step_traffic(model, ParallelPlan(
+        ranks=4, length=64, engine=engine))} for model in (once, often))
+    assert of_often["expert rows"] == pytest.approx(2 * of_once["expert rows"])  # 8 runs of 4 layers
+    assert all(of_often[name] == of_once[name] for name in of_once if name != "expert rows")
+    unrolled = unroll(hybridlm.build_model(often)).config
+    shards = [sum(one.payload for one in step_traffic(model, ParallelPlan(ranks=4, length=64, engine=divided))
+                  if one.name == "shards of rows") for model in (once, often, unrolled)]
+    assert shards[0] < shards[1] == pytest.approx(shards[2])
+
+
+def test_the_kl_of_an_indexer_is_the_mean_over_its_runs():
+    indexed = AttentionConfig(num_heads=2, head_dim=16, indexer=IndexerConfig(num_heads=2, head_dim=16, topk=4))
+    lm = hybridlm.build_model(looped(2, mixers={**MIXERS, "full": indexed}), seed=0)
+    batch = Batch(IDS, IDS[..., None], CuSeqlens([0, 20, 40]), num_bytes=0, num_tokens=IDS.numel(), sample_ids=())
+    of_runs = []
+    with measuring_recall(lm), torch.no_grad():
+        stats = lm.eval()(IDS, logits_to_keep=1).stats
+        of_runs = [float(stats[f"indexer_kl/{label}"]) for label in ("1", "1.1")]
+    assert of_runs[0] != of_runs[1]
+    [row] = indexer_recall(lm, [batch])["layers"]
+    assert row["kl"] == pytest.approx(sum(of_runs) / 2)
+
+
+def test_a_refused_teacher_says_how_often_layers_run():
+    assert _describe_stream(looped(3)) == "4 layers in 8 runs, 32 wide"
+    assert _describe_stream(looped(1)) == "4 layers, 32 wide"
+
+
 def test_adapters_of_a_loop_that_runs_once_are_not_there():
     lm = hybridlm.build_model(looped(1, RunAdaptersConfig(low_rank=["mixer.q_proj"])), seed=0)
     assert not any(isinstance(part, PerRunLinear) for part in lm.modules())
@@ -216,6 +282,7 @@ def test_adapters_of_a_loop_that_runs_once_are_not_there():
 
 @pytest.mark.parametrize(("make", "words"), [
     (lambda: ScheduleConfig(pattern=["a"], reuse={2: [1]}), "later layers"),
+    (lambda: ScheduleConfig(pattern=["a"], reuse={0: [1, 1]}), "twice"),
     (lambda: ScheduleConfig(pattern=["a"], reuse={0: [1]}, repeat=RepeatConfig(first=0, last=1, times=2)), "reuse"),
     (lambda: ScheduleConfig(pattern=["a"], run_adapters=ADAPTERS), "several times"),
     (lambda: RepeatConfig(first=3, last=2, times=2), "first"),
