@@ -166,6 +166,18 @@ def _draw_scaled(name: str, module: nn.Module, std: float, seed: int, scales: Ma
 
 
 def _draw(module: nn.Module, std: float, seed: int) -> None:
+    """Draw the values of a module; what each of its runs has for itself follows the rules of the first run's."""
+    per_run = [part for part in module.modules() if isinstance(part, PerRunLinear)]
+    drawn: list[list[dict[str, Tensor]]] = []  # kept until the end: `init_weights` draws all linear maps that it finds
+    for run in range(1, 1 + max((part.later_runs for part in per_run), default=0)):
+        _draw_first_run(module, std, seed + run)
+        drawn.append([part.drawn_weights() for part in per_run])
+    _draw_first_run(module, std, seed)
+    for place, part in enumerate(per_run):
+        part.init_runs(std, [of_run[place] for of_run in drawn])
+
+
+def _draw_first_run(module: nn.Module, std: float, seed: int) -> None:
     torch.manual_seed(seed)
     if isinstance(module, RMSNorm):
         module.reset_parameters()
@@ -173,9 +185,6 @@ def _draw(module: nn.Module, std: float, seed: int) -> None:
         module.init_weights(std)
     else:
         module.weight.normal_(std=std)  # type: ignore[operator]
-    for part in module.modules():
-        if isinstance(part, PerRunLinear):
-            part.init_runs(std)
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -31,6 +31,7 @@ from hybridlm.model.padding import TextTokens, text_before_last_label
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.parametrization import ParameterScale, compare_shapes
 from hybridlm.model.residual import build_residual
+from hybridlm.model.run_adapters import PerRunLinear
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.model.targets import IGNORE, check_targets, tokens_of_modules
 from hybridlm.model.training_watch import TrainingWatch
@@ -269,7 +270,11 @@ class HybridLM(nn.Module):
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """The role of every parameter, by name: what an optimizer groups them by."""
-        return find_roles(self, {"lm_head.weight": ParameterRole("output_head")})
+        roles = find_roles(self, {"lm_head.weight": ParameterRole("output_head")})
+        for path, part in self.named_modules():
+            if isinstance(part, PerRunLinear):
+                roles |= {f"{path}.{name}": role for name, role in part.run_roles(roles[f"{path}.weight"]).items()}
+        return roles
 
     def parameter_scales(self) -> dict[str, ParameterScale]:
         """Growth of every matrix from the base model of `config.parametrization`, by name; empty without one.

@@ -11,13 +11,14 @@ I inputs, O outputs, R rank.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.errors import ConfigError
+from hybridlm.model.parameter_roles import ParameterRole
 from hybridlm.model.schedule import RunAdaptersConfig
 
 
@@ -38,8 +39,26 @@ class PerRunLinear(nn.Linear):
         return nn.ModuleList(nn.Linear(inputs, outputs, bias=bias, **where) for _ in range(count))
 
     @abstractmethod
-    def init_runs(self, std: float) -> None:
-        """Initialise what single runs have for themselves."""
+    def init_runs(self, std: float, drawn: Sequence[dict[str, Tensor]]) -> None:
+        """Initialise what single runs have for themselves.
+
+        Args:
+            std: standard deviation of plain projections.
+            drawn: for each of `later_runs`, what the layer has drawn for this map by its own rules.
+        """
+
+    @property
+    def later_runs(self) -> int:
+        """Number of runs, behind the first one, for which the layer draws first weights."""
+        return 0
+
+    def drawn_weights(self) -> dict[str, Tensor]:
+        """A copy of the weight, and of the bias if there is one, of the first run."""
+        return {name: value.clone() for name, value in self.named_parameters(recurse=False)}
+
+    def run_roles(self, role: ParameterRole) -> dict[str, ParameterRole]:
+        """Roles of weights of single runs that have the role of the first run's weight, by name."""
+        return {}
 
     @abstractmethod
     def run_flops(self) -> float:
@@ -61,7 +80,7 @@ class LowRankPerRun(PerRunLinear):
 
     Example:
         >>> shared = LowRankPerRun(nn.Linear(3, 2, bias=False), runs=2, rank=1)
-        >>> shared.init_runs(0.02)
+        >>> shared.init_runs(0.02, [])
         >>> sorted(name for name, _ in shared.named_parameters())
         ['down.0.weight', 'down.1.weight', 'up.0.weight', 'up.1.weight', 'weight']
     """
@@ -74,7 +93,7 @@ class LowRankPerRun(PerRunLinear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.up[self.run](self.down[self.run](x))
 
-    def init_runs(self, std: float) -> None:
+    def init_runs(self, std: float, drawn: Sequence[dict[str, Tensor]]) -> None:
         for down, up in zip(self.down, self.up, strict=True):
             nn.init.normal_(down.weight, std=std)  # type: ignore[arg-type]
             nn.init.zeros_(up.weight)  # type: ignore[arg-type]
@@ -98,11 +117,17 @@ class SeparatePerRun(PerRunLinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.later[self.run - 1](x) if self.run else F.linear(x, self.weight, self.bias)
 
-    def init_runs(self, std: float) -> None:
-        for linear in self.later:
-            nn.init.normal_(linear.weight, std=std)  # type: ignore[arg-type]
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+    @property
+    def later_runs(self) -> int:
+        return len(self.later)
+
+    def init_runs(self, std: float, drawn: Sequence[dict[str, Tensor]]) -> None:
+        for linear, values in zip(self.later, drawn, strict=False):
+            for name, value in linear.named_parameters():
+                value.copy_(values[name])
+
+    def run_roles(self, role: ParameterRole) -> dict[str, ParameterRole]:
+        return {f"later.{index}.weight": role for index in range(len(self.later))}
 
     def run_flops(self) -> float:
         return 0.0

@@ -19,7 +19,7 @@ from hybridlm.model.config import ModelConfig, MTPConfig, RepeatConfig, RunAdapt
 from hybridlm.model.contract_check.thread_shards import run_on_threads
 from hybridlm.model.cost import count_parameters, decode_state_bytes, forward_flops
 from hybridlm.model.edit import replace_mixers
-from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, IndexerConfig
+from hybridlm.model.mixers import AttentionConfig, DeltaRuleConfig, IndexerConfig, MLSTMConfig
 from hybridlm.model.residual import AttentionResidualConfig, BranchConfig, HyperConfig
 from hybridlm.model.run_adapters import LowRankPerRun, PerRunLinear, SeparatePerRun
 from hybridlm.planning.communication import ParallelPlan, step_traffic
@@ -201,6 +201,22 @@ def test_first_weights_do_not_depend_on_the_number_of_runs():
     assert len(often.runs) == 10
     with torch.no_grad():
         assert not torch.equal(once.eval()(IDS).logits, often.eval()(IDS).logits)
+
+
+def test_each_separate_run_is_drawn_by_the_rules_of_its_mixer_and_has_the_role_of_the_first():
+    mixers = {**MIXERS, "linear": MLSTMConfig(num_heads=2, head_dim=16)}  # whose gates have zero weights at first
+    adapters = RunAdaptersConfig(separate=["mixer.f_proj", "mixer.q_proj"])
+    lm = hybridlm.build_model(looped(3, adapters, mixers=mixers), seed=0)
+    gate, q = lm.layers[2].mixer.f_proj, lm.layers[2].mixer.q_proj
+    assert isinstance(gate, SeparatePerRun)
+    assert not any(weight.any() for weight in gate.parameters())
+    values = torch.stack([q.weight, *(later.weight for later in q.later)]).flatten(1)
+    torch.testing.assert_close(values.std(1), torch.full((3,), lm.config.init_std), rtol=0.15, atol=0)
+    assert torch.corrcoef(values).tril(-1).abs().max() < 0.15
+    roles = lm.parameter_roles()
+    assert roles["layers.1.mixer.q_proj.weight"].heads == 4
+    for index in (0, 1):
+        assert roles[f"layers.1.mixer.q_proj.later.{index}.weight"] == roles["layers.1.mixer.q_proj.weight"]
 
 
 def test_a_branch_aside_goes_to_the_next_branch_alone():
