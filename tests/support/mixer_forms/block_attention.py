@@ -15,6 +15,8 @@ from hybridlm.model.rope import RopeConfig
 
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 
+NO_MATRICES = {"selector.landmark"}
+
 FORMS: dict[str, MixerConfig] = {
     "moba": BlockAttentionConfig(**HEADS, block=5, topk=2),
     "infllm_v2": BlockAttentionConfig(
