@@ -100,7 +100,8 @@ class TeacherGuide:
             losses["hidden"] = errors.mean() * forward.batch_fraction
             stats |= {f"hidden_error/{place}": error for place, error in enumerate(errors.detach())}
         if self.measures:
-            loss = teacher.cross_entropy(teacher_BTD, forward.labels_BT, forward.count)[0]
+            with torch.no_grad():
+                loss = teacher.cross_entropy(teacher_BTD, forward.labels_BT, forward.count)[0]
             stats |= {"gap_teacher_loss": loss, "gap_ce": forward.loss.detach() - loss}
         return losses, stats
 
