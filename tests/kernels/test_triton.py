@@ -50,17 +50,17 @@ def test_every_kernel_compiles_without_spills():
 # over the levels of pairs run once, as where decays are weak. Lower is better: put new numbers here when they fall, and
 # think when they rise.
 INSTRUCTIONS = {
-    ("delta_rule", "chunk, scalar decay, D=128"): 23_528,
+    ("delta_rule", "chunk, scalar decay, D=128"): 15_064,
     ("delta_rule", "decayed, channel decay, D=128"): 27_908,
     ("delta_rule", "chunk, channel decay, D=128"): 36_776,
-    ("delta_rule", "chunk, channel decay, D=128, bounded"): 41_696,
+    ("delta_rule", "chunk, channel decay, D=128, bounded"): 31_772,
     ("delta_rule", "pair gradients, channel decay, D=128"): 77_704,
     ("delta_rule", "gradients, scalar decay, D=128"): 43_344,
     ("delta_rule", "gradients, channel decay, D=128"): 52_792,
-    ("delta_rule", "scan, scalar decay, D=128"): 7_292,
-    ("delta_rule", "scan, channel decay, D=128"): 6_620,
-    ("delta_rule", "scan back, scalar decay, D=128"): 6_356,
-    ("delta_rule", "scan back, channel decay, D=128"): 5_564,
+    ("delta_rule", "scan, scalar decay, D=128"): 2_840,
+    ("delta_rule", "scan, channel decay, D=128"): 2_732,
+    ("delta_rule", "scan back, scalar decay, D=128"): 3_024,
+    ("delta_rule", "scan back, channel decay, D=128"): 2_856,
     ("linear_attention", "scan forward constant D=128"): 6_064,
     ("linear_attention", "scan forward scalar D=128"): 7_560,
     ("linear_attention", "scan forward channel D=128"): 3_352,
@@ -77,10 +77,12 @@ def test_kernels_execute_no_more_instructions(operation, label):
     from triton.backends.compiler import GPUTarget
 
     (case,) = [case for _, case in compile_cases([operation], [128]) if case.label == label]
-    chosen = configurations(case)[0]
-    built = triton.compile(chosen.source, target=GPUTarget("cuda", 90, 32), options=chosen.options)
-    costs = [cost_of(built.asm["cubin"], built.metadata.shared, chosen.options["num_warps"], data_trips=trips)
-             for trips in (1, 2)]
+    for chosen in configurations(case):  # the first that spills nothing, as untuned runs take it
+        built = triton.compile(chosen.source, target=GPUTarget("cuda", 90, 32), options=chosen.options)
+        costs = [cost_of(built.asm["cubin"], built.metadata.shared, chosen.options["num_warps"], data_trips=trips)
+                 for trips in (1, 2)]
+        if not costs[0].spilled:
+            break
     once, twice = (cost.programs[0].instructions for cost in costs)
     found = chosen.options["num_warps"] * (twice - once if label.startswith("scan") else once)
     assert costs[0].spilled == 0

@@ -85,7 +85,7 @@ def store_factors(q_ptr, k_ptr, beta_ptr, factors_ptr, tokens, inside, H, HV, sc
 
 
 CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
-           for channels, warps, stages in ((64, 8, 1), (32, 4, 1), (64, 4, 1), (16, 4, 1))]
+           for channels, warps, stages in ((32, 4, 1), (64, 8, 1), (64, 4, 1), (16, 4, 1))]
 
 
 @tuned(CONFIGS, ["K", "DECAY", "MERGED", "CHECKED", "EXACT"])
