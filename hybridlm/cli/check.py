@@ -126,7 +126,7 @@ def _given(options: Sequence[str]) -> dict[str, Any]:
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    from hybridlm.config.compose import merge_options
+    from hybridlm.config.composed_values import merge_options
 
     merged = OmegaConf.to_container(merge_options(OmegaConf.create(base), changes))
     assert isinstance(merged, dict)

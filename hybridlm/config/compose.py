@@ -7,7 +7,6 @@ that any key of the schema can be set whether or not a YAML file mentions it, an
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 import tempfile
 import threading
@@ -22,11 +21,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hybridlm.config.checks import check_effective, validate
+from hybridlm.config.composed_values import (
+    apply_override,
+    change_kinds,
+    merge_options,
+    one_line,
+    plain_data,
+    use_one_schedule_form,
+)
 from hybridlm.config.legacy import refuse_renamed
 from hybridlm.config.paths import options, search_folders
 from hybridlm.config.presets import PRESET_GROUP, add_named_presets
@@ -42,7 +49,6 @@ from hybridlm.config.staged_files import (
     stage_root,
 )
 from hybridlm.errors import ConfigError, did_you_mean
-from hybridlm.kind_registry import registry_of
 
 _HYDRA_LOCK = threading.RLock()  # Hydra keeps its state in a global
 _COMPOSED: dict[tuple[Any, ...], DictConfig] = {}  # what Hydra made of the same files before
@@ -77,7 +83,7 @@ class Composition:
 
     def value(self, key: str) -> Any:
         """Plain data at a dotted path, every interpolation replaced; None where nothing is set."""
-        found: Any = _resolve(self.config)
+        found: Any = plain_data(self.config)
         for part in key.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         return found
@@ -91,7 +97,7 @@ class Composition:
         self.config.model = OmegaConf.create(model)
         for override in self.values:
             if override.key_or_group.startswith("model."):
-                _apply(self.config, override)
+                apply_override(self.config, override)
 
     def finish(self) -> Config:
         """The typed config of the run, checked.
@@ -99,7 +105,7 @@ class Composition:
         Raises:
             ConfigError: an unknown key, a wrong value, or sections that do not fit together.
         """
-        data = _resolve(self.config)
+        data = plain_data(self.config)
         refuse_renamed(data)
         presets = options(PRESET_GROUP, self.config_dir)
         data["model"] = add_named_presets(data.get("model"), presets, self._read_preset)
@@ -114,7 +120,7 @@ class Composition:
         Raises:
             ConfigError: an unknown key of it, or a wrong value.
         """
-        data = {"data": _resolve(self.config).get("data")}
+        data = {"data": plain_data(self.config).get("data")}
         refuse_renamed(data)
         return from_dict(DataConfig, data["data"], "data", root=Config)
 
@@ -139,10 +145,10 @@ def compose_run(name: str = "train", overrides: Sequence[str] = (),
         root, chosen = stage_root(name, folders, stage)
         files, values = _separate(_parse([*chosen, *overrides]), folders, stage)
         config = _compose(root, files, [stage, *folders])
-    _use_one_schedule_form(config, values)
-    _change_kinds(config, values)
+    use_one_schedule_form(config, values)
+    change_kinds(config, values)
     for override in values:
-        _apply(config, override)
+        apply_override(config, override)
     choices = dict(text.lstrip("+").split("=", 1) for text in files if "=" in text)
     return Composition(config, values, from_file=root.startswith(STAGED), choices=choices, config_dir=config_dir)
 
@@ -189,7 +195,7 @@ def compose_option(group: str, name: str, own: Mapping[str, Any] | None = None,
         stage = Path(staging)
         (stage / f"{STAGED}option.yaml").write_text(f"defaults:\n  - /{group}@_here_: {name}\n", encoding="utf-8")
         config = _compose(f"{STAGED}option", [], [stage, *search_folders(config_dir)])
-    return _resolve(merge_options(config, own or {}))
+    return plain_data(merge_options(config, own or {}))
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -323,7 +329,7 @@ def _run_hydra(name: str, overrides: list[str], folders: list[Path]) -> DictConf
             mark = getattr(error, "problem_mark", None)
             raise yaml_error(error, Path(mark.name).name if mark else "a config file") from None
         except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-            raise ConfigError("", _one_line(error)) from None
+            raise ConfigError("", one_line(error)) from None
     OmegaConf.set_struct(config, False)
     chosen = config.pop("hydra").runtime.choices.get("model")
     unnamed = isinstance(config.get("model"), DictConfig) and not config.model.get("name")
@@ -358,103 +364,8 @@ def _missing_option(error: MissingConfigException, folders: list[Path], override
     return ConfigError(group, what, got=option, expected=f"one of {', '.join(known)}" if known else "", hint=hint)
 
 
-def _use_one_schedule_form(config: DictConfig, values: list[Override]) -> None:
-    """Delete the form of the schedule (pattern, or linear, full and ratio) that the overrides replace by the other."""
-    path = "model.schedule"
-    named = {override.key_or_group.removeprefix(f"{path}.") for override in values}
-    forms = [{"pattern"}, {"linear", "full", "ratio"}]
-    schedule = OmegaConf.select(config, path)
-    for form, other in (forms, forms[::-1]):
-        if isinstance(schedule, DictConfig) and named & form and not named & other:
-            for key in other & set(schedule):
-                del schedule[key]
-
-
-def merge_options(base: DictConfig, own: Mapping[str, Any]) -> DictConfig:
-    """`base` with the keys and values of `own` on top; mappings are merged.
-
-    Raises:
-        ConfigError: a key has a mapping on one side and a list on the other.
-    """
-    merged = base
-    for key, value in own.items():
-        try:
-            merged = OmegaConf.merge(merged, {key: value})  # type: ignore[assignment]
-        except OmegaConfBaseException as error:
-            raise ConfigError(str(key), f"cannot be set: {_one_line(error)}", got=value) from None
-    return merged
-
-
-def _apply(config: DictConfig, override: Override) -> None:
-    """Set or delete one value. A mapping is merged into the old one, unless it names a `kind`."""
-    key, value = override.key_or_group, override.value()
-    try:
-        if override.is_delete():
-            _delete(config, key)
-        else:
-            replace = isinstance(value, dict) and "kind" in value
-            OmegaConf.update(config, key, value, merge=not replace, force_add=True)
-    except IndexError:
-        raise _beyond_list(config, key) from None
-    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(key, f"cannot be set: {_one_line(error)}") from None
-
-
-def _beyond_list(config: DictConfig, key: str) -> ConfigError:
-    """The error for a key that names an entry which a list of the config does not have."""
-    names = key.split(".")
-    for depth in range(1, len(names)):
-        entries = OmegaConf.select(config, ".".join(names[:depth]))
-        if isinstance(entries, ListConfig) and names[depth].lstrip("-").isdigit() and int(names[depth]) >= len(entries):
-            path = ".".join(names[:depth])
-            return ConfigError(key, f"names an entry that {path} does not have", got=int(names[depth]),
-                               expected=f"0 to {len(entries) - 1}" if entries else f"none, {path} is empty")
-    return ConfigError(key, "names an entry that a list of the config does not have")
-
-
-def _change_kinds(config: DictConfig, values: list[Override]) -> None:
-    """Delete the options of the old kind alone where an override changes the kind of a section such as `optimizer`."""
-    for override in values:
-        section, _, key = override.key_or_group.rpartition(".")
-        registry = registry_of(hint_at(Config, section)) if section and "." not in section else None
-        node = OmegaConf.select(config, section) if registry is not None else None
-        if registry is None or key != registry.key or override.is_delete() or not isinstance(node, DictConfig):
-            continue
-        old, new = node.get(key, registry.default), override.value()
-        if isinstance(new, str) and old in registry and new in registry and old != new:
-            kept = {field.name for field in dataclasses.fields(registry.config_class(new))}
-            for name in {field.name for field in dataclasses.fields(registry.config_class(old))} - kept:
-                node.pop(name, None)
-
-
-def _delete(config: DictConfig, key: str) -> None:
-    parent, _, last = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    if not isinstance(node, DictConfig) or last not in node:
-        known = list(node) if isinstance(node, DictConfig) else []
-        raise ConfigError(key, "cannot be deleted: there is no such key", hint=did_you_mean(last, known))
-    del node[last]
-
-
-def _resolve(config: DictConfig) -> dict:
-    """Plain data with every interpolation replaced by its value."""
-    try:
-        data = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or ""), _one_line(error)) from None
-    assert isinstance(data, dict)
-    return data
-
-
 def _in_group(group: str, folders: list[Path]) -> list[str]:
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
-
-
-def _one_line(error: Exception) -> str:
-    """The first two lines of an error of Hydra, as one; the others are advice about Hydra itself."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    useful = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "To append"))]
-    return " ".join(useful[:2])
 
 
 def quote(text: str) -> str:

@@ -33,16 +33,17 @@ class DecodePlan:
 
     Args:
         model: the model; it is not kept.
-        runs: its layers in the order in which they run, each with the number of the run.
+        layers: its layers.
+        runs: the layer and the number of each run, in their order.
         norm: its final norm.
 
     Attributes:
         norm: the final norm's step.
     """
 
-    def __init__(self, model: nn.Module, runs: Sequence[tuple[nn.Module, int]], norm: nn.Module):
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, runs: Sequence[tuple[int, int]], norm: nn.Module):
         self._watch(model)
-        self._steps = [_prepare_layer(layer, number) for layer, number in runs]
+        self._steps = [_prepare_layer(layers[index], number) for index, number in runs]
         self.norm = norm_step(norm)
 
     def holds(self) -> bool:
@@ -73,13 +74,14 @@ class DecodePlan:
 _plans: WeakKeyDictionary[nn.Module, DecodePlan] = WeakKeyDictionary()
 
 
-def find_plan(model: nn.Module, runs: Sequence[tuple[nn.Module, int]], norm: nn.Module,
+def find_plan(model: nn.Module, layers: nn.ModuleList, runs: Sequence[tuple[int, int]], norm: nn.Module,
               device: torch.device) -> DecodePlan | None:
     """The plan for one token per row of this model, or None where its forward has to run.
 
     Args:
         model: the model, in any mode.
-        runs: its layers in the order in which they run, each with the number of the run.
+        layers: its layers.
+        runs: the layer and the number of each run, in their order.
         norm: its final norm.
         device: where it is.
     """
@@ -91,7 +93,7 @@ def find_plan(model: nn.Module, runs: Sequence[tuple[nn.Module, int]], norm: nn.
     if plan is None or not plan.holds():
         if not decoding.is_preferred(device.type):
             return None
-        plan = _plans[model] = DecodePlan(model, runs, norm)
+        plan = _plans[model] = DecodePlan(model, layers, runs, norm)
     return plan
 
 

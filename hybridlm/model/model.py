@@ -171,8 +171,7 @@ class HybridLM(nn.Module):
         keep_hidden = return_hidden_states is True or (guide is not None and guide.reads_hidden_states)
         plan = None
         if state is not None and batch_and_length[1] == 1 and not return_hidden_states:
-            runs = [(self.layers[index], number) for index, number in self.runs]
-            plan = find_plan(self, runs, self.norm, tokens.device)
+            plan = find_plan(self, self.layers, self.runs, self.norm, tokens.device)
         hidden: list[Tensor] | None = [] if keep_hidden else None
         if plan is not None and state is not None:
             x_BTD = plan.norm(self.residual.end(plan.run(self.residual.start(embedding_BTD), seq, state.layers)))

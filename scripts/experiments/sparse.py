@@ -16,7 +16,6 @@ table.md and results.csv have what all pieces scored; positions.md has the loss 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,7 +23,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from sweep_tables import run_sweeps, unfinished, write_tables
+from sweep_tables import read_arguments, run_sweeps, table_row, unfinished, write_tables
 
 from hybridlm.evaluation.evaluate import evaluate_checkpoint
 from hybridlm.files import write_json, write_text
@@ -46,53 +45,42 @@ METRICS = ("validation_bits_per_byte",)
 WINDOWS = 48  # of held-out text, for the loss by position
 
 
-def positions(out: Path, every: list[dict[str, Any]]) -> None:
+def positions(out: Path) -> None:
     """Write the loss by position of every finished point, mean and extremes over seeds; measured once per point."""
     file = out / "positions.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    rows: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for results in every:
-        for point in results["points"]:
+    lines: list[str] = []
+    for piece in PIECES:
+        if not (results := out / piece / "results.json").exists():
+            continue
+        losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for point in json.loads(results.read_text(encoding="utf-8"))["points"]:
             if point["status"] != "finished":
                 continue
-            name = f"{results['sweep']}/{point['point']}"
+            name = f"{piece}/points/{point['point']}"
             if name not in found:
-                folder = out / results["sweep"].removeprefix("sparse_").replace("sparse", "scratch")
-                report = evaluate_checkpoint(folder / "points" / point["point"], parts=("perplexity",), windows=WINDOWS)
-                found[name] = report["perplexity"]
+                found[name] = evaluate_checkpoint(out / name, parts=("perplexity",), windows=WINDOWS)["perplexity"]
                 write_json(file, found)
-            form = point["settings"].get("model.residual.form", "")
-            for row in found[name]["by_position"]:
-                rows[results["sweep"], f"{format_layers(point['layers'])} {form}".strip()][
-                    f"{row['start']}-{row['stop'] - 1}"].append(row["loss"])
-    lines: list[str] = []
-    for sweep in dict.fromkeys(sweep for sweep, _ in rows):
-        labels = [label for name, label in rows if name == sweep]
-        columns = list(rows[sweep, labels[0]])
-        lines += [sweep, "", _row("layers", *columns), "|---" * (len(columns) + 1) + "|"]
-        lines += [_row(label, *(f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
-                                for values in rows[sweep, label].values())) for label in labels]
-        lines.append("")
+            label = f"{format_layers(point['layers'])} {point['settings'].get('model.residual.form', '')}".strip()
+            for bucket in found[name]["by_position"]:
+                losses[label][f"{bucket['start']}-{bucket['stop'] - 1}"].append(bucket["loss"])
+        if losses:
+            columns = list(next(iter(losses.values())))
+            lines += [piece, "", table_row("layers", *columns), "|---" * (len(columns) + 1) + "|"]
+            lines += [table_row(label, *(f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+                                         for values in each.values())) for label, each in losses.items()]
+            lines.append("")
     write_text(out / "positions.md", "\n".join(lines))
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
     """Run the pieces that are asked for, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/sparse"))
-    parser.add_argument("--pieces", nargs="+", choices=PIECES, default=list(PIECES), help="default: all")
-    parser.add_argument("--jobs", type=int, default=1, help="points at a time, one core per point (default 1)")
-    parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
-    args = parser.parse_args()
+    args = read_arguments(__doc__, "runs/sparse", PIECES)
     code, ran = run_sweeps({args.out / piece: PIECES[piece] for piece in args.pieces}, args.jobs, args.collect)
     _, every = run_sweeps({args.out / piece: [] for piece in PIECES}, args.jobs, collect=True)
     write_tables(args.out, every, METRICS)
     if not any(unfinished(results) for results in ran):
-        positions(args.out, every)
+        positions(args.out)
     print(f"{args.out}/table.md, {args.out}/results.csv, {args.out}/positions.md")
     return code
 

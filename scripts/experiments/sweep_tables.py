@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import platform
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,23 @@ def run_sweeps(sweeps: Mapping[Path, Sequence[str]], jobs: int, collect: bool) -
     return code, every
 
 
+def read_arguments(doc: str | None, out: str, pieces: Iterable[str] = ()) -> argparse.Namespace:
+    """Read the command line of a script that runs sweeps: `--out`, `--jobs`, `--collect`, and `--pieces` if it has any.
+
+    Args:
+        doc: the script's docstring.
+        out: default folder.
+        pieces: names of the sweeps that may be run alone.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    if names := list(pieces):
+        parser.add_argument("--pieces", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="points at a time, one core per point (default 1)")
+    parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
+    return parser.parse_args()
+
+
 def unfinished(results: Mapping[str, Any]) -> list[str]:
     """Points of a sweep that was stopped: neither finished nor failed. The exit code of a stopped sweep is 0.
 
@@ -69,20 +87,21 @@ def table(results: dict[str, Any], metrics: Sequence[str] = ()) -> str:
     """
     columns = [(label, length, "" if length == task["length"] else f"@{length}")
                for label, task in results["probes"].items() for length in task["lengths"]]
-    lines = [_row("layers", "parameters", *(f"{label}, {length} tokens" for label, length, _ in columns),
+    lines = [table_row("layers", "parameters", *(f"{label}, {length} tokens" for label, length, _ in columns),
                   *(name.replace("_", " ") for name in metrics)),
              "|---" * (len(columns) + len(metrics) + 2) + "|",
-             _row("chance", "", *(f"{results['probes'][label]['chance']:.2f}" for label, _, _ in columns),
+             table_row("chance", "", *(f"{results['probes'][label]['chance']:.2f}" for label, _, _ in columns),
                   *("" for _ in metrics))]
     for group in results["groups"]:
         names = [*(f"probe/{label}/accuracy{at}" for label, _, at in columns), *metrics]
         found = [group["metrics"].get(name) for name in names]
         if any(found):
-            lines.append(_row(format_layers(group["layers"]), f"{group['parameters']:,}", *map(_score, found)))
+            lines.append(table_row(format_layers(group["layers"]), f"{group['parameters']:,}", *map(_score, found)))
     return "\n".join(lines) + "\n"
 
 
-def _row(*cells: str) -> str:
+def table_row(*cells: str) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -7,26 +7,12 @@ from hybridlm.errors import ConfigError
 from hybridlm.model.mixers import AttentionConfig, IndexerConfig, SharedAttentionConfig, build_mixer
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm.run_config import load_model_config
-from tests.support.mixer_cases import context_of, inputs
+from tests.support.mixer_cases import build_layers, context_of, inputs
 
 LENGTH, TOPK = 23, 6
 SOURCE = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)
 OWNER = SharedAttentionConfig(indexer=IndexerConfig(form="dot", num_heads=1, head_dim=6, topk=TOPK, rope_kind="none"))
 READER = SharedAttentionConfig(q_norm="head", indexer=IndexerConfig(share=True))
-
-
-def layers():
-    """A source, the layer that selects, and one that shares its selection, with weights away from neutral values."""
-    configs = [SOURCE, OWNER, READER]
-    torch.manual_seed(0)
-    found = []
-    for index, config in enumerate(configs):
-        mixer = build_mixer(config, context_of(layer_index=index, layers=configs))
-        mixer.init_weights(0.5)
-        for parameter in mixer.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        found.append(mixer.double())
-    return found
 
 
 def run(mixers, xs):
@@ -57,7 +43,7 @@ def index_scores(owner, x):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
 def test_all_readers_attend_to_the_keys_of_largest_product_of_the_first(mode):
-    mixers, xs = layers(), [inputs(1, LENGTH, seed=seed) for seed in (1, 2, 3)]
+    mixers, xs = build_layers(SOURCE, OWNER, READER, std=0.5), [inputs(1, LENGTH, seed=seed) for seed in (1, 2, 3)]
     for mixer in mixers[1:]:
         mixer.set_attention(mode, {})
     index = index_scores(mixers[1], xs[1])
@@ -73,7 +59,8 @@ def test_all_readers_attend_to_the_keys_of_largest_product_of_the_first(mode):
 
 
 def test_the_losses_of_all_readers_are_the_divergence_from_their_mean_attention_and_reach_the_indexer_alone():
-    mixers, xs = layers(), [inputs(1, LENGTH, seed=seed).requires_grad_() for seed in (1, 2, 3)]
+    mixers = build_layers(SOURCE, OWNER, READER, std=0.5)
+    xs = [inputs(1, LENGTH, seed=seed).requires_grad_() for seed in (1, 2, 3)]
     for mixer in mixers:
         mixer.train()
         mixer.set_attention("dense", {})

@@ -21,7 +21,7 @@ from hybridlm.model.mixers.common.memory import MEMORY
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels.packing import CuSeqlens
 from tests.support import tiny_lm
-from tests.support.mixer_cases import MLA_DIMS, context_of, inputs
+from tests.support.mixer_cases import MLA_DIMS, build_layers, context_of, inputs
 from tests.support.tiny_lm import BORDERS, VOCABULARY
 
 IDS = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -30,29 +30,16 @@ SOURCE = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="head"
 READER = SharedAttentionConfig(q_norm="head")
 
 
-def layers(*configs):
-    """One layer for each config, in fp64, with weights away from neutral values."""
-    torch.manual_seed(0)
-    found = []
-    for index, config in enumerate(configs):
-        mixer = build_mixer(config, context_of(layer_index=index, layers=configs))
-        mixer.init_weights(0.3)
-        for parameter in mixer.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        found.append(mixer.double())
-    return found
-
-
 @pytest.mark.parametrize("source_config", [SOURCE, ParallelConfig(branches={"a": SOURCE, "b": SOURCE})])
 def test_a_reader_is_attention_with_the_projections_of_its_source_for_keys_and_values(source_config):
-    source, reader = layers(source_config, READER)
+    source, reader = build_layers(source_config, READER)
     source_input, x = inputs(2, 12), inputs(2, 12, seed=7)
     seq = SequenceInfo.make(2, 12, x.device, CuSeqlens([0, 1, 12, 17, 24]))
     source(source_input, seq)
     y = reader(x, seq)[0]
 
     own = source.branches["b"] if hasattr(source, "branches") else source  # the last one replaces what others leave
-    alike = layers(SOURCE)[0]
+    alike = build_layers(SOURCE)[0]
     alike.load_state_dict({**own.state_dict(), **reader.state_dict()})
     both = torch.stack([source_input, x])
     alike.k_proj.register_forward_hook(lambda *_: own.k_proj(both[0]))
@@ -65,14 +52,14 @@ def test_a_reader_is_attention_with_the_projections_of_its_source_for_keys_and_v
 
 
 def test_keys_are_left_only_where_a_later_layer_reads_them():
-    first, second, third, reader = layers(SOURCE, SOURCE, SOURCE, SharedAttentionConfig(source=1))
+    first, second, third, reader = build_layers(SOURCE, SOURCE, SOURCE, SharedAttentionConfig(source=1))
     assert [mixer.keys_are_read for mixer in (first, second, third)] == [False, True, False]
     assert reader.source == 1
 
 
 def test_the_memory_of_mamba2_is_its_output_before_the_gate_and_the_norm():
     config = Mamba2Config(num_heads=2, head_dim=8, state_size=4)
-    source, _ = layers(config, GatedMemoryConfig(norm=True))
+    source, _ = build_layers(config, GatedMemoryConfig(norm=True))
     x, seq = inputs(1, 9), SequenceInfo.make(1, 9, torch.device("cpu"))
     y = source(x, seq)[0]
     memory, gate = seq.read(MEMORY, 0), source.in_proj(x)[..., : config.inner_size]
@@ -146,8 +133,8 @@ def test_gradients_of_a_model_that_shares_are_those_of_recomputed_layers_and_sum
         results.append([p.grad.clone() for p in lm.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
-    source, one, two = layers(MLAConfig(**MLA_DIMS), MLAConfig(**MLA_DIMS, latent_source=0),
-                              MLAConfig(**MLA_DIMS, latent_source=0))
+    source, one, two = build_layers(MLAConfig(**MLA_DIMS), MLAConfig(**MLA_DIMS, latent_source=0),
+                                    MLAConfig(**MLA_DIMS, latent_source=0))
     x, weight = inputs(2, 9), source.kv_a_proj.weight
 
     def losses(*readers):

@@ -9,7 +9,7 @@ import torch
 from hybridlm.model.contract_check import Subject
 from hybridlm.model.contract_check.subject import TOKEN_BITS
 from hybridlm.model.layer_context import LayerContext, NormConfig
-from hybridlm.model.mixers.contract import MixerConfig
+from hybridlm.model.mixers.contract import MixerConfig, build_mixer
 from hybridlm.model.sequence import SequenceInfo
 from tests.support.mixer_forms import collect_forms
 from tests.support.mixer_forms.softmax_attention import INDEXER as INDEXER
@@ -30,6 +30,19 @@ def context_of(name: str = "", layer_index: int = 1, hidden_size: int = HIDDEN,
                         vocab_size=2**TOKEN_BITS,
                         layers=[str(index) for index in range(len(layers))],
                         mixers={str(index): mixer for index, mixer in enumerate(layers)})
+
+
+def build_layers(*configs: MixerConfig, std: float = 0.3) -> list:
+    """One layer in fp64 for each config, which may read from those before it; no weight has a neutral value."""
+    torch.manual_seed(0)
+    found = []
+    for index, config in enumerate(configs):
+        mixer = build_mixer(config, context_of(layer_index=index, layers=configs))
+        mixer.init_weights(std)
+        for parameter in mixer.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        found.append(mixer.double())
+    return found
 
 
 def subject(name: str) -> Subject:
