@@ -10,9 +10,11 @@ results.csv (the scores of all) and the figures of the first one. docs/experimen
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 
-from sweep_tables import read_arguments, run_sweeps, write_tables
+from sweep_tables import run_sweeps, write_tables
 
 from hybridlm.report.build import write_report
 
@@ -27,7 +29,11 @@ SWEEPS = {
 
 
 def main() -> int:
-    args = read_arguments(__doc__, "runs/hybrid_ratio")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/hybrid_ratio"))
+    parser.add_argument("--jobs", type=int, default=1, help="points at a time, one core per point (default 1)")
+    parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
+    args = parser.parse_args()
     code, every = run_sweeps({args.out / name: words for name, words in SWEEPS.items()}, args.jobs, args.collect)
     write_tables(args.out, every)
     first = args.out / next(iter(SWEEPS))

@@ -13,9 +13,11 @@ square of the longest sequence, are left out.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 
-from sweep_tables import read_arguments, run_sweeps, write_tables
+from sweep_tables import run_sweeps, write_tables
 
 PIECES = {  # `full` comes first in each: its parameters are those of all points
     "delta": ["full", "kda", "gdn", "deltanet", "gdn2", "delta_product", "gated_delta_product", "comba",
@@ -35,7 +37,12 @@ METRICS = ("validation_bits_per_byte",)
 
 def main() -> int:
     """Run the pieces that are asked for, and write the tables."""
-    args = read_arguments(__doc__, "runs/mixers", PIECES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/mixers"))
+    parser.add_argument("--pieces", nargs="+", choices=PIECES, default=list(PIECES), help="default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="points at a time, one core per point (default 1)")
+    parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
+    args = parser.parse_args()
     sweeps = {args.out / piece: ["sweep=mixers", f"sweep.name=mixers_{piece}",
                                  f"model.schedule.linear={','.join(PIECES[piece])}"] for piece in args.pieces}
     code, _ = run_sweeps(sweeps, args.jobs, args.collect)

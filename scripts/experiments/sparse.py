@@ -16,6 +16,7 @@ table.md and results.csv have what all pieces scored; positions.md has the loss 
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -23,7 +24,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from sweep_tables import read_arguments, run_sweeps, table_row, unfinished, write_tables
+from sweep_tables import run_sweeps, table_row, unfinished, write_tables
 
 from hybridlm.evaluation.evaluate import evaluate_checkpoint
 from hybridlm.files import write_json, write_text
@@ -75,7 +76,12 @@ def positions(out: Path) -> None:
 
 def main() -> int:
     """Run the pieces that are asked for, and write the tables."""
-    args = read_arguments(__doc__, "runs/sparse", PIECES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/sparse"))
+    parser.add_argument("--pieces", nargs="+", choices=PIECES, default=list(PIECES), help="default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="points at a time, one core per point (default 1)")
+    parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
+    args = parser.parse_args()
     code, ran = run_sweeps({args.out / piece: PIECES[piece] for piece in args.pieces}, args.jobs, args.collect)
     _, every = run_sweeps({args.out / piece: [] for piece in PIECES}, args.jobs, collect=True)
     write_tables(args.out, every, METRICS)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import platform
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +40,6 @@ def run_sweeps(sweeps: Mapping[Path, Sequence[str]], jobs: int, collect: bool) -
         if not collect and unfinished(every[-1]):
             break
     return code, every
-
-
-def read_arguments(doc: str | None, out: str, pieces: Iterable[str] = ()) -> argparse.Namespace:
-    """Read the command line of a script that runs sweeps: `--out`, `--jobs`, `--collect`, and `--pieces` if it has any.
-
-    Args:
-        doc: the script's docstring.
-        out: default folder.
-        pieces: names of the sweeps that may be run alone.
-    """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(out))
-    if names := list(pieces):
-        parser.add_argument("--pieces", nargs="+", choices=names, default=names, help="default: all")
-    parser.add_argument("--jobs", type=int, default=1, help="points at a time, one core per point (default 1)")
-    parser.add_argument("--collect", action="store_true", help="train nothing, write what there is")
-    return parser.parse_args()
 
 
 def unfinished(results: Mapping[str, Any]) -> list[str]:
