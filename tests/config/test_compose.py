@@ -173,12 +173,14 @@ def test_every_yaml_is_found_and_valid():
 @pytest.mark.parametrize("name", options("mixer"))
 def test_every_mixer_of_the_group_stands_in_a_schedule(name):
     known = {"num_heads": 4, "head_dim": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-             "v_head_dim": 16, "rope_head_dim": 8, "q_lora_rank": 16, "output_groups": 2, "output_rank": 16,
+             "v_head_dim": 16, "rope_head_dim": 2, "q_lora_rank": 16, "output_groups": 2, "output_rank": 16,
              "embed_dim": 16}
     preset = load_yaml(config_dir() / "mixer" / f"{name}.yaml")
     kind = preset.get("kind", "mla")  # dsa starts from mla
     missing = MIXERS.config_class(kind).missing_sizes(preset)
     sizes = [size for key in missing for size in ([key] if key in known else [f"{key}.num_heads", f"{key}.head_dim"])]
+    if preset.get("share_entries") and not preset["indexer"].get("share"):
+        sizes.append("indexer.head_dim")  # that of the index keys of its source
     config = load_config("train", [f"+mixer@model.mixers.it={name}",
                                    f"model.schedule.pattern={[*PRESET_SOURCES.get(name, []), 'it']}",
                                    *(f"model.mixers.it.{size}={known[size.split('.')[-1]]}" for size in sizes)])

@@ -164,7 +164,7 @@ def index_scores(mixer, x, latent, made, t):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ["csa", "hca", "v4_window"])
 def test_it_equals_its_definition(name):
     mixer, x = build(name), inputs(1, SHORT)[0]
     config = mixer.config
@@ -195,7 +195,7 @@ def test_it_equals_its_definition(name):
 
 def test_a_budget_that_covers_the_row_reads_all_entries():
     mixer, x, seq = build("csa"), inputs(2, SHORT), SequenceInfo.make(2, SHORT, torch.device("cpu"))
-    made, windows = mixer.entries(x, seq)
+    made, windows, _ = mixer.entries(x, seq)
     latent = mixer.q_a_norm(mixer.q_a_proj(x))
     indexer = mixer.indexer
     indexer.topk = windows.number

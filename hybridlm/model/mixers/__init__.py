@@ -8,7 +8,7 @@ from hybridlm.model.mixers.attention import Attention as Attention
 from hybridlm.model.mixers.attention import AttentionConfig as AttentionConfig
 from hybridlm.model.mixers.block_attention import BlockAttention as BlockAttention
 from hybridlm.model.mixers.block_attention import BlockAttentionConfig as BlockAttentionConfig
-from hybridlm.model.mixers.common.entry_indexer import EntryIndexerConfig as EntryIndexerConfig
+from hybridlm.model.mixers.common.entry_indexer_config import EntryIndexerConfig as EntryIndexerConfig
 from hybridlm.model.mixers.common.indexed_attention import IndexedMixer as IndexedMixer
 from hybridlm.model.mixers.common.indexer import IndexerConfig as IndexerConfig
 from hybridlm.model.mixers.compressed_attention import CompressedAttention as CompressedAttention

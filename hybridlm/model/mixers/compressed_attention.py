@@ -6,19 +6,21 @@
 
 An entry stands for `ratio` tokens, with overlap for 2 `ratio`, and is seen by the token that completes it and by later
 ones. With an indexer a token reads the entries that it selects (CSA), else all (HCA); without a ratio there are none.
-Tokens of the window are inside entries too, as published.
+Tokens of the window are inside entries too, as published. A layer may read the entries of an earlier one, and the list
+of its indexer too (CSA2).
 
-Source: DeepSeek-V4, 2026 (arXiv 2606.19348), section 2.3, and its class in transformers.
+Sources: DeepSeek-V4, 2026 (arXiv 2606.19348), section 2.3, and its class in transformers; DeepSeek-V4.1-Flash, 2026
+(arXiv 2609.19969, from summaries), for layers that share.
 B rows, T tokens, S keys, D hidden size, H query heads, K head dim, Q dims of the queries' latent, P groups of heads,
 E entries, N selected entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import gcd
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +28,17 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import EntryCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.block_selection import BlockIndex
 from hybridlm.model.mixers.common.cost import count_visible_keys, count_visible_pools
 from hybridlm.model.mixers.common.entries import EntryWindows
 from hybridlm.model.mixers.common.entry_attention import entry_attention, join_attention, window_attention
-from hybridlm.model.mixers.common.entry_indexer import EntryIndexer, EntryIndexerConfig
-from hybridlm.model.mixers.common.gated_entries import (
-    GatedEntries,
-    entry_params,
-    entry_projection_weights,
-    entry_state_numbers,
-)
+from hybridlm.model.mixers.common.entry_indexer_config import EntryIndexerConfig
+from hybridlm.model.mixers.common.entry_selection import EntrySelectingMixer
+from hybridlm.model.mixers.common.entry_sharing import INDEX_KEYS, EntrySharingConfig
+from hybridlm.model.mixers.common.gated_entries import GatedEntries
 from hybridlm.model.mixers.common.grouped_output import GroupedOutput
-from hybridlm.model.mixers.common.indexer import longest_document
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.common.selector_loss import EntryTargets, observe_selector, selector_trains
-from hybridlm.model.mixers.contract import AttentionMode, Aux, MixerConfig, SequenceMixer, register_mixer
+from hybridlm.model.mixers.common.selector_loss import EntryTargets, observe_selector
+from hybridlm.model.mixers.contract import Aux, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.norm import RMSNorm, WeightlessRMSNorm
 from hybridlm.model.rope import RopeConfig, rotate_last
@@ -51,7 +48,7 @@ from hybridlm_kernels.precision import wide
 
 
 @dataclass(kw_only=True)
-class CompressedAttentionConfig(MixerConfig):
+class CompressedAttentionConfig(EntrySharingConfig):
     """Configuration of attention to a window and to compressed entries.
 
     Args:
@@ -65,8 +62,16 @@ class CompressedAttentionConfig(MixerConfig):
         window: tokens of the window, the token's own included.
         ratio: tokens that one entry stands for; null has no entries (DeepSeek-V4's first layers).
         overlap: an entry also pools the `ratio` tokens before its own.
+        position_bias: the softmax that pools an entry has a learned term per slot and channel.
+        q_head_norm: queries are normed per head, without weights.
         sinks: one learned logit per head that takes part in the softmax and carries no value.
-        indexer: selects the entries that a token reads; null reads all.
+        share_entries: reads the entries of an earlier layer and makes none; `overlap` and `position_bias` have no
+            effect then. Head dims and rotation must be those of that layer, and `ratio` where an indexer of this layer
+            selects.
+        source: layer whose entries are read: its index, or the name of a mixer, whose nearest earlier layer is read;
+            null is the nearest earlier layer that makes entries.
+        indexer: selects the entries that a token reads; null reads all. Where entries are shared it scores the index
+            keys of their layer by queries of its own; with `share: true` it reads the selection of an earlier layer.
     """
 
     kind: str = "compressed_attention"
@@ -80,7 +85,11 @@ class CompressedAttentionConfig(MixerConfig):
     window: int = 128
     ratio: int | None = 4
     overlap: bool = True
+    position_bias: bool = True
+    q_head_norm: bool = True
     sinks: bool = True
+    share_entries: bool = False
+    source: int | str | None = None
     indexer: EntryIndexerConfig | None = None
     loss_names: ClassVar[tuple[str, ...]] = ("indexer_kl",)
 
@@ -96,12 +105,14 @@ class CompressedAttentionConfig(MixerConfig):
         scaling = self.rope.scaling
         require(scaling is None or scaling.table_scale() == 1, "rope.scaling.attention_factor",
                 "would scale values, which rotate as keys do", got=scaling and scaling.table_scale(), expected="1.0")
-        narrowest = self.head_dim if self.indexer is None else min(self.head_dim, self.indexer.head_dim)
+        self.check_sharing()
+        own = self.indexer if self.has_own_indexer else None
+        narrowest = self.head_dim if own is None else min(self.head_dim, own.head_dim)
         require(self.rope.kind == "none" or (0 < self.rope_head_dim <= narrowest and self.rope_head_dim % 2 == 0),
                 "rope_head_dim", "must be even and fit into the heads, those of the indexer too",
                 got=self.rope_head_dim, expected=f"an even number up to {narrowest}",
                 hint="rope.kind=none rotates nothing")
-        require(self.indexer is None or self.ratio is not None, "indexer", "needs entries to select from",
+        require(self.indexer is None or self.has_entries, "indexer", "needs entries to select from",
                 got="ratio=null", expected="a ratio, or no indexer")
 
     def _weights(self, context: LayerContext) -> int:
@@ -109,45 +120,42 @@ class CompressedAttentionConfig(MixerConfig):
         D, H, K, Q = context.hidden_size, self.num_heads, self.head_dim, self.q_lora_rank
         queries_and_keys = Q * (D + H * K) + D * K
         output = self.output_rank * (H * K + self.output_groups * D)
-        entries = 0 if self.ratio is None else entry_projection_weights(D, K, self.overlap)
-        return queries_and_keys + output + entries
+        form = self.entry_form
+        return queries_and_keys + output + (0 if form is None else form.projection_weights(D))
 
     def num_params(self, context: LayerContext) -> int:
-        D, K, Q = context.hidden_size, self.head_dim, self.q_lora_rank
+        D, K, Q, form = context.hidden_size, self.head_dim, self.q_lora_rank, self.entry_form
         count = self._weights(context) + Q + K + self.sinks * self.num_heads
-        if self.ratio is not None:
-            count += entry_params(D, K, self.ratio, self.overlap) - entry_projection_weights(D, K, self.overlap)
-            if self.indexer is not None:
-                count += self.indexer.num_params(D, Q, self.ratio, self.overlap)
-        return count
-
-    def _selects(self, context_length: int) -> bool:
-        """Whether a context of this length has more entries than a token reads."""
-        return (self.ratio is not None and self.indexer is not None and self.indexer.mode == "sparse"
-                and context_length // self.ratio > self.indexer.topk)
-
-    def _seen_entries(self, context_length: int) -> float:
-        """Mean number of complete entries that a token sees."""
-        return 0.0 if self.ratio is None else count_visible_pools(context_length, self.ratio)
+        if form is not None:
+            count += form.num_params(D) - form.projection_weights(D)
+        return count if self.indexer is None else count + self.indexer.num_params(D, Q, form)
 
     @property
     def seen_window(self) -> int | None:
         """Last tokens that a token sees, through entries too; None: all."""
-        return self.window if self.ratio is None else None
+        return None if self.has_entries else self.window
 
-    def read_keys(self, context_length: int) -> float:
+    def _read_keys(self, context: LayerContext, context_length: int) -> float:
         """Mean number of keys of the window and of entries that a token reads."""
         near = count_visible_keys(context_length, min(self.window, context_length))
-        if self.ratio is None or self.indexer is None or not self._selects(context_length):
-            return near + self._seen_entries(context_length)
-        return near + count_visible_pools(context_length, self.ratio, self.indexer.topk)
+        ratio, indexer = self.entry_ratio(context), self.reading_indexer(context)
+        if ratio is None or indexer is None or not self.selects(context, context_length):
+            return near + self.seen_entries(context, context_length)
+        return near + count_visible_pools(context_length, ratio, indexer.topk)
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         parts = {"projections": 2.0 * self._weights(context),
-                 "attention": 4.0 * self.num_heads * self.head_dim * self.read_keys(context_length)}
-        if self.ratio is not None and self.indexer is not None and self._selects(context_length):
-            weights = self.indexer.projection_weights(context.hidden_size, self.q_lora_rank, self.overlap)
-            parts["indexer"] = 2.0 * weights + self.indexer.score_flops(context_length, self.ratio)
+                 "attention": 4.0 * self.num_heads * self.head_dim * self._read_keys(context, context_length)}
+        indexer, ratio = self.indexer, self.entry_ratio(context)
+        if indexer is None or indexer.share or ratio is None:
+            return parts
+        scored = self.selects(context, context_length)
+        weights = self.index_weights(context) if scored else 0
+        if indexer.key_input == "entries" and not scored:  # entries keep their index keys in any case
+            weights = indexer.key_weights(context.hidden_size, self.entry_form)
+        if weights:
+            scores = indexer.score_flops(context_length, ratio) if scored else 0.0
+            parts["indexer"] = 2.0 * weights + scores
         return parts
 
     def forward_only_flops_per_token(self, context: LayerContext, context_length: int) -> float:
@@ -155,26 +163,29 @@ class CompressedAttentionConfig(MixerConfig):
 
     def loss_flops_per_token(self, context: LayerContext, context_length: int) -> float:
         """Scores of attention for the targets; scores of the indexer forward, again and backward; its projections."""
-        if self.ratio is None or self.indexer is None or self.indexer.loss_weight == 0:
+        ratio, indexer = self.entry_ratio(context), self.reading_indexer(context)
+        if ratio is None or indexer is None or indexer.loss_weight == 0:
             return 0.0
-        targets = 2.0 * self.num_heads * self.head_dim * self._seen_entries(context_length)
-        weights = self.indexer.projection_weights(context.hidden_size, self.q_lora_rank, self.overlap)
-        projections = (2.0 if self._selects(context_length) else 4.0) * weights
-        return targets + 4.0 * self.indexer.score_flops(context_length, self.ratio) + projections
+        targets = 2.0 * self.num_heads * self.head_dim * self.seen_entries(context, context_length)
+        weights = 0 if indexer.share else self.index_weights(context)
+        projections = (2.0 if self.selects(context, context_length) else 4.0) * weights
+        return targets + 4.0 * indexer.score_flops(context_length, ratio) + projections
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
-        numbers = min(context_length, self.window - 1) * self.head_dim
-        if self.ratio is not None:
-            numbers += entry_state_numbers(context_length, self.head_dim, self.ratio, self.overlap)
+        """Those of the window alone where entries are shared: the layer that makes them keeps them."""
+        numbers, form = min(context_length, self.window - 1) * self.head_dim, self.entry_form
+        if form is not None:
+            numbers += form.state_numbers(context_length)
             if self.indexer is not None:
-                numbers += self.indexer.state_numbers(context_length, self.ratio, self.overlap)
+                numbers += self.indexer.state_numbers(context_length, form, context.is_read(INDEX_KEYS))
         return numbers * element_bytes
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
-        queries, keys = self.num_heads * self.head_dim, self.head_dim
-        entries = 0 if self.ratio is None else 8 * (1 + self.overlap) * keys
+        queries, keys, form = self.num_heads * self.head_dim, self.head_dim, self.entry_form
+        entries = 0 if form is None else 4 * form.projections * form.series * keys
         kept = 2 * self.q_lora_rank + 7 * queries + 3 * keys + entries + self.output_groups * self.output_rank
-        indices = 0 if self.indexer is None or self.indexer.mode == "dense" else 8 * self.indexer.topk
+        indexer = self.indexer
+        indices = 0 if indexer is None or indexer.share or indexer.mode == "dense" else 8 * indexer.topk
         return element_bytes * kept + indices
 
     def check_context_parallel(self, shards: int, length: int) -> None:
@@ -182,21 +193,25 @@ class CompressedAttentionConfig(MixerConfig):
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        per_number, series = rows * length * element_bytes, 2 * (1 + self.overlap)
-        numbers = self.head_dim * (1 if self.ratio is None else 1 + series)
-        index = learned = 0
-        if self.indexer is not None:
-            learns = self.indexer.loss_weight > 0
-            index = series * self.indexer.head_dim * (learns or self._selects(length * shards))
-            learned = index * learns
+        per_number, form, indexer = rows * length * element_bytes, self.entry_form, self.indexer
+        numbers, index, learned = self.head_dim, 0, 0
+        if form is not None:
+            series = form.projections * form.series
+            numbers *= 1 + series
+            if indexer is not None and indexer.key_input == "tokens":
+                learns = indexer.loss_weight > 0
+                index = series * indexer.head_dim * (learns or self.selects(context, length * shards))
+                learned = index * learns
         return [ShardTraffic("gather", per_number * (numbers + index), per_number * (numbers + learned))]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
-        data = super().canonical(norm)
+        data, form = super().canonical(norm), self.entry_form
         data["rope"] = self.rope.canonical(uses_mscale=False)
         data["rope_head_dim"] = 0 if self.rope.kind == "none" else self.rope_head_dim
-        data["overlap"] = self.overlap and self.ratio is not None
-        data["indexer"] = None if self.indexer is None else self.indexer.canonical()
+        data["ratio"] = None if form is None else form.ratio
+        data["overlap"] = form is not None and form.overlap
+        data["position_bias"] = form is not None and form.biased
+        data["indexer"] = None if self.indexer is None else self.indexer.canonical(self.share_entries)
         return data
 
     @classmethod
@@ -212,43 +227,24 @@ class CompressedAttentionConfig(MixerConfig):
     def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         """Sizes follow the model; an indexer reads an eighth of the entries of the longest context, at most 512.
 
-        Entries without overlap stand for a 32nd of that context, at most 128 tokens, as the published ones.
+        Entries without overlap stand for a 32nd of that context, at most 128 tokens, as those of DeepSeek-V4 do.
 
         >>> options = {"kind": "compressed_attention", "overlap": False}
         >>> CompressedAttentionConfig.fill_sizes(options, ModelSizes(64, max_position=1024))["ratio"]
         32
         """
         filled = super().fill_sizes(options, model)
-        if filled.get("overlap", True) is False:
+        if filled.get("overlap", True) is False and filled.get("share_entries") is not True:
             filled.setdefault("ratio", max(2, min(128, model.max_position // 32)))
-        if isinstance(filled.get("indexer"), Mapping):
+        indexer = filled.get("indexer")
+        if isinstance(indexer, Mapping) and indexer.get("share") is not True:
             heads = model.heads_for(cls)
             head_dim = min(128, size_of(filled, "head_dim", heads.head_dim))
             sizes = {"num_heads": size_of(filled, "num_heads", heads.num_heads),
-                     "head_dim": max(head_dim, size_of(filled, "rope_head_dim", head_dim)),
-                     "topk": max(1, min(512, model.max_position // (8 * size_of(filled, "ratio", 4))))}
-            filled["indexer"] = sizes | dict(filled["indexer"])
+                     "head_dim": max(head_dim, size_of(filled, "rope_head_dim", head_dim))}
+            entries = model.max_position // size_of(filled, "ratio", 4)
+            filled["indexer"] = EntryIndexerConfig.fill_sizes(indexer, sizes, entries)
         return filled
-
-    def has_selector(self) -> bool:
-        return self.indexer is not None
-
-    def topk_multiple(self) -> int:
-        return 1 if self.indexer is None else self.ratio or 1
-
-    def with_topk(self, topk: int) -> Self:
-        if self.indexer is None:
-            return self
-        return replace(self, indexer=replace(self.indexer, topk=topk // self.topk_multiple()))
-
-    def own_losses(self) -> tuple[str, ...]:
-        return () if self.indexer is None else self.loss_names
-
-    def selector_parameters(self) -> tuple[str, ...]:
-        return () if self.indexer is None else ("indexer.*",)
-
-    def with_attention_mode(self, mode: AttentionMode) -> Self:
-        return self if self.indexer is None else replace(self, indexer=replace(self.indexer, mode=mode))
 
     def rotates(self) -> bool:
         return self.rope.kind != "none"
@@ -269,108 +265,53 @@ class CompressedAttentionState:
 
 
 @register_mixer("compressed_attention", CompressedAttentionConfig)
-class CompressedAttention(SequenceMixer):
-    """The module: q_a_proj, q_a_norm, q_b_proj, kv_proj, kv_norm, output, and by option sinks [H], entries and indexer.
+class CompressedAttention(EntrySelectingMixer):
+    """The module: q_a_proj, q_a_norm, q_b_proj, kv_proj, kv_norm, output; by option sinks [H], entries and indexer."""
 
-    `attention_mode` and `kl_weight` may be set at any time: attention to all entries or to the selected ones, and the
-    weight of the indexer's loss. `measuring`: report the share of attention to all that is read, in evaluation too.
-    """
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_a_norm.weight", "kv_norm.weight", "k_norm.weight", "sinks",
+                                                "norm.weight", "position_bias", "weights_proj.weight")
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("q_a_norm.weight", "kv_norm.weight", "sinks", "norm.weight",
-                                                "position_bias", "weights_proj.weight")
+    config: CompressedAttentionConfig
 
     def __init__(self, config: CompressedAttentionConfig, context: LayerContext):
-        super().__init__()
-        self.config = config
+        super().__init__(config, context)
         D, H, K, Q = context.hidden_size, config.num_heads, config.head_dim, config.q_lora_rank
-        self.rotary_dim = 0 if config.rope.kind == "none" else config.rope_head_dim
         self.q_a_proj = nn.Linear(D, Q, bias=False)
         self.q_a_norm = RMSNorm.of(context.norm, Q)
         self.q_b_proj = nn.Linear(Q, H * K, bias=False)
-        self.q_b_norm = WeightlessRMSNorm(context.norm.eps)
+        self.q_b_norm = WeightlessRMSNorm(context.norm.eps) if config.q_head_norm else None
         self.kv_proj = nn.Linear(D, K, bias=False)
         self.kv_norm = RMSNorm.of(context.norm, K)
         self.output = GroupedOutput(H * K, config.output_groups, config.output_rank, D)
         self.sinks = nn.Parameter(torch.zeros(H)) if config.sinks else None
-        self.entries: GatedEntries | None = None
-        self.indexer: EntryIndexer | None = None
-        if config.ratio is not None:
-            self.entries = GatedEntries(context, K, config.ratio, config.overlap, config.rope, self.rotary_dim)
-            if config.indexer is not None:
-                self.indexer = EntryIndexer(config.indexer, context, Q, config.ratio, config.overlap, config.rope,
-                                            self.rotary_dim)
-        self.attention_mode: AttentionMode = "dense" if config.indexer is None else config.indexer.mode
-        self.kl_weight = 0.0 if config.indexer is None else config.indexer.loss_weight
-        self.measuring = False
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        return {"indexer_kl": self.kl_weight}
-
-    def set_attention(self, mode: AttentionMode | None, loss_weights: Mapping[str, float]) -> None:
-        if self.config.indexer is not None:
-            self.attention_mode = mode or self.config.indexer.mode
-            self.kl_weight = loss_weights.get("indexer_kl", self.config.indexer.loss_weight)
-
-    def set_topk(self, topk: int | None) -> None:
-        if self.indexer is not None:
-            config = self.config if topk is None else self.config.with_topk(topk)
-            assert config.indexer is not None
-            self.indexer.topk = config.indexer.topk
-
-    def selected_keys(self) -> int | None:
-        if self.indexer is None or self.attention_mode == "dense":
-            return None
-        return self.indexer.topk * self.config.topk_multiple()
-
-    def freeze_idle_parameters(self, later: Sequence[SequenceMixer] = ()) -> None:
-        if self.indexer is not None and self.kl_weight == 0:
-            self.indexer.requires_grad_(False)
-
-    def measure_selection(self, on: bool) -> None:
-        self.measuring = on and self.indexer is not None
+        self.build_entries(context, Q)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo,
                 state: CompressedAttentionState | None = None) -> tuple[Tensor, Aux]:
         latent_BTQ = self.q_a_norm(self.q_a_proj(x_BTD))
-        q_BTHK = self.q_b_norm(self.q_b_proj(latent_BTQ).unflatten(-1, (-1, self.config.head_dim)))
+        q_BTHK = self.q_b_proj(latent_BTQ).unflatten(-1, (-1, self.config.head_dim))
+        if self.q_b_norm is not None:
+            q_BTHK = self.q_b_norm(q_BTHK)
         k_BT1K = self.kv_norm(self.kv_proj(x_BTD))[:, :, None]
         q_BTHK, k_BT1K = (rotate_last(x, self.config.rope, self.rotary_dim, seq) for x in (q_BTHK, k_BT1K))
         k_BS1K = seq.history(k_BT1K) if state is None else state.window.append(k_BT1K)
         o_BTHK, lse_BTH = window_attention(q_BTHK, k_BS1K, k_BS1K, self.config.window, seq, self.sinks)
         aux: Aux = {}
-        if self.entries is not None:
-            entries_BEK, windows = self.entries(x_BTD, seq, None if state is None else state.entries)
-            e_BE1K = entries_BEK[:, :, None]
-            index, chosen = self._select(x_BTD, latent_BTQ, windows, seq, state)
+        if self.config.has_entries:
+            entries, index_keys = (None, None) if state is None else (state.entries, state.index_entries)
+            made, keys_BEI = self.made_entries(x_BTD, seq, entries)
+            selection = self.select(x_BTD, latent_BTQ, made, keys_BEI, seq, index_keys, decodes=state is not None)
+            e_BE1K, windows = made.entries_BEK[:, :, None].to(q_BTHK.dtype), made.windows
+            chosen = selection.chosen_BT1N
             sparse = chosen is not None and self.attention_mode == "sparse"
             far_BTHK, far_lse_BTH = self._attend(q_BTHK, e_BE1K, windows, chosen if sparse else None)
-            if self.indexer is not None and index is not None and state is None:
+            if selection.indexer is not None and selection.index is not None and state is None:
                 targets = EntryTargets(wide(q_BTHK.detach()), wide(e_BE1K.detach()), lse_BTH.detach(), sparse)
-                aux = observe_selector("indexer", self.indexer, index, targets, self.indexer.budget, chosen, seq,
-                                       only_chosen=sparse)
+                aux = observe_selector("indexer", selection.indexer, selection.index, targets, selection.indexer.budget,
+                                       chosen, seq, only_chosen=sparse)
             o_BTHK = join_attention(o_BTHK, lse_BTH, far_BTHK, far_lse_BTH)
         o_BTHK = rotate_last(o_BTHK, self.config.rope, self.rotary_dim, seq, back=True)
         return self.output(o_BTHK), aux
-
-    def _select(self, x_BTD: Tensor, latent_BTQ: Tensor, windows: EntryWindows, seq: SequenceInfo,
-                state: CompressedAttentionState | None) -> tuple[BlockIndex | None, Tensor | None]:
-        """Index queries and keys where something needs them, and the numbers of the entries that are chosen.
-
-        The latter are None where all entries fit into the top-k, or nothing needs a choice.
-        """
-        indexer = self.indexer
-        if indexer is None:
-            return None, None
-        trains = selector_trains(self, indexer, self.kl_weight)
-        learns, sparse = state is None and (trains or self.measuring), self.attention_mode == "sparse"
-        fits = longest_document(windows.first_BS.shape[1], seq) // windows.length <= indexer.topk
-        keeps_entries = state is not None and sparse
-        if not (learns or keeps_entries or (sparse and not fits)):
-            return None, None
-        with torch.set_grad_enabled(trains):
-            index = indexer(x_BTD.detach(), latent_BTQ.detach(), seq, None if state is None else state.index_entries)
-        return index if learns else None, None if fits else indexer.choose(index)
 
     def _attend(self, q_BTHK: Tensor, e_BE1K: Tensor, windows: EntryWindows,
                 chosen_BT1N: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -384,10 +325,12 @@ class CompressedAttention(SequenceMixer):
         return {"q_b_proj": self.config.num_heads}
 
     def new_state(self, batch: int, max_length: int) -> CompressedAttentionState:
-        index = self.indexer if self.attention_mode == "sparse" else None
+        keys = None if self.indexer is None else self.indexer.entries
+        if self.attention_mode == "dense" and not self.keys_are_read:
+            keys = None
         return CompressedAttentionState(TokenCache(max_length, self.config.window),
                                         None if self.entries is None else self.entries.new_cache(max_length),
-                                        None if index is None else index.entries.new_cache(max_length))
+                                        None if keys is None else keys.new_cache(max_length))
 
     def init_weights(self, std: float) -> None:
         init_projections(self, std)
@@ -396,4 +339,4 @@ class CompressedAttention(SequenceMixer):
             nn.init.zeros_(self.sinks)
         for module in self.modules():
             if isinstance(module, GatedEntries):
-                nn.init.zeros_(module.position_bias)
+                module.init_weights()

@@ -15,7 +15,8 @@ from hybridlm.model.mixers.contract import MixerConfig
 # Presets that read from an earlier layer, with a preset that they can read from.
 PRESET_SOURCES = {"gmu": ["mamba"], "shared_attention": ["swa"], "hysparse": ["hysparse_full"],
                   "hysparse2": ["hysparse2_full"], "clsa": ["hysparse_full"],
-                  "clsa_shared": ["hysparse_full", "clsa"]}
+                  "clsa_shared": ["hysparse_full", "clsa"], "csa2_reindex": ["csa2_candidates"],
+                  "csa2_reuse": ["csa2_candidates"]}
 
 
 def collect_forms() -> dict[str, MixerConfig]:
