@@ -8,6 +8,7 @@ from hybridlm.evaluation.sparse import flex_prefill as flex_prefill
 from hybridlm.evaluation.sparse import magic_pig as magic_pig
 from hybridlm.evaluation.sparse import minference as minference
 from hybridlm.evaluation.sparse import pages as pages
+from hybridlm.evaluation.sparse import resa as resa
 from hybridlm.evaluation.sparse import search as search
 from hybridlm.evaluation.sparse import sparge as sparge
 from hybridlm.evaluation.sparse import xattention as xattention

@@ -90,6 +90,13 @@ class SparseMethod(ABC):
         """Borders between pieces of queries that the method needs; None for any."""
         return None
 
+    def rectified_every(self) -> int:
+        """Tokens after which keys and values are replaced by those of a dense pass (`rectification`); 0: never.
+
+        `reader` then gets, for the queries between two passes, keys as the cache holds them.
+        """
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetMethod(SparseMethod):

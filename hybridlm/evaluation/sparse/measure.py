@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybridlm.evaluation.sparse.block_map import repeat_heads
 from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, visible_keys
+from hybridlm.evaluation.sparse.rectification import rectified, require_attention_alone, two_streams
 from hybridlm.model.mixers.common.dense_attention import AttentionCall, replaced_attention
 from hybridlm.model.model import HybridLM
 from hybridlm_kernels.packing import CuSeqlens
@@ -63,8 +64,14 @@ def sparse_softmax(model: HybridLM, method: SparseMethod | None) -> Iterator[Spa
         model: the model.
         method: the method; None counts the softmax layers and what they read, and changes nothing but the order of
             sums.
+
+    Raises:
+        ConfigError: the method replaces keys and values, and the model keeps other states too.
     """
     tally = SparseTally()
+    every = 0 if method is None else method.rectified_every()
+    if every:
+        require_attention_alone(model)
 
     def begin(*_: object) -> None:
         tally.calls = 0
@@ -75,11 +82,11 @@ def sparse_softmax(model: HybridLM, method: SparseMethod | None) -> Iterator[Spa
         chosen = method if method is not None and layer >= method.dense_layers else None
         sparse = 0 if chosen is None else layer + 1 - chosen.dense_layers
         tally.layers = (max(tally.layers[0], sparse), max(tally.layers[1], layer + 1))
-        return _attend(call, chosen, tally)
+        return _attend(call, chosen, tally) if every == 0 else _attend_rectified(call, chosen, tally, every)
 
     hook = model.register_forward_pre_hook(begin)
     try:
-        with replaced_attention(attend):
+        with two_streams(model) if every else nullcontext(), replaced_attention(attend):
             yield tally
     finally:
         hook.remove()
@@ -97,6 +104,23 @@ def _attend(call: AttentionCall, method: SparseMethod | None, tally: SparseTally
     return out
 
 
+@torch.no_grad()
+def _attend_rectified(call: AttentionCall, method: SparseMethod | None, tally: SparseTally, every: int) -> Tensor:
+    """Attention of two streams: the first half of the rows is dense, the second one reads its keys too."""
+    out = _attend(call, None, tally)
+    batch, tokens = call.q_BTHK.shape[0] // 2, call.q_BTHK.shape[1]
+    for row in range(batch):
+        for start, stop in documents_of_row(call.cu_seqlens, row, tokens):
+            q, k, v = (wide(x[batch + row, start:stop]) for x in (call.q_BTHK, call.k_BSGK, call.v_BSGV))
+            dense_k, dense_v = (wide(x[row, start:stop]) for x in (call.k_BSGK, call.v_BSGV))
+            for begin in range(0, stop - start, every):
+                end = min(begin + every, stop - start)
+                keys, values = (rectified(own[:end], dense[:end], begin) for own, dense in ((k, dense_k), (v, dense_v)))
+                found = _document(q[:end], keys, values, call, method, tally, begin)
+                out[batch + row, start + begin : start + end] = found.to(out.dtype)
+    return out
+
+
 def documents_of_row(borders: CuSeqlens | None, row: int, length: int) -> list[tuple[int, int]]:
     """List the first token and the end of each document of a row, counted from the row's start.
 
@@ -111,14 +135,15 @@ def documents_of_row(borders: CuSeqlens | None, row: int, length: int) -> list[t
 
 
 def _document(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, call: AttentionCall, method: SparseMethod | None,
-              tally: SparseTally) -> Tensor:
+              tally: SparseTally, begin: int = 0) -> Tensor:
+    """Attention [Q, H, V] of the queries from `begin` on."""
     tokens, heads = q_THK.shape[:2]
     reader: KeyReader | None = None if method is None else method.reader(q_THK, k_TGK, call.scale, call.window)
     cut = None if method is None else method.piece_length(tokens)
     s_T = torch.arange(tokens, device=q_THK.device)
     k_HTK, v_HTV = (repeat_heads(x, heads) for x in (k_TGK, v_TGV))
     found = []
-    for rows in _pieces(tokens, max(8, PIECE_ELEMENTS // (heads * tokens)), cut):
+    for rows in _pieces(begin, tokens, max(8, PIECE_ELEMENTS // (heads * tokens)), cut):
         seen_QT = visible_keys(rows, tokens, call.window, q_THK.device)
         score_HQT = torch.einsum("qhk,htk->hqt", q_THK[rows], k_HTK) * call.scale
         score_HQT = score_HQT.masked_fill(~seen_QT, -torch.inf)
@@ -139,9 +164,9 @@ def _document(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, call: AttentionCall, 
     return torch.cat(found)
 
 
-def _pieces(tokens: int, size: int, cut: int | None) -> Iterator[slice]:
-    """Yields pieces of at most `size` queries, none of which crosses `cut`."""
-    borders = sorted({0, tokens, *([] if cut is None else [min(cut, tokens)])})
+def _pieces(begin: int, tokens: int, size: int, cut: int | None) -> Iterator[slice]:
+    """Yields pieces of at most `size` queries from `begin` on, none of which crosses `cut`."""
+    borders = sorted({begin, tokens, *([] if cut is None else [min(max(begin, cut), tokens)])})
     for begin, end in itertools.pairwise(borders):
         for start in range(begin, end, size):
             yield slice(start, min(start + size, end))

@@ -52,42 +52,69 @@ class Quest(Pages):
     dense_layers: int = 2
 
 
+class RunningBounds:
+    """Largest products of queries with the keys of each page, as far as a query can know them.
+
+    A page in which a query stands has a past that grows token by token: it has the extremes up to the query.
+
+    Args:
+        k_HTK: keys.
+        page: tokens per page.
+    """
+
+    def __init__(self, k_HTK: Tensor, page: int):
+        self.page, self.tokens = page, k_HTK.shape[1]
+        padded = F.pad(k_HTK, (0, 0, 0, -self.tokens % page)).unflatten(1, (-1, page))
+        self.most, self.least = (running.values.flatten(1, 2)[:, : self.tokens]
+                                 for running in (padded.cummax(2), padded.cummin(2)))
+
+    def scores(self, q_HQK: Tensor, rows: slice) -> Tensor:
+        """Bounds [H, Q, P] for the queries `rows`; those of pages that begin behind a query need not be right."""
+        most, least = (x[:, self.page - 1 :: self.page] for x in (self.most, self.least))
+        whole_HQP = torch.einsum("hqk,hpk->hqp", q_HQK.clamp(min=0), most) + torch.einsum(
+            "hqk,hpk->hqp", q_HQK.clamp(max=0), least)
+        own_HQ = torch.maximum(q_HQK * self.most[:, rows], q_HQK * self.least[:, rows]).sum(-1)
+        return _with_own_page(whole_HQP, own_HQ, rows, self.tokens, self.page)
+
+
+class RunningMeans:
+    """Products of queries with the mean key of each page, of the tokens up to the query where it stands in the page.
+
+    Args:
+        k_HTK: keys.
+        page: tokens per page.
+    """
+
+    def __init__(self, k_HTK: Tensor, page: int):
+        self.page, self.tokens = page, k_HTK.shape[1]
+        padded = F.pad(k_HTK, (0, 0, 0, -self.tokens % page)).unflatten(1, (-1, page))
+        steps = torch.arange(1, page + 1, device=padded.device, dtype=padded.dtype)
+        self.mean = (padded.cumsum(2) / steps[:, None]).flatten(1, 2)[:, : self.tokens]
+
+    def scores(self, q_HQK: Tensor, rows: slice) -> Tensor:
+        """Products [H, Q, P] for the queries `rows`; those of pages that begin behind a query need not be right."""
+        whole_HQP = torch.einsum("hqk,hpk->hqp", q_HQK, self.mean[:, self.page - 1 :: self.page])
+        own_HQ = (q_HQK * self.mean[:, rows]).sum(-1)
+        return _with_own_page(whole_HQP, own_HQ, rows, self.tokens, self.page)
+
+
+def _with_own_page(whole_HQP: Tensor, own_HQ: Tensor, rows: slice, tokens: int, page: int) -> Tensor:
+    """Scores of all pages [H, Q, P] from those of complete ones and of the page in which each query stands."""
+    page_Q1 = (torch.arange(tokens, device=own_HQ.device)[rows] // page)[:, None]
+    pages = -(-tokens // page)
+    score_HQP = F.pad(whole_HQP, (0, pages - whole_HQP.shape[2]), value=-torch.inf)
+    return torch.where(torch.arange(pages, device=own_HQ.device) == page_Q1, own_HQ[..., None], score_HQP)
+
+
 class _PageReader(KeyReader):
     def __init__(self, method: Pages, q_HTK: Tensor, k_HTK: Tensor):
         self.method, self.q_HTK = method, q_HTK
-        tokens, size = k_HTK.shape[1], method.page
-        # A page in which a query stands has a past that grows token by token: running extremes and sums inside pages.
-        padded = F.pad(k_HTK, (0, 0, 0, -tokens % size)).unflatten(1, (-1, size))
-        if method.score == "bound":
-            self.running = [padded.cummax(2).values.flatten(1, 2)[:, :tokens],
-                            padded.cummin(2).values.flatten(1, 2)[:, :tokens]]
-        else:
-            steps = torch.arange(1, size + 1, device=padded.device, dtype=padded.dtype)
-            self.running = [(padded.cumsum(2) / steps[:, None]).flatten(1, 2)[:, :tokens]]
-
-    def _score(self, q_HQK: Tensor, summaries: list[Tensor]) -> Tensor:
-        """Scores of summaries [H, 1 or Q, P, K] (or of all queries alike [H, P, K]) for queries: [H, Q, P]."""
-        if self.method.score == "mean":
-            return torch.einsum("hqk,hpk->hqp", q_HQK, summaries[0])
-        most, least = summaries
-        return torch.einsum("hqk,hpk->hqp", q_HQK.clamp(min=0), most) + torch.einsum(
-            "hqk,hpk->hqp", q_HQK.clamp(max=0), least)
+        self.summaries = (RunningBounds if method.score == "bound" else RunningMeans)(k_HTK, method.page)
 
     def reads(self, rows: slice, scores_HQT: Tensor) -> Tensor | None:
         size, tokens = self.method.page, scores_HQT.shape[2]
-        t_Q = torch.arange(tokens, device=scores_HQT.device)[rows]
-        q_HQK = self.q_HTK[:, rows]
-        complete = [x[:, size - 1 :: size] for x in self.running]
-        pages = -(-tokens // size)
-        score_HQP = F.pad(self._score(q_HQK, complete), (0, pages - complete[0].shape[1]), value=-torch.inf)
-        page_P = torch.arange(pages, device=t_Q.device)
-        own_Q1 = (t_Q // size)[:, None]
-        if self.method.score == "mean":
-            own_HQ = (q_HQK * self.running[0][:, rows]).sum(-1)
-        else:
-            most, least = (x[:, rows] for x in self.running)
-            own_HQ = torch.maximum(q_HQK * most, q_HQK * least).sum(-1)
-        score_HQP = torch.where(page_P == own_Q1, own_HQ[..., None], score_HQP)
+        score_HQP = self.summaries.scores(self.q_HTK[:, rows], rows)
+        pages = score_HQP.shape[2]
         seen_QT = (scores_HQT > -torch.inf).any(0)
         seen_QP = F.pad(seen_QT, (0, pages * size - tokens)).unflatten(1, (pages, size)).any(-1)
         score_HQP = score_HQP.masked_fill(~seen_QP, -torch.inf)
