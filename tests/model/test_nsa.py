@@ -41,9 +41,12 @@ def entry(mixer, k, v, start):
 def test_it_equals_its_definition(name):
     mixer, x = build(name), inputs(1, LENGTH)
     config = mixer.config
-    q, k, v = (proj(x)[0].unflatten(-1, (-1, 8)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-    made = {start: entry(mixer, k, v, start) for start in range(0, LENGTH - config.length + 1, config.stride)}
-    q, k = (rotated(vectors, mixer, range(LENGTH)) for vectors in (q, k))
+    q = rotated(mixer.q_proj(x)[0].view(LENGTH, 4, 8), mixer, range(LENGTH))
+    sets = [(weights @ x[0].T).T.view(LENGTH, -1, 2, 8).unbind(1) for weights in (mixer.k_proj.weight,
+                                                                                 mixer.v_proj.weight)]
+    made = {start: entry(mixer, sets[0][0], sets[1][0], start)
+            for start in range(0, LENGTH - config.length + 1, config.stride)}
+    keys_of = [rotated(k, mixer, range(LENGTH)) for k in sets[0]]
     gates = mixer.gate_proj(x[0]).sigmoid().view(LENGTH, 4, 3)
     o = torch.zeros(LENGTH, 4, 8, dtype=x.dtype)
     for t in range(LENGTH):
@@ -67,6 +70,7 @@ def test_it_equals_its_definition(name):
             listed = [s for j in blocks for s in range(j * config.block, min((j + 1) * config.block, t + 1))]
             near = list(range(max(0, t - config.near + 1), t + 1))
             for branch, keys in ((1, listed), (2, near)):
+                k, v = (found[branch % len(sets[0])] for found in (keys_of, sets[1]))
                 for h in (2 * g, 2 * g + 1):
                     o[t, h] += gates[t, h, branch] * (k[keys, g] @ q[t, h] / 8**0.5).softmax(0) @ v[keys, g]
     torch.testing.assert_close(run(mixer, x)[0], mixer.o_proj(o.flatten(1)), rtol=1e-9, atol=1e-9)

@@ -6,9 +6,10 @@
 Blocks are selected per key/value head: p = softmax(q . keys of entries), summed over the windows that overlap a block
 and over the heads that share a key head. The selection has no gradient: it learns through the entries' own output.
 
-Source: Yuan et al. 2025, NSA (arXiv 2502.11089), section 3. The three branches share keys and values, as in its public
-implementations; the paper projects them for each branch.
-B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim, E windows, L tokens of a window.
+Source: Yuan et al. 2025, NSA (arXiv 2502.11089), section 3. The paper projects keys and values for each branch, which
+`branch_keys` does; by default the branches share them, as in public implementations.
+B rows, T tokens, S keys, D hidden size, H query heads, G key/value heads, K head dim, E windows, L tokens of a window,
+C sets of keys and values (3 or 1).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class NSAConfig(GroupedHeadsConfig):
         first: first blocks of the document that are always read.
         local: newest blocks that are always read, the token's own included.
         near: tokens of the window, the token's own included.
+        branch_keys: each branch has keys and values of its own; otherwise all have the same.
     """
 
     kind: str = "nsa"
@@ -75,6 +77,7 @@ class NSAConfig(GroupedHeadsConfig):
     first: int = 1
     local: int = 2
     near: int = 512
+    branch_keys: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,17 +92,23 @@ class NSAConfig(GroupedHeadsConfig):
         require(self.first + self.local <= self.topk, "topk", "must hold the blocks that are always read",
                 got=self.topk, expected=f"at least {self.first + self.local}")
 
+    @property
+    def key_sets(self) -> int:
+        """Sets of keys and values C."""
+        return BRANCHES if self.branch_keys else 1
+
     def num_params(self, context: LayerContext) -> int:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
         gates = (D + 1) * BRANCHES * H
-        return 2 * D * (H + G) * K + gates + count_compression_params(self.compression, self.length, G, K)
+        projections = 2 * D * (H + self.key_sets * G) * K
+        return projections + gates + count_compression_params(self.compression, self.length, G, K)
 
     def flops_per_token(self, context: LayerContext, context_length: int) -> dict[str, float]:
         D, H, G, K = context.hidden_size, self.num_heads, self.kv_heads, self.head_dim
         entries = count_seen_entries(context_length, self.length, self.stride)
         read = min(count_visible_keys(context_length), count_block_keys(context_length, self.block, self.topk, True))
         near = count_visible_keys(context_length, min(self.near, context_length))
-        return {"projections": 2.0 * D * (2 * (H + G) * K + BRANCHES * H),
+        return {"projections": 2.0 * D * (2 * (H + self.key_sets * G) * K + BRANCHES * H),
                 "compression": count_compression_flops(self.compression, self.length, self.stride, G, K)
                 * count_entries(context_length, self.length, self.stride)[0] * self.stride / max(1, context_length),
                 "attention": 4.0 * H * K * (entries + read + near), "selector": 2.0 * H * K * entries}
@@ -109,16 +118,18 @@ class NSAConfig(GroupedHeadsConfig):
 
     def state_bytes(self, context: LayerContext, context_length: int, element_bytes: int = 2) -> int:
         kept = context_length + sum(count_entries(context_length, self.length, self.stride))
+        kept += self.branch_keys * min(context_length, self.near - 1)
         return 2 * self.kv_heads * self.head_dim * kept * element_bytes
 
     def activation_bytes(self, context: LayerContext, element_bytes: int) -> float:
         queries, keys = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         entries = 2 * keys * (self.length + 2) / self.stride
-        return element_bytes * (7 * queries + 8 * keys + entries + 3 * BRANCHES * self.num_heads)
+        return element_bytes * (7 * queries + (4 + 4 * self.key_sets) * keys + entries + 3 * BRANCHES * self.num_heads)
 
     def shard_traffic(self, context: LayerContext, rows: int, length: int, shards: int,
                       element_bytes: int = 2) -> list[ShardTraffic]:
-        size = 3 * rows * length * element_bytes * self.kv_heads * self.head_dim
+        tensors = 2 * BRANCHES if self.branch_keys else 3  # shared keys before their rotation and behind it, and values
+        size = tensors * rows * length * element_bytes * self.kv_heads * self.head_dim
         return [ShardTraffic("gather", size, size)]
 
     def canonical(self, norm: NormConfig) -> dict[str, Any]:
@@ -144,20 +155,24 @@ class NSAConfig(GroupedHeadsConfig):
 
 @dataclass
 class NSAState:
-    """Decode state: rotated keys and values of all tokens, [B, S, 2, G, K], and the entries."""
+    """Decode state: rotated keys and values of all tokens, [B, S, 2, G, K], entries, and a window's own keys."""
 
     tokens: TokenCache
     entries: EntryCache
+    near: TokenCache | None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of both."""
-        return self.tokens.num_bytes + self.entries.num_bytes
+        """Bytes of all."""
+        return self.tokens.num_bytes + self.entries.num_bytes + (0 if self.near is None else self.near.num_bytes)
 
 
 @register_mixer("nsa", NSAConfig)
 class NSA(SequenceMixer):
-    """The module: q_proj, k_proj, v_proj, o_proj, gate_proj with a bias, and the compressor."""
+    """The module: q_proj, k_proj, v_proj [C G K, D], o_proj, gate_proj with a bias, and the compressor.
+
+    Sets of keys and values stand in the order of entries, blocks and window.
+    """
 
     config: NSAConfig
 
@@ -166,8 +181,8 @@ class NSA(SequenceMixer):
         self.config = config
         D, H, G, K = context.hidden_size, config.num_heads, config.kv_heads, config.head_dim
         self.q_proj = nn.Linear(D, H * K, bias=False)
-        self.k_proj = nn.Linear(D, G * K, bias=False)
-        self.v_proj = nn.Linear(D, G * K, bias=False)
+        self.k_proj = nn.Linear(D, config.key_sets * G * K, bias=False)
+        self.v_proj = nn.Linear(D, config.key_sets * G * K, bias=False)
         self.gate_proj = nn.Linear(D, BRANCHES * H)
         self.o_proj = nn.Linear(H * K, D, bias=False)
         self.compressor = Compressor(config.compression, config.length, G, K)
@@ -177,22 +192,28 @@ class NSA(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: NSAState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
-        q_BTHK, k_BTGK, v_BTGK = (proj(x_BTD).unflatten(-1, (-1, config.head_dim))
+        q_BTHK, k_BTXK, v_BTXK = (proj(x_BTD).unflatten(-1, (-1, config.head_dim))
                                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        raw_BT2GK = torch.stack([k_BTGK, v_BTGK], 2)
-        q_BTHK, k_BTGK = (rotate(x, config.rope, self.rotary_dim, seq) for x in (q_BTHK, k_BTGK))
+        q_BTHK = rotate(q_BTHK, config.rope, self.rotary_dim, seq)
+        sets = list(zip(k_BTXK.chunk(config.key_sets, 2), v_BTXK.chunk(config.key_sets, 2), strict=True))
+        raw_BT2GK = torch.stack(sets[0], 2)
+        rotated = [(rotate(k, config.rope, self.rotary_dim, seq), v) for k, v in sets[-2:]]
         if state is None:
-            raw_BT2GK, k_BSGK = seq.history(raw_BT2GK), seq.history(k_BTGK)
-            v_BSGK = raw_BT2GK[:, :, 1]
+            raw_BT2GK = seq.history(raw_BT2GK)
+            kept = [(seq.history(k), seq.history(v)) for k, v in rotated] if config.branch_keys else [
+                (seq.history(rotated[0][0]), raw_BT2GK[:, :, 1])]
         else:
-            k_BSGK, v_BSGK = state.tokens.append(torch.stack([k_BTGK, v_BTGK], 2)).unbind(2)
+            caches = [state.tokens] if state.near is None else [state.tokens, state.near]
+            read = [cache.append(torch.stack(pair, 2)) for cache, pair in zip(caches, rotated, strict=True)]
+            kept = [(x_BS2GK[:, :, 0], x_BS2GK[:, :, 1]) for x_BS2GK in read]
+        (k_BSGK, v_BSGK), near_keys = kept[0], kept[-1]
         index, v_BEGK = self._entries(raw_BT2GK, q_BTHK, k_BSGK.shape[1], seq, state)
         chosen = choose_blocks(self, index, self.budget)
         scale = config.head_dim**-0.5
         far, _ = entry_attention(q_BTHK, index.entries_BE, v_BEGK, index.windows, scale)
         picked, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, chosen, block=config.block,
                                        cu_seqlens=seq.history_borders)
-        near = self._near(q_BTHK, k_BSGK, v_BSGK, seq)
+        near = self._near(q_BTHK, *near_keys, seq)
         gates_BTH3 = self.gate_proj(x_BTD).sigmoid().unflatten(-1, (-1, BRANCHES))
         o_BTHK = sum(gate[..., None] * branch for gate, branch in zip(gates_BTH3.unbind(-1), (far, picked, near),
                                                                       strict=True))
@@ -230,10 +251,13 @@ class NSA(SequenceMixer):
         return reduce_to_blocks(p_BQGE, index.windows, index.blocks, rows, "sum")
 
     def head_rows(self) -> dict[str, int]:
-        return {"q_proj": self.config.num_heads, "k_proj": self.config.kv_heads, "v_proj": self.config.kv_heads}
+        keys = self.config.key_sets * self.config.kv_heads
+        return {"q_proj": self.config.num_heads, "k_proj": keys, "v_proj": keys}
 
     def new_state(self, batch: int, max_length: int) -> NSAState:
-        return NSAState(TokenCache(max_length), EntryCache(max_length, self.config.length, self.config.stride))
+        config = self.config
+        return NSAState(TokenCache(max_length), EntryCache(max_length, config.length, config.stride),
+                        TokenCache(max_length, config.near) if config.branch_keys else None)
 
     def init_weights(self, std: float) -> None:
         init_projections(self, std)

@@ -9,6 +9,7 @@ SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "length": 4, "stride"
 FORMS: dict[str, MixerConfig] = {
     "nsa": NSAConfig(**SIZES),
     "nsa_weighted": NSAConfig(**{**SIZES, "length": 6}, compression="weighted", rope=RopeConfig(kind="none")),
+    "nsa_branch_keys": NSAConfig(**SIZES, branch_keys=True),
     "nsa_mean": NSAConfig(**{**SIZES, "length": 2, "first": 0, "local": 1}, compression="mean"),
 }
 NO_MATRICES = {"compressor.places", "compressor.weight"}
