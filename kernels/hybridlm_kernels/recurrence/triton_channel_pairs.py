@@ -24,6 +24,7 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     border_decay,
     decay_from_start,
     lies_between,
+    load_sums,
     load_tile,
     meet,
     meets_border,
@@ -55,17 +56,20 @@ def merged_levels(gate: Gate | None, dtype: torch.dtype) -> tuple[int, bool]:
 
 
 @triton.jit
-def channel_scores(q, k, sums, sums_ptr, stride, columns, K: tl.constexpr, filled, A, L, ERASE: tl.constexpr,
-                   MERGED: tl.constexpr, CHECKED: tl.constexpr, EXACT: tl.constexpr):
-    """Add x_i . (a_{j+1} ... a_i) k_j of some channels for all pairs i > j, of x = q to A and with ERASE of x = k to L.
+def channel_scores(q, p, k, sums, sums_ptr, stride, columns, K: tl.constexpr, filled, A, L, ERASE: tl.constexpr,
+                   BEFORE: tl.constexpr, MERGED: tl.constexpr, CHECKED: tl.constexpr, EXACT: tl.constexpr):
+    """Add x_i . (a_{j+1} ... a_i) k_j of some channels for all pairs i > j, of x = q to A and with ERASE of x = p to L.
 
-    A row takes its pairs in one product where E is at least -2c in all channels, which needs no look where gates are
-    bounded (not CHECKED), else by levels. What a row takes depends on the tokens up to it alone.
+    With BEFORE a_i is left out of L: p reads before the decay of its token. A row takes its pairs in one product where
+    E is at least -2c in all channels, which needs no look where gates are bounded (not CHECKED), else by levels. What a
+    row takes depends on the tokens up to it alone.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     t = tl.arange(0, C)
     first_level = MERGED
     by_levels = t < 0
+    if BEFORE:
+        p_sums = load_sums(sums_ptr, t - 1, stride, columns, K, filled)
     if MERGED > 0:
         E = decay_from_start(sums, sums_ptr, stride, columns, K, filled, MERGED)
         keys = tl.trans(times(k, tl.exp2(-(E + MAX_EXPONENT))))
@@ -77,7 +81,11 @@ def channel_scores(q, k, sums, sums_ptr, stride, columns, K: tl.constexpr, fille
             first_level = tl.where(tl.max(by_levels.to(tl.int32)) > 0, 0, MERGED)
         A = tl.where(pairs, A + tl.dot(times(q, decay), keys, input_precision=PRECISION), A)
         if ERASE:
-            L = tl.where(pairs, L + tl.dot(times(k, decay), keys, input_precision=PRECISION), L)
+            p_decay = decay
+            if BEFORE:  # above 0 at a block's first token, which has no pair in it
+                p_E = decay_from_start(p_sums, sums_ptr, stride, columns, K, filled, MERGED)
+                p_decay = tl.exp2(tl.minimum(p_E, 0.0) + MAX_EXPONENT)
+            L = tl.where(pairs, L + tl.dot(times(p, p_decay), keys, input_precision=PRECISION), L)
     for e in tl.range(first_level, LEVELS, num_stages=1, disable_licm=True):
         to_border = border_decay(sums, sums_ptr, stride, columns, K, filled, 1 << e)
         half = times(k, to_border)
@@ -86,15 +94,20 @@ def channel_scores(q, k, sums, sums_ptr, stride, columns, K: tl.constexpr, fille
             meets &= (by_levels | (e >= MERGED))[:, None]
         A = tl.where(meets, A + tl.dot(times(q, to_border), tl.trans(half), input_precision=PRECISION), A)
         if ERASE:
-            L = tl.where(meets, L + tl.dot(half, tl.trans(half), input_precision=PRECISION), L)
+            p_to_border = to_border
+            if BEFORE:
+                p_to_border = border_decay(p_sums, sums_ptr, stride, columns, K, filled, 1 << e)
+            L = tl.where(meets, L + tl.dot(times(p, p_to_border), tl.trans(half), input_precision=PRECISION), L)
     return A, L
 
 
 @triton.jit
-def channel_pair_gradients(q, k, sums, sums_ptr, sums_stride, columns, K: tl.constexpr, MA_ptr, ML_ptr, stride, filled,
-                           ERASE: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
-    """The terms of dq, dk and dg [C, channels] from pairs of tokens, given the mirrored gradients of the scores.
+def channel_pair_gradients(q, p, k, sums, sums_ptr, sums_stride, columns, K: tl.constexpr, MA_ptr, ML_ptr, stride,
+                           filled, ERASE: tl.constexpr, OWN: tl.constexpr, BEFORE: tl.constexpr, MERGED: tl.constexpr,
+                           EXACT: tl.constexpr):
+    """The terms of dq, dp, dk and dg [C, channels] from pairs of tokens, given the mirrored gradients of the scores.
 
+    Unless OWN, p is k, and its gradient is a part of dk. Without ERASE there is no p.
     Pairs meet as in `channel_scores`, but for all rows alike. A decay t is a factor of the pair (i, j) when j < t <= i,
     so of pairs that meet at a border it gets those on its own side with the farther end behind it. Where pairs meet in
     one product, it gets the pairs with the later end behind it less those with the earlier end behind it, too. Both are
@@ -104,8 +117,10 @@ def channel_pair_gradients(q, k, sums, sums_ptr, sums_stride, columns, K: tl.con
     t = tl.arange(0, C)
     inside, i, j = t < filled, t[:, None], t[None, :]
     dq, dk = tl.zeros(sums.shape, tl.float32), tl.zeros(sums.shape, tl.float32)
-    dg = tl.zeros(sums.shape, tl.float32)
+    dp, dg = tl.zeros(sums.shape, tl.float32), tl.zeros(sums.shape, tl.float32)
     first_level = MERGED
+    if BEFORE:
+        p_sums = load_sums(sums_ptr, t - 1, sums_stride, columns, K, filled)
     if MERGED > 0:
         E = decay_from_start(sums, sums_ptr, sums_stride, columns, K, filled, MERGED)
         first_level = tl.where(tl.min(E) < -2 * MAX_EXPONENT, 0, MERGED)
@@ -119,14 +134,24 @@ def channel_pair_gradients(q, k, sums, sums_ptr, sums_stride, columns, K: tl.con
             dq = for_queries * decay
             changes = queries * for_queries
             if ERASE:
-                keys = times(k, decay)
+                p_decay = decay
+                if BEFORE:  # above 0 at a block's first token, which has no pair in it
+                    p_E = decay_from_start(p_sums, sums_ptr, sums_stride, columns, K, filled, MERGED)
+                    p_decay = tl.exp2(tl.minimum(p_E, 0.0) + MAX_EXPONENT)
+                keys = times(p, p_decay)
                 ML = load_tile(ML_ptr, t, stride, t, C, inside)
                 for_keys = tl.dot(tl.where(block & (i > j), ML, 0.0).to(q.dtype), first_keys, input_precision=PRECISION)
                 back = tl.dot(tl.where(block & (i < j), ML, 0.0).to(q.dtype), keys, back, input_precision=PRECISION)
-                dk = for_keys * decay
-                changes += keys * for_keys
+                if OWN:
+                    dp = for_keys * p_decay
+                else:
+                    dk = for_keys * p_decay
+                if BEFORE:
+                    dg = sum_over(j > i, keys * for_keys, EXACT)
+                else:
+                    changes += keys * for_keys
             dk += back * inverse
-            dg = sum_over(j >= i, changes - first_keys * back, EXACT)
+            dg += sum_over(j >= i, changes - first_keys * back, EXACT)
     for e in tl.range(first_level, LEVELS, num_stages=1, disable_licm=True, loop_unroll_factor=1):
         b = 1 << e
         to_border = border_decay(sums, sums_ptr, sums_stride, columns, K, filled, b)
@@ -138,11 +163,26 @@ def channel_pair_gradients(q, k, sums, sums_ptr, sums_stride, columns, K: tl.con
         for_keys = tl.where(second, 0.0, across)
         changes = partner * across
         if ERASE:
-            own_keys = times(k, to_border)
+            own_keys, own_decay = k, to_border
+            if OWN:
+                own_keys = tl.where(second, p, k)
+            if BEFORE:
+                before = border_decay(p_sums, sums_ptr, sums_stride, columns, K, filled, b)
+                own_decay = tl.where(second, before, to_border)
+            own_keys = times(own_keys, own_decay)
             ML_level = tl.where(meet(i, j, b), load_tile(ML_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
             own = tl.dot(ML_level, own_keys, input_precision=PRECISION)
-            for_keys += own
-            changes += own_keys * own
+            if OWN:
+                dp += tl.where(second, own * own_decay, 0.0)
+                for_keys += tl.where(second, 0.0, own)
+            elif BEFORE:
+                dk += own * own_decay
+            else:
+                for_keys += own
+            if BEFORE:
+                dg += sum_over(lies_between(j, i, b, True), own_keys * own, EXACT)
+            else:
+                changes += own_keys * own
         dk += for_keys * to_border
         dg += sum_over(lies_between(j, i, b), changes, EXACT)
-    return dq, dk, dg
+    return dq, dp, dk, dg

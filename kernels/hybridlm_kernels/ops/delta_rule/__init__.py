@@ -30,15 +30,8 @@ from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
 
-def _fits_triton(call: Call) -> tuple[bool, str]:
-    """Whether the Triton kernels run the call, and if not, the reason."""
-    if call.get("erase") != "plain":
-        return False, f"erases at the write key, read after the decay; got {call.get('erase')}"
-    return fits_triton(call)
-
-
 OPERATION = register(Operation("delta_rule", (
-    lazy_triton_backend("hybridlm_kernels.ops.delta_rule.triton_backend", "delta_rule", _fits_triton),
+    lazy_triton_backend("hybridlm_kernels.ops.delta_rule.triton_backend", "delta_rule", fits_triton),
     Backend("torch", torch_backend.delta_rule),
     Backend("fla", fla_backend.delta_rule, fla_backend.supports, ("cuda",), fla_call.replacements),
     Backend("reference", reference.delta_rule),

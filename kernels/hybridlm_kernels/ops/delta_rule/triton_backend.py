@@ -6,6 +6,10 @@ again for the states of all chunks, `scan_back_kernel` for their gradients, `pai
 channel) and `gradients_kernel` for those of the inputs. Kept between the two: the inputs, the scores A and X, and eight
 numbers per token and head. Where heads are few, documents are cut into segments that are scanned side by side.
 
+An erase key of its own is one more operand. A free erase vector b takes the place of the key, with beta = -1, and the
+keys at which values are written are then a second set of keys, whose scores a second launch of `chunk_kernel` finds, and
+whose gradients `value_key_gradients_kernel`.
+
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
 """
@@ -20,6 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hybridlm_kernels.ops.delta_rule.torch_erase import L2NORM_EPSILON
 from hybridlm_kernels.ops.delta_rule.triton_chunk import NUM_FACTORS, chunk_kernel
 from hybridlm_kernels.ops.delta_rule.triton_decayed import decayed_kernel
 from hybridlm_kernels.ops.delta_rule.triton_decode import decode_kernel
@@ -27,9 +32,11 @@ from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import pair_gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
 from hybridlm_kernels.ops.delta_rule.triton_solve import BLOCK as SOLVE_BLOCK
+from hybridlm_kernels.ops.delta_rule.triton_value_keys import value_key_gradients_kernel
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
-from hybridlm_kernels.recurrence.gates import Gate, parameters_of
+from hybridlm_kernels.recurrence.erase import Erase
+from hybridlm_kernels.recurrence.gates import Gate, log_decay, parameters_of
 from hybridlm_kernels.recurrence.triton_channel_pairs import merged_levels
 from hybridlm_kernels.recurrence.triton_chunk_tables import CHUNK_TOKENS, ChunkTables, get_chunk_tables
 from hybridlm_kernels.recurrence.triton_join import join_kernel
@@ -47,18 +54,41 @@ FULL_VALUE_COLUMNS = 64
 
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
                scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
-               gate: Gate | None = None, beta_sigmoid: float | None = None, final_state: bool = True
-               ) -> tuple[Tensor, Tensor]:
+               gate: Gate | None = None, beta_sigmoid: float | None = None, final_state: bool = True,
+               erase: Erase | None = None) -> tuple[Tensor, Tensor]:
     """The Triton backend; arguments as in the public function, already checked."""
-    q, k = q_BTHK.to(v_BTHvV.dtype), k_BTHK.to(v_BTHvV.dtype)
+    dtype, free = v_BTHvV.dtype, erase is not None and erase.vector is not None
+    if free and qk_l2norm:  # value keys and erase vectors are used as they are
+        q_BTHK, k_BTHK, qk_l2norm = _normalize(q_BTHK), _normalize(k_BTHK), False
+    if free and (g is None or g.dim() == 3):  # kernels have free erase vectors with a decay per channel alone
+        g, gate = log_decay(g, gate), None
+        g = torch.zeros_like(v_BTHvV[..., 0]) if g is None else g
+        g = g[..., None].expand(*g.shape, k_BTHK.shape[3])
+    keys = [q_BTHK, None if erase is None else erase.key, k_BTHK, None]
+    if erase is not None and erase.vector is not None:
+        keys = [q_BTHK, k_BTHK if erase.key is None else erase.key, erase.vector, k_BTHK]
+    heads = max(x.shape[2] for x in keys if x is not None)  # erase keys and vectors may have as many as values
+    keys = [None if x is None else _repeat(x.to(dtype), heads) for x in keys]
     tensors: list[Any] = [None if x is None else x.contiguous()
-                          for x in (q, k, v_BTHvV, g, beta_BTHv, *parameters_of(gate), state_NHvKV)]
-    options = _DeltaRuleOptions(scale, borders, qk_l2norm, gate, beta_sigmoid, final_state)
-    longest = q.shape[1] if borders is None else max(borders.lengths)
+                          for x in (*keys, v_BTHvV, g, beta_BTHv, *parameters_of(gate), state_NHvKV)]
+    options = _DeltaRuleOptions(scale, borders, qk_l2norm, gate, beta_sigmoid, final_state,
+                                erase is not None and erase.before_decay)
+    longest = v_BTHvV.shape[1] if borders is None else max(borders.lengths)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if longest > RECURRENT_MAX_TOKENS or learns:
         return _TritonDeltaRule.apply(*tensors, options)
     return _DeltaRuleLaunches(_DeltaRuleInputs(*tensors), options).decode()
+
+
+def _repeat(x_BTHK: Tensor, heads: int) -> Tensor:
+    """Every head repeated, so that there are `heads`."""
+    return x_BTHK if x_BTHK.shape[2] == heads else x_BTHK.repeat_interleave(heads // x_BTHK.shape[2], 2)
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """The tensor divided by sqrt(sum of squares + 1e-6), in its dtype."""
+    square = x.float().square().sum(-1, keepdim=True)
+    return (x * torch.rsqrt(square + L2NORM_EPSILON)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -66,7 +96,9 @@ class _DeltaRuleInputs:
     """The tensors of a call, contiguous."""
 
     q: Tensor  # [B, T, H, K]
-    k: Tensor  # [B, T, H, K]
+    p: Tensor | None  # erase keys [B, T, H, K], where they are not k
+    k: Tensor  # [B, T, H, K], free erase vectors where there are value keys
+    value_keys: Tensor | None  # [B, T, H, K], where erase vectors are free
     v: Tensor  # [B, T, HV, V]
     g: Tensor | None  # [B, T, HV(, K)]
     beta: Tensor | None  # [B, T, HV]
@@ -85,16 +117,20 @@ class _DeltaRuleOptions:
     gate: Gate | None
     beta_sigmoid: float | None
     final_state: bool
+    before_decay: bool
 
 
 @dataclass(frozen=True)
 class _ForwardResults:
-    """Results of the forward pass that the backward pass needs; the last two where documents are cut into segments."""
+    """Results of the forward pass that the backward pass needs; `starts` and `transitions` where documents are cut into
+    segments."""
 
     A: Tensor  # [B, T, HV, C]
     X: Tensor  # [B, T, HV, C]
     factors: Tensor  # [HV, 8, B T]
     total: Tensor  # [P, HV(, K)]
+    value_A: Tensor | None = None  # scores against value keys [B, T, HV, C]
+    value_L: Tensor | None = None
     starts: Tensor | None = None  # states before segments [U, HV, K, V]
     transitions: Tensor | None = None  # of segments [U, HV, K, K]
 
@@ -120,23 +156,29 @@ class _DeltaRuleLaunches:
         gate = options.gate
         self.flags = {
             "DECAY": self.decay, "GATE": "none" if gate is None else gate.kind, "L2NORM": options.qk_l2norm,
-            "SIGMOID": options.beta_sigmoid is not None, "EXACT": self.dtype == torch.float32}
+            "SIGMOID": options.beta_sigmoid is not None, "BEFORE": options.before_decay and x.g is not None,
+            "EXACT": self.dtype == torch.float32}
+        self.own, self.free = x.p is not None, x.value_keys is not None
         self.merged, self.checked = merged_levels(gate, self.dtype) if self.decay == "channel" else (0, False)
         self.gate_constant = 1.0
         if gate is not None:
             self.gate_constant = gate.normalizer if gate.kind == "logsigmoid" else gate.lower_bound
-        self.beta_scale = 1.0 if options.beta_sigmoid is None else float(options.beta_sigmoid)
+        self.beta_scale = -1.0 if self.free else 1.0
+        if x.beta is not None and options.beta_sigmoid is not None:
+            self.beta_scale = float(options.beta_sigmoid)
         self.gate_arguments = {"g_ptr": x.g, "A_log_ptr": x.A_log, "bias_ptr": x.dt_bias,
                                "gate_constant": self.gate_constant}
         self.sizes = {"tokens": self.tokens, "H": self.H, "HV": self.HV}
 
     def _scans_side_by_side(self) -> int:
         """Programs of a scan of segments that the device runs side by side, by the kernel as it is built for it."""
-        dtypes = dict.fromkeys(("q_ptr", "k_ptr", "w_ptr", "v_ptr", "A_ptr", "X_ptr", "o_ptr"), self.dtype)
+        free = ("n_ptr", "value_A_ptr", "value_L_ptr") if self.x.value_keys is not None else ()
+        dtypes = dict.fromkeys(("q_ptr", "k_ptr", "w_ptr", "v_ptr", "A_ptr", "X_ptr", "o_ptr", *free), self.dtype)
         dtypes |= dict.fromkeys(("factors_ptr", "total_ptr", "state_ptr"), torch.float32)
         return parallel_programs(self.device, scan_kernel, dtypes | {"segments_ptr": torch.int64}, {
             "K": self.K, "V": self.V, "BK": _padded(self.K), "BV": SCAN_VALUE_COLUMNS,
-            "CHANNEL": self.decay == "channel", "MODE": "outputs", "EXACT": self.dtype == torch.float32})
+            "CHANNEL": self.decay == "channel", "OWN": self.x.p is not None, "FREE": bool(free), "MODE": "outputs",
+            "EXACT": self.dtype == torch.float32})
 
     def empty(self, *shape: int) -> Tensor:
         """A new tensor in the dtype of the values."""
@@ -157,40 +199,48 @@ class _DeltaRuleLaunches:
         results = _ForwardResults(A, X, self.wide(self.HV, NUM_FACTORS.value, self.tokens), total)
         o = self.empty(*self.x.v.shape)
         last = self.states_of_documents() if self.options.final_state else None
-        sums: Tensor | None = None
-        decayed: tuple[Tensor, ...] = (self.x.q, self.x.k, self.x.k)
-        if self.decay == "channel":
-            decayed, sums = self.decayed(results, factors=True)
+        decayed, sums = self.decayed(results, factors=True)
         self.chunk(results, sums)
+        if self.free:
+            value_A, value_L = (self.empty(self.B, self.T, self.HV, CHUNK_TOKENS) for _ in range(2))
+            results = replace(results, value_A=value_A, value_L=value_L)
+            self.chunk(results, sums, of_values=True)
         if self.in_segments:
             results = self.scan_segments(results, decayed, last)
         self.scan(results, decayed, "outputs", self.x.state if results.starts is None else results.starts, o=o,
                   last=None if self.in_segments else last)
         return results, o, self.wide(0, self.HV, self.K, self.V) if last is None else last
 
-    def decayed(self, results: _ForwardResults, factors: bool) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The queries, keys and writes for the scans and the cumulative sums of log2 decays, with a decay per channel.
+    def decayed(self, results: _ForwardResults, factors: bool) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """The queries, keys, writes and value writes for the scans; with a decay per channel they are decayed, and
+        there are its cumulative sums of log2 decays.
 
-        With `factors` also fills the factors and total.
+        With `factors` also fills the factors and total of a decay per channel.
         """
         x = self.x
+        if self.decay != "channel":
+            return (x.q, x.k if x.p is None else x.p, x.k, None), None
         queries, keys, writes = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(3))
+        value_writes = torch.empty_like(writes) if self.free else None
         sums = self.wide(self.B, self.T, self.HV, self.K, dtype=torch.float64 if self.flags["EXACT"] else torch.float32)
         decayed_kernel[(self.tables.num_chunks, self.HV)](
-            q_ptr=x.q, k_ptr=x.k, beta_ptr=x.beta, chunks_ptr=self.tables.chunks, factors_ptr=results.factors,
-            total_ptr=results.total, sums_ptr=sums, queries_ptr=queries, keys_ptr=keys, writes_ptr=writes,
-            scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, FACTORS=factors, **self.gate_arguments,
+            q_ptr=x.q, p_ptr=x.p, k_ptr=x.k, value_keys_ptr=x.value_keys, beta_ptr=x.beta,
+            chunks_ptr=self.tables.chunks, factors_ptr=results.factors, total_ptr=results.total, sums_ptr=sums,
+            queries_ptr=queries, keys_ptr=keys, writes_ptr=writes, value_writes_ptr=value_writes, scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, FACTORS=factors, **self.gate_arguments,
             **self.sizes, **{name: flag for name, flag in self.flags.items() if name != "DECAY"})
-        return (queries, keys, writes), sums
+        return (queries, keys, writes, value_writes), sums
 
-    def chunk(self, results: _ForwardResults, sums: Tensor | None) -> None:
-        """Fill A and X and, unless the decay is one per channel, factors and total."""
+    def chunk(self, results: _ForwardResults, sums: Tensor | None, of_values: bool = False) -> None:
+        """Fill A and X and, unless the decay is one per channel, factors and total; or the scores `of_values`."""
         x = self.x
+        outputs = {"A_ptr": results.value_A, "L_ptr": results.value_L, "X_ptr": None, "blocks_ptr": None}
+        if not of_values:
+            blocks = self.wide(self.tokens, self.HV, SOLVE_BLOCK.value)
+            outputs = {"A_ptr": results.A, "L_ptr": None, "X_ptr": results.X, "blocks_ptr": blocks}
         chunk_kernel[(self.tables.num_chunks, self.HV)](
-            q_ptr=x.q, k_ptr=x.k, beta_ptr=x.beta, chunks_ptr=self.tables.chunks, A_ptr=results.A, X_ptr=results.X,
-            factors_ptr=results.factors, total_ptr=results.total,
-            blocks_ptr=self.wide(self.tokens, self.HV, SOLVE_BLOCK.value), sums_ptr=sums, scale=self.options.scale,
-            beta_scale=self.beta_scale, K=self.K, MERGED=self.merged, CHECKED=self.checked, **self.gate_arguments,
+            q_ptr=x.q, p_ptr=x.p, k_ptr=x.value_keys if of_values else x.k, beta_ptr=x.beta,
+            chunks_ptr=self.tables.chunks, factors_ptr=results.factors, total_ptr=results.total, **outputs,
+            sums_ptr=sums, scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, MERGED=self.merged, CHECKED=self.checked, **self.gate_arguments,
             **self.sizes, **self.flags)
 
     def decode(self) -> tuple[Tensor, Tensor]:
@@ -199,11 +249,11 @@ class _DeltaRuleLaunches:
         o = self.empty(*x.v.shape)
         last = self.states_of_documents()
         block = min(32, max(16, triton.next_power_of_2(self.V)))
-        flags = {name: self.flags[name] for name in ("DECAY", "GATE", "L2NORM", "SIGMOID")}
+        flags = {name: self.flags[name] for name in ("DECAY", "GATE", "L2NORM", "SIGMOID", "BEFORE")}
         decode_kernel[(self.documents * self.HV * self._blocks_of_values(block),)](
-            q_ptr=x.q, k_ptr=x.k, v_ptr=x.v, beta_ptr=x.beta, state_ptr=x.state, documents_ptr=self.tables.documents,
-            o_ptr=o, last_ptr=last, scale=self.options.scale, beta_scale=self.beta_scale, H=self.H, HV=self.HV,
-            K=self.K, V=self.V, BK=triton.next_power_of_2(self.K), BV=block, **self.gate_arguments, **flags)
+            q_ptr=x.q, p_ptr=x.p, k_ptr=x.k, value_keys_ptr=x.value_keys, v_ptr=x.v, beta_ptr=x.beta,
+            state_ptr=x.state, documents_ptr=self.tables.documents, o_ptr=o, last_ptr=last, scale=self.options.scale,
+            beta_scale=self.beta_scale, H=self.H, HV=self.HV, K=self.K, V=self.V, BK=triton.next_power_of_2(self.K), BV=block, **self.gate_arguments, **flags)
         return o, last
 
     def _blocks_of_values(self, columns: int) -> int:
@@ -213,16 +263,17 @@ class _DeltaRuleLaunches:
         """The grid of a scan with `blocks(columns per block)` programs per segment and head."""
         return lambda constants: (len(self.segments) * self.HV * blocks(constants["BV"]),)
 
-    def _scan_arguments(self, results: _ForwardResults, decayed: tuple[Tensor, ...]) -> dict[str, Any]:
+    def _scan_arguments(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...]) -> dict[str, Any]:
         """The arguments that both scans take."""
-        queries, keys, writes = decayed
+        queries, keys, writes, value_writes = decayed
         return self.sizes | {
-            "q_ptr": queries, "k_ptr": keys, "w_ptr": writes, "A_ptr": results.A, "X_ptr": results.X,
+            "q_ptr": queries, "k_ptr": keys, "w_ptr": writes, "n_ptr": value_writes, "A_ptr": results.A,
+            "X_ptr": results.X, "value_A_ptr": results.value_A, "value_L_ptr": results.value_L,
             "factors_ptr": results.factors, "total_ptr": results.total, "segments_ptr": self.segments, "K": self.K,
-            "V": self.V, "BK": _padded(self.K), "CHANNEL": self.decay == "channel", "EXACT": self.flags["EXACT"],
-            "full": self.full}
+            "V": self.V, "BK": _padded(self.K), "CHANNEL": self.decay == "channel", "OWN": self.own, "FREE": self.free,
+            "EXACT": self.flags["EXACT"], "full": self.full}
 
-    def scan(self, results: _ForwardResults, decayed: tuple[Tensor, ...], mode: str, start: Tensor | None, *,
+    def scan(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...], mode: str, start: Tensor | None, *,
              o: Tensor | None = None, last: Tensor | None = None, transitions: Tensor | None = None,
              states: Tensor | None = None, y: Tensor | None = None) -> None:
         """Scan from the states before segments, `start`; modes and outputs are those of `scan_kernel`."""
@@ -234,7 +285,7 @@ class _DeltaRuleLaunches:
             v_ptr=self.x.v, state_ptr=start, o_ptr=o, last_ptr=last, transitions_ptr=transitions, states_ptr=states,
             y_ptr=y, MODE=mode, **self._scan_arguments(results, decayed))
 
-    def scan_segments(self, results: _ForwardResults, decayed: tuple[Tensor, ...], last: Tensor | None
+    def scan_segments(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...], last: Tensor | None
                       ) -> _ForwardResults:
         """The results with the states before segments and their transitions; fills the last states, if wanted."""
         U = len(self.segments)
@@ -252,25 +303,27 @@ class _DeltaRuleLaunches:
             BY=_padded(self.K), BZ=SCAN_VALUE_COLUMNS, TRANSITION="matrix", REVERSE=reverse,
             EXACT=self.flags["EXACT"])
 
-    def states(self, results: _ForwardResults, decayed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def states(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
         """The corrections Y [B, T, HV, V] and the states before every chunk [P, HV, K, V]."""
         y, states = self.empty(*self.x.v.shape), self.empty(self.tables.num_chunks, self.HV, self.K, self.V)
         self.scan(results, decayed, "states", results.starts if self.in_segments else self.x.state, y=y,
                   states=states)
         return y, states
 
-    def scan_back(self, results: _ForwardResults, decayed: tuple[Tensor, ...], do: Tensor,
-                  d_last: Tensor | None, d_first: Tensor | None) -> tuple[Tensor, Tensor]:
+    def scan_back(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...], do: Tensor, d_last: Tensor | None,
+                  d_first: Tensor | None, dv: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor Z [B, T, HV, V] and the gradients of the states after every chunk [P, HV, K, V].
 
-        Those of the last states, `d_last`, are zero where None; `d_first` is filled with those of the initial states.
+        Those of the last states, `d_last`, are zero where None; `d_first` is filled with those of the initial states,
+        and `dv` with those of the values where erase vectors are free.
         """
         z, d_states = self.empty(*self.x.v.shape), self.empty(self.tables.num_chunks, self.HV, self.K, self.V)
         arguments = self._scan_arguments(results, decayed)
         grid = self._scan_grid(self._blocks_of_values)
 
         def launch(d_last: Tensor | None, d_states: Tensor | None, z: Tensor | None, d_first: Tensor | None) -> None:
-            scan_back_kernel[grid](do_ptr=do, d_last_ptr=d_last, d_states_ptr=d_states, z_ptr=z, d_state_ptr=d_first,
+            scan_back_kernel[grid](do_ptr=do, d_last_ptr=d_last, d_states_ptr=d_states, z_ptr=z,
+                                   dv_ptr=dv if self.free and z is not None else None, d_state_ptr=d_first,
                                    FIRST_STATES_ONLY=z is None, **arguments)
 
         if results.transitions is None:
@@ -283,49 +336,63 @@ class _DeltaRuleLaunches:
         return z, d_states
 
     def gradients(self, results: _ForwardResults, sums: Tensor | None, do: Tensor, y: Tensor, z: Tensor,
-                  states: Tensor, d_states: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
-        """Gradients of q, k, v, g, beta, A_log and dt_bias, None for absent inputs and those not `needed`."""
+                  states: Tensor, d_states: Tensor, dv: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
+        """Gradients of q, p, k, value keys, v, g, beta, A_log and dt_bias, None for absent inputs and those not
+        `needed`; `dv` is memory for those of v, or where erase vectors are free the gradients themselves."""
         x, P = self.x, self.tables.num_chunks
         dq, dk = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(2))
-        dv = self.empty(*x.v.shape)
-        dg = torch.empty_like(x.g) if x.g is not None and any((needed[3], needed[5], needed[6])) else None
-        d_beta = torch.empty_like(x.beta) if x.beta is not None and needed[4] else None
-        d_A_log = self.wide(P, self.HV) if x.A_log is not None and needed[5] else None
-        d_bias = self.wide(P, *x.dt_bias.shape) if x.dt_bias is not None and needed[6] else None
+        dp, dn = (torch.empty_like(dk) if there else None for there in (self.own, self.free))
+        dg = torch.empty_like(x.g) if x.g is not None and any((needed[5], needed[7], needed[8])) else None
+        d_beta = torch.empty_like(x.beta) if x.beta is not None and needed[6] else None
+        d_A_log = self.wide(P, self.HV) if x.A_log is not None and needed[7] else None
+        d_bias = self.wide(P, *x.dt_bias.shape) if x.dt_bias is not None and needed[8] else None
         scratch = self.empty(2, self.tokens, self.HV, CHUNK_TOKENS)
         shared: dict[str, Any] = self.sizes | {
-            "q_ptr": x.q, "k_ptr": x.k, "do_ptr": do, "y_ptr": y, "z_ptr": z, "factors_ptr": results.factors,
-            "sums_ptr": sums, "chunks_ptr": self.tables.chunks, "scratch_ptr": scratch, "dv_ptr": dv,
-            "d_beta_ptr": d_beta, "beta_scale": self.beta_scale, "K": self.K, "V": self.V,
-            "SIGMOID": self.flags["SIGMOID"], "EXACT": self.flags["EXACT"]}
+            "q_ptr": x.q, "p_ptr": x.p, "k_ptr": x.k, "do_ptr": do, "y_ptr": y, "z_ptr": z,
+            "factors_ptr": results.factors, "sums_ptr": sums, "chunks_ptr": self.tables.chunks, "scratch_ptr": scratch,
+            "dv_ptr": None if self.free else dv, "d_beta_ptr": d_beta, "beta_scale": self.beta_scale, "K": self.K,
+            "V": self.V, "OWN": self.own}
+        shared |= {name: self.flags[name] for name in ("SIGMOID", "BEFORE", "EXACT")}
         if self.decay == "channel":
-            shared |= {"dq_pairs_ptr": torch.empty_like(dq), "dk_pairs_ptr": torch.empty_like(dk),
-                       "dg_pairs_ptr": None if dg is None else torch.empty_like(dg),
-                       "itself_ptr": self.wide(self.HV, self.tokens)}
+            terms = {f"{name}_pairs_ptr": None if like is None else torch.empty_like(like)
+                     for name, like in (("dq", dq), ("dp", dp), ("dk", dk), ("dg", dg))}
+            shared |= terms | {"itself_ptr": self.wide(self.HV, self.tokens)}
             pair_gradients_kernel[(P, self.HV)](MERGED=self.merged, **shared)
+            if self.free:
+                sums_of_terms = {f"{name}_pairs_ptr": None if like is None else torch.empty_like(like)
+                                 for name, like in (("dq", dq), ("dp", dp), ("dg", dg))}
+                value_key_gradients_kernel[(P, self.HV)](
+                    value_keys_ptr=x.value_keys, v_ptr=x.v, dS_ptr=d_states, d_value_keys_ptr=dn,
+                    from_vectors_dq_ptr=terms["dq_pairs_ptr"], from_vectors_dp_ptr=terms["dp_pairs_ptr"],
+                    from_vectors_dg_ptr=terms["dg_pairs_ptr"], MERGED=self.merged, **sums_of_terms, **self.sizes,
+                    **{name: shared[name] for name in (
+                        "q_ptr", "p_ptr", "do_ptr", "z_ptr", "factors_ptr", "sums_ptr", "chunks_ptr", "scratch_ptr", "K",
+                        "V", "BEFORE", "EXACT")})
+                shared |= sums_of_terms
         else:
-            shared |= dict.fromkeys(("dq_pairs_ptr", "dk_pairs_ptr", "dg_pairs_ptr", "itself_ptr"))
+            shared |= dict.fromkeys(("dq_pairs_ptr", "dp_pairs_ptr", "dk_pairs_ptr", "dg_pairs_ptr", "itself_ptr"))
         gradients_kernel[(P, self.HV)](
-            A_ptr=results.A, total_ptr=results.total, S_ptr=states, dS_ptr=d_states, dq_ptr=dq, dk_ptr=dk, dg_ptr=dg,
-            d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
+            A_ptr=results.A, total_ptr=results.total, S_ptr=states, dS_ptr=d_states, dq_ptr=dq, dp_ptr=dp, dk_ptr=dk,
+            dg_ptr=dg, d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
             inverse_scale=1.0 / self.options.scale if self.options.scale else 0.0, DECAY=self.decay,
             GATE=self.flags["GATE"], L2NORM=self.flags["L2NORM"], **self.gate_arguments, **shared)
 
-        def sum_value_heads(d: Tensor) -> Tensor:
-            return d if self.H == self.HV else d.unflatten(2, (self.H, -1)).sum(3)
+        def sum_value_heads(d: Tensor | None) -> Tensor | None:
+            return d if d is None or self.H == self.HV else d.unflatten(2, (self.H, -1)).sum(3)
 
         def sum_chunks(d: Tensor | None, like: Tensor | None) -> Tensor | None:
             return None if d is None or like is None else d.sum(0).to(like.dtype)
 
-        return [sum_value_heads(dq), sum_value_heads(dk), dv, dg if needed[3] else None, d_beta,
+        return [*map(sum_value_heads, (dq, dp, dk, dn)), dv, dg if needed[5] else None, d_beta,
                 sum_chunks(d_A_log, x.A_log), sum_chunks(d_bias, x.dt_bias)]
 
 
 class _TritonDeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-                A_log: Tensor | None, dt_bias: Tensor | None, state: Tensor | None, options: _DeltaRuleOptions) -> Any:
-        inputs = _DeltaRuleInputs(q, k, v, g, beta, A_log, dt_bias, state)
+    def forward(ctx: Any, q: Tensor, p: Tensor | None, k: Tensor, value_keys: Tensor | None, v: Tensor,
+                g: Tensor | None, beta: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
+                state: Tensor | None, options: _DeltaRuleOptions) -> Any:
+        inputs = _DeltaRuleInputs(q, p, k, value_keys, v, g, beta, A_log, dt_bias, state)
         ctx.options = options
         ctx.set_materialize_grads(False)
         results, o, last = _DeltaRuleLaunches(inputs, options).forward()
@@ -337,19 +404,17 @@ class _TritonDeltaRule(torch.autograd.Function):
     @plain_backward
     def backward(ctx: Any, do: Tensor | None, d_last: Tensor | None) -> Any:
         saved = ctx.saved_tensors  # read once: a checkpointed layer unpacks each saved tensor a single time
-        inputs, results = _DeltaRuleInputs(*saved[:8]), _ForwardResults(*saved[8:])
+        inputs, results = _DeltaRuleInputs(*saved[:10]), _ForwardResults(*saved[10:])
         launches = _DeltaRuleLaunches(inputs, ctx.options)
-        sums: Tensor | None = None
-        decayed: tuple[Tensor, ...] = (inputs.q, inputs.k, inputs.k)
-        if launches.decay == "channel":
-            decayed, sums = launches.decayed(results, factors=False)
+        decayed, sums = launches.decayed(results, factors=False)
         y, states = launches.states(results, decayed)
         do = torch.zeros_like(inputs.v) if do is None else do.contiguous()
         d_last = None if d_last is None or not d_last.numel() else d_last.contiguous()
-        d_first = None if inputs.state is None or not ctx.needs_input_grad[7] else launches.states_of_documents()
-        z, d_states = launches.scan_back(results, decayed, do, d_last, d_first)
+        d_first = None if inputs.state is None or not ctx.needs_input_grad[9] else launches.states_of_documents()
+        dv = launches.empty(*inputs.v.shape)
+        z, d_states = launches.scan_back(results, decayed, do, d_last, d_first, dv)
         del decayed  # with a decay per channel: memory that the terms of pairs can take
-        gradients = launches.gradients(results, sums, do, y, z, states, d_states, ctx.needs_input_grad)
+        gradients = launches.gradients(results, sums, do, y, z, states, d_states, dv, ctx.needs_input_grad)
         return *gradients, None if inputs.state is None or d_first is None else d_first.to(inputs.state.dtype), None
 
 

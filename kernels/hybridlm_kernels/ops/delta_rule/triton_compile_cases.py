@@ -12,12 +12,17 @@ from hybridlm_kernels.ops.delta_rule.triton_decode import decode_kernel
 from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import pair_gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
+from hybridlm_kernels.ops.delta_rule.triton_value_keys import value_key_gradients_kernel
 from hybridlm_kernels.recurrence.triton_join import compile_case as join_compile_case
 from hybridlm_kernels.triton_support import CompileCase
 
 HEAD_DIMS = (32, 64, 128, 256)
-BF16_TENSORS = ("q k g beta queries keys writes w v A X o states y do d_states z dq dk dv dg d_beta S dS scratch "
-                "dq_pairs dk_pairs dg_pairs")
+BF16_TENSORS = ("q p k value_keys g beta queries keys writes value_writes w n v A L X value_A value_L o states y do "
+                "d_states z dq dp dk d_value_keys dv dg d_beta S dS scratch dq_pairs dp_pairs dk_pairs dg_pairs "
+                "from_vectors_dq from_vectors_dp from_vectors_dg")
+# Pointers that are None in the plain rule, which reads, erases and writes at the key after the decay.
+OF_ERASE = "p value_keys value_writes n value_A value_L L dp dp_pairs d_value_keys"
+PLAIN = {"OWN": False, "FREE": False, "BEFORE": False}
 FP32_TENSORS = "itself blocks sums A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
 TYPES = ({f"{name}_ptr": "*bf16" for name in BF16_TENSORS.split()}
          | {f"{name}_ptr": "*fp32" for name in FP32_TENSORS.split()}
@@ -26,12 +31,14 @@ TYPES = ({f"{name}_ptr": "*bf16" for name in BF16_TENSORS.split()}
          | dict.fromkeys(("scale", "inverse_scale", "gate_constant", "beta_scale"), "fp32"))
 
 
-def _compile_case(label: str, kernel: Any, constants: dict[str, Any], absent: str = "") -> CompileCase:
-    """One case; `absent` names the pointers that are None."""
+def _compile_case(label: str, kernel: Any, constants: dict[str, Any], absent: str = "", of_erase: str = OF_ERASE
+                  ) -> CompileCase:
+    """One case; `absent` names the pointers that are None, and `of_erase` those that belong to other erasing forms."""
     inner = kernel
     while not hasattr(inner, "arg_names") or hasattr(inner, "configs"):
         inner = inner.fn
-    none = {f"{name}_ptr": None for name in absent.split()}
+    none = {f"{name}_ptr": None for name in f"{absent} {of_erase}".split() if f"{name}_ptr" in inner.arg_names}
+    constants = {name: flag for name, flag in PLAIN.items() if name in inner.arg_names} | constants
     types = {name: TYPES[name] for name in inner.arg_names if name in TYPES and name not in none}
     return CompileCase(label, kernel, types, constants | none, head_dim=constants["K"])
 
@@ -64,15 +71,50 @@ def _scan_cases(D: int, channel: bool) -> Iterator[CompileCase]:
     yield _compile_case(f"scan, {label}", scan_kernel, sizes | {"MODE": "outputs"}, "transitions states y")
     yield _compile_case(f"states, {label}", scan_kernel, sizes | {"MODE": "states"}, "o last transitions")
     yield _compile_case(f"segments, {label}", scan_kernel, sizes | {"MODE": "segments"}, "state o states y")
-    yield _compile_case(f"scan back, {label}", scan_back_kernel, sizes | {"FIRST_STATES_ONLY": False})
+    yield _compile_case(f"scan back, {label}", scan_back_kernel, sizes | {"FIRST_STATES_ONLY": False}, "dv")
     yield _compile_case(f"segments back, {label}", scan_back_kernel, sizes | {"FIRST_STATES_ONLY": True},
-                        "d_last d_states z")
+                        "d_last d_states z dv")
+
+
+def _erase_cases(D: int) -> Iterator[CompileCase]:
+    """What RWKV-7 launches (free erase vectors, decay per channel), and Comba's form with erase keys (scalar decay)."""
+    sizes, free, before = {"K": D, "V": D}, {"OWN": True, "FREE": True}, {"BEFORE": True}
+    flags = {"GATE": "none", "L2NORM": False, "SIGMOID": False, "EXACT": False}
+    no_gate, merged = "beta A_log bias d_beta d_A_log d_bias", {"MERGED": 5, "CHECKED": True}
+    channel = {"DECAY": "channel", "BEFORE": True}
+    label = f"free erase vectors, D={D}"
+    yield _compile_case(f"decayed, {label}", decayed_kernel, flags | before | {"K": D, "FACTORS": True}, no_gate, "")
+    yield _compile_case(f"chunk, {label}", chunk_kernel, flags | channel | merged | {"K": D}, f"g total {no_gate}", "L")
+    yield _compile_case(f"chunk of value keys, {label}", chunk_kernel, flags | channel | merged | {"K": D},
+                        f"g total X blocks {no_gate}", "")
+    yield _compile_case(f"pair gradients, {label}", pair_gradients_kernel, sizes | before | {
+        "OWN": True, "SIGMOID": False, "EXACT": False, "MERGED": 5}, "dv d_beta", "")
+    yield _compile_case(f"value key gradients, {label}", value_key_gradients_kernel, sizes | before | {
+        "EXACT": False, "MERGED": 5}, "", "")
+    yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes | channel | {"OWN": True},
+                        f"dv {no_gate}", "")
+    scan = sizes | free | {"BK": D, "CHANNEL": True, "EXACT": False}
+    yield _compile_case(f"scan, {label}", scan_kernel, scan | {"MODE": "outputs"}, "transitions states y", "")
+    yield _compile_case(f"states, {label}", scan_kernel, scan | {"MODE": "states"}, "o last transitions value_A", "")
+    yield _compile_case(f"scan back, {label}", scan_back_kernel, scan | {"FIRST_STATES_ONLY": False}, "", "")
+    label = f"erase keys, scalar decay, D={D}"
+    flags |= {"DECAY": "scalar", "BEFORE": True, "L2NORM": True, "SIGMOID": True}
+    yield _compile_case(f"chunk, {label}", chunk_kernel, flags | {"K": D, "MERGED": 0, "CHECKED": False},
+                        "sums A_log bias", "L")
+    yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes | {"OWN": True},
+                        "sums itself dq_pairs dp_pairs dk_pairs dg_pairs A_log bias d_A_log d_bias", "")
+    scan |= {"CHANNEL": False, "FREE": False}
+    of_values = "n value_A value_L"
+    yield _compile_case(f"scan, {label}", scan_kernel, scan | {"MODE": "outputs"}, "transitions states y", of_values)
+    yield _compile_case(f"scan back, {label}", scan_back_kernel, scan | {"FIRST_STATES_ONLY": False}, "",
+                        f"{of_values} dv")
 
 
 def _cases() -> Iterator[CompileCase]:
     for D in HEAD_DIMS:
         for decay in ("scalar", "channel"):
             yield from _chunk_cases(D, decay)
+        yield from _erase_cases(D)
         yield join_compile_case(D, "matrix")
         yield _compile_case(f"decode, channel decay, D={D}", decode_kernel, {
             "K": D, "V": D, "BK": D, "BV": 32, "DECAY": "channel", "GATE": "softplus", "L2NORM": True, "SIGMOID": True})

@@ -3,7 +3,8 @@
 With a_t = e^g_t and C the last token of the chunk:
     queries_i = scale q_i / |q_i| a_1 ... a_i,  keys_i = k_i / |k_i| a_1 ... a_i
     writes_j = k_j / |k_j| a_{j+1} ... a_C
-The backward pass runs it again rather than to keep what it writes.
+An erase key p_i takes the place of k_i / |k_i| in keys_i, a read before the decay leaves a_i out of them, and value keys
+make value writes as keys make writes. The backward pass runs it again rather than to keep what it writes.
 
 Legend: H key heads, HV value heads, K key head dim, C = 64 tokens per chunk, P chunks.
 """
@@ -32,11 +33,13 @@ CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
 
 @tuned(CONFIGS, ["K", "FACTORS", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
-def decayed_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr, factors_ptr, total_ptr, sums_ptr,
-                   queries_ptr, keys_ptr, writes_ptr, scale, gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr,
-                   BK: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr,
-                   FACTORS: tl.constexpr, EXACT: tl.constexpr):
-    """Write queries, keys, writes and the cumulative sums of log2 decays, all [tokens, HV, K].
+def decayed_kernel(q_ptr, p_ptr, k_ptr, value_keys_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr, factors_ptr,
+                   total_ptr, sums_ptr, queries_ptr, keys_ptr, writes_ptr, value_writes_ptr, scale, gate_constant,
+                   beta_scale, tokens, H, HV, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
+                   L2NORM: tl.constexpr, SIGMOID: tl.constexpr, BEFORE: tl.constexpr, FACTORS: tl.constexpr,
+                   EXACT: tl.constexpr):
+    """Write queries, keys, writes and the cumulative sums of log2 decays, all [tokens, HV, K]; given value keys, their
+    writes, too.
 
     With FACTORS also write the factors [HV, 8, tokens] and total [P, HV, K]; without it the factors are read. One
     program per chunk and head.
@@ -47,6 +50,7 @@ def decayed_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_pt
     of_head, of_key_head = first * HV + head, (first * H + head // (HV // H)) * K
     q_ptr += of_key_head  # from here on tokens are counted from the chunk's first, in 32 bits
     k_ptr += of_key_head
+    value_keys_ptr = None if value_keys_ptr is None else value_keys_ptr + of_key_head
     g_ptr += of_head * K
     queries_ptr += of_head * K
     keys_ptr += of_head * K
@@ -55,8 +59,8 @@ def decayed_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_pt
     factors_ptr += head * NUM_FACTORS * tokens + first
     rate = gate_rate(A_log_ptr, head)
     if FACTORS:
-        store_factors(q_ptr, k_ptr, None if beta_ptr is None else beta_ptr + of_head, factors_ptr, tokens, inside, H,
-                      HV, scale, beta_scale, K, BK, True, L2NORM, SIGMOID)
+        store_factors(q_ptr, k_ptr, value_keys_ptr, None if beta_ptr is None else beta_ptr + of_head, factors_ptr,
+                      tokens, inside, H, HV, scale, beta_scale, K, BK, True, L2NORM, SIGMOID)
         tl.debug_barrier()
     q_norm = tl.load(factors_ptr + QUERY_NORM * tokens + i, mask=inside, other=0.0)
     k_norm = tl.load(factors_ptr + KEY_NORM * tokens + i, mask=inside, other=0.0)
@@ -65,13 +69,23 @@ def decayed_kernel(q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_pt
         q = load_tile(q_ptr, i, H * K, columns, K, inside)
         k = load_tile(k_ptr, i, H * K, columns, K, inside)
         u, bias = load_gates(g_ptr, None if bias_ptr is None else bias_ptr + head * K, i, HV * K, columns, K, inside)
-        sums = cumulative_sums(log2_decay(u, rate, bias, gate_constant, inside, GATE), EXACT)
+        g = log2_decay(u, rate, bias, gate_constant, inside, GATE)
+        sums = cumulative_sums(g, EXACT)
         store_tile(sums_ptr, i, HV * K, columns, K, inside, sums)
         prefix = tl.exp2(sums.to(tl.float32))
         store_tile(queries_ptr, i, HV * K, columns, K, inside, q * (prefix * q_norm[:, None]))
-        store_tile(keys_ptr, i, HV * K, columns, K, inside, k * (prefix * k_norm[:, None]))
+        if BEFORE:
+            prefix = tl.exp2((sums - g).to(tl.float32))
+        if p_ptr is not None:
+            p = load_tile(p_ptr + of_key_head, i, H * K, columns, K, inside)
+            store_tile(keys_ptr, i, HV * K, columns, K, inside, p * prefix)
+        else:
+            store_tile(keys_ptr, i, HV * K, columns, K, inside, k * (prefix * k_norm[:, None]))
         end = tl.sum(tl.where(i[:, None] == C - 1, sums, 0.0), axis=0)  # decays behind the last token are 0
         to_end = tl.exp2((end[None, :] - sums).to(tl.float32))
         store_tile(writes_ptr, i, HV * K, columns, K, inside, k * (to_end * k_norm[:, None]))
+        if value_keys_ptr is not None:
+            value_keys = load_tile(value_keys_ptr, i, H * K, columns, K, inside)
+            store_tile(value_writes_ptr + of_head * K, i, HV * K, columns, K, inside, value_keys * to_end)
         if FACTORS:
             tl.store(total_ptr + (chunk * HV + head) * K + columns, tl.exp2(end.to(tl.float32)), mask=columns < K)

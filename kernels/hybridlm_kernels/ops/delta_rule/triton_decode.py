@@ -19,11 +19,14 @@ def _load_row(ptr, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def decode_kernel(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, state_ptr, documents_ptr, o_ptr, last_ptr,
-                  scale, gate_constant, beta_scale, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                  BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,
-                  SIGMOID: tl.constexpr):
-    """Write o [tokens, HV, V] and the last states [N, HV, K, V]; one program per document, head and block of values."""
+def decode_kernel(q_ptr, p_ptr, k_ptr, value_keys_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, state_ptr,
+                  documents_ptr, o_ptr, last_ptr, scale, gate_constant, beta_scale, H, HV, K: tl.constexpr,
+                  V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
+                  L2NORM: tl.constexpr, SIGMOID: tl.constexpr, BEFORE: tl.constexpr):
+    """Write o [tokens, HV, V] and the last states [N, HV, K, V]; one program per document, head and block of values.
+
+    Erase keys `p_ptr` and value keys are None where they are the keys.
+    """
     document, first, end, _, head, v_block = locate_program(documents_ptr, HV, (V + BV - 1) // BV)
     channels, columns = tl.arange(0, BK), v_block * BV + tl.arange(0, BV)
     key_head = head // (HV // H)
@@ -43,12 +46,23 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, sta
         if L2NORM:
             q *= tl.rsqrt(tl.sum(q * q) + 1e-6)
             k *= tl.rsqrt(tl.sum(k * k) + 1e-6)
+        p = k
+        if p_ptr is not None:
+            p = _load_row(p_ptr + (t * H + key_head) * K, channels, K)
+        seen = tl.zeros([BV], tl.float32)
+        if BEFORE:
+            seen = tl.sum(S * p[:, None], axis=0)
         if DECAY != "none":
             u = _load_row(g_ptr + (t * HV + head) * width, offset, width)
             S *= tl.exp(gate_value(u, rate, bias, gate_constant, GATE))[:, None]
         beta = write_strength(beta_ptr, t * HV + head, t < end, beta_scale, SIGMOID)
-        written = beta * (v - tl.sum(S * k[:, None], axis=0))
-        S += k[:, None] * written[None, :]
+        if not BEFORE:
+            seen = tl.sum(S * p[:, None], axis=0)
+        if value_keys_ptr is not None:
+            value_key = _load_row(value_keys_ptr + (t * H + key_head) * K, channels, K)
+            S += value_key[:, None] * v[None, :] - k[:, None] * (beta * seen)[None, :]
+        else:
+            S += k[:, None] * (beta * (v - seen))[None, :]
         o = scale * tl.sum(S * q[:, None], axis=0)
         tl.store(o_ptr + (t * HV + head) * V + columns, o.to(o_ptr.dtype.element_ty), mask=columns < V)
     store_tile(last_ptr + at_state, channels, V, columns, V, channels < K, S)

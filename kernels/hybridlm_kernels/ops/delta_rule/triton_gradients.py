@@ -2,7 +2,8 @@
 
 With S the state at the start of a chunk and dS' the gradient of that after it, the gradients of the decayed queries,
 keys and writes are dO S^T, -B Z S^T and B Y dS'^T. Those of q, k and g follow from them and from those of the scores
-(`triton_pair_gradients.py`). A gate t is a factor of the pair (i, j) when j < t <= i.
+(`triton_pair_gradients.py`). A gate t is a factor of the pair (i, j) when j < t <= i, and of an erase key that reads
+before the decay when j < t < i.
 
 Legend: H key heads, HV value heads, K/V key/value head dim, C tokens per chunk, P chunks.
 """
@@ -72,19 +73,20 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
            for channels, values, warps, stages in ((64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1))]
 
 
-@tuned(CONFIGS, ["K", "V", "DECAY", "EXACT"])
+@tuned(CONFIGS, ["K", "V", "DECAY", "OWN", "BEFORE", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
-def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr, total_ptr,
-                     sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_pairs_ptr, dk_pairs_ptr,
-                     dg_pairs_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, d_beta_ptr, d_A_log_ptr, d_bias_ptr, inverse_scale,
-                     gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                     BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,
-                     SIGMOID: tl.constexpr, EXACT: tl.constexpr):
-    """Write dq, dk [tokens, HV, K], dv [tokens, HV, V], dg like g, d_beta [tokens, HV], and per chunk d_A_log [P, HV]
-    and d_bias [P, HV(, K)].
+def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr,
+                     total_ptr, sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_pairs_ptr,
+                     dp_pairs_ptr, dk_pairs_ptr, dg_pairs_ptr, dq_ptr, dp_ptr, dk_ptr, dv_ptr, dg_ptr, d_beta_ptr,
+                     d_A_log_ptr, d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr,
+                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
+                     L2NORM: tl.constexpr, SIGMOID: tl.constexpr, OWN: tl.constexpr, BEFORE: tl.constexpr,
+                     EXACT: tl.constexpr):
+    """Write dq, dk [tokens, HV, K], with OWN dp like them, dv [tokens, HV, V], dg like g, d_beta [tokens, HV], and per
+    chunk d_A_log [P, HV] and d_bias [P, HV(, K)].
 
-    With a decay per channel `pair_gradients_kernel` has written dv, d_beta, the terms dq_pairs, dk_pairs and dg_pairs,
-    and those of A_ii in `itself` [HV, tokens]. Else `scratch`, [2, tokens, HV, C], is memory of this kernel. What is
+    With a decay per channel `pair_gradients_kernel` has written dv, d_beta, the terms dq_pairs, dp_pairs, dk_pairs and
+    dg_pairs, and those of A_ii in `itself` [HV, tokens]. Else `scratch`, [2, tokens, HV, C], is memory of this kernel. What is
     there before a launch is never both read and overwritten, since a launch that is tuned runs many times.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -97,6 +99,7 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
     here = chunk * HV + head
     of_key_head, of_head = first * H + head // (HV // H), first * HV + head
     q_ptr += of_key_head * K  # from here on tokens are counted from the chunk's first, in 32 bits
+    p_ptr = p_ptr + of_key_head * K if OWN else None
     k_ptr += of_key_head * K
     do_ptr += of_head * V
     y_ptr += of_head * V
@@ -114,18 +117,19 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
         itself = value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V,
                                  None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, beta,
                                  beta_scale, SIGMOID, V, BV)
-        dg_pairs += score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr + of_head * C, MA_ptr, ML_ptr, factors_ptr,
-                                    filled, tokens, H, HV, K, V, BK, BV, DECAY, EXACT)
+        dg_pairs += score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr + of_head * C, MA_ptr, ML_ptr,
+                                    factors_ptr, filled, tokens, H, HV, K, V, BK, BV, DECAY, OWN, BEFORE, False, EXACT)
         tl.debug_barrier()  # what other threads of the program wrote is read from here on
     itself *= query_norm * beta * key_norm
     if DECAY == "channel":
-        of_queries, of_keys, of_writes = query_norm, beta * key_norm, beta * key_norm
+        of_queries, of_keys, of_writes = query_norm, beta if OWN else beta * key_norm, beta * key_norm
     else:
         of_queries = tl.load(factors_ptr + QUERY * tokens + t, mask=inside, other=0.0)
         of_keys = beta * tl.load(factors_ptr + KEY * tokens + t, mask=inside, other=0.0)
         of_writes = beta * tl.load(factors_ptr + WRITE * tokens + t, mask=inside, other=0.0)
     rate = gate_rate(A_log_ptr, head)
     dg_rows, dg_columns = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    dg_before = tl.zeros([C], tl.float32)  # rows that leave out the decay of their own token
     d_total_sum, d_A_log = 0.0, 0.0
     along_q, along_k = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     for k0 in tl.range(0, K, CHANNELS, disable_licm=True):
@@ -136,8 +140,9 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
             BV, PRECISION)
         q = load_tile(q_ptr, t, H * K, channels, K, inside)
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
+        p = load_tile(p_ptr, t, H * K, channels, K, inside) if OWN else k
         dq = d_queries * of_queries[:, None]
-        dk = d_keys * of_keys[:, None]
+        dp = d_keys * of_keys[:, None]
         d_writes *= of_writes[:, None]
         if DECAY == "channel":
             sums = load_sums(sums_ptr + of_head * K, t, HV * K, channels, K, filled)
@@ -145,11 +150,18 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
             end = tl.load(sums_ptr + last + channels, mask=channels < K, other=0.0)
             prefix = tl.exp2(sums.to(tl.float32))
             dq *= prefix
-            dk *= prefix
+            if BEFORE:
+                sums_before = load_sums(sums_ptr + of_head * K, t - 1, HV * K, channels, K, filled)
+                prefix = tl.exp2(sums_before.to(tl.float32))
+            dp *= prefix
             d_writes *= tl.exp2((end[None, :] - sums).to(tl.float32))
             total = tl.load(total_ptr + here * K + channels, mask=channels < K, other=0.0)
             if dg_ptr is not None:
-                dg = sum_over(j >= i, q * dq + k * dk, EXACT) + sum_over(j < i, k * d_writes, EXACT)
+                if BEFORE:
+                    dg = sum_over(j >= i, q * dq, EXACT) + sum_over(j > i, p * dp, EXACT)
+                    dg += sum_over(j < i, k * d_writes, EXACT)
+                else:
+                    dg = sum_over(j >= i, q * dq + p * dp, EXACT) + sum_over(j < i, k * d_writes, EXACT)
                 dg += (d_total * total)[None, :] + load_tile(dg_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
                 u, bias = load_gates(g_ptr + of_head * K, None if bias_ptr is None else bias_ptr + head * K, t,
                                      HV * K, channels, K, inside)
@@ -160,27 +172,46 @@ def gradients_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_
                 if d_bias_ptr is not None:
                     tl.store(d_bias_ptr + here * K + channels, tl.sum(dg, axis=0), mask=channels < K)
             dq += load_tile(dq_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
-            dk += d_writes + load_tile(dk_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
+            d_writes += load_tile(dk_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
+            if OWN:
+                dp += load_tile(dp_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
         else:
             if DECAY == "scalar":
-                dg_rows += tl.sum(q * dq + k * dk, axis=1)
+                if BEFORE:
+                    dg_rows += tl.sum(q * dq, axis=1)
+                    dg_before += tl.sum(p * dp, axis=1)
+                else:
+                    dg_rows += tl.sum(q * dq + p * dp, axis=1)
                 dg_columns += tl.sum(k * d_writes, axis=1)
                 d_total_sum += tl.sum(d_total)
-            dk += d_writes
+        if OWN:
+            dk = d_writes
+        else:
+            dk = dp + d_writes
+        if DECAY != "channel":
             for_queries = load_tile(MA_ptr, t, HV * C, t, C, inside)
             dq = tl.dot(for_queries, k, dq, input_precision=PRECISION)
             dk = tl.dot(tl.trans(for_queries), q, dk, input_precision=PRECISION)
-            dk = tl.dot(load_tile(ML_ptr, t, HV * C, t, C, inside), k, dk, input_precision=PRECISION)
+            for_keys = load_tile(ML_ptr, t, HV * C, t, C, inside)
+            if OWN:
+                dp = tl.dot(for_keys, k, dp, input_precision=PRECISION)
+                dk = tl.dot(tl.trans(for_keys), p, dk, input_precision=PRECISION)
+            else:
+                dk = tl.dot(for_keys, k, dk, input_precision=PRECISION)
         dq += itself[:, None] * k
         dk += itself[:, None] * q
         store_tile(dq_ptr + of_head * K, t, HV * K, channels, K, inside, dq)
         store_tile(dk_ptr + of_head * K, t, HV * K, channels, K, inside, dk)
+        if OWN:
+            store_tile(dp_ptr + of_head * K, t, HV * K, channels, K, inside, dp)
         if L2NORM:
             along_q += tl.sum(q * dq, axis=1)
             along_k += tl.sum(k * dk, axis=1)
     if dg_ptr is not None and DECAY == "scalar":
         dg = dg_pairs + tl.sum(tl.where(i >= j, dg_rows[:, None], 0.0), axis=0)
         dg += tl.sum(tl.where(i < j, dg_columns[:, None], 0.0), axis=0) + d_total_sum * tl.load(total_ptr + here)
+        if BEFORE:
+            dg += tl.sum(tl.where(i > j, dg_before[:, None], 0.0), axis=0)
         bias = gate_bias(bias_ptr, head)
         u = tl.load(g_ptr + of_head + t * HV, mask=inside, other=0.0)
         dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)

@@ -3,6 +3,7 @@ channel the terms of dq, dk and dg that come from scores.
 
 With B = diag(beta), Y and Z of `triton_scan.py`:
     dA_ij = dO_i . Y_j beta_j,  dL_ij = -beta_i Z_i . Y_j beta_j,  dbeta_i = Z_i . Y_i,  dV = B Z
+With a free erase vector the same of values in place of Y, without beta_j, are the gradients of the scores of value keys.
 A program writes the gradients of the scores to `scratch` and reads them back as operands, in either orientation: so
 they do not fill its registers, and no product takes the transposed result of another (which Triton before 3.7.1
 compiles wrongly on Hopper).
@@ -15,7 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridlm_kernels.ops.delta_rule.triton_chunk import BETA, COARSE, FINE, KEY_NORM, NUM_FACTORS, QUERY_NORM
+from hybridlm_kernels.ops.delta_rule.triton_chunk import (
+    BETA,
+    COARSE,
+    FINE,
+    KEY_NORM,
+    NUM_FACTORS,
+    QUERY_NORM,
+    load_sums_before,
+)
 from hybridlm_kernels.recurrence.triton_channel_pairs import channel_pair_gradients
 from hybridlm_kernels.recurrence.triton_tiles import (
     C,
@@ -32,7 +41,7 @@ from hybridlm_kernels.triton_support import tuned
 @triton.jit
 def value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, stride, heads, inside, beta, beta_scale,
                     SIGMOID: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    """The row sums of dO Y. Writes dV = B Z and d_beta."""
+    """The row sums of dO Y. Writes dV = B Z and d_beta, unless they are None."""
     rows = tl.arange(0, C)
     same, d_beta = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     for v0 in range(0, V, BV):
@@ -42,7 +51,8 @@ def value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, stride, heads, ins
         z = load_tile(z_ptr, rows, stride, columns, V, inside).to(tl.float32)
         same += tl.sum(do * y, axis=1)
         d_beta += tl.sum(z * y, axis=1)
-        store_tile(dv_ptr, rows, stride, columns, V, inside, beta[:, None] * z)
+        if dv_ptr is not None:
+            store_tile(dv_ptr, rows, stride, columns, V, inside, beta[:, None] * z)
     if d_beta_ptr is not None:
         if SIGMOID:
             d_beta *= beta * (1.0 - beta / beta_scale)
@@ -51,13 +61,14 @@ def value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, stride, heads, ins
 
 
 @triton.jit
-def score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV,
+def score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV,
                     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
-                    EXACT: tl.constexpr):
+                    OWN: tl.constexpr, BEFORE: tl.constexpr, VALUE_KEYS: tl.constexpr, EXACT: tl.constexpr):
     """Write MA and ML, the gradients of the queries' and the keys' scores, with all factors of the products of q and k.
 
-    They stand below the diagonal and mirrored above it; above it MA is 0 unless the decay is one per channel. With a
-    scalar decay the result is the gradient of the gates from pairs of tokens, else 0.
+    They stand below the diagonal and mirrored above it; above it MA is 0 unless the decay is one per channel, and so is
+    ML of own erase keys. With a scalar decay the result is the gradient of the gates from pairs of tokens, else 0.
+    VALUE_KEYS says that `y_ptr` holds values, which are written without beta.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     t = tl.arange(0, C)
@@ -74,28 +85,43 @@ def score_gradients(do_ptr, y_ptr, z_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_
         ML = tl.dot(load_tile(z_ptr, t, HV * V, columns, V, inside), y, ML, input_precision=PRECISION)
     MA = tl.where(i > j, MA, 0.0)
     ML = tl.where(i > j, ML, 0.0)
+    of_rows, of_columns = beta if OWN else beta * key_norm, key_norm if VALUE_KEYS else beta * key_norm
     if DECAY == "scalar":
         pairs = MA * beta[None, :] * load_tile(A_ptr, t, HV * C, t, C, inside)
         coarse = tl.load(factors_ptr + COARSE * tokens + t, mask=inside, other=0.0)
         fine = tl.load(factors_ptr + FINE * tokens + t, mask=inside, other=0.0)
         D = token_decay_between(coarse[:, None], fine[:, None], coarse[None, :], fine[None, :], i, j)
         MA *= D
+        if BEFORE:
+            before, fine_before = load_sums_before(factors_ptr + COARSE * tokens, tokens, t, inside)
+            D = token_decay_between(before[:, None], fine_before[:, None], coarse[None, :], fine[None, :], i, j)
         ML *= D
-    MA *= query_norm[:, None] * (beta * key_norm)[None, :]
-    ML *= -(beta * key_norm)[:, None] * (beta * key_norm)[None, :]
+    MA *= query_norm[:, None] * of_columns[None, :]
+    ML *= -of_rows[:, None] * of_columns[None, :]
     if DECAY == "channel":
         store_mirrored(MA_ptr, HV * C, t, filled, MA)
     else:
         store_tile(MA_ptr, t, HV * C, t, C, inside, MA)
-    store_mirrored(ML_ptr, HV * C, t, filled, ML)
+    if OWN and DECAY != "channel":
+        store_tile(ML_ptr, t, HV * C, t, C, inside, ML)
+    else:
+        store_mirrored(ML_ptr, HV * C, t, filled, ML)
     if DECAY == "scalar":
         keys = tl.zeros([C, C], tl.float32)
         for k0 in range(0, K, BK):
             k = load_tile(k_ptr, t, H * K, k0 + tl.arange(0, BK), K, inside)
-            keys = tl.dot(k, tl.trans(k), keys, input_precision=PRECISION)
-        pairs += ML * keys
-        from_rows = tl.sum(tl.where(i >= j, tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
-        dg += from_rows - tl.sum(tl.where(j >= i, tl.sum(pairs, axis=0)[None, :], 0.0), axis=1)
+            p = k
+            if OWN:
+                p = load_tile(p_ptr, t, H * K, k0 + tl.arange(0, BK), K, inside)
+            keys = tl.dot(p, tl.trans(k), keys, input_precision=PRECISION)
+        if BEFORE:  # rows of L leave out the decay of their own token
+            dg += tl.sum(tl.where(i > j, tl.sum(ML * keys, axis=1)[:, None], 0.0), axis=0)
+            dg += tl.sum(tl.where(i >= j, tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
+            pairs += ML * keys
+        else:
+            pairs += ML * keys
+            dg += tl.sum(tl.where(i >= j, tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
+        dg -= tl.sum(tl.where(j >= i, tl.sum(pairs, axis=0)[None, :], 0.0), axis=1)
     return dg
 
 
@@ -103,14 +129,15 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
            for channels, values, warps, stages in ((32, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1))]
 
 
-@tuned(CONFIGS, ["K", "V", "MERGED", "EXACT"])
+@tuned(CONFIGS, ["K", "V", "OWN", "BEFORE", "MERGED", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
-def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_ptr, chunks_ptr, scratch_ptr,
-                          dq_pairs_ptr, dk_pairs_ptr, dg_pairs_ptr, dv_ptr, d_beta_ptr, itself_ptr, beta_scale, tokens,
-                          H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                          SIGMOID: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
+def pair_gradients_kernel(q_ptr, p_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_ptr, chunks_ptr, scratch_ptr,
+                          dq_pairs_ptr, dp_pairs_ptr, dk_pairs_ptr, dg_pairs_ptr, dv_ptr, d_beta_ptr, itself_ptr,
+                          beta_scale, tokens, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                          BV: tl.constexpr, SIGMOID: tl.constexpr, OWN: tl.constexpr, BEFORE: tl.constexpr,
+                          MERGED: tl.constexpr, EXACT: tl.constexpr):
     """Write the terms of dq, dk, dg [tokens, HV, K] that come from pairs of tokens, dv [tokens, HV, V], d_beta
-    [tokens, HV] and the gradients of A_ii, itself [HV, tokens] in fp32.
+    [tokens, HV] and the gradients of A_ii, itself [HV, tokens] in fp32; with OWN, erase keys p, terms of dp, too.
 
     `scratch` is [2, tokens, HV, C]. One program per chunk and head.
     """
@@ -130,20 +157,25 @@ def pair_gradients_kernel(q_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_
     MA_ptr = scratch_ptr + of_head * C
     ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
     beta = tl.load(factors_ptr + BETA * tokens + t, mask=inside, other=0.0)
-    itself = value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V,
+    itself = value_gradients(do_ptr, y_ptr, z_ptr, None if dv_ptr is None else dv_ptr + of_head * V,
                              None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, beta,
                              beta_scale, SIGMOID, V, BV)
     tl.store(itself_ptr + head * tokens + first + t, itself, mask=inside)
-    score_gradients(do_ptr, y_ptr, z_ptr, None, None, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV, K, V, BK, BV,
-                    "channel", EXACT)
+    score_gradients(do_ptr, y_ptr, z_ptr, None, None, None, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV, K, V, BK,
+                    BV, "channel", OWN, BEFORE, False, EXACT)
     tl.debug_barrier()  # what other threads of the program wrote is read from here on
     for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
         channels = k0 + tl.arange(0, BK)
         sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
         q = load_tile(q_ptr, t, H * K, channels, K, inside)
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
-        dq, dk, dg = channel_pair_gradients(q, k, sums, sums_ptr, HV * K, channels, K, MA_ptr, ML_ptr, HV * C, filled,
-                                            True, MERGED, EXACT)
+        p = k
+        if OWN:
+            p = load_tile(p_ptr + of_key_head * K, t, H * K, channels, K, inside)
+        dq, dp, dk, dg = channel_pair_gradients(q, p, k, sums, sums_ptr, HV * K, channels, K, MA_ptr, ML_ptr, HV * C,
+                                                filled, True, OWN, BEFORE, MERGED, EXACT)
+        if OWN:
+            store_tile(dp_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dp)
         store_tile(dq_pairs_ptr, t, HV * K, channels, K, inside, dq)
         store_tile(dk_pairs_ptr, t, HV * K, channels, K, inside, dk)
         if dg_pairs_ptr is not None:

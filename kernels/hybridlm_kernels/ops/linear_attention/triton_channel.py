@@ -74,8 +74,8 @@ def chunk_kernel(q_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
             k = load_tile(k_ptr, t, H * K, channels, K, inside)
             sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
             itself += tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
-            A, _ = channel_scores(q, k, sums, sums_ptr, HV * K, channels, K, filled, A, A, False, MERGED, CHECKED,
-                                  EXACT)
+            A, _ = channel_scores(q, k, k, sums, sums_ptr, HV * K, channels, K, filled, A, A, False, False, MERGED,
+                                  CHECKED, EXACT)
         A = tl.where(t[:, None] == t[None, :], itself[:, None], A) * scale
         store_tile(A_ptr + of_head * C, t, HV * C, t, C, inside, A)
 
@@ -120,8 +120,8 @@ def pair_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, sums_ptr, chunks_ptr, scr
         q = load_tile(q_ptr, t, H * K, channels, K, inside)
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
         sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
-        dq, dk, dg = channel_pair_gradients(q, k, sums, sums_ptr, HV * K, channels, K, scratch_ptr, None, HV * C,
-                                            filled, False, MERGED, EXACT)
+        dq, _, dk, dg = channel_pair_gradients(q, k, k, sums, sums_ptr, HV * K, channels, K, scratch_ptr, None, HV * C,
+                                               filled, False, False, False, MERGED, EXACT)
         store_tile(dq_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dq)
         store_tile(dk_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dk)
         if dg_pairs_ptr is not None:
