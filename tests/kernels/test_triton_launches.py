@@ -16,6 +16,7 @@ from hybridlm_kernels.recurrence import triton_chunk_tables
 from hybridlm_kernels.tools import doctor
 from hybridlm_kernels.tools.cases import check_cases
 from hybridlm_kernels.triton_support import INSTALLED, INTERPRETED
+from tests.support.erase_forms import make_inputs
 from tests.support.recurrences import KINDS, call
 
 pytestmark = pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs triton, and TRITON_INTERPRET unset")
@@ -118,6 +119,36 @@ def test_documents_in_segments_and_uncut(operation, decay, cut, device, monkeypa
     assert ("join_kernel" in device) == cut
     launch(operation, decay, 200, HV=1, optional=False)
     launch(operation, decay, 200, optional=False, final_state=False)
+
+
+@pytest.mark.parametrize("form", ["free vector, before", "own key, before", "read before"])
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_erasing_forms(form, decay, device, monkeypatch):
+    """Uncut and in segments, trained and decoding, also where numbers of tokens and heads are 1."""
+    backend = importlib.import_module("hybridlm_kernels.ops.delta_rule.triton_backend")
+    monkeypatch.setattr(triton_chunk_tables, "MIN_CHUNKS_PER_SEGMENT", 1)
+    monkeypatch.setattr(backend, "MIN_SEGMENTS_PER_DOCUMENT", 2)
+    for T, heads, parallel in ((1, 1, 0), (200, 2, 18)):
+        monkeypatch.setattr(backend, "parallel_programs", lambda *_, programs=parallel: programs)
+        inputs, options = make_inputs(form, decay, T=T, H=heads, HV=heads, K=16, V=16, dtype=torch.float32)
+        inputs = {name: x.bfloat16() for name, x in inputs.items()}
+        call("delta_rule", inputs, backend="triton", **options)
+        o, state = call("delta_rule", {name: x.requires_grad_() for name, x in inputs.items()}, backend="triton",
+                        **options)
+        (o.float().sum() + state.sum()).backward()
+    assert {"join_kernel", "decode_kernel"} < set(device)
+    assert ("value_key_gradients_kernel" in device) == form.startswith("free")
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar", "channel"])
+def test_several_writes_per_token(decay, device):
+    for tokens, HV in ((1, 1), (30, 2)):
+        inputs = recurrence_inputs(decay, T=3 * tokens, HV=HV, beta=True, dtype=torch.float32)
+        inputs |= {name: inputs[name][:, :tokens] for name in ("q", "g") if name in inputs}
+        inputs = {name: x.bfloat16().requires_grad_() for name, x in inputs.items()}
+        o, state = call("delta_rule", inputs, steps=3, backend="triton")
+        (o.float().sum() + state.sum()).backward()
+    assert device.count("gradients_kernel") == 2
 
 
 def half(*shape):

@@ -38,6 +38,20 @@ def locate_chunk(chunks_ptr):
 
 
 @triton.jit
+def locate_tokens(first, inside, STEPS: tl.constexpr):
+    """Find the tokens of the rows [C] of the chunk that starts at row `first`, STEPS rows per token (DeltaProduct).
+
+    Returns the first row's token, the token of every row counted from it, and the rows inside at which the token decays
+    and at which its query reads: its first row and its last.
+    """
+    if STEPS == 1:
+        return first, tl.arange(0, C), inside, inside
+    else:
+        row = tl.cast(first % STEPS, tl.int32) + tl.arange(0, C)
+        return first // STEPS, row // STEPS, inside & (row % STEPS == 0), inside & (row % STEPS == STEPS - 1)
+
+
+@triton.jit
 def load_tile(ptr, rows, stride, columns, WIDTH: tl.constexpr, inside):
     """Load the tile [rows, columns] of the head that `ptr` points to, zero outside."""
     at = rows[:, None] * stride + columns[None, :]

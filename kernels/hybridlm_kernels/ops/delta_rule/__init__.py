@@ -29,12 +29,11 @@ from hybridlm_kernels.recurrence.gates import Gate, parameters_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
-
 OPERATION = register(Operation("delta_rule", (
     lazy_triton_backend("hybridlm_kernels.ops.delta_rule.triton_backend", "delta_rule", fits_triton),
-    Backend("torch", torch_backend.delta_rule),
-    Backend("fla", fla_backend.delta_rule, fla_backend.supports, ("cuda",), fla_call.replacements),
-    Backend("reference", reference.delta_rule),
+    Backend("torch", spread_over_steps(torch_backend.delta_rule)),
+    Backend("fla", spread_over_steps(fla_backend.delta_rule), fla_backend.supports, ("cuda",), fla_call.replacements),
+    Backend("reference", spread_over_steps(reference.delta_rule)),
 )))
 
 
@@ -108,24 +107,29 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, *, g: Tensor | N
     >>> o.flatten(), state.flatten()
     (tensor([0., 1., 2.]), tensor([2., 0.]))
     """
-    if steps != 1:
-        q_BTHK, g, cu_seqlens = spread_over_steps(steps, q_BTHK, g, gate, cu_seqlens)
-        gate = None
+    if steps < 1 or (steps > 1 and q_BTHK.dim() != 4):
+        raise ValueError(f"delta_rule: steps must be 1 or more, and q [batch, time, heads, dim]; got steps={steps}, "
+                         f"q {list(q_BTHK.shape)}")
     B, T, _, K = k_BTHK.shape if k_BTHK.dim() == 4 else (0, 0, 0, 0)
-    borders = borders_of(cu_seqlens, B, T, q_BTHK.device)
-    check_shapes("delta_rule", q_BTHK, k_BTHK, v_BTHvV, initial_state, borders)
-    HV = v_BTHvV.shape[2]
-    decay = check_decay("delta_rule", g, gate, {"scalar": (B, T, HV), "channel": (B, T, HV, K)})
+    rows_of_q = q_BTHK  # one per row of k
+    if steps > 1:
+        B, tokens, *head = q_BTHK.shape
+        rows_of_q = q_BTHK.new_empty((B, tokens * steps, *head), device="meta")
+        borders = borders_of(cu_seqlens, B, tokens, q_BTHK.device)
+        borders = None if borders is None else borders.in_rows(steps)
+    else:
+        borders = borders_of(cu_seqlens, B, T, q_BTHK.device)
+    check_shapes("delta_rule", rows_of_q, k_BTHK, v_BTHvV, initial_state, borders)
+    tokens, HV = q_BTHK.shape[1], v_BTHvV.shape[2]
+    decay = check_decay("delta_rule", g, gate, {"scalar": (B, tokens, HV), "channel": (B, tokens, HV, K)})
     if beta is not None:
         check_per_token("delta_rule", "beta", beta, {"scalar": (B, T, HV)})
     erase = Erase.of("delta_rule", erase_key, erase_vector, erase_before_decay, beta, k_BTHK, HV)
     call = Call.of(v_BTHvV, q_BTHK, k_BTHK, g, beta, initial_state, erase_key, erase_vector, *parameters_of(gate),
                    decay=decay, key_dim=K, value_dim=v_BTHvV.shape[3], packed=borders is not None, erase=form_of(erase))
-    more = () if erase is None else (erase,)  # backends that refuse every form do not know the argument
     with autocast(q_BTHK.device.type, enabled=False):
         run = choose(OPERATION, call, backend).run
-        o_BTHvV, state_NHvKV = without_empty_documents(
+        return without_empty_documents(
             lambda state, filled: run(q_BTHK, k_BTHK, v_BTHvV, g, beta, K**-0.5 if scale is None else scale, state,
-                                      filled, qk_l2norm, gate, beta_sigmoid, final_state, *more), initial_state,
+                                      filled, qk_l2norm, gate, beta_sigmoid, final_state, erase, steps), initial_state,
             borders, final_state)
-    return o_BTHvV if steps == 1 else o_BTHvV[:, steps - 1 :: steps], state_NHvKV

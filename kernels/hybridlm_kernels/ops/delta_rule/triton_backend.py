@@ -6,9 +6,9 @@ again for the states of all chunks, `scan_back_kernel` for their gradients, `pai
 channel) and `gradients_kernel` for those of the inputs. Kept between the two: the inputs, the scores A and X, and eight
 numbers per token and head. Where heads are few, documents are cut into segments that are scanned side by side.
 
-An erase key of its own is one more operand. A free erase vector b takes the place of the key, with beta = -1, and the
-keys at which values are written are then a second set of keys, whose scores a second launch of `chunk_kernel` finds, and
-whose gradients `value_key_gradients_kernel`.
+An erase key of its own is one more operand. A free erase vector b takes the place of the key, with beta = -1. Values
+are then written at a second set of keys, whose scores a second launch of `chunk_kernel` finds, and whose gradients
+`value_key_gradients_kernel`. Where a token writes several times, k, v and beta have rows, and q, g and o tokens.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
@@ -24,6 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hybridlm_kernels.ops.delta_rule.steps import spread_over_steps
 from hybridlm_kernels.ops.delta_rule.torch_erase import L2NORM_EPSILON
 from hybridlm_kernels.ops.delta_rule.triton_chunk import NUM_FACTORS, chunk_kernel
 from hybridlm_kernels.ops.delta_rule.triton_decayed import decayed_kernel
@@ -35,7 +36,7 @@ from hybridlm_kernels.ops.delta_rule.triton_solve import BLOCK as SOLVE_BLOCK
 from hybridlm_kernels.ops.delta_rule.triton_value_keys import value_key_gradients_kernel
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
-from hybridlm_kernels.recurrence.erase import Erase
+from hybridlm_kernels.recurrence.erase import Erase, tensors_of
 from hybridlm_kernels.recurrence.gates import Gate, log_decay, parameters_of
 from hybridlm_kernels.recurrence.triton_channel_pairs import merged_levels
 from hybridlm_kernels.recurrence.triton_chunk_tables import CHUNK_TOKENS, ChunkTables, get_chunk_tables
@@ -55,9 +56,15 @@ FULL_VALUE_COLUMNS = 64
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None, beta_BTHv: Tensor | None,
                scale: float, state_NHvKV: Tensor | None, borders: CuSeqlens | None, qk_l2norm: bool,
                gate: Gate | None = None, beta_sigmoid: float | None = None, final_state: bool = True,
-               erase: Erase | None = None) -> tuple[Tensor, Tensor]:
-    """The Triton backend; arguments as in the public function, already checked."""
+               erase: Erase | None = None, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """The Triton backend; arguments as in the public function, already checked, with borders in rows of k and v."""
     dtype, free = v_BTHvV.dtype, erase is not None and erase.vector is not None
+    longest = v_BTHvV.shape[1] if borders is None else max(borders.lengths)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (
+        q_BTHK, k_BTHK, v_BTHvV, g, beta_BTHv, state_NHvKV, *parameters_of(gate), *tensors_of(erase)))
+    if steps > 1 and (free or (longest <= RECURRENT_MAX_TOKENS and not learns)):
+        return spread_over_steps(delta_rule)(q_BTHK, k_BTHK, v_BTHvV, g, beta_BTHv, scale, state_NHvKV, borders,
+                                             qk_l2norm, gate, beta_sigmoid, final_state, erase, steps)
     if free and qk_l2norm:  # value keys and erase vectors are used as they are
         q_BTHK, k_BTHK, qk_l2norm = _normalize(q_BTHK), _normalize(k_BTHK), False
     if free and (g is None or g.dim() == 3):  # kernels have free erase vectors with a decay per channel alone
@@ -72,9 +79,7 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor | None
     tensors: list[Any] = [None if x is None else x.contiguous()
                           for x in (*keys, v_BTHvV, g, beta_BTHv, *parameters_of(gate), state_NHvKV)]
     options = _DeltaRuleOptions(scale, borders, qk_l2norm, gate, beta_sigmoid, final_state,
-                                erase is not None and erase.before_decay)
-    longest = v_BTHvV.shape[1] if borders is None else max(borders.lengths)
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+                                erase is not None and erase.before_decay, steps)
     if longest > RECURRENT_MAX_TOKENS or learns:
         return _TritonDeltaRule.apply(*tensors, options)
     return _DeltaRuleLaunches(_DeltaRuleInputs(*tensors), options).decode()
@@ -95,12 +100,12 @@ def _normalize(x: Tensor) -> Tensor:
 class _DeltaRuleInputs:
     """The tensors of a call, contiguous."""
 
-    q: Tensor  # [B, T, H, K]
+    q: Tensor  # [B, T / steps, H, K]
     p: Tensor | None  # erase keys [B, T, H, K], where they are not k
     k: Tensor  # [B, T, H, K], free erase vectors where there are value keys
     value_keys: Tensor | None  # [B, T, H, K], where erase vectors are free
     v: Tensor  # [B, T, HV, V]
-    g: Tensor | None  # [B, T, HV(, K)]
+    g: Tensor | None  # [B, T / steps, HV(, K)]
     beta: Tensor | None  # [B, T, HV]
     A_log: Tensor | None  # [HV]
     dt_bias: Tensor | None  # [HV(, K)]
@@ -118,6 +123,7 @@ class _DeltaRuleOptions:
     beta_sigmoid: float | None
     final_state: bool
     before_decay: bool
+    steps: int  # rows of k, v and beta per token
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class _ForwardResults:
     """Results of the forward pass that the backward pass needs; `starts` and `transitions` where documents are cut into
     segments."""
 
-    A: Tensor  # [B, T, HV, C]
+    A: Tensor  # [B, T / steps, HV, C]
     X: Tensor  # [B, T, HV, C]
     factors: Tensor  # [HV, 8, B T]
     total: Tensor  # [P, HV(, K)]
@@ -142,6 +148,7 @@ class _DeltaRuleLaunches:
         self.x, self.options = x, options
         (self.B, self.T, self.H, self.K), (self.HV, self.V) = x.k.shape, x.v.shape[2:]
         self.tokens, self.dtype, self.device = self.B * self.T, x.v.dtype, x.v.device
+        self.tokens_of_queries = self.T // options.steps
         self.tables: ChunkTables = get_chunk_tables(self.B, self.T, options.borders, self.device)
         self.documents = self.B if options.borders is None else options.borders.num_documents
         self.decay = "none"
@@ -157,7 +164,7 @@ class _DeltaRuleLaunches:
         self.flags = {
             "DECAY": self.decay, "GATE": "none" if gate is None else gate.kind, "L2NORM": options.qk_l2norm,
             "SIGMOID": options.beta_sigmoid is not None, "BEFORE": options.before_decay and x.g is not None,
-            "EXACT": self.dtype == torch.float32}
+            "STEPS": options.steps, "EXACT": self.dtype == torch.float32}
         self.own, self.free = x.p is not None, x.value_keys is not None
         self.merged, self.checked = merged_levels(gate, self.dtype) if self.decay == "channel" else (0, False)
         self.gate_constant = 1.0
@@ -177,8 +184,8 @@ class _DeltaRuleLaunches:
         dtypes |= dict.fromkeys(("factors_ptr", "total_ptr", "state_ptr"), torch.float32)
         return parallel_programs(self.device, scan_kernel, dtypes | {"segments_ptr": torch.int64}, {
             "K": self.K, "V": self.V, "BK": _padded(self.K), "BV": SCAN_VALUE_COLUMNS,
-            "CHANNEL": self.decay == "channel", "OWN": self.x.p is not None, "FREE": bool(free), "MODE": "outputs",
-            "EXACT": self.dtype == torch.float32})
+            "CHANNEL": self.decay == "channel", "OWN": self.x.p is not None, "FREE": bool(free),
+            "STEPS": self.options.steps, "MODE": "outputs", "EXACT": self.dtype == torch.float32})
 
     def empty(self, *shape: int) -> Tensor:
         """A new tensor in the dtype of the values."""
@@ -194,10 +201,10 @@ class _DeltaRuleLaunches:
 
     def forward(self) -> tuple[_ForwardResults, Tensor, Tensor]:
         """Results for the backward pass, o [B, T, HV, V], and the last states [N, HV, K, V] or none of them."""
-        A, X = (self.empty(self.B, self.T, self.HV, CHUNK_TOKENS) for _ in range(2))
+        A, X = (self.empty(self.B, T, self.HV, CHUNK_TOKENS) for T in (self.tokens_of_queries, self.T))
         total = self.wide(self.tables.num_chunks, self.HV, *([self.K] if self.decay == "channel" else []))
         results = _ForwardResults(A, X, self.wide(self.HV, NUM_FACTORS.value, self.tokens), total)
-        o = self.empty(*self.x.v.shape)
+        o = self.empty(self.B, self.tokens_of_queries, self.HV, self.V)
         last = self.states_of_documents() if self.options.final_state else None
         decayed, sums = self.decayed(results, factors=True)
         self.chunk(results, sums)
@@ -220,13 +227,15 @@ class _DeltaRuleLaunches:
         x = self.x
         if self.decay != "channel":
             return (x.q, x.k if x.p is None else x.p, x.k, None), None
-        queries, keys, writes = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(3))
+        queries = self.empty(self.B, self.tokens_of_queries, self.HV, self.K)
+        keys, writes = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(2))
         value_writes = torch.empty_like(writes) if self.free else None
         sums = self.wide(self.B, self.T, self.HV, self.K, dtype=torch.float64 if self.flags["EXACT"] else torch.float32)
         decayed_kernel[(self.tables.num_chunks, self.HV)](
             q_ptr=x.q, p_ptr=x.p, k_ptr=x.k, value_keys_ptr=x.value_keys, beta_ptr=x.beta,
             chunks_ptr=self.tables.chunks, factors_ptr=results.factors, total_ptr=results.total, sums_ptr=sums,
-            queries_ptr=queries, keys_ptr=keys, writes_ptr=writes, value_writes_ptr=value_writes, scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, FACTORS=factors, **self.gate_arguments,
+            queries_ptr=queries, keys_ptr=keys, writes_ptr=writes, value_writes_ptr=value_writes,
+            scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, FACTORS=factors, **self.gate_arguments,
             **self.sizes, **{name: flag for name, flag in self.flags.items() if name != "DECAY"})
         return (queries, keys, writes, value_writes), sums
 
@@ -240,8 +249,8 @@ class _DeltaRuleLaunches:
         chunk_kernel[(self.tables.num_chunks, self.HV)](
             q_ptr=x.q, p_ptr=x.p, k_ptr=x.value_keys if of_values else x.k, beta_ptr=x.beta,
             chunks_ptr=self.tables.chunks, factors_ptr=results.factors, total_ptr=results.total, **outputs,
-            sums_ptr=sums, scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, MERGED=self.merged, CHECKED=self.checked, **self.gate_arguments,
-            **self.sizes, **self.flags)
+            sums_ptr=sums, scale=self.options.scale, beta_scale=self.beta_scale, K=self.K, MERGED=self.merged,
+            CHECKED=self.checked, **self.gate_arguments, **self.sizes, **self.flags)
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """The outputs o [B, T, HV, V] and the last states [N, HV, K, V], token by token."""
@@ -253,7 +262,8 @@ class _DeltaRuleLaunches:
         decode_kernel[(self.documents * self.HV * self._blocks_of_values(block),)](
             q_ptr=x.q, p_ptr=x.p, k_ptr=x.k, value_keys_ptr=x.value_keys, v_ptr=x.v, beta_ptr=x.beta,
             state_ptr=x.state, documents_ptr=self.tables.documents, o_ptr=o, last_ptr=last, scale=self.options.scale,
-            beta_scale=self.beta_scale, H=self.H, HV=self.HV, K=self.K, V=self.V, BK=triton.next_power_of_2(self.K), BV=block, **self.gate_arguments, **flags)
+            beta_scale=self.beta_scale, H=self.H, HV=self.HV, K=self.K, V=self.V, BK=triton.next_power_of_2(self.K),
+            BV=block, **self.gate_arguments, **flags)
         return o, last
 
     def _blocks_of_values(self, columns: int) -> int:
@@ -271,7 +281,7 @@ class _DeltaRuleLaunches:
             "X_ptr": results.X, "value_A_ptr": results.value_A, "value_L_ptr": results.value_L,
             "factors_ptr": results.factors, "total_ptr": results.total, "segments_ptr": self.segments, "K": self.K,
             "V": self.V, "BK": _padded(self.K), "CHANNEL": self.decay == "channel", "OWN": self.own, "FREE": self.free,
-            "EXACT": self.flags["EXACT"], "full": self.full}
+            "STEPS": self.options.steps, "EXACT": self.flags["EXACT"], "full": self.full}
 
     def scan(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...], mode: str, start: Tensor | None, *,
              o: Tensor | None = None, last: Tensor | None = None, transitions: Tensor | None = None,
@@ -340,7 +350,7 @@ class _DeltaRuleLaunches:
         """Gradients of q, p, k, value keys, v, g, beta, A_log and dt_bias, None for absent inputs and those not
         `needed`; `dv` is memory for those of v, or where erase vectors are free the gradients themselves."""
         x, P = self.x, self.tables.num_chunks
-        dq, dk = (self.empty(self.B, self.T, self.HV, self.K) for _ in range(2))
+        dq, dk = (self.empty(self.B, T, self.HV, self.K) for T in (self.tokens_of_queries, self.T))
         dp, dn = (torch.empty_like(dk) if there else None for there in (self.own, self.free))
         dg = torch.empty_like(x.g) if x.g is not None and any((needed[5], needed[7], needed[8])) else None
         d_beta = torch.empty_like(x.beta) if x.beta is not None and needed[6] else None
@@ -352,22 +362,22 @@ class _DeltaRuleLaunches:
             "factors_ptr": results.factors, "sums_ptr": sums, "chunks_ptr": self.tables.chunks, "scratch_ptr": scratch,
             "dv_ptr": None if self.free else dv, "d_beta_ptr": d_beta, "beta_scale": self.beta_scale, "K": self.K,
             "V": self.V, "OWN": self.own}
-        shared |= {name: self.flags[name] for name in ("SIGMOID", "BEFORE", "EXACT")}
+        shared |= {name: self.flags[name] for name in ("SIGMOID", "BEFORE", "STEPS", "EXACT")}
         if self.decay == "channel":
             terms = {f"{name}_pairs_ptr": None if like is None else torch.empty_like(like)
-                     for name, like in (("dq", dq), ("dp", dp), ("dk", dk), ("dg", dg))}
+                     for name, like in (("dq", dq), ("dp", dp), ("dk", dk))}
+            terms["dg_pairs_ptr"] = None if dg is None else torch.empty_like(dk, dtype=dg.dtype)  # of every row
             shared |= terms | {"itself_ptr": self.wide(self.HV, self.tokens)}
             pair_gradients_kernel[(P, self.HV)](MERGED=self.merged, **shared)
             if self.free:
-                sums_of_terms = {f"{name}_pairs_ptr": None if like is None else torch.empty_like(like)
-                                 for name, like in (("dq", dq), ("dp", dp), ("dg", dg))}
+                sums_of_terms = {name: None if terms[name] is None else torch.empty_like(terms[name])
+                                 for name in ("dq_pairs_ptr", "dp_pairs_ptr", "dg_pairs_ptr")}
                 value_key_gradients_kernel[(P, self.HV)](
                     value_keys_ptr=x.value_keys, v_ptr=x.v, dS_ptr=d_states, d_value_keys_ptr=dn,
                     from_vectors_dq_ptr=terms["dq_pairs_ptr"], from_vectors_dp_ptr=terms["dp_pairs_ptr"],
                     from_vectors_dg_ptr=terms["dg_pairs_ptr"], MERGED=self.merged, **sums_of_terms, **self.sizes,
-                    **{name: shared[name] for name in (
-                        "q_ptr", "p_ptr", "do_ptr", "z_ptr", "factors_ptr", "sums_ptr", "chunks_ptr", "scratch_ptr", "K",
-                        "V", "BEFORE", "EXACT")})
+                    **{name: shared[name] for name in ("q_ptr", "p_ptr", "do_ptr", "z_ptr", "factors_ptr", "sums_ptr",
+                                                       "chunks_ptr", "scratch_ptr", "K", "V", "BEFORE", "EXACT")})
                 shared |= sums_of_terms
         else:
             shared |= dict.fromkeys(("dq_pairs_ptr", "dp_pairs_ptr", "dk_pairs_ptr", "dg_pairs_ptr", "itself_ptr"))
@@ -408,7 +418,8 @@ class _TritonDeltaRule(torch.autograd.Function):
         launches = _DeltaRuleLaunches(inputs, ctx.options)
         decayed, sums = launches.decayed(results, factors=False)
         y, states = launches.states(results, decayed)
-        do = torch.zeros_like(inputs.v) if do is None else do.contiguous()
+        shape = (*inputs.q.shape[:2], *inputs.v.shape[2:])
+        do = inputs.v.new_zeros(shape) if do is None else do.contiguous()
         d_last = None if d_last is None or not d_last.numel() else d_last.contiguous()
         d_first = None if inputs.state is None or not ctx.needs_input_grad[9] else launches.states_of_documents()
         dv = launches.empty(*inputs.v.shape)

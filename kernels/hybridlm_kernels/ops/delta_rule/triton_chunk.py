@@ -4,8 +4,8 @@ With a_t = e^g_t, B = diag(beta), and q, k scaled and normalized:
     A_ij = q_i . (a_{j+1} ... a_i) k_j   for i >= j
     L_ij = k_i . (a_{j+1} ... a_i) k_j   for i > j
     X    = L (I + B L)^-1                by `triton_solve.py`
-An erase key p takes the place of k_i in L_ij, and a read before the decay leaves a_i out of it. With a free erase vector
-b, which takes the place of k (and B = -I), a second launch finds the same A and L of the key that values are written at.
+An erase key p takes the place of k_i in L_ij, and a read before the decay leaves a_i out of it. A free erase vector b
+takes the place of k (and B = -I); then a second launch finds the same A and L of the keys at which values are written.
 With a decay per channel, pairs of tokens i > j of a chunk meet as in `recurrence/triton_channel_pairs.py`.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K key head dim, C = 64 tokens per chunk, P chunks.
@@ -28,6 +28,7 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     load_sums,
     load_tile,
     locate_chunk,
+    locate_tokens,
     sigmoid,
     store_tile,
     token_decay_between,
@@ -61,11 +62,14 @@ def write_strength(beta_ptr, at, inside, beta_scale, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def store_factors(q_ptr, k_ptr, value_keys_ptr, beta_ptr, factors_ptr, tokens, inside, H, HV, scale, beta_scale,
-                  K: tl.constexpr, BK: tl.constexpr, CHANNEL: tl.constexpr, L2NORM: tl.constexpr,
+def store_factors(q_ptr, k_ptr, value_keys_ptr, beta_ptr, factors_ptr, tokens, inside, token, reads, H, HV, scale,
+                  beta_scale, K: tl.constexpr, BK: tl.constexpr, CHANNEL: tl.constexpr, L2NORM: tl.constexpr,
                   SIGMOID: tl.constexpr):
     """Write beta and the norms to the factors of a chunk and head; with a decay per channel also the scores A_ii, of
-    keys and, if there are any, of value keys, which are used as they are."""
+    keys and, if there are any, of value keys, which are used as they are.
+
+    `token` and `reads` are those of `locate_tokens`.
+    """
     i = tl.arange(0, C)
     beta = write_strength(beta_ptr, i * HV, inside, beta_scale, SIGMOID)
     tl.store(factors_ptr + BETA * tokens + i, beta, mask=inside)
@@ -75,7 +79,7 @@ def store_factors(q_ptr, k_ptr, value_keys_ptr, beta_ptr, factors_ptr, tokens, i
         q_squared, k_squared = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         for k0 in range(0, K, BK):
             columns = k0 + tl.arange(0, BK)
-            q = load_tile(q_ptr, i, H * K, columns, K, inside).to(tl.float32)
+            q = load_tile(q_ptr, token, H * K, columns, K, reads).to(tl.float32)
             k = load_tile(k_ptr, i, H * K, columns, K, inside).to(tl.float32)
             if L2NORM:
                 q_squared += tl.sum(q * q, axis=1)
@@ -106,14 +110,15 @@ CONFIGS = [triton.Config({"BK": channels}, num_warps=warps, num_stages=stages)
            for channels, warps, stages in ((32, 4, 1), (64, 8, 1), (64, 4, 1), (16, 4, 1))]
 
 
-@tuned(CONFIGS, ["K", "DECAY", "BEFORE", "MERGED", "CHECKED", "EXACT"])
+@tuned(CONFIGS, ["K", "DECAY", "BEFORE", "STEPS", "MERGED", "CHECKED", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
 def chunk_kernel(q_ptr, p_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chunks_ptr, A_ptr, L_ptr, X_ptr,
                  factors_ptr, total_ptr, blocks_ptr, sums_ptr, scale, gate_constant, beta_scale, tokens, H, HV,
                  K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, L2NORM: tl.constexpr,
                  SIGMOID: tl.constexpr, BEFORE: tl.constexpr, MERGED: tl.constexpr, CHECKED: tl.constexpr,
-                 EXACT: tl.constexpr):
+                 STEPS: tl.constexpr, EXACT: tl.constexpr):
     """Write A, X [tokens, HV, C] and, unless the decay is one per channel, factors [HV, 8, tokens] and total [P, HV].
+    Where a token is STEPS rows, `tokens` are rows, but those of q, g and A.
 
     With a decay per channel the factors and the cumulative sums of log2 decays [tokens, HV, K] are there already.
     `blocks` is memory for the solve, [tokens, HV, 16] in fp32. With L_ptr the keys are value keys: L is written, and
@@ -123,29 +128,30 @@ def chunk_kernel(q_ptr, p_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chun
     chunk, head, first, filled = locate_chunk(chunks_ptr)
     i = tl.arange(0, C)
     inside = i < filled
+    first_token, token, decays, reads = locate_tokens(first, inside, STEPS)
     of_head, of_key_head = first * HV + head, (first * H + head // (HV // H)) * K
-    q_ptr += of_key_head  # from here on tokens are counted from the chunk's first, in 32 bits
+    q_ptr += (first_token * H + head // (HV // H)) * K  # from here on tokens are counted from the chunk's first
     k_ptr += of_key_head
     factors_ptr += head * NUM_FACTORS * tokens + first
     if DECAY != "channel":
         # Gates and norms go through memory, so that threads do not compute them again for every register layout in
         # which they are needed.
         if DECAY == "scalar":
-            u = tl.load(g_ptr + of_head + i * HV, mask=inside, other=0.0)
+            u = tl.load(g_ptr + first_token * HV + head + token * HV, mask=decays, other=0.0)
             g = gate_value(u, gate_rate(A_log_ptr, head), gate_bias(bias_ptr, head), gate_constant, GATE) * LOG2_E
-            g = tl.where(inside, tl.maximum(g, MIN_LOG2_TOKEN_DECAY), 0.0)
+            g = tl.where(decays, tl.maximum(g, MIN_LOG2_TOKEN_DECAY), 0.0)
             coarse, fine, _, _ = token_sums(g)
             tl.store(factors_ptr + COARSE * tokens + i, coarse, mask=inside)
             tl.store(factors_ptr + FINE * tokens + i, fine, mask=inside)
         store_factors(q_ptr, k_ptr, None, None if beta_ptr is None else beta_ptr + of_head, factors_ptr, tokens, inside,
-                      H, HV, scale, beta_scale, K, BK, False, L2NORM, SIGMOID)
+                      token, reads, H, HV, scale, beta_scale, K, BK, False, L2NORM, SIGMOID)
         tl.debug_barrier()
     else:
         sums_ptr += of_head * K
     A, L = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for k0 in tl.range(0, K, BK, disable_licm=True):
         columns = k0 + tl.arange(0, BK)
-        q = load_tile(q_ptr, i, H * K, columns, K, inside)
+        q = load_tile(q_ptr, token, H * K, columns, K, reads)
         k = load_tile(k_ptr, i, H * K, columns, K, inside)
         p = k
         if p_ptr is not None:
@@ -190,7 +196,8 @@ def chunk_kernel(q_ptr, p_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, bias_ptr, chun
         tl.store(factors_ptr + KEY * tokens + i, p_norm * key_prefix, mask=inside)
         tl.store(factors_ptr + WRITE * tokens + i, k_norm * suffix, mask=inside)
         tl.store(total_ptr + chunk * HV + head, total)
-    store_tile(A_ptr + of_head * C, i, HV * C, i, C, inside, tl.where(i[:, None] >= i[None, :], A, 0.0))
+    A = tl.where(i[:, None] >= i[None, :], A, 0.0)
+    store_tile(A_ptr + (first_token * HV + head) * C, token, HV * C, i, C, reads, A)
     L = tl.where(i[:, None] > i[None, :], L, 0.0)
     if L_ptr is not None:
         store_tile(L_ptr + of_head * C, i, HV * C, i, C, inside, L)

@@ -22,7 +22,7 @@ BF16_TENSORS = ("q p k value_keys g beta queries keys writes value_writes w n v 
                 "from_vectors_dq from_vectors_dp from_vectors_dg")
 # Pointers that are None in the plain rule, which reads, erases and writes at the key after the decay.
 OF_ERASE = "p value_keys value_writes n value_A value_L L dp dp_pairs d_value_keys"
-PLAIN = {"OWN": False, "FREE": False, "BEFORE": False}
+PLAIN = {"OWN": False, "FREE": False, "BEFORE": False, "STEPS": 1}
 FP32_TENSORS = "itself blocks sums A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
 TYPES = ({f"{name}_ptr": "*bf16" for name in BF16_TENSORS.split()}
          | {f"{name}_ptr": "*fp32" for name in FP32_TENSORS.split()}
@@ -110,11 +110,24 @@ def _erase_cases(D: int) -> Iterator[CompileCase]:
                         f"{of_values} dv")
 
 
+def _product_cases(D: int) -> Iterator[CompileCase]:
+    """What Gated DeltaProduct launches with three writes per token."""
+    flags = {"DECAY": "scalar", "GATE": "softplus", "L2NORM": True, "SIGMOID": True, "STEPS": 3, "EXACT": False}
+    sizes, label = {"K": D, "V": D}, f"three writes per token, D={D}"
+    yield _compile_case(f"chunk, {label}", chunk_kernel, flags | {"K": D, "MERGED": 0, "CHECKED": False}, "sums")
+    yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes,
+                        "sums itself dq_pairs dk_pairs dg_pairs")
+    scan = sizes | {"BK": D, "CHANNEL": False, "STEPS": 3, "EXACT": False}
+    yield _compile_case(f"scan, {label}", scan_kernel, scan | {"MODE": "outputs"}, "transitions states y")
+    yield _compile_case(f"scan back, {label}", scan_back_kernel, scan | {"FIRST_STATES_ONLY": False}, "dv")
+
+
 def _cases() -> Iterator[CompileCase]:
     for D in HEAD_DIMS:
         for decay in ("scalar", "channel"):
             yield from _chunk_cases(D, decay)
         yield from _erase_cases(D)
+        yield from _product_cases(D)
         yield join_compile_case(D, "matrix")
         yield _compile_case(f"decode, channel decay, D={D}", decode_kernel, {
             "K": D, "V": D, "BK": D, "BV": 32, "DECAY": "channel", "GATE": "softplus", "L2NORM": True, "SIGMOID": True})

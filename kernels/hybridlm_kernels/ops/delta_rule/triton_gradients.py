@@ -32,6 +32,7 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     load_sums,
     load_tile,
     locate_chunk,
+    locate_tokens,
     store_tile,
     sum_over,
 )
@@ -39,7 +40,7 @@ from hybridlm_kernels.triton_support import tuned
 
 
 @triton.jit
-def _state_gradients(do_ptr, y_ptr, z_ptr, S_ptr, dS_ptr, rows, stride, inside, channels, K: tl.constexpr,
+def _state_gradients(do_ptr, y_ptr, z_ptr, S_ptr, dS_ptr, rows, stride, inside, token, reads, channels, K: tl.constexpr,
                      V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
     """The products dO S^T, -Z S^T and Y dS'^T of some channels, and the row sums of S dS'."""
     d_queries, d_keys = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
@@ -50,7 +51,7 @@ def _state_gradients(do_ptr, y_ptr, z_ptr, S_ptr, dS_ptr, rows, stride, inside, 
         S = load_tile(S_ptr, channels, V, columns, V, real)
         dS = load_tile(dS_ptr, channels, V, columns, V, real)
         d_total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
-        do = load_tile(do_ptr, rows, stride, columns, V, inside)
+        do = load_tile(do_ptr, token, stride, columns, V, reads)
         d_queries = tl.dot(do, tl.trans(S), d_queries, input_precision=PRECISION)
         z = load_tile(z_ptr, rows, stride, columns, V, inside)
         d_keys = tl.dot(z, tl.trans(S), d_keys, input_precision=PRECISION)
@@ -73,7 +74,7 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
            for channels, values, warps, stages in ((64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1))]
 
 
-@tuned(CONFIGS, ["K", "V", "DECAY", "OWN", "BEFORE", "EXACT"])
+@tuned(CONFIGS, ["K", "V", "DECAY", "OWN", "BEFORE", "STEPS", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
 def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr,
                      total_ptr, sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_pairs_ptr,
@@ -81,13 +82,14 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
                      d_A_log_ptr, d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr,
                      V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
                      L2NORM: tl.constexpr, SIGMOID: tl.constexpr, OWN: tl.constexpr, BEFORE: tl.constexpr,
-                     EXACT: tl.constexpr):
+                     STEPS: tl.constexpr, EXACT: tl.constexpr):
     """Write dq, dk [tokens, HV, K], with OWN dp like them, dv [tokens, HV, V], dg like g, d_beta [tokens, HV], and per
     chunk d_A_log [P, HV] and d_bias [P, HV(, K)].
 
     With a decay per channel `pair_gradients_kernel` has written dv, d_beta, the terms dq_pairs, dp_pairs, dk_pairs and
-    dg_pairs, and those of A_ii in `itself` [HV, tokens]. Else `scratch`, [2, tokens, HV, C], is memory of this kernel. What is
-    there before a launch is never both read and overwritten, since a launch that is tuned runs many times.
+    dg_pairs, and those of A_ii in `itself` [HV, tokens]. Else `scratch`, [2, tokens, HV, C], is memory of this kernel.
+    What is there before a launch is never both read and overwritten, since a launch that is tuned runs many times.
+    Where a token is STEPS rows, `tokens` are rows, but those of q, g, do, A and their gradients.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     # A head of one block has no loop over blocks, and what such a loop keeps apart would not fit the registers.
@@ -97,11 +99,13 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
     inside = t < filled
     i, j = t[:, None], t[None, :]
     here = chunk * HV + head
+    first_token, token, decays, reads = locate_tokens(first, inside, STEPS)
+    of_token = first_token * HV + head
     of_key_head, of_head = first * H + head // (HV // H), first * HV + head
-    q_ptr += of_key_head * K  # from here on tokens are counted from the chunk's first, in 32 bits
+    q_ptr += (first_token * H + head // (HV // H)) * K  # from here on tokens are counted from the chunk's first
     p_ptr = p_ptr + of_key_head * K if OWN else None
     k_ptr += of_key_head * K
-    do_ptr += of_head * V
+    do_ptr += of_token * V
     y_ptr += of_head * V
     z_ptr += of_head * V
     factors_ptr += head * NUM_FACTORS * tokens + first
@@ -115,10 +119,11 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
         itself = tl.load(itself_ptr + head * tokens + first + t, mask=inside, other=0.0)
     else:
         itself = value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V,
-                                 None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, beta,
-                                 beta_scale, SIGMOID, V, BV)
-        dg_pairs += score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr + of_head * C, MA_ptr, ML_ptr,
-                                    factors_ptr, filled, tokens, H, HV, K, V, BK, BV, DECAY, OWN, BEFORE, False, EXACT)
+                                 None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, token,
+                                 reads, beta, beta_scale, SIGMOID, V, BV)
+        dg_pairs += score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr + of_token * C, MA_ptr, ML_ptr,
+                                    factors_ptr, filled, token, reads, tokens, H, HV, K, V, BK, BV, DECAY, OWN, BEFORE,
+                                    False, EXACT)
         tl.debug_barrier()  # what other threads of the program wrote is read from here on
     itself *= query_norm * beta * key_norm
     if DECAY == "channel":
@@ -136,9 +141,9 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
         channels = k0 + tl.arange(0, CHANNELS)
         at_state = here * K * V
         d_queries, d_keys, d_writes, d_total = _state_gradients(
-            do_ptr, y_ptr, z_ptr, S_ptr + at_state, dS_ptr + at_state, t, HV * V, inside, channels, K, V, CHANNELS,
-            BV, PRECISION)
-        q = load_tile(q_ptr, t, H * K, channels, K, inside)
+            do_ptr, y_ptr, z_ptr, S_ptr + at_state, dS_ptr + at_state, t, HV * V, inside, token, reads, channels, K, V,
+            CHANNELS, BV, PRECISION)
+        q = load_tile(q_ptr, token, H * K, channels, K, reads)
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
         p = load_tile(p_ptr, t, H * K, channels, K, inside) if OWN else k
         dq = d_queries * of_queries[:, None]
@@ -163,15 +168,15 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
                 else:
                     dg = sum_over(j >= i, q * dq + p * dp, EXACT) + sum_over(j < i, k * d_writes, EXACT)
                 dg += (d_total * total)[None, :] + load_tile(dg_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
-                u, bias = load_gates(g_ptr + of_head * K, None if bias_ptr is None else bias_ptr + head * K, t,
-                                     HV * K, channels, K, inside)
+                u, bias = load_gates(g_ptr + of_token * K, None if bias_ptr is None else bias_ptr + head * K, token,
+                                     HV * K, channels, K, decays)
                 dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
-                dg = tl.where(inside[:, None], dg, 0.0)
-                d_A_log += tl.sum(tl.where(inside[:, None], dA, 0.0))
-                store_tile(dg_ptr + of_head * K, t, HV * K, channels, K, inside, dg)
+                dg = tl.where(decays[:, None], dg, 0.0)
+                d_A_log += tl.sum(tl.where(decays[:, None], dA, 0.0))
+                store_tile(dg_ptr + of_token * K, token, HV * K, channels, K, decays, dg)
                 if d_bias_ptr is not None:
                     tl.store(d_bias_ptr + here * K + channels, tl.sum(dg, axis=0), mask=channels < K)
-            dq += load_tile(dq_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
+            dq += load_tile(dq_pairs_ptr + of_token * K, token, HV * K, channels, K, reads)
             d_writes += load_tile(dk_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
             if OWN:
                 dp += load_tile(dp_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
@@ -200,7 +205,7 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
                 dk = tl.dot(for_keys, k, dk, input_precision=PRECISION)
         dq += itself[:, None] * k
         dk += itself[:, None] * q
-        store_tile(dq_ptr + of_head * K, t, HV * K, channels, K, inside, dq)
+        store_tile(dq_ptr + of_token * K, token, HV * K, channels, K, reads, dq)
         store_tile(dk_ptr + of_head * K, t, HV * K, channels, K, inside, dk)
         if OWN:
             store_tile(dp_ptr + of_head * K, t, HV * K, channels, K, inside, dp)
@@ -213,16 +218,16 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
         if BEFORE:
             dg += tl.sum(tl.where(i > j, dg_before[:, None], 0.0), axis=0)
         bias = gate_bias(bias_ptr, head)
-        u = tl.load(g_ptr + of_head + t * HV, mask=inside, other=0.0)
+        u = tl.load(g_ptr + of_token + token * HV, mask=decays, other=0.0)
         dg, dA = gate_gradients(u, dg, rate, bias, gate_constant, GATE)
-        d_A_log += tl.sum(tl.where(inside, dA, 0.0))
-        tl.store(dg_ptr + of_head + t * HV, dg.to(dg_ptr.dtype.element_ty), mask=inside)
+        d_A_log += tl.sum(tl.where(decays, dA, 0.0))
+        tl.store(dg_ptr + of_token + token * HV, dg.to(dg_ptr.dtype.element_ty), mask=decays)
         if d_bias_ptr is not None:
-            tl.store(d_bias_ptr + here, tl.sum(tl.where(inside, dg, 0.0)))
+            tl.store(d_bias_ptr + here, tl.sum(tl.where(decays, dg, 0.0)))
     if d_A_log_ptr is not None:
         tl.store(d_A_log_ptr + here, d_A_log)
     if L2NORM:
         tl.debug_barrier()
         inverse = query_norm * inverse_scale
-        _remove_along(q_ptr, dq_ptr + of_head * K, t, H * K, HV * K, inside, along_q * inverse * inverse, K, BK)
+        _remove_along(q_ptr, dq_ptr + of_token * K, token, H * K, HV * K, reads, along_q * inverse * inverse, K, BK)
         _remove_along(k_ptr, dk_ptr + of_head * K, t, H * K, HV * K, inside, along_k * key_norm * key_norm, K, BK)

@@ -3,7 +3,7 @@ channel the terms of dq, dk and dg that come from scores.
 
 With B = diag(beta), Y and Z of `triton_scan.py`:
     dA_ij = dO_i . Y_j beta_j,  dL_ij = -beta_i Z_i . Y_j beta_j,  dbeta_i = Z_i . Y_i,  dV = B Z
-With a free erase vector the same of values in place of Y, without beta_j, are the gradients of the scores of value keys.
+With free erase vectors the same of values in place of Y, without beta_j, are the gradients of scores of value keys.
 A program writes the gradients of the scores to `scratch` and reads them back as operands, in either orientation: so
 they do not fill its registers, and no product takes the transposed result of another (which Triton before 3.7.1
 compiles wrongly on Hopper).
@@ -31,6 +31,7 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     load_sums,
     load_tile,
     locate_chunk,
+    locate_tokens,
     store_mirrored,
     store_tile,
     token_decay_between,
@@ -39,14 +40,14 @@ from hybridlm_kernels.triton_support import tuned
 
 
 @triton.jit
-def value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, stride, heads, inside, beta, beta_scale,
+def value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, stride, heads, inside, token, reads, beta, beta_scale,
                     SIGMOID: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    """The row sums of dO Y. Writes dV = B Z and d_beta, unless they are None."""
+    """The row sums of dO Y. Writes dV = B Z and d_beta, unless they are None. `token` and `reads`: `locate_tokens`."""
     rows = tl.arange(0, C)
     same, d_beta = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     for v0 in range(0, V, BV):
         columns = v0 + tl.arange(0, BV)
-        do = load_tile(do_ptr, rows, stride, columns, V, inside).to(tl.float32)
+        do = load_tile(do_ptr, token, stride, columns, V, reads).to(tl.float32)
         y = load_tile(y_ptr, rows, stride, columns, V, inside).to(tl.float32)
         z = load_tile(z_ptr, rows, stride, columns, V, inside).to(tl.float32)
         same += tl.sum(do * y, axis=1)
@@ -61,9 +62,10 @@ def value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, stride, heads, ins
 
 
 @triton.jit
-def score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV,
-                    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
-                    OWN: tl.constexpr, BEFORE: tl.constexpr, VALUE_KEYS: tl.constexpr, EXACT: tl.constexpr):
+def score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, filled, token, reads,
+                    tokens, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                    DECAY: tl.constexpr, OWN: tl.constexpr, BEFORE: tl.constexpr, VALUE_KEYS: tl.constexpr,
+                    EXACT: tl.constexpr):
     """Write MA and ML, the gradients of the queries' and the keys' scores, with all factors of the products of q and k.
 
     They stand below the diagonal and mirrored above it; above it MA is 0 unless the decay is one per channel, and so is
@@ -81,13 +83,13 @@ def score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, f
     for v0 in range(0, V, BV):
         columns = v0 + tl.arange(0, BV)
         y = tl.trans(load_tile(y_ptr, t, HV * V, columns, V, inside))
-        MA = tl.dot(load_tile(do_ptr, t, HV * V, columns, V, inside), y, MA, input_precision=PRECISION)
+        MA = tl.dot(load_tile(do_ptr, token, HV * V, columns, V, reads), y, MA, input_precision=PRECISION)
         ML = tl.dot(load_tile(z_ptr, t, HV * V, columns, V, inside), y, ML, input_precision=PRECISION)
     MA = tl.where(i > j, MA, 0.0)
     ML = tl.where(i > j, ML, 0.0)
     of_rows, of_columns = beta if OWN else beta * key_norm, key_norm if VALUE_KEYS else beta * key_norm
     if DECAY == "scalar":
-        pairs = MA * beta[None, :] * load_tile(A_ptr, t, HV * C, t, C, inside)
+        pairs = MA * beta[None, :] * load_tile(A_ptr, token, HV * C, t, C, reads)
         coarse = tl.load(factors_ptr + COARSE * tokens + t, mask=inside, other=0.0)
         fine = tl.load(factors_ptr + FINE * tokens + t, mask=inside, other=0.0)
         D = token_decay_between(coarse[:, None], fine[:, None], coarse[None, :], fine[None, :], i, j)
@@ -129,28 +131,30 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
            for channels, values, warps, stages in ((32, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1))]
 
 
-@tuned(CONFIGS, ["K", "V", "OWN", "BEFORE", "MERGED", "EXACT"])
+@tuned(CONFIGS, ["K", "V", "OWN", "BEFORE", "STEPS", "MERGED", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
 def pair_gradients_kernel(q_ptr, p_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_ptr, chunks_ptr, scratch_ptr,
                           dq_pairs_ptr, dp_pairs_ptr, dk_pairs_ptr, dg_pairs_ptr, dv_ptr, d_beta_ptr, itself_ptr,
                           beta_scale, tokens, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
                           BV: tl.constexpr, SIGMOID: tl.constexpr, OWN: tl.constexpr, BEFORE: tl.constexpr,
-                          MERGED: tl.constexpr, EXACT: tl.constexpr):
+                          STEPS: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
     """Write the terms of dq, dk, dg [tokens, HV, K] that come from pairs of tokens, dv [tokens, HV, V], d_beta
     [tokens, HV] and the gradients of A_ii, itself [HV, tokens] in fp32; with OWN, erase keys p, terms of dp, too.
 
-    `scratch` is [2, tokens, HV, C]. One program per chunk and head.
+    `scratch` is [2, tokens, HV, C]. Where a token is STEPS rows, `tokens` are rows, but those of q, do and dq. One
+    program per chunk and head.
     """
     chunk, head, first, filled = locate_chunk(chunks_ptr)
     t = tl.arange(0, C)
     inside = t < filled
+    first_token, token, _, reads = locate_tokens(first, inside, STEPS)
     of_key_head, of_head = first * H + head // (HV // H), first * HV + head
-    q_ptr += of_key_head * K  # from here on tokens are counted from the chunk's first, in 32 bits
+    q_ptr += (first_token * H + head // (HV // H)) * K  # from here on tokens are counted from the chunk's first
     k_ptr += of_key_head * K
-    dq_pairs_ptr += of_head * K
+    dq_pairs_ptr += (first_token * HV + head) * K
     dk_pairs_ptr += of_head * K
     sums_ptr += of_head * K
-    do_ptr += of_head * V
+    do_ptr += (first_token * HV + head) * V
     y_ptr += of_head * V
     z_ptr += of_head * V
     factors_ptr += head * NUM_FACTORS * tokens + first
@@ -158,16 +162,16 @@ def pair_gradients_kernel(q_ptr, p_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr
     ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
     beta = tl.load(factors_ptr + BETA * tokens + t, mask=inside, other=0.0)
     itself = value_gradients(do_ptr, y_ptr, z_ptr, None if dv_ptr is None else dv_ptr + of_head * V,
-                             None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, beta,
-                             beta_scale, SIGMOID, V, BV)
+                             None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, token, reads,
+                             beta, beta_scale, SIGMOID, V, BV)
     tl.store(itself_ptr + head * tokens + first + t, itself, mask=inside)
-    score_gradients(do_ptr, y_ptr, z_ptr, None, None, None, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV, K, V, BK,
-                    BV, "channel", OWN, BEFORE, False, EXACT)
+    score_gradients(do_ptr, y_ptr, z_ptr, None, None, None, MA_ptr, ML_ptr, factors_ptr, filled, token, reads, tokens,
+                    H, HV, K, V, BK, BV, "channel", OWN, BEFORE, False, EXACT)
     tl.debug_barrier()  # what other threads of the program wrote is read from here on
     for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
         channels = k0 + tl.arange(0, BK)
         sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
-        q = load_tile(q_ptr, t, H * K, channels, K, inside)
+        q = load_tile(q_ptr, token, H * K, channels, K, reads)
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
         p = k
         if OWN:
@@ -176,7 +180,7 @@ def pair_gradients_kernel(q_ptr, p_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr
                                                 filled, True, OWN, BEFORE, MERGED, EXACT)
         if OWN:
             store_tile(dp_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dp)
-        store_tile(dq_pairs_ptr, t, HV * K, channels, K, inside, dq)
+        store_tile(dq_pairs_ptr, token, HV * K, channels, K, reads, dq)
         store_tile(dk_pairs_ptr, t, HV * K, channels, K, inside, dk)
         if dg_pairs_ptr is not None:
             store_tile(dg_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dg)

@@ -9,7 +9,7 @@ With S the state at the start of a chunk, Q, K, W its decayed queries, keys and 
     R = V - K S,  Y = R - X B R,  O = Q S + A B Y,  S' = diag(total) S + W^T B Y
 and backward, D the gradient of B Y, Z = dY / B:
     D = A^T dO + W dS',  Z = D - X^T B D,  dS = diag(total) dS' + Q^T dO - K^T B Z
-Erase keys P take the place of K. With a free erase vector, B = -I and W its decayed rows, so Y = -P^T S are the negative
+Erase keys P take the place of K. With free erase vectors, B = -I and W their decayed rows, so that Y are the negative
 reads. Values are then written at decayed keys of their own, N, with scores A' and L' (below the diagonal) against them:
     R = -L' V - P S,  O = Q S + A B Y + A' V,  S' = diag(total) S + W^T B Y + N^T V,  dV = A'^T dO - L'^T B Z + N dS'
 A program takes some columns of the values of one head of one segment; the longest segments come first.
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import BETA, KEY, NUM_FACTORS, QUERY, WRITE
-from hybridlm_kernels.recurrence.triton_tiles import C, load_tile, store_tile
+from hybridlm_kernels.recurrence.triton_tiles import C, load_tile, locate_tokens, store_tile
 from hybridlm_kernels.triton_support import tuned
 
 CONFIGS = [triton.Config({"BV": values}, num_warps=warps, num_stages=stages)
@@ -41,7 +41,7 @@ def locate_program(segments_ptr, HV, BLOCKS: tl.constexpr):
 
 @triton.jit
 def scan_step(S, q_ptr, k_ptr, w_ptr, n_ptr, key_stride, v_ptr, A_ptr, X_ptr, value_A_ptr, value_L_ptr, factors_ptr,
-              total_ptr, o_ptr, y_ptr, tokens, inside, of_values, channels, columns, HV, K: tl.constexpr,
+              total_ptr, o_ptr, y_ptr, tokens, inside, token, reads, of_values, channels, columns, HV, K: tl.constexpr,
               V: tl.constexpr, CHANNEL: tl.constexpr, OWN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
     """The state after a chunk from S, the state before it; writes o (MODE "outputs") or Y (MODE "states").
 
@@ -63,15 +63,15 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, n_ptr, key_stride, v_ptr, A_ptr, X_ptr, va
         R = -tl.dot(load_tile(value_L_ptr, i, HV * C, i, C, inside), v, seen, input_precision=PRECISION)
     Y = R - tl.dot(X, (beta * R).to(k.dtype), input_precision=PRECISION)
     if MODE == "outputs":
-        q = load_tile(q_ptr, i, key_stride, channels, K, inside)
-        A = load_tile(A_ptr, i, HV * C, i, C, inside)
+        q = load_tile(q_ptr, token, key_stride, channels, K, reads)
+        A = load_tile(A_ptr, token, HV * C, i, C, reads)
         o = tl.dot(q, S_half, input_precision=PRECISION)
         if not CHANNEL:
             o *= tl.load(factors_ptr + QUERY * tokens + i, mask=inside, other=0.0)[:, None]
         o = tl.dot(A, (beta * Y).to(k.dtype), o, input_precision=PRECISION)
         if n_ptr is not None:
             o = tl.dot(load_tile(value_A_ptr, i, HV * C, i, C, inside), v, o, input_precision=PRECISION)
-        store_tile(o_ptr, i, HV * V, columns, V, inside, o)
+        store_tile(o_ptr, token, HV * V, columns, V, reads, o)
     if MODE == "states":
         store_tile(y_ptr, i, HV * V, columns, V, inside, Y)
     written = beta * Y
@@ -91,16 +91,16 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, n_ptr, key_stride, v_ptr, A_ptr, X_ptr, va
         return tl.dot(tl.trans(w), written.to(w.dtype), S, input_precision=PRECISION)
 
 
-@tuned(CONFIGS, ["K", "V", "CHANNEL", "OWN", "FREE", "MODE", "EXACT", "full"], many=CONFIGS[1])
+@tuned(CONFIGS, ["K", "V", "CHANNEL", "OWN", "FREE", "STEPS", "MODE", "EXACT", "full"], many=CONFIGS[1])
 @triton.jit(do_not_specialize=["tokens", "full"])
 def scan_kernel(q_ptr, k_ptr, w_ptr, n_ptr, v_ptr, A_ptr, X_ptr, value_A_ptr, value_L_ptr, factors_ptr, total_ptr,
                 state_ptr, segments_ptr, o_ptr, last_ptr, transitions_ptr, states_ptr, y_ptr, tokens, full, H, HV,
                 K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr,
-                OWN: tl.constexpr, FREE: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
+                OWN: tl.constexpr, FREE: tl.constexpr, STEPS: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
     """Scan segments from the states before them [U, HV, K, V], zero for None.
 
     OWN says that erase keys (`k_ptr`) and written keys (`w_ptr`) differ, FREE that erase vectors are free, and values
-    written at keys of their own (`n_ptr`).
+    written at keys of their own (`n_ptr`). Where a token is STEPS rows, `tokens` are rows, but those of q, A and o.
     MODE "outputs" writes o [tokens, HV, V] and, unless None, the last states [U, HV, K, V].
     MODE "states", for the backward pass, writes the states before every chunk [P, HV, K, V] and Y [tokens, HV, V].
     MODE "segments", from a state of zero, writes the last states [U, HV, K, V] and the products of the transitions
@@ -128,13 +128,15 @@ def scan_kernel(q_ptr, k_ptr, w_ptr, n_ptr, v_ptr, A_ptr, X_ptr, value_A_ptr, va
             store_tile(states_ptr + (chunk * HV + head) * K * V, channels, V, columns, V, real, S)
         at_keys, at_values = (start * heads + key_head) * K, (start * HV + head) * V
         at_scores = (start * HV + head) * C
-        S = scan_step(S, q_ptr + at_keys, k_ptr + at_keys, w_ptr + at_keys, n_ptr + at_keys if FREE else None,
-                      heads * K, v_ptr + at_values, A_ptr + at_scores, X_ptr + at_scores,
-                      value_A_ptr + at_scores if FREE else None, value_L_ptr + at_scores if FREE else None,
-                      factors_ptr + head * NUM_FACTORS * tokens + start,
+        first_token, token, _, reads = locate_tokens(start, inside, STEPS)
+        of_token = first_token * HV + head
+        S = scan_step(S, q_ptr + (first_token * heads + key_head) * K, k_ptr + at_keys, w_ptr + at_keys,
+                      n_ptr + at_keys if FREE else None, heads * K, v_ptr + at_values, A_ptr + of_token * C,
+                      X_ptr + at_scores, value_A_ptr + at_scores if FREE else None,
+                      value_L_ptr + at_scores if FREE else None, factors_ptr + head * NUM_FACTORS * tokens + start,
                       total_ptr + (chunk * HV + head) * (K if CHANNEL else 1),
-                      None if o_ptr is None else o_ptr + at_values, None if y_ptr is None else y_ptr + at_values,
-                      tokens, inside, of_values, channels, columns, HV, K, V, CHANNEL, OWN, MODE, EXACT)
+                      None if o_ptr is None else o_ptr + of_token * V, None if y_ptr is None else y_ptr + at_values,
+                      tokens, inside, token, reads, of_values, channels, columns, HV, K, V, CHANNEL, OWN, MODE, EXACT)
         chunk += 1
     if last_ptr is not None and has_values:
         store_tile(last_ptr + (segment * HV + head) * K * V, channels, V, columns, V, real, S)
@@ -142,14 +144,15 @@ def scan_kernel(q_ptr, k_ptr, w_ptr, n_ptr, v_ptr, A_ptr, X_ptr, value_A_ptr, va
         store_tile(transitions_ptr + (segment * HV + head) * K * K, channels, K, columns, K, real, S)
 
 
-@tuned(CONFIGS, ["K", "V", "CHANNEL", "OWN", "FREE", "FIRST_STATES_ONLY", "EXACT", "full"], many=CONFIGS[1])
+@tuned(CONFIGS, ["K", "V", "CHANNEL", "OWN", "FREE", "STEPS", "FIRST_STATES_ONLY", "EXACT", "full"], many=CONFIGS[1])
 @triton.jit(do_not_specialize=["tokens", "full"])
 def scan_back_kernel(q_ptr, k_ptr, w_ptr, n_ptr, do_ptr, A_ptr, X_ptr, value_A_ptr, value_L_ptr, factors_ptr, total_ptr,
                      d_last_ptr, segments_ptr, d_states_ptr, z_ptr, dv_ptr, d_state_ptr, tokens, full, H, HV,
                      K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr,
-                     OWN: tl.constexpr, FREE: tl.constexpr, FIRST_STATES_ONLY: tl.constexpr, EXACT: tl.constexpr):
-    """Write the gradients of the states after every chunk [P, HV, K, V], Z [tokens, HV, V], with FREE dv [tokens, HV, V]
-    and, unless None, the gradients of the states before segments [U, HV, K, V].
+                     OWN: tl.constexpr, FREE: tl.constexpr, STEPS: tl.constexpr, FIRST_STATES_ONLY: tl.constexpr,
+                     EXACT: tl.constexpr):
+    """Write the gradients of the states after every chunk [P, HV, K, V], Z [tokens, HV, V], with FREE dv like it and,
+    unless None, the gradients of the states before segments [U, HV, K, V].
 
     FIRST_STATES_ONLY writes these last alone; with d_last None the gradient after every segment is zero.
     """
@@ -174,11 +177,13 @@ def scan_back_kernel(q_ptr, k_ptr, w_ptr, n_ptr, do_ptr, A_ptr, X_ptr, value_A_p
         inside = rows < end
         if not FIRST_STATES_ONLY:
             store_tile(d_states_ptr + here * K * V, channels, V, columns, V, real, dS)
-        do = load_tile(do_ptr + head * V, rows, HV * V, columns, V, inside)
-        A = load_tile(A_ptr + head * C, rows, HV * C, i, C, inside)
+        first_token, token, _, reads = locate_tokens(first + number * C, inside, STEPS)
+        token += first_token
+        do = load_tile(do_ptr + head * V, token, HV * V, columns, V, reads)
+        A = load_tile(A_ptr + head * C, token, HV * C, i, C, reads)
         X = load_tile(X_ptr + head * C, rows, HV * C, i, C, inside)
         w = load_tile(w_ptr, rows, heads * K, channels, K, inside)
-        q = load_tile(q_ptr, rows, heads * K, channels, K, inside)
+        q = load_tile(q_ptr, token, heads * K, channels, K, reads)
         beta = tl.load(factors_ptr + BETA * tokens + rows, mask=inside, other=0.0)[:, None]
         D = tl.dot(w, dS.to(w.dtype), input_precision=PRECISION)
         if not CHANNEL:

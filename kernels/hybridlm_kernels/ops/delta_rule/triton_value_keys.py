@@ -1,7 +1,7 @@
 """Gradients of the keys at which values are written where erase vectors are free, and what they add to others.
 
-A chunk's values V are written at keys n with scores A'_ij = q_i . (a_{j+1} ... a_i) n_j and L'_ij, the same of erase keys
-below the diagonal. With Z of `triton_scan.py` and dS' the gradient of the state after the chunk:
+A chunk's values V are written at keys n with scores A'_ij = q_i . (a_{j+1} ... a_i) n_j and L'_ij, the same of erase
+keys below the diagonal. With Z of `triton_scan.py` and dS' the gradient of the state after the chunk:
     dA' = dO V^T,  dL' = -B Z V^T,  and that of the decayed keys is V dS'^T
 Terms of dq, dp and dg from erase vectors are there already (`triton_pair_gradients.py`); those of values are added.
 
@@ -48,10 +48,10 @@ def value_key_gradients_kernel(q_ptr, p_ptr, value_keys_ptr, v_ptr, do_ptr, z_pt
     sums_ptr += at_keys
     MA_ptr = scratch_ptr + of_head * C
     ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
-    itself = value_gradients(do_ptr, v_ptr, z_ptr, None, None, HV * V, HV, inside, t, 1.0, False, V, BV)
+    itself = value_gradients(do_ptr, v_ptr, z_ptr, None, None, HV * V, HV, inside, t, inside, t, 1.0, False, V, BV)
     itself *= tl.load(factors_ptr + QUERY_NORM * tokens + t, mask=inside, other=0.0)
-    score_gradients(do_ptr, v_ptr, z_ptr, None, None, None, MA_ptr, ML_ptr, factors_ptr, filled, tokens, H, HV, K, V, BK,
-                    BV, "channel", True, BEFORE, True, EXACT)
+    score_gradients(do_ptr, v_ptr, z_ptr, None, None, None, MA_ptr, ML_ptr, factors_ptr, filled, t, inside, tokens, H,
+                    HV, K, V, BK, BV, "channel", True, BEFORE, True, EXACT)
     tl.debug_barrier()  # what other threads of the program wrote is read from here on
     for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
         channels = k0 + tl.arange(0, BK)
