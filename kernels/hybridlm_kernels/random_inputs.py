@@ -6,6 +6,7 @@ Legend: B rows, T tokens per row, H query/key heads, HV value heads, K/V key/val
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -113,6 +114,16 @@ def bench_inputs(decay: str, delta: bool = False) -> MakeInputs:
     """A maker of inputs at the shape of a benchmark, without initial states."""
     return lambda s, dtype, device: recurrence_inputs(decay, B=s.B, T=s.T, H=s.H, HV=s.H, K=s.D, V=s.D, documents=0,
                                                       beta=delta, strength=0.1, dtype=dtype, device=device)
+
+
+def bench_product_inputs(decay: str, steps: int) -> MakeInputs:
+    """A maker of inputs as `bench_inputs` makes them, with `steps` keys, values and write strengths per token."""
+
+    def make(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
+        inputs = bench_inputs(decay, delta=True)(replace(s, T=s.T * steps), dtype, device)
+        return inputs | {name: inputs[name][:, : s.T].contiguous() for name in ("q", "g")}
+
+    return make
 
 
 def random_selection() -> Tensor:

@@ -52,7 +52,7 @@ def test_erasing_forms(form, device):
 
 def test_queries_and_decays_are_not_spread(device, monkeypatch):
     """The kernels get one query and one decay per token, and write one output."""
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
 
     class Watched(backend._DeltaRuleLaunches):
         def __init__(self, x, options):

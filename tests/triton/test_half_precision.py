@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from hybridlm_kernels.ops.delta_rule import triton_backend, triton_chunk, triton_gradients
+from hybridlm_kernels.ops.delta_rule import triton_backend, triton_chunk, triton_gradients, triton_value_keys
 from hybridlm_kernels.random_inputs import recurrence_inputs
 from hybridlm_kernels.recurrence import triton_channel_pairs, triton_tiles
 from hybridlm_kernels.triton_support import INTERPRETED
 from tests.support.emulated_bf16 import Emulation, assert_within_bounds, half, launches_in_half, sum_over, times
+from tests.support.erase_forms import make_inputs
 from tests.support.kernel_compare import error
 from tests.support.recurrences import set_gates, with_gradients
 
@@ -25,7 +26,7 @@ def emulated(inputs, device, monkeypatch, **options):
             launches.merged, launches.checked = triton_backend.merged_levels(launches.options.gate, torch.bfloat16)
 
     launches_in_half(monkeypatch, triton_backend._DeltaRuleLaunches, emulation, narrow)
-    for module in (triton_tiles, triton_gradients, triton_channel_pairs):
+    for module in (triton_tiles, triton_gradients, triton_channel_pairs, triton_value_keys):
         monkeypatch.setattr(module, "sum_over", sum_over(emulation))
     monkeypatch.setattr(triton_channel_pairs, "times", times)
     monkeypatch.setattr(triton_chunk, "solve", emulation.with_bits(triton_chunk.solve, 11))
@@ -44,6 +45,16 @@ def test_errors_of_the_delta_rule(decay, gate, device, monkeypatch):
     x, du = inputs["g"] + inputs["dt_bias"], expected["g"]
     by_rate = x if gate == "lower_bounded" else torch.nn.functional.softplus(x) / x.sigmoid()  # dg/dA_log over dg/du
     assert_within_bounds(got, expected, error, {"dt_bias": du, "A_log": du * by_rate})
+
+
+@pytest.mark.parametrize(("form", "decay"), [("free vector, before", "channel"), ("own key, before", "scalar")])
+def test_errors_of_erasing_forms(form, decay, device, monkeypatch):
+    """RWKV-7, whose decay per token is at least 0.545, and Comba's rule."""
+    inputs, options = make_inputs(form, decay, T=72, H=1, HV=1, K=32, V=32)
+    inputs["g"] = inputs["g"] * 0.303
+    inputs = {name: x if name in ("initial_state", "g") else half(x) for name, x in inputs.items()}
+    expected = with_gradients("delta_rule", inputs, backend="reference", **options)
+    assert_within_bounds(emulated(inputs, device, monkeypatch, **options), expected, error, {})
 
 
 @pytest.mark.parametrize("gates", ["0", "-3", "-12", "mixed", "-inf"])

@@ -6,7 +6,13 @@ import torch
 
 from hybridlm_kernels.cases import BenchCase, CheckCase, Inputs, OperationCases, Shape
 from hybridlm_kernels.ops.delta_rule import delta_rule
-from hybridlm_kernels.random_inputs import bench_erase_inputs, bench_inputs, check_inputs, erase_inputs
+from hybridlm_kernels.random_inputs import (
+    bench_erase_inputs,
+    bench_inputs,
+    bench_product_inputs,
+    check_inputs,
+    erase_inputs,
+)
 from hybridlm_kernels.recurrence.gates import Gate
 
 CHECKS = [CheckCase("delta_rule", f"{decay} decay", delta_rule, check_inputs(decay, True), causal=True)
@@ -24,9 +30,14 @@ def _flops(per_entry: float, s: Shape) -> float:
 
 
 BENCHES = [BenchCase(label, delta_rule, bench_erase_inputs(decay, free), partial(_flops, flops),
-                     ("q", "k", "v", "g", *trained), {"erase_before_decay": True, "final_state": False})
+                     ("q", "k", "v", "g", *trained), {"erase_before_decay": True, "final_state": False},
+                     one_head_stands_for_all=True)
            for label, decay, free, flops, trained in (("Comba", "scalar", False, 7.0, ("beta",)),
                                                       ("RWKV-7", "channel", True, 9.0, ("erase_key", "erase_vector")))]
+
+BENCHES.append(BenchCase("DeltaProduct, 3 writes", delta_rule, bench_product_inputs("scalar", 3), partial(_flops, 15.0),
+                         ("q", "k", "v", "g", "beta"), {"steps": 3, "qk_l2norm": True, "final_state": False},
+                         one_head_stands_for_all=True))
 
 
 def _bounded_gate(inputs: Inputs) -> dict[str, Gate]:

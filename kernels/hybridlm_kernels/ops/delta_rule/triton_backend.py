@@ -370,8 +370,8 @@ class _DeltaRuleLaunches:
             shared |= terms | {"itself_ptr": self.wide(self.HV, self.tokens)}
             pair_gradients_kernel[(P, self.HV)](MERGED=self.merged, **shared)
             if self.free:
-                sums_of_terms = {name: None if terms[name] is None else torch.empty_like(terms[name])
-                                 for name in ("dq_pairs_ptr", "dp_pairs_ptr", "dg_pairs_ptr")}
+                sums_of_terms = {name: None if like is None else torch.empty_like(like) for name, like in terms.items()
+                                 if name != "dk_pairs_ptr"}
                 value_key_gradients_kernel[(P, self.HV)](
                     value_keys_ptr=x.value_keys, v_ptr=x.v, dS_ptr=d_states, d_value_keys_ptr=dn,
                     from_vectors_dq_ptr=terms["dq_pairs_ptr"], from_vectors_dp_ptr=terms["dp_pairs_ptr"],
