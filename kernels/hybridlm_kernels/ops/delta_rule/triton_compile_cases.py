@@ -77,7 +77,7 @@ def _scan_cases(D: int, channel: bool) -> Iterator[CompileCase]:
 
 
 def _erase_cases(D: int) -> Iterator[CompileCase]:
-    """What RWKV-7 launches (free erase vectors, decay per channel), and Comba's form with erase keys (scalar decay)."""
+    """Yields what RWKV-7 launches (free erase vectors, decay per channel), and erase keys with a scalar decay (Comba)."""
     sizes, free, before = {"K": D, "V": D}, {"OWN": True, "FREE": True}, {"BEFORE": True}
     flags = {"GATE": "none", "L2NORM": False, "SIGMOID": False, "EXACT": False}
     no_gate, merged = "beta A_log bias d_beta d_A_log d_bias", {"MERGED": 5, "CHECKED": True}
@@ -111,7 +111,7 @@ def _erase_cases(D: int) -> Iterator[CompileCase]:
 
 
 def _product_cases(D: int) -> Iterator[CompileCase]:
-    """What Gated DeltaProduct launches with three writes per token."""
+    """Yields what Gated DeltaProduct launches with three writes per token."""
     flags = {"DECAY": "scalar", "GATE": "softplus", "L2NORM": True, "SIGMOID": True, "STEPS": 3, "EXACT": False}
     sizes, label = {"K": D, "V": D}, f"three writes per token, D={D}"
     yield _compile_case(f"chunk, {label}", chunk_kernel, flags | {"K": D, "MERGED": 0, "CHECKED": False}, "sums")
