@@ -77,7 +77,7 @@ def _scan_cases(D: int, channel: bool) -> Iterator[CompileCase]:
 
 
 def _erase_cases(D: int) -> Iterator[CompileCase]:
-    """Yields what RWKV-7 launches (free erase vectors, decay per channel), and erase keys with a scalar decay (Comba)."""
+    """Yields what RWKV-7 launches (free erase vectors, decay per channel), and Comba with erase keys (scalar decay)."""
     sizes, free, before = {"K": D, "V": D}, {"OWN": True, "FREE": True}, {"BEFORE": True}
     flags = {"GATE": "none", "L2NORM": False, "SIGMOID": False, "EXACT": False}
     no_gate, merged = "beta A_log bias d_beta d_A_log d_bias", {"MERGED": 5, "CHECKED": True}
