@@ -204,6 +204,7 @@ def test_what_a_mixer_does_not_claim_is_skipped(monkeypatch):
 @pytest.mark.parametrize("config", [
     TokenShiftConfig(), DenseConfig(intermediate_size=20), SquaredReLUConfig(intermediate_size=20),
     DenseConfig(intermediate_size=20, swiglu_limit=1.0, gate_scale=0.7),
+    DenseConfig(intermediate_size=20, activation="geglu_tanh"),
     MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="softmax", balance_loss=0.01,
               router_z_loss=0.01),
     MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="sigmoid", num_shared_experts=1),
@@ -212,7 +213,7 @@ def test_what_a_mixer_does_not_claim_is_skipped(monkeypatch):
     RWKVChannelMixConfig(intermediate_size=20), RWKVChannelMixConfig(intermediate_size=20, receptance=True),
     RWKVChannelMixConfig(intermediate_size=20, deep_embed="output"),
     RWKVChannelMixConfig(intermediate_size=20, deep_embed="inner", deep_embed_rank=3),
-], ids=["token_shift", "dense", "squared_relu", "dense_limited", "moe_softmax", "moe_sigmoid", "moe_latent", "rwkv7",
+], ids=["token_shift", "dense", "squared_relu", "dense_limited", "dense_gelu", "moe_softmax", "moe_sigmoid", "moe_latent", "rwkv7",
         "rwkv6", "rwkv8", "rwkv7a"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_feed_forwards_keep_the_contract(check, config):

@@ -15,7 +15,7 @@ from hybridlm.run_config import load_model_config
 from tests.support.layer_parity import TOLERANCE, random_weights
 
 IDS = torch.randint(512, (2, 40), generator=torch.Generator().manual_seed(3))
-SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "hidden_act": "silu",
+SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "hidden_act": "gelu",
          "mamba_d_conv": 4, "mamba_expand": 2, "attn_implementation": "eager", "pad_token_id": None}
 
 
@@ -138,5 +138,5 @@ def test_zamba():
         schedule=ScheduleConfig(pattern=["mamba"], override={1: "shared"}, alone=["mamba"], reuse={1: [4, 6]},
                                 run_adapters=RunAdaptersConfig(separate=["feed_forward_projection"])),
         mixers={"mamba": MambaConfig(), "shared": attention},
-        feed_forward=DenseConfig(intermediate_size=128, residual=BranchConfig(form="aside", project=True)))
+        feed_forward=DenseConfig(intermediate_size=128, activation="geglu", residual=BranchConfig(form="aside", project=True)))
     assert_logits_equal(theirs, config, carry(theirs, config, [0, 2, 3, 4, 5, 6], "shared_transf"))

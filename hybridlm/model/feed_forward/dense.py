@@ -2,6 +2,7 @@
 
     y = W_down (silu(W_gate x) * W_up x)                                                   SwiGLU
     y = W_down (a tanh(g / a) sigmoid(g) * b tanh(u / b)),  g = W_gate x,  u = W_up x      SiTU
+    y = W_down (gelu(W_gate x) * W_up x)                                                   GeGLU
 
 Sources: Shazeer 2020 (GLU variants improve transformer); SiTU: Kimi K3, 2026.
 B rows, T tokens, D hidden size, I inner width.
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from hybridlm.errors import require
 from hybridlm.model.decode_step import DecodeStep, linear_step
-from hybridlm.model.feed_forward.activation import SITU_CAPS, Activation, check_situ, soft_caps_of
+from hybridlm.model.feed_forward.activation import SITU_CAPS, DenseActivation, check_situ, geglu, soft_caps_of
 from hybridlm.model.feed_forward.contract import FeedForward, FeedForwardConfig, register_feed_forward
 from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.mixers.contract import Aux
@@ -31,7 +32,8 @@ class DenseConfig(FeedForwardConfig):
 
     Args:
         intermediate_size: the inner width I.
-        activation: `situ` caps both factors of SwiGLU by tanh (Kimi K3).
+        activation: `situ` caps both factors of SwiGLU by tanh (Kimi K3); `geglu` has gelu by the error function
+            (Zamba2), `geglu_tanh` its approximation by tanh (Gemma).
         situ_caps: caps a and b of SiTU; a b of null leaves the up projection as it is.
         gate_scale: factor of the gate as it is projected (Falcon-H1).
         swiglu_limit: bound of the gate from above, and of the up projection on both sides, before they are multiplied
@@ -40,7 +42,7 @@ class DenseConfig(FeedForwardConfig):
 
     kind: str = "dense"
     intermediate_size: int
-    activation: Activation = "swiglu"
+    activation: DenseActivation = "swiglu"
     situ_caps: list[float | None] = field(default_factory=lambda: list(SITU_CAPS))
     swiglu_limit: float | None = None
     gate_scale: float = 1.0
@@ -68,12 +70,13 @@ class DenseConfig(FeedForwardConfig):
 
 @register_feed_forward("dense", DenseConfig)
 class SwiGLU(FeedForward):
-    """The module of one gated feed-forward: parameters gate_proj and up_proj [I, D], down_proj [D, I]."""
+    """The module of one gated feed-forward of any activation: gate_proj and up_proj [I, D], down_proj [D, I]."""
 
     def __init__(self, config: DenseConfig, context: LayerContext):
         super().__init__()
         hidden = context.hidden_size
         width = config.intermediate_size
+        self.activation = config.activation
         self.bounds: dict[str, Any] = {"limit": config.swiglu_limit, "soft_caps": config.soft_caps()}
         self.gate_scale = config.gate_scale
         self.gate_proj = nn.Linear(hidden, width, bias=False)
@@ -81,12 +84,17 @@ class SwiGLU(FeedForward):
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: None = None) -> tuple[Tensor, Aux]:
-        return self.down_proj(swiglu(self._scaled(self.gate_proj(x_BTD)), self.up_proj(x_BTD), **self.bounds)), {}
+        gate_BTI, up_BTI = self._scaled(self.gate_proj(x_BTD)), self.up_proj(x_BTD)
+        if self.activation in ("geglu", "geglu_tanh"):
+            return self.down_proj(geglu(gate_BTI, up_BTI, tanh=self.activation == "geglu_tanh")), {}
+        return self.down_proj(swiglu(gate_BTI, up_BTI, **self.bounds)), {}
 
     def _scaled(self, gate_BTI: Tensor) -> Tensor:
         return gate_BTI if self.gate_scale == 1.0 else self.gate_scale * gate_BTI
 
-    def prepare_step(self) -> DecodeStep:
+    def prepare_step(self) -> DecodeStep | None:
+        if self.activation in ("geglu", "geglu_tanh"):
+            return None
         gate_proj, up_proj, down_proj = map(linear_step, (self.gate_proj, self.up_proj, self.down_proj))
         bounds = self.bounds
 
