@@ -213,8 +213,8 @@ def test_what_a_mixer_does_not_claim_is_skipped(monkeypatch):
     RWKVChannelMixConfig(intermediate_size=20), RWKVChannelMixConfig(intermediate_size=20, receptance=True),
     RWKVChannelMixConfig(intermediate_size=20, deep_embed="output"),
     RWKVChannelMixConfig(intermediate_size=20, deep_embed="inner", deep_embed_rank=3),
-], ids=["token_shift", "dense", "squared_relu", "dense_limited", "dense_gelu", "moe_softmax", "moe_sigmoid", "moe_latent", "rwkv7",
-        "rwkv6", "rwkv8", "rwkv7a"])
+], ids=["token_shift", "dense", "squared_relu", "dense_limited", "dense_gelu", "moe_softmax", "moe_sigmoid",
+        "moe_latent", "rwkv7", "rwkv6", "rwkv8", "rwkv7a"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_feed_forwards_keep_the_contract(check, config):
     with sharing_kinds.registered():

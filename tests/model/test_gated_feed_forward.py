@@ -40,7 +40,7 @@ def test_gradients_of_geglu_agree_with_finite_differences(tanh):
 
 
 def test_it_refuses_the_options_of_other_activations():
-    with pytest.raises(ConfigError, match="swiglu_limit: is not used by geglu; got 7.0; expected null, or activation=sw"):
+    with pytest.raises(ConfigError, match=r"swiglu_limit: is not used by geglu; got 7.0; expected null, or activa"):
         DenseConfig(intermediate_size=8, activation="geglu", swiglu_limit=7.0)
     with pytest.raises(ConfigError, match="situ_caps: are not used by geglu_tanh"):
         DenseConfig(intermediate_size=8, activation="geglu_tanh", situ_caps=[1.0, 2.0])

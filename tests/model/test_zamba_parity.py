@@ -138,5 +138,6 @@ def test_zamba():
         schedule=ScheduleConfig(pattern=["mamba"], override={1: "shared"}, alone=["mamba"], reuse={1: [4, 6]},
                                 run_adapters=RunAdaptersConfig(separate=["feed_forward_projection"])),
         mixers={"mamba": MambaConfig(), "shared": attention},
-        feed_forward=DenseConfig(intermediate_size=128, activation="geglu", residual=BranchConfig(form="aside", project=True)))
+        feed_forward=DenseConfig(intermediate_size=128, activation="geglu",
+                                 residual=BranchConfig(form="aside", project=True)))
     assert_logits_equal(theirs, config, carry(theirs, config, [0, 2, 3, 4, 5, 6], "shared_transf"))

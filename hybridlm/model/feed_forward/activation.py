@@ -61,5 +61,5 @@ def check_situ(activation: DenseActivation, caps: Sequence[float | None], limit:
             got=list(caps), expected=f"{list(SITU_CAPS)}, or activation=situ")
     require(activation != "situ" or limit is None, "swiglu_limit", "is not used by situ, which has caps of its own",
             got=limit, expected="null", hint="situ_caps says which")
-    require(activation in ("swiglu", "situ") or limit is None, "swiglu_limit", f"is not used by {activation}", got=limit,
-            expected="null, or activation=swiglu")
+    require(activation in ("swiglu", "situ") or limit is None, "swiglu_limit", f"is not used by {activation}",
+            got=limit, expected="null, or activation=swiglu")
