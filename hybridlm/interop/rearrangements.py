@@ -148,6 +148,25 @@ class RepeatedTensor(Rearrangement):
 
 
 @dataclass(frozen=True)
+class CopiedTensor(Rearrangement):
+    """One of their tensors is held by `count` of ours; theirs can be made only where these are equal."""
+
+    count: int
+
+    def to_ours(self, theirs: Sequence[ReadTensor]) -> list[Tensor]:
+        (read,) = theirs
+        tensor = read()
+        return [tensor, *(tensor.clone() for _ in range(self.count - 1))]
+
+    def to_theirs(self, ours: Sequence[ReadTensor]) -> Iterator[Tensor]:
+        first, *others = (read() for read in ours)
+        if not first.is_meta and not all(torch.equal(first, other) for other in others):
+            raise CheckpointError("should be copies of one tensor, which is what the format holds, but differ from "
+                                  "each other: they were trained apart")
+        yield first
+
+
+@dataclass(frozen=True)
 class PerTensor(Rearrangement):
     """Equally many tensors on both sides, of which `rearrangements[i]` rearranges the i-th."""
 

@@ -142,8 +142,12 @@ def _compare_specs(name: str, found: TensorSpec, expected: TensorSpec) -> list[s
 
 def _choose_layout(rule: TensorRule, theirs: Mapping[str, TensorSpec],
                    our_specs: Mapping[str, TensorSpec]) -> KeyLayout:
-    """Choose the layout of which the source has all names, in fitting shapes; else the one it has most names of."""
+    """Choose the layout of which the source has all names, in fitting shapes; else the one it has most names of.
+
+    Of several, the one with most names: it checks copies of a tensor that another one would leave over.
+    """
     complete = [layout for layout in rule.layouts if all(name in theirs for name in layout.names)]
+    complete.sort(key=lambda layout: len(layout.names), reverse=True)
     for layout in complete:
         if all(theirs[name].shape == spec.shape for name, spec in rule.specs_of_theirs(our_specs, layout)):
             return layout

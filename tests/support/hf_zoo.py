@@ -40,6 +40,8 @@ NEMOTRON = BASE | {"layers_block_type": ["linear_attention", "mlp", "linear_atte
                    "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 6, "ssm_state_size": 8, "n_groups": 2,
                    "chunk_size": 16}
 NEMOTRON.pop("num_hidden_layers")
+ZAMBA2 = BASE | {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3,
+                 "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 4, "adapter_rank": 5, "chunk_size": 16}
 
 # case -> (model type, config)
 CASES: dict[str, tuple[str, dict]] = {
@@ -109,6 +111,11 @@ CASES: dict[str, tuple[str, dict]] = {
     "nemotron_h-bias": ("nemotron_h", NEMOTRON | {
         "layers_block_type": ["mlp", "linear_attention", "mlp", "full_attention", "linear_attention"],
         "use_bias": True, "use_conv_bias": False, "n_groups": 1, "time_step_min": 0.05}),
+    "zamba2": ("zamba2", ZAMBA2),
+    "zamba2-blocks": ("zamba2", ZAMBA2 | {
+        "num_hidden_layers": 9, "layers_block_type": ["hybrid", "linear_attention", "hybrid"] * 3, "num_mem_blocks": 2,
+        "num_key_value_heads": 4, "use_shared_attention_adapter": True, "use_mem_rope": True, "mamba_ngroups": 2,
+        "hidden_act": "gelu_pytorch_tanh", "time_step_min": 0.05}),
     "llama": ("llama", BASE),
     "llama-bias": ("llama", BASE | {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 12}),
     "qwen3": ("qwen3", BASE | {"head_dim": 12}),

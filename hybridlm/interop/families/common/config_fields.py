@@ -34,8 +34,8 @@ def shortest_schedule(names: Sequence[str]) -> dict[str, Any]:
     return {"pattern": list(names)}
 
 
-def read_base(hf: HFConfig, layers: Sequence[str], mixers: dict[str, dict], feed_forward: dict,
-              **more: Any) -> dict[str, Any]:
+def read_base(hf: HFConfig, layers: Sequence[str], mixers: dict[str, dict], feed_forward: dict, *,
+              activations: Sequence[str] = ("silu",), **more: Any) -> dict[str, Any]:
     """Plain data of a whole model config from the fields that every family has.
 
     Args:
@@ -43,9 +43,10 @@ def read_base(hf: HFConfig, layers: Sequence[str], mixers: dict[str, dict], feed
         layers: the mixer of each layer.
         mixers: plain data of mixers by name; those that no layer uses are left out.
         feed_forward: plain data of the feed-forward.
+        activations: values of `hidden_act` that the family can have.
         more: further fields of `ModelConfig`.
     """
-    hf.require_value("hidden_act", "silu")
+    hf.require_value("hidden_act", *activations)
     used = {*layers, (more.get("mtp") or {}).get("mixer")}
     return {
         "vocab_size": hf.vocab_size, "hidden_size": hf.hidden_size, "num_layers": hf.num_hidden_layers,
