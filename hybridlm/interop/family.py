@@ -16,7 +16,7 @@ from hybridlm.model.config import ModelConfig
 from hybridlm.model.cost import mtp_block
 from hybridlm.model.mixers.contract import MixerConfig
 
-HEAD_KEY = "lm_head.weight"  # the output head's name in every family
+HEAD_KEY = "lm_head.weight"  # the output head's name in nearly all families
 
 
 class HFConfig:
@@ -100,6 +100,7 @@ class Family:
         multimodal_types: model types whose `text_config` is of this family.
         embedding_key: their name of the embedding.
         norm_key: their name of the final norm.
+        head_key: their name of the output head.
         layers_key: their name of the list of layers; that of MTP weights is `model.layers`.
         renamed_keys: (pattern, replacement) that turn other spellings of keys (transformers' names at run time, older
             releases) into the official ones.
@@ -108,6 +109,7 @@ class Family:
             (Qwen), None nowhere.
         known_differences: sentences that say where transformers computes other numbers from the exported model.
         derived_tensors: tensors that follow from the config.
+        map_model: the rules of tensors that belong to no layer, beside embedding, final norm and head.
     """
 
     name: str
@@ -120,12 +122,14 @@ class Family:
     multimodal_types: tuple[str, ...] = ()
     embedding_key: str = "model.embed_tokens.weight"
     norm_key: str = "model.norm.weight"
+    head_key: str = HEAD_KEY
     layers_key: str = "model.layers"
     renamed_keys: tuple[tuple[str, str], ...] = ()
     ignored_keys: tuple[str, ...] = ()
     mtp_keys: str | None = None
     known_differences: Callable[[ModelConfig], list[str]] = field(default=lambda config: [])
     derived_tensors: Callable[[ModelConfig], Iterator[DerivedTensor]] = field(default=lambda config: iter(()))
+    map_model: Callable[[ModelConfig], Iterator[TensorRule]] = field(default=lambda config: iter(()))
 
     def rules(self, config: ModelConfig) -> list[TensorRule]:
         """List the rules for all tensors of a model; each of our tensors is in exactly one."""
@@ -135,12 +139,13 @@ class Family:
                                [f"{prefix}.embed_tokens.weight" for prefix in mtp_prefixes]),
                  map_tensors("norm.weight", self.norm_key)]
         if not config.tie_embeddings:
-            rules.append(_map_repeated("lm_head.weight", HEAD_KEY,
+            rules.append(_map_repeated("lm_head.weight", self.head_key,
                                        [f"{prefix}.shared_head.head.weight" for prefix in mtp_prefixes]))
         for index, name in enumerate(config.layers()):
             layer = LayerToMap(config.mixers[name], config.feed_forward_after(name).is_moe(index), f"layers.{index}.",
                                f"{self.layers_key}.{index}.")
             rules += self.map_layer(config, layer)
+        rules += self.map_model(config)
         for index in range(config.mtp.depth):
             rules += self._map_mtp(config, index)
         return rules
@@ -162,7 +167,7 @@ class Family:
         """Make a function that says whether a key of a checkpoint may be ignored."""
         patterns = [*self.ignored_keys, r"\.rotary_emb\.inv_freq$"]
         if config.tie_embeddings:
-            patterns.append(f"^{re.escape(HEAD_KEY)}$")
+            patterns.append(f"^{re.escape(self.head_key)}$")
         if self.mtp_keys == "layers":
             patterns.append(r"^model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
         pattern = re.compile("|".join(patterns))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hybridlm import checkpoint as ckpt
 from hybridlm.errors import CheckpointError
-from hybridlm.interop.family import HEAD_KEY
 from hybridlm.interop.family_registry import (
     build_hf_config,
     find_family,
@@ -69,7 +68,7 @@ class ImportPlan:
 
     def _untie_if_different(self, config: ModelConfig, specs: Mapping[str, TensorSpec]) -> ModelConfig:
         """Keep a head of its own where the files hold one that is not the embedding, as transformers does."""
-        embedding, head = self.family.embedding_key, HEAD_KEY
+        embedding, head = self.family.embedding_key, self.family.head_key
         if not config.tie_embeddings or head not in specs or embedding not in specs:
             return config
         first, second = (self.source.read(self.spelling[name]) for name in (embedding, head))
@@ -86,6 +85,9 @@ class ImportPlan:
         for step in self.steps:
             theirs = self.source.specs[step.source[0]].dtype
             for name in step.ours:
+                if not theirs.is_floating_point:  # a table of numbers, which stays one
+                    yield name, shapes[name]
+                    continue
                 wanted = torch.promote_types(dtype, theirs) if dtype and name in stay_fp32 else dtype or theirs
                 yield name, TensorSpec(wanted, shapes[name].shape)
 
@@ -161,7 +163,8 @@ class ExportPlan:
         """Their tensors in order, in `dtype` or in the dtype of the source; what must stay fp32 does."""
         stay_fp32 = build_model(self.config, device="meta").fp32_parameter_names() if dtype else set()
         for rule in self.rules:
-            new_dtype = None if rule.ours[0] in stay_fp32 else dtype
+            whole_numbers = not self.source.specs[rule.ours[0]].dtype.is_floating_point
+            new_dtype = None if rule.ours[0] in stay_fp32 or whole_numbers else dtype
             for name, spec in rule.specs_of_theirs(self.source.specs, rule.layouts[0]):
                 yield name, spec if new_dtype is None else TensorSpec(new_dtype, spec.shape)
         for derived in self.derived:

@@ -167,6 +167,25 @@ class CopiedTensor(Rearrangement):
 
 
 @dataclass(frozen=True)
+class SideBySide(Rearrangement):
+    """One of our matrices has `parts` blocks of rows below each other, which stand side by side in theirs.
+
+    >>> SideBySide(2).to_ours(readers([torch.arange(6).view(1, 6)]))[0].tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+
+    parts: int
+
+    def to_ours(self, theirs: Sequence[ReadTensor]) -> list[Tensor]:
+        (read,) = theirs
+        return [torch.cat(read().chunk(self.parts, 1))]
+
+    def to_theirs(self, ours: Sequence[ReadTensor]) -> Iterator[Tensor]:
+        (read,) = ours
+        yield torch.cat(read().chunk(self.parts), 1)
+
+
+@dataclass(frozen=True)
 class PerTensor(Rearrangement):
     """Equally many tensors on both sides, of which `rearrangements[i]` rearranges the i-th."""
 

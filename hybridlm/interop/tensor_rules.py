@@ -134,6 +134,9 @@ def match_rules(rules: Sequence[TensorRule], theirs: Mapping[str, TensorSpec], o
 def _compare_specs(name: str, found: TensorSpec, expected: TensorSpec) -> list[str]:
     if found.shape != expected.shape:
         return [f"'{name}' is {list(found.shape)}, the config asks for {list(expected.shape)}"]
+    if not expected.dtype.is_floating_point:
+        return [f"'{name}' is of {found.dtype}, the config asks for whole numbers"] if found.dtype.is_floating_point \
+            else []
     if not found.dtype.is_floating_point or found.dtype.itemsize == 1:
         return [f"'{name}' is quantised ({found.dtype}) and has no block scales beside it: convert it to bf16 with "
                 "the tool that made it"]

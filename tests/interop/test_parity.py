@@ -53,6 +53,8 @@ def assert_gradients(ours, theirs, family):
     mine = import_hf_gradients(theirs)
     assert mine.keys() == ours.keys()
     for name, expected in mine.items():
+        if not expected.dtype.is_floating_point:
+            continue  # a table of expert numbers
         scale = expected.square().mean().sqrt()
         error = (ours[name] - expected).square().mean().sqrt()
         assert error <= GRADIENTS * scale + 1e-12, f"{name}: {error / scale:.1e}"

@@ -42,6 +42,15 @@ NEMOTRON = BASE | {"layers_block_type": ["linear_attention", "mlp", "linear_atte
 NEMOTRON.pop("num_hidden_layers")
 ZAMBA2 = BASE | {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3,
                  "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 4, "adapter_rank": 5, "chunk_size": 16}
+V4 = {key: BASE[key] for key in ("vocab_size", "hidden_size", "pad_token_id", "bos_token_id", "eos_token_id")} | {
+    "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16, "q_lora_rank": 24, "sliding_window": 9,
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}, "o_groups": 2,
+    "o_lora_rank": 12, "index_n_heads": 32, "index_head_dim": 16, "index_topk": 5, "partial_rotary_factor": 0.25,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "max_position_embeddings": 256,
+    "mlp_layer_types": ["hash_moe", "moe", "moe"], "num_nextn_predict_layers": 0, "attn_implementation": "eager",
+    "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32,
+                        "beta_slow": 1}}
 
 # case -> (model type, config)
 CASES: dict[str, tuple[str, dict]] = {
@@ -111,6 +120,11 @@ CASES: dict[str, tuple[str, dict]] = {
     "nemotron_h-bias": ("nemotron_h", NEMOTRON | {
         "layers_block_type": ["mlp", "linear_attention", "mlp", "full_attention", "linear_attention"],
         "use_bias": True, "use_conv_bias": False, "n_groups": 1, "time_step_min": 0.05}),
+    "deepseek_v4": ("deepseek_v4", V4),
+    "deepseek_v4-other": ("deepseek_v4", V4 | {
+        "num_hidden_layers": 4, "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"] * 2,
+        "mlp_layer_types": ["moe"] * 4, "tie_word_embeddings": True, "hc_mult": 2, "rope_parameters": None,
+        "partial_rotary_factor": 0.5}),
     "zamba2": ("zamba2", ZAMBA2),
     "zamba2-blocks": ("zamba2", ZAMBA2 | {
         "num_hidden_layers": 9, "layers_block_type": ["hybrid", "linear_attention", "hybrid"] * 3, "num_mem_blocks": 2,
@@ -150,6 +164,9 @@ def perturb(model: nn.Module, seed: int = 1) -> None:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
             else:
                 p.mul_(3.0)
+        for name, table in model.named_buffers():
+            if name.endswith("tid2eid"):  # experts by token ids
+                table.copy_(torch.rand(len(table), 4, generator=generator).topk(table.shape[1]).indices)
 
 
 def tokens(rows: int, length: int, seed: int = 2) -> torch.Tensor:

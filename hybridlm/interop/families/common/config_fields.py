@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from hybridlm.errors import ConfigError
@@ -136,11 +136,24 @@ def read_rope(hf: HFConfig, kind: str = "half", *, partial: bool = False) -> dic
     Raises:
         ConfigError: a scaling other than YaRN.
     """
-    params = dict(hf.rope_parameters or {})
+    rope = read_rope_fields(hf, hf.rope_parameters or {}, kind)
+    factor = (hf.rope_parameters or {}).get("partial_rotary_factor")
+    return rope | {"partial_rotary_factor": float(factor)} if partial and factor is not None else rope
+
+
+def read_rope_fields(hf: HFConfig, params: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Our `rope` from one set of fields of `rope_parameters`, without a factor of rotated dims.
+
+    Args:
+        hf: their config.
+        params: the fields.
+        kind: how dimensions are paired, half or interleaved.
+
+    Raises:
+        ConfigError: a scaling other than YaRN.
+    """
     rope_type = params.get("rope_type", "default")
     rope = {"kind": kind, "theta": float(params["rope_theta"])}
-    if partial and params.get("partial_rotary_factor") is not None:
-        rope["partial_rotary_factor"] = float(params["partial_rotary_factor"])
     if rope_type == "yarn":
         factor = params.get("factor") or hf.max_position_embeddings / params["original_max_position_embeddings"]
         rope["scaling"] = {
