@@ -1,4 +1,4 @@
-"""DeepSeek-V4 in files: the names that transformers saves, tables of expert numbers, and what the format cannot hold."""
+"""DeepSeek-V4 in files: names that transformers saves, tables of expert numbers, and what the format cannot hold."""
 
 import pytest
 import torch
