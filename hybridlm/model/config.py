@@ -121,9 +121,16 @@ class ModelConfig:
             mixer_name: the mixer of the layer, which the feed-forward follows where it has no option of its own.
         """
         mixer = self.mixers[mixer_name].residual
-        own, following = (self.parametrization.scale_branch(branch, self.num_layers)
-                          for branch in (mixer, self.feed_forward.residual or replace(mixer, embedding=False)))
-        return own, following
+        following = self.feed_forward.residual or replace(mixer, embedding=False)
+        ratio = self.depth_ratio
+        if ratio is None or ratio == 1.0:
+            return mixer, following
+        return replace(mixer, beta=mixer.beta / ratio), replace(following, beta=following.beta / ratio)
+
+    @property
+    def depth_ratio(self) -> float | None:
+        """Number of runs of layers relative to the base model; None where the parametrization does not carry depth."""
+        return self.parametrization.depth_ratio(self.schedule, self.num_layers)
 
     def feed_forward_after(self, mixer_name: str) -> FeedForwardConfig:
         """The feed-forward of the layers of a mixer: the model's, or none where the mixer stands alone."""

@@ -286,7 +286,7 @@ class HybridLM(nn.Module):
             return {}
         with torch.device("meta"):
             whole, base = HybridLM(self.config), HybridLM(self.config.resize(rule.base_hidden_size))
-        return compare_shapes(whole, base, whole.parameter_roles(), rule.depth_ratio(self.config.num_layers))
+        return compare_shapes(whole, base, whole.parameter_roles(), self.config.depth_ratio)
 
     def autocast_parameters(self) -> dict[str, nn.Parameter]:
         """Weights that autocast rounds wherever they are used, by name.

@@ -11,7 +11,8 @@ For a matrix whose inputs are r times as many as in the base (fan-in), with Adam
   initial std   r^-1/2                          hidden matrices, routers, expert stacks
   learning rate r^-1, weight decay r            the same
   logits        base width / width              also where head and embedding are tied
-  completep     branches times base layers / layers, eps of hidden matrices times r^-1 and that factor
+  completep     branches times base depth / depth, eps of hidden matrices times r^-1 and that factor; depth counts
+                runs of layers, of which a layer that is repeated has several
 
 Embedding, output head, norms, biases, convolutions and all that has one number per channel or head keep their values.
 Each optimizer states its own factor of the learning rate (`OptimizerConfig.lr_factor`).
@@ -23,14 +24,14 @@ are compared. So the low-rank maps of gates and MLA, whose rank stays, get the f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from hybridlm.errors import require
+from hybridlm.errors import ConfigError, require
 from hybridlm.model.parameter_roles import ParameterRole
-from hybridlm.model.residual.branch import BranchConfig
+from hybridlm.model.schedule import ScheduleConfig, expand_runs
 
 Kind = Literal["standard", "mup", "completep"]
 SCALED_ROLES = ("matrix", "head_matrix", "expert_stack", "router", "stream_mixing")
@@ -43,7 +44,7 @@ class ParametrizationConfig:
     kind: `standard`, `mup` (width) or `completep` (width and depth).
     base_hidden_size: hidden size of the model whose hyperparameters are used; heads and feed-forward of the base are in
         proportion, dims per head are the same.
-    base_num_layers: its number of layers, for `completep`.
+    base_num_layers: its number of layers, for `completep`; layers that run several times do so in the base too.
     """
 
     kind: Kind = "standard"
@@ -71,21 +72,29 @@ class ParametrizationConfig:
             return 1.0
         return hidden_size / self.base_hidden_size
 
-    def depth_ratio(self, num_layers: int) -> float | None:
-        """Number of layers relative to the base model; None where the kind does not carry hyperparameters over depth.
+    def depth_ratio(self, schedule: ScheduleConfig, num_layers: int) -> float | None:
+        """Number of runs of layers relative to the base model; None where the kind does not carry depth.
+
+        Args:
+            schedule: of the model, and of the base.
+            num_layers: layers of the model.
+
+        Raises:
+            ConfigError: the base lacks layers that the schedule repeats.
 
         >>> rule = ParametrizationConfig(kind="completep", base_hidden_size=32, base_num_layers=4)
-        >>> rule.depth_ratio(8), rule.depth_ratio(4), ParametrizationConfig().depth_ratio(8)
-        (2.0, 1.0, None)
+        >>> rule.depth_ratio(ScheduleConfig(pattern=["kda"]), 8)
+        2.0
         """
         if self.kind != "completep" or self.base_num_layers is None:
             return None
-        return num_layers / self.base_num_layers
-
-    def scale_branch(self, branch: BranchConfig, num_layers: int) -> BranchConfig:
-        """The options with which a mixer or feed-forward of a model with `num_layers` joins the residual stream."""
-        ratio = self.depth_ratio(num_layers)
-        return branch if ratio is None or ratio == 1.0 else replace(branch, beta=branch.beta / ratio)
+        runs = len(expand_runs(schedule, num_layers))
+        try:
+            return runs / len(expand_runs(schedule, self.base_num_layers))
+        except ConfigError:
+            raise ConfigError("parametrization.base_num_layers", "is a base without all layers that the schedule runs "
+                              "again", got=self.base_num_layers,
+                              expected="a base with the layers of schedule.repeat and schedule.reuse") from None
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class ParameterScale:
     Args:
         shape: (rows, columns) in this model: outputs and inputs.
         base_shape: those in the base model.
-        depth: number of layers relative to the base model; None where the parametrization does not carry depth.
+        depth: number of runs of layers relative to the base model; None where the parametrization does not carry depth.
     """
 
     shape: tuple[int, int]
@@ -144,7 +153,7 @@ def compare_shapes(model: nn.Module, base: nn.Module, roles: Mapping[str, Parame
         model: the model; nothing of it but shapes is read.
         base: the base model, with as many layers.
         roles: role of each parameter of the model.
-        depth: number of layers relative to the base; None where depth is not carried.
+        depth: number of runs of layers relative to the base; None where depth is not carried.
 
     Returns:
         The growth of each parameter that is scaled, by name. A linear map to one number is a matrix here, whatever an

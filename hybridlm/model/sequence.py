@@ -60,10 +60,15 @@ class SequenceInfo:
             offset: tokens per row that are in the decode state already; not with `cu_seqlens`.
             padding_B: int64 [B], how many of these are padding in front of each row; None: none.
 
+        Raises:
+            ValueError: there is no row, or rows have no token.
+
         Example:
             >>> SequenceInfo.make(1, 5, torch.device("cpu"), CuSeqlens([0, 2, 5])).positions_BT.tolist()
             [[0, 1, 0, 1, 2]]
         """
+        if batch == 0 or length == 0:
+            raise ValueError(f"layers need at least one row and one token; got {batch} rows of {length} tokens")
         if cu_seqlens is None:
             positions_T = torch.arange(offset, offset + length, device=device)
             if padding_B is None:

@@ -10,7 +10,7 @@ from hybridlm import build_model, load_config
 from hybridlm.config.serialization import from_dict, to_dict
 from hybridlm.errors import ConfigError
 from hybridlm.model.canonical import canonical, differences
-from hybridlm.model.config import ModelConfig
+from hybridlm.model.config import ModelConfig, RepeatConfig
 from hybridlm.model.parametrization import ParametrizationConfig
 from hybridlm.optimizers import AdafactorConfig, AdamWConfig, LionConfig, MuonConfig, build_optimizer
 from hybridlm.optimizers.optimizer_set import plan_groups
@@ -171,6 +171,21 @@ def test_completep_scales_branches_and_eps(base):
     without_depth = replace(deep, parametrization=replace(rule, kind="mup"))
     assert without_depth.branches("kda")[0].beta == 1.0
     assert not any(group.options for group in plan_groups(build_model(without_depth, device="meta"), AdamWConfig()))
+
+
+def test_depth_counts_runs_of_layers(base):
+    rule = ParametrizationConfig(kind="completep", base_hidden_size=32, base_num_layers=4)
+    looped = replace(base.schedule, repeat=RepeatConfig(first=1, last=2, times=5))
+    deep = replace(base.resize(64, 6), parametrization=rule, schedule=looped)  # 14 runs; the base has 12
+    assert deep.depth_ratio == 14 / 12
+    model = build_model(deep, device="meta")
+    assert {layer.mixer_residual.beta for layer in model.layers} == {12 / 14}
+    group = next(group for group in plan_groups(model, AdamWConfig(eps=1e-8)) if "layers.0.mixer.q_proj.weight"
+                 in group.names)
+    assert group.options == {"eps": pytest.approx(1e-8 / 2 * 12 / 14)}
+    longer = replace(looped, repeat=RepeatConfig(first=1, last=4, times=2))
+    with pytest.raises(ConfigError, match="base_num_layers: is a base without all layers that the schedule runs again"):
+        replace(deep, schedule=longer)
 
 
 def test_what_is_carried_changes_the_function_and_is_saved(wide):

@@ -79,6 +79,13 @@ def test_what_does_not_fit_the_source_is_refused(config, message):
     assert str(caught.value).startswith(message)
 
 
+def test_a_reader_that_does_not_fit_is_refused_with_the_config_of_the_model_and_by_its_name():
+    with pytest.raises(ConfigError) as caught:
+        tiny_lm.config(mixers={"full": SOURCE, "reader": SharedAttentionConfig(num_heads=3)}, num_layers=2,
+                       schedule=ScheduleConfig(pattern=["full", "reader"]))
+    assert str(caught.value).startswith("mixers.reader.num_heads: must be a multiple of the key/value heads that are")
+
+
 def test_options_that_have_no_effect_are_no_difference():
     norm = NormConfig(eps=1e-5)
     assert SharedAttentionConfig(q_norm_eps=1e-3).canonical(norm) == SharedAttentionConfig().canonical(norm)

@@ -149,3 +149,9 @@ def test_a_shared_indexer_without_a_source_is_refused_when_the_config_is_made():
         config(mixers={**config().mixers, "full": shared})
     with pytest.raises(ConfigError, match=r"^mixers\.shared\.indexer\.share: layer 2 reads"):
         config(mixers={**config().mixers, "shared": shared}, mtp=MTPConfig(depth=1, mixer="shared"))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_rows_without_tokens_are_refused_in_one_line(shape):
+    with pytest.raises(ValueError, match="layers need at least one row and one token; got"):
+        SequenceInfo.make(*shape, CPU)

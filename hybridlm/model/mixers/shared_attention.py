@@ -103,20 +103,22 @@ class SharedAttentionConfig(IndexedMixerConfig):
         """Heads, rotation and window of the keys that are read.
 
         Raises:
-            ConfigError: no earlier layer leaves keys, or their heads do not divide the query heads.
+            ConfigError: no earlier layer leaves keys.
         """
+        layout: KeyLayout = context.shared_layout(self.reads(context)[0])
+        return layout if self.window is None else replace(layout, window=self.window)
+
+    def check_sources(self, context: LayerContext) -> None:
+        super().check_sources(context)
         layout: KeyLayout = context.shared_layout(self.reads(context)[0])
         require((self.num_heads or layout.num_heads) % layout.num_kv_heads == 0, "num_heads",
                 "must be a multiple of the key/value heads that are read", got=self.num_heads,
                 expected=f"a multiple of {layout.num_kv_heads}")
         require(self.indexer is None or layout.window is None, "indexer", "needs a source that sees all keys",
                 got=f"a window of {layout.window}", expected="a source without a window")
-        if self.window is None:
-            return layout
-        require(layout.window is None or self.window <= layout.window, "window",
+        require(self.window is None or layout.window is None or self.window <= layout.window, "window",
                 "must not be wider than that of the layer that is read", got=self.window,
                 expected=f"at most {layout.window}")
-        return replace(layout, window=self.window)
 
     def chooser(self, context: LayerContext) -> ChosenBlocksConfig | None:
         """The choice of blocks by the source; None where all of its keys are read."""
@@ -244,6 +246,7 @@ class SharedAttention(IndexedMixer):
     def __init__(self, config: SharedAttentionConfig, context: LayerContext):
         super().__init__(config.indexer, context)
         self.config = config
+        config.check_sources(context)
         self.source = context.source_of(config.reads(context)[0])
         self.layout = config.keys(context)
         self.num_heads, head_dim = config.heads(context), self.layout.head_dim
