@@ -11,7 +11,7 @@ B rows, T tokens, D hidden size, H key heads, HV value heads, K key dim, V value
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -35,8 +35,9 @@ from hybridlm.model.mixers.common.recurrent_step import (
     state_matrix,
 )
 from hybridlm.model.mixers.contract import Aux, register_mixer
+from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole
-from hybridlm.model.rope import retnet_rotate
+from hybridlm.model.rope import RopeConfig, retnet_rotate, rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import Gate, linear_attention
 from hybridlm_kernels.decoding import linear_attention_step
@@ -57,8 +58,11 @@ class LinearAttentionConfig(RecurrentConfig):
             lightning.
         feature_map: phi of q and k.
         value_map: psi of v.
-        rotation: of q and k by their positions: none; retnet, neighbouring pairs at fixed frequencies; or learned,
-            a learned angle per head and dim, with which keys have twice the dims in the state (LRPE-d).
+        qk_norm: RMSNorm of each head of q and k, before the feature map (MiniCPM-SALA).
+        rotation: of q and k by their positions: none; rope, as `rope` says (MiniCPM-SALA); retnet, neighbouring pairs
+            at fixed frequencies; or learned, a learned angle per head and dim, with which keys have twice the dims in
+            the state (LRPE-d).
+        rope: rotary embedding, with rotation rope.
         rotated_layers: layers that have the learned rotation, counted from 0 (TransNormerLLM: the first); null: all.
         scale: of the queries; null is head_dim^-0.5, Lightning has 1.
         norm: RMSNorm of the output over all heads together, over each head, or none.
@@ -76,7 +80,9 @@ class LinearAttentionConfig(RecurrentConfig):
     slopes: Literal["lightning", "alibi", "retnet", "stored"] = "lightning"
     feature_map: Literal["none", "silu", "elu1", "relu"] = "silu"
     value_map: Literal["none", "silu"] = "silu"
-    rotation: Literal["none", "retnet", "learned"] = "none"
+    qk_norm: Literal["none", "head"] = "none"
+    rotation: Literal["none", "rope", "retnet", "learned"] = "none"
+    rope: RopeConfig = field(default_factory=RopeConfig)
     rotated_layers: list[int] | None = None
     scale: float | None = 1.0
     norm: Literal["all", "head", "none"] = "all"
@@ -93,8 +99,12 @@ class LinearAttentionConfig(RecurrentConfig):
                 "needs decay=scalar and gate=softplus", got=(self.decay, self.gate))
         require(self.rotation != "retnet" or (self.head_dim % 2 == 0 and self.head_dim > 2), "rotation",
                 "turns pairs of dims", got=f"head_dim={self.head_dim}", expected="an even head_dim of 4 or more")
+        if self.rotation == "rope":
+            require(self.rope.kind != "none", "rope.kind", "rotates nothing", got="none",
+                    expected="half or interleaved, or rotation=none")
+            self.rope.check(self.head_dim)
         require(self.rotation != "learned" or self.decay != "channel", "rotation", "cannot stand beside channel decay",
-                got=self.rotation, expected="none or retnet with decay=channel")
+                got=self.rotation, expected="none, rope or retnet with decay=channel")
         require(self.rotated_layers is None or self.rotation == "learned", "rotated_layers", "needs rotation=learned",
                 got=self.rotated_layers, expected=f"null with rotation={self.rotation}")
 
@@ -104,7 +114,8 @@ class LinearAttentionConfig(RecurrentConfig):
     def num_params(self, context: LayerContext) -> int:
         norm = {"all": self.value_heads * self.value_dim, "head": self.value_dim, "none": 0}[self.norm]
         angles = self.num_heads * self.head_dim * self.learns_angles(context.layer_index)
-        return super().num_params(context) + norm * self.norm_weight + angles
+        heads = 2 * self.head_dim * (self.qk_norm == "head")
+        return super().num_params(context) + norm * self.norm_weight + angles + heads
 
     def learns_angles(self, layer_index: int) -> bool:
         """Whether the layer has the learned rotation, and so keys of twice the dims."""
@@ -142,6 +153,7 @@ class LinearAttentionConfig(RecurrentConfig):
         data.pop("projection_init")
         if self.rotation != "learned":
             data.pop("rotated_layers")
+        data["rope"] = self.rope.canonical(uses_mscale=False) if self.rotation == "rope" else None
         return data
 
     def transfer_gaps(self) -> list[str]:
@@ -189,10 +201,12 @@ def _alibi_slopes(heads: int) -> list[float]:
 @register_mixer("linear_attention", LinearAttentionConfig)
 class LinearAttention(RecurrentMixer):
     """The module: parameters of `RecurrentMixer`, o_norm over all heads or over one, if it has a weight, and the buffer
-    slopes [HV] where they are stored. With a learned rotation also theta [H, K], radians per token.
+    slopes [HV] where they are stored. With a learned rotation also theta [H, K], radians per token; by option q_norm
+    and k_norm [K].
     """
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = (*RecurrentMixer.fp32_parameters, "slopes", "theta")
+    fp32_parameters: ClassVar[tuple[str, ...]] = (*RecurrentMixer.fp32_parameters, "slopes", "theta", "q_norm.weight",
+                                                "k_norm.weight")
     config: LinearAttentionConfig
     slopes: Tensor
 
@@ -201,6 +215,10 @@ class LinearAttention(RecurrentMixer):
         dims = config.value_dim * (config.value_heads if config.norm == "all" else 1)
         self.o_norm = None if config.norm == "none" else self.build_output_norm(
             dims, context, config.norm_weight)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm == "head":
+            self.q_norm, self.k_norm = (RMSNorm.of(context.norm, config.head_dim, config.norm_eps) for _ in range(2))
+        self.rotary_dim = config.rope.rotary_dim(config.head_dim)
         self.theta = None
         if config.learns_angles(context.layer_index):
             self.theta = nn.Parameter(torch.zeros(config.num_heads, config.head_dim))
@@ -216,9 +234,7 @@ class LinearAttention(RecurrentMixer):
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: RecurrentState | None = None) -> tuple[Tensor, Aux]:
         config = self.config
         q_BTC, k_BTC, v_BTC = self.project_inputs(x_BTD, seq, state)
-        q_BTHK, k_BTHK = (apply_feature_map(config.feature_map, x).unflatten(-1, (config.num_heads, config.head_dim))
-                          for x in (q_BTC, k_BTC))
-        q_BTHK, k_BTHK = self._rotated(q_BTHK, seq), self._rotated(k_BTHK, seq)
+        q_BTHK, k_BTHK = self._mapped(q_BTC, self.q_norm, seq), self._mapped(k_BTC, self.k_norm, seq)
         v_BTHvV = apply_feature_map(config.value_map, v_BTC).unflatten(-1, (config.value_heads, config.value_dim))
         g, gate = None, None
         if config.decay == "constant":
@@ -244,15 +260,14 @@ class LinearAttention(RecurrentMixer):
         project = prepare_inputs(self)
         project_gate = prepare_forget_gate(self) if config.decay in ("scalar", "channel") else None
         finish = prepare_output(self, self.o_norm, all_heads=config.norm == "all")
-        keys, values = (-1, config.num_heads, config.head_dim), (-1, config.value_heads, config.value_dim)
+        values = (-1, config.value_heads, config.value_dim)
         key_dim = config.head_dim * (1 if self.theta is None else 2)
 
         def step(x_B1D: Tensor, seq: SequenceInfo, state: RecurrentState) -> Tensor:
             x_BD = x_B1D[:, 0]
             q_BC, k_BC, v_BC = project(x_BD, state)
-            q_BHK, k_BHK = (apply_feature_map(config.feature_map, x).view(keys) for x in (q_BC, k_BC))
-            if config.rotation != "none":
-                q_BHK, k_BHK = (self._rotated(x_BHK[:, None], seq)[:, 0] for x_BHK in (q_BHK, k_BHK))
+            q_BHK = self._mapped(q_BC[:, None], self.q_norm, seq)[:, 0]
+            k_BHK = self._mapped(k_BC[:, None], self.k_norm, seq)[:, 0]
             v_BHvV = apply_feature_map(config.value_map, v_BC).view(values)
             g = self._constant_decay(x_BD) if config.decay == "constant" else None
             if project_gate is not None:
@@ -265,9 +280,15 @@ class LinearAttention(RecurrentMixer):
 
         return step
 
-    def _rotated(self, x_BTHK: Tensor, seq: SequenceInfo) -> Tensor:
-        """Queries or keys under the rotation of the layer."""
-        if self.config.rotation == "retnet":
+    def _mapped(self, x_BTC: Tensor, norm: RMSNorm | None, seq: SequenceInfo) -> Tensor:
+        """Queries or keys [B, T, H, K] under norm, feature map and rotation of the layer."""
+        config = self.config
+        if norm is not None:
+            x_BTC = norm(x_BTC.unflatten(-1, (config.num_heads, config.head_dim))).flatten(-2)
+        x_BTHK = apply_feature_map(config.feature_map, x_BTC).unflatten(-1, (config.num_heads, config.head_dim))
+        if config.rotation == "rope":
+            return rotate(x_BTHK, config.rope, self.rotary_dim, seq)
+        if config.rotation == "retnet":
             return retnet_rotate(x_BTHK, seq)
         return x_BTHK if self.theta is None else with_learned_angles(x_BTHK, self.theta, seq)
 

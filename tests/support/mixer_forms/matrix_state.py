@@ -24,6 +24,8 @@ FORMS: dict[str, MixerConfig] = {
     "longhorn_exact": DeltaRuleConfig(num_heads=2, num_value_heads=4, head_dim=8, decay="none", implicit=True,
                                       qk_l2norm=False, output_gate="none"),
     "lightning": LinearAttentionConfig(num_heads=4, head_dim=8),
+    "lightning_rope": LinearAttentionConfig(num_heads=2, head_dim=8, feature_map="none", value_map="none",
+                                            qk_norm="head", rotation="rope", scale=None),
     "stored_slopes": LinearAttentionConfig(num_heads=2, num_value_heads=4, head_dim=8, slopes="stored"),
     "transnormer": LinearAttentionConfig(num_heads=3, head_dim=8, slopes="alibi", value_map="none", norm_weight=False,
                                          output_gate="linear"),
