@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch
 from hybridlm.errors import ConfigError
 from hybridlm.model.mixers import AttentionConfig, DifferentialAttentionConfig, build_mixer
 from hybridlm.model.mixers.sizing import ModelSizes
+from hybridlm.model.rope import RopeConfig
+from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels.packing import CuSeqlens
 from tests.support.layer_parity import (
     HIDDEN,
     TOLERANCE,
@@ -21,7 +25,8 @@ from tests.support.layer_parity import (
     renamed,
     token_inputs,
 )
-from tests.support.mixer_cases import build, inputs, run
+from tests.support.mixer_cases import build, build_layers, context_of, inputs, run
+from tests.support.mixer_forms.differential_attention import FORMS
 
 LAYER = 2
 
@@ -63,6 +68,43 @@ def test_the_formula_of_the_paper():
                 o = (maps[0] - weight * maps[1]) @ v[seen, pair : pair + 2].flatten(1)
                 heads.append(o / (o.square().mean() + 1e-5).sqrt() * scale)
             torch.testing.assert_close(run(mixer, x[None])[0, t], mixer.o_proj(torch.cat(heads)))
+
+
+def test_a_reader_is_the_same_layer_with_the_keys_and_values_of_its_source():
+    source_config = DifferentialAttentionConfig(num_heads=8, num_kv_heads=4, head_dim=4, window=6)
+    reader_config = DifferentialAttentionConfig(num_heads=4, head_dim=4, share_keys=True)
+    source, reader = build_layers(source_config, reader_config)
+    source_input, x = inputs(2, 12), inputs(2, 12, seed=7)
+    seq = SequenceInfo.make(2, 12, x.device, CuSeqlens([0, 1, 12, 17, 24]))
+    source(source_input, seq)
+    y = reader(x, seq)[0]
+
+    alike = build_layers(source_config, replace(source_config, num_heads=4))[1]
+    alike.load_state_dict({**{name: value for name, value in source.state_dict().items() if name[0] in "kv"},
+                           **reader.state_dict()})
+    alike.k_proj.register_forward_hook(lambda *_: source.k_proj(source_input))
+    alike.v_proj.register_forward_hook(lambda *_: source.v_proj(source_input))
+    torch.testing.assert_close(y, alike(x, seq)[0])
+    y.square().sum().backward()
+    learned = {name for name, parameter in source.named_parameters() if parameter.grad is not None}
+    assert learned == {"k_proj.weight", "v_proj.weight"}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"head_dim": 8}, "head_dim: reads keys of another form, those of layer 0; got 8; expected 4"),
+    ({"num_heads": 6}, "num_heads: must be a multiple of the key/value heads that are read; got 6; expected a multi"),
+    ({"window": 21}, "window: must not be wider than that of the layer that is read; got 21; expected at most 20"),
+    ({"rope": RopeConfig()}, "rope: reads keys of another form, those of layer 0"),
+])
+def test_a_reader_that_does_not_fit_is_refused(options, message):
+    source = FORMS["phi4_flash_swa"]
+    reader = DifferentialAttentionConfig(**{"num_heads": 8, "head_dim": 4, "share_keys": True,
+                                            "rope": RopeConfig(kind="none")} | options)
+    with pytest.raises(ConfigError) as caught:
+        build_mixer(reader, context_of(layer_index=1, layers=[source, reader]))
+    assert str(caught.value).startswith(message)
+    with pytest.raises(ConfigError, match="source: names a layer whose keys are read; got 0; expected null, or shar"):
+        DifferentialAttentionConfig(num_heads=2, head_dim=4, source=0)
 
 
 def test_the_published_start():

@@ -16,7 +16,7 @@ from hybridlm.model.mixers.contract import MixerConfig
 PRESET_SOURCES = {"gmu": ["mamba"], "shared_attention": ["swa"], "hysparse": ["hysparse_full"],
                   "hysparse2": ["hysparse2_full"], "clsa": ["hysparse_full"],
                   "clsa_shared": ["hysparse_full", "clsa"], "csa2_reindex": ["csa2_candidates"],
-                  "csa2_reuse": ["csa2_candidates"]}
+                  "csa2_reuse": ["csa2_candidates"], "phi4_flash_shared": ["phi4_flash_full"]}
 
 
 def collect_forms() -> dict[str, MixerConfig]:

@@ -9,4 +9,8 @@ FORMS: dict[str, MixerConfig] = {
     "phi4_flash_swa": DifferentialAttentionConfig(num_heads=8, head_dim=4, window=20, qkv_bias=True, o_bias=True,
                                                   rope=RopeConfig(kind="none"), norm_weight=False),
 }
+READERS: dict[str, tuple[MixerConfig, MixerConfig]] = {
+    "differential_attention_to_earlier_keys": (
+        DifferentialAttentionConfig(num_heads=8, head_dim=4, share_keys=True, window=7), FORMS["diff_attention"]),
+}
 FP32 = {"lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}
