@@ -119,6 +119,10 @@ def channel_pair_gradients(q, p, k, sums, sums_ptr, sums_stride, columns, K: tl.
     dq, dk = tl.zeros(sums.shape, tl.float32), tl.zeros(sums.shape, tl.float32)
     dp, dg = tl.zeros(sums.shape, tl.float32), tl.zeros(sums.shape, tl.float32)
     first_level = MERGED
+    if MERGED > 0 or not ERASE:
+        MA = load_tile(MA_ptr, t, stride, t, C, inside)  # under way while decays are found
+    if MERGED > 0 and ERASE:
+        ML = load_tile(ML_ptr, t, stride, t, C, inside)
     if BEFORE:
         p_sums = load_sums(sums_ptr, t - 1, sums_stride, columns, K, filled)
     if MERGED > 0:
@@ -128,7 +132,6 @@ def channel_pair_gradients(q, p, k, sums, sums_ptr, sums_stride, columns, K: tl.
             decay, inverse = tl.exp2(E + MAX_EXPONENT), tl.exp2(-(E + MAX_EXPONENT))
             queries, first_keys = times(q, decay), times(k, inverse)
             block = (i ^ j) < (1 << MERGED)
-            MA = load_tile(MA_ptr, t, stride, t, C, inside)
             for_queries = tl.dot(tl.where(block & (i > j), MA, 0.0).to(q.dtype), first_keys, input_precision=PRECISION)
             back = tl.dot(tl.where(block & (i < j), MA, 0.0).to(q.dtype), queries, input_precision=PRECISION)
             dq = for_queries * decay
@@ -139,7 +142,6 @@ def channel_pair_gradients(q, p, k, sums, sums_ptr, sums_stride, columns, K: tl.
                     p_E = decay_from_start(p_sums, sums_ptr, sums_stride, columns, K, filled, MERGED)
                     p_decay = tl.exp2(tl.minimum(p_E, 0.0) + MAX_EXPONENT)
                 keys = times(p, p_decay)
-                ML = load_tile(ML_ptr, t, stride, t, C, inside)
                 for_keys = tl.dot(tl.where(block & (i > j), ML, 0.0).to(q.dtype), first_keys, input_precision=PRECISION)
                 back = tl.dot(tl.where(block & (i < j), ML, 0.0).to(q.dtype), keys, back, input_precision=PRECISION)
                 if OWN:
@@ -154,11 +156,16 @@ def channel_pair_gradients(q, p, k, sums, sums_ptr, sums_stride, columns, K: tl.
             dg += sum_over(j >= i, changes - first_keys * back, EXACT)
     for e in tl.range(first_level, LEVELS, num_stages=1, disable_licm=True, loop_unroll_factor=1):
         b = 1 << e
+        if ERASE:  # loaded again, since both would not stay in the registers
+            of_queries = load_tile(MA_ptr, t, stride, t, C, inside)
+            of_keys = load_tile(ML_ptr, t, stride, t, C, inside)
+        else:
+            of_queries = MA
         to_border = border_decay(sums, sums_ptr, sums_stride, columns, K, filled, b)
         second = second_half(i, b)
         partner = times(tl.where(second, q, k), to_border)
-        MA_level = tl.where(meet(i, j, b), load_tile(MA_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
-        across = tl.dot(MA_level, partner, input_precision=PRECISION)
+        of_queries = tl.where(meet(i, j, b), of_queries, 0.0).to(q.dtype)
+        across = tl.dot(of_queries, partner, input_precision=PRECISION)
         dq += tl.where(second, across * to_border, 0.0)
         for_keys = tl.where(second, 0.0, across)
         changes = partner * across
@@ -170,8 +177,8 @@ def channel_pair_gradients(q, p, k, sums, sums_ptr, sums_stride, columns, K: tl.
                 before = border_decay(p_sums, sums_ptr, sums_stride, columns, K, filled, b)
                 own_decay = tl.where(second, before, to_border)
             own_keys = times(own_keys, own_decay)
-            ML_level = tl.where(meet(i, j, b), load_tile(ML_ptr, t, stride, t, C, inside), 0.0).to(q.dtype)
-            own = tl.dot(ML_level, own_keys, input_precision=PRECISION)
+            of_keys = tl.where(meet(i, j, b), of_keys, 0.0).to(q.dtype)
+            own = tl.dot(of_keys, own_keys, input_precision=PRECISION)
             if OWN:
                 dp += tl.where(second, own * own_decay, 0.0)
                 for_keys += tl.where(second, 0.0, own)

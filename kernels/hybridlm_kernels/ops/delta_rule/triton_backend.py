@@ -382,8 +382,8 @@ class _DeltaRuleLaunches:
         else:
             shared |= dict.fromkeys(("dq_pairs_ptr", "dp_pairs_ptr", "dk_pairs_ptr", "dg_pairs_ptr", "itself_ptr"))
         gradients_kernel[(P, self.HV)](
-            A_ptr=results.A, total_ptr=results.total, S_ptr=states, dS_ptr=d_states, dq_ptr=dq, dp_ptr=dp, dk_ptr=dk,
-            dg_ptr=dg, d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
+            total_ptr=results.total, S_ptr=states, dS_ptr=d_states, dq_ptr=dq, dp_ptr=dp, dk_ptr=dk, dg_ptr=dg,
+            d_A_log_ptr=d_A_log, d_bias_ptr=d_bias,
             inverse_scale=1.0 / self.options.scale if self.options.scale else 0.0, DECAY=self.decay,
             GATE=self.flags["GATE"], L2NORM=self.flags["L2NORM"], **self.gate_arguments, **shared)
 

@@ -22,7 +22,7 @@ from hybridlm_kernels.ops.delta_rule.triton_chunk import (
     QUERY_NORM,
     WRITE,
 )
-from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import score_gradients, value_gradients
+from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import score_gradients
 from hybridlm_kernels.recurrence.triton_tiles import (
     C,
     gate_bias,
@@ -41,8 +41,12 @@ from hybridlm_kernels.triton_support import tuned
 
 @triton.jit
 def _state_gradients(do_ptr, y_ptr, z_ptr, S_ptr, dS_ptr, rows, stride, inside, token, reads, channels, K: tl.constexpr,
-                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
-    """The products dO S^T, -Z S^T and Y dS'^T of some channels, and the row sums of S dS'."""
+                     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LOADS_FIRST: tl.constexpr,
+                     PRECISION: tl.constexpr):
+    """The products dO S^T, -Z S^T and Y dS'^T of some channels, and the row sums of S dS'.
+
+    With LOADS_FIRST no product is waited for while a load could be under way, for more registers.
+    """
     d_queries, d_keys = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     d_writes, d_total = tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
     real = channels < K
@@ -50,24 +54,32 @@ def _state_gradients(do_ptr, y_ptr, z_ptr, S_ptr, dS_ptr, rows, stride, inside, 
         columns = v0 + tl.arange(0, BV)
         S = load_tile(S_ptr, channels, V, columns, V, real)
         dS = load_tile(dS_ptr, channels, V, columns, V, real)
-        d_total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
         do = load_tile(do_ptr, token, stride, columns, V, reads)
-        d_queries = tl.dot(do, tl.trans(S), d_queries, input_precision=PRECISION)
         z = load_tile(z_ptr, rows, stride, columns, V, inside)
+        if LOADS_FIRST:
+            y = load_tile(y_ptr, rows, stride, columns, V, inside)
+        d_total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+        d_queries = tl.dot(do, tl.trans(S), d_queries, input_precision=PRECISION)
+        if not LOADS_FIRST:
+            y = load_tile(y_ptr, rows, stride, columns, V, inside)
         d_keys = tl.dot(z, tl.trans(S), d_keys, input_precision=PRECISION)
-        y = load_tile(y_ptr, rows, stride, columns, V, inside)
         d_writes = tl.dot(y, tl.trans(dS), d_writes, input_precision=PRECISION)
     return d_queries, -d_keys, d_writes, d_total
 
 
 @triton.jit
-def _remove_along(x_ptr, dx_ptr, rows, x_stride, dx_stride, inside, weight, K: tl.constexpr, BK: tl.constexpr):
-    """Subtract weight x from dx: the component of a gradient along x, which the l2 norm removes."""
+def _remove_along(q_ptr, k_ptr, dq_ptr, dk_ptr, stride, d_stride, inside, token, reads, of_q, of_k, K: tl.constexpr,
+                  BK: tl.constexpr):
+    """Subtract of_q q from dq and of_k k from dk: the components of gradients that the l2 norm removes."""
+    rows = tl.arange(0, C)
     for k0 in range(0, K, BK):
         columns = k0 + tl.arange(0, BK)
-        x = load_tile(x_ptr, rows, x_stride, columns, K, inside).to(tl.float32)
-        dx = load_tile(dx_ptr, rows, dx_stride, columns, K, inside).to(tl.float32)
-        store_tile(dx_ptr, rows, dx_stride, columns, K, inside, dx - weight[:, None] * x)
+        q = load_tile(q_ptr, token, stride, columns, K, reads)
+        k = load_tile(k_ptr, rows, stride, columns, K, inside)
+        dq = load_tile(dq_ptr, token, d_stride, columns, K, reads).to(tl.float32)
+        dk = load_tile(dk_ptr, rows, d_stride, columns, K, inside).to(tl.float32)
+        store_tile(dq_ptr, token, d_stride, columns, K, reads, dq - of_q[:, None] * q)
+        store_tile(dk_ptr, rows, d_stride, columns, K, inside, dk - of_k[:, None] * k)
 
 
 CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
@@ -76,8 +88,8 @@ CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_st
 
 @tuned(CONFIGS, ["K", "V", "DECAY", "OWN", "BEFORE", "STEPS", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
-def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, A_ptr, factors_ptr,
-                     total_ptr, sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_pairs_ptr,
+def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, total_ptr,
+                     sums_ptr, S_ptr, dS_ptr, chunks_ptr, scratch_ptr, itself_ptr, dq_pairs_ptr,
                      dp_pairs_ptr, dk_pairs_ptr, dg_pairs_ptr, dq_ptr, dp_ptr, dk_ptr, dv_ptr, dg_ptr, d_beta_ptr,
                      d_A_log_ptr, d_bias_ptr, inverse_scale, gate_constant, beta_scale, tokens, H, HV, K: tl.constexpr,
                      V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
@@ -114,16 +126,13 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
     key_norm = tl.load(factors_ptr + KEY_NORM * tokens + t, mask=inside, other=0.0)
     MA_ptr = scratch_ptr + of_head * C
     ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
-    dg_pairs = tl.zeros([C], tl.float32)
     if DECAY == "channel":
         itself = tl.load(itself_ptr + head * tokens + first + t, mask=inside, other=0.0)
     else:
-        itself = value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V,
-                                 None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, token,
-                                 reads, beta, beta_scale, SIGMOID, V, BV)
-        dg_pairs += score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr + of_token * C, MA_ptr, ML_ptr,
-                                    factors_ptr, filled, token, reads, tokens, H, HV, K, V, BK, BV, DECAY, OWN, BEFORE,
-                                    False, EXACT)
+        itself = score_gradients(do_ptr, y_ptr, z_ptr, dv_ptr + of_head * V,
+                                 None if d_beta_ptr is None else d_beta_ptr + of_head, MA_ptr, ML_ptr, factors_ptr,
+                                 filled, token, reads, tokens, HV, beta_scale, V, BV, DECAY, OWN, BEFORE, False,
+                                 SIGMOID, EXACT)
         tl.debug_barrier()  # what other threads of the program wrote is read from here on
     itself *= query_norm * beta * key_norm
     if DECAY == "channel":
@@ -142,7 +151,7 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
         at_state = here * K * V
         d_queries, d_keys, d_writes, d_total = _state_gradients(
             do_ptr, y_ptr, z_ptr, S_ptr + at_state, dS_ptr + at_state, t, HV * V, inside, token, reads, channels, K, V,
-            CHANNELS, BV, PRECISION)
+            CHANNELS, BV, DECAY != "channel", PRECISION)
         q = load_tile(q_ptr, token, H * K, channels, K, reads)
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
         p = load_tile(p_ptr, t, H * K, channels, K, inside) if OWN else k
@@ -181,28 +190,26 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
             if OWN:
                 dp += load_tile(dp_pairs_ptr + of_head * K, t, HV * K, channels, K, inside)
         else:
+            MA = load_tile(MA_ptr, t, HV * C, t, C, inside)
+            ML = load_tile(ML_ptr, t, HV * C, t, C, inside)
+            dq = tl.dot(MA, k, dq, input_precision=PRECISION)
+            dp = tl.dot(ML, k, dp, input_precision=PRECISION)
+            earlier = tl.dot(tl.trans(MA), q, input_precision=PRECISION)  # of dk, where k is the earlier of a pair
+            earlier = tl.dot(tl.trans(ML), p, earlier, input_precision=PRECISION)
             if DECAY == "scalar":
+                rows = q * dq - k * earlier
                 if BEFORE:
-                    dg_rows += tl.sum(q * dq, axis=1)
                     dg_before += tl.sum(p * dp, axis=1)
                 else:
-                    dg_rows += tl.sum(q * dq + p * dp, axis=1)
+                    rows += p * dp
+                dg_rows += tl.sum(rows, axis=1)
                 dg_columns += tl.sum(k * d_writes, axis=1)
                 d_total_sum += tl.sum(d_total)
+            d_writes += earlier
         if OWN:
             dk = d_writes
         else:
             dk = dp + d_writes
-        if DECAY != "channel":
-            for_queries = load_tile(MA_ptr, t, HV * C, t, C, inside)
-            dq = tl.dot(for_queries, k, dq, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(for_queries), q, dk, input_precision=PRECISION)
-            for_keys = load_tile(ML_ptr, t, HV * C, t, C, inside)
-            if OWN:
-                dp = tl.dot(for_keys, k, dp, input_precision=PRECISION)
-                dk = tl.dot(tl.trans(for_keys), p, dk, input_precision=PRECISION)
-            else:
-                dk = tl.dot(for_keys, k, dk, input_precision=PRECISION)
         dq += itself[:, None] * k
         dk += itself[:, None] * q
         store_tile(dq_ptr + of_token * K, token, HV * K, channels, K, reads, dq)
@@ -213,7 +220,7 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
             along_q += tl.sum(q * dq, axis=1)
             along_k += tl.sum(k * dk, axis=1)
     if dg_ptr is not None and DECAY == "scalar":
-        dg = dg_pairs + tl.sum(tl.where(i >= j, dg_rows[:, None], 0.0), axis=0)
+        dg = tl.sum(tl.where(i >= j, dg_rows[:, None], 0.0), axis=0)
         dg += tl.sum(tl.where(i < j, dg_columns[:, None], 0.0), axis=0) + d_total_sum * tl.load(total_ptr + here)
         if BEFORE:
             dg += tl.sum(tl.where(i > j, dg_before[:, None], 0.0), axis=0)
@@ -229,5 +236,5 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
     if L2NORM:
         tl.debug_barrier()
         inverse = query_norm * inverse_scale
-        _remove_along(q_ptr, dq_ptr + of_token * K, token, H * K, HV * K, reads, along_q * inverse * inverse, K, BK)
-        _remove_along(k_ptr, dk_ptr + of_head * K, t, H * K, HV * K, inside, along_k * key_norm * key_norm, K, BK)
+        _remove_along(q_ptr, k_ptr, dq_ptr + of_token * K, dk_ptr + of_head * K, H * K, HV * K, inside, token, reads,
+                      along_q * inverse * inverse, along_k * key_norm * key_norm, K, BK)

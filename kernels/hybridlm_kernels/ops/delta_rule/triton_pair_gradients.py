@@ -40,37 +40,15 @@ from hybridlm_kernels.triton_support import tuned
 
 
 @triton.jit
-def value_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, stride, heads, inside, token, reads, beta, beta_scale,
-                    SIGMOID: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    """The row sums of dO Y. Writes dV = B Z and d_beta, unless they are None. `token` and `reads`: `locate_tokens`."""
-    rows = tl.arange(0, C)
-    same, d_beta = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for v0 in range(0, V, BV):
-        columns = v0 + tl.arange(0, BV)
-        do = load_tile(do_ptr, token, stride, columns, V, reads).to(tl.float32)
-        y = load_tile(y_ptr, rows, stride, columns, V, inside).to(tl.float32)
-        z = load_tile(z_ptr, rows, stride, columns, V, inside).to(tl.float32)
-        same += tl.sum(do * y, axis=1)
-        d_beta += tl.sum(z * y, axis=1)
-        if dv_ptr is not None:
-            store_tile(dv_ptr, rows, stride, columns, V, inside, beta[:, None] * z)
-    if d_beta_ptr is not None:
-        if SIGMOID:
-            d_beta *= beta * (1.0 - beta / beta_scale)
-        tl.store(d_beta_ptr + rows * heads, d_beta.to(d_beta_ptr.dtype.element_ty), mask=inside)
-    return same
+def score_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, MA_ptr, ML_ptr, factors_ptr, filled, token, reads,
+                    tokens, HV, beta_scale, V: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, OWN: tl.constexpr,
+                    BEFORE: tl.constexpr, VALUE_KEYS: tl.constexpr, SIGMOID: tl.constexpr, EXACT: tl.constexpr):
+    """Write dV = B Z and d_beta, unless they are None, and MA and ML, the gradients of the queries' and the keys'
+    scores, with all factors of the products of q and k.
 
-
-@triton.jit
-def score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, factors_ptr, filled, token, reads,
-                    tokens, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                    DECAY: tl.constexpr, OWN: tl.constexpr, BEFORE: tl.constexpr, VALUE_KEYS: tl.constexpr,
-                    EXACT: tl.constexpr):
-    """Write MA and ML, the gradients of the queries' and the keys' scores, with all factors of the products of q and k.
-
-    They stand below the diagonal and mirrored above it; above it MA is 0 unless the decay is one per channel, and so is
-    ML of own erase keys. With a scalar decay the result is the gradient of the gates from pairs of tokens, else 0.
-    VALUE_KEYS says that `y_ptr` holds values, which are written without beta.
+    MA and ML stand below the diagonal, with a decay per channel also mirrored above it, where else nothing is but 0.
+    The result is that of A_ii: like d_beta it is the diagonal of a product that is there anyway. VALUE_KEYS says that
+    `y_ptr` holds values, which are written without beta. `token` and `reads` as in `locate_tokens`.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     t = tl.arange(0, C)
@@ -78,18 +56,24 @@ def score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, f
     beta = tl.load(factors_ptr + BETA * tokens + t, mask=inside, other=0.0)
     key_norm = tl.load(factors_ptr + KEY_NORM * tokens + t, mask=inside, other=0.0)
     query_norm = tl.load(factors_ptr + QUERY_NORM * tokens + t, mask=inside, other=0.0)
-    dg = tl.zeros([C], tl.float32)
     MA, ML = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for v0 in range(0, V, BV):
         columns = v0 + tl.arange(0, BV)
-        y = tl.trans(load_tile(y_ptr, t, HV * V, columns, V, inside))
-        MA = tl.dot(load_tile(do_ptr, token, HV * V, columns, V, reads), y, MA, input_precision=PRECISION)
-        ML = tl.dot(load_tile(z_ptr, t, HV * V, columns, V, inside), y, ML, input_precision=PRECISION)
-    MA = tl.where(i > j, MA, 0.0)
-    ML = tl.where(i > j, ML, 0.0)
+        do = load_tile(do_ptr, token, HV * V, columns, V, reads)  # all loads are under way before the first product
+        y = load_tile(y_ptr, t, HV * V, columns, V, inside)
+        z = load_tile(z_ptr, t, HV * V, columns, V, inside)
+        MA = tl.dot(do, tl.trans(y), MA, input_precision=PRECISION)
+        ML = tl.dot(z, tl.trans(y), ML, input_precision=PRECISION)
+        if dv_ptr is not None:
+            store_tile(dv_ptr, t, HV * V, columns, V, inside, beta[:, None] * z.to(tl.float32))
+    itself = tl.sum(tl.where(i == j, MA, 0.0), axis=1)
+    if d_beta_ptr is not None:
+        d_beta = tl.sum(tl.where(i == j, ML, 0.0), axis=1)
+        if SIGMOID:
+            d_beta *= beta * (1.0 - beta / beta_scale)
+        tl.store(d_beta_ptr + t * HV, d_beta.to(d_beta_ptr.dtype.element_ty), mask=inside)
     of_rows, of_columns = beta if OWN else beta * key_norm, key_norm if VALUE_KEYS else beta * key_norm
     if DECAY == "scalar":
-        pairs = MA * beta[None, :] * load_tile(A_ptr, token, HV * C, t, C, reads)
         coarse = tl.load(factors_ptr + COARSE * tokens + t, mask=inside, other=0.0)
         fine = tl.load(factors_ptr + FINE * tokens + t, mask=inside, other=0.0)
         D = token_decay_between(coarse[:, None], fine[:, None], coarse[None, :], fine[None, :], i, j)
@@ -98,33 +82,15 @@ def score_gradients(do_ptr, y_ptr, z_ptr, p_ptr, k_ptr, A_ptr, MA_ptr, ML_ptr, f
             before, fine_before = load_sums_before(factors_ptr + COARSE * tokens, tokens, t, inside)
             D = token_decay_between(before[:, None], fine_before[:, None], coarse[None, :], fine[None, :], i, j)
         ML *= D
-    MA *= query_norm[:, None] * of_columns[None, :]
-    ML *= -of_rows[:, None] * of_columns[None, :]
+    MA = tl.where(i > j, MA * query_norm[:, None] * of_columns[None, :], 0.0)
+    ML = tl.where(i > j, ML * -of_rows[:, None] * of_columns[None, :], 0.0)
     if DECAY == "channel":
         store_mirrored(MA_ptr, HV * C, t, filled, MA)
+        store_mirrored(ML_ptr, HV * C, t, filled, ML)
     else:
         store_tile(MA_ptr, t, HV * C, t, C, inside, MA)
-    if OWN and DECAY != "channel":
         store_tile(ML_ptr, t, HV * C, t, C, inside, ML)
-    else:
-        store_mirrored(ML_ptr, HV * C, t, filled, ML)
-    if DECAY == "scalar":
-        keys = tl.zeros([C, C], tl.float32)
-        for k0 in range(0, K, BK):
-            k = load_tile(k_ptr, t, H * K, k0 + tl.arange(0, BK), K, inside)
-            p = k
-            if OWN:
-                p = load_tile(p_ptr, t, H * K, k0 + tl.arange(0, BK), K, inside)
-            keys = tl.dot(p, tl.trans(k), keys, input_precision=PRECISION)
-        if BEFORE:  # rows of L leave out the decay of their own token
-            dg += tl.sum(tl.where(i > j, tl.sum(ML * keys, axis=1)[:, None], 0.0), axis=0)
-            dg += tl.sum(tl.where(i >= j, tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
-            pairs += ML * keys
-        else:
-            pairs += ML * keys
-            dg += tl.sum(tl.where(i >= j, tl.sum(pairs, axis=1)[:, None], 0.0), axis=0)
-        dg -= tl.sum(tl.where(j >= i, tl.sum(pairs, axis=0)[None, :], 0.0), axis=1)
-    return dg
+    return itself
 
 
 CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
@@ -160,13 +126,11 @@ def pair_gradients_kernel(q_ptr, p_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr
     factors_ptr += head * NUM_FACTORS * tokens + first
     MA_ptr = scratch_ptr + of_head * C
     ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
-    beta = tl.load(factors_ptr + BETA * tokens + t, mask=inside, other=0.0)
-    itself = value_gradients(do_ptr, y_ptr, z_ptr, None if dv_ptr is None else dv_ptr + of_head * V,
-                             None if d_beta_ptr is None else d_beta_ptr + of_head, HV * V, HV, inside, token, reads,
-                             beta, beta_scale, SIGMOID, V, BV)
+    itself = score_gradients(do_ptr, y_ptr, z_ptr, None if dv_ptr is None else dv_ptr + of_head * V,
+                             None if d_beta_ptr is None else d_beta_ptr + of_head, MA_ptr, ML_ptr, factors_ptr,
+                             filled, token, reads, tokens, HV, beta_scale, V, BV, "channel", OWN, BEFORE, False,
+                             SIGMOID, EXACT)
     tl.store(itself_ptr + head * tokens + first + t, itself, mask=inside)
-    score_gradients(do_ptr, y_ptr, z_ptr, None, None, None, MA_ptr, ML_ptr, factors_ptr, filled, token, reads, tokens,
-                    H, HV, K, V, BK, BV, "channel", OWN, BEFORE, False, EXACT)
     tl.debug_barrier()  # what other threads of the program wrote is read from here on
     for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
         channels = k0 + tl.arange(0, BK)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import NUM_FACTORS, QUERY_NORM
-from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import CONFIGS, score_gradients, value_gradients
+from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import CONFIGS, score_gradients
 from hybridlm_kernels.recurrence.triton_channel_pairs import channel_pair_gradients
 from hybridlm_kernels.recurrence.triton_tiles import C, load_sums, load_tile, locate_chunk, store_tile, sum_over
 from hybridlm_kernels.triton_support import tuned
@@ -48,10 +48,9 @@ def value_key_gradients_kernel(q_ptr, p_ptr, value_keys_ptr, v_ptr, do_ptr, z_pt
     sums_ptr += at_keys
     MA_ptr = scratch_ptr + of_head * C
     ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
-    itself = value_gradients(do_ptr, v_ptr, z_ptr, None, None, HV * V, HV, inside, t, inside, t, 1.0, False, V, BV)
+    itself = score_gradients(do_ptr, v_ptr, z_ptr, None, None, MA_ptr, ML_ptr, factors_ptr, filled, t, inside, tokens,
+                             HV, 1.0, V, BV, "channel", True, BEFORE, True, False, EXACT)
     itself *= tl.load(factors_ptr + QUERY_NORM * tokens + t, mask=inside, other=0.0)
-    score_gradients(do_ptr, v_ptr, z_ptr, None, None, None, MA_ptr, ML_ptr, factors_ptr, filled, t, inside, tokens, H,
-                    HV, K, V, BK, BV, "channel", True, BEFORE, True, EXACT)
     tl.debug_barrier()  # what other threads of the program wrote is read from here on
     for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
         channels = k0 + tl.arange(0, BK)

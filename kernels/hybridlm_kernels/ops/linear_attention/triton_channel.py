@@ -97,7 +97,7 @@ def pair_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, sums_ptr, chunks_ptr, scr
     the terms of states they would not fit the registers.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
-    _, head, first, filled = locate_chunk(chunks_ptr)
+    _chunk, head, first, filled = locate_chunk(chunks_ptr)
     t = tl.arange(0, C)
     inside = t < filled
     of_head, of_key_head = first * HV + head, (first * H + head // (HV // H)) * K
@@ -159,10 +159,10 @@ def gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, A_log_ptr, bias_ptr, ga
             columns = v0 + tl.arange(0, BV)
             S = load_tile(S_ptr + at_state, channels, V, columns, V, channels < K)
             dS = load_tile(dS_ptr + at_state, channels, V, columns, V, channels < K)
-            d_total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
             do = load_tile(do_ptr + at_values, t, HV * V, columns, V, inside)
-            dq = tl.dot(do, tl.trans(S), dq, input_precision=PRECISION)
             v = load_tile(v_ptr + at_values, t, HV * V, columns, V, inside)
+            d_total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+            dq = tl.dot(do, tl.trans(S), dq, input_precision=PRECISION)
             dk = tl.dot(v, tl.trans(dS), dk, input_precision=PRECISION)
         q = load_tile(q_ptr + of_key_head, t, H * K, channels, K, inside)
         k = load_tile(k_ptr + of_key_head, t, H * K, channels, K, inside)
