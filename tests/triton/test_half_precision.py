@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from hybridlm_kernels.ops.delta_rule import triton_backend, triton_chunk, triton_gradients, triton_value_keys
+from hybridlm_kernels.ops.linear_attention import triton_backend as linear_backend
+from hybridlm_kernels.ops.linear_attention import triton_channel
 from hybridlm_kernels.random_inputs import recurrence_inputs
 from hybridlm_kernels.recurrence import triton_channel_pairs, triton_tiles
 from hybridlm_kernels.triton_support import INTERPRETED
@@ -15,7 +17,7 @@ from tests.support.recurrences import set_gates, with_gradients
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU computes in bf16 itself")
 
 
-def emulated(inputs, device, monkeypatch, **options):
+def emulated(inputs, device, monkeypatch, operation="delta_rule", **options):
     """Outputs, states and gradients of inputs with bf16's values, as the kernels of bf16 find them."""
     emulation = Emulation()
     emulation.install(monkeypatch)
@@ -25,13 +27,18 @@ def emulated(inputs, device, monkeypatch, **options):
         if launches.decay == "channel":
             launches.merged, launches.checked = triton_backend.merged_levels(launches.options.gate, torch.bfloat16)
 
+    def narrow_linear(launches):
+        launches.exact = False
+        launches.merged, launches.checked = linear_backend.merged_levels(None, torch.bfloat16)
+
     launches_in_half(monkeypatch, triton_backend._DeltaRuleLaunches, emulation, narrow)
-    for module in (triton_tiles, triton_gradients, triton_channel_pairs, triton_value_keys):
+    launches_in_half(monkeypatch, linear_backend._LinearAttentionLaunches, emulation, narrow_linear)
+    for module in (triton_tiles, triton_gradients, triton_channel, triton_channel_pairs, triton_value_keys):
         monkeypatch.setattr(module, "sum_over", sum_over(emulation))
     monkeypatch.setattr(triton_channel_pairs, "times", times)
     monkeypatch.setattr(triton_chunk, "solve", emulation.with_bits(triton_chunk.solve, 11))
     single = {name: x.float().to(device) for name, x in inputs.items()}
-    return with_gradients("delta_rule", single, backend="triton", **options)
+    return with_gradients(operation, single, backend="triton", **options)
 
 
 @pytest.mark.parametrize(("decay", "gate"), [("scalar", "softplus"), ("channel", "softplus"),
@@ -65,3 +72,21 @@ def test_errors_of_decays_at_the_extremes(gates, device, monkeypatch):
     inputs = {name: x if name in ("initial_state", "g") else half(x) for name, x in inputs.items()}
     expected = with_gradients("delta_rule", inputs, backend="reference", qk_l2norm=True)
     assert_within_bounds(emulated(inputs, device, monkeypatch, qk_l2norm=True), expected, error, {})
+
+
+@pytest.mark.parametrize("gates", ["0", "mixed"])
+def test_errors_of_linear_attention_with_a_decay_per_channel(gates, device, monkeypatch):
+    """GLA, whose pairs meet as those above."""
+    inputs = recurrence_inputs("channel", T=72, K=32, V=32)
+    set_gates(inputs["g"], gates)
+    inputs = {name: x if name in ("initial_state", "g") else half(x) for name, x in inputs.items()}
+    expected = with_gradients("linear_attention", inputs, backend="reference")
+    assert_within_bounds(emulated(inputs, device, monkeypatch, "linear_attention"), expected, error, {})
+
+
+def test_errors_of_a_learnt_gate_of_linear_attention(device, monkeypatch):
+    inputs = recurrence_inputs("channel", T=72, K=32, V=32, raw=True, gate="logsigmoid")
+    inputs = {name: x if name in ("initial_state", "dt_bias") else half(x) for name, x in inputs.items()}
+    expected = with_gradients("linear_attention", inputs, backend="reference", gate="logsigmoid")
+    got = emulated(inputs, device, monkeypatch, "linear_attention", gate="logsigmoid")
+    assert_within_bounds(got, expected, error, {})

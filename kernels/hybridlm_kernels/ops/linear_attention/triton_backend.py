@@ -27,7 +27,7 @@ from hybridlm_kernels.recurrence.gates import Gate, parameters_of
 from hybridlm_kernels.recurrence.triton_channel_pairs import merged_levels
 from hybridlm_kernels.recurrence.triton_chunk_tables import CHUNK_TOKENS, get_chunk_tables
 from hybridlm_kernels.recurrence.triton_join import join_kernel
-from hybridlm_kernels.triton_support import parallel_programs
+from hybridlm_kernels.triton_support import fill_device, parallel_programs
 
 # Up to so many tokens, and without gradients, the recurrence itself is faster than chunks.
 RECURRENT_MAX_TOKENS = 16
@@ -178,14 +178,15 @@ class _LinearAttentionLaunches:
 
         def launch(segments: Tensor, start: Tensor | None, last: Tensor | None, total_of_segments: Tensor | None,
                    output: bool, learn: bool) -> None:
-            scan_kernel[(len(segments) * self.HV * blocks,)](
+            programs = len(segments) * self.HV * blocks
+            scan_kernel[(programs,)](
                 x_ptr=x, y_ptr=y, z_ptr=z, w_ptr=w, A_ptr=A, chunk_total_ptr=total, start_ptr=start,
                 segments_ptr=segments, out_ptr=out if output else None, last_ptr=last, total_ptr=total_of_segments,
                 states_ptr=states if learn else None, dots_ptr=dots if learn else None,
                 carry_ptr=carry if learn else None, scale=self.scale, tokens=self.tokens,
-                chunks=self.tables.num_chunks, HV=self.HV, XY_GROUP=self.HV // y.shape[2],
-                Z_GROUP=self.HV // z.shape[2], DECAY=self.decay, REVERSE=reverse, OUTPUT=output,
-                PAIRS=output and pairs, STATES=learn and states is not None and carry is None,
+                chunks=self.tables.num_chunks, full=fill_device(programs, self.device), HV=self.HV,
+                XY_GROUP=self.HV // y.shape[2], Z_GROUP=self.HV // z.shape[2], DECAY=self.decay, REVERSE=reverse,
+                OUTPUT=output, PAIRS=output and pairs, STATES=learn and states is not None and carry is None,
                 DOTS=learn and dots is not None, EXACT=self.exact, **sizes, **self.gate_arguments)
 
         chunks = self.tables.chunks_per_segment(

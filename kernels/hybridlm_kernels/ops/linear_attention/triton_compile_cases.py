@@ -28,7 +28,7 @@ def _scan(label: str, D: int, decay: str, **flags: bool) -> CompileCase:
     gate = GATE if decay == "scalar" else NO_GATE
     types = (_pointers(BF16, "x", "y", "z", "w", "A", "out", "states") | gate | _pointers(INT64, "segments")
              | _pointers(FP32, "chunk_total", "start", "last", "total", "dots", "carry")
-             | {"scale": "fp32"} | dict.fromkeys(("tokens", "chunks"), "i32"))
+             | {"scale": "fp32"} | dict.fromkeys(("tokens", "chunks", "full"), "i32"))
     absent = {"total_ptr"} | ({"w_ptr", "dots_ptr", "carry_ptr", "states_ptr"} if not flags["DOTS"] else set())
     if decay != "channel":
         absent |= {"chunk_total_ptr"}

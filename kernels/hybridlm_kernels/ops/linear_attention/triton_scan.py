@@ -115,11 +115,11 @@ def pairs_kernel(x_ptr, y_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
     store_tile(A_ptr + (token * HV + head) * C, t, HV * C, t, C, inside, scores * between * scale)
 
 
-@tuned(CONFIGS, ["Y", "Z", "BZ", "DECAY", "REVERSE", "OUTPUT", "PAIRS", "STATES", "DOTS", "EXACT"])
-@triton.jit(do_not_specialize=["tokens", "chunks"])
+@tuned(CONFIGS, ["Y", "Z", "BZ", "DECAY", "REVERSE", "OUTPUT", "PAIRS", "STATES", "DOTS", "EXACT", "full"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "full"])
 def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunk_total_ptr,
                 start_ptr, segments_ptr, out_ptr, last_ptr, total_ptr, states_ptr, dots_ptr, carry_ptr, scale, tokens,
-                chunks, HV: tl.constexpr, XY_GROUP: tl.constexpr, Z_GROUP: tl.constexpr, Y: tl.constexpr,
+                chunks, full, HV: tl.constexpr, XY_GROUP: tl.constexpr, Z_GROUP: tl.constexpr, Y: tl.constexpr,
                 Z: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
                 REVERSE: tl.constexpr, OUTPUT: tl.constexpr, PAIRS: tl.constexpr, STATES: tl.constexpr,
                 DOTS: tl.constexpr, EXACT: tl.constexpr):
@@ -133,6 +133,7 @@ def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, g
     STATES writes the states before chunks [P, HV, Y, Z], with REVERSE those after them.
     DOTS writes dots [Z / BZ, tokens, HV], w_i . out_i for the part of out that comes from the state. With REVERSE it
     also reads `states` and writes carry [Z / BZ, P, HV]: the sum of (state before) (state after) (decay of the chunk).
+    `full`, which only tuning reads, is 1 where the programs fill the device.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     Z_BLOCKS: tl.constexpr = (Z + BZ - 1) // BZ
