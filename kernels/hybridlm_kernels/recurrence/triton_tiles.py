@@ -179,14 +179,13 @@ def pairs_of(i, j, b):
 
 
 @triton.jit
-def lies_between(i, t, b, BEFORE: tl.constexpr = False):
+def lies_between(i, t, b, before=0):
     """Whether token t lies between token i and the border that i meets at level b; i and t broadcast.
 
-    With BEFORE a token i behind the border does not lie there itself.
+    Where `before` is 1, a token i behind the border does not lie there itself.
     """
     start, second = i & -b, second_half(i, b)
-    end = i - 1 if BEFORE else i
-    return (t >= tl.where(second, start, i + 1)) & (t <= tl.where(second, end, start + b - 1))
+    return (t >= tl.where(second, start, i + 1)) & (t <= tl.where(second, i - before, start + b - 1))
 
 
 @triton.jit

@@ -7,8 +7,8 @@ channel) and `gradients_kernel` for those of the inputs. Kept between the two: t
 numbers per token and head. Where heads are few, documents are cut into segments that are scanned side by side.
 
 An erase key of its own is one more operand. A free erase vector b takes the place of the key, with beta = -1. Values
-are then written at a second set of keys, whose scores a second launch of `chunk_kernel` finds, and whose gradients
-`value_key_gradients_kernel`. Where a token writes several times, k, v and beta have rows, and q, g and o tokens.
+are then written at a second set of keys, whose scores a second launch of `chunk_kernel` finds; the rest about them is
+in `triton_value_keys.py`. Where a token writes several times, k, v and beta have rows, and q, g and o tokens.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
@@ -33,7 +33,11 @@ from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import pair_gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
 from hybridlm_kernels.ops.delta_rule.triton_solve import BLOCK as SOLVE_BLOCK
-from hybridlm_kernels.ops.delta_rule.triton_value_keys import value_key_gradients_kernel
+from hybridlm_kernels.ops.delta_rule.triton_value_keys import (
+    value_key_gradients_kernel,
+    value_products_kernel,
+    written_value_gradients_kernel,
+)
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.erase import Erase, tensors_of
@@ -179,7 +183,7 @@ class _DeltaRuleLaunches:
 
     def _scans_side_by_side(self) -> int:
         """Programs of a scan of segments that the device runs side by side, by the kernel as it is built for it."""
-        free = ("n_ptr", "value_A_ptr", "value_L_ptr") if self.x.value_keys is not None else ()
+        free = ("n_ptr", "written_ptr", "own_ptr") if self.x.value_keys is not None else ()
         dtypes = dict.fromkeys(("q_ptr", "k_ptr", "w_ptr", "v_ptr", "A_ptr", "X_ptr", "o_ptr", *free), self.dtype)
         dtypes |= dict.fromkeys(("factors_ptr", "total_ptr", "state_ptr"), torch.float32)
         return parallel_programs(self.device, scan_kernel, dtypes | {"segments_ptr": torch.int64}, {
@@ -275,12 +279,11 @@ class _DeltaRuleLaunches:
 
     def _scan_arguments(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...]) -> dict[str, Any]:
         """The arguments that both scans take."""
-        queries, keys, writes, value_writes = decayed
+        queries, keys, writes, _ = decayed
         return self.sizes | {
-            "q_ptr": queries, "k_ptr": keys, "w_ptr": writes, "n_ptr": value_writes, "A_ptr": results.A,
-            "X_ptr": results.X, "value_A_ptr": results.value_A, "value_L_ptr": results.value_L,
+            "q_ptr": queries, "k_ptr": keys, "w_ptr": writes, "A_ptr": results.A, "X_ptr": results.X,
             "factors_ptr": results.factors, "total_ptr": results.total, "segments_ptr": self.segments, "K": self.K,
-            "V": self.V, "BK": _padded(self.K), "CHANNEL": self.decay == "channel", "OWN": self.own, "FREE": self.free,
+            "V": self.V, "BK": _padded(self.K), "CHANNEL": self.decay == "channel", "OWN": self.own,
             "STEPS": self.options.steps, "EXACT": self.flags["EXACT"], "full": self.full}
 
     def scan(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...], mode: str, start: Tensor | None, *,
@@ -291,8 +294,15 @@ class _DeltaRuleLaunches:
             of_transitions = triton.cdiv(self.K, columns) if mode == "segments" else 0
             return self._blocks_of_values(columns) + of_transitions
 
+        v, own = self.x.v, None
+        if self.free:
+            v, own = self.empty(*v.shape), self.empty(*v.shape) if mode == "outputs" else None
+            value_products_kernel[(self.tables.num_chunks, self.HV)](
+                v_ptr=self.x.v, value_A_ptr=results.value_A, value_L_ptr=results.value_L, chunks_ptr=self.tables.chunks,
+                reads_ptr=v, outputs_ptr=own, HV=self.HV, V=self.V, EXACT=self.flags["EXACT"])
         scan_kernel[self._scan_grid(blocks)](
-            v_ptr=self.x.v, state_ptr=start, o_ptr=o, last_ptr=last, transitions_ptr=transitions, states_ptr=states,
+            n_ptr=decayed[3], v_ptr=v, written_ptr=self.x.v if self.free else None, own_ptr=own, FREE=self.free,
+            state_ptr=start, o_ptr=o, last_ptr=last, transitions_ptr=transitions, states_ptr=states,
             y_ptr=y, MODE=mode, **self._scan_arguments(results, decayed))
 
     def scan_segments(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...], last: Tensor | None
@@ -321,19 +331,17 @@ class _DeltaRuleLaunches:
         return y, states
 
     def scan_back(self, results: _ForwardResults, decayed: tuple[Tensor | None, ...], do: Tensor, d_last: Tensor | None,
-                  d_first: Tensor | None, dv: Tensor) -> tuple[Tensor, Tensor]:
+                  d_first: Tensor | None) -> tuple[Tensor, Tensor]:
         """The tensor Z [B, T, HV, V] and the gradients of the states after every chunk [P, HV, K, V].
 
-        Those of the last states, `d_last`, are zero where None; `d_first` is filled with those of the initial states,
-        and `dv` with those of the values where erase vectors are free.
+        Those of the last states, `d_last`, are zero where None; `d_first` is filled with those of the initial states.
         """
         z, d_states = self.empty(*self.x.v.shape), self.empty(self.tables.num_chunks, self.HV, self.K, self.V)
         arguments = self._scan_arguments(results, decayed)
         grid = self._scan_grid(self._blocks_of_values)
 
         def launch(d_last: Tensor | None, d_states: Tensor | None, z: Tensor | None, d_first: Tensor | None) -> None:
-            scan_back_kernel[grid](do_ptr=do, d_last_ptr=d_last, d_states_ptr=d_states, z_ptr=z,
-                                   dv_ptr=dv if self.free and z is not None else None, d_state_ptr=d_first,
+            scan_back_kernel[grid](do_ptr=do, d_last_ptr=d_last, d_states_ptr=d_states, z_ptr=z, d_state_ptr=d_first,
                                    FIRST_STATES_ONLY=z is None, **arguments)
 
         if results.transitions is None:
@@ -423,7 +431,12 @@ class _TritonDeltaRule(torch.autograd.Function):
         d_last = None if d_last is None or not d_last.numel() else d_last.contiguous()
         d_first = None if inputs.state is None or not ctx.needs_input_grad[9] else launches.states_of_documents()
         dv = launches.empty(*inputs.v.shape)
-        z, d_states = launches.scan_back(results, decayed, do, d_last, d_first, dv)
+        z, d_states = launches.scan_back(results, decayed, do, d_last, d_first)
+        if launches.free:
+            written_value_gradients_kernel[(launches.tables.num_chunks, launches.HV)](
+                value_writes_ptr=decayed[3], value_A_ptr=results.value_A, value_L_ptr=results.value_L, do_ptr=do,
+                z_ptr=z, dS_ptr=d_states, chunks_ptr=launches.tables.chunks, dv_ptr=dv, HV=launches.HV, K=launches.K,
+                V=launches.V, EXACT=launches.flags["EXACT"])
         del decayed  # with a decay per channel: memory that the terms of pairs can take
         gradients = launches.gradients(results, sums, do, y, z, states, d_states, dv, ctx.needs_input_grad)
         return *gradients, None if inputs.state is None or d_first is None else d_first.to(inputs.state.dtype), None

@@ -12,16 +12,20 @@ from hybridlm_kernels.ops.delta_rule.triton_decode import decode_kernel
 from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import pair_gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
-from hybridlm_kernels.ops.delta_rule.triton_value_keys import value_key_gradients_kernel
+from hybridlm_kernels.ops.delta_rule.triton_value_keys import (
+    value_key_gradients_kernel,
+    value_products_kernel,
+    written_value_gradients_kernel,
+)
 from hybridlm_kernels.recurrence.triton_join import compile_case as join_compile_case
 from hybridlm_kernels.triton_support import CompileCase
 
 HEAD_DIMS = (32, 64, 128, 256)
-BF16_TENSORS = ("q p k value_keys g beta queries keys writes value_writes w n v A L X value_A value_L o states y do "
-                "d_states z dq dp dk d_value_keys dv dg d_beta S dS scratch dq_pairs dp_pairs dk_pairs dg_pairs "
-                "from_vectors_dq from_vectors_dp from_vectors_dg")
+BF16_TENSORS = ("q p k value_keys g beta queries keys writes value_writes w n v written own A L X value_A value_L "
+                "reads outputs o states y do d_states z dq dp dk d_value_keys dv dg d_beta S dS scratch dq_pairs "
+                "dp_pairs dk_pairs dg_pairs from_vectors_dq from_vectors_dp from_vectors_dg")
 # Pointers that are None in the plain rule, which reads, erases and writes at the key after the decay.
-OF_ERASE = "p value_keys value_writes n value_A value_L L dp dp_pairs d_value_keys"
+OF_ERASE = "p value_keys value_writes n written own L dp dp_pairs"
 PLAIN = {"OWN": False, "FREE": False, "BEFORE": False, "STEPS": 1}
 FP32_TENSORS = "itself blocks sums A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
 TYPES = ({f"{name}_ptr": "*bf16" for name in BF16_TENSORS.split()}
@@ -40,7 +44,7 @@ def _compile_case(label: str, kernel: Any, constants: dict[str, Any], absent: st
     none = {f"{name}_ptr": None for name in f"{absent} {of_erase}".split() if f"{name}_ptr" in inner.arg_names}
     constants = {name: flag for name, flag in PLAIN.items() if name in inner.arg_names} | constants
     types = {name: TYPES[name] for name in inner.arg_names if name in TYPES and name not in none}
-    return CompileCase(label, kernel, types, constants | none, head_dim=constants["K"])
+    return CompileCase(label, kernel, types, constants | none, head_dim=constants["V" if "V" in constants else "K"])
 
 
 def _chunk_cases(D: int, decay: str) -> Iterator[CompileCase]:
@@ -71,9 +75,9 @@ def _scan_cases(D: int, channel: bool) -> Iterator[CompileCase]:
     yield _compile_case(f"scan, {label}", scan_kernel, sizes | {"MODE": "outputs"}, "transitions states y")
     yield _compile_case(f"states, {label}", scan_kernel, sizes | {"MODE": "states"}, "o last transitions")
     yield _compile_case(f"segments, {label}", scan_kernel, sizes | {"MODE": "segments"}, "state o states y")
-    yield _compile_case(f"scan back, {label}", scan_back_kernel, sizes | {"FIRST_STATES_ONLY": False}, "dv")
+    yield _compile_case(f"scan back, {label}", scan_back_kernel, sizes | {"FIRST_STATES_ONLY": False})
     yield _compile_case(f"segments back, {label}", scan_back_kernel, sizes | {"FIRST_STATES_ONLY": True},
-                        "d_last d_states z dv")
+                        "d_last d_states z")
 
 
 def _erase_cases(D: int) -> Iterator[CompileCase]:
@@ -95,19 +99,19 @@ def _erase_cases(D: int) -> Iterator[CompileCase]:
                         f"dv {no_gate}", "")
     scan = sizes | free | {"BK": D, "CHANNEL": True, "EXACT": False}
     yield _compile_case(f"scan, {label}", scan_kernel, scan | {"MODE": "outputs"}, "transitions states y", "")
-    yield _compile_case(f"states, {label}", scan_kernel, scan | {"MODE": "states"}, "o last transitions value_A", "")
-    yield _compile_case(f"scan back, {label}", scan_back_kernel, scan | {"FIRST_STATES_ONLY": False}, "", "")
+    yield _compile_case(f"states, {label}", scan_kernel, scan | {"MODE": "states"}, "own o last transitions", "")
+    yield _compile_case(f"value products, {label}", value_products_kernel, {"V": D, "EXACT": False}, "", "")
+    yield _compile_case(f"value gradients, {label}", written_value_gradients_kernel, sizes | {"EXACT": False}, "", "")
     label = f"erase keys, scalar decay, D={D}"
     flags |= {"DECAY": "scalar", "BEFORE": True, "L2NORM": True, "SIGMOID": True}
     yield _compile_case(f"chunk, {label}", chunk_kernel, flags | {"K": D, "MERGED": 0, "CHECKED": False},
                         "sums A_log bias", "L")
     yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes | {"OWN": True},
                         "sums itself dq_pairs dp_pairs dk_pairs dg_pairs A_log bias d_A_log d_bias", "")
-    scan |= {"CHANNEL": False, "FREE": False}
-    of_values = "n value_A value_L"
+    scan = sizes | {"OWN": True, "BK": D, "CHANNEL": False, "EXACT": False}
+    of_values = "n written own"
     yield _compile_case(f"scan, {label}", scan_kernel, scan | {"MODE": "outputs"}, "transitions states y", of_values)
-    yield _compile_case(f"scan back, {label}", scan_back_kernel, scan | {"FIRST_STATES_ONLY": False}, "",
-                        f"{of_values} dv")
+    yield _compile_case(f"scan back, {label}", scan_back_kernel, scan | {"FIRST_STATES_ONLY": False})
 
 
 def _product_cases(D: int) -> Iterator[CompileCase]:
@@ -119,7 +123,7 @@ def _product_cases(D: int) -> Iterator[CompileCase]:
                         "sums itself dq_pairs dk_pairs dg_pairs")
     scan = sizes | {"BK": D, "CHANNEL": False, "STEPS": 3, "EXACT": False}
     yield _compile_case(f"scan, {label}", scan_kernel, scan | {"MODE": "outputs"}, "transitions states y")
-    yield _compile_case(f"scan back, {label}", scan_back_kernel, scan | {"FIRST_STATES_ONLY": False}, "dv")
+    yield _compile_case(f"scan back, {label}", scan_back_kernel, scan | {"FIRST_STATES_ONLY": False})
 
 
 def _cases() -> Iterator[CompileCase]:

@@ -93,8 +93,40 @@ def score_gradients(do_ptr, y_ptr, z_ptr, dv_ptr, d_beta_ptr, MA_ptr, ML_ptr, fa
     return itself
 
 
+@triton.jit
+def own_pair_gradients(q_ptr, p_ptr, k_ptr, sums_ptr, M_ptr, to_ML, dq_ptr, dp_ptr, dk_ptr, dg_ptr, filled, token,
+                       reads, H, HV, K: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, MERGED: tl.constexpr,
+                       EXACT: tl.constexpr):
+    """Write the terms of dq, dp, dk and, unless None, dg that come from pairs, of queries and erase keys p.
+
+    Queries and erase keys take turns, since both at once would not fit the registers. ML lies `to_ML` behind MA, which
+    is `M_ptr`; dk and dg of the first turn are read in the second.
+    """
+    t = tl.arange(0, C)
+    inside = t < filled
+    for turn in tl.range(0, 2, num_stages=1, disable_licm=True, loop_unroll_factor=1):
+        of_queries, of_erase_keys = reads & (turn == 0), inside & (turn == 1)
+        for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
+            channels = k0 + tl.arange(0, BK)
+            sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
+            x = load_tile(q_ptr, token, H * K, channels, K, of_queries)
+            x += load_tile(p_ptr, t, H * K, channels, K, of_erase_keys)
+            k = load_tile(k_ptr, t, H * K, channels, K, inside)
+            dx, dk, dg = channel_pair_gradients(x, k, sums, sums_ptr, HV * K, channels, K, M_ptr + turn * to_ML, None,
+                                                HV * C, filled, False, BEFORE, MERGED, EXACT, turn)
+            store_tile(dq_ptr, token, HV * K, channels, K, of_queries, dx)
+            store_tile(dp_ptr, t, HV * K, channels, K, of_erase_keys, dx)
+            dk += load_tile(dk_ptr, t, HV * K, channels, K, of_erase_keys)
+            store_tile(dk_ptr, t, HV * K, channels, K, inside, dk)
+            if dg_ptr is not None:
+                dg += load_tile(dg_ptr, t, HV * K, channels, K, of_erase_keys)
+                store_tile(dg_ptr, t, HV * K, channels, K, inside, dg)
+        tl.debug_barrier()
+
+
 CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
-           for channels, values, warps, stages in ((32, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1))]
+           for channels, values, warps, stages in ((32, 64, 8, 1), (32, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1),
+                                                   (16, 32, 8, 1))]
 
 
 @tuned(CONFIGS, ["K", "V", "OWN", "BEFORE", "STEPS", "MERGED", "EXACT"])
@@ -132,19 +164,20 @@ def pair_gradients_kernel(q_ptr, p_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr
                              SIGMOID, EXACT)
     tl.store(itself_ptr + head * tokens + first + t, itself, mask=inside)
     tl.debug_barrier()  # what other threads of the program wrote is read from here on
-    for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
-        channels = k0 + tl.arange(0, BK)
-        sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
-        q = load_tile(q_ptr, token, H * K, channels, K, reads)
-        k = load_tile(k_ptr, t, H * K, channels, K, inside)
-        p = k
-        if OWN:
-            p = load_tile(p_ptr + of_key_head * K, t, H * K, channels, K, inside)
-        dq, dp, dk, dg = channel_pair_gradients(q, p, k, sums, sums_ptr, HV * K, channels, K, MA_ptr, ML_ptr, HV * C,
-                                                filled, True, OWN, BEFORE, MERGED, EXACT)
-        if OWN:
-            store_tile(dp_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dp)
-        store_tile(dq_pairs_ptr, token, HV * K, channels, K, reads, dq)
-        store_tile(dk_pairs_ptr, t, HV * K, channels, K, inside, dk)
-        if dg_pairs_ptr is not None:
-            store_tile(dg_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dg)
+    if OWN:
+        own_pair_gradients(q_ptr, p_ptr + of_key_head * K, k_ptr, sums_ptr, MA_ptr, (chunk - chunk + HV) * tokens * C,
+                           dq_pairs_ptr, dp_pairs_ptr + of_head * K, dk_pairs_ptr,
+                           None if dg_pairs_ptr is None else dg_pairs_ptr + of_head * K, filled, token, reads, H, HV, K,
+                           BK, BEFORE, MERGED, EXACT)
+    else:
+        for k0 in tl.range(0, K, BK, disable_licm=True):  # masks of [C, C] would fill the registers
+            channels = k0 + tl.arange(0, BK)
+            sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
+            q = load_tile(q_ptr, token, H * K, channels, K, reads)
+            k = load_tile(k_ptr, t, H * K, channels, K, inside)
+            dq, dk, dg = channel_pair_gradients(q, k, sums, sums_ptr, HV * K, channels, K, MA_ptr, ML_ptr, HV * C,
+                                                filled, True, BEFORE, MERGED, EXACT)
+            store_tile(dq_pairs_ptr, token, HV * K, channels, K, reads, dq)
+            store_tile(dk_pairs_ptr, t, HV * K, channels, K, inside, dk)
+            if dg_pairs_ptr is not None:
+                store_tile(dg_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dg)

@@ -10,8 +10,9 @@ With S the state at the start of a chunk, Q, K, W its decayed queries, keys and 
 and backward, D the gradient of B Y, Z = dY / B:
     D = A^T dO + W dS',  Z = D - X^T B D,  dS = diag(total) dS' + Q^T dO - K^T B Z
 Erase keys P take the place of K. With free erase vectors, B = -I and W their decayed rows, so that Y are the negative
-reads. Values are then written at decayed keys of their own, N, with scores A' and L' (below the diagonal) against them:
-    R = -L' V - P S,  O = Q S + A B Y + A' V,  S' = diag(total) S + W^T B Y + N^T V,  dV = A'^T dO - L'^T B Z + N dS'
+reads. Values are then written at decayed keys of their own, N, and `triton_value_keys.py` has found what reads and
+outputs get of a chunk's own values, R' and O':
+    R = R' - P S,  O = Q S + A B Y + O',  S' = diag(total) S + W^T B Y + N^T V
 A program takes some columns of the values of one head of one segment; the longest segments come first.
 
 Legend: N documents, U segments, H key heads, HV value heads, K/V key/value head dim, C tokens per chunk, P chunks.
@@ -40,7 +41,7 @@ def locate_program(segments_ptr, HV, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def scan_step(S, q_ptr, k_ptr, w_ptr, n_ptr, key_stride, v_ptr, A_ptr, X_ptr, value_A_ptr, value_L_ptr, factors_ptr,
+def scan_step(S, q_ptr, k_ptr, w_ptr, n_ptr, key_stride, v_ptr, written_ptr, own_ptr, A_ptr, X_ptr, factors_ptr,
               total_ptr, o_ptr, y_ptr, tokens, inside, token, reads, of_values, channels, columns, HV, K: tl.constexpr,
               V: tl.constexpr, CHANNEL: tl.constexpr, OWN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
     """The state after a chunk from S, the state before it; writes o (MODE "outputs") or Y (MODE "states").
@@ -50,17 +51,14 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, n_ptr, key_stride, v_ptr, A_ptr, X_ptr, va
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     i = tl.arange(0, C)
     k = load_tile(k_ptr, i, key_stride, channels, K, inside)
-    v = load_tile(v_ptr, i, HV * V, columns, V, of_values)
+    v = load_tile(v_ptr, i, HV * V, columns, V, of_values).to(tl.float32)
     X = load_tile(X_ptr, i, HV * C, i, C, inside)
     beta = tl.load(factors_ptr + BETA * tokens + i, mask=inside, other=0.0)[:, None]
     S_half = S.to(k.dtype)
     seen = tl.dot(k, S_half, input_precision=PRECISION)
     if not CHANNEL:
         seen *= tl.load(factors_ptr + KEY * tokens + i, mask=inside, other=0.0)[:, None]
-    if n_ptr is None:
-        R = v.to(tl.float32) - seen
-    else:
-        R = -tl.dot(load_tile(value_L_ptr, i, HV * C, i, C, inside), v, seen, input_precision=PRECISION)
+    R = v - seen
     Y = R - tl.dot(X, (beta * R).to(k.dtype), input_precision=PRECISION)
     if MODE == "outputs":
         q = load_tile(q_ptr, token, key_stride, channels, K, reads)
@@ -69,8 +67,8 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, n_ptr, key_stride, v_ptr, A_ptr, X_ptr, va
         if not CHANNEL:
             o *= tl.load(factors_ptr + QUERY * tokens + i, mask=inside, other=0.0)[:, None]
         o = tl.dot(A, (beta * Y).to(k.dtype), o, input_precision=PRECISION)
-        if n_ptr is not None:
-            o = tl.dot(load_tile(value_A_ptr, i, HV * C, i, C, inside), v, o, input_precision=PRECISION)
+        if own_ptr is not None:
+            o += load_tile(own_ptr, i, HV * V, columns, V, inside)
         store_tile(o_ptr, token, HV * V, columns, V, reads, o)
     if MODE == "states":
         store_tile(y_ptr, i, HV * V, columns, V, inside, Y)
@@ -80,7 +78,8 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, n_ptr, key_stride, v_ptr, A_ptr, X_ptr, va
         S *= tl.load(total_ptr + channels, mask=channels < K, other=0.0)[:, None]
         if n_ptr is not None:
             n = load_tile(n_ptr, i, key_stride, channels, K, inside)
-            S = tl.dot(tl.trans(n), v, S, input_precision=PRECISION)
+            values = load_tile(written_ptr, i, HV * V, columns, V, of_values)
+            S = tl.dot(tl.trans(n), values, S, input_precision=PRECISION)
         return tl.dot(tl.trans(w), written.to(w.dtype), S, input_precision=PRECISION)
     else:
         written *= tl.load(factors_ptr + WRITE * tokens + i, mask=inside, other=0.0)[:, None]
@@ -93,14 +92,16 @@ def scan_step(S, q_ptr, k_ptr, w_ptr, n_ptr, key_stride, v_ptr, A_ptr, X_ptr, va
 
 @tuned(CONFIGS, ["K", "V", "CHANNEL", "OWN", "FREE", "STEPS", "MODE", "EXACT", "full"], many=CONFIGS[1])
 @triton.jit(do_not_specialize=["tokens", "full"])
-def scan_kernel(q_ptr, k_ptr, w_ptr, n_ptr, v_ptr, A_ptr, X_ptr, value_A_ptr, value_L_ptr, factors_ptr, total_ptr,
+def scan_kernel(q_ptr, k_ptr, w_ptr, n_ptr, v_ptr, written_ptr, own_ptr, A_ptr, X_ptr, factors_ptr, total_ptr,
                 state_ptr, segments_ptr, o_ptr, last_ptr, transitions_ptr, states_ptr, y_ptr, tokens, full, H, HV,
                 K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr,
                 OWN: tl.constexpr, FREE: tl.constexpr, STEPS: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr):
     """Scan segments from the states before them [U, HV, K, V], zero for None.
 
-    OWN says that erase keys (`k_ptr`) and written keys (`w_ptr`) differ, FREE that erase vectors are free, and values
-    written at keys of their own (`n_ptr`). Where a token is STEPS rows, `tokens` are rows, but those of q, A and o.
+    OWN says that erase keys (`k_ptr`) and written keys (`w_ptr`) differ, FREE that erase vectors are free: R' takes the
+    place of values then, O' is `own_ptr`, and values (`written_ptr`) are written at keys of their own (`n_ptr`). Where
+    a token is STEPS rows, `tokens` are rows, but those of q, A and o.
+
     MODE "outputs" writes o [tokens, HV, V] and, unless None, the last states [U, HV, K, V].
     MODE "states", for the backward pass, writes the states before every chunk [P, HV, K, V] and Y [tokens, HV, V].
     MODE "segments", from a state of zero, writes the last states [U, HV, K, V] and the products of the transitions
@@ -131,9 +132,9 @@ def scan_kernel(q_ptr, k_ptr, w_ptr, n_ptr, v_ptr, A_ptr, X_ptr, value_A_ptr, va
         first_token, token, _, reads = locate_tokens(start, inside, STEPS)
         of_token = first_token * HV + head
         S = scan_step(S, q_ptr + (first_token * heads + key_head) * K, k_ptr + at_keys, w_ptr + at_keys,
-                      n_ptr + at_keys if FREE else None, heads * K, v_ptr + at_values, A_ptr + of_token * C,
-                      X_ptr + at_scores, value_A_ptr + at_scores if FREE else None,
-                      value_L_ptr + at_scores if FREE else None, factors_ptr + head * NUM_FACTORS * tokens + start,
+                      n_ptr + at_keys if FREE else None, heads * K, v_ptr + at_values,
+                      written_ptr + at_values if FREE else None, None if own_ptr is None else own_ptr + at_values,
+                      A_ptr + of_token * C, X_ptr + at_scores, factors_ptr + head * NUM_FACTORS * tokens + start,
                       total_ptr + (chunk * HV + head) * (K if CHANNEL else 1),
                       None if o_ptr is None else o_ptr + of_token * V, None if y_ptr is None else y_ptr + at_values,
                       tokens, inside, token, reads, of_values, channels, columns, HV, K, V, CHANNEL, OWN, MODE, EXACT)
@@ -144,15 +145,14 @@ def scan_kernel(q_ptr, k_ptr, w_ptr, n_ptr, v_ptr, A_ptr, X_ptr, value_A_ptr, va
         store_tile(transitions_ptr + (segment * HV + head) * K * K, channels, K, columns, K, real, S)
 
 
-@tuned(CONFIGS, ["K", "V", "CHANNEL", "OWN", "FREE", "STEPS", "FIRST_STATES_ONLY", "EXACT", "full"], many=CONFIGS[1])
+@tuned(CONFIGS, ["K", "V", "CHANNEL", "OWN", "STEPS", "FIRST_STATES_ONLY", "EXACT", "full"], many=CONFIGS[1])
 @triton.jit(do_not_specialize=["tokens", "full"])
-def scan_back_kernel(q_ptr, k_ptr, w_ptr, n_ptr, do_ptr, A_ptr, X_ptr, value_A_ptr, value_L_ptr, factors_ptr, total_ptr,
-                     d_last_ptr, segments_ptr, d_states_ptr, z_ptr, dv_ptr, d_state_ptr, tokens, full, H, HV,
-                     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr,
-                     OWN: tl.constexpr, FREE: tl.constexpr, STEPS: tl.constexpr, FIRST_STATES_ONLY: tl.constexpr,
-                     EXACT: tl.constexpr):
-    """Write the gradients of the states after every chunk [P, HV, K, V], Z [tokens, HV, V], with FREE dv like it and,
-    unless None, the gradients of the states before segments [U, HV, K, V].
+def scan_back_kernel(q_ptr, k_ptr, w_ptr, do_ptr, A_ptr, X_ptr, factors_ptr, total_ptr, d_last_ptr, segments_ptr,
+                     d_states_ptr, z_ptr, d_state_ptr, tokens, full, H, HV, K: tl.constexpr, V: tl.constexpr,
+                     BK: tl.constexpr, BV: tl.constexpr, CHANNEL: tl.constexpr, OWN: tl.constexpr, STEPS: tl.constexpr,
+                     FIRST_STATES_ONLY: tl.constexpr, EXACT: tl.constexpr):
+    """Write the gradients of the states after every chunk [P, HV, K, V], Z [tokens, HV, V] and, unless None, the
+    gradients of the states before segments [U, HV, K, V].
 
     FIRST_STATES_ONLY writes these last alone; with d_last None the gradient after every segment is zero.
     """
@@ -193,14 +193,6 @@ def scan_back_kernel(q_ptr, k_ptr, w_ptr, n_ptr, do_ptr, A_ptr, X_ptr, value_A_p
         if not FIRST_STATES_ONLY:
             store_tile(z_ptr + head * V, rows, HV * V, columns, V, inside, Z)
         minus_dR = -beta * Z
-        if FREE and not FIRST_STATES_ONLY:
-            n = load_tile(n_ptr + head * K, rows, HV * K, channels, K, inside)
-            dv = tl.dot(n, dS.to(n.dtype), input_precision=PRECISION)
-            scores = load_tile(value_A_ptr + head * C, rows, HV * C, i, C, inside)
-            dv = tl.dot(tl.trans(scores), do, dv, input_precision=PRECISION)
-            scores = load_tile(value_L_ptr + head * C, rows, HV * C, i, C, inside)
-            dv = tl.dot(tl.trans(scores), minus_dR.to(n.dtype), dv, input_precision=PRECISION)
-            store_tile(dv_ptr + head * V, rows, HV * V, columns, V, inside, dv)
         if CHANNEL:
             k = load_tile(k_ptr, rows, heads * K, channels, K, inside)
             dS *= tl.load(total_ptr + here * K + channels, mask=real, other=0.0)[:, None]

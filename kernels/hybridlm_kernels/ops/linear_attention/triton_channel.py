@@ -120,8 +120,8 @@ def pair_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, sums_ptr, chunks_ptr, scr
         q = load_tile(q_ptr, t, H * K, channels, K, inside)
         k = load_tile(k_ptr, t, H * K, channels, K, inside)
         sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
-        dq, _, dk, dg = channel_pair_gradients(q, k, k, sums, sums_ptr, HV * K, channels, K, scratch_ptr, None, HV * C,
-                                               filled, False, False, False, MERGED, EXACT)
+        dq, dk, dg = channel_pair_gradients(q, k, sums, sums_ptr, HV * K, channels, K, scratch_ptr, None, HV * C,
+                                            filled, False, False, MERGED, EXACT)
         store_tile(dq_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dq)
         store_tile(dk_pairs_ptr + of_head * K, t, HV * K, channels, K, inside, dk)
         if dg_pairs_ptr is not None:
