@@ -1,4 +1,4 @@
-"""What values do to a chunk where erase vectors are free and values are written at keys of their own.
+"""The part of values in a chunk where erase vectors are free and values are written at keys of their own.
 
 The values V are written at keys n with scores A'_ij = q_i . (a_{j+1} ... a_i) n_j and L'_ij, the same of erase keys
 below the diagonal (`triton_chunk.py`), and N are the keys decayed to the chunk's end. Forward:
