@@ -53,33 +53,29 @@ def _state_gradients(do_ptr, y_ptr, z_ptr, S_ptr, dS_ptr, rows, stride, inside, 
     for v0 in range(0, V, BV):
         columns = v0 + tl.arange(0, BV)
         S = load_tile(S_ptr, channels, V, columns, V, real)
-        dS = load_tile(dS_ptr, channels, V, columns, V, real)
         do = load_tile(do_ptr, token, stride, columns, V, reads)
         z = load_tile(z_ptr, rows, stride, columns, V, inside)
         if LOADS_FIRST:
+            dS = load_tile(dS_ptr, channels, V, columns, V, real)
+            y = load_tile(y_ptr, rows, stride, columns, V, inside)
+        d_queries = tl.dot(do, tl.trans(S), d_queries, input_precision=PRECISION)
+        d_keys = tl.dot(z, tl.trans(S), d_keys, input_precision=PRECISION)
+        if not LOADS_FIRST:
+            dS = load_tile(dS_ptr, channels, V, columns, V, real)
             y = load_tile(y_ptr, rows, stride, columns, V, inside)
         d_total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
-        d_queries = tl.dot(do, tl.trans(S), d_queries, input_precision=PRECISION)
-        if not LOADS_FIRST:
-            y = load_tile(y_ptr, rows, stride, columns, V, inside)
-        d_keys = tl.dot(z, tl.trans(S), d_keys, input_precision=PRECISION)
         d_writes = tl.dot(y, tl.trans(dS), d_writes, input_precision=PRECISION)
     return d_queries, -d_keys, d_writes, d_total
 
 
 @triton.jit
-def _remove_along(q_ptr, k_ptr, dq_ptr, dk_ptr, stride, d_stride, inside, token, reads, of_q, of_k, K: tl.constexpr,
-                  BK: tl.constexpr):
-    """Subtract of_q q from dq and of_k k from dk: the components of gradients that the l2 norm removes."""
-    rows = tl.arange(0, C)
+def _remove_along(x_ptr, dx_ptr, rows, stride, d_stride, inside, weight, K: tl.constexpr, BK: tl.constexpr):
+    """Subtract weight x from dx: the component of a gradient along x, which the l2 norm removes."""
     for k0 in range(0, K, BK):
         columns = k0 + tl.arange(0, BK)
-        q = load_tile(q_ptr, token, stride, columns, K, reads)
-        k = load_tile(k_ptr, rows, stride, columns, K, inside)
-        dq = load_tile(dq_ptr, token, d_stride, columns, K, reads).to(tl.float32)
-        dk = load_tile(dk_ptr, rows, d_stride, columns, K, inside).to(tl.float32)
-        store_tile(dq_ptr, token, d_stride, columns, K, reads, dq - of_q[:, None] * q)
-        store_tile(dk_ptr, rows, d_stride, columns, K, inside, dk - of_k[:, None] * k)
+        x = load_tile(x_ptr, rows, stride, columns, K, inside)
+        dx = load_tile(dx_ptr, rows, d_stride, columns, K, inside).to(tl.float32)
+        store_tile(dx_ptr, rows, d_stride, columns, K, inside, dx - weight[:, None] * x)
 
 
 CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
@@ -236,5 +232,5 @@ def gradients_kernel(q_ptr, p_ptr, k_ptr, g_ptr, A_log_ptr, bias_ptr, do_ptr, y_
     if L2NORM:
         tl.debug_barrier()
         inverse = query_norm * inverse_scale
-        _remove_along(q_ptr, k_ptr, dq_ptr + of_token * K, dk_ptr + of_head * K, H * K, HV * K, inside, token, reads,
-                      along_q * inverse * inverse, along_k * key_norm * key_norm, K, BK)
+        _remove_along(q_ptr, dq_ptr + of_token * K, token, H * K, HV * K, reads, along_q * inverse * inverse, K, BK)
+        _remove_along(k_ptr, dk_ptr + of_head * K, t, H * K, HV * K, inside, along_k * key_norm * key_norm, K, BK)
