@@ -76,6 +76,17 @@ def test_counters_of_64_bits_and_loops_within_loops():
     assert (cost.instructions, cost.data_loops) == (1 + 2 * (2 + 5 + 3) + 1, 0)
 
 
+def test_the_upper_half_of_an_address_is_one_register():
+    """LEA.HI writes R4 alone: R5 behind it counts on. IMAD.WIDE writes both."""
+    def instructions(between):
+        cost = simulate(code(("MOV R5, RZ",), (between,), ".L_x_0", ("VIADD R5, R5, 0x1",),
+                             ("ISETP.NE.AND P0, PT, R5, 0x3, PT",), ("@P0 BRA `(.L_x_0)",), ("EXIT",)))
+        return cost.instructions, cost.data_loops
+
+    assert instructions("LEA.HI.X R4, R77, R8, R9, 0x1, P1") == (2 + 3 * 3 + 1, 0)
+    assert instructions("IMAD.WIDE R4, R7, 0x2, R8") == (2 + 3 + 1, 1)
+
+
 def test_a_flag_instead_of_a_counter():
     cost = simulate(code(("PLOP3.LUT P1, PT, PT, PT, PT, 0x80, 0x0",), ".L_x_0", ("FADD R1, R1, R1",),
                          ("PLOP3.LUT P0, PT, PT, PT, P1, 0x80, 0x0",), ("PLOP3.LUT P1, PT, PT, PT, PT, 0x40, 0x0",),

@@ -82,7 +82,7 @@ def _registers_written(instruction: Instruction) -> int:
         return int(size[1]) // 2
     if instruction.opcode in ("HMMA", "LDSM") or "128" in instruction.modifiers:
         return 4
-    return 2 if {"64", "WIDE", "HI"} & instruction.modifiers or instruction.opcode == "CS2R" else 1
+    return 2 if {"64", "WIDE"} & instruction.modifiers or instruction.opcode == "CS2R" else 1
 
 
 def _move(registers: Registers, instruction: Instruction) -> Written:
