@@ -12,8 +12,20 @@ from hybridlm_kernels.ops.selected_attention import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import filled_borders_of
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
+from hybridlm_kernels.triton_support import lazy_triton_backend
+
+
+def _fits(call: Call) -> tuple[bool, str]:
+    key_dim, value_dim = call.get("key_dim"), call.get("value_dim")
+    if max(key_dim, value_dim) > 256:
+        return False, f"holds heads of up to 256 dims; got keys of {key_dim} and values of {value_dim}"
+    if call.get("units") == "tokens":
+        return False, "reads blocks and windows, which many queries share; got lists of tokens"
+    return True, ""
+
 
 SELECTED_ATTENTION = register(Operation("selected_attention", (
+    lazy_triton_backend(f"{__name__}.triton_backend", "selected_attention", _fits),
     Backend("torch", torch_backend.selected_attention), Backend("reference", reference.selected_attention))))
 
 
@@ -102,8 +114,9 @@ def selected_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_B
     borders = None
     if block is not None or window is not None:
         borders = filled_borders_of(cu_seqlens, batch, rows.shape[1], q_BTHK.device)
+    units = "blocks" if block is not None or not indices_BTUN.shape[3] else "tokens"
     call = Call.of(q_BTHK, k_BSGK, v_BSGV, window_k_BWGK, window_v_BWGV, sinks_H, bias_BTUN, key_dim=dim,
-                   value_dim=v_BSGV.shape[3])
+                   value_dim=v_BSGV.shape[3], units=units)
     chosen = choose(SELECTED_ATTENTION, call, backend)
     return chosen.run(q_BTHK, k_BSGK, v_BSGV, indices_BTUN, dim**-0.5 if scale is None else scale, block, window,
                       window_k_BWGK, window_v_BWGV, sinks_H, bias_BTUN, borders)
