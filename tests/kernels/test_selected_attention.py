@@ -17,7 +17,9 @@ HEADS = [(1, 2, 4), (2, 2, 4), (4, 2, 4), (1, 1, 3)]  # lists, key heads, query 
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces, tiles and bands so small that every test has several, the last ones not full."""
-    monkeypatch.setattr(torch_backend, "CPU_PIECE_ELEMENTS", 600)
+    monkeypatch.setattr(torch_backend, "CPU_PIECE_ELEMENTS", 150)
+    monkeypatch.setattr(torch_backend, "CPU_SLOT_ELEMENTS", 150)
+    monkeypatch.setattr(listed_parts, "CPU_SCORES", 50)
     monkeypatch.setattr(torch_backend, "MIN_QUERIES", 3)
     monkeypatch.setattr(listed_parts, "TILE_ROWS", 6)
     monkeypatch.setattr(listed_parts, "MIN_BAND", 4)

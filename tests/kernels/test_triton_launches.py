@@ -185,6 +185,13 @@ OTHERS = {
     "forgetting_attention, cached keys": lambda: ops.forgetting_attention(
         half(1, 1, 2, 16), half(1, 9, 1, 16), half(1, 9, 1, 16), half(1, 9, 2), backend="triton"),
     "sparse_attention, absorbed": lambda: _absorbed(half(1, 4, 2, 40)),
+    "selected_attention, one token": lambda: ops.selected_attention(
+        half(1, 1, 1, 16), half(1, 1, 1, 16), half(1, 1, 1, 16), torch.zeros(1, 1, 1, 1, dtype=torch.int64), block=1,
+        backend="triton")[0],
+    "selected_attention, all": lambda: ops.selected_attention(
+        half(2, 9, 4, 40), half(2, 9, 2, 40), half(2, 9, 2, 24), torch.zeros(2, 9, 2, 3, dtype=torch.int64), block=4,
+        window=3, window_k_BWGK=half(2, 9, 2, 40), window_v_BWGV=half(2, 9, 2, 24), sinks_H=half(4),
+        bias_BTUN=half(2, 9, 2, 3), cu_seqlens=[0, 1, 9, 18], backend="triton")[0],
 }
 
 

@@ -16,6 +16,9 @@ PROGRAMS = (2**24, 65535, 65535)  # in each direction of a grid; of blocks of 64
 # The indexer's loss runs over blocks of one row's keys and queries: rows of up to 2^20 tokens.
 OF_A_ROW = dict.fromkeys(("T", "S", "Q", "start", "low"), (0, 2**20))
 BLOCKS_OF_A_ROW = (2**14, 65535, 65535)
+# Lists of blocks: their number and length, parts of a query and head, key heads, keys of a block, columns of gradients.
+OF_LISTS = dict.fromkeys(("U", "axes", "W"), (1, 2**10)) | dict.fromkeys(("N", "width"), (1, 2**12)) | {
+    "place": (0, 2**12), "block": (1, 2**14)}
 
 
 OPERATIONS = sorted(path.parent.name for path in Path(hybridlm_kernels.__file__).parent.glob("ops/*/triton_backend.py"))
@@ -33,6 +36,8 @@ def test_no_address_overflows(operation):
         arguments, programs = HEADS | dict.fromkeys(compile_case.divisible, (1, 2**20)), PROGRAMS
         if operation == "indexer_kl":
             arguments, programs = arguments | OF_A_ROW, BLOCKS_OF_A_ROW
+        if operation == "selected_attention":
+            arguments = arguments | OF_LISTS
         configured = configurations(compile_case)[0]
         ranges = Ranges(inlined(configured.source, configured.options), arguments, programs)
         assert ranges.offsets > 0

@@ -1,21 +1,25 @@
-"""The parts of one softmax: blocks that queries list, tokens that they list, and a window. Each knows its own scores.
+"""The parts of one softmax: blocks that queries list, tokens that they list, and a window.
 
-A part gives scores in a shape of its own, and sums over them by query. It is made for one piece of queries.
+A part attends by itself and says the logarithm of its sum, by which parts are joined. It is made for one piece of
+queries.
 
-M queries, R heads, K/V key/value dim, N units per list, Z keys of all rows; L tiles of P slots, a slot being a query
-that lists the tile's block of C tokens; X rows, Q queries of each, E queries of a band.
+M queries, R heads, K/V key/value dim, N units per list, Z keys of all rows; A slots, a slot being a query that lists a
+block of C tokens, P slots of a tile; X rows, Q queries of each, E queries of a band.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 TILE_ROWS = 64  # query heads of a tile: enough for a matrix product, few enough that little of it is padding
+CPU_SCORES = 2**17  # scores of a block that are worked on at a time, in the cache
+GPU_SCORES = 2**26
 MIN_BAND, MAX_BAND = 32, 256  # queries of a band
 
 
@@ -27,49 +31,49 @@ def add_rows(total_ZD: Tensor, row: Tensor, x_AD: Tensor) -> None:
         total_ZD += torch.ops.aten.embedding_dense_backward(x_AD.contiguous(), row, len(total_ZD), -1, False)
 
 
+def weigh(score: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(score - most) in place of the scores, and the most of the last dimension; 0 for it where all are -inf."""
+    most = score.amax(-1)
+    most.masked_fill_(most == -torch.inf, 0.0)
+    return score.sub_(most[..., None]).exp_(), most
+
+
+class Gradients(NamedTuple):
+    """What a backward knows of a piece: gradients at the outputs, do . o - dlse, and the log sums (inf for -inf)."""
+
+    do_MRV: Tensor
+    delta_MR: Tensor
+    lse_MR: Tensor
+
+
 class AttentionPart(ABC):
-    """Keys that take part in one softmax, and the products with them. `is_listed`: lists name them."""
+    """Keys that take part in one softmax. `is_listed`: lists name them."""
 
     is_listed: ClassVar[bool] = True
 
     @abstractmethod
-    def score(self, q_MRK: Tensor, k_ZK: Tensor, bias_MN: Tensor | None) -> Tensor:
-        """Scores with the bias of their unit, -inf where a key is not read, in a shape of the part's own."""
+    def attend(self, q_MRK: Tensor, k_ZK: Tensor, v_ZV: Tensor, bias_MN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs [M, R, V] of the part alone, and the logarithms of its sums [M, R]; zeros and -inf without keys.
+
+        Args:
+            q_MRK: scaled queries.
+            k_ZK: keys of all rows.
+            v_ZV: their values.
+            bias_MN: added to the scores of a unit.
+        """
 
     @abstractmethod
-    def most(self, score: Tensor) -> Tensor:
-        """The largest score of each query, [M, R]."""
-
-    @abstractmethod
-    def weights(self, score: Tensor, at_MR: Tensor) -> Tensor:
-        """exp(score - at), in place of the scores."""
-
-    @abstractmethod
-    def total(self, p: Tensor) -> Tensor:
-        """The sum of the weights of each query, [M, R]."""
-
-    @abstractmethod
-    def output(self, p: Tensor, v_ZV: Tensor) -> Tensor:
-        """The weighted sum of values of each query, [M, R, V]."""
-
-    @abstractmethod
-    def score_gradient(self, p: Tensor, do_MRV: Tensor, delta_MR: Tensor, v_ZV: Tensor) -> Tensor:
-        """p (do . v - delta), in the shape of the scores."""
-
-    @abstractmethod
-    def backward(self, p: Tensor, ds: Tensor, q_MRK: Tensor, do_MRV: Tensor, k_ZK: Tensor, dk: Tensor,
-                 dv: Tensor) -> Tensor:
-        """Adds the gradients of keys and values; returns that of the scaled queries, [M, R, K]."""
-
-    def bias_gradient(self, ds: Tensor) -> Tensor | None:
-        """The gradient of the bias of each listed unit, [M, N]; None of a part without lists."""
-        return None
+    def backward(self, q_MRK: Tensor, k_ZK: Tensor, v_ZV: Tensor, bias_MN: Tensor | None, given: Gradients, dk: Tensor,
+                 dv: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Adds the gradients of keys and values; returns those of the scaled queries [M, R, K] and biases [M, N]."""
 
 
-class BlockTiles(AttentionPart):
-    """Pairs of a query and a block that it lists, sorted by block and cut into tiles of one block each.
+class ListedBlocks(AttentionPart):
+    """Pairs of a query and a block that it lists, sorted by block: a block's keys are read where they are, and all
+    products are of matrices.
 
-    So a block's keys are read once per tile, not once per query, and all products are of matrices.
+    Forward, a block's slots are cut into tiles of one size, so that a query's bits do not depend on how many others
+    list the block. Of a block, the queries that do not read all of it come first.
     """
 
     def __init__(self, start_MN: Tensor, limit_MN: Tensor, block: int, heads: int, keys: int):
@@ -83,93 +87,114 @@ class BlockTiles(AttentionPart):
             keys: Z.
         """
         self.queries, self.units = start_MN.shape
-        self.heads, self.block = heads, block
-        self.slots_per_tile = size = max(1, TILE_ROWS // heads)
+        self.heads, self.block, self.keys = heads, block, keys
+        self.tile_slots = size = max(1, TILE_ROWS // heads)
         device = start_MN.device
         present = limit_MN.flatten() >= 0
-        key = start_MN.flatten().masked_fill(~present, keys)
+        whole = limit_MN.flatten() >= block - 1
+        key = (2 * start_MN.flatten() + whole).masked_fill(~present, 2 * keys)
         order = torch.argsort(key, stable=True)[: int(present.sum())]
-        key = key[order]
-        blocks, counts = torch.unique_consecutive(key, return_counts=True)
+        start = start_MN.flatten()[order]
+        blocks, counts = torch.unique_consecutive(start, return_counts=True)
         tiles = (counts + size - 1) // size
         first_slot = (tiles.cumsum(0) - tiles) * size
-        first_pair = counts.cumsum(0) - counts
-        shift = (first_slot - first_pair).repeat_interleave(counts)
-        slot = torch.arange(len(key), device=device) + shift
-        # One more tile of empty slots; the last of them serves units that are not read.
-        self.num_slots = (int(tiles.sum()) + 1) * size
+        shift = first_slot - (counts.cumsum(0) - counts)
+        slot = torch.arange(len(order), device=device) + shift.repeat_interleave(counts)
+        # One more empty slot serves the units that are not read.
+        self.num_slots = int(tiles.sum()) * size + 1
         slot_X = torch.full((self.queries * self.units,), self.num_slots - 1, dtype=torch.int64, device=device)
         slot_X[order] = slot
         self.slot_MN = slot_X.view(self.queries, self.units)
         self.query_A = torch.zeros(self.num_slots, dtype=torch.int64, device=device)
         self.query_A[slot] = order // self.units
-        limit_A = torch.full((self.num_slots,), -1, dtype=torch.int64, device=device)
-        limit_A[slot] = limit_MN.flatten()[order]
-        self.partial = (limit_A < block - 1).nonzero()[:, 0]  # slots that do not read their whole block
-        self.unread = torch.arange(block, device=device) > limit_A[self.partial][:, None]
-        token_LC = F.pad(blocks.repeat_interleave(tiles), (0, 1))[:, None] + torch.arange(block, device=device)
-        self.token_LC = token_LC.clamp_(max=keys - 1)
-        self.gathered: dict[int, Tensor] = {}  # what this piece has gathered, by its source
+        self.limit_A = torch.full((self.num_slots,), block - 1, dtype=torch.int64, device=device)
+        self.limit_A[slot] = limit_MN.flatten()[order]
+        cut = torch.zeros(len(blocks), dtype=torch.int64, device=device).index_add_(
+            0, torch.repeat_interleave(counts), (~whole[order]).long())
+        #: of each block its first token, first slot, slots, and those of them that do not read all of it
+        self.runs = torch.stack([blocks, first_slot, counts, cut], 1).tolist()
+        self.offset_C = torch.arange(block, device=device)
 
-    def _gather(self, x: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Rows of x, gathered once per piece."""
-        if id(x) not in self.gathered:
-            self.gathered[id(x)] = x.flatten(1).index_select(0, index).view(shape)
-        return self.gathered[id(x)]
+    def _pieces(self, slots: int, multiple: int) -> Iterator[tuple[slice, slice, int]]:
+        """Yields keys, slots (a multiple of some) and the number of the first slots that do not read all keys."""
+        for token, first, count, cut in self.runs:
+            keys = slice(token, min(token + self.block, self.keys))
+            stop = first + -(-count // multiple) * multiple
+            for begin in range(first, stop, slots):
+                end = min(begin + slots, stop)
+                yield keys, slice(begin, end), min(max(first + cut - begin, 0), end - begin)
 
-    def _rows(self, x_MRD: Tensor) -> Tensor:
-        """Queries or gradients of outputs by tile, [L, P * R, D]; empty slots get some query, and no weight."""
-        return self._gather(x_MRD, self.query_A, (len(self.token_LC), self.slots_per_tile * self.heads, x_MRD.shape[2]))
+    def _slots(self, device: torch.device, multiple: int) -> int:
+        """Slots that are worked on at a time."""
+        most = CPU_SCORES if device.type == "cpu" else GPU_SCORES
+        return max(1, most // (self.heads * self.block * multiple)) * multiple
 
-    def _keys(self, x_ZD: Tensor) -> Tensor:
-        """Keys or values by tile, [L, C, D]."""
-        return self._gather(x_ZD, self.token_LC.flatten(), (*self.token_LC.shape, x_ZD.shape[1]))
+    def _rows(self, x_MRD: Tensor, slots: slice) -> Tensor:
+        """Queries or gradients of outputs of some slots, [slots * R, D]."""
+        return x_MRD.flatten(1).index_select(0, self.query_A[slots]).view(-1, x_MRD.shape[2])
 
-    def _sum(self, x_AD: Tensor) -> Tensor:
-        """The sum over each query's slots, [M, D]."""
-        return F.embedding_bag(self.slot_MN, x_AD, mode="sum")
+    def _hide(self, score: Tensor, slots: slice, cut: int) -> None:
+        """Puts -inf where the first `cut` slots do not read."""
+        if cut:
+            score_ARC = score.view(slots.stop - slots.start, self.heads, -1)
+            limit_A = self.limit_A[slots.start : slots.start + cut]
+            unread_AC = self.offset_C[: score_ARC.shape[2]] > limit_A[:, None]
+            score_ARC[:cut].masked_fill_(unread_AC[:, None], -torch.inf)
 
-    def _tiles(self, x_ARC: Tensor) -> Tensor:
-        return x_ARC.view(len(self.token_LC), self.slots_per_tile * self.heads, self.block)
+    def _by_slot(self, x_MN: Tensor) -> Tensor:
+        """What units have, by slot; 0 for empty ones."""
+        return x_MN.new_zeros(self.num_slots).index_copy_(0, self.slot_MN.flatten(), x_MN.flatten())
 
-    def score(self, q_MRK: Tensor, k_ZK: Tensor, bias_MN: Tensor | None) -> Tensor:
-        """Scores [A, R, C], -inf where a slot does not read."""
-        score = torch.bmm(self._rows(q_MRK), self._keys(k_ZK).transpose(1, 2))
-        score_ARC = score.view(self.num_slots, self.heads, self.block)
-        if bias_MN is not None:
-            bias_A = bias_MN.new_zeros(self.num_slots).index_copy_(0, self.slot_MN.flatten(), bias_MN.flatten())
-            score_ARC += bias_A[:, None, None]
-        score_ARC[self.partial] = score_ARC[self.partial].masked_fill_(self.unread[:, None], -torch.inf)
-        return score_ARC
+    def attend(self, q_MRK: Tensor, k_ZK: Tensor, v_ZV: Tensor, bias_MN: Tensor | None) -> tuple[Tensor, Tensor]:
+        o_ARV = q_MRK.new_empty(self.num_slots, self.heads, v_ZV.shape[1])
+        o_ARV[-1] = 0.0
+        most_AR, total_AR = (q_MRK.new_full((self.num_slots, self.heads), fill) for fill in (-torch.inf, 0.0))
+        bias_A = None if bias_MN is None else self._by_slot(bias_MN)
+        size = self.tile_slots
+        for keys, slots, cut in self._pieces(self._slots(q_MRK.device, size), size):
+            tiles = (slots.stop - slots.start) // size
+            q_LXK = self._rows(q_MRK, slots).view(tiles, size * self.heads, -1)
+            score = torch.bmm(q_LXK, k_ZK[keys].t().expand(tiles, -1, -1))
+            if bias_A is not None:
+                score.view(slots.stop - slots.start, -1).add_(bias_A[slots, None])
+            self._hide(score, slots, cut)
+            p, most = weigh(score)
+            most_AR[slots], total_AR[slots] = most.view(-1, self.heads), p.sum(-1).view(-1, self.heads)
+            torch.bmm(p, v_ZV[keys].expand(tiles, -1, -1), out=o_ARV[slots].view(tiles, size * self.heads, -1))
+        most_MNR = most_AR[self.slot_MN]
+        at_MR = most_MNR.amax(1)
+        at_MR.masked_fill_(at_MR == -torch.inf, 0.0)
+        weight_MNR = most_MNR.sub_(at_MR[:, None]).exp_()
+        total_MR = torch.einsum("mnr,mnr->mr", weight_MNR, total_AR[self.slot_MN])
+        weight_MNR /= total_MR.masked_fill(total_MR == 0, 1.0)[:, None]
+        row_MRN = (self.slot_MN * self.heads)[:, None] + torch.arange(self.heads, device=q_MRK.device)[:, None]
+        o = F.embedding_bag(row_MRN.flatten(0, 1), o_ARV.flatten(0, 1), mode="sum",
+                            per_sample_weights=weight_MNR.transpose(1, 2).reshape(-1, self.units))
+        return o.view(self.queries, self.heads, -1), total_MR.log_().add_(at_MR)
 
-    def most(self, score_ARC: Tensor) -> Tensor:
-        return score_ARC.amax(-1)[self.slot_MN].amax(1)
-
-    def weights(self, score_ARC: Tensor, at_MR: Tensor) -> Tensor:
-        return score_ARC.sub_(at_MR[self.query_A][..., None]).exp_()
-
-    def total(self, p_ARC: Tensor) -> Tensor:
-        return self._sum(p_ARC.sum(-1))
-
-    def output(self, p_ARC: Tensor, v_ZV: Tensor) -> Tensor:
-        o = torch.bmm(self._tiles(p_ARC), self._keys(v_ZV))
-        return self._sum(o.view(self.num_slots, self.heads * o.shape[2])).view(self.queries, self.heads, -1)
-
-    def score_gradient(self, p_ARC: Tensor, do_MRV: Tensor, delta_MR: Tensor, v_ZV: Tensor) -> Tensor:
-        dp = torch.bmm(self._rows(do_MRV), self._keys(v_ZV).transpose(1, 2)).view(p_ARC.shape)
-        return dp.sub_(delta_MR[self.query_A][..., None]).mul_(p_ARC)
-
-    def backward(self, p_ARC: Tensor, ds_ARC: Tensor, q_MRK: Tensor, do_MRV: Tensor, k_ZK: Tensor, dk: Tensor,
-                 dv: Tensor) -> Tensor:
-        token = self.token_LC.flatten()
-        p, ds = self._tiles(p_ARC), self._tiles(ds_ARC)
-        add_rows(dv, token, torch.bmm(p.transpose(1, 2), self._rows(do_MRV)).flatten(0, 1))
-        add_rows(dk, token, torch.bmm(ds.transpose(1, 2), self._rows(q_MRK)).flatten(0, 1))
-        dq = torch.bmm(ds, self._keys(k_ZK)).view(self.num_slots, self.heads * q_MRK.shape[2])
-        return self._sum(dq).view(q_MRK.shape)
-
-    def bias_gradient(self, ds_ARC: Tensor) -> Tensor:
-        return ds_ARC.sum((1, 2))[self.slot_MN]
+    def backward(self, q_MRK: Tensor, k_ZK: Tensor, v_ZV: Tensor, bias_MN: Tensor | None, given: Gradients, dk: Tensor,
+                 dv: Tensor) -> tuple[Tensor, Tensor | None]:
+        dq_ARK = q_MRK.new_empty(self.num_slots, self.heads, q_MRK.shape[2])
+        dq_ARK[-1] = 0.0
+        bias_A = None if bias_MN is None else self._by_slot(bias_MN)
+        d_bias_A = None if bias_A is None else torch.zeros_like(bias_A)
+        for keys, slots, cut in self._pieces(self._slots(q_MRK.device, 1), 1):
+            q, do = self._rows(q_MRK, slots), self._rows(given.do_MRV, slots)
+            query = self.query_A[slots]
+            shift = given.lse_MR[query]
+            if bias_A is not None:
+                shift -= bias_A[slots, None]
+            p = torch.mm(q, k_ZK[keys].t()).sub_(shift.view(-1, 1))
+            self._hide(p, slots, cut)
+            p.exp_()
+            dv[keys].addmm_(p.t(), do)
+            ds = torch.mm(do, v_ZV[keys].t()).sub_(given.delta_MR[query].view(-1, 1)).mul_(p)
+            dk[keys].addmm_(ds.t(), q)
+            torch.mm(ds, k_ZK[keys], out=dq_ARK[slots].flatten(0, 1))
+            if d_bias_A is not None:
+                d_bias_A[slots] = ds.view(slots.stop - slots.start, -1).sum(1)
+        dq = F.embedding_bag(self.slot_MN, dq_ARK.flatten(1), mode="sum").view(q_MRK.shape)
+        return dq, None if d_bias_A is None else d_bias_A[self.slot_MN]
 
 
 class GatheredTokens(AttentionPart):
@@ -183,44 +208,36 @@ class GatheredTokens(AttentionPart):
         """Keys or values by query, [M, N, D]."""
         return x_ZD.index_select(0, self.token_MN.flatten()).view(*self.token_MN.shape, x_ZD.shape[1])
 
-    def score(self, q_MRK: Tensor, k_ZK: Tensor, bias_MN: Tensor | None) -> Tensor:
+    def _score(self, q_MRK: Tensor, k_MNK: Tensor, bias_MN: Tensor | None) -> Tensor:
         """Scores [M, R, N], -inf where nothing is listed."""
-        score_MRN = torch.bmm(q_MRK, self._gather(k_ZK).transpose(1, 2))
+        score_MRN = torch.bmm(q_MRK, k_MNK.transpose(1, 2))
         if bias_MN is not None:
             score_MRN += bias_MN[:, None]
         return score_MRN.masked_fill_(self.absent_MN[:, None], -torch.inf)
 
-    def most(self, score_MRN: Tensor) -> Tensor:
-        return score_MRN.amax(-1)
+    def attend(self, q_MRK: Tensor, k_ZK: Tensor, v_ZV: Tensor, bias_MN: Tensor | None) -> tuple[Tensor, Tensor]:
+        p_MRN, most_MR = weigh(self._score(q_MRK, self._gather(k_ZK), bias_MN))
+        return normalized(torch.bmm(p_MRN, self._gather(v_ZV)), p_MRN.sum(-1), most_MR)
 
-    def weights(self, score_MRN: Tensor, at_MR: Tensor) -> Tensor:
-        return score_MRN.sub_(at_MR[..., None]).exp_()
-
-    def total(self, p_MRN: Tensor) -> Tensor:
-        return p_MRN.sum(-1)
-
-    def output(self, p_MRN: Tensor, v_ZV: Tensor) -> Tensor:
-        return torch.bmm(p_MRN, self._gather(v_ZV))
-
-    def score_gradient(self, p_MRN: Tensor, do_MRV: Tensor, delta_MR: Tensor, v_ZV: Tensor) -> Tensor:
-        return torch.bmm(do_MRV, self._gather(v_ZV).transpose(1, 2)).sub_(delta_MR[..., None]).mul_(p_MRN)
-
-    def backward(self, p_MRN: Tensor, ds_MRN: Tensor, q_MRK: Tensor, do_MRV: Tensor, k_ZK: Tensor, dk: Tensor,
-                 dv: Tensor) -> Tensor:
+    def backward(self, q_MRK: Tensor, k_ZK: Tensor, v_ZV: Tensor, bias_MN: Tensor | None, given: Gradients, dk: Tensor,
+                 dv: Tensor) -> tuple[Tensor, Tensor | None]:
+        k_MNK = self._gather(k_ZK)
+        p_MRN = self._score(q_MRK, k_MNK, bias_MN).sub_(given.lse_MR[..., None]).exp_()
+        ds_MRN = torch.bmm(given.do_MRV, self._gather(v_ZV).transpose(1, 2)).sub_(given.delta_MR[..., None])
+        ds_MRN.mul_(p_MRN)
         token = self.token_MN.flatten()
-        add_rows(dv, token, torch.bmm(p_MRN.transpose(1, 2), do_MRV).flatten(0, 1))
+        add_rows(dv, token, torch.bmm(p_MRN.transpose(1, 2), given.do_MRV).flatten(0, 1))
         add_rows(dk, token, torch.bmm(ds_MRN.transpose(1, 2), q_MRK).flatten(0, 1))
-        return torch.bmm(ds_MRN, self._gather(k_ZK))
+        return torch.bmm(ds_MRN, k_MNK), None if bias_MN is None else ds_MRN.sum(1)
 
-    def bias_gradient(self, ds_MRN: Tensor) -> Tensor:
-        return ds_MRN.sum(1)
+
+def normalized(o_MRV: Tensor, total_MR: Tensor, most_MR: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs divided by their sums of weights, and the logarithms of the sums."""
+    return o_MRV / total_MR.masked_fill(total_MR == 0, 1.0)[..., None], most_MR + total_MR.log()
 
 
 class WindowBands(AttentionPart):
-    """The window: bands of queries against all keys that one of them sees.
-
-    Scores of the bands lie behind one another, [X, R * E, keys of the band] flattened.
-    """
+    """The window: bands of queries against all keys that one of them sees."""
 
     is_listed: ClassVar[bool] = False
 
@@ -239,77 +256,48 @@ class WindowBands(AttentionPart):
         """
         self.k_FWK, self.v_FWV, self.key_row_X = k_FWK, v_FWV, key_row_X
         self.rows, self.size = first_XQ.shape
-        self.bands, self.hidden = [], []
+        self.bands = []
         step = min(MAX_BAND, max(MIN_BAND, window // 2))
         for begin in range(0, self.size, step):
             end = min(begin + step, self.size)
             keys = slice(max(0, start + begin - window + 1), start + end)
-            self.bands.append((slice(begin, end), keys))
             s = torch.arange(keys.start, keys.stop, device=position_Q.device)
             t = position_Q[begin:end, None]
             seen_XES = (s <= t) & (s > t - window) & (s >= first_XQ[:, begin:end, None])
-            self.hidden.append(~seen_XES[:, None])  # [X, 1, E, keys]
+            self.bands.append((slice(begin, end), keys, ~seen_XES[:, None]))  # [X, 1, E, keys]
 
     def _rows(self, x_MRD: Tensor, queries: slice) -> Tensor:
         """Queries or gradients of outputs of a band, [X, R * E, D]."""
         return x_MRD.unflatten(0, (self.rows, self.size))[:, queries].transpose(1, 2).flatten(1, 2)
 
-    def _cut(self, x: Tensor) -> list[Tensor]:
-        """Scores by band, each [X, R, E, keys], views of x."""
-        heads = x.numel() // sum(hidden.numel() for hidden in self.hidden)
-        parts = x.split([hidden.numel() * heads for hidden in self.hidden])
-        return [part.view(self.rows, heads, *hidden.shape[2:]) for part, hidden in zip(parts, self.hidden, strict=True)]
+    def _join(self, bands: list[Tensor], heads: int) -> Tensor:
+        """[X, R * E, ...] of each band to [M, R, ...]."""
+        return torch.cat([band.unflatten(1, (heads, -1)).transpose(1, 2) for band in bands], 1).flatten(0, 1)
 
-    def _join(self, bands: list[Tensor]) -> Tensor:
-        """[X, R, E, ...] of each band to [M, R, ...]."""
-        return torch.cat([band.transpose(1, 2) for band in bands], 1).flatten(0, 1)
-
-    def _products(self, x_MRD: Tensor, y_FWD: Tensor) -> list[Tensor]:
-        """x . y of each band, [X, R, E, keys]."""
-        found = []
-        for queries, keys in self.bands:
-            product = torch.bmm(self._rows(x_MRD, queries), y_FWD[self.key_row_X, keys].transpose(1, 2))
-            found.append(product.view(self.rows, x_MRD.shape[1], queries.stop - queries.start, -1))
-        return found
-
-    def _applied(self, x: Tensor, y_FWD: Tensor) -> Tensor:
-        """The sum over keys of x times y, [M, R, D]."""
-        return self._join([torch.matmul(band, y_FWD[self.key_row_X, keys][:, None])
-                           for band, (_, keys) in zip(self._cut(x), self.bands, strict=True)])
-
-    def score(self, q_MRK: Tensor, k_ZK: Tensor, bias_MN: Tensor | None) -> Tensor:
-        """Scores of all bands, -inf where a key is outside of the window."""
-        bands = [score.masked_fill_(hidden, -torch.inf)
-                 for score, hidden in zip(self._products(q_MRK, self.k_FWK), self.hidden, strict=True)]
-        return torch.cat([band.flatten() for band in bands])
-
-    def most(self, score: Tensor) -> Tensor:
-        return self._join([band.amax(-1) for band in self._cut(score)])
-
-    def weights(self, score: Tensor, at_MR: Tensor) -> Tensor:
-        for band, (queries, _) in zip(self._cut(score), self.bands, strict=True):
-            at = self._rows(at_MR[..., None], queries).view(*band.shape[:3], 1)
-            band.sub_(at).exp_()
+    def _score(self, q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+        """Scores of a band [X, R * E, keys], -inf outside of the window."""
+        score = torch.bmm(q, k.transpose(1, 2))
+        score.view(self.rows, -1, *hidden.shape[2:]).masked_fill_(hidden, -torch.inf)
         return score
 
-    def total(self, p: Tensor) -> Tensor:
-        return self._join([band.sum(-1) for band in self._cut(p)])
+    def attend(self, q_MRK: Tensor, k_ZK: Tensor, v_ZV: Tensor, bias_MN: Tensor | None) -> tuple[Tensor, Tensor]:
+        outputs, sums = [], []
+        for queries, keys, hidden in self.bands:
+            p, most = weigh(self._score(self._rows(q_MRK, queries), self.k_FWK[self.key_row_X, keys], hidden))
+            o, lse = normalized(torch.bmm(p, self.v_FWV[self.key_row_X, keys]), p.sum(-1), most)
+            outputs.append(o)
+            sums.append(lse)
+        return self._join(outputs, q_MRK.shape[1]), self._join(sums, q_MRK.shape[1])
 
-    def output(self, p: Tensor, v_ZV: Tensor) -> Tensor:
-        return self._applied(p, self.v_FWV)
-
-    def score_gradient(self, p: Tensor, do_MRV: Tensor, delta_MR: Tensor, v_ZV: Tensor) -> Tensor:
-        dp = torch.cat([band.flatten() for band in self._products(do_MRV, self.v_FWV)])
-        for band, (queries, _) in zip(self._cut(dp), self.bands, strict=True):
-            band.sub_(self._rows(delta_MR[..., None], queries).view(*band.shape[:3], 1))
-        return dp.mul_(p)
-
-    def backward(self, p: Tensor, ds: Tensor, q_MRK: Tensor, do_MRV: Tensor, k_ZK: Tensor, dk: Tensor,
-                 dv: Tensor) -> Tensor:
-        pieces = zip(self._cut(p), self._cut(ds), self.bands, strict=True)
-        for p_XRES, ds_XRES, (queries, keys) in pieces:
-            band_dv = torch.bmm(p_XRES.flatten(1, 2).transpose(1, 2), self._rows(do_MRV, queries))
-            band_dk = torch.bmm(ds_XRES.flatten(1, 2).transpose(1, 2), self._rows(q_MRK, queries))
-            dv[:, keys].index_add_(0, self.key_row_X, band_dv)
-            dk[:, keys].index_add_(0, self.key_row_X, band_dk)
-        return self._applied(ds, self.k_FWK)
+    def backward(self, q_MRK: Tensor, k_ZK: Tensor, v_ZV: Tensor, bias_MN: Tensor | None, given: Gradients, dk: Tensor,
+                 dv: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = []
+        for queries, keys, hidden in self.bands:
+            q, do = self._rows(q_MRK, queries), self._rows(given.do_MRV, queries)
+            k, v = self.k_FWK[self.key_row_X, keys], self.v_FWV[self.key_row_X, keys]
+            p = self._score(q, k, hidden).sub_(self._rows(given.lse_MR[..., None], queries)).exp_()
+            ds = torch.bmm(do, v.transpose(1, 2)).sub_(self._rows(given.delta_MR[..., None], queries)).mul_(p)
+            dv[:, keys].index_add_(0, self.key_row_X, torch.bmm(p.transpose(1, 2), do))
+            dk[:, keys].index_add_(0, self.key_row_X, torch.bmm(ds.transpose(1, 2), q))
+            found.append(torch.bmm(ds, k))
+        return self._join(found, q_MRK.shape[1]), None

@@ -15,11 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridlm_kernels.ops.selected_attention.listed_parts import AttentionPart, BlockTiles, GatheredTokens, WindowBands
+from hybridlm_kernels.ops.selected_attention.listed_parts import (
+    AttentionPart,
+    GatheredTokens,
+    Gradients,
+    ListedBlocks,
+    WindowBands,
+)
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 
-CPU_PIECE_ELEMENTS = 2**20  # scores of a piece: near the cache, and enough work for one operation
+CPU_PIECE_ELEMENTS = 2**20  # copied keys and scores of a piece: near the cache, and enough work for one operation
+CPU_SLOT_ELEMENTS = 2**23  # outputs of the queries of a piece for each block that they list
 GPU_PIECE_ELEMENTS = 2**26
 MIN_QUERIES = 16  # of a piece
 
@@ -137,10 +144,12 @@ class _Pieces:
     def pieces(self) -> Iterator[tuple[slice, slice]]:
         """Yields (rows, queries): a part of one row, or several whole rows where these are short."""
         rows, queries, heads = self.q_XTRK.shape[:3]
-        cpu = self.q_XTRK.device.type == "cpu"
-        near = 0 if self.layout.window is None else 2 * self.layout.window
-        per_query = heads * (self.indices_XTN.shape[2] * (self.layout.block or 1 + self.q_XTRK.shape[3]) + near)
-        fits = max(MIN_QUERIES, (CPU_PIECE_ELEMENTS if cpu else GPU_PIECE_ELEMENTS) // max(1, per_query))
+        most, per_query = CPU_SLOT_ELEMENTS, max(self.q_XTRK.shape[3], self.v_ZV.shape[1])
+        if self.layout.block is None:
+            most, per_query = CPU_PIECE_ELEMENTS, 1 + self.q_XTRK.shape[3]
+        if self.q_XTRK.device.type != "cpu":
+            most = GPU_PIECE_ELEMENTS
+        fits = max(MIN_QUERIES, most // (heads * max(1, self.indices_XTN.shape[2]) * per_query))
         if fits >= queries:
             step = max(1, fits // max(1, queries))
             for row in range(0, rows, step):
@@ -166,7 +175,7 @@ class _Pieces:
         if lists_MN.shape[1] and layout.block is not None:
             start_MN = first_M[:, None] + lists_MN * layout.block
             limit_MN = (last_M[:, None] - start_MN).clamp_(max=layout.block - 1).masked_fill_(lists_MN < 0, -1)
-            parts.append(BlockTiles(start_MN + base_M1, limit_MN, layout.block, heads, len(self.k_ZK)))
+            parts.append(ListedBlocks(start_MN + base_M1, limit_MN, layout.block, heads, len(self.k_ZK)))
         elif lists_MN.shape[1]:
             absent_MN = lists_MN < 0
             if layout.window is not None and not layout.own_window:
@@ -182,48 +191,43 @@ class _Pieces:
         """Scaled queries [M, R, K]."""
         return (self.q_XTRK[row, place].to(self.wide) * self.layout.scale).flatten(0, 1)
 
-    def score(self, part: AttentionPart, q_MRK: Tensor, row: slice, place: slice) -> Tensor:
-        """Scores of a part in its own shape, the bias of units included, -inf where a key is not read."""
-        bias_MN = None
-        if self.bias_XTN is not None and part.is_listed:
-            bias_MN = self.bias_XTN[row, place].flatten(0, 1).to(self.wide)
-        return part.score(q_MRK, self.k_ZK, bias_MN)
+    def bias(self, row: slice, place: slice, part: AttentionPart) -> Tensor | None:
+        """The biases of the units of a piece, [M, N]."""
+        if self.bias_XTN is None or not part.is_listed:
+            return None
+        return self.bias_XTN[row, place].flatten(0, 1).to(self.wide)
 
     def forward(self, row: slice, place: slice, sinks_XR: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs [X', Q, R, V] and log sums [X', Q, R] of a piece."""
         q_MRK = self.query(row, place)
-        parts = self.parts(row, place)
         shape = (row.stop - row.start, place.stop - place.start, q_MRK.shape[1])
-        found = [(part, self.score(part, q_MRK, row, place)) for part in parts]
-        most_MR = q_MRK.new_full(q_MRK.shape[:2], -torch.inf)
+        found = [part.attend(q_MRK, self.k_ZK, self.v_ZV, self.bias(row, place, part))
+                 for part in self.parts(row, place)]
+        sums = [lse for _, lse in found]
         if sinks_XR is not None:
-            most_MR = sinks_XR[:, None].expand(shape).flatten(0, 1)
-        for part, score in found:
-            most_MR = torch.maximum(most_MR, part.most(score))
-        at_MR = most_MR.masked_fill(most_MR == -torch.inf, 0.0)
-        total_MR = torch.zeros_like(at_MR)
-        if sinks_XR is not None:
-            total_MR = (sinks_XR[:, None].expand(shape).flatten(0, 1) - at_MR).exp()
+            sums.append(sinks_XR[:, None].expand(shape).flatten(0, 1))
+        if len(sums) == 1:  # a part alone
+            return found[0][0].view(*shape, -1), sums[0].view(shape)
+        if not sums:
+            return q_MRK.new_zeros(*shape, self.v_ZV.shape[1]), q_MRK.new_full(shape, -torch.inf)
+        lse_MR = torch.stack(sums).logsumexp(0)
+        safe_MR = lse_MR.masked_fill(lse_MR == -torch.inf, torch.inf)
         o_MRV = q_MRK.new_zeros(*q_MRK.shape[:2], self.v_ZV.shape[1])
-        for part, score in found:
-            p = part.weights(score, at_MR)
-            total_MR = total_MR + part.total(p)
-            o_MRV = o_MRV + part.output(p, self.v_ZV)
-        o_MRV = o_MRV / total_MR.masked_fill(total_MR == 0, 1.0)[..., None]
-        return o_MRV.view(*shape, -1), (at_MR + total_MR.log()).view(shape)
+        for o, lse in found:
+            o_MRV += o * (lse - safe_MR).exp_()[..., None]
+        return o_MRV.view(*shape, -1), lse_MR.view(shape)
 
     def backward(self, row: slice, place: slice, do_XQRV: Tensor, delta_XQR: Tensor, lse_XQR: Tensor,
                  grads: _Gradients) -> None:
         """Adds the gradients of a piece."""
-        q_MRK, do_MRV = self.query(row, place), do_XQRV.flatten(0, 1)
-        delta_MR, lse_MR = delta_XQR.flatten(0, 1), lse_XQR.flatten(0, 1)
+        q_MRK = self.query(row, place)
+        given = Gradients(do_XQRV.flatten(0, 1), delta_XQR.flatten(0, 1), lse_XQR.flatten(0, 1))
         dq_MRK = torch.zeros_like(q_MRK)
         for part in self.parts(row, place):
-            p = part.weights(self.score(part, q_MRK, row, place), lse_MR)
-            ds = part.score_gradient(p, do_MRV, delta_MR, self.v_ZV)
             dk, dv = (grads.k, grads.v) if part.is_listed else (grads.window_k, grads.window_v)
-            dq_MRK += part.backward(p, ds, q_MRK, do_MRV, self.k_ZK, dk, dv)
-            if self.bias_XTN is not None and (d_bias_MN := part.bias_gradient(ds)) is not None:
+            dq, d_bias_MN = part.backward(q_MRK, self.k_ZK, self.v_ZV, self.bias(row, place, part), given, dk, dv)
+            dq_MRK += dq
+            if d_bias_MN is not None:
                 grads.bias[row, place] = d_bias_MN.view(grads.bias[row, place].shape)
         grads.q[row, place] = (dq_MRK * self.layout.scale).view(grads.q[row, place].shape)
 

@@ -1,4 +1,4 @@
-"""Gradients of attention over listed blocks and a window, by the tiles of its forward (`triton_backend`).
+"""Gradients of attention over listed blocks and a window, by the tiles of its forward (`triton_forward`).
 
 Three kernels per set of keys: dq of each row of a tile from its block, added up by query; dk and dv of a tile of keys
 from a segment of the block's pairs; the sums over segments. Segments are short, so that a block that all queries list,
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlm_kernels.ops.selected_attention.triton_backend import (
+from hybridlm_kernels.ops.selected_attention.triton_forward import (
+    CONFIGS,
     OF_THE_BATCH,
     TUNING_KEY,
     Sets,
@@ -42,8 +43,7 @@ def delta_kernel(o_ptr, do_ptr, dlse_ptr, delta_ptr, rows, V: tl.constexpr, V0: 
     tl.store(delta_ptr + row, tl.sum(o * do, 1) - tl.load(dlse_ptr + row, mask=inside, other=0.0), mask=inside)
 
 
-@tuned([triton.Config({}, num_warps=8, num_stages=2), triton.Config({}, num_warps=8, num_stages=1),
-        triton.Config({}, num_warps=4, num_stages=2), triton.Config({}, num_warps=4, num_stages=1)], key=TUNING_KEY)
+@tuned(CONFIGS, key=TUNING_KEY)
 @triton.jit(do_not_specialize=OF_THE_BATCH)
 def query_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, tiles_ptr, order_ptr, blocks_ptr, bias_ptr,
                            part_ptr, d_bias_ptr, scale, scale2, start, T, S, offset, hidden, window, N, U, place, width,
@@ -68,7 +68,7 @@ def query_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, tile
     delta = tl.load(delta_ptr + token * H + h, mask=inside, other=0.0)
     dq = tl.zeros([BLOCK_M, K0], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for at in tl.range(low // BLOCK_C * BLOCK_C, high + 1, BLOCK_C, disable_licm=True):
+    for at in tl.range(low - low % BLOCK_C, high + 1, BLOCK_C, disable_licm=True):
         c = at + tl.arange(0, BLOCK_C)
         row = (key + c) * G + g
         k = load_gathered(k_ptr, row * K, c < keys, K, K0)
@@ -99,13 +99,12 @@ def add_parts_kernel(part_ptr, there_ptr, sum_ptr, start, rows, width, U, H, V: 
     store_gathered(sum_ptr, (tl.cast(start, tl.int64) * H + row) * V, inside, total, V, V0)
 
 
-@tuned([triton.Config({}, num_warps=8, num_stages=1), triton.Config({}, num_warps=8, num_stages=2),
-        triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=4, num_stages=2)], key=TUNING_KEY)
-@triton.jit(do_not_specialize=[*OF_THE_BATCH, "block"])
+@tuned(CONFIGS, key=TUNING_KEY)
+@triton.jit(do_not_specialize=[*OF_THE_BATCH, "block", "axes"])
 def key_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, tiles_ptr, order_ptr, blocks_ptr, bias_ptr,
-                         part_ptr, scale, scale2, block, start, T, S, offset, hidden, window, N, U, place, width, H, G,
-                         K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr, HEADS: tl.constexpr,
-                         ROW_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+                         part_ptr, scale, scale2, block, axes, start, T, S, offset, hidden, window, N, U, place, width,
+                         H, G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr,
+                         HEADS: tl.constexpr, ROW_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """dk and dv of a tile of a block's keys from a segment of its pairs, beside one another in a row."""
     head_tiles: tl.constexpr = (HEADS + ROW_HEADS - 1) // ROW_HEADS
     axis = tl.program_id(2)
@@ -141,14 +140,14 @@ def key_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, tiles_
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    to = ((tl.program_id(0).to(tl.int64) * tl.num_programs(2) + axis) * block + c) * (K + V)
+    to = ((tl.program_id(0).to(tl.int64) * axes + axis) * block + c) * (K + V)
     store_gathered(part_ptr, to, c < keys, dk * scale, K, K0)
     store_gathered(part_ptr, to + K, c < keys, dv, V, V0)
 
 
-@triton.jit(do_not_specialize=["block", "num_blocks"])
-def add_segments_kernel(part_ptr, first_ptr, blocks_ptr, total_ptr, block, num_blocks, G, W, BLOCK_W: tl.constexpr,
-                        ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["block", "num_blocks", "axes"])
+def add_segments_kernel(part_ptr, first_ptr, blocks_ptr, total_ptr, block, num_blocks, axes, G, W,
+                        BLOCK_W: tl.constexpr, ROWS: tl.constexpr):
     """total += the rows of all segments of a block, in their order, for some of its keys and columns."""
     number, axis = tl.program_id(0).to(tl.int64), tl.program_id(2)
     begin, end = tl.load(first_ptr + number), tl.load(first_ptr + number + 1)
@@ -162,7 +161,7 @@ def add_segments_kernel(part_ptr, first_ptr, blocks_ptr, total_ptr, block, num_b
     inside = (c < keys)[:, None] & (w < W)[None, :]
     total = tl.zeros([ROWS, BLOCK_W], tl.float32)
     for segment in range(begin, end):
-        row = (tl.cast(segment, tl.int64) * tl.num_programs(2) + axis) * block + c
+        row = (tl.cast(segment, tl.int64) * axes + axis) * block + c
         total += tl.load(part_ptr + row[:, None] * W + w[None, :], mask=inside, other=0.0)
     to = ((first + c) * G + number // num_blocks + axis)[:, None] * W + w[None, :]
     tl.store(total_ptr + to, tl.load(total_ptr + to, mask=inside, other=0.0) + total, mask=inside)
@@ -231,12 +230,12 @@ def _add_key_gradients(keys: KeySet, pairs: Pairs, sizes: TileSizes, key_heads: 
     groups, columns = keys.k_BSGK.shape[2], total.shape[3]
     part = torch.empty(len(segments.table), key_heads, keys.block, columns, dtype=torch.float32, device=total.device)
     key_gradients_kernel[len(segments.table), triton.cdiv(keys.block, sizes.dk[1]), key_heads](
-        tiles_ptr=segments.table, part_ptr=part, block=keys.block, **common, **sizes.sizes(sizes.dk))
+        tiles_ptr=segments.table, part_ptr=part, block=keys.block, axes=key_heads, **common, **sizes.sizes(sizes.dk))
     width = min(128, triton.next_power_of_2(columns))
     add_segments_kernel[keys.key_heads * keys.num_blocks, triton.cdiv(keys.block, 16) * triton.cdiv(columns, width),
                         key_heads](
         part_ptr=part, first_ptr=segments.first_X1, blocks_ptr=keys.documents.blocks_P2, total_ptr=total,
-        block=keys.block, num_blocks=keys.num_blocks, G=groups, W=columns, BLOCK_W=width, ROWS=16)
+        block=keys.block, num_blocks=keys.num_blocks, axes=key_heads, G=groups, W=columns, BLOCK_W=width, ROWS=16)
 
 
 def _compile_cases() -> list[CompileCase]:
