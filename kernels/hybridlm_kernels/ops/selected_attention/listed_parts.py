@@ -39,7 +39,7 @@ def weigh(score: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Gradients(NamedTuple):
-    """What a backward knows of a piece: gradients at the outputs, do . o - dlse, and the log sums (inf for -inf)."""
+    """Given to the backward of a piece: gradients of the outputs, do . o - dlse, and log sums (inf for -inf)."""
 
     do_MRV: Tensor
     delta_MR: Tensor
@@ -142,7 +142,7 @@ class ListedBlocks(AttentionPart):
             score_ARC[:cut].masked_fill_(unread_AC[:, None], -torch.inf)
 
     def _by_slot(self, x_MN: Tensor) -> Tensor:
-        """What units have, by slot; 0 for empty ones."""
+        """Numbers of units, by slot; 0 for empty ones."""
         return x_MN.new_zeros(self.num_slots).index_copy_(0, self.slot_MN.flatten(), x_MN.flatten())
 
     def attend(self, q_MRK: Tensor, k_ZK: Tensor, v_ZV: Tensor, bias_MN: Tensor | None) -> tuple[Tensor, Tensor]:

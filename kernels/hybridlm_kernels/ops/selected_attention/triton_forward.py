@@ -57,7 +57,7 @@ def rows_of_tile(order_ptr, begin, end, axis, first_head, start, T, offset, N, U
 
 @triton.jit
 def block_of_tile(tiles_ptr, order_ptr, blocks_ptr, axis, start, T, S, N, U, H, G, HEADS: tl.constexpr):
-    """Of a tile: its first pair and end; of its block: the first key over all rows, the same in its row, the number of
+    """First pair and end of a tile, then its block: the first key over all rows, the same in its row, the number of
     keys, and the key head.
     """
     at = tiles_ptr + tl.program_id(0).to(tl.int64) * 3
@@ -211,7 +211,7 @@ class TileSizes(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a call is, beside its tensors."""
+    """Options of a call, beside its tensors."""
 
     scale: float
     block: int | None
@@ -278,7 +278,7 @@ class Sets:
         return found
 
     def there(self, cut: list[tuple[KeySet, Pairs, int]], piece: slice) -> Tensor:
-        """Which parts exist, uint8 [M, U, W]."""
+        """Flags of the parts that exist, uint8 [M, U, W]."""
         size = (piece.stop - piece.start, self.lists)
         if not cut:
             return torch.zeros(*size, self.width, dtype=torch.uint8, device=self.q.device)
