@@ -76,6 +76,15 @@ def test_counters_of_64_bits_and_loops_within_loops():
     assert (cost.instructions, cost.data_loops) == (1 + 2 * (2 + 5 + 3) + 1, 0)
 
 
+@pytest.mark.parametrize("width", ["", ".64"])
+def test_a_counter_that_is_spilled(width):
+    cost = simulate(code(("MOV R5, RZ",), ".L_x_0", (f"STL{width} [R1+0x4], R{4 if width else 5}",),
+                         ("LDG.E.64 R4, [R2.64]",), (f"LDL.LU R5, [R1+{'0x8' if width else '0x4'}]",),
+                         ("VIADD R5, R5, 0x1",), ("ISETP.NE.AND P0, PT, R5, 0x3, PT",), ("@P0 BRA `(.L_x_0)",),
+                         ("EXIT",)))
+    assert (cost.instructions, cost.data_loops) == (1 + 3 * 6 + 1, 0)
+
+
 def test_the_upper_half_of_an_address_is_one_register():
     """LEA.HI writes R4 alone: R5 behind it counts on. IMAD.WIDE writes both."""
     def instructions(between):

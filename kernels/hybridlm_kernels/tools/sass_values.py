@@ -26,6 +26,7 @@ class Registers:
         self.special = {f"SR_CTAID.{axis}": number for axis, number in program.items()}
         self.values: dict[str, int | None] = {"RZ": 0, "URZ": 0}
         self.predicates: dict[str, bool | None] = {"PT": True, "UPT": True}
+        self.stack: dict[int, int | None] = {}  # words of spilled registers by their offsets
 
     def holds(self, instruction: Instruction) -> bool | None:
         """Whether the instruction takes effect."""
@@ -133,6 +134,29 @@ def _multiply(registers: Registers, instruction: Instruction) -> Written:
     return {target: (product + c + sum(map(bool, bits))) & _WORD}, {}
 
 
+def _words(instruction: Instruction, place: str, first: str) -> list[tuple[int, str]]:
+    """The offsets on the stack, and the registers, of a load or store there: 1, 2 or 4 of each; none where unknown."""
+    address, register = re.fullmatch(r"\[R1(?:\+(0x[0-9a-f]+))?\]", place), re.match(r"R(\d+|Z)", first)
+    count = 4 if "128" in instruction.modifiers else 2 if "64" in instruction.modifiers else 1
+    if address is None or register is None or {"U8", "S8", "U16", "S16"} & instruction.modifiers:
+        return []
+    offset = int(address[1] or "0", 16)
+    return [(offset + 4 * i, "RZ" if register[1] == "Z" else f"R{int(register[1]) + i}") for i in range(count)]
+
+
+def _spill(registers: Registers, instruction: Instruction) -> Written:
+    """STL: registers to the stack; what is stored under a condition that is not known is not known either."""
+    for offset, name in _words(instruction, instruction.operands[0], instruction.operands[1]):
+        registers.stack[offset] = registers.read(name) if registers.holds(instruction) else None
+    return {}, {}
+
+
+def _reload(registers: Registers, instruction: Instruction) -> Written:
+    """LDL: registers from the stack."""
+    words = _words(instruction, instruction.operands[1], instruction.operands[0])
+    return {name: registers.stack.get(offset) for offset, name in words} or _forget(instruction)[0], {}
+
+
 def _shift(registers: Registers, instruction: Instruction) -> Written:
     target, low, amount, high = (*instruction.operands, "")[:4]
     value, by, upper = registers.read(low), registers.read(amount), registers.read(high)
@@ -220,4 +244,4 @@ _HANDLERS: dict[str, Callable[[Registers, Instruction], Written]] = {
     "IMAD": _multiply, "UIMAD": _multiply, "SHF": _shift, "USHF": _shift, "LOP3": _logic, "ULOP3": _logic,
     "ISETP": _compare, "UISETP": _compare, "PLOP3": _predicate_logic,
     "UPLOP3": _predicate_logic, "SEL": _select, "USEL": _select, "P2R": _save_predicates,
-    "S2R": _special, "S2UR": _special, "CS2R": _zero, "UCS2R": _zero}
+    "STL": _spill, "LDL": _reload, "S2R": _special, "S2UR": _special, "CS2R": _zero, "UCS2R": _zero}
