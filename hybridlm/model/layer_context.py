@@ -84,12 +84,17 @@ class LayerContext:
         else:
             candidates = [index for index in earlier[::-1] if read.layer in (None, self.layers[index])]
         for index in candidates:
-            if read.kind.every_layer or read.kind in self._mixer(index).leaves(replace(self, layer_index=index)):
+            if self._leaves(index, read.kind):
                 return index
         wanted = f"layer {read.layer}" if isinstance(read.layer, int) else "earlier layer"
         wanted += f" with mixer {read.layer!r}" if isinstance(read.layer, str) else ""
+        sources = [f"{index} ({self.layers[index]})" for index in earlier if self._leaves(index, read.kind)]
         raise ConfigError(read.option, f"layer {self.layer_index} reads {read.kind.name}, which no {wanted} leaves",
-                          expected=f"{'the' if isinstance(read.layer, int) else 'an'} {wanted} that leaves it")
+                          expected=f"an earlier layer that leaves it: {', '.join(sources) or 'none does'}")
+
+    def _leaves(self, index: int, kind: SharedKind) -> bool:
+        """Whether layer `index` leaves values of the kind."""
+        return kind.every_layer or kind in self._mixer(index).leaves(replace(self, layer_index=index))
 
     def shared_width(self, read: SharedRead) -> int:
         """Find how many numbers per token the value has that this layer reads.

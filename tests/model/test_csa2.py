@@ -219,12 +219,17 @@ OWN = {"num_heads": 2, "head_dim": 6, "topk": 3}
 
 
 @pytest.mark.parametrize(("layers", "message"), [
-    ([reader()], "share_entries: layer 0 reads compressed entries, which no earlier layer leaves"),
+    ([reader()], "share_entries: layer 0 reads compressed entries, which no earlier layer leaves; expected an "
+                 "earlier layer that leaves it: none does"),
     ([FULL, reader(head_dim=16)], "head_dim: reads entries of another form, those of layer 0; got 16; expected 8"),
     ([FULL, reader(rope_head_dim=2)], "rope_head_dim: reads entries of another form, those of layer 0; got 2"),
     ([FORMS["hca"], reader(EntryIndexerConfig(**OWN), ratio=7)],
      "indexer: layer 1 reads index keys of entries, which no layer 0 leaves"),
     ([FULL, reader(EntryIndexerConfig(**OWN), ratio=4)], "ratio: selects among entries of layer 0; got 4; expected 2"),
+    ([FULL, reader(EntryIndexerConfig(**OWN), ratio=None)],
+     "ratio: selects among entries of layer 0; got 'null'; expected 2"),
+    ([FULL, reader(source=7)], "source: layer 1 reads compressed entries, which no layer 7 leaves; expected an earlier "
+                               "layer that leaves it: 0 ("),
     ([FULL, reader(EntryIndexerConfig(**{**OWN, "head_dim": 4}))],
      "indexer.head_dim: scores the index keys of layer 0; got 4; expected 6"),
     ([TOP, reader(EntryIndexerConfig(**{**OWN, "topk": 7}), ratio=1)],

@@ -226,8 +226,8 @@ class EntrySharingConfig(MixerConfig):
                     expected="dense, or sparse in both layers")
             return
         source: EntryIndexerConfig = context.shared_layout(self.key_read(context))
-        require(self.ratio == layout.ratio, "ratio", f"selects among entries of layer {layer}", got=self.ratio,
-                expected=str(layout.ratio))
+        require(self.ratio == layout.ratio, "ratio", f"selects among entries of layer {layer}",
+                got="null" if self.ratio is None else self.ratio, expected=str(layout.ratio))
         require(own.head_dim == source.head_dim, "indexer.head_dim", f"scores the index keys of layer {layer}",
                 got=own.head_dim, expected=str(source.head_dim))
         candidates = source.candidates
