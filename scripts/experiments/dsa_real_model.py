@@ -6,6 +6,7 @@
     python scripts/experiments/dsa_real_model.py --out runs/dsa_real warmup_2048             # indexers, 2048 tokens
     python scripts/experiments/dsa_real_model.py --out runs/dsa_real sparse                  # everything, 256 keys
     python scripts/experiments/dsa_real_model.py --out runs/dsa_real control                 # the same steps dense
+    python scripts/experiments/dsa_real_model.py --out runs/dsa_real copies                  # indexers, text twice
     python scripts/experiments/dsa_real_model.py --out runs/dsa_real measure --minutes 30
     python scripts/experiments/dsa_real_model.py --out runs/dsa_real table
     python scripts/experiments/dsa_real_model.py --out runs/dsa_real figure
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +59,8 @@ SHARES = {"recall": "indexer", "attainable": "attainable", "window": "window", "
           "first": "first", "random": "random"}
 HELD_OUT = {"prose": 0.2, "code": 0.02}  # of the documents
 PROSE_WEIGHT = 0.2  # of the training text; there is little of it
+COPIES_WEIGHT = 0.3  # of the training text of the piece `copies`
+COPIED_WORDS = (80, 200)  # words of a copy
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Sizes:
     batch: int = 2
     warmup_steps: int = 350
     long_steps: int = 60
+    copies_steps: int = 100
     sparse_steps: int = 130
     checkpoint_every: int = 25
     loss_windows: int = 12
@@ -80,7 +85,8 @@ class Sizes:
 
 
 SMOKE = Sizes(layers="[2, 3]", topk=16, num_heads=2, head_dim=8, length=64, long_length=128, warmup_steps=4,
-              long_steps=2, sparse_steps=2, checkpoint_every=2, loss_windows=2, recall_windows=2, repeat_rows=2)
+              long_steps=2, copies_steps=2, sparse_steps=2, checkpoint_every=2, loss_windows=2, recall_windows=2,
+              repeat_rows=2)
 STOPPED = 3  # exit code of a piece that --minutes has stopped
 
 
@@ -111,14 +117,34 @@ class Experiment:
             for part, lines in parts.items():
                 write_text(folder / f"{part}_{name}.jsonl", "\n".join(lines) + "\n")
 
-    def train(self, name: str, *words: str) -> bool:
+    def write_copies(self) -> None:
+        """Write text that comes twice, unless it is there: words of each training file, every other time shuffled."""
+        folder = self.out / "texts"
+        if (folder / "train_copies.jsonl").exists():
+            return
+        draw, lines = random.Random(0), []
+        for index, line in enumerate((folder / "train_code.jsonl").read_text(encoding="utf-8").splitlines()):
+            words = json.loads(line)["text"].split()
+            count = min(draw.randint(*COPIED_WORDS), len(words))
+            start = draw.randint(0, len(words) - count)
+            copied = words[start : start + count]
+            if index % 2:
+                draw.shuffle(copied)
+            lines.append(json.dumps({"text": " ".join([*copied, *copied])}))
+        write_text(folder / "train_copies.jsonl", "\n".join(lines) + "\n")
+
+    def train(self, name: str, *words: str, copies: bool = False) -> bool:
         """Train the run `name`, or go on with it; returns whether it has come to its end."""
         self.write_texts()
         texts = (self.out / "texts").resolve()
+        weights = {"train_code": 1 - PROSE_WEIGHT, "train_prose": PROSE_WEIGHT}
+        if copies:
+            weights = {file: weight * (1 - COPIES_WEIGHT) for file, weight in weights.items()}
+            weights["train_copies"] = COPIES_WEIGHT
+            self.write_copies()
+        sources = [f"{{path: '{texts}/{file}.jsonl', weight: {weight:g}}}" for file, weight in weights.items()]
         return train_run(
-            self.out / name, *words,
-            f"data.mixture=[{{path: '{texts}/train_code.jsonl', weight: {1 - PROSE_WEIGHT}}}, "
-            f"{{path: '{texts}/train_prose.jsonl', weight: {PROSE_WEIGHT}}}]",
+            self.out / name, *words, f"data.mixture=[{', '.join(sources)}]",
             f"data.validation_path='{texts}/held_out_code.jsonl'",
             f"training.checkpoint_every={self.sizes.checkpoint_every}", "training.eval_batches=4",
             "training.eval_every=0", "optimizer.weight_decay=0.01", minutes=self.minutes)
@@ -131,6 +157,11 @@ class Experiment:
         """Train them further on longer text."""
         stage = self._warmup_stage(self.sizes.long_steps, self.sizes.long_length)
         return self._train_stage("warmup_2048", self.out / "warmup", stage)
+
+    def copies(self) -> bool:
+        """Train the indexers further on text of which a part comes twice."""
+        return self._train_stage("copies", self.out / "warmup_2048",
+                                 self._warmup_stage(self.sizes.copies_steps, self.sizes.length), copies=True)
 
     def sparse(self) -> bool:
         """Train everything under sparse attention."""
@@ -152,13 +183,13 @@ class Experiment:
                 f"sequence_length: {length}, lr: 1e-3, eval_recall: true, "
                 "schedule: {kind: cosine, warmup: 0.05, min_ratio: 0.1}}")
 
-    def _train_stage(self, name: str, start: Path, stage: str) -> bool:
+    def _train_stage(self, name: str, start: Path, stage: str, copies: bool = False) -> bool:
         if not (self.out / f"{name}.done").exists() and start != self.teacher and not Path(f"{start}.done").exists():
             raise SystemExit(f"{name} starts from {start}, which is not done: run the piece {start.name} first")
         sizes = self.sizes
         indexer = (f"{{num_heads: {sizes.num_heads}, head_dim: {sizes.head_dim}, topk: {sizes.topk}, num_first: 1}}")
         return self.train(name, "recipe=dsa_small", f"init_from={start}", f"recipe.indexer={indexer}",
-                          f"recipe.layers={sizes.layers}", f"recipe.stages=[{stage}]")
+                          f"recipe.layers={sizes.layers}", f"recipe.stages=[{stage}]", copies=copies)
 
     def measure(self) -> bool:
         """Measure what is not measured yet, one result after the other; returns whether all of it is there."""
@@ -188,9 +219,9 @@ class Experiment:
                 for length in (sizes.length,) if model == "warmup" else (sizes.length, sizes.long_length):
                     yield (f"recall/{model}/{text}/{length}",
                            lambda model=model, text=text, length=length: self._recall(model, text, length))
-        for model, mode in (("teacher", "dense"), ("teacher", "window"), ("fresh", "sparse"),
-                            ("warmup_2048", "sparse"), ("sparse", "sparse"), ("sparse", "dense"),
-                            ("control", "dense")):
+        for model, mode in (("teacher", "dense"), ("teacher", "window"), ("teacher", "exact"), ("teacher", "shared"),
+                            ("fresh", "sparse"), ("warmup_2048", "sparse"), ("copies", "sparse"),
+                            ("sparse", "sparse"), ("sparse", "dense"), ("control", "dense")):
             for text in TEXTS:
                 yield f"loss/{model}/{mode}/{text}", lambda model=model, mode=mode, text=text: self._loss(
                     model, mode, text)
@@ -227,9 +258,12 @@ class Experiment:
         converted = json.loads(self.sizes.layers)
         for mixer in indexed_mixers(model):
             mixer.attention_mode = "sparse" if mode == "sparse" and mixer.layer_index in converted else "dense"
-        method = make_sparse_method("streaming", {"budget": self.sizes.topk, "first": 1,
-                                                  "dense_layers": min(converted)}) if mode == "window" else None
-        return model, sparse_softmax(model, method) if method else None
+        kind, options = {"window": ("streaming", {}), "exact": ("exact", {}),
+                         "shared": ("exact", {"shared": True})}.get(mode, (None, {}))
+        if kind is None:
+            return model, None
+        options |= {"budget": self.sizes.topk, "first": 1, "dense_layers": min(converted)}
+        return model, sparse_softmax(model, make_sparse_method(kind, options))
 
     def _loss(self, name: str, mode: str, text: str) -> dict[str, Any]:
         model, context = self._attending(name, mode)
@@ -372,7 +406,7 @@ def make_figure(found: dict[str, Any], sizes: Sizes) -> Chart:
                  Axis("layer", "count"), Axis("share of dense attention", "share"), panels, wide=True)
 
 
-PIECES = ("import", "warmup", "warmup_2048", "sparse", "control", "measure", "table", "figure")
+PIECES = ("import", "warmup", "warmup_2048", "sparse", "control", "copies", "measure", "table", "figure")
 
 
 def main(argv: list[str] | None = None) -> int:

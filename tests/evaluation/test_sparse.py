@@ -44,6 +44,20 @@ def test_exact_reads_the_best_keys():
             assert set(mask[h, t].nonzero()[:, 0].tolist()) == forced | set(others[: 6 - len(forced)])
 
 
+@pytest.mark.parametrize("window", [None, 18])
+def test_one_list_for_all_heads_holds_the_keys_of_most_attention(window):
+    q, k, _ = tensors()
+    method = make_sparse_method("exact", {"budget": 6, "first": 1, "local": 2, "shared": True})
+    mask, scores = masks(method, q, k, window)
+    attention = scores.softmax(-1).sum(0)
+    for t in range(T):
+        seen = set(range(max(0, t + 1 - (window or T)), t + 1))
+        forced = {0, t, max(t - 1, 0)} & seen
+        others = sorted(seen - forced, key=lambda s: -float(attention[t, s]))
+        for h in range(H):
+            assert set(mask[h, t].nonzero()[:, 0].tolist()) == forced | set(others[: 6 - len(forced)])
+
+
 def test_streaming_reads_the_first_and_the_newest():
     q, k, _ = tensors()
     mask, _ = masks(make_sparse_method("streaming", {"budget": 7, "first": 2}), q, k)

@@ -1,6 +1,8 @@
 """Keys by their exact scores: the upper bound of every method that searches for keys per query.
 
 Source: Liu et al. 2024, RetrievalAttention, whose index approximates this search.
+With one list for all heads it is the upper bound of an indexer of DeepSeek sparse attention, whose lists are shared and
+which learns the mean of the heads' attention.
 T tokens of a document, Q queries of a piece, H query heads.
 """
 
@@ -16,16 +18,18 @@ from hybridlm.evaluation.sparse.contract import BudgetMethod, KeyReader, registe
 
 @dataclass(frozen=True, kw_only=True)
 class ExactTopK(BudgetMethod):
-    """The keys of highest score, per query head.
+    """The keys of highest score, per query head, or those of most attention over all heads.
 
     Args:
         budget: keys in all.
         first: first tokens of the document that are always among them.
         local: newest tokens that are always among them.
+        shared: one list for all query heads, by the mean of their attention.
     """
 
     first: int = 0
     local: int = 1
+    shared: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,8 +47,11 @@ class _Best(KeyReader):
         s_T = torch.arange(scores_HQT.shape[2], device=scores_HQT.device)
         forced_QT = (s_T < self.method.first) | (s_T > s_T[rows, None] - self.method.local)
         seen_HQT = scores_HQT > -torch.inf
-        ranked = scores_HQT.masked_fill(forced_QT & seen_HQT, torch.inf)
-        return best_keys(ranked, self.method.budget)
+        worth_HQT = scores_HQT
+        if self.method.shared:
+            worth_HQT = scores_HQT.softmax(-1).mean(0, keepdim=True).masked_fill(~seen_HQT[:1], -torch.inf)
+        ranked = worth_HQT.masked_fill(forced_QT & seen_HQT[: len(worth_HQT)], torch.inf)
+        return best_keys(ranked, self.method.budget).expand_as(scores_HQT)
 
 
 def best_keys(scores_XT: Tensor, count: int) -> Tensor:
