@@ -38,6 +38,7 @@ from smollm2 import import_model, train_run  # the file beside this one
 from hybridlm.checkpoint import load_checkpoint, resolve
 from hybridlm.config.schema import DataConfig
 from hybridlm.data import PackedDataset
+from hybridlm.data.packing import Batch
 from hybridlm.data.split import content_hash
 from hybridlm.evaluation.evaluate import evaluation_data, run_config
 from hybridlm.evaluation.indexer_recall import indexer_recall
@@ -53,8 +54,10 @@ from hybridlm.report.palette import Palette
 from hybridlm.report.png import write_png
 from hybridlm.sources.stdlib import open_stdlib
 from hybridlm.training.recall import RecallSamples, recall_nll, repeated_samples
+from hybridlm_kernels import CuSeqlens
 
 TEXTS = ("prose", "code")
+REPEATED = "repeated tokens"  # random ones, twice
 SHARES = {"recall": "indexer", "attainable": "attainable", "window": "window", "window_first": "window + first",
           "first": "first", "random": "random"}
 HELD_OUT = {"prose": 0.2, "code": 0.02}  # of the documents
@@ -219,6 +222,9 @@ class Experiment:
                 for length in (sizes.length,) if model == "warmup" else (sizes.length, sizes.long_length):
                     yield (f"recall/{model}/{text}/{length}",
                            lambda model=model, text=text, length=length: self._recall(model, text, length))
+        for model in ("warmup_2048", "copies"):
+            yield (f"recall/{model}/{REPEATED}/{sizes.length}",
+                   lambda model=model: self._recall(model, REPEATED, sizes.length))
         for model, mode in (("teacher", "dense"), ("teacher", "window"), ("teacher", "exact"), ("teacher", "shared"),
                             ("fresh", "sparse"), ("warmup_2048", "sparse"), ("copies", "sparse"),
                             ("sparse", "sparse"), ("sparse", "dense"), ("control", "dense")):
@@ -248,6 +254,9 @@ class Experiment:
         model = self.load(name)
         for mixer in indexed_mixers(model):
             mixer.attention_mode = "dense"
+        if text == REPEATED:
+            rows = repeated_samples(model.config.vocab_size, length // 2, rows=self.sizes.repeat_rows)
+            return indexer_recall(model, map(as_batch, rows.ids, rows.labels))
         windows = max(1, self.sizes.recall_windows * self.sizes.length // length)
         data = self.dataset(text, length)
         return indexer_recall(model, (data.batch([index]) for index in range(min(windows, len(data)))))
@@ -295,6 +304,12 @@ def repeated_text(text_BT: torch.Tensor) -> RecallSamples:
     labels = torch.full((text_BT.shape[0], 2 * text_BT.shape[1]), IGNORE)
     labels[:, text_BT.shape[1] + 1 :] = text_BT[:, 1:]
     return RecallSamples(torch.cat([text_BT, text_BT], 1), labels)
+
+
+def as_batch(ids_T: torch.Tensor, labels_T: torch.Tensor) -> Batch:
+    """One row as a batch."""
+    return Batch(ids_T[None], labels_T[None, :, None], CuSeqlens.of([0, len(ids_T)]), num_bytes=len(ids_T),
+                 num_tokens=int((labels_T != IGNORE).sum()), sample_ids=(0,))
 
 
 def manual_pages() -> list[str]:
