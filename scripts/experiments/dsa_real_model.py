@@ -308,7 +308,7 @@ def repeated_text(text_BT: torch.Tensor) -> RecallSamples:
 
 def as_batch(ids_T: torch.Tensor, labels_T: torch.Tensor) -> Batch:
     """One row as a batch."""
-    return Batch(ids_T[None], labels_T[None, :, None], CuSeqlens.of([0, len(ids_T)]), num_bytes=len(ids_T),
+    return Batch(ids_T[None], labels_T[None, :, None], CuSeqlens([0, len(ids_T)], ids_T.device), num_bytes=len(ids_T),
                  num_tokens=int((labels_T != IGNORE).sum()), sample_ids=(0,))
 
 

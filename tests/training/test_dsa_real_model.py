@@ -55,7 +55,8 @@ def test_copies_are_training_text_that_comes_twice(script, tmp_path):
     for line, words in enumerate(copies):
         once = words[: len(words) // 2]
         assert words == [*once, *once]
-        assert set(once) <= set(lines[line].split()) and len(set(once)) == len(once)
+        assert set(once) <= set(lines[line].split())
+        assert len(set(once)) == len(once)
         assert (" ".join(once) in lines[line]) == (line % 2 == 0)  # every other one is shuffled
     assert [len(words) // 2 for words in copies[2:]] == [20, 10]
     assert all(80 <= len(words) // 2 <= 200 for words in copies[:2])
