@@ -7,8 +7,8 @@ channel) and `gradients_kernel` for those of the inputs. Kept between the two: t
 numbers per token and head. Where heads are few, documents are cut into segments that are scanned side by side.
 
 An erase key of its own is one more operand. A free erase vector b takes the place of the key, with beta = -1. Values
-are then written at a second set of keys, whose scores a second launch of `chunk_kernel` finds; the rest about them is
-in `triton_value_keys.py`. Where a token writes several times, k, v and beta have rows, and q, g and o tokens.
+are then written at a second set of keys, whose scores second launches of `chunk_kernel` and `pair_gradients_kernel`
+find; the rest is in `triton_value_keys.py`. Where a token writes several times, k, v and beta have rows, and q, g and o tokens.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
@@ -376,17 +376,21 @@ class _DeltaRuleLaunches:
                      for name, like in (("dq", dq), ("dp", dp), ("dk", dk))}
             terms["dg_pairs_ptr"] = None if dg is None else torch.empty_like(dk, dtype=dg.dtype)  # of every row
             shared |= terms | {"itself_ptr": self.wide(self.HV, self.tokens)}
-            pair_gradients_kernel[(P, self.HV)](MERGED=self.merged, **shared)
+            pair_gradients_kernel[(P, self.HV)](MERGED=self.merged, VALUE_KEYS=False, **shared)
             if self.free:
-                sums_of_terms = {name: None if like is None else torch.empty_like(like) for name, like in terms.items()
-                                 if name != "dk_pairs_ptr"}
+                with_values = {name: None if like is None else torch.empty_like(like) for name, like in terms.items()
+                               if name != "dk_pairs_ptr"}
+                of_values = shared | with_values | {
+                    "k_ptr": x.value_keys, "y_ptr": x.v, "dk_pairs_ptr": dn, "d_beta_ptr": None,
+                    "itself_ptr": self.wide(self.HV, self.tokens)}
+                pair_gradients_kernel[(P, self.HV)](MERGED=self.merged, VALUE_KEYS=True, **of_values)
                 value_key_gradients_kernel[(P, self.HV)](
                     value_keys_ptr=x.value_keys, v_ptr=x.v, dS_ptr=d_states, d_value_keys_ptr=dn,
                     from_vectors_dq_ptr=terms["dq_pairs_ptr"], from_vectors_dp_ptr=terms["dp_pairs_ptr"],
-                    from_vectors_dg_ptr=terms["dg_pairs_ptr"], MERGED=self.merged, **sums_of_terms, **self.sizes,
-                    **{name: shared[name] for name in ("q_ptr", "p_ptr", "do_ptr", "z_ptr", "factors_ptr", "sums_ptr",
-                                                       "chunks_ptr", "scratch_ptr", "K", "V", "BEFORE", "EXACT")})
-                shared |= sums_of_terms
+                    from_vectors_dg_ptr=terms["dg_pairs_ptr"], **with_values, **self.sizes,
+                    **{name: of_values[name] for name in ("q_ptr", "factors_ptr", "sums_ptr", "chunks_ptr",
+                                                          "itself_ptr", "K", "V", "EXACT")})
+                shared |= with_values
         else:
             shared |= dict.fromkeys(("dq_pairs_ptr", "dp_pairs_ptr", "dk_pairs_ptr", "dg_pairs_ptr", "itself_ptr"))
         gradients_kernel[(P, self.HV)](

@@ -26,7 +26,7 @@ BF16_TENSORS = ("q p k value_keys g beta queries keys writes value_writes w n v 
                 "dp_pairs dk_pairs dg_pairs from_vectors_dq from_vectors_dp from_vectors_dg")
 # Pointers that are None in the plain rule, which reads, erases and writes at the key after the decay.
 OF_ERASE = "p value_keys value_writes n written own L dp dp_pairs"
-PLAIN = {"OWN": False, "FREE": False, "BEFORE": False, "STEPS": 1}
+PLAIN = {"VALUE_KEYS": False, "OWN": False, "FREE": False, "BEFORE": False, "STEPS": 1}
 FP32_TENSORS = "itself blocks sums A_log bias factors total state last transitions d_last d_state d_A_log d_bias"
 TYPES = ({f"{name}_ptr": "*bf16" for name in BF16_TENSORS.split()}
          | {f"{name}_ptr": "*fp32" for name in FP32_TENSORS.split()}
@@ -93,8 +93,9 @@ def _erase_cases(D: int) -> Iterator[CompileCase]:
                         f"g total X blocks {no_gate}", "")
     yield _compile_case(f"pair gradients, {label}", pair_gradients_kernel, sizes | before | {
         "OWN": True, "SIGMOID": False, "EXACT": False, "MERGED": 5}, "dv d_beta", "")
-    yield _compile_case(f"value key gradients, {label}", value_key_gradients_kernel, sizes | before | {
-        "EXACT": False, "MERGED": 5}, "", "")
+    yield _compile_case(f"pair gradients of values, {label}", pair_gradients_kernel, sizes | before | {
+        "OWN": True, "VALUE_KEYS": True, "SIGMOID": False, "EXACT": False, "MERGED": 5}, "dv d_beta", "")
+    yield _compile_case(f"value key gradients, {label}", value_key_gradients_kernel, sizes | {"EXACT": False}, "", "")
     yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes | channel | {"OWN": True},
                         f"dv {no_gate}", "")
     scan = sizes | free | {"BK": D, "CHANNEL": True, "EXACT": False}

@@ -125,22 +125,22 @@ def own_pair_gradients(q_ptr, p_ptr, k_ptr, sums_ptr, M_ptr, to_ML, dq_ptr, dp_p
 
 
 CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=warps, num_stages=stages)
-           for channels, values, warps, stages in ((32, 64, 8, 1), (32, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1),
-                                                   (16, 32, 8, 1))]
+           for channels, values, warps, stages in ((32, 64, 8, 1), (16, 64, 8, 1), (32, 32, 8, 1), (64, 64, 8, 1),
+                                                   (32, 32, 4, 1))]
 
 
-@tuned(CONFIGS, ["K", "V", "OWN", "BEFORE", "STEPS", "MERGED", "EXACT"])
+@tuned(CONFIGS, ["K", "V", "OWN", "VALUE_KEYS", "BEFORE", "STEPS", "MERGED", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
 def pair_gradients_kernel(q_ptr, p_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr, sums_ptr, chunks_ptr, scratch_ptr,
                           dq_pairs_ptr, dp_pairs_ptr, dk_pairs_ptr, dg_pairs_ptr, dv_ptr, d_beta_ptr, itself_ptr,
                           beta_scale, tokens, H, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                          BV: tl.constexpr, SIGMOID: tl.constexpr, OWN: tl.constexpr, BEFORE: tl.constexpr,
-                          STEPS: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
+                          BV: tl.constexpr, SIGMOID: tl.constexpr, OWN: tl.constexpr, VALUE_KEYS: tl.constexpr,
+                          BEFORE: tl.constexpr, STEPS: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
     """Write the terms of dq, dk, dg [tokens, HV, K] that come from pairs of tokens, dv [tokens, HV, V], d_beta
     [tokens, HV] and the gradients of A_ii, itself [HV, tokens] in fp32; with OWN, erase keys p, terms of dp, too.
 
-    `scratch` is [2, tokens, HV, C]. Where a token is STEPS rows, `tokens` are rows, but those of q, do and dq. One
-    program per chunk and head.
+    `scratch` is [2, tokens, HV, C]. Where a token is STEPS rows, `tokens` are rows, but those of q, do and dq. With
+    VALUE_KEYS the pairs are those of values `y` at keys `k`, without beta. One program per chunk and head.
     """
     chunk, head, first, filled = locate_chunk(chunks_ptr)
     t = tl.arange(0, C)
@@ -160,8 +160,8 @@ def pair_gradients_kernel(q_ptr, p_ptr, k_ptr, do_ptr, y_ptr, z_ptr, factors_ptr
     ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
     itself = score_gradients(do_ptr, y_ptr, z_ptr, None if dv_ptr is None else dv_ptr + of_head * V,
                              None if d_beta_ptr is None else d_beta_ptr + of_head, MA_ptr, ML_ptr, factors_ptr,
-                             filled, token, reads, tokens, HV, beta_scale, V, BV, "channel", OWN, BEFORE, False,
-                             SIGMOID, EXACT)
+                             filled, token, reads, tokens, HV, beta_scale, V, BV, "channel", OWN, BEFORE,
+                             VALUE_KEYS, SIGMOID, EXACT)
     tl.store(itself_ptr + head * tokens + first + t, itself, mask=inside)
     tl.debug_barrier()  # what other threads of the program wrote is read from here on
     if OWN:

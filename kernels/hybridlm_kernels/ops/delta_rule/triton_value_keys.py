@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from hybridlm_kernels.ops.delta_rule.triton_chunk import NUM_FACTORS, QUERY_NORM
-from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import CONFIGS, own_pair_gradients, score_gradients
 from hybridlm_kernels.recurrence.triton_tiles import C, load_sums, load_tile, locate_chunk, store_tile, sum_over
 from hybridlm_kernels.triton_support import tuned
 
@@ -74,17 +73,16 @@ def written_value_gradients_kernel(value_writes_ptr, value_A_ptr, value_L_ptr, d
         store_tile(dv_ptr + at_values, t, HV * V, columns, V, inside, dv)
 
 
-@tuned(CONFIGS, ["K", "V", "BEFORE", "MERGED", "EXACT"])
+@tuned(VALUES_CONFIGS, ["K", "V", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
-def value_key_gradients_kernel(q_ptr, p_ptr, value_keys_ptr, v_ptr, do_ptr, z_ptr, dS_ptr, factors_ptr, sums_ptr,
-                               chunks_ptr, scratch_ptr, from_vectors_dq_ptr, from_vectors_dp_ptr, from_vectors_dg_ptr,
-                               dq_pairs_ptr, dp_pairs_ptr, dg_pairs_ptr, d_value_keys_ptr, tokens, H, HV,
-                               K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                               BEFORE: tl.constexpr, MERGED: tl.constexpr, EXACT: tl.constexpr):
-    """Write the gradients of value keys [tokens, HV, K], and the terms `from_vectors` of dq, dp and dg, with those of
-    values added, as dq_pairs, dp_pairs and dg_pairs, all [tokens, HV, K].
+def value_key_gradients_kernel(q_ptr, value_keys_ptr, v_ptr, dS_ptr, factors_ptr, sums_ptr, chunks_ptr, itself_ptr,
+                               from_vectors_dq_ptr, from_vectors_dp_ptr, from_vectors_dg_ptr, dq_pairs_ptr,
+                               dp_pairs_ptr, dg_pairs_ptr, d_value_keys_ptr, tokens, H, HV, K: tl.constexpr,
+                               V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr):
+    """Complete what `pair_gradients_kernel` wrote of values: dq_pairs, dp_pairs, dg_pairs and the gradients of value
+    keys, all [tokens, HV, K]. A token's own score, the state after the chunk, and the terms `from_vectors` are added.
 
-    `scratch` is [2, tokens, HV, C]. One program per chunk and head.
+    `itself` [HV, tokens] are the gradients of A'_ii. One program per chunk and head.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     chunk, head, first, filled = locate_chunk(chunks_ptr)
@@ -92,37 +90,23 @@ def value_key_gradients_kernel(q_ptr, p_ptr, value_keys_ptr, v_ptr, do_ptr, z_pt
     inside, i, j = t < filled, t[:, None], t[None, :]
     of_key_head, of_head = (first * H + head // (HV // H)) * K, first * HV + head
     q_ptr += of_key_head  # from here on tokens are counted from the chunk's first, in 32 bits
-    p_ptr += of_key_head
     value_keys_ptr += of_key_head
     at_keys, at_state = of_head * K, (chunk * HV + head) * K * V
-    do_ptr += of_head * V
     v_ptr += of_head * V
-    z_ptr += of_head * V
-    factors_ptr += head * NUM_FACTORS * tokens + first
     sums_ptr += at_keys
-    MA_ptr = scratch_ptr + of_head * C
-    ML_ptr = MA_ptr + (chunk - chunk + HV) * tokens * C  # in 64 bits
-    itself = score_gradients(do_ptr, v_ptr, z_ptr, None, None, MA_ptr, ML_ptr, factors_ptr, filled, t, inside, tokens,
-                             HV, 1.0, V, BV, "channel", True, BEFORE, True, False, EXACT)
-    itself *= tl.load(factors_ptr + QUERY_NORM * tokens + t, mask=inside, other=0.0)
-    tl.debug_barrier()  # what other threads of the program wrote is read from here on
-    dq_pairs_ptr += at_keys
-    dp_pairs_ptr += at_keys
-    d_value_keys_ptr += at_keys
-    own_pair_gradients(q_ptr, p_ptr, value_keys_ptr, sums_ptr, MA_ptr, (chunk - chunk + HV) * tokens * C, dq_pairs_ptr,
-                       dp_pairs_ptr, d_value_keys_ptr, None if dg_pairs_ptr is None else dg_pairs_ptr + at_keys, filled,
-                       t, inside, H, HV, K, BK, BEFORE, MERGED, EXACT)
+    itself = tl.load(itself_ptr + head * tokens + first + t, mask=inside, other=0.0)
+    itself *= tl.load(factors_ptr + (head * NUM_FACTORS + QUERY_NORM) * tokens + first + t, mask=inside, other=0.0)
     for k0 in tl.range(0, K, BK, disable_licm=True):
         channels = k0 + tl.arange(0, BK)
         n = load_tile(value_keys_ptr, t, H * K, channels, K, inside)
-        dq = load_tile(dq_pairs_ptr, t, HV * K, channels, K, inside) + itself[:, None] * n
+        dq = load_tile(dq_pairs_ptr + at_keys, t, HV * K, channels, K, inside) + itself[:, None] * n
         dq += load_tile(from_vectors_dq_ptr + at_keys, t, HV * K, channels, K, inside)
-        store_tile(dq_pairs_ptr, t, HV * K, channels, K, inside, dq)
-        dp = load_tile(dp_pairs_ptr, t, HV * K, channels, K, inside).to(tl.float32)
+        store_tile(dq_pairs_ptr + at_keys, t, HV * K, channels, K, inside, dq)
+        dp = load_tile(dp_pairs_ptr + at_keys, t, HV * K, channels, K, inside).to(tl.float32)
         dp += load_tile(from_vectors_dp_ptr + at_keys, t, HV * K, channels, K, inside)
-        store_tile(dp_pairs_ptr, t, HV * K, channels, K, inside, dp)
+        store_tile(dp_pairs_ptr + at_keys, t, HV * K, channels, K, inside, dp)
         q = load_tile(q_ptr, t, H * K, channels, K, inside)
-        dn = load_tile(d_value_keys_ptr, t, HV * K, channels, K, inside) + itself[:, None] * q
+        dn = load_tile(d_value_keys_ptr + at_keys, t, HV * K, channels, K, inside) + itself[:, None] * q
         d_writes = tl.zeros([C, BK], tl.float32)
         for v0 in range(0, V, BV):
             columns = v0 + tl.arange(0, BV)
@@ -132,7 +116,7 @@ def value_key_gradients_kernel(q_ptr, p_ptr, value_keys_ptr, v_ptr, do_ptr, z_pt
         sums = load_sums(sums_ptr, t, HV * K, channels, K, filled)
         end = tl.load(sums_ptr + (filled - 1).to(tl.int64) * HV * K + channels, mask=channels < K, other=0.0)
         d_writes *= tl.exp2((end[None, :] - sums).to(tl.float32))
-        store_tile(d_value_keys_ptr, t, HV * K, channels, K, inside, dn + d_writes)
+        store_tile(d_value_keys_ptr + at_keys, t, HV * K, channels, K, inside, dn + d_writes)
         if dg_pairs_ptr is not None:
             dg = sum_over(j < i, n * d_writes, EXACT)
             dg += load_tile(dg_pairs_ptr + at_keys, t, HV * K, channels, K, inside)
