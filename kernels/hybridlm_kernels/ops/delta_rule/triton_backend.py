@@ -7,8 +7,8 @@ channel) and `gradients_kernel` for those of the inputs. Kept between the two: t
 numbers per token and head. Where heads are few, documents are cut into segments that are scanned side by side.
 
 An erase key of its own is one more operand. A free erase vector b takes the place of the key, with beta = -1. Values
-are then written at a second set of keys, whose scores second launches of `chunk_kernel` and `pair_gradients_kernel`
-find; the rest is in `triton_value_keys.py`. Where a token writes several times, k, v and beta have rows, and q, g and o tokens.
+are then written at a second set of keys, whose scores and their gradients second launches find; the rest is in
+`triton_value_keys.py`. Where a token writes several times, k, v and beta have rows, and q, g and o tokens.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
