@@ -53,11 +53,12 @@ def values_and_gradients(module, run, *arguments):
 
 
 def assert_same(found, expected):
-    """Losses within 1e-5; gradients within 1e-4 of their norm, or of a millionth of the largest."""
+    """Losses within 1e-5, and 5e-5 for what rounds in a sum of outputs of both signs; gradients within 1e-4 of their
+    norm, or of a millionth of the largest."""
     (losses, grads), (expected_losses, expected_grads) = found, expected
     assert losses.keys() == expected_losses.keys()
     for name, x in expected_losses.items():
-        torch.testing.assert_close(losses[name], x, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(losses[name], x, rtol=1e-5, atol=5e-5, msg=lambda m, name=name: f"{name}: {m}")
     assert grads.keys() == expected_grads.keys()
     largest = max(x.norm() for x in expected_grads.values())
     for name, x in expected_grads.items():
