@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm2 import import_model, train_run  # the file beside this one
+from dsa_real_tables import TEXTS, make_figure, tabulate  # the files beside this one
+from smollm2 import import_model, train_run
 
 from hybridlm.checkpoint import load_checkpoint, resolve
 from hybridlm.config.schema import DataConfig
@@ -49,17 +50,12 @@ from hybridlm.interop.surgery import add_indexer
 from hybridlm.model.mixers.common.indexed_attention import indexed_mixers
 from hybridlm.model.model import HybridLM
 from hybridlm.model.targets import IGNORE
-from hybridlm.report.figures import Axis, Chart, Panel, Series
-from hybridlm.report.palette import Palette
 from hybridlm.report.png import write_png
 from hybridlm.sources.stdlib import open_stdlib
 from hybridlm.training.recall import RecallSamples, recall_nll, repeated_samples
 from hybridlm_kernels import CuSeqlens
 
-TEXTS = ("prose", "code")
 REPEATED = "repeated tokens"  # random ones, twice
-SHARES = {"recall": "indexer", "attainable": "attainable", "window": "window", "window_first": "window + first",
-          "first": "first", "random": "random"}
 HELD_OUT = {"prose": 0.2, "code": 0.02}  # of the documents
 PROSE_WEIGHT = 0.2  # of the training text; there is little of it
 COPIES_WEIGHT = 0.3  # of the training text of the piece `copies`
@@ -345,80 +341,6 @@ def make_smoke_model(folder: Path) -> Path:
         eos_token_id=len(letters))).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>").save_pretrained(folder)
     return folder
-
-
-def tabulate(found: dict[str, Any], sizes: Sizes) -> str:
-    """Tables of everything that is measured, in Markdown."""
-    recalls = [(name.split("/")[1:], result) for name, result in found.items() if name.startswith("recall/")]
-    lines = ["Attention on the selected keys, means over layers; queries that see more keys than are selected", "",
-             *_header("indexers", "text", "tokens", "KL", *SHARES.values())]
-    lines += [_row(*where, f"{result['mean']['kl']:.3f}", *_shares(result["mean"])) for where, result in recalls]
-    lines += ["", "By tokens before the query", "",
-              *_header("indexers", "text", "tokens", "before", "queries", *SHARES.values())]
-    for where, result in recalls:
-        lines += [_row(*where, f"{row['start']}-{row['stop'] - 1}", f"{row['queries']}", *_shares(row))
-                  for row in result["mean"]["by_position"]]
-    for text in TEXTS:
-        lines += _tabulate_layers(found, text, sizes)
-    lines += ["", f"Loss in nats per token, {sizes.length} tokens", "", *_header("model", "attention", *TEXTS)]
-    for pair in _pairs(found, "loss"):
-        results = [found.get("/".join(("loss", *pair, text))) for text in TEXTS]
-        lines.append(_row(*pair, *("-" if result is None else f"{result['loss']:.4f}" for result in results)))
-    lines += ["", f"Negative log-likelihood of the second copy, {sizes.length // 2} tokens behind the first", "",
-              *_header("model", "attention", "random tokens", "code")]
-    for pair in _pairs(found, "repeat"):
-        result = found["/".join(("repeat", *pair))]
-        lines.append(_row(*pair, f"{result['random']:.3f}", f"{result['code']:.3f}"))
-    return "\n".join(lines) + "\n"
-
-
-def _header(*cells: str) -> list[str]:
-    return [_row(*cells), "|---" * len(cells) + "|"]
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _shares(row: dict[str, Any]) -> list[str]:
-    return ["-" if row[key] is None else f"{row[key]:.3f}" for key in SHARES]
-
-
-def _pairs(found: dict[str, Any], kind: str) -> list[list[str]]:
-    """Models and their attention of which something of a kind is measured."""
-    return list(map(list, dict.fromkeys(tuple(name.split("/")[1:3]) for name in found if name.startswith(kind))))
-
-
-def layer_rows(found: dict[str, Any], text: str, sizes: Sizes) -> dict[int, dict[str, Any]]:
-    """The measurement of each layer at the greater length: of the trained indexers, and of fresh ones elsewhere."""
-    rows: dict[int, dict[str, Any]] = {}
-    for model in ("fresh", "warmup_2048"):
-        result = found.get(f"recall/{model}/{text}/{sizes.long_length}", {"layers": []})
-        rows |= {row["layer"]: row for row in result["layers"]}
-    return dict(sorted((layer, row) for layer, row in rows.items() if row["queries"]))
-
-
-def _tabulate_layers(found: dict[str, Any], text: str, sizes: Sizes) -> list[str]:
-    rows = layer_rows(found, text, sizes)
-    converted = [layer for layer in json.loads(sizes.layers) if layer in rows]
-    below = [layer for layer in converted if rows[layer]["recall"] <= rows[layer]["window_first"]]
-    return ["", f"By layer, {text}, {sizes.long_length} tokens, after both warm-ups; other layers have fresh indexers, "
-            "which nothing uses", "", *_header("layer", "KL", *SHARES.values()),
-            *(_row(f"{layer}", f"{row['kl']:.3f}", *_shares(row)) for layer, row in rows.items()), "",
-            f"The indexer finds more than the window with the first token in {len(converted) - len(below)} of "
-            f"{len(converted)} converted layers" + (f", but not in {below}." if below else ".")]
-
-
-def make_figure(found: dict[str, Any], sizes: Sizes) -> Chart:
-    """Recall by layer of the trained indexers, beside what needs none."""
-    palette = Palette(SHARES.values())
-    panels = []
-    for text in TEXTS:
-        rows = layer_rows(found, text, sizes)
-        panels.append(Panel(text, [Series(name, palette[name], list(rows), [row[key] for row in rows.values()],
-                                          points=True) for key, name in SHARES.items()]))
-    return Chart("recall-by-layer", f"Attention on {sizes.topk} of up to {sizes.long_length} keys", "",
-                 Axis("layer", "count"), Axis("share of dense attention", "share"), panels, wide=True)
 
 
 PIECES = ("import", "warmup", "warmup_2048", "sparse", "control", "copies", "measure", "table", "figure")

@@ -70,10 +70,10 @@ def table(results: dict[str, Any], metrics: Sequence[str] = ()) -> str:
     columns = [(label, length, "" if length == task["length"] else f"@{length}")
                for label, task in results["probes"].items() for length in task["lengths"]]
     lines = [table_row("layers", "parameters", *(f"{label}, {length} tokens" for label, length, _ in columns),
-                  *(name.replace("_", " ") for name in metrics)),
+                       *(name.replace("_", " ") for name in metrics)),
              "|---" * (len(columns) + len(metrics) + 2) + "|",
              table_row("chance", "", *(f"{results['probes'][label]['chance']:.2f}" for label, _, _ in columns),
-                  *("" for _ in metrics))]
+                       *("" for _ in metrics))]
     for group in results["groups"]:
         names = [*(f"probe/{label}/accuracy{at}" for label, _, at in columns), *metrics]
         found = [group["metrics"].get(name) for name in names]

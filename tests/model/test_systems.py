@@ -10,8 +10,8 @@ from hybridlm.model import generate
 
 SYSTEMS = ["kimi_linear_tiny", "minimax_01_tiny", "qwen3_next_tiny", "deepseek_v32_tiny", "hybrid_tiny", "sambay_tiny",
            "jamba_tiny", "griffin_tiny", "rwkv6_tiny", "deepseek_v4_tiny", "nemotron_h_tiny", "gemma4_tiny",
-           "deepseek_v41_tiny", "hysparse_tiny", "hysparse2_tiny", "clsa_tiny", "hymba_tiny", "glm53_flash_tiny",
-           "zamba2_tiny"]
+           "engram_tiny", "hysparse_tiny", "hysparse2_tiny", "clsa_tiny", "hymba_tiny", "glm53_flash_tiny",
+           "deepseek_v41_tiny", "zamba2_tiny"]
 LENGTH = 96  # more than the 64 keys that sparse attention keeps
 IDS = torch.randint(512, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 BORDERS = [0, 1, 65, 96, 100, 192]

@@ -64,7 +64,7 @@ class RunningBounds:
 
     def __init__(self, k_HTK: Tensor, page: int):
         self.page, self.tokens = page, k_HTK.shape[1]
-        padded = F.pad(k_HTK, (0, 0, 0, -self.tokens % page)).unflatten(1, (-1, page))
+        padded = _cut_into_pages(k_HTK, page)
         self.most, self.least = (running.values.flatten(1, 2)[:, : self.tokens]
                                  for running in (padded.cummax(2), padded.cummin(2)))
 
@@ -87,7 +87,7 @@ class RunningMeans:
 
     def __init__(self, k_HTK: Tensor, page: int):
         self.page, self.tokens = page, k_HTK.shape[1]
-        padded = F.pad(k_HTK, (0, 0, 0, -self.tokens % page)).unflatten(1, (-1, page))
+        padded = _cut_into_pages(k_HTK, page)
         steps = torch.arange(1, page + 1, device=padded.device, dtype=padded.dtype)
         self.mean = (padded.cumsum(2) / steps[:, None]).flatten(1, 2)[:, : self.tokens]
 
@@ -96,6 +96,17 @@ class RunningMeans:
         whole_HQP = torch.einsum("hqk,hpk->hqp", q_HQK, self.mean[:, self.page - 1 :: self.page])
         own_HQ = (q_HQK * self.mean[:, rows]).sum(-1)
         return _with_own_page(whole_HQP, own_HQ, rows, self.tokens, self.page)
+
+
+def seen_pages(scores_HQT: Tensor, page: int) -> Tensor:
+    """Mask [Q, P] of the pages of which a query sees a token, by scores that are -inf elsewhere."""
+    seen_QT = (scores_HQT > -torch.inf).any(0)
+    return F.pad(seen_QT, (0, -seen_QT.shape[1] % page)).unflatten(1, (-1, page)).any(-1)
+
+
+def _cut_into_pages(k_HTK: Tensor, page: int) -> Tensor:
+    """Keys as [H, P, page, K], the last page filled up with zeros."""
+    return F.pad(k_HTK, (0, 0, 0, -k_HTK.shape[1] % page)).unflatten(1, (-1, page))
 
 
 def _with_own_page(whole_HQP: Tensor, own_HQ: Tensor, rows: slice, tokens: int, page: int) -> Tensor:
@@ -114,10 +125,7 @@ class _PageReader(KeyReader):
     def reads(self, rows: slice, scores_HQT: Tensor) -> Tensor | None:
         size, tokens = self.method.page, scores_HQT.shape[2]
         score_HQP = self.summaries.scores(self.q_HTK[:, rows], rows)
-        pages = score_HQP.shape[2]
-        seen_QT = (scores_HQT > -torch.inf).any(0)
-        seen_QP = F.pad(seen_QT, (0, pages * size - tokens)).unflatten(1, (pages, size)).any(-1)
-        score_HQP = score_HQP.masked_fill(~seen_QP, -torch.inf)
+        score_HQP = score_HQP.masked_fill(~seen_pages(scores_HQT, size), -torch.inf)
         count = max(MIN_PAGES, self.method.budget // size)
         return best_keys(score_HQP, count).repeat_interleave(size, -1)[..., :tokens]
 

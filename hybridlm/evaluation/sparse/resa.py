@@ -11,11 +11,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.evaluation.sparse.contract import KeyReader, SparseMethod, register_sparse_method
-from hybridlm.evaluation.sparse.pages import RunningBounds
+from hybridlm.evaluation.sparse.pages import RunningBounds, seen_pages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +59,9 @@ class _BlockReader(KeyReader):
     def reads(self, rows: slice, scores_HQT: Tensor) -> Tensor | None:
         size, tokens = self.method.page, scores_HQT.shape[2]
         score_GQP = self.bounds.scores(self.q_GTK[:, rows], rows)
-        blocks = score_GQP.shape[2]
-        seen_QT = (scores_HQT > -torch.inf).any(0)
-        seen_QP = F.pad(seen_QT, (0, blocks * size - tokens)).unflatten(1, (blocks, size)).any(-1)
-        own_Q1 = (torch.arange(tokens, device=seen_QT.device)[rows] // size)[:, None]
-        local_QP = torch.arange(blocks, device=own_Q1.device) > own_Q1 - self.method.local
+        seen_QP = seen_pages(scores_HQT, size)
+        own_Q1 = (torch.arange(tokens, device=seen_QP.device)[rows] // size)[:, None]
+        local_QP = torch.arange(seen_QP.shape[1], device=own_Q1.device) > own_Q1 - self.method.local
         score_GQP = score_GQP.masked_fill(local_QP, torch.inf).masked_fill(~seen_QP, -torch.inf)
         rank_GQP = score_GQP.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         read_GQP = (rank_GQP < self._count(seen_QP.sum(-1))[:, None]) & seen_QP

@@ -76,7 +76,7 @@ class SwiGLU(FeedForward):
         super().__init__()
         hidden = context.hidden_size
         width = config.intermediate_size
-        self.activation = config.activation
+        self.gelu = {"geglu": "none", "geglu_tanh": "tanh"}.get(config.activation)  # its form; None for SwiGLU and SiTU
         self.bounds: dict[str, Any] = {"limit": config.swiglu_limit, "soft_caps": config.soft_caps()}
         self.gate_scale = config.gate_scale
         self.gate_proj = nn.Linear(hidden, width, bias=False)
@@ -85,15 +85,15 @@ class SwiGLU(FeedForward):
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: None = None) -> tuple[Tensor, Aux]:
         gate_BTI, up_BTI = self._scaled(self.gate_proj(x_BTD)), self.up_proj(x_BTD)
-        if self.activation in ("geglu", "geglu_tanh"):
-            return self.down_proj(geglu(gate_BTI, up_BTI, tanh=self.activation == "geglu_tanh")), {}
+        if self.gelu is not None:
+            return self.down_proj(geglu(gate_BTI, up_BTI, tanh=self.gelu == "tanh")), {}
         return self.down_proj(swiglu(gate_BTI, up_BTI, **self.bounds)), {}
 
     def _scaled(self, gate_BTI: Tensor) -> Tensor:
         return gate_BTI if self.gate_scale == 1.0 else self.gate_scale * gate_BTI
 
     def prepare_step(self) -> DecodeStep | None:
-        if self.activation in ("geglu", "geglu_tanh"):
+        if self.gelu is not None:
             return None
         gate_proj, up_proj, down_proj = map(linear_step, (self.gate_proj, self.up_proj, self.down_proj))
         bounds = self.bounds

@@ -162,8 +162,9 @@ class EntrySelectingMixer(SequenceMixer):
             elif not fits:
                 chosen = indexer.choose(index)
             if self.keys_are_read:
-                marks = self.candidates is not None and sparse and longest > self.candidates.entries
-                marked = mark_candidates(indexer, index, self.candidates) if marks and self.candidates else None
+                wanted = self.candidates if sparse else None
+                marked = (None if wanted is None or longest <= wanted.entries
+                          else mark_candidates(indexer, index, wanted))
                 seq.leave(INDEX_KEYS, self.layer_index, SharedIndexKeys(index.entries_BE, marked))
         selection = EntrySelection(chosen, indexer, index if learns else None)
         if self.selection_is_read:

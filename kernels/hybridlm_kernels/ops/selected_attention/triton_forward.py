@@ -17,11 +17,18 @@ from hybridlm_kernels.ops.selected_attention.triton_tiles import Documents, KeyS
 from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E
 from hybridlm_kernels.ops.sparse_attention.triton_inverse import MIN_BLOCK_QUERIES, WORK_BUFFER_BYTES
 from hybridlm_kernels.packing import CuSeqlens
+from hybridlm_kernels.recurrence.triton_tiles import LOG2_E as LOG2_E_IN_KERNELS
 from hybridlm_kernels.triton_support import CompileCase, tuned
 
 OF_THE_BATCH = ["start", "T", "S", "offset", "hidden", "window", "N", "U", "place", "width"]
 TUNING_KEY = ["H", "G", "K", "V", "HEADS"]
 CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (2, 1)]
+
+
+@triton.jit
+def load_bias(bias_ptr, pair, inside, start, U, N):
+    """Biases of pairs of a query and a block that it lists, for exponentials of base 2."""
+    return tl.load(bias_ptr + tl.cast(start, tl.int64) * U * N + pair, mask=inside, other=0.0) * LOG2_E_IN_KERNELS
 
 
 @triton.jit
@@ -101,7 +108,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, tiles_ptr, order_ptr, blocks_ptr, bias_p
     q = load_gathered(q_ptr, (token * H + h) * K, inside, K, K0)
     bias = tl.zeros([BLOCK_M], tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + tl.cast(start, tl.int64) * U * N + pair, mask=inside, other=0.0) * 1.4426950408889634
+        bias = load_bias(bias_ptr, pair, inside, start, U, N)
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, V0], tl.float32)
@@ -150,7 +157,7 @@ def join_kernel(part_ptr, part_lse_ptr, there_ptr, sinks_ptr, o_ptr, lse_ptr, st
     row, inside, h, lists = rows_of_parts(rows, U, H, ROWS)
     sink = tl.full([ROWS], float("-inf"), tl.float32)
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + h, mask=inside, other=float("-inf")) * 1.4426950408889634
+        sink = tl.load(sinks_ptr + h, mask=inside, other=float("-inf")) * LOG2_E_IN_KERNELS
     most = sink
     for w in range(width):
         most = tl.maximum(most, load_part_lse(part_lse_ptr, there_ptr, row, lists, inside, w, width))

@@ -20,6 +20,7 @@ from hybridlm_kernels.ops.selected_attention.triton_forward import (
     TileSizes,
     block_of_tile,
     compile_types,
+    load_bias,
     load_gathered,
     part_dtype,
     row_sizes,
@@ -63,8 +64,7 @@ def query_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, tile
     do = load_gathered(do_ptr, (token * H + h) * V, inside, V, V0)
     shift = tl.load(lse_ptr + token * H + h, mask=inside, other=float("inf"))
     if bias_ptr is not None:
-        shift -= tl.load(bias_ptr + tl.cast(start, tl.int64) * U * N + pair, mask=inside,
-                         other=0.0) * 1.4426950408889634
+        shift -= load_bias(bias_ptr, pair, inside, start, U, N)
     delta = tl.load(delta_ptr + token * H + h, mask=inside, other=0.0)
     dq = tl.zeros([BLOCK_M, K0], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -129,8 +129,7 @@ def key_gradients_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, tiles_
             do = load_gathered(do_ptr, (token * H + h) * V, inside, V, V0)
             shift = tl.load(lse_ptr + token * H + h, mask=inside, other=float("inf"))
             if bias_ptr is not None:
-                shift -= tl.load(bias_ptr + tl.cast(start, tl.int64) * U * N + pair, mask=inside,
-                                 other=0.0) * 1.4426950408889634
+                shift -= load_bias(bias_ptr, pair, inside, start, U, N)
             delta = tl.load(delta_ptr + token * H + h, mask=inside, other=0.0)
             seen = c[:, None] <= last[None, :]
             if window is not None:
