@@ -32,6 +32,8 @@ from hybridlm_kernels.ops.sinkhorn import sinkhorn as sinkhorn
 from hybridlm_kernels.ops.slstm import slstm as slstm
 from hybridlm_kernels.ops.sparse_attention import indexer_topk as indexer_topk
 from hybridlm_kernels.ops.sparse_attention import sparse_attention as sparse_attention
+from hybridlm_kernels.ops.streams import read_streams as read_streams
+from hybridlm_kernels.ops.streams import write_streams as write_streams
 from hybridlm_kernels.ops.suffix_match import suffix_match as suffix_match
 from hybridlm_kernels.ops.swiglu import SoftCaps as SoftCaps
 from hybridlm_kernels.ops.swiglu import swiglu as swiglu

@@ -23,7 +23,8 @@ from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.residual.contract import BranchName, ResidualBranch
-from hybridlm.model.residual.streams import StreamMap, StreamsConfig, StreamsResidual, collapse, expand
+from hybridlm.model.residual.streams import StreamMap, StreamsConfig, StreamsResidual
+from hybridlm_kernels import read_streams, write_streams
 from hybridlm_kernels.precision import wide
 
 End = Literal["learned", "mean", "sum"]
@@ -109,11 +110,11 @@ class BoundedBranch(ResidualBranch):
 
     def read(self, stream: Any, norm: RMSNorm) -> tuple[Tensor, Any]:
         read_BTM, write_BTM, carry_BTMM = self.weights(stream)
-        return norm(collapse(read_BTM, stream)), (stream, carry_BTMM, write_BTM)
+        return norm(read_streams(stream, read_BTM)), (stream, carry_BTMM, write_BTM)
 
     def write(self, kept: Any, output_BTD: Tensor, norm: RMSNorm) -> Any:
         streams_BTMD, carry_BTMM, write_BTM = kept
-        return expand(streams_BTMD, carry_BTMM, write_BTM, self.scaled(output_BTD))
+        return write_streams(streams_BTMD, carry_BTMM, write_BTM, self.scaled(output_BTD))
 
     def init_weights(self, std: float) -> None:
         config = self.config
@@ -134,7 +135,7 @@ class EndedStreams(StreamsResidual):
 
     def end(self, stream: Tensor) -> Tensor:
         if self.end_coefficients is not None:
-            return collapse(self.end_coefficients(stream)[0].sigmoid() + self.config.eps, stream)
+            return read_streams(stream, self.end_coefficients(stream)[0].sigmoid() + self.config.eps)
         total_BTD = wide(stream).sum(-2)
         return (total_BTD if self.config.end == "sum" else total_BTD / self.num_streams).to(stream.dtype)
 

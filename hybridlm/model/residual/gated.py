@@ -26,8 +26,8 @@ from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.residual.contract import BranchName, ResidualBranch, ResidualConfig, register_residual
-from hybridlm.model.residual.streams import StreamsConfig, StreamsResidual, expand, stream_mixing_role
-from hybridlm_kernels import rms_norm
+from hybridlm.model.residual.streams import StreamsConfig, StreamsResidual, stream_mixing_role
+from hybridlm_kernels import rms_norm, write_streams
 from hybridlm_kernels.precision import wide
 
 CHANNELS_PER_RANK = 8  # the default rank is D / 8, as published
@@ -159,7 +159,7 @@ class GatedReadBranch(ResidualBranch):
 
     def write(self, kept: Any, output_BTD: Tensor, norm: RMSNorm) -> Tensor:
         streams_BTMD, write_BTM = kept
-        return expand(streams_BTMD, None, write_BTM, self.scaled(output_BTD))
+        return write_streams(streams_BTMD, None, write_BTM, self.scaled(output_BTD))
 
     def init_weights(self, std: float) -> None:
         self.gates.init_weights(std)

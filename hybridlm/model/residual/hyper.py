@@ -25,7 +25,8 @@ from hybridlm.model.norm import RMSNorm
 from hybridlm.model.parameter_roles import ParameterRole, find_roles
 from hybridlm.model.residual.branch import BranchConfig
 from hybridlm.model.residual.contract import BRANCH_NAMES, BranchName, ResidualBranch, register_residual
-from hybridlm.model.residual.streams import StreamsConfig, StreamsResidual, collapse, expand, stream_mixing_role
+from hybridlm.model.residual.streams import StreamsConfig, StreamsResidual, stream_mixing_role
+from hybridlm_kernels import read_streams, write_streams
 from hybridlm_kernels.precision import wide
 
 INITIAL_SCALE = 0.01  # of the part that depends on the token
@@ -111,11 +112,11 @@ class HyperBranch(ResidualBranch):
 
     def read(self, stream: Tensor, norm: RMSNorm) -> tuple[Tensor, Any]:
         write_BTM, read_BTM, carry_BTMM = self.coefficients(stream)
-        return norm(collapse(read_BTM, stream)), (stream, carry_BTMM, write_BTM)
+        return norm(read_streams(stream, read_BTM)), (stream, carry_BTMM, write_BTM)
 
     def write(self, kept: Any, output_BTD: Tensor, norm: RMSNorm) -> Tensor:
         streams_BTMD, carry_BTMM, write_BTM = kept
-        return expand(streams_BTMD, carry_BTMM, write_BTM, self.scaled(output_BTD))
+        return write_streams(streams_BTMD, carry_BTMM, write_BTM, self.scaled(output_BTD))
 
     def init_weights(self, std: float) -> None:
         self.coefficients.init_weights()

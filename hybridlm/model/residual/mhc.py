@@ -25,8 +25,8 @@ from hybridlm.model.layer_context import LayerContext
 from hybridlm.model.norm import RMSNorm
 from hybridlm.model.residual.bounded import BoundedBranch, BoundedStreamsConfig, EndedStreams, EndedStreamsConfig
 from hybridlm.model.residual.contract import FP32_BYTES, register_residual
-from hybridlm.model.residual.streams import StreamsResidual, collapse
-from hybridlm_kernels import sinkhorn
+from hybridlm.model.residual.streams import StreamsResidual
+from hybridlm_kernels import read_streams, sinkhorn
 
 
 @dataclass(kw_only=True)
@@ -133,4 +133,4 @@ class SinglePassHyperConnections(StreamsResidual):
 
 def _read(streams_BTMD: Tensor, read_BTM: Tensor | None) -> Tensor:
     """Read the streams; without weights, before the first branch, stream 0."""
-    return streams_BTMD[..., 0, :] if read_BTM is None else collapse(read_BTM, streams_BTMD)
+    return streams_BTMD[..., 0, :] if read_BTM is None else read_streams(streams_BTMD, read_BTM)

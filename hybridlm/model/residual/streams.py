@@ -122,37 +122,6 @@ class StreamMap(KeepsFP32):
         nn.init.constant_(self.scale, scale)
 
 
-def collapse(weights_BTM: Tensor, streams_BTMD: Tensor) -> Tensor:
-    """Sum the streams with one weight per stream and token, in fp32.
-
-    Returns:
-        [B, T, D] in the dtype of the streams.
-    """
-    with torch.autocast(streams_BTMD.device.type, enabled=False):
-        mixed_BT1D = weights_BTM[..., None, :] @ wide(streams_BTMD)
-    return mixed_BT1D.squeeze(-2).to(streams_BTMD.dtype)
-
-
-def expand(streams_BTMD: Tensor, carry_BTMM: Tensor | None, write_BTM: Tensor, output_BTD: Tensor) -> Tensor:
-    """Mix the streams, and add the output of a branch to each of them, in fp32.
-
-    Args:
-        streams_BTMD: the streams before the branch.
-        carry_BTMM: weight of stream i (third dim) in the new stream j (last dim); None: streams are not mixed.
-        write_BTM: weight of the output in each stream.
-        output_BTD: the output of the branch.
-
-    Returns:
-        The new streams, in the dtype of those before.
-    """
-    carried_BTMD = wide(streams_BTMD)
-    if carry_BTMM is not None:
-        with torch.autocast(carried_BTMD.device.type, enabled=False):
-            carried_BTMD = torch.einsum("btij,btid->btjd", carry_BTMM, carried_BTMD)
-    written_BTMD = write_BTM[..., None] * wide(output_BTD)[..., None, :]
-    return (carried_BTMD + written_BTMD).to(streams_BTMD.dtype)
-
-
 class StreamsResidual(Residual):
     """All streams begin as the embedding."""
 
