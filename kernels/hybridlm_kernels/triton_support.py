@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 products and asynchronous copies
 REGISTERS = 65536  # of a multiprocessor, where torch does not tell
 ORDINARY_NUMBER = 48  # stands for a number of heads or tokens where a kernel is built before they matter
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+Kept = TypeVar("Kept")
 
 
 def lazy_triton_backend(module: str, function: str, supports: Callable[[Call], tuple[bool, str]] = always) -> Backend:
@@ -201,8 +202,18 @@ def copy_table(table: np.ndarray, device: torch.device, shared: bool = False) ->
         return host.to(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a table of chunks would be copied inside the capture of a CUDA graph; run the same call "
-                           "once before the capture, and keep the CuSeqlens of packed documents as long as the graph")
+                           "once before the capture, with the same CuSeqlens where documents are packed")
     return host.to(device) if shared else host.pin_memory().to(device, non_blocking=True)
+
+
+_READ_BY_GRAPHS: dict[int, Any] = {}
+
+
+def keep_for_graphs(tables: Kept) -> Kept:
+    """The same tables, kept for good where a CUDA graph is being captured, whose replays read them."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _READ_BY_GRAPHS[id(tables)] = tables
+    return tables
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
-"""Addresses beyond 2^31 elements: computed for the largest batches there may be, by ranges over each kernel's TTIR."""
+"""What each kernel's TTIR says: no address overflows beyond 2^31 elements, for the largest batches there may be, and
+what a kernel reads again after it wrote it is not loaded ahead.
+"""
 
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -24,22 +27,48 @@ OF_LISTS = dict.fromkeys(("U", "axes", "W"), (1, 2**10)) | dict.fromkeys(("N", "
 OPERATIONS = sorted(path.parent.name for path in Path(hybridlm_kernels.__file__).parent.glob("ops/*/triton_backend.py"))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_no_address_overflows(operation):
+# Tuned kernels that read in a loop what they write: in no configuration may the loop be pipelined.
+REWRITES = {"delta_rule": {"gradients_kernel", "pair_gradients_kernel"},
+            "linear_attention": {"chunk_kernel", "pair_gradients_kernel"}}
+# Untuned ones. A round writes what it alone has read, which no other round reads; of `join_kernel` a round reads the
+# state that it wrote before its inner loop, behind a barrier, from where that loop loads ahead.
+REWRITES_UNTUNED = {"delta_rule": {"join_kernel", "value_key_gradients_kernel"}, "linear_attention": {"join_kernel"},
+                    "indexer_kl": {"_kl_rows"}, "linear_cross_entropy": {"_cross_entropy"}}
+
+
+@lru_cache
+def kernels_of(operation):
+    """The kernels of an operation and their TTIR; heads of 64 have the same code as those of 128."""
     from tests.support.triton_ir import inlined
 
-    kernels = [compile_case for _, compile_case in compile_cases([operation])]
+    cases = [case for _, case in compile_cases([operation]) if case.head_dim != 64]
+    configured = [configurations(case)[0] for case in cases]
+    return [(case, inlined(c.source, c.options)) for case, c in zip(cases, configured, strict=True)]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_read_again_is_not_loaded_ahead(operation):
+    """A pipelined loop would load before an earlier round has stored."""
+    from tests.support.triton_ir import rewritten_tensors
+
+    found = {case.kernel for case, text in kernels_of(operation) if rewritten_tensors(text)}
+    tuned = {kernel for kernel in found if hasattr(kernel, "configs")}
+    assert {kernel.fn.__name__ for kernel in tuned} == REWRITES.get(operation, set())
+    assert {kernel.__name__ for kernel in found - tuned} == REWRITES_UNTUNED.get(operation, set())
+    assert {config.num_stages for kernel in tuned for config in kernel.configs} <= {1}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_address_overflows(operation):
+    kernels = kernels_of(operation)
     assert kernels
-    for compile_case in kernels:
-        if compile_case.head_dim == 64:  # the same code as for heads of 128
-            continue
+    for compile_case, text in kernels:
         arguments, programs = HEADS | dict.fromkeys(compile_case.divisible, (1, 2**20)), PROGRAMS
         if operation == "indexer_kl":
             arguments, programs = arguments | OF_A_ROW, BLOCKS_OF_A_ROW
         if operation == "selected_attention":
             arguments = arguments | OF_LISTS
-        configured = configurations(compile_case)[0]
-        ranges = Ranges(inlined(configured.source, configured.options), arguments, programs)
+        ranges = Ranges(text, arguments, programs)
         assert ranges.offsets > 0
         assert not ranges.overflows, (compile_case.label, ranges.overflows[:3])
 

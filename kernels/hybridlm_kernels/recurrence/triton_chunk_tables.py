@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
-from hybridlm_kernels.triton_support import copy_table
+from hybridlm_kernels.triton_support import copy_table, keep_for_graphs
 
 CHUNK_TOKENS = 64
 MIN_CHUNKS_PER_SEGMENT = 8  # in shorter segments the states between them are too much traffic
@@ -94,13 +94,13 @@ def get_chunk_tables(batch: int, length: int, borders: CuSeqlens | None, device:
                      chunk: int = CHUNK_TOKENS) -> ChunkTables:
     """The tables of a batch; those of packed batches are kept with their borders, plain ones by their size."""
     if borders is None:
-        return _tables_of_plain_rows(batch, length, device, chunk)
+        return keep_for_graphs(_tables_of_plain_rows(batch, length, device, chunk))
     key = ("chunk_tables", device, chunk)
     if key not in borders.cache:
         borders.cache[key] = ChunkTables(borders.host, device, chunk)
-    return borders.cache[key]
+    return keep_for_graphs(borders.cache[key])
 
 
-@lru_cache(maxsize=4096)  # a captured CUDA graph reads them for good: more sizes than any program captures
+@lru_cache(maxsize=4096)
 def _tables_of_plain_rows(batch: int, length: int, device: torch.device, chunk: int) -> ChunkTables:
     return ChunkTables(range(0, batch * length + 1, length), device, chunk, shared=True)

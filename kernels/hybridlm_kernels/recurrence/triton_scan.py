@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
-from hybridlm_kernels.triton_support import copy_table
+from hybridlm_kernels.triton_support import copy_table, keep_for_graphs
 
 
 @triton.jit
@@ -37,14 +37,14 @@ def document_tiles(batch: int, length: int, borders: CuSeqlens | None, device: t
         First token, length and first tile of every document, int64 [N, 3], and the number P of tiles.
     """
     if borders is None:
-        return _tiles_of_rows(batch, length, device, tile_tokens)
+        return keep_for_graphs(_tiles_of_rows(batch, length, device, tile_tokens))
     key = ("document_tiles", device, tile_tokens)
     if key not in borders.cache:
         borders.cache[key] = _table(borders.host, device, tile_tokens, shared=False)
-    return borders.cache[key]
+    return keep_for_graphs(borders.cache[key])
 
 
-@lru_cache(maxsize=4096)  # a captured CUDA graph reads them for good: more sizes than any program captures
+@lru_cache(maxsize=4096)
 def _tiles_of_rows(batch: int, length: int, device: torch.device, tile_tokens: int) -> tuple[Tensor, int]:
     return _table(tuple(range(0, batch * length + 1, length)), device, tile_tokens, shared=True)
 

@@ -34,6 +34,7 @@ from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import pair_gradients
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
 from hybridlm_kernels.ops.delta_rule.triton_solve import BLOCK as SOLVE_BLOCK
 from hybridlm_kernels.ops.delta_rule.triton_value_keys import (
+    KEY_GRADIENTS,
     value_key_gradients_kernel,
     value_products_kernel,
     written_value_gradients_kernel,
@@ -387,7 +388,8 @@ class _DeltaRuleLaunches:
                 value_key_gradients_kernel[(P, self.HV)](
                     value_keys_ptr=x.value_keys, v_ptr=x.v, dS_ptr=d_states, d_value_keys_ptr=dn,
                     from_vectors_dq_ptr=terms["dq_pairs_ptr"], from_vectors_dp_ptr=terms["dp_pairs_ptr"],
-                    from_vectors_dg_ptr=terms["dg_pairs_ptr"], **with_values, **self.sizes,
+                    from_vectors_dg_ptr=terms["dg_pairs_ptr"], **with_values, **self.sizes, **KEY_GRADIENTS,
+                    num_warps=4, num_stages=1,
                     **{name: of_values[name] for name in ("q_ptr", "factors_ptr", "sums_ptr", "chunks_ptr",
                                                           "itself_ptr", "K", "V", "EXACT")})
                 shared |= with_values

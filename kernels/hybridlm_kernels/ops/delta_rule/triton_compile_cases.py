@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -13,6 +14,7 @@ from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import pair_gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
 from hybridlm_kernels.ops.delta_rule.triton_value_keys import (
+    KEY_GRADIENTS,
     value_key_gradients_kernel,
     value_products_kernel,
     written_value_gradients_kernel,
@@ -95,7 +97,8 @@ def _erase_cases(D: int) -> Iterator[CompileCase]:
         "OWN": True, "SIGMOID": False, "EXACT": False, "MERGED": 5}, "dv d_beta", "")
     yield _compile_case(f"pair gradients of values, {label}", pair_gradients_kernel, sizes | before | {
         "OWN": True, "VALUE_KEYS": True, "SIGMOID": False, "EXACT": False, "MERGED": 5}, "dv d_beta", "")
-    yield _compile_case(f"value key gradients, {label}", value_key_gradients_kernel, sizes | {"EXACT": False}, "", "")
+    yield replace(_compile_case(f"value key gradients, {label}", value_key_gradients_kernel,
+                                sizes | KEY_GRADIENTS | {"EXACT": False}, "", ""), num_stages=1)
     yield _compile_case(f"gradients, {label}", gradients_kernel, flags | sizes | channel | {"OWN": True},
                         f"dv {no_gate}", "")
     scan = sizes | free | {"BK": D, "CHANNEL": True, "EXACT": False}

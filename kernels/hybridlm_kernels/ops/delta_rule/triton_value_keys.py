@@ -22,6 +22,7 @@ from hybridlm_kernels.triton_support import tuned
 PRODUCTS_CONFIGS = [triton.Config({"BV": values}, num_warps=4, num_stages=1) for values in (64, 32)]
 VALUES_CONFIGS = [triton.Config({"BK": channels, "BV": values}, num_warps=4, num_stages=1)
                   for channels, values in ((64, 64), (32, 64), (32, 32))]
+KEY_GRADIENTS = {"BK": 64, "BV": 64}  # sizes of tiles; with 4 warps
 
 
 @tuned(PRODUCTS_CONFIGS, ["V", "EXACT"])
@@ -73,7 +74,6 @@ def written_value_gradients_kernel(value_writes_ptr, value_A_ptr, value_L_ptr, d
         store_tile(dv_ptr + at_values, t, HV * V, columns, V, inside, dv)
 
 
-@tuned(VALUES_CONFIGS, ["K", "V", "EXACT"])
 @triton.jit(do_not_specialize=["tokens"])
 def value_key_gradients_kernel(q_ptr, value_keys_ptr, v_ptr, dS_ptr, factors_ptr, sums_ptr, chunks_ptr, itself_ptr,
                                from_vectors_dq_ptr, from_vectors_dp_ptr, from_vectors_dg_ptr, dq_pairs_ptr,
@@ -82,7 +82,8 @@ def value_key_gradients_kernel(q_ptr, value_keys_ptr, v_ptr, dS_ptr, factors_ptr
     """Complete what `pair_gradients_kernel` wrote of values: dq_pairs, dp_pairs, dg_pairs and the gradients of value
     keys, all [tokens, HV, K]. A token's own score, the state after the chunk, and the terms `from_vectors` are added.
 
-    `itself` [HV, tokens] are the gradients of A'_ii. One program per chunk and head.
+    `itself` [HV, tokens] are the gradients of A'_ii. One program per chunk and head. It adds to what is there, so
+    it must run once: it is not tuned.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     chunk, head, first, filled = locate_chunk(chunks_ptr)

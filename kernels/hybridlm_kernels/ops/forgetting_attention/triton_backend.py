@@ -27,7 +27,7 @@ from hybridlm_kernels.ops.forgetting_attention.triton_gates import gate_gradient
 from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
-from hybridlm_kernels.triton_support import CompileCase, copy_table, tuned
+from hybridlm_kernels.triton_support import CompileCase, copy_table, keep_for_graphs, tuned
 
 _OF_THE_BATCH = ["B", "T", "S", "num_queries", "num_keys"]
 _KEY = ["H", "G", "K", "V", "BLOCK_T"]
@@ -397,7 +397,7 @@ def _tiles(batch: int, length: int, borders: CuSeqlens | None, device: torch.dev
         table = np.stack([np.asarray(borders.host, dtype=np.int64)[document], lengths[document], start], axis=1)
         pairs = lengths[document] - start if of_keys else start
         borders.cache[key] = copy_table(table[np.argsort(-pairs, kind="stable")], device)
-    return borders.cache[key], len(borders.cache[key])
+    return keep_for_graphs(borders.cache[key]), len(borders.cache[key])
 
 
 def _compile_cases() -> list[CompileCase]:

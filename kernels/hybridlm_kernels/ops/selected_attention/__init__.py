@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hybridlm_kernels.compiling.operation import compilable
+from hybridlm_kernels.index_checks import check_indices
 from hybridlm_kernels.ops.selected_attention import reference, torch_backend
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.arguments import filled_borders_of
@@ -111,6 +112,8 @@ def selected_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_B
     if block is not None and rows.shape[1] != k_BSGK.shape[1]:
         raise ValueError(f"selected_attention: blocks need as many keys as the window has; got {k_BSGK.shape[1]} and "
                          f"{rows.shape[1]}")
+    check_indices("selected_attention", "indices", indices_BTUN, -(-k_BSGK.shape[1] // (block or 1)), lowest=-1,
+                  distinct=True)
     borders = None
     if block is not None or window is not None:
         borders = filled_borders_of(cu_seqlens, batch, rows.shape[1], q_BTHK.device)

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
-from hybridlm_kernels.triton_support import copy_table
+from hybridlm_kernels.triton_support import copy_table, keep_for_graphs
 
 LEAST_WINDOW_BLOCK = 64  # keys of a block of the window: a tile of keys
 SEGMENT_ROWS = 1024  # rows of queries whose sums for one block's gradients a program adds up, at least
@@ -65,7 +65,7 @@ def _packed_blocks(borders: CuSeqlens, block: int, device: torch.device) -> tupl
         begin = start[document] + (np.arange(len(document)) - base[document]) * block
         end = np.minimum(begin + block, (start + lengths)[document])
         borders.cache[key] = (copy_table(np.stack([begin, end], axis=1), device), copy_table(base, device))
-    return borders.cache[key]
+    return keep_for_graphs(borders.cache[key])
 
 
 class Tiles(NamedTuple):

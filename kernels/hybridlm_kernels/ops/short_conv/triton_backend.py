@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
-from hybridlm_kernels.triton_support import CompileCase, copy_table
+from hybridlm_kernels.triton_support import CompileCase, copy_table, keep_for_graphs
 
 BLOCK_POSITIONS = 32  # positions per program
 
@@ -170,14 +170,14 @@ def _blocks(batch: int, length: int, taps: int, borders: CuSeqlens | None, devic
     Tables of packed batches are kept with their borders, plain ones by their size.
     """
     if borders is None:
-        return _plain_blocks(batch, length, taps, device)
+        return keep_for_graphs(_plain_blocks(batch, length, taps, device))
     key = ("short_conv_blocks", taps, device)
     if key not in borders.cache:
         borders.cache[key] = _table(borders.host[:-1], borders.lengths, taps, device, shared=False)
-    return borders.cache[key]
+    return keep_for_graphs(borders.cache[key])
 
 
-@lru_cache(maxsize=4096)  # a captured CUDA graph reads them for good: more sizes than any program captures
+@lru_cache(maxsize=4096)
 def _plain_blocks(batch: int, length: int, taps: int, device: torch.device) -> Tensor:
     return _table(range(0, batch * length, length), [length] * batch, taps, device, shared=True)
 
