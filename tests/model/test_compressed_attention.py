@@ -265,8 +265,8 @@ def test_an_idle_indexer_is_frozen_and_a_stage_sets_its_mode():
 def test_memory_of_training_grows_with_the_length_not_with_its_square(mode, monkeypatch):
     mixer = build("csa", torch.float32)
     mixer.attention_mode = mode
-    for name in ("entry_attention", "block_selection", "selector_loss"):
-        monkeypatch.setattr(f"hybridlm.model.mixers.common.{name}.PIECE_ELEMENTS", 2**13)
+    for name in ("entry_attention.CPU_PIECE", "block_selection.PIECE", "selector_loss.PIECE"):
+        monkeypatch.setattr(f"hybridlm.model.mixers.common.{name}_ELEMENTS", 2**13)
 
     def largest(length):
         seq, x = SequenceInfo.make(1, length, torch.device("cpu")), inputs(1, length, torch.float32)

@@ -82,7 +82,7 @@ def test_windows_overlap_blocks_as_published():
 
 def test_memory_of_training_grows_with_the_length_not_with_its_square(monkeypatch):
     mixer = build("nsa", torch.float32)
-    monkeypatch.setattr(entries, "PIECE_ELEMENTS", 2**13)
+    monkeypatch.setattr(entries, "CPU_PIECE_ELEMENTS", 2**13)
     monkeypatch.setattr("hybridlm.model.mixers.common.block_selection.PIECE_ELEMENTS", 2**13)
 
     def largest(length):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hybridlm.errors import require
 from hybridlm.model.decode_state import EntryCache, TokenCache
 from hybridlm.model.layer_context import LayerContext, NormConfig, ShardTraffic
-from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, choose_blocks, group_queries
+from hybridlm.model.mixers.common.block_selection import BlockBudget, BlockIndex, choose_blocks
 from hybridlm.model.mixers.common.compression import (
     Compression,
     Compressor,
@@ -33,16 +33,15 @@ from hybridlm.model.mixers.common.compression import (
 )
 from hybridlm.model.mixers.common.cost import count_block_keys, count_visible_keys
 from hybridlm.model.mixers.common.entries import EntryWindows, count_entries, count_seen_entries
-from hybridlm.model.mixers.common.entry_attention import entry_attention, window_attention
+from hybridlm.model.mixers.common.entry_attention import entry_attention, entry_weights, window_attention
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.init import init_projections
-from hybridlm.model.mixers.common.overlap import reduce_to_blocks, window_softmax
+from hybridlm.model.mixers.common.overlap import reduce_to_blocks
 from hybridlm.model.mixers.contract import Aux, SequenceMixer, register_mixer
 from hybridlm.model.mixers.sizing import ModelSizes, size_of
 from hybridlm.model.rope import RopeConfig, rotate
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import attention, selected_attention
-from hybridlm_kernels.precision import wide
 
 BRANCHES = 3
 
@@ -187,7 +186,7 @@ class NSA(SequenceMixer):
         self.o_proj = nn.Linear(H * K, D, bias=False)
         self.compressor = Compressor(config.compression, config.length, G, K)
         self.rotary_dim = config.rope.rotary_dim(K)
-        self.lists, self.scores_per_entry = G, H
+        self.lists = self.scores_per_entry = G  # `entry_weights` holds those of a piece of its own
         self.budget = BlockBudget(config.topk, config.first, config.local)
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: NSAState | None = None) -> tuple[Tensor, Aux]:
@@ -245,9 +244,7 @@ class NSA(SequenceMixer):
 
     def scores(self, index: BlockIndex, rows: slice) -> Tensor:
         """Scores of blocks [B, Q, G, P] for `choose_blocks`."""
-        q_BQGRK = group_queries(index.queries_BT[:, rows], self.lists) * self.config.head_dim**-0.5
-        score_BQGRE = torch.einsum("bqgrk,begk->bqgre", q_BQGRK, wide(index.entries_BE))
-        p_BQGE = window_softmax(score_BQGRE, index.windows, rows).sum(3)
+        p_BQGE = entry_weights(index.queries_BT, index.entries_BE, index.windows, rows, self.config.head_dim**-0.5)
         return reduce_to_blocks(p_BQGE, index.windows, index.blocks, rows, "sum")
 
     def head_rows(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.model.mixers.common.entries import EntryWindows
@@ -45,19 +46,28 @@ def reduce_to_blocks(weight_BQUE: Tensor, windows: EntryWindows, blocks: EntryWi
     """
     before, counts = overlap_counts(blocks.length, windows.length, windows.stride)
     per_block = blocks.length // windows.stride
-    number_BP = blocks.place_BE // blocks.length
-    offset_O = torch.arange(-before, per_block, device=number_BP.device)
-    first_BP = windows.first_BS.gather(1, blocks.start_BE)
-    within_BPO = number_BP[..., None] * per_block + offset_O
-    entry_BPO = (first_BP[..., None] + within_BPO).clamp(0, windows.number - 1)
+    total = None
+    for offset, count in zip(range(-before, per_block), counts, strict=True):
+        found_BQUP = _windows_of_blocks(weight_BQUE, windows, blocks, per_block, offset)
+        if reduce == "max":
+            total = found_BQUP if total is None else torch.maximum(total, found_BQUP)
+        else:
+            total = found_BQUP * count if total is None else torch.add(total, found_BQUP, alpha=count)
+    return total  # type: ignore[return-value]
+
+
+def _windows_of_blocks(weight_BQUE: Tensor, windows: EntryWindows, blocks: EntryWindows, per_block: int,
+                       offset: int) -> Tensor:
+    """The weight of one window of each block [B, Q, U, P], zero before the document; the first of a block is 0."""
+    if windows.one_document:  # blocks stand at equal distances
+        missing = max(0, blocks.number * per_block - windows.number)
+        padded = F.pad(weight_BQUE, (max(0, -offset), missing))
+        return padded[..., max(0, offset) :: per_block][..., : blocks.number]
+    within_BP = blocks.place_BE // blocks.length * per_block + offset
+    entry_BP = (windows.first_BS.gather(1, blocks.start_BE) + within_BP).clamp(0, windows.number - 1)
     # Windows of a later document would stand behind the last one of this document; no query of this one sees them.
-    batch, size, lists = weight_BQUE.shape[:3]
-    flat_BX = entry_BPO.flatten(1)[:, None, None].expand(batch, size, lists, -1)
-    found_BQUPO = weight_BQUE.gather(3, flat_BX).unflatten(3, entry_BPO.shape[1:])
-    found_BQUPO = found_BQUPO.masked_fill((within_BPO < 0)[:, None, None], 0.0)
-    if reduce == "max":
-        return found_BQUPO.amax(-1)
-    return found_BQUPO @ torch.tensor(counts, dtype=found_BQUPO.dtype, device=found_BQUPO.device)
+    found_BQUP = weight_BQUE.gather(3, entry_BP[:, None, None].expand(*weight_BQUE.shape[:3], -1))
+    return found_BQUP.masked_fill((within_BP < 0)[:, None, None], 0.0)
 
 
 def window_softmax(score_BQGRE: Tensor, windows: EntryWindows, rows: slice) -> Tensor:
