@@ -1,4 +1,4 @@
-"""Attention to entries against its formula: outputs, log sums and gradients, in pieces that borders of documents cut."""
+"""Attention to entries against its formula: outputs, log sums and gradients, in pieces that documents cut."""
 
 import pytest
 import torch

@@ -10,6 +10,7 @@ B rows, T tokens, D hidden size, I inner width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,21 +86,22 @@ class SwiGLU(FeedForward):
 
     def forward(self, x_BTD: Tensor, seq: SequenceInfo, state: None = None) -> tuple[Tensor, Aux]:
         gate_BTI, up_BTI = self._scaled(self.gate_proj(x_BTD)), self.up_proj(x_BTD)
+        return self.down_proj(self._activate(gate_BTI, up_BTI, swiglu)), {}
+
+    def _activate(self, gate_BTI: Tensor, up_BTI: Tensor, product: Callable[..., Tensor]) -> Tensor:
+        """The gated activation; `product` is SwiGLU in the form for many tokens or for one."""
         if self.gelu is not None:
-            return self.down_proj(geglu(gate_BTI, up_BTI, tanh=self.gelu == "tanh")), {}
-        return self.down_proj(swiglu(gate_BTI, up_BTI, **self.bounds)), {}
+            return geglu(gate_BTI, up_BTI, tanh=self.gelu == "tanh")
+        return product(gate_BTI, up_BTI, **self.bounds)
 
     def _scaled(self, gate_BTI: Tensor) -> Tensor:
         return gate_BTI if self.gate_scale == 1.0 else self.gate_scale * gate_BTI
 
-    def prepare_step(self) -> DecodeStep | None:
-        if self.gelu is not None:
-            return None
+    def prepare_step(self) -> DecodeStep:
         gate_proj, up_proj, down_proj = map(linear_step, (self.gate_proj, self.up_proj, self.down_proj))
-        bounds = self.bounds
 
         def step(x_B1D: Tensor, seq: SequenceInfo, state: None) -> Tensor:
-            return down_proj(swiglu_step(self._scaled(gate_proj(x_B1D)), up_proj(x_B1D), **bounds))
+            return down_proj(self._activate(self._scaled(gate_proj(x_B1D)), up_proj(x_B1D), swiglu_step))
 
         return step
 
