@@ -34,9 +34,9 @@ from hybridlm.config.composed_values import (
     plain_data,
     use_one_schedule_form,
 )
-from hybridlm.config.legacy import refuse_renamed
+from hybridlm.config.legacy import is_saved_config, refuse_renamed
 from hybridlm.config.paths import options, search_folders
-from hybridlm.config.presets import PRESET_GROUP, add_named_presets
+from hybridlm.config.presets import PRESET_GROUP, add_named_presets, refuse_idle_options
 from hybridlm.config.schema import Config, DataConfig
 from hybridlm.config.serialization import from_dict, hint_at, yaml_error
 from hybridlm.config.staged_files import (
@@ -108,6 +108,8 @@ class Composition:
         data = plain_data(self.config)
         refuse_renamed(data)
         presets = options(PRESET_GROUP, self.config_dir)
+        if not is_saved_config({"model": data.get("model")}):  # saved ones have every value
+            refuse_idle_options(data.get("model"))
         data["model"] = add_named_presets(data.get("model"), presets, self._read_preset)
         result = from_dict(Config, data)
         validate(result)

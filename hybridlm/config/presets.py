@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from hybridlm.config.serialization import from_dict, to_dict
+from hybridlm.config.serialization import from_dict, hint_at, to_dict
 from hybridlm.errors import ConfigError, did_you_mean_or_own
 from hybridlm.kind_registry import registry_of
 from hybridlm.model.config import ScheduleConfig
@@ -68,6 +68,7 @@ def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str
             continue
         if name in presets or name in kinds:
             options = read_preset(name, own or {}) if name in presets else {"kind": name, **(own or {})}
+            _refuse_idle(options, f"model.mixers.{name}")
             added[name] = _fit(options, outline, [*needed, *defined], defined)
         elif name not in mixers:
             known = f"one of {', '.join(sorted(defined))} of the model, or " if defined else ""
@@ -75,6 +76,49 @@ def add_named_presets(model: Any, presets: list[str], read_preset: Callable[[str
                               expected=f"{known}a preset: {', '.join(presets)}",
                               hint=did_you_mean_or_own(name, [*defined, *presets, *sorted(kinds)]))
     return {**model, "mixers": {**mixers, **added}} if added else model
+
+
+def refuse_idle_options(model: Any) -> None:
+    """Refuse options of a model's mixers that have no effect because others share a value of an earlier layer.
+
+    Args:
+        model: plain data of the model's config, as a person gives it.
+
+    Raises:
+        ConfigError: the first such option.
+    """
+    mixers = model.get("mixers") if isinstance(model, dict) else None
+    for name, options in mixers.items() if isinstance(mixers, dict) else ():
+        _refuse_idle(options, f"model.mixers.{name}")
+
+
+def _refuse_idle(options: Any, key: str) -> None:
+    registry = registry_of(MixerConfig)
+    if registry is None or not isinstance(options, dict) or options.get("kind") not in registry:
+        return
+    config_class: Any = registry.config_class(options["kind"])
+    for path, cause in config_class.idle_options(options).items():
+        value, default = _value_and_default(options, config_class, path)
+        if value is not None and value != default:  # a preset may write a default out
+            raise ConfigError(f"{key}.{path}", f"has no effect beside {cause}", got=value, expected="no value",
+                              hint="it is that of the layer that is read")
+
+
+def _value_and_default(options: dict[str, Any], config_class: Any, path: str) -> tuple[Any, Any]:
+    """The value that is given at a dotted path, None without one, and the default there."""
+    registry = registry_of(MixerConfig)
+    section: Any = options
+    *sections, last = path.split(".")
+    for part in sections:
+        section = section.get(part) if isinstance(section, dict) else None
+        if registry is not None and isinstance(section, dict) and section.get("kind") in registry:
+            config_class = registry.config_class(section["kind"])
+        else:
+            hint = hint_at(config_class, part)
+            config_class = next((arg for arg in (hint, *get_args(hint)) if dataclasses.is_dataclass(arg)), hint)
+    known = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
+    default = next((option.default for option in known if option.name == last), dataclasses.MISSING)
+    return (section.get(last) if isinstance(section, dict) else None), default
 
 
 def _named_mixers(model: _ModelOutline, mtp: Any) -> dict[str, tuple[str, str]]:

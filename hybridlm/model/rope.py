@@ -109,6 +109,20 @@ class RopeConfig:
             yarn["mscale"] = yarn["mscale_all_dim"] = None
         return data
 
+    def check_same(self, read: RopeConfig, what: str) -> None:
+        """Raise ConfigError with the options that differ unless another layer's keys are rotated as by this one.
+
+        Args:
+            read: rotation of the layer that is read.
+            what: what is wrong if they differ.
+        """
+        own, theirs = (rope.canonical(uses_mscale=False) for rope in (self, read))
+        differ = [key for key in dict.fromkeys([*own, *theirs]) if own.get(key) != theirs.get(key)]
+        if own["kind"] != theirs["kind"]:
+            differ = ["kind"]
+        got, expected = (", ".join(f"{key}={side.get(key)}" for key in differ) for side in (own, theirs))
+        require(not differ, "rope", what, got=got, expected=expected)
+
     def check(self, head_dim: int, key: str = "rope") -> None:
         """Raise ConfigError unless the rotated dims of a head of `head_dim` come in pairs."""
         dims = self.rotary_dim(head_dim)

@@ -202,6 +202,17 @@ class MixerConfig(abc.ABC):
         return missing_fields(cls, options)
 
     @classmethod
+    def idle_options(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """Options without an effect because others share a value of an earlier layer: dotted path -> these others.
+
+        A person who gives one gets an error; `canonical` leaves it out.
+
+        Args:
+            options: plain data of this kind, as a person gives it.
+        """
+        return {}
+
+    @classmethod
     def fill_sizes(cls, options: Mapping[str, Any], model: ModelSizes) -> dict[str, Any]:
         """`options` with the sizes they leave open, from the model: how a preset fits into any model.
 

@@ -123,8 +123,7 @@ class DifferentialAttentionConfig(GroupedHeadsConfig):
         layout: KeyLayout = context.shared_layout(self.key_read)
         reads = f"reads keys of another form, those of layer {context.source_of(self.key_read)}"
         require(self.head_dim == layout.head_dim, "head_dim", reads, got=self.head_dim, expected=str(layout.head_dim))
-        own, read = (rope.canonical(uses_mscale=False) for rope in (self.rope, layout.rope))
-        require(own == read, "rope", reads, got=own, expected=str(read))
+        self.rope.check_same(layout.rope, reads)
         require(self.num_heads % layout.num_kv_heads == 0, "num_heads",
                 "must be a multiple of the key/value heads that are read", got=self.num_heads,
                 expected=f"a multiple of {layout.num_kv_heads}")
@@ -176,9 +175,15 @@ class DifferentialAttentionConfig(GroupedHeadsConfig):
         sizes = super().sizes_from(options, model)
         if sizes["num_heads"] % 2:
             sizes |= {"num_heads": 2 * sizes["num_heads"], "head_dim": max(sizes["head_dim"] // 2, 2)}
+        if options.get("share_keys") is True:
+            return sizes | {"num_kv_heads": None}
         if groups := sizes.get("num_kv_heads"):
             sizes["num_kv_heads"] = groups if groups % 2 == 0 else 2 * groups
         return sizes
+
+    @classmethod
+    def idle_options(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        return {"num_kv_heads": "share_keys=true"} if options.get("share_keys") is True else {}
 
     def state_heads(self) -> int:
         """Pairs of key/value heads."""

@@ -113,6 +113,16 @@ class ParallelConfig(MixerConfig):
             except ConfigError as error:
                 raise error.within(f"branches.{name}") from None
 
+    @classmethod
+    def idle_options(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        registry, branches = registry_of(MixerConfig), options.get("branches")
+        idle: dict[str, str] = {}
+        for name, branch in branches.items() if isinstance(branches, Mapping) else ():
+            if registry is not None and isinstance(branch, Mapping) and branch.get("kind") in registry:
+                of_branch = registry.config_class(branch["kind"]).idle_options(branch)  # type: ignore[attr-defined]
+                idle |= {f"branches.{name}.{path}": cause for path, cause in of_branch.items()}
+        return idle
+
     def shared_width(self, kind: SharedKind, context: LayerContext) -> int:
         return self._last_source(kind, context).shared_width(kind, context)
 

@@ -12,7 +12,7 @@ B rows, T tokens, E entries, K dims of an entry, I dims of an index key, N selec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -131,6 +131,22 @@ class EntrySharingConfig(MixerConfig):
             require(not self.share_entries or self.indexer.candidates is None, "indexer.candidates",
                     "are marked by the layer that makes the entries", got="share_entries=true", expected="null here")
 
+    @classmethod
+    def idle_options(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        if options.get("share_entries") is not True:
+            return {}
+        idle = dict.fromkeys(["overlap", "position_bias"], "share_entries=true")
+        indexer = options.get("indexer")
+        if not isinstance(indexer, Mapping) or indexer.get("share") is True:
+            idle["ratio"] = "share_entries=true"  # an indexer of the layer itself needs it
+        if not isinstance(indexer, Mapping):
+            return idle
+        if indexer.get("share") is True:
+            shared = dict.fromkeys(["num_heads", "head_dim", "topk", "key_input"], "indexer.share=true")
+        else:
+            shared = {"key_input": "share_entries=true"}
+        return idle | {f"indexer.{key}": cause for key, cause in shared.items()}
+
     @property
     def has_entries(self) -> bool:
         """Whether attention reads entries, own or those of an earlier layer."""
@@ -210,8 +226,7 @@ class EntrySharingConfig(MixerConfig):
                 expected=str(layout.head_dim))
         require(self.rope_head_dim == layout.rope_head_dim or self.rope.kind == "none", "rope_head_dim", reads,
                 got=self.rope_head_dim, expected=str(layout.rope_head_dim))
-        own, read = (rope.canonical(uses_mscale=False) for rope in (self.rope, layout.rope))
-        require(own == read, "rope", reads, got=own, expected=str(read))
+        self.rope.check_same(layout.rope, reads)
         if self.indexer is not None:
             self._check_indexer(self.indexer, layer, layout, context)
 

@@ -137,6 +137,13 @@ class IndexedMixerConfig(MixerConfig):
                 filled["indexer"], size_of(filled, "num_heads", heads.num_heads), head_dim, model.max_position)
         return filled
 
+    @classmethod
+    def idle_options(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        indexer = options.get("indexer")
+        if not isinstance(indexer, Mapping) or indexer.get("share") is not True:
+            return {}
+        return {f"indexer.{key}": "indexer.share=true" for key in IndexerConfig.options_of_source()}
+
     def own_losses(self) -> tuple[str, ...]:
         return () if self.indexer is None else self.loss_names
 

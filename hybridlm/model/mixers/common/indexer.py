@@ -10,7 +10,7 @@ B rows, T tokens, S keys, D hidden size, J index heads (Hi), I index head dim (D
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -110,8 +110,15 @@ class IndexerConfig:
         return data
 
     @classmethod
+    def options_of_source(cls) -> list[str]:
+        """The options that a layer takes from the one whose selection it reads, where it has `share`."""
+        return [option.name for option in fields(cls) if option.name not in ("share", "mode", "loss_weight")]
+
+    @classmethod
     def fill_sizes(cls, options: Mapping[str, Any], num_heads: int, head_dim: int, max_position: int) -> dict[str, Any]:
         """`options` with sizes in the proportions of DeepSeek-V3.2 and GLM-5, as far as they leave them open.
+
+        With `share` none is: the sizes are those of the layer whose selection is read.
 
         Half as many index heads as the mixer has, but at least 16, of at most 128 dims; an eighth of the longest
         context is read, at most 2048 tokens.
@@ -119,6 +126,8 @@ class IndexerConfig:
         >>> IndexerConfig.fill_sizes({"topk": 64}, num_heads=128, head_dim=192, max_position=4096)
         {'topk': 64, 'num_heads': 64, 'head_dim': 128}
         """
+        if options.get("share") is True:
+            return dict(options)
         pool = size_of(options, "pool", 1)
         topk = max(1, min(2048, max_position // 8) // pool) * pool
         index_heads = 1 if options.get("form") == "dot" else max(16, num_heads // 2)
