@@ -23,6 +23,7 @@ from hybridlm_kernels.ops.pooled_indexer import Pools as Pools
 from hybridlm_kernels.ops.pooled_indexer import pooled_indexer_kl as pooled_indexer_kl
 from hybridlm_kernels.ops.pooled_indexer import pooled_topk as pooled_topk
 from hybridlm_kernels.ops.position_weighted_mean import position_weighted_mean as position_weighted_mean
+from hybridlm_kernels.ops.range_attention import range_attention as range_attention
 from hybridlm_kernels.ops.rotary import rotary as rotary
 from hybridlm_kernels.ops.selected_attention import selected_attention as selected_attention
 from hybridlm_kernels.ops.selective_scan import selective_scan as selective_scan
