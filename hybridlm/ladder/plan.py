@@ -98,7 +98,7 @@ def make_ladder_plan(request: LadderRequest) -> LadderPlan:
     for rung in ladder.sizes:
         tokens = _tokens(configs[reference].model, rung, ladder)
         rung_points = [_make_point(ladder, rung, name, configs[name], seed, tokens, tokens / base_tokens)
-                       for name in ladder.architectures for seed in ladder.seeds]
+                       for seed in ladder.seeds for name in ladder.architectures]  # one seed of all is soon comparable
         matching = SweepConfig(name=ladder.name, match=ladder.match, state_context=ladder.state_context,
                                reference=_point_name(reference, rung, ladder.seeds[0]))
         notes += [f"{rung.name}: {rename_keys(note, 'sweep.', 'ladder.')}"
