@@ -1,10 +1,12 @@
 """Attention of each query to a range of keys."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from hybridlm_kernels import range_attention
-from hybridlm_kernels.ops.range_attention import torch_backend
+from hybridlm_kernels.ops.range_attention import ranges as pieces
 from tests.support.kernel_compare import LargestTensor, assert_same_function, tensors
 
 
@@ -12,7 +14,7 @@ def ranges(batch, length, stride, window, documents=((0, 1.0),)):
     """The complete windows that each token of packed documents sees; documents are (start, ...) parts of a row."""
     first_BT, count_BT = torch.zeros(batch, length, dtype=torch.long), torch.zeros(batch, length, dtype=torch.long)
     starts = [start for start, *_ in documents] + [length]
-    for before, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for before, (start, stop) in enumerate(pairwise(starts)):
         if before:
             first_BT[:, start:] = int(first_BT[0, start - 1] + count_BT[0, start - 1])
         complete = (torch.arange(stop - start) + 1 - window).div(stride, rounding_mode="floor") + 1
@@ -34,7 +36,7 @@ CASES = [(1, 1, 1, 1, ((0,),)), (2, 40, 4, 8, ((0,),)), (2, 61, 3, 5, ((0,), (7,
                                                   (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_reference(case, dtype, tolerance, heads, groups, monkeypatch):
-    monkeypatch.setattr(torch_backend, "CPU_PIECE_ELEMENTS", 512)
+    monkeypatch.setattr(pieces, "CPU_PIECE_ELEMENTS", 512)
     batch, length = case[:2]
     first, count, entries = ranges(*case)
     inputs = tensors((batch, length, heads, 8), (batch, entries, groups, 8), (batch, entries, groups, 5), dtype=dtype)
@@ -55,7 +57,7 @@ def test_reference_is_softmax_over_the_range():
 
 
 def test_no_tensor_of_all_scores(monkeypatch):
-    monkeypatch.setattr(torch_backend, "CPU_PIECE_ELEMENTS", 2**14)
+    monkeypatch.setattr(pieces, "CPU_PIECE_ELEMENTS", 2**14)
     first, count, entries = ranges(1, 512, 4, 8)
     q, k, v = tensors((1, 512, 4, 8), (1, entries, 1, 8), (1, entries, 1, 8), dtype=torch.float32)
     with LargestTensor() as largest:

@@ -29,6 +29,7 @@ from tests.support.mixer_cases import build, inputs, run
 from tests.support.mixer_forms.compressed_attention import FORMS, SIZES
 
 SHORT = 31
+COMMON = "hybridlm.model.mixers.common"
 NAMES = {"compressor.indexer.q_b_proj": "indexer.q_proj", "compressor.indexer.scorer.": "indexer.",
          "compressor.indexer.": "indexer.entries.", "compressor.": "entries.", "entries.kv_norm": "entries.norm",
          "o_b_proj": "output.up_proj"}
@@ -265,8 +266,9 @@ def test_an_idle_indexer_is_frozen_and_a_stage_sets_its_mode():
 def test_memory_of_training_grows_with_the_length_not_with_its_square(mode, monkeypatch):
     mixer = build("csa", torch.float32)
     mixer.attention_mode = mode
-    for name in ("entry_attention.CPU_PIECE", "block_selection.PIECE", "selector_loss.PIECE"):
-        monkeypatch.setattr(f"hybridlm.model.mixers.common.{name}_ELEMENTS", 2**13)
+    for name in ("hybridlm_kernels.ops.range_attention.ranges.CPU_PIECE", f"{COMMON}.block_selection.PIECE",
+                 f"{COMMON}.selector_loss.PIECE"):
+        monkeypatch.setattr(f"{name}_ELEMENTS", 2**13)
 
     def largest(length):
         seq, x = SequenceInfo.make(1, length, torch.device("cpu")), inputs(1, length, torch.float32)

@@ -7,6 +7,8 @@ from hybridlm.model.mixers.common import entry_attention as subject
 from hybridlm.model.mixers.common.entries import EntryWindows
 from hybridlm.model.mixers.common.overlap import reduce_to_blocks
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels import range_attention
+from hybridlm_kernels.ops.range_attention import ranges
 from hybridlm_kernels.packing import CuSeqlens
 
 SCALE = 0.4
@@ -26,9 +28,7 @@ def make(name, dtype=torch.float64, rows=2, length=40):
 
 
 def formula(tensors, windows):
-    q, k, v = tensors
-    o_BTGRV, lse_BTGR = subject._as_formula(q.unflatten(2, (2, -1)), k, v, windows, SCALE)
-    return o_BTGRV.flatten(2, 3), lse_BTGR.flatten(2)
+    return range_attention(*tensors, windows.first_BT, windows.count_BT, scale=SCALE, backend="reference")
 
 
 def gradients(found, tensors):
@@ -39,7 +39,7 @@ def gradients(found, tensors):
 
 @pytest.fixture(params=[8, 64])
 def queries_per_piece(request, monkeypatch):
-    monkeypatch.setattr(subject, "CPU_PIECE_ELEMENTS", request.param * 2 * 6 * 20)
+    monkeypatch.setattr(ranges, "CPU_PIECE_ELEMENTS", request.param * 2 * 6 * 20)
 
 
 @pytest.mark.parametrize("name", BORDERS)
@@ -52,12 +52,12 @@ def test_outputs_log_sums_and_gradients_are_those_of_the_formula(name, queries_p
 
 
 @pytest.mark.parametrize("name", BORDERS)
-def test_spans_of_other_devices_give_the_same(name, queries_per_piece, monkeypatch):
+def test_pieces_of_other_devices_give_the_same(name, queries_per_piece, monkeypatch):
     tensors, windows = make(name)
     found = subject.entry_attention(*tensors, windows, SCALE)
-    whole = make(name)[1]
-    monkeypatch.setattr(EntryWindows, "span", lambda self, queries: self._span(queries, exact=False))
-    again = subject.entry_attention(*tensors, whole, SCALE)
+    monkeypatch.setattr(ranges.Ranges, "exact", lambda self: False)
+    monkeypatch.setattr(ranges, "GPU_PIECE_ELEMENTS", ranges.CPU_PIECE_ELEMENTS)
+    again = subject.entry_attention(*tensors, windows, SCALE)
     torch.testing.assert_close(again, found, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(again, tensors), gradients(found, tensors), rtol=1e-11, atol=1e-12)
 

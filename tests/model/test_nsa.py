@@ -5,10 +5,10 @@ import torch
 
 from hybridlm.errors import ConfigError
 from hybridlm.model.mixers import NSAConfig
-from hybridlm.model.mixers.common import entry_attention as entries
 from hybridlm.model.mixers.common.overlap import overlap_counts
 from hybridlm.model.rope import rotate
 from hybridlm.model.sequence import SequenceInfo
+from hybridlm_kernels.ops.range_attention import ranges
 from tests.support.kernel_compare import LargestTensor
 from tests.support.mixer_cases import build, inputs, run
 from tests.support.mixer_forms.nsa import FORMS, SIZES
@@ -82,7 +82,7 @@ def test_windows_overlap_blocks_as_published():
 
 def test_memory_of_training_grows_with_the_length_not_with_its_square(monkeypatch):
     mixer = build("nsa", torch.float32)
-    monkeypatch.setattr(entries, "CPU_PIECE_ELEMENTS", 2**13)
+    monkeypatch.setattr(ranges, "CPU_PIECE_ELEMENTS", 2**13)
     monkeypatch.setattr("hybridlm.model.mixers.common.block_selection.PIECE_ELEMENTS", 2**13)
 
     def largest(length):

@@ -5,27 +5,12 @@ B rows, T queries (the last T positions), S tokens per row, E windows per row, L
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hybridlm.model.sequence import SequenceInfo
-
-
-class EntrySpan(NamedTuple):
-    """Consecutive queries, and the entries that they see.
-
-    Args:
-        queries: the queries.
-        entries: holds all entries that one of them sees.
-        mixed: the parts of `entries` that not all of these queries see.
-    """
-
-    queries: slice
-    entries: slice
-    mixed: list[slice]
 
 
 @dataclass(eq=False)
@@ -45,7 +30,6 @@ class EntryWindows:
         first_BS: the first window of the document of each token of the rows.
         place_BE: position of each window's first token in its document.
         one_document: each row is one document.
-        known_spans: what `span` has returned.
 
     >>> seq = SequenceInfo.make(1, 6, torch.device("cpu"))
     >>> windows = EntryWindows.of(seq, torch.zeros(1, 6), 6, length=4, stride=2)
@@ -63,7 +47,6 @@ class EntryWindows:
     first_BS: Tensor
     place_BE: Tensor
     one_document: bool
-    known_spans: dict[tuple[int, int], EntrySpan] = field(default_factory=dict)
 
     @classmethod
     def of(cls, seq: SequenceInfo, queries_BT: Tensor, keys: int, length: int, stride: int) -> EntryWindows:
@@ -115,36 +98,9 @@ class EntryWindows:
         """Windows per row E."""
         return self.start_BE.shape[1]
 
-    def span(self, queries: slice) -> EntrySpan:
-        """The entries that some queries see.
-
-        On a CPU they are as few as can be. Elsewhere nothing waits for the device: they are those that end before the
-        last query does, and all of them count as mixed.
-        """
-        if torch.compiler.is_dynamo_compiling():
-            return self._span(queries, exact=False)
-        key = queries.start, queries.stop
-        if key not in self.known_spans:
-            self.known_spans[key] = self._span(queries, exact=self.first_BT.device.type == "cpu")
-        return self.known_spans[key]
-
-    def _span(self, queries: slice, exact: bool) -> EntrySpan:
-        if not exact:
-            later = self.position_BT.shape[1] - queries.stop
-            low, high = 0, min(self.number, (self.first_BS.shape[1] - later) // self.stride)
-            mixed = [slice(low, high)]
-        else:
-            first, count = self.first_BT[:, queries], self.count_BT[:, queries]
-            low = int(first.where(count > 0, self.number).min())
-            high = max(low, int((first + count).where(count > 0, 0).max()))
-            all_from, all_to = int(first.max()), int((first + count).min())  # seen by all, if there are any
-            mixed = [slice(low, all_from), slice(all_to, high)] if all_from < all_to else [slice(low, high)]
-        return EntrySpan(queries, slice(low, high), [part for part in mixed if part.start < part.stop])
-
-    def visible(self, rows: slice, entries: slice | None = None) -> Tensor:
-        """Mask [B, Q, E] of the windows that the queries `rows` see, of all or of some entries."""
-        some = slice(0, self.number) if entries is None else entries
-        entry_E = torch.arange(some.start, some.stop, device=self.start_BE.device)
+    def visible(self, rows: slice) -> Tensor:
+        """Mask [B, Q, E] of the windows that the queries `rows` see."""
+        entry_E = torch.arange(self.number, device=self.start_BE.device)
         first = self.first_BT[:, rows, None]
         return (entry_E >= first) & (entry_E < first + self.count_BT[:, rows, None])
 

@@ -15,7 +15,7 @@ from hybridlm_kernels.ops.range_attention import reference, torch_backend
 from hybridlm_kernels.registry import Backend, Call, Operation, choose, register
 from hybridlm_kernels.triton_support import lazy_triton_backend
 
-MAX_TRITON_HEAD_DIM = 512  # that a tile of the Triton kernels holds
+MAX_TRITON_HEAD_DIM = 256  # that a tile of the Triton kernels holds
 
 
 def _fits_triton(call: Call) -> tuple[bool, str]:

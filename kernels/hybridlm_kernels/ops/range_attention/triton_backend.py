@@ -1,4 +1,4 @@
-"""Attention of each query to a range of keys as Triton kernels, forward and backward, with tiles of scores in registers.
+"""Attention of each query to a range of keys as Triton kernels, forward and backward; scores stay in registers.
 
 A tile of rows holds the query heads of one key head, of as many consecutive queries as fit, so that their keys are read
 once for all of them. Ranges do not fall along a row: the keys of a tile of queries, and the queries of a tile of keys,
@@ -25,7 +25,7 @@ from hybridlm_kernels.triton_support import CompileCase, tuned
 
 _OF_THE_BATCH = ["T", "E"]
 _KEY = ["H", "G", "K", "V", "BLOCK_M"]
-_CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((4, 2), (8, 2), (4, 1), (8, 1))]
+_CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((4, 2), (8, 2), (8, 1))]
 
 
 @triton.jit
@@ -157,8 +157,6 @@ class TileSizes(NamedTuple):
         if dtype == torch.float32:
             keys = 16 if widest > 128 else 32
             return cls(K0, V0, (32, keys), (32, keys), (keys, keys))
-        if widest > 256:
-            return cls(K0, V0, (64, 32), (32, 32), (32, 32))
         if widest > 128:
             return cls(K0, V0, (64, 32), (64, 32), (32, 32))
         return cls(K0, V0, (64, 64), (64, 64), (32, 64))
@@ -240,7 +238,7 @@ def _compile_cases() -> list[CompileCase]:
     types |= {f"{x}_ptr": "*i32" for x in ("first", "count", "queries")}
     types |= {f"{x}_ptr": "*fp32" for x in ("lse", "delta")}
     found = []
-    for dim in (64, 128, 256, MAX_TRITON_HEAD_DIM):
+    for dim in (64, 128, MAX_TRITON_HEAD_DIM):
         sizes = TileSizes.of(torch.bfloat16, dim, dim)
         for name, kernel, tile in (("forward", forward_kernel, sizes.forward), ("dq", query_gradients_kernel, sizes.dq),
                                    ("dk, dv", key_gradients_kernel, sizes.dk)):
