@@ -1,12 +1,16 @@
 #!/usr/bin/env python
-r"""One layer of DeepSeek sparse attention on the CPU, forward and backward: sparse, dense, and that of transformers.
+r"""One layer of sparse attention on the CPU, forward and backward: DeepSeek's beside transformers', and NSA's.
 
     OMP_NUM_THREADS=1 python scripts/dev/bench_sparse_layer.py [--heads 16 64] [--length 2048] [--topk 128] \
         [--json FILE]
+    OMP_NUM_THREADS=1 python scripts/dev/bench_sparse_layer.py --system nsa --length 4096 [--kv-heads 4 16]
 
 The layer is the MLA of `deepseek_v32` with its indexer (8 heads of 32; keys of 64 + 32, values of 64, latent of 128),
 with the same weights in all three. `core` is the attention without the projections around it: top-k and attention over
 the selected latents, against attention over all keys. The indexer is frozen: transformers has no loss that trains it.
+
+`nsa` is a layer of 16 query heads of 64 dims with keys of its own per branch, in the proportions that the preset takes
+in a model of that context, against a layer of dense attention with as many key heads. Times are the least of the runs.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ import torch
 from torch import Tensor
 
 from hybridlm.model.layer_context import LayerContext, NormConfig
-from hybridlm.model.mixers import IndexerConfig, MLAConfig, build_mixer
+from hybridlm.model.mixers import AttentionConfig, IndexerConfig, MLAConfig, NSAConfig, build_mixer
+from hybridlm.model.mixers.contract import SequenceMixer
+from hybridlm.model.mixers.sizing import ModelSizes
 from hybridlm.model.rope import RopeConfig
 from hybridlm.model.sequence import SequenceInfo
 from hybridlm_kernels import attention, indexer_topk, sparse_attention
@@ -33,7 +39,8 @@ from hybridlm_kernels import attention, indexer_topk, sparse_attention
 HIDDEN, Q_RANK, LATENT, NOPE, ROPE, VALUE, INDEX_HEADS, INDEX_DIM = 512, 256, 128, 64, 32, 64, 8, 32
 
 
-def medians(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def times_in_turn(runs: dict[str, Callable[[], Any]], rounds: int, of: Callable[[list[float]], float]
+                  ) -> dict[str, float]:
     """CPU milliseconds of each, run in turn: other work on the machine counts less than in wall time."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
@@ -42,7 +49,7 @@ def medians(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
             run()
             if number:
                 times[name].append(1e3 * (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: of(values) for name, values in times.items()}
 
 
 def layer_runs(heads: int, length: int, topk: int) -> dict[str, Callable[[], Any]]:
@@ -111,14 +118,56 @@ def core_runs(heads: int, length: int, topk: int) -> dict[str, Callable[[], Any]
     return {"core_sparse": sparse, "core_dense": lambda: attention(*dense).sum().backward()}
 
 
+def nsa_runs(kv_heads: int, length: int) -> dict[str, Callable[[], Any]]:
+    """A training step of a layer of NSA, and of dense attention."""
+    torch.manual_seed(0)
+    options = {"kind": "nsa", "num_heads": 16, "num_kv_heads": kv_heads, "head_dim": 64, "branch_keys": True}
+    context = LayerContext(hidden_size=HIDDEN, layer_index=0, num_layers=1, max_position=length, norm=NormConfig())
+    configs = {"nsa": NSAConfig(**NSAConfig.fill_sizes(options, ModelSizes(HIDDEN, length))),
+               "dense": AttentionConfig(num_heads=16, num_kv_heads=kv_heads, head_dim=64)}
+    x = torch.randn(1, length, HIDDEN)
+
+    def step(mixer: SequenceMixer) -> None:
+        seq = SequenceInfo.make(1, length, torch.device("cpu"))
+        mixer(x.clone().requires_grad_(), seq)[0].sum().backward()
+
+    runs = {}
+    for name, config in configs.items():
+        mixer = build_mixer(config, context)
+        mixer.init_weights(0.05)
+        runs[name] = partial(step, mixer)
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--system", choices=["dsa", "nsa"], default="dsa")
+    parser.add_argument("--kv-heads", nargs="+", type=int, default=[4, 16], help="of nsa and of its dense layer")
     parser.add_argument("--heads", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--topk", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
+    about, rows = measure_nsa(args) if args.system == "nsa" else measure_dsa(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+def measure_nsa(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure NSA: facts about the run, and a row per number of key heads."""
+    about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
+             "length": args.length}
+    print(json.dumps(about))
+    rows = []
+    for kv_heads in args.kv_heads:
+        rows.append({"kv_heads": kv_heads} | times_in_turn(nsa_runs(kv_heads, args.length), args.rounds, min))
+        print("{kv_heads:>4} key heads  nsa {nsa:7.0f} ms, dense {dense:7.0f}".format(**rows[-1]), flush=True)
+    return about, rows
+
+
+def measure_dsa(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure DeepSeek sparse attention: facts about the run, and a row per number of heads."""
     import transformers
 
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
@@ -128,12 +177,11 @@ def main() -> None:
     for heads in args.heads:
         row: dict[str, Any] = {"heads": heads}
         for runs in (core_runs, layer_runs):
-            row |= medians(runs(heads, args.length, args.topk), args.rounds)
+            row |= times_in_turn(runs(heads, args.length, args.topk), args.rounds, statistics.median)
         rows.append(row)
         print(("{heads:>4} heads  core {core_sparse:7.0f} ms, dense {core_dense:7.0f}  layer {sparse:7.0f} ms, dense "
                "{dense:7.0f}, transformers {transformers:7.0f}").format(**row), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    return about, rows
 
 
 if __name__ == "__main__":

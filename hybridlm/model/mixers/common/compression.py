@@ -77,8 +77,9 @@ class Compressor(nn.Module):
             if self.kind == "weighted":
                 weight_2LG = self.weight.to(x.dtype).softmax(1)
                 return torch.einsum("beljgk,jlg->bejgk", x, weight_2LG).to(kv_BEL2GK.dtype)
-            k_BEGX = (x[:, :, :, 0] + self.places.to(x.dtype)).transpose(2, 3).flatten(3)
-            v_BEGX = x[:, :, :, 1].transpose(2, 3).flatten(3)
+            k_BELGK, v_BELGK = x.unbind(3)
+            k_BEGX = (k_BELGK + self.places.to(x.dtype)).transpose(2, 3).flatten(3)
+            v_BEGX = v_BELGK.transpose(2, 3).flatten(3)
             entries = [torch.einsum("begx,gxk->begk", part, weight.to(x.dtype))
                        for part, weight in ((k_BEGX, self.k_weight), (v_BEGX, self.v_weight))]
         return torch.stack(entries, 2).to(kv_BEL2GK.dtype)

@@ -118,6 +118,13 @@ class EntryWindows:
             x_BS: the tokens of the rows.
             before: so many tokens in front of the window come too; in front of a document these are any tokens.
         """
+        strides = x_BS.shape[1] // self.stride
+        parts, rest = divmod(self.length, self.stride)
+        if self.one_document and not before and not rest and parts <= strides:  # regular places: no index, no scatter
+            split_BN = x_BS[:, : strides * self.stride].unflatten(1, (strides, self.stride))
+            complete = strides - parts + 1
+            found_BE = torch.cat([split_BN[:, part : part + complete] for part in range(parts)], 2)
+            return self.pad(found_BE)
         offset_L = torch.arange(-before, self.length, device=self.start_BE.device)
         token_BX = (self.start_BE[..., None] + offset_L).clamp_(min=0, max=x_BS.shape[1] - 1).flatten(1)
         row_B1 = torch.arange(token_BX.shape[0], device=token_BX.device)[:, None]
