@@ -1,9 +1,9 @@
 """Linear attention with decay as Triton kernels: forward and backward by chunks, and the recurrence for decoding.
 
 With no decay, a constant or a scalar one, o, dq, dk and dv are the same sum with names exchanged: one launch of
-`scan_kernel` each. Where gates learn, the states of chunks and the scores of pairs are stored as well. With a decay per
-channel, `chunk_kernel` goes before the scans and `gradients_kernel` after them. Where heads are few, documents are cut
-into segments that are scanned side by side.
+`scan_kernel` each, after one that sums up the gates of a scalar decay. Where gates learn, the states of chunks and the
+scores of pairs are stored as well. With a decay per channel, `chunk_kernel` goes before the scans and
+`gradients_kernel` after them. Where heads are few, documents are cut into segments that are scanned side by side.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
@@ -20,7 +20,13 @@ from torch import Tensor
 
 from hybridlm_kernels.ops.linear_attention.triton_channel import chunk_kernel, gradients_kernel, pair_gradients_kernel
 from hybridlm_kernels.ops.linear_attention.triton_decode import decode_kernel
-from hybridlm_kernels.ops.linear_attention.triton_scan import gate_gradient_kernel, pairs_kernel, scan_kernel
+from hybridlm_kernels.ops.linear_attention.triton_scan import (
+    ROWS,
+    gate_gradient_kernel,
+    pairs_kernel,
+    scan_kernel,
+    token_decays_kernel,
+)
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.gates import Gate, parameters_of
@@ -70,13 +76,13 @@ class _TritonLinearAttention(torch.autograd.Function):
         inputs = _LinearAttentionInputs(q, k, v, g, A_log, dt_bias, state)
         launches = _LinearAttentionLaunches(inputs, scale, borders, gate)
         if launches.decay == "channel":
-            queries, writes, _, A, total = launches.chunk()
-            o, last = launches.scan(queries, writes, v, state, A, total, final=final_state)
+            queries, writes, _, A, decays = launches.chunk()
+            o, last = launches.scan(queries, writes, v, state, A, decays, final=final_state)
         else:
             A = launches.scores() if any(ctx.needs_input_grad[3:6]) else None
-            total = None
-            o, last = launches.scan(q, k, v, state, A, pairs=True, final=final_state)
-        ctx.save_for_backward(*vars(inputs).values(), A, total)
+            decays = launches.token_decays() if launches.decay == "scalar" else None
+            o, last = launches.scan(q, k, v, state, A, decays, pairs=True, final=final_state)
+        ctx.save_for_backward(*vars(inputs).values(), A, decays)
         ctx.options = scale, borders, gate
         ctx.set_materialize_grads(False)
         return o, launches.wide(0, launches.HV, launches.K, launches.V) if last is None else last
@@ -84,14 +90,14 @@ class _TritonLinearAttention(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, do: Tensor | None, d_last: Tensor | None) -> Any:
-        *inputs, A, total = ctx.saved_tensors  # read once: a checkpointed layer unpacks each saved tensor a single time
+        *inputs, A, decays = ctx.saved_tensors  # read once: a checkpointed layer unpacks each tensor a single time
         launches = _LinearAttentionLaunches(_LinearAttentionInputs(*inputs), *ctx.options)
         do = torch.zeros_like(inputs[2]) if do is None else do.contiguous()
         d_last = None if d_last is None or not d_last.numel() else d_last.contiguous()
         if launches.decay == "channel":
-            gradients = launches.channel_backward(do, d_last, A, total, ctx.needs_input_grad)
+            gradients = launches.channel_backward(do, d_last, A, decays, ctx.needs_input_grad)
         else:
-            gradients = launches.scalar_backward(do, d_last, A, ctx.needs_input_grad)
+            gradients = launches.scalar_backward(do, d_last, A, decays, ctx.needs_input_grad)
         return *gradients, None, None, None, None
 
 
@@ -153,22 +159,29 @@ class _LinearAttentionLaunches:
         """A new tensor for the scores of pairs, [B, T, HV, C]."""
         return self.empty(self.B, self.T, self.HV, CHUNK_TOKENS)
 
-    def pairs(self, x: Tensor, y: Tensor, other: Tensor, dots: Tensor) -> Tensor:
+    def token_decays(self) -> Tensor:
+        """What scans need of a decay per token, [P, HV, 4, C]; as `token_decays_kernel` says."""
+        decays = self.wide(self.tables.num_chunks, self.HV, ROWS.value, CHUNK_TOKENS)
+        token_decays_kernel[(self.tables.num_chunks, self.HV)](
+            chunks_ptr=self.tables.chunks, decays_ptr=decays, HV=self.HV, num_warps=2, **self.gate_arguments)
+        return decays
+
+    def pairs(self, x: Tensor, y: Tensor, other: Tensor, dots: Tensor, decays: Tensor) -> Tensor:
         """The scores A [B, T, HV, C] of x against y; as `pairs_kernel` says."""
         A, Y = self.scores(), y.shape[3]
         pairs_kernel[(self.tables.num_chunks, self.HV)](
-            x_ptr=x, y_ptr=y, chunks_ptr=self.tables.chunks, A_ptr=A, other_ptr=other, dots_ptr=dots, scale=self.scale,
-            HV=self.HV, XY_GROUP=self.HV // y.shape[2], Y=Y, BY=min(64, _padded(Y)), EXACT=self.exact,
-            **self.gate_arguments)
+            x_ptr=x, y_ptr=y, decays_ptr=decays, chunks_ptr=self.tables.chunks, A_ptr=A, other_ptr=other, dots_ptr=dots,
+            scale=self.scale, HV=self.HV, XY_GROUP=self.HV // y.shape[2], Y=Y, BY=min(64, _padded(Y)), EXACT=self.exact)
         return A
 
     def scan(self, x: Tensor, y: Tensor, z: Tensor, start: Tensor | None, A: Tensor | None,
-             total: Tensor | None = None, *, reverse: bool = False, output: bool = True, pairs: bool = False,
+             decays: Tensor | None, *, reverse: bool = False, output: bool = True, pairs: bool = False,
              states: Tensor | None = None, w: Tensor | None = None, dots: Tensor | None = None,
              carry: Tensor | None = None, final: bool = False) -> tuple[Tensor, Tensor | None]:
         """The sums out [B, T, HV, Z] and, if `final`, the states [N, HV, Y, Z] after the scan; as `scan_kernel` says.
 
-        Writes `states`, unless `carry` is given, for which it reads them.
+        `decays` are those of chunks with a decay per channel, those of `token_decays` with one per token. Writes
+        `states`, unless `carry` is given, for which it reads them.
         """
         Y, Z = y.shape[3], z.shape[3]
         sizes = {"Y": Y, "Z": Z, "BY": _padded(Y), "BZ": self.columns(Y, Z)}
@@ -180,14 +193,16 @@ class _LinearAttentionLaunches:
                    output: bool, learn: bool) -> None:
             programs = len(segments) * self.HV * blocks
             scan_kernel[(programs,)](
-                x_ptr=x, y_ptr=y, z_ptr=z, w_ptr=w, A_ptr=A, chunk_total_ptr=total, start_ptr=start,
-                segments_ptr=segments, out_ptr=out if output else None, last_ptr=last, total_ptr=total_of_segments,
+                x_ptr=x, y_ptr=y, z_ptr=z, w_ptr=w, A_ptr=A, g_ptr=self.x.g if self.decay == "constant" else None,
+                decays_ptr=decays if self.decay == "scalar" else None,
+                chunk_total_ptr=decays if self.decay == "channel" else None, start_ptr=start, segments_ptr=segments,
+                out_ptr=out if output else None, last_ptr=last, total_ptr=total_of_segments,
                 states_ptr=states if learn else None, dots_ptr=dots if learn else None,
                 carry_ptr=carry if learn else None, scale=self.scale, tokens=self.tokens,
                 chunks=self.tables.num_chunks, full=fill_device(programs, self.device), HV=self.HV,
                 XY_GROUP=self.HV // y.shape[2], Z_GROUP=self.HV // z.shape[2], DECAY=self.decay, REVERSE=reverse,
                 OUTPUT=output, PAIRS=output and pairs, STATES=learn and states is not None and carry is None,
-                DOTS=learn and dots is not None, EXACT=self.exact, **sizes, **self.gate_arguments)
+                DOTS=learn and dots is not None, EXACT=self.exact, **sizes)
 
         chunks = self.tables.chunks_per_segment(
             self.documents * self.HV * blocks,
@@ -215,19 +230,20 @@ class _LinearAttentionLaunches:
                   "segments_ptr": torch.int64, "start_ptr": torch.float32}
         if self.decay == "channel":
             dtypes["chunk_total_ptr"] = torch.float32
+        elif self.decay == "scalar":
+            dtypes["decays_ptr"] = torch.float32
         elif self.x.g is not None:
-            parameters = {"g_ptr": self.x.g, "A_log_ptr": self.x.A_log, "bias_ptr": self.x.dt_bias}
-            dtypes |= {name: parameter.dtype for name, parameter in parameters.items() if parameter is not None}
+            dtypes["g_ptr"] = self.x.g.dtype
         flags = {"OUTPUT": True, "PAIRS": pairs, "STATES": False, "DOTS": False, "EXACT": self.exact}
         return parallel_programs(self.device, scan_kernel, dtypes, sizes | flags | {
             "HV": self.HV, "XY_GROUP": self.HV // y.shape[2], "Z_GROUP": self.HV // z.shape[2], "DECAY": self.decay,
-            "GATE": self.gate_arguments["GATE"], "REVERSE": reverse})
+            "REVERSE": reverse})
 
     def columns(self, Y: int, Z: int) -> int:
         """Columns of z per program: fewer where the state would not fit its registers."""
         return min(_padded(Z), 32 if Y > 128 or self.exact else 64)
 
-    def scalar_backward(self, do: Tensor, d_last: Tensor | None, A: Tensor | None,
+    def scalar_backward(self, do: Tensor, d_last: Tensor | None, A: Tensor | None, decays: Tensor | None,
                         needed: tuple[bool, ...]) -> list[Tensor | None]:
         """Gradients of q, k, v, g, A_log, dt_bias and state, where the decay is not one per channel."""
         x = self.x
@@ -237,14 +253,15 @@ class _LinearAttentionLaunches:
             states, pairs = self.empty(P, self.HV, self.V, self.K), self.wide(self.tokens, self.HV)
             dots, reverse_dots = (self.wide(blocks, self.tokens, self.HV) for _ in range(2))
             carry = self.wide(blocks, P, self.HV)
-            M = self.pairs(do, x.v, A, pairs)
+            assert decays is not None  # only a decay per token learns
+            M = self.pairs(do, x.v, A, pairs, decays)
         start = None if x.state is None else x.state.mT.contiguous()
         pairs_in_scan = M is None
-        dq, _ = self.scan(do, x.v, x.k, start, M, pairs=pairs_in_scan, states=states, w=x.q, dots=dots)
+        dq, _ = self.scan(do, x.v, x.k, start, M, decays, pairs=pairs_in_scan, states=states, w=x.q, dots=dots)
         d_end = None if d_last is None else d_last.mT.contiguous()
-        dk, _ = self.scan(x.v, do, x.q, d_end, M, reverse=True, pairs=pairs_in_scan, states=states,
+        dk, _ = self.scan(x.v, do, x.q, d_end, M, decays, reverse=True, pairs=pairs_in_scan, states=states,
                           w=x.k, dots=reverse_dots, carry=carry)
-        dv, d_state = self.scan(x.k, x.q, do, d_last, A, reverse=True, pairs=pairs_in_scan, final=needed[6])
+        dv, d_state = self.scan(x.k, x.q, do, d_last, A, decays, reverse=True, pairs=pairs_in_scan, final=needed[6])
         gates: list[Tensor | None] = [None, None, None]
         if A is not None:
             gates = self._gate_gradients(pairs, dots, reverse_dots, carry, needed)

@@ -7,13 +7,16 @@ from typing import Any
 
 from hybridlm_kernels.ops.linear_attention.triton_channel import chunk_kernel, gradients_kernel, pair_gradients_kernel
 from hybridlm_kernels.ops.linear_attention.triton_decode import decode_kernel
-from hybridlm_kernels.ops.linear_attention.triton_scan import gate_gradient_kernel, pairs_kernel, scan_kernel
+from hybridlm_kernels.ops.linear_attention.triton_scan import (
+    gate_gradient_kernel,
+    pairs_kernel,
+    scan_kernel,
+    token_decays_kernel,
+)
 from hybridlm_kernels.recurrence.triton_join import compile_case as join_compile_case
 from hybridlm_kernels.triton_support import CompileCase
 
 GATE = {"g_ptr": "*bf16", "A_log_ptr": "*fp32", "bias_ptr": "*fp32", "gate_constant": "fp32"}
-NO_GATE = {"g_ptr": "*fp32", "gate_constant": "fp32"}
-NO_GATE_CONSTANTS = {"A_log_ptr": None, "bias_ptr": None, "GATE": "none"}
 MERGED = {"MERGED": 5, "CHECKED": True}
 HEAD_DIMS = (32, 64, 128, 256)
 BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
@@ -25,23 +28,23 @@ def _pointers(kind: str, *names: str) -> dict[str, str]:
 
 def _scan(label: str, D: int, decay: str, **flags: bool) -> CompileCase:
     flags = {"REVERSE": False, "OUTPUT": True, "PAIRS": False, "STATES": False, "DOTS": False} | flags
-    gate = GATE if decay == "scalar" else NO_GATE
-    types = (_pointers(BF16, "x", "y", "z", "w", "A", "out", "states") | gate | _pointers(INT64, "segments")
-             | _pointers(FP32, "chunk_total", "start", "last", "total", "dots", "carry")
+    types = (_pointers(BF16, "x", "y", "z", "w", "A", "out", "states") | _pointers(INT64, "segments")
+             | _pointers(FP32, "g", "decays", "chunk_total", "start", "last", "total", "dots", "carry")
              | {"scale": "fp32"} | dict.fromkeys(("tokens", "chunks", "full"), "i32"))
     absent = {"total_ptr"} | ({"w_ptr", "dots_ptr", "carry_ptr", "states_ptr"} if not flags["DOTS"] else set())
     if decay != "channel":
         absent |= {"chunk_total_ptr"}
-    if decay in ("none", "channel"):
+    if decay != "constant":
         absent |= {"g_ptr"}
+    if decay != "scalar":
+        absent |= {"decays_ptr"}
     if flags["PAIRS"] and (decay == "constant" or flags["REVERSE"]):
         absent |= {"A_ptr"}
     if flags["STATES"]:
         absent -= {"states_ptr"}
     constants: dict[str, Any] = dict.fromkeys(absent) | flags | {
         "HV": 16, "XY_GROUP": 1, "Z_GROUP": 1, "Y": D, "Z": D, "BY": D, "BZ": 32 if D > 128 else min(D, 64),
-        "DECAY": decay, "EXACT": False,
-        **({"GATE": "softplus"} if decay == "scalar" else NO_GATE_CONSTANTS)}
+        "DECAY": decay, "EXACT": False}
     types = {name: kind for name, kind in types.items() if name not in constants}
     return CompileCase(f"scan {label} {decay} D={D}", scan_kernel, types, constants, head_dim=D)
 
@@ -68,9 +71,9 @@ def _channel_gradients(D: int) -> Iterator[CompileCase]:
 
 
 def _pairs(D: int) -> CompileCase:
-    types = (_pointers(BF16, "x", "y", "A", "other") | _pointers(FP32, "dots") | GATE | _pointers(INT64, "chunks")
+    types = (_pointers(BF16, "x", "y", "A", "other") | _pointers(FP32, "dots", "decays") | _pointers(INT64, "chunks")
              | {"scale": "fp32", "HV": "i32", "XY_GROUP": "i32"})
-    constants = {"Y": D, "BY": min(D, 64), "GATE": "softplus", "EXACT": False}
+    constants = {"Y": D, "BY": min(D, 64), "EXACT": False}
     return CompileCase(f"pairs D={D}", pairs_kernel, types, constants, head_dim=D)
 
 
@@ -79,6 +82,11 @@ def _decode(D: int) -> CompileCase:
              | dict.fromkeys(("T", "H", "HV"), "i32"))
     constants = {"K": D, "V": D, "BK": D, "BV": min(D, max(16, 4096 // D)), "DECAY": "channel", "GATE": "softplus"}
     return CompileCase(f"decode D={D}", decode_kernel, types, constants, head_dim=D)
+
+
+def _token_decays() -> CompileCase:
+    types = _pointers(FP32, "decays") | GATE | _pointers(INT64, "chunks") | {"HV": "i32"}
+    return CompileCase("decays of tokens", token_decays_kernel, types, {"GATE": "softplus"}, num_warps=2)
 
 
 def _gate_gradient() -> CompileCase:
@@ -103,6 +111,7 @@ def _cases() -> Iterator[CompileCase]:
         yield from _channel_gradients(D)
         yield join_compile_case(D, "channel")
         yield _decode(D)
+    yield _token_decays()
     yield _gate_gradient()
 
 

@@ -11,7 +11,8 @@ of the columns of z, and writes no states unless asked to. REVERSE runs from the
 The scores A of pairs inside a chunk are found in the scan from the x and y it reads anyway. Only where gates learn are
 the scores of q and k kept, and those of do and v found before the scan (`pairs_kernel`), for the gradients of gates.
 With a decay per channel (of the axis Y) `triton_channel.py` finds the scores, and x and y are already multiplied by
-their decays.
+their decays. With a decay per token `token_decays_kernel` has found what scans need of it: sums of gates would stand in
+the chain of chunks, once per block of columns.
 
 Legend: N documents, U segments of documents, HV value heads, C tokens per chunk, P chunks, Y/Z dims as above, BZ
 columns of z per program.
@@ -31,21 +32,41 @@ from hybridlm_kernels.recurrence.triton_tiles import (
     gate_rate,
     gate_value,
     load_tile,
+    locate_chunk,
     store_tile,
     token_sums,
 )
 from hybridlm_kernels.triton_support import tuned
 
-CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((8, 2), (4, 2), (4, 3), (8, 3))]
+# Rows of the decays of a chunk [4, C], fp32.
+COARSE = tl.constexpr(0)  # sums of a decay per token in log2 units, as `token_sums` gives them
+FINE = tl.constexpr(1)
+FROM_START = tl.constexpr(2)  # the decay from the chunk's start to each token
+TO_END = tl.constexpr(3)  # the decay from each token to the chunk's end
+ROWS = tl.constexpr(4)
+
+# LEAN scans find the scores of pairs before what comes from the state, and masks and constant decays again in every
+# chunk. So they fit the registers of four warps, and a multiprocessor holds two programs.
+CONFIGS = [triton.Config({"LEAN": lean}, num_warps=warps, num_stages=stages)
+           for lean, warps, stages in ((1, 4, 2), (0, 8, 2), (0, 8, 3), (1, 4, 3))]
 
 
 @triton.jit
-def log2_decay(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, HV, GATE: tl.constexpr):
-    """The log2 decays [C] of a head's tokens from `token` on, 0 outside."""
-    u = tl.load(g_ptr + token * HV + head + tl.arange(0, C) * HV, mask=inside, other=0.0)
-    rate, bias = gate_rate(A_log_ptr, head), gate_bias(bias_ptr, head)
-    g = gate_value(u, rate, bias, gate_constant, GATE) * LOG2_E
-    return tl.where(inside, tl.maximum(g, MIN_LOG2_TOKEN_DECAY), 0.0)
+def token_decays_kernel(g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks_ptr, decays_ptr, HV, GATE: tl.constexpr):
+    """Write decays [P, HV, 4, C] of a chunk's tokens, for a decay per token. One program per chunk and head.
+
+    Their rows are COARSE, FINE, FROM_START and TO_END. Behind the chunk's last token the first three stay the same.
+    """
+    chunk, head, first, filled = locate_chunk(chunks_ptr)
+    t = tl.arange(0, C)
+    u = tl.load(g_ptr + first * HV + head + t * HV, mask=t < filled, other=0.0)
+    g = gate_value(u, gate_rate(A_log_ptr, head), gate_bias(bias_ptr, head), gate_constant, GATE) * LOG2_E
+    coarse, fine, last, last_fine = token_sums(tl.where(t < filled, tl.maximum(g, MIN_LOG2_TOKEN_DECAY), 0.0))
+    at = decays_ptr + (chunk * HV + head) * (ROWS * C) + t
+    tl.store(at + COARSE * C, coarse)
+    tl.store(at + FINE * C, fine)
+    tl.store(at + FROM_START * C, tl.exp2(coarse + fine))
+    tl.store(at + TO_END * C, tl.exp2((last - coarse) + (last_fine - fine)))
 
 
 @triton.jit
@@ -57,28 +78,23 @@ def _constant_decay(g_ptr, head, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _edges(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, filled, head, HV, DECAY: tl.constexpr,
-           GATE: tl.constexpr):
+def _edges(g_ptr, decays_ptr, filled, head, DECAY: tl.constexpr):
     """The decays from the chunk's start to each token [C], from each token to the chunk's end [C], and of the chunk."""
     t = tl.arange(0, C)
     if DECAY == "scalar":
-        g = log2_decay(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, HV, GATE)
-        coarse, fine, last, last_fine = token_sums(g)
-        prefix, suffix, total = coarse + fine, (last - coarse) + (last_fine - fine), last + last_fine
+        prefix, suffix = tl.load(decays_ptr + FROM_START * C + t), tl.load(decays_ptr + TO_END * C + t)
+        return prefix, suffix, tl.load(decays_ptr + FROM_START * C + C - 1)
     else:
         g = _constant_decay(g_ptr, head, DECAY)
-        prefix, suffix, total = (t + 1) * g, tl.maximum(filled - 1 - t, 0) * g, filled * g
-    return tl.exp2(prefix), tl.exp2(suffix), tl.exp2(total)
+        return tl.exp2((t + 1) * g), tl.exp2(tl.maximum(filled - 1 - t, 0) * g), tl.exp2(filled * g)
 
 
 @triton.jit
-def _decay_between(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, HV, DECAY: tl.constexpr,
-                   GATE: tl.constexpr, REVERSE: tl.constexpr):
+def _decay_between(g_ptr, decays_ptr, head, DECAY: tl.constexpr, REVERSE: tl.constexpr):
     """The decays D_ij [C, C], 0 above the diagonal; with REVERSE D_ji, 0 below it."""
     t = tl.arange(0, C)
     if DECAY == "scalar":
-        g = log2_decay(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, HV, GATE)
-        coarse, fine, _, _ = token_sums(g)
+        coarse, fine = tl.load(decays_ptr + COARSE * C + t), tl.load(decays_ptr + FINE * C + t)
         apart = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     else:
         apart = (t[:, None] - t[None, :]) * _constant_decay(g_ptr, head, DECAY)
@@ -90,16 +106,27 @@ def _decay_between(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, hea
 
 
 @triton.jit
-def pairs_kernel(x_ptr, y_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks_ptr, A_ptr, other_ptr, dots_ptr,
-                 scale, HV, XY_GROUP, Y: tl.constexpr, BY: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr):
+def _scores(x, y, scale, A_ptr, row, inside, g_ptr, decays_ptr, head, HV, dtype: tl.constexpr, DECAY: tl.constexpr,
+            REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+    """The scores [C, C] of a chunk's x against its y, also written to A at `row` unless that is None."""
+    between = _decay_between(g_ptr, decays_ptr, head, DECAY, REVERSE)
+    scores = (tl.dot(x, tl.trans(y), input_precision=PRECISION) * between * scale).to(dtype)
+    if A_ptr is not None:  # the programs of all blocks of z write the same numbers
+        t = tl.arange(0, C)
+        store_tile(A_ptr + row * C, t, HV * C, t, C, inside, scores)
+    return scores
+
+
+@triton.jit
+def pairs_kernel(x_ptr, y_ptr, decays_ptr, chunks_ptr, A_ptr, other_ptr, dots_ptr, scale, HV, XY_GROUP, Y: tl.constexpr,
+                 BY: tl.constexpr, EXACT: tl.constexpr):
     """Write A [tokens, HV, C]: scale D_ij (x_i . y_j), 0 above the diagonal. One program per chunk and head.
 
     Also write dots [tokens, HV], the terms of the decays' gradients from pairs i > j: with p_ij = (x_i . y_j) other_ij,
     where `other` is the A of q and k, the sum of p over row i less the sum over column i.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
-    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    token, filled = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1)
+    chunk, head, token, filled = locate_chunk(chunks_ptr)
     t = tl.arange(0, C)
     inside, stride = t < filled, HV // XY_GROUP * Y
     at = token * stride + head // XY_GROUP * Y
@@ -111,18 +138,17 @@ def pairs_kernel(x_ptr, y_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunks
     other = load_tile(other_ptr + (token * HV + head) * C, t, HV * C, t, C, inside).to(tl.float32)
     pairs = tl.where(t[:, None] > t[None, :], scores * other, 0.0)
     tl.store(dots_ptr + token * HV + head + t * HV, tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0), mask=inside)
-    between = _decay_between(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, HV, "scalar", GATE, False)
+    between = _decay_between(None, decays_ptr + (chunk * HV + head) * (ROWS * C), head, "scalar", False)
     store_tile(A_ptr + (token * HV + head) * C, t, HV * C, t, C, inside, scores * between * scale)
 
 
 @tuned(CONFIGS, ["Y", "Z", "BZ", "DECAY", "REVERSE", "OUTPUT", "PAIRS", "STATES", "DOTS", "EXACT", "full"])
 @triton.jit(do_not_specialize=["tokens", "chunks", "full"])
-def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, gate_constant, chunk_total_ptr,
-                start_ptr, segments_ptr, out_ptr, last_ptr, total_ptr, states_ptr, dots_ptr, carry_ptr, scale, tokens,
-                chunks, full, HV: tl.constexpr, XY_GROUP: tl.constexpr, Z_GROUP: tl.constexpr, Y: tl.constexpr,
-                Z: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
-                REVERSE: tl.constexpr, OUTPUT: tl.constexpr, PAIRS: tl.constexpr, STATES: tl.constexpr,
-                DOTS: tl.constexpr, EXACT: tl.constexpr):
+def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, decays_ptr, chunk_total_ptr, start_ptr, segments_ptr, out_ptr,
+                last_ptr, total_ptr, states_ptr, dots_ptr, carry_ptr, scale, tokens, chunks, full, HV: tl.constexpr,
+                XY_GROUP: tl.constexpr, Z_GROUP: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr, BY: tl.constexpr,
+                BZ: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr,
+                PAIRS: tl.constexpr, STATES: tl.constexpr, DOTS: tl.constexpr, LEAN: tl.constexpr, EXACT: tl.constexpr):
     """Scan segments of x, y [tokens, HV / XY_GROUP, Y] and z, w [tokens, HV / Z_GROUP, Z].
 
     XY_GROUP and Z_GROUP are the value heads per head of x and y, and of z. start and last [U, HV, Y, Z], the states
@@ -133,6 +159,7 @@ def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, g
     STATES writes the states before chunks [P, HV, Y, Z], with REVERSE those after them.
     DOTS writes dots [Z / BZ, tokens, HV], w_i . out_i for the part of out that comes from the state. With REVERSE it
     also reads `states` and writes carry [Z / BZ, P, HV]: the sum of (state before) (state after) (decay of the chunk).
+    `decays` [P, HV, 4, C] are those of `token_decays_kernel`, read with a decay per token. LEAN changes no result.
     `full`, which only tuning reads, is 1 where the programs fill the device.
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -155,7 +182,7 @@ def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, g
         S += load_tile(start_ptr + (segment * HV + head) * Y * Z, dims, Z, columns, Z, real).to(tl.float32)
     total_of_segment = tl.zeros([BY], tl.float32) + 1.0
     steps = (end - first + C - 1) // C
-    for step in range(steps):
+    for step in tl.range(0, steps, disable_licm=LEAN and PAIRS):
         number = steps - 1 - step if REVERSE else step
         here = (chunk + number) * HV + head
         token = first + number * C  # offsets from it fit 32 bits
@@ -168,19 +195,20 @@ def scan_kernel(x_ptr, y_ptr, z_ptr, w_ptr, A_ptr, g_ptr, A_log_ptr, bias_ptr, g
         if DECAY == "channel":
             total = tl.load(chunk_total_ptr + here * Y + dims, mask=real, other=0.0)
         else:
-            prefix, suffix, total = _edges(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, filled, head, HV,
-                                           DECAY, GATE)
+            decays_here = None if decays_ptr is None else decays_ptr + here * (ROWS * C)
+            prefix, suffix, total = _edges(g_ptr, decays_here, filled, head, DECAY)
         if OUTPUT:
             x = load_tile(x_ptr + token * xy_stride, t, xy_stride, dims, Y, inside)
+            if PAIRS and LEAN:
+                scores = _scores(x, y, scale, A_ptr, token * HV + head, inside, g_ptr, decays_here, head, HV, z.dtype,
+                                 DECAY, REVERSE, PRECISION)
             out = tl.dot(x, S.to(x.dtype), input_precision=PRECISION)
             if DECAY != "channel":
                 out *= (suffix if REVERSE else prefix * scale)[:, None]
             if PAIRS:
-                between = _decay_between(g_ptr, A_log_ptr, bias_ptr, gate_constant, token, inside, head, HV, DECAY,
-                                         GATE, REVERSE)
-                scores = (tl.dot(x, tl.trans(y), input_precision=PRECISION) * between * scale).to(z.dtype)
-                if A_ptr is not None:  # the programs of all blocks of z write the same numbers
-                    store_tile(A_ptr + (token * HV + head) * C, t, HV * C, t, C, inside, scores)
+                if not LEAN:
+                    scores = _scores(x, y, scale, A_ptr, token * HV + head, inside, g_ptr, decays_here, head, HV,
+                                     z.dtype, DECAY, REVERSE, PRECISION)
             else:
                 A_at = t[None, :] * (HV * C) + t[:, None] if REVERSE else t[:, None] * (HV * C) + t[None, :]
                 inside_both = inside[:, None] & inside[None, :]
