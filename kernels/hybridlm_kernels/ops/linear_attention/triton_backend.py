@@ -160,7 +160,7 @@ class _LinearAttentionLaunches:
         return self.empty(self.B, self.T, self.HV, CHUNK_TOKENS)
 
     def token_decays(self) -> Tensor:
-        """What scans need of a decay per token, [P, HV, 4, C]; as `token_decays_kernel` says."""
+        """The decays per token that scans read, [P, HV, 4, C]; as `token_decays_kernel` says."""
         decays = self.wide(self.tables.num_chunks, self.HV, ROWS.value, CHUNK_TOKENS)
         token_decays_kernel[(self.tables.num_chunks, self.HV)](
             chunks_ptr=self.tables.chunks, decays_ptr=decays, HV=self.HV, num_warps=2, **self.gate_arguments)
