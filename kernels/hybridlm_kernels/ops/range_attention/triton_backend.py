@@ -33,7 +33,7 @@ def _find_rows(first_ptr, count_ptr, m, T, H, G):
     """Rows m of a key head: their place in [B, T, H], whether they exist, and the range of keys of each."""
     heads = H // G
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    inside = m < T * heads
+    inside = m < tl.cast(T, tl.int64) * heads
     token = b * T + tl.minimum(m // heads, T - 1)
     low = tl.load(first_ptr + token)
     high = low + tl.load(count_ptr + token)
@@ -52,7 +52,7 @@ def _range_of_tile(low, high, E):
 def forward_kernel(q_ptr, k_ptr, v_ptr, first_ptr, count_ptr, o_ptr, lse_ptr, scale2, T, E, H, G, K: tl.constexpr,
                    V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """Write o and log2 of the sum of exp2, -inf where nothing is seen. `scale2` = scale log2 e."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # later queries see more keys, and start first
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # later queries see more keys, and start first
     row, inside, low, high = _find_rows(first_ptr, count_ptr, tile * BLOCK_M + tl.arange(0, BLOCK_M), T, H, G)
     begin, end = _range_of_tile(low, high, E)
     key = tl.program_id(2).to(tl.int64) * E
@@ -87,7 +87,7 @@ def query_gradients_kernel(q_ptr, k_ptr, v_ptr, first_ptr, count_ptr, do_ptr, ls
                            T, E, H, G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr,
                            BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """Write dq. `scale2` = scale log2 e."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     row, inside, low, high = _find_rows(first_ptr, count_ptr, tile * BLOCK_M + tl.arange(0, BLOCK_M), T, H, G)
     begin, end = _range_of_tile(low, high, E)
     key = tl.program_id(2).to(tl.int64) * E
@@ -124,7 +124,8 @@ def key_gradients_kernel(q_ptr, k_ptr, v_ptr, first_ptr, count_ptr, queries_ptr,
     dv = tl.zeros([BLOCK_E, V0], tl.float32)
     of_tile = queries_ptr + (b * tl.num_programs(0) + tile) * 2
     heads = H // G
-    for at in tl.range(tl.load(of_tile) * heads, tl.load(of_tile + 1) * heads, BLOCK_M, disable_licm=True):
+    begin, end = tl.load(of_tile).to(tl.int64) * heads, tl.load(of_tile + 1).to(tl.int64) * heads
+    for at in tl.range(begin, end, BLOCK_M, disable_licm=True):
         row, inside, low, high = _find_rows(first_ptr, count_ptr, at + tl.arange(0, BLOCK_M), T, H, G)
         q = load_gathered(q_ptr, row * K, inside, K, K0)
         do = load_gathered(do_ptr, row * V, inside, V, V0)
