@@ -12,6 +12,7 @@ from hybridlm_kernels import (
     indexer_kl,
     indexer_topk,
     moe_experts,
+    range_attention,
     selected_attention,
     sparse_attention,
 )
@@ -49,6 +50,9 @@ def cases():
     yield CheckCase("forgetting_attention", "grouped", forgetting_attention, lambda: _random(heads))
     yield CheckCase("selected_attention", "2 blocks, window", selected_attention, lambda: _random(main) | {
         "indices": LISTS[:, :, None] // 4 * 4}, {"block": 2, "window": 3})
+    seen = torch.arange(8)[None]
+    yield CheckCase("range_attention", "earlier tokens", range_attention, lambda: _random(main) | {
+        "first": seen // 4 * 4, "count": seen % 4 + 1})
     index = {"q": (1, 8, 2, 16), "k": (1, 8, 16), "w": (1, 8, 2), "main_q": (1, 8, 2, 16), "main_k": (1, 8, 1, 16)}
     for label, lists in (("all keys", {}), ("2 of 8", {"indices": LISTS})):
         yield CheckCase("indexer_kl", label, indexer_kl, lambda lists=lists: _random(index) | lists,
