@@ -14,8 +14,8 @@ Parts, run one after the other:
     ladder        five architectures on r0, r1 and r2, with the rates of the pilot, three seeds; probes at r2
     coordinates   the coordinate check of all architectures
 
-Beside the folders of the parts it writes summary.json, learning_rates.md, transfer.md and, of the ladder, the page and
-its figures.
+Beside the folders of the parts it writes summary.json, learning_rates.md, transfer.md and, of the ladder, losses.md,
+scores.md, the page and its figures. docs/experiments/ladder.md reports what it found.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ladder_tables import tabulate_losses, tabulate_scores
 from sweep_tables import unfinished
 
 from hybridlm.cli import main as hybridlm
@@ -276,6 +277,8 @@ def write_results(out: Path, sizes: Sizes) -> None:
     if file.is_file():
         write_report(out / "ladder", png=out / "figures")
         report = json.loads(file.read_text(encoding="utf-8"))
+        write_text(out / "losses.md", tabulate_losses(report))
+        write_text(out / "scores.md", tabulate_scores(report))
         write_json(out / "summary.json", {key: report[key] for key in ("law", "gains", "comparisons", "verdicts")})
 
 

@@ -100,3 +100,21 @@ def test_a_part_that_was_stopped_does_not_go_on_to_the_next(script, tmp_path, mo
                 script.run(part, jobs=1)
         else:
             script.run(part, jobs=1)
+
+
+def test_tables_of_losses_and_scores(script):
+    cells = [{"rung": "r0", "architecture": name, "losses": {"0": loss}, "mean": loss, "tokens_per_second": 1234.5,
+              "decode_milliseconds_per_token": None} for name, loss in (("full", 2.5), ("kda", 2.25), ("late", None))]
+    cells[2]["losses"] = {}
+    comparison = {"rung": "r0", "difference": -0.25, "difference_interval": [-0.5, 0.0], "gain": 2.0,
+                  "gain_interval": None}
+    points = [{"architecture": "kda", "scores": {"recall/accuracy": score}} for score in (1.0, 0.5)]
+    points.append({"architecture": "full", "scores": {"updates/accuracy@72": 0.25}})
+    report = {"cells": cells, "comparisons": {"kda": [comparison]}, "points": points}
+    assert script.tabulate_losses(report).splitlines()[2:] == [
+        "| r0 | full | 2.500 | 2.500 |  |  | 1,234 | - |",
+        "| r0 | kda | 2.250 | 2.250 | -0.250 (-0.500 to +0.000) | 2.00 | 1,234 | - |",
+        "| r0 | late | - |  |  |  | 1,234 | - |"]
+    assert script.tabulate_scores(report).splitlines() == [
+        "| architecture | recall | updates@72 |", "|---|---|---|", "| kda | 0.75 (1.00 0.50) | - |",
+        "| full | - | 0.25 (0.25) |"]
