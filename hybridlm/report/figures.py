@@ -10,6 +10,7 @@ from typing import Any, Literal
 from hybridlm.inspect import BYTES, scaled
 from hybridlm.report.palette import Style
 
+FEWEST_TICKS = 3  # of a logarithmic axis
 MAX_LINE_POINTS = 400  # longer lines are averaged
 MAX_HEAT_COLUMNS = 160
 MAX_TABLE_ROWS = 40
@@ -173,11 +174,21 @@ def extent(axis: Axis, values: Iterable[Value]) -> tuple[float, float, bool]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... within a range, or powers of ten alone where these are many."""
+    """1, 2, 5, 10, ... within a range, powers of ten alone where these are many, and round numbers where they are few.
+
+    >>> log_ticks(1.8, 3.4)
+    [2.0, 2.5, 3.0]
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     digits = (1, 2, 5) if high / low < 200 else (1,)
     ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
-    return [tick for tick in ticks if low <= tick <= high]
+    found = [tick for tick in ticks if low <= tick <= high]
+    power = math.floor(math.log10(high - low)) if high > low else 0
+    for step in (10.0**power, 0.5 * 10.0**power, 0.2 * 10.0**power):
+        if len(found) >= FEWEST_TICKS:
+            break
+        found = [float(f"{index * step:.6g}") for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return found
 
 
 def values_of(chart: Chart, axis: Literal["x", "y"]) -> list[Value]:

@@ -160,4 +160,7 @@ def test_numbers_and_axes():
     low, high, _ = extent(Axis("loss"), [2.0, 2.0])
     assert low < 2 < high
     assert log_ticks(0.3, 4) == [0.5, 1.0, 2.0]
+    assert log_ticks(1.26, 3.7) == [1.5, 2.0, 2.5, 3.0, 3.5]
+    assert log_ticks(1.9, 2.1) == [1.9, 2.0, 2.1]
+    assert log_ticks(2.0, 2.0) == [2.0]
     assert log_ticks(0.3, 4000) == [1.0, 10.0, 100.0, 1000.0]
