@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from sweep_tables import table_row  # the file beside this one
+from sweep_tables import table_header, table_row  # the file beside this one
 
 from hybridlm.report.figures import Axis, Chart, Panel, Series
 from hybridlm.report.palette import Palette
@@ -22,29 +22,25 @@ def tabulate(found: dict[str, Any], sizes: Sizes) -> str:
     """Tables of everything that is measured, in Markdown."""
     recalls = [(name.split("/")[1:], result) for name, result in found.items() if name.startswith("recall/")]
     lines = ["Attention on the selected keys, means over layers; queries that see more keys than are selected", "",
-             *_header("indexers", "text", "tokens", "KL", *SHARES.values())]
+             *table_header("indexers", "text", "tokens", "KL", *SHARES.values())]
     lines += [table_row(*where, f"{result['mean']['kl']:.3f}", *_shares(result["mean"])) for where, result in recalls]
     lines += ["", "By tokens before the query", "",
-              *_header("indexers", "text", "tokens", "before", "queries", *SHARES.values())]
+              *table_header("indexers", "text", "tokens", "before", "queries", *SHARES.values())]
     for where, result in recalls:
         lines += [table_row(*where, f"{row['start']}-{row['stop'] - 1}", f"{row['queries']}", *_shares(row))
                   for row in result["mean"]["by_position"]]
     for text in TEXTS:
         lines += _tabulate_layers(found, text, sizes)
-    lines += ["", f"Loss in nats per token, {sizes.length} tokens", "", *_header("model", "attention", *TEXTS)]
+    lines += ["", f"Loss in nats per token, {sizes.length} tokens", "", *table_header("model", "attention", *TEXTS)]
     for pair in _pairs(found, "loss"):
         results = [found.get("/".join(("loss", *pair, text))) for text in TEXTS]
         lines.append(table_row(*pair, *("-" if result is None else f"{result['loss']:.4f}" for result in results)))
     lines += ["", f"Negative log-likelihood of the second copy, {sizes.length // 2} tokens behind the first", "",
-              *_header("model", "attention", "random tokens", "code")]
+              *table_header("model", "attention", "random tokens", "code")]
     for pair in _pairs(found, "repeat"):
         result = found["/".join(("repeat", *pair))]
         lines.append(table_row(*pair, f"{result['random']:.3f}", f"{result['code']:.3f}"))
     return "\n".join(lines) + "\n"
-
-
-def _header(*cells: str) -> list[str]:
-    return [table_row(*cells), "|---" * len(cells) + "|"]
 
 
 def _shares(row: dict[str, Any]) -> list[str]:
@@ -70,7 +66,7 @@ def _tabulate_layers(found: dict[str, Any], text: str, sizes: Sizes) -> list[str
     converted = [layer for layer in json.loads(sizes.layers) if layer in rows]
     below = [layer for layer in converted if rows[layer]["recall"] <= rows[layer]["window_first"]]
     return ["", f"By layer, {text}, {sizes.long_length} tokens, after both warm-ups; other layers have fresh indexers, "
-            "which nothing uses", "", *_header("layer", "KL", *SHARES.values()),
+            "which nothing uses", "", *table_header("layer", "KL", *SHARES.values()),
             *(table_row(f"{layer}", f"{row['kl']:.3f}", *_shares(row)) for layer, row in rows.items()), "",
             f"The indexer finds more than the window with the first token in {len(converted) - len(below)} of "
             f"{len(converted)} converted layers" + (f", but not in {below}." if below else ".")]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
+from sweep_tables import table_header, table_row  # the file beside this one
+
 Report = Mapping[str, Any]
 
 
@@ -15,15 +17,16 @@ def tabulate_losses(report: Report) -> str:
     Args:
         report: the content of `ladder.json`.
     """
-    lines = ["| rung | architecture | bits per byte | by seed | difference | compute gain | tokens/s | "
-             "ms per decoded token |", "|---" * 8 + "|"]
+    lines = table_header("rung", "architecture", "bits per byte", "by seed", "difference", "compute gain", "tokens/s",
+                         "ms per decoded token")
     for cell in report["cells"]:
         found = [row for row in report["comparisons"].get(cell["architecture"], []) if row["rung"] == cell["rung"]]
-        difference, gain = (_interval(found[0], key) if found else "" for key in ("difference", "gain"))
-        losses = " ".join(f"{loss:.3f}" for loss in cell["losses"].values())
-        lines.append(f"| {cell['rung']} | {cell['architecture']} | {_number(cell['mean'], '.3f')} | {losses} | "
-                     f"{difference} | {gain} | {_number(cell['tokens_per_second'], ',.0f')} | "
-                     f"{_number(cell['decode_milliseconds_per_token'], '.2f')} |")
+        difference, gain = ((_interval(found[0], key, form) if found else "")
+                            for key, form in (("difference", "+.3f"), ("gain", ".2f")))
+        lines.append(table_row(
+            cell["rung"], cell["architecture"], _number(cell["mean"], ".3f"),
+            " ".join(f"{loss:.3f}" for loss in cell["losses"].values()), difference, gain,
+            _number(cell["tokens_per_second"], ",.0f"), _number(cell["decode_milliseconds_per_token"], ".2f")))
     return "\n".join(lines) + "\n"
 
 
@@ -35,25 +38,19 @@ def tabulate_scores(report: Report) -> str:
     """
     points = [point for point in report["points"] if point["scores"]]
     names = sorted({name for point in points for name in point["scores"]})
-    lines = ["| architecture | " + " | ".join(name.replace("/accuracy", "") for name in names) + " |",
-             "|---" * (len(names) + 1) + "|"]
+    lines = table_header("architecture", *(name.replace("/accuracy", "") for name in names))
     for architecture in dict.fromkeys(point["architecture"] for point in points):
         rows = [point["scores"] for point in points if point["architecture"] == architecture]
         cells = [[row[name] for row in rows if row.get(name) is not None] for name in names]
-        lines.append(f"| {architecture} | " + " | ".join(_scores(values) for values in cells) + " |")
+        lines.append(table_row(architecture, *map(_scores, cells)))
     return "\n".join(lines) + "\n"
 
 
-def _interval(row: Report, key: str) -> str:
+def _interval(row: Report, key: str, form: str) -> str:
     value, interval = row[key], row[f"{key}_interval"]
-    sign = "+" if key == "difference" else ""
     if value is None:
         return ""
-    text = f"{value:{sign}.3f}" if key == "difference" else f"{value:.2f}"
-    if interval is None:
-        return text
-    low, high = (f"{x:{sign}.3f}" if key == "difference" else f"{x:.2f}" for x in interval)
-    return f"{text} ({low} to {high})"
+    return f"{value:{form}}" + ("" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})")
 
 
 def _scores(values: list[float]) -> str:

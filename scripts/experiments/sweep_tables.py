@@ -87,6 +87,11 @@ def table_row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def table_header(*cells: str) -> list[str]:
+    """The header of a Markdown table, two lines."""
+    return [table_row(*cells), "|---" * len(cells) + "|"]
+
+
 def _score(score: dict[str, Any] | None) -> str:
     if score is None:
         return "-"

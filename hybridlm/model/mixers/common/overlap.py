@@ -72,16 +72,7 @@ def _windows_of_blocks(weight_BQUE: Tensor, windows: EntryWindows, blocks: Entry
 
 def window_softmax(score_BQGRE: Tensor, windows: EntryWindows, rows: slice) -> Tensor:
     """Softmax over the windows that each query sees, zeros where it sees none: [B, Q, G, R, E]."""
-    score, unread, _ = visible_scores(score_BQGRE, windows, rows)
-    return torch.softmax(score, -1).masked_fill(unread, 0.0)
-
-
-def visible_scores(score_BQGRE: Tensor, windows: EntryWindows, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores with -inf for the windows that a query does not see, and zeros where it sees none.
-
-    Returns:
-        The scores, and masks of the windows that are not read [B, Q, 1, 1, E] and of queries without any [B, Q, 1, 1].
-    """
     hidden = ~windows.visible(rows)[:, :, None, None]
     none = hidden.all(-1, keepdim=True)
-    return score_BQGRE.masked_fill(hidden, -torch.inf).masked_fill(none, 0.0), none | hidden, none[..., 0]
+    score = score_BQGRE.masked_fill(hidden, -torch.inf).masked_fill(none, 0.0)  # no NaN of a softmax over nothing
+    return torch.softmax(score, -1).masked_fill(none | hidden, 0.0)

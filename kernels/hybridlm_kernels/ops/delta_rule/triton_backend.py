@@ -24,6 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hybridlm_kernels.ops.delta_rule import triton_value_keys
 from hybridlm_kernels.ops.delta_rule.steps import spread_over_steps
 from hybridlm_kernels.ops.delta_rule.torch_erase import L2NORM_EPSILON
 from hybridlm_kernels.ops.delta_rule.triton_chunk import NUM_FACTORS, chunk_kernel
@@ -33,12 +34,6 @@ from hybridlm_kernels.ops.delta_rule.triton_gradients import gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_pair_gradients import pair_gradients_kernel
 from hybridlm_kernels.ops.delta_rule.triton_scan import scan_back_kernel, scan_kernel
 from hybridlm_kernels.ops.delta_rule.triton_solve import BLOCK as SOLVE_BLOCK
-from hybridlm_kernels.ops.delta_rule.triton_value_keys import (
-    KEY_GRADIENTS,
-    value_key_gradients_kernel,
-    value_products_kernel,
-    written_value_gradients_kernel,
-)
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.recurrence.erase import Erase, tensors_of
@@ -298,7 +293,7 @@ class _DeltaRuleLaunches:
         v, own = self.x.v, None
         if self.free:
             v, own = self.empty(*v.shape), self.empty(*v.shape) if mode == "outputs" else None
-            value_products_kernel[(self.tables.num_chunks, self.HV)](
+            triton_value_keys.value_products_kernel[(self.tables.num_chunks, self.HV)](
                 v_ptr=self.x.v, value_A_ptr=results.value_A, value_L_ptr=results.value_L, chunks_ptr=self.tables.chunks,
                 reads_ptr=v, outputs_ptr=own, HV=self.HV, V=self.V, EXACT=self.flags["EXACT"])
         scan_kernel[self._scan_grid(blocks)](
@@ -385,11 +380,11 @@ class _DeltaRuleLaunches:
                     "k_ptr": x.value_keys, "y_ptr": x.v, "dk_pairs_ptr": dn, "d_beta_ptr": None,
                     "itself_ptr": self.wide(self.HV, self.tokens)}
                 pair_gradients_kernel[(P, self.HV)](MERGED=self.merged, VALUE_KEYS=True, **of_values)
-                value_key_gradients_kernel[(P, self.HV)](
+                triton_value_keys.value_key_gradients_kernel[(P, self.HV)](
                     value_keys_ptr=x.value_keys, v_ptr=x.v, dS_ptr=d_states, d_value_keys_ptr=dn,
                     from_vectors_dq_ptr=terms["dq_pairs_ptr"], from_vectors_dp_ptr=terms["dp_pairs_ptr"],
-                    from_vectors_dg_ptr=terms["dg_pairs_ptr"], **with_values, **self.sizes, **KEY_GRADIENTS,
-                    num_warps=4, num_stages=1,
+                    from_vectors_dg_ptr=terms["dg_pairs_ptr"], **with_values, **self.sizes,
+                    **triton_value_keys.KEY_GRADIENTS, num_warps=4, num_stages=1,
                     **{name: of_values[name] for name in ("q_ptr", "factors_ptr", "sums_ptr", "chunks_ptr",
                                                           "itself_ptr", "K", "V", "EXACT")})
                 shared |= with_values
@@ -439,7 +434,7 @@ class _TritonDeltaRule(torch.autograd.Function):
         dv = launches.empty(*inputs.v.shape)
         z, d_states = launches.scan_back(results, decayed, do, d_last, d_first)
         if launches.free:
-            written_value_gradients_kernel[(launches.tables.num_chunks, launches.HV)](
+            triton_value_keys.written_value_gradients_kernel[(launches.tables.num_chunks, launches.HV)](
                 value_writes_ptr=decayed[3], value_A_ptr=results.value_A, value_L_ptr=results.value_L, do_ptr=do,
                 z_ptr=z, dS_ptr=d_states, chunks_ptr=launches.tables.chunks, dv_ptr=dv, HV=launches.HV, K=launches.K,
                 V=launches.V, EXACT=launches.flags["EXACT"])
