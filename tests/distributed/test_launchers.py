@@ -64,7 +64,7 @@ def test_hosts_of_deepspeed_that_are_not_there(hosts, says, tmp_path):
 
 def test_slurm(tmp_path):
     """Each task is told its rank; `scontrol`, `srun` and Python are stand-ins."""
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho first-host\necho second-host\n")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho first-host\nsleep 0.3\necho second-host\n")
     (tmp_path / "srun").write_text('#!/bin/sh\nshift\nSLURM_PROCID=9 SLURM_LOCALID=1 exec "$@"\n')
     (tmp_path / "python").write_text('#!/bin/sh\necho "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*"\n')
     for name in ("scontrol", "srun", "python"):
