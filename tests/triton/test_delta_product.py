@@ -39,6 +39,10 @@ def test_gates_and_norms_inside(decay, device):
                                    qk_l2norm=True)
 
 
+def test_values_wider_than_keys_can_be(device):
+    assert_triton_equals_reference("delta_rule", make_inputs("scalar", 5, 2, V=280), device, steps=2)
+
+
 @pytest.mark.parametrize("form", [{"erase_before_decay": True}, {"erase_key": True}, {"erase_vector": True}])
 def test_erasing_forms(form, device):
     inputs = make_inputs("scalar", 12, 2)

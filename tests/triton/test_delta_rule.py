@@ -179,12 +179,17 @@ def test_decoding_equals_one_call(decay, gate, device):
 
 @pytest.mark.skipif(not INTERPRETED, reason="float32 is refused beyond 128")
 def test_heads_beyond_128(device, monkeypatch):
-    monkeypatch.setattr(arguments, "MAX_HEAD_DIM_FP32", 256)
+    monkeypatch.setattr(arguments, "MAX_KEY_DIM_FP32", 256)
     compare(make_inputs("scalar", T=9, K=136, V=136), device)
 
 
-@pytest.mark.parametrize(("K", "message"), [(300, "has head dims up to 256; got 300"),
-                                            (200, "in float32 has head dims up to 128, .*; got 200; use bfloat16")])
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_values_wider_than_keys_can_be(decay, device):
+    compare(make_inputs(decay, T=9, K=12, V=280), device)
+
+
+@pytest.mark.parametrize(("K", "message"), [(300, "has key head dims up to 256; got 300"),
+                                            (200, "in float32 has key head dims up to 128, .*; got 200; use bfloat16")])
 def test_large_heads_are_refused(K, message, device):
     with pytest.raises(RuntimeError, match=rf"delta_rule: .* {message}"):
         run(make_inputs("none", T=3, K=K), device)

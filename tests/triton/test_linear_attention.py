@@ -115,8 +115,22 @@ def test_decoding_equals_one_call(decay, gate, device):
 
 @pytest.mark.skipif(not INTERPRETED, reason="float32 is refused beyond 128")
 def test_heads_beyond_128(device, monkeypatch):
-    monkeypatch.setattr(arguments, "MAX_HEAD_DIM_FP32", 256)
+    monkeypatch.setattr(arguments, "MAX_KEY_DIM_FP32", 256)
     compare("scalar", recurrence_inputs("scalar", T=9, K=136, V=136), device)
+
+
+@pytest.mark.parametrize(("decay", "gate"), [("none", None), ("constant", None), ("scalar", "softplus"),
+                                             ("channel", None)])
+def test_values_wider_than_keys_can_be(decay, gate, device):
+    """Without a decay per channel in pieces of 128 (float32); states and gates sum over them."""
+    compare(decay, recurrence_inputs(decay, T=9, K=12, V=136, gate=gate), device, gate=gate)
+
+
+def test_decoding_of_wide_values(device):
+    inputs = single(recurrence_inputs("scalar", T=4, K=12, V=280), device)
+    expected = call("linear_attention", inputs, backend="reference")
+    for found, want in zip(call("linear_attention", inputs, backend="triton"), expected):
+        assert error(found, want) < 1e-6
 
 
 def test_keys_wider_than_the_block_of_channels(device):
@@ -146,7 +160,7 @@ def test_offsets_beyond_32_bits():
 
 def test_refused_calls(device):
     q = torch.zeros(1, 20, 1, 300, device=device)
-    with pytest.raises(RuntimeError, match="head dims up to 256; got 300"):
+    with pytest.raises(RuntimeError, match="key head dims up to 256; got 300"):
         linear_attention(q, q, q, backend="triton")
     with pytest.raises(RuntimeError, match="overflow float16"):
         linear_attention(*[torch.zeros(1, 20, 1, 16, dtype=torch.float16, device=device)] * 3, backend="triton")

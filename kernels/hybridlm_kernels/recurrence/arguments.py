@@ -15,9 +15,9 @@ from hybridlm_kernels.recurrence.gates import Gate
 from hybridlm_kernels.registry import Call
 
 Borders = CuSeqlens | Tensor | Sequence[int] | None
-# Largest head dims of the Triton kernels, in channels: a program keeps columns of a state in registers.
-MAX_HEAD_DIM = 256
-MAX_HEAD_DIM_FP32 = 128
+# Largest key dims of the Triton kernels: a program keeps all rows of some columns of a state in registers.
+MAX_KEY_DIM = 256
+MAX_KEY_DIM_FP32 = 128
 
 
 def borders_of(cu_seqlens: Borders, batch: int, length: int, device: torch.device) -> CuSeqlens | None:
@@ -127,13 +127,13 @@ def check_per_token(name: str, label: str, x: Tensor, allowed: dict[str, tuple[i
 
 
 def fits_triton(call: Call) -> tuple[bool, str]:
-    """Whether the Triton kernels accept the head dims of the call, and if not, the reason."""
-    largest = max(call.get("key_dim"), call.get("value_dim"))
-    if largest > MAX_HEAD_DIM:
-        return False, f"has head dims up to {MAX_HEAD_DIM}; got {largest}"
-    if largest > MAX_HEAD_DIM_FP32 and call.dtype == torch.float32:
-        return False, (f"in float32 has head dims up to {MAX_HEAD_DIM_FP32}, beyond which registers do not suffice; "
-                       f"got {largest}; use bfloat16")
+    """Whether the Triton kernels accept the key dims of the call, and if not, the reason. They take any value dims."""
+    K = call.get("key_dim")
+    if K > MAX_KEY_DIM:
+        return False, f"has key head dims up to {MAX_KEY_DIM}; got {K}"
+    if K > MAX_KEY_DIM_FP32 and call.dtype == torch.float32:
+        return False, (f"in float32 has key head dims up to {MAX_KEY_DIM_FP32}, beyond which registers do not suffice; "
+                       f"got {K}; use bfloat16")
     return True, ""
 
 
