@@ -129,7 +129,7 @@ def test_values_wider_than_keys_can_be(decay, gate, device):
 def test_decoding_of_wide_values(device):
     inputs = single(recurrence_inputs("scalar", T=4, K=12, V=280), device)
     expected = call("linear_attention", inputs, backend="reference")
-    for found, want in zip(call("linear_attention", inputs, backend="triton"), expected):
+    for found, want in zip(call("linear_attention", inputs, backend="triton"), expected, strict=True):
         assert error(found, want) < 1e-6
 
 

@@ -3,8 +3,8 @@
 With no decay, a constant or a scalar one, o, dq, dk and dv are the same sum with names exchanged: one launch of
 `scan_kernel` each, after one that sums up the gates of a scalar decay. Where gates learn, the states of chunks and the
 scores of pairs are stored as well. With a decay per channel, `chunk_kernel` goes before the scans and
-`gradients_kernel` after them. Where heads are few, documents are cut into segments that are scanned side by side. Without a
-decay per channel, values wider than the widest keys are taken in pieces where something learns.
+`gradients_kernel` after them. Where heads are few, documents are cut into segments that are scanned side by side.
+Without a decay per channel, values wider than the widest keys are taken in pieces where something learns.
 
 Legend: B rows, T tokens per row, H key heads, HV value heads, K/V key/value head dim, N documents, U segments of
 documents, C tokens per chunk, P chunks.
@@ -13,7 +13,6 @@ documents, C tokens per chunk, P chunks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -55,8 +54,10 @@ def linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHvV: Tensor, g: Tensor 
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     widest = MAX_KEY_DIM_FP32 if v_BTHvV.dtype == torch.float32 else MAX_KEY_DIM
     if learns and v_BTHvV.shape[3] > widest and (g is None or g.dim() < 4):  # gradients have states of whole values
-        pieces = [linear_attention(q_BTHK, k_BTHK, v, g, scale, state, borders, gate, final_state) for v, state in zip(
-            v_BTHvV.split(widest, 3), repeat(None) if state_NHvKV is None else state_NHvKV.split(widest, 3))]
+        values = v_BTHvV.split(widest, 3)
+        states = [None] * len(values) if state_NHvKV is None else state_NHvKV.split(widest, 3)
+        pieces = [linear_attention(q_BTHK, k_BTHK, v, g, scale, state, borders, gate, final_state)
+                  for v, state in zip(values, states, strict=True)]
         return torch.cat([o for o, _ in pieces], 3), torch.cat([state for _, state in pieces], 3)
     if borders is None and q_BTHK.shape[1] <= RECURRENT_MAX_TOKENS and not learns:
         return _LinearAttentionLaunches(_LinearAttentionInputs(*inputs), scale, None, gate).decode()
