@@ -14,8 +14,8 @@ Parts, run one after the other:
     ladder        five architectures on r0, r1 and r2, with the rates of the pilot, three seeds; probes at r2
     coordinates   the coordinate check of all architectures
 
-Beside the folders of the parts it writes summary.json, learning_rates.md, transfer.md and, of the ladder, losses.md,
-scores.md, the page and its figures. docs/experiments/ladder.md reports what it found.
+Beside the folders of the parts it writes summary.json, learning_rates.md, transfer.md, transfer.png and, of the
+ladder, losses.md, scores.md, the page and its figures. docs/experiments/ladder.md reports what it found.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from ladder_tables import tabulate_losses, tabulate_scores
+from ladder_transfer import draw_transfer, tabulate_transfer
 from sweep_tables import unfinished
 
 from hybridlm.cli import main as hybridlm
 from hybridlm.files import write_json, write_text
 from hybridlm.ladder.pilot import PILOT_FOLDER
-from hybridlm.ladder.pilot_report import RateResult, TunedArchitecture, read_pilot
+from hybridlm.ladder.pilot_report import PilotReport, RateResult, TunedArchitecture, read_pilot
 from hybridlm.report.build import write_report
 
 TWO = "ladder.architectures={full: {ratio: 0}, kda: {linear: kda, ratio: 3}}"
@@ -199,27 +200,11 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def tabulate_transfer(out: Path, sizes: Sizes) -> str:
-    """Best learning rate at every width, by parametrization: it should stay under mup and move under standard.
-
-    Rates are those of the narrowest model, so a rate that is carried to a wide one is the same number.
-    """
+def read_transfer(out: Path, sizes: Sizes) -> dict[tuple[str, int], PilotReport]:
+    """The pilots of the experiment of transfer that have begun, by parametrization and width."""
     found = {(kind, width): read_pilot(out / f"transfer-{kind}-{width}")
              for kind in PARAMETRIZATIONS for width in sizes.widths}
-    rates = sorted({row.lr for pilot in found.values() if pilot for each in pilot.architectures.values()
-                    for row in each.rates})
-    lines = ["| parametrization | architecture | width | " + " | ".join(f"{rate:g}" for rate in rates) + " | best |",
-             "|---" * (len(rates) + 4) + "|"]
-    for kind in PARAMETRIZATIONS:
-        for name in ("full", "kda"):
-            for width in sizes.widths:
-                pilot = found[kind, width]
-                each = None if pilot is None else pilot.architectures[name]
-                losses = {} if each is None else {row.lr: row.loss for row in each.rates}
-                best = "-" if each is None or each.best is None else f"{each.best:g}"
-                lines.append(f"| {kind} | {name} | {width} | " + " | ".join(_loss(losses.get(rate)) for rate in rates)
-                             + f" | {best} |")
-    return "\n".join(lines) + "\n"
+    return {at: pilot for at, pilot in found.items() if pilot is not None}
 
 
 def run(part: Part, jobs: int) -> None:
@@ -272,7 +257,9 @@ def main(argv: list[str] | None = None) -> int:
 def write_results(out: Path, sizes: Sizes) -> None:
     """Write the tables, and of the ladder the page, its figures and a summary."""
     write_text(out / "learning_rates.md", tabulate_rates(out))
-    write_text(out / "transfer.md", tabulate_transfer(out, sizes))
+    if pilots := read_transfer(out, sizes):
+        write_text(out / "transfer.md", tabulate_transfer(pilots))
+        draw_transfer(pilots, out / "transfer.png")
     file = out / "ladder" / "ladder.json"
     if file.is_file():
         write_report(out / "ladder", png=out / "figures")

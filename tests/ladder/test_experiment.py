@@ -82,9 +82,19 @@ def test_tables_have_every_rate_and_the_best(script, tmp_path):
     rates = script.tabulate_rates(tmp_path)
     assert "| r0 | kda | 0.008 | 2.5000 |  |" in rates
     assert "| r0 | kda | 0.016 | 2.4000 | best |" in rates
-    transfer = script.tabulate_transfer(tmp_path, sizes)
-    assert "| mup | full | 64 | 2.2500 | 2.5000 | 0.008 |" in transfer
-    assert "| standard | full | 32 | - | - | - |" in transfer
+    pilots = script.read_transfer(tmp_path, sizes)
+    assert list(pilots) == [("mup", 64)]
+    transfer = script.tabulate_transfer(pilots)
+    assert "| mup | full | 64 | **2.250** | 2.500 | 0.008 |" in transfer
+
+
+def test_figure_of_transfer(script, tmp_path):
+    sizes = script.Sizes()
+    for kind, width in (("standard", 32), ("standard", 64), ("mup", 64)):
+        write_pilot(tmp_path / f"transfer-{kind}-{width}", {8e-3: 2.25, 1.6e-2: 2.5}, 8e-3)
+    figure = tmp_path / "transfer.png"
+    script.draw_transfer(script.read_transfer(tmp_path, sizes), figure)
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("piloting", [True, False])
