@@ -1,4 +1,4 @@
-"""What the experiment of transfer found: losses by learning rate and width, as a table and as a figure."""
+"""Tabulates and draws what the experiment of transfer found: losses by learning rate and width."""
 
 from __future__ import annotations
 
