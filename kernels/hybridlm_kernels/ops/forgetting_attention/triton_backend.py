@@ -9,75 +9,42 @@ The bias F_t - F_s of a pair is the difference of two sums of gates (`triton_gat
 before all its queries, it is split at a token b between them, (F_t - F_b) + (F_b - F_s): one vector each, both of one
 sign, so that no bit cancels.
 
+Tiles in which every key is forgotten are left out (`triton_bounds`): their probabilities are 0, so no bit changes.
+
 B rows, T queries and S keys per row (the queries are the last T positions), M queries and L keys of all rows, H query
 heads, G key/value heads, K key dim, V value dim, P tiles.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridlm_kernels.ops.forgetting_attention.triton_bounds import find_first_keys, find_last_queries
 from hybridlm_kernels.ops.forgetting_attention.triton_gates import gate_gradients, sum_gates
+from hybridlm_kernels.ops.forgetting_attention.triton_tiles import (
+    TileSizes,
+    difference,
+    find_tile,
+    first_key_to_read,
+    load_rows,
+    store_rows,
+    tiles_of,
+)
 from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
-from hybridlm_kernels.triton_support import CompileCase, copy_table, keep_for_graphs, tuned
+from hybridlm_kernels.triton_support import CompileCase, tuned
 
-_OF_THE_BATCH = ["B", "T", "S", "num_queries", "num_keys"]
+_OF_THE_BATCH = ["B", "T", "S", "num_queries", "num_keys", "num_tiles"]
 _KEY = ["H", "G", "K", "V", "BLOCK_T"]
 _TWO_OR_THREE_STAGES = [triton.Config({}, num_warps=8, num_stages=2), triton.Config({}, num_warps=8, num_stages=3)]
 _ONE_OR_TWO_STAGES = [triton.Config({}, num_warps=8, num_stages=1),  # with two it spills on Blackwell
                       triton.Config({}, num_warps=8, num_stages=2)]
-
-
-@triton.jit
-def _find_tile(tiles_ptr, T, S, B, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr):
-    """The tile of a program: the first query and key of its document, the number of its keys before its queries, that
-    of its queries, and the first token of the tile in it. Tiles with most pairs come first.
-    """
-    program = tl.program_id(0)
-    if tiles_ptr is not None:
-        row = tiles_ptr + program.to(tl.int64) * 3
-        first, queries, start = tl.load(row), tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
-        return first, first, queries - queries, queries, start
-    else:
-        b = (program % B).to(tl.int64)
-        most = tl.cdiv(S if OF_KEYS else T, BLOCK) - 1
-        index = tl.minimum(program // B, most)
-        if not OF_KEYS:
-            index = tl.maximum(most - index, 0)
-        return b * T, b * S, tl.maximum(S - T, 0), T, index * BLOCK
-
-
-@triton.jit
-def _load_rows(ptr, start, last, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
-    """Loads [ROWS, PADDED] from row `start` on, rows `stride` apart; rows behind the `last` repeat it."""
-    row, column = tl.minimum(tl.arange(0, ROWS), tl.maximum(last - start, 0)), tl.arange(0, PADDED)
-    at = ptr + tl.cast(start, tl.int64) * stride + row[:, None] * stride + column[None, :]
-    if PADDED == COLUMNS:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=(column < COLUMNS)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_rows(ptr, start, last, stride, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
-    """Stores [ROWS, PADDED] where `_load_rows` loads it, without rows behind the last."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
-    at = ptr + tl.cast(start, tl.int64) * stride + row[:, None] * stride + column[None, :]
-    tl.store(at, value.to(ptr.dtype.element_ty), mask=(row <= last - start)[:, None] & (column < COLUMNS)[None, :])
-
-
-@triton.jit
-def _difference(high_t, low_t, high_s, low_s):
-    """F_t - F_s from the parts of both sums."""
-    return (high_t - high_s) + (low_t - low_s)
 
 
 @triton.jit
@@ -98,9 +65,9 @@ def _scores_of_queries(q, k, high_ptr, low_ptr, t, s, last, high_t, low_t, high_
     high_s, low_s = tl.load(high_ptr + at), tl.load(low_ptr + at)
     if CUT:
         product = tl.dot(q, tl.trans(k), input_precision="ieee")
-        score = product * scale + _difference(high_t[:, None], low_t[:, None], high_s[None, :], low_s[None, :])
+        score = product * scale + difference(high_t[:, None], low_t[:, None], high_s[None, :], low_s[None, :])
     else:
-        near, far = _difference(high_t, low_t, high_b, low_b), _difference(high_b, low_b, high_s, low_s)
+        near, far = difference(high_t, low_t, high_b, low_b), difference(high_b, low_b, high_s, low_s)
         product = tl.dot(q, tl.trans(k), input_precision="ieee")
         score = product * scale + (near[:, None] + far[None, :])
     return _hide(score, t[:, None], s[None, :], window, CUT)
@@ -111,30 +78,30 @@ def _attend(q, k_ptr, v_ptr, high_ptr, low_ptr, begin, last, t, high_t, low_t, h
             total, o, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr, BLOCK_S: tl.constexpr,
             CUT: tl.constexpr):
     """Takes a tile of keys, the last of all being `last`, into the maximum, the sum and the output of the queries."""
-    k = _load_rows(k_ptr, begin, last, G * K, BLOCK_S, K, K0)
+    k = load_rows(k_ptr, begin, last, G * K, BLOCK_S, K, K0)
     score = _scores_of_queries(q, k, high_ptr, low_ptr, t, begin + tl.arange(0, BLOCK_S), last, high_t, low_t, high_b,
                                low_b, scale, window, CUT)
     above = tl.maximum(most, tl.max(score, 1))
     pivot = tl.where(above == float("-inf"), 0.0, above)
     p = tl.exp2(score - pivot[:, None])
     shrink = tl.exp2(most - pivot)
-    v = _load_rows(v_ptr, begin, last, G * V, BLOCK_S, V, V0)
+    v = load_rows(v_ptr, begin, last, G * V, BLOCK_S, V, V0)
     o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
     return above, total * shrink + tl.sum(p, 1), o
 
 
 @tuned(_TWO_OR_THREE_STAGES, key=_KEY)
 @triton.jit(do_not_specialize=_OF_THE_BATCH)
-def forward_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, o_ptr, lse_ptr, scale, window, B, T, S,
-                   num_queries, num_keys, H, G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr,
-                   BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def forward_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, first_ptr, o_ptr, lse_ptr, scale, window, B, T,
+                   S, num_queries, num_keys, num_tiles, H, G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr,
+                   V0: tl.constexpr, QUERIES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """Write o [M, H, V] and the log2 of the sums of exp2 [H, M]. `scale` includes log2 e."""
-    first_query, first_key, past, queries, start = _find_tile(tiles_ptr, T, S, B, False, BLOCK_T)
+    first_query, first_key, past, queries, start = find_tile(tiles_ptr, T, S, B, False, BLOCK_T)
     h = tl.program_id(1).to(tl.int64)
     head = first_query * H + h
     place = tl.minimum(start + tl.arange(0, BLOCK_T), queries - 1)  # beyond the last query it is computed again
     t, b, last = past + place, past + start, past + queries - 1
-    q = _load_rows(q_ptr + head * K, start, queries - 1, H * K, BLOCK_T, K, K0)
+    q = load_rows(q_ptr + head * K, start, queries - 1, H * K, BLOCK_T, K, K0)
     high_ptr += h * num_keys + first_key
     low_ptr += h * num_keys + first_key
     high_t, low_t = tl.load(high_ptr + t), tl.load(low_ptr + t)
@@ -144,9 +111,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, o_ptr, lse
     most = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     o = tl.zeros([BLOCK_T, V0], tl.float32)
-    begin = 0
-    if window is not None:
-        begin = tl.maximum(b - window + 1, 0) // BLOCK_S * BLOCK_S
+    begin = first_key_to_read(first_ptr, tiles_ptr, start, b, h, window, T, B, num_tiles, QUERIES, BLOCK_S)
     cut = (b + 1) // BLOCK_S * BLOCK_S  # from here on keys may lie behind b
     for at in tl.range(begin, cut, BLOCK_S, disable_licm=True):
         most, total, o = _attend(q, k_ptr, v_ptr, high_ptr, low_ptr, at, last, t, high_t, low_t, high_b, low_b, scale,
@@ -154,7 +119,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, o_ptr, lse
     for at in tl.range(cut, tl.minimum(b + BLOCK_T, past + queries), BLOCK_S, disable_licm=True):
         most, total, o = _attend(q, k_ptr, v_ptr, high_ptr, low_ptr, at, last, t, high_t, low_t, high_b, low_b, scale,
                                  window, G, most, total, o, K, V, K0, V0, BLOCK_S, True)
-    _store_rows(o_ptr + head * V, start, queries - 1, H * V, o / total[:, None], BLOCK_T, V, V0)
+    store_rows(o_ptr + head * V, start, queries - 1, H * V, o / total[:, None], BLOCK_T, V, V0)
     tl.store(lse_ptr + h * num_queries + first_query + place, most + tl.log2(total))
 
 
@@ -163,33 +128,33 @@ def _query_gradients(q, do, k_ptr, v_ptr, high_ptr, low_ptr, begin, last, t, hig
                      window, G, lse, delta, dq, gained, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr,
                      V0: tl.constexpr, BLOCK_S: tl.constexpr, CUT: tl.constexpr):
     """Adds what a tile of keys gives to dq and to the sums of the scores' gradients."""
-    k = _load_rows(k_ptr, begin, last, G * K, BLOCK_S, K, K0)
+    k = load_rows(k_ptr, begin, last, G * K, BLOCK_S, K, K0)
     score = _scores_of_queries(q, k, high_ptr, low_ptr, t, begin + tl.arange(0, BLOCK_S), last, high_t, low_t, high_b,
                                low_b, scale, window, CUT)
     p = tl.exp2(score - lse[:, None])
-    v = _load_rows(v_ptr, begin, last, G * V, BLOCK_S, V, V0)
+    v = load_rows(v_ptr, begin, last, G * V, BLOCK_S, V, V0)
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee"), gained + tl.sum(ds, 1)
 
 
 @tuned(_TWO_OR_THREE_STAGES, key=_KEY)
 @triton.jit(do_not_specialize=_OF_THE_BATCH)
-def query_gradients_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, delta_ptr,
-                           shifted_ptr, rest_ptr, gained_ptr, scale, scale2, window, B, T, S, num_queries, num_keys, H,
-                           G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr,
-                           BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def query_gradients_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, first_ptr, o_ptr, do_ptr, lse_ptr,
+                           dq_ptr, delta_ptr, shifted_ptr, rest_ptr, gained_ptr, scale, scale2, window, B, T, S,
+                           num_queries, num_keys, num_tiles, H, G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr,
+                           V0: tl.constexpr, QUERIES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """Write dq [M, H, K]; [H, M]: do . o, the two parts of F - lse, and the sums of the scores' gradients.
 
     `scale2` = scale log2 e.
     """
-    first_query, first_key, past, queries, start = _find_tile(tiles_ptr, T, S, B, False, BLOCK_T)
+    first_query, first_key, past, queries, start = find_tile(tiles_ptr, T, S, B, False, BLOCK_T)
     h = tl.program_id(1).to(tl.int64)
     head = first_query * H + h
     place = tl.minimum(start + tl.arange(0, BLOCK_T), queries - 1)
     t, b, last = past + place, past + start, past + queries - 1
     of_query = h * num_queries + first_query + place
-    o = _load_rows(o_ptr + head * V, start, queries - 1, H * V, BLOCK_T, V, V0)
-    do = _load_rows(do_ptr + head * V, start, queries - 1, H * V, BLOCK_T, V, V0)
+    o = load_rows(o_ptr + head * V, start, queries - 1, H * V, BLOCK_T, V, V0)
+    do = load_rows(do_ptr + head * V, start, queries - 1, H * V, BLOCK_T, V, V0)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta_ptr + of_query, delta)
     lse = tl.load(lse_ptr + of_query)
@@ -201,14 +166,12 @@ def query_gradients_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, o_
     undone = shifted - high_t
     tl.store(shifted_ptr + of_query, shifted)
     tl.store(rest_ptr + of_query, low_t + ((high_t - (shifted - undone)) - (lse + undone)))  # what rounding lost
-    q = _load_rows(q_ptr + head * K, start, queries - 1, H * K, BLOCK_T, K, K0)
+    q = load_rows(q_ptr + head * K, start, queries - 1, H * K, BLOCK_T, K, K0)
     k_ptr += (first_key * G + h // (H // G)) * K
     v_ptr += (first_key * G + h // (H // G)) * V
     dq = tl.zeros([BLOCK_T, K0], tl.float32)
     gained = tl.zeros([BLOCK_T], tl.float32)
-    begin = 0
-    if window is not None:
-        begin = tl.maximum(b - window + 1, 0) // BLOCK_S * BLOCK_S
+    begin = first_key_to_read(first_ptr, tiles_ptr, start, b, h, window, T, B, num_tiles, QUERIES, BLOCK_S)
     cut = (b + 1) // BLOCK_S * BLOCK_S
     for at in tl.range(begin, cut, BLOCK_S, disable_licm=True):
         dq, gained = _query_gradients(q, do, k_ptr, v_ptr, high_ptr, low_ptr, at, last, t, high_t, low_t, high_b, low_b,
@@ -216,7 +179,7 @@ def query_gradients_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, o_
     for at in tl.range(cut, tl.minimum(b + BLOCK_T, past + queries), BLOCK_S, disable_licm=True):
         dq, gained = _query_gradients(q, do, k_ptr, v_ptr, high_ptr, low_ptr, at, last, t, high_t, low_t, high_b, low_b,
                                       scale2, window, G, lse, delta, dq, gained, K, V, K0, V0, BLOCK_S, True)
-    _store_rows(dq_ptr + head * K, start, queries - 1, H * K, dq * scale, BLOCK_T, K, K0)
+    store_rows(dq_ptr + head * K, start, queries - 1, H * K, dq * scale, BLOCK_T, K, K0)
     if gained_ptr is not None:
         tl.store(gained_ptr + of_query, gained)
 
@@ -230,16 +193,16 @@ def _key_gradients(k, v, q_ptr, do_ptr, shifted_ptr, rest_ptr, delta_ptr, begin,
     at = tl.minimum(place, last)
     shifted, rest = tl.load(shifted_ptr + at), tl.load(rest_ptr + at)
     shifted = tl.where(place > last, float("-inf"), shifted)  # queries that do not exist have p = 0
-    q = _load_rows(q_ptr, begin, last, H * K, BLOCK_T, K, K0)
+    q = load_rows(q_ptr, begin, last, H * K, BLOCK_T, K, K0)
     if CUT:
         product = tl.dot(k, tl.trans(q), input_precision="ieee")
-        score = product * scale + _difference(shifted[None, :], rest[None, :], high_s[:, None], low_s[:, None])
+        score = product * scale + difference(shifted[None, :], rest[None, :], high_s[:, None], low_s[:, None])
     else:
-        near, far = _difference(shifted, rest, high_b, low_b), _difference(high_b, low_b, high_s, low_s)
+        near, far = difference(shifted, rest, high_b, low_b), difference(high_b, low_b, high_s, low_s)
         product = tl.dot(k, tl.trans(q), input_precision="ieee")
         score = product * scale + (near[None, :] + far[:, None])
     p = tl.exp2(_hide(score, past + place[None, :], s[:, None], window, CUT))
-    do = _load_rows(do_ptr, begin, last, H * V, BLOCK_T, V, V0)
+    do = load_rows(do_ptr, begin, last, H * V, BLOCK_T, V, V0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - tl.load(delta_ptr + at)[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv, lost + tl.sum(ds, 1)
@@ -247,29 +210,32 @@ def _key_gradients(k, v, q_ptr, do_ptr, shifted_ptr, rest_ptr, delta_ptr, begin,
 
 @tuned(_ONE_OR_TWO_STAGES, key=_KEY)
 @triton.jit(do_not_specialize=_OF_THE_BATCH)
-def key_gradients_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, do_ptr, delta_ptr, shifted_ptr, rest_ptr,
-                         dk_ptr, dv_ptr, lost_ptr, scale, scale2, window, B, T, S, num_queries, num_keys, H, G,
-                         K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr, BLOCK_T: tl.constexpr,
-                         BLOCK_S: tl.constexpr):
+def key_gradients_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, last_ptr, do_ptr, delta_ptr, shifted_ptr,
+                         rest_ptr, dk_ptr, dv_ptr, lost_ptr, scale, scale2, window, B, T, S, num_queries, num_keys, H,
+                         G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr,
+                         BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """Write dk [L, G, K] and dv [L, G, V], over the query heads of a key head, and for each query head the sums of the
     scores' gradients [H, L]. `scale2` = scale log2 e."""
-    first_query, first_key, past, queries, start = _find_tile(tiles_ptr, T, S, B, True, BLOCK_S)
+    first_query, first_key, past, queries, start = find_tile(tiles_ptr, T, S, B, True, BLOCK_S)
     g, last = tl.program_id(1).to(tl.int64), past + queries - 1
     row = first_key * G + g
     s = tl.minimum(start + tl.arange(0, BLOCK_S), last)
-    k = _load_rows(k_ptr + row * K, start, last, G * K, BLOCK_S, K, K0)
-    v = _load_rows(v_ptr + row * V, start, last, G * V, BLOCK_S, V, V0)
+    k = load_rows(k_ptr + row * K, start, last, G * K, BLOCK_S, K, K0)
+    v = load_rows(v_ptr + row * V, start, last, G * V, BLOCK_S, V, V0)
     dk = tl.zeros([BLOCK_S, K0], tl.float32)
     dv = tl.zeros([BLOCK_S, V0], tl.float32)
     b = tl.minimum(start + BLOCK_S - 1, last)
     begin = tl.maximum(start - past, 0)
     # From the tile on whose first query is b or later, all keys of this tile come before all queries.
     uncut = begin + tl.cdiv(tl.maximum(b - past - begin, 0), BLOCK_T) * BLOCK_T
-    end = queries
+    most = queries
     if window is not None:
-        end = tl.minimum(queries, b + window - past)
+        most = tl.minimum(queries, b + window - past)
     for member in range(H // G):
         h = g * (H // G) + member
+        end = most
+        if last_ptr is not None:
+            end = tl.minimum(most, tl.load(last_ptr + h * tl.num_programs(0) + tl.program_id(0)))
         head, of_query, of_key = first_query * H + h, h * num_queries + first_query, h * num_keys + first_key
         high_s, low_s = tl.load(high_ptr + of_key + s), tl.load(low_ptr + of_key + s)
         high_b, low_b = tl.load(high_ptr + of_key + b), tl.load(low_ptr + of_key + b)
@@ -286,36 +252,8 @@ def key_gradients_kernel(q_ptr, k_ptr, v_ptr, high_ptr, low_ptr, tiles_ptr, do_p
                 lost, K, V, K0, V0, BLOCK_T, False)
         if lost_ptr is not None:
             tl.store(lost_ptr + of_key + s, lost)
-    _store_rows(dk_ptr + row * K, start, last, G * K, dk * scale, BLOCK_S, K, K0)
-    _store_rows(dv_ptr + row * V, start, last, G * V, dv, BLOCK_S, V, V0)
-
-
-class TileSizes(NamedTuple):
-    """Compile-time sizes of head dims and tiles; `forward`, `dq` and `dk` are queries and keys of a tile."""
-
-    K0: int
-    V0: int
-    forward: tuple[int, int]
-    dq: tuple[int, int]
-    dk: tuple[int, int]
-
-    @classmethod
-    def of(cls, dtype: torch.dtype, key_dim: int, value_dim: int, queries: int) -> TileSizes:
-        """Sizes for a dtype, head dims and the number of queries per row."""
-        K0, V0 = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
-        wide = max(K0, V0) > 128
-        if dtype == torch.float32:
-            keys = 16 if wide else 32
-            return cls(K0, V0, (32, keys), (32, keys), (keys, 32))
-        if queries < 16:  # of decoding
-            return cls(K0, V0, (16, 64), (16, 64), (16, 64))
-        if wide:
-            return cls(K0, V0, (128, 32), (64, 32), (32, 64))
-        return cls(K0, V0, (128, 64), (128, 64), (32, 128))
-
-    def sizes(self, tile: tuple[int, int]) -> dict[str, int]:
-        """The sizes by the names of kernel arguments."""
-        return {"K0": self.K0, "V0": self.V0, "BLOCK_T": tile[0], "BLOCK_S": tile[1]}
+    store_rows(dk_ptr + row * K, start, last, G * K, dk * scale, BLOCK_S, K, K0)
+    store_rows(dv_ptr + row * V, start, last, G * V, dv, BLOCK_S, V, V0)
 
 
 def forgetting_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, g_BSH: Tensor, scale: float,
@@ -335,18 +273,20 @@ class _TritonForgettingAttention(torch.autograd.Function):
         high_HL, low_HL = sum_gates(g, queries, borders)
         o = torch.empty(batch, queries, heads, value_dim, dtype=q.dtype, device=q.device)
         lse_HM = torch.empty(heads, batch * queries, dtype=torch.float32, device=q.device)
-        tiles, number = _tiles(batch, queries, borders, q.device, sizes.forward[0], of_keys=False)
+        first_HP = find_first_keys(q, k, high_HL, low_HL, scale, sizes, borders)
+        tiles, number = tiles_of(batch, queries, borders, q.device, sizes.forward[0], False, sizes.forward[0])
         forward_kernel[number, heads](
-            q_ptr=q, k_ptr=k, v_ptr=v, high_ptr=high_HL, low_ptr=low_HL, tiles_ptr=tiles, o_ptr=o, lse_ptr=lse_HM,
-            scale=scale * LOG2_E, **_numbers(q, k, v, window), **sizes.sizes(sizes.forward))
-        ctx.save_for_backward(q, k, v, g, o, lse_HM)
+            q_ptr=q, k_ptr=k, v_ptr=v, high_ptr=high_HL, low_ptr=low_HL, tiles_ptr=tiles, first_ptr=first_HP, o_ptr=o,
+            lse_ptr=lse_HM, scale=scale * LOG2_E, num_tiles=number, QUERIES=sizes.forward[0],
+            **_numbers(q, k, v, window), **sizes.sizes(sizes.forward))
+        ctx.save_for_backward(q, k, v, g, o, lse_HM, first_HP)
         ctx.options = scale, window, borders
         return o
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, o, lse_HM = ctx.saved_tensors
+        q, k, v, g, o, lse_HM, first_HP = ctx.saved_tensors
         scale, window, borders = ctx.options
         (batch, queries, heads, key_dim), (keys, groups) = q.shape, k.shape[1:3]
         sizes = TileSizes.of(q.dtype, key_dim, v.shape[3], queries)
@@ -359,13 +299,16 @@ class _TritonForgettingAttention(torch.autograd.Function):
         common = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "high_ptr": high_HL, "low_ptr": low_HL, "do_ptr": do,
                   "delta_ptr": delta_HM, "shifted_ptr": shifted_HM, "rest_ptr": rest_HM, "scale": scale,
                   "scale2": scale * LOG2_E, **_numbers(q, k, v, window)}
-        tiles, number = _tiles(batch, queries, borders, q.device, sizes.dq[0], of_keys=False)
+        tiles, number = tiles_of(batch, queries, borders, q.device, sizes.dq[0], False, sizes.forward[0])
         query_gradients_kernel[number, heads](
-            tiles_ptr=tiles, o_ptr=o, lse_ptr=lse_HM, dq_ptr=dq, gained_ptr=gained_HM, **common,
+            tiles_ptr=tiles, first_ptr=first_HP, o_ptr=o, lse_ptr=lse_HM, dq_ptr=dq, gained_ptr=gained_HM,
+            num_tiles=0 if first_HP is None else first_HP.shape[1], QUERIES=sizes.forward[0], **common,
             **sizes.sizes(sizes.dq))
-        tiles, number = _tiles(batch, keys, borders, q.device, sizes.dk[1], of_keys=True)
+        last_HP = find_last_queries(first_HP, batch, queries, keys, sizes, borders)
+        tiles, number = tiles_of(batch, keys, borders, q.device, sizes.dk[1], True, sizes.forward[0])
         key_gradients_kernel[number, groups](
-            tiles_ptr=tiles, dk_ptr=dk, dv_ptr=dv, lost_ptr=lost_HL, **common, **sizes.sizes(sizes.dk))
+            tiles_ptr=tiles, last_ptr=last_HP, dk_ptr=dk, dv_ptr=dv, lost_ptr=lost_HL, **common,
+            **sizes.sizes(sizes.dk))
         dg = None
         if gained_HM is not None and lost_HL is not None:
             dg = gate_gradients(g, gained_HM, lost_HL, borders)
@@ -378,31 +321,9 @@ def _numbers(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> dict[str, i
             "num_keys": batch * keys, "H": heads, "G": groups, "K": key_dim, "V": v.shape[3]}
 
 
-def _tiles(batch: int, length: int, borders: CuSeqlens | None, device: torch.device, block: int, of_keys: bool
-           ) -> tuple[Tensor | None, int]:
-    """The tiles of packed documents and their number; rows of one document each need no table.
-
-    Returns:
-        First token and length of the document, and the tile's first token in it, int64 [P, 3]. Tiles with most pairs
-        come first.
-    """
-    if borders is None:
-        return None, batch * triton.cdiv(length, block)
-    key = ("attention_tiles", device, block, of_keys)
-    if key not in borders.cache:
-        lengths = np.asarray(borders.lengths, dtype=np.int64)
-        counts = -(-lengths // block)
-        document = np.repeat(np.arange(len(counts)), counts)
-        start = (np.arange(len(document)) - (np.cumsum(counts) - counts)[document]) * block
-        table = np.stack([np.asarray(borders.host, dtype=np.int64)[document], lengths[document], start], axis=1)
-        pairs = lengths[document] - start if of_keys else start
-        borders.cache[key] = copy_table(table[np.argsort(-pairs, kind="stable")], device)
-    return keep_for_graphs(borders.cache[key]), len(borders.cache[key])
-
-
 def _compile_cases() -> list[CompileCase]:
-    types = dict.fromkeys(("B", "T", "S", "num_queries", "num_keys", "H", "G", "window"), "i32")
-    types |= {"scale": "fp32", "scale2": "fp32", "tiles_ptr": "*i64"}
+    types = dict.fromkeys((*_OF_THE_BATCH, "H", "G", "window"), "i32")
+    types |= {"scale": "fp32", "scale2": "fp32", "tiles_ptr": "*i64", "first_ptr": "*i32", "last_ptr": "*i32"}
     types |= {f"{x}_ptr": "*bf16" for x in ("q", "k", "v", "o", "do", "dq", "dk", "dv")}
     types |= {f"{x}_ptr": "*fp32" for x in ("high", "low", "lse", "delta", "shifted", "rest", "gained", "lost")}
     rows = {"window": None, "tiles_ptr": None}
@@ -413,11 +334,14 @@ def _compile_cases() -> list[CompileCase]:
         for name, kernel, tile in (("forward", forward_kernel, sizes.forward), ("dq", query_gradients_kernel, sizes.dq),
                                    ("dk, dv", key_gradients_kernel, sizes.dk)):
             constants = dims | sizes.sizes(tile)
+            if kernel is not key_gradients_kernel:
+                constants["QUERIES"] = sizes.forward[0]
             found += [CompileCase(f"{name}, packed, window, D={dim}", kernel, types, constants, head_dim=dim),
                       CompileCase(f"{name}, rows, D={dim}", kernel, plain, constants | rows, head_dim=dim)]
     sizes = TileSizes.of(torch.bfloat16, 128, 128, 1)
     found.append(CompileCase("forward, one query, D=128", forward_kernel, plain,
-                             {"K": 128, "V": 128} | sizes.sizes(sizes.forward) | rows, head_dim=128))
+                             {"K": 128, "V": 128, "QUERIES": sizes.forward[0], "first_ptr": None} | rows
+                             | sizes.sizes(sizes.forward), head_dim=128))
     return found
 
 
