@@ -11,23 +11,27 @@ Pieces, each of which is a sweep with a folder in --out:
     warmup     the kinds whose selection can be switched, with attention that is dense in the first fifth; text
     residual   the hybrid with full attention, with one residual stream, with mHC, and with attention residuals
 
-table.md and results.csv have what all pieces scored; positions.md has the loss by the number of tokens before a token.
+table.md and results.csv have what all pieces scored; positions.md and positions.png have the loss by the number of
+tokens before a token.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from sweep_tables import run_sweeps, table_row, unfinished, write_tables
+from sweep_tables import run_sweeps, table_header, table_row, unfinished, write_tables
 
 from hybridlm.evaluation.evaluate import evaluate_checkpoint
 from hybridlm.files import write_json, write_text
+from hybridlm.report.figures import Axis, Chart, Panel, Series
+from hybridlm.report.palette import Palette
+from hybridlm.report.png import write_png
 from hybridlm.sweep.table import format_layers
 
 PIECES = {
@@ -44,34 +48,59 @@ PIECES = {
 }
 METRICS = ("validation_bits_per_byte",)
 WINDOWS = 48  # of held-out text, for the loss by position
+# Of all seeds, by label and by the first position and the one behind the last.
+Losses = dict[str, dict[tuple[int, int], list[float]]]
 
 
-def positions(out: Path) -> None:
-    """Write the loss by position of every finished point, mean and extremes over seeds; measured once per point."""
+def measure_positions(out: Path) -> dict[str, Losses]:
+    """Losses by position of all finished points, by piece and label; each point is measured once."""
     file = out / "positions.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    lines: list[str] = []
+    measured: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found: dict[str, Losses] = {}
     for piece in PIECES:
         if not (results := out / piece / "results.json").exists():
             continue
-        losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        losses: Losses = defaultdict(lambda: defaultdict(list))
         for point in json.loads(results.read_text(encoding="utf-8"))["points"]:
             if point["status"] != "finished":
                 continue
             name = f"{piece}/points/{point['point']}"
-            if name not in found:
-                found[name] = evaluate_checkpoint(out / name, parts=("perplexity",), windows=WINDOWS)["perplexity"]
-                write_json(file, found)
+            if name not in measured:
+                measured[name] = evaluate_checkpoint(out / name, parts=("perplexity",), windows=WINDOWS)["perplexity"]
+                write_json(file, measured)
             label = f"{format_layers(point['layers'])} {point['settings'].get('model.residual.form', '')}".strip()
-            for bucket in found[name]["by_position"]:
-                losses[label][f"{bucket['start']}-{bucket['stop'] - 1}"].append(bucket["loss"])
+            for bucket in measured[name]["by_position"]:
+                losses[label][bucket["start"], bucket["stop"]].append(bucket["loss"])
         if losses:
-            columns = list(next(iter(losses.values())))
-            lines += [piece, "", table_row("layers", *columns), "|---" * (len(columns) + 1) + "|"]
-            lines += [table_row(label, *(f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
-                                         for values in each.values())) for label, each in losses.items()]
-            lines.append("")
-    write_text(out / "positions.md", "\n".join(lines))
+            found[piece] = losses
+    return found
+
+
+def tabulate_positions(found: dict[str, Losses]) -> str:
+    """The loss by position, mean and extremes over seeds."""
+    lines: list[str] = []
+    for piece, losses in found.items():
+        columns = list(next(iter(losses.values())))
+        lines += [piece, "", *table_header("layers", *(f"{start}-{stop - 1}" for start, stop in columns))]
+        lines += [table_row(label, *(f"{mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+                                     for values in each.values())) for label, each in losses.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw_positions(losses: Losses, file: Path) -> None:
+    """Draw what each label loses against the first one, by position; the range over seeds beside the mean."""
+    (_, reference), *others = losses.items()
+    palette = Palette(label for label, _ in others)
+    series = []
+    for label, each in others:
+        differences = [[own - other for own, other in zip(each[at], reference[at], strict=False)] for at in each]
+        series.append(Series(label, palette[label], [(start + stop) / 2 for start, stop in each],
+                             [mean(some) for some in differences], [min(some) for some in differences],
+                             [max(some) for some in differences], "range", points=True))
+    note = f"Against {next(iter(losses))}."
+    write_png(Chart("positions", "Loss by position, less that of full attention", note,
+                    Axis("tokens before", log=True), Axis("nats per byte"), [Panel("", series, (0.0, "full"))]), file)
 
 
 def main() -> int:
@@ -86,7 +115,10 @@ def main() -> int:
     _, every = run_sweeps({args.out / piece: [] for piece in PIECES}, args.jobs, collect=True)
     write_tables(args.out, every, METRICS)
     if not any(unfinished(results) for results in ran):
-        positions(args.out)
+        found = measure_positions(args.out)
+        write_text(args.out / "positions.md", tabulate_positions(found))
+        if "scratch" in found:
+            draw_positions(found["scratch"], args.out / "positions.png")
     print(f"{args.out}/table.md, {args.out}/results.csv, {args.out}/positions.md")
     return code
 
