@@ -9,9 +9,9 @@ compare whatever they compute beyond that (chunks, recomputation). A backward co
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,18 @@ Inputs = dict[str, Tensor]
 MakeInputs = Callable[[Shape, torch.dtype, str], Inputs]
 
 
+class LoopTrips(NamedTuple):
+    """The trips of a kernel's loops whose ends are data, on average over the programs that have work.
+
+    `trips` has a number per loop, in the order of the code, inner loops before the loop around them. `busy` is the
+    part of the programs that have work.
+    """
+
+    trips: Sequence[float]
+    busy: float = 1.0
+
+
+
 @dataclass(frozen=True)
 class CheckCase:
     """One call to check against the reference.
@@ -67,6 +79,9 @@ class BenchCase:
     """One call to time. `make(shape, dtype, device)` gives its tensors by name; those in `trained` get gradients.
 
     Without any `trained`, the forward alone is timed.
+
+    `loop_trips(shape, kernel, constants)` is for kernels whose work per token grows with the length or differs between
+    programs. None: loops whose ends are data go over the chunks of a document (`tools/kernel_cost.py`).
     """
 
     label: str
@@ -77,6 +92,7 @@ class BenchCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     input_options: Callable[[Inputs], Mapping[str, Any]] = lambda inputs: {}  # options that follow from the inputs
     one_head_stands_for_all: bool = False  # heads do the same work and share nothing: what one costs says what all do
+    loop_trips: Callable[[Shape, str, Mapping[str, Any]], LoopTrips] | None = None
 
     @property
     def operation(self) -> str:

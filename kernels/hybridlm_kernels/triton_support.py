@@ -222,6 +222,24 @@ def as_rows(x: Tensor) -> Tensor:
     return x_MD if x_MD.stride(1) == 1 else x_MD.contiguous()
 
 
+_tiles_as_for: list[torch.dtype] = []
+
+
+@contextmanager
+def tiles_as_for(dtype: torch.dtype) -> Iterator[None]:
+    """Context in which operations size their tiles as for tensors of another dtype, to count their work in float32."""
+    _tiles_as_for.append(dtype)
+    try:
+        yield
+    finally:
+        _tiles_as_for.pop()
+
+
+def dtype_of_tiles(dtype: torch.dtype) -> torch.dtype:
+    """The dtype by which an operation sizes the tiles of tensors: their own, outside of `tiles_as_for`."""
+    return _tiles_as_for[-1] if _tiles_as_for else dtype
+
+
 def programs(device: torch.device) -> int:
     """Number of programs that fill the device, for kernels whose programs compute many tiles each."""
     return 2 if INTERPRETED else 4 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -118,6 +118,33 @@ def test_a_loop_whose_end_is_data_runs_as_often_as_said():
     assert [cost.data_loops for cost in costs] == [1, 1]
 
 
+COUNT = (("ISETP.LT.AND P0, PT, R1, R9, PT",), ("VIADD R1, R1, 0x1",))
+
+
+def test_each_loop_whose_end_is_data_may_have_trips_of_its_own():
+    """A loop within a loop, then one with a guard in front, which skips it where it has no trips."""
+    lines = code(("LDG.E R9, [R2.64]", 1, 0), ".L_x_0", ".L_x_1", *COUNT, ("@P0 BRA `(.L_x_1)",), *COUNT,
+                 ("@P0 BRA `(.L_x_0)",), ("@P5 BRA `(.L_x_3)",), ".L_x_2", *COUNT, ("@P0 BRA `(.L_x_2)",), ".L_x_3",
+                 ("EXIT",))
+    for inner, outer, last in ((1, 1, 1), (4, 1, 2), (3, 5, 7), (2, 2, 0)):
+        cost = simulate(lines, data_trips=[inner, outer, last])
+        assert (cost.instructions, cost.data_loops) == (1 + outer * (3 * inner + 3) + 1 + 3 * last + 1, 2 + bool(last))
+    for wrong in ([1, 1], [1, 1, 1, 1]):
+        with pytest.raises(ValueError, match=f"the code has 3 loops whose end is data, not {len(wrong)}"):
+            simulate(lines, data_trips=wrong)
+
+
+def test_a_loop_that_is_left_in_its_middle():
+    """The branch back has no condition, as in the selected attention's kernel of the keys' gradients."""
+    lines = code(("LDG.E R9, [R2.64]", 1, 0), ".L_x_0", *COUNT, ("@P1 BRA `(.L_x_1)",), ("FADD R2, R2, R2",),
+                 ".L_x_1", ("@!P0 BRA `(.L_x_2)",), ("FADD R2, R2, R2",), ("BRA `(.L_x_0)",), ".L_x_2", ("EXIT",),
+                 ".L_x_3", ("BRA `(.L_x_3)",))
+    assert cycle_model.exits_of_loops(lines) == {5}
+    for trips in (1, 4):
+        cost = simulate(lines, data_trips=[trips])
+        assert (cost.instructions, cost.data_loops) == (1 + 7 * trips - 2 + 1, 1)
+
+
 def test_programs_of_another_number_may_end_earlier():
     lines = code(("S2R R1, SR_CTAID.Z",), ("ISETP.NE.AND P0, PT, R1, 0x1, PT",), ("@P0 EXIT",),
                  ("FADD R2, R2, R2",),
@@ -218,10 +245,47 @@ def test_launches_of_a_case_and_the_cycles_of_one():
     assert scan.name == "scan_kernel"
     assert scan.grid == (1,)
     assert str(scan.dtypes["x_ptr"]) == "torch.bfloat16"
-    short, long = (kernel_cost.compile_launch(scan, tokens).programs[0] for tokens in (64, 640))
+    short, long = (kernel_cost.compile_launch(scan, trips).programs[0] for trips in (1, 10))
     assert short.data_loops == 1
     assert 5 < long.instructions / short.instructions < 10
     assert long.cycles > 5 * short.cycles
+
+
+def test_trips_of_attention_by_hand():
+    """320 tokens: tiles of 128 queries go over 2, 4 and 5 tiles of 64 keys, of 128 keys over 10, 6 and 2 of 32."""
+    trips, busy = triton_cases(["FoX"])[0].loop_trips(Shape(1, 320, 1, 16), "forward_kernel",
+                                                      {"BLOCK_T": 128, "BLOCK_S": 64})
+    assert [x * 3 for x in trips] == [0 + 2 + 4, 2 + 2 + 1]
+    assert busy == 1
+    trips, _ = triton_cases(["FoX"])[0].loop_trips(Shape(1, 320, 1, 16), "key_gradients_kernel",
+                                                   {"BLOCK_T": 32, "BLOCK_S": 128})
+    assert [x * 3 for x in trips] == [4 + 4 + 2, 6 + 2 + 0]
+
+
+def test_trips_of_listed_blocks_by_hand():
+    """Of 1024 tokens two blocks each, but one in the first block: 1984 pairs in 16 blocks."""
+    def loops(kernel, **constants):
+        return triton_cases(["listed blocks"])[0].loop_trips(Shape(1, 1024, 1, 16), kernel, constants)
+
+    sizes = {"ROW_HEADS": 1, "BLOCK_C": 64}
+    trips, busy = loops("key_gradients_kernel", BLOCK_M=32, **sizes)
+    assert 1984 / 16 / 32 <= trips[0] <= 1984 / 16 / 32 + 1
+    assert busy == 16 / (2 + 16)
+    assert loops("forward_kernel", BLOCK_M=64, **sizes).trips == [1]
+    assert 31 <= loops("forward_kernel", BLOCK_M=64, **sizes).busy * (2048 // 64 + 16) <= 31 + 16
+    assert loops("join_kernel").trips == [0, 2, 2]
+    assert loops("add_segments_kernel").trips == [0, 1]
+
+
+@compiles
+def test_programs_of_attention_are_those_at_the_length():
+    """A row of 256 tokens and 3 heads: two tiles of 128 queries, or of 128 keys, per head."""
+    (case,) = triton_cases(["FoX"])
+    rows = {row.kernel: row for row in kernel_cost.rows_of(case, Shape(1, 256, 3, 64))}
+    for name in ("forward_kernel", "query_gradients_kernel", "key_gradients_kernel"):
+        row = rows[name]
+        assert row.chunk_cycles == pytest.approx(row.cycles * 2 * 3 / (256 * 3 / 64))
+        assert row.cycles > 1000
 
 
 @compiles

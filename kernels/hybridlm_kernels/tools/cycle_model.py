@@ -2,8 +2,9 @@
 
 One warp goes through the machine code in order: it waits as the control bits say (`sass.py`), loads, products and
 barriers take the latencies below, and loops run as often as their counters say (`sass_values.py`); a loop whose end
-is data, as that over the chunks of a document, as often as the caller says. A multiprocessor with several blocks then
-takes the longer of the latency of one program and the issue slots and tensor cores of all of them.
+is data, as that over the chunks of a document or over the keys of a query, as often as the caller says. A
+multiprocessor with several blocks then takes the longer of the latency of one program and the issue slots and tensor
+cores of all of them.
 
 The time of a launch is at least that of what its programs request from the L2 cache. The model knows no other caches,
 no bank conflicts and no contention for memory. It was compared with published times of
@@ -137,48 +138,89 @@ def requested_bytes(instruction: Instruction) -> int:
     return 0 if instruction.opcode == "LDG" and size <= SHARED_LOAD_BYTES else size * THREADS
 
 
-def simulate(code: Sequence[Instruction], *, data_trips: int = 1,
+def exits_of_loops(code: Sequence[Instruction]) -> set[int]:
+    """The places of conditional branches that leave a loop whose own branch back has no condition."""
+    found: set[int] = set()
+    for end, instruction in enumerate(code):
+        if instruction.target is None or instruction.predicate or instruction.target >= end:
+            continue
+        body = range(instruction.target, end)
+        if any(code[at].opcode == "EXIT" and not code[at].predicate for at in body):
+            continue  # code that was moved behind the end of the kernel and goes back
+        found |= {at for at in body if code[at].predicate and (code[at].target or 0) > end}
+    return found
+
+
+class _Loops:
+    """The loops of a kernel whose ends are data, by the places of the branches that end a round, and their trips."""
+
+    def __init__(self, code: Sequence[Instruction], trips: int | Mapping[int, int]):
+        self.code, self.trips, self.exits = code, trips, exits_of_loops(code)
+        self.rounds: dict[int, int] = {}
+        self.first = {} if isinstance(trips, int) else {at: min(at, code[at].target or 0) for at in trips}
+
+    def takes(self, at: int) -> bool:
+        """Whether a branch is taken whose condition is data."""
+        target = self.code[at].target
+        assert target is not None
+        back = target <= at
+        if back or at in self.exits:
+            self.rounds[at] = self.rounds.get(at, 0) + 1
+            again = self.rounds[at] < (self.trips if isinstance(self.trips, int) else self.trips[at])
+            if not again:
+                self.rounds[at] = 0
+            return again if back else not again
+        if isinstance(self.trips, int):
+            return False
+        inside = {last: times for last, times in self.trips.items() if at < last < target}
+        return bool(inside) and not any(inside.values()) and all(at < self.first[last] for last in inside)
+
+
+def simulate(code: Sequence[Instruction], *, data_trips: int | Sequence[int] = 1,
              program: Mapping[str, int] | None = None) -> ProgramCost:
     """Run one warp through the code.
 
     Args:
         code: the instructions of a kernel.
-        data_trips: how often a loop runs whose end is not in the code.
+        data_trips: how often a loop runs whose end is not in the code. A number per loop where they differ, in the
+            order of the code; inner loops come before the loop around them.
         program: the number of the program by axis, "X", "Y" and "Z"; programs of other numbers may take other branches.
 
     Raises:
-        ValueError: the code does not end.
+        ValueError: the code does not end, or has other loops than `data_trips`.
     """
+    if isinstance(data_trips, int):
+        return _run(code, _Loops(code, data_trips), program)
+    loops = _Loops(code, 1)
+    _run(code, loops, program)
+    if len(loops.rounds) != len(data_trips):
+        raise ValueError(f"the code has {len(loops.rounds)} loops whose end is data, not {len(data_trips)}")
+    return _run(code, _Loops(code, dict(zip(sorted(loops.rounds), data_trips, strict=True))), program)
+
+
+def _run(code: Sequence[Instruction], loops: _Loops, program: Mapping[str, int] | None) -> ProgramCost:
     registers = Registers({"X": 0, "Y": 0, "Z": 0} | dict(program or {}))
     warp = _Warp()
-    taken: dict[int, int] = {}
-    data_loops: set[int] = set()
     at = 0
     while at < len(code):
         if warp.instructions > LONGEST_RUN:
             raise ValueError(f"the code does not end within {LONGEST_RUN} instructions")
         instruction = code[at]
         warp.issue(instruction)
-        if registers.holds(instruction) is not False:
+        holds = registers.holds(instruction)
+        if holds is not False:
             warp.requested += requested_bytes(instruction)
         if instruction.opcode == "EXIT":
-            if registers.holds(instruction):
+            if holds:
                 break
         elif instruction.target is not None:
-            holds = registers.holds(instruction)
-            if holds is None and instruction.target <= at:
-                data_loops.add(at)
-                taken[at] = taken.get(at, 0) + 1
-                holds = taken[at] < data_trips
-                if not holds:
-                    taken[at] = 0
-            if holds:
+            if loops.takes(at) if holds is None else holds:
                 at = instruction.target
                 continue
         else:
             registers.execute(instruction)
         at += 1
-    return ProgramCost(warp.time, warp.instructions, warp.tensor_cycles, len(data_loops), warp.requested)
+    return ProgramCost(warp.time, warp.instructions, warp.tensor_cycles, len(loops.rounds), warp.requested)
 
 
 @dataclass(frozen=True)
@@ -230,7 +272,8 @@ class KernelCost:
                                            unique_bytes / device.bytes_per_second)
 
 
-def cost_of(cubin: bytes, shared: int, num_warps: int, *, data_trips: int = 1, kinds: int = 1) -> KernelCost:
+def cost_of(cubin: bytes, shared: int, num_warps: int, *, data_trips: int | Sequence[int] = 1, kinds: int = 1
+            ) -> KernelCost:
     """The cost of a compiled kernel, whose grid has `kinds` programs along its last axis that may differ."""
     code = disassemble(cubin)
     usage = re.search(r"REG:(\d+) STACK:(\d+)", run_on_cubin("cuobjdump", ["-res-usage"], cubin))

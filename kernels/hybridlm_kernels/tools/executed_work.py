@@ -2,8 +2,8 @@
 
 A call runs twice. In bfloat16 with launches noted and not run, which says the types of every launch and what torch
 does between them; then in float32, because the interpreter cannot compute in bfloat16, with every load, store and
-product counted in the types of the first run. The result of the second run is compared with the torch backend, so
-that what is counted is work that was done.
+product counted in the types of the first run, in tiles of its sizes. The result of the second run is compared with
+the torch backend, so that what is counted is work that was done.
 
 "Requested" bytes are all that programs load and store. "Unique" bytes are those that a launch reads or writes for the
 first time, without what it wrote itself: the memory traffic if the cache forgets everything between launches and
@@ -32,7 +32,7 @@ from hybridlm_kernels.tools.kernel_launches import (
     run_case,
     triton_on_cpu,
 )
-from hybridlm_kernels.triton_support import INTERPRETED
+from hybridlm_kernels.triton_support import INTERPRETED, tiles_as_for
 
 EXPONENTIALS = ("create_exp", "create_exp2")
 MIN_TORCH_BYTES = 256  # operations of torch on less are sizes and flags
@@ -92,7 +92,7 @@ def count_work(case: BenchCase, shape: Shape) -> CallWork:
     launches: list[LaunchWork] = []
     torch.manual_seed(0)
     inputs = case.make(shape, torch.float32, "cpu")
-    with triton_on_cpu(), _counting(between, launches):
+    with triton_on_cpu(), tiles_as_for(torch.bfloat16), _counting(between, launches):
         got = run_case(case, dict(inputs), "triton")
     if left := list(between):
         raise RuntimeError(f"float32 makes {len(left)} launches fewer than bfloat16, from {left[0].name} on")

@@ -12,6 +12,9 @@ On a CUDA device `--measure` times the same launches, untuned, beside the model:
 
 With `--passes` the launches of a pass are added up, one line per case and pass, as a Markdown table.
 
+Of attention, work per token grows with the length: give `--shape` and `--grid` the same T. Its cases say how often
+loops run whose ends are data (`LoopTrips` in `cases.py`), on average over programs.
+
 With `--all` every configuration of every tuned kernel is compiled and modelled, and the exit code is 1 where the one
 that runs untuned takes more than 1.2 times the cycles of the best that does not spill.
 
@@ -27,11 +30,11 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -93,6 +96,17 @@ class PassCost:
     milliseconds: float
 
 
+class _Loops(NamedTuple):
+    """The trips of a launch's loops whose ends are data, one number or one per loop; and `LoopTrips.busy`."""
+
+    trips: int | Sequence[int]
+    busy: float = 1.0
+
+
+def _same_loops(loops: _Loops, configured: Launch) -> _Loops:
+    return loops
+
+
 def triton_cases(labels: Sequence[str] = ()) -> list[BenchCase]:
     """The cases of the benchmark that a Triton backend computes, all or those of some labels.
 
@@ -141,32 +155,53 @@ def _tuners() -> dict[Any, Any]:
     return {kernel.fn: kernel for kernel in tuned}
 
 
-def compile_launch(launch: Launch, tokens: int) -> KernelCost:
-    """The modelled cost of a launch's kernel in documents of so many tokens."""
+def compile_launch(launch: Launch, trips: int | Sequence[int]) -> KernelCost:
+    """The modelled cost of a launch's kernel, whose loops with data as their ends run so often."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     built = triton.compile(launch.source, target=GPUTarget("cuda", TARGET, 32), options=dict(launch.options))
     kinds = launch.grid[-1] if len(launch.grid) == 3 and launch.grid[-1] <= MAX_PROGRAM_KINDS else 1
     return cost_of(built.asm["cubin"], built.metadata.shared, launch.options["num_warps"],
-                   data_trips=max(1, math.ceil(tokens / CHUNK_TOKENS)), kinds=kinds)
+                   data_trips=trips, kinds=kinds)
 
 
 def rows_of(case: BenchCase, shape: Shape, every: bool = False) -> Iterator[Row]:
-    """The modelled launches of a case at a shape, in the configuration of an untuned run or in all of them."""
-    # Grids of two small shapes, where inputs cost nothing, say which launches have more programs for more tokens.
-    small = replace(shape, B=1, T=CHUNK_TOKENS, H=1)
-    for launch, longer in zip(launches_of(case, small), launches_of(case, replace(small, T=2 * small.T)), strict=True):
-        scans = launch.programs == longer.programs
-        chunks = 1 if scans else math.ceil(shape.T / CHUNK_TOKENS)
-        times = shape.B * shape.H * chunks
-        costs = ((name, configured.programs * times, compile_launch(configured, shape.T if scans else CHUNK_TOKENS))
-                 for name, configured in configurations_of(launch, times))
+    """The modelled launches of a case at a shape, in the configuration of an untuned run or in all of them.
+
+    Raises:
+        ValueError: the code of a kernel has other loops than those whose trips the case says.
+    """
+    for launch, times, loops_of in _timed_launches(case, shape):
+        costs = ((name, round(configured.programs * times * loops.busy), compile_launch(configured, loops.trips))
+                 for name, configured in configurations_of(launch, times) for loops in [loops_of(configured)])
         for name, programs, cost in costs if every else [_usable(costs)]:
             cycles = cost.multiprocessor_cycles()
             per_chunk = cycles * programs / len(cost.programs) / (shape.tokens * shape.H / CHUNK_TOKENS)
             yield Row(case.label, launch.part, launch.name, name, cost.registers, cost.spilled, cost.shared,
                       cost.blocks(), cost.code_length, cycles, 1e6 * cost.seconds((programs,)), per_chunk)
+
+
+def _timed_launches(case: BenchCase, shape: Shape
+                    ) -> Iterator[tuple[Launch, int, Callable[[Launch], _Loops]]]:
+    """The launches of a case; how often their programs are launched at the shape; and the trips of their loops."""
+    if case.loop_trips is not None:
+        said = case.loop_trips
+
+        def loops_of(configured: Launch) -> _Loops:
+            trips, busy = said(shape, configured.name, configured.constants)
+            return _Loops([round(times) for times in trips], busy)
+
+        for launch in launches_of(case, replace(shape, B=1, H=1)):
+            yield launch, shape.B * shape.H, loops_of
+        return
+    # Grids of two small shapes, where inputs cost nothing, say which launches have more programs for more tokens.
+    small = replace(shape, B=1, T=CHUNK_TOKENS, H=1)
+    for launch, longer in zip(launches_of(case, small), launches_of(case, replace(small, T=2 * small.T)), strict=True):
+        scans = launch.programs == longer.programs
+        chunks = 1 if scans else math.ceil(shape.T / CHUNK_TOKENS)
+        loops = _Loops(math.ceil(shape.T / CHUNK_TOKENS) if scans else 1)
+        yield launch, shape.B * shape.H * chunks, functools.partial(_same_loops, loops)
 
 
 def _usable(costs: Iterator[tuple[str, int, KernelCost]]) -> tuple[str, int, KernelCost]:

@@ -38,7 +38,7 @@ from hybridlm_kernels.ops.forgetting_attention.triton_tiles import (
 from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
-from hybridlm_kernels.triton_support import CompileCase, tuned
+from hybridlm_kernels.triton_support import CompileCase, dtype_of_tiles, tuned
 
 _OF_THE_BATCH = ["B", "T", "S", "num_queries", "num_keys", "num_tiles"]
 _KEY = ["H", "G", "K", "V", "BLOCK_T"]
@@ -269,7 +269,7 @@ class _TritonForgettingAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, window: int | None,
                 borders: CuSeqlens | None) -> Tensor:
         (batch, queries, heads, key_dim), value_dim = q.shape, v.shape[3]
-        sizes = TileSizes.of(q.dtype, key_dim, value_dim, queries)
+        sizes = TileSizes.of(dtype_of_tiles(q.dtype), key_dim, value_dim, queries)
         high_HL, low_HL = sum_gates(g, queries, borders)
         o = torch.empty(batch, queries, heads, value_dim, dtype=q.dtype, device=q.device)
         lse_HM = torch.empty(heads, batch * queries, dtype=torch.float32, device=q.device)
@@ -289,7 +289,7 @@ class _TritonForgettingAttention(torch.autograd.Function):
         q, k, v, g, o, lse_HM, first_HP = ctx.saved_tensors
         scale, window, borders = ctx.options
         (batch, queries, heads, key_dim), (keys, groups) = q.shape, k.shape[1:3]
-        sizes = TileSizes.of(q.dtype, key_dim, v.shape[3], queries)
+        sizes = TileSizes.of(dtype_of_tiles(q.dtype), key_dim, v.shape[3], queries)
         do = do.contiguous()
         high_HL, low_HL = sum_gates(g, queries, borders)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))

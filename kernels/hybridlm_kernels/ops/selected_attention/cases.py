@@ -1,13 +1,18 @@
 """Cases of attention over listed blocks for the doctor, the tests and the benchmark."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from hybridlm_kernels.cases import BenchCase, CheckCase, Inputs, OperationCases, Shape, randn
+from hybridlm_kernels.cases import BenchCase, CheckCase, Inputs, LoopTrips, OperationCases, Shape, randn
 from hybridlm_kernels.ops.selected_attention import selected_attention
 from hybridlm_kernels.random_inputs import bench_inputs, random_selection
 
 BLOCK = 64  # tokens per block
 KEYS_PER_SELECTED = 8  # the budget is the length over this
+SEGMENT_PAIRS = 1024  # that a program of the keys' gradients goes over, with a query head per list
 
 
 def _check() -> Inputs:
@@ -31,8 +36,32 @@ def _bench(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
     return {name: inputs[name] for name in "qkv"} | {"indices": random_blocks(s.B, s.T, s.H, BLOCK, count, device)}
 
 
+def loop_trips(s: Shape, kernel: str, constants: Mapping[str, Any]) -> LoopTrips:
+    """The trips of the kernels' loops by the number of pairs of a query and a block that lists name, on average."""
+    blocks, count = -(-s.T // BLOCK), max(1, s.T // KEYS_PER_SELECTED // BLOCK)
+    if kernel == "join_kernel":  # loops over the parts of a query: by four, then what is left, then one by one
+        return LoopTrips([count // 4, count % 4, count])
+    if kernel in ("delta_kernel", "add_parts_kernel"):
+        return LoopTrips([count] if kernel == "add_parts_kernel" else [])
+    # A token lists its own block, and each earlier one as often as any other.
+    others = [min(i, count - 1) / i if i else 0.0 for i in range(blocks)]
+    pairs = [BLOCK * (1 + sum(others[block + 1 :])) for block in range(blocks)]
+
+    def tiles(size: int) -> int:
+        return sum(math.ceil(number / size) for number in pairs)
+
+    if kernel == "add_segments_kernel":  # by four, then one by one
+        per_block = tiles(SEGMENT_PAIRS) / blocks
+        return LoopTrips([int(per_block) // 4, per_block - int(per_block) // 4 * 4])
+    rows, keys = constants["BLOCK_M"] // constants["ROW_HEADS"], constants["BLOCK_C"]
+    slots = s.T * count  # the launch has programs for all entries of lists, and for one tile more per block
+    if kernel == "key_gradients_kernel":
+        return LoopTrips([tiles(rows) / tiles(SEGMENT_PAIRS)], tiles(SEGMENT_PAIRS) / (slots // SEGMENT_PAIRS + blocks))
+    return LoopTrips([-(-BLOCK // keys)], tiles(rows) / (slots // rows + blocks))
+
+
 CASES: list[OperationCases] = [(
     [CheckCase("selected_attention", "blocks of 4, window", selected_attention, _check, {"block": 4, "window": 9})],
-    [BenchCase(f"1 key in {KEYS_PER_SELECTED}", selected_attention, _bench,
+    [BenchCase("listed blocks", selected_attention, _bench,
                lambda s: 4.0 * s.tokens * s.H * s.D * max(BLOCK, s.T // KEYS_PER_SELECTED), ("q", "k", "v"),
-               {"block": BLOCK})])]
+               {"block": BLOCK}, one_head_stands_for_all=True, loop_trips=loop_trips)])]

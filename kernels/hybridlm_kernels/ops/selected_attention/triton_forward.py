@@ -18,7 +18,7 @@ from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E
 from hybridlm_kernels.ops.sparse_attention.triton_inverse import MIN_BLOCK_QUERIES, WORK_BUFFER_BYTES
 from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.recurrence.triton_tiles import LOG2_E as LOG2_E_IN_KERNELS
-from hybridlm_kernels.triton_support import CompileCase, tuned
+from hybridlm_kernels.triton_support import CompileCase, dtype_of_tiles, tuned
 
 OF_THE_BATCH = ["start", "T", "S", "offset", "hidden", "window", "N", "U", "place", "width"]
 TUNING_KEY = ["H", "G", "K", "V", "HEADS"]
@@ -257,7 +257,7 @@ class Sets:
         groups = keys.k_BSGK.shape[2]
         lists = keys.units_MUN.shape[1]
         heads = self.heads // max(lists, groups)
-        return (TileSizes.of(self.q.dtype, self.q.shape[3], keys.v_BSGV.shape[3], heads),
+        return (TileSizes.of(dtype_of_tiles(self.q.dtype), self.q.shape[3], keys.v_BSGV.shape[3], heads),
                 groups if lists == 1 else 1)
 
     def numbers(self, keys: KeySet, start: int, place: int) -> dict[str, Any]:
