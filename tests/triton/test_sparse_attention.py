@@ -39,7 +39,7 @@ def compare(run, inputs, device, *index):
 
 
 # rows, queries, keys, query heads, key heads, key dim, value dim, listed
-SHAPES = [(2, 3, 5, 4, 2, 8, 12, 5), (1, 3, 37, 20, 1, 24, 8, 34)]
+SHAPES = [(2, 3, 5, 4, 2, 8, 12, 5), (1, 3, 80, 20, 1, 24, 8, 70)]  # 70: two blocks of 64
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -50,16 +50,27 @@ def test_equals_reference(shape, device):
             selections(batch, queries, keys, listed))
 
 
-@pytest.mark.parametrize(("dim", "v_dim"), [(40, 32), (40, 24)])  # values of 32 dims are where the keys are split
-def test_values_that_are_part_of_the_keys(dim, v_dim, device):
-    inputs = tensors((1, 3, 4, dim), (1, 9, 1, dim))
-    def absorbed(q, latent, index, name):
-        k = latent * 1.0
-        if name == "triton":
-            assert backend.values_are_keys(k, k[..., :v_dim]) == (v_dim == 32)
-        return sparse_attention(q, k, k[..., :v_dim], index, backend=name)
+# values of 32 dims are where the keys are split; those of 16 are too few for halves
+@pytest.mark.parametrize(("dim", "v_dim", "shared"), [(40, 32, True), (40, 24, False), (24, 16, False)])
+def test_values_that_are_part_of_the_keys(dim, v_dim, shared, device):
+    inputs = tensors((1, 3, 4, dim), (1, 80, 1, dim))
+    compare(lambda *args: absorbed(*args, v_dim, shared), inputs, device, selections(1, 3, 80, 70))
 
-    compare(absorbed, inputs, device, selections(1, 3, 9, 7))
+
+def test_values_that_are_part_of_the_keys_in_one_part(monkeypatch, device):
+    """What Blackwell runs: its tensor memory holds no halves of wide heads."""
+    config = next(each for each in backend._FORWARD_ABSORBED if each.kwargs["PARTS"] == 1)
+    monkeypatch.setattr(backend._forward_absorbed, "configs", [config])
+    compare(lambda *args: absorbed(*args, 32, True), tensors((1, 3, 4, 40), (1, 80, 1, 40)), device,
+            selections(1, 3, 80, 70))
+
+
+def absorbed(q, latent, index, name, v_dim, shared):
+    """Attention whose values are the first dims of the keys; `shared`: one gather serves both."""
+    k = latent * 1.0
+    if name == "triton":
+        assert backend.values_are_keys(k, k[..., :v_dim]) == shared
+    return sparse_attention(q, k, k[..., :v_dim], index, backend=name)
 
 
 def test_values_without_the_gradient_of_the_keys_are_their_own(device):

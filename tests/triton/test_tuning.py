@@ -46,6 +46,8 @@ def cases():
         "x": x, "gate_up": gate_up, "down": down, "expert_ids": routing(9, 2, 3), "weights": weights})
     main = {"q": (1, 8, 2, 16), "k": (1, 8, 1, 16), "v": (1, 8, 1, 16)}
     yield CheckCase("sparse_attention", "2 of 8", sparse_attention, lambda: _random(main) | {"indices": LISTS})
+    latent = {"q": (1, 8, 2, 40), "k": (1, 8, 1, 40)}
+    yield CheckCase("sparse_attention", "values in the keys", _absorbed, lambda: _random(latent) | {"indices": LISTS})
     heads = {"q": (1, 8, 2, 16), "k": (1, 8, 1, 16), "v": (1, 8, 1, 16), "g": (1, 8, 2)}
     yield CheckCase("forgetting_attention", "grouped", forgetting_attention, lambda: _random(heads))
     yield CheckCase("selected_attention", "2 blocks, window", selected_attention, lambda: _random(main) | {
@@ -62,6 +64,10 @@ def cases():
 
 
 LISTS = torch.stack([torch.arange(8) - 1, torch.arange(8)], -1)[None].int()  # the token before, and itself
+
+
+def _absorbed(q, k, indices, **named):
+    return sparse_attention(q, k, k[..., :32], indices, **named)
 
 
 def _random(shapes):

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E, TileSizes, heads_of, load_rows
 from hybridlm_kernels.ops.sparse_attention.triton_inverse import InverseLists
+from hybridlm_kernels.ops.sparse_attention.triton_tiles import LOG2_E, TileSizes, heads_of, load_rows
 from hybridlm_kernels.triton_support import CompileCase, tuned
 
 _tuned = tuned([triton.Config({}, num_warps=8, num_stages=1), triton.Config({}, num_warps=4, num_stages=3)],
@@ -28,8 +28,8 @@ def _log_sums(q_ptr, k_ptr, index_ptr, lse_ptr, scale, start, T, S, N, H, G, K: 
     """lse[q, h]: log2 of the sum of exp2 over the listed keys, 0 if there are none. `scale` includes log2 e."""
     local = tl.program_id(0).to(tl.int64)
     token = start + local
-    g, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
-    c0, c1 = tl.arange(0, K0), K0 + tl.arange(0, max(K1, 1))
+    g, first, in_tile, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    c0, c1, h = tl.arange(0, K0), K0 + tl.arange(0, max(K1, 1)), first + in_tile
     at = (token * H + h) * K
     q0 = load_rows(q_ptr, at, has, c0, 0, K)
     if K1 > 0:
@@ -65,7 +65,8 @@ def _attention(q_ptr, k_ptr, index_ptr, lse_ptr, p_ptr, scale, start, T, S, N, H
     s = tl.load(index_ptr + token * N + n, mask=n < N, other=-1)
     p = tl.zeros([BLOCK_N], tl.float32)
     for tile in tl.range(0, G * tl.cdiv(H // G, BLOCK_H), disable_licm=True):
-        g, h, has = heads_of(tile, H, G, BLOCK_H)
+        g, first, in_tile, has = heads_of(tile, H, G, BLOCK_H)
+        h = first + in_tile
         at = (token * H + h) * K
         row = ((token // T * S + tl.maximum(s, 0)) * G + g) * K
         score = tl.dot(load_rows(q_ptr, at, has, c0, 0, K), tl.trans(load_rows(k_ptr, row, s >= 0, c0, 0, K)),

@@ -19,7 +19,7 @@ from torch import Tensor
 from hybridlm_kernels.ops.range_attention import MAX_TRITON_HEAD_DIM
 from hybridlm_kernels.ops.selected_attention.triton_forward import load_gathered, row_sizes, store_gathered
 from hybridlm_kernels.ops.selected_attention.triton_gradients import delta_kernel
-from hybridlm_kernels.ops.sparse_attention.triton_backend import LOG2_E
+from hybridlm_kernels.ops.sparse_attention.triton_tiles import LOG2_E
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase, tuned
 

@@ -11,97 +11,122 @@ queries of a block, W = K + V columns (K alone where the values are the first di
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hybridlm_kernels.ops.sparse_attention.triton_inverse import InverseLists, queries_per_block
+from hybridlm_kernels.ops.sparse_attention.triton_tiles import (
+    LOG2_E,
+    TileSizes,
+    heads_of,
+    load_rows,
+    softmax_step,
+    split_dim,
+    store_rows,
+    tuned_by_listed,
+)
 from hybridlm_kernels.precision import plain_backward
 from hybridlm_kernels.triton_support import CompileCase, tuned
 
-LOG2_E = 1.4426950408889634
-_tuned = tuned([triton.Config({}, num_warps=8, num_stages=3), triton.Config({}, num_warps=8, num_stages=1),
-                triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=4, num_stages=3)],
-               key=["H", "G", "K", "V"])
+MIN_SHARED_DIM = 32  # values that are part of the keys: products take half of their dims, 16 or more
 
 
-@triton.jit
-def load_rows(ptr, offset, inside, column, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Loads [rows, columns] at element offsets of rows, zeros outside; `column` counts from FIRST up to COLUMNS."""
-    if FIRST + column.shape[0] <= COLUMNS:
-        mask = inside[:, None]
-    else:
-        mask = inside[:, None] & (column < COLUMNS)[None, :]
-    return tl.load(ptr + offset[:, None] + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(ptr, offset, inside, column, FIRST: tl.constexpr, COLUMNS: tl.constexpr, value):
-    """Stores [rows, columns] at element offsets of rows, the reverse of `load_rows`."""
-    if FIRST + column.shape[0] <= COLUMNS:
-        mask = inside[:, None]
-    else:
-        mask = inside[:, None] & (column < COLUMNS)[None, :]
-    tl.store(ptr + offset[:, None] + column[None, :], value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def heads_of(program, H, G, BLOCK_H: tl.constexpr):
-    """Key head of a program, its query heads, and a mask of those that exist."""
-    tiles = tl.cdiv(H // G, BLOCK_H)
-    in_group = program % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
-    return program // tiles, program // tiles * (H // G) + in_group, in_group < H // G
-
-
-@_tuned
+@tuned_by_listed((64, 4, 3), (64, 8, 3), (32, 8, 3), (64, 8, 1), (16, 8, 1))
 @triton.jit
 def _forward(q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, lse_ptr, scale, T, S, N, H, G, K: tl.constexpr, V: tl.constexpr,
-             K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, SHARED: tl.constexpr, BLOCK_H: tl.constexpr,
-             BLOCK_N: tl.constexpr):
+             K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     """o and the log2 of the sum of exp2. `scale` includes log2 e."""
     token = tl.program_id(0).to(tl.int64)
-    g, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    g, head, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    head += token * H
     c0, c1, cv = tl.arange(0, K0), K0 + tl.arange(0, max(K1, 1)), tl.arange(0, V0)
-    at = (token * H + h) * K
-    q0 = load_rows(q_ptr, at, has, c0, 0, K)
+    q_ptr += head * K
+    q0 = load_rows(q_ptr, h * K, has, c0, 0, K)
     if K1 > 0:
-        q1 = load_rows(q_ptr, at, has, c1, K0, K)
+        q1 = load_rows(q_ptr, h * K, has, c1, K0, K)
     keys = k_ptr + (token // T * S * G + g) * K
     values = v_ptr + (token // T * S * G + g) * V
+    index_ptr += token * N
     most = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([BLOCK_H, V0], tl.float32)
     for begin in tl.range(0, N, BLOCK_N, disable_licm=True):
         n = begin + tl.arange(0, BLOCK_N)
-        s = tl.load(index_ptr + token * N + n, mask=n < N, other=-1)
+        s = tl.load(index_ptr + n, mask=n < N, other=-1)
         row = tl.maximum(s, 0).to(tl.int64) * G
-        k0 = load_rows(keys, row * K, s >= 0, c0, 0, K)
-        score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        score = tl.dot(q0, tl.trans(load_rows(keys, row * K, s >= 0, c0, 0, K)), input_precision="ieee")
         if K1 > 0:
             k1 = load_rows(keys, row * K, s >= 0, c1, K0, K)
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
-        score = tl.where((s >= 0)[None, :], score * scale, float("-inf"))
-        above = tl.maximum(most, tl.max(score, 1))
-        pivot = tl.where(above == float("-inf"), 0.0, above)
-        p = tl.exp2(score - pivot[:, None])
-        shrink = tl.exp2(most - pivot)
-        total = total * shrink + tl.sum(p, 1)
-        most = above
-        if SHARED:
-            o = tl.dot(p.to(k0.dtype), k0, o * shrink[:, None], input_precision="ieee")
-        else:
-            v = load_rows(values, row * V, s >= 0, cv, 0, V)
-            o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+        most, total, p, shrink = softmax_step(score * scale, s >= 0, most, total)
+        v = load_rows(values, row * V, s >= 0, cv, 0, V)
+        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
     some = total > 0
     o = o / tl.where(some, total, 1.0)[:, None]
-    store_rows(o_ptr, (token * H + h) * V, has, cv, 0, V, o)
-    tl.store(lse_ptr + token * H + h, tl.where(some, most + tl.log2(tl.where(some, total, 1.0)), 0.0), mask=has)
+    store_rows(o_ptr + head * V, h * V, has, cv, 0, V, o)
+    tl.store(lse_ptr + head + h, tl.where(some, most + tl.log2(tl.where(some, total, 1.0)), 0.0), mask=has)
 
 
-@_tuned
+_FORWARD_ABSORBED = [triton.Config({"BLOCK_N": n, "PARTS": parts}, num_warps=8, num_stages=stages)
+                     for n, parts, stages in ((64, 2, 3), (64, 1, 2), (32, 1, 3), (32, 1, 1), (16, 1, 1))]
+
+
+@tuned(_FORWARD_ABSORBED, key=["H", "G", "K", "V"])
+@triton.jit
+def _forward_absorbed(q_ptr, k_ptr, index_ptr, o_ptr, lse_ptr, scale, T, S, N, H, G, K: tl.constexpr, V: tl.constexpr,
+                      K0: tl.constexpr, K1: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+                      PARTS: tl.constexpr):
+    """`_forward` where the first V = K0 dims of the keys are the values: what was gathered serves both products.
+
+    Two PARTS of these dims share the places of rows, without which 64 keys of 512 + 64 dims do not fit the registers of
+    Hopper; Blackwell's tensor memory holds one part alone.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    g, head, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    head += token * H
+    WIDTH: tl.constexpr = K0 // PARTS
+    c0, c1 = tl.arange(0, WIDTH), K0 + tl.arange(0, max(K1, 1))
+    q_ptr += head * K
+    qa = load_rows(q_ptr, h * K, has, c0, 0, K)
+    if PARTS == 2:
+        qb = load_rows(q_ptr + WIDTH, h * K, has, c0, 0, K)
+    if K1 > 0:
+        q1 = load_rows(q_ptr, h * K, has, c1, K0, K)
+    keys = k_ptr + (token // T * S * G + g) * K
+    index_ptr += token * N
+    most = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    oa = tl.zeros([BLOCK_H, WIDTH], tl.float32)
+    if PARTS == 2:
+        ob = tl.zeros([BLOCK_H, WIDTH], tl.float32)
+    for begin in tl.range(0, N, BLOCK_N, disable_licm=True):
+        n = begin + tl.arange(0, BLOCK_N)
+        s = tl.load(index_ptr + n, mask=n < N, other=-1)
+        row = tl.maximum(s, 0).to(tl.int64) * (G * K)
+        ka = load_rows(keys, row, s >= 0, c0, 0, K)
+        score = tl.dot(qa, tl.trans(ka), input_precision="ieee")
+        if PARTS == 2:
+            kb = load_rows(keys + WIDTH, row, s >= 0, c0, 0, K)
+            score = tl.dot(qb, tl.trans(kb), score, input_precision="ieee")
+        if K1 > 0:
+            k1 = load_rows(keys, row, s >= 0, c1, K0, K)
+            score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
+        most, total, p, shrink = softmax_step(score * scale, s >= 0, most, total)
+        oa = tl.dot(p.to(ka.dtype), ka, oa * shrink[:, None], input_precision="ieee")
+        if PARTS == 2:
+            ob = tl.dot(p.to(kb.dtype), kb, ob * shrink[:, None], input_precision="ieee")
+    some = total > 0
+    divisor = tl.where(some, total, 1.0)
+    o_ptr += head * V
+    store_rows(o_ptr, h * V, has, c0, 0, V, oa / divisor[:, None])
+    if PARTS == 2:
+        store_rows(o_ptr + WIDTH, h * V, has, c0, 0, V, ob / divisor[:, None])
+    tl.store(lse_ptr + head + h, tl.where(some, most + tl.log2(divisor), 0.0), mask=has)
+
+
+@tuned_by_listed((64, 4, 3), (64, 8, 1), (32, 8, 3), (16, 8, 1))
 @triton.jit(do_not_specialize=["start"])
 def _backward_scores(q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, do_ptr, lse_ptr, p_ptr, ds_ptr, scale, scale2, start, T, S,
                      N, L, H, G, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
@@ -109,66 +134,75 @@ def _backward_scores(q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, do_ptr, lse_ptr, p_p
     """For each listed place the probability, and the gradient at q . k. `scale2` = scale log2 e."""
     local = tl.program_id(0).to(tl.int64)
     token = start + local
-    g, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    g, first, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    head = token * H + first
     c0, c1, cv = tl.arange(0, K0), K0 + tl.arange(0, max(K1, 1)), tl.arange(0, V0)
-    at = token * H + h
-    do = load_rows(do_ptr, at * V, has, cv, 0, V)
-    delta = tl.sum(do.to(tl.float32) * load_rows(o_ptr, at * V, has, cv, 0, V).to(tl.float32), 1)
-    lse = tl.load(lse_ptr + at, mask=has, other=0.0)
-    q0 = load_rows(q_ptr, at * K, has, c0, 0, K)
+    do = load_rows(do_ptr + head * V, h * V, has, cv, 0, V)
+    delta = tl.sum(do.to(tl.float32) * load_rows(o_ptr + head * V, h * V, has, cv, 0, V).to(tl.float32), 1)
+    lse = tl.load(lse_ptr + head + h, mask=has, other=0.0)
+    q_ptr += head * K
+    q0 = load_rows(q_ptr, h * K, has, c0, 0, K)
     if K1 > 0:
-        q1 = load_rows(q_ptr, at * K, has, c1, K0, K)
+        q1 = load_rows(q_ptr, h * K, has, c1, K0, K)
     keys = k_ptr + (token // T * S * G + g) * K
     values = v_ptr + (token // T * S * G + g) * V
+    index_ptr += token * N
+    p_ptr += (local * H + first) * L
+    ds_ptr += (local * H + first) * L
     for begin in tl.range(0, N, BLOCK_N, disable_licm=True):
         n = begin + tl.arange(0, BLOCK_N)
-        s = tl.load(index_ptr + token * N + n, mask=n < N, other=-1)
+        s = tl.load(index_ptr + n, mask=n < N, other=-1)
         row = tl.maximum(s, 0).to(tl.int64) * G
         k0 = load_rows(keys, row * K, s >= 0, c0, 0, K)
-        score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        score = tl.dot(q0, tl.trans(k0), input_precision="ieee") * scale2 - lse[:, None]
         if K1 > 0:
+            # A sum of its own: a product that goes into another is computed by both groups of four warps, in full.
             k1 = load_rows(keys, row * K, s >= 0, c1, K0, K)
-            score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
+            score += tl.dot(q1, tl.trans(k1), input_precision="ieee") * scale2
         if SHARED:
             dp = tl.dot(do, tl.trans(k0), input_precision="ieee")
         else:
             v = load_rows(values, row * V, s >= 0, cv, 0, V)
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        p = tl.exp2(tl.where((s >= 0)[None, :], score * scale2 - lse[:, None], float("-inf")))
-        at_place = ((local * H + h) * L)[:, None] + n[None, :]
+        p = tl.exp2(tl.where((s >= 0)[None, :], score, float("-inf")))
+        at_place = (h * L)[:, None] + n[None, :]
         inside = has[:, None] & (n < L)[None, :]
         tl.store(p_ptr + at_place, p.to(p_ptr.dtype.element_ty), mask=inside)
         tl.store(ds_ptr + at_place, (p * (dp - delta[:, None]) * scale).to(ds_ptr.dtype.element_ty), mask=inside)
 
 
-@_tuned
+@tuned_by_listed((64, 4, 3), (64, 8, 3), (32, 4, 3), (32, 8, 1), (16, 8, 1))
 @triton.jit(do_not_specialize=["start"])
 def _backward_queries(k_ptr, index_ptr, ds_ptr, dq_ptr, start, T, S, N, L, H, G, K: tl.constexpr, V: tl.constexpr,
                       K0: tl.constexpr, K1: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     """dq = sum over the listed places of ds k."""
     local = tl.program_id(0).to(tl.int64)
     token = start + local
-    g, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
+    g, first, h, has = heads_of(tl.program_id(1), H, G, BLOCK_H)
     c0, c1 = tl.arange(0, K0), K0 + tl.arange(0, max(K1, 1))
     keys = k_ptr + (token // T * S * G + g) * K
+    index_ptr += token * N
+    ds_ptr += (local * H + first) * L
     dq0 = tl.zeros([BLOCK_H, K0], tl.float32)
     if K1 > 0:
         dq1 = tl.zeros([BLOCK_H, K1], tl.float32)
     for begin in tl.range(0, N, BLOCK_N, disable_licm=True):
         n = begin + tl.arange(0, BLOCK_N)
-        s = tl.load(index_ptr + token * N + n, mask=n < N, other=-1)
+        s = tl.load(index_ptr + n, mask=n < N, other=-1)
         row = tl.maximum(s, 0).to(tl.int64) * (G * K)
-        ds = tl.load(ds_ptr + ((local * H + h) * L)[:, None] + n[None, :], mask=has[:, None] & (n < L)[None, :],
-                     other=0.0)
+        ds = tl.load(ds_ptr + (h * L)[:, None] + n[None, :], mask=has[:, None] & (n < L)[None, :], other=0.0)
         dq0 = tl.dot(ds, load_rows(keys, row, s >= 0, c0, 0, K), dq0, input_precision="ieee")
         if K1 > 0:
             dq1 = tl.dot(ds, load_rows(keys, row, s >= 0, c1, K0, K), dq1, input_precision="ieee")
-    store_rows(dq_ptr, (token * H + h) * K, has, c0, 0, K, dq0)
+    dq_ptr += (token * H + first) * K
+    store_rows(dq_ptr, h * K, has, c0, 0, K, dq0)
     if K1 > 0:
-        store_rows(dq_ptr, (token * H + h) * K, has, c1, K0, K, dq1)
+        store_rows(dq_ptr, h * K, has, c1, K0, K, dq1)
 
 
-@_tuned
+@tuned([triton.Config({}, num_warps=4, num_stages=3), triton.Config({}, num_warps=8, num_stages=3),
+        triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=8, num_stages=1)],
+       key=["H", "G", "K", "V"])
 @triton.jit(do_not_specialize=["start"])
 def _backward_pairs(q_ptr, do_ptr, p_ptr, ds_ptr, pair_ptr, start, N, L, H, G, K: tl.constexpr, V: tl.constexpr,
                     K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, SHARED: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -208,40 +242,6 @@ def _backward_pairs(q_ptr, do_ptr, p_ptr, ds_ptr, pair_ptr, start, N, L, H, G, K
         store_rows(pair_ptr, to + K, n < N, cv, 0, V, dv)
 
 
-def split_dim(dim: int) -> tuple[int, int]:
-    """Two powers of two (the second may be 0) that together hold `dim` columns; products need 16 or more."""
-    first = max(16, 1 << (dim.bit_length() - 1))
-    return first, max(16, triton.next_power_of_2(dim - first)) if dim > first else 0
-
-
-class TileSizes(NamedTuple):
-    """Compile-time sizes of head dims and tiles."""
-
-    K0: int
-    K1: int
-    V0: int
-    BLOCK_H: int
-    BLOCK_N: int
-
-    @classmethod
-    def of(cls, dtype: torch.dtype, key_dim: int, value_dim: int, heads_per_group: int) -> TileSizes:
-        """Sizes for a dtype, head dims and the number of query heads per key head."""
-        K0, K1 = split_dim(key_dim)
-        V0 = max(16, triton.next_power_of_2(value_dim))
-        heads = min(64, max(16, triton.next_power_of_2(heads_per_group)))
-        wide = max(K0, V0) > 256
-        if dtype == torch.float32:
-            return cls(K0, K1, V0, 16, 16 if wide else 32)
-        return cls(K0, K1, V0, heads, 64)
-
-    def sizes(self, **widest: int) -> dict[str, int]:
-        """The sizes by the names of kernel arguments; `widest` bounds tiles where head dims are above 256."""
-        sizes = self._asdict()
-        if max(self.K0, self.V0) > 256:
-            sizes |= {name: min(size, sizes[name]) for name, size in widest.items()}
-        return sizes
-
-
 def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN: Tensor,
                      scale: float | None = None) -> Tensor:
     """The Triton backend; arguments as in the public function, already checked."""
@@ -257,11 +257,12 @@ def sparse_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, indices_BTN
 def values_are_keys(k_BSGK: Tensor, v_BSGV: Tensor) -> bool:
     """Whether v is the slice k[..., :V] and nothing else, so that its gradient may go straight to k.
 
-    Absorbed MLA: the latent is key and value. V must be the power of two that K is split at.
+    Absorbed MLA: the latent is key and value. V must be the power of two that K is split at, and 32 or more.
     """
     value_dim = v_BSGV.shape[3]
     same = k_BSGK.data_ptr() == v_BSGV.data_ptr() and k_BSGK.stride() == v_BSGV.stride()
-    if not same or k_BSGK.dtype != v_BSGV.dtype or value_dim != split_dim(k_BSGK.shape[3])[0]:
+    if not same or k_BSGK.dtype != v_BSGV.dtype or value_dim < MIN_SHARED_DIM or (
+            value_dim != split_dim(k_BSGK.shape[3])[0]):
         return False
     if not (torch.is_grad_enabled() and (k_BSGK.requires_grad or v_BSGV.requires_grad)):
         return True
@@ -281,10 +282,15 @@ class _TritonSparseAttention(torch.autograd.Function):
         o_BTHV = torch.empty(batch, queries, heads, value_dim, dtype=q_BTHK.dtype, device=q_BTHK.device)
         lse_BTH = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_BTHK.device)
         tiles = groups * triton.cdiv(heads // groups, tile.BLOCK_H)
-        _forward[(batch * queries, tiles)](
-            q_ptr=q_BTHK, k_ptr=k_BSGK, v_ptr=k_BSGK if v_BSGV is None else v_BSGV, index_ptr=indices_BTN, o_ptr=o_BTHV,
-            lse_ptr=lse_BTH, scale=scale * LOG2_E, T=queries, S=keys, N=indices_BTN.shape[2], H=heads, G=groups,
-            K=key_dim, V=value_dim, SHARED=v_BSGV is None, **tile.sizes(BLOCK_N=32))
+        arguments = {"q_ptr": q_BTHK, "k_ptr": k_BSGK, "index_ptr": indices_BTN, "o_ptr": o_BTHV, "lse_ptr": lse_BTH,
+                     "scale": scale * LOG2_E, "T": queries, "S": keys, "N": indices_BTN.shape[2], "H": heads,
+                     "G": groups, "K": key_dim, "V": value_dim}
+        sizes = tile.dims()
+        if v_BSGV is None:
+            del sizes["V0"]
+            _forward_absorbed[(batch * queries, tiles)](**arguments, **sizes)
+        else:
+            _forward[(batch * queries, tiles)](**arguments, v_ptr=v_BSGV, **sizes)
         ctx.save_for_backward(q_BTHK, k_BSGK, v_BSGV, indices_BTN, o_BTHV, lse_BTH)
         ctx.scale = scale
         return o_BTHV
@@ -322,11 +328,11 @@ def _gradients(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor |
                 q_ptr=q_BTHK, k_ptr=k_BSGK, v_ptr=k_BSGK if v_BSGV is None else v_BSGV, index_ptr=indices_BTN,
                 o_ptr=o_BTHV, do_ptr=do_BTHV, lse_ptr=lse_BTH, p_ptr=p_QHL, ds_ptr=ds_QHL, scale=scale,
                 scale2=scale * LOG2_E, start=start, T=queries, S=keys, N=listed, L=places, H=heads, G=groups, **dims,
-                **tile.sizes(BLOCK_N=32))
+                **tile.dims())
             _backward_queries[(size, tiles)](
                 k_ptr=k_BSGK, index_ptr=indices_BTN, ds_ptr=ds_QHL, dq_ptr=dq_BTHK, start=start, T=queries, S=keys,
                 N=listed, L=places, H=heads, G=groups, K=key_dim, V=value_dim, K0=tile.K0, K1=tile.K1,
-                BLOCK_H=tile.BLOCK_H, BLOCK_N=min(32, tile.BLOCK_N))
+                BLOCK_H=tile.BLOCK_H)
             _backward_pairs[(triton.cdiv(listed, tile.BLOCK_N), size, groups)](
                 q_ptr=q_BTHK, do_ptr=do_BTHV, p_ptr=p_QHL, ds_ptr=ds_QHL, pair_ptr=pair_MX, start=start, N=listed,
                 L=places, H=heads, G=groups, **dims, **tile.sizes(BLOCK_H=32))
@@ -346,13 +352,12 @@ def _compile_cases() -> list[CompileCase]:
             ("GQA 32/4 x 128", 32, 4, 128, 128, False), ("GQA 32/4 x 64", 32, 4, 64, 64, False)):
         tile = TileSizes.of(torch.bfloat16, key_dim, value_dim, heads // groups)
         dims = {"K": key_dim, "V": value_dim}
-        for name, kernel, sizes in (("forward", _forward, tile.sizes(BLOCK_N=32)),
-                                    ("scores backward", _backward_scores, tile.sizes(BLOCK_N=32)),
-                                    ("dq", _backward_queries, tile.sizes() | {"BLOCK_N": 32}),
+        for name, kernel, sizes in (("forward", _forward_absorbed if shared else _forward, tile.dims()),
+                                    ("scores backward", _backward_scores, tile.dims()),
+                                    ("dq", _backward_queries, tile.dims()),
                                     ("dk, dv", _backward_pairs, tile.sizes(BLOCK_H=32))):
-            constants = dims | sizes | {"SHARED": shared}
-            if name == "dq":
-                del constants["V0"], constants["SHARED"]
+            constants = {name: value for name, value in (dims | sizes | {"SHARED": shared}).items()
+                         if name in kernel.fn.arg_names}
             found.append(CompileCase(f"sparse {name}, {label}", kernel, types, constants, ("N", "L"),
                                      head_dim=key_dim if key_dim in (64, 128) else 0))
     return found
