@@ -22,6 +22,7 @@ PARTIAL_SUM_COLUMNS = 64  # BLOCK_N of PAIRED: columns that one partial sum of a
 # gradients. The first of each fits every GPU that the backend runs on, in fp32 too.
 PAIRED = [triton.Config({"BLOCK_N": PARTIAL_SUM_COLUMNS, "BLOCK_K": k}, num_warps=8, num_stages=s)
           for k, s in ((32, 3), (64, 3), (64, 4))]
+GATE_UP = [*PAIRED, triton.Config({"BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)]  # asks less of L2
 PLAIN = [triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=w, num_stages=s)
          for n, k, w, s in ((64, 32, 4, 3), (128, 64, 8, 3), (128, 64, 4, 4), (256, 64, 8, 3))]
 WEIGHTS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=w, num_stages=s)
@@ -39,7 +40,7 @@ def _tile(tile_expert_ptr, tile_row_ptr, end_ptr, columns, E, BLOCK_M: tl.conste
     return expert, first, own, block * BLOCK_N + tl.arange(0, BLOCK_N), block
 
 
-@tuned(PAIRED, ["D", "I", "BLOCK_M", "KEEP"])
+@tuned(GATE_UP, ["D", "I", "BLOCK_M", "KEEP"])
 @triton.jit
 def _gate_up(x_ptr, w_ptr, weight_ptr, pair_ptr, tile_expert_ptr, tile_row_ptr, end_ptr, h_ptr, act_ptr, E, limit,
              CLAMPED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, A: tl.constexpr, D: tl.constexpr,
