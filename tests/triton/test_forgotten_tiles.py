@@ -62,6 +62,17 @@ def test_what_is_left_out_changes_no_bit(shape, nats, window, device, monkeypatc
     assert_same_bits(inputs, device, monkeypatch, window=window)
 
 
+def test_wide_heads_in_half_precision(device, monkeypatch):
+    """Tiles of 128 queries forward, of 64 for dq and of 32 for dk and dv."""
+    q, k, v, g = (x.detach() for x in forgetting(1, 260, 260, 1, 1, 136, 8, nats=4.0))
+    inputs = [x.half().to(device).requires_grad_() for x in (q, k, v)] + [g.float().to(device).requires_grad_()]
+    assert first_keys(inputs, device, TileSizes.of(torch.float16, 136, 8, 260)).max() > 100
+    found = results(inputs, "triton")
+    monkeypatch.setattr(triton_backend, "find_first_keys", lambda *_: None)
+    for name, a, b in zip(("o", "dq", "dk", "dv", "dg"), found, results(inputs, "triton"), strict=True):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("nats", [2.0, 5.0])
 def test_equals_the_reference_where_most_is_left_out(nats, device):
     inputs = forgetting(1, 200, 200, 2, 1, 16, 16, nats=nats)
