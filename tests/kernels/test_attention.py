@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hybridlm_kernels import CuSeqlens, attention
+from hybridlm_kernels.ops.attention import banded, torch_backend
 from tests.support.kernel_compare import assert_same_function, error, tensors
 
 # rows, queries, keys, query heads, key heads, key dim, value dim
@@ -44,6 +45,42 @@ def test_packed_equals_reference(shape, window, sinks):
     assert_same_function(
         lambda backend: attention(q, k, v, scale=0.3, window=window, sinks_H=s if sinks else None,
                                   cu_seqlens=borders(*shape[:2]), backend=backend), inputs, 1e-12)
+
+
+@pytest.mark.parametrize("elements", [1, 2**21])  # a block per piece, and several rows
+@pytest.mark.parametrize(("batch", "length"), [(1, 65), (3, 131)])
+def test_bands_on_views_equal_bands_on_copies(monkeypatch, elements, batch, length):
+    monkeypatch.setattr(banded, "CPU_PIECE_ELEMENTS", elements)
+    q, k, v, _ = case(batch, length, length, 4, 2, 4, 4)
+    views = banded.banded_by_views(q, k, v, 20, 0.4)
+    copies = banded.banded_by_copies(q, k, v, 20, lambda q, k, v, mask: torch_backend._softmax_attention(
+        q, k, v, 0.4, None, mask_QS=mask))
+    assert torch.equal(views, copies)
+    upstream = torch.randn_like(views)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (views, copies)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_bands_keep_no_copy_of_keys():
+    q, k, v, _ = case(1, 300, 300, 4, 2, 8, 8, dtype=torch.float32)
+    storages = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: storages.setdefault(x.data_ptr(), x.numel()) and x, lambda x: x):
+        attention(q, k, v, window=16)
+    assert sum(storages.values()) == 2 * q.numel() + 2 * k.numel() + 4 * (64 + 256)  # the last block has 32 queries
+
+
+@pytest.mark.parametrize("window", [20, 70])
+def test_gradients_of_bands(window):
+    q, k, v, _ = case(2, 75 if window == 20 else 150, 75 if window == 20 else 150, 2, 1, 2, 2)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, window=window), (q, k, v), fast_mode=True)
+
+
+def test_bands_round_as_autocast_asks():
+    q, k, v, _ = (x.detach() for x in case(1, 100, 100, 2, 2, 8, 8, dtype=torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = attention(q, k, v, window=16)
+    assert torch.equal(cast, attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), window=16))
 
 
 @pytest.mark.parametrize("window", [None, 16])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm_kernels.document_rows import each_document_row
+from hybridlm_kernels.ops.attention.banded import band_block, banded_by_copies, banded_by_views
 from hybridlm_kernels.ops.attention.reference import visible
 from hybridlm_kernels.packing import CuSeqlens
 
@@ -38,7 +39,7 @@ def _rows(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window: 
         if queries in (1, keys):
             return _softmax_attention(q_BTHK, k_BSGK, v_BSGV, scale, sinks_H, queries > 1)
         window = None
-    if window is not None and keys == queries and queries > 2 * _band_block(window):
+    if window is not None and keys == queries and queries > 2 * band_block(window):
         return _banded(q_BTHK, k_BSGK, v_BSGV, scale, window, sinks_H)
     if queries == 1:
         return _softmax_attention(q_BTHK, k_BSGK, v_BSGV, scale, sinks_H)
@@ -60,17 +61,31 @@ def _softmax_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: fl
     if sinks_H is not None:
         q_BTHK, k_BSGK, v_BSGV = _add_sink(q_BTHK, k_BSGK, v_BSGV, scale, sinks_H, causal)
         mask_QS = F.pad(mask_QS, (1, 0), value=True) if mask_QS is not None else None
-    # the fused kernels want one head dim; otherwise all scores would be written to memory
-    widest = max(q_BTHK.shape[-1], v_BSGV.shape[-1])
-    q_BTHK, k_BSGK, v_BSGV = (
-        F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q_BTHK, k_BSGK, v_BSGV))
+    q_BTHK, k_BSGK, v_BSGV = _one_head_dim(q_BTHK, k_BSGK, v_BSGV)
     o_BHTV = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=mask_QS,
         is_causal=causal, scale=scale, enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2])
     o_BTHV = o_BHTV.transpose(1, 2)
     if sinks_H is not None and causal:
         o_BTHV = o_BTHV[:, 1:]
-    return o_BTHV if widest == v_dim else o_BTHV[..., :v_dim]
+    return o_BTHV if o_BTHV.shape[-1] == v_dim else o_BTHV[..., :v_dim]
+
+
+def _one_head_dim(*tensors: Tensor) -> list[Tensor]:
+    """Pads the last dims to one: the fused kernels want it; otherwise all scores would be written to memory."""
+    widest = max(x.shape[-1] for x in tensors)
+    return [F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in tensors]
+
+
+def _banded(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window: int,
+            sinks_H: Tensor | None) -> Tensor:
+    """A window much shorter than the row."""
+    if q_BTHK.device.type == "cpu" and sinks_H is None:
+        q, k, v = _one_head_dim(q_BTHK, k_BSGK, v_BSGV)
+        o_BTHX = banded_by_views(q, k, v, window, scale)
+        return o_BTHX if o_BTHX.shape[-1] == v_BSGV.shape[-1] else o_BTHX[..., : v_BSGV.shape[-1]]
+    return banded_by_copies(q_BTHK, k_BSGK, v_BSGV, window, lambda q, k, v, mask_QS: _softmax_attention(
+        q, k, v, scale, sinks_H, mask_QS=mask_QS))
 
 
 def _add_sink(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, sinks_H: Tensor,
@@ -92,32 +107,3 @@ def _add_sink(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, sink
     sink_K = torch.cat([k_BSGK.new_zeros(dim), k_BSGK.new_ones(2), k_BSGK.new_zeros(6)])
     k_BSGK = torch.cat([sink_K.expand(batch, 1, groups, dim + 8), F.pad(k_BSGK, (0, 8))], 1)
     return q_BTHK, k_BSGK, F.pad(v_BSGV, (0, 0, 0, 0, 1, 0))
-
-
-def _band_block(window: int) -> int:
-    """Queries of a block in `_banded`: a block reads two earlier ones, so they must span the window."""
-    return max(32, window // 2)
-
-
-def _banded(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, window: int,
-            sinks_H: Tensor | None) -> Tensor:
-    """A window much shorter than the row: every block of Q queries against its own and the two blocks before."""
-    batch, length = q_BTHK.shape[:2]
-    size = _band_block(window)
-    head = 2 * size
-    blocks = -(-(length - head) // size)
-    missing = head + blocks * size - length  # later than every real query, hence never visible to one
-    first = _softmax_attention(q_BTHK[:, :head], k_BSGK[:, :head], v_BSGV[:, :head], scale, sinks_H,
-                               mask_QS=visible(head, head, window, q_BTHK.device))
-    q_BTHK, k_BSGK, v_BSGV = (
-        F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x for x in (q_BTHK, k_BSGK, v_BSGV))
-
-    def with_earlier(x_BSGX: Tensor) -> Tensor:
-        x_BNQGX = x_BSGX.unflatten(1, (blocks + 2, size))
-        return torch.cat([x_BNQGX[:, :-2], x_BNQGX[:, 1:-1], x_BNQGX[:, 2:]], 2).flatten(0, 1)
-
-    banded = _softmax_attention(
-        q_BTHK[:, head:].reshape(batch * blocks, size, *q_BTHK.shape[2:]), with_earlier(k_BSGK),
-        with_earlier(v_BSGV), scale, sinks_H, mask_QS=visible(size, 3 * size, window, q_BTHK.device))
-    banded = banded.reshape(batch, blocks * size, *banded.shape[2:])
-    return torch.cat([first, banded[:, : length - head]], 1)

@@ -26,7 +26,8 @@ from hybridlm_kernels.packing import CuSeqlens
 from hybridlm_kernels.precision import plain_backward
 
 CPU_PIECE_ELEMENTS = 2**20  # copied keys and scores of a piece: near the cache, and enough work for one operation
-CPU_SLOT_ELEMENTS = 2**23  # outputs of the queries of a piece for each block that they list
+CPU_SLOT_ELEMENTS = 2**23  # outputs of the queries of a piece for each block that they list, at most
+CPU_ROW_ELEMENTS = 2**21  # and of a piece of several whole rows, which shares nothing between them
 GPU_PIECE_ELEMENTS = 2**26
 MIN_QUERIES = 16  # of a piece
 
@@ -149,9 +150,12 @@ class _Pieces:
             most, per_query = CPU_PIECE_ELEMENTS, 1 + self.q_XTRK.shape[3]
         if self.q_XTRK.device.type != "cpu":
             most = GPU_PIECE_ELEMENTS
-        fits = max(MIN_QUERIES, most // (heads * max(1, self.indices_XTN.shape[2]) * per_query))
+        per_query *= heads * max(1, self.indices_XTN.shape[2])
+        fits = max(MIN_QUERIES, most // per_query)
         if fits >= queries:
-            step = max(1, fits // max(1, queries))
+            if self.q_XTRK.device.type == "cpu":
+                most = min(most, CPU_ROW_ELEMENTS)
+            step = max(1, most // max(1, per_query * queries))
             for row in range(0, rows, step):
                 yield slice(row, min(row + step, rows)), slice(0, queries)
             return
