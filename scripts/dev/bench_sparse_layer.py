@@ -10,7 +10,7 @@ with the same weights in all three. `core` is the attention without the projecti
 the selected latents, against attention over all keys. The indexer is frozen: transformers has no loss that trains it.
 
 `nsa` is a layer of 16 query heads of 64 dims with keys of its own per branch, in the proportions that the preset takes
-in a model of that context, against a layer of dense attention with as many key heads. Times are the least of the runs.
+in a model of that context, against a layer of dense attention with as many key heads. Times are medians of the runs.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def measure_nsa(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str
     print(json.dumps(about))
     rows = []
     for kv_heads in args.kv_heads:
-        rows.append({"kv_heads": kv_heads} | times_in_turn(nsa_runs(kv_heads, args.length), args.rounds, min))
+        runs = nsa_runs(kv_heads, args.length)
+        rows.append({"kv_heads": kv_heads} | times_in_turn(runs, args.rounds, statistics.median))
         print("{kv_heads:>4} key heads  nsa {nsa:7.0f} ms, dense {dense:7.0f}".format(**rows[-1]), flush=True)
     return about, rows
 

@@ -34,6 +34,7 @@ from hybridlm.model.mixers.common.compression import (
 from hybridlm.model.mixers.common.cost import count_block_keys, count_visible_keys
 from hybridlm.model.mixers.common.entries import EntryWindows, count_entries, count_seen_entries
 from hybridlm.model.mixers.common.entry_attention import entry_attention, entry_weights, window_attention
+from hybridlm.model.mixers.common.gated_sum import gated_sum
 from hybridlm.model.mixers.common.grouped_heads import GroupedHeadsConfig
 from hybridlm.model.mixers.common.init import init_projections
 from hybridlm.model.mixers.common.overlap import reduce_to_blocks
@@ -195,28 +196,29 @@ class NSA(SequenceMixer):
                                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         q_BTHK = rotate(q_BTHK, config.rope, self.rotary_dim, seq)
         sets = list(zip(k_BTXK.chunk(config.key_sets, 2), v_BTXK.chunk(config.key_sets, 2), strict=True))
-        raw_BT2GK = torch.stack(sets[0], 2)
+        raw = sets[0]
         rotated = [(rotate(k, config.rope, self.rotary_dim, seq), v) for k, v in sets[-2:]]
         if state is None:
-            raw_BT2GK = seq.history(raw_BT2GK)
+            if seq.shard is not None:  # one exchange for both
+                raw_BS2GK = seq.history(torch.stack(raw, 2))
+                raw = (raw_BS2GK[:, :, 0], raw_BS2GK[:, :, 1])
             kept = [(seq.history(k), seq.history(v)) for k, v in rotated] if config.branch_keys else [
-                (seq.history(rotated[0][0]), raw_BT2GK[:, :, 1])]
+                (seq.history(rotated[0][0]), raw[1])]
         else:
             caches = [state.tokens] if state.near is None else [state.tokens, state.near]
             read = [cache.append(torch.stack(pair, 2)) for cache, pair in zip(caches, rotated, strict=True)]
             kept = [(x_BS2GK[:, :, 0], x_BS2GK[:, :, 1]) for x_BS2GK in read]
-        (k_BSGK, v_BSGK), near_keys = kept[0], kept[-1]
-        index, v_BEGK = self._entries(raw_BT2GK, q_BTHK, k_BSGK.shape[1], seq, state)
+        k_BSGK, v_BSGK = kept[0]
+        near_k_BSGK, near_v_BSGK = kept[-1]
+        index, v_BEGK = self._entries(raw, q_BTHK, k_BSGK.shape[1], seq, state)
         chosen = choose_blocks(self, index, self.budget)
         scale = config.head_dim**-0.5
         far, _ = entry_attention(q_BTHK, index.entries_BE, v_BEGK, index.windows, scale)
         picked, _ = selected_attention(q_BTHK, k_BSGK, v_BSGK, chosen, block=config.block,
                                        cu_seqlens=seq.history_borders)
-        near = self._near(q_BTHK, *near_keys, seq)
+        near = self._near(q_BTHK, near_k_BSGK, near_v_BSGK, seq)
         gates_BTH3 = self.gate_proj(x_BTD).sigmoid().unflatten(-1, (-1, BRANCHES))
-        o_BTHK = sum(gate[..., None] * branch for gate, branch in zip(gates_BTH3.unbind(-1), (far, picked, near),
-                                                                      strict=True))
-        return self.o_proj(o_BTHK.flatten(-2)), {}  # type: ignore[union-attr]
+        return self.o_proj(gated_sum(gates_BTH3, (far, picked, near)).flatten(-2)), {}
 
     def _near(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, seq: SequenceInfo) -> Tensor:
         """Attention to the window. `attention` takes no packed keys beyond the queries, which a shard has."""
@@ -224,23 +226,27 @@ class NSA(SequenceMixer):
             return attention(q_BTHK, k_BSGK, v_BSGK, window=self.config.near, cu_seqlens=seq.cu_seqlens)
         return window_attention(q_BTHK, k_BSGK, v_BSGK, self.config.near, seq)[0]
 
-    def _entries(self, raw_BT2GK: Tensor, q_BTHK: Tensor, keys: int, seq: SequenceInfo,
+    def _entries(self, raw: tuple[Tensor, Tensor], q_BTHK: Tensor, keys: int, seq: SequenceInfo,
                  state: NSAState | None) -> tuple[BlockIndex, Tensor]:
         """Keys of the entries with the queries that score them, and values [B, E, G, K]."""
         config = self.config
         windows = EntryWindows.of(seq, q_BTHK, keys, config.length, config.stride)
         if state is None:
-            entries_BE2GK = self._combine(windows.gather(raw_BT2GK), windows.place_BE)
+            k_BEGK, v_BEGK = self.compressor.compress_rows(*raw, windows)
+            k_BEGK = self._rotate_entries(k_BEGK, windows.place_BE)
         else:
-            entries_BE2GK = windows.pad(state.entries.append(raw_BT2GK, self._combine))
-        k_BEGK, v_BEGK = entries_BE2GK.unbind(2)
+            k_BEGK, v_BEGK = windows.pad(state.entries.append(torch.stack(raw, 2), self._combine)).unbind(2)
         blocks = EntryWindows.of(seq, q_BTHK, keys, config.block, config.block)
         return BlockIndex(q_BTHK, k_BEGK, windows, blocks), v_BEGK
 
     def _combine(self, raw_BEL2GK: Tensor, place_BE: Tensor) -> Tensor:
         """Entries [B, E, 2, G, K], their keys rotated to the position of the first token."""
         k_BEGK, v_BEGK = self.compressor(raw_BEL2GK).unbind(2)
-        return torch.stack([rotate(k_BEGK, self.config.rope, self.rotary_dim, SequenceInfo(place_BE)), v_BEGK], 2)
+        return torch.stack([self._rotate_entries(k_BEGK, place_BE), v_BEGK], 2)
+
+    def _rotate_entries(self, k_BEGK: Tensor, place_BE: Tensor) -> Tensor:
+        """Keys of entries, rotated to the position of the first token."""
+        return rotate(k_BEGK, self.config.rope, self.rotary_dim, SequenceInfo(place_BE))
 
     def scores(self, index: BlockIndex, rows: slice) -> Tensor:
         """Scores of blocks [B, Q, G, P] for `choose_blocks`."""

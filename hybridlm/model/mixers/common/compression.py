@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hybridlm.model.mixers.common.entries import EntryWindows
+from hybridlm.model.mixers.common.window_projection import project_windows
 from hybridlm.model.parameter_roles import VECTOR, ParameterRole, find_roles
 from hybridlm_kernels.precision import wide
 
@@ -67,6 +69,23 @@ class Compressor(nn.Module):
             nn.init.normal_(self.k_weight, std=std)
             nn.init.normal_(self.v_weight, std=std)
             nn.init.zeros_(self.places)
+
+    def compress_rows(self, k_BSGK: Tensor, v_BSGK: Tensor, windows: EntryWindows) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, E, G, K] of the entries of whole rows; those of windows that are not there are any.
+
+        Args:
+            k_BSGK: keys.
+            v_BSGK: values.
+            windows: their windows.
+        """
+        if self.kind != "linear" or not windows.regular or k_BSGK.device.type != "cpu" or torch.compiler.is_compiling():
+            k_BEGK, v_BEGK = self(windows.gather(torch.stack([k_BSGK, v_BSGK], 2))).unbind(2)
+            return k_BEGK, v_BEGK
+        dtype = torch.promote_types(k_BSGK.dtype, torch.float32)
+        with torch.autocast(k_BSGK.device.type, enabled=False):
+            k_BEGK = project_windows(k_BSGK, self.k_weight.to(dtype), self.places.to(dtype), windows.stride)
+            v_BEGK = project_windows(v_BSGK, self.v_weight.to(dtype), None, windows.stride)
+        return windows.pad(k_BEGK.to(k_BSGK.dtype)), windows.pad(v_BEGK.to(v_BSGK.dtype))
 
     def forward(self, kv_BEL2GK: Tensor) -> Tensor:
         """Combine keys and values [B, E, L, 2, G, K] of windows into entries [B, E, 2, G, K]."""

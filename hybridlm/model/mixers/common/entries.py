@@ -98,6 +98,11 @@ class EntryWindows:
         """Windows per row E."""
         return self.start_BE.shape[1]
 
+    @property
+    def regular(self) -> bool:
+        """Whether windows stand at equal distances in every row, and consist of whole strides."""
+        return self.one_document and self.length % self.stride == 0 and self.length <= self.first_BS.shape[1]
+
     def visible(self, rows: slice) -> Tensor:
         """Mask [B, Q, E] of the windows that the queries `rows` see."""
         entry_E = torch.arange(self.number, device=self.start_BE.device)
@@ -118,9 +123,8 @@ class EntryWindows:
             x_BS: the tokens of the rows.
             before: so many tokens in front of the window come too; in front of a document these are any tokens.
         """
-        strides = x_BS.shape[1] // self.stride
-        parts, rest = divmod(self.length, self.stride)
-        if self.one_document and not before and not rest and parts <= strides:  # regular places: no index, no scatter
+        strides, parts = x_BS.shape[1] // self.stride, self.length // self.stride
+        if self.regular and not before:  # no index, no scatter
             split_BN = x_BS[:, : strides * self.stride].unflatten(1, (strides, self.stride))
             complete = strides - parts + 1
             found_BE = torch.cat([split_BN[:, part : part + complete] for part in range(parts)], 2)

@@ -3,7 +3,8 @@
 A window of `length` tokens starts every `stride` tokens. A block of C tokens is overlapped by those that share a token
 with it: windows r j - (l - 1) .. r j + r - 1 of its document, r = C / stride, l = length / stride.
 
-B rows, Q queries, U lists, E windows per row, P blocks per row, O windows that overlap a block.
+B rows, Q queries, U lists, E windows per row, P blocks per row, O windows that overlap a block, X blocks that have
+one of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.model.mixers.common.entries import EntryWindows
@@ -46,28 +46,30 @@ def reduce_to_blocks(weight_BQUE: Tensor, windows: EntryWindows, blocks: EntryWi
     """
     before, counts = overlap_counts(blocks.length, windows.length, windows.stride)
     per_block = blocks.length // windows.stride
-    total = None
+    batch, queries, lists = weight_BQUE.shape[:3]
+    total_BQUP = weight_BQUE.new_zeros(batch, lists, queries, blocks.number).transpose(1, 2)  # as top-k reads them
     for offset, count in zip(range(-before, per_block), counts, strict=True):
-        found_BQUP = _windows_of_blocks(weight_BQUE, windows, blocks, per_block, offset)
+        places, found_BQUX = _windows_of_blocks(weight_BQUE, windows, blocks, per_block, offset)
+        part_BQUX = total_BQUP[..., places]
         if reduce == "max":
-            total = found_BQUP if total is None else torch.maximum(total, found_BQUP)
+            torch.maximum(part_BQUX, found_BQUX, out=part_BQUX)
         else:
-            total = found_BQUP * count if total is None else torch.add(total, found_BQUP, alpha=count)
-    return total  # type: ignore[return-value]
+            part_BQUX.add_(found_BQUX, alpha=count)
+    return total_BQUP
 
 
 def _windows_of_blocks(weight_BQUE: Tensor, windows: EntryWindows, blocks: EntryWindows, per_block: int,
-                       offset: int) -> Tensor:
-    """The weight of one window of each block [B, Q, U, P], zero before the document; the first of a block is 0."""
+                       offset: int) -> tuple[slice, Tensor]:
+    """The weight of one window of each block that has it: the blocks, and the weights. The first of a block is 0."""
     if windows.one_document:  # blocks stand at equal distances
-        missing = max(0, blocks.number * per_block - windows.number)
-        padded = F.pad(weight_BQUE, (max(0, -offset), missing))
-        return padded[..., max(0, offset) :: per_block][..., : blocks.number]
+        first = max(0, -(offset // per_block))  # of earlier blocks the window lies in front of the document
+        found_BQUX = weight_BQUE[..., first * per_block + offset :: per_block][..., : blocks.number - first]
+        return slice(first, first + found_BQUX.shape[-1]), found_BQUX
     within_BP = blocks.place_BE // blocks.length * per_block + offset
     entry_BP = (windows.first_BS.gather(1, blocks.start_BE) + within_BP).clamp(0, windows.number - 1)
     # Windows of a later document would stand behind the last one of this document; no query of this one sees them.
     found_BQUP = weight_BQUE.gather(3, entry_BP[:, None, None].expand(*weight_BQUE.shape[:3], -1))
-    return found_BQUP.masked_fill((within_BP < 0)[:, None, None], 0.0)
+    return slice(0, blocks.number), found_BQUP.masked_fill((within_BP < 0)[:, None, None], 0.0)
 
 
 def window_softmax(score_BQGRE: Tensor, windows: EntryWindows, rows: slice) -> Tensor:
