@@ -4,6 +4,7 @@ from hybridlm_kernels.ops.attention import attention as attention
 from hybridlm_kernels.ops.attention_total import attention_total as attention_total
 from hybridlm_kernels.ops.delta_rule import delta_rule as delta_rule
 from hybridlm_kernels.ops.deltaformer_values import deltaformer_values as deltaformer_values
+from hybridlm_kernels.ops.depth_attention import depth_attention as depth_attention
 from hybridlm_kernels.ops.diagonal_ssm import diagonal_ssm as diagonal_ssm
 from hybridlm_kernels.ops.forgetting_attention import forgetting_attention as forgetting_attention
 from hybridlm_kernels.ops.indexer_kl import attention_recall as attention_recall

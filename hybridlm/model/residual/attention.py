@@ -33,6 +33,7 @@ from hybridlm.model.residual.contract import (
     register_residual,
 )
 from hybridlm.model.residual.streams import check_plain_branch
+from hybridlm_kernels import depth_attention
 from hybridlm_kernels.precision import wide
 
 
@@ -109,15 +110,7 @@ class DepthAttention(KeepsFP32):
 
     def forward(self, sources: list[Tensor]) -> Tensor:
         """Mix sources [B, T, D] in fp32; the result has the dtype of the last one."""
-        values = [wide(source_BTD) for source_BTD in sources]
-        # Products over D by hand: autocast would round a matrix product, and stacking would copy all sources.
-        scores = [(value_BTD * self.query).sum(-1) * torch.rsqrt(value_BTD.square().mean(-1) + self.eps)
-                  for value_BTD in values]
-        weight_BTS = torch.stack(scores, -1).softmax(-1)
-        mixed_BTD = weight_BTS[..., :1] * values[0]
-        for index, value_BTD in enumerate(values[1:], start=1):
-            mixed_BTD = torch.addcmul(mixed_BTD, weight_BTS[..., index : index + 1], value_BTD)
-        return mixed_BTD.to(sources[-1].dtype)
+        return depth_attention(self.query, sources, self.eps)
 
 
 class AttentionResidualBranch(ResidualBranch):

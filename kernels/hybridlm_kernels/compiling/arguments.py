@@ -2,7 +2,7 @@
 
 The signature of the public function says all there is to know. Borders become one tensor on the host, of which a
 compiled graph knows the size alone, so that no recompilation depends on where documents end. A dataclass (`Gate`,
-`Pools`) becomes its fields.
+`Pools`) becomes its fields, a sequence of tensors so many arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Union
 
 import torch
@@ -88,6 +88,30 @@ class BordersArgument(Argument):
         return None if table is None else CuSeqlens.of_table(table, device)
 
 
+class TensorsArgument(Argument):
+    """Several tensors, as arguments of their own, so that each may have a gradient; the rest of them are None."""
+
+    MOST = 32
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def schema(self) -> list[str]:
+        return [f"Tensor? {self.name}_{place}" for place in range(self.MOST)]
+
+    def read(self, value: Any) -> Any:
+        return tuple(value)
+
+    def spread(self, value: Any) -> list[Any]:
+        if len(value) > self.MOST:
+            raise ValueError(f"{self.name}: a graph of torch.compile takes up to {self.MOST} tensors; got {len(value)}")
+        return [*value, *[None] * (self.MOST - len(value))]
+
+    def gather(self, values: Iterator[Any], device: torch.device) -> tuple[Tensor, ...]:
+        found = [next(values) for _ in range(self.MOST)]
+        return tuple(x for x in found if x is not None)
+
+
 class RecordArgument(Argument):
     """A dataclass: whether it is there, and its fields."""
 
@@ -131,12 +155,14 @@ def make_argument(name: str, annotation: Any) -> Argument:
         kind = members[0]
         if typing.get_origin(kind) is Literal:
             kind = type(typing.get_args(kind)[0])
+        if typing.get_origin(kind) is Sequence and typing.get_args(kind) == (Tensor,):
+            return TensorsArgument(name)
         if kind in PlainArgument.NAMES:
             return PlainArgument(name, kind, optional)
         if dataclasses.is_dataclass(kind):
             return RecordArgument(name, typing.cast(type, kind), optional)
-    raise TypeError(f"{name}: an operation takes tensors, numbers, flags, words, borders and dataclasses of these; got "
-                    f"{annotation}")
+    raise TypeError(f"{name}: an operation takes tensors, sequences of them, numbers, flags, words, borders and "
+                    f"dataclasses of these; got {annotation}")
 
 
 class Arguments:
