@@ -9,7 +9,7 @@ Pieces, each of which is a sweep with a folder in --out:
 
     scratch    attention that is full, a window, or sparse from the first step on; text and probes
     warmup     the kinds whose selection can be switched, with attention that is dense in the first fifth; text
-    residual   the hybrid with full attention, with one residual stream, with mHC, and with attention residuals
+    residual   the hybrid with full attention, with one residual stream, with mHC, and with attention residuals; text
 
 table.md and results.csv have what all pieces scored; positions.md and positions.png have the loss by the number of
 tokens before a token.
@@ -43,8 +43,8 @@ PIECES = {
                "model.feed_forward.intermediate_size=208",  # of `dsa` in the piece `scratch`
                "model.schedule.pattern=choice([kda,kda,kda,dsa],[kda,kda,kda,dsa_pooled],[kda,kda,kda,msa],"
                "[kda,kda,kda,moba])"],
-    "residual": ["sweep=sparse", "sweep.name=sparse_residual", "model.residual.form=single,mhc,attention",
-                 "model.schedule.pattern=[kda,kda,kda,full]"],
+    "residual": ["sweep=sparse", "sweep.name=sparse_residual", "sweep.probes=[]",
+                 "model.residual.form=single,mhc,attention", "model.schedule.pattern=[kda,kda,kda,full]"],
 }
 METRICS = ("validation_bits_per_byte",)
 WINDOWS = 48  # of held-out text, for the loss by position
