@@ -184,5 +184,5 @@ def test_a_parameter_that_no_graph_can_hold_is_refused():
     def operation(x: torch.Tensor, table: dict[str, int], *, backend: str | None = None) -> torch.Tensor:
         return x
 
-    with pytest.raises(TypeError, match="table: an operation takes tensors, numbers"):
+    with pytest.raises(TypeError, match="table: an operation takes tensors, sequences of them, numbers"):
         Arguments(operation)
