@@ -35,7 +35,7 @@ def test_rows_are_compressed_like_their_windows_without_keeping_these(dtype):
     windows = EntryWindows.of(SequenceInfo.make(2, 21, torch.device("cpu")), k, 21, 4, 2)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        found = compressor.compress_rows(k, v, windows)
+        found = compressor((k, v), windows)
     assert max(kept) <= max(x.numel() for x in (k, *compressor.parameters()))
     wide = k.detach().float().requires_grad_()
     expected = compressor(windows.gather(torch.stack([wide, v.float()], 2))).unbind(2)

@@ -232,7 +232,7 @@ class NSA(SequenceMixer):
         config = self.config
         windows = EntryWindows.of(seq, q_BTHK, keys, config.length, config.stride)
         if state is None:
-            k_BEGK, v_BEGK = self.compressor.compress_rows(*raw, windows)
+            k_BEGK, v_BEGK = self.compressor(raw, windows)
             k_BEGK = self._rotate_entries(k_BEGK, windows.place_BE)
         else:
             k_BEGK, v_BEGK = windows.pad(state.entries.append(torch.stack(raw, 2), self._combine)).unbind(2)

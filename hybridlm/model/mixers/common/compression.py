@@ -70,16 +70,24 @@ class Compressor(nn.Module):
             nn.init.normal_(self.v_weight, std=std)
             nn.init.zeros_(self.places)
 
-    def compress_rows(self, k_BSGK: Tensor, v_BSGK: Tensor, windows: EntryWindows) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, E, G, K] of the entries of whole rows; those of windows that are not there are any.
+    def forward(self, kv: Tensor | tuple[Tensor, Tensor], windows: EntryWindows | None = None
+                ) -> Tensor | tuple[Tensor, Tensor]:
+        """Entries of windows, or of whole rows: both by one call, since hooks may fetch the parameters for it.
 
         Args:
-            k_BSGK: keys.
-            v_BSGK: values.
-            windows: their windows.
+            kv: keys and values of windows [B, E, L, 2, G, K]; with `windows` those of rows, each [B, S, G, K].
+            windows: the windows of rows.
+
+        Returns:
+            Entries [B, E, 2, G, K]; with `windows` their keys and values, each [B, E, G, K], where those of windows
+            that are not there are any.
         """
+        if windows is None:
+            assert isinstance(kv, Tensor)
+            return self._combine(kv)
+        k_BSGK, v_BSGK = kv
         if self.kind != "linear" or not windows.regular or k_BSGK.device.type != "cpu" or torch.compiler.is_compiling():
-            k_BEGK, v_BEGK = self(windows.gather(torch.stack([k_BSGK, v_BSGK], 2))).unbind(2)
+            k_BEGK, v_BEGK = self._combine(windows.gather(torch.stack([k_BSGK, v_BSGK], 2))).unbind(2)
             return k_BEGK, v_BEGK
         dtype = torch.promote_types(k_BSGK.dtype, torch.float32)
         with torch.autocast(k_BSGK.device.type, enabled=False):
@@ -87,7 +95,7 @@ class Compressor(nn.Module):
             v_BEGK = project_windows(v_BSGK, self.v_weight.to(dtype), None, windows.stride)
         return windows.pad(k_BEGK.to(k_BSGK.dtype)), windows.pad(v_BEGK.to(v_BSGK.dtype))
 
-    def forward(self, kv_BEL2GK: Tensor) -> Tensor:
+    def _combine(self, kv_BEL2GK: Tensor) -> Tensor:
         """Combine keys and values [B, E, L, 2, G, K] of windows into entries [B, E, 2, G, K]."""
         x = wide(kv_BEL2GK)
         if self.kind == "mean":

@@ -52,7 +52,7 @@ def reduce_to_blocks(weight_BQUE: Tensor, windows: EntryWindows, blocks: EntryWi
         places, found_BQUX = _windows_of_blocks(weight_BQUE, windows, blocks, per_block, offset)
         part_BQUX = total_BQUP[..., places]
         if reduce == "max":
-            torch.maximum(part_BQUX, found_BQUX, out=part_BQUX)
+            part_BQUX.copy_(torch.maximum(part_BQUX, found_BQUX))
         else:
             part_BQUX.add_(found_BQUX, alpha=count)
     return total_BQUP
