@@ -25,14 +25,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sweep_tables import run_sweeps, table_header, table_row, unfinished, write_tables
+from sweep_tables import label_of, run_sweeps, table_header, table_row, unfinished, write_tables
 
 from hybridlm.evaluation.evaluate import evaluate_checkpoint
 from hybridlm.files import write_json, write_text
 from hybridlm.report.figures import Axis, Chart, Panel, Series
 from hybridlm.report.palette import Palette
 from hybridlm.report.png import write_png
-from hybridlm.sweep.table import format_layers
 
 PIECES = {
     "scratch": ["sweep=sparse"],
@@ -68,7 +67,7 @@ def measure_positions(out: Path) -> dict[str, Losses]:
             if name not in measured:
                 measured[name] = evaluate_checkpoint(out / name, parts=("perplexity",), windows=WINDOWS)["perplexity"]
                 write_json(file, measured)
-            label = f"{format_layers(point['layers'])} {point['settings'].get('model.residual.form', '')}".strip()
+            label = label_of(point)
             for bucket in measured[name]["by_position"]:
                 losses[label][bucket["start"], bucket["stop"]].append(bucket["loss"])
         if losses:

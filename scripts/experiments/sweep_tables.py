@@ -78,8 +78,13 @@ def table(results: dict[str, Any], metrics: Sequence[str] = ()) -> str:
         names = [*(f"probe/{label}/accuracy{at}" for label, _, at in columns), *metrics]
         found = [group["metrics"].get(name) for name in names]
         if any(found):
-            lines.append(table_row(format_layers(group["layers"]), f"{group['parameters']:,}", *map(_score, found)))
+            lines.append(table_row(label_of(group), f"{group['parameters']:,}", *map(_score, found)))
     return "\n".join(lines) + "\n"
+
+
+def label_of(point: Mapping[str, Any]) -> str:
+    """The layers of a point or group, and its residual form where the sweep varies it."""
+    return f"{format_layers(point['layers'])} {point['settings'].get('model.residual.form', '')}".strip()
 
 
 def table_row(*cells: str) -> str:
@@ -101,7 +106,7 @@ def _score(score: dict[str, Any] | None) -> str:
 def scores(results: dict[str, Any], metrics: Sequence[str] = ()) -> Iterator[list[Any]]:
     """Rows of results.csv: accuracies and the seconds of each training, and `metrics` of training on text."""
     for point in results["points"]:
-        start = [results["sweep"], format_layers(point["layers"]), point["settings"]["training.seed"]]
+        start = [results["sweep"], label_of(point), point["settings"]["training.seed"]]
         for name, value in point["metrics"].items():
             if name.startswith("probe/"):
                 _, label, metric = name.split("/")
