@@ -38,7 +38,8 @@ PAIRS = [(2, "kimi_linear_tiny", "ddp"), (2, "kimi_linear_tiny", "zero3"), (2, "
          (4, "qwen3_next_tiny", "ddp"), (4, "kda_dsa_tiny", "zero1"), (4, "deepseek_v32_tiny", "zero3")]
 BOTH_PARALLEL = ["engine.expert_parallel=2", "engine.context_parallel=2"]
 # Few steps of more tokens: what makes updates orthogonal lifts singular values that are nothing but rounding.
-MUON = ["optimizer=muon", "training.steps=2", "optimizer.schedule.warmup=2", "training.sequence_length=32"]
+MUON = ["optimizer=muon", "training.steps=2", "optimizer.schedule.warmup=2", "training.sequence_length=32",
+        "training.seed=4"]
 # On two ranks, options of engines together. By name: the run of one process, and the words of the other.
 COMBINATIONS = {
     "parallel-zero1": (("deepseek_v32_tiny", "one"), ["engine=zero1", "engine.overlap=false", *BOTH_PARALLEL]),
@@ -48,6 +49,7 @@ COMBINATIONS = {
     "muon-zero1": (("kimi_linear_tiny", "muon"), ["engine=zero1", *MUON]),
     "muon-zero3": (("kimi_linear_tiny", "muon"), [*ZERO3, "engine.expert_parallel=2", *MUON])}
 TIE_MARGIN = 1e-6  # of scores near 0.5, whose unit of rounding is 6e-8
+MUON_TIE_MARGIN = 1e-4  # with 7.5e-6 ranks took another expert on one CPU and not on another
 
 
 class TopkMargin(TorchFunctionMode):
@@ -94,14 +96,18 @@ def one_process(run_words):
         with router_margin() as margin:
             assert main(["train", *run_words(system, "one")]) == 0
         margins[system] = margin.least
-    assert main(["train", *run_words("kimi_linear_tiny", "muon", *MUON)]) == 0
+    with router_margin() as margin:
+        assert main(["train", *run_words("kimi_linear_tiny", "muon", *MUON)]) == 0
+    margins["muon"] = margin.least
     return margins
 
 
 @pytest.mark.slow
 def test_no_token_is_near_a_tie(one_process):
     """Equality rests on it: where this fails, another training.seed is due, and no engine is to blame."""
-    assert {system: margin for system, margin in one_process.items() if margin < TIE_MARGIN} == {}
+    needed = {"muon": MUON_TIE_MARGIN}
+    near = {name: margin for name, margin in one_process.items() if margin < needed.get(name, TIE_MARGIN)}
+    assert near == {}
 
 
 @pytest.mark.slow
