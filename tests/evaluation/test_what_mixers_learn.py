@@ -17,19 +17,19 @@ from hybridlm.run_config import load_config
 pytestmark = pytest.mark.slow
 
 
-def train(mixer, probe, steps, lr, length, options=(), layers=1, **parameters):
+def train(mixer, probe, steps, lr, length, options=(), layers=1, seed=0, **parameters):
     """Token accuracy of layers of one mixer at the length of training and at twice that."""
     config = load_config("train", [
         "model=hybrid_tiny", f"model.num_layers={layers}", "model.hidden_size=32", "model.schedule.ratio=inf",
         "model.feed_forward={kind: dense, intermediate_size: 64}", "model.mtp.depth=0",
         f"model.schedule.linear={mixer}", *(f"model.mixers.{mixer}.{option}" for option in options)]).model
-    result = train_on_probe(config, make_probe(probe, parameters), steps, lr, length=length,
+    result = train_on_probe(config, make_probe(probe, parameters), steps, lr, seed, length=length,
                             eval_lengths=[length, 2 * length], examples=64)
     return [score.token for score in result.accuracy.values()]
 
 
 PARITY = partial(train, probe="parity", steps=150, lr=1e-2, length=16)
-SHORT_PARITY = partial(train, probe="parity", steps=400, lr=1e-2, length=8, layers=2)
+SHORT_PARITY = partial(train, probe="parity", steps=400, lr=1e-2, length=8, layers=2, seed=1)
 S3 = partial(train, probe="s3", steps=250, lr=1e-2, length=10)
 RECALL = partial(train, probe="mqar", steps=200, length=12, num_pairs=4, key_vocab=4, value_vocab=4)
 
@@ -49,7 +49,7 @@ def test_eigenvalues_between_0_and_1_do_not_learn_parity(mixer, options):
 def test_rwkv7_carries_parity_further_than_gla():
     """Its eigenvalues lie above -0.455: a flip shrinks what it flips, and two layers go a part of the way."""
     assert SHORT_PARITY("rwkv7")[1] > 0.9
-    assert SHORT_PARITY("gla")[1] < 0.87  # up to 0.83 by the CPU, whose rounding training follows
+    assert SHORT_PARITY("gla")[1] < 0.8
 
 
 def test_two_writes_per_token_compose_permutations():

@@ -1,9 +1,5 @@
 """The script of the experiment: its parts are ladders that can be planned, and its tables say the best rates."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from hybridlm.config.serialization import to_dict
@@ -13,18 +9,12 @@ from hybridlm.ladder.pilot_report import PILOT_FILE
 from hybridlm.ladder.plan import architecture_config, make_ladder_plan
 from hybridlm.ladder.request import read_ladder_request
 from hybridlm.ladder.rungs import RUNGS
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "experiments" / "ladder.py"
+from tests.support.experiment_scripts import load_experiment
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("ladder_experiment", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ladder_experiment", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_experiment("ladder", monkeypatch)
 
 
 def write_pilot(folder, losses, best):

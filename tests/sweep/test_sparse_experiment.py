@@ -1,24 +1,14 @@
 """The script of the sparse experiment: its pieces are sweeps that the configs allow, its figure is drawn."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from hybridlm.sweep.plan import make_plan
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "experiments" / "sparse.py"
+from tests.support.experiment_scripts import load_experiment
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("sparse_experiment", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "sparse_experiment", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_experiment("sparse", monkeypatch)
 
 
 @pytest.mark.parametrize(("piece", "points"), [("scratch", 16), ("warmup", 8), ("residual", 6)])

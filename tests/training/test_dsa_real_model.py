@@ -1,26 +1,17 @@
 """The parts of the experiment on a real model that its numbers rest on."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from hybridlm.evaluation.indexer_recall import MEASURES
-
-FOLDER = Path(__file__).parents[2] / "scripts" / "experiments"
+from tests.support.experiment_scripts import load_experiment
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    spec = importlib.util.spec_from_file_location("dsa_real_model", FOLDER / "dsa_real_model.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "dsa_real_model", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_experiment("dsa_real_model", monkeypatch)
 
 
 def test_whole_documents_are_held_out(script, tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ from tests.kernels.test_forgetting_attention import case
 from tests.support.kernel_compare import LargestTensor, error
 
 TOLERANCE = 2e-6
-TOLERANCES = {"dg": 4e-6}  # a sum over later tokens of differences, to which each adds its rounding
 
 
 def results(inputs, backend, **options):
@@ -34,7 +33,7 @@ def compare(inputs, device, **options):
         if not b.any():  # one key takes all: what is left of do . v - do . o depends on the order of sums
             assert a.abs().max() <= 1e-6, name
         else:
-            assert error(a.cpu(), b) <= TOLERANCES.get(name, TOLERANCE), name
+            assert error(a.cpu(), b) <= TOLERANCE, name
     return found
 
 
@@ -44,7 +43,7 @@ def compare(inputs, device, **options):
                                                ((1, 40, 75, 4, 2, 16, 16), None), ((1, 1, 70, 2, 1, 16, 16), 33),
                                                ((1, 33, 40, 1, 1, 130, 16), None)])
 def test_equals_reference(shape, window, device):
-    compare(case(*shape), device, window=window, scale=0.3)
+    compare(case(*shape), device, window=window, scale=min(0.3, shape[5] ** -0.5))  # scores of one size at any width
 
 
 CUTS = [0, 0, 1, 3, 36, 36, 72, 72]
